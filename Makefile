@@ -1,0 +1,84 @@
+# `make demo` and `make test` do all their set-up on a fresh clone: a Python environment of the
+# clone's own in .venv, the pinned dependencies with their hashes, the Rust module. What is set up
+# once is kept, so that the second run starts at once and needs no network.
+# Needed: Rust, Python 3.11 or newer with venv, a C compiler as linker.
+
+PYTHON ?= python3
+# The kind of ONNX Runtime: onnxruntime (CPU) or onnxruntime-gpu. An environment holds one of them.
+RUNTIME ?= onnxruntime
+# Two threads at most: runs of one seed then agree between machines of two cores and more.
+OMP_NUM_THREADS ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
+export OMP_NUM_THREADS
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# Relative paths only: a clone may lie in a folder whose name has spaces.
+BIN := .venv/bin
+PINNED := .venv/pinned-$(RUNTIME)
+BUILT := .venv/built
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check setup pins bench-rust clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: $(BUILT) ## train, export and rank on a small task with a known answer
+	$(BIN)/python -m logratio demo
+
+test: check ## every check and every test: what CI runs
+	cargo test --locked
+	$(BIN)/python -m pytest
+	cargo bench --locked --no-run
+
+check: $(BUILT) ## formatting, lints, types and documentation, without the tests
+	cargo fmt --check
+	cargo clippy --locked --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy.stubtest logratio._rust
+
+setup: $(BUILT) ## the environment alone: .venv with the dependencies and this package, editable
+
+bench-rust: $(BUILT) ## time the Rust half
+	cargo bench --locked
+
+clean: ## remove what was built; .venv stays (delete it to start anew)
+	rm -rf target dist python/logratio/_rust*.so $(BUILT)
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
+
+# Python files need no rebuild: the package is installed editable. pip may not reach for anything
+# here, so a dependency that has no pin stops the build instead of slipping in.
+$(BUILT): $(PINNED) Cargo.toml Cargo.lock pyproject.toml $(shell find rust -type f)
+	PIP_NO_INDEX=1 $(BIN)/maturin develop --release --locked
+	@touch $@
+
+$(PINNED): .venv/created .ci/constraints.txt .ci/dev.txt .ci/$(RUNTIME).txt
+	@rm -f .venv/pinned-*
+	$(BIN)/python -m pip uninstall -qq --yes $(filter-out $(RUNTIME),onnxruntime onnxruntime-gpu)
+	$(BIN)/python -m pip install --require-hashes --only-binary :all: \
+		-r .ci/constraints.txt -r .ci/$(RUNTIME).txt -r .ci/dev.txt
+	@touch $@
+
+.venv/created:
+	@command -v cargo >/dev/null || \
+		{ echo 'logratio needs Rust to build: no `cargo` on the PATH (rustup installs it).' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'logratio needs Python 3.11 or newer, and `$(PYTHON)` is not: name one with make PYTHON=…' >&2; exit 1; }
+	$(PYTHON) -m venv .venv || \
+		{ echo '`$(PYTHON) -m venv` failed: on Debian and Ubuntu, install python3-venv.' >&2; exit 1; }
+	@touch $@
+
+# Writes no address of an index and no path: the files serve every machine.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make pins" $(UPGRADE)
+
+pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRADE=--upgrade
+	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
+		-o .ci/constraints.txt
+	$(COMPILE) --group dev -c .ci/constraints.txt -o .ci/dev.txt
+	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt
+	echo onnxruntime-gpu | $(COMPILE) - --no-deps -o .ci/onnxruntime-gpu.txt
