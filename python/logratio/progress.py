@@ -1,0 +1,90 @@
+"""Progress on anything that takes more than two seconds: a bar on a terminal, lines in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PATIENCE = 2.0
+"""Seconds before anything is shown."""
+LINE_EVERY = 10.0
+"""Seconds between lines where standard error is no terminal."""
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterator[Advance]:
+    """Show how far a long job is, with its rate and the time left.
+
+    Yields:
+        advance(amount, note=""): call it after each piece of work, with units done and a few
+        words on how it goes.
+    """
+    if not show:
+        yield lambda amount, note="": None
+    elif sys.stderr.isatty():
+        with _bar(what, total, unit) as advance:
+            yield advance
+    else:
+        yield _Lines(what, total, unit).advance
+
+
+@contextmanager
+def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        Remaining(),
+        TextColumn("{task.fields[note]}"),
+    )
+    start = time.monotonic()
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=total, rate="", note="")
+    done = 0.0
+
+    def advance(amount: float, note: str = "") -> None:
+        nonlocal done
+        done += amount
+        seconds = time.monotonic() - start
+        if seconds > PATIENCE and not bar.live.is_started:
+            bar.start()
+        rate = f"{done / max(seconds, 1e-9):,.1f} {unit}/s"
+        bar.update(task, completed=done, rate=rate, note=note)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+class _Lines:
+    """A line every ten seconds, for logs."""
+
+    def __init__(self, what: str, total: float, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0.0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.last < LINE_EVERY:
+            return
+        self.last = now
+        rate = self.done / (now - self.start)
+        left = (self.total - self.done) / rate if rate else float("inf")
+        sys.stderr.write(
+            f"{self.what}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate:,.1f}/s, "
+            f"{left:,.0f} s left {note}\n"
+        )
+        sys.stderr.flush()

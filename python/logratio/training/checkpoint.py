@@ -1,0 +1,182 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, published by one rename.
+
+A checkpoint is a folder `checkpoint-<step>` with the trainable weights, the optimizer's state and
+the position in the data. It is written under another name, synced, and renamed; its manifest
+holds a SHA-256 of every file, so a damaged one is refused by name and the next older one used.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: updates done, and what the run is (to refuse to resume another)."""
+
+    step: int
+    identity: dict[str, Any]
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: Position) -> Path:
+    """Publish `checkpoint-<step>` in `folder`; older ones beyond the last two are removed.
+
+    Raises:
+        OSError: nothing was published; earlier checkpoints are as they were.
+    """
+    final = folder / f"checkpoint-{at.step:08d}"
+    partial = folder / f".partial-{at.step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_file(_trainable(model), partial / "weights.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        save_file(_random_states(), partial / "random.safetensors")
+        state = {"step": at.step, "identity": at.identity, "python_random": random.getstate()}
+        (partial / "state.json").write_text(json.dumps(state))
+        _write_manifest(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in _checkpoints(folder)[KEPT:]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_newest(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Position | None, list[str]]:
+    """Restore the newest valid checkpoint of `folder`.
+
+    Returns:
+        Its position, or None where there is none, and a sentence for each damaged one passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and none is valid.
+    """
+    refused = []
+    for path in _checkpoints(folder):
+        if reason := damage(path):
+            refused.append(f"{path}: {reason}")
+            continue
+        return _load(path, model, optimizer), refused
+    if refused:
+        raise ValueError("no valid checkpoint to resume from: " + "; ".join(refused))
+    return None, []
+
+
+def damage(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            if _digest(path / name) != expected:
+                return f"{name} was altered"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"incomplete ({error})"
+    return None
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(path / "weights.safetensors").items():
+            parameters[name].copy_(value)
+    _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+    state = json.loads((path / "state.json").read_text())
+    _restore_random(load_file(path / "random.safetensors"), state["python_random"])
+    return Position(state["step"], state["identity"])
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}:{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    parameters = dict(model.named_parameters())
+    for label, value in tensors.items():
+        name, key = label.rsplit(":", 1)
+        parameter = parameters[name]
+        moved = value.to(parameter.device) if value.dim() else value
+        optimizer.state[parameter][key] = moved
+
+
+def _random_states() -> dict[str, Tensor]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy_keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+    }
+    assert kind == "MT19937"
+    for device in range(torch.cuda.device_count()):
+        states[f"cuda:{device}"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_random(states: dict[str, Tensor], python_random: list[Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    position, has_gauss, gauss = states["numpy_rest"].tolist()
+    keys = states["numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+    version, internal, gauss_next = python_random
+    random.setstate((version, tuple(internal), gauss_next))
+    for device in range(torch.cuda.device_count()):
+        if f"cuda:{device}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{device}"], device)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=1))
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """List the published checkpoints, newest first."""
+    return sorted(folder.glob("checkpoint-*"), reverse=True)

@@ -1,0 +1,135 @@
+"""Start-up checks: may this model share prompts, is its head known, is the reference right.
+
+Each takes well under a second on a small model and refuses, or falls back with a printed reason,
+where a rival would train on wrong numbers.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logratio._rust import StoreWriter
+from logratio.training.attention import SharedPromptError
+from logratio.training.logps import head_logits, transformer
+from logratio.training.reference import score
+from logratio.training.tensors import Batch, to_torch
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Nats per token by which two layouts may differ through rounding alone."""
+
+Group = tuple[list[int], list[list[int]]]
+
+
+class UnsupportedModelError(ValueError):
+    """The model's log-probs cannot be computed rightly."""
+
+
+def choose_layout(model: nn.Module) -> tuple[str, str]:
+    """Return the layout `model` gets, "shared" or "padded", and why.
+
+    The leak check: one completion is perturbed, and the log-probs of the other must not move;
+    and both layouts must agree. A model that fails gets the padded layout.
+    """
+    check_head(model)
+    first, second = _probe(model, seed=0), _probe(model, seed=1)
+    changed = [(first[0][0], [first[0][1][0], second[0][1][1]]), first[1]]
+    try:
+        shared, leaked = _scores(model, first, "shared"), _scores(model, changed, "shared")
+    except (SharedPromptError, TypeError) as error:
+        return "padded", f"{_name(model)} cannot share prompts: {error}"
+    kept = slice(0, len(first[0][1][0]))
+    if (moved := _gap(shared[kept], leaked[kept])) > _tolerance(model):
+        return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
+    if (gap := _gap(shared, _scores(model, first, "padded"))) > _tolerance(model):
+        return "padded", f"{_name(model)}: shared and padded log-probs differ ({gap:.2g} nats)"
+    return "shared", "leak check passed"
+
+
+def check_head(model: nn.Module) -> None:
+    """Compare our head with the model's own logits.
+
+    Raises:
+        UnsupportedModelError: they differ: the family scales its logits in a way we do not know.
+    """
+    inner = transformer(model)
+    prompt, completions = _probe(model, seed=0)[0]
+    ids = torch.tensor([prompt + completions[0]], device=inner.device)
+    with torch.no_grad():
+        own = inner(input_ids=ids, use_cache=False).logits[0].float()
+        ours = head_logits(inner, inner.base_model(input_ids=ids, use_cache=False)[0][0]).float()
+    if (gap := _gap(own, ours)) > _tolerance(model):
+        raise UnsupportedModelError(
+            f"{_name(model)}: its head scales logits in an unknown way (they differ by {gap:.2g})"
+        )
+
+
+def check_policy_is_reference(
+    policy_logps: Tensor, reference_logps: Tensor, tolerance: float, what: str
+) -> None:
+    """Refuse when a policy that equals its reference does not have the reference's log-probs.
+
+    Args:
+        policy_logps: sums `[N]` under the policy before its first update.
+        reference_logps: sums `[N]` from the reference.
+        tolerance: nats per sequence that rounding may explain.
+        what: the reference, for the message.
+
+    Raises:
+        UnsupportedModelError: the reference is stale, or another model.
+    """
+    gap = _gap(policy_logps, reference_logps)
+    if not gap <= tolerance:
+        raise UnsupportedModelError(
+            f"policy and {what} are the same model, yet their log-probs differ by {gap:.3g} nats "
+            f"per sequence (at most {tolerance:.3g} is rounding): do not trust it"
+        )
+
+
+def _probe(model: nn.Module, seed: int) -> list[Group]:
+    """Make two small groups of random tokens, reproducibly."""
+    vocabulary = transformer(model).config.get_text_config().vocab_size
+    random = np.random.default_rng(seed)
+
+    def ids(length: int) -> list[int]:
+        return random.integers(0, vocabulary, length).tolist()  # type: ignore[no-any-return]
+
+    return [(ids(7), [ids(5), ids(9)]), (ids(11), [ids(6), ids(4)])]
+
+
+def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu") -> Batch:
+    """Lay out groups of token ids that are in no file: for checks and small scoring jobs."""
+    writer = StoreWriter()
+    for prompt, completions in groups:
+        ids = np.array([i for completion in completions for i in completion], dtype=np.int32)
+        writer.push(
+            np.array(prompt, dtype=np.int32),
+            ids,
+            np.ones(len(ids), dtype=np.uint8),
+            np.array([len(completion) for completion in completions], dtype=np.uint32),
+            np.full(len(completions), 2, dtype=np.uint8),
+            0,
+            0,
+        )
+    store = writer.finish()
+    rows = np.arange(len(groups), dtype=np.int64)
+    lay_out = store.shared_layout if layout == "shared" else store.padded_layout
+    return to_torch(lay_out(rows), device)
+
+
+@torch.no_grad()
+def _scores(model: nn.Module, groups: list[Group], layout: str) -> Tensor:
+    return score(model, batch_of(groups, layout, transformer(model).device))
+
+
+def _gap(left: Tensor, right: Tensor) -> float:
+    return float((left - right).abs().max())
+
+
+def _tolerance(model: nn.Module) -> float:
+    if torch.is_autocast_enabled(transformer(model).device.type):
+        return TOLERANCE[torch.bfloat16]
+    return TOLERANCE[transformer(model).dtype]
+
+
+def _name(model: nn.Module) -> str:
+    return type(transformer(model)).__name__

@@ -1,0 +1,124 @@
+"""What each command is told: one frozen dataclass per command, one field per flag."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from logratio.data import TokenizationRules
+
+Precision = Literal["fp32", "bf16"]
+PathLike = str | Path
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        rank: columns of the adapter matrices.
+        alpha: the adapter's output is scaled by alpha / rank.
+        targets: names of the modules to adapt; all linear layers but the head where empty.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    Attributes:
+        model: folder of the model to start from (safetensors, tokenizer.json).
+        data: preference files; JSONL, plain or .gz.
+        output: folder for the trained model, metrics and checkpoints.
+        cache: root of a reference cache made by `precompute`; then no reference model is held.
+        reference: folder of the reference model; `model` itself where none is given.
+        loss: one of `losses.LOSSES`.
+        beta: weight of the KL term; the loss's own default where None.
+        label_smoothing: share of pairs thought flipped (dpo and simpo).
+        gamma: the margin that simpo asks for.
+        lr: peak learning rate.
+        warmup: share of the updates in which the rate rises; it then falls along a cosine to 0.
+        max_grad_norm: gradients are scaled down to this norm.
+        batch_size: groups (pairs, demonstrations) per update, whatever the micro-batches.
+        epochs: passes over the data.
+        token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
+        precision: fp32, or bf16 autocast over fp32 weights.
+        seed: of the order of the data, the adapters and dropout.
+        save_every: updates between checkpoints; 0 for none but the one at an interrupt.
+        resume: go on from the newest valid checkpoint in `output`.
+        device: where to train; a GPU when there is one, where None.
+        lora: adapters to train instead of all weights.
+        rules: how records become token ids.
+        max_bad_fraction: share of the rows that may be malformed before the run is refused.
+    """
+
+    model: PathLike
+    data: Sequence[PathLike]
+    output: PathLike
+    cache: PathLike | None = None
+    reference: PathLike | None = None
+    loss: str = "dpo"
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    gamma: float = 1.0
+    lr: float = 1e-6
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    batch_size: int = 32
+    epochs: int = 1
+    token_budget: int = 8192
+    precision: Precision = "fp32"
+    seed: int = 0
+    save_every: int = 200
+    resume: bool = False
+    device: str | None = None
+    lora: LoraSettings | None = None
+    rules: TokenizationRules = field(default_factory=TokenizationRules)
+    max_bad_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """Settings of one pass of the reference over data: see `TrainConfig` for the shared fields."""
+
+    model: PathLike
+    data: Sequence[PathLike]
+    cache: PathLike
+    token_budget: int = 16384
+    precision: Precision = "fp32"
+    device: str | None = None
+    rules: TokenizationRules = field(default_factory=TokenizationRules)
+    max_bad_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of one evaluation.
+
+    Attributes:
+        policy: folder of the trained model or adapter.
+        reference: folder of the reference model.
+        data: held-out preference files.
+        beta: reward per nat of log-ratio.
+        samples: completions to draw from the policy for the KL to the reference; 0 for none.
+        max_new_tokens: longest drawn completion.
+        seed: of the drawing.
+        token_budget, precision, device, rules, max_bad_fraction: as in `TrainConfig`.
+    """
+
+    policy: PathLike
+    reference: PathLike
+    data: Sequence[PathLike]
+    beta: float = 0.1
+    samples: int = 0
+    max_new_tokens: int = 128
+    seed: int = 0
+    token_budget: int = 16384
+    precision: Precision = "fp32"
+    device: str | None = None
+    rules: TokenizationRules = field(default_factory=TokenizationRules)
+    max_bad_fraction: float = 0.0

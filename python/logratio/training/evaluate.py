@@ -1,0 +1,211 @@
+"""How a policy does on held-out preferences, and how far it has moved from the reference."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from logratio._rust import ROLES, Store
+from logratio.forecast import Forecast
+from logratio.progress import Advance, progress
+from logratio.training import demand
+from logratio.training.calibration import Calibration, calibration
+from logratio.training.checks import batch_of, choose_layout
+from logratio.training.config import EvaluateConfig
+from logratio.training.models import autocast, check_model_folder, default_device, load_model
+from logratio.training.reference import score
+from logratio.training.sampling import sample_completions
+from logratio.training.setup import Dataset, load_dataset
+from logratio.training.tensors import Batch, to_torch
+
+
+@dataclass(frozen=True)
+class KlEstimate:
+    """The KL divergence of the policy from the reference, from the policy's own samples.
+
+    Attributes:
+        nats: mean of log π − log π_ref over `samples` completions, per completion.
+        standard_error: of that mean.
+        samples: how many completions were drawn.
+        mean_length: their mean tokens.
+    """
+
+    nats: float
+    standard_error: float
+    samples: int
+    mean_length: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on held-out pairs; rewards are β × log-ratio, in nats × β.
+
+    Attributes:
+        pairs: how many.
+        accuracy: share of pairs whose chosen reward is higher; a tie counts half.
+        accuracy_standard_error: binomial.
+        margin: mean chosen reward − rejected reward.
+        logratio_chosen, logratio_rejected: mean log-ratios, nats per completion.
+        length_chosen, length_rejected: mean counted tokens.
+        calibration: how often σ(margin) is right, by confidence.
+        kl: to the reference, if samples were asked for.
+    """
+
+    pairs: int
+    accuracy: float
+    accuracy_standard_error: float
+    margin: float
+    logratio_chosen: float
+    logratio_rejected: float
+    length_chosen: float
+    length_rejected: float
+    calibration: Calibration
+    kl: KlEstimate | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, for JSON."""
+        return asdict(self)
+
+
+def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluation:
+    """Compare policy and reference on held-out preference pairs.
+
+    Raises:
+        ModelFolderError, BadDataError, ConfigError: before anything long.
+    """
+    return prepare(config, show_progress=show_progress).run()
+
+
+def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
+    """Check the folders and tokenize the data; nothing long has started."""
+    for folder in (config.policy, config.reference):
+        check_model_folder(Path(folder))
+    dataset = load_dataset(
+        config.policy,
+        config.data,
+        config.rules,
+        max_bad_fraction=config.max_bad_fraction,
+        show_progress=show_progress,
+    )
+    return Evaluating(config, dataset, show_progress)
+
+
+class Evaluating:
+    """An evaluation that is ready to start."""
+
+    def __init__(self, config: EvaluateConfig, dataset: Dataset, show_progress: bool) -> None:
+        self.config, self.dataset, self.show_progress = config, dataset, show_progress
+        self.device = default_device(config.device)
+
+    @property
+    def forecast(self) -> Forecast:
+        """What the evaluation will need."""
+        models = (self.config.policy, self.config.reference)
+        tokens = float(self.dataset.store.shared_lengths().sum())
+        work = [demand.seconds(m, tokens, demand.FORWARD, self.config.device) for m in models]
+        return Forecast(
+            memory_bytes=4.0 * sum(map(demand.parameter_count, models)),
+            disk_bytes=0,
+            disk_path=Path(),
+            seconds=sum(work),
+            notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples",
+        )
+
+    @torch.no_grad()
+    def run(self) -> Evaluation:
+        """Score the pairs, draw samples if asked, and sum up."""
+        policy = load_model(self.config.policy, device=self.device)
+        reference = load_model(self.config.reference, device=self.device)
+        store = self.dataset.store
+        total = 2 * len(store)
+        with (
+            autocast(self.config.precision, self.device),
+            progress("evaluating", total, "pairs", show=self.show_progress) as advance,
+        ):
+            policy_logps = store_sums(policy, store, self.config.token_budget, advance)
+            reference_logps = store_sums(reference, store, self.config.token_budget, advance)
+            kl = self._kl(policy, reference) if self.config.samples else None
+        return summarize(store, policy_logps - reference_logps, self.config.beta, kl)
+
+    def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:
+        """Estimate the KL from completions that the policy draws for held-out prompts."""
+        store, count = self.dataset.store, self.config.samples
+        prompts = [store.group(i % len(store))[0].tolist() for i in range(count)]
+        drawn = sample_completions(
+            policy,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            eos_id=self.dataset.tokenizer.eos_id,
+            seed=self.config.seed,
+        )
+        ratios = drawn_logratios(policy, reference, prompts, drawn)
+        error = float(ratios.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+        lengths = [len(ids) for ids in drawn]
+        return KlEstimate(float(ratios.mean()), error, count, float(np.mean(lengths)))
+
+
+def drawn_logratios(
+    policy: nn.Module,
+    reference: nn.Module,
+    prompts: list[list[int]],
+    drawn: list[list[int]],
+) -> np.ndarray:
+    """Return log π − log π_ref of each drawn completion, float64 `[n]`."""
+    parts = []
+    for start in range(0, len(prompts), 64):
+        stop = start + 64
+        groups = [(p, [c]) for p, c in zip(prompts[start:stop], drawn[start:stop], strict=True)]
+        batch = batch_of(groups, "padded", next(policy.parameters()).device)
+        parts.append(_sums(policy, batch) - _sums(reference, batch))
+    return np.concatenate(parts)
+
+
+def store_sums(
+    model: nn.Module, store: Store, token_budget: int, advance: Advance = lambda *_: None
+) -> np.ndarray:
+    """Return the summed log-probs of every completion of a store, float64 `[N]`."""
+    layout, _ = choose_layout(model)
+    sums = np.zeros(store.completions)
+    for groups in _sorted_batches(store, token_budget, layout):
+        lay_out = store.shared_layout if layout == "shared" else store.padded_layout
+        batch = to_torch(lay_out(groups), next(model.parameters()).device)
+        sums[batch.targets.rows] = _sums(model, batch)
+        advance(len(groups))
+    return sums
+
+
+def _sorted_batches(store: Store, token_budget: int, layout: str) -> Iterator[np.ndarray]:
+    plan = store.plan(
+        order="sorted", groups_per_update=len(store), token_budget=token_budget, layout=layout
+    )
+    yield from np.split(plan.order, plan.micro_offsets[1:-1])
+
+
+def _sums(model: nn.Module, batch: Batch) -> np.ndarray:
+    return batch.targets.sums(score(model, batch)).double().cpu().numpy()
+
+
+def summarize(
+    store: Store, logratios: np.ndarray, beta: float, kl: KlEstimate | None = None
+) -> Evaluation:
+    """Sum up the log-ratios `[N]` of a store's completions."""
+    roles, lengths = store.roles(), store.counted_lengths()
+    chosen, rejected = roles == ROLES.index("chosen"), roles == ROLES.index("rejected")
+    margins = beta * (logratios[chosen] - logratios[rejected])
+    accuracy = float(((np.sign(margins) + 1) / 2).mean())
+    return Evaluation(
+        pairs=len(margins),
+        accuracy=accuracy,
+        accuracy_standard_error=float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
+        margin=float(margins.mean()),
+        logratio_chosen=float(logratios[chosen].mean()),
+        logratio_rejected=float(logratios[rejected].mean()),
+        length_chosen=float(lengths[chosen].mean()),
+        length_rejected=float(lengths[rejected].mean()),
+        calibration=calibration(margins),
+        kl=kl,
+    )

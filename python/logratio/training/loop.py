@@ -1,0 +1,223 @@
+"""The training loop: one update is a fixed number of groups, whatever the micro-batches."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logratio._rust import Plan, Store
+from logratio.progress import Advance, progress
+from logratio.training import checkpoint
+from logratio.training.checks import check_policy_is_reference
+from logratio.training.config import TrainConfig
+from logratio.training.interrupt import RunInterruptedError, interrupts
+from logratio.training.logps import completion_logps
+from logratio.training.metrics import DEMONSTRATION_METRICS, PAIR_METRICS, MetricsLog
+from logratio.training.objective import learning_rate, make_objective
+from logratio.training.reference import Reference
+from logratio.training.setup import beta_of, starts_at_reference
+from logratio.training.tensors import Batch, to_torch
+
+CANARY_GROUPS = 16
+CANARY_NATS = {"fp32": 1e-3, "bf16": 2.0}
+"""What rounding and another batch shape may move a sequence's log-prob by."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is NaN or infinite; no weight was touched by it."""
+
+
+class Loop:
+    """Updates of one policy: order, gradients, checks, metrics, checkpoints."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: Store,
+        policy: nn.Module,
+        reference: Reference | None,
+        layout: str,
+    ) -> None:
+        self.config, self.store, self.policy = config, store, policy
+        self.reference, self.layout = reference, layout
+        self.beta = beta_of(config)
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0)
+        self.device = self.parameters[0].device
+        self.objective = make_objective(config, self.beta)
+        self.names = DEMONSTRATION_METRICS if config.loss == "sft" else PAIR_METRICS
+
+    def run(self, updates: int, show_progress: bool) -> tuple[int, list[dict[str, float]]]:
+        """Do all updates that a checkpoint has not done yet."""
+        output = Path(self.config.output)
+        start = self._resume(output / "checkpoints") if self.config.resume else 0
+        if start == 0 and self.reference is not None and starts_at_reference(self.config):
+            self._check_start(self.reference)
+        self.policy.train()
+        history = []
+        log = MetricsLog(output, start)
+        with (
+            interrupts() as interrupted,
+            progress(
+                self.config.loss, len(self.store) * self.config.epochs, "pairs", show=show_progress
+            ) as advance,
+        ):
+            advance(min(start * self.config.batch_size, len(self.store) * self.config.epochs))
+            for step, epoch, micro_batches in self._updates(start):
+                values = self._update(step, updates, micro_batches)
+                values["epoch"] = epoch
+                log.write(step, values)
+                history.append(values)
+                _report(advance, sum(map(len, micro_batches)), values)
+                self._maybe_save(step, updates, interrupted())
+        log.close()
+        return updates, history
+
+    def _updates(self, start: int) -> Iterator[tuple[int, float, list[np.ndarray]]]:
+        """Yield (step, epoch, micro-batches of group numbers) of each update after `start`."""
+        step, epochs = 0, self.config.epochs
+        for epoch in range(epochs):
+            plan = self._plan(epoch)
+            count = len(plan.update_offsets) - 1
+            for update in range(count):
+                step += 1
+                if step > start:
+                    yield step, epoch + (update + 1) / count, _micro_batches(plan, update)
+
+    def _plan(self, epoch: int) -> Plan:
+        return self.store.plan(
+            order="length_grouped",
+            seed=self.config.seed,
+            epoch=epoch,
+            groups_per_update=self.config.batch_size,
+            token_budget=self.config.token_budget,
+            layout=self.layout,
+        )
+
+    def _update(self, step: int, updates: int, micro_batches: list[np.ndarray]) -> dict[str, float]:
+        """Do one update and return its metrics."""
+        rate = learning_rate(self.config, step - 1, updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        count = sum(map(len, micro_batches))
+        sums = sum(self._backward(groups, count) for groups in micro_batches)
+        assert isinstance(sums, Tensor)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        values = dict(zip(self.names, (sums / count).tolist(), strict=True))
+        values |= {"grad_norm": float(norm), "lr": rate}
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteError(self._blame(step, values, micro_batches))
+        self.optimizer.step()
+        return values
+
+    def _backward(self, groups: np.ndarray, count: int) -> Tensor:
+        """Add a micro-batch's share of the update's gradient; return its summed metrics."""
+        batch = self._batch(groups)
+        losses, sums = self.objective(*self._logps(batch), batch.targets)
+        (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+        return sums
+
+    def _batch(self, groups: np.ndarray) -> Batch:
+        shared = self.layout == "shared"
+        lay_out = self.store.shared_layout if shared else self.store.padded_layout
+        return to_torch(lay_out(groups), self.device)
+
+    def _logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the sums `[N]` under policy and reference (zeros where there is none)."""
+        policy = batch.targets.sums(completion_logps(self.policy, batch))
+        if self.reference is None:
+            return policy, torch.zeros_like(policy)
+        return policy, batch.targets.sums(self.reference.logps(batch))
+
+    @torch.no_grad()
+    def _check_start(self, reference: Reference) -> None:
+        """Compare policy and reference, which are one model still, on a few groups."""
+        count = min(CANARY_GROUPS, len(self.store))
+        chosen = np.linspace(0, len(self.store) - 1, count).astype(np.int64)
+        for groups in chosen:
+            policy, logps = self._logps(self._batch(groups[None]))
+            what = type(reference).__name__
+            check_policy_is_reference(policy, logps, CANARY_NATS[self.config.precision], what)
+
+    def _blame(self, step: int, values: dict[str, float], micro_batches: list[np.ndarray]) -> str:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        with torch.no_grad():
+            culprits = [
+                int(group)
+                for groups in micro_batches
+                for group in groups
+                if not math.isfinite(float(self._logps(self._batch(group[None]))[0].sum()))
+            ]
+        names = ", ".join(source_names(self.store, culprits)) or "no single record"
+        return (
+            f"update {step}: {', '.join(bad)} not finite; stopped before the weights changed "
+            f"(records: {names})"
+        )
+
+    def _maybe_save(self, step: int, updates: int, signal: int | None) -> None:
+        every = self.config.save_every
+        due = every > 0 and step % every == 0 and step < updates
+        folder = Path(self.config.output) / "checkpoints"
+        if due or (signal and step < updates):
+            at = checkpoint.Position(step, self._identity())
+            checkpoint.save(folder, self.policy, self.optimizer, at)
+        if signal and step < updates:
+            raise RunInterruptedError(
+                signal, f"saved update {step} in {folder}; --resume goes on from it"
+            )
+
+    def _resume(self, folder: Path) -> int:
+        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer)
+        for sentence in refused:
+            say(f"passed over a damaged checkpoint: {sentence}")
+        if at is None:
+            return 0
+        if changed := [k for k, v in self._identity().items() if at.identity.get(k) != v]:
+            raise ValueError(f"{folder}: the run to resume differs in {', '.join(changed)}")
+        return at.step
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run."""
+        names = (
+            "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs token_budget "
+            "precision seed"
+        )
+        fields = {name: getattr(self.config, name) for name in names.split()}
+        lora = asdict(self.config.lora) if self.config.lora else None
+        if lora:
+            lora["targets"] = list(lora["targets"])
+        return fields | {"beta": self.beta, "lora": lora, "data": self.store.digest}
+
+
+def _micro_batches(plan: Plan, update: int) -> list[np.ndarray]:
+    first, last = plan.update_offsets[update : update + 2]
+    offsets = plan.micro_offsets[first : last + 1]
+    return [plan.order[a:b] for a, b in pairwise(offsets)]
+
+
+def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
+    note = f"loss {values['loss']:.4f}"
+    if "rewards/accuracies" in values:
+        note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
+    advance(groups, note)
+
+
+def source_names(store: Store, groups: list[int]) -> list[str]:
+    """Name the file and line of each group."""
+    files, lines = store.sources()
+    names = json.loads(store.metadata).get("files", [])
+    return [f"{names[files[g]] if files[g] < len(names) else '?'}:{lines[g]}" for g in groups]
+
+
+def say(sentence: str) -> None:
+    """Write a sentence that the user should see, whatever becomes of the results."""
+    sys.stderr.write(sentence + "\n")

@@ -1,0 +1,137 @@
+"""Models from folders: safetensors only, never remote code, dropout off."""
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from logratio.training.config import LoraSettings, Precision
+
+ADAPTER_CONFIG = "adapter_config.json"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class ModelFolderError(ValueError):
+    """The folder holds no model that can be loaded safely."""
+
+
+def default_device(device: str | None) -> torch.device:
+    """Return `device`, or the GPU where there is one, or the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a causal language model, or an adapter with its base, in float32 and eval mode.
+
+    Returns:
+        The model with dropout off: a transformers model, or a peft wrapper around one.
+
+    Raises:
+        ModelFolderError: no such folder, or no safetensors weights in it.
+    """
+    folder = Path(folder)
+    check_model_folder(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        return _load_adapter(folder, device)
+    with _quietly():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    return without_dropout(model).to(device).eval()
+
+
+def _load_adapter(folder: Path, device: torch.device | str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    base = load_model(base_folder(folder), device=device)
+    model = PeftModel.from_pretrained(base, folder, local_files_only=True)
+    return without_dropout(model).to(device).eval()
+
+
+def base_folder(folder: str | Path) -> Path:
+    """Return the folder of the base model of an adapter, or `folder` if it is no adapter."""
+    config = Path(folder) / ADAPTER_CONFIG
+    if not config.exists():
+        return Path(folder)
+    base = Path(json.loads(config.read_text())["base_model_name_or_path"])
+    if not base.is_absolute() and not base.exists() and (Path(folder) / base).exists():
+        return Path(folder) / base
+    return base
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that holds no loadable model, before anything long.
+
+    Raises:
+        ModelFolderError: with what is missing.
+    """
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: no such model folder")
+    adapter = (folder / ADAPTER_CONFIG).exists()
+    if not adapter and not (folder / "config.json").exists():
+        raise ModelFolderError(f"{folder}: no config.json, so this is not a model folder")
+    if not any(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
+        raise ModelFolderError(
+            f"{folder}: no safetensors weights (other formats can run code when loaded); "
+            "convert with model.save_pretrained(folder) of transformers"
+        )
+    if adapter:
+        check_model_folder(base_folder(folder))
+
+
+def without_dropout(model: Model) -> Model:
+    """Set every dropout of `model` to 0: two passes over a pair must see the same network."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model
+
+
+def with_lora(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
+    """Wrap `model` in fresh adapters; at the start they change nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
+        lora_dropout=0.0,
+        target_modules=list(settings.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in bfloat16 inside the block where `precision` is bf16; weights stay float32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice off the terminal inside the block."""
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,86 @@
+"""Completions drawn from a model, for the KL to the reference and for judging."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from logratio.training.logps import transformer
+
+SAMPLE_ROWS = 256
+"""Completions drawn side by side."""
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    seed: int = 0,
+    greedy: bool = False,
+) -> list[list[int]]:
+    """Draw one completion of each prompt at temperature 1 from the whole distribution.
+
+    Args:
+        model: the policy, in eval mode.
+        prompts: token ids.
+        max_new_tokens: a completion that has no EOS by then is cut there.
+        eos_id: ends a completion, and is its last token; None if nothing does.
+        seed: same seed, same completions; the caller's random state is untouched.
+        greedy: take the most likely token instead of drawing.
+
+    Returns:
+        Token ids of each completion, EOS included.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    drawn: list[list[int]] = [[] for _ in prompts]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), SAMPLE_ROWS):
+            rows = order[start : start + SAMPLE_ROWS]
+            ids = _generate(model, [prompts[i] for i in rows], max_new_tokens, eos_id, greedy)
+            for row, completion in zip(rows, ids, strict=True):
+                drawn[row] = _until_eos(completion, eos_id)
+    return drawn
+
+
+def _generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_id: int | None,
+    greedy: bool,
+) -> list[list[int]]:
+    inner = transformer(model)
+    ids, mask = _left_padded(prompts, inner.device)
+    out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=1,
+        do_sample=not greedy,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=eos_id,
+        pad_token_id=0 if eos_id is None else eos_id,
+    )
+    return out[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _until_eos(completion: list[int], eos_id: int | None) -> list[int]:
+    if eos_id is None or eos_id not in completion:
+        return completion
+    return completion[: completion.index(eos_id) + 1]

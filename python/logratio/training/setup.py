@@ -1,0 +1,214 @@
+"""From a configuration to everything a run needs, refusing what cannot work before it is long."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from logratio._rust import Store
+from logratio.data import DataReport, PreferenceTokenizer, TokenizationRules, build_store
+from logratio.forecast import Forecast, check_writable
+from logratio.progress import progress
+from logratio.training import demand
+from logratio.training.config import PathLike, TrainConfig
+from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.losses import LOSSES, PAIR_LOSSES
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    check_model_folder,
+    load_model,
+    with_lora,
+)
+from logratio.training.reference import (
+    AdapterReference,
+    CachedReference,
+    FrozenReference,
+    Reference,
+    open_cache,
+)
+
+
+class ConfigError(ValueError):
+    """The settings contradict each other or name something that does not exist."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenized records, with what became of every row of the files."""
+
+    store: Store
+    report: DataReport
+    tokenizer: PreferenceTokenizer
+
+
+def load_dataset(
+    model: PathLike,
+    data: Sequence[PathLike],
+    rules: TokenizationRules,
+    *,
+    path: Path | None = None,
+    demonstrations: bool = False,
+    max_bad_fraction: float = 0.0,
+    show_progress: bool = True,
+) -> Dataset:
+    """Tokenize `data` with the tokenizer in `model`.
+
+    Raises:
+        BadDataError: malformed rows, each named by file:line and code.
+        ConfigError: nothing is left to work on.
+    """
+    files = [Path(file) for file in data]
+    tokenizer = PreferenceTokenizer.load(Path(model), rules)
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    with progress("reading", total, "B", show=show_progress) as advance:
+        done = 0
+
+        def on_bytes(_rows: int, bytes_done: int, _total: int) -> None:
+            nonlocal done
+            advance(bytes_done - done)
+            done = bytes_done
+
+        store, report = build_store(
+            files,
+            tokenizer,
+            path,
+            demonstrations=demonstrations,
+            max_bad_fraction=max_bad_fraction,
+            progress=on_bytes,
+        )
+    if len(store) == 0:
+        raise ConfigError("no record is left to work on:\n" + report.to_text())
+    return Dataset(store, report, tokenizer)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: with the setting's name.
+        ModelFolderError: a folder holds no model.
+        OutputError: the output folder cannot be written to.
+    """
+    if config.loss not in LOSSES:
+        raise ConfigError(f"loss {config.loss!r} is unknown; there are {', '.join(LOSSES)}")
+    if config.batch_size < 1 or config.epochs < 1 or config.token_budget < 1:
+        raise ConfigError("batch_size, epochs and token_budget must be at least 1")
+    if not (math.isfinite(config.lr) and config.lr > 0 and 0 <= config.warmup < 1):
+        raise ConfigError("lr must be above 0 and warmup in [0, 1)")
+    if beta_of(config) <= 0:
+        raise ConfigError("beta must be above 0: it is the weight that keeps the policy close")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise ConfigError("label_smoothing must be in [0, 0.5)")
+    _check_options(config)
+    for folder in filter(None, (config.model, config.reference)):
+        check_model_folder(Path(folder))
+    if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"{config.model} is itself an adapter: merge it first "
+            "(merge_and_unload() and save_pretrained() of peft), then add a new one"
+        )
+    check_writable(Path(config.output))
+
+
+def _check_options(config: TrainConfig) -> None:
+    """Refuse an option that the loss would ignore: rivals do so in silence."""
+    options = PAIR_LOSSES[config.loss].options if config.loss in PAIR_LOSSES else frozenset()
+    if config.label_smoothing and "label_smoothing" not in options:
+        raise ConfigError(f"loss {config.loss} has no label_smoothing")
+    if config.gamma != TrainConfig.gamma and "gamma" not in options:
+        raise ConfigError(f"loss {config.loss} has no gamma")
+    if not needs_reference(config) and (config.cache or config.reference):
+        raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
+
+
+def beta_of(config: TrainConfig) -> float:
+    """Return β: the given one, or the loss's default (1 for sft, which has none)."""
+    if config.beta is not None:
+        return config.beta
+    return PAIR_LOSSES[config.loss].default_beta if config.loss in PAIR_LOSSES else 1.0
+
+
+def needs_reference(config: TrainConfig) -> bool:
+    """Tell whether the loss compares with a reference."""
+    return config.loss in PAIR_LOSSES and PAIR_LOSSES[config.loss].needs_reference
+
+
+def reference_kind(config: TrainConfig) -> str:
+    """Return where the reference comes from: none, cached, adapter or frozen."""
+    if not needs_reference(config):
+        return "none"
+    if config.cache:
+        return "cached"
+    return "adapter" if config.lora and not config.reference else "frozen"
+
+
+def build_policy(config: TrainConfig, device: str) -> nn.Module:
+    """Load the policy, with fresh adapters if asked; only what trains requires gradients."""
+    model = load_model(config.model, device=device)
+    if (Path(config.model) / ADAPTER_CONFIG).exists():
+        merged = model.merge_and_unload()  # type: ignore[operator]  # peft's
+        assert isinstance(merged, nn.Module)
+        return merged.requires_grad_(True)
+    return with_lora(model, config.lora) if config.lora else model
+
+
+def build_reference(config: TrainConfig, policy: nn.Module, store: Store) -> Reference | None:
+    """Make the reference that `reference_kind` names.
+
+    Raises:
+        StaleCacheError: the cache is of another model, or lacks completions.
+    """
+    kind, source = reference_kind(config), config.reference or config.model
+    if kind == "none":
+        return None
+    if kind == "adapter":
+        return AdapterReference(policy)
+    if kind == "frozen":
+        device = next(policy.parameters()).device
+        return FrozenReference(load_model(source, device=device))
+    assert config.cache is not None
+    reader = open_cache(config.cache, model_fingerprint(source, config.precision))
+    return CachedReference(store, reader, str(config.cache))
+
+
+def starts_at_reference(config: TrainConfig) -> bool:
+    """Tell whether the policy equals the reference before its first update."""
+    if not needs_reference(config):
+        return False
+    if config.reference is None:
+        return True
+    start: Fingerprint = model_fingerprint(config.model, config.precision)
+    return start.digest == model_fingerprint(config.reference, config.precision).digest
+
+
+def forecast(config: TrainConfig, store: Store) -> Forecast:
+    """Estimate what the run needs."""
+    kind = reference_kind(config)
+    frozen = (config.reference or config.model) if kind == "frozen" else None
+    share = 0.01 if config.lora else 1.0
+    model = demand.training_bytes(config.model, frozen, share)
+    weights = 4 * demand.parameter_count(config.model) * share
+    lengths = store.shared_lengths()
+    tokens = float(lengths.sum()) * config.epochs
+    budget = max(config.token_budget, int(lengths.max()))
+    work = demand.seconds(config.model, tokens, demand.TRAIN, config.device)
+    if kind in ("adapter", "frozen"):
+        work += demand.seconds(frozen or config.model, tokens, demand.FORWARD, config.device)
+    return Forecast(
+        memory_bytes=model + budget * activation_bytes(config.model),
+        disk_bytes=weights * (1 + (9 if config.save_every else 0)),
+        disk_path=Path(config.output),
+        seconds=work,
+        notes=f"reference {kind}, {tokens:,.0f} tokens",
+    )
+
+
+def activation_bytes(model: PathLike) -> float:
+    """Estimate the bytes that one token's activations take in a training pass, in float32."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 12
+    width = config.get("hidden_size") or config.get("n_embd") or 768
+    return 4 * 34 * float(layers) * float(width)

@@ -1,0 +1,117 @@
+"""From a configuration to a trained model on disk."""
+
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from logratio import __version__
+from logratio.forecast import Forecast
+from logratio.training.attention import shared_prompts
+from logratio.training.checks import choose_layout
+from logratio.training.config import TrainConfig
+from logratio.training.logps import transformer
+from logratio.training.loop import Loop, say
+from logratio.training.models import autocast, default_device
+from logratio.training.setup import (
+    Dataset,
+    beta_of,
+    build_policy,
+    build_reference,
+    check_config,
+    forecast,
+    load_dataset,
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        output: folder of the trained model, which `from_pretrained` opens.
+        steps: updates done.
+        history: one row of metrics per update of this process.
+    """
+
+    output: Path
+    steps: int
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
+    """Train a policy on preferences, or on demonstrations with `loss="sft"`.
+
+    Returns:
+        The folder that now holds the model, and the metrics of every update.
+
+    Raises:
+        ConfigError, ModelFolderError, OutputError, BadDataError: before anything long.
+        StaleCacheError: the cache does not hold this reference's log-probs of this data.
+        NonFiniteError: a loss was not finite; names the records.
+        RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    return prepare(config, show_progress=show_progress).run()
+
+
+def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
+    """Check the settings and tokenize the data; nothing long has started."""
+    check_config(config)
+    dataset = load_dataset(
+        config.model,
+        config.data,
+        config.rules,
+        path=Path(config.output) / "train.store",
+        demonstrations=config.loss == "sft",
+        max_bad_fraction=config.max_bad_fraction,
+        show_progress=show_progress,
+    )
+    return Training(config, dataset, show_progress)
+
+
+class Training:
+    """A run that is ready to start."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, show_progress: bool) -> None:
+        self.config, self.dataset, self.show_progress = config, dataset, show_progress
+        self.store = dataset.store
+        self.device = default_device(config.device)
+        self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
+
+    @property
+    def forecast(self) -> Forecast:
+        """What the run will need."""
+        return forecast(self.config, self.store)
+
+    def run(self) -> TrainResult:
+        """Train, save, and return what was reached."""
+        torch.manual_seed(self.config.seed)
+        policy = build_policy(self.config, str(self.device))
+        reference = build_reference(self.config, policy, self.store)
+        with autocast(self.config.precision, self.device):
+            layout, reason = choose_layout(policy)
+        if layout == "padded":
+            say(f"padded layout (slower, never wrong): {reason}")
+        loop = Loop(self.config, self.store, policy, reference, layout)
+        with autocast(self.config.precision, self.device), _attention(policy, layout):
+            steps, history = loop.run(self.updates, self.show_progress)
+        save_policy(policy, self.config, self.dataset)
+        return TrainResult(Path(self.config.output), steps, history)
+
+
+def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
+    return shared_prompts(transformer(policy)) if layout == "shared" else nullcontext()
+
+
+def save_policy(policy: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
+    """Write the model (or adapter), its tokenizer and the settings to the output folder."""
+    output = Path(config.output)
+    policy.save_pretrained(output, safe_serialization=True)  # type: ignore[operator]
+    dataset.tokenizer.save(output)
+    settings = {"version": __version__, "beta": beta_of(config), **asdict(config)}
+    (output / "training.json").write_text(json.dumps(settings, indent=1, default=str))
+    (output / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))

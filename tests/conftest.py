@@ -1,0 +1,62 @@
+"""Fixtures that many test files share: the real material, a small tokenizer, tiny seeded models."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_model
+from transformers import PreTrainedModel
+
+torch.set_num_threads(1)  # two threads on a crowded machine made small models 200 times slower
+
+WORDS = ["a", "the", "cat", "dog", "bird", "sits", "runs", "sings", "on", "in", "under", "tree", "house", "mat", "happy", "sad", "loud"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models, or a skip that says so."""
+    folder = Path(os.environ.get("LOGRATIO_SHARED", Path(__file__).parent.parent / "../shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("LOGRATIO_SHARED (default ../shared) holds no real data and models here")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama and a word-level tokenizer; never changed by a test."""
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., Path]:
+    """Make further tiny models: `make_model("name", seed=1)`."""
+    return lambda name, seed=0: save_tiny_model(tmp_path / name, seed)
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """Sixteen preference pairs in the tiny tokenizer's words."""
+    return write_pairs(tmp_path / "pairs.jsonl", 16)
+
+
+def write_pairs(path: Path, count: int) -> Path:
+    """Write `count` different pairs: chosen completions end happy, rejected ones sad."""
+    rows = []
+    for i in range(count):
+        subject, verb, place = WORDS[2 + i % 3], WORDS[5 + i // 3 % 3], WORDS[11 + i // 9 % 3]
+        prompt = f"the {subject} {verb}" + " loud" * (i % 4)
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": f" in the {place} happy" + " happy" * (i % 3),
+                "rejected": f" under a {place} sad",
+            }
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+__all__ = ["PreTrainedModel", "write_pairs"]

@@ -1,0 +1,177 @@
+"""One log-prob function: shared = padded = the fp64 oracle, and no completion sees another."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import Group, in_float64, per_token_logps
+from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
+from torch import Tensor
+
+from logratio.training import completion_logps
+from logratio.training.attention import SharedPromptError, shared_prompts
+from logratio.training.checks import (
+    UnsupportedModelError,
+    batch_of,
+    check_head,
+    check_policy_is_reference,
+    choose_layout,
+)
+from logratio.training.reference import score
+
+LAYOUTS = ("shared", "padded")
+
+
+def random_groups(seed: int = 0, completions: int = 2) -> list[Group]:
+    """Ragged groups; some prompts and completions are longer than the sliding window."""
+    random = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return random.integers(1, VOCABULARY, random.integers(low, high)).tolist()
+
+    return [(ids(1, 40), [ids(1, 30) for _ in range(completions)]) for _ in range(4)]
+
+
+def weights(count: int) -> Tensor:
+    return torch.linspace(-1, 1, count, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts_equal_the_oracle_in_values_and_gradients(family: str) -> None:
+    model, groups = tiny(FAMILIES[family]()), random_groups()
+    double = in_float64(model)
+    expected = per_token_logps(double, groups)
+    (weights(len(expected)) * expected).sum().backward()
+    truth = torch.cat([p.grad.flatten() for p in double.parameters() if p.grad is not None])
+    for layout in LAYOUTS:
+        model.zero_grad()
+        logps = score(model, batch_of(groups, layout))
+        assert logps.dtype == torch.float32
+        assert float((logps.double() - expected).detach().abs().max()) <= 1e-5
+        (weights(len(logps)) * logps).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert float((gradient.double() - truth).norm() / truth.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_of_a_group_do_not_see_each_other(family: str) -> None:
+    model = tiny(FAMILIES[family]())
+    (prompt, (first, second)), *rest = random_groups(seed=3)
+    other = [(token + 1) % VOCABULARY for token in second]
+    with torch.no_grad():
+        before = score(model, batch_of([(prompt, [first, second]), *rest], "shared"))
+        after = score(model, batch_of([(prompt, [first, other]), *rest], "shared"))
+    kept = slice(0, len(first))
+    moved = slice(len(first), len(first) + len(second))
+    beyond = slice(len(first) + len(second), None)
+    assert torch.equal(before[kept], after[kept])
+    assert torch.equal(before[beyond], after[beyond])
+    assert not torch.equal(before[moved], after[moved])
+
+
+@pytest.mark.parametrize("completions", [1, 3, 8])
+def test_groups_of_any_size(completions: int) -> None:
+    model, groups = tiny(FAMILIES["llama"]()), random_groups(1, completions)
+    with torch.no_grad():
+        expected = per_token_logps(in_float64(model), groups)
+        for layout in LAYOUTS:
+            logps = score(model, batch_of(groups, layout)).double()
+            assert torch.allclose(logps, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_the_leak_check(family: str) -> None:
+    assert choose_layout(tiny(FAMILIES[family]())) == ("shared", "leak check passed")
+
+
+def test_a_model_with_a_running_state_gets_the_padded_layout() -> None:
+    model = tiny(mamba_config(), scale=1.0)
+    layout, reason = choose_layout(model)
+    assert layout == "padded"
+    assert "Mamba" in reason
+    groups = random_groups(2)
+    with torch.no_grad():
+        expected = per_token_logps(in_float64(model), groups)
+        logps = score(model, batch_of(groups, "padded"))
+    assert torch.allclose(logps.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from logratio.training import attention
+
+    monkeypatch.setattr(attention, "_owners", lambda *_: torch.zeros(()).expand(1))
+    layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
+    assert layout == "padded"
+    assert "see each other" in reason
+
+
+def test_an_unknown_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(FAMILIES["llama"]())
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda _: torch.nn.Identity())
+    with pytest.raises(UnsupportedModelError, match=r"head|size"):
+        check_head_or_shape(model)
+
+
+def check_head_or_shape(model: torch.nn.Module) -> None:
+    """An unscaled head is found by value; one of another width by shape."""
+    try:
+        check_head(model)
+    except RuntimeError as error:
+        raise UnsupportedModelError(str(error)) from error
+
+
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from logratio.training import logps as module
+
+    model, batch = tiny(FAMILIES["gemma3"]()), batch_of(random_groups(4), "padded")
+    whole = completion_logps(model, batch)
+    whole.sum().backward()
+    gradient = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    monkeypatch.setattr(module, "TILE_ELEMENTS", 7 * VOCABULARY)
+    tiled = completion_logps(model, batch)
+    tiled.sum().backward()
+    assert torch.allclose(whole, tiled, atol=1e-6)
+    again = [p.grad for p in model.parameters() if p.grad is not None]
+    for one, other in zip(gradient, again, strict=True):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_soft_capped_attention_is_refused_not_guessed() -> None:
+    from logratio.training.attention import SharedPrompt, shared_prompt_attention
+
+    batch = batch_of(random_groups(), "shared")
+    heads = torch.zeros(1, 2, batch.input_ids.shape[1], 4)
+    with pytest.raises(SharedPromptError, match="softcap"):
+        shared_prompt_attention(
+            torch.nn.Identity(),
+            heads,
+            heads,
+            heads,
+            None,
+            shared_prompt=SharedPrompt(batch),  # type: ignore[arg-type]
+            softcap=30.0,
+        )
+
+
+def test_the_models_own_attention_comes_back() -> None:
+    model = tiny(FAMILIES["llama"]())
+    before = model.config._attn_implementation
+    with shared_prompts(model), shared_prompts(model):
+        assert model.config._attn_implementation != before
+    assert model.config._attn_implementation == before
+
+
+def test_sums_leave_out_what_does_not_count() -> None:
+    batch = batch_of([([1, 2], [[3, 4, 5], [6]])], "padded")
+    targets = batch.targets
+    targets.completion_mask[0] = False
+    per_token = torch.tensor([-1.0, -2.0, -4.0, -8.0])
+    assert targets.sums(per_token).tolist() == [-6.0, -8.0]
+    assert targets.lengths.tolist() == [2.0, 1.0]
+
+
+def test_a_reference_that_differs_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="do not trust"):
+        check_policy_is_reference(torch.zeros(3), torch.tensor([0, 0, 0.1]), 1e-3, "the cache")
+    with pytest.raises(UnsupportedModelError, match="nan"):
+        check_policy_is_reference(torch.zeros(1), torch.tensor([torch.nan]), 1e-3, "the cache")
