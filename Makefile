@@ -53,14 +53,15 @@ clean: ## remove what was built; .venv stays (delete it to start anew)
 # Python files need no rebuild: the package is installed editable. pip may not reach for anything
 # here, so a dependency that has no pin stops the build instead of slipping in.
 $(BUILT): $(PINNED) Cargo.toml Cargo.lock pyproject.toml $(shell find rust -type f)
-	PIP_NO_INDEX=1 $(BIN)/maturin develop --release --locked
+	PIP_NO_INDEX=1 PIP_QUIET=1 $(BIN)/maturin develop --release --locked
 	@touch $@
 
-$(PINNED): .venv/created .ci/constraints.txt .ci/dev.txt .ci/$(RUNTIME).txt
+$(PINNED): .venv/created .ci/constraints.txt .ci/tools.txt .ci/$(RUNTIME).txt
+	@echo "Installing the pinned dependencies. On Linux: about 3.2 GB to download, 6 GB on disk."
 	@rm -f .venv/pinned-*
 	$(BIN)/python -m pip uninstall -qq --yes $(filter-out $(RUNTIME),onnxruntime onnxruntime-gpu)
 	$(BIN)/python -m pip install --require-hashes --only-binary :all: \
-		-r .ci/constraints.txt -r .ci/$(RUNTIME).txt -r .ci/dev.txt
+		-r .ci/constraints.txt -r .ci/$(RUNTIME).txt -r .ci/tools.txt
 	@touch $@
 
 .venv/created:
@@ -79,6 +80,6 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRADE=--upgrade
 	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
 		-o .ci/constraints.txt
-	$(COMPILE) --group dev -c .ci/constraints.txt -o .ci/dev.txt
+	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
 	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt
 	echo onnxruntime-gpu | $(COMPILE) - --no-deps -o .ci/onnxruntime-gpu.txt
