@@ -1,0 +1,31 @@
+"""Import what only an extra brings, or say in one sentence which extra is missing."""
+
+import importlib
+from types import ModuleType
+
+
+class MissingExtraError(ImportError):
+    """A library is missing that an optional part of logratio needs."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, which comes with `extra`.
+
+    Args:
+        module: dotted name of the module.
+        extra: name in pyproject.toml of an extra that carries it, and that has a `-cpu` twin.
+
+    Raises:
+        MissingExtraError: `module` is not installed; the message has the line that installs it.
+        ImportError: `module` is there, but something that it imports itself is not.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise MissingExtraError(
+            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]', "
+            f"or 'logratio[{extra}-cpu]' where there is no CUDA",
+            name=error.name,
+        ) from None

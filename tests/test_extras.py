@@ -1,0 +1,38 @@
+"""What a missing extra says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from logratio.extras import MissingExtraError, require
+
+
+def test_present_module_is_imported() -> None:
+    assert require("json", "serve") is json
+
+
+def test_missing_module_names_both_kinds_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(MissingExtraError) as caught:
+        require("fastapi", "serve")
+    assert "fastapi is not installed" in str(caught.value)
+    assert "pip install 'logratio[serve]'" in str(caught.value)
+    assert "'logratio[serve-cpu]'" in str(caught.value)
+    assert caught.value.name == "fastapi"
+
+
+def test_missing_submodule_counts_as_its_library() -> None:
+    with pytest.raises(MissingExtraError, match=r"^absent_library is not installed"):
+        require("absent_library.inner", "rank")
+
+
+def test_library_that_lacks_its_own_dependency_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_installed.py").write_text("import absent_library\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'absent_library'") as caught:
+        require("half_installed", "rank")
+    assert not isinstance(caught.value, MissingExtraError)
