@@ -1,0 +1,101 @@
+//! The Python face of the crate: the only folder that names `pyo3`. It translates and decides nothing.
+#![allow(clippy::needless_pass_by_value)] // pyo3 extracts arguments into owned values
+
+mod cache;
+mod layout;
+mod store;
+
+use std::io;
+
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
+use pyo3::{
+    create_exception,
+    exceptions::{PyIndexError, PyOSError, PyValueError},
+    prelude::*,
+    types::{PyBytes, PyTuple},
+};
+
+use crate::{Error, group::ROLES};
+
+create_exception!(
+    logratio._rust,
+    CorruptStoreError,
+    PyValueError,
+    "The file is not a store, or part of it is missing or altered."
+);
+
+create_exception!(
+    logratio._rust,
+    CorruptCacheError,
+    PyValueError,
+    "A journal is damaged, holds impossible values, or belongs to another reference."
+);
+
+/// The one place where errors change language.
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        let text = error.to_string();
+        match error {
+            Error::Io { path, source } => match source.raw_os_error() {
+                Some(errno) => PyOSError::new_err((errno, message(&source), path.into_os_string())),
+                None => PyOSError::new_err(text),
+            },
+            Error::CorruptStore { .. } => CorruptStoreError::new_err(text),
+            Error::CorruptCache { .. } => CorruptCacheError::new_err(text),
+            Error::OutOfRange { .. } => PyIndexError::new_err(text),
+            Error::Invalid(_) | Error::Closed { .. } => PyValueError::new_err(text),
+        }
+    }
+}
+
+/// The system's words without the number, which Python prints itself.
+fn message(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().into()
+}
+
+/// Hands a buffer to numpy as a matrix, without a copy.
+fn matrix<T: Element>(
+    py: Python<'_>,
+    values: Vec<T>,
+    shape: [usize; 2],
+) -> PyResult<Py<PyArray2<T>>> {
+    Ok(PyArray1::from_vec(py, values).reshape(shape)?.unbind())
+}
+
+/// Hands a buffer to numpy, without a copy.
+fn array<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyArray1<T>> {
+    PyArray1::from_vec(py, values).unbind()
+}
+
+/// Groups, plans, layouts and the reference cache, in Rust.
+#[pymodule(gil_used = false)]
+mod _rust {
+    use super::*;
+
+    #[pymodule_export]
+    use super::{
+        CorruptCacheError, CorruptStoreError,
+        cache::{CacheReader, CacheWriter},
+        layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
+        store::{Plan, Store, StoreWriter},
+    };
+
+    /// Hash one completion in its prompt: 32 bytes from the ids exactly as fed to the model
+    /// (prompt, then completion) and `start`, the length of the prompt.
+    #[pyfunction]
+    fn content_key<'py>(
+        py: Python<'py>,
+        ids: PyReadonlyArray1<'py, i32>,
+        start: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let ids = ids.as_slice()?;
+        let key = py.detach(|| crate::fingerprint::content_key(ids, start))?;
+        Ok(PyBytes::new(py, &key))
+    }
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("ROLES", PyTuple::new(module.py(), ROLES)?)
+    }
+}
