@@ -1,0 +1,45 @@
+"""Every reason for which data is not taken as it stands: a stable code and what it means.
+
+E: the structure is broken, and the run stops unless it was told to go on. R: the content is of no
+use to training, so the row is refused and counted. W: the row is kept, and counted.
+"""
+
+CODES: dict[str, str] = {
+    "E101": "malformed JSON",
+    "E102": "the file ends inside a record",
+    "E103": "not UTF-8",
+    "E104": "a lone surrogate, which no tokenizer can encode",
+    "E105": "the file is one JSON array instead of a record a line",
+    "E106": "the file holds no record",
+    "E107": "the line is too long",
+    "E108": "damaged gzip data",
+    "E201": "a key is missing",
+    "E202": "a value is null",
+    "E203": "a value has the wrong type",
+    "E205": "a key stands twice in one object",
+    "E206": "a shape that is not known",
+    "E304": "a prompt longer than its limit, where the rules say that this is an error",
+    "E401": "messages, but no chat template",
+    "E402": "two beginning-of-text or two end-of-text tokens",
+    "E403": "turns whose roles make no prompt and answer",
+    "E404": "the chat template does not repeat the prompt when the answer follows",
+    "R301": "an empty completion",
+    "R302": "identical completions",
+    "R303": "completions that are identical once truncated",
+    "R304": "a prompt longer than its limit",
+    "R305": "an empty prompt, and the tokenizer adds no beginning-of-text token",
+    "R306": "the limit leaves no token of the answer",
+    "W501": "a special token is spelled in the text",
+    "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
+    "W503": "a completion was cut at the limit",
+    "W504": "an empty prompt",
+    "W505": "a NUL character in the text",
+    "W506": "a prompt was cut at its limit",
+    "W507": "the same two completions stand elsewhere the other way round",
+}
+"""W502 and W503 are counted per completion, every other code per record."""
+
+
+def stops(code: str) -> bool:
+    """Say whether a code means broken structure, which stops the run by default."""
+    return code.startswith("E")
