@@ -1,0 +1,163 @@
+"""Chat templates, rendered exactly as transformers renders them, without transformers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from logratio.data.records import Message
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplateError(ValueError):
+    """A chat template is malformed, or refuses or fails on these messages."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Templates are programs from strangers: they run in jinja2's sandbox and can read the messages
+    and the special tokens only.
+
+    Attributes:
+        source: The template's text.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Compile a template.
+
+        Args:
+            source: The template's text.
+            special_tokens: What the template reads as ``bos_token``, ``eos_token`` and so on.
+
+        Raises:
+            ChatTemplateError: The template is malformed.
+        """
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            reason = f"the chat template is malformed at line {error.lineno}: {error.message}"
+            raise ChatTemplateError(reason) from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """Write messages as the text that a model reads.
+
+        Args:
+            messages: The turns, from the first.
+            add_generation_prompt: End with what asks the assistant to speak.
+
+        Raises:
+            ChatTemplateError: The template refuses the messages (roles that do not alternate, say)
+                or fails on them.
+        """
+        try:
+            return self._template.render(
+                messages=[_with_reasoning(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except Exception as error:  # a template is a program: whatever it raises, it is at fault
+            raise ChatTemplateError(f"the chat template fails: {error}") from error
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    """Offer a message's reasoning under every name that templates read; leave out null values."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+class _Generation(Extension):
+    """Let ``{% generation %}`` pass: it marks the assistant's words for other trainers."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class has a plain set)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_pass")
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _pass(self, caller: Macro) -> str:
+        return str(caller())
+
+
+class _Namespace(Namespace):
+    """jinja2's ``namespace``, closed to names that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `self=…` is an attribute too
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_public(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+class _Dict:
+    """``dict`` without its attributes, through which a template could leave the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _check_public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        reason = f"a chat template cannot store {name!r} in a namespace"
+        raise jinja2.exceptions.SecurityError(reason)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON plainly, where jinja2's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

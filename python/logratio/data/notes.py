@@ -1,0 +1,35 @@
+"""Text that is kept, and worth a warning."""
+
+import re
+
+from tokenizers import Tokenizer
+
+from logratio.data.records import PreferenceRecord
+
+
+def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> list[str]:
+    """Name what is odd about a record's text.
+
+    Args:
+        record: The record, before a chat template adds special tokens of its own.
+        spelled: Matches special tokens; see `special_pattern`.
+
+    Returns:
+        W501, W504, W505 as they apply.
+    """
+    texts = list(record.texts())
+    notes = []
+    if spelled and any(spelled.search(text) for text in texts):
+        notes.append("W501")
+    if record.prompt == "":
+        notes.append("W504")
+    if any("\0" in text for text in texts):
+        notes.append("W505")
+    return notes
+
+
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Match any special token spelled out, the longest first; None where there is none."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, special))) if special else None

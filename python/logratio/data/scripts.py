@@ -1,0 +1,172 @@
+"""Records to running text: what the model reads, and which of it counts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from logratio.data.chat import ChatTemplate, ChatTemplateError
+from logratio.data.records import Completion, InvalidRecordError, Message, PreferenceRecord, Text
+
+Turns = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a completion's text, and whether its tokens count."""
+
+    text: str
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A record as text.
+
+    Attributes:
+        prompt: What the model reads before it answers.
+        completions: The pieces of each completion, in order.
+        moved: Whether each completion had to be looked for behind a prompt that its template
+            writes differently once the answer follows.
+    """
+
+    prompt: str
+    completions: tuple[tuple[Piece, ...], ...]
+    moved: tuple[bool, ...]
+
+    def running_texts(self) -> Iterator[str]:
+        """Yield the prompt, then each completion's beginnings: after every piece, all so far."""
+        yield self.prompt
+        for pieces in self.completions:
+            text = self.prompt
+            for piece in pieces:
+                text += piece.text
+                yield text
+
+
+def plain_script(record: PreferenceRecord) -> Script:
+    """Write a record of strings: texts follow each other as they are."""
+    completions = []
+    for completion in record.completions:
+        pieces = [Piece(str(completion.answer), True)]
+        if completion.context:
+            pieces.insert(0, Piece(str(completion.context), False))
+        completions.append(tuple(pieces))
+    return Script(str(record.prompt), tuple(completions), (False,) * len(completions))
+
+
+def chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | None) -> Script:
+    """Write a record of messages as its chat template has it.
+
+    Args:
+        record: The record.
+        template: Its template.
+        eos: The end-of-text token as the template writes it; white space behind it is left out.
+
+    Raises:
+        InvalidRecordError: E403 where the template refuses the turns, E404 where an answer cannot
+            be found in what the template writes.
+    """
+    prompt = _turns(record.prompt)
+    try:
+        asked = template.render(prompt, add_generation_prompt=True)
+        written = [
+            _chat_pieces(_Chat(template, eos, prompt, completion), len(prompt), asked)
+            for completion in record.completions
+        ]
+    except ChatTemplateError as error:
+        raise InvalidRecordError("E403", str(error)) from error
+    return Script(
+        asked, tuple(pieces for pieces, _ in written), tuple(moved for _, moved in written)
+    )
+
+
+def _turns(text: Text) -> Turns:
+    return text if isinstance(text, tuple) else ()
+
+
+def _chat_pieces(chat: "_Chat", first: int, asked: str) -> tuple[tuple[Piece, ...], bool]:
+    """Cut a completion that begins with turn ``first``; say whether its boundary moved."""
+    position = chat.start_of(first, asked)
+    pieces = []
+    for index in chat.answers:
+        start = position if index == first else chat.start_of(index)
+        end = chat.end_of(index, start)
+        if not position <= start <= end:
+            raise chat.not_found()
+        if start > position:
+            pieces.append(Piece(chat.text[position:start], False))
+        pieces.append(Piece(chat.text[start:end], True))
+        position = end
+    return tuple(pieces), not chat.text.startswith(asked)
+
+
+class _Chat:
+    """A whole chat as rendered, and where in it each turn stands.
+
+    Attributes:
+        text: What the template writes.
+        answers: The numbers of the turns that count.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, eos: str | None, prompt: Turns, completion: Completion
+    ) -> None:
+        context, answer = _turns(completion.context), _turns(completion.answer)
+        self._template = template
+        self._eos = eos or "\0"  # which no template writes
+        self._turns = (*prompt, *context, *answer)
+        self.text = template.render(self._turns)
+        counted = range(len(self._turns) - len(answer), len(self._turns))
+        self.answers = [i for i in counted if self._turns[i]["role"] == "assistant"]
+
+    def start_of(self, index: int, asked: str | None = None) -> int:
+        """Find where the assistant begins to speak in a turn, behind what asks it to."""
+        if asked is None:
+            asked = self._template.render(self._turns[:index], add_generation_prompt=True)
+        return len(asked) if self.text.startswith(asked) else self._locate(index, asked)
+
+    def end_of(self, index: int, start: int) -> int:
+        """Find where a turn ends: with its end-of-text token, without white space behind it."""
+        is_last = index == len(self._turns) - 1
+        told = self.text if is_last else self._template.render(self._turns[: index + 1])
+        if self.text.startswith(told):
+            trimmed = told.rstrip()
+            return len(trimmed) if trimmed.endswith(self._eos) else len(told)
+        said = self._said(index)
+        found = self.text.find(said, start)
+        if found < 0:
+            raise self.not_found()
+        end = found + len(said)
+        return end + len(self._eos) if self.text.startswith(self._eos, end) else end
+
+    def _locate(self, index: int, asked: str) -> int:
+        """Find an answer whose template writes what stands before it differently later on.
+
+        Templates of thinking models ask with "<think>" and leave it out once the answer is there.
+        The answer starts where the two texts part, or a little before if it begins alike.
+        """
+        said = self._said(index)
+        parting = _common_prefix(asked, self.text)
+        before = self._template.render(self._turns[:index])
+        for start in range(parting, _common_prefix(before, self.text) - 1, -1):
+            if self.text.startswith(said, start):
+                return start
+        found = self.text.find(said, parting)
+        if found < 0:
+            raise self.not_found()
+        return found
+
+    def _said(self, index: int) -> str:
+        said = str(self._turns[index].get("content") or "").strip()
+        if not said:
+            raise self.not_found()
+        return said
+
+    def not_found(self) -> InvalidRecordError:
+        """Make the error for an answer that the template hides."""
+        reason = "the chat template writes the prompt differently once the answer follows"
+        return InvalidRecordError("E404", f"{reason}, and the answer cannot be found in it")
+
+
+def _common_prefix(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,76 @@
+"""What is cut when a text is too long: stated once, looked at one sequence at a time."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+PromptTruncation = Literal["drop", "error", "keep_start", "keep_end"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizationRules:
+    """How text becomes ids; part of every bundle, so that serving does as training did.
+
+    Attributes:
+        max_length: Most tokens of a prompt and one completion together.
+        max_prompt_length: Most tokens of a prompt; None: ``max_length - 1``.
+        prompt_truncation: What becomes of a longer prompt: ``drop`` refuses its record (R304),
+            ``error`` stops (E304), ``keep_start`` and ``keep_end`` cut it.
+        append_eos: End completions of plain text with the end-of-text token. Set it to False
+            where completions are cut off. Chats end as their template says.
+
+    Raises:
+        ValueError: A length or policy is not possible.
+    """
+
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    prompt_truncation: PromptTruncation = "drop"
+    append_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}: a prompt and an answer need 2")
+        if not 1 <= self.prompt_budget < self.max_length:
+            longest = self.max_length - 1
+            raise ValueError(f"max_prompt_length is {self.prompt_budget}, not in 1 … {longest}")
+        if self.prompt_truncation not in get_args(PromptTruncation):
+            known = ", ".join(get_args(PromptTruncation))
+            raise ValueError(f"prompt_truncation is {self.prompt_truncation!r}, not one of {known}")
+
+    @property
+    def prompt_budget(self) -> int:
+        """Most tokens that a prompt may have."""
+        return self.max_length - 1 if self.max_prompt_length is None else self.max_prompt_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rules as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TokenizationRules":
+        """Read what `to_dict` returned."""
+        return cls(**values)
+
+
+def cut_prompt(ids: list[int], rules: TokenizationRules, bos_id: int | None) -> list[int] | None:
+    """Fit a prompt into its budget.
+
+    Args:
+        ids: The whole prompt.
+        rules: Its budget and what to keep.
+        bos_id: The token that stays in front if the prompt begins with it.
+
+    Returns:
+        The prompt, cut where needed; None where the rules keep no part of it.
+    """
+    budget = rules.prompt_budget
+    if len(ids) <= budget:
+        return ids
+    if rules.prompt_truncation == "keep_start":
+        return ids[:budget]
+    if rules.prompt_truncation == "keep_end":
+        front = ids[:1] if ids[0] == bos_id else []
+        tail = budget - len(front)
+        return front + ids[len(ids) - tail :]
+    return None
