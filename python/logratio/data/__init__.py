@@ -1,0 +1,39 @@
+"""Preference data: files to records to ids to a store. Loads neither torch nor transformers."""
+
+from logratio.data.batches import MicroBatch, micro_batches
+from logratio.data.chat import ChatTemplate, ChatTemplateError
+from logratio.data.codes import CODES
+from logratio.data.dataset import build_store
+from logratio.data.groups import TokenizedCompletion, TokenizedGroup
+from logratio.data.records import (
+    Completion,
+    InvalidRecordError,
+    Message,
+    PreferenceRecord,
+    Refusal,
+    Source,
+)
+from logratio.data.report import BadDataError, DataReport
+from logratio.data.tokenization import PreferenceTokenizer
+from logratio.data.truncation import TokenizationRules
+
+__all__ = [
+    "CODES",
+    "BadDataError",
+    "ChatTemplate",
+    "ChatTemplateError",
+    "Completion",
+    "DataReport",
+    "InvalidRecordError",
+    "Message",
+    "MicroBatch",
+    "PreferenceRecord",
+    "PreferenceTokenizer",
+    "Refusal",
+    "Source",
+    "TokenizationRules",
+    "TokenizedCompletion",
+    "TokenizedGroup",
+    "build_store",
+    "micro_batches",
+]

@@ -1,0 +1,169 @@
+"""What became of every row: kept, refused or left out as a duplicate, and why."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from logratio.data.codes import CODES, stops
+from logratio.data.groups import TokenizedGroup
+from logratio.data.records import Refusal, Source
+
+LISTED = 20
+"""Most places that are named for one cause; every one is counted."""
+
+_SHOWN = 3  # of them in the text
+
+
+class BadDataError(ValueError):
+    """The data is broken beyond what was allowed, or nothing of it is left.
+
+    Attributes:
+        errors: Up to twenty lines ``file:line:column [CODE] reason``.
+    """
+
+    def __init__(self, summary: str, errors: tuple[str, ...] = ()) -> None:
+        super().__init__(summary, errors)
+        self.summary = summary
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join((self.summary, *self.errors))
+
+
+@dataclass(slots=True)
+class DataReport:
+    """The account of a data set: ``read = kept + refused + deduplicated``.
+
+    Attributes:
+        read: Rows met, blank lines aside.
+        kept: Rows that became groups.
+        deduplicated: Rows that say what a kept row said before.
+        refused_by_code: Rows refused for each cause.
+        warnings_by_code: How often each warning was given (see `logratio.data.codes`).
+        blank_lines: Lines without a row.
+        formats: Rows of each shape.
+        extra_keys: Rows in which each key that was not read stands.
+        prompt_tokens: Of kept rows, each prompt once.
+        completion_tokens: Of kept rows, all completions.
+        places: For each code, and for "duplicate", the first places.
+    """
+
+    read: int = 0
+    kept: int = 0
+    deduplicated: int = 0
+    refused_by_code: Counter[str] = field(default_factory=Counter)
+    warnings_by_code: Counter[str] = field(default_factory=Counter)
+    blank_lines: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    extra_keys: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> int:
+        """Rows that were not taken."""
+        return self.refused_by_code.total()
+
+    @property
+    def broken(self) -> int:
+        """Rows refused for their structure (E…)."""
+        return sum(count for code, count in self.refused_by_code.items() if stops(code))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Count a refused row."""
+        self.refused_by_code[refusal.code] += 1
+        column = "" if refusal.column is None else f":{refusal.column}"
+        self._list(refusal.code, f"{refusal.source}{column} {refusal.reason}")
+
+    def warn(self, code: str, source: Source, detail: str = "") -> None:
+        """Count a warning about a row that is kept."""
+        self.warnings_by_code[code] += 1
+        self._list(code, f"{source}{detail}")
+
+    def drop_duplicate(self, source: Source, first: Source) -> None:
+        """Count a row that repeats a kept one."""
+        self.deduplicated += 1
+        self._list("duplicate", f"{source} repeats {first}")
+
+    def keep(self, group: TokenizedGroup) -> None:
+        """Count a kept row, its tokens and its warnings."""
+        self.kept += 1
+        self.prompt_tokens += len(group.prompt_ids)
+        self.completion_tokens += sum(len(completion.ids) for completion in group.completions)
+        for code in group.notes:
+            self.warn(code, group.source)
+
+    def check(self) -> None:
+        """Make sure that no row was lost.
+
+        Raises:
+            RuntimeError: The counts do not add up: a fault of this library.
+        """
+        if self.read != self.kept + self.refused + self.deduplicated:
+            raise RuntimeError(f"rows were lost: {self._counts()}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "refused": self.refused,
+            "deduplicated": self.deduplicated,
+            "refused_by_code": dict(sorted(self.refused_by_code.items())),
+            "warnings_by_code": dict(sorted(self.warnings_by_code.items())),
+            "blank_lines": self.blank_lines,
+            "formats": dict(self.formats),
+            "extra_keys": dict(self.extra_keys),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "places": self.places,
+        }
+
+    def to_text(self) -> str:
+        """Tell it to a person."""
+        lines = [self._counts()]
+        if self.kept:
+            tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion"
+            lines.append(f"{tokens} tokens")
+        lines += [f"{count:,} rows of {name}" for name, count in self.formats.items()]
+        if self.blank_lines:
+            lines.append(f"{self.blank_lines:,} blank lines")
+        if self.extra_keys:
+            lines.append(f"keys that were not read: {', '.join(sorted(self.extra_keys))}")
+        for counts in (self.refused_by_code, self.warnings_by_code):
+            for code, count in sorted(counts.items()):
+                lines.append(f"[{code}] {count:,} × {CODES[code]}")
+                lines += self._shown(code, count)
+        if self.deduplicated:
+            lines.append(f"{self.deduplicated:,} duplicates")
+            lines += self._shown("duplicate", self.deduplicated)
+        return "\n".join(lines)
+
+    def _counts(self) -> str:
+        return (
+            f"{self.read:,} rows read: {self.kept:,} kept, {self.refused:,} refused, "
+            f"{self.deduplicated:,} duplicates left out"
+        )
+
+    def _list(self, code: str, place: str) -> None:
+        places = self.places.setdefault(code, [])
+        if len(places) < LISTED:
+            places.append(place)
+
+    def _shown(self, code: str, count: int) -> list[str]:
+        lines = [f"  {place}" for place in self.places[code][:_SHOWN]]
+        return lines + ([f"  … and {count - _SHOWN:,} more"] if count > _SHOWN else [])
+
+
+def write_refusal(file: IO[str], refusal: Refusal) -> None:
+    """Append a refused row to a JSON lines file."""
+    row = {
+        "file": refusal.source.file,
+        "line": refusal.source.line,
+        "column": refusal.column,
+        "code": refusal.code,
+        "reason": refusal.reason,
+    }
+    file.write(json.dumps(row) + "\n")
