@@ -81,5 +81,7 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
 		-o .ci/constraints.txt
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
+	echo onnxruntime | $(COMPILE) - --group server --no-emit-package onnxruntime \
+		-c .ci/constraints.txt -o .ci/server.txt
 	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt
 	echo onnxruntime-gpu | $(COMPILE) - --no-deps -o .ci/onnxruntime-gpu.txt
