@@ -1,0 +1,164 @@
+"""Rules of the house that a machine can check: what lies where, how large, what is never done."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from repository import PACKAGE, ROOT, manifest, python_sources, relative, rust_sources, tracked
+
+TOP_LEVEL = {
+    *("Cargo.toml", "Cargo.lock", "pyproject.toml", "Makefile", ".gitignore", ".ci"),
+    *("README.md", "CHANGELOG.md", "LICENSE", "rust", "python", "tests", "benches"),
+}
+VAGUE = {"utils", "util", "helpers", "common", "misc", "shared_code"}
+HOSTS = re.compile(r"\b(pypi|pythonhosted|debian)\.org\b|\b(static|index)\.crates\.io\b")
+MACHINE_PATHS = re.compile(r"(?<![\w.:/])/(home|root|Users|work|mnt)/")
+PICKLES = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
+RISKY_CALLS = {
+    *("eval", "exec", "torch.load", "np.load", "numpy.load", "os.system", "yaml.load"),
+    *("torch.hub.load", "importlib.reload"),
+}
+
+
+def test_top_level_is_fixed() -> None:
+    assert {name.split("/")[0] for name in tracked()} == TOP_LEVEL
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    assert not [name for name in tracked() if set(Path(name).with_suffix("").parts) & VAGUE]
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=relative)
+def test_python_file_and_its_functions_are_short(path: Path) -> None:
+    source = path.read_text()
+    assert source.count("\n") <= 300, "split it by noun"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.body[0].lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", rust_sources(), ids=relative)
+def test_rust_file_is_short_and_keeps_to_its_side(path: Path) -> None:
+    code = path.read_text().split("\n#[cfg(test)]\nmod tests {")[0]
+    assert code.count("\n") <= 350, "split it by noun"
+    spoken = re.sub(r"//.*", "", code)
+    if relative(path) != "rust/map.rs":
+        assert not re.search(r"\bunsafe\b|\bunsafe_code\b", spoken)
+    if not relative(path).startswith("rust/python"):
+        assert not re.search(r"\b(pyo3|numpy)\b", spoken)
+
+
+def test_unsafe_code_is_denied_but_for_the_map() -> None:
+    assert manifest("Cargo.toml")["lints"]["rust"]["unsafe_code"] == "deny"
+    assert "unsafe_code" in (ROOT / "rust/map.rs").read_text()
+
+
+def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
+    found = []
+    for name in tracked():
+        if name == "Cargo.lock":  # cargo itself writes its registry's address there
+            continue
+        text = (ROOT / name).read_text(errors="ignore")
+        found += [(name, hit.group()) for hit in HOSTS.finditer(text)]
+        found += [(name, hit.group()) for hit in MACHINE_PATHS.finditer(text)]
+    assert not found
+
+
+def risks(source: str) -> Iterator[str]:
+    """What in `source` can run code that came with data, or hides what it runs."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLES:
+            yield str(node.module)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in RISKY_CALLS:
+            yield ast.unparse(node.func)
+        elif isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "shell"}:
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                yield node.arg
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            yield node.arg
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=relative)
+def test_nothing_that_is_read_can_run(path: Path) -> None:
+    assert not list(risks(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", ["pickle"]),
+        ("from dill.source import x", ["dill.source"]),
+        ("torch.load(path, weights_only=True)", ["torch.load"]),
+        ("eval(text)", ["eval"]),
+        ("model.eval()", []),
+        ("load(path, trust_remote_code=True)", ["trust_remote_code"]),
+        ("load(path, trust_remote_code=flag)", ["trust_remote_code"]),
+        ("load(path, trust_remote_code=False)", []),
+    ],
+)
+def test_a_risk_is_seen(source: str, found: list[str]) -> None:
+    assert list(risks(source)) == found
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=relative)
+def test_the_reference_is_spelt_out(path: Path) -> None:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.FunctionDef(name=name):
+                names.add(name)
+    assert not [name for name in names if name.startswith("ref_")]
+
+
+def test_stubs_and_sources_are_all_the_package_holds() -> None:
+    inside = [name for name in tracked() if name.startswith(relative(PACKAGE))]
+    assert {Path(name).suffix for name in inside} <= {".py", ".pyi", ".typed"}
+
+
+def run_make(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the Makefile alone, in an empty folder."""
+    make = shutil.which("make")
+    assert make, "the house is built with make"
+    shutil.copy(ROOT / "Makefile", folder)
+    return subprocess.run(
+        [make, "-C", str(folder), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    done = run_make(".venv/created", "PYTHON=no-such-python", folder=tmp_path)
+    assert done.returncode != 0
+    assert "logratio needs Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_says_that_rust_is_missing(tmp_path: Path) -> None:
+    done = run_make(".venv/created", folder=tmp_path, PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "logratio needs Rust" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_fails_where_the_shared_material_is_absent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", str(ROOT / ".ci" / "run")],
+        env=os.environ | {"LOGRATIO_SHARED": str(tmp_path / "absent")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "CI needs the shared data and models" in done.stderr
+    assert not done.stdout

@@ -1,0 +1,125 @@
+"""Who may import whom: the rules that keep training, scoring and serving apart."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from repository import PACKAGE, python_sources, relative
+
+TORCH = {"torch", "transformers", "peft", "accelerate"}
+GRAPHS = {"onnx", "onnxscript", "onnxruntime"}
+SERVER = {"fastapi", "starlette", "uvicorn"}
+HEAVY = TORCH | GRAPHS | SERVER | {"numpy", "tokenizers", "jinja2", "matplotlib", "tensorboardX"}
+
+# What the modules of a folder (or a module beside the folders) may never name, at whatever depth.
+FORBIDDEN = {
+    "data": {*TORCH, *GRAPHS, *SERVER}
+    | {f"logratio.{folder}" for folder in ("training", "scoring", "serving", "cli", "demo")},
+    "training": {*GRAPHS, *SERVER}
+    | {f"logratio.{folder}" for folder in ("scoring", "serving", "cli", "demo")},
+    "scoring": {*SERVER} | {f"logratio.{folder}" for folder in ("serving", "cli", "demo")},
+    "serving": {*TORCH, "onnx", "onnxscript"}
+    | {f"logratio.{folder}" for folder in ("training", "scoring", "cli", "demo")},
+    "demo": {"logratio.cli", "logratio._rust"},
+    "bundle": {*HEAVY, "logratio"},
+    "extras": {*HEAVY, "logratio"},
+}
+# The compiled module has a face: what stands above the folders below takes their word for it.
+MAY_NAME_RUST = {"data", "training", "scoring", "serving"}
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """Dotted names that `source`, a module of `package`, imports anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def breaches(names: Iterator[str], forbidden: set[str]) -> set[str]:
+    """Names that are a forbidden module, or lie in one."""
+    return {name for name in names if any(f"{name}.".startswith(f"{no}.") for no in forbidden)}
+
+
+def room(path: Path) -> str:
+    """First folder below the package, or the module itself."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level names in `sys.modules` after `code` ran in a fresh interpreter."""
+    report = "print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", f"import sys\n{code}\n{report}"]
+    return set(subprocess.check_output(command, text=True).split("\n")[-2].split())
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=relative)
+def test_module_names_only_what_its_folder_may(path: Path) -> None:
+    package = ".".join(["logratio", *path.relative_to(PACKAGE).parent.parts])
+    names = list(imported(path.read_text(), package))
+    assert not breaches(iter(names), FORBIDDEN.get(room(path), set()))
+    if room(path) not in MAY_NAME_RUST:
+        assert not breaches(iter(names), {"logratio._rust"})
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch.nn", {"torch.nn"}),
+        ("def f():\n    from torch import nn", {"torch.nn"}),
+        ("from logratio import training", {"logratio.training"}),
+        ("from ..training.logps import x", {"logratio.training.logps.x"}),
+        ("from .training import x", set()),
+        ("import torchless", set()),
+    ],
+)
+def test_every_spelling_of_an_import_is_seen(source: str, found: set[str]) -> None:
+    names = imported(source, "logratio.serving")
+    assert breaches(names, {"torch", "logratio.training"}) == found
+
+
+def test_importing_the_package_is_free() -> None:
+    before = loaded_by("")
+    assert loaded_by("import logratio") - before == {"logratio"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "never"),
+    [
+        ("data", TORCH | GRAPHS | SERVER),
+        ("serving", TORCH | {"onnx", "onnxscript"}),
+        ("training", GRAPHS | SERVER),
+    ],
+)
+def test_folder_with_all_its_modules_loads_nothing_of_the_others(
+    folder: str, never: set[str]
+) -> None:
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in sorted((PACKAGE / folder).rglob("*.py"))
+    ]
+    assert len(modules) > 1
+    assert not loaded_by("\n".join(f"import {module}" for module in modules)) & never
+
+
+def test_command_line_loads_nothing_heavy_before_a_command_runs() -> None:
+    assert not loaded_by("import logratio.cli") & HEAVY
+
+
+@pytest.mark.parametrize("command", [[], ["rank"], ["serve"], ["train"], ["export"]])
+def test_help_works_without_torch_and_without_the_extras(command: list[str]) -> None:
+    absent = sorted((HEAVY | {"logratio._rust"}) - {"jinja2"})
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        f"sys.argv = ['logratio', *{command}, '--help']\n"
+        "from logratio.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout

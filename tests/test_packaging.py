@@ -1,0 +1,193 @@
+"""What is shipped: the sdist builds the wheel, the wheel is whole, the pins cover the manifest."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import HeaderParser
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from repository import ROOT, manifest, tracked
+
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+PINS = (".ci/constraints.txt", ".ci/server.txt", ".ci/tools.txt")
+OFFLINE = {"CARGO_NET_OFFLINE": "true", "PIP_NO_INDEX": "1"}
+PIN = re.compile(
+    r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+)(?P<marker> ; [^\\]+)? \\\n"
+    r"(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+",
+    re.M,
+)
+
+
+def run(*command: object, folder: Path, **environment: str) -> str:
+    """Run `command` in `folder`; its output is shown where it fails."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def maturin(*arguments: object, folder: Path) -> None:
+    # Dependencies that `make` compiled are taken from there: only the crate itself is built again.
+    target = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))
+    run(
+        sys.executable,
+        "-m",
+        "maturin",
+        *arguments,
+        folder=folder,
+        CARGO_TARGET_DIR=target,
+        **OFFLINE,
+    )
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    maturin("sdist", "--out", folder, folder=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the sdist and without the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    maturin("build", "--release", "--locked", "--out", folder, folder=sdist)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def sources() -> set[str]:
+    """Tracked files of the package, as the wheel names them."""
+    return {name.removeprefix("python/") for name in tracked() if name.startswith("python/")}
+
+
+@pytest.mark.slow
+def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
+    inside = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    needed = {"Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
+    rust = {name for name in tracked() if name.startswith("rust/")}
+    assert needed | rust | {f"python/{name}" for name in sources()} <= inside
+    assert not [name for name in inside if name.endswith(".so")]
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_is_whole(wheel: Path) -> None:
+    version = manifest("Cargo.toml")["package"]["version"]
+    assert wheel.name.startswith(f"logratio-{version}-cp311-abi3-")
+    with zipfile.ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+        info = f"logratio-{version}.dist-info"
+        metadata = HeaderParser().parsestr(packed.read(f"{info}/METADATA").decode())
+        licence = packed.read(f"{info}/licenses/LICENSE")
+        scripts = packed.read(f"{info}/entry_points.txt").decode()
+    assert {"logratio/py.typed", "logratio/_rust.pyi"} <= sources()
+    assert names - sources() == {name for name in names if name.startswith(info)} | {
+        "logratio/_rust.abi3.so"
+    }
+    assert sources() <= names
+    assert licence == (ROOT / "LICENSE").read_bytes()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert set(metadata.get_all("Provides-Extra", [])) == set(extras())
+    assert "logratio=logratio.cli:main" in scripts.replace(" ", "")
+
+
+@pytest.mark.slow
+def test_wheel_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path)
+    run(*pip, wheel, folder=tmp_path, **OFFLINE)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import logratio._rust\n"
+        "print(logratio.__version__, logratio._rust.__file__)"
+    )
+    version, _, file = run(sys.executable, "-I", "-c", code, folder=tmp_path).strip().partition(" ")
+    assert version == manifest("Cargo.toml")["package"]["version"]
+    assert Path(file).is_relative_to(tmp_path)
+
+
+def extras() -> dict[str, list[str]]:
+    """Requirements of each extra, as the manifest has them."""
+    found: dict[str, list[str]] = manifest("pyproject.toml")["project"]["optional-dependencies"]
+    return found
+
+
+def test_every_extra_has_a_twin_with_the_other_runtime() -> None:
+    def twin(requirement: str) -> str:
+        return requirement.replace("onnxruntime-gpu", "onnxruntime").replace("]", "-cpu]")
+
+    kinds = {name: needs for name, needs in extras().items() if not name.endswith("-cpu")}
+    assert {f"{name}-cpu": [twin(need) for need in kinds[name]] for name in kinds} == {
+        name: needs for name, needs in extras().items() if name.endswith("-cpu")
+    }
+
+
+def test_base_install_has_no_runtime() -> None:
+    names = {
+        Requirement(need).name for need in manifest("pyproject.toml")["project"]["dependencies"]
+    }
+    assert not names & set(RUNTIMES)
+    assert {"torch", "transformers", "peft"} <= names
+
+
+def pins(*files: str) -> dict[str, Version]:
+    """Version of every pin in `files`."""
+    found = [hit for name in files for hit in PIN.finditer((ROOT / name).read_text())]
+    versions = {hit["name"]: Version(hit["version"]) for hit in found}
+    assert all(versions[hit["name"]] == Version(hit["version"]) for hit in found), "two versions"
+    return versions
+
+
+@pytest.mark.parametrize("name", [*PINS, *(f".ci/{runtime}.txt" for runtime in RUNTIMES)])
+def test_pins_are_nothing_but_pins_with_hashes(name: str) -> None:
+    text = (ROOT / name).read_text()
+    rest = [line for line in PIN.sub("", text).splitlines() if not line.startswith("#")]
+    assert not rest
+    assert pins(name)
+
+
+def test_no_file_of_pins_holds_two_runtimes() -> None:
+    assert not set(pins(*PINS)) & set(RUNTIMES)
+    assert [set(pins(f".ci/{runtime}.txt")) for runtime in RUNTIMES] == [{r} for r in RUNTIMES]
+    versions = pins(*(f".ci/{runtime}.txt" for runtime in RUNTIMES))
+    assert versions["onnxruntime"] == versions["onnxruntime-gpu"]
+
+
+def requirements() -> list[tuple[str, Requirement]]:
+    """Each requirement of the manifest with the file that pins it."""
+    project = manifest("pyproject.toml")["project"]
+    groups = manifest("pyproject.toml")["dependency-groups"]
+    pinned_in = {
+        ".ci/constraints.txt": [*project["dependencies"], *chain(*extras().values())],
+        ".ci/server.txt": groups["server"],
+        ".ci/tools.txt": groups["tools"],
+    }
+    return [
+        (f".ci/{need.name}.txt" if need.name in RUNTIMES else file, need)
+        for file, needs in pinned_in.items()
+        for need in map(Requirement, needs)
+        if need.name != "logratio"
+    ]
+
+
+@pytest.mark.parametrize(("file", "need"), requirements(), ids=str)
+def test_pin_meets_the_manifest(file: str, need: Requirement) -> None:
+    assert need.specifier.contains(pins(file)[canonicalize_name(need.name)])
