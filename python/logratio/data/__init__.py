@@ -1,6 +1,6 @@
 """Preference data: files to records to ids to a store. Loads neither torch nor transformers."""
 
-from logratio.data.batches import MicroBatch, micro_batches
+from logratio.data.batches import micro_batches
 from logratio.data.chat import ChatTemplate, ChatTemplateError
 from logratio.data.codes import CODES
 from logratio.data.dataset import build_store
@@ -26,7 +26,6 @@ __all__ = [
     "DataReport",
     "InvalidRecordError",
     "Message",
-    "MicroBatch",
     "PreferenceRecord",
     "PreferenceTokenizer",
     "Refusal",
