@@ -12,7 +12,25 @@ from transformers import PreTrainedModel
 
 torch.set_num_threads(1)  # two threads on a crowded machine made small models 200 times slower
 
-WORDS = ["a", "the", "cat", "dog", "bird", "sits", "runs", "sings", "on", "in", "under", "tree", "house", "mat", "happy", "sad", "loud"]
+WORDS = [
+    "a",
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "sits",
+    "runs",
+    "sings",
+    "on",
+    "in",
+    "under",
+    "tree",
+    "house",
+    "mat",
+    "happy",
+    "sad",
+    "loud",
+]
 
 
 @pytest.fixture(scope="session")

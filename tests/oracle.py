@@ -7,17 +7,19 @@ logratio's layouts, attention or head.
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Group = tuple[list[int], list[list[int]]]
 
 
-def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+def in_float64(model: nn.Module) -> PreTrainedModel:
     """Copy a model into float64 with eager attention."""
     twin = copy.deepcopy(model).double()
+    assert isinstance(twin, PreTrainedModel)
     twin.set_attn_implementation("eager")
-    return twin.eval()
+    twin.eval()
+    return twin
 
 
 def per_token_logps(model: PreTrainedModel, groups: list[Group]) -> Tensor:

@@ -26,7 +26,8 @@ def random_groups(seed: int = 0, completions: int = 2) -> list[Group]:
     random = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> list[int]:
-        return random.integers(1, VOCABULARY, random.integers(low, high)).tolist()
+        length = int(random.integers(low, high))
+        return [int(token) for token in random.integers(1, VOCABULARY, length)]
 
     return [(ids(1, 40), [ids(1, 30) for _ in range(completions)]) for _ in range(4)]
 

@@ -55,7 +55,7 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedConfig]] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    "gpt_neox": lambda: GPTNeoXConfig(**SIZES, rotary_pct=0.5),
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
 }
 
 
@@ -69,15 +69,37 @@ def tiny(config: PreTrainedConfig, seed: int = 0, scale: float = 8.0) -> PreTrai
     from logratio.training.models import without_dropout
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
-    return without_dropout(model).eval()
+    without_dropout(model).eval()
+    return model
 
 
-WORDS = ["<unk>", "<s>", "</s>", "a", "the", "cat", "dog", "bird", "sits", "runs", "sings", "on", "in", "under", "tree", "house", "mat", "happy", "sad", "loud"]
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "a",
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "sits",
+    "runs",
+    "sings",
+    "on",
+    "in",
+    "under",
+    "tree",
+    "house",
+    "mat",
+    "happy",
+    "sad",
+    "loud",
+]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

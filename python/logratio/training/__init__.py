@@ -7,7 +7,7 @@ from logratio.training.config import EvaluateConfig as EvaluateConfig
 from logratio.training.config import LoraSettings as LoraSettings
 from logratio.training.config import PrecomputeConfig as PrecomputeConfig
 from logratio.training.config import TrainConfig as TrainConfig
-from logratio.training.evaluate import evaluate as evaluate
+from logratio.training.evaluation import evaluate as evaluate
 from logratio.training.logps import completion_logps as completion_logps
 from logratio.training.losses import PairLogps as PairLogps
 from logratio.training.losses import dpo_loss as dpo_loss
@@ -15,5 +15,5 @@ from logratio.training.losses import ipo_loss as ipo_loss
 from logratio.training.losses import sft_loss as sft_loss
 from logratio.training.losses import simpo_loss as simpo_loss
 from logratio.training.models import load_model as load_model
-from logratio.training.precompute import precompute as precompute
+from logratio.training.reference_pass import precompute as precompute
 from logratio.training.trainer import train as train

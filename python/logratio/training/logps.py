@@ -3,8 +3,7 @@
 Knows tensors and a model; knows nothing of configs, files or losses.
 """
 
-import inspect
-from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ TILE_ELEMENTS = 2**24
 
 def transformer(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a peft wrapper, or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     assert isinstance(inner, PreTrainedModel)
     return inner
 
@@ -52,16 +51,11 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
         inputs["position_ids"] = batch.position_ids
     else:
         inputs["attention_mask"] = batch.attention_mask
-        if _takes_positions(type(model.base_model)):
+        if "position_ids" in signature(model.base_model.forward).parameters:
             inputs["position_ids"] = batch.position_ids
     hidden = model.base_model(**inputs)[0]
     assert isinstance(hidden, Tensor)
     return hidden
-
-
-@lru_cache
-def _takes_positions(body: type[nn.Module]) -> bool:
-    return "position_ids" in inspect.signature(body.forward).parameters
 
 
 def _head_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.logps import completion_logps
 from logratio.training.metrics import DEMONSTRATION_METRICS, PAIR_METRICS, MetricsLog
+from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.reference import Reference
 from logratio.training.setup import beta_of, starts_at_reference
@@ -63,8 +65,8 @@ class Loop:
             self._check_start(self.reference)
         self.policy.train()
         history = []
-        log = MetricsLog(output, start)
         with (
+            MetricsLog(output, start) as log,
             interrupts() as interrupted,
             progress(
                 self.config.loss, len(self.store) * self.config.epochs, "pairs", show=show_progress
@@ -78,7 +80,6 @@ class Loop:
                 history.append(values)
                 _report(advance, sum(map(len, micro_batches)), values)
                 self._maybe_save(step, updates, interrupted())
-        log.close()
         return updates, history
 
     def _updates(self, start: int) -> Iterator[tuple[int, float, list[np.ndarray]]]:
@@ -123,7 +124,7 @@ class Loop:
         """Add a micro-batch's share of the update's gradient; return its summed metrics."""
         batch = self._batch(groups)
         losses, sums = self.objective(*self._logps(batch), batch.targets)
-        (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+        (losses.sum() / count).backward()
         return sums
 
     def _batch(self, groups: np.ndarray) -> Batch:
@@ -133,10 +134,20 @@ class Loop:
 
     def _logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sums `[N]` under policy and reference (zeros where there is none)."""
-        policy = batch.targets.sums(completion_logps(self.policy, batch))
+        with self._autocast():
+            policy = batch.targets.sums(completion_logps(self.policy, batch))
         if self.reference is None:
             return policy, torch.zeros_like(policy)
-        return policy, batch.targets.sums(self.reference.logps(batch))
+        with self._autocast():
+            return policy, batch.targets.sums(self.reference.logps(batch))
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Open autocast for one pass.
+
+        It keeps its copies of the weights, and whether they have gradients, until it closes, so a
+        block must neither outlive an update nor mix a pass with gradients and one without.
+        """
+        return autocast(self.config.precision, self.device)
 
     @torch.no_grad()
     def _check_start(self, reference: Reference) -> None:

@@ -83,8 +83,10 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Flush and close both files."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._board.close()
 

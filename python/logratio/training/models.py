@@ -1,6 +1,7 @@
 """Models from folders: safetensors only, never remote code, dropout off."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from logratio.training.config import LoraSettings, Precision
@@ -26,7 +27,7 @@ def default_device(device: str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
     """Load a causal language model, or an adapter with its base, in float32 and eval mode.
 
     Returns:
@@ -39,8 +40,8 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> Pre
     check_model_folder(folder)
     if (folder / ADAPTER_CONFIG).exists():
         return _load_adapter(folder, device)
-    with _quietly():
-        model = AutoModelForCausalLM.from_pretrained(
+    with quietly():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -50,11 +51,12 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> Pre
     return without_dropout(model).to(device).eval()
 
 
-def _load_adapter(folder: Path, device: torch.device | str) -> PreTrainedModel:
+def _load_adapter(folder: Path, device: torch.device | str) -> nn.Module:
     from peft import PeftModel
 
     base = load_model(base_folder(folder), device=device)
-    model = PeftModel.from_pretrained(base, folder, local_files_only=True)
+    with quietly():
+        model: nn.Module = PeftModel.from_pretrained(base, folder, local_files_only=True)
     return without_dropout(model).to(device).eval()
 
 
@@ -99,7 +101,7 @@ def without_dropout(model: Model) -> Model:
     return model
 
 
-def with_lora(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
+def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     """Wrap `model` in fresh adapters; at the start they change nothing."""
     from peft import LoraConfig, get_peft_model
 
@@ -110,7 +112,8 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings) -> nn.Module:
         target_modules=list(settings.targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with quietly():
+        return get_peft_model(model, config)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -121,16 +124,16 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the terminal inside the block."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+def quietly() -> Iterator[None]:
+    """Keep the bars and advice of transformers and peft off the terminal inside the block."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

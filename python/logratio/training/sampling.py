@@ -59,7 +59,6 @@ def _generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
-        min_new_tokens=1,
         do_sample=not greedy,
         temperature=1.0,
         top_k=0,

@@ -14,7 +14,7 @@ from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
 from logratio.training import demand
 from logratio.training.config import PathLike, TrainConfig
-from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -103,7 +103,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError("label_smoothing must be in [0, 0.5)")
     _check_options(config)
-    for folder in filter(None, (config.model, config.reference)):
+    for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
         raise ConfigError(
@@ -190,7 +190,7 @@ def forecast(config: TrainConfig, store: Store) -> Forecast:
     frozen = (config.reference or config.model) if kind == "frozen" else None
     share = 0.01 if config.lora else 1.0
     model = demand.training_bytes(config.model, frozen, share)
-    weights = 4 * demand.parameter_count(config.model) * share
+    weights = 4 * parameter_count(config.model) * share
     lengths = store.shared_lengths()
     tokens = float(lengths.sum()) * config.epochs
     budget = max(config.token_budget, int(lengths.max()))

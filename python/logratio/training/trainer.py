@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from logratio.training.checks import choose_layout
 from logratio.training.config import TrainConfig
 from logratio.training.logps import transformer
 from logratio.training.loop import Loop, say
-from logratio.training.models import autocast, default_device
+from logratio.training.models import autocast, default_device, quietly
 from logratio.training.setup import (
     Dataset,
     beta_of,
@@ -25,6 +26,15 @@ from logratio.training.setup import (
     check_config,
     forecast,
     load_dataset,
+)
+
+STORE_FILE = "train.store"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -65,7 +75,7 @@ def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
         config.model,
         config.data,
         config.rules,
-        path=Path(config.output) / "train.store",
+        path=Path(config.output) / STORE_FILE,
         demonstrations=config.loss == "sft",
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
@@ -89,6 +99,12 @@ class Training:
 
     def run(self) -> TrainResult:
         """Train, save, and return what was reached."""
+        try:
+            return self._run()
+        finally:
+            (Path(self.config.output) / STORE_FILE).unlink(missing_ok=True)
+
+    def _run(self) -> TrainResult:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = build_reference(self.config, policy, self.store)
@@ -97,7 +113,7 @@ class Training:
         if layout == "padded":
             say(f"padded layout (slower, never wrong): {reason}")
         loop = Loop(self.config, self.store, policy, reference, layout)
-        with autocast(self.config.precision, self.device), _attention(policy, layout):
+        with _attention(policy, layout):
             steps, history = loop.run(self.updates, self.show_progress)
         save_policy(policy, self.config, self.dataset)
         return TrainResult(Path(self.config.output), steps, history)
@@ -108,10 +124,22 @@ def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
 
 
 def save_policy(policy: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
-    """Write the model (or adapter), its tokenizer and the settings to the output folder."""
+    """Write the model (or adapter), its tokenizer and the settings to the output folder.
+
+    Everything is written beside the final files first and then renamed, so that a full disk
+    leaves no half model.
+    """
     output = Path(config.output)
-    policy.save_pretrained(output, safe_serialization=True)  # type: ignore[operator]
-    dataset.tokenizer.save(output)
-    settings = {"version": __version__, "beta": beta_of(config), **asdict(config)}
-    (output / "training.json").write_text(json.dumps(settings, indent=1, default=str))
-    (output / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))
+    partial = output / ".saving"
+    shutil.rmtree(partial, ignore_errors=True)
+    with quietly():
+        policy.save_pretrained(partial)  # type: ignore[operator]
+    for name in TOKENIZER_FILES:
+        if (source := Path(config.model) / name).exists():
+            shutil.copyfile(source, partial / name)
+    settings = {"version": __version__, **asdict(config), "beta": beta_of(config)}
+    (partial / "training.json").write_text(json.dumps(settings, indent=1, default=str))
+    (partial / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))
+    for path in partial.iterdir():
+        path.replace(output / path.name)
+    partial.rmdir()

@@ -16,6 +16,7 @@ from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.checks import batch_of, choose_layout
 from logratio.training.config import EvaluateConfig
+from logratio.training.fingerprint import parameter_count
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.reference import score
 from logratio.training.sampling import sample_completions
@@ -108,14 +109,13 @@ class Evaluating:
         tokens = float(self.dataset.store.shared_lengths().sum())
         work = [demand.seconds(m, tokens, demand.FORWARD, self.config.device) for m in models]
         return Forecast(
-            memory_bytes=4.0 * sum(map(demand.parameter_count, models)),
+            memory_bytes=4.0 * sum(parameter_count(model) for model in models),
             disk_bytes=0,
             disk_path=Path(),
             seconds=sum(work),
             notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples",
         )
 
-    @torch.no_grad()
     def run(self) -> Evaluation:
         """Score the pairs, draw samples if asked, and sum up."""
         policy = load_model(self.config.policy, device=self.device)
@@ -185,6 +185,7 @@ def _sorted_batches(store: Store, token_budget: int, layout: str) -> Iterator[np
     yield from np.split(plan.order, plan.micro_offsets[1:-1])
 
 
+@torch.no_grad()
 def _sums(model: nn.Module, batch: Batch) -> np.ndarray:
     return batch.targets.sums(score(model, batch)).double().cpu().numpy()
 

@@ -1,0 +1,99 @@
+"""`logratio export`, `rank`, `serve` and `demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logratio.cli.options import DryRun
+
+Bundle = Annotated[Path, typer.Option(help="Folder that `logratio export` wrote.")]
+Fallback = Annotated[
+    bool,
+    typer.Option(
+        "--allow-fallback",
+        help="Go on with the CPU where the requested execution provider cannot be used.",
+    ),
+]
+Provider = Annotated[
+    str | None,
+    typer.Option(help="onnxruntime execution provider, such as CUDAExecutionProvider."),
+]
+
+
+def export(
+    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    beta: Annotated[
+        float, typer.Option(help="β of the training: the reward is β·(log π − log π_ref).")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle; must be new or empty.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Package policy and reference as one ONNX graph that scores N candidates of a prompt.
+
+    The prompt runs once for all candidates. Nothing is written unless onnxruntime's log-probs
+    equal torch's: within 1e-4 + 1e-6·|sum| nats per sequence.
+    """
+    from logratio.scoring.export import ExportConfig, export_bundle, plan_export
+
+    config = ExportConfig(policy, reference, beta, output)
+    typer.echo(plan_export(config).to_text(), err=True)
+    if not dry_run:
+        typer.echo(export_bundle(config).to_text())
+
+
+def rank(
+    bundle: Bundle,
+    input_file: Annotated[
+        Path,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help='JSON lines: {"prompt": text or chat messages, "candidates": [text, …]}.',
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="JSON lines with rewards and order. Default: the screen.")
+    ] = None,
+    provider: Provider = None,
+    allow_fallback: Fallback = False,
+) -> None:
+    """Order candidates by their implicit reward, without torch.
+
+    A reward is defined up to a constant per prompt: it compares candidates of one prompt, never
+    those of two.
+    """
+    from logratio.serving import Reranker, rank_file
+
+    providers = [provider] if provider else None
+    reranker = Reranker.load(bundle, providers=providers, allow_fallback=allow_fallback)
+    summary = rank_file(reranker, input_file, output)
+    typer.echo(summary.to_text(), err=True)
+
+
+def serve(
+    bundle: Bundle,
+    host: Annotated[str, typer.Option(help="Address to listen on; this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    provider: Provider = None,
+    allow_fallback: Fallback = False,
+) -> None:
+    """Serve `POST /v1/rerank` in the Cohere/Jina shape: query = prompt, documents = candidates."""
+    from logratio.serving.server import serve as run
+
+    providers = [provider] if provider else None
+    run(bundle, host, port, providers=providers, allow_fallback=allow_fallback)
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("logratio-demo"),
+    seed: Annotated[int, typer.Option(help="Same seed, same table.")] = 0,
+) -> None:
+    """Run the whole path on generated data, in minutes on a CPU, and print what came of it."""
+    from logratio.demo.report import show
+    from logratio.demo.run import DemoConfig
+
+    show(DemoConfig(output=output, seed=seed))

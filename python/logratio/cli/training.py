@@ -1,0 +1,280 @@
+"""`logratio precompute`, `train` and `evaluate`."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logratio.cli import options
+from logratio.cli.options import Precision, PromptTruncation
+
+if TYPE_CHECKING:
+    from logratio.data import DataReport, TokenizationRules
+    from logratio.forecast import Forecast
+    from logratio.training.evaluation import Evaluation
+
+LORA, UPDATE = "LoRA", "Update"
+
+
+class Loss(StrEnum):
+    """The losses of `logratio.training.losses`."""
+
+    DPO = "dpo"
+    IPO = "ipo"
+    SIMPO = "simpo"
+    SFT = "sft"
+
+
+def precompute(
+    model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
+    data: options.Data,
+    cache: Annotated[Path, typer.Option(help="Root of the cache; made where it does not exist.")],
+    max_length: options.MaxLength = 1024,
+    max_prompt_length: options.MaxPromptLength = None,
+    prompt_truncation: options.Truncation = PromptTruncation.DROP,
+    eos: options.Eos = True,
+    max_bad_fraction: options.MaxBad = 0.0,
+    token_budget: options.TokenBudget = 16384,
+    precision: options.PrecisionOption = Precision.FP32,
+    device: options.Device = None,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Score every completion with the reference model, once, into a cache.
+
+    `train --cache` then holds no reference model. Kill it at any moment and run it again: it goes
+    on where it was. Learning rate, β, loss and order never make an entry stale.
+    """
+    from logratio.training import PrecomputeConfig
+    from logratio.training.reference_pass import prepare
+
+    ready = prepare(
+        PrecomputeConfig(
+            model,
+            data,
+            cache,
+            token_budget=token_budget,
+            precision=precision.value,
+            device=device,
+            rules=_rules(max_length, max_prompt_length, prompt_truncation, eos),
+            max_bad_fraction=max_bad_fraction,
+        )
+    )
+    _announce(ready.dataset.report, ready.forecast)
+    if not dry_run:
+        result = ready.run()
+        typer.echo(
+            f"{result.new:,} completions scored ({result.tokens:,} tokens), {result.hits:,} were "
+            f"in the cache or repeated: {result.folder}"
+        )
+
+
+def train(
+    model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
+    data: options.Data,
+    output: Annotated[Path, typer.Option(help="Folder for the trained model and its metrics.")],
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Reference log-probs made by `precompute`: no reference in memory."),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
+    ] = None,
+    loss: Annotated[
+        Loss, typer.Option(help="sft trains on demonstrations, or on the chosen of pairs.")
+    ] = Loss.DPO,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of the KL term: a larger one keeps the policy closer to the "
+                     "reference. Default: 0.1 for dpo and ipo, 2 for simpo."),
+    ] = None,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of pairs thought flipped (dpo, simpo).")
+    ] = 0.0,
+    gamma: Annotated[float, typer.Option(help="The margin that simpo asks for.")] = 1.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=UPDATE)] = 1e-6,
+    warmup: Annotated[
+        float,
+        typer.Option(help="Share of the updates in which the rate rises; then a cosine to 0.",
+                     rich_help_panel=UPDATE),
+    ] = 0.1,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Gradients are scaled to this norm.", rich_help_panel=UPDATE)
+    ] = 1.0,
+    batch_size: Annotated[
+        int, typer.Option(help="Pairs per update, whatever the memory.", rich_help_panel=UPDATE)
+    ] = 32,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.", rich_help_panel=UPDATE)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the order.", rich_help_panel=UPDATE)] = 0,
+    save_every: Annotated[
+        int, typer.Option(help="Updates between checkpoints; 0 for none but at an interrupt.",
+                          rich_help_panel=UPDATE)
+    ] = 200,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest valid checkpoint in --output.",
+                           rich_help_panel=UPDATE)
+    ] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train low-rank adapters; with them off, the model is "
+                           "its own reference.", rich_help_panel=LORA)
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(help="Their rank.", rich_help_panel=LORA)] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="Their scale × rank.", rich_help_panel=LORA)]
+    = 32.0,
+    lora_target: Annotated[
+        list[str] | None,
+        typer.Option(help="A module's name; repeat it. Default: every linear layer but the head.",
+                     rich_help_panel=LORA),
+    ] = None,
+    max_length: options.MaxLength = 1024,
+    max_prompt_length: options.MaxPromptLength = None,
+    prompt_truncation: options.Truncation = PromptTruncation.DROP,
+    eos: options.Eos = True,
+    max_bad_fraction: options.MaxBad = 0.0,
+    token_budget: options.TokenBudget = 8192,
+    precision: options.PrecisionOption = Precision.FP32,
+    device: options.Device = None,
+    dry_run: options.DryRun = False,
+) -> None:  # fmt: skip
+    """Train a policy on preference pairs.
+
+    Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit. The output folder is
+    a model folder for transformers, with metrics.jsonl and TensorBoard's events beside it.
+    """
+    from logratio.training import LoraSettings, TrainConfig
+    from logratio.training.trainer import prepare
+
+    settings = LoraSettings(lora_rank, lora_alpha, tuple(lora_target or ())) if lora else None
+    ready = prepare(
+        TrainConfig(
+            model,
+            data,
+            output,
+            cache=cache,
+            reference=reference,
+            loss=loss.value,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            gamma=gamma,
+            lr=lr,
+            warmup=warmup,
+            max_grad_norm=max_grad_norm,
+            batch_size=batch_size,
+            epochs=epochs,
+            token_budget=token_budget,
+            precision=precision.value,
+            seed=seed,
+            save_every=save_every,
+            resume=resume,
+            device=device,
+            lora=settings,
+            rules=_rules(max_length, max_prompt_length, prompt_truncation, eos),
+            max_bad_fraction=max_bad_fraction,
+        )
+    )
+    _announce(ready.dataset.report, ready.forecast)
+    if not dry_run:
+        result = ready.run()
+        last = result.history[-1] if result.history else {}
+        shown = ("loss", "rewards/accuracies", "rewards/margins")
+        typer.echo(", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last))
+        typer.echo(f"{result.steps} updates; model, metrics and settings: {result.output}")
+
+
+def evaluate(
+    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    data: options.Data,
+    beta: Annotated[float, typer.Option(help="Reward per nat of log-ratio.")] = 0.1,
+    samples: Annotated[
+        int,
+        typer.Option(help="Completions to draw from the policy for its KL to the reference, "
+                     "which held-out pairs cannot give."),
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest drawn completion.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results there as JSON.")
+    ] = None,
+    max_length: options.MaxLength = 1024,
+    max_prompt_length: options.MaxPromptLength = None,
+    prompt_truncation: options.Truncation = PromptTruncation.DROP,
+    eos: options.Eos = True,
+    max_bad_fraction: options.MaxBad = 0.0,
+    token_budget: options.TokenBudget = 16384,
+    precision: options.PrecisionOption = Precision.FP32,
+    device: options.Device = None,
+    dry_run: options.DryRun = False,
+) -> None:  # fmt: skip
+    """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
+    from logratio.training import EvaluateConfig
+    from logratio.training.evaluation import prepare
+
+    ready = prepare(
+        EvaluateConfig(
+            policy,
+            reference,
+            data,
+            beta=beta,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            token_budget=token_budget,
+            precision=precision.value,
+            device=device,
+            rules=_rules(max_length, max_prompt_length, prompt_truncation, eos),
+            max_bad_fraction=max_bad_fraction,
+        )
+    )
+    _announce(ready.dataset.report, ready.forecast)
+    if not dry_run:
+        result = ready.run()
+        _print_evaluation(result)
+        if json_file:
+            json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+def _rules(
+    max_length: int,
+    max_prompt_length: int | None,
+    prompt_truncation: PromptTruncation,
+    eos: bool,
+) -> "TokenizationRules":
+    from logratio.data import TokenizationRules
+
+    return TokenizationRules(
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        prompt_truncation=prompt_truncation.value,
+        append_eos=eos,
+    )
+
+
+def _announce(report: "DataReport", forecast: "Forecast") -> None:
+    """Say what was read and what is needed, on standard error: results go to standard output."""
+    typer.echo(report.to_text(), err=True)
+    typer.echo(forecast.to_text(), err=True)
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("held-out", f"{result.pairs:,} pairs")
+    error = 1.96 * result.accuracy_standard_error
+    table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
+    table.add_row("reward margin", f"{result.margin:.4f}")
+    table.add_row("log-ratio chosen", f"{result.logratio_chosen:.3f} nats")
+    table.add_row("log-ratio rejected", f"{result.logratio_rejected:.3f} nats")
+    table.add_row("length chosen", f"{result.length_chosen:.1f} tokens")
+    table.add_row("length rejected", f"{result.length_rejected:.1f} tokens")
+    table.add_row("calibration error", f"{result.calibration.expected_error:.3f}")
+    if result.kl:
+        spread = 1.96 * result.kl.standard_error
+        table.add_row("KL to the reference", f"{result.kl.nats:.2f} ± {spread:.2f} nats (95 %)")
+        table.add_row("length of samples", f"{result.kl.mean_length:.1f} tokens")
+    Console().print(table)
+
+
+__all__: list[Any] = ["evaluate", "precompute", "train"]

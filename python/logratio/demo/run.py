@@ -1,0 +1,196 @@
+"""The demo's steps, each through the same calls that a user makes."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from logratio.data import TokenizationRules
+from logratio.demo import task
+from logratio.demo.best_of import BestOf, best_of
+from logratio.demo.candidates import Candidates, draw
+from logratio.scoring.export import ExportConfig, export_bundle
+from logratio.training import (
+    EvaluateConfig,
+    PrecomputeConfig,
+    TrainConfig,
+    evaluate,
+    precompute,
+    train,
+)
+from logratio.training.evaluation import Evaluation
+
+MARKER = "logratio-demo.json"
+BETA = 0.1
+RULES = TokenizationRules(max_length=96)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of the demo.
+
+    Attributes:
+        output: folder for everything it makes; a demo that was there before is replaced.
+        seed: of data, models, order and samples: same seed, same table.
+        demonstrations: stories for SFT.
+        preference_prompts: prompts whose sampled stories become pairs.
+        held_out_prompts: prompts that the table is made on.
+    """
+
+    output: Path = Path("logratio-demo")
+    seed: int = 0
+    demonstrations: int = 4000
+    preference_prompts: int = 1500
+    held_out_prompts: int = 200
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's stories on the held-out prompts, by the hidden rule."""
+
+    rewards: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        sft, dpo: stories of both models, judged by the rule.
+        evaluation: the policy on held-out pairs, with its KL to the SFT model.
+        best_of: by N, the rule's score of the story that the exported reward picks.
+        seconds: of each step.
+    """
+
+    sft: Judged
+    dpo: Judged
+    evaluation: Evaluation
+    best_of: list[BestOf]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def win_rate(self) -> float:
+        """Share of held-out prompts where DPO's story beats SFT's by the rule; ties half."""
+        return float(((np.sign(self.dpo.rewards - self.sft.rewards) + 1) / 2).mean())
+
+
+class Demo:
+    """Folders and files of one demo, and the steps between them."""
+
+    def __init__(self, config: DemoConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.folder = config.output
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> DemoResult:
+        """Do every step."""
+        _replace(self.folder)
+        seed = self.config.seed
+        with self._step("SFT", "a small Llama learns to write stories"):
+            self._sft()
+        with self._step("preferences", "its own stories, ranked by a rule that no model sees"):
+            self._preferences()
+        with self._step("reference cache", "the SFT model's log-probs, once"):
+            precompute(PrecomputeConfig(self._sft_model, self._pairs, self._cache, rules=RULES))
+        with self._step("DPO", "against the cache: no second model in memory"):
+            self._dpo()
+        with self._step("evaluation", "held-out pairs and fresh samples"):
+            evaluation = self._evaluate()
+            held_out = task.prompts(self.config.held_out_prompts, seed + 3)
+            sft = _judge(draw(self._sft_model, held_out, 1, seed + 4))
+            dpo = _judge(draw(self._policy, held_out, 1, seed + 4))
+        with self._step("export", "policy and reference as one ONNX graph, checked against torch"):
+            export_bundle(ExportConfig(self._policy, self._sft_model, BETA, self._bundle))
+        with self._step("best-of-N", "the exported reward picks among the SFT model's stories"):
+            ranked = best_of(self._bundle, draw(self._sft_model, held_out, 16, seed + 5))
+        return DemoResult(sft, dpo, evaluation, ranked, self.seconds)
+
+    @property
+    def _sft_model(self) -> Path:
+        return self.folder / "sft"
+
+    @property
+    def _policy(self) -> Path:
+        return self.folder / "dpo"
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def _bundle(self) -> Path:
+        return self.folder / "bundle"
+
+    @property
+    def _pairs(self) -> list[Path]:
+        return [self.folder / "preferences.jsonl"]
+
+    def _sft(self) -> None:
+        seed = self.config.seed
+        start = task.save_model(self.folder / "untrained", seed)
+        rows = task.demonstrations(self.config.demonstrations, seed + 1)
+        data = task.write_rows(self.folder / "demonstrations.jsonl", rows)
+        train(
+            TrainConfig(
+                start, [data], self._sft_model, loss="sft", lr=4e-3, batch_size=64, epochs=4,
+                save_every=0, seed=seed, rules=RULES,
+            )
+        )  # fmt: skip
+
+    def _preferences(self) -> None:
+        seed, count = self.config.seed, self.config.preference_prompts
+        prompts = task.prompts(count + self.config.held_out_prompts, seed + 2)
+        drawn = draw(self._sft_model, prompts, 4, seed + 6)
+        task.write_rows(self._pairs[0], drawn.pairs(slice(0, count)))
+        task.write_rows(self.folder / "held_out.jsonl", drawn.pairs(slice(count, None)))
+
+    def _dpo(self) -> None:
+        train(
+            TrainConfig(
+                self._sft_model, self._pairs, self._policy, cache=self._cache, beta=BETA,
+                lr=3e-4, batch_size=32, epochs=2, save_every=0, seed=self.config.seed, rules=RULES,
+            )
+        )  # fmt: skip
+
+    def _evaluate(self) -> Evaluation:
+        return evaluate(
+            EvaluateConfig(
+                self._policy, self._sft_model, [self.folder / "held_out.jsonl"], beta=BETA,
+                samples=self.config.held_out_prompts, max_new_tokens=64, seed=self.config.seed,
+                rules=RULES,
+            )
+        )  # fmt: skip
+
+    @contextmanager
+    def _step(self, name: str, what: str) -> Iterator[None]:
+        self.console.print(f"[bold]{name}[/]: {what}")
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+
+
+def _judge(candidates: Candidates) -> Judged:
+    rewards = [task.rule(p, texts[0]) for p, texts in candidates]
+    lengths = [len(texts[0].split()) for _, texts in candidates]
+    return Judged(np.array(rewards), np.array(lengths))
+
+
+def _replace(folder: Path) -> None:
+    """Empty the folder of an earlier demo; refuse one that is something else.
+
+    Raises:
+        FileExistsError: the folder holds other things.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists():
+            raise FileExistsError(f"{folder} is not empty and not an earlier demo; name another")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text(json.dumps({"made_by": "logratio demo"}))

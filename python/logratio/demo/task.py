@@ -1,0 +1,117 @@
+"""A language with a hidden rule: tiny stories about animals, and what makes one good.
+
+The rule is the ground truth that no model sees: preferences are made with it, and generations are
+judged by it, so the demo's table cannot flatter itself.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+ANIMALS = ["cat", "dog", "fox", "owl", "bear", "duck", "frog", "mouse", "goat", "crow"]
+NAMES = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jun"]
+PLACES = ["river", "forest", "market", "school", "garden", "castle", "harbour", "meadow"]
+GOOD = ["happy", "proud", "kind", "brave", "calm", "glad"]
+BAD = ["sad", "angry", "scared", "lost", "rude", "tired"]
+ACTIONS = ["sang", "danced", "slept", "waited", "read", "cooked"]
+THINGS = ["song", "book", "cake", "kite", "drum", "lamp"]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+BOS, EOS = 1, 2
+
+
+def prompts(count: int, seed: int) -> list[str]:
+    """Draw the beginnings of `count` stories."""
+    draw = random.Random(seed)
+    return [
+        f"{draw.choice(NAMES)} the {draw.choice(ANIMALS)} went to the {draw.choice(PLACES)} ."
+        for _ in range(count)
+    ]
+
+
+def completion(prompt: str, draw: random.Random) -> str:
+    """Continue a story at random: what an unguided author writes, good and bad."""
+    animal = prompt.split()[2]
+    return " " + " ".join(_sentence(animal, draw) for _ in range(draw.randint(2, 4)))
+
+
+def _sentence(animal: str, draw: random.Random) -> str:
+    who = animal if draw.random() < 0.7 else draw.choice(ANIMALS)
+    mood = draw.choice(GOOD if draw.random() < 0.5 else BAD)
+    return draw.choice(
+        [
+            f"the {who} was {mood} .",
+            f"the {who} {draw.choice(ACTIONS)} and felt {mood} .",
+            f"a {mood} friend gave the {who} a {draw.choice(THINGS)} .",
+            f"the {who} {draw.choice(ACTIONS)} in the {draw.choice(PLACES)} .",
+        ]
+    )
+
+
+def rule(prompt: str, text: str) -> int:
+    """Judge a story: good moods minus bad ones, and 2 less for every other animal it names."""
+    words, animal = text.split(), prompt.split()[2]
+    good = sum(word in GOOD for word in words)
+    bad = sum(word in BAD for word in words)
+    strangers = sum(word in ANIMALS and word != animal for word in words)
+    return good - bad - 2 * strangers
+
+
+def demonstrations(count: int, seed: int) -> Iterator[dict[str, str]]:
+    """Yield prompt/completion rows for SFT."""
+    draw = random.Random(seed)
+    for prompt in prompts(count, seed):
+        yield {"prompt": prompt, "completion": completion(prompt, draw)}
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, str]] | list[dict[str, str]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def vocabulary() -> list[str]:
+    """List every word of the language, special tokens first."""
+    grammar = ["the", "a", "was", "and", "felt", "friend", "gave", "in", "went", "to", "."]
+    return [*SPECIAL, *grammar, *ANIMALS, *NAMES, *PLACES, *GOOD, *BAD, *ACTIONS, *THINGS]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a word-level tokenizer of the language to `folder`."""
+    words = {word: number for number, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="", cleanup=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
+    )
+    tokenizer.add_special_tokens(SPECIAL)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=1))
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    """Write a small untrained Llama with the language's tokenizer to `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary()),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder

@@ -1,0 +1,95 @@
+"""Evaluation: ties, margins and calibration by hand, and the KL against its exact value."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
+from logratio.training.calibration import calibration
+from logratio.training.evaluation import drawn_logratios
+from logratio.training.sampling import sample_completions
+
+
+def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:
+    result = evaluate(EvaluateConfig(tiny_model, tiny_model, [pairs_file], samples=8))
+    assert result.pairs == 16
+    assert result.accuracy == 0.5  # every pair ties, and a tie counts half
+    assert result.margin == 0.0
+    assert result.kl is not None
+    assert result.kl.nats == 0.0
+
+
+def test_a_trained_policy_is_seen_to_prefer(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    train(
+        TrainConfig(tiny_model, [pairs_file], out, lr=3e-3, batch_size=4, epochs=8),
+        show_progress=False,
+    )
+    result = evaluate(EvaluateConfig(out, tiny_model, [pairs_file], beta=0.1))
+    assert result.accuracy == 1.0
+    assert result.margin == pytest.approx(
+        0.1 * (result.logratio_chosen - result.logratio_rejected), rel=1e-6
+    )
+    assert result.logratio_chosen > result.logratio_rejected
+    assert result.kl is None
+
+
+def test_the_kl_estimate_covers_the_exact_kl(
+    tiny_model: Path, make_model: Callable[..., Path]
+) -> None:
+    """With one-token completions the KL is a finite sum over the vocabulary."""
+    policy, reference = load_model(make_model("other", 3)), load_model(tiny_model)
+    prompt = [1, 5, 6, 8]
+    with torch.no_grad():
+        logps = [
+            torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+            for model in (policy, reference)
+        ]
+    exact = float((logps[0].exp() * (logps[0] - logps[1])).sum())
+    prompts = [prompt] * 4000
+    drawn = sample_completions(policy, prompts, max_new_tokens=1, eos_id=2, seed=0)
+    ratios = drawn_logratios(policy, reference, prompts, drawn)
+    error = ratios.std(ddof=1) / math.sqrt(len(ratios))
+    assert abs(ratios.mean() - exact) < 4 * error
+    assert exact > 10 * error  # so that the test can fail
+
+
+def test_sampling_draws_from_the_models_distribution(tiny_model: Path) -> None:
+    model, prompt = load_model(tiny_model), [1, 5, 6]
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1).numpy()
+    drawn = sample_completions(model, [prompt] * 5000, max_new_tokens=1, eos_id=2)
+    counts = np.bincount([ids[0] for ids in drawn], minlength=len(expected)) / 5000
+    assert np.abs(counts - expected).max() < 0.03
+
+
+def test_sampling_is_reproducible_and_leaves_the_callers_randomness_alone(
+    tiny_model: Path,
+) -> None:
+    model, prompts = load_model(tiny_model), [[1, 5], [1, 5, 6, 7, 8], [1]]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=3)
+    assert torch.equal(torch.rand(3), expected)
+    assert first == sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=3)
+    assert first != sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=4)
+    assert all(1 <= len(ids) <= 7 for ids in first)
+    assert all(2 not in ids[:-1] for ids in first)
+
+
+def test_calibration_by_hand() -> None:
+    margins = np.array([0.0, 4.0, 4.0, -4.0])
+    confident = 1 / (1 + math.exp(-4))
+    result = calibration(margins)
+    assert result.bins == [
+        (1, 0.5, 0.5),
+        (3, pytest.approx(confident), pytest.approx(2 / 3)),
+    ]
+    assert result.expected_error == pytest.approx(0.75 * (confident - 2 / 3))
