@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from logratio.data import conversations
 from logratio.data.boundary import Tail, tail_of
 from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
@@ -17,10 +18,10 @@ from logratio.data.records import (
     CANDIDATE,
     Completion,
     InvalidRecordError,
+    Message,
     PreferenceRecord,
     Refusal,
     Source,
-    Text,
 )
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer
@@ -37,6 +38,9 @@ NO_TEMPLATE = (
     "the row holds messages and the tokenizer has no chat template: put chat_template.jinja into "
     "its folder, or give one"
 )
+Prompt = str | Sequence[Message]
+"""Text, or the turns of a chat that ask the assistant to speak."""
+
 _HERE = Source("this record", 0)
 
 
@@ -102,16 +106,15 @@ class PreferenceTokenizer:
         """
         return cls(read_tokenizer(Path(folder), chat_template), rules or TokenizationRules())
 
-    def encode_prompt(self, prompt: Text) -> list[int]:
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Encode a prompt alone, as every completion of it sees it.
 
         Raises:
             InvalidRecordError: It is too long for the rules, empty, or the template refuses it.
         """
-        record = PreferenceRecord(prompt, (), _HERE)
-        return self._encode_one(record).prompt_ids
+        return self._encode_one(_candidates(prompt, [])).prompt_ids
 
-    def encode_completion(self, prompt: Text, completion: str) -> list[int]:
+    def encode_completion(self, prompt: Prompt, completion: str) -> list[int]:
         """Encode a completion as it follows a prompt: the ids that are scored.
 
         Raises:
@@ -119,7 +122,7 @@ class PreferenceTokenizer:
         """
         return self.encode_completions(prompt, [completion]).completions[0].ids
 
-    def encode_completions(self, prompt: Text, completions: Sequence[str]) -> TokenizedGroup:
+    def encode_completions(self, prompt: Prompt, completions: Sequence[str]) -> TokenizedGroup:
         """Encode a prompt and completions of it that are to be compared, in one go.
 
         Args:
@@ -160,6 +163,11 @@ class PreferenceTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def _encode_one(self, record: PreferenceRecord) -> TokenizedGroup:
+        """Encode what a caller, and no file, brought."""
+        try:
+            "".join(record.texts()).encode()
+        except UnicodeEncodeError:
+            raise InvalidRecordError("E104", CODES["E104"]) from None
         group = self.encode_record(record)
         if isinstance(group, Refusal):
             raise InvalidRecordError(group.code, group.reason)
@@ -257,12 +265,11 @@ class PreferenceTokenizer:
         return TokenizedCompletion(role, ids, mask)
 
 
-def _candidates(prompt: Text, completions: Sequence[str]) -> PreferenceRecord:
+def _candidates(prompt: Prompt, completions: Sequence[str]) -> PreferenceRecord:
     if isinstance(prompt, str):
-        own = tuple(Completion(CANDIDATE, text) for text in completions)
-    else:
-        own = tuple(
-            Completion(CANDIDATE, ({"role": "assistant", "content": text},), ())
-            for text in completions
-        )
-    return PreferenceRecord(prompt, own, _HERE)
+        plain = tuple(Completion(CANDIDATE, text) for text in completions)
+        return PreferenceRecord(prompt, plain, _HERE)
+    turns = tuple(
+        Completion(CANDIDATE, ({"role": "assistant", "content": text},), ()) for text in completions
+    )
+    return PreferenceRecord(conversations.prompt(prompt, "prompt"), turns, _HERE)

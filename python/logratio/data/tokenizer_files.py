@@ -69,7 +69,7 @@ def read_tokenizer(folder: Path, chat_template: str | None = None) -> TokenizerF
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{folder}: the {name} {token!r} is no token of tokenizer.json")
     template = _template(folder, config) if chat_template is None else chat_template
-    opening = _opening_ids(tokenizer, config, special_tokens)
+    opening = _opening_ids(tokenizer)
     decided = json.dumps([special_tokens, template, opening], sort_keys=True)
     digest = sha256(sha256(content).digest() + decided.encode("utf-8", "surrogatepass"))
     return TokenizerFiles(tokenizer, special_tokens, template, opening, digest.hexdigest())
@@ -128,16 +128,12 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _opening_ids(
-    tokenizer: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> tuple[int, ...]:
-    """Find what the tokenizer puts in front of a text.
+def _opening_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Find what the post-processor puts in front of a text.
 
-    As in transformers, a setting in tokenizer_config.json replaces the post-processor.
+    tokenizer_config.json may say ``add_bos_token`` too; where there is a tokenizer.json,
+    transformers does not listen to it, and neither do we.
     """
-    if "add_bos_token" in config or "add_eos_token" in config:
-        bos_id = tokenizer.token_to_id(special_tokens.get("bos_token", ""))
-        return (bos_id,) if config.get("add_bos_token") and bos_id is not None else ()
     probe = tokenizer.encode("a", add_special_tokens=True)
     count = next((i for i, n in enumerate(probe.sequence_ids) if n is not None), 0)
     return tuple(probe.ids[:count])
