@@ -71,6 +71,8 @@ impl Group<'_> {
             format!(
                 "completion lengths add up to {total}, but there are {ids} ids and {masks} mask values"
             )
+        } else if ids + self.prompt_ids.len() > u32::MAX as usize {
+            "the group has more than 2^32-1 tokens".into()
         } else if self.roles.len() != self.completion_lengths.len() {
             format!(
                 "{} roles for {} completions",

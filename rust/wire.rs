@@ -1,5 +1,7 @@
 //! Little-endian integers at fixed places, and the alignment of every file of this crate.
 
+use std::fmt;
+
 /// Columns, blocks and values start at a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
@@ -21,21 +23,26 @@ pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// Writes `value` at the front of `bytes` and moves `bytes` behind it.
-pub fn put(bytes: &mut &mut [u8], value: &[u8]) {
-    let (front, rest) = std::mem::take(bytes).split_at_mut(value.len());
-    front.copy_from_slice(value);
-    *bytes = rest;
-}
-
-/// Sets the last four bytes to the CRC32C of those before.
-pub fn sign(bytes: &mut [u8]) {
-    let (body, crc) = bytes.split_at_mut(bytes.len() - 4);
-    crc.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+/// Joins `parts`, fills up with zeros and ends with the CRC32C of everything before: `length` bytes.
+pub fn signed(parts: &[&[u8]], length: usize) -> Vec<u8> {
+    let mut bytes = parts.concat();
+    debug_assert!(bytes.len() + 4 <= length, "the parts fill the header");
+    bytes.resize(length - 4, 0);
+    bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
+    bytes
 }
 
 /// Whether the last four bytes are the CRC32C of those before.
-pub fn signed(bytes: &[u8]) -> bool {
+pub fn is_signed(bytes: &[u8]) -> bool {
     let (body, crc) = bytes.split_at(bytes.len() - 4);
     crc32c::crc32c(body).to_le_bytes() == crc
+}
+
+/// Bytes as a person compares them.
+pub struct Hex<'a>(pub &'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
 }

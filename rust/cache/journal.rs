@@ -1,12 +1,12 @@
 //! A journal's bytes: encoded, decoded, and told apart from damage. `FORMAT.md` in code.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{fmt::Display, fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use super::{Fingerprint, impossible};
 use crate::{
     Error, Result,
     fingerprint::Key,
-    wire::{self, ALIGNMENT, aligned, put, u32_at, u64_at},
+    wire::{self, ALIGNMENT, Hex, aligned, u32_at, u64_at},
 };
 
 const MAGIC: &[u8; 8] = b"LRJOURN1";
@@ -31,16 +31,12 @@ const PAYLOAD_CRC_AT: usize = PREVIOUS_AT + 4;
 const KEY: usize = size_of::<Key>();
 
 /// The journal's first 64 bytes.
-pub fn header(fingerprint: &Fingerprint, id: u64) -> [u8; HEADER] {
-    let mut bytes = [0; HEADER];
-    let mut rest = &mut bytes[..];
-    put(&mut rest, MAGIC);
-    put(&mut rest, &VERSION.to_le_bytes());
-    put(&mut rest, &wire::ENDIAN_TAG.to_le_bytes());
-    put(&mut rest, fingerprint);
-    put(&mut rest, &id.to_le_bytes());
-    wire::sign(&mut bytes);
-    bytes
+pub fn header(fingerprint: &Fingerprint, id: u64) -> Vec<u8> {
+    let (version, endian) = (VERSION.to_le_bytes(), wire::ENDIAN_TAG.to_le_bytes());
+    wire::signed(
+        &[MAGIC, &version, &endian, fingerprint, &id.to_le_bytes()],
+        HEADER,
+    )
 }
 
 /// Where a journal stands: what its next block must repeat.
@@ -72,33 +68,36 @@ impl Chain {
         self.previous = u32_at(header, CRC_AT);
     }
 
-    /// The next block, header first.
+    /// The next block, header first. `offsets` are 0 or more.
     pub fn block(self, keys: &[Key], offsets: &[i64], logps: &[f32]) -> Vec<u8> {
-        let counts = offsets.windows(2).map(|pair| (pair[1] - pair[0]) as u32);
+        let counts = offsets
+            .windows(2)
+            .map(|pair| pair[1].abs_diff(pair[0]) as u32);
         let mut bytes = vec![0; HEADER];
         bytes.extend_from_slice(keys.as_flattened());
         bytes.extend(counts.flat_map(u32::to_le_bytes));
         bytes.resize(aligned(bytes.len()), 0);
         bytes.extend_from_slice(bytemuck::cast_slice(logps));
         bytes.resize(aligned(bytes.len()), 0);
-        let (header, payload) = bytes.split_at_mut(HEADER);
-        let mut rest = &mut header[..];
-        put(&mut rest, BLOCK_MAGIC);
-        put(&mut rest, &self.id.to_le_bytes());
-        put(&mut rest, &self.sequence.to_le_bytes());
-        put(&mut rest, &(payload.len() as u64).to_le_bytes());
-        put(&mut rest, &(keys.len() as u32).to_le_bytes());
-        put(&mut rest, &self.previous.to_le_bytes());
-        put(&mut rest, &crc32c::crc32c(payload).to_le_bytes());
-        wire::sign(header);
+        let header = self.header(keys.len() as u32, &bytes[HEADER..]);
+        bytes[..HEADER].copy_from_slice(&header);
         bytes
+    }
+
+    fn header(self, records: u32, payload: &[u8]) -> Vec<u8> {
+        let numbers = [self.id, self.sequence, payload.len() as u64].map(u64::to_le_bytes);
+        let small = [records, self.previous, crc32c::crc32c(payload)].map(u32::to_le_bytes);
+        wire::signed(
+            &[BLOCK_MAGIC, numbers.as_flattened(), small.as_flattened()],
+            HEADER,
+        )
     }
 
     /// Whether these 64 bytes are the header of some block of this journal.
     fn owns(self, header: &[u8]) -> bool {
         header.starts_with(BLOCK_MAGIC)
             && u64_at(header, JOURNAL_AT) == self.id
-            && wire::signed(header)
+            && wire::is_signed(header)
     }
 
     /// Whether these 64 bytes are the header of the next block.
@@ -170,21 +169,20 @@ fn check_header(path: &Path, header: &[u8], fingerprint: &Fingerprint) -> Result
         "it does not begin with LRJOURN1".into()
     } else if u32_at(header, ENDIAN_AT) == wire::ENDIAN_TAG.swap_bytes() {
         "it was written on a big-endian machine".into()
-    } else if !wire::signed(header) {
+    } else if !wire::is_signed(header) {
         "the header's checksum does not match".into()
     } else if version != VERSION {
         format!("format version {version}, this library reads {VERSION}")
     } else if found != fingerprint {
-        let (found, expected) = (hex(found), hex(fingerprint));
-        format!("it belongs to reference {found}, not to {expected}")
+        format!(
+            "it belongs to reference {}, not to {}",
+            Hex(found),
+            Hex(fingerprint)
+        )
     } else {
         return Ok(());
     };
     Err(Error::cache(path, reason))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Scan<'_> {
@@ -247,33 +245,32 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn damage(&self, at: u64, reason: String) -> Error {
+    fn damage(&self, at: u64, reason: impl Display) -> Error {
         let sequence = self.chain.sequence;
-        Error::cache(
-            self.path,
-            format!("block {sequence} at byte {at} is damaged: {reason}"),
-        )
+        let reason = format!("block {sequence} at byte {at} is damaged: {reason}");
+        Error::cache(self.path, reason)
     }
 
     /// Takes over the records of the block just read.
     fn collect(&self, at: u64, records: &mut Vec<Record>) -> Result<()> {
-        let broken = || self.damage(at, "its records do not fill it".into());
+        let broken = || self.damage(at, "its records do not fill it");
         let count = u32_at(&self.header, RECORDS_AT) as usize;
         let values = aligned(count * (KEY + 4));
         let index = self.payload.get(..values).ok_or_else(broken)?;
         let (keys, counts) = index.split_at(count * KEY);
         let mut end = values as u64;
-        for (key, count) in keys.chunks_exact(KEY).zip(counts.chunks_exact(4)) {
-            let key = key.try_into().expect("32 bytes");
-            let count = u32_at(count, 0);
-            records.push(Record {
-                key,
-                offset: at + HEADER as u64 + end,
-                count,
-            });
+        for (&key, &count) in keys.as_chunks().0.iter().zip(counts.as_chunks().0) {
+            let count = u32::from_le_bytes(count);
+            let offset = at + HEADER as u64 + end;
+            records.push(Record { key, offset, count });
             end += 4 * u64::from(count);
         }
-        if end.next_multiple_of(ALIGNMENT as u64) != self.payload.len() as u64 {
+        let empty = records
+            .iter()
+            .rev()
+            .take(count)
+            .any(|record| record.count == 0);
+        if empty || end.next_multiple_of(ALIGNMENT as u64) != self.payload.len() as u64 {
             return Err(broken());
         }
         self.check_values(at, &self.payload[values..end as usize])

@@ -160,18 +160,14 @@ impl CacheReader {
         let find = |&row: &i64| Ok(&self.rows[error::index("row", row, self.rows.len())?]);
         let rows: Vec<&Row> = rows.iter().map(find).collect::<Result<_>>()?;
         let mut offsets = Vec::with_capacity(rows.len() + 1);
-        offsets.push(0);
+        let mut values = vec![0.0; rows.iter().map(|row| row.count as usize).sum()];
         let mut end = 0;
-        offsets.extend(rows.iter().map(|row| {
-            end += i64::from(row.count);
-            end
-        }));
-        let mut values = vec![0.0; end as usize];
-        let mut rest = &mut values[..];
+        offsets.push(0);
         for row in rows {
-            let (own, others) = rest.split_at_mut(row.count as usize);
-            self.fill(row, own)?;
-            rest = others;
+            let start = end;
+            end += row.count as usize;
+            self.fill(row, &mut values[start..end])?;
+            offsets.push(end as i64);
         }
         Ok((offsets, values))
     }

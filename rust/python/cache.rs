@@ -1,4 +1,4 @@
-//! `CacheWriter` and `CacheReader`.
+//! `CacheWriter`, `CacheReader` and their key.
 
 use std::{
     path::PathBuf,
@@ -6,10 +6,13 @@ use std::{
 };
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
-use pyo3::{exceptions::PyValueError, prelude::*};
+use pyo3::{exceptions::PyValueError, prelude::*, types::PyBytes};
 
 use super::array;
-use crate::{Error, cache, fingerprint::Key};
+use crate::{
+    Error, cache,
+    fingerprint::{self, Key},
+};
 
 /// Append log-probs to a new journal of its own in `folder`, which is created if need be.
 ///
@@ -113,6 +116,19 @@ impl CacheReader {
         let (offsets, logps) = py.detach(|| self.0.read(rows))?;
         Ok((array(py, offsets), array(py, logps)))
     }
+}
+
+/// Hash one completion in its prompt: 32 bytes from the ids exactly as fed to the model
+/// (prompt, then completion) and `start`, the length of the prompt.
+#[pyfunction]
+pub fn content_key<'py>(
+    py: Python<'py>,
+    ids: PyReadonlyArray1<'py, i32>,
+    start: usize,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let ids = ids.as_slice()?;
+    let key = py.detach(|| fingerprint::content_key(ids, start))?;
+    Ok(PyBytes::new(py, &key))
 }
 
 fn rows<'a>(keys: &'a PyReadonlyArray2<'_, u8>) -> PyResult<&'a [Key]> {

@@ -1,5 +1,6 @@
 //! The Python face of the crate: the only folder that names `pyo3`. It translates and decides nothing.
 #![allow(clippy::needless_pass_by_value)] // pyo3 extracts arguments into owned values
+#![allow(clippy::doc_markdown)] // these are the docstrings of Python
 
 mod cache;
 mod layout;
@@ -7,12 +8,11 @@ mod store;
 
 use std::io;
 
-use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::{
     create_exception,
     exceptions::{PyIndexError, PyOSError, PyValueError},
     prelude::*,
-    types::{PyBytes, PyTuple},
 };
 
 use crate::{Error, group::ROLES};
@@ -71,28 +71,16 @@ fn array<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyArray1<T>> {
 /// Groups, plans, layouts and the reference cache, in Rust.
 #[pymodule(gil_used = false)]
 mod _rust {
-    use super::*;
+    use pyo3::{prelude::*, types::PyTuple};
 
+    use super::ROLES;
     #[pymodule_export]
     use super::{
         CorruptCacheError, CorruptStoreError,
-        cache::{CacheReader, CacheWriter},
+        cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
         store::{Plan, Store, StoreWriter},
     };
-
-    /// Hash one completion in its prompt: 32 bytes from the ids exactly as fed to the model
-    /// (prompt, then completion) and `start`, the length of the prompt.
-    #[pyfunction]
-    fn content_key<'py>(
-        py: Python<'py>,
-        ids: PyReadonlyArray1<'py, i32>,
-        start: usize,
-    ) -> PyResult<Bound<'py, PyBytes>> {
-        let ids = ids.as_slice()?;
-        let key = py.detach(|| crate::fingerprint::content_key(ids, start))?;
-        Ok(PyBytes::new(py, &key))
-    }
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -13,7 +13,7 @@ use super::{
     layout::{PaddedLayout, SharedLayout},
     matrix,
 };
-use crate::{Error, group, layout, plan, store};
+use crate::{Error, group, layout, plan, store, wire::Hex};
 
 /// Collect groups and seal them as a store, at `path` or in memory.
 ///
@@ -119,11 +119,7 @@ impl Store {
     /// Hash of the columns, without the metadata, in hex.
     #[getter]
     fn digest(&self) -> String {
-        self.0
-            .digest()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        Hex(&self.0.digest()).to_string()
     }
 
     /// Compare every column with its checksum.

@@ -4,7 +4,7 @@ use std::{ops::Range, path::Path};
 
 use crate::{
     Error, Result,
-    wire::{self, aligned, put, u32_at, u64_at},
+    wire::{self, aligned, u32_at, u64_at},
 };
 
 pub const MAGIC: &[u8; 8] = b"LRSTORE1";
@@ -46,6 +46,14 @@ impl Column {
         Self::Lines,
         Self::Metadata,
     ];
+
+    /// What the column holds before the first group: the offsets begin with 0.
+    pub fn start(self) -> &'static [u8] {
+        match self {
+            Self::PromptOffsets | Self::CompletionOffsets | Self::GroupOffsets => &[0; 8],
+            _ => &[],
+        }
+    }
 }
 
 /// How many of everything a store holds.
@@ -58,23 +66,17 @@ pub struct Counts {
 }
 
 /// The file's first 64 bytes.
-pub fn header(counts: Counts, file_length: usize) -> [u8; HEADER] {
-    let mut bytes = [0; HEADER];
-    let mut rest = &mut bytes[..];
-    put(&mut rest, MAGIC);
-    put(&mut rest, &VERSION.to_le_bytes());
-    put(&mut rest, &wire::ENDIAN_TAG.to_le_bytes());
+pub fn header(counts: Counts, file_length: usize) -> Vec<u8> {
     let Counts {
         groups,
         completions,
         tokens,
         completion_tokens,
     } = counts;
-    for count in [groups, completions, tokens, completion_tokens, file_length] {
-        put(&mut rest, &(count as u64).to_le_bytes());
-    }
-    wire::sign(&mut bytes);
-    bytes
+    let numbers = [groups, completions, tokens, completion_tokens, file_length];
+    let numbers = numbers.map(|number| (number as u64).to_le_bytes());
+    let (version, endian) = (VERSION.to_le_bytes(), wire::ENDIAN_TAG.to_le_bytes());
+    wire::signed(&[MAGIC, &version, &endian, numbers.as_flattened()], HEADER)
 }
 
 /// The file's last 80 bytes.
@@ -86,20 +88,14 @@ pub struct Footer {
 }
 
 impl Footer {
-    pub fn encode(&self) -> [u8; FOOTER] {
-        let mut bytes = [0; FOOTER];
-        let mut rest = &mut bytes[..];
-        put(&mut rest, &(self.metadata as u64).to_le_bytes());
-        put(&mut rest, &self.digest);
-        for crc in self.crcs {
-            put(&mut rest, &crc.to_le_bytes());
-        }
-        wire::sign(&mut bytes);
-        bytes
+    pub fn encode(&self) -> Vec<u8> {
+        let metadata = (self.metadata as u64).to_le_bytes();
+        let crcs = self.crcs.map(u32::to_le_bytes);
+        wire::signed(&[&metadata, &self.digest, crcs.as_flattened()], FOOTER)
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
-        wire::signed(bytes).then(|| Self {
+        wire::is_signed(bytes).then(|| Self {
             metadata: u64_at(bytes, 0) as usize,
             digest: bytes[DIGEST_AT..CRCS_AT].try_into().expect("32 bytes"),
             crcs: std::array::from_fn(|column| u32_at(bytes, CRCS_AT + 4 * column)),
@@ -159,7 +155,7 @@ impl Frame {
         if u32_at(bytes, ENDIAN_AT) == wire::ENDIAN_TAG.swap_bytes() {
             return corrupt("it was written on a big-endian machine".into());
         }
-        if !wire::signed(&bytes[..HEADER]) {
+        if !wire::is_signed(&bytes[..HEADER]) {
             return corrupt("the header's checksum does not match".into());
         }
         let version = u32_at(bytes, VERSION_AT);

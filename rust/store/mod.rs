@@ -135,6 +135,7 @@ impl Store {
     }
 
     /// The writer's text about this store.
+    #[expect(clippy::missing_panics_doc, reason = "checked at open")]
     pub fn metadata(&self) -> &str {
         std::str::from_utf8(self.column(Column::Metadata)).expect("checked at open")
     }

@@ -72,10 +72,11 @@ pub struct Spooled {
 }
 
 impl Spool {
-    pub fn new(sink: Sink) -> Self {
+    /// Starts with the bytes of `start`.
+    pub fn new(sink: Sink, start: &[u8]) -> Self {
         Self {
             sink,
-            buffer: Vec::new(),
+            buffer: start.to_vec(),
             length: 0,
             crc: 0,
             hasher: Hasher::new(),

@@ -1,6 +1,9 @@
 //! Streams groups to columns and seals them.
 
-use std::{io, path::Path};
+use std::{
+    io::{self, Write},
+    path::Path,
+};
 
 use blake3::Hasher;
 
@@ -16,6 +19,9 @@ use crate::{
     map::Map,
     wire::{ALIGNMENT, aligned},
 };
+
+/// Where the header will be: it comes last.
+const ROOM: &[u8] = &[0; HEADER];
 
 /// Collects groups and seals them as a [`Store`].
 ///
@@ -33,35 +39,35 @@ pub struct StoreWriter {
 impl StoreWriter {
     /// Starts a store in memory.
     pub fn in_memory() -> Self {
-        let sinks = Column::ALL.map(|_| Sink::Memory(Vec::new()));
-        Self::start(None, sinks.into()).expect("memory takes bytes")
+        let mut sinks = Column::ALL.map(|_| Sink::Memory(Vec::new()));
+        sinks[0] = Sink::Memory(ROOM.to_vec());
+        Self::start(None, sinks.into())
     }
 
     /// Starts a store that will be at `path`. An older `<path>.partial` of a writer that died is
     /// replaced; that of a living one is an error.
     pub fn create(path: &Path) -> Result<Self> {
-        let (target, file) = Target::lock(path)?;
+        let (target, mut file) = Target::lock(path)?;
+        file.write_all(ROOM).map_err(Error::io(&target.partial))?;
         let mut sinks = vec![Sink::Disk(file)];
         for _ in 1..Column::ALL.len() {
             let spool = tempfile::tempfile_in(target.folder());
             sinks.push(Sink::Disk(spool.map_err(Error::io(target.folder()))?));
         }
-        Self::start(Some(target), sinks)
+        Ok(Self::start(Some(target), sinks))
     }
 
-    fn start(target: Option<Target>, mut sinks: Vec<Sink>) -> Result<Self> {
-        let room = sinks[0].write(&[0; HEADER]); // the header comes last
-        let columns = sinks.into_iter().map(Spool::new).collect();
-        let mut writer = Self {
+    fn start(target: Option<Target>, sinks: Vec<Sink>) -> Self {
+        let columns = sinks.into_iter().zip(Column::ALL);
+        let columns = columns
+            .map(|(sink, column)| Spool::new(sink, column.start()))
+            .collect();
+        Self {
             target,
             columns,
             counts: Counts::default(),
             failed: false,
-        };
-        let begun = room.and_then(|()| writer.put_ends());
-        let begun = begun.and_then(|()| writer.put(Column::CompletionOffsets, &0u64.to_le_bytes()));
-        writer.noted(begun)?;
-        Ok(writer)
+        }
     }
 
     /// Adds one group after [`Group::check`]; a refused group leaves the writer as it was.
@@ -84,18 +90,13 @@ impl StoreWriter {
         self.counts.groups += 1;
         self.counts.completions += group.roles.len();
         self.counts.tokens += group.prompt_ids.len() + group.completion_ids.len();
-        self.put(Column::Roles, group.roles)?;
-        self.put(Column::Files, &group.file.to_le_bytes())?;
-        self.put(Column::Lines, &group.line.to_le_bytes())?;
-        self.put_ends()
-    }
-
-    /// Where the next group's prompt and completions begin.
-    fn put_ends(&mut self) -> io::Result<()> {
         let prompts = (self.counts.tokens - self.counts.completion_tokens) as u64;
         let completions = self.counts.completions as u64;
         self.put(Column::PromptOffsets, &prompts.to_le_bytes())?;
-        self.put(Column::GroupOffsets, &completions.to_le_bytes())
+        self.put(Column::GroupOffsets, &completions.to_le_bytes())?;
+        self.put(Column::Roles, group.roles)?;
+        self.put(Column::Files, &group.file.to_le_bytes())?;
+        self.put(Column::Lines, &group.line.to_le_bytes())
     }
 
     fn put(&mut self, column: Column, bytes: &[u8]) -> io::Result<()> {

@@ -1,0 +1,110 @@
+//! Random groups, and stores of them.
+#![allow(dead_code)] // each test crate uses its part
+
+use logratio::{
+    group::Group,
+    store::{Store, StoreWriter},
+};
+use proptest::{collection::vec, prelude::*};
+
+/// One group as a test writes it down.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    pub prompt: Vec<i32>,
+    pub completions: Vec<Completion>,
+}
+
+/// Ids and mask, token by token, and the number of the role.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    pub tokens: Vec<(i32, u8)>,
+    pub role: u8,
+}
+
+impl Completion {
+    pub fn ids(&self) -> Vec<i32> {
+        self.tokens.iter().map(|&(id, _)| id).collect()
+    }
+
+    pub fn mask(&self) -> Vec<u8> {
+        self.tokens.iter().map(|&(_, value)| value).collect()
+    }
+}
+
+pub fn samples(most: usize) -> impl Strategy<Value = Vec<Sample>> {
+    let completion = (vec((0..i32::MAX, 0..=1u8), 1..9), 0..5u8)
+        .prop_map(|(tokens, role)| Completion { tokens, role });
+    let group =
+        (vec(0..i32::MAX, 1..9), vec(completion, 1..5)).prop_map(|(prompt, completions)| Sample {
+            prompt,
+            completions,
+        });
+    vec(group, 0..most)
+}
+
+/// `count` groups that are the same in every run, of rather different lengths.
+pub fn fixed(count: usize) -> Vec<Sample> {
+    let completion = |group: usize, number: usize| Completion {
+        tokens: (0..=(group * 7 + number * 3) % 11)
+            .map(|at| {
+                (
+                    (group * 100 + number * 10 + at) as i32,
+                    u8::from(at % 4 != 1),
+                )
+            })
+            .collect(),
+        role: number as u8 % 5,
+    };
+    (0..count)
+        .map(|group| Sample {
+            prompt: (0..=group * 5 % 13)
+                .map(|at| (group * 31 + at) as i32)
+                .collect(),
+            completions: (0..=group % 3)
+                .map(|number| completion(group, number))
+                .collect(),
+        })
+        .collect()
+}
+
+pub fn push(writer: &mut StoreWriter, number: usize, sample: &Sample) {
+    let flat = |of: fn(&Completion) -> Vec<i32>| -> Vec<i32> {
+        sample.completions.iter().flat_map(of).collect()
+    };
+    let lengths: Vec<u32> = sample
+        .completions
+        .iter()
+        .map(|completion| completion.tokens.len() as u32)
+        .collect();
+    let roles: Vec<u8> = sample
+        .completions
+        .iter()
+        .map(|completion| completion.role)
+        .collect();
+    let mask: Vec<u8> = sample
+        .completions
+        .iter()
+        .flat_map(Completion::mask)
+        .collect();
+    let group = Group {
+        prompt_ids: &sample.prompt,
+        completion_ids: &flat(Completion::ids),
+        completion_mask: &mask,
+        completion_lengths: &lengths,
+        roles: &roles,
+        file: number as u32 % 3,
+        line: number as u64 + 1,
+    };
+    writer.push(&group).expect("a sample is a group");
+}
+
+pub fn fill(mut writer: StoreWriter, samples: &[Sample]) -> Store {
+    for (number, sample) in samples.iter().enumerate() {
+        push(&mut writer, number, sample);
+    }
+    writer.finish("{}").expect("seals")
+}
+
+pub fn store(samples: &[Sample]) -> Store {
+    fill(StoreWriter::in_memory(), samples)
+}
