@@ -1,0 +1,215 @@
+"""What an export is told, and everything that can be refused before weights are loaded."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from logratio.bundle import TOKENIZER_FILES
+from logratio.data import PreferenceTokenizer, TokenizationRules
+from logratio.extras import require
+from logratio.forecast import Forecast, check_writable, existing_parent
+from logratio.scoring.families import check_exportable, max_positions
+from logratio.training.checks import UnsupportedModelError
+from logratio.training.fingerprint import parameter_count
+from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+
+TRAINING_SETTINGS = "training.json"
+LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+
+_PROCESS_BYTES = 0.9e9
+_COPIES = 3
+"""Of the weights at the peak: torch's, the file being written, ONNX Runtime's."""
+_SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 4.0, 2e8
+
+
+class ExportError(ValueError):
+    """The export cannot be made as asked; nothing was left in the output folder."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of one export.
+
+    Attributes:
+        policy: Folder of the trained model or adapter.
+        reference: Folder of the model (or adapter) it was kept close to.
+        beta: That of the training: the reward is beta times the log-ratio, in nats.
+        output: Folder of the bundle; new, or empty.
+        rules: How text becomes ids; None: as the policy was trained (its ``training.json``), else
+            the defaults, both cut to the positions that the models have.
+    """
+
+    policy: str | Path
+    reference: str | Path
+    beta: float
+    output: str | Path
+    rules: TokenizationRules | None = None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export that can begin.
+
+    Attributes:
+        policy: The policy's folder.
+        reference: The reference's folder.
+        beta: Reward per nat.
+        output: The bundle's folder.
+        tokenizer_folder: Where the tokenizer comes from.
+        tokenizer: Loaded, with the bundle's rules.
+        config: The policy's.
+    """
+
+    policy: Path
+    reference: Path
+    beta: float
+    output: Path
+    tokenizer_folder: Path
+    tokenizer: PreferenceTokenizer
+    config: PreTrainedConfig
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids that the models know; the tokenizer may use fewer."""
+        return int(self.config.vocab_size)
+
+    @property
+    def rules(self) -> TokenizationRules:
+        """How text becomes ids."""
+        return self.tokenizer.rules
+
+    @property
+    def forecast(self) -> Forecast:
+        """What the export will need; equal weights are stored once, so it may be less."""
+        disk = 4.0 * self._parameters()
+        layers = int(self.config.num_hidden_layers)
+        return Forecast(
+            memory_bytes=_PROCESS_BYTES + _COPIES * disk,
+            disk_bytes=disk,
+            disk_path=self.output,
+            seconds=_SECONDS + _SECONDS_PER_LAYER * layers + disk / _BYTES_PER_SECOND,
+            notes=f"float32, {layers} layers",
+        )
+
+    def _parameters(self) -> int:
+        shares_base = (self.policy / ADAPTER_CONFIG).exists() and base_folder(
+            self.policy
+        ).resolve() == self.reference.resolve()
+        own = parameter_count(self.policy)
+        return own if shares_base else own + parameter_count(self.reference)
+
+
+def plan_export(config: ExportConfig) -> Forecast:
+    """Check everything that can be checked without the weights, and say what the export needs.
+
+    Raises:
+        ExportError, ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: What
+            stands in the way.
+    """
+    return make_plan(config).forecast
+
+
+def make_plan(config: ExportConfig) -> ExportPlan:
+    """Check everything that can be checked without the weights.
+
+    Raises:
+        ExportError, ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: What
+            stands in the way.
+    """
+    for library in LIBRARIES:
+        require(library, "export")
+    if not (math.isfinite(config.beta) and config.beta > 0):
+        raise ExportError(f"beta is {config.beta}; it is that of the training, above 0")
+    policy, reference, output = map(Path, (config.policy, config.reference, config.output))
+    for folder in (policy, reference):
+        check_model_folder(folder)
+    _check_output(output)
+    architecture = _architectures(policy, reference)
+    folder = _tokenizer_folder(policy, reference)
+    tokenizer = _tokenizer(folder, _rules(config, policy, architecture))
+    check_exportable(architecture, tokenizer.rules.max_length)
+    if tokenizer.vocabulary_size > architecture.vocab_size:
+        raise ExportError(
+            f"{folder}: its tokenizer knows {tokenizer.vocabulary_size} ids, and the policy "
+            f"{architecture.vocab_size}"
+        )
+    plan = ExportPlan(policy, reference, config.beta, output, folder, tokenizer, architecture)
+    check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
+    return plan
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise ExportError(f"{output}: not empty, and a bundle never overwrites anything")
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output}: a file of this name is in the way")
+
+
+def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
+    """Return the policy's configuration; the reference may differ in all but the vocabulary."""
+    own, other = _architecture(policy), _architecture(reference)
+    check_exportable(own, 0)
+    check_exportable(other, 0)
+    if own.vocab_size != other.vocab_size:
+        raise ExportError(
+            f"policy and reference have different vocabularies ({own.vocab_size} and "
+            f"{other.vocab_size} ids), so their log-probs cannot be compared"
+        )
+    return own
+
+
+def _architecture(folder: Path) -> PreTrainedConfig:
+    base = base_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"{base}: transformers knows no such model without running its code"
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -> TokenizationRules:
+    if config.rules is not None:
+        return config.rules
+    rules = _trained_rules(policy) or TokenizationRules()
+    length = min(rules.max_length, max_positions(architecture))
+    prompt = rules.max_prompt_length
+    return replace(
+        rules,
+        max_length=length,
+        max_prompt_length=None if prompt is None else min(prompt, length - 1),
+    )
+
+
+def _trained_rules(policy: Path) -> TokenizationRules | None:
+    """Read the rules that `logratio train` wrote beside the policy."""
+    path = policy / TRAINING_SETTINGS
+    if not path.exists():
+        return None
+    try:
+        return TokenizationRules.from_dict(json.loads(path.read_text())["rules"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path}: its rules cannot be read ({error})") from error
+
+
+def _tokenizer_folder(policy: Path, reference: Path) -> Path:
+    places = (policy, base_folder(policy), reference, base_folder(reference))
+    found = next((folder for folder in places if (folder / TOKENIZER_FILES[0]).exists()), None)
+    if found is None:
+        raise ExportError(
+            f"neither {policy} nor {reference} holds a tokenizer.json; make one with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return found
+
+
+def _tokenizer(folder: Path, rules: TokenizationRules) -> PreferenceTokenizer:
+    try:
+        return PreferenceTokenizer.load(folder, rules)
+    except ValueError as error:
+        raise ExportError(f"{folder}: its tokenizer cannot be used: {error}") from error
