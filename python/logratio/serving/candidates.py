@@ -1,0 +1,202 @@
+"""Prompts and candidates as ids, and which of them go through the graph together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from logratio.data import (
+    InvalidRecordError,
+    Message,
+    PreferenceRecord,
+    PreferenceTokenizer,
+    Refusal,
+    Source,
+    TokenizationRules,
+)
+from logratio.data.conversations import prompt as check_turns
+from logratio.data.records import Text
+
+Prompt = str | Sequence[Message]
+"""Plain text, or the turns of a chat, which the bundle's chat template renders."""
+
+_UNCUT = 2**31 - 1
+_HERE = Source("this prompt", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A candidate as ids.
+
+    Attributes:
+        ids: At least one token; empty where there is an error.
+        truncated: Whether its end was cut.
+        error: Why it cannot be scored; None: it can.
+    """
+
+    ids: tuple[int, ...]
+    truncated: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateGroup:
+    """A prompt and candidates of it, ready for the graph.
+
+    Attributes:
+        prompt_ids: At least one token.
+        prompt_truncated: Whether the bundle's rules cut the prompt.
+        candidates: In the caller's order.
+    """
+
+    prompt_ids: tuple[int, ...]
+    prompt_truncated: bool
+    candidates: tuple[Candidate, ...]
+
+    def different(self) -> dict[tuple[int, ...], list[int]]:
+        """Return where each different sequence of ids stands; each is scored once."""
+        places: dict[tuple[int, ...], list[int]] = {}
+        for index, candidate in enumerate(self.candidates):
+            if candidate.error is None:
+                places.setdefault(candidate.ids, []).append(index)
+        return places
+
+
+class CandidateEncoder:
+    """Turns text into ids as training did, except that no completion is cut unless asked for."""
+
+    def __init__(self, folder: Path, rules: TokenizationRules, truncate: bool) -> None:
+        """Load the tokenizer of a bundle.
+
+        Args:
+            folder: The bundle.
+            rules: Its rules.
+            truncate: Cut completions that are too long, instead of an error for each.
+        """
+        self._max_length = rules.max_length
+        self._truncate = truncate
+        uncut = replace(rules, max_length=_UNCUT, max_prompt_length=rules.prompt_budget)
+        self.tokenizer = PreferenceTokenizer.load(folder, uncut)
+
+    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+        """Encode a prompt and candidates of it.
+
+        A candidate that cannot be scored carries its reason; the others are not affected.
+
+        Raises:
+            InvalidRecordError: The prompt cannot be taken; its `code` says why.
+        """
+        text = _checked(prompt)
+        opening = self.tokenizer.encode_record(PreferenceRecord(text, (), _HERE))
+        if isinstance(opening, Refusal):
+            raise InvalidRecordError(opening.code, opening.reason)
+        room = self._max_length - len(opening.prompt_ids)
+        rows = self._encode(text, candidates)
+        return CandidateGroup(
+            tuple(opening.prompt_ids),
+            "W506" in opening.notes,
+            tuple(row if isinstance(row, Candidate) else self._fit(row, room) for row in rows),
+        )
+
+    def _encode(self, text: Text, candidates: Sequence[str]) -> list[list[int] | Candidate]:
+        """Encode all candidates at once or, if one cannot be taken, each on its own."""
+        if all(map(_is_sound, candidates)) and candidates:
+            try:
+                group = self.tokenizer.encode_completions(text, candidates)
+                return [completion.ids for completion in group.completions]
+            except InvalidRecordError as error:
+                if len(candidates) == 1:
+                    return [Candidate((), error=str(error))]
+        return [self._encode_one(text, candidate) for candidate in candidates]
+
+    def _encode_one(self, text: Text, candidate: str) -> list[int] | Candidate:
+        if not _is_sound(candidate):
+            return Candidate((), error="[E104] half a character (a lone surrogate)")
+        try:
+            return self.tokenizer.encode_completion(text, candidate)
+        except InvalidRecordError as error:
+            return Candidate((), error=str(error))
+
+    def _fit(self, ids: list[int], room: int) -> Candidate:
+        if len(ids) <= room:
+            return Candidate(tuple(ids))
+        if self._truncate:
+            return Candidate(tuple(ids[:room]), truncated=True)
+        return Candidate(
+            (), error=f"{len(ids):,} tokens, and {room:,} are left of {self._max_length:,}"
+        )
+
+
+def _checked(prompt: Prompt) -> Text:
+    text = prompt if isinstance(prompt, str) else check_turns(prompt, "prompt")
+    parts = [text] if isinstance(text, str) else [str(turn.get("content")) for turn in text]
+    if not all(map(_is_sound, parts)):
+        raise InvalidRecordError("E104", "the prompt holds half a character (a lone surrogate)")
+    return text
+
+
+def _is_sound(text: str) -> bool:
+    """Tell text from Python strings that no encoding can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+Piece = tuple[int, list[tuple[int, ...]]]
+"""Number of a group, and ids of some of its candidates."""
+
+
+def plan_runs(groups: Sequence[CandidateGroup], token_budget: int) -> Iterator[list[Piece]]:
+    """Cut groups into runs of the graph, similar lengths together.
+
+    A run of `G` prompts up to `P` tokens and `N` candidates up to `C` holds `G·P + N·(P + C)`
+    positions: each prompt once, and for each candidate its own view of a prompt's keys and values.
+    A run stays below the budget unless a single candidate is above it; a group too large for one
+    is spread over several.
+
+    Args:
+        groups: What is to be scored.
+        token_budget: Most positions in a run.
+    """
+    run: list[Piece] = []
+    size = _RunSize()
+    by_length = sorted(range(len(groups)), key=lambda g: -len(groups[g].prompt_ids))
+    for number in by_length:
+        group = groups[number]
+        for ids in sorted(group.different(), key=len, reverse=True):
+            is_new = not run or run[-1][0] != number
+            grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
+            if run and grown.cost > token_budget:
+                yield run
+                run, size = [], _RunSize()
+                grown = size.plus(len(group.prompt_ids), len(ids))
+                is_new = True
+            if is_new:
+                run.append((number, []))
+            run[-1][1].append(ids)
+            size = grown
+    if run:
+        yield run
+
+
+@dataclass(frozen=True, slots=True)
+class _RunSize:
+    prompts: int = 0
+    longest_prompt: int = 0
+    candidates: int = 0
+    longest_candidate: int = 0
+
+    @property
+    def cost(self) -> int:
+        view = self.longest_prompt + self.longest_candidate
+        return self.prompts * self.longest_prompt + self.candidates * view
+
+    def plus(self, prompt: int, candidate: int) -> "_RunSize":
+        """Add a candidate, and its prompt where `prompt` is not 0."""
+        return _RunSize(
+            self.prompts + bool(prompt),
+            max(self.longest_prompt, prompt),
+            self.candidates + 1,
+            max(self.longest_candidate, candidate),
+        )

@@ -1,0 +1,141 @@
+"""An ONNX Runtime session on a bundle's graph, and proof that it is the one asked for."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from logratio.bundle import (
+    GRAPH,
+    INPUTS,
+    OUTPUTS,
+    WEIGHTS,
+    BundleError,
+    Manifest,
+    graph_properties,
+)
+from logratio.extras import require
+from logratio.serving.external_data import check_external_data
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 keeps 10 bits: golden rewards would not be met
+_ERRORS_ONLY = 3
+
+
+class ProviderError(RuntimeError):
+    """The execution provider that was asked for cannot be used here."""
+
+
+def open_session(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    providers: Sequence[str] | None = None,
+    allow_fallback: bool = False,
+    threads: int | None = None,
+) -> Any:
+    """Open a verified bundle's graph.
+
+    Args:
+        folder: The bundle.
+        manifest: What it says of itself.
+        providers: ONNX Runtime's execution providers, the wanted one first; None: the CPU.
+        allow_fallback: Go on with another provider where the first cannot be used.
+        threads: Within one run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
+
+    Raises:
+        BundleError: The graph is not the one that the manifest describes.
+        ProviderError: ONNX Runtime would compute elsewhere than asked.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    runtime = require("onnxruntime", "rank")
+    warn_of_two_runtimes()
+    weights = frozenset({WEIGHTS} & manifest.files.keys())
+    check_external_data(folder / GRAPH, weights)
+    wanted = list(providers or [CPU])
+    _check_available(runtime, wanted[0], allow_fallback)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or default_threads()
+    options.log_severity_level = _ERRORS_ONLY
+    session = _open(runtime, folder / GRAPH, options, wanted)
+    if session.get_providers()[0] != wanted[0] and not allow_fallback:
+        raise ProviderError(_fallback(wanted[0], session.get_providers()[0]))
+    check_graph(session, manifest, folder / GRAPH)
+    return session
+
+
+def _open(runtime: Any, graph: Path, options: Any, wanted: list[str]) -> Any:
+    available = set(runtime.get_available_providers())
+    usable = [name for name in wanted if name in available] or [CPU]
+    if CPU not in usable:
+        usable.append(CPU)  # shapes are computed there whatever the device
+    pairs = [(name, _OPTIONS.get(name, {})) for name in usable]
+    try:
+        return runtime.InferenceSession(str(graph), options, providers=pairs)
+    except Exception as error:  # the library raises a dozen unrelated kinds
+        reason = str(error).strip().split("\n")[0][:200]
+        raise BundleError(f"{graph}: ONNX Runtime cannot open it ({reason})") from error
+
+
+def _check_available(runtime: Any, wanted: str, allow_fallback: bool) -> None:
+    available = runtime.get_available_providers()
+    if wanted not in available and not allow_fallback:
+        raise ProviderError(f"{_fallback(wanted, CPU)}; installed here: {', '.join(available)}")
+
+
+def _fallback(wanted: str, used: str) -> str:
+    return (
+        f"{wanted} cannot be used, and ONNX Runtime would go on with {used}; ask for {used}, "
+        "or allow the fallback"
+    )
+
+
+def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
+    """Check that a session's graph has a bundle's inputs, outputs and properties.
+
+    Raises:
+        BundleError: It is another graph.
+    """
+    inputs = {value.name: (value.type, len(value.shape)) for value in session.get_inputs()}
+    outputs = {value.name: (value.type, len(value.shape)) for value in session.get_outputs()}
+    if inputs != {name: ("tensor(int64)", rank) for name, rank in INPUTS.items()}:
+        raise BundleError(f"{where}: its inputs are not a scorer's")
+    if outputs != dict.fromkeys(OUTPUTS, ("tensor(float)", 1)):
+        raise BundleError(f"{where}: its outputs are not a scorer's")
+    properties = session.get_modelmeta().custom_metadata_map
+    stated = graph_properties(manifest.beta, manifest.policy, manifest.reference)
+    for name, value in stated.items():
+        if properties.get(name) != value:
+            raise BundleError(f"{where}: its {name} is not the one in the manifest")
+
+
+def default_threads() -> int:
+    """Return the threads of one run: ``OMP_NUM_THREADS``, or the CPUs this process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told) > 0:
+        return int(told)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def warn_of_two_runtimes() -> None:
+    """Warn where two builds of ONNX Runtime are installed: they overwrite each other's files."""
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(both) > 1:
+        warnings.warn(
+            f"{' and '.join(both)} are both installed and overwrite each other: uninstall both, "
+            "then install one",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
