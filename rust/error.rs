@@ -41,7 +41,7 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
-    /// The writer was closed, or failed before and cannot know what reached the disk.
+    /// The writer was closed, failed before and cannot know what reached the disk, or was forked.
     Closed {
         /// What was closed.
         what: &'static str,
@@ -95,7 +95,10 @@ impl fmt::Display for Error {
             Self::OutOfRange { what, index, count } => {
                 write!(f, "{what} {index} is out of range: there are {count}")
             }
-            Self::Closed { what } => write!(f, "the {what} is closed, or failed before"),
+            Self::Closed { what } => write!(
+                f,
+                "the {what} is closed, failed before, or belongs to another process"
+            ),
         }
     }
 }

@@ -60,6 +60,19 @@ fn a_cut_at_every_byte_keeps_the_blocks_before() {
     }
 }
 
+/// Creating a journal syncs its header before anything else: a power loss may leave only zeros.
+#[test]
+fn a_journal_that_was_never_begun_is_a_torn_tail() {
+    let (bytes, _) = journal(0);
+    assert_eq!(bytes.len(), HEADER);
+    for torn in [&[][..], &[0; 10], &[0; HEADER], &bytes[..HEADER - 1]] {
+        let reader = open_bytes(torn).expect("nothing was lost");
+        assert_eq!(reader.torn_bytes(), torn.len() as u64);
+    }
+    assert_eq!(open_bytes(&bytes).expect("empty").torn_bytes(), 0);
+    assert_corrupt(open_bytes(&[0; HEADER + 1]), "LRJOURN1");
+}
+
 #[test]
 fn every_flipped_bit_is_refused_or_a_torn_tail() {
     let (bytes, ends) = journal(3);
@@ -118,6 +131,18 @@ fn blocks_that_are_missing_moved_or_foreign_are_refused() {
     );
 }
 
+#[test]
+fn a_block_that_follows_another_history_is_not_taken() {
+    let (mut bytes, ends) = journal(2);
+    bytes[ends[0] + 36] ^= 1; // the checksum of the block before
+    reseal(&mut bytes[ends[0]..]);
+    let reader = open_bytes(&bytes).expect("a torn tail");
+    assert_eq!(
+        (reader.len(), reader.torn_bytes()),
+        (2, (ends[1] - ends[0]) as u64)
+    );
+}
+
 /// The scan for later blocks works in pieces; a header behind the first piece counts too.
 #[test]
 fn damage_is_found_far_before_the_next_block() {
@@ -168,7 +193,7 @@ fn values_that_are_no_log_probs_are_refused_when_written_and_when_read() {
     }
 }
 
-/// Makes the checksums of a journal's only block match.
+/// Makes the checksums of a block match.
 fn reseal(block: &mut [u8]) {
     let crc = crc32c::crc32c(&block[HEADER..]);
     block[40..44].copy_from_slice(&crc.to_le_bytes());

@@ -255,7 +255,10 @@ fn candidates_that_cannot_be_scored_are_refused() {
             .to_string()
     };
     let one = || -> Vec<&[i32]> { vec![&[1]] };
-    assert_eq!(refusal(&[&[1]], &[one()], 0), "chunk must be at least 1");
+    assert_eq!(
+        refusal(&[&[1]], &[one()], 0),
+        "chunk must be 1 to 65536, not 0"
+    );
     assert_eq!(refusal(&[], &[], 1), "there is no prompt");
     assert_eq!(refusal(&[&[1]], &[], 1), "1 prompts, but candidates for 0");
     assert_eq!(refusal(&[&[]], &[one()], 1), "prompt 0 is empty");

@@ -42,6 +42,18 @@ def journal(folder: Path) -> Path:
     return only
 
 
+def run_here(script: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run `script` on `path` in a process that can import this file."""
+    return subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
 def test_rows_come_back_by_key(tmp_path: Path) -> None:
     write(tmp_path, {5: [-1.0, -2.5], 1: [-0.5]}, {3: [-4.0, -5.0, -6.0]})
     reader = CacheReader.open(tmp_path, FINGERPRINT)
@@ -169,9 +181,7 @@ write(folder, {2: [-2.0] * 100})
 
 def test_a_failed_write_poisons_the_writer_and_loses_nothing(tmp_path: Path) -> None:
     """The system's limit on a file's size cuts a real write short, as a full disk does."""
-    command = [sys.executable, "-c", HITS_A_LIMIT, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = run_here(HITS_A_LIMIT, tmp_path)
     assert done.stdout.split() == ["OSError", str(errno.EFBIG), "ValueError", "None"]
     reader = CacheReader.open(tmp_path, FINGERPRINT)
     assert reader.torn_bytes > 0
@@ -199,10 +209,34 @@ def test_a_full_disk_is_said_and_the_cache_goes_on_when_there_is_room(small_disk
     assert caught.value.errno == errno.ENOSPC
     assert len(CacheReader.open(folder, FINGERPRINT)) == 1
     filler.unlink()
-    with pytest.raises(ValueError, match="failed before"):
+    with pytest.raises(ValueError, match="failed"):
         append(writer, {2: [-2.0]})
     write(folder, {2: [-2.0] * 100})
     assert len(CacheReader.open(folder, FINGERPRINT)) == 2
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+from test_rust_cache import CacheWriter, FINGERPRINT, append
+writer = CacheWriter(Path(sys.argv[1]), FINGERPRINT)
+if os.fork() == 0:
+    try:
+        append(writer, {1: [-1.0]})
+    except ValueError as error:
+        print(error, flush=True)
+    del writer
+    os._exit(0)
+os.wait()
+append(writer, {2: [-2.0]})
+"""
+
+
+def test_a_forked_child_neither_writes_nor_removes_the_journal(tmp_path: Path) -> None:
+    done = run_here(FORKS, tmp_path)
+    assert "belongs to another process" in done.stdout
+    reader = CacheReader.open(tmp_path, FINGERPRINT)
+    assert reader.join(keys(1, 2)).tolist() == [-1, 0]
 
 
 WAITS_FOR_A_PIPE = """
@@ -225,6 +259,4 @@ opening.join()
 def test_opening_lets_other_threads_run(tmp_path: Path) -> None:
     """Opening a pipe waits for its writer, here a second thread: with the GIL held, for ever."""
     os.mkfifo(tmp_path / "pipe.journal")
-    command = [sys.executable, "-c", WAITS_FOR_A_PIPE, str(tmp_path / "pipe.journal")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run(command, env=environment, timeout=60, check=True)
+    run_here(WAITS_FOR_A_PIPE, tmp_path / "pipe.journal")

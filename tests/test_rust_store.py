@@ -1,5 +1,6 @@
 """The store, the plan and the layouts as Python sees them: types, shapes, errors, no GIL."""
 
+import errno
 import os
 import pickle
 import subprocess
@@ -305,6 +306,34 @@ def test_an_unfinished_writer_leaves_nothing(tmp_path: Path) -> None:
         StoreWriter(tmp_path / "pairs.store")
     del writer
     assert list(tmp_path.iterdir()) == []
+
+
+HITS_A_LIMIT = """
+import resource, sys
+import numpy as np
+from logratio._rust import StoreWriter
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+writer = StoreWriter(sys.argv[1])
+ids = np.arange(100_000, dtype=np.int32)
+one = np.ones(100_000, dtype=np.uint8)
+for _ in range(2):
+    try:
+        writer.push(ids, ids, one, np.array([100_000], np.uint32), one[:1], 0, 1)
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, getattr(error, "errno", None))
+"""
+
+
+def test_a_failed_write_leaves_the_older_store(tmp_path: Path) -> None:
+    """The system's limit on a file's size cuts a real write short, as a full disk does."""
+    path = tmp_path / "pairs.store"
+    make_store(path)
+    command = [sys.executable, "-c", HITS_A_LIMIT, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["OSError", str(errno.EFBIG), "ValueError", "None"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.store"]
+    Store.open(path).verify()
 
 
 WAITS_FOR_A_PIPE = """

@@ -119,11 +119,20 @@ pub struct Record {
 }
 
 /// What a journal holds.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Contents {
     pub records: Vec<Record>,
     /// Bytes behind the last whole block.
     pub torn: u64,
+}
+
+impl Contents {
+    fn torn(bytes: u64) -> Self {
+        Self {
+            records: Vec::new(),
+            torn: bytes,
+        }
+    }
 }
 
 /// A journal that is read from front to back, up to the length it had when that began: another
@@ -140,15 +149,14 @@ struct Scan<'a> {
 /// Reads and checks every byte of a journal.
 pub fn scan(path: &Path, file: &File, fingerprint: &Fingerprint) -> Result<Contents> {
     let length = file.metadata().map_err(Error::io(path))?.len();
-    if length < HEADER as u64 {
-        return Ok(Contents {
-            records: Vec::new(),
-            torn: length,
-        }); // died while being created
-    }
     let mut header = [0; HEADER];
-    file.read_exact_at(&mut header, 0)
-        .map_err(Error::io(path))?;
+    if length >= HEADER as u64 {
+        file.read_exact_at(&mut header, 0)
+            .map_err(Error::io(path))?;
+    }
+    if length <= HEADER as u64 && !wire::is_signed(&header) {
+        return Ok(Contents::torn(length)); // its writer died while it was being created
+    }
     check_header(path, &header, fingerprint)?;
     let chain = Chain::new(&header);
     Scan {
@@ -187,7 +195,7 @@ fn check_header(path: &Path, header: &[u8], fingerprint: &Fingerprint) -> Result
 
 impl Scan<'_> {
     fn run(mut self) -> Result<Contents> {
-        let mut contents = Contents::default();
+        let mut contents = Contents::torn(0);
         let mut at = HEADER as u64;
         while at < self.length {
             if !self.read_block(at)? {

@@ -25,6 +25,8 @@ pub struct CacheWriter {
     file: File,
     chain: Chain,
     failed: bool,
+    /// A forked child shares the file, but must neither write nor remove it.
+    owner: u32,
 }
 
 impl CacheWriter {
@@ -40,6 +42,7 @@ impl CacheWriter {
             file,
             chain: Chain::new(&header),
             failed: false,
+            owner: process::id(),
         };
         sync_folder(folder)?;
         Ok(writer)
@@ -61,7 +64,7 @@ impl CacheWriter {
             let reason = format!("value {at} to append is {value}, which is no log-prob");
             return Err(Error::cache(&self.path, reason));
         }
-        if self.failed {
+        if self.failed || self.owner != process::id() {
             return Err(Error::Closed {
                 what: "cache writer",
             });
@@ -83,7 +86,7 @@ impl CacheWriter {
 
 impl Drop for CacheWriter {
     fn drop(&mut self) {
-        if self.chain.is_empty() {
+        if self.chain.is_empty() && self.owner == process::id() {
             // A failure leaves an empty journal behind, which is harmless.
             let _ = fs::remove_file(&self.path);
         }

@@ -2,6 +2,9 @@
 
 use crate::{Error, Result};
 
+/// The largest chunk: a graph holds the logits of one chunk at a time.
+const MOST: usize = 1 << 16;
+
 /// Padded prompts, padded candidates, and which positions to score.
 ///
 /// `[G]` prompts of up to `P` tokens, `[N]` candidates of up to `C`, `[K]` chunks of positions.
@@ -80,8 +83,8 @@ impl Candidates {
 }
 
 fn check(prompts: &[&[i32]], candidates: &[Vec<&[i32]>], chunk: usize) -> Result<()> {
-    let reason = if chunk == 0 {
-        "chunk must be at least 1".into()
+    let reason = if !(1..=MOST).contains(&chunk) {
+        format!("chunk must be 1 to {MOST}, not {chunk}")
     } else if prompts.is_empty() {
         "there is no prompt".into()
     } else if prompts.len() != candidates.len() {

@@ -5,6 +5,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    process,
 };
 
 use crate::{Error, Result};
@@ -15,6 +16,8 @@ pub struct Target {
     pub path: PathBuf,
     pub partial: PathBuf,
     published: bool,
+    /// A forked child must not remove its parent's file.
+    owner: u32,
 }
 
 impl Target {
@@ -29,9 +32,15 @@ impl Target {
                 path: path.into(),
                 partial,
                 published: false,
+                owner: process::id(),
             },
             file,
         ))
+    }
+
+    /// Whether this process made it.
+    pub fn is_ours(&self) -> bool {
+        self.owner == process::id()
     }
 
     /// The folder that both names live in.
@@ -54,7 +63,7 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && self.is_ours() {
             // Nothing can be done about a failure here; the next writer replaces the file.
             let _ = fs::remove_file(&self.partial);
         }

@@ -122,10 +122,14 @@ impl StoreWriter {
     }
 
     fn usable(&self) -> Result<()> {
+        let ours = self.target.as_ref().is_none_or(Target::is_ours);
         let closed = Error::Closed {
             what: "store writer",
         };
-        if self.failed { Err(closed) } else { Ok(()) }
+        if self.failed || !ours {
+            return Err(closed);
+        }
+        Ok(())
     }
 
     /// Remembers that a write failed: nobody knows which of its bytes arrived.
