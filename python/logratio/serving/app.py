@@ -1,0 +1,224 @@
+"""The HTTP application: requests checked, queued, scored, answered. Needs fastapi."""
+
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from logratio.data import InvalidRecordError
+from logratio.serving.body import BoundedBody
+from logratio.serving.candidates import CandidateGroup
+from logratio.serving.limits import Limits
+from logratio.serving.protocol import (
+    SCORES,
+    Document,
+    ErrorResponse,
+    Health,
+    Meta,
+    RerankRequest,
+    RerankResponse,
+    Result,
+    Usage,
+)
+from logratio.serving.refusals import RefusedError, public_reason
+from logratio.serving.reranker import Reranker, Score, ranked
+from logratio.serving.worker import Worker
+
+PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
+_DESCRIPTION = (
+    f"Orders completions of a prompt by the implicit reward of a trained policy. {SCORES}"
+)
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 408, 413, 422, 429, 500, 503, 504)
+}
+_log = logging.getLogger("logratio.serving")
+
+
+@dataclass
+class State:
+    """What changes while the server runs."""
+
+    draining: bool = False
+
+
+def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
+    """Make the application; ``app.state.server`` is its `State`."""
+    worker, state = Worker(limits), State()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.draining = True
+        worker.close()
+
+    # No pages with scripts from elsewhere: /openapi.json is all there is to read.
+    app = FastAPI(
+        title="logratio", description=_DESCRIPTION, version=reranker.manifest.versions["logratio"],
+        lifespan=lifespan, docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.state.server = state
+    app.add_middleware(BoundedBody, limits=limits)
+    _add_refusals(app)
+    _add_health(app, state)
+    service = RerankService(reranker, limits, worker, state)
+    for path in PATHS:
+        app.post(
+            path, responses=_REFUSALS, response_model_exclude_none=True, description=SCORES,
+            summary="Order documents", operation_id=f"rerank{path.replace('/', '_')}",
+        )(service.rerank)  # fmt: skip
+    return app
+
+
+class RerankService:
+    """Answers rerank requests."""
+
+    def __init__(self, reranker: Reranker, limits: Limits, worker: Worker, state: State) -> None:
+        self._reranker, self._limits = reranker, limits
+        self._worker, self._state = worker, state
+
+    async def rerank(self, request: RerankRequest) -> RerankResponse:
+        """Check, wait for the worker, answer."""
+        if self._state.draining:
+            raise RefusedError(503, "draining", "the server is shutting down")
+        check_size(request, self._limits)
+        number = uuid.uuid4().hex
+        try:
+            group, scores = await self._worker.run(lambda: self._score(request))
+        except RefusedError:
+            raise
+        except Exception as error:
+            # No traceback and no message: either could hold the request's text.
+            _log.error("request %s failed: %s", number, type(error).__name__)
+            raise RefusedError(500, "internal", "the request could not be scored") from None
+        return self._response(number, request, group, scores)
+
+    def _score(self, request: RerankRequest) -> tuple[CandidateGroup, list[Score]]:
+        """Encode and score; runs in the worker's thread."""
+        try:
+            group = self._reranker.encode(request.prompt(), request.texts())
+        except InvalidRecordError as error:
+            raise RefusedError(422, "query", public_reason(str(error))) from None
+        check_tokens(group, self._limits)
+        scores = self._reranker.score_groups([group])[0]
+        if any(score.error is not None for score in scores):
+            raise RefusedError(500, "not_finite", "the model gives no finite score")
+        return group, scores
+
+    def _response(
+        self, number: str, request: RerankRequest, group: CandidateGroup, scores: list[Score]
+    ) -> RerankResponse:
+        texts = request.texts()
+        results = [
+            Result(
+                index=score.index,
+                relevance_score=score.reward,
+                document=Document(text=texts[score.index]) if request.return_documents else None,
+            )
+            for score in ranked(scores)[: request.top_n]
+        ]
+        prompt, completion = len(group.prompt_ids), sum(score.tokens for score in scores)
+        manifest = self._reranker.manifest
+        return RerankResponse(
+            id=number,
+            model=manifest.name,
+            results=results,
+            meta=Meta(beta=manifest.beta, truncated_query=group.prompt_truncated),
+            usage=Usage(
+                prompt_tokens=prompt,
+                completion_tokens=completion,
+                total_tokens=prompt + completion,
+            ),
+        )
+
+
+def check_size(request: RerankRequest, limits: Limits) -> None:
+    """Refuse a request that is too large before its text is read by a tokenizer.
+
+    Raises:
+        RefusedError: 422.
+    """
+    if not request.documents:
+        raise RefusedError(422, "no_documents", "there is no document to score")
+    if len(request.documents) > limits.documents:
+        raise RefusedError(
+            422, "too_many_documents", f"at most {limits.documents} documents a query"
+        )
+    longest = limits.document_characters
+    for index, text in enumerate(request.texts()):
+        if len(text) > longest:
+            raise RefusedError(422, "document", f"document {index}: above {longest:,} characters")
+    query = request.query
+    length = len(query) if isinstance(query, str) else sum(len(turn.content) for turn in query)
+    if length > limits.query_characters:
+        raise RefusedError(422, "query", f"the query is above {limits.query_characters:,} "
+                                         "characters")  # fmt: skip
+
+
+def check_tokens(group: CandidateGroup, limits: Limits) -> None:
+    """Refuse a group with a document that cannot be scored: cutting it would change its meaning.
+
+    Raises:
+        RefusedError: 422; names the first such document.
+    """
+    for index, candidate in enumerate(group.candidates):
+        if candidate.error is not None:
+            reason = public_reason(candidate.error)
+            raise RefusedError(422, "document", f"document {index}: {reason}")
+        if limits.document_tokens is not None and len(candidate.ids) > limits.document_tokens:
+            raise RefusedError(
+                422, "document", f"document {index}: above {limits.document_tokens:,} tokens"
+            )
+
+
+def _add_health(app: FastAPI, state: State) -> None:
+    @app.get("/livez", summary="The process answers")
+    async def livez() -> Health:
+        return Health(status="live")
+
+    @app.get("/readyz", summary="Golden rewards were met at load, and the server is not stopping",
+             responses={503: {"model": ErrorResponse}})  # fmt: skip
+    async def readyz() -> Health:
+        if state.draining:
+            raise RefusedError(503, "draining", "the server is shutting down")
+        return Health(status="ready")
+
+
+def _add_refusals(app: FastAPI) -> None:
+    """Answer every error in one shape, with nothing of the request in it."""
+
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RefusedError)
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return await refused(request, RefusedError(422, "malformed", _where(error)))
+
+    async def other(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        code = {404: "not_found", 405: "method"}.get(error.status_code, "malformed")
+        known = {404: "no such path", 405: "no such method here"}
+        message = known.get(error.status_code, "the request cannot be read")
+        return await refused(request, RefusedError(error.status_code, code, message))
+
+    app.add_exception_handler(RefusedError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, other)
+
+
+def _where(error: RequestValidationError) -> str:
+    """Name the fields that are wrong and how, without their values."""
+    known = (*RerankRequest.model_fields, *Document.model_fields, "role", "content")
+    faults = {
+        f"{'.'.join(str(part) for part in fault['loc'] if part in known or isinstance(part, int))}"
+        f" ({fault['type']})"
+        for fault in error.errors()[:20]
+    }
+    return "wrong or missing: " + ", ".join(sorted(faults)[:5])

@@ -1,0 +1,35 @@
+"""Answers other than a ranking: a status, a stable code, a sentence without anyone's text."""
+
+import re
+
+from logratio.data import CODES
+
+_CODE = re.compile(r"\[(\w+)\]")
+
+
+class RefusedError(Exception):
+    """A request gets no ranking.
+
+    Attributes:
+        status: Of HTTP.
+        code: Stable, for programs.
+        message: For people; holds no prompt, no path.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.status, self.code, self.message = status, code, message
+
+    def body(self) -> dict[str, dict[str, str]]:
+        """Return the JSON to answer with."""
+        return {"error": {"code": self.code, "message": self.message}}
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that go with it."""
+        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+
+
+def public_reason(reason: str) -> str:
+    """Replace the reason behind a code by the code's own words: a chat template may quote text."""
+    code = _CODE.match(reason)
+    return f"[{code[1]}] {CODES[code[1]]}" if code and code[1] in CODES else reason

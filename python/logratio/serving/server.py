@@ -1,0 +1,132 @@
+"""`logratio serve`: a bundle over HTTP, on uvicorn."""
+
+import ipaddress
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from logratio.extras import require
+from logratio.serving.limits import Limits
+from logratio.serving.reranker import Reranker
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_KEEP_ALIVE_SECONDS = 60
+_HEADER_BYTES = 16 * 2**10
+_CONNECTIONS = 1024
+
+
+def create_app(reranker: Reranker, limits: Limits | None = None) -> "FastAPI":
+    """Make an ASGI application that serves a loaded bundle, for any ASGI server.
+
+    Raises:
+        MissingExtraError: fastapi is not installed.
+    """
+    require("fastapi", "serve")
+    from logratio.serving.app import build_app
+
+    return build_app(reranker, limits or Limits())
+
+
+def serve(
+    bundle: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    providers: Sequence[str] | None = None,
+    allow_fallback: bool = False,
+    threads: int | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Serve a bundle until SIGTERM or Ctrl-C; requests in flight are answered first.
+
+    There is no authentication: on an address that others reach, a proxy has to bring it.
+
+    Args:
+        bundle: What `logratio export` wrote.
+        host: Address to listen on.
+        port: Port to listen on; 0: any free one.
+        providers: See `Reranker.load`, as the next two.
+        allow_fallback: See there.
+        threads: See there.
+        limits: What requests may ask for.
+
+    Raises:
+        OSError: The address cannot be listened on.
+        BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
+    """
+    uvicorn = require("uvicorn", "serve")
+    require("fastapi", "serve")
+    limits = limits or Limits()
+    with _listen(host, port) as listener:
+        reranker = Reranker.load(
+            bundle, providers=providers, allow_fallback=allow_fallback, threads=threads
+        )
+        app = create_app(reranker, limits)
+        _announce(reranker, host, listener.getsockname()[1])
+        with _stopping_quietly():
+            _server(uvicorn, app, limits).run(sockets=[listener])
+
+
+def _server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
+    class Server(uvicorn.Server):  # type: ignore[misc]  # known at run time only
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.server.draining = True
+            super().handle_exit(sig, frame)
+
+    return Server(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
+            h11_max_incomplete_event_size=_HEADER_BYTES,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=limits.shutdown_seconds,
+        )
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address before the bundle is loaded: it may be in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
+
+
+def _announce(reranker: Reranker, host: str, port: int) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    name, where = reranker.manifest.name, f"http://{shown}:{port}"
+    sys.stderr.write(f"{name} on {where} ({reranker.provider}): POST /v1/rerank\n")
+    if not _is_loopback(host):
+        sys.stderr.write(
+            f"{host} can be reached from other machines, and there is no authentication: put a "
+            "proxy with keys in front\n"
+        )
+    sys.stderr.flush()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _stopping_quietly() -> Iterator[None]:
+    """Let SIGTERM end the server and not the process: uvicorn raises it again when all is done."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
