@@ -139,7 +139,7 @@ class Demo:
         data = task.write_rows(self.folder / "demonstrations.jsonl", rows)
         train(
             TrainConfig(
-                start, [data], self._sft_model, loss="sft", lr=4e-3, batch_size=64, epochs=4,
+                start, [data], self._sft_model, loss="sft", lr=2e-3, batch_size=32, epochs=4,
                 save_every=0, seed=seed, rules=RULES,
             )
         )  # fmt: skip

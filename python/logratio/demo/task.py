@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 ANIMALS = ["cat", "dog", "fox", "owl", "bear", "duck", "frog", "mouse", "goat", "crow"]
 NAMES = ["Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jun"]
@@ -83,7 +83,6 @@ def save_tokenizer(folder: Path) -> None:
     words = {word: number for number, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece(prefix="", cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
     )
@@ -99,6 +98,8 @@ def save_model(folder: Path, seed: int) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from logratio.training.models import quietly
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary()),
@@ -112,6 +113,7 @@ def save_model(folder: Path, seed: int) -> Path:
         eos_token_id=EOS,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with quietly():
+        LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -71,15 +71,17 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
 def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
     """Check the settings and tokenize the data; nothing long has started."""
     check_config(config)
+    path = Path(config.output) / STORE_FILE
     dataset = load_dataset(
         config.model,
         config.data,
         config.rules,
-        path=Path(config.output) / STORE_FILE,
+        path=path,
         demonstrations=config.loss == "sft",
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
+    path.unlink()  # the map keeps it while the run needs it, and nothing can leave it behind
     return Training(config, dataset, show_progress)
 
 
@@ -99,12 +101,6 @@ class Training:
 
     def run(self) -> TrainResult:
         """Train, save, and return what was reached."""
-        try:
-            return self._run()
-        finally:
-            (Path(self.config.output) / STORE_FILE).unlink(missing_ok=True)
-
-    def _run(self) -> TrainResult:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = build_reference(self.config, policy, self.store)

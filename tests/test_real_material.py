@@ -1,0 +1,91 @@
+"""The whole path on real data and real weights, where they are at hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bench_stories import run_seed
+from tiny_models import tiny
+from transformers import GPT2Config
+
+from logratio.data import TokenizationRules
+from logratio.scoring.export import ExportConfig, export_bundle
+from logratio.serving import Reranker
+from logratio.training import (
+    EvaluateConfig,
+    PrecomputeConfig,
+    TrainConfig,
+    evaluate,
+    load_model,
+    precompute,
+    train,
+)
+from logratio.training.sampling import sample_completions
+
+pytestmark = [pytest.mark.shared, pytest.mark.slow]
+
+
+def test_the_policy_learns_story_preferences(shared: Path, tmp_path: Path) -> None:
+    """Three seeds: the issue's bounds, each on the mean."""
+    results = [run_seed(seed, shared, tmp_path / str(seed)) for seed in range(3)]
+    accuracy = np.mean([result.accuracy for result in results])
+    before = np.mean([result.positive_before for result in results])
+    after = np.mean([result.positive_after for result in results])
+    recovered = np.mean([result.recovered for result in results])
+    assert accuracy >= 0.80, results
+    assert before == pytest.approx(0.28, abs=0.08), results
+    assert after >= 0.90, results
+    assert recovered >= 1 / 3, results
+
+
+def test_a_thousand_real_dialogues_through_the_whole_path(shared: Path, tmp_path: Path) -> None:
+    """HH transcripts with the GPT-2 tokenizer: cache, training, evaluation, export, ranking."""
+    data = shared / "data" / "hh" / "harmless-base.test.jsonl.gz"
+    model = gpt2_with_real_tokenizer(shared, tmp_path / "model")
+    rules = TokenizationRules(max_length=256, prompt_truncation="keep_end")
+    made = precompute(PrecomputeConfig(model, [data], tmp_path / "cache", rules=rules))
+    assert made.new > 2 * 2000
+    result = train(
+        TrainConfig(
+            model, [data], tmp_path / "policy", cache=tmp_path / "cache", lr=1e-4, rules=rules
+        )
+    )
+    report = json.loads((tmp_path / "policy" / "data_report.json").read_text())
+    assert report["read"] == 2312
+    assert report["kept"] >= 2200
+    assert result.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert all(np.isfinite(row["loss"]) for row in result.history)
+    measured = evaluate(EvaluateConfig(tmp_path / "policy", model, [data], rules=rules))
+    assert measured.pairs == report["kept"]
+    assert measured.accuracy > 0.6  # on the very pairs it was trained on
+    export_bundle(ExportConfig(tmp_path / "policy", model, 0.1, tmp_path / "bundle"))
+    scores = Reranker.load(tmp_path / "bundle").score(
+        "\n\nHuman: Hello there\n\nAssistant:", [" Hi!", " Go away.", " How are you?"]
+    )
+    assert all(np.isfinite(score.reward) for score in scores)
+
+
+def gpt2_with_real_tokenizer(shared: Path, folder: Path) -> Path:
+    """Write a small random GPT-2 with the real tokenizer of 50,257 entries."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=1024)
+    tiny(config, scale=1.0).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((shared / "models" / "gpt2-tokenizer" / name).read_bytes())
+    return folder
+
+
+def test_known_text_of_a_real_model(shared: Path) -> None:
+    """stories260K continues greedily with its published text."""
+    from tokenizers import Tokenizer
+
+    folder = shared / "models" / "stories260K"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    start = tokenizer.encode("Once upon a time").ids
+    with torch.no_grad():
+        (ids,) = sample_completions(
+            load_model(folder), [start], max_new_tokens=60, eos_id=2, greedy=True
+        )
+    text = tokenizer.decode(start + ids)
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")
