@@ -181,6 +181,21 @@ def test_allowed_share_of_broken_rows(
         build_store([path], tokenizer, max_bad_fraction=0.19)
 
 
+def test_nothing_is_tokenized_once_the_run_is_lost(
+    write: Callable[..., Path], tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def encode_records(records: Sequence[object]) -> list[object]:
+        batches.append(len(records))
+        return []
+
+    monkeypatch.setattr(tokenizer, "encode_records", encode_records)
+    with pytest.raises(BadDataError, match="1 of the 6 rows"):
+        build_store([write([b"broken", *map(pair, range(5))])], tokenizer)
+    assert batches == [0]
+
+
 def test_a_failed_build_leaves_no_file(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer, tmp_path: Path
 ) -> None:
@@ -263,6 +278,7 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
     store, report = build_store([write(rows)], tokenizer, demonstrations=True)
     assert report.kept == len(store) == store.completions == 4
     assert {ROLES[role] for role in store.roles()} == {"demonstration"}
+    assert not report.warnings_by_code
     assert store.counted_lengths()[3] < store.completion_lengths()[3]
     assert sum(report.formats.values()) == 4
     with pytest.raises(BadDataError, match="E206"):

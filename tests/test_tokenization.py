@@ -341,7 +341,8 @@ def test_odd_text_is_kept_and_noted() -> None:
 
 WITH_EOS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}</s>\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"  # noqa: E501
 THINKING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"  # noqa: E501
-LAST_THINKS = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
+LAST_THINKS = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
+BACKWARDS = "{% for m in messages | reverse %}{{ m.role }} {{ m.content }} {% endfor %}"
 HIDING = "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
 STRICT = "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
 
@@ -390,7 +391,7 @@ def test_only_answers_count_in_a_chat_of_many_turns() -> None:
 def test_template_that_asks_otherwise_than_it_tells() -> None:
     """A thinking model's template asks with <think> and leaves it out when the answer is there."""
     tokenizer = load("bytes", THINKING)
-    for content in ("fine", "<think", "<t", "assistant", "<assistant>"):
+    for content in ("fine", "<think", "<t", "assistant", "<assistant>", "how"):
         group = encoded(tokenizer, chat(turn("assistant", content)))
         assert tokenizer.decode(group.prompt_ids) == "<user>how<assistant><think>\n"
         assert tokenizer.decode(group.completions[0].ids) == content + "</s>"
@@ -401,7 +402,7 @@ def test_template_that_writes_the_last_turn_otherwise() -> None:
     tokenizer = load("bytes", LAST_THINKS)
     answer = (turn("assistant", "a"), turn("user", "why"), turn("assistant", "b"))
     group = encoded(tokenizer, chat(*answer))
-    assert counted(tokenizer, group) == ["a", "<think></think>b"]
+    assert counted(tokenizer, group) == ["a</s>", "<think></think>b</s>"]
     assert group.notes == []
 
 
@@ -411,6 +412,7 @@ def test_chats_that_cannot_be_written() -> None:
     assert refused(load("bytes", HIDING), record) == "E404"
     long = chat(turn("assistant", "a"), turn("user", "b"), turn("assistant", "c"))
     assert refused(load("bytes", STRICT), long) == "E403"
+    assert refused(load("bytes", BACKWARDS), long) == "E404"
     encoded(load("bytes", STRICT), record)
     twice = "{{ bos_token }}{{ bos_token }}" + CHATML
     assert refused(load("bytes", twice), record) == "E402"

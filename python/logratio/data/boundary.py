@@ -1,9 +1,10 @@
 """Where the prompt's ids end and a completion's begin."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from logratio.data.scripts import Piece
+from logratio.data.scripts import Script
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class Tail:
     Attributes:
         ids: Every token.
         mask: 1 where a token counts.
-        moved: Whether the ids of what stands before change when the text goes on.
+        moved: Whether what stands before changes, as text or as ids, when the text goes on.
     """
 
     ids: list[int]
@@ -21,34 +22,32 @@ class Tail:
     moved: bool
 
 
-def tail_of(
-    prompt: list[int],
-    pieces: Sequence[Piece],
-    running: Sequence[list[int]],
-    encode: Callable[[str], list[int]],
-) -> Tail:
-    """Cut a completion's ids out of the ids of the whole text.
+def tails_of(
+    script: Script, running: Sequence[list[int]], encode: Callable[[str], list[int]]
+) -> Iterator[Tail]:
+    """Cut each completion's ids out of the ids of the whole text.
 
     A tokenizer may merge the end of the prompt with the beginning of the answer. The prompt's ids
     must not depend on the answer, so such an answer is encoded on its own instead.
 
     Args:
-        prompt: Ids of the prompt's text.
-        pieces: The completion's text, cut where counting begins and ends.
-        running: For each piece, ids of the prompt and all pieces up to it.
+        script: The record as text.
+        running: Ids of each of the script's running texts.
         encode: Text to ids, without added special tokens.
     """
-    ids: list[int] = []
-    mask: list[int] = []
-    moved = False
-    before = prompt
-    for piece, whole in zip(pieces, running, strict=True):
-        if whole[: len(before)] == before:
-            own = whole[len(before) :]
-        else:
-            own = encode(piece.text)
-            moved = True
-        ids += own
-        mask += [int(piece.counts)] * len(own)
-        before = whole
-    return Tail(ids, mask, moved)
+    prompt, *rest = running
+    texts = iter(rest)
+    for pieces, moved in zip(script.completions, script.moved, strict=True):
+        ids: list[int] = []
+        mask: list[int] = []
+        before = prompt
+        for piece, whole in zip(pieces, islice(texts, len(pieces)), strict=True):
+            if whole[: len(before)] == before:
+                own = whole[len(before) :]
+            else:
+                own = encode(piece.text)
+                moved = True
+            ids += own
+            mask += [int(piece.counts)] * len(own)
+            before = whole
+        yield Tail(ids, mask, moved)

@@ -40,7 +40,8 @@ def build_store(
 ) -> tuple[Store, DataReport]:
     """Read preference data into a store.
 
-    Lines are streamed; memory grows by some 200 bytes a row, with which duplicates are known.
+    Lines are streamed; memory grows by some 140 bytes a row, by which duplicates are
+    known.
 
     Args:
         files: JSON lines, plain or gzip, of any known shape; shapes may be mixed.

@@ -8,6 +8,8 @@ from logratio.data.records import Completion, InvalidRecordError, Message, Prefe
 
 Turns = tuple[Message, ...]
 
+_MARK = "\ue000answer\ue001"  # of private use: no template and no text holds it
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -89,7 +91,7 @@ def _chat_pieces(chat: "_Chat", first: int, asked: str) -> tuple[tuple[Piece, ..
     pieces = []
     for index in chat.answers:
         start = position if index == first else chat.start_of(index)
-        end = chat.end_of(index, start)
+        end = chat.end_of(index)
         if not position <= start <= end:
             raise chat.not_found()
         if start > position:
@@ -122,51 +124,34 @@ class _Chat:
         """Find where the assistant begins to speak in a turn, behind what asks it to."""
         if asked is None:
             asked = self._template.render(self._turns[:index], add_generation_prompt=True)
-        return len(asked) if self.text.startswith(asked) else self._locate(index, asked)
+        return len(asked) if self.text.startswith(asked) else self._around(index)[0]
 
-    def end_of(self, index: int, start: int) -> int:
+    def end_of(self, index: int) -> int:
         """Find where a turn ends: with its end-of-text token, without white space behind it."""
         is_last = index == len(self._turns) - 1
         told = self.text if is_last else self._template.render(self._turns[: index + 1])
         if self.text.startswith(told):
             trimmed = told.rstrip()
             return len(trimmed) if trimmed.endswith(self._eos) else len(told)
-        said = self._said(index)
-        found = self.text.find(said, start)
-        if found < 0:
-            raise self.not_found()
-        end = found + len(said)
+        end = self._around(index)[1]
         return end + len(self._eos) if self.text.startswith(self._eos, end) else end
 
-    def _locate(self, index: int, asked: str) -> int:
-        """Find an answer whose template writes what stands before it differently later on.
+    def _around(self, index: int) -> tuple[int, int]:
+        """Find where a turn's words start and end by writing the chat with a mark in their place.
 
-        Templates of thinking models ask with "<think>" and leave it out once the answer is there.
-        The answer starts where the two texts part, or a little before if it begins alike.
+        Needed where a template writes what stands before or behind them differently later on:
+        those of thinking models ask with "<think>" and leave it out once the answer is there.
         """
-        said = self._said(index)
-        parting = _common_prefix(asked, self.text)
-        before = self._template.render(self._turns[:index])
-        for start in range(parting, _common_prefix(before, self.text) - 1, -1):
-            if self.text.startswith(said, start):
-                return start
-        found = self.text.find(said, parting)
-        if found < 0:
+        marked = list(self._turns)
+        marked[index] = {**marked[index], "content": _MARK}
+        before, mark, behind = self._template.render(marked).partition(_MARK)
+        end = len(self.text) - len(behind)
+        fits = self.text.startswith(before) and self.text.endswith(behind) and len(before) < end
+        if not (mark and fits):
             raise self.not_found()
-        return found
-
-    def _said(self, index: int) -> str:
-        said = str(self._turns[index].get("content") or "").strip()
-        if not said:
-            raise self.not_found()
-        return said
+        return len(before), end
 
     def not_found(self) -> InvalidRecordError:
         """Make the error for an answer that the template hides."""
         reason = "the chat template writes the prompt differently once the answer follows"
         return InvalidRecordError("E404", f"{reason}, and the answer cannot be found in it")
-
-
-def _common_prefix(one: str, other: str) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from logratio.data import conversations
-from logratio.data.boundary import Tail, tail_of
+from logratio.data.boundary import Tail, tails_of
 from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
@@ -178,10 +178,7 @@ class PreferenceTokenizer:
             if not record.is_chat:
                 return plain_script(record)
             if self._template is None:
-                reason = (
-                    "the record holds messages and the tokenizer has no chat template: give one"
-                )
-                raise InvalidRecordError("E401", reason)
+                raise InvalidRecordError("E401", NO_TEMPLATE)
             return chat_script(record, self._template, self._eos_token)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)
@@ -203,18 +200,12 @@ class PreferenceTokenizer:
         notes = text_notes(record, self._spelled)
         try:
             prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
-            rest = iter(running[1:])
             completions = [
-                self._completion(
-                    completion.role,
-                    tail_of(running[0], pieces, list(islice(rest, len(pieces))), self._encode_own),
-                    prompt_ids,
-                    notes,
-                    ends_itself=record.is_chat,
+                self._completion(completion.role, tail, prompt_ids, notes, record.is_chat)
+                for completion, tail in zip(
+                    record.completions, tails_of(script, running, self._encode_own), strict=True
                 )
-                for completion, pieces in zip(record.completions, script.completions, strict=True)
             ]
-            notes += ["W502"] * sum(script.moved)
             check_different(completions, notes)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)
@@ -242,7 +233,7 @@ class PreferenceTokenizer:
         return fitted
 
     def _completion(
-        self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], *, ends_itself: bool
+        self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], ends_itself: bool
     ) -> TokenizedCompletion:
         """End a completion with EOS, or cut it: then it has not ended."""
         ids, mask = tail.ids, tail.mask
