@@ -10,7 +10,9 @@ import torch
 from tiny_models import save_tiny_model
 from transformers import PreTrainedModel
 
-torch.set_num_threads(1)  # two threads on a crowded machine made small models 200 times slower
+# Two threads on a crowded machine made small models 200 times slower; children inherit it.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 WORDS = [
     "a",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from logratio._rust import CacheWriter
 from logratio.cli import training as commands
 from logratio.cli.app import main, spread
 from logratio.data import TokenizationRules
@@ -235,7 +236,7 @@ def test_disk_full_during_precompute(
     from logratio.training import reference_pass
 
     monkeypatch.setattr(reference_pass, "BLOCK_TOKENS", 1)
-    real = reference_pass.CacheWriter
+    real = CacheWriter
     full = FullDisk(real, blocks=2)
     monkeypatch.setattr(reference_pass, "CacheWriter", full)
     shared = ("--model", tiny_model, "--data", pairs_file, "--cache", tmp_path / "cache")
