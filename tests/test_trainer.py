@@ -308,3 +308,20 @@ def test_bf16_stays_near_fp32(config: TrainConfig, tmp_path: Path) -> None:
     assert half[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
     for one, other in zip(full, half, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
+
+
+def test_threads_that_hurt_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from logratio.training import threads
+
+    cpu, times = torch.device("cpu"), iter([0.4, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(threads, "_seconds", lambda: next(times))
+    assert threads.advice(cpu) is None  # there is one thread
+    torch.set_num_threads(2)
+    try:
+        told = threads.advice(cpu)
+        assert told is not None
+        assert "4.0 times" in told
+        assert threads.advice(cpu) is None
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -46,4 +46,6 @@ def _curve(axes: "Axes", history: list[dict[str, Any]], name: str, title: str) -
 def _table(axes: "Axes", head: tuple[str, ...], body: list[Any]) -> None:
     axes.axis("off")
     table = axes.table(cellText=body, colLabels=head, loc="center", cellLoc="center")
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
     table.scale(1, 1.7)

@@ -25,7 +25,7 @@ def show(config: DemoConfig) -> DemoResult:
     (config.output / "demo.json").write_text(json.dumps(summary(result), indent=1) + "\n")
     total = sum(result.seconds.values())
     console.print(f"{total:.0f} s in all; pictures of the curves and the tables: {picture}")
-    console.print(_next_steps(config.output), highlight=False)
+    console.print(_next_steps(config.output), highlight=False, soft_wrap=True)
     return result
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from logratio.data import TokenizationRules
@@ -92,6 +93,7 @@ class Demo:
     def run(self) -> DemoResult:
         """Do every step."""
         _replace(self.folder)
+        torch.set_num_threads(1)  # the model is tiny: threads that wait for each other cost more
         seed = self.config.seed
         with self._step("SFT", "a small Llama learns to write stories"):
             self._sft()

@@ -14,7 +14,7 @@ from torch import nn
 from logratio._rust import CacheWriter
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
-from logratio.training import demand
+from logratio.training import demand, threads
 from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
@@ -110,6 +110,8 @@ class Precompute:
     def _score(self, folder: Path) -> int:
         device = default_device(self.config.device)
         check_writable(folder, self.forecast.disk_bytes)
+        if slow := threads.advice(device):
+            say(slow)
         _write_fingerprint(folder, self.fingerprint)
         model = load_model(self.config.model, device=device).requires_grad_(False)
         writer = CacheWriter(folder, self.fingerprint.digest)

@@ -12,6 +12,7 @@ from torch import nn
 
 from logratio import __version__
 from logratio.forecast import Forecast
+from logratio.training import threads
 from logratio.training.attention import shared_prompts
 from logratio.training.checks import choose_layout
 from logratio.training.config import TrainConfig
@@ -101,6 +102,8 @@ class Training:
 
     def run(self) -> TrainResult:
         """Train, save, and return what was reached."""
+        if slow := threads.advice(self.device):
+            say(slow)
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = build_reference(self.config, policy, self.store)
