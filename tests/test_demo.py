@@ -1,0 +1,70 @@
+"""The demo: its task is fair, its small sibling learns, and it never eats a folder of yours."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from logratio.demo import task
+from logratio.demo.picture import draw_picture
+from logratio.demo.report import best_of_rows, rows, summary
+from logratio.demo.run import Demo, DemoConfig
+
+
+def test_the_rule_by_hand() -> None:
+    prompt = "Ana the cat went to the river ."
+    assert task.rule(prompt, " the cat was happy .") == 1
+    assert task.rule(prompt, " the cat was sad . the cat was kind .") == 0
+    assert task.rule(prompt, " the dog was happy .") == -1
+    assert task.rule(prompt, " a rude friend gave the owl a cake .") == -3
+    assert task.rule(prompt, "") == 0
+
+
+def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    task.save_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    draw = random.Random(0)
+    for prompt in task.prompts(300, 0):
+        text = prompt + task.completion(prompt, draw)
+        ids = tokenizer.encode(text).ids
+        assert ids[0] == task.BOS
+        assert tokenizer.token_to_id("<unk>") not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_data_come_from_the_seed() -> None:
+    assert list(task.demonstrations(20, 3)) == list(task.demonstrations(20, 3))
+    assert list(task.demonstrations(20, 3)) != list(task.demonstrations(20, 4))
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not an earlier demo"):
+        Demo(DemoConfig(output=tmp_path), Console(quiet=True)).run()
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.slow
+def test_a_small_demo_learns_and_ranks(tmp_path: Path) -> None:
+    config = DemoConfig(
+        output=tmp_path / "demo",
+        demonstrations=1600,
+        preference_prompts=500,
+        held_out_prompts=60,
+    )
+    result = Demo(config, Console(quiet=True)).run()
+    assert result.dpo.rewards.mean() > result.sft.rewards.mean() + 0.5
+    assert result.win_rate > 0.6
+    assert result.evaluation.accuracy > 0.6
+    first, _, last = result.best_of
+    assert last.reward > first.reward + 0.5
+    assert last.random < last.reward <= last.oracle
+    assert json.loads(json.dumps(summary(result)))["win_rate"] == result.win_rate
+    assert len(rows(result)) == 6
+    assert len(best_of_rows(result)) == 3
+    picture = draw_picture(config.output, result)
+    assert picture.read_bytes().startswith(b"\x89PNG")

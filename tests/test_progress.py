@@ -1,0 +1,71 @@
+"""Progress and forecasts: said in time, in plain numbers, and out of the way when not wanted."""
+
+from pathlib import Path
+
+import pytest
+
+from logratio import progress as module
+from logratio.forecast import Forecast, OutputError, check_writable, duration, size
+from logratio.progress import progress
+
+
+def test_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+    with progress("scoring", 200, "tokens") as advance:
+        advance(50, "loss 1.0")
+    line = capsys.readouterr().err
+    assert line.startswith("scoring: 50/200 tokens, ")
+    assert "s left loss 1.0" in line
+
+
+def test_short_jobs_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("scoring", 2, "tokens") as advance:
+        advance(2)
+    with progress("scoring", 2, "tokens", show=False) as advance:
+        advance(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with progress("dpo", 10, "pairs") as advance:
+        advance(4, "loss 0.69")
+    shown = capsys.readouterr().err
+    assert "dpo" in shown
+    assert "4/10" in shown
+    assert "pairs/s" in shown
+    assert "loss 0.69" in shown
+
+
+def test_forecast_in_words(tmp_path: Path) -> None:
+    text = Forecast(2.5e9, 1e6, tmp_path / "not" / "there", 300, "a note").to_text()
+    assert text.startswith("needs about 2.5 GB of memory, 1 MB of disk (")
+    assert text.endswith("free), 5 min; a note")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3, "3 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (12, 1500, 2e6, 3e9, 4e12)] == [
+        "12 B",
+        "1.5 kB",
+        "2 MB",
+        "3 GB",
+        "4 TB",
+    ]
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    check_writable(tmp_path, 1)
+    with pytest.raises(OutputError, match="are free"):
+        check_writable(tmp_path, 1e18)
