@@ -177,6 +177,8 @@ def test_useless_rows_are_counted_and_training_goes_on(
     assert "2 rows read: 1 kept, 1 refused" in err
     assert code in err
     assert "pairs.jsonl:2" in err
+    (refused,) = (tmp_path / "out" / "refused.jsonl").read_text().splitlines()
+    assert json.loads(refused)["code"] == code
 
 
 def one_line(err: str) -> str:

@@ -286,7 +286,7 @@ def test_the_output_is_a_model_folder(config: TrainConfig) -> None:
     names = {path.name for path in output.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl"} <= names
     assert {"training.json", "data_report.json", "tensorboard"} <= names
-    assert not {".saving", "train.store"} & names
+    assert not {".saving", "train.store", "refused.jsonl"} & names
     again = with_(config, model=output, output=output.parent / "second")
     assert len(quiet(again)) == 8
 

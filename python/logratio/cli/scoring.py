@@ -64,11 +64,20 @@ def rank(
     A reward is defined up to a constant per prompt: it compares candidates of one prompt, never
     those of two.
     """
+    from logratio.progress import progress
     from logratio.serving import Reranker, rank_file
 
     providers = [provider] if provider else None
     reranker = Reranker.load(bundle, providers=providers, allow_fallback=allow_fallback)
-    summary = rank_file(reranker, input_file, output)
+    with progress("ranking", input_file.stat().st_size, "B") as advance:
+        done = 0
+
+        def on_bytes(_rows: int, bytes_read: int, _total: int) -> None:
+            nonlocal done
+            advance(bytes_read - done)
+            done = bytes_read
+
+        summary = rank_file(reranker, input_file, output, progress=on_bytes)
     typer.echo(summary.to_text(), err=True)
 
 

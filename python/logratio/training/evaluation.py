@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Evaluating:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
         self.device = default_device(config.device)
 
-    @property
+    @cached_property
     def forecast(self) -> Forecast:
         """What the evaluation will need."""
         models = (self.config.policy, self.config.reference)

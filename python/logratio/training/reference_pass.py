@@ -85,7 +85,7 @@ class Precompute:
         """Rows of the completions that the cache lacks, int64."""
         return missing_rows(self.store, self.config.cache, self.fingerprint)
 
-    @property
+    @cached_property
     def forecast(self) -> Forecast:
         """What the pass will need."""
         tokens = int(self.store.completion_lengths()[self.missing].sum())

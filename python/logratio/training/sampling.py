@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from logratio.training.logps import transformer
+from logratio.training.models import quietly
 
 SAMPLE_ROWS = 256
 """Completions drawn side by side."""
@@ -55,17 +56,17 @@ def _generate(
 ) -> list[list[int]]:
     inner = transformer(model)
     ids, mask = _left_padded(prompts, inner.device)
-    out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=eos_id,
-        pad_token_id=0 if eos_id is None else eos_id,
-    )
+    how = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with quietly():
+        out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=not greedy,
+            eos_token_id=eos_id,
+            pad_token_id=0 if eos_id is None else eos_id,
+            **how,
+        )
     return out[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 

@@ -50,6 +50,7 @@ def load_dataset(
     rules: TokenizationRules,
     *,
     path: Path | None = None,
+    refused: Path | None = None,
     demonstrations: bool = False,
     max_bad_fraction: float = 0.0,
     show_progress: bool = True,
@@ -78,7 +79,10 @@ def load_dataset(
             demonstrations=demonstrations,
             max_bad_fraction=max_bad_fraction,
             progress=on_bytes,
+            refused=refused,
         )
+    if refused and report.refused == 0:
+        refused.unlink(missing_ok=True)
     if len(store) == 0:
         raise ConfigError("no record is left to work on:\n" + report.to_text())
     return Dataset(store, report, tokenizer)

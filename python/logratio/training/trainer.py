@@ -5,6 +5,7 @@ import math
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from logratio.training.setup import (
 )
 
 STORE_FILE = "train.store"
+REFUSED_FILE = "refused.jsonl"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -78,6 +80,7 @@ def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
         config.data,
         config.rules,
         path=path,
+        refused=path.with_name(REFUSED_FILE),
         demonstrations=config.loss == "sft",
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
@@ -95,7 +98,7 @@ class Training:
         self.device = default_device(config.device)
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
 
-    @property
+    @cached_property
     def forecast(self) -> Forecast:
         """What the run will need."""
         return forecast(self.config, self.store)
