@@ -26,7 +26,15 @@ SINGLE_FILE_BYTES = 1_900_000_000
 
 _TRACED = ([[5, 6, 7, 8, 9], [10, 11, 12]], [[[1, 2, 3, 4], [5, 6]], [[7], [8, 9, 10]]])
 _TRACED_CHUNK = 4
-_CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._dynamo", "torch.fx")
+_CHATTY = (
+    "torch.__trace",
+    "torch.onnx",
+    "onnxscript",
+    "onnx_ir",
+    "torch.export",
+    "torch._dynamo",
+    "torch.fx",
+)
 
 
 class GraphError(RuntimeError):

@@ -1,5 +1,6 @@
 """Policy and reference, loaded; sharing their base where the policy is a plain adapter on it."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,9 @@ def merged(model: nn.Module) -> nn.Module:
     if not isinstance(model, PeftModel):
         return model
     _untie_head(model)
-    whole = model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft's on ties, which were just cut
+        whole = model.merge_and_unload()
     assert isinstance(whole, nn.Module)
     return whole
 

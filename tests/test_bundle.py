@@ -1,0 +1,317 @@
+"""Bundles that were altered: each is refused, and the refusal names the file and the rule."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_bundle import (
+    accept_files,
+    copy_bundle,
+    rewrite_manifest,
+    tiny_bundle,
+    tiny_graph,
+)
+
+from logratio.bundle import (
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    BundleError,
+    describe_file,
+    read_manifest,
+    verify_files,
+)
+from logratio.serving import Reranker
+from logratio.serving.external_data import external_locations
+
+GRAPH_INFO = {"opset": 23, "kind": "two_models", "chunk": 128, "vocabulary_size": 20}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny bundle, to be damaged."""
+    return copy_bundle(tmp_path_factory, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The tiny bundle's manifest as JSON values."""
+    path = tiny_bundle(tmp_path_factory) / "bundle" / MANIFEST
+    return dict(json.loads(path.read_text()))
+
+
+def refusal(bundle: Path) -> str:
+    """Why a bundle is not loaded."""
+    with pytest.raises(BundleError) as caught:
+        Reranker.load(bundle)
+    return str(caught.value)
+
+
+def test_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    (bundle / MANIFEST).write_text(manifest.to_json())
+    assert asdict(read_manifest(bundle)) == asdict(manifest)
+    Reranker.load(bundle)
+
+
+@pytest.mark.parametrize("name", [GRAPH, "tokenizer.json", "tokenizer_config.json"])
+def test_flipped_bit_is_found(bundle: Path, name: str) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    assert "altered" in refusal(bundle)
+    assert name in refusal(bundle)
+
+
+def test_cut_file_is_found(bundle: Path) -> None:
+    os.truncate(bundle / GRAPH, 1000)
+    assert "1000 bytes" in refusal(bundle)
+
+
+def test_further_file_is_refused(bundle: Path) -> None:
+    (bundle / "libcustom.so").write_bytes(b"\x7fELF")
+    assert "libcustom.so: not listed" in refusal(bundle)
+
+
+def test_missing_file_is_named(bundle: Path) -> None:
+    (bundle / GRAPH).unlink()
+    assert "scorer.onnx: missing" in refusal(bundle)
+
+
+def test_links_are_refused(bundle: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere"
+    (bundle / GRAPH).rename(outside)
+    (bundle / GRAPH).symlink_to(outside)
+    assert "plain file" in refusal(bundle)
+    (bundle / GRAPH).unlink()
+    (bundle / GRAPH).hardlink_to(outside)
+    assert "not a regular file with one name" in refusal(bundle)
+    (bundle / GRAPH).unlink()
+    os.mkfifo(bundle / GRAPH)
+    assert "not a regular file" in refusal(bundle)
+    (bundle / GRAPH).unlink()
+    (bundle / GRAPH).mkdir()
+    assert "not a regular file" in refusal(bundle)
+
+
+def test_linked_manifest_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / MANIFEST).rename(tmp_path / "manifest")
+    (bundle / MANIFEST).symlink_to(tmp_path / "manifest")
+    assert "plain file" in refusal(bundle)
+
+
+def test_newer_format_is_refused_by_name(bundle: Path) -> None:
+    rewrite_manifest(bundle, format_version=2)
+    assert "bundle format 2, and this logratio reads 1" in refusal(bundle)
+
+
+def test_what_is_no_bundle_is_told_apart(bundle: Path, tmp_path: Path) -> None:
+    assert "no such bundle folder" in refusal(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no bundle.json" in refusal(tmp_path / "empty")
+    (bundle / MANIFEST).write_text('{"format_version": 1')
+    assert "not JSON" in refusal(bundle)
+    (bundle / MANIFEST).write_text("[1]")
+    assert "not a JSON object" in refusal(bundle)
+    (bundle / MANIFEST).write_bytes(b" " * (16 * 2**20 + 1))
+    assert "above 16777216 bytes" in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["../scorer.onnx", "/etc/passwd", "a/b", ".hidden", "weights.bin", "SCORER.ONNX"]
+)
+def test_only_known_file_names_are_taken(bundle: Path, content: dict[str, Any], name: str) -> None:
+    rewrite_manifest(bundle, files=content["files"] | {name: content["files"][GRAPH]})
+    assert f"a bundle has no file {name!r}" in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"beta": 0.5}, "logratio.beta is not the one in the manifest"),
+        ({"beta": -1.0}, "not above 0"),
+        ({"beta": True}, "wrong type"),
+        ({"beta": "0.1"}, "wrong type"),
+        ({"golden": []}, "no golden group"),
+        ({"policy": {"digest": "00"}}, "logratio.policy is not the one"),
+        ({"surprise": 1}, "surprise is unknown"),
+        ({"files": {}}, "lists no scorer.onnx"),
+        ({"special_ids": {"bos": 1, "eos": 3, "pad": 2}}, "special tokens"),
+        ({"tokenization": {"max_length": 1}}, "tokenizer or rules"),
+        ({"tokenization": {"no_such_rule": 1}}, "tokenizer or rules"),
+        ({"graph": GRAPH_INFO | {"vocabulary_size": 5}}, "outside the vocabulary"),
+        ({"graph": GRAPH_INFO | {"vocabulary_size": 19}}, "tokenizer knows more ids"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(
+    bundle: Path, change: dict[str, Any], reason: str
+) -> None:
+    rewrite_manifest(bundle, **change)
+    assert reason in refusal(bundle)
+
+
+def test_missing_value_is_named(bundle: Path, content: dict[str, Any]) -> None:
+    (bundle / MANIFEST).write_text(
+        json.dumps({name: value for name, value in content.items() if name != "golden"})
+    )
+    assert "golden is missing" in refusal(bundle)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_change_of_a_manifest_is_refused_or_harmless(
+    content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    junk = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    values = json.loads(json.dumps(content))
+    holder: Any = values
+    while True:  # walk to a random place and put something else there
+        key = data.draw(
+            st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
+        )
+        if not (isinstance(holder[key], (dict, list)) and holder[key] and data.draw(st.booleans())):
+            break
+        holder = holder[key]
+    holder[key] = data.draw(junk | st.lists(junk, max_size=2))
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / MANIFEST).write_text(json.dumps(values))
+    try:
+        manifest = read_manifest(folder)
+    except BundleError:
+        return
+    assert manifest.beta > 0
+    assert manifest.golden
+
+
+def change_graph(bundle: Path, change: Callable[[onnx_ir.Model], None]) -> None:
+    """Alter the graph and list the altered file, as one would who wants it to be loaded."""
+    model = onnx_ir.load(bundle / GRAPH)
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        value.const_value = onnx_ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    change(model)
+    (bundle / GRAPH).unlink()
+    onnx_ir.save(model, bundle / GRAPH)
+    accept_files(bundle)
+
+
+def test_other_weights_are_found_by_the_golden_groups(bundle: Path) -> None:
+    def double_a_weight(model: onnx_ir.Model) -> None:
+        values = model.graph.initializers.values()
+        largest = max(values, key=lambda value: value.const_value.size)  # type: ignore[union-attr]
+        assert largest.const_value is not None
+        largest.const_value = onnx_ir.tensor(
+            2 * np.asarray(largest.const_value.numpy()), name=largest.name
+        )
+
+    change_graph(bundle, double_a_weight)
+    assert "gives a golden candidate the reward" in refusal(bundle)
+
+
+def test_other_golden_values_are_found(bundle: Path, content: dict[str, Any]) -> None:
+    golden = json.loads(json.dumps(content["golden"]))
+    golden[0]["policy_logps"][0] += 0.1
+    rewrite_manifest(bundle, golden=golden)
+    assert "gives a golden candidate the reward" in refusal(bundle)
+
+
+def test_other_tokenization_is_found(bundle: Path) -> None:
+    path = bundle / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Whitespace"', '"WhitespaceSplit"'))
+    accept_files(bundle)
+    assert "tokenizer gives other ids" in refusal(bundle)
+
+
+def test_graph_with_other_inputs_or_outputs_is_refused(bundle: Path) -> None:
+    def rename_output(model: onnx_ir.Model) -> None:
+        model.graph.outputs[0].name = "another_output"
+
+    def rename_input(model: onnx_ir.Model) -> None:
+        model.graph.inputs[0].name = "another_input"
+
+    change_graph(bundle, rename_output)
+    assert "its outputs are not a scorer's" in refusal(bundle)
+    change_graph(bundle, rename_input)
+    assert "its inputs are not a scorer's" in refusal(bundle)
+
+
+def test_graph_that_is_none_is_refused(bundle: Path) -> None:
+    for junk in (b"", b"\x00", b"no graph at all", b"\xff" * 100):
+        (bundle / GRAPH).write_bytes(junk)
+        accept_files(bundle)
+        assert GRAPH in refusal(bundle) or "not an ONNX file" in refusal(bundle)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "secret", "x/../../secret"])
+@pytest.mark.parametrize("nested", [False, True], ids=["weight", "in a subgraph"])
+def test_graph_cannot_point_outside(
+    bundle: Path, tmp_path: Path, location: str, nested: bool
+) -> None:
+    (tmp_path / "secret").write_bytes(bytes(4))
+
+    def point_outside(model: onnx_ir.Model) -> None:
+        tensor = onnx_ir.ExternalTensor(
+            location, 0, 4, onnx_ir.DataType.FLOAT, shape=onnx_ir.Shape([1]), name="outside"
+        )
+        scan = next(node for node in model.graph if node.op_type == "Scan")
+        graph = scan.attributes["body"].as_graph() if nested else model.graph
+        value = onnx_ir.Value(name="outside", const_value=tensor, shape=onnx_ir.Shape([1]))
+        value.dtype = onnx_ir.DataType.FLOAT
+        graph.register_initializer(value)
+
+    change_graph(bundle, point_outside)
+    assert f"its weights point outside the bundle ({location!r})" in refusal(bundle)
+
+
+def test_only_the_bundles_own_weights_may_be_pointed_at(
+    bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (bundle / GRAPH).unlink()
+    onnx_ir.save(tiny_graph(tmp_path_factory), bundle / GRAPH, external_data=WEIGHTS)
+    assert set(external_locations((bundle / GRAPH).read_bytes())) == {WEIGHTS}
+    accept_files(bundle)
+    Reranker.load(bundle)
+    files = read_manifest(bundle).files
+    (bundle / WEIGHTS).unlink()
+    rewrite_manifest(
+        bundle, files={name: asdict(entry) for name, entry in files.items() if name != WEIGHTS}
+    )
+    assert "point outside the bundle" in refusal(bundle)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(junk: bytes) -> None:
+    with suppress(BundleError):
+        list(external_locations(junk))
+
+
+@settings(max_examples=100, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
+def test_damaged_graphs_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, place: float, value: int
+) -> None:
+    data = bytearray((tiny_bundle(tmp_path_factory) / "bundle" / GRAPH).read_bytes())
+    data[int(place * len(data))] = value
+    with suppress(BundleError):
+        list(external_locations(bytes(data)))
+
+
+def test_files_are_described_by_size_and_hash(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    entry = describe_file(tmp_path / "file")
+    assert entry.size == 3
+    assert entry.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_unaltered_bundle_is_verified(bundle: Path) -> None:
+    verify_files(bundle, read_manifest(bundle))

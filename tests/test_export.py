@@ -1,0 +1,362 @@
+"""Exports: ONNX Runtime gives torch's numbers, or nothing is left behind."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import peft
+import pytest
+import torch
+from tiny_bundle import BETA, plain_sums, tiny_bundle, tiny_graph
+from tiny_models import FAMILIES, mamba_config, save_tiny_model, tiny, word_tokenizer
+from transformers import PreTrainedConfig
+
+from logratio._rust import candidate_layout
+from logratio.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
+from logratio.data import TokenizationRules
+from logratio.extras import MissingExtraError
+from logratio.forecast import OutputError
+from logratio.scoring import ExportConfig, ExportError, export, export_bundle, graph, plan_export
+from logratio.scoring.graph import GraphError, feed
+from logratio.serving import Reranker
+from logratio.training import load_model
+from logratio.training.checks import UnsupportedModelError
+from logratio.training.models import ModelFolderError, quietly
+
+Group = tuple[list[int], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds `bundle`, `policy` and `reference`."""
+    return tiny_bundle(tmp_path_factory)
+
+
+def save_family(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
+    tiny(config, seed, 2.0).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rewards(bundle: Path, groups: Sequence[Group], chunk: int = 128) -> list[np.ndarray]:
+    """Run a bundle's graph with nothing of `serving`: rewards, policy sums, reference sums."""
+    session = onnxruntime.InferenceSession(bundle / GRAPH, providers=["CPUExecutionProvider"])
+    layout = candidate_layout(
+        [np.array(prompt, np.int32) for prompt, _ in groups],
+        [[np.array(ids, np.int32) for ids in candidates] for _, candidates in groups],
+        chunk,
+    )
+    return list(session.run(None, feed(layout)))
+
+
+def random_groups(seed: int, vocabulary: int) -> list[Group]:
+    """Prompts of 1 and 40 tokens (traced: 5), candidates of 1 … 33 (traced: 4)."""
+    random = np.random.default_rng(seed)
+
+    def ids(length: int) -> list[int]:
+        return random.integers(3, vocabulary, length).tolist()
+
+    return [(ids(40), [ids(33), ids(2)]), (ids(1), [ids(1), ids(20), ids(7)])]
+
+
+def check_against_torch(bundle: Path, policy: Path, reference: Path, vocabulary: int) -> None:
+    groups = random_groups(1, vocabulary)
+    found = rewards(bundle, groups)
+    expected = [
+        np.concatenate([plain_sums(model, *group) for group in groups])
+        for model in (load_model(policy), load_model(reference))
+    ]
+    bound = 1e-4 + 1e-6 * np.abs(expected[0])
+    assert (np.abs(found[1] - expected[0]) <= bound).all()
+    assert (np.abs(found[2] - expected[1]) <= bound).all()
+    np.testing.assert_allclose(found[0], BETA * (expected[0] - expected[1]), atol=1e-4)
+    alone = [
+        rewards(bundle, [(prompt, [candidate])], chunk=16)[0]
+        for prompt, candidates in groups
+        for candidate in candidates
+    ]
+    np.testing.assert_allclose(found[0], np.concatenate(alone), atol=2e-5)
+
+
+def test_bundle_gives_torchs_rewards(tiny_folder: Path) -> None:
+    check_against_torch(
+        tiny_folder / "bundle", tiny_folder / "policy", tiny_folder / "reference", vocabulary=20
+    )
+
+
+def test_bundle_says_what_it_is(tiny_folder: Path) -> None:
+    folder = tiny_folder / "bundle"
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    assert manifest.beta == BETA
+    assert manifest.graph.kind == "two_models"
+    assert manifest.graph.opset == 23
+    assert manifest.policy["digest"] != manifest.reference["digest"]
+    assert manifest.policy["hard"]["config"]["model_type"] == "llama"
+    assert manifest.special_ids == {"bos": 1, "eos": 2, "pad": 2}
+    assert TokenizationRules.from_dict(manifest.tokenization).max_length == 512  # the positions
+    assert set(manifest.files) == {GRAPH, "tokenizer.json", "tokenizer_config.json"}
+    assert 0 < max(manifest.parity.values()) < 1e-4
+    assert sum(group.prompt is not None for group in manifest.golden) == 1
+
+
+def test_graph_carries_nothing_of_the_machine_it_was_made_on(tiny_folder: Path) -> None:
+    content = (tiny_folder / "bundle" / GRAPH).read_bytes()
+    places = [b"site-packages", str(tiny_folder.parent).encode(), str(Path.cwd()).encode()]
+    assert [place for place in places if place in content] == []
+
+
+def test_graph_repeats_no_weight_transposed_at_run_time(tiny_folder: Path) -> None:
+    model = onnx_ir.load(tiny_folder / "bundle" / GRAPH)
+    transposed = [
+        node.name
+        for node in model.graph.all_nodes()
+        if node.op_type == "Transpose" and node.inputs[0] and node.inputs[0].is_initializer()
+    ]
+    assert transposed == []
+
+
+def weight_bytes(bundle: Path) -> int:
+    """Add up the weights in a bundle's graph."""
+    values = onnx_ir.load(bundle / GRAPH).graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save an adapter that does something."""
+    chosen: dict[str, Any] = {"r": 4, "target_modules": "all-linear", **settings}
+    with quietly():
+        model = peft.get_peft_model(
+            load_model(base), peft.LoraConfig(task_type="CAUSAL_LM", **chosen)
+        )
+    random = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=random)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_adapter_is_exported_beside_one_base_in_silence(
+    make_model: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = make_model("base")
+    adapter = adapter_of(base, tmp_path / "adapter")
+    (tmp_path / "bundle").mkdir()  # an empty folder may be there
+    capfd.readouterr()
+    forecast = plan_export(ExportConfig(adapter, base, BETA, tmp_path / "bundle"))
+    result = export_bundle(
+        ExportConfig(adapter, base, BETA, tmp_path / "bundle"), show_progress=False
+    )
+    assert capfd.readouterr() == ("", "")
+    assert result.manifest.graph.kind == "adapter"
+    files = (base / "model.safetensors", adapter / "adapter_model.safetensors")
+    stored = sum(path.stat().st_size for path in files)
+    assert weight_bytes(tmp_path / "bundle") < 1.05 * stored
+    assert forecast.disk_bytes < 1.05 * stored
+    assert result.manifest.policy["hard"]["adapter"] is not None
+    check_against_torch(tmp_path / "bundle", adapter, base, vocabulary=20)
+    assert "one base with its adapter" in result.to_text()
+    assert Reranker.load(tmp_path / "bundle").best_of("the cat", ["sits", "runs"]).error is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_family_gives_torchs_rewards(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "gpt2":  # one family goes the way of those that opset 23 cannot express
+        monkeypatch.setattr(export, "OPSETS", (20,))
+    config = FAMILIES[family]()
+    if family not in ("gemma3", "qwen3"):  # one layer shows as much in less time
+        config.num_hidden_layers = 1
+    policy, reference = (
+        save_family(tmp_path / name, config, seed) for seed, name in enumerate("pr")
+    )
+    result = export_bundle(
+        ExportConfig(policy, reference, BETA, tmp_path / "bundle"), show_progress=False
+    )
+    assert result.manifest.graph.opset == (20 if family == "gpt2" else 23)
+    check_against_torch(tmp_path / "bundle", policy, reference, vocabulary=config.vocab_size)
+
+
+@pytest.fixture
+def ready_graph(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Exports write the tiny bundle's graph, whatever models they are given: no tracing."""
+    monkeypatch.setattr(export, "trace", lambda scorer, opset: tiny_graph(tmp_path_factory))
+
+
+def exported(tiny_folder: Path, output: Path, **changes: Any) -> export.ExportResult:
+    settings = {
+        "policy": tiny_folder / "policy", "reference": tiny_folder / "reference", "beta": BETA,
+        "output": output, **changes,
+    }  # fmt: skip
+    return export_bundle(ExportConfig(**settings), show_progress=False)
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_wrong_graph_is_refused_and_leaves_nothing(
+    tiny_folder: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    other, output = make_model("other", seed=7), tmp_path / "there" / "bundle"
+    with pytest.raises(ExportError, match="not exact enough"):
+        exported(tiny_folder, output, policy=other)
+    with pytest.raises(ExportError, match="reward"):  # right log-probs, another beta
+        exported(tiny_folder, output, beta=2 * BETA)
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_interrupt_leaves_nothing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "publish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        exported(tiny_folder, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_large_weights_stand_in_a_file_of_their_own(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "SINGLE_FILE_BYTES", 1000)
+    result = exported(tiny_folder, tmp_path / "bundle")
+    assert {GRAPH, WEIGHTS} <= result.manifest.files.keys()
+    assert result.manifest.files[WEIGHTS].size > 10 * 1000
+    texts = ["sits on the mat", "sad"]
+    split, whole = Reranker.load(tmp_path / "bundle"), Reranker.load(tiny_folder / "bundle")
+    assert split.score("the cat", texts) == whole.score("the cat", texts)
+
+
+def test_next_opset_is_tried_where_one_cannot_be_written_or_opened(
+    tiny_folder: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    def trace(_: object, opset: int) -> onnx_ir.Model:
+        tried.append(opset)
+        model = tiny_graph(tmp_path_factory)
+        if len(tried) == 1:
+            raise GraphError("cannot be written")
+        if len(tried) == 2:
+            next(iter(model.graph)).op_type = "NoSuchOperator"
+        return model
+
+    monkeypatch.setattr(export, "trace", trace)
+    monkeypatch.setattr(export, "OPSETS", (25, 24, 23))
+    assert exported(tiny_folder, tmp_path / "bundle").manifest.graph.opset == 23
+    assert tried == [25, 24, 23]
+    tried.clear()
+    monkeypatch.setattr(export, "OPSETS", (25, 24))
+    with pytest.raises(ExportError, match=r"cannot be written; .*INVALID_GRAPH"):
+        exported(tiny_folder, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_rules_are_those_of_the_training(
+    tiny_folder: Path, tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    policy = make_model("policy")
+    rules = {**TokenizationRules(max_prompt_length=600).to_dict(), "append_eos": False}
+    (policy / "training.json").write_text(json.dumps({"rules": rules}))
+    used = exported(tiny_folder, tmp_path / "bundle", policy=policy).manifest.tokenization
+    assert used == {**rules, "max_length": 512, "max_prompt_length": 511}
+    assert Reranker.load(tmp_path / "bundle").score("the cat", ["sits"])[0].tokens == 1  # no EOS
+    (policy / "training.json").write_text(json.dumps({"rules": {"max_length": -1}}))
+    with pytest.raises(ExportError, match=r"training\.json"):
+        exported(tiny_folder, tmp_path / "second", policy=policy)
+
+
+@pytest.mark.usefixtures("ready_graph")
+@pytest.mark.parametrize("length", [2, 3, 9])
+def test_short_limits_are_exported_too(tiny_folder: Path, tmp_path: Path, length: int) -> None:
+    rules = TokenizationRules(max_length=length)
+    manifest = exported(tiny_folder, tmp_path / "bundle", rules=rules).manifest
+    longest = max(
+        len(group.prompt_ids) + len(ids) for group in manifest.golden for ids in group.candidates
+    )
+    assert longest <= length
+    Reranker.load(tmp_path / "bundle")
+
+
+def test_plan_says_what_is_needed_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "bundle"
+    config = ExportConfig(tiny_folder / "policy", tiny_folder / "reference", BETA, output)
+    forecast = plan_export(config)
+    actual = sum(path.stat().st_size for path in (tiny_folder / "bundle").iterdir())
+    assert 0.5 * actual < forecast.disk_bytes < 2 * actual
+    assert forecast.memory_bytes > 1e8
+    assert "memory" in forecast.to_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests_are_refused_before_weights_are_loaded(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "load_model", None)
+    with pytest.raises(ModelFolderError, match="no such model folder"):
+        exported(tiny_folder, tmp_path / "b", policy=tmp_path / "nowhere")
+    with pytest.raises(ModelFolderError, match="no such model folder"):
+        exported(tiny_folder, tmp_path / "b", reference=tmp_path / "nowhere")
+    for beta in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(ExportError, match="beta"):
+            exported(tiny_folder, tmp_path / "b", beta=beta)
+    with pytest.raises(ExportError, match="not empty"):
+        exported(tiny_folder, tiny_folder / "bundle")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match="in the way"):
+        exported(tiny_folder, tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot write here"):
+        exported(tiny_folder, tmp_path / "file" / "bundle")
+    with pytest.raises(UnsupportedModelError, match="512 positions cannot score 513"):
+        exported(tiny_folder, tmp_path / "b", rules=TokenizationRules(max_length=513))
+    assert not (tmp_path / "b").exists()
+
+
+def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    mamba = save_family(tmp_path / "mamba", mamba_config(), 0)
+    with pytest.raises(UnsupportedModelError, match="state runs through the tokens"):
+        exported(tiny_folder, tmp_path / "b", policy=mamba)
+    other = save_family(tmp_path / "other", FAMILIES["llama"](), 0)
+    with pytest.raises(ExportError, match=r"different vocabularies \(20 and 211 ids\)"):
+        exported(tiny_folder, tmp_path / "b", reference=other)
+    bare = save_tiny_model(tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(ExportError, match=re.escape("tokenizer.json")):
+        exported(tiny_folder, tmp_path / "b", policy=bare, reference=bare)
+    (bare / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(UnsupportedModelError, match="knows no such model"):
+        exported(tiny_folder, tmp_path / "b", policy=bare)
+
+
+def test_tokenizer_may_stand_with_the_reference(
+    tiny_folder: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    policy = make_model("bare")
+    (policy / "tokenizer.json").unlink()
+    config = ExportConfig(policy, tiny_folder / "reference", BETA, tmp_path / "b")
+    assert plan_export(config).disk_bytes > 0
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_extra_is_named(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=r"logratio\[export\].*logratio\[export-cpu\]"):
+        exported(tiny_folder, tmp_path / "b")

@@ -1,0 +1,364 @@
+"""The reranker and `rank_file`: torch's order, without torch."""
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_bundle import BETA, accept_files, copy_bundle, plain_sums, rewrite_manifest, tiny_bundle
+
+from logratio.bundle import read_manifest
+from logratio.data import BadDataError, InvalidRecordError, PreferenceTokenizer, TokenizationRules
+from logratio.extras import MissingExtraError
+from logratio.serving import Reranker, Score, rank_file
+from logratio.serving.candidates import Candidate, CandidateGroup, plan_runs
+from logratio.serving.reranker import ranked
+from logratio.serving.session import ProviderError, default_threads
+from logratio.training import load_model
+
+PROMPT = "the cat sits"
+TEXTS = ["on the mat happy", "sad", "under a tree loud loud loud", "in the house"]
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def reranker(folder: Path) -> Reranker:
+    return Reranker.load(folder / "bundle")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny bundle, to be changed."""
+    return copy_bundle(tmp_path_factory, tmp_path / "bundle")
+
+
+def with_rules(bundle: Path, **rules: Any) -> Path:
+    """Change a bundle's tokenization rules."""
+    manifest = read_manifest(bundle)
+    rewrite_manifest(
+        bundle,
+        tokenization=manifest.tokenization | rules,
+        golden=[group for group in json.loads((bundle / "bundle.json").read_text())["golden"]
+                if group["prompt"] is None],
+    )  # fmt: skip
+    return bundle
+
+
+def test_scores_are_torchs_rewards_of_the_training_tokens(folder: Path, reranker: Reranker) -> None:
+    tokenizer = PreferenceTokenizer.load(folder / "policy", TokenizationRules())
+    prompt = tokenizer.encode_prompt(PROMPT)
+    ids = [tokenizer.encode_completion(PROMPT, text) for text in TEXTS]
+    policy, reference = (
+        plain_sums(load_model(folder / name), prompt, ids) for name in ("policy", "reference")
+    )
+    scores = reranker.score(PROMPT, TEXTS)
+    assert [score.index for score in scores] == [0, 1, 2, 3]
+    assert [score.tokens for score in scores] == [len(row) for row in ids]
+    for name, expected in (
+        ("policy_logps", policy),
+        ("reference_logps", reference),
+        ("reward", BETA * (policy - reference)),
+    ):
+        found = [getattr(score, name) for score in scores]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    order = [score.index for score in reranker.rank(PROMPT, TEXTS)]
+    assert order == np.argsort(-(policy - reference)).tolist()
+    assert reranker.best_of(PROMPT, TEXTS).index == order[0]
+
+
+def test_equal_candidates_get_equal_scores_and_the_first_leads(reranker: Reranker) -> None:
+    texts = ["sad", "happy", "sad", "happy", "happy"]
+    scores = reranker.score(PROMPT, texts)
+    assert scores[0].reward == scores[2].reward
+    assert scores[1].reward == scores[3].reward == scores[4].reward
+    order = [score.index for score in reranker.rank(PROMPT, texts)]
+    assert order in ([0, 2, 1, 3, 4], [1, 3, 4, 0, 2])
+
+
+def test_candidate_that_cannot_be_scored_leaves_the_others_alone(reranker: Reranker) -> None:
+    texts = ["sad", "", " \n", "sad " * 600, "half \ud800 a character", "happy"]
+    scores = reranker.score(PROMPT, texts)
+    assert [score.error is None for score in scores] == [True, False, False, False, False, True]
+    assert "R301" in str(scores[1].error) and "R301" in str(scores[2].error)
+    assert scores[3].error == "601 tokens, and 508 are left of 512"
+    assert "surrogate" in str(scores[4].error)
+    assert all(math.isnan(score.reward) for score in scores if score.error)
+    alone = reranker.score(PROMPT, ["sad", "happy"])
+    assert [scores[0].reward, scores[5].reward] == [score.reward for score in alone]
+    assert [score.index for score in reranker.rank(PROMPT, texts)][2:] == [1, 2, 3, 4]
+
+
+def test_best_of_nothing_is_an_error(reranker: Reranker) -> None:
+    assert reranker.score(PROMPT, []) == []
+    with pytest.raises(ValueError, match="no candidate can be scored"):
+        reranker.best_of(PROMPT, [])
+    with pytest.raises(ValueError, match="R301"):
+        reranker.best_of(PROMPT, [""])
+
+
+def test_completions_are_cut_only_if_asked(bundle: Path) -> None:
+    with_rules(bundle, max_length=10)
+    long = "happy sad loud happy sad loud happy"
+    assert Reranker.load(bundle).score(PROMPT, [long])[0].error == "8 tokens, and 6 are left of 10"
+    cut = Reranker.load(bundle, truncate_completions=True).score(PROMPT, [long, "sad"])
+    assert [(score.tokens, score.truncated, score.error) for score in cut] == [
+        (6, True, None),
+        (2, False, None),
+    ]
+
+
+def test_long_prompt_follows_the_bundles_rules(bundle: Path) -> None:
+    long = "the cat sits on the mat under a tree"
+    for truncation, code in (("drop", "R304"), ("error", "E304")):
+        with_rules(bundle, max_prompt_length=5, prompt_truncation=truncation)
+        with pytest.raises(InvalidRecordError) as caught:
+            Reranker.load(bundle).score(long, ["sad"])
+        assert caught.value.code == code
+    for truncation, kept in (("keep_start", "the cat sits on"), ("keep_end", "mat under a tree")):
+        with_rules(bundle, max_prompt_length=5, prompt_truncation=truncation)
+        reranker = Reranker.load(bundle)
+        score, whole = reranker.score(long, ["sad"])[0], reranker.score(kept, ["sad"])[0]
+        assert score.truncated and not whole.truncated
+        assert score.reward == whole.reward
+
+
+def test_prompt_without_an_encoding_is_refused(reranker: Reranker) -> None:
+    with pytest.raises(InvalidRecordError, match="E104"):
+        reranker.score("\udfff", ["sad"])
+
+
+def test_chats_go_through_the_bundles_template(bundle: Path) -> None:
+    messages = [{"role": "user", "content": "the cat"}]
+    with pytest.raises(InvalidRecordError, match="E401"):
+        Reranker.load(bundle).score(messages, ["sad"])
+    (bundle / "chat_template.jinja").write_text(CHAT)
+    accept_files(bundle)
+    reranker = Reranker.load(bundle)
+    score = reranker.score(messages, ["sad"])[0]
+    tokenizer = PreferenceTokenizer.load(bundle, TokenizationRules())
+    assert list(reranker.encode(messages, ["sad"]).prompt_ids) == tokenizer.encode_prompt(
+        tuple(messages)
+    )
+    assert score.error is None
+    with pytest.raises(InvalidRecordError, match="E403"):
+        reranker.score([{"role": "assistant", "content": "hi"}], ["sad"])
+
+
+def test_many_prompts_share_runs_and_keep_their_scores(reranker: Reranker) -> None:
+    requests = [
+        ("the dog", ["runs", "sings on the mat"]),
+        ("a", ["sad"]),
+        ("the bird sings in a tree under the house", ["happy", "", "loud loud", "happy"]),
+        ("the dog", []),
+    ]
+    together = reranker.score_many(requests)
+    for (prompt, texts), scores in zip(requests, together, strict=True):
+        alone = reranker.score(prompt, texts)
+        assert [score.index for score in scores] == list(range(len(texts)))
+        for one, other in zip(scores, alone, strict=True):
+            assert one.error == other.error
+            if one.error is None:
+                assert one.reward == pytest.approx(other.reward, abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_token_budget_bounds_runs_and_changes_no_score(folder: Path, budget: int) -> None:
+    reranker = Reranker.load(folder / "bundle", token_budget=budget)
+    prompts = ["the cat", "a bird sings on the mat", "the dog runs"]
+    requests = [(prompt, [*TEXTS, f"happy {prompt}"]) for prompt in prompts]
+    whole = Reranker.load(folder / "bundle").score_many(requests)
+    for scores, others in zip(reranker.score_many(requests), whole, strict=True):
+        for one, other in zip(scores, others, strict=True):
+            assert one.reward == pytest.approx(other.reward, abs=1e-5)
+
+
+def test_runs_hold_every_candidate_once_within_the_budget() -> None:
+    random = np.random.default_rng(0)
+
+    def group(prompt: int, count: int) -> CandidateGroup:
+        lengths = random.integers(1, 30, count)
+        candidates = tuple(Candidate(tuple(random.integers(0, 99, n).tolist())) for n in lengths)
+        return CandidateGroup(tuple(range(prompt)), False, candidates)
+
+    groups = [group(int(random.integers(1, 60)), int(random.integers(0, 40))) for _ in range(30)]
+    seen: list[set[tuple[int, ...]]] = [set() for _ in groups]
+    runs = list(plan_runs(groups, 2000))
+    for run in runs:
+        prompts = [len(groups[number].prompt_ids) for number, _ in run]
+        lengths = [len(ids) for _, candidates in run for ids in candidates]
+        cost = len(run) * max(prompts) + len(lengths) * (max(prompts) + max(lengths))
+        assert cost <= 2000
+        for number, candidates in run:
+            assert not seen[number] & set(candidates)
+            seen[number] |= set(candidates)
+    assert seen == [set(group.different()) for group in groups]
+    assert len(runs) < sum(bool(group.candidates) for group in groups)
+
+
+def test_order_puts_errors_last_and_ties_by_index() -> None:
+    scores = [
+        Score(0, math.nan, math.nan, math.nan, 0, error="empty"),
+        Score(1, -1.0, 0.0, 0.0, 1),
+        Score(2, 2.0, 0.0, 0.0, 1),
+        Score(3, 2.0, 0.0, 0.0, 1),
+    ]
+    assert [score.index for score in ranked(scores)] == [2, 3, 1, 0]
+
+
+def test_reranking_loads_neither_torch_nor_transformers(folder: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+absent = ["torch", "transformers", "peft", "onnx", "onnxscript", "fastapi", "uvicorn"]
+sys.modules.update(dict.fromkeys(absent))
+from logratio.serving import Reranker
+print(Reranker.load({str(folder / "bundle")!r}).best_of("the cat", ["sits", "sad"]).index)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.strip() in "01"
+
+
+def test_missing_runtime_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"logratio\[rank\].*logratio\[rank-cpu\]"):
+        Reranker.load(folder / "bundle")
+
+
+@pytest.mark.parametrize("wanted", ["CUDAExecutionProvider", "NoSuchExecutionProvider"])
+def test_provider_is_the_one_asked_for_or_an_error(folder: Path, wanted: str) -> None:
+    import onnxruntime
+
+    if wanted in onnxruntime.get_available_providers():
+        pytest.skip(f"{wanted} is installed here")
+    with pytest.raises(ProviderError, match=f"{wanted} cannot be used"):
+        Reranker.load(folder / "bundle", providers=[wanted])
+    reranker = Reranker.load(folder / "bundle", providers=[wanted], allow_fallback=True)
+    assert reranker.provider == "CPUExecutionProvider"
+
+
+def test_two_runtimes_in_one_environment_are_warned_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = metadata.distribution
+
+    def both(name: str) -> metadata.Distribution:
+        return real("numpy" if name.startswith("onnxruntime") else name)
+
+    monkeypatch.setattr(metadata, "distribution", both)
+    with pytest.warns(RuntimeWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
+        Reranker.load(folder / "bundle")
+
+
+def test_threads_are_those_that_the_environment_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert default_threads() >= 1
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "the cat", "candidates": ["sits", "sad", ""], "id": 7, "note": "café"},
+    {"prompt": "the dog runs", "candidates": ["on the mat"]},
+    {"prompt": "loud " * 600, "candidates": ["sad"]},
+]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_file_is_ranked_row_by_row(reranker: Reranker, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    seen: list[tuple[int, int, int]] = []
+    summary = rank_file(reranker, source, output, progress=lambda *numbers: seen.append(numbers))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    scores = reranker.score("the cat", ["sits", "sad"])
+    assert rows[0] == ROWS[0] | {
+        "rewards": [pytest.approx(score.reward, abs=1e-5) for score in scores] + [None],
+        "order": [score.index for score in ranked(scores)],
+        "policy_logps": [pytest.approx(score.policy_logps, abs=1e-4) for score in scores] + [None],
+        "reference_logps": [pytest.approx(s.reference_logps, abs=1e-4) for s in scores] + [None],
+        "tokens": [2, 2, 0],
+        "errors": {"2": "[R301] a completion is empty"},
+    }
+    assert "café" in output.read_text()
+    assert rows[1]["order"] == [0] and "errors" not in rows[1]
+    assert rows[2]["error"].startswith("[R304]") and "rewards" not in rows[2]
+    assert (summary.rows, summary.candidates, summary.failed_candidates) == (3, 3, 1)
+    assert summary.failed_prompts == {"R304": 1}
+    assert summary.to_text() == (
+        "3 prompts, 3 candidates with a reward, 1 without (see `errors`); "
+        "[R304] 1 prompts not taken (see `error`)"
+    )
+    assert seen == [(3, source.stat().st_size, source.stat().st_size)]
+
+
+def test_screen_gets_the_rows_without_an_output(
+    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress(json.dumps(ROWS[1]).encode()))
+    for output in (None, "-"):
+        rank_file(reranker, source, output)
+        assert json.loads(capsys.readouterr().out)["order"] == [0]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("{", "E101"),
+        ('{"prompt": "a"}', "E201"),
+        ('{"candidates": ["a"]}', "E201"),
+        ('{"prompt": "a", "completions": ["b"]}', "E201"),
+        ('{"prompt": null, "candidates": ["a"]}', "E202"),
+        ('{"prompt": 3, "candidates": ["a"]}', "E203"),
+        ('{"prompt": "a", "candidates": "b"}', "E203"),
+        ('{"prompt": "a", "candidates": []}', "E203"),
+        ('{"prompt": "a", "candidates": ["b", 3]}', "E203"),
+        ('{"prompt": [{"role": "user"}], "candidates": ["b"]}', "E201"),
+        ('{"prompt": "a", "candidates": ["\\ud800"]}', "E104"),
+    ],
+)
+def test_malformed_row_is_named_and_leaves_no_output(
+    reranker: Reranker, tmp_path: Path, line: str, code: str
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [ROWS[1]])
+    source.write_text(source.read_text() + line + "\n")
+    with pytest.raises(BadDataError, match=rf"in\.jsonl:2.*\[{code}\]"):
+        rank_file(reranker, source, tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_unusable_files_are_plain_errors(reranker: Reranker, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    with pytest.raises(FileNotFoundError):
+        rank_file(reranker, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(IsADirectoryError):
+        rank_file(reranker, source, tmp_path)
+    with pytest.raises(NotADirectoryError):
+        rank_file(reranker, source, source / "out")
+
+
+def test_many_rows_are_streamed(reranker: Reranker, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"the {'cat ' * (i % 7)}", "candidates": ["sad", "happy"]} for i in range(150)
+    ]
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    done: list[int] = []
+    rank_file(reranker, source, output, progress=lambda count, *_: done.append(count))
+    assert done == [64, 128, 150]
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]

@@ -1,0 +1,411 @@
+"""The rerank API: its shape, its order, its limits, and what it never says."""
+
+import http.client
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from tiny_bundle import BETA, accept_files, copy_bundle, tiny_bundle
+
+from logratio.extras import MissingExtraError
+from logratio.serving import Reranker
+from logratio.serving.candidates import CandidateGroup, Prompt
+from logratio.serving.limits import Limits
+from logratio.serving.server import create_app
+
+QUERY = "the cat sits"
+DOCUMENTS = ["on the mat happy", "sad", "under a tree loud loud loud", "in the house"]
+CANARY = "xyzzy-canary"
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory) / "bundle"
+
+
+@pytest.fixture(scope="module")
+def reranker(folder: Path) -> Reranker:
+    return Reranker.load(folder)
+
+
+@pytest.fixture
+def client(reranker: Reranker) -> Iterator[TestClient]:
+    with client_of(reranker) as client:
+        yield client
+
+
+@contextmanager
+def client_of(reranker: Reranker, **limits: Any) -> Iterator[TestClient]:
+    with TestClient(create_app(reranker, Limits(**limits))) as client:
+        yield client
+
+
+def refused(client: TestClient, status: int, code: str, **request: Any) -> str:
+    """Send a request that must be refused, and return the message."""
+    response = client.post("/v1/rerank", **request)
+    body = response.json()
+    assert (response.status_code, body["error"]["code"]) == (status, code)
+    assert set(body) == {"error"} and set(body["error"]) == {"code", "message"}
+    return str(body["error"]["message"])
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_answer_has_the_shape_and_the_order_of_the_reranker(
+    client: TestClient, reranker: Reranker, path: str
+) -> None:
+    request = {"model": "rerank-any", "query": QUERY, "documents": DOCUMENTS}
+    body = client.post(path, json=request).json()
+    expected = reranker.rank(QUERY, DOCUMENTS)
+    assert body.pop("id")
+    assert body == {
+        "model": reranker.manifest.name,
+        "results": [{"index": score.index, "relevance_score": score.reward} for score in expected],
+        "meta": {"beta": BETA, "truncated_query": False},
+        "usage": {"prompt_tokens": 4, "completion_tokens": 18, "total_tokens": 22},
+    }
+
+
+def test_documents_may_be_objects_and_are_returned_on_request(
+    client: TestClient, reranker: Reranker
+) -> None:
+    request = {
+        "query": QUERY,
+        "documents": [{"text": DOCUMENTS[0]}, *DOCUMENTS[1:]],
+        "return_documents": True,
+        "top_n": 2,
+        "max_tokens_per_doc": 4096,  # other servers' options do not hurt
+    }
+    results = client.post("/v1/rerank", json=request).json()["results"]
+    assert [result["index"] for result in results] == [
+        score.index for score in reranker.rank(QUERY, DOCUMENTS)[:2]
+    ]
+    assert all(result["document"] == {"text": DOCUMENTS[result["index"]]} for result in results)
+
+
+def test_ties_go_to_the_lowest_index(client: TestClient) -> None:
+    request = {"query": QUERY, "documents": ["sad"] * 3, "top_n": 9}
+    results = client.post("/v1/rerank", json=request).json()["results"]
+    assert [result["index"] for result in results] == [0, 1, 2]
+    assert len({result["relevance_score"] for result in results}) == 1
+
+
+def test_chat_turns_need_and_use_the_bundles_template(
+    client: TestClient, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    request = {"query": [{"role": "user", "content": "the cat"}], "documents": ["sad", "sits"]}
+    assert "E401" in refused(client, 422, "query", json=request)
+    bundle = copy_bundle(tmp_path_factory, tmp_path / "bundle")
+    template = (
+        "{% for m in messages %}{% if 'xyzzy' in m['content'] %}{{ raise_exception(m['content']) }}"
+        "{% endif %}{{ m['content'] }} {% endfor %}"
+    )
+    (bundle / "chat_template.jinja").write_text(template)
+    accept_files(bundle)
+    with client_of(Reranker.load(bundle)) as chats:
+        assert chats.post("/v1/rerank", json=request).status_code == 200
+        # A template may quote what was said: its own words do not reach the answer.
+        request = {"query": [{"role": "user", "content": CANARY}], "documents": ["sad"]}
+        message = refused(chats, 422, "query", json=request)
+        assert message == "[E403] turns whose roles make no prompt and answer"
+
+
+def test_health_tells_living_from_ready(client: TestClient) -> None:
+    assert client.get("/livez").json() == {"status": "live"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_stopping_server_is_not_ready(reranker: Reranker) -> None:
+    app: FastAPI = create_app(reranker)
+    with TestClient(app) as client:
+        app.state.server.draining = True
+        response = client.get("/readyz")
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert client.get("/livez").status_code == 200
+        refused(client, 503, "draining", json={"query": QUERY, "documents": DOCUMENTS})
+
+
+def test_openapi_says_what_a_score_is(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    assert {"/v1/rerank", "/v2/rerank", "/rerank", "/livez", "/readyz"} == set(schema["paths"])
+    assert "never compare them across queries" in json.dumps(schema["paths"]["/v1/rerank"])
+    assert "never compare them across queries" in schema["info"]["description"]
+    assert client.get("/docs").status_code == 404
+    assert client.get("/redoc").status_code == 404
+
+
+def test_no_cross_origin_headers(client: TestClient) -> None:
+    origin = {"origin": "http://elsewhere.example"}
+    assert "access-control-allow-origin" not in client.get("/livez", headers=origin).headers
+    assert client.options("/v1/rerank", headers=origin).status_code == 405
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b'{"query": "a"}',
+        b'{"query": 3, "documents": ["a"]}',
+        b'{"query": "a", "documents": "a"}',
+        b'{"query": "a", "documents": [3]}',
+        b'{"query": "a", "documents": [{"body": "a"}]}',
+        b'{"query": "a", "documents": ["b"], "top_n": 0}',
+        b'{"query": "\\ud800", "documents": [3]}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"query": "a", "documents": ["b"], "top_n": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_malformed_requests_are_refused(client: TestClient, content: bytes) -> None:
+    response = client.post("/v1/rerank", content=content, headers=JSON)
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["code"] == "malformed"
+
+
+def test_half_characters_are_refused(client: TestClient) -> None:
+    for content in (
+        b'{"query": "\\ud800", "documents": ["a"]}',
+        b'{"query": "a", "documents": ["\\udfff"]}',
+    ):
+        response = client.post("/v1/rerank", content=content, headers=JSON)
+        assert response.status_code == 422
+
+
+def test_body_at_the_limit_is_taken_and_one_byte_more_is_not(reranker: Reranker) -> None:
+    body = json.dumps({"query": QUERY, "documents": ["sad"]}).encode()
+    with client_of(reranker, body_bytes=len(body)) as client:
+        assert client.post("/v1/rerank", content=body, headers=JSON).status_code == 200
+        message = refused(client, 413, "body_too_large", content=body + b" ", headers=JSON)
+        assert message == f"a request may have {len(body)} bytes"
+        chunked = (body[i : i + 1] for i in range(len(body)))
+        assert client.post("/v1/rerank", content=chunked, headers=JSON).status_code == 200
+        chunked = iter([body, b" "])  # which states no length
+        refused(client, 413, "body_too_large", content=chunked, headers=JSON)
+
+
+def test_documents_at_the_limits_are_taken_and_more_are_not(reranker: Reranker) -> None:
+    limits = {"documents": 3, "document_characters": 8, "query_characters": 7}
+    with client_of(reranker, document_tokens=3, **limits) as client:
+
+        def status(query: object, documents: list[str]) -> tuple[int, str]:
+            response = client.post("/v1/rerank", json={"query": query, "documents": documents})
+            return response.status_code, response.json().get("error", {}).get("code", "")
+
+        assert status("the cat", ["a", "b", "sad"]) == (200, "")
+        assert status("the cat", ["a", "b", "c", "d"]) == (422, "too_many_documents")
+        assert status("the cat", []) == (422, "no_documents")
+        assert status("the cat", ["12345678"]) == (200, "")
+        assert status("the cat", ["sad", "123456789"]) == (422, "document")
+        assert status("the cats", ["sad"]) == (422, "query")
+        assert status([{"role": "user", "content": "the cats"}], ["sad"]) == (422, "query")
+        assert status("the cat", ["a b"]) == (200, "")  # with EOS
+        assert status("the cat", ["a b c"]) == (422, "document")
+
+
+def test_document_that_cannot_be_scored_is_named(client: TestClient) -> None:
+    long = {"query": QUERY, "documents": ["sad", "sad " * 600]}
+    message = refused(client, 422, "document", json=long)
+    assert message == "document 1: 601 tokens, and 508 are left of 512"
+    empty = {"query": QUERY, "documents": ["sad", "happy", " "]}
+    assert "document 2: [R301]" in refused(client, 422, "document", json=empty)
+    prompt = {"query": "sad " * 600, "documents": ["sad"]}
+    assert "[R304]" in refused(client, 422, "query", json=prompt)
+
+
+class HeldReranker(Reranker):
+    """Waits before it reads a request, so that a test sees the queue behind it."""
+
+    released = threading.Event()
+    seen: Sequence[str] = ()
+
+    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+        type(self).seen = [*self.seen, str(prompt)]
+        assert self.released.wait(30)
+        return super().encode(prompt, candidates)
+
+
+@pytest.fixture
+def held(folder: Path) -> Iterator[HeldReranker]:
+    HeldReranker.released.clear()
+    HeldReranker.seen = ()
+    reranker = HeldReranker.load(folder)
+    assert isinstance(reranker, HeldReranker)
+    yield reranker
+    HeldReranker.released.set()
+
+
+def ask(client: TestClient, query: str) -> Any:
+    return client.post("/v1/rerank", json={"query": query, "documents": ["sad", "happy"]})
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_full_queue_sheds_and_recovers(held: HeldReranker) -> None:
+    with client_of(held, queue=3) as client, ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(ask, client, f"the cat {'sits ' * i}") for i in range(3)]
+        wait_for(lambda: len(held.seen) == 1)
+        time.sleep(0.2)  # the two behind it are in the queue by now
+        response = ask(client, "a")
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert client.get("/livez").status_code == 200  # nothing waits for the worker but scoring
+        held.released.set()
+        assert [future.result().status_code for future in waiting] == [200, 200, 200]
+        assert ask(client, "a").status_code == 200
+
+
+def test_late_request_is_given_up_and_never_computed(held: HeldReranker) -> None:
+    with client_of(held, seconds=0.5, queue=2) as client, ThreadPoolExecutor(2) as pool:
+        late = [pool.submit(ask, client, f"cat {i}") for i in range(2)]
+        assert [future.result().status_code for future in late] == [504, 504]
+        assert len(held.seen) == 1
+        # Its place is taken until the thread is really free.
+        assert ask(client, "a").status_code in (429, 504)
+        held.released.set()
+        wait_for(lambda: ask(client, "dog").status_code == 200)
+        assert len([prompt for prompt in held.seen if prompt.startswith("cat")]) == 1
+
+
+def test_concurrent_requests_get_their_own_scores(client: TestClient, reranker: Reranker) -> None:
+    queries = [f"the {animal} {'sits ' * i}" for i in range(5) for animal in ("cat", "dog", "bird")]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda query: ask(client, query).json(), queries))
+    for query, answer in zip(queries, answers, strict=True):
+        expected = [(score.index, score.reward) for score in reranker.rank(query, ["sad", "happy"])]
+        assert [(r["index"], r["relevance_score"]) for r in answer["results"]] == expected
+
+
+class BrokenReranker(Reranker):
+    """Fails with the request's own text, as a library might."""
+
+    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+        raise RuntimeError(f"cannot read {prompt} in /secret/path")
+
+
+def test_fault_is_answered_and_logged_without_the_request(
+    folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = BrokenReranker.load(folder)
+    with caplog.at_level(logging.DEBUG), client_of(broken) as client:
+        message = refused(client, 500, "internal", json={"query": CANARY, "documents": ["sad"]})
+        assert message == "the request could not be scored"
+        assert client.get("/livez").status_code == 200
+    records = [record.getMessage() for record in caplog.records]
+    assert any(re.fullmatch(r"request \w{32} failed: RuntimeError", text) for text in records)
+    assert CANARY not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_request_text_appears_nowhere(
+    client: TestClient, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    with caplog.at_level(logging.DEBUG):
+        for request in (
+            {"query": CANARY, "documents": [""]},
+            {"query": CANARY, "documents": [3]},
+            {"query": QUERY, "documents": [CANARY + " sad" * 600]},
+            {"query": QUERY, "documents": [{CANARY: 1}]},
+            {"query": QUERY, "documents": "x", CANARY: CANARY},
+            {"query": [{"role": CANARY, "content": CANARY}], "documents": ["a"]},
+        ):
+            response = client.post("/v1/rerank", json=request)
+            assert response.status_code == 422
+            said.append(response.text)
+        said.append(client.get(f"/{CANARY}").text)
+    records = [record.getMessage() for record in caplog.records if "httpx" not in record.name]
+    assert CANARY not in "".join([*said, *records, *capfd.readouterr()])
+
+
+def test_missing_extra_is_named(reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(MissingExtraError, match=r"logratio\[serve\].*logratio\[serve-cpu\]"):
+        create_app(reranker)
+
+
+@contextmanager
+def running(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server in a process of its own, and its port."""
+    code = "import sys; from logratio.serving.server import serve; serve(sys.argv[1], port=0)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(bundle)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
+        assert found, line + process.stderr.read()
+        yield process, int(found[1])
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_server_answers_in_its_own_process_and_stops_on_sigterm(folder: Path) -> None:
+    with running(folder) as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        body = json.dumps({"query": QUERY, "documents": DOCUMENTS})
+        connection.request("POST", "/v1/rerank", body, JSON)
+        response = connection.getresponse()
+        assert response.status == 200
+        assert "server" not in {name.lower() for name, _ in response.getheaders()}
+        assert len(json.loads(response.read())["results"]) == len(DOCUMENTS)
+        connection.request("POST", "/v1/rerank", iter([b"x" * 2**20] * 4), JSON)  # chunked
+        assert connection.getresponse().status == 413
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_client_that_leaves_frees_its_place(folder: Path) -> None:
+    with running(folder) as (_, port):
+        body = json.dumps({"query": "the cat", "documents": ["sad " * 400] * 200})
+        for _ in range(80):  # more than the queue holds
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("POST", "/v1/rerank", body, JSON)
+            connection.close()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+        def answered() -> bool:
+            connection.request(
+                "POST", "/v1/rerank", json.dumps({"query": QUERY, "documents": ["sad"]}), JSON
+            )
+            response = connection.getresponse()
+            response.read()
+            return response.status == 200
+
+        wait_for(answered)
+        connection.close()
+
+
+def test_address_in_use_is_told_before_the_bundle_is_loaded(tmp_path: Path) -> None:
+    import socket
+
+    from logratio.serving.server import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        serve(tmp_path / "nowhere", port=taken.getsockname()[1])
