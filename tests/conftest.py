@@ -7,32 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tiny_model
-from transformers import PreTrainedModel
+from tiny_models import WORDS, save_tiny_model
 
 # Two threads on a crowded machine made small models 200 times slower; children inherit it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-
-WORDS = [
-    "a",
-    "the",
-    "cat",
-    "dog",
-    "bird",
-    "sits",
-    "runs",
-    "sings",
-    "on",
-    "in",
-    "under",
-    "tree",
-    "house",
-    "mat",
-    "happy",
-    "sad",
-    "loud",
-]
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +45,7 @@ def write_pairs(path: Path, count: int) -> Path:
     """Write `count` different pairs: chosen completions end happy, rejected ones sad."""
     rows = []
     for i in range(count):
-        subject, verb, place = WORDS[2 + i % 3], WORDS[5 + i // 3 % 3], WORDS[11 + i // 9 % 3]
+        subject, verb, place = WORDS[5 + i % 3], WORDS[8 + i // 3 % 3], WORDS[14 + i // 9 % 3]
         prompt = f"the {subject} {verb}" + " loud" * (i % 4)
         rows.append(
             {
@@ -77,6 +56,3 @@ def write_pairs(path: Path, count: int) -> Path:
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-__all__ = ["PreTrainedModel", "write_pairs"]

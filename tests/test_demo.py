@@ -9,8 +9,8 @@ from rich.console import Console
 
 from logratio.demo import task
 from logratio.demo.picture import draw_picture
-from logratio.demo.report import best_of_rows, rows, summary
 from logratio.demo.run import Demo, DemoConfig
+from logratio.demo.tables import best_of_rows, rows, summary
 
 
 def test_the_rule_by_hand() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logratio.demo.run import DemoResult
+from logratio.demo.tables import best_of_rows, rows
 from logratio.extras import require
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ def draw_picture(folder: Path, result: DemoResult) -> Path:
     """Write `demo.png`: three training curves and the two tables; return its path."""
     require("matplotlib", "demo")
     from matplotlib.figure import Figure
-
-    from logratio.demo.report import best_of_rows, rows
 
     history = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").open()]
     figure = Figure(figsize=(12, 7), layout="constrained")

@@ -1,15 +1,14 @@
 """The demo's table, its pictures, and what to run next."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from logratio.demo.run import BETA, Demo, DemoConfig, DemoResult, Judged
+from logratio.demo.picture import draw_picture
+from logratio.demo.run import BETA, Demo, DemoConfig, DemoResult
+from logratio.demo.tables import best_of_rows, rows, summary
 
 
 def show(config: DemoConfig) -> DemoResult:
@@ -19,54 +18,12 @@ def show(config: DemoConfig) -> DemoResult:
     tables = [_models(result), _best_of(result)]
     for table in tables:
         console.print(table)
-    from logratio.demo.picture import draw_picture
-
     picture = draw_picture(config.output, result)
     (config.output / "demo.json").write_text(json.dumps(summary(result), indent=1) + "\n")
     total = sum(result.seconds.values())
     console.print(f"{total:.0f} s in all; pictures of the curves and the tables: {picture}")
     console.print(_next_steps(config.output), highlight=False, soft_wrap=True)
     return result
-
-
-def summary(result: DemoResult) -> dict[str, Any]:
-    """Return the table's numbers, for `demo.json` and the tests."""
-    return {
-        "win_rate": result.win_rate,
-        "sft_rule": float(result.sft.rewards.mean()),
-        "dpo_rule": float(result.dpo.rewards.mean()),
-        "evaluation": result.evaluation.to_dict(),
-        "best_of": [asdict(row) for row in result.best_of],
-        "seconds": result.seconds,
-    }
-
-
-def rows(result: DemoResult) -> list[tuple[str, str, str]]:
-    """Return the comparison's rows: what, SFT model, DPO policy."""
-    evaluation, kl = result.evaluation, result.evaluation.kl
-    assert kl is not None
-    accuracy = f"{evaluation.accuracy:.3f} ± {1.96 * evaluation.accuracy_standard_error:.3f}"
-    return [
-        ("hidden rule, mean score", _mean(result.sft), _mean(result.dpo)),
-        ("win rate by the rule", "0.500", f"{result.win_rate:.3f}"),
-        ("preference accuracy", "0.500 (ties)", accuracy),
-        ("reward margin", "0", f"{evaluation.margin:.3f}"),
-        ("KL to the reference, nats", "0", f"{kl.nats:.2f} ± {1.96 * kl.standard_error:.2f}"),
-        ("mean length, words", _length(result.sft), _length(result.dpo)),
-    ]
-
-
-def best_of_rows(result: DemoResult) -> list[tuple[str, str, str, str]]:
-    """Return best-of-N's rows: N, chosen by the reward, at random, by the rule itself."""
-    return [
-        (
-            f"best of {row.n}",
-            f"{row.reward:.2f} ± {1.96 * row.standard_error:.2f}",
-            f"{row.random:.2f}",
-            f"{row.oracle:.2f}",
-        )
-        for row in result.best_of
-    ]
 
 
 def _models(result: DemoResult) -> Table:
@@ -85,15 +42,6 @@ def _best_of(result: DemoResult) -> Table:
     for row in best_of_rows(result):
         table.add_row(*row)
     return table
-
-
-def _mean(judged: Judged) -> str:
-    error = judged.rewards.std(ddof=1) / np.sqrt(len(judged.rewards))
-    return f"{judged.rewards.mean():.2f} ± {1.96 * error:.2f}"
-
-
-def _length(judged: Judged) -> str:
-    return f"{judged.lengths.mean():.1f}"
 
 
 def _next_steps(folder: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from logratio import __version__
+from logratio.bundle import TOKENIZER_FILES
 from logratio.forecast import Forecast
 from logratio.training import threads
 from logratio.training.attention import shared_prompts
@@ -32,13 +33,6 @@ from logratio.training.setup import (
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ def save_policy(policy: nn.Module, config: TrainConfig, dataset: Dataset) -> Non
     shutil.rmtree(partial, ignore_errors=True)
     with quietly():
         policy.save_pretrained(partial)  # type: ignore[operator]
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source := Path(config.model) / name).exists():
             shutil.copyfile(source, partial / name)
     settings = {"version": __version__, **asdict(config), "beta": beta_of(config)}
