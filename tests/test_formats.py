@@ -104,6 +104,24 @@ def test_chats_of_unequal_length() -> None:
     assert rejected == ("rejected", (), (assistant("a"),))
 
 
+def test_prompt_ends_where_the_assistant_begins_in_every_chat() -> None:
+    tools = [{"role": "tool", "content": str(number)} for number in range(3)]
+    row = {
+        "chosen": [user("u"), assistant("a"), tools[0], tools[1], assistant("c")],
+        "rejected": [user("u"), assistant("a"), tools[0], tools[2], assistant("d")],
+    }
+    prompt, chosen, _ = parts(row)
+    assert (prompt, chosen[2]) == ((user("u"),), tuple(row["chosen"][1:]))
+    row = {
+        "chosen": [user("u"), assistant("a"), assistant("c")],
+        "rejected": [user("u"), assistant("a"), assistant("d")],
+    }
+    prompt, chosen, rejected = parts(row)
+    assert prompt == (user("u"),)
+    assert chosen == ("chosen", (), (assistant("a"), assistant("c")))
+    assert rejected == ("rejected", (), (assistant("a"), assistant("d")))
+
+
 def test_calls_of_tools_are_answers() -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     tool = {"role": "tool", "content": "4"}

@@ -343,6 +343,7 @@ WITH_EOS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 
 THINKING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"  # noqa: E501
 LAST_THINKS = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
 BACKWARDS = "{% for m in messages | reverse %}{{ m.role }} {{ m.content }} {% endfor %}"
+COUNTING = "{% for m in messages %}{{ m.content | length }}:{{ m.content }}{% endfor %}{{ '?' if add_generation_prompt }}"  # noqa: E501
 HIDING = "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
 STRICT = "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
 
@@ -410,6 +411,7 @@ def test_chats_that_cannot_be_written() -> None:
     record = chat(turn("assistant", "fine"))
     assert refused(load("bytes"), record) == "E401"
     assert refused(load("bytes", HIDING), record) == "E404"
+    assert refused(load("bytes", COUNTING), record) == "E404"
     long = chat(turn("assistant", "a"), turn("user", "b"), turn("assistant", "c"))
     assert refused(load("bytes", STRICT), long) == "E403"
     assert refused(load("bytes", BACKWARDS), long) == "E404"

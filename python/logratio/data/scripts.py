@@ -146,8 +146,7 @@ class _Chat:
         marked[index] = {**marked[index], "content": _MARK}
         before, mark, behind = self._template.render(marked).partition(_MARK)
         end = len(self.text) - len(behind)
-        fits = self.text.startswith(before) and self.text.endswith(behind) and len(before) < end
-        if not (mark and fits):
+        if not (mark and self.text.startswith(before) and self.text.endswith(behind)):
             raise self.not_found()
         return len(before), end
 
