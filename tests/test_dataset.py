@@ -389,14 +389,20 @@ SOUND = lines(
         pair(0),
         {"prompt": turns("how"), "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]},
         {
-            "chosen": "\n\nHuman: why\n\nAssistant: good.",
-            "rejected": "\n\nHuman: why\n\nAssistant: bad.",
+            "chosen": "\n\nHuman: why\n\nAssistant: good",
+            "rejected": "\n\nHuman: why\n\nAssistant: bad",
         },
         {"chosen": turns("u", "a"), "rejected": turns("u", "é漢")},
         pair(3),
     ]
 )
 DRIFTWOOD = [b"\n", b"\r\n", b'"', b"{", b"}", b"[", b"null", b"\\ud800", b"\xff", b"\0", b'"":""']
+
+
+def test_what_is_mutated_below_was_sound(tokenizer: PreferenceTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "sound.jsonl"
+    path.write_bytes(SOUND)
+    assert build_store([path], tokenizer)[1].kept == SOUND.count(b"\n") == 5
 
 
 def mutate(content: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
