@@ -20,11 +20,11 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(program: str) -> list[list[str]]:
-    """Arguments of each call of `program` in README's shell blocks and inline code."""
-    shell = "".join(blocks("sh")).replace("\\\n", " ")
-    lines = [*shell.splitlines(), *re.findall(r"`([^`\n]+)`", README)]
-    calls = [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
-    return [call[1:] for call in calls]
+    """Arguments of each call of `program` in README's shell blocks."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")
+    ]
 
 
 def test_python_blocks_run_one_after_the_other(
