@@ -58,6 +58,7 @@ def rank(
     ] = None,
     provider: Provider = None,
     allow_fallback: Fallback = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Order candidates by their implicit reward, without torch.
 
@@ -65,8 +66,11 @@ def rank(
     those of two.
     """
     from logratio.progress import progress
-    from logratio.serving import Reranker, rank_file
+    from logratio.serving import Reranker, rank_file, rank_forecast
 
+    typer.echo(rank_forecast(bundle, input_file, output).to_text(), err=True)
+    if dry_run:
+        return
     providers = [provider] if provider else None
     reranker = Reranker.load(bundle, providers=providers, allow_fallback=allow_fallback)
     with progress("ranking", input_file.stat().st_size, "B") as advance:

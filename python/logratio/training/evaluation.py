@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from logratio._rust import ROLES, Store
+from logratio.data import micro_batches
 from logratio.forecast import Forecast
 from logratio.progress import Advance, progress
 from logratio.training import demand
@@ -183,7 +184,7 @@ def _sorted_batches(store: Store, token_budget: int, layout: str) -> Iterator[np
     plan = store.plan(
         order="sorted", groups_per_update=len(store), token_budget=token_budget, layout=layout
     )
-    yield from np.split(plan.order, plan.micro_offsets[1:-1])
+    yield from micro_batches(plan)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import Plan, Store
+from logratio.data import micro_batches
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.checks import check_policy_is_reference
@@ -73,12 +73,12 @@ class Loop:
             ) as advance,
         ):
             advance(min(start * self.config.batch_size, len(self.store) * self.config.epochs))
-            for step, epoch, micro_batches in self._updates(start):
-                values = self._update(step, updates, micro_batches)
+            for step, epoch, batches in self._updates(start):
+                values = self._update(step, updates, batches)
                 values["epoch"] = epoch
                 log.write(step, values)
                 history.append(values)
-                _report(advance, sum(map(len, micro_batches)), values)
+                _report(advance, sum(map(len, batches)), values)
                 self._maybe_save(step, updates, interrupted())
         return updates, history
 
@@ -91,7 +91,7 @@ class Loop:
             for update in range(count):
                 step += 1
                 if step > start:
-                    yield step, epoch + (update + 1) / count, _micro_batches(plan, update)
+                    yield step, epoch + (update + 1) / count, micro_batches(plan, update)
 
     def _plan(self, epoch: int) -> Plan:
         return self.store.plan(
@@ -103,20 +103,20 @@ class Loop:
             layout=self.layout,
         )
 
-    def _update(self, step: int, updates: int, micro_batches: list[np.ndarray]) -> dict[str, float]:
+    def _update(self, step: int, updates: int, batches: list[np.ndarray]) -> dict[str, float]:
         """Do one update and return its metrics."""
         rate = learning_rate(self.config, step - 1, updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        count = sum(map(len, micro_batches))
-        sums = sum(self._backward(groups, count) for groups in micro_batches)
+        count = sum(map(len, batches))
+        sums = sum(self._backward(groups, count) for groups in batches)
         assert isinstance(sums, Tensor)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         values = dict(zip(self.names, (sums / count).tolist(), strict=True))
         values |= {"grad_norm": float(norm), "lr": rate}
         if not all(map(math.isfinite, values.values())):
-            raise NonFiniteError(self._blame(step, values, micro_batches))
+            raise NonFiniteError(self._blame(step, values, batches))
         self.optimizer.step()
         return values
 
@@ -159,12 +159,12 @@ class Loop:
             what = type(reference).__name__
             check_policy_is_reference(policy, logps, CANARY_NATS[self.config.precision], what)
 
-    def _blame(self, step: int, values: dict[str, float], micro_batches: list[np.ndarray]) -> str:
+    def _blame(self, step: int, values: dict[str, float], batches: list[np.ndarray]) -> str:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         with torch.no_grad():
             culprits = [
                 int(group)
-                for groups in micro_batches
+                for groups in batches
                 for group in groups
                 if not math.isfinite(float(self._logps(self._batch(group[None]))[0].sum()))
             ]
@@ -207,12 +207,6 @@ class Loop:
         if lora:
             lora["targets"] = list(lora["targets"])
         return fields | {"beta": self.beta, "lora": lora, "data": self.store.digest}
-
-
-def _micro_batches(plan: Plan, update: int) -> list[np.ndarray]:
-    first, last = plan.update_offsets[update : update + 2]
-    offsets = plan.micro_offsets[first : last + 1]
-    return [plan.order[a:b] for a, b in pairwise(offsets)]
 
 
 def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:

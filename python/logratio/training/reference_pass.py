@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from logratio._rust import CacheWriter
+from logratio.data import micro_batches
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
 from logratio.training import demand, threads
@@ -165,10 +166,9 @@ class Precompute:
         )
         wanted = np.zeros(len(self.store), dtype=bool)
         wanted[self._groups_to_score()] = True
-        for first, last in zip(plan.micro_offsets[:-1], plan.micro_offsets[1:], strict=True):
-            groups = plan.order[first:last]
-            if len(groups := groups[wanted[groups]]):
-                yield groups
+        for groups in micro_batches(plan):
+            if len(kept := groups[wanted[groups]]):
+                yield kept
 
 
 class _Block:
