@@ -27,9 +27,9 @@ demo: $(BUILT) ## train, export and rank on a small task with a known answer
 	$(BIN)/python -m logratio demo
 
 test: check ## every check and every test: what CI runs
+	cargo bench --locked --no-run
 	cargo test --locked
 	$(BIN)/python -m pytest
-	cargo bench --locked --no-run
 
 check: $(BUILT) ## formatting, lints, types and documentation, without the tests
 	cargo fmt --check
