@@ -90,7 +90,8 @@ def run_seed(seed: int, shared: Path, folder: Path) -> StoryResult:
         )
     )  # fmt: skip
     assert measured.kl is not None
-    prompts = [json.loads(line)["prompt"] for line in held_out.open()][:PROMPTS]
+    lines = held_out.read_text().splitlines()[:PROMPTS]
+    prompts = [json.loads(line)["prompt"] for line in lines]
     drawn = [texts(model, prompts, seed + n) for n in range(CANDIDATES)]
     export_bundle(ExportConfig(policy, model, BETA, bundle))
     reward, random, oracle = best_of(bundle, prompts, drawn)

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import inspect
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -270,6 +271,17 @@ class FullDisk:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def test_a_lean_install_says_what_training_needs(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("logratio.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ended, _, err = run("train", "--model", "m", "--data", "d", "--output", tmp_path)
+    assert ended == 2
+    assert one_line(err) == "error: this command needs torch: pip install logratio"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(

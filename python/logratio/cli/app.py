@@ -20,6 +20,9 @@ app = typer.Typer(
     "`precompute` caches the reference's half, `train` moves the policy's half, and β times it is "
     "the reward that `export`, `rank` and `serve` carry to production. Start with `logratio demo`.",
 )
+BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX"}
+"""What a server leaves out: it installs the wheel alone."""
+
 for command in (
     training.precompute,
     training.train,
@@ -53,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in BASE:
+            raise
+        sys.stderr.write(f"error: this command needs {error.name}: pip install logratio\n")
+        sys.exit(2)
     except Exception as error:
         if os.environ.get("LOGRATIO_TRACEBACK") or not _is_told(error):
             raise

@@ -23,7 +23,8 @@ def draw_picture(folder: Path, result: DemoResult) -> Path:
     require("matplotlib", "demo")
     from matplotlib.figure import Figure
 
-    history = [json.loads(line) for line in (folder / "dpo" / "metrics.jsonl").open()]
+    lines = (folder / "dpo" / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplot_mosaic([["0", "1", "2"], ["models", "models", "best"]])
     for place, (name, title) in enumerate(CURVES):
