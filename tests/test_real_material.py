@@ -1,6 +1,8 @@
 """The whole path on real data and real weights, where they are at hand."""
 
+import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,29 +44,35 @@ def test_the_policy_learns_story_preferences(shared: Path, tmp_path: Path) -> No
 
 def test_a_thousand_real_dialogues_through_the_whole_path(shared: Path, tmp_path: Path) -> None:
     """HH transcripts with the GPT-2 tokenizer: cache, training, evaluation, export, ranking."""
-    data = shared / "data" / "hh" / "harmless-base.test.jsonl.gz"
+    data = first_dialogues(shared, tmp_path / "hh.jsonl.gz", 1100)
     model = gpt2_with_real_tokenizer(shared, tmp_path / "model")
     rules = TokenizationRules(max_length=256, prompt_truncation="keep_end")
-    made = precompute(PrecomputeConfig(model, [data], tmp_path / "cache", rules=rules))
-    assert made.new > 2 * 2000
-    result = train(
-        TrainConfig(
-            model, [data], tmp_path / "policy", cache=tmp_path / "cache", lr=1e-4, rules=rules
-        )
-    )
-    report = json.loads((tmp_path / "policy" / "data_report.json").read_text())
-    assert report["read"] == 2312
-    assert report["kept"] >= 2200
+    cache, policy, bundle = (tmp_path / name for name in ("cache", "policy", "bundle"))
+    made = precompute(PrecomputeConfig(model, [data], cache, rules=rules))
+    assert made.new > 2000
+    result = train(TrainConfig(model, [data], policy, cache=cache, lr=1e-4, rules=rules))
+    report = json.loads((policy / "data_report.json").read_text())
+    assert report["read"] == 1100
+    assert 1000 <= report["kept"] <= 1100
     assert result.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert all(np.isfinite(row["loss"]) for row in result.history)
-    measured = evaluate(EvaluateConfig(tmp_path / "policy", model, [data], rules=rules))
-    assert measured.pairs == report["kept"]
-    assert measured.accuracy > 0.6  # on the very pairs it was trained on
-    export_bundle(ExportConfig(tmp_path / "policy", model, 0.1, tmp_path / "bundle"))
-    scores = Reranker.load(tmp_path / "bundle").score(
+    few = first_dialogues(shared, tmp_path / "few.jsonl.gz", 200)
+    measured = evaluate(EvaluateConfig(policy, model, [few], rules=rules))
+    assert measured.accuracy > 0.6  # on pairs that it was trained on
+    export_bundle(ExportConfig(policy, model, 0.1, bundle))
+    scores = Reranker.load(bundle).score(
         "\n\nHuman: Hello there\n\nAssistant:", [" Hi!", " Go away.", " How are you?"]
     )
     assert all(np.isfinite(score.reward) for score in scores)
+
+
+def first_dialogues(shared: Path, target: Path, count: int) -> Path:
+    """Write the first `count` real pairs to a file of their own."""
+    with gzip.open(shared / "data" / "hh" / "harmless-base.test.jsonl.gz", "rt") as source:
+        lines = list(islice(source, count))
+    with gzip.open(target, "wt") as file:
+        file.writelines(lines)
+    return target
 
 
 def gpt2_with_real_tokenizer(shared: Path, folder: Path) -> Path:
