@@ -120,6 +120,8 @@ def test_what_is_no_bundle_is_told_apart(bundle: Path, tmp_path: Path) -> None:
     assert "no bundle.json" in refusal(tmp_path / "empty")
     (bundle / MANIFEST).write_text('{"format_version": 1')
     assert "not JSON" in refusal(bundle)
+    (bundle / MANIFEST).write_text("[" * 100_000)
+    assert "not JSON" in refusal(bundle)
     (bundle / MANIFEST).write_text("[1]")
     assert "not a JSON object" in refusal(bundle)
     (bundle / MANIFEST).write_bytes(b" " * (16 * 2**20 + 1))
@@ -149,6 +151,9 @@ def test_only_known_file_names_are_taken(bundle: Path, content: dict[str, Any], 
         ({"tokenization": {"max_length": 1}}, "tokenizer or rules"),
         ({"tokenization": {"no_such_rule": 1}}, "tokenizer or rules"),
         ({"graph": GRAPH_INFO | {"vocabulary_size": 5}}, "outside the vocabulary"),
+        ({"graph": GRAPH_INFO | {"chunk": 0}}, "graph cannot be"),
+        ({"graph": GRAPH_INFO | {"chunk": 2**62}}, "graph cannot be"),
+        ({"graph": GRAPH_INFO | {"vocabulary_size": 2**31}}, "graph cannot be"),
         ({"graph": GRAPH_INFO | {"vocabulary_size": 19}}, "tokenizer knows more ids"),
     ],
 )
@@ -222,6 +227,15 @@ def test_other_golden_values_are_found(bundle: Path, content: dict[str, Any]) ->
     golden[0]["policy_logps"][0] += 0.1
     rewrite_manifest(bundle, golden=golden)
     assert "gives a golden candidate the reward" in refusal(bundle)
+
+
+def test_golden_ids_that_the_graph_does_not_know_are_refused(
+    bundle: Path, content: dict[str, Any]
+) -> None:
+    golden = json.loads(json.dumps(content["golden"]))
+    golden[0]["prompt_ids"][0] = 25  # the embedding has 20 rows
+    rewrite_manifest(bundle, golden=golden, graph=GRAPH_INFO | {"vocabulary_size": 30})
+    assert "the graph fails on a golden group" in refusal(bundle)
 
 
 def test_other_tokenization_is_found(bundle: Path) -> None:

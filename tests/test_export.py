@@ -60,7 +60,7 @@ def random_groups(seed: int, vocabulary: int) -> list[Group]:
     random = np.random.default_rng(seed)
 
     def ids(length: int) -> list[int]:
-        return random.integers(3, vocabulary, length).tolist()
+        return [int(number) for number in random.integers(3, vocabulary, length)]
 
     return [(ids(40), [ids(33), ids(2)]), (ids(1), [ids(1), ids(20), ids(7)])]
 
@@ -139,7 +139,7 @@ def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=random)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 

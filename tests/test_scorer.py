@@ -27,9 +27,9 @@ from transformers import (
 from logratio._rust import candidate_layout
 from logratio.scoring.families import FAMILIES as EXPORTABLE
 from logratio.scoring.families import check_exportable
-from logratio.scoring.graph import feed
+from logratio.scoring.graph import feed, same_architecture
 from logratio.scoring.pair import join
-from logratio.scoring.scorer import RewardScorer
+from logratio.scoring.scorer import HalfScorer, RewardScorer
 from logratio.training.checks import UnsupportedModelError, batch_of
 from logratio.training.models import quietly
 from logratio.training.reference import score
@@ -68,7 +68,7 @@ def groups_of(seed: int, prompts: Sequence[int], candidates: int, longest: int) 
     random = np.random.default_rng(seed)
 
     def ids(length: int) -> list[int]:
-        return random.integers(3, VOCABULARY, length).tolist()
+        return [int(number) for number in random.integers(3, VOCABULARY, length)]
 
     return [
         (ids(length), [ids(int(random.integers(1, longest + 1))) for _ in range(candidates)])
@@ -153,7 +153,7 @@ def adapted(seed: int = 3, **settings: Any) -> peft.PeftModel:
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def own_sums(model: peft.PeftModel, groups: Sequence[Group]) -> torch.Tensor:
@@ -217,6 +217,17 @@ def test_merging_an_adapted_head_leaves_tied_embeddings_alone() -> None:
     assert pair.reference is not None
     policy_logps = run(RewardScorer(pair.policy, pair.reference, 0.1), groups)[1]
     torch.testing.assert_close(policy_logps.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_one_graph_serves_two_models_that_differ_in_weights_only() -> None:
+    def half(seed: int, **settings: Any) -> HalfScorer:
+        return HalfScorer(tiny(LlamaConfig(**{**GROUPED, **settings}), seed, 2.0))
+
+    assert same_architecture(half(0), half(1))
+    assert not same_architecture(half(0), half(0, rms_norm_eps=1e-3))
+    assert not same_architecture(half(0), half(0, num_hidden_layers=1))
+    policy = adapted()
+    assert not same_architecture(HalfScorer(policy), HalfScorer(policy, adapter_off=True))
 
 
 def test_adapter_on_another_base_is_merged() -> None:

@@ -196,8 +196,8 @@ def test_body_at_the_limit_is_taken_and_one_byte_more_is_not(reranker: Reranker)
         assert message == f"a request may have {len(body)} bytes"
         chunked = (body[i : i + 1] for i in range(len(body)))
         assert client.post("/v1/rerank", content=chunked, headers=JSON).status_code == 200
-        chunked = iter([body, b" "])  # which states no length
-        refused(client, 413, "body_too_large", content=chunked, headers=JSON)
+        longer = iter([body, b" "])  # which states no length
+        refused(client, 413, "body_too_large", content=longer, headers=JSON)
 
 
 def test_documents_at_the_limits_are_taken_and_more_are_not(reranker: Reranker) -> None:
@@ -359,8 +359,7 @@ def running(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         yield process, int(found[1])
     finally:
         process.kill()
-        process.wait()
-        process.stderr.close()
+        process.communicate()
 
 
 def test_server_answers_in_its_own_process_and_stops_on_sigterm(folder: Path) -> None:

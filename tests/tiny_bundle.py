@@ -10,7 +10,7 @@ import onnx_ir
 import pytest
 import torch
 from tiny_models import save_tiny_model
-from transformers import PreTrainedModel
+from torch import nn
 
 from logratio.bundle import GRAPH, MANIFEST, describe_file
 from logratio.scoring import ExportConfig, export_bundle
@@ -64,7 +64,7 @@ def accept_files(folder: Path) -> None:
 
 @torch.no_grad()
 def plain_sums(
-    model: PreTrainedModel, prompt: Sequence[int], candidates: Sequence[Sequence[int]]
+    model: nn.Module, prompt: Sequence[int], candidates: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Sum each candidate's log-probs, one sequence at a time, in float64: `[N]`."""
     sums = []

@@ -1,7 +1,6 @@
-"""A scorer as an ONNX graph: traced, made smaller, written."""
+"""A scorer as an ONNX graph: each half traced, both joined, made smaller, written."""
 
 import contextlib
-import hashlib
 import io
 import logging
 import warnings
@@ -14,9 +13,13 @@ import torch
 from torch import Tensor
 
 from logratio._rust import candidate_layout
-from logratio.bundle import GRAPH, INPUTS, OUTPUTS, WEIGHTS
+from logratio.bundle import GRAPH, INPUTS, WEIGHTS
 from logratio.extras import require
-from logratio.scoring.scorer import RewardScorer
+from logratio.scoring.joining import joined, open_weights
+from logratio.scoring.scorer import HalfScorer, RewardScorer
+from logratio.scoring.shrinking import smaller
+from logratio.training.fingerprint import IGNORED_CONFIG
+from logratio.training.logps import transformer
 
 OPSETS = (23, 20)
 """Tried in this order. 23 has attention, RMS norm and rotary embedding as operators of their own:
@@ -44,12 +47,26 @@ class GraphError(RuntimeError):
 def trace(scorer: RewardScorer, opset: int) -> Any:
     """Trace a scorer into an `onnx_ir.Model` with every dimension but the ranks left open.
 
+    A model is traced once where policy and reference differ in their weights only.
+
     Raises:
         GraphError: torch or onnxscript cannot; with the cause.
         MissingExtraError: onnx or onnxscript is not installed.
     """
     for module in ("onnx", "onnxscript"):
         require(module, "export")
+    policy = _trace_half(scorer.policy, opset)
+    twins = same_architecture(scorer.policy, scorer.reference)
+    reference = policy.clone() if twins else _trace_half(scorer.reference, opset)
+    model = joined(
+        (policy, _weights(scorer.policy)), (reference, _weights(scorer.reference)), scorer.beta
+    )
+    with _quietly():
+        return smaller(model)
+
+
+def _trace_half(scorer: HalfScorer, opset: int) -> Any:
+    """Trace one model; its weights become inputs, so that no constant is computed from them."""
     free = torch.export.Dim.DYNAMIC
     try:
         with _quietly(), torch.no_grad():
@@ -59,15 +76,34 @@ def trace(scorer: RewardScorer, opset: int) -> Any:
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(INPUTS),
-                output_names=list(OUTPUTS),
+                output_names=["logps"],
                 dynamic_shapes={name: dict.fromkeys(range(n), free) for name, n in INPUTS.items()},
+                optimize=False,
                 verbose=False,
             )
+            assert program is not None
+            open_weights(program.model.graph, scorer.state_dict().keys())
+            program.optimize()
+            return program.model
     except Exception as error:  # the exporter lets through whatever its passes raise
         raise GraphError(f"opset {opset}: {_cause(error)}") from error
-    assert program is not None
-    with _quietly():
-        return _smaller(program.model)
+
+
+def _weights(scorer: HalfScorer) -> dict[str, Any]:
+    return {name: tensor.detach().numpy() for name, tensor in scorer.state_dict().items()}
+
+
+def same_architecture(one: HalfScorer, other: HalfScorer) -> bool:
+    """Tell whether two models differ in their weights only, so that one graph describes both."""
+    shapes = [
+        {name: tensor.shape for name, tensor in half.state_dict().items()} for half in (one, other)
+    ]
+    settings = [transformer(half.model).config.to_diff_dict() for half in (one, other)]
+    for values in settings:
+        for name in IGNORED_CONFIG:
+            values.pop(name, None)
+    is_adapted = one.model is other.model  # then one of them has its adapter off
+    return not is_adapted and shapes[0] == shapes[1] and settings[0] == settings[1]
 
 
 def write(model: Any, folder: Path, properties: Mapping[str, str]) -> list[str]:
@@ -104,75 +140,6 @@ def _traced_inputs() -> tuple[Tensor, ...]:
         _TRACED_CHUNK,
     )
     return tuple(torch.from_numpy(array) for array in feed(layout).values())
-
-
-def _smaller(model: Any) -> Any:
-    """Store equal weights once, compute equal things once, drop what only debuggers read.
-
-    The exporter's notes on nodes hold this machine's paths, and more bytes than a small model.
-    """
-    import onnx_ir.passes.common as passes
-
-    _deduplicate(model.graph)
-    for make_smaller in (
-        passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedNodesPass(),
-        passes.ClearMetadataAndDocStringPass(),
-    ):
-        model = make_smaller(model).model
-    _fold_transposes(model.graph)
-    model.producer_name = "logratio"
-    return model
-
-
-def _deduplicate(graph: Any) -> None:
-    """Store equal weights once: a fine-tune often leaves most of its reference as it was.
-
-    (onnx_ir has a pass for it, which fails on weights that the exporter has transposed.)
-    """
-    first: dict[tuple[Any, ...], Any] = {}
-    for name, value in list(graph.initializers.items()):
-        weights = value.const_value.numpy()
-        digest = hashlib.sha256(np.ascontiguousarray(weights).data).digest()
-        kept = first.setdefault((weights.dtype, weights.shape, digest), value)
-        if kept is not value:
-            value.replace_all_uses_with(kept)
-            del graph.initializers[name]
-
-
-def _fold_transposes(graph: Any) -> None:
-    """Store weights as MatMul reads them.
-
-    The exporter folds the transpose of a weight with one reader only; here prompt and candidates
-    both read it, and ONNX Runtime would keep a second, transposed copy of every weight.
-    """
-    for value in list(graph.initializers.values()):
-        readers = [use.node for use in value.uses()]
-        if not readers or any(node.op_type != "Transpose" for node in readers):
-            continue
-        orders = {tuple(node.attributes["perm"].as_ints()) for node in readers}
-        if len(orders) == 1:
-            _fold(graph, value, readers, orders.pop())
-
-
-def _fold(graph: Any, value: Any, readers: list[Any], order: tuple[int, ...]) -> None:
-    import onnx_ir
-
-    weights, name = value.const_value, f"{value.name}.transposed"
-    shape = onnx_ir.Shape([weights.shape[axis] for axis in order])
-
-    def transposed() -> Any:
-        return onnx_ir.tensor(np.ascontiguousarray(weights.numpy().transpose(order)), name=name)
-
-    lazy = onnx_ir.LazyTensor(transposed, dtype=weights.dtype, shape=shape, name=name)
-    folded = onnx_ir.Value(
-        name=name, const_value=lazy, shape=shape, type=onnx_ir.TensorType(weights.dtype)
-    )
-    graph.register_initializer(folded)
-    for node in readers:
-        node.outputs[0].replace_all_uses_with(folded)
-        node.graph.remove(node, safe=True)
-    del graph.initializers[value.name]
 
 
 def _cause(error: BaseException) -> str:

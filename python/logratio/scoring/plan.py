@@ -12,6 +12,7 @@ from logratio.data import PreferenceTokenizer, TokenizationRules
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
 from logratio.scoring.families import check_exportable, max_positions
+from logratio.scoring.graph import SINGLE_FILE_BYTES
 from logratio.training.checks import UnsupportedModelError
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
@@ -20,8 +21,8 @@ TRAINING_SETTINGS = "training.json"
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 _PROCESS_BYTES = 0.9e9
-_COPIES = 3
-"""Of the weights at the peak: torch's, the file being written, ONNX Runtime's."""
+_COPIES, _COPIES_APART = 4.0, 2.0
+"""Of the weights at the peak: torch's and ONNX Runtime's, and two of a file that is one message."""
 _SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 4.0, 2e8
 
 
@@ -85,9 +86,10 @@ class ExportPlan:
     def forecast(self) -> Forecast:
         """What the export will need; equal weights are stored once, so it may be less."""
         disk = 4.0 * self._parameters()
+        copies = _COPIES_APART if disk > SINGLE_FILE_BYTES else _COPIES
         layers = int(self.config.num_hidden_layers)
         return Forecast(
-            memory_bytes=_PROCESS_BYTES + _COPIES * disk,
+            memory_bytes=_PROCESS_BYTES + copies * disk,
             disk_bytes=disk,
             disk_path=self.output,
             seconds=_SECONDS + _SECONDS_PER_LAYER * layers + disk / _BYTES_PER_SECOND,

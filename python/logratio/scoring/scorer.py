@@ -1,11 +1,11 @@
 """Policy and reference as one module: ids in, rewards out, the prompt run once.
 
-The graph that `export` writes. `G` prompts, `N` candidates of up to `C` tokens; every candidate
-attends to its prompt through keys and values gathered from the prompt's single run. Only
-completion positions reach the head, `chunk` at a time in a scan, so logits never exist whole.
+What the graph that `export` writes computes. `G` prompts, `N` candidates of up to `C` tokens;
+every candidate attends to its prompt through keys and values gathered from the prompt's single run.
+Only completion positions reach the head, `chunk` at a time in a scan, so logits never exist whole.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,43 @@ class CandidateInputs(NamedTuple):
     token_row: Tensor
 
 
+class HalfScorer(nn.Module):
+    """Computes ``log π(y|x)`` of candidates under one model."""
+
+    def __init__(self, model: nn.Module, *, adapter_off: bool = False) -> None:
+        """Wrap a model.
+
+        Args:
+            model: A causal language model, or a peft wrapper around one.
+            adapter_off: Score with the wrapped base alone.
+        """
+        super().__init__()
+        self.model, self._adapter_off = model, adapter_off
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        candidate_ids: Tensor,
+        candidate_mask: Tensor,
+        group: Tensor,
+        token_index: Tensor,
+        token_row: Tensor,
+    ) -> Tensor:
+        """Score `CandidateInputs`: sums in nats, float32 `[N]`."""
+        inputs = CandidateInputs(
+            prompt_ids, prompt_mask, candidate_ids, candidate_mask, group, token_index, token_row
+        )
+        with self._adapter():
+            return candidate_logps(transformer(self.model), inputs)
+
+    def _adapter(self) -> AbstractContextManager[Any]:
+        if not self._adapter_off:
+            return nullcontext()
+        assert isinstance(self.model, PeftModel)
+        return self.model.disable_adapter()
+
+
 class RewardScorer(nn.Module):
     """Computes ``beta * (log π(y|x) - log π_ref(y|x))`` for candidates y of prompts x."""
 
@@ -52,38 +89,20 @@ class RewardScorer(nn.Module):
             beta: Reward per nat.
         """
         super().__init__()
-        self.policy, self.reference, self.beta = policy, reference, beta
+        self.policy = HalfScorer(policy)
+        self.reference = (
+            HalfScorer(policy, adapter_off=True) if reference is None else HalfScorer(reference)
+        )
+        self.beta = beta
 
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        candidate_ids: Tensor,
-        candidate_mask: Tensor,
-        group: Tensor,
-        token_index: Tensor,
-        token_row: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score: see `CandidateInputs`.
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score `CandidateInputs`.
 
         Returns:
             Rewards, and the policy's and the reference's sums in nats: float32 `[N]` each.
         """
-        inputs = CandidateInputs(
-            prompt_ids, prompt_mask, candidate_ids, candidate_mask, group, token_index, token_row
-        )
-        policy_logps = candidate_logps(transformer(self.policy), inputs)
-        if self.reference is not None:
-            reference_logps = candidate_logps(transformer(self.reference), inputs)
-        else:
-            with _adapter_off(self.policy):
-                reference_logps = candidate_logps(transformer(self.policy), inputs)
+        policy_logps, reference_logps = self.policy(*inputs), self.reference(*inputs)
         return self.beta * (policy_logps - reference_logps), policy_logps, reference_logps
-
-
-def _adapter_off(policy: nn.Module) -> AbstractContextManager[Any]:
-    assert isinstance(policy, PeftModel)
-    return policy.disable_adapter()
 
 
 def candidate_logps(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:

@@ -194,7 +194,11 @@ class Reranker:
         """
         golden = self.manifest.golden
         groups = [_golden_group(group) for group in golden]
-        for known, group, scores in zip(golden, groups, self.score_groups(groups), strict=True):
+        try:
+            scored = self.score_groups(groups)
+        except Exception as error:  # the library raises a dozen unrelated kinds
+            raise BundleError("the graph fails on a golden group") from error
+        for known, group, scores in zip(golden, groups, scored, strict=True):
             if (
                 known.prompt is not None
                 and self._encoder.encode(known.prompt, known.completions or []) != group
