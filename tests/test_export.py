@@ -335,6 +335,14 @@ def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -
     other = save_family(tmp_path / "other", FAMILIES["llama"](), 0)
     with pytest.raises(ExportError, match=r"different vocabularies \(20 and 211 ids\)"):
         exported(tiny_folder, tmp_path / "b", reference=other)
+    tuned = tmp_path / "tuned"
+    with quietly():
+        peft.get_peft_model(
+            load_model(tiny_folder / "reference"),
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        ).save_pretrained(str(tuned))
+    with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING adapters cannot be exported"):
+        exported(tiny_folder, tmp_path / "b", policy=tuned)
     bare = save_tiny_model(tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(ExportError, match=re.escape("tokenizer.json")):

@@ -219,6 +219,17 @@ def test_merging_an_adapted_head_leaves_tied_embeddings_alone() -> None:
     torch.testing.assert_close(policy_logps.double(), expected, atol=1e-4, rtol=0)
 
 
+def test_two_adapters_on_one_base_are_merged() -> None:
+    policy, reference = adapted(seed=3), adapted(seed=4)  # DPO on top of SFT, both with LoRA
+    groups = groups_of(10, [6], 3, 7)
+    expected, other = own_sums(policy, groups), own_sums(reference, groups)
+    pair = join(policy, reference)
+    assert pair.kind == "two_models"
+    _, policy_logps, reference_logps = run(RewardScorer(pair.policy, pair.reference, 0.1), groups)
+    torch.testing.assert_close(policy_logps.double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reference_logps.double(), other, atol=1e-4, rtol=0)
+
+
 def test_one_graph_serves_two_models_that_differ_in_weights_only() -> None:
     def half(seed: int, **settings: Any) -> HalfScorer:
         return HalfScorer(tiny(LlamaConfig(**{**GROUPED, **settings}), seed, 2.0))

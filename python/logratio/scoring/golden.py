@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from logratio.data import InvalidRecordError, PreferenceTokenizer
+from logratio.data import PreferenceTokenizer
 from logratio.training.checks import batch_of
 from logratio.training.reference import score
 
@@ -66,7 +66,7 @@ def _text_group(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[Gol
     """Yield a group made from text, unless the tokenizer or the limit has no room for it."""
     try:
         group = tokenizer.encode_completions(_PROMPT, _COMPLETIONS)
-    except InvalidRecordError:
+    except Exception:  # what tokenizers raises for words it does not know has no type of its own
         return
     candidates = [completion.ids for completion in group.completions]
     if max(map(len, candidates)) + len(group.prompt_ids) < max_length:

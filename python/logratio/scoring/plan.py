@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedConfig
 
 from logratio.bundle import TOKENIZER_FILES
@@ -23,7 +24,7 @@ LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _PROCESS_BYTES = 0.9e9
 _COPIES, _COPIES_APART = 4.0, 2.0
 """Of the weights at the peak: torch's and ONNX Runtime's, and two of a file that is one message."""
-_SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 4.0, 2e8
+_SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 3.5, 2e8
 
 
 class ExportError(ValueError):
@@ -88,11 +89,12 @@ class ExportPlan:
         disk = 4.0 * self._parameters()
         copies = _COPIES_APART if disk > SINGLE_FILE_BYTES else _COPIES
         layers = int(self.config.num_hidden_layers)
+        traced = layers * (2 if (self.policy / ADAPTER_CONFIG).exists() else 1)
         return Forecast(
             memory_bytes=_PROCESS_BYTES + copies * disk,
             disk_bytes=disk,
             disk_path=self.output,
-            seconds=_SECONDS + _SECONDS_PER_LAYER * layers + disk / _BYTES_PER_SECOND,
+            seconds=_SECONDS + _SECONDS_PER_LAYER * traced + disk / _BYTES_PER_SECOND,
             notes=f"float32, {layers} layers",
         )
 
@@ -128,6 +130,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     policy, reference, output = map(Path, (config.policy, config.reference, config.output))
     for folder in (policy, reference):
         check_model_folder(folder)
+        _check_adapter(folder)
     _check_output(output)
     architecture = _architectures(policy, reference)
     folder = _tokenizer_folder(policy, reference)
@@ -141,6 +144,15 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     plan = ExportPlan(policy, reference, config.beta, output, folder, tokenizer, architecture)
     check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
     return plan
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse adapters that are no weights: a graph has no place for tuned prompts."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return
+    kind = PeftConfig.from_pretrained(str(folder))
+    if kind.is_prompt_learning:
+        raise UnsupportedModelError(f"{folder}: {kind.peft_type} adapters cannot be exported")
 
 
 def _check_output(output: Path) -> None:
