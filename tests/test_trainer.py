@@ -154,6 +154,16 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "out"))
 
 
+def test_an_unfinished_run_is_not_started_over(config: TrainConfig) -> None:
+    with pytest.raises(RunInterruptedError), stop_after(2):
+        quiet(config)
+    with pytest.raises(FileExistsError, match="--resume"):
+        quiet(config)
+    quiet(with_(config, resume=True))
+    assert not (Path(config.output) / "checkpoints").exists()
+    assert len(quiet(config)) == 8
+
+
 def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(config: TrainConfig) -> None:
     with pytest.raises(RunInterruptedError), stop_after(2):
         quiet(config)

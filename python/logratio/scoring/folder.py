@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from logratio.bundle import MANIFEST, TOKENIZER_FILES, Manifest, read_manifest, verify_files
+from logratio.durable import sync
 
 
 @contextmanager
@@ -44,14 +45,6 @@ def publish(folder: Path, manifest: Manifest, output: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     verify_files(folder, read_manifest(folder))
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync(path)
     folder.replace(output)
-    _sync(output.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(output.parent)

@@ -7,7 +7,6 @@ holds a SHA-256 of every file, so a damaged one is refused by name and the next 
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from logratio.durable import sync
 
 MANIFEST = "manifest.json"
 KEPT = 2
@@ -50,13 +51,26 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: P
         _write_manifest(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in _checkpoints(folder)[KEPT:]:
         shutil.rmtree(old)
     return final
+
+
+def refuse_leftovers(folder: Path) -> None:
+    """Refuse to start anew over the checkpoints of a run that did not end.
+
+    Raises:
+        FileExistsError: there are some; says what to do.
+    """
+    if left := _checkpoints(folder):
+        raise FileExistsError(
+            f"{folder} holds {left[0].name} of a run that did not end: go on with --resume, name "
+            "another --output, or delete the folder"
+        )
 
 
 def load_newest(
@@ -160,21 +174,13 @@ def _write_manifest(folder: Path) -> None:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=1))
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
     inner = transformer(model)
     hidden = _hidden_states(inner, batch).flatten(0, 1)
     targets = batch.targets
-    return _head_logps(inner, hidden[targets.logit_index], targets.target_ids)
+    return _head_logps(inner, hidden.index_select(0, targets.logit_index), targets.target_ids)
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

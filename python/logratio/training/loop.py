@@ -28,6 +28,7 @@ from logratio.training.reference import Reference
 from logratio.training.setup import beta_of, starts_at_reference
 from logratio.training.tensors import Batch, to_torch
 
+CHECKPOINTS = "checkpoints"
 CANARY_GROUPS = 16
 CANARY_NATS = {"fp32": 1e-3, "bf16": 2.0}
 """What rounding and another batch shape may move a sequence's log-prob by."""
@@ -60,7 +61,7 @@ class Loop:
     def run(self, updates: int, show_progress: bool) -> tuple[int, list[dict[str, float]]]:
         """Do all updates that a checkpoint has not done yet."""
         output = Path(self.config.output)
-        start = self._resume(output / "checkpoints") if self.config.resume else 0
+        start = self._resume(output / CHECKPOINTS) if self.config.resume else 0
         if start == 0 and self.reference is not None and starts_at_reference(self.config):
             self._check_start(self.reference)
         self.policy.train()
@@ -177,7 +178,7 @@ class Loop:
     def _maybe_save(self, step: int, updates: int, signal: int | None) -> None:
         every = self.config.save_every
         due = every > 0 and step % every == 0 and step < updates
-        folder = Path(self.config.output) / "checkpoints"
+        folder = Path(self.config.output) / CHECKPOINTS
         if due or (signal and step < updates):
             at = checkpoint.Position(step, self._identity())
             checkpoint.save(folder, self.policy, self.optimizer, at)
@@ -191,6 +192,7 @@ class Loop:
         for sentence in refused:
             say(f"passed over a damaged checkpoint: {sentence}")
         if at is None:
+            say(f"{folder}: no checkpoint yet, so the run begins at its beginning")
             return 0
         if changed := [k for k, v in self._identity().items() if at.identity.get(k) != v]:
             raise ValueError(f"{folder}: the run to resume differs in {', '.join(changed)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from logratio.durable import write_whole
 from logratio.training.losses import PairLogps, gradient_weight
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class MetricsLog:
 
         self.path = output / "metrics.jsonl"
         kept = _rows_up_to(self.path, resume_step)
-        self.path.write_text("".join(kept))
+        write_whole(self.path, "".join(kept))
         self._file = self.path.open("a")
         self._board: SummaryWriter = SummaryWriter(
             str(output / "tensorboard"), purge_step=resume_step + 1

@@ -1,7 +1,6 @@
 """The reference's log-probs, once, into a cache that any number of runs can read."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import nn
 
 from logratio._rust import CacheWriter
 from logratio.data import micro_batches
+from logratio.durable import write_whole
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
 from logratio.training import demand, threads
@@ -210,8 +210,5 @@ class _Block:
 def _write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
     """Store the readable fingerprint, whole or not at all."""
     path = folder / FINGERPRINT_FILE
-    if path.exists():
-        return
-    partial = folder / f".{FINGERPRINT_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(fingerprint.to_dict(), indent=1))
-    partial.replace(path)
+    if not path.exists():
+        write_whole(path, json.dumps(fingerprint.to_dict(), indent=1))

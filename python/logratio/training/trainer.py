@@ -13,13 +13,15 @@ from torch import nn
 
 from logratio import __version__
 from logratio.bundle import TOKENIZER_FILES
+from logratio.durable import sync
 from logratio.forecast import Forecast
-from logratio.training import threads
+from logratio.training import checkpoint, threads
 from logratio.training.attention import shared_prompts
 from logratio.training.checks import choose_layout
 from logratio.training.config import TrainConfig
+from logratio.training.interrupt import interrupts
 from logratio.training.logps import transformer
-from logratio.training.loop import Loop, say
+from logratio.training.loop import CHECKPOINTS, Loop, say
 from logratio.training.models import autocast, default_device, quietly
 from logratio.training.setup import (
     Dataset,
@@ -68,6 +70,8 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
 def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
     """Check the settings and tokenize the data; nothing long has started."""
     check_config(config)
+    if not config.resume:
+        checkpoint.refuse_leftovers(Path(config.output) / CHECKPOINTS)
     path = Path(config.output) / STORE_FILE
     dataset = load_dataset(
         config.model,
@@ -111,7 +115,9 @@ class Training:
         loop = Loop(self.config, self.store, policy, reference, layout)
         with _attention(policy, layout):
             steps, history = loop.run(self.updates, self.show_progress)
-        save_policy(policy, self.config, self.dataset)
+        with interrupts():  # what was trained is saved first
+            save_policy(policy, self.config, self.dataset)
+            shutil.rmtree(Path(self.config.output) / CHECKPOINTS, ignore_errors=True)
         return TrainResult(Path(self.config.output), steps, history)
 
 
@@ -137,5 +143,7 @@ def save_policy(policy: nn.Module, config: TrainConfig, dataset: Dataset) -> Non
     (partial / "training.json").write_text(json.dumps(settings, indent=1, default=str))
     (partial / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))
     for path in partial.iterdir():
+        sync(path)
         path.replace(output / path.name)
     partial.rmdir()
+    sync(output)
