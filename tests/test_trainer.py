@@ -301,8 +301,13 @@ def test_the_output_is_a_model_folder(config: TrainConfig) -> None:
     assert len(quiet(again)) == 8
 
 
-def test_lora_trains_adapters_only_and_loads_again(config: TrainConfig) -> None:
-    quiet(with_(config, lora=LoraSettings(rank=4), lr=1e-2))
+def test_lora_trains_adapters_only_and_loads_again(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(config.model).parent)
+    relative = with_(config, model=Path(config.model).name)
+    quiet(with_(relative, lora=LoraSettings(rank=4), lr=1e-2))
+    monkeypatch.chdir(tmp_path)
     adapter = load_model(config.output)
     base = load_model(config.model)
     inner = adapter.get_base_model()  # type: ignore[operator]

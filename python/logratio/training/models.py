@@ -101,8 +101,8 @@ def without_dropout(model: Model) -> Model:
     return model
 
 
-def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
-    """Wrap `model` in fresh adapters; at the start they change nothing."""
+def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Module:
+    """Wrap the model of `folder` in fresh adapters; at the start they change nothing."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -113,7 +113,10 @@ def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     with quietly():
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+    # The base is found again from any working directory.
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+    return wrapped
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

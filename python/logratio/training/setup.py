@@ -156,7 +156,7 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
         merged = model.merge_and_unload()  # type: ignore[operator]  # peft's
         assert isinstance(merged, nn.Module)
         return merged.requires_grad_(True)
-    return with_lora(model, config.lora) if config.lora else model
+    return with_lora(model, config.lora, Path(config.model)) if config.lora else model
 
 
 def build_reference(config: TrainConfig, policy: nn.Module, store: Store) -> Reference | None:
