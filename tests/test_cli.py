@@ -195,6 +195,16 @@ def test_unknown_model_folder(run: Run, pairs_file: Path, tmp_path: Path) -> Non
     assert "no such model folder" in one_line(err)
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:97"])
+def test_unknown_device(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path, device: str
+) -> None:
+    arguments = ("--model", tiny_model, "--data", pairs_file, "--device", device)
+    ended, _, err = run("train", *arguments, "--output", tmp_path / "out")
+    assert ended == 2
+    assert f"device '{device}' cannot be used" in one_line(err)
+
+
 def test_unknown_data_file(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     arguments = ("--model", tiny_model, "--data", tmp_path / "nothing.jsonl")
     ended, _, err = run("train", *arguments, "--output", tmp_path / "out")

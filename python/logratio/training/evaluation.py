@@ -85,6 +85,7 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
 
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
     """Check the folders and tokenize the data; nothing long has started."""
+    default_device(config.device)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
     dataset = load_dataset(

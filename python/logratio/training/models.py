@@ -22,9 +22,23 @@ class ModelFolderError(ValueError):
     """The folder holds no model that can be loaded safely."""
 
 
+class DeviceError(ValueError):
+    """There is no such device here."""
+
+
 def default_device(device: str | None) -> torch.device:
-    """Return `device`, or the GPU where there is one, or the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return `device`, or the GPU where there is one, or the CPU.
+
+    Raises:
+        DeviceError: torch does not know it, or there is none.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"device {device!r} cannot be used: {reason}") from error
+    return chosen
 
 
 def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:

@@ -61,6 +61,7 @@ def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> Preco
 
 def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precompute":
     """Check the folders and tokenize the data; nothing long has started."""
+    default_device(config.device)
     check_model_folder(Path(config.model))
     check_writable(Path(config.cache))
     dataset = load_dataset(

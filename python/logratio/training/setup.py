@@ -19,6 +19,7 @@ from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
     ADAPTER_CONFIG,
     check_model_folder,
+    default_device,
     load_model,
     with_lora,
 )
@@ -107,6 +108,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError("label_smoothing must be in [0, 0.5)")
     _check_options(config)
+    default_device(config.device)
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
