@@ -12,10 +12,13 @@ import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from logratio.data import TokenizationRules
@@ -72,6 +75,7 @@ def rule(text: str) -> int:
 
 def run_seed(seed: int, shared: Path, folder: Path) -> StoryResult:
     """Split, precompute, train, evaluate, export and rerank with one seed."""
+    torch.set_num_threads(1)  # the model is small
     start = time.monotonic()
     model = shared / "models" / "stories3M"
     held_out, training = split(shared / "data" / "story_prefs.jsonl", folder, seed)
@@ -106,6 +110,13 @@ def run_seed(seed: int, shared: Path, folder: Path) -> StoryResult:
         best_of_oracle=oracle,
         seconds=time.monotonic() - start,
     )
+
+
+def run_seeds(seeds: range, shared: Path, folder: Path) -> list[StoryResult]:
+    """Run several seeds, each in a process with one thread, as many at once as there are cores."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(run_seed, seed, shared, folder / str(seed)) for seed in seeds]
+        return [future.result() for future in running]
 
 
 def split(data: Path, folder: Path, seed: int) -> tuple[Path, Path]:
@@ -161,11 +172,9 @@ def main() -> None:
     shared = Path(os.environ.get("LOGRATIO_SHARED", "../shared")).resolve()
     if not (shared / "data").is_dir():
         sys.exit("set LOGRATIO_SHARED to the folder of real data and models")
-    results = []
-    for seed in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(run_seed(seed, shared, Path(folder)))
-            print(results[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_seeds(range(3), shared, Path(folder))
+    print(*results, sep="\n")
     for name in ("accuracy", "kl", "positive_before", "positive_after", "recovered"):
         print(f"{name:16} {interval([getattr(result, name) for result in results])}")
     RESULTS.parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench_stories import run_seed
+from bench_stories import run_seeds
 from tiny_models import tiny
 from transformers import GPT2Config
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
 def test_the_policy_learns_story_preferences(shared: Path, tmp_path: Path) -> None:
     """Three seeds: the issue's bounds, each on the mean."""
-    results = [run_seed(seed, shared, tmp_path / str(seed)) for seed in range(3)]
+    results = run_seeds(range(3), shared, tmp_path)
     accuracy = np.mean([result.accuracy for result in results])
     before = np.mean([result.positive_before for result in results])
     after = np.mean([result.positive_after for result in results])
