@@ -317,6 +317,25 @@ def test_lora_trains_adapters_only_and_loads_again(
         assert torch.equal(value, state[renamed if renamed in state else name])
 
 
+def test_a_model_is_never_written_over(
+    config: TrainConfig, make_model: Callable[..., Path]
+) -> None:
+    with pytest.raises(ConfigError, match="own folder"):
+        quiet(with_(config, output=config.model))
+    with pytest.raises(ConfigError, match="not made here"):
+        quiet(with_(config, output=make_model("precious")))
+
+
+def test_a_second_run_leaves_nothing_of_the_first(config: TrainConfig) -> None:
+    quiet(with_(config, lora=LoraSettings(rank=2)))
+    quiet(config)
+    names = {path.name for path in Path(config.output).iterdir()}
+    assert "model.safetensors" in names
+    assert not {name for name in names if name.startswith("adapter")}
+    quiet(with_(config, lora=LoraSettings(rank=2)))
+    assert not (Path(config.output) / "model.safetensors").exists()
+
+
 def test_bf16_stays_near_fp32(config: TrainConfig, tmp_path: Path) -> None:
     full = quiet(with_(config, output=tmp_path / "full"))
     half = quiet(with_(config, output=tmp_path / "half", precision="bf16"))

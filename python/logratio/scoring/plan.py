@@ -17,8 +17,8 @@ from logratio.scoring.graph import SINGLE_FILE_BYTES
 from logratio.training.checks import UnsupportedModelError
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+from logratio.training.setup import SETTINGS_FILE
 
-TRAINING_SETTINGS = "training.json"
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 _PROCESS_BYTES = 0.9e9
@@ -202,7 +202,7 @@ def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -
 
 def _trained_rules(policy: Path) -> TokenizationRules | None:
     """Read the rules that `logratio train` wrote beside the policy."""
-    path = policy / TRAINING_SETTINGS
+    path = policy / SETTINGS_FILE
     if not path.exists():
         return None
     try:

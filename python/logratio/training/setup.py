@@ -31,6 +31,9 @@ from logratio.training.reference import (
     open_cache,
 )
 
+SETTINGS_FILE = "training.json"
+"""Beside every model that a run leaves."""
+
 
 class ConfigError(ValueError):
     """The settings contradict each other or name something that does not exist."""
@@ -116,7 +119,17 @@ def check_config(config: TrainConfig) -> None:
             f"{config.model} is itself an adapter: merge it first "
             "(merge_and_unload() and save_pretrained() of peft), then add a new one"
         )
-    check_writable(Path(config.output))
+    _check_output(Path(config.output), config)
+
+
+def _check_output(output: Path, config: TrainConfig) -> None:
+    """Refuse to write over a model that is no earlier run's result."""
+    for folder in (config.model, config.reference or config.model):
+        if output.resolve() == Path(folder).resolve():
+            raise ConfigError(f"output {output} is the model's own folder; name another")
+    if any(output.glob("*.safetensors")) and not (output / SETTINGS_FILE).exists():
+        raise ConfigError(f"output {output} holds a model that was not made here; name another")
+    check_writable(output)
 
 
 def _check_options(config: TrainConfig) -> None:

@@ -22,8 +22,9 @@ from logratio.training.config import TrainConfig
 from logratio.training.interrupt import interrupts
 from logratio.training.logps import transformer
 from logratio.training.loop import CHECKPOINTS, Loop, say
-from logratio.training.models import autocast, default_device, quietly
+from logratio.training.models import ADAPTER_CONFIG, autocast, default_device, quietly
 from logratio.training.setup import (
+    SETTINGS_FILE,
     Dataset,
     beta_of,
     build_policy,
@@ -35,6 +36,7 @@ from logratio.training.setup import (
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
+MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,19 @@ def save_policy(policy: nn.Module, config: TrainConfig, dataset: Dataset) -> Non
         if (source := Path(config.model) / name).exists():
             shutil.copyfile(source, partial / name)
     settings = {"version": __version__, **asdict(config), "beta": beta_of(config)}
-    (partial / "training.json").write_text(json.dumps(settings, indent=1, default=str))
+    (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
     (partial / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))
-    for path in partial.iterdir():
-        sync(path)
-        path.replace(output / path.name)
+    _publish(partial, output)
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Move the files into `output`, where no weights of an earlier run stay behind."""
+    names = {path.name for path in partial.iterdir()}
+    for name in names:
+        sync(partial / name)
+        (partial / name).replace(output / name)
+    for stale in (*output.glob("*.safetensors"), *(output / name for name in MODEL_FILES)):
+        if stale.name not in names:
+            stale.unlink(missing_ok=True)
     partial.rmdir()
     sync(output)
