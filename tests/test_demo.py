@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from rich.console import Console
 
 from logratio.demo import task
 from logratio.demo.picture import draw_picture
+from logratio.demo.report import show
 from logratio.demo.run import Demo, DemoConfig
 from logratio.demo.tables import best_of_rows, rows, summary
+from logratio.extras import MissingExtraError
 
 
 def test_the_rule_by_hand() -> None:
@@ -46,6 +49,15 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not an earlier demo"):
         Demo(DemoConfig(output=tmp_path), Console(quiet=True)).run()
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_what_is_missing_is_said_before_anything_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"logratio\[demo"):
+        show(DemoConfig(output=tmp_path / "demo"))
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from logratio.demo.run import DemoResult
 from logratio.demo.tables import best_of_rows, rows
-from logratio.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +19,6 @@ CURVES = (
 
 def draw_picture(folder: Path, result: DemoResult) -> Path:
     """Write `demo.png`: three training curves and the two tables; return its path."""
-    require("matplotlib", "demo")
     from matplotlib.figure import Figure
 
     lines = (folder / "dpo" / "metrics.jsonl").read_text().splitlines()

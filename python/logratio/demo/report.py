@@ -9,12 +9,16 @@ from rich.table import Table
 from logratio.demo.picture import draw_picture
 from logratio.demo.run import BETA, Demo, DemoConfig, DemoResult
 from logratio.demo.tables import best_of_rows, rows, summary
+from logratio.extras import require
 
+NEEDED = ("matplotlib", "onnx", "onnxscript", "onnxruntime")
 FORECAST = "needs about 2 minutes on two idle cores, 2 GB of memory and 10 MB of disk"
 
 
 def show(config: DemoConfig) -> DemoResult:
     """Run the demo, print its tables, and write `demo.png` and `demo.json` beside the rest."""
+    for module in NEEDED:
+        require(module, "demo")
     console = Console()
     console.print(FORECAST)
     result = Demo(config, console).run()
