@@ -1,17 +1,24 @@
 """How much memory and time a pass over tokens takes: counts, and a short measurement."""
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from logratio.training.fingerprint import parameter_count
-from logratio.training.models import default_device
+from logratio.training.models import base_folder, default_device
 
 FORWARD, TRAIN = 2, 6
 """FLOPs per parameter and token, of scoring and of training (Kaplan et al. 2020, section 2.1)."""
 EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole model reaches, roughly."""
+PROCESS_BYTES = 0.95e9
+"""torch, transformers and peft loaded, and the head's tiles."""
+LIVE, KEPT = 12, 34
+"""Numbers per position and width: alive in a layer's pass; kept by a layer for the backward pass
+(Korthikanti et al. 2022, arXiv 2205.05198, section 4.1)."""
 
 
 def flops_per_second(device: str | None) -> float:
@@ -38,3 +45,24 @@ def training_bytes(model: str | Path, frozen: str | Path | None, trainable_share
     count = parameter_count(model)
     reference = 4 * parameter_count(frozen) if frozen else 0
     return count * (4 + 12 * trainable_share) + reference
+
+
+def scoring_bytes(models: Sequence[str | Path], tokens: int) -> float:
+    """Estimate a scoring pass's memory: weights, the process, one layer of `tokens` positions."""
+    weights = 4 * sum(parameter_count(model) for model in models)
+    _, width = _shape(models[0])
+    return PROCESS_BYTES + weights + 4.0 * LIVE * width * tokens
+
+
+def kept_bytes(model: str | Path) -> float:
+    """Estimate the bytes that one token's activations take until the backward pass, in float32."""
+    layers, width = _shape(model)
+    return 4.0 * KEPT * layers * width
+
+
+def _shape(model: str | Path) -> tuple[int, int]:
+    """Read a model's layers and width."""
+    config = json.loads((base_folder(model) / "config.json").read_text())
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 12
+    width = config.get("hidden_size") or config.get("n_embd") or 768
+    return int(layers), int(width)

@@ -18,7 +18,6 @@ from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.checks import batch_of, choose_layout
 from logratio.training.config import EvaluateConfig
-from logratio.training.fingerprint import parameter_count
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.reference import score
 from logratio.training.sampling import sample_completions
@@ -112,7 +111,7 @@ class Evaluating:
         tokens = float(self.dataset.store.shared_lengths().sum())
         work = [demand.seconds(m, tokens, demand.FORWARD, self.config.device) for m in models]
         return Forecast(
-            memory_bytes=4.0 * sum(parameter_count(model) for model in models),
+            memory_bytes=demand.scoring_bytes(models, min(self.config.token_budget, int(tokens))),
             disk_bytes=0,
             disk_path=Path(),
             seconds=sum(work),

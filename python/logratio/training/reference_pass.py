@@ -18,7 +18,7 @@ from logratio.progress import progress
 from logratio.training import demand, threads
 from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig
-from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
+from logratio.training.fingerprint import Fingerprint, model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.loop import say
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
@@ -95,7 +95,9 @@ class Precompute:
         read = float(self.store.shared_lengths()[groups].sum())
         device = self.config.device
         return Forecast(
-            memory_bytes=4.0 * parameter_count(self.config.model),
+            memory_bytes=demand.scoring_bytes(
+                [self.config.model], min(self.config.token_budget, int(read))
+            ),
             disk_bytes=tokens * 4 + len(self.missing) * 36,
             disk_path=Path(self.config.cache),
             seconds=demand.seconds(self.config.model, read, demand.FORWARD, device),

@@ -1,6 +1,5 @@
 """From a configuration to everything a run needs, refusing what cannot work before it is long."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,22 +211,15 @@ def forecast(config: TrainConfig, store: Store) -> Forecast:
     weights = 4 * parameter_count(config.model) * share
     lengths = store.shared_lengths()
     tokens = float(lengths.sum()) * config.epochs
-    budget = max(config.token_budget, int(lengths.max()))
+    longest = int(lengths.max())
+    at_once = min(max(config.token_budget, longest), config.batch_size * longest)
     work = demand.seconds(config.model, tokens, demand.TRAIN, config.device)
     if kind in ("adapter", "frozen"):
         work += demand.seconds(frozen or config.model, tokens, demand.FORWARD, config.device)
     return Forecast(
-        memory_bytes=model + budget * activation_bytes(config.model),
+        memory_bytes=demand.PROCESS_BYTES + model + at_once * demand.kept_bytes(config.model),
         disk_bytes=weights * (1 + (9 if config.save_every else 0)),
         disk_path=Path(config.output),
         seconds=work,
         notes=f"reference {kind}, {tokens:,.0f} tokens",
     )
-
-
-def activation_bytes(model: PathLike) -> float:
-    """Estimate the bytes that one token's activations take in a training pass, in float32."""
-    config = json.loads((Path(model) / "config.json").read_text())
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 12
-    width = config.get("hidden_size") or config.get("n_embd") or 768
-    return 4 * 34 * float(layers) * float(width)
