@@ -188,6 +188,15 @@ def one_line(err: str) -> str:
     return line
 
 
+def test_adapter_settings_without_adapters_are_refused(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("--model", tiny_model, "--data", pairs_file, "--lora-rank", "4")
+    ended, _, err = run("train", *arguments, "--output", tmp_path / "out")
+    assert ended == 2
+    assert "without --lora" in one_line(err)
+
+
 def test_unknown_model_folder(run: Run, pairs_file: Path, tmp_path: Path) -> None:
     arguments = ("--model", tmp_path / "nowhere", "--data", pairs_file)
     ended, _, err = run("train", *arguments, "--output", tmp_path / "out")

@@ -31,7 +31,8 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
     task.save_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     draw = random.Random(0)
-    for prompt in task.prompts(300, 0):
+    training, held_out = task.split_prompts(0)
+    for prompt in training + held_out:
         text = prompt + task.completion(prompt, draw)
         ids = tokenizer.encode(text).ids
         assert ids[0] == task.BOS
@@ -40,8 +41,16 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
 
 
 def test_data_come_from_the_seed() -> None:
-    assert list(task.demonstrations(20, 3)) == list(task.demonstrations(20, 3))
-    assert list(task.demonstrations(20, 3)) != list(task.demonstrations(20, 4))
+    prompts, _ = task.split_prompts(3)
+    assert prompts == task.split_prompts(3)[0] != task.split_prompts(4)[0]
+    assert list(task.demonstrations(prompts, 3)) == list(task.demonstrations(prompts, 3))
+    assert list(task.demonstrations(prompts, 3)) != list(task.demonstrations(prompts, 4))
+
+
+def test_held_out_prompts_are_held_out() -> None:
+    training, held_out = task.split_prompts(0)
+    assert len(set(training) | set(held_out)) == 800
+    assert not set(training) & set(held_out)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -78,5 +87,10 @@ def test_a_small_demo_learns_and_ranks(tmp_path: Path) -> None:
     assert json.loads(json.dumps(summary(result)))["win_rate"] == result.win_rate
     assert len(rows(result)) == 6
     assert len(best_of_rows(result)) == 3
+    seen, unseen = (
+        {json.loads(line)["prompt"] for line in (config.output / name).read_text().splitlines()}
+        for name in ("preferences.jsonl", "held_out.jsonl")
+    )
+    assert not seen & unseen
     picture = draw_picture(config.output, result)
     assert picture.read_bytes().startswith(b"\x89PNG")

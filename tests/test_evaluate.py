@@ -12,6 +12,7 @@ from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model,
 from logratio.training.calibration import calibration
 from logratio.training.evaluation import drawn_logratios
 from logratio.training.sampling import sample_completions
+from logratio.training.setup import ConfigError
 
 
 def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:
@@ -82,6 +83,20 @@ def test_sampling_is_reproducible_and_leaves_the_callers_randomness_alone(
     assert first != sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=4)
     assert all(1 <= len(ids) <= 7 for ids in first)
     assert all(2 not in ids[:-1] for ids in first)
+
+
+def test_a_folders_generation_settings_do_not_bend_the_samples(tiny_model: Path) -> None:
+    model, prompts = load_model(tiny_model), [[1, 5, 6]] * 50
+    free = sample_completions(model, prompts, max_new_tokens=5, eos_id=2)
+    model.generation_config.suppress_tokens = list(range(3, 12))  # type: ignore[union-attr]
+    model.generation_config.repetition_penalty = 5.0  # type: ignore[union-attr]
+    assert sample_completions(model, prompts, max_new_tokens=5, eos_id=2) == free
+
+
+def test_a_drawing_that_cannot_fit_is_refused_first(tiny_model: Path, pairs_file: Path) -> None:
+    config = EvaluateConfig(tiny_model, tiny_model, [pairs_file], samples=4, max_new_tokens=600)
+    with pytest.raises(ConfigError, match="positions"):
+        evaluate(config)
 
 
 def test_calibration_by_hand() -> None:

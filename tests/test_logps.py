@@ -162,6 +162,12 @@ def test_the_models_own_attention_comes_back() -> None:
     assert model.config._attn_implementation == before
 
 
+def test_a_shared_batch_without_shared_attention_is_an_error() -> None:
+    model, batch = tiny(FAMILIES["llama"]()), batch_of(random_groups(), "shared")
+    with pytest.raises(SharedPromptError, match="inside shared_prompts"):
+        completion_logps(model, batch)
+
+
 def test_sums_leave_out_what_does_not_count() -> None:
     batch = batch_of([([1, 2], [[3, 4, 5], [6]])], "padded")
     targets = batch.targets

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logratio.training import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
-from logratio.training.losses import PAIR_LOSSES, gradient_weight
+from logratio.training.losses import PAIR_LOSSES, gradient_weight, implicit_rewards, mean_rewards
 from logratio.training.metrics import accuracies
 
 
 def pairs(*numbers: float) -> PairLogps:
-    return PairLogps(*(torch.tensor([number], dtype=torch.float64) for number in numbers))
+    a, b, c, d, e, f = (torch.tensor([number], dtype=torch.float64) for number in numbers)
+    return PairLogps(a, b, c, d, e, f)
 
 
 EXAMPLE = pairs(-10.0, -14.0, -11.0, -12.0, 5.0, 4.0)  # log-ratios: chosen 1, rejected -2
@@ -50,7 +51,7 @@ def test_sft_by_hand() -> None:
 
 
 def test_gradient_weight_by_hand() -> None:
-    assert gradient_weight(EXAMPLE, 0.1).item() == pytest.approx(sigmoid(-0.3))
+    assert gradient_weight(*implicit_rewards(EXAMPLE, 0.1)).item() == pytest.approx(sigmoid(-0.3))
 
 
 @given(finite, finite, length, length, st.floats(0.01, 5))
@@ -78,7 +79,7 @@ def test_gradients_are_those_of_the_formula(numbers: tuple[float, ...]) -> None:
     example.policy_chosen_logps.requires_grad_(True)
     example.policy_rejected_logps.requires_grad_(True)
     dpo_loss(example, beta=0.1).sum().backward()
-    weight = gradient_weight(example, 0.1).item()
+    weight = gradient_weight(*implicit_rewards(example, 0.1)).item()
     chosen, rejected = example.policy_chosen_logps.grad, example.policy_rejected_logps.grad
     assert isinstance(chosen, Tensor)
     assert isinstance(rejected, Tensor)
@@ -95,3 +96,13 @@ def test_extreme_margins_stay_finite() -> None:
 def test_a_tie_counts_half() -> None:
     left, right = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0])
     assert accuracies(left, right).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_simpo_reports_the_rewards_of_its_own_margin() -> None:
+    """A long chosen completion has a lower sum and yet wins per token."""
+    example = pairs(-200.0, -40.0, 0.0, 0.0, 200.0, 20.0)
+    chosen, rejected = mean_rewards(example, 2.0)
+    assert (chosen.item(), rejected.item()) == (-2.0, -4.0)
+    assert PAIR_LOSSES["simpo"].rewards is mean_rewards
+    expected = -math.log(sigmoid((chosen - rejected).item() - 1.0))
+    assert simpo_loss(example, beta=2.0, gamma=1.0).item() == pytest.approx(expected)

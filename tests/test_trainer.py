@@ -1,6 +1,7 @@
 """Training: the first loss, micro-batches, resuming, references, what is saved, what is refused."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -11,9 +12,11 @@ import pytest
 import torch
 from conftest import write_pairs
 from safetensors.torch import load_file
+from tiny_models import tiny
 from torch import Tensor
 
 from logratio._rust import CacheReader, CacheWriter
+from logratio.data import TokenizationRules
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -22,6 +25,7 @@ from logratio.training import (
     precompute,
     train,
 )
+from logratio.training.checkpoint import ResumeError
 from logratio.training.checks import UnsupportedModelError
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
@@ -29,6 +33,7 @@ from logratio.training.loop import Loop, NonFiniteError
 from logratio.training.models import ModelFolderError, load_model
 from logratio.training.reference import StaleCacheError
 from logratio.training.setup import ConfigError, load_dataset, reference_kind
+from logratio.training.trainer import prepare
 
 
 @pytest.fixture
@@ -359,3 +364,61 @@ def test_threads_that_hurt_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_resume_with_another_model_is_refused(
+    config: TrainConfig, make_model: Callable[..., Path]
+) -> None:
+    with pytest.raises(RunInterruptedError), stop_after(2):
+        quiet(config)
+    other = make_model("other", 9)
+    with pytest.raises(ResumeError, match="differs in model, reference"):
+        quiet(with_(config, resume=True, model=other))
+    with pytest.raises(ResumeError, match="differs in reference"):
+        quiet(with_(config, resume=True, reference=other))
+    with pytest.raises(ResumeError, match="differs in lora"):
+        quiet(with_(config, resume=True, lora=LoraSettings()))
+
+
+def test_an_adapter_can_be_trained_further(config: TrainConfig, tmp_path: Path) -> None:
+    quiet(with_(config, loss="sft", lora=LoraSettings(rank=4), lr=1e-2))
+    further = with_(config, model=config.output, output=tmp_path / "further")
+    ready = prepare(further, show_progress=False)
+    assert ready.forecast.memory_bytes > 0
+    history = ready.run().history
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert (tmp_path / "further" / "model.safetensors").exists()
+
+
+def test_simpo_reports_no_logratios(config: TrainConfig) -> None:
+    (first, *_) = quiet(with_(config, loss="simpo"))
+    assert "rewards/margins" in first
+    assert not any(name.startswith("logratios") for name in first)
+
+
+def test_sequences_beyond_the_models_positions_are_refused(config: TrainConfig) -> None:
+    path = Path(config.data[0])
+    row = {"prompt": "the cat", "chosen": " happy" * 600, "rejected": " sad"}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match="positions"):
+        quiet(config)
+    quiet(with_(config, rules=TokenizationRules(max_length=512)))
+
+
+def test_dropout_is_off_whatever_it_is_called(config: TrainConfig) -> None:
+    """OPT keeps its rate as a plain number and asks `training`, which therefore stays False."""
+    from transformers import OPTConfig
+
+    opt = tiny(
+        OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=32, dropout=0.5, bos_token_id=1, eos_token_id=2,
+        ),
+        scale=1.0,
+    )  # fmt: skip
+    opt.save_pretrained(Path(config.output).parent / "opt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        source = Path(config.model) / name
+        (Path(config.output).parent / "opt" / name).write_bytes(source.read_bytes())
+    first, *_ = quiet(with_(config, model=Path(config.output).parent / "opt"))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -13,6 +13,7 @@ from logratio.cli.options import Precision, PromptTruncation
 if TYPE_CHECKING:
     from logratio.data import DataReport, TokenizationRules
     from logratio.forecast import Forecast
+    from logratio.training.config import LoraSettings
     from logratio.training.evaluation import Evaluation
 
 LORA, UPDATE = "LoRA", "Update"
@@ -119,9 +120,12 @@ def train(
         bool, typer.Option("--lora", help="Train low-rank adapters; with them off, the model is "
                            "its own reference.", rich_help_panel=LORA)
     ] = False,
-    lora_rank: Annotated[int, typer.Option(help="Their rank.", rich_help_panel=LORA)] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="Their scale × rank.", rich_help_panel=LORA)]
-    = 32.0,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Their rank. Default: 16.", rich_help_panel=LORA)
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Scale × rank. Default: 32.", rich_help_panel=LORA)
+    ] = None,
     lora_target: Annotated[
         list[str] | None,
         typer.Option(help="A module's name; repeat it. Default: every linear layer but the head.",
@@ -142,10 +146,10 @@ def train(
     Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit. The output folder is
     a model folder for transformers, with metrics.jsonl and TensorBoard's events beside it.
     """
-    from logratio.training import LoraSettings, TrainConfig
+    from logratio.training import TrainConfig
     from logratio.training.trainer import prepare
 
-    settings = LoraSettings(lora_rank, lora_alpha, tuple(lora_target or ())) if lora else None
+    settings = _lora(lora, rank=lora_rank, alpha=lora_alpha, targets=lora_target)
     ready = prepare(
         TrainConfig(
             model,
@@ -233,6 +237,19 @@ def evaluate(
         _print_evaluation(result)
         if json_file:
             json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+def _lora(wanted: bool, **given: Any) -> "LoraSettings | None":
+    """Return the adapters' settings; refuse settings of adapters that nobody asked for."""
+    from logratio.training.config import LoraSettings
+    from logratio.training.setup import ConfigError
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen and not wanted:
+        raise ConfigError(f"lora-{next(iter(chosen)).removesuffix('s')} is given without --lora")
+    if "targets" in chosen:
+        chosen["targets"] = tuple(chosen["targets"])
+    return LoraSettings(**chosen) if wanted else None
 
 
 def _rules(

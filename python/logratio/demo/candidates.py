@@ -21,9 +21,9 @@ class Candidates:
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         return zip(self.prompts, self.texts, strict=True)
 
-    def pairs(self, part: slice) -> Iterator[dict[str, str]]:
-        """Yield the rule's best and worst text of each prompt in `part`, where they differ."""
-        for prompt, texts in zip(self.prompts[part], self.texts[part], strict=True):
+    def pairs(self) -> Iterator[dict[str, str]]:
+        """Yield the rule's best and worst text of each prompt, where they differ."""
+        for prompt, texts in self:
             ranked = sorted(texts, key=lambda text: task.rule(prompt, text))
             worst, best = ranked[0], ranked[-1]
             if task.rule(prompt, best) > task.rule(prompt, worst):

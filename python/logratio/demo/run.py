@@ -88,6 +88,7 @@ class Demo:
     def __init__(self, config: DemoConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.folder = config.output
+        self._training, self._held_out = task.split_prompts(config.seed)
         self.seconds: dict[str, float] = {}
 
     def run(self) -> DemoResult:
@@ -95,6 +96,7 @@ class Demo:
         _replace(self.folder)
         torch.set_num_threads(1)  # the model is tiny: threads that wait for each other cost more
         seed = self.config.seed
+        held_out = task.repeated(self._held_out, self.config.held_out_prompts)
         with self._step("SFT", "a small Llama learns to write stories"):
             self._sft()
         with self._step("preferences", "its own stories, ranked by a rule that no model sees"):
@@ -105,7 +107,6 @@ class Demo:
             self._dpo()
         with self._step("evaluation", "held-out pairs and fresh samples"):
             evaluation = self._evaluate()
-            held_out = task.prompts(self.config.held_out_prompts, seed + 3)
             sft = _judge(draw(self._sft_model, held_out, 1, seed + 4))
             dpo = _judge(draw(self._policy, held_out, 1, seed + 4))
         with self._step("export", "policy and reference as one ONNX graph, checked against torch"):
@@ -137,7 +138,8 @@ class Demo:
     def _sft(self) -> None:
         seed = self.config.seed
         start = task.save_model(self.folder / "untrained", seed)
-        rows = task.demonstrations(self.config.demonstrations, seed + 1)
+        prompts = task.repeated(self._training, self.config.demonstrations)
+        rows = task.demonstrations(prompts, seed + 1)
         data = task.write_rows(self.folder / "demonstrations.jsonl", rows)
         train(
             TrainConfig(
@@ -147,11 +149,15 @@ class Demo:
         )  # fmt: skip
 
     def _preferences(self) -> None:
-        seed, count = self.config.seed, self.config.preference_prompts
-        prompts = task.prompts(count + self.config.held_out_prompts, seed + 2)
-        drawn = draw(self._sft_model, prompts, 4, seed + 6)
-        task.write_rows(self._pairs[0], drawn.pairs(slice(0, count)))
-        task.write_rows(self.folder / "held_out.jsonl", drawn.pairs(slice(count, None)))
+        config, seed = self.config, self.config.seed
+        training = task.repeated(self._training, config.preference_prompts)
+        held_out = task.repeated(self._held_out, config.held_out_prompts)
+        for path, prompts, part in (
+            (self._pairs[0], training, 0),
+            (self.folder / "held_out.jsonl", held_out, 1),
+        ):
+            drawn = draw(self._sft_model, prompts, 4, seed + 6 + part)
+            task.write_rows(path, drawn.pairs())
 
     def _dpo(self) -> None:
         train(

@@ -7,6 +7,7 @@ judged by it, so the demo's table cannot flatter itself.
 import json
 import random
 from collections.abc import Iterator
+from itertools import cycle, islice, product
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -22,13 +23,23 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 BOS, EOS = 1, 2
 
 
-def prompts(count: int, seed: int) -> list[str]:
-    """Draw the beginnings of `count` stories."""
-    draw = random.Random(seed)
-    return [
-        f"{draw.choice(NAMES)} the {draw.choice(ANIMALS)} went to the {draw.choice(PLACES)} ."
-        for _ in range(count)
+HELD_OUT_SHARE = 0.25
+
+
+def split_prompts(seed: int) -> tuple[list[str], list[str]]:
+    """Shuffle all 800 beginnings of stories and part them: for training, and held out."""
+    everything = [
+        f"{name} the {animal} went to the {place} ."
+        for name, animal, place in product(NAMES, ANIMALS, PLACES)
     ]
+    random.Random(seed).shuffle(everything)
+    held_out = int(len(everything) * HELD_OUT_SHARE)
+    return everything[held_out:], everything[:held_out]
+
+
+def repeated(prompts: list[str], count: int) -> list[str]:
+    """Go through `prompts` again and again until there are `count`."""
+    return list(islice(cycle(prompts), count))
 
 
 def completion(prompt: str, draw: random.Random) -> str:
@@ -59,10 +70,10 @@ def rule(prompt: str, text: str) -> int:
     return good - bad - 2 * strangers
 
 
-def demonstrations(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Yield prompt/completion rows for SFT."""
+def demonstrations(prompts: list[str], seed: int) -> Iterator[dict[str, str]]:
+    """Yield a prompt/completion row for SFT for each prompt."""
     draw = random.Random(seed)
-    for prompt in prompts(count, seed):
+    for prompt in prompts:
         yield {"prompt": prompt, "completion": completion(prompt, draw)}
 
 

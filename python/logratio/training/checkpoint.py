@@ -73,26 +73,41 @@ def refuse_leftovers(folder: Path) -> None:
         )
 
 
+class ResumeError(ValueError):
+    """There is nothing valid to resume, or it is of another run."""
+
+
 def load_newest(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
 ) -> tuple[Position | None, list[str]]:
-    """Restore the newest valid checkpoint of `folder`.
+    """Restore the newest valid checkpoint of `folder`, if it is of the run with `identity`.
 
     Returns:
         Its position, or None where there is none, and a sentence for each damaged one passed over.
 
     Raises:
-        ValueError: there are checkpoints, and none is valid.
+        ResumeError: there are checkpoints, and none is valid, or the newest is of another run;
+            nothing was restored.
     """
     refused = []
     for path in _checkpoints(folder):
         if reason := damage(path):
             refused.append(f"{path}: {reason}")
             continue
+        _check_identity(path, identity)
         return _load(path, model, optimizer), refused
     if refused:
-        raise ValueError("no valid checkpoint to resume from: " + "; ".join(refused))
+        raise ResumeError("no valid checkpoint to resume from: " + "; ".join(refused))
     return None, []
+
+
+def _check_identity(path: Path, identity: dict[str, Any]) -> None:
+    saved = json.loads((path / "state.json").read_text())["identity"]
+    if changed := [name for name, value in identity.items() if saved.get(name) != value]:
+        raise ResumeError(f"{path}: the run to resume differs in {', '.join(changed)}")
 
 
 def damage(path: Path) -> str | None:

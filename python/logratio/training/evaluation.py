@@ -21,7 +21,7 @@ from logratio.training.config import EvaluateConfig
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.reference import score
 from logratio.training.sampling import sample_completions
-from logratio.training.setup import Dataset, load_dataset
+from logratio.training.setup import ConfigError, Dataset, load_dataset, max_positions
 from logratio.training.tensors import Batch, to_torch
 
 
@@ -94,7 +94,21 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
+    _check_samples(config, dataset.store)
     return Evaluating(config, dataset, show_progress)
+
+
+def _check_samples(config: EvaluateConfig, store: Store) -> None:
+    """Refuse a drawing that cannot end well before anything is scored."""
+    if config.samples < 0 or config.max_new_tokens < 1:
+        raise ConfigError("samples must be at least 0 and max_new_tokens at least 1")
+    positions = max_positions(config.policy)
+    needed = int(store.prompt_lengths().max()) + config.max_new_tokens
+    if config.samples and positions and needed > positions:
+        raise ConfigError(
+            f"a prompt and max_new_tokens need {needed} positions and the model has {positions}: "
+            "lower max_new_tokens or max_prompt_length"
+        )
 
 
 class Evaluating:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from logratio.training.attention import SharedPrompt
+from logratio.training.attention import NAME, SharedPrompt, SharedPromptError
 from logratio.training.tensors import Batch, SharedBatch
 
 TILE_ELEMENTS = 2**24
@@ -36,6 +36,9 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
 
     Returns:
         float32 `[S]`, flat and group-major as `batch.targets`, in nats; differentiable.
+
+    Raises:
+        SharedPromptError: the batch is shared and the model is not ready for it.
     """
     inner = transformer(model)
     hidden = _hidden_states(inner, batch).flatten(0, 1)
@@ -47,6 +50,8 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Run the body, without its head: `[rows, T, H]`."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if isinstance(batch, SharedBatch):
+        if model.config._attn_implementation != NAME:
+            raise SharedPromptError("a shared batch needs the model inside shared_prompts(model)")
         inputs["shared_prompt"] = SharedPrompt(batch)
         inputs["position_ids"] = batch.position_ids
     else:

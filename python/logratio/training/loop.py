@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.checks import check_policy_is_reference
 from logratio.training.config import TrainConfig
+from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.logps import completion_logps
-from logratio.training.metrics import DEMONSTRATION_METRICS, PAIR_METRICS, MetricsLog
+from logratio.training.metrics import MetricsLog
 from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.reference import Reference
@@ -56,7 +58,6 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0)
         self.device = self.parameters[0].device
         self.objective = make_objective(config, self.beta)
-        self.names = DEMONSTRATION_METRICS if config.loss == "sft" else PAIR_METRICS
 
     def run(self, updates: int, show_progress: bool) -> tuple[int, list[dict[str, float]]]:
         """Do all updates that a checkpoint has not done yet."""
@@ -64,7 +65,6 @@ class Loop:
         start = self._resume(output / CHECKPOINTS) if self.config.resume else 0
         if start == 0 and self.reference is not None and starts_at_reference(self.config):
             self._check_start(self.reference)
-        self.policy.train()
         history = []
         with (
             MetricsLog(output, start) as log,
@@ -111,17 +111,17 @@ class Loop:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         count = sum(map(len, batches))
-        sums = sum(self._backward(groups, count) for groups in batches)
-        assert isinstance(sums, Tensor)
+        parts = [self._backward(groups, count) for groups in batches]
+        sums = torch.stack([torch.stack([*part.values()]) for part in parts]).sum(0)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        values = dict(zip(self.names, (sums / count).tolist(), strict=True))
+        values = dict(zip(parts[0], (sums / count).tolist(), strict=True))
         values |= {"grad_norm": float(norm), "lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._blame(step, values, batches))
         self.optimizer.step()
         return values
 
-    def _backward(self, groups: np.ndarray, count: int) -> Tensor:
+    def _backward(self, groups: np.ndarray, count: int) -> dict[str, Tensor]:
         """Add a micro-batch's share of the update's gradient; return its summed metrics."""
         batch = self._batch(groups)
         losses, sums = self.objective(*self._logps(batch), batch.targets)
@@ -133,14 +133,14 @@ class Loop:
         lay_out = self.store.shared_layout if shared else self.store.padded_layout
         return to_torch(lay_out(groups), self.device)
 
-    def _logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _logps(self, batch: Batch, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the sums `[N]` under policy and reference (zeros where there is none)."""
         with self._autocast():
-            policy = batch.targets.sums(completion_logps(self.policy, batch))
+            policy = batch.targets.sums(completion_logps(self.policy, batch).to(dtype))
         if self.reference is None:
             return policy, torch.zeros_like(policy)
         with self._autocast():
-            return policy, batch.targets.sums(self.reference.logps(batch))
+            return policy, batch.targets.sums(self.reference.logps(batch).to(dtype))
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Open autocast for one pass.
@@ -156,7 +156,7 @@ class Loop:
         count = min(CANARY_GROUPS, len(self.store))
         chosen = np.linspace(0, len(self.store) - 1, count).astype(np.int64)
         for groups in chosen:
-            policy, logps = self._logps(self._batch(groups[None]))
+            policy, logps = self._logps(self._batch(groups[None]), torch.float64)
             what = type(reference).__name__
             check_policy_is_reference(policy, logps, CANARY_NATS[self.config.precision], what)
 
@@ -180,7 +180,7 @@ class Loop:
         due = every > 0 and step % every == 0 and step < updates
         folder = Path(self.config.output) / CHECKPOINTS
         if due or (signal and step < updates):
-            at = checkpoint.Position(step, self._identity())
+            at = checkpoint.Position(step, self._identity)
             checkpoint.save(folder, self.policy, self.optimizer, at)
         if signal and step < updates:
             raise RunInterruptedError(
@@ -188,16 +188,16 @@ class Loop:
             )
 
     def _resume(self, folder: Path) -> int:
-        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer)
+        identity = self._identity
+        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer, identity)
         for sentence in refused:
             say(f"passed over a damaged checkpoint: {sentence}")
         if at is None:
             say(f"{folder}: no checkpoint yet, so the run begins at its beginning")
             return 0
-        if changed := [k for k, v in self._identity().items() if at.identity.get(k) != v]:
-            raise ValueError(f"{folder}: the run to resume differs in {', '.join(changed)}")
         return at.step
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
         names = (
@@ -208,7 +208,14 @@ class Loop:
         lora = asdict(self.config.lora) if self.config.lora else None
         if lora:
             lora["targets"] = list(lora["targets"])
-        return fields | {"beta": self.beta, "lora": lora, "data": self.store.digest}
+        models = {
+            name: model_fingerprint(folder, self.config.precision).digest.hex()
+            for name, folder in (
+                ("model", self.config.model),
+                ("reference", self.config.reference or self.config.model),
+            )
+        }
+        return fields | models | {"beta": self.beta, "lora": lora, "data": self.store.digest}
 
 
 def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:

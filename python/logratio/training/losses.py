@@ -28,6 +28,7 @@ class PairLogps:
     reference_rejected_logps: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    has_reference: bool = True
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -83,6 +84,29 @@ def sft_loss(policy_logps: Tensor, lengths: Tensor) -> Tensor:
     return -policy_logps / lengths
 
 
+PairRewards = tuple[Tensor, Tensor]
+"""Rewards of the chosen and of the rejected completions, float32 `[B]` each."""
+
+
+def implicit_rewards(pairs: PairLogps, beta: float) -> PairRewards:
+    """Return β × log-ratio of each completion: what is exported and served."""
+    return beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+
+
+def mean_rewards(pairs: PairLogps, beta: float) -> PairRewards:
+    """Return β × mean log-prob per token: SimPO's rewards (eq. 4)."""
+    chosen = pairs.policy_chosen_logps / pairs.chosen_lengths
+    return beta * chosen, beta * pairs.policy_rejected_logps / pairs.rejected_lengths
+
+
+def gradient_weight(chosen: Tensor, rejected: Tensor) -> Tensor:
+    r"""Return :math:`\sigma(\hat r_l - \hat r_w)` of two rewards, `[B]`.
+
+    DPO's weight on a pair's gradient: 1/2 at the start, near 0 when learned.
+    """
+    return torch.sigmoid(rejected - chosen)
+
+
 @dataclass(frozen=True)
 class PairLoss:
     """A pair loss with what the trainer must know of it.
@@ -92,6 +116,7 @@ class PairLoss:
         default_beta: used where none is given; β is not comparable across losses.
         options: keywords beside `beta` that `function` takes.
         needs_reference: False for a loss without reference log-probs.
+        rewards: the rewards whose margin it works on, which the metrics report.
         initial_value: its value where policy = reference, as a function of β; None if it has none.
     """
 
@@ -100,19 +125,14 @@ class PairLoss:
     options: frozenset[str] = frozenset()
     needs_reference: bool = True
     initial_value: Callable[[float], float] | None = None
+    rewards: Callable[[PairLogps, float], PairRewards] = implicit_rewards
 
 
 PAIR_LOSSES: Mapping[str, PairLoss] = {
     "dpo": PairLoss(dpo_loss, 0.1, frozenset({"label_smoothing"}), True, lambda _: math.log(2)),
     "ipo": PairLoss(ipo_loss, 0.1, initial_value=lambda beta: 1 / (4 * beta**2)),
-    "simpo": PairLoss(simpo_loss, 2.0, frozenset({"label_smoothing", "gamma"}), False),
+    "simpo": PairLoss(
+        simpo_loss, 2.0, frozenset({"label_smoothing", "gamma"}), False, None, mean_rewards
+    ),
 }
 LOSSES = (*PAIR_LOSSES, "sft")
-
-
-def gradient_weight(pairs: PairLogps, beta: float) -> Tensor:
-    r"""Return :math:`\sigma(\hat r_l - \hat r_w)`, DPO's weight on each pair's gradient, `[B]`.
-
-    The share of the gradient that a pair still receives: 1/2 at the start, near 0 when learned.
-    """
-    return torch.sigmoid(beta * (pairs.rejected_logratios - pairs.chosen_logratios))

@@ -8,49 +8,35 @@ import torch
 from torch import Tensor
 
 from logratio.durable import write_whole
-from logratio.training.losses import PairLogps, gradient_weight
+from logratio.training.losses import PairLogps, PairRewards, gradient_weight
 
 if TYPE_CHECKING:
     pass
 
-PAIR_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "logratios/chosen",
-    "logratios/rejected",
-    "lengths/chosen",
-    "lengths/rejected",
-    "gradient_weight",
-)
-DEMONSTRATION_METRICS = ("loss", "logps/chosen", "lengths/chosen")
 
-
-def pair_metrics(losses: Tensor, pairs: PairLogps, beta: float) -> Tensor:
-    """Add up each of `PAIR_METRICS` over the pairs, on their device: float32 `[12]`.
+def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
+    """Add up each metric over the pairs, on their device: float32 scalars by name.
 
     A tie counts half towards the accuracy: at the start, when every margin is 0, it is 0.5.
+    Log-ratios are left out where there is no reference.
     """
-    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
-    columns = (
-        losses,
-        chosen,
-        rejected,
-        chosen - rejected,
-        accuracies(chosen, rejected),
-        pairs.policy_chosen_logps,
-        pairs.policy_rejected_logps,
-        pairs.chosen_logratios,
-        pairs.rejected_logratios,
-        pairs.chosen_lengths,
-        pairs.rejected_lengths,
-        gradient_weight(pairs, beta),
-    )
-    return torch.stack([column.detach().float().sum() for column in columns])
+    chosen, rejected = rewards
+    columns = {
+        "loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": accuracies(chosen, rejected),
+        "logps/chosen": pairs.policy_chosen_logps,
+        "logps/rejected": pairs.policy_rejected_logps,
+        "lengths/chosen": pairs.chosen_lengths,
+        "lengths/rejected": pairs.rejected_lengths,
+        "gradient_weight": gradient_weight(chosen, rejected),
+    }
+    if pairs.has_reference:
+        columns["logratios/chosen"] = pairs.chosen_logratios
+        columns["logratios/rejected"] = pairs.rejected_logratios
+    return _sums(columns)
 
 
 def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -58,9 +44,13 @@ def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (torch.sign(chosen - rejected) + 1) / 2
 
 
-def demonstration_metrics(losses: Tensor, logps: Tensor, lengths: Tensor) -> Tensor:
-    """Add up each of `DEMONSTRATION_METRICS` over the demonstrations: float32 `[3]`."""
-    return torch.stack([column.detach().float().sum() for column in (losses, logps, lengths)])
+def demonstration_metrics(losses: Tensor, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Add up each metric over the demonstrations: float32 scalars by name."""
+    return _sums({"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths})
+
+
+def _sums(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: column.detach().float().sum() for name, column in columns.items()}
 
 
 class MetricsLog:

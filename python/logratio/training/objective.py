@@ -13,7 +13,7 @@ from logratio.training.tensors import TargetTokens
 
 CHOSEN, REJECTED = ROLES.index("chosen"), ROLES.index("rejected")
 
-Objective = Callable[[Tensor, Tensor, TargetTokens], tuple[Tensor, Tensor]]
+Objective = Callable[[Tensor, Tensor, TargetTokens], tuple[Tensor, dict[str, Tensor]]]
 
 
 def make_objective(config: TrainConfig, beta: float) -> Objective:
@@ -21,7 +21,7 @@ def make_objective(config: TrainConfig, beta: float) -> Objective:
 
     def demonstrations(
         policy: Tensor, _reference: Tensor, targets: TargetTokens
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         losses = sft_loss(policy, targets.lengths)
         return losses, demonstration_metrics(losses, policy, targets.lengths)
 
@@ -32,15 +32,17 @@ def make_objective(config: TrainConfig, beta: float) -> Objective:
 
     def preferences(
         policy: Tensor, reference: Tensor, targets: TargetTokens
-    ) -> tuple[Tensor, Tensor]:
-        pairs = pair_logps(policy, reference, targets)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = pair_logps(policy, reference, targets, loss.needs_reference)
         losses = loss.function(pairs, beta=beta, **options)
-        return losses, pair_metrics(losses, pairs, beta)
+        return losses, pair_metrics(losses, pairs, loss.rewards(pairs, beta))
 
     return preferences
 
 
-def pair_logps(policy: Tensor, reference: Tensor, targets: TargetTokens) -> PairLogps:
+def pair_logps(
+    policy: Tensor, reference: Tensor, targets: TargetTokens, has_reference: bool
+) -> PairLogps:
     """Pick chosen and rejected out of `[N]` sums by their roles."""
     chosen, rejected = targets.roles == CHOSEN, targets.roles == REJECTED
     return PairLogps(
@@ -50,6 +52,7 @@ def pair_logps(policy: Tensor, reference: Tensor, targets: TargetTokens) -> Pair
         reference[rejected],
         targets.lengths[chosen],
         targets.lengths[rejected],
+        has_reference,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from logratio.training.logps import transformer
 from logratio.training.models import quietly
@@ -57,16 +58,21 @@ def _generate(
     inner = transformer(model)
     ids, mask = _left_padded(prompts, inner.device)
     how = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    with quietly():
-        out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=not greedy,
-            eos_token_id=eos_id,
-            pad_token_id=0 if eos_id is None else eos_id,
-            **how,
-        )
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()  # the folder's own would bend the distribution
+    try:
+        with quietly():
+            out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=not greedy,
+                eos_token_id=eos_id,
+                pad_token_id=0 if eos_id is None else eos_id,
+                **how,
+            )
+    finally:
+        inner.generation_config = own
     return out[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 

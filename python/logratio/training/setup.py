@@ -1,10 +1,12 @@
 """From a configuration to everything a run needs, refusing what cannot work before it is long."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from logratio._rust import Store
@@ -17,6 +19,7 @@ from logratio.training.fingerprint import Fingerprint, model_fingerprint, parame
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
     ADAPTER_CONFIG,
+    base_folder,
     check_model_folder,
     default_device,
     load_model,
@@ -88,7 +91,27 @@ def load_dataset(
         refused.unlink(missing_ok=True)
     if len(store) == 0:
         raise ConfigError("no record is left to work on:\n" + report.to_text())
+    _check_positions(model, store)
     return Dataset(store, report, tokenizer)
+
+
+def _check_positions(model: PathLike, store: Store) -> None:
+    """Refuse sequences that are longer than the model has positions."""
+    positions = max_positions(model)
+    groups = np.diff(store.completion_offsets())
+    longest = int((np.repeat(store.prompt_lengths(), groups) + store.completion_lengths()).max())
+    if positions and longest > positions:
+        raise ConfigError(
+            f"the longest sequence has {longest} tokens and the model {positions} positions: "
+            f"set max_length to {positions} or less"
+        )
+
+
+def max_positions(model: PathLike) -> int | None:
+    """Read how many positions a model has; None where its config names no limit."""
+    config = json.loads((base_folder(model) / "config.json").read_text())
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
 
 
 def check_config(config: TrainConfig) -> None:
@@ -105,7 +128,9 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError("batch_size, epochs and token_budget must be at least 1")
     if not (math.isfinite(config.lr) and config.lr > 0 and 0 <= config.warmup < 1):
         raise ConfigError("lr must be above 0 and warmup in [0, 1)")
-    if beta_of(config) <= 0:
+    if not (math.isfinite(config.max_grad_norm) and config.max_grad_norm > 0):
+        raise ConfigError("max_grad_norm must be above 0: a gradient is scaled down to it")
+    if not (math.isfinite(beta_of(config)) and beta_of(config) > 0):
         raise ConfigError("beta must be above 0: it is the weight that keeps the policy close")
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError("label_smoothing must be in [0, 0.5)")
@@ -138,6 +163,8 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError(f"loss {config.loss} has no label_smoothing")
     if config.gamma != TrainConfig.gamma and "gamma" not in options:
         raise ConfigError(f"loss {config.loss} has no gamma")
+    if config.loss == "sft" and config.beta is not None:
+        raise ConfigError("loss sft has no beta")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
 
@@ -173,21 +200,26 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
     return with_lora(model, config.lora, Path(config.model)) if config.lora else model
 
 
-def build_reference(config: TrainConfig, policy: nn.Module, store: Store) -> Reference | None:
-    """Make the reference that `reference_kind` names.
-
-    Raises:
-        StaleCacheError: the cache is of another model, or lacks completions.
-    """
+def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
+    """Make the reference that `reference_kind` names, unless it is a cache."""
     kind, source = reference_kind(config), config.reference or config.model
-    if kind == "none":
-        return None
     if kind == "adapter":
         return AdapterReference(policy)
     if kind == "frozen":
         device = next(policy.parameters()).device
         return FrozenReference(load_model(source, device=device))
-    assert config.cache is not None
+    return None
+
+
+def cached_reference(config: TrainConfig, store: Store) -> CachedReference | None:
+    """Open the cache, if there is one, and find every completion in it.
+
+    Raises:
+        StaleCacheError: the cache is of another model, or lacks completions.
+    """
+    if config.cache is None:
+        return None
+    source = config.reference or config.model
     reader = open_cache(config.cache, model_fingerprint(source, config.precision))
     return CachedReference(store, reader, str(config.cache))
 

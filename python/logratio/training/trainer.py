@@ -29,6 +29,7 @@ from logratio.training.setup import (
     beta_of,
     build_policy,
     build_reference,
+    cached_reference,
     check_config,
     forecast,
     load_dataset,
@@ -96,6 +97,7 @@ class Training:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
         self.store = dataset.store
         self.device = default_device(config.device)
+        self.cached = cached_reference(config, dataset.store)
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
 
     @cached_property
@@ -109,7 +111,7 @@ class Training:
             say(slow)
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
-        reference = build_reference(self.config, policy, self.store)
+        reference = self.cached or build_reference(self.config, policy)
         with autocast(self.config.precision, self.device):
             layout, reason = choose_layout(policy)
         if layout == "padded":
