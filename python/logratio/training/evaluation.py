@@ -203,7 +203,7 @@ def _sorted_batches(store: Store, token_budget: int, layout: str) -> Iterator[np
 
 @torch.no_grad()
 def _sums(model: nn.Module, batch: Batch) -> np.ndarray:
-    return batch.targets.sums(score(model, batch)).double().cpu().numpy()
+    return batch.targets.sums(score(model, batch)).cpu().double().numpy()
 
 
 def summarize(

@@ -2,16 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from logratio.durable import write_whole
 from logratio.training.losses import PairLogps, PairRewards, gradient_weight
-
-if TYPE_CHECKING:
-    pass
 
 
 def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 from logratio import __version__
 from logratio.bundle import TOKENIZER_FILES
 from logratio.durable import sync
-from logratio.forecast import Forecast
+from logratio.forecast import Forecast, check_writable
 from logratio.training import checkpoint, threads
 from logratio.training.attention import shared_prompts
 from logratio.training.checks import choose_layout
@@ -107,6 +107,7 @@ class Training:
 
     def run(self) -> TrainResult:
         """Train, save, and return what was reached."""
+        check_writable(Path(self.config.output), self.forecast.disk_bytes)
         if slow := threads.advice(self.device):
             say(slow)
         torch.manual_seed(self.config.seed)
