@@ -29,6 +29,7 @@ class Format:
 
 
 _QUESTION = ("question", "input", "query", "prompt", "instruction", "messages", "conversations")
+_ASKED = ("prompt", "question", "instruction")
 _C, _R = ("chosen",), ("rejected",)
 COMPLETIONS = ("completion", "output", "response")
 LABELS = ("label", "labels", "preference", "winner", "overall_preference", "choice", "better")
@@ -177,13 +178,13 @@ CATALOGUE = (
     Format(
         "step-dpo",
         "`initial_reason_steps` are right and do not count; one good and one bad step follow",
-        (("prompt",), ("initial_reason_steps",), _C, _R),
+        (_ASKED, ("initial_reason_steps",), _C, _R),
         "steps",
     ),
     Format(
         "prmbench",
         "`chosen` and `rejected` are lists of steps, alike up to `first_diff`; those two count",
-        (("prompt",), _C, _R, ("first_diff", "error_steps")),
+        (_ASKED, _C, _R, ("first_diff", "error_steps")),
         "steps",
     ),
     Format(

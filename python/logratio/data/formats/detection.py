@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from logratio.data.formats.catalogue import FORMATS, near_formats
 from logratio.data.formats.decoder import Decoded, Decoder
@@ -11,6 +12,7 @@ from logratio.data.reading import Row
 from logratio.data.records import InvalidRecordError, Source
 
 _SAMPLE = "these rows"
+_UNKNOWN = {"E201", "E206"}
 _NEAR = 3
 
 
@@ -54,19 +56,24 @@ def summarize(rows: Sequence[Row], results: Sequence[Decoded | InvalidRecordErro
     """Say what rows are that were decoded, or refused, one by one."""
     counts = Counter(result.format for result in results if isinstance(result, Decoded))
     refused = Counter(str(result) for result in results if isinstance(result, InvalidRecordError))
-    near: dict[str, tuple[str, ...]] = {}
-    if not counts:
-        names = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
-        near = {known.name: lacking for known, lacking in near_formats(names)}
-        near = dict(list(near.items())[:_NEAR])
     name = next(iter(counts)) if len(counts) == 1 else None
-    return Detection(name, _reason(counts, refused), counts, refused, near)
+    if counts:
+        told = [_why(known, rows, results) for known in counts]
+        return Detection(name, "; ".join(told), counts, refused, {})
+    reason = refused.most_common(1)[0][0] if refused else "there is no row to look at"
+    codes = {result.code for result in results if isinstance(result, InvalidRecordError)}
+    return Detection(None, reason, counts, refused, _near(rows) if codes & _UNKNOWN else {})
 
 
-def _reason(counts: Counter[str], refused: Counter[str]) -> str:
-    if not counts:
-        return refused.most_common(1)[0][0] if refused else "there is no row to look at"
-    told = [f"{FORMATS[name].title} ({number:,} rows)" for name, number in counts.most_common()]
-    if len(counts) == 1:
-        told = [FORMATS[name].title for name in counts]
-    return "; ".join(told)
+def _why(name: str, rows: Sequence[Row], results: Sequence[Decoded | InvalidRecordError]) -> str:
+    """Say by which keys a row was taken for a format."""
+    for row, result in zip(rows, results, strict=True):
+        if isinstance(result, Decoded) and result.format == name:
+            keys = [f"`{key}`" for key in row if key not in result.extra_keys]
+            return f"{', '.join(keys)}: {FORMATS[name].title}"
+    return FORMATS[name].title
+
+
+def _near(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+    names = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
+    return {known.name: lacking for known, lacking in islice(near_formats(names), _NEAR)}

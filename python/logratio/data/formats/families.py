@@ -60,10 +60,6 @@ def read_row(view: View, settings: FormatSettings) -> Meaning:
     if settings.format is None:
         return find_family(view, settings).read(view, settings)
     named = FORMATS[settings.format]
-    lacking = [need for need in named.needs if not any(name in view for name in need)]
-    if lacking:
-        missing = ", ".join(" or ".join(f"`{name}`" for name in need) for need in lacking)
-        raise InvalidRecordError("E213", f"the row is no {named.name!r}: it lacks {missing}")
     meaning = _BY_NAME[named.family].read(view, settings)
     if meaning.format != named.name:
         reason = f"the row is {meaning.format!r}, and {named.name!r} is wanted"
@@ -87,7 +83,9 @@ def find_family(view: View, settings: FormatSettings) -> Family:
     if len(found) > 1:
         names = " and ".join(family.name for family in found)
         raise InvalidRecordError(
-            "E210", f"the row holds several things ({names}): say which is meant with --format NAME"
+            "E210",
+            f"the row holds what makes it one of several families ({names}): say with --format "
+            "NAME what it is",
         )
     if not found:
         raise InvalidRecordError("E206", _unknown(view))

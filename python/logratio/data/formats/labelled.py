@@ -68,7 +68,12 @@ def suggestion(names: tuple[str, str], key: str, value: object) -> str:
         one, two = f"model_{one}", f"model_{two}"
     elif said in ("0", "1") and (said == "0" or one not in "12"):
         one, two = "0", "1"
-    return f"--label '{key}: {one}={first} {two}={second}'"
+    return f"--label '{key}: {_quoted(one)}={_quoted(first)} {_quoted(two)}={_quoted(second)}'"
+
+
+def _quoted(word: str) -> str:
+    """Hold a word's blanks together inside a flag that stands in single quotes."""
+    return f'"{word}"' if " " in word else word
 
 
 def _label(view: View) -> str | None:

@@ -63,11 +63,9 @@ def find_main(view: View) -> str | None:
         found = [name for name in found if view.peek(name)] or found[:1]
     if len(found) > 1:
         names = " and ".join(f"`{view.key(name)}`" for name in found)
-        raise InvalidRecordError(
-            "E210",
-            f"{names} could each be the question: say which with --columns "
-            f"{found[0]}={view.key(found[0])}",
-        )
+        flags = " or ".join(f"--columns {name}={view.key(name)}" for name in found)
+        reason = f"{names} could each be the question: say which with {flags}"
+        raise InvalidRecordError("E210", reason)
     return found[0] if found else None
 
 
