@@ -9,8 +9,8 @@ from chats_for_tests import assistant, hh, system, user
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from logratio.data.formats import Decoded, Decoder, FormatSettings, Label
-from logratio.data.formats.catalogue import KNOWN_NAMES
+from logratio.data.formats import Decoded, Decoder, Format, FormatSettings, Label
+from logratio.data.formats.catalogue import CATALOGUE, KNOWN_NAMES
 from logratio.data.messages import WEIGHTS
 from logratio.data.records import InvalidRecordError, Source
 
@@ -107,8 +107,36 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(patient, max_examples=1000)
-@given(st.dictionaries(names, values, max_size=6), options)
+def of_format(known: Format) -> st.SearchStrategy[Row]:
+    """Rows that have what a format needs, in values of likely types, and some other key."""
+    likely: dict[str, st.SearchStrategy[Any]] = {
+        "context": chats,
+        "messages": chats,
+        "conversations": chats,
+        "input": texts,
+    }
+    likely |= dict.fromkeys(("label", "labels", "kto_tag"), st.booleans() | st.integers(0, 1))
+    likely |= dict.fromkeys(("score", "scores", "ranks"), st.lists(st.integers(0, 3), max_size=3))
+    likely |= dict.fromkeys(("completions", "answers"), st.lists(texts | items, max_size=3))
+    keys = st.tuples(*(st.sampled_from(need) for need in known.needs))
+    needed = keys.flatmap(
+        lambda keys: st.fixed_dictionaries(
+            {
+                key: likely.get(key, texts | st.lists(messages, min_size=1, max_size=3))
+                for key in keys
+            }
+        )
+    )
+    return st.builds(
+        lambda one, other: other | one, needed, st.dictionaries(names, values, max_size=1)
+    )
+
+
+rows = st.sampled_from(CATALOGUE).flatmap(of_format) | st.dictionaries(names, values, max_size=6)
+
+
+@settings(patient, max_examples=1500)
+@given(rows, options)
 def test_any_row_is_records_or_an_invalid_record_error(row: Row, chosen: Row) -> None:
     try:
         decoded = decode(row, **chosen)
