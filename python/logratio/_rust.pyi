@@ -1,3 +1,4 @@
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import final
 
@@ -14,6 +15,7 @@ __all__ = [
     "CorruptStoreError",
     "Layout",
     "PaddedLayout",
+    "PieceTable",
     "Plan",
     "SharedLayout",
     "Store",
@@ -170,6 +172,13 @@ class CacheReader:
     def duplicates(self) -> int: ...
     def join(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]: ...
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+
+@final
+class PieceTable:
+    def __new__(cls, capacity: int) -> PieceTable: ...
+    def encode(
+        self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
 
 def candidate_layout(
     prompts: list[NDArray[np.int32]], candidates: list[list[NDArray[np.int32]]], chunk: int = 128

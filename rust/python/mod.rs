@@ -4,6 +4,7 @@
 
 mod cache;
 mod layout;
+mod pieces;
 mod store;
 
 use std::io;
@@ -79,6 +80,7 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
+        pieces::PieceTable,
         store::{Plan, Store, StoreWriter},
     };
 

@@ -14,6 +14,7 @@ from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
 from logratio.data.notes import special_pattern, text_notes
+from logratio.data.pieces import PieceEncoder
 from logratio.data.records import (
     CANDIDATE,
     Completion,
@@ -72,6 +73,7 @@ class PreferenceTokenizer:
         pad_id = files.id_of("pad_token")
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
         self._tokenizer = files.tokenizer
+        self._pieces = PieceEncoder(files.tokenizer, files.settings)
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self._opening_ids = list(files.opening_ids)
         self._eos_token = files.special_tokens.get("eos_token")
@@ -150,7 +152,7 @@ class PreferenceTokenizer:
         texts = [
             list(script.running_texts()) if isinstance(script, Script) else [] for script in scripts
         ]
-        ids = iter(self._encode(list(chain.from_iterable(texts))))
+        ids = iter(self._pieces.encode(list(chain.from_iterable(texts))))
         return [
             script
             if isinstance(script, Refusal)
@@ -182,10 +184,6 @@ class PreferenceTokenizer:
             return chat_script(record, self._template, self._eos_token)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
     def _group(
         self, record: PreferenceRecord, script: Script, running: list[list[int]]
