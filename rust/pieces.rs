@@ -19,7 +19,7 @@ pub struct PieceTable {
     capacity: usize,
     hasher: DefaultHashBuilder,
     known: HashTable<u32>,
-    text: Vec<u8>,
+    text: String,
     ids: Vec<i32>,
     pieces: Vec<Piece>,
 }
@@ -49,7 +49,7 @@ impl PieceTable {
             capacity,
             hasher: DefaultHashBuilder::default(),
             known: HashTable::new(),
-            text: Vec::new(),
+            text: String::new(),
             ids: Vec::new(),
             pieces: Vec::new(),
         }
@@ -67,7 +67,7 @@ impl PieceTable {
         };
         for text in texts {
             for piece in cut(text) {
-                let number = self.number_of(piece.as_bytes());
+                let number = self.number_of(piece);
                 lookup.pieces.push(number);
             }
             lookup.offsets.push(lookup.pieces.len());
@@ -75,7 +75,7 @@ impl PieceTable {
         lookup
     }
 
-    fn number_of(&mut self, piece: &[u8]) -> u32 {
+    fn number_of(&mut self, piece: &str) -> u32 {
         if piece.len() > LONGEST {
             return self.add(piece);
         }
@@ -92,9 +92,9 @@ impl PieceTable {
         number
     }
 
-    fn add(&mut self, piece: &[u8]) -> u32 {
+    fn add(&mut self, piece: &str) -> u32 {
         let start = self.text.len();
-        self.text.extend_from_slice(piece);
+        self.text.push_str(piece);
         self.pieces.push(Piece {
             text: start..self.text.len(),
             ids: 0..0,
@@ -102,15 +102,14 @@ impl PieceTable {
         self.pieces.len() as u32 - 1
     }
 
-    fn text_of(&self, number: u32) -> &[u8] {
+    fn text_of(&self, number: u32) -> &str {
         &self.text[self.pieces[number as usize].text.clone()]
     }
 
     /// The pieces of `lookup` that have no ids yet.
     pub fn new_pieces(&self, lookup: &Lookup) -> impl Iterator<Item = &str> {
-        self.pieces[lookup.first_new..].iter().map(|piece| {
-            std::str::from_utf8(&self.text[piece.text.clone()]).expect("cut at spaces")
-        })
+        let new = &self.pieces[lookup.first_new..];
+        new.iter().map(|piece| &self.text[piece.text.clone()])
     }
 
     /// Takes the ids of [`PieceTable::new_pieces`], in their order.

@@ -8,6 +8,8 @@ use pyo3::{prelude::*, pybacked::PyBackedStr, sync::MutexExt};
 use super::array;
 use crate::pieces;
 
+type Encoded = (Py<PyArray1<i32>>, Py<PyArray1<i64>>);
+
 /// Ids of pieces of text that came before, so that only new ones go through the tokenizer.
 ///
 /// Text is cut before every space that follows a visible ASCII character. Right only for tokenizers
@@ -31,7 +33,7 @@ impl PieceTable {
         py: Python<'_>,
         texts: Vec<PyBackedStr>,
         encode: &Bound<'_, PyAny>,
-    ) -> PyResult<(Py<PyArray1<i32>>, Py<PyArray1<i64>>)> {
+    ) -> PyResult<Encoded> {
         // Held while `encode` runs: nobody may clear what this call still needs.
         let mut guard = match self.0.lock_py_attached(py) {
             Ok(guard) => guard,
