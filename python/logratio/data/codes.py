@@ -23,12 +23,15 @@ CODES: dict[str, str] = {
     "E402": "two beginning-of-text or two end-of-text tokens",
     "E403": "turns whose roles make no prompt and answer",
     "E404": "the chat template does not repeat the prompt when the answer follows",
+    "E601": "a token id outside the vocabulary",
     "R301": "an empty completion",
     "R302": "identical completions",
     "R303": "completions that are identical once truncated",
     "R304": "a prompt longer than its limit",
     "R305": "an empty prompt, and the tokenizer adds no beginning-of-text token",
     "R306": "the limit leaves no token of the answer",
+    "R307": "a special token is spelled in a message, where the rules split special tokens",
+    "R308": "the opposite is said too, as often or more",
     "W501": "a special token is spelled in the text",
     "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
     "W503": "a completion was cut at the limit",
@@ -36,6 +39,7 @@ CODES: dict[str, str] = {
     "W505": "a NUL character in the text",
     "W506": "a prompt was cut at its limit",
     "W507": "the same two completions stand elsewhere the other way round",
+    "W530": "a pair of a list was left out",
 }
 """W502 and W503 are counted per completion, every other code per record."""
 

@@ -12,6 +12,7 @@ from logratio.data import conversations
 from logratio.data.boundary import Tail, tails_of
 from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
+from logratio.data.fitting import Fitting
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
 from logratio.data.notes import special_pattern, text_notes
 from logratio.data.pieces import PieceEncoder
@@ -26,7 +27,7 @@ from logratio.data.records import (
 )
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer
-from logratio.data.truncation import TokenizationRules, cut_prompt
+from logratio.data.truncation import TokenizationRules
 
 __all__ = [
     "PreferenceTokenizer",
@@ -56,6 +57,7 @@ class PreferenceTokenizer:
         eos_id: The end-of-text token, if the folder names one.
         pad_id: The padding token; EOS, else 0, where the folder names none.
         vocabulary_size: The largest id plus one.
+        fitting: Checks and cuts ids by the rules.
     """
 
     def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
@@ -81,6 +83,7 @@ class PreferenceTokenizer:
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
             self._template = ChatTemplate(files.chat_template, files.special_tokens)
+        self.fitting = Fitting(rules, self.bos_id, self.vocabulary_size)
         self._ending: list[int] = []
         if rules.append_eos:
             if self.eos_id is None:
@@ -217,18 +220,7 @@ class PreferenceTokenizer:
         opening = self._opening_ids
         if not is_chat and ids[: len(opening)] != opening:
             ids = opening + ids
-        if not ids:
-            raise InvalidRecordError("R305", CODES["R305"])
-        if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
-            raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
-        fitted = cut_prompt(ids, self.rules, self.bos_id)
-        if fitted is None:
-            code = "E304" if self.rules.prompt_truncation == "error" else "R304"
-            reason = f"the prompt has {len(ids)} tokens, the limit is {self.rules.prompt_budget}"
-            raise InvalidRecordError(code, reason)
-        if len(fitted) < len(ids):
-            notes.append("W506")
-        return fitted
+        return self.fitting.prompt(ids, notes)
 
     def _completion(
         self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], ends_itself: bool
@@ -243,15 +235,9 @@ class PreferenceTokenizer:
             raise InvalidRecordError("E402", f"the {role} completion ends with two EOS tokens")
         if prompt_ids == [self.bos_id] and ids[0] == self.bos_id:
             raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
-        budget = self.rules.max_length - len(prompt_ids)
-        if len(ids) > budget:
-            ids, mask = ids[:budget], mask[:budget]
-            notes.append("W503")
-            if not any(mask):
-                raise InvalidRecordError("R306", f"the history of {role} leaves it no room")
         if tail.moved:
             notes.append("W502")
-        return TokenizedCompletion(role, ids, mask)
+        return self.fitting.completion(role, ids, mask, len(prompt_ids), notes)
 
 
 def _candidates(prompt: Prompt, completions: Sequence[str]) -> PreferenceRecord:
