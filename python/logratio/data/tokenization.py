@@ -5,8 +5,10 @@ wherever it is scored.
 """
 
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from logratio.data import conversations
 from logratio.data.boundary import Tail, tails_of
@@ -14,7 +16,7 @@ from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
 from logratio.data.fitting import Fitting
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
-from logratio.data.notes import special_pattern, text_notes
+from logratio.data.notes import special_pattern, spells, text_notes
 from logratio.data.pieces import PieceEncoder
 from logratio.data.records import (
     CANDIDATE,
@@ -75,7 +77,9 @@ class PreferenceTokenizer:
         pad_id = files.id_of("pad_token")
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
         self._tokenizer = files.tokenizer
-        self._pieces = PieceEncoder(files.tokenizer, files.settings)
+        self._chats = self._plain = PieceEncoder(files.tokenizer, files.settings)
+        if rules.split_special_tokens:
+            self._plain = PieceEncoder(_splitting(files.tokenizer), files.settings)
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self._opening_ids = list(files.opening_ids)
         self._eos_token = files.special_tokens.get("eos_token")
@@ -155,11 +159,14 @@ class PreferenceTokenizer:
         texts = [
             list(script.running_texts()) if isinstance(script, Script) else [] for script in scripts
         ]
-        ids = iter(self._pieces.encode(list(chain.from_iterable(texts))))
+        plain = iter(self._plain.encode(_texts_of(records, texts, is_chat=False)))
+        chats = iter(self._chats.encode(_texts_of(records, texts, is_chat=True)))
         return [
             script
             if isinstance(script, Refusal)
-            else self._group(record, script, list(islice(ids, len(own))))
+            else self._group(
+                record, script, list(islice(chats if record.is_chat else plain, len(own)))
+            )
             for record, script, own in zip(records, scripts, texts, strict=True)
         ]
 
@@ -182,6 +189,8 @@ class PreferenceTokenizer:
         try:
             if not record.is_chat:
                 return plain_script(record)
+            if self.rules.split_special_tokens and spells(record, self._spelled):
+                raise InvalidRecordError("R307", CODES["R307"])
             if self._template is None:
                 raise InvalidRecordError("E401", NO_TEMPLATE)
             return chat_script(record, self._template, self._eos_token)
@@ -198,22 +207,20 @@ class PreferenceTokenizer:
             script: Its text.
             running: Ids of each of the script's running texts.
         """
-        notes = text_notes(record, self._spelled)
+        encode = self._chats.encode if record.is_chat else self._plain.encode
+        notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
         try:
             prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
             completions = [
                 self._completion(completion.role, tail, prompt_ids, notes, record.is_chat)
                 for completion, tail in zip(
-                    record.completions, tails_of(script, running, self._encode_own), strict=True
+                    record.completions, tails_of(script, running, encode), strict=True
                 )
             ]
             check_different(completions, notes)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)
         return TokenizedGroup(prompt_ids, completions, record.source, notes)
-
-    def _encode_own(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _prompt_ids(self, ids: list[int], is_chat: bool, notes: list[str]) -> list[int]:
         """Open a prompt with BOS as the tokenizer itself would, never twice, and fit it."""
@@ -238,6 +245,20 @@ class PreferenceTokenizer:
         if tail.moved:
             notes.append("W502")
         return self.fitting.completion(role, ids, mask, len(prompt_ids), notes)
+
+
+def _splitting(tokenizer: Tokenizer) -> Tokenizer:
+    """Copy a tokenizer; the copy reads special tokens as text."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _texts_of(
+    records: Sequence[PreferenceRecord], texts: Sequence[list[str]], *, is_chat: bool
+) -> list[str]:
+    pairs = zip(records, texts, strict=True)
+    return [text for record, own in pairs if record.is_chat is is_chat for text in own]
 
 
 def _candidates(prompt: Prompt, completions: Sequence[str]) -> PreferenceRecord:
