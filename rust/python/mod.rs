@@ -4,6 +4,7 @@
 
 mod cache;
 mod layout;
+mod plan;
 mod store;
 
 use std::io;
@@ -79,7 +80,8 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
-        store::{Plan, Store, StoreWriter},
+        plan::Plan,
+        store::{Store, StoreWriter},
     };
 
     #[pymodule_init]
