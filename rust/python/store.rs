@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 
 use super::{
     array,
-    layout::{PaddedLayout, SharedLayout},
+    layout::{Layout, PaddedLayout, SharedLayout, fields as chosen},
     matrix,
     plan::{Plan, Weights},
 };
@@ -246,23 +246,58 @@ impl Store {
         Plan::new(py, &self.0, request, mixture.as_ref())
     }
 
-    /// Lay out groups end to end in one row, without padding.
+    /// Lay out groups end to end in one row.
+    ///
+    /// `arena` is the buffer to fill, uint8, or makes one when it is called with the bytes needed;
+    /// without it a fresh one is made. `fields` are the arrays to lay out, else what training reads.
+    /// The width is what the groups need, a multiple of `multiple_of`, or `width`.
+    #[pyo3(signature = (groups, *, arena = None, fields = None, multiple_of = 1, width = None, pad_id = 0))]
     fn shared_layout<'py>(
         &self,
-        py: Python<'py>,
         groups: PyReadonlyArray1<'py, i64>,
+        arena: Option<Bound<'py, PyAny>>,
+        fields: Option<Vec<String>>,
+        multiple_of: usize,
+        width: Option<usize>,
+        pad_id: i32,
     ) -> PyResult<Bound<'py, SharedLayout>> {
-        let groups = groups.as_slice()?;
-        SharedLayout::from_rust(py, py.detach(|| layout::Shared::new(&self.0, groups))?)
+        let options = layout::Options {
+            multiple_of,
+            width,
+            pad_id,
+            fields: &chosen(fields)?,
+            ..layout::Options::new(plan::Layout::Shared)
+        };
+        let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
+        let whole = PyClassInitializer::from(base).add_subclass(SharedLayout);
+        Bound::new(groups.py(), whole)
     }
 
-    /// Lay out groups as right-padded rows, one a completion, completion-major.
+    /// Lay out groups as padded rows, one a completion, completion-major.
+    ///
+    /// `side` is where the padding is, "left" or "right"; the rest as in `shared_layout`.
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    #[pyo3(signature = (groups, *, arena = None, fields = None, side = "right", multiple_of = 1, width = None, pad_id = 0))]
     fn padded_layout<'py>(
         &self,
-        py: Python<'py>,
         groups: PyReadonlyArray1<'py, i64>,
+        arena: Option<Bound<'py, PyAny>>,
+        fields: Option<Vec<String>>,
+        side: &str,
+        multiple_of: usize,
+        width: Option<usize>,
+        pad_id: i32,
     ) -> PyResult<Bound<'py, PaddedLayout>> {
-        let groups = groups.as_slice()?;
-        PaddedLayout::from_rust(py, py.detach(|| layout::Padded::new(&self.0, groups))?)
+        let options = layout::Options {
+            side: side.parse()?,
+            multiple_of,
+            width,
+            pad_id,
+            fields: &chosen(fields)?,
+            ..layout::Options::new(plan::Layout::Padded)
+        };
+        let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
+        let whole = PyClassInitializer::from(base).add_subclass(PaddedLayout);
+        Bound::new(groups.py(), whole)
     }
 }
