@@ -5,6 +5,7 @@
 mod cache;
 mod layout;
 mod pieces;
+mod plan;
 mod store;
 
 use std::io;
@@ -81,7 +82,8 @@ mod _rust {
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
         pieces::PieceTable,
-        store::{Plan, Store, StoreWriter},
+        plan::Plan,
+        store::{Store, StoreWriter},
     };
 
     #[pymodule_init]

@@ -267,12 +267,7 @@ impl<'a> StoredGroup<'a> {
     }
 
     fn shape(self) -> Shape {
-        let longest = steps(self.offsets).max().unwrap_or(0) as usize;
-        Shape {
-            tokens: self.tokens.len(),
-            rows: self.roles.len(),
-            longest: self.prompt_length + longest,
-        }
+        Shape::new(self.prompt_length, steps(self.offsets))
     }
 }
 
