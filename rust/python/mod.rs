@@ -5,6 +5,7 @@
 mod cache;
 mod layout;
 mod store;
+mod writer;
 
 use std::io;
 
@@ -79,7 +80,8 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
-        store::{Plan, Store, StoreWriter},
+        store::{Plan, Store},
+        writer::StoreWriter,
     };
 
     #[pymodule_init]
