@@ -14,15 +14,17 @@ use logratio::{
 use proptest::prelude::*;
 use sample::{Completion, Sample, fill, fixed, samples, store};
 
-const HEADER: usize = 64;
-const FOOTER: usize = 80;
+const HEADER: usize = 128;
+const FOOTER: usize = 64;
 
 fn assert_holds(store: &Store, samples: &[Sample]) {
     assert_eq!(store.len(), samples.len());
+    let (files, lines) = (store.files().expect("whole"), store.lines().expect("whole"));
     for (number, (group, sample)) in store.groups().zip(samples).enumerate() {
+        let group = group.expect("whole");
         assert_eq!(group.prompt(), sample.prompt);
-        assert_eq!(store.files()[number], number as u32 % 3);
-        assert_eq!(store.lines()[number], number as u64 + 1);
+        assert_eq!(files[number], number as u32 % 3);
+        assert_eq!(lines[number], number as u64 + 1);
         let found: Vec<_> = group
             .completions()
             .map(|completion| {

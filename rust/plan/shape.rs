@@ -29,10 +29,11 @@ impl Shape {
             pairs: triangle(prompt),
         };
         for length in completions {
-            shape.tokens += length;
+            let pairs = (prompt * u64::from(length)).saturating_add(triangle(u64::from(length)));
+            shape.tokens = shape.tokens.saturating_add(length);
             shape.rows += 1;
-            shape.longest = shape.longest.max(prompt as u32 + length);
-            shape.pairs += prompt * u64::from(length) + triangle(u64::from(length));
+            shape.longest = shape.longest.max((prompt as u32).saturating_add(length));
+            shape.pairs = shape.pairs.saturating_add(pairs);
         }
         shape
     }

@@ -7,6 +7,7 @@ mod layout;
 mod pieces;
 mod plan;
 mod store;
+mod writer;
 
 use std::io;
 
@@ -83,7 +84,8 @@ mod _rust {
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
         pieces::PieceTable,
         plan::Plan,
-        store::{Store, StoreWriter},
+        store::Store,
+        writer::StoreWriter,
     };
 
     #[pymodule_init]
