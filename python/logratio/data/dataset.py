@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 
 from logratio._rust import ROLES, Store, StoreWriter
-from logratio.data.formats import KNOWN_SHAPES, decode_row
+from logratio.data.formats import KNOWN_SHAPES, Decoder, FormatSettings
 from logratio.data.groups import TokenizedGroup
 from logratio.data.reading import JsonLines, Row
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
@@ -25,7 +25,7 @@ Progress = Callable[[int, int, int], None]
 """Called with rows read, bytes read and bytes in all."""
 
 _ALWAYS_STOPS = {"E105", "E106", "E108", "E401"}  # no fraction of the rows is bad: all are
-_SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
+_SHAPE_CODES = {"E201", "E203", "E206", "E209", "E210"}  # mended by knowing which shapes are read
 
 
 def build_store(
@@ -99,6 +99,7 @@ class _Intake:
         self._writer = writer
         self._log = log
         self._demonstrations = demonstrations
+        self._decoder = Decoder(FormatSettings(demonstrations, kinds=("pair",)))
         self._max_bad_fraction = max_bad_fraction
         self._errors: list[str] = []
         self._waiting: list[tuple[bytes, PreferenceRecord]] = []
@@ -114,13 +115,14 @@ class _Intake:
             self._refuse(row)
             return False
         try:
-            decoded = decode_row(row, source, demonstrations=self._demonstrations)
+            decoded = self._decoder.decode(row, source)
         except InvalidRecordError as error:
             self._refuse(Refusal(source, error.code, error.reason))
             return False
         self.report.formats[decoded.format] += 1
         self.report.extra_keys.update(decoded.extra_keys)
-        return self._wait(decoded.record)
+        self.report.read += len(decoded.records) - 1  # each pair of a list is accounted for
+        return sum(self._wait(record) for record in decoded.records) > 0
 
     def finish(self) -> Store:
         """Take what is waiting, check the account, seal the store."""
