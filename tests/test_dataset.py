@@ -20,6 +20,7 @@ from logratio._rust import ROLES, Store
 from logratio.data import (
     BadDataError,
     DataReport,
+    FormatSettings,
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
@@ -275,7 +276,9 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
         {"prompt": "the dog", "completion": " ran"},
         {"messages": turns("how", "a", "why?", "because.")},
     ]
-    store, report = build_store([write(rows)], tokenizer, demonstrations=True)
+    store, report = build_store(
+        [write(rows)], tokenizer, formats=FormatSettings(demonstrations=True)
+    )
     assert report.kept == len(store) == store.completions == 4
     assert {ROLES[role] for role in store.roles()} == {"demonstration"}
     assert not report.warnings_by_code

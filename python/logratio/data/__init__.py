@@ -4,6 +4,7 @@ from logratio.data.batches import micro_batches
 from logratio.data.chat import ChatTemplate, ChatTemplateError
 from logratio.data.codes import CODES
 from logratio.data.dataset import build_store
+from logratio.data.formats import FormatSettings
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup
 from logratio.data.records import (
     Completion,
@@ -24,6 +25,7 @@ __all__ = [
     "ChatTemplateError",
     "Completion",
     "DataReport",
+    "FormatSettings",
     "InvalidRecordError",
     "Message",
     "PreferenceRecord",

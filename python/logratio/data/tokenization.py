@@ -208,11 +208,12 @@ class PreferenceTokenizer:
             running: Ids of each of the script's running texts.
         """
         encode = self._chats.encode if record.is_chat else self._plain.encode
+        ends_itself = record.is_chat or not record.ends  # a step has not ended
         notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
         try:
             prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
             completions = [
-                self._completion(completion.role, tail, prompt_ids, notes, record.is_chat)
+                self._completion(completion.role, tail, prompt_ids, notes, ends_itself)
                 for completion, tail in zip(
                     record.completions, tails_of(script, running, encode), strict=True
                 )
