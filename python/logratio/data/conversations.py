@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from logratio.data.reading import json_type
+from logratio.data.containers.json_text import json_type
 from logratio.data.records import InvalidRecordError, Message
 
 _ASSISTANT = "assistant"

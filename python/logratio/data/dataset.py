@@ -10,9 +10,9 @@ from typing import IO
 import numpy as np
 
 from logratio._rust import ROLES, Store, StoreWriter
+from logratio.data.containers import Input, Row, open_inputs
 from logratio.data.formats import KNOWN_SHAPES, decode_row
 from logratio.data.groups import TokenizedGroup
-from logratio.data.reading import JsonLines, Row
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
 from logratio.data.report import LISTED, BadDataError, DataReport, write_refusal
 from logratio.data.tokenization import NO_TEMPLATE, PreferenceTokenizer
@@ -24,12 +24,21 @@ BATCH_CHARACTERS = 1 << 20
 Progress = Callable[[int, int, int], None]
 """Called with rows read, bytes read and bytes in all."""
 
-_ALWAYS_STOPS = {"E105", "E106", "E108", "E401"}  # no fraction of the rows is bad: all are
+_ALWAYS_STOPS = {
+    "E105",
+    "E106",
+    "E108",
+    "E109",
+    "E111",
+    "E112",
+    "E113",
+    "E401",
+}  # no fraction of the rows is bad: all are
 _SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
 
 
 def build_store(
-    files: Sequence[Path | str],
+    files: Sequence[Input],
     tokenizer: PreferenceTokenizer,
     path: Path | str | None = None,
     *,
@@ -44,7 +53,8 @@ def build_store(
     known.
 
     Args:
-        files: JSON lines, plain or gzip, of any known shape; shapes may be mixed.
+        files: Files, folders, "-" for stdin, or tables (see `logratio.data.containers`), of any
+            known shape; shapes may be mixed.
         tokenizer: What turns text into ids.
         path: Where the store is to be; None: in memory.
         demonstrations: Make groups of one completion to imitate: prompt and completion,
@@ -60,8 +70,8 @@ def build_store(
         BadDataError: Too many rows are broken, or none is left; nothing is written.
         OSError: A file cannot be read, or the store cannot be written.
     """
-    readers = [JsonLines(Path(file)) for file in files]
-    size = sum(reader.size for reader in readers)
+    readers = open_inputs(files)
+    size = sum(reader.size or 0 for reader in readers)
     with _log(refused) as log:
         intake = _Intake(tokenizer, StoreWriter(path), log, demonstrations, max_bad_fraction)
         for reader in readers:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logratio.data import conversations, transcripts
-from logratio.data.reading import Row, json_type
+from logratio.data.containers import Row, json_type
 from logratio.data.records import (
     CHOSEN,
     DEMONSTRATION,
