@@ -133,7 +133,7 @@ def test_faults_of_whole_files_stop_whatever_is_allowed(
     sound.write_bytes(lines([pair(0)]))
     damaged = bytearray(gzip.compress(lines([pair(0), pair(1)])))
     damaged[-6] ^= 1
-    for content, code in ((b"", "E106"), (b"[{}]", "E105"), (bytes(damaged), "E108")):
+    for content, code in ((b"", "E106"), (b"[{}}]", "E109"), (bytes(damaged), "E108")):
         path = tmp_path / "broken.jsonl"
         path.write_bytes(content)
         with pytest.raises(BadDataError, match=code):

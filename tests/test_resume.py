@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers_for_tests import save, word_level
 
-from logratio.data import DataReport, PreferenceTokenizer, build_store, resume
+from logratio.data import DataReport, PreferenceTokenizer, build_store, load_store, resume
 
 WORDS = ["cat", "dog", "mat", "house", "thing", "yes", "no", "good", "bad", "great"]
 
@@ -71,7 +71,7 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path: Path, folder: 
                 kills += 1
                 break
         child.communicate()
-    store, report = build_store([path], PreferenceTokenizer.load(folder))
+    store, report = load_store(path, PreferenceTokenizer.load(folder))
     assert kills >= 2
     assert resumed >= 2
     assert store.digest == whole.digest

@@ -3,7 +3,7 @@
 from logratio.data.batches import micro_batches
 from logratio.data.chat import ChatTemplate, ChatTemplateError
 from logratio.data.codes import CODES
-from logratio.data.dataset import build_store
+from logratio.data.dataset import StoreMismatchError, build_store, load_store
 from logratio.data.formats import FormatSettings
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup
 from logratio.data.records import (
@@ -32,9 +32,11 @@ __all__ = [
     "PreferenceTokenizer",
     "Refusal",
     "Source",
+    "StoreMismatchError",
     "TokenizationRules",
     "TokenizedCompletion",
     "TokenizedGroup",
     "build_store",
+    "load_store",
     "micro_batches",
 ]

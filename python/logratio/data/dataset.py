@@ -91,6 +91,33 @@ def build_store(
         return ingest.run(stack, refused, tell or (lambda sentence: None))
 
 
+class StoreMismatchError(ValueError):
+    """A store was made with another tokenizer or other rules."""
+
+
+def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store, DataReport]:
+    """Open a store that `build_store` made, if it was made with this tokenizer and its rules.
+
+    Returns:
+        The store, and what became of every row when it was made.
+
+    Raises:
+        CorruptStoreError: The file is not a store, or damaged.
+        StoreMismatchError: Its ids are not those that this tokenizer makes.
+        OSError: The file cannot be read.
+    """
+    store = Store.open(path)
+    metadata = json.loads(store.metadata)
+    here = {"tokenizer": tokenizer.digest, "rules": tokenizer.rules.to_dict()}
+    for name, value in here.items():
+        if metadata.get(name) != value:
+            raise StoreMismatchError(
+                f"{path} was made with {name} {metadata.get(name)}, and here it is {value}: build "
+                "it again, or give the same"
+            )
+    return store, DataReport.from_dict(metadata["report"])
+
+
 class _Ingest:
     def __init__(
         self,

@@ -23,7 +23,8 @@ BATCH_ROWS = 1024
 BATCH_CHARACTERS = 1 << 21
 """Records are encoded once so many, or so much text, have come together."""
 
-_ALWAYS_STOPS = {"E105", "E106", "E108", "E401"}  # no fraction of the rows is bad: all are
+_ALWAYS_STOPS = {"E105", "E106", "E108", "E109", "E111", "E112", "E113", "E401"}
+"""No fraction of the rows is bad: all are, or nobody knows how many."""
 _SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
 
 Row = dict[str, Any]
