@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from chats_for_tests import assistant, hh, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,20 +12,6 @@ from logratio.data.records import InvalidRecordError, Source
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SOURCE = Source("data.jsonl", 7)
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def hh(*turns: str) -> str:
-    """Write turns as a transcript, the human's first."""
-    names = ("Human", "Assistant")
-    return "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
 
 
 def decode(row: dict[str, Any], *, demonstrations: bool = False) -> Decoded:

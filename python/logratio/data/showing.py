@@ -53,11 +53,11 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
         decode: Ids to text, special tokens included.
     """
     yield Segment(f"  prompt, {len(group.prompt_ids):,} tokens\n", "title")
-    yield from _tokens(group.prompt_ids, [0] * len(group.prompt_ids), decode)
+    yield from _tokens(group.prompt_ids, [0] * len(group.prompt_ids), [], decode)
     for completion in group.completions:
         counted = f"{sum(completion.mask):,} of {len(completion.ids):,} tokens count"
         yield Segment(f"  {completion.role}, {counted}\n", "title")
-        yield from _tokens(completion.ids, completion.mask, decode)
+        yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
     if group.notes:
         yield Segment(f"  warnings   {', '.join(group.notes)}\n", "fault")
 
@@ -93,7 +93,10 @@ def _turns(turns: Turns, *, is_answer: bool) -> Iterator[Segment]:
 
 
 def _tokens(
-    ids: Sequence[int], mask: Sequence[int], decode: Callable[[Sequence[int]], str]
+    ids: Sequence[int],
+    mask: Sequence[int],
+    behind: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
 ) -> Iterator[Segment]:
     """Show tokens, the middle of many left out; neighbours that count alike are one segment."""
     half = TOKENS // 2
@@ -109,19 +112,18 @@ def _tokens(
             stretch = []
             gap = f" … {place - before - 1:,} tokens … " if is_gap else _BETWEEN
             yield Segment(gap)
-        stretch.append(_controls(_token(ids, place, decode)))
+        previous = ids[place - 1 : place] if place else behind
+        stretch.append(_controls(_token(previous, ids[place], decode)))
         before = place
     if stretch:
         yield Segment(_BETWEEN.join(stretch), "counts" if mask[before] else "dim")
     yield Segment("\n")
 
 
-def _token(ids: Sequence[int], place: int, decode: Callable[[Sequence[int]], str]) -> str:
+def _token(previous: Sequence[int], token: int, decode: Callable[[Sequence[int]], str]) -> str:
     """Decode a token behind the one before it, which shows the space that it begins with."""
-    if place == 0:
-        return decode(ids[:1])
-    before, both = decode(ids[place - 1 : place]), decode(ids[place - 1 : place + 1])
-    return both[len(before) :] if both.startswith(before) else decode(ids[place : place + 1])
+    before, both = decode(previous), decode([*previous, token])
+    return both[len(before) :] if both.startswith(before) else decode([token])
 
 
 def _visible(text: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logratio.data import conversations, transcripts
-from logratio.data.formats.questions import check_system, find_main, read_question, read_tools
+from logratio.data.formats.questions import find_main, read_question, read_tools, with_system
 from logratio.data.formats.view import Shape, View, called
 from logratio.data.messages import ASSISTANT, Turns, bare, read_messages
 from logratio.data.records import InvalidRecordError, Message, Text
@@ -106,13 +106,10 @@ def _chats(view: View, chats: dict[str, list[Any]]) -> Answered:
     whole = any(_is_whole(chat, name) for name, chat in chats.items())
     if whole:
         return _whole_chats(view, chats)
-    main = find_main(view)
-    if main is None:
-        return _whole_chats(view, chats)  # which says that nothing asks
-    question = read_question(view, main)
+    question = read_question(view, find_main(view) or "prompt")
     parts = [((), conversations.answer(chat, name)) for name, chat in chats.items()]
     tools = question.tools or (read_tools(view) if isinstance(question.prompt, str) else ())
-    return Answered(main, question.turns(), parts, tools)
+    return Answered(question.main, question.turns(), parts, tools)
 
 
 def _is_whole(chat: list[Any], name: str) -> bool:
@@ -128,8 +125,7 @@ def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:
         _check_repeats(view, main, turns)
     for name in ("messages", "conversations"):
         _check_copy(view, name, turns)
-    check_system(view, prompt)
-    return Answered(main, prompt, parts, read_tools(view), is_whole=True)
+    return Answered(main, with_system(view, prompt), parts, read_tools(view), is_whole=True)
 
 
 _BESIDE = ("prompt", "question", "instruction", "query")

@@ -124,9 +124,9 @@ def _some(records: list[PreferenceRecord], left_out: list[str]) -> Chosen:
     if records:
         return records, left_out
     reasons = {
+        "R310": "no answer of the list is better than another",
         "R301": "every pair of the list has an empty completion",
         "R302": "every pair of the list is identical",
-        "R310": "no answer of the list is better than another",
     }
     code = max(reasons, key=left_out.count)
     raise InvalidRecordError(code, reasons[code])

@@ -3,7 +3,7 @@
 from logratio.data import conversations
 from logratio.data.formats.answers import read_answers
 from logratio.data.formats.meaning import Meaning
-from logratio.data.formats.questions import check_system, read_tools
+from logratio.data.formats.questions import read_tools, with_system
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import View
 from logratio.data.records import DEMONSTRATION, Completion
@@ -32,9 +32,9 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     if not isinstance(value, list):
         raise view.wrong(name, "a list of messages")
     turns, answer = conversations.split_demonstration(value, view.key(name))
-    check_system(view, turns)
-    completion = Completion(DEMONSTRATION, answer, ())
-    return Meaning("chat", "demonstration", turns, (completion,), read_tools(view))
+    completions = (Completion(DEMONSTRATION, answer, ()),)
+    prompt = with_system(view, turns)
+    return Meaning("chat", "demonstration", prompt, completions, read_tools(view))
 
 
 def _chat(view: View) -> str | None:

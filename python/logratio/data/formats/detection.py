@@ -70,7 +70,9 @@ def _why(name: str, rows: Sequence[Row], results: Sequence[Decoded | InvalidReco
     for row, result in zip(rows, results, strict=True):
         if isinstance(result, Decoded) and result.format == name:
             keys = [f"`{key}`" for key in row if key not in result.extra_keys]
-            return f"{', '.join(keys)}: {FORMATS[name].title}"
+            title = FORMATS[name].title
+            is_told = all(key in title for key in keys)
+            return title if is_told else f"{', '.join(keys)}: {title}"
     return FORMATS[name].title
 
 

@@ -80,7 +80,7 @@ def read_question(view: View, main: str) -> Question:
         return _openai(view, value)
     if isinstance(value, list):
         turns = conversations.prompt(value, view.key(main))
-        return Question(main, _with_system(view, turns), read_tools(view))
+        return Question(main, with_system(view, turns), read_tools(view))
     if not isinstance(value, str):
         raise view.wrong(main, "a string or a list of messages")
     if main == "prompt" and not any(name in view for name in (*SYSTEM, HISTORY)):
@@ -88,7 +88,7 @@ def read_question(view: View, main: str) -> Question:
     if main == "instruction" and (more := view.optional_text("input")):
         value = f"{value}\n{more}"
     history = () if main == HISTORY else _history(view)
-    turns = _with_system(view, (*history, _user(value)))
+    turns = with_system(view, (*history, _user(value)))
     return Question(main, turns, read_tools(view))
 
 
@@ -101,11 +101,21 @@ def read_tools(view: View) -> tuple[Message, ...]:
     return _tools(view.take(TOOLS), view.key(TOOLS)) if view.has(TOOLS) else ()
 
 
-def check_system(view: View, turns: Turns) -> None:
-    """Read a system prompt that stands beside a chat and in it; `check_unread` refuses another."""
+def with_system(view: View, turns: Turns) -> Turns:
+    """Put a system prompt that stands beside a chat before it, unless it begins the chat already.
+
+    Raises:
+        InvalidRecordError: E203 where it is no string, E206 where the chat has another.
+    """
     for name in SYSTEM:
-        if view.has(name) and turns and view.peek(name) == turns[0]["content"]:
-            view.take(name)
+        system = view.optional_text(name)
+        if not system or system == turns[0].get("content"):
+            continue
+        if turns[0]["role"] == "system":
+            reason = f"{view.key(name)!r} and the chat's own system turn differ"
+            raise InvalidRecordError("E206", reason)
+        turns = ({"role": "system", "content": system}, *turns)
+    return turns
 
 
 def check_unread(view: View) -> None:
@@ -138,19 +148,6 @@ def _openai(view: View, value: dict[str, Any]) -> Question:
         raise InvalidRecordError(code, f"{view.key('input')!r} holds no list of 'messages'")
     turns = conversations.prompt(messages, "input.messages")
     return Question("input", turns, _tools(value.get("tools"), "input.tools"))
-
-
-def _with_system(view: View, turns: Turns) -> Turns:
-    check_system(view, turns)
-    for name in SYSTEM:
-        if not view.has(name) or view.was_read(name):
-            continue
-        system = view.text(name)
-        if system and turns[0]["role"] == "system":
-            reason = f"{view.key(name)!r} and the chat's own system turn differ"
-            raise InvalidRecordError("E206", reason)
-        turns = ({"role": "system", "content": system}, *turns) if system else turns
-    return turns
 
 
 def _history(view: View) -> Turns:

@@ -4,7 +4,7 @@ from logratio.data import conversations
 from logratio.data.formats.answers import read_answers
 from logratio.data.formats.catalogue import COMPLETIONS, THUMBS
 from logratio.data.formats.meaning import Meaning
-from logratio.data.formats.questions import Question, check_system, read_tools
+from logratio.data.formats.questions import Question, read_tools, with_system
 from logratio.data.formats.settings import BAD, GOOD, FormatSettings, Label, spelled
 from logratio.data.formats.view import View
 from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
@@ -48,8 +48,7 @@ def _chat(view: View, role: str) -> tuple[Question, Completion]:
     if not isinstance(value, list):
         raise view.wrong(name, "a list of messages")
     turns, answer = conversations.split_last(value, view.key(name))
-    check_system(view, turns)
-    return Question(name, turns, read_tools(view)), Completion(role, answer, ())
+    return Question(name, with_system(view, turns), read_tools(view)), Completion(role, answer, ())
 
 
 def _thumb(view: View, settings: FormatSettings) -> str | None:

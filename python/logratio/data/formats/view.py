@@ -41,8 +41,8 @@ class View:
         self.mapped = columns.keys()
         self._values: Mapping[str, Any] = row
         if columns:
-            keys = set(columns.values())
-            values = {name: value for name, value in row.items() if name not in keys}
+            taken = {*columns, *columns.values()}
+            values = {name: value for name, value in row.items() if name not in taken}
             values |= {name: row[key] for name, key in columns.items() if key in row}
             self._values = values
 
