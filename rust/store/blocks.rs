@@ -52,7 +52,7 @@ impl BlockCrcs {
 
     /// The table, with the last block as far as it was filled.
     pub fn finish(mut self) -> Vec<u8> {
-        if self.at % BLOCK > 0 {
+        if !self.at.is_multiple_of(BLOCK) {
             self.done.push(self.open);
         }
         self.done.into_iter().flat_map(u32::to_le_bytes).collect()

@@ -146,10 +146,11 @@ pub trait Columns {
     }
 }
 
-/// Whether every step is a length that is allowed.
+/// Whether every step is a length that is allowed: 1 to 2³²−1.
 pub fn rise(offsets: &[u64]) -> bool {
-    // Without a way out of the loop, so that it is compiled to vector instructions.
-    offsets.windows(2).fold(true, |rise, pair| {
-        rise & (pair[0] < pair[1]) & (pair[1].wrapping_sub(pair[0]) <= u64::from(u32::MAX))
-    })
+    let allowed = |pair: &[u64]| {
+        let step = pair[1].wrapping_sub(pair[0]);
+        pair[0] < pair[1] && u32::try_from(step).is_ok()
+    };
+    offsets.windows(2).all(allowed)
 }

@@ -3,7 +3,7 @@
 use super::columns::{Column, Counts};
 use crate::wire::{self, u32_at, u64_at};
 
-const MAGIC: &[u8; 8] = b"LRPARTIA";
+const MAGIC: &[u8; 8] = b"LRSTOREP";
 const VERSION: u32 = 2;
 /// `repeats` of a writer that does not deduplicate.
 const NO_REPEATS: u64 = u64::MAX;
