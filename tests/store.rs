@@ -7,7 +7,7 @@ use std::{fs, os::unix::fs::FileExt, path::Path};
 use logratio::{
     Error,
     fingerprint::content_key,
-    layout::{Padded, Shared},
+    layout::{Batch, Options},
     plan::{self, Layout, Order, Request},
     store::{Store, StoreWriter},
 };
@@ -117,19 +117,15 @@ fn reopen(folder: &Path, bytes: &[u8]) -> logratio::Result<Store> {
 /// Reads everything that a store can be asked for.
 fn touch(store: &Store) {
     let all: Vec<i64> = (0..store.len() as i64).collect();
-    let request = Request {
-        order: Order::LengthGrouped,
-        seed: 0,
-        epoch: 0,
-        groups_per_update: 2,
-        token_budget: 64,
-        layout: Layout::Padded,
-        rank: 0,
-        world_size: 1,
-    };
+    let request = Request::new(Order::LengthGrouped, 2, 64);
     plan::plan(&store.shapes(), &request).expect("plans");
-    Shared::new(store, &all).expect("in range");
-    Padded::new(store, &all).expect("in range");
+    for layout in [Layout::Shared, Layout::Padded] {
+        let batch = Batch::new(store, &all, Options::new(layout)).expect("in range");
+        let mut arena = vec![0i64; batch.table().bytes() / 8];
+        batch
+            .fill(bytemuck::cast_slice_mut(&mut arena))
+            .expect("room enough");
+    }
     store.keys();
     store.counted_lengths();
     assert!(store.metadata().len() < 100);
