@@ -269,7 +269,9 @@ proptest! {
                 let share = shapes.len() as f64 * weight / total;
                 prop_assert!((given as f64 - share).abs() < 1.0 + 1e-9, "{given} of {share}");
             }
-            drawn.into_iter().for_each(|group| used[group] += 1);
+            for group in drawn {
+                used[group] += 1;
+            }
             for dataset in 0..weights.len() {
                 let uses = used.iter().zip(&dataset_of).filter(|(_, of)| **of as usize == dataset);
                 let uses: Vec<usize> = uses.map(|(&count, _)| count).collect();

@@ -1,8 +1,9 @@
-"""The planner written apart, plainly: ChaCha8, Fisher-Yates, mixtures, best fit. For small stores."""
+"""The planner written apart, plainly: ChaCha8, Fisher-Yates, mixtures, best fit."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 WINDOW = 64
 
@@ -66,7 +67,8 @@ def drawn(request: Request) -> list[int]:
     """Return the groups of the epoch, dataset by dataset."""
     if request.weights is None or request.dataset_of is None:
         return list(range(len(request.lengths)))
-    shares = [len(request.lengths) * (w / math.fsum(request.weights)) for w in request.weights]
+    total = reduce(add, request.weights)  # `sum` rounds in another way
+    shares = [len(request.lengths) * (w / total) for w in request.weights]
     counts = [int(share) for share in shares]
     order = sorted(range(len(shares)), key=lambda d: counts[d] - shares[d])
     for dataset in order[: len(request.lengths) - sum(counts)]:
@@ -111,8 +113,8 @@ def packed(request: Request, groups: list[int]) -> list[list[int]]:
     for group in sorted(groups, key=lambda group: -request.lengths[group]):
         fitting = [one for one in bins if room(one) >= request.lengths[group]]
         if not fitting:
-            bins.append(fitting_new := [])
-            fitting = [fitting_new]
+            fitting = [[]]
+            bins += fitting
         min(fitting, key=room).append(group)
     return bins
 
@@ -121,6 +123,3 @@ def planned(request: Request) -> list[list[list[int]]]:
     """Return the updates of an epoch, each a list of micro-batches."""
     order, size = epoch_order(request), request.groups_per_update
     return [packed(request, order[at : at + size]) for at in range(0, len(order), size)]
-
-
-__all__ = ["Request", "planned", "replace"]

@@ -21,21 +21,23 @@ pub struct Shape {
 impl Shape {
     /// The shape of a group with a prompt of `prompt` tokens and completions of these lengths.
     pub fn new(prompt: usize, completions: impl Iterator<Item = u32>) -> Self {
-        let (prompt, triangle) = (prompt as u64, |length: u64| length * (length + 1) / 2);
-        let mut shape = Self {
-            tokens: prompt as u32,
-            rows: 0,
-            longest: prompt as u32,
-            pairs: triangle(prompt),
-        };
+        let (prompt, mut shape) = (prompt as u32, Self::default());
+        shape.add(0, prompt);
         for length in completions {
-            let pairs = (prompt * u64::from(length)).saturating_add(triangle(u64::from(length)));
-            shape.tokens = shape.tokens.saturating_add(length);
             shape.rows += 1;
-            shape.longest = shape.longest.max((prompt as u32).saturating_add(length));
-            shape.pairs = shape.pairs.saturating_add(pairs);
+            shape.add(prompt, length);
         }
         shape
+    }
+
+    /// Adds `own` tokens that see `before` tokens and themselves. A damaged store may hold numbers
+    /// that no group has: they saturate.
+    fn add(&mut self, before: u32, own: u32) {
+        self.tokens = self.tokens.saturating_add(own);
+        self.longest = self.longest.max(before.saturating_add(own));
+        let (before, own) = (u64::from(before), u64::from(own));
+        let pairs = (before * own).saturating_add(own * (own + 1) / 2);
+        self.pairs = self.pairs.saturating_add(pairs);
     }
 
     /// What of the token budget a group takes up alone.
