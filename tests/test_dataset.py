@@ -20,6 +20,7 @@ from logratio._rust import ROLES, Store
 from logratio.data import (
     BadDataError,
     DataReport,
+    FormatSettings,
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
@@ -132,7 +133,7 @@ def test_faults_of_whole_files_stop_whatever_is_allowed(
     sound.write_bytes(lines([pair(0)]))
     damaged = bytearray(gzip.compress(lines([pair(0), pair(1)])))
     damaged[-6] ^= 1
-    for content, code in ((b"", "E106"), (b"[{}]", "E105"), (bytes(damaged), "E108")):
+    for content, code in ((b"", "E106"), (b"[{}}]", "E109"), (bytes(damaged), "E108")):
         path = tmp_path / "broken.jsonl"
         path.write_bytes(content)
         with pytest.raises(BadDataError, match=code):
@@ -275,7 +276,9 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
         {"prompt": "the dog", "completion": " ran"},
         {"messages": turns("how", "a", "why?", "because.")},
     ]
-    store, report = build_store([write(rows)], tokenizer, demonstrations=True)
+    store, report = build_store(
+        [write(rows)], tokenizer, formats=FormatSettings(demonstrations=True)
+    )
     assert report.kept == len(store) == store.completions == 4
     assert {ROLES[role] for role in store.roles()} == {"demonstration"}
     assert not report.warnings_by_code

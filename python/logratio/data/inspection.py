@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
+from logratio.data.containers import Input, Row, Rows, open_inputs
 from logratio.data.formats import Decoded, Decoder, Detection, FormatSettings
 from logratio.data.formats.detection import summarize
-from logratio.data.reading import JsonLines, Row
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal
 from logratio.data.showing import Segment, plain, show_record, show_tokens
 from logratio.data.tokenization import PreferenceTokenizer
@@ -107,7 +106,7 @@ class Inspection:
 
 
 def inspect(
-    inputs: Sequence[Path | str],
+    inputs: Sequence[Input],
     settings: FormatSettings | None = None,
     tokenizer: PreferenceTokenizer | None = None,
     rows: int = ROWS,
@@ -115,7 +114,7 @@ def inspect(
     """Look at the first rows of files.
 
     Args:
-        inputs: JSON lines, plain or gzip.
+        inputs: Whatever `logratio.data.containers.open_inputs` takes.
         settings: What is said about the rows.
         tokenizer: Shows the first record as tokens; None: as text.
         rows: How many rows to look at in each file.
@@ -123,13 +122,13 @@ def inspect(
     Raises:
         OSError: A file cannot be read.
     """
-    return Inspection(tuple(_file(Path(path), settings, tokenizer, rows) for path in inputs))
+    opened = open_inputs(inputs)
+    return Inspection(tuple(_file(reader, settings, tokenizer, rows) for reader in opened))
 
 
 def _file(
-    path: Path, settings: FormatSettings | None, tokenizer: PreferenceTokenizer | None, limit: int
+    reader: Rows, settings: FormatSettings | None, tokenizer: PreferenceTokenizer | None, limit: int
 ) -> FileInspection:
-    reader = JsonLines(path)
     decoder = Decoder(settings)
     rows: list[Row] = []
     results: list[Decoded | InvalidRecordError] = []
@@ -150,7 +149,7 @@ def _file(
     example = decoded[0].records[0] if decoded else None
     return FileInspection(
         name=reader.name,
-        container=str(getattr(reader, "kind", "JSON lines")),
+        container=reader.kind,
         rows=len(rows),
         detection=summarize(rows, results),
         keys_read=_without(taken, unread),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logratio.data.reading import json_type
+from logratio.data.containers import json_type
 from logratio.data.records import InvalidRecordError, Message
 
 ASSISTANT = "assistant"

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from logratio.data.containers import Row
 from logratio.data.formats.choices import records_of
 from logratio.data.formats.families import read_row
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.questions import check_unread
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.formats.view import View
-from logratio.data.reading import Row
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Source
 
 _CALLED: Mapping[Kind, str] = {

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from logratio.data.containers import Row
 from logratio.data.formats.catalogue import FORMATS, near_formats
 from logratio.data.formats.decoder import Decoded, Decoder
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.reading import Row
 from logratio.data.records import InvalidRecordError, Source
 
 _SAMPLE = "these rows"

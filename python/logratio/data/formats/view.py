@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from logratio.data.reading import Row, json_type
+from logratio.data.containers import Row, json_type
 from logratio.data.records import InvalidRecordError
 
 Shape = Literal["absent", "text", "message", "messages", "strings", "empty", "flag", "number"]
