@@ -606,6 +606,13 @@ def test_columns_give_names_to_keys() -> None:
         decode({"best": "c", "worst": "r"}, columns=columns | {"prompt": "q"})
 
 
+@pytest.mark.parametrize("label", [PAIRED, "thumb: up=good down=bad"])
+def test_a_label_that_was_told_leaves_other_files_alone(label: str) -> None:
+    assert only(SHP, label=label) == chat_pair(U, "c", "r")
+    assert decode({"prompt": "u", "completion": "c", "label": True}, label=label).format == "kto"
+    assert decode(CHAT, label=label).format == "trl-chat"
+
+
 def test_null_is_as_good_as_absent_where_a_key_is_not_needed() -> None:
     table = dict.fromkeys(("messages", "completion", "label", "tools", "conversations", "history"))
     assert only(table | {"prompt": U, "chosen": C, "rejected": R}) == chat_pair(U, "c", "r")

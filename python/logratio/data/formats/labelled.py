@@ -18,10 +18,7 @@ _NO_OUTPUTS = {"score", "rank", "rating", "reward", "id", "annotator", "model", 
 
 def claims(view: View, settings: FormatSettings) -> bool:
     """Say whether a row has two outputs and a label."""
-    label = settings.told
-    if label and label.answers():
-        return all(map(view.has, label.answers())) and label.key in view
-    if view.has("human_ref_A") and view.has("human_ref_B"):
+    if _speaks_of(view, settings.told) or _is_shp(view):
         return True
     return bool(_label(view)) and bool(outputs(view))
 
@@ -34,12 +31,11 @@ def read(view: View, settings: FormatSettings) -> Meaning:
             none, R310 for a tie.
     """
     label = settings.told
-    if label is None or not label.answers():
-        if not (view.has("human_ref_A") and view.has("human_ref_B")):
-            raise _untold(view)
-        label = _SHP
-    better, worse = _order(view, label)
-    return pair("shp" if label is _SHP else "ab", read_answers(view, (better, worse)))
+    if label and _speaks_of(view, label):
+        return pair("ab", read_answers(view, _order(view, label)))
+    if not _is_shp(view):
+        raise _untold(view)
+    return pair("shp", read_answers(view, _order(view, _SHP)))
 
 
 def outputs(view: View) -> tuple[str, str] | None:
@@ -75,6 +71,17 @@ def suggestion(names: tuple[str, str], key: str, value: object) -> str:
 def _quoted(word: str) -> str:
     """Hold a word's blanks together inside a flag that stands in single quotes."""
     return f'"{word}"' if " " in word else word
+
+
+def _speaks_of(view: View, label: Label | None) -> bool:
+    """Say whether a label that was told is of this row: others may stand beside it in a set."""
+    if label is None or label.key not in view or not label.answers():
+        return False
+    return all(map(view.has, label.answers()))
+
+
+def _is_shp(view: View) -> bool:
+    return view.has("human_ref_A") and view.has("human_ref_B")
 
 
 def _label(view: View) -> str | None:
