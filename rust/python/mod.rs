@@ -4,6 +4,7 @@
 
 mod cache;
 mod layout;
+mod similar;
 mod store;
 
 use std::io;
@@ -79,6 +80,7 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
+        similar::{Census, near_duplicates},
         store::{Plan, Store, StoreWriter},
     };
 

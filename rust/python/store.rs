@@ -84,7 +84,7 @@ impl StoreWriter {
 
 /// Every group of a dataset in flat, memory-mapped columns.
 #[pyclass(frozen, module = "logratio._rust")]
-pub struct Store(store::Store);
+pub struct Store(pub(super) store::Store);
 
 #[pymethods]
 impl Store {
