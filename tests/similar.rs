@@ -45,7 +45,8 @@ fn shingles(sample: &Sample) -> HashSet<Vec<i32>> {
 }
 
 fn jaccard(left: &HashSet<Vec<i32>>, right: &HashSet<Vec<i32>>) -> f64 {
-    left.intersection(right).count() as f64 / left.union(right).count() as f64
+    let real = |count: usize| f64::from(count as u32);
+    real(left.intersection(right).count()) / real(left.union(right).count())
 }
 
 /// The smallest group of each group's cluster, from all pairs.

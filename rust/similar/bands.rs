@@ -6,7 +6,7 @@ use crate::{Result, store::Store};
 /// Bands that are made in one pass over the tokens.
 pub(super) const AT_ONCE: usize = 4;
 const CAUGHT: f64 = 0.995; // of pairs at the threshold, in theory
-const MOST_BANDS: usize = 24;
+const MOST_LANES: usize = 64; // hashes of a shingle, over all bands
 const MOST_AT_ALL: usize = 256; // below a threshold of 0.02 some more are missed
 const MOST_ROWS: u8 = 8;
 
@@ -25,7 +25,7 @@ impl Bands {
             rows: rows.into(),
         };
         let fitting = (1..=MOST_ROWS).rev().map(bands);
-        let mut fitting = fitting.filter(|bands| bands.count <= MOST_BANDS);
+        let mut fitting = fitting.filter(|bands| bands.count * bands.rows <= MOST_LANES);
         fitting.next().unwrap_or_else(|| bands(1))
     }
 
