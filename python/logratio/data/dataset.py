@@ -116,7 +116,7 @@ class _Intake:
         try:
             decoded = decode_row(row, source, demonstrations=self._demonstrations)
         except InvalidRecordError as error:
-            self._refuse(Refusal(source, error.code, error.reason))
+            self._refuse(Refusal(source, error.code, error.reason), row)
             return False
         self.report.formats[decoded.format] += 1
         self.report.extra_keys.update(decoded.extra_keys)
@@ -181,10 +181,10 @@ class _Intake:
     def _source(self, place: int) -> Source:
         return Source(list(self._files)[place >> 40], place & (1 << 40) - 1)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal, row: object = None) -> None:
         self.report.refuse(refusal)
         if self._log:
-            write_refusal(self._log, refusal)
+            write_refusal(self._log, refusal, row)
         if not refusal.stops:
             return
         if len(self._errors) < LISTED:

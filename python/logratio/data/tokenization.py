@@ -11,7 +11,7 @@ from pathlib import Path
 from logratio.data import conversations
 from logratio.data.boundary import Tail, tails_of
 from logratio.data.chat import ChatTemplate
-from logratio.data.codes import CODES
+from logratio.data.codes import CODES, Cut
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
 from logratio.data.notes import special_pattern, text_notes
 from logratio.data.records import (
@@ -158,6 +158,11 @@ class PreferenceTokenizer:
             for record, script, own in zip(records, scripts, texts, strict=True)
         ]
 
+    def special_ids(self) -> dict[str, int]:
+        """Return the tokenizer's special tokens: text to id."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids back into text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -229,7 +234,7 @@ class PreferenceTokenizer:
             reason = f"the prompt has {len(ids)} tokens, the limit is {self.rules.prompt_budget}"
             raise InvalidRecordError(code, reason)
         if len(fitted) < len(ids):
-            notes.append("W506")
+            notes.append(Cut("W506", len(ids) - len(fitted)))
         return fitted
 
     def _completion(
@@ -247,8 +252,8 @@ class PreferenceTokenizer:
             raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
         budget = self.rules.max_length - len(prompt_ids)
         if len(ids) > budget:
+            notes.append(Cut("W503", len(ids) - budget))
             ids, mask = ids[:budget], mask[:budget]
-            notes.append("W503")
             if not any(mask):
                 raise InvalidRecordError("R306", f"the history of {role} leaves it no room")
         if tail.moved:
