@@ -24,7 +24,7 @@ type Links = (Py<PyArray2<i64>>, Py<PyArray1<f32>>, Py<PyArray1<i64>>);
 pub fn near_duplicates(
     py: Python<'_>,
     store: &Store,
-    threshold: f32,
+    threshold: f64,
     shingle: usize,
 ) -> PyResult<Links> {
     let request = similar::Request {

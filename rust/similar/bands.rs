@@ -19,9 +19,9 @@ pub(super) struct Bands {
 
 impl Bands {
     /// The most rows a band (fewest chance candidates) that catch pairs at the threshold.
-    pub(super) fn catching(threshold: f32) -> Self {
+    pub(super) fn catching(threshold: f64) -> Self {
         let bands = |rows: u8| Self {
-            count: bands_needed(f64::from(threshold).powi(rows.into())),
+            count: bands_needed(threshold.powi(rows.into())),
             rows: rows.into(),
         };
         let fitting = (1..=MOST_ROWS).rev().map(bands);

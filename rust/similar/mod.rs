@@ -23,7 +23,7 @@ use crate::{Error, Result, store::Store};
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
     /// Least Jaccard index of two similar groups, in (0, 1].
-    pub threshold: f32,
+    pub threshold: f64,
     /// Tokens in a shingle: at least one.
     pub shingle: usize,
     /// Threads to use: at least one.

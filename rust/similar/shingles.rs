@@ -50,13 +50,13 @@ pub(super) fn set(group: StoredGroup<'_>, width: usize) -> Vec<u64> {
 }
 
 /// Whether sets of these sizes can have a Jaccard index of `threshold`, with `shared` in common.
-pub(super) fn reaches(shared: usize, left: usize, right: usize, threshold: f32) -> bool {
+pub(super) fn reaches(shared: usize, left: usize, right: usize, threshold: f64) -> bool {
     let union = left + right - shared;
-    real(shared) >= f64::from(threshold) * real(union)
+    real(shared) / real(union) >= threshold // 4 of 5 is 0.8, as a person writes it
 }
 
 /// The Jaccard index of two sorted sets, or None where it is below `threshold`.
-pub(super) fn similarity(left: &[u64], right: &[u64], threshold: f32) -> Option<f32> {
+pub(super) fn similarity(left: &[u64], right: &[u64], threshold: f64) -> Option<f32> {
     let (mut i, mut j, mut shared) = (0, 0, 0);
     let can_reach = |shared| reaches(shared, left.len(), right.len(), threshold);
     while i < left.len() && j < right.len() {

@@ -86,7 +86,9 @@ def report(
     if _is_store(files):
         from logratio._rust import Store
 
-        named = tokenizer and PreferenceTokenizer.load(tokenizer, TokenizationRules(append_eos=False))
+        named = None
+        if tokenizer is not None:
+            named = PreferenceTokenizer.load(tokenizer, TokenizationRules(append_eos=False))
         store = Store.open(files[0])
         _check_same(store.metadata, named)
         _finish(analyse(store, tokenizer=named, threshold=threshold), json_file, picture)

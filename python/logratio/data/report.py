@@ -102,11 +102,11 @@ class DataReport:
                 self.cuts.setdefault(str(code), Counter())[code.tokens.bit_length()] += 1
 
     def cut_bins(self, code: str) -> list[tuple[str, int]]:
-        """Name the bins of a code's cuts, "1", "2–3", "4–7" …, and count the cuts in each."""
+        """Name the bins of a code's cuts, "1", "2-3", "4-7" …, and count the cuts in each."""
         counts = self.cuts.get(code)
         if not counts:
             return []
-        names = {k: f"{1 << k - 1:,}–{(1 << k) - 1:,}" for k in range(2, max(counts) + 1)}
+        names = {k: f"{1 << k - 1:,}-{(1 << k) - 1:,}" for k in range(2, max(counts) + 1)}
         names[1] = "1"
         return [(names[k], counts[k]) for k in range(min(counts), max(counts) + 1)]
 

@@ -80,10 +80,12 @@ class Columns:
         """Return the tokens of each group's longest sequence, prompt and completion: i64 [G]."""
         if not self.groups:
             return np.zeros(0, np.int64)
-        return self.prompts + np.maximum.reduceat(self.completions, self.offsets[:-1]).astype("i8")
+        longest = np.maximum.reduceat(self.completions, self.offsets[:-1])
+        return np.add(self.prompts, longest, dtype=np.int64)
 
     def together(self) -> NDArray[np.int64]:
         """Return the tokens of each group, its prompt once: i64 [G]."""
         if not self.groups:
             return np.zeros(0, np.int64)
-        return self.prompts + np.add.reduceat(self.completions, self.offsets[:-1], dtype=np.int64)
+        answers = np.add.reduceat(self.completions, self.offsets[:-1], dtype=np.int64)
+        return np.add(self.prompts, answers, dtype=np.int64)

@@ -44,7 +44,7 @@ class Histogram:
     def named(self) -> list[tuple[str, int]]:
         """Return each bin's name and count, the ends among them where they hold anything."""
         bins = [
-            (f"{low:,}–{low + self.width - 1:,}" if self.width > 1 else f"{low:,}", count)
+            (f"{low:,}-{low + self.width - 1:,}" if self.width > 1 else f"{low:,}", count)
             for low, count in zip(self.edges, self.counts, strict=False)
         ]
         before = [(f"< {self.start:,}", self.below)] if self.below else []
@@ -64,15 +64,15 @@ class Histogram:
 def histogram(numbers: Distribution, bins: int) -> Histogram:
     """Put numbers into bins of 1, 2 or 5 times a power of ten.
 
-    All but 0.5 % at each end that is far from 0 have bins of their own, so that a few long texts do
-    not push the others into one.
+    All but 0.5 % at each end have bins of their own, so that a few long texts do not push all
+    others into one. Bins begin at 0 unless the numbers lie far from it.
 
     Args:
         numbers: At least one.
         bins: Most bins.
     """
-    low = min(0, numbers.quantile(1 - _SHOWN))
-    high = max(numbers.quantile(_SHOWN), low)
+    low, high = numbers.quantile(1 - _SHOWN), numbers.quantile(_SHOWN)
+    low = 0 if 0 < low < high / 2 else low
     width = next(width for width in _widths() if high // width - low // width < bins)
     start = low // width * width
     return binned(numbers, start, width, high // width - low // width + 1)
@@ -94,7 +94,7 @@ def binned(numbers: Distribution, start: int, width: int, bins: int) -> Histogra
 
 
 def _widths() -> Iterator[int]:
-    """Yield 1, 2, 5, 10, 20, 50 …"""
+    """Yield 1, 2, 5, 10, 20, 50 and so on."""
     scale = 1
     while True:
         yield from (scale, 2 * scale, 5 * scale)
@@ -102,7 +102,7 @@ def _widths() -> Iterator[int]:
 
 
 def bars(bins: Sequence[tuple[str, int]], columns: int) -> list[str]:
-    """Draw named counts as lines of at most ``columns`` characters, the longest bar full."""
+    """Draw named counts as lines of at most ``columns`` characters; the longest bar is full."""
     names = max(len(name) for name, _ in bins)
     numbers = max(len(f"{count:,}") for _, count in bins)
     room = max(columns - names - numbers - 2, 1)
@@ -122,7 +122,8 @@ def side_by_side(panels: Mapping[str, list[str]], columns: int) -> list[str]:
     half = columns // 2 - 1
     blocks = [[title, *lines] for title, lines in panels.items()]
     lines: list[str] = []
-    for left, right in zip_longest(blocks[::2], blocks[1::2], fillvalue=[]):
+    for at in range(0, len(blocks), 2):
+        left, right = blocks[at], blocks[at + 1] if at + 1 < len(blocks) else []
         rows = zip_longest(left, right, fillvalue="")
         lines += [f"{a:<{half}}  {b}".rstrip() for a, b in rows]
     return lines

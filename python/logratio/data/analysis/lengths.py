@@ -13,7 +13,7 @@ SMALL_EFFECT = 0.2
 """Cohen's "small": a standardised difference in length from which on there is a warning."""
 
 SMALL_SUPERIORITY = 0.58
-"""The same for P(chosen longer): Φ(0.2), what a paired effect of 0.2 is where lengths are normal."""
+"""The same for P(chosen longer): Φ(0.2), what an effect of 0.2 is where lengths are normal."""
 
 MEDIUM_EFFECT, LARGE_EFFECT = 0.5, 0.8
 MEDIUM_SUPERIORITY, LARGE_SUPERIORITY = 0.69, 0.79  # Φ of the above

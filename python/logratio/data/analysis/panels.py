@@ -82,7 +82,9 @@ def panels(analysis: "Analysis") -> list[Panel]:
     shown: list[Panel] = [
         _lengths("Prompt", "groups", (("prompt", GREY, lengths["prompt"]),)),
         _answers(analysis),
-        _lengths("Group: prompt once, all completions", "groups", (("group", GREY, lengths["group"]),)),
+        _lengths(
+            "Group: prompt once, all completions", "groups", (("group", GREY, lengths["group"]),)
+        ),
     ]
     if analysis.bias is not None and analysis.bias.difference is not None:
         shown.append(_difference(analysis.bias, analysis.bias.difference))
@@ -137,8 +139,8 @@ def _difference(bias: LengthBias, difference: Distribution) -> HistogramPanel:
     low, high = bias.effect_interval
     least, most = bias.superiority_interval
     notes = (
-        f"d = {bias.effect:.2f} ({low:.2f} … {high:.2f})",
-        f"P(chosen longer) = {bias.superiority:.3f} ({least:.3f} … {most:.3f})",
+        f"Cohen's d = {bias.effect:.2f} (95 %: {low:.2f} … {high:.2f})".replace("-", "−"),
+        f"P(chosen longer) = {bias.superiority:.3f} (95 %: {least:.3f} … {most:.3f})",
     )
     series = (Series("difference", GREEN, histogram(difference, _BINS)),)
     title = "Chosen − rejected, pair by pair"

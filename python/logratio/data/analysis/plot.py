@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logratio.data.analysis.panels import HistogramPanel, Panel, StackPanel
+from logratio.data.analysis.svg import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,35 +20,35 @@ def plot(path: Path, title: str, caption: str, panels: Sequence[Panel]) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = (len(panels) + 1) // 2
-    figure = Figure(figsize=(9, 3 * rows + 0.6), layout="constrained")
-    figure.suptitle(f"{title}\n{caption}", fontsize=10)
-    places = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axes in places[len(panels) :]:
-        axes.set_axis_off()
-    for axes, panel in zip(places, panels, strict=False):
-        axes.set_title(panel.title, fontsize=10, loc="left")
-        axes.set_xlabel(panel.x_label)
+    places = [[str(at), str(at + 1)] for at in range(0, len(panels), 2)]
+    if len(panels) % 2:
+        places[-1] = [str(len(panels) - 1)] * 2  # the last one is wide
+    figure = Figure(figsize=(9, 3 * len(places) + 0.6), layout="constrained")
+    figure.suptitle(f"{title}\n{caption}", fontsize=11)
+    axes = figure.subplot_mosaic(places)  # type: ignore[arg-type]  # its lists are invariant
+    for number, panel in enumerate(panels):
         if isinstance(panel, HistogramPanel):
-            _histograms(axes, panel)
+            _histograms(axes[str(number)], panel)
         else:
-            _stacks(axes, panel)
+            _stacks(axes[str(number)], panel)
     figure.savefig(path, dpi=150)
 
 
 def _histograms(axes: "Axes", panel: HistogramPanel) -> None:
     """Draw bins as steps; what lies outside of them is told, not drawn."""
+    has_key = len(panel.series) > 1
+    notes = () if has_key else panel.notes
+    axes.set_title("\n".join([panel.title, *notes]), fontsize=9, loc="left")
+    axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     for number, series in enumerate(panel.series):
         bins = series.bins
-        note = panel.notes[number] if len(panel.series) > 1 else "\n".join(panel.notes)
-        outside = bins.below + bins.beyond
-        note += f"\n{outside:,} outside" if outside else ""
-        style = {"fill": True, "alpha": 0.5, "color": series.colour, "label": note}
-        axes.stairs(bins.counts, bins.edges, **style)  # type: ignore[arg-type]
+        outside = f"{bins.below + bins.beyond:,} further out"
+        label = f"{panel.notes[number]}\n{outside}" if has_key else outside
+        axes.stairs(bins.counts, bins.edges, fill=True, alpha=0.5, color=series.colour, label=label)
     if panel.zero:
         axes.axvline(0, color="black", linestyle="--", linewidth=0.8)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper right")
 
 
 def _stacks(axes: "Axes", panel: StackPanel) -> None:
@@ -57,6 +58,9 @@ def _stacks(axes: "Axes", panel: StackPanel) -> None:
         counts = [stack.parts[number] for stack in panel.stacks]
         axes.barh(names, counts, left=starts, color=colour, label=name)
         starts = [start + count for start, count in zip(starts, counts, strict=True)]
+    axes.set_title(panel.title, fontsize=9, loc="left")
+    axes.set_xlabel(panel.x_label)
+    axes.xaxis.set_major_formatter(lambda value, _: short(round(value)))
     axes.invert_yaxis()
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, frameon=False)

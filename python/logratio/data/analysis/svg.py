@@ -8,10 +8,11 @@ from xml.sax.saxutils import escape
 from logratio.data.analysis.histograms import Histogram
 from logratio.data.analysis.panels import HistogramPanel, Panel, Series, StackPanel
 
-_PANEL = (400, 268)  # width and height
+_PANEL = (400, 280)  # width and height
 _COLUMNS = 2
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 34, 44  # room around a panel's axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 62, 44  # room around a panel's axes
 _HEAD = 62
+_ROOM = 56  # for the name of what lies outside of the bins
 _INK, _FAINT = "#222222", "#dddddd"
 _STYLE = "font-family=\"'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif\""
 
@@ -33,7 +34,10 @@ def svg(title: str, caption: str, panels: Sequence[Panel]) -> str:
         row, column = divmod(number, _COLUMNS)
         x, y = column * _PANEL[0], _HEAD + row * _PANEL[1]
         parts.append(f'<g transform="translate({x} {y})">')
-        parts += _histograms(panel) if isinstance(panel, HistogramPanel) else _stacks(panel)
+        if isinstance(panel, HistogramPanel):
+            parts += _histograms(panel)
+        else:  # as wide as there is room
+            parts += _stacks(panel, _WIDE if panel is panels[-1] and column == 0 else _X)
         parts.append("</g>")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -50,6 +54,8 @@ class _Scale:
 
 
 _X = (_LEFT, _PANEL[0] - _RIGHT)
+_START = 48  # of stacks
+_WIDE = (_LEFT, _COLUMNS * _PANEL[0] - _RIGHT)
 _Y = (_PANEL[1] - _BOTTOM, _TOP)
 
 
@@ -66,11 +72,13 @@ def _histograms(panel: HistogramPanel) -> Iterator[str]:
         yield from _steps(series, x, y, see_through=len(panel.series) > 1)
     if panel.zero:
         yield _line(x(0), _Y[0], x(0), _Y[1], _INK, dashed=True)
-    yield from _x_axis(x, bins.start, bins.end, panel.x_label)
+    ends = (_X[0] + below * _ROOM, _X[1] - beyond * _ROOM)
+    shown = [tick for tick in ticks(bins.start, bins.end, 6) if ends[0] <= x(tick) <= ends[1]]
+    yield from _x_axis(x, shown, panel.x_label, _X)
     if below:
-        yield _text(x(bins.start - 1.2 * bins.width), _Y[0] + 14, f"< {bins.start:,}", "end")
+        yield _text(_X[0], _Y[0] + 14, f"< {short(bins.start)}", "middle")
     if beyond:
-        yield _text(_X[1], _Y[0] + 14, f"≥ {bins.end:,}", "end")
+        yield _text(_X[1], _Y[0] + 14, f"≥ {short(bins.end)}", "end")
     yield from _notes(panel)
 
 
@@ -83,7 +91,7 @@ def _steps(series: Series, x: _Scale, y: _Scale, *, see_through: bool) -> Iterat
     bins, opacity = series.bins, 0.5 if see_through else 0.85
     yield f'<g fill="{series.colour}" fill-opacity="{opacity}">'
     for (low, high), count in zip(pairwise(bins.edges), bins.counts, strict=True):
-        name = f"{low:,}–{high - 1:,}" if high - low > 1 else f"{low:,}"
+        name = f"{low:,} to {high - 1:,}" if high - low > 1 else f"{low:,}"
         yield _bar(x(low), x(high), y, count, f"{series.label}, {name} tokens: {count:,}")
     width = bins.width
     for at, count, name in (
@@ -105,30 +113,30 @@ def _bar(left: float, right: float, y: _Scale, count: int, label: str) -> str:
 
 
 def _notes(panel: HistogramPanel) -> Iterator[str]:
-    """Write the numbers into the corner, beside the colour that they belong to."""
+    """Write the numbers below the title, beside the colours that they belong to."""
     has_key = len(panel.series) > 1
     for number, note in enumerate(panel.notes):
-        y = _TOP + 12 + 15 * number
-        yield _text(_X[1] - 4, y, note, "end")
+        y = 36 + 15 * number
+        yield _text(_LEFT + 16 * has_key, y, note)
         if has_key:
-            at = _X[1] - 4 - 5.6 * len(note) - 14
-            yield f'<rect x="{at:.1f}" y="{y - 9}" width="10" height="10" ' + (
+            yield (
+                f'<rect x="{_LEFT}" y="{y - 9}" width="10" height="10" '
                 f'fill="{panel.series[number].colour}" fill-opacity="0.6"/>'
             )
 
 
-def _stacks(panel: StackPanel) -> Iterator[str]:
+def _stacks(panel: StackPanel, across: tuple[int, int]) -> Iterator[str]:
     most = max(sum(stack.parts) for stack in panel.stacks)
-    x = _Scale(0, most * 1.02, _LEFT, _X[1])
+    x = _Scale(0, most * 1.02, *across)
     yield _text(_LEFT, 20, panel.title, size=13, weight="bold")
     at = float(_LEFT)
     for name, colour in panel.parts:
-        yield f'<rect x="{at}" y="{_TOP}" width="10" height="10" fill="{colour}"/>'
-        yield _text(at + 14, _TOP + 9, name)
+        yield f'<rect x="{at}" y="27" width="10" height="10" fill="{colour}"/>'
+        yield _text(at + 14, 36, name)
         at += 28 + 6 * len(name)
-    height = (_Y[0] - _TOP - 18) / len(panel.stacks)
+    height = (_Y[0] - _START) / len(panel.stacks)
     for number, stack in enumerate(panel.stacks):
-        top = _TOP + 18 + number * height
+        top = _START + number * height
         yield _text(_LEFT, top + 13, f"{stack.label}: {sum(stack.parts):,} tokens, {stack.note}")
         start = 0
         for (name, colour), count in zip(panel.parts, stack.parts, strict=True):
@@ -140,15 +148,15 @@ def _stacks(panel: StackPanel) -> Iterator[str]:
                     f"<title>{escape(f'{stack.label}, {name}: {count:,} tokens')}</title></rect>"
                 )
             start += count
-    yield from _x_axis(x, 0, most, panel.x_label)
+    yield from _x_axis(x, ticks(0, most, 6), panel.x_label, across)
 
 
-def _x_axis(x: _Scale, low: float, high: float, label: str) -> Iterator[str]:
-    yield _line(_X[0], _Y[0], _X[1], _Y[0], _INK)
-    for tick in ticks(low, high, 6):
+def _x_axis(x: _Scale, shown: Sequence[int], label: str, across: tuple[int, int]) -> Iterator[str]:
+    yield _line(across[0], _Y[0], across[1], _Y[0], _INK)
+    for tick in shown:
         yield _line(x(tick), _Y[0], x(tick), _Y[0] + 4, _INK)
         yield _text(x(tick), _Y[0] + 14, short(tick), "middle")
-    yield _text((_X[0] + _X[1]) / 2, _Y[0] + 32, label, "middle")
+    yield _text(sum(across) / 2, _Y[0] + 32, label, "middle")
 
 
 def _y_axis(y: _Scale, most: float, label: str) -> Iterator[str]:
@@ -178,8 +186,8 @@ def short(number: int) -> str:
     """Write a number for an axis: 1,500, 20 k, 3 M."""
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
         if abs(number) >= size:
-            return f"{number / (1000 if letter == 'k' else size):g} {letter}"
-    return f"{number:,}"
+            return f"{number / (1000 if letter == 'k' else size):g} {letter}".replace("-", "−")
+    return f"{number:,}".replace("-", "−")
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str, *, dashed: bool = False) -> str:

@@ -26,12 +26,12 @@ def to_text(analysis: "Analysis") -> str:
             _table(analysis),
             _histograms(analysis),
             _cuts(analysis),
-            _bias(analysis.bias),
-            _noise(analysis.flips, are_pairs=analysis.are_pairs),
-            _padding(analysis.padding),
-            _tokens(analysis.tokens),
+            _wrapped(_bias(analysis.bias)),
+            _wrapped(_noise(analysis.flips, are_pairs=analysis.are_pairs)),
+            _wrapped(_padding(analysis.padding)),
+            _wrapped(_tokens(analysis.tokens)),
             _similarity(analysis.similarity, analysis.groups),
-            [line for one in analysis.findings for line in _wrapped(str(one))],
+            _wrapped([str(one) for one in analysis.findings]),
         ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -67,21 +67,21 @@ def _bias(bias: LengthBias | None) -> list[str]:
     if bias is None:
         return ["length bias: nothing is compared"]
     measured = "d_z" if bias.kind == "paired" else "d"
-    lines = [
+    sentences = [
         f"length bias: chosen is longer in {_percent(bias.longer)}, equal in "
         f"{_percent(bias.equal)}, shorter in {_percent(bias.shorter)} of {_compared(bias)}",
-        f"  chosen − rejected = {bias.chosen.mean - bias.rejected.mean:+.1f} tokens on average"
-        + (f", median {bias.difference.median:+.0f}" if bias.difference else ""),
-        f"  Cohen's {measured} = {bias.effect:.3f} ({_interval(bias.effect_interval)}); "
-        f"P(chosen longer) = {bias.superiority:.3f} ({_interval(bias.superiority_interval)}),",
-        "  ties as one half: so often is “the longer wins” right",
+        f"chosen − rejected = {_signed(bias.chosen.mean - bias.rejected.mean, 1)} tokens on average"
+        + (f", median {_signed(bias.difference.median, 0)}" if bias.difference else ""),
+        f"Cohen's {measured} = {_signed(bias.effect, 3)} ({_interval(bias.effect_interval)})",
+        f"P(chosen longer) = {bias.superiority:.3f} ({_interval(bias.superiority_interval)}), ties "
+        "as one half: so often is “the longer wins” right",
     ]
     if bias.strength is None:
-        lines.append(
-            f"  no warning: |d| < {SMALL_EFFECT} and P in {1 - SMALL_SUPERIORITY:.2f} … "
-            f"{SMALL_SUPERIORITY:.2f}, or too few pairs to say"
+        sentences.append(
+            f"no warning: that takes |d| ≥ {SMALL_EFFECT}, or P ≥ {SMALL_SUPERIORITY} or "
+            f"≤ {1 - SMALL_SUPERIORITY:.2f}, and an interval without “no effect”"
         )
-    return lines
+    return sentences
 
 
 def _compared(bias: LengthBias) -> str:
@@ -98,11 +98,11 @@ def _noise(flips: FlipEstimate | None, *, are_pairs: bool) -> list[str]:
     low, high = flips.interval
     return [
         f"label noise: {_percent(flips.rate)} of the judgements are flipped (95 %: {_percent(low)} "
-        f"… {_percent(high)}), estimated",
-        f"  from {flips.pairs:,} pairs that were judged more than once, "
-        f"{flips.contested:,} of them both ways,",
-        "  as if judges erred independently and equally often everywhere, and no row were a copy;",
-        "  where that fails it is a lower bound",
+        f"… {_percent(high)})",
+        f"estimated from {flips.pairs:,} pairs that were judged more than once, "
+        f"{flips.contested:,} of them both ways",
+        "assumes that judges err independently and equally often on every pair, and that no row is "
+        "a copy of another; where that fails it is a lower bound",
     ]
 
 
@@ -112,8 +112,8 @@ def _padding(found: Padding | None) -> list[str]:
     return [
         f"computing: {found.rows:,} tokens in rows of prompt and completion, "
         f"{_percent(found.prompt_share)} of them prompt",
-        f"  sharing the prompt computes {found.shared:,} instead: {_percent(found.saved)} saved",
-        f"  padded batches of {BATCH} groups would be {_percent(found.waste)} padding in file order, "
+        f"sharing the prompt computes {found.shared:,} instead: {_percent(found.saved)} saved",
+        f"padded batches of {BATCH} groups: {_percent(found.waste)} padding in file order, "
         f"{_percent(found.sorted_waste)} sorted by length",
     ]
 
@@ -125,17 +125,17 @@ def _tokens(use: TokenUse) -> list[str]:
         lines = [f"vocabulary: {use.used:,} of {use.vocabulary:,} ids are used ({share})"]
     if use.special:
         named = ", ".join(f"{text} {count:,}" for text, count in use.special.items())
-        lines.append(f"  special tokens: {named}")
+        lines.append(f"special tokens: {named}")
     if use.ended is not None:
         lines.append(
-            f"  {use.ended:,} of {use.completions:,} completions end with EOS "
+            f"{use.ended:,} of {use.completions:,} completions end with EOS "
             f"({_percent(use.ended / use.completions)})"
         )
     if use.unknown:
-        lines.append(f"  {use.unknown:,} tokens have ids that the tokenizer does not know")
+        lines.append(f"{use.unknown:,} tokens have ids that the tokenizer does not know")
     if use.compared:
         lines.append(
-            f"  all completions begin with one token in {_percent(use.same_start / use.compared)} "
+            f"all completions begin with one token in {_percent(use.same_start / use.compared)} "
             f"of the groups"
         )
     return lines
@@ -148,9 +148,9 @@ def _similarity(found: Similarity | None, groups: int) -> list[str]:
     if not found.similar:
         return [f"near-duplicates: none among {groups:,} groups ({rule})"]
     return [
-        f"near-duplicates: {found.similar:,} groups resemble an earlier one "
-        f"({_percent(found.similar / groups)}; {rule}),",
-        f"  in {found.clusters:,} clusters of up to {found.largest:,}",
+        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one "
+        f"({_percent(found.similar / groups)});",
+        f"  clusters: {found.clusters:,}, the largest of {found.largest:,} groups; {rule}",
         *(f"  {example}" for example in found.examples[:_SHOWN]),
     ]
 
@@ -160,8 +160,20 @@ def _percent(share: float) -> str:
 
 
 def _interval(interval: tuple[float, float]) -> str:
-    return f"95 %: {interval[0]:.3f} … {interval[1]:.3f}"
+    return f"95 %: {interval[0]:.3f} … {interval[1]:.3f}".replace("-", "−")
 
 
-def _wrapped(text: str) -> list[str]:
-    return wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+def _signed(value: float, digits: int) -> str:
+    value = round(value, digits) or 0.0  # no −0
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _wrapped(sentences: list[str]) -> list[str]:
+    """Break sentences into lines; all but the first, which heads the block, stand further in."""
+    lines = []
+    for number, sentence in enumerate(sentences):
+        first = "  " if number and not sentence.startswith("[") else ""
+        lines += wrap(
+            sentence, WIDTH, initial_indent=first, subsequent_indent="    ", break_long_words=False
+        )
+    return lines
