@@ -11,10 +11,11 @@ from logratio.cli import options
 from logratio.cli.options import Precision, PromptTruncation
 
 if TYPE_CHECKING:
-    from logratio.data import DataReport, TokenizationRules
+    from logratio.data import TokenizationRules
     from logratio.forecast import Forecast
     from logratio.training.config import LoraSettings
     from logratio.training.evaluation import Evaluation
+    from logratio.training.setup import Dataset
 
 LORA, UPDATE = "LoRA", "Update"
 
@@ -62,7 +63,7 @@ def precompute(
             max_bad_fraction=max_bad_fraction,
         )
     )
-    _announce(ready.dataset.report, ready.forecast)
+    _announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
         typer.echo(
@@ -177,7 +178,7 @@ def train(
             max_bad_fraction=max_bad_fraction,
         )
     )
-    _announce(ready.dataset.report, ready.forecast)
+    _announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
         last = result.history[-1] if result.history else {}
@@ -231,7 +232,7 @@ def evaluate(
             max_bad_fraction=max_bad_fraction,
         )
     )
-    _announce(ready.dataset.report, ready.forecast)
+    _announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
         _print_evaluation(result)
@@ -268,9 +269,12 @@ def _rules(
     )
 
 
-def _announce(report: "DataReport", forecast: "Forecast") -> None:
+def _announce(dataset: "Dataset", forecast: "Forecast") -> None:
     """Say what was read and what is needed, on standard error: results go to standard output."""
-    typer.echo(report.to_text(), err=True)
+    from logratio.data.analysis import analyse
+
+    analysis = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer)
+    typer.echo(analysis.to_text(), err=True)
     typer.echo(forecast.to_text(), err=True)
 
 

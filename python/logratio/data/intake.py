@@ -76,7 +76,7 @@ class Intake:
         try:
             decoded = self.decoder.decode(row, source)
         except InvalidRecordError as error:
-            self.refuse(Refusal(source, error.code, error.reason))
+            self.refuse(Refusal(source, error.code, error.reason), row)
             return False
         self.report.formats[decoded.format] += 1
         self.report.extra_keys.update(decoded.extra_keys)
@@ -180,7 +180,7 @@ class Intake:
         else:
             self.report.drop_duplicate(part.group.source, self.place(part.first))
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: Refusal, row: object = None) -> None:
         """Count and list a refused row.
 
         Raises:
@@ -188,7 +188,7 @@ class Intake:
         """
         self.report.refuse(refusal)
         if self.log:
-            write_refusal(self.log, refusal)
+            write_refusal(self.log, refusal, row)
         if not refusal.stops:
             return
         if len(self._errors) < LISTED:
