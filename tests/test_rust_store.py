@@ -168,45 +168,6 @@ def test_an_impossible_plan_is_refused(wrong: dict[str, Any]) -> None:
         make_store().plan(**request)
 
 
-def read_columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a store with numpy alone, as rust/store/FORMAT.md describes it."""
-    data = path.read_bytes()
-    assert data[:8] == b"LRSTORE1"
-    groups, completions, tokens, counted, length = np.frombuffer(data, "<u8", 5, 16).tolist()
-    assert length == len(data)
-    at, columns = 64, {}
-    for name, dtype, count in (
-        ("tokens", "<i4", tokens),
-        ("mask", "u1", counted),
-        ("prompt_offsets", "<u8", groups + 1),
-        ("completion_offsets", "<u8", completions + 1),
-        ("group_offsets", "<u8", groups + 1),
-        ("roles", "u1", completions),
-        ("files", "<u4", groups),
-        ("lines", "<u8", groups),
-    ):
-        columns[name] = np.frombuffer(data, dtype, count, at)
-        at = -(-(at + columns[name].nbytes) // 64) * 64
-    return columns
-
-
-def test_the_file_is_what_the_format_says(tmp_path: Path) -> None:
-    make_store(tmp_path / "pairs.store")
-    columns = {
-        name: column.tolist() for name, column in read_columns(tmp_path / "pairs.store").items()
-    }
-    assert columns == {
-        "tokens": [1, 2, 3, 4, 5, 6, 7, 90, 80, 81],
-        "mask": [1, 1, 0, 1, 1, 1],
-        "prompt_offsets": [0, 3, 4],
-        "completion_offsets": [0, 1, 4, 6],
-        "group_offsets": [0, 2, 3],
-        "roles": [0, 1, 3],
-        "files": [2, 2],
-        "lines": [9, 10],
-    }
-
-
 def test_a_store_on_disk_is_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "pairs.store"
     written = make_store(path)
@@ -220,17 +181,66 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pairs.store"
     make_store(path)
     data = bytearray(path.read_bytes())
-    data[70] ^= 1  # an id
+    data[130] ^= 1  # an id
     path.write_bytes(data)
     store = Store.open(path)
-    with pytest.raises(CorruptStoreError, match=r"pairs\.store.*Tokens") as caught:
-        store.verify()
+    for read in (store.keys, store.verify, store.roles, store.sources, lambda: store.group(1)):
+        with pytest.raises(CorruptStoreError, match=r"pairs\.store.*tokens") as caught:
+            read()
     assert isinstance(caught.value, ValueError)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again)) == (CorruptStoreError, str(caught.value))
     path.with_name("cut.store").write_bytes(data[:-1])
     with pytest.raises(CorruptStoreError, match="bytes"):
         Store.open(path.with_name("cut.store"))
+
+
+def test_a_store_is_pickled_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = make_store(Path("pairs.store"))
+    assert store.path == tmp_path / "pairs.store"
+    pickled = pickle.dumps(store)
+    monkeypatch.chdir("/")
+    again = pickle.loads(pickled)
+    assert (again.digest, again.path) == (store.digest, store.path)
+    StoreWriter(tmp_path / "pairs.store").finish()
+    with pytest.raises(CorruptStoreError, match=f"its digest is .*, not {store.digest}"):
+        pickle.loads(pickled)
+
+
+READS_IN_OTHER_PROCESSES = """
+import multiprocessing, sys
+from logratio._rust import Store
+store = Store.open(sys.argv[1])
+store.keys()
+def read(_):
+    return store.shared_lengths().tolist()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(pool.map(read, range(2)))
+for method in ("fork", "spawn"):
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        print([one.tolist() for one in pool.map(Store.shared_lengths, [store] * 2)])
+"""
+
+
+def test_a_store_is_read_by_forked_and_spawned_processes(tmp_path: Path) -> None:
+    make_store(tmp_path / "pairs.store")
+    command = [sys.executable, "-c", READS_IN_OTHER_PROCESSES, str(tmp_path / "pairs.store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["[[7, 3], [7, 3]]"] * 3
+
+
+def test_a_store_in_memory_cannot_be_pickled() -> None:
+    assert make_store().path is None
+    with pytest.raises(ValueError, match="give its writer a path"):
+        pickle.dumps(make_store())
+
+
+def test_a_store_is_opened_by_its_digest(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "pairs.store")
+    assert len(Store.open(tmp_path / "pairs.store", digest=store.digest)) == 2
+    with pytest.raises(CorruptStoreError, match=f"{store.digest}, not 00"):
+        Store.open(tmp_path / "pairs.store", digest="00")
 
 
 @pytest.mark.parametrize(
