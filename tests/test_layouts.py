@@ -133,11 +133,9 @@ def test_variable_length_attention_is_the_per_group_attention(seed: int, width: 
     assert isinstance(batch, SharedBatch)
     length = batch.input_ids.shape[1]
     query, key, value = torch.randn(3, 1, 2, width or length, 8)
+    q, k, v = (part[:, :, :length] for part in (query, key, value))
     expected, _ = shared_prompt_attention(
-        torch.nn.Identity(),
-        *(part[:, :, :length] for part in (query, key, value)),
-        None,
-        shared_prompt=SharedPrompt(batch),
+        torch.nn.Identity(), q, k, v, None, shared_prompt=SharedPrompt(batch)
     )
     names = ("cu_seqlens_q", "cu_seqlens_k", "key_index", "max_seqlens")
     index = lay_out(store, numbers, fields=names, width=width)
