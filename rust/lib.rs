@@ -21,6 +21,7 @@ pub mod fingerprint;
 pub mod group;
 pub mod layout;
 pub mod map;
+pub mod pieces;
 pub mod plan;
 pub mod store;
 mod wire;

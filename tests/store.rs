@@ -2,45 +2,15 @@
 
 mod sample;
 
-use std::{fs, os::unix::fs::FileExt, path::Path};
+use std::{fs, path::Path};
 
 use logratio::{
     Error,
     fingerprint::content_key,
-    layout::{Batch, Options},
-    plan::{self, Layout, Order, Request},
     store::{Store, StoreWriter},
 };
 use proptest::prelude::*;
-use sample::{Completion, Sample, fill, fixed, samples, store};
-
-const HEADER: usize = 64;
-const FOOTER: usize = 80;
-
-fn assert_holds(store: &Store, samples: &[Sample]) {
-    assert_eq!(store.len(), samples.len());
-    for (number, (group, sample)) in store.groups().zip(samples).enumerate() {
-        assert_eq!(group.prompt(), sample.prompt);
-        assert_eq!(store.files()[number], number as u32 % 3);
-        assert_eq!(store.lines()[number], number as u64 + 1);
-        let found: Vec<_> = group
-            .completions()
-            .map(|completion| {
-                (
-                    completion.ids.to_vec(),
-                    completion.mask.to_vec(),
-                    completion.role,
-                )
-            })
-            .collect();
-        let expected: Vec<_> = sample
-            .completions
-            .iter()
-            .map(|completion| (completion.ids(), completion.mask(), completion.role))
-            .collect();
-        assert_eq!(found, expected);
-    }
-}
+use sample::{Completion, Sample, assert_holds, fill, fixed, samples, store};
 
 proptest! {
     #[test]
@@ -63,10 +33,10 @@ proptest! {
         let prompts: Vec<u32> = samples.iter().map(|one| one.prompt.len() as u32).collect();
         prop_assert_eq!(store.completions(), completions.len());
         prop_assert_eq!(store.tokens(), (prompts.iter().sum::<u32>() + lengths.iter().sum::<u32>()) as usize);
-        prop_assert_eq!(store.shared_lengths().iter().sum::<u32>() as usize, store.tokens());
-        prop_assert_eq!(store.prompt_lengths(), prompts);
-        prop_assert_eq!(store.completion_lengths(), lengths);
-        prop_assert_eq!(store.counted_lengths(), counted);
+        prop_assert_eq!(store.shared_lengths().expect("whole").iter().sum::<u32>() as usize, store.tokens());
+        prop_assert_eq!(store.prompt_lengths().expect("whole"), prompts);
+        prop_assert_eq!(store.completion_lengths().expect("whole"), lengths);
+        prop_assert_eq!(store.counted_lengths().expect("whole"), counted);
     }
 
     #[test]
@@ -77,123 +47,8 @@ proptest! {
             .map(|(prompt, ids)| content_key(&[&prompt[..], &ids].concat(), prompt.len()))
             .map(|key| key.expect("has both parts"))
             .collect();
-        prop_assert_eq!(store(&samples).keys(), expected);
+        prop_assert_eq!(store(&samples).keys().expect("whole"), expected);
     }
-
-    /// Even where the checksums were made to match, as no accident can: nothing leaves its column.
-    #[test]
-    fn survives_a_forged_file(at in 0usize..10_000, value: u8, seed in 1usize..6) {
-        let folder = tempfile::tempdir().expect("folder");
-        let mut bytes = sealed_bytes(folder.path(), seed);
-        let length = bytes.len();
-        bytes[at % length] = value;
-        sign(&mut bytes[..HEADER]);
-        sign(&mut bytes[length - FOOTER..]);
-        if let Ok(store) = reopen(folder.path(), &bytes) {
-            touch(&store);
-        }
-    }
-}
-
-fn sign(bytes: &mut [u8]) {
-    let (body, crc) = bytes.split_at_mut(bytes.len() - 4);
-    crc.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
-}
-
-fn sealed_bytes(folder: &Path, groups: usize) -> Vec<u8> {
-    let path = folder.join("groups.store");
-    fill(StoreWriter::create(&path).expect("creates"), &fixed(groups));
-    fs::read(path).expect("reads")
-}
-
-/// Opens a copy, whose file is written anew: cutting a file short in place is slow on ext4.
-fn reopen(folder: &Path, bytes: &[u8]) -> logratio::Result<Store> {
-    let path = folder.join("copy.store");
-    let _ = fs::remove_file(&path);
-    fs::write(&path, bytes).expect("writes");
-    Store::open(&path)
-}
-
-/// Reads everything that a store can be asked for.
-fn touch(store: &Store) {
-    let all: Vec<i64> = (0..store.len() as i64).collect();
-    let request = Request::new(Order::LengthGrouped, 2, 64);
-    plan::plan(&store.shapes(), &request).expect("plans");
-    for layout in [Layout::Shared, Layout::Padded] {
-        let batch = Batch::new(store, &all, Options::new(layout)).expect("in range");
-        let mut arena = vec![0i64; batch.table().bytes() / 8];
-        batch
-            .fill(bytemuck::cast_slice_mut(&mut arena))
-            .expect("room enough");
-    }
-    store.keys();
-    store.counted_lengths();
-    assert!(store.metadata().len() < 100);
-}
-
-fn is_corrupt(result: logratio::Result<Store>) -> bool {
-    match result {
-        Ok(_) => false,
-        Err(Error::CorruptStore { .. }) => true,
-        Err(error) => panic!("not a corrupt store, but: {error}"),
-    }
-}
-
-#[test]
-fn every_flipped_bit_is_found_or_harmless() {
-    let folder = tempfile::tempdir().expect("folder");
-    let bytes = sealed_bytes(folder.path(), 2);
-    let path = folder.path().join("groups.store");
-    let file = fs::File::options().write(true).open(&path).expect("opens");
-    for bit in 0..bytes.len() * 8 {
-        let (byte, at) = (bytes[bit / 8], bit as u64 / 8);
-        file.write_all_at(&[byte ^ 1 << (bit % 8)], at)
-            .expect("flips");
-        if let Ok(store) = Store::open(&path) {
-            touch(&store);
-            let unnoticed = store.verify().is_ok();
-            assert!(
-                !unnoticed || byte == 0,
-                "bit {bit} is in no gap between columns"
-            );
-            if unnoticed {
-                assert_holds(&store, &fixed(2));
-            }
-        }
-        file.write_all_at(&[byte], at).expect("flips back");
-    }
-}
-
-#[test]
-fn every_cut_and_every_addition_is_refused() {
-    let folder = tempfile::tempdir().expect("folder");
-    let mut bytes = sealed_bytes(folder.path(), 4);
-    for length in 0..bytes.len() {
-        assert!(
-            is_corrupt(reopen(folder.path(), &bytes[..length])),
-            "cut to {length}"
-        );
-    }
-    bytes.push(0);
-    assert!(is_corrupt(reopen(folder.path(), &bytes)));
-}
-
-#[test]
-fn a_foreign_file_is_refused_by_name() {
-    let folder = tempfile::tempdir().expect("folder");
-    let bytes = sealed_bytes(folder.path(), 2);
-    let changed = |change: &dyn Fn(&mut [u8])| {
-        let mut bytes = bytes.clone();
-        change(&mut bytes[..HEADER]);
-        sign(&mut bytes[..HEADER]);
-        reopen(folder.path(), &bytes)
-            .expect_err("foreign")
-            .to_string()
-    };
-    assert!(changed(&|header| header[0] = b'X').contains("LRSTORE1"));
-    assert!(changed(&|header| header[8] = 2).contains("version 2"));
-    assert!(changed(&|header| header[12..16].reverse()).contains("big-endian"));
-    assert!(changed(&|header| header[48] ^= 1).contains("bytes"));
 }
 
 #[test]
@@ -263,7 +118,10 @@ fn keeps_the_metadata() {
     let store = StoreWriter::in_memory()
         .finish("{\"files\": [\"ä.jsonl\"]}")
         .expect("seals");
-    assert_eq!(store.metadata(), "{\"files\": [\"ä.jsonl\"]}");
+    assert_eq!(
+        store.metadata().expect("whole"),
+        "{\"files\": [\"ä.jsonl\"]}"
+    );
     assert!(store.is_empty());
 }
 
@@ -279,7 +137,18 @@ fn an_unfinished_writer_leaves_nothing() {
 fn what_a_dead_writer_left_is_replaced() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("groups.store");
-    fs::write(folder.path().join("groups.store.partial"), vec![1; 100_000]).expect("writes");
+    let left = folder.path().join("groups.store.partial");
+    fs::create_dir(&left).expect("creates");
+    for name in [
+        "lock",
+        "tokens",
+        "lines",
+        "repeats",
+        "progress",
+        "progress.new",
+    ] {
+        fs::write(left.join(name), vec![1; 100_000]).expect("writes");
+    }
     let store = fill(StoreWriter::create(&path).expect("creates"), &fixed(3));
     assert_holds(&store, &fixed(3));
     assert_eq!(fs::read_dir(folder.path()).expect("lists").count(), 1);

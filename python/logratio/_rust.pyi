@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -15,6 +16,7 @@ __all__ = [
     "CorruptStoreError",
     "Layout",
     "PaddedLayout",
+    "PieceTable",
     "Plan",
     "SharedLayout",
     "Store",
@@ -30,7 +32,14 @@ class CorruptCacheError(ValueError): ...
 
 @final
 class StoreWriter:
-    def __new__(cls, path: str | PathLike[str] | None = None) -> StoreWriter: ...
+    def __new__(
+        cls, path: str | PathLike[str] | None = None, *, deduplicate: bool = False
+    ) -> StoreWriter: ...
+    @staticmethod
+    def resume(
+        path: str | PathLike[str], *, deduplicate: bool = False
+    ) -> tuple[StoreWriter, str] | None: ...
+    def __len__(self) -> int: ...
     def push(
         self,
         prompt_ids: NDArray[np.int32],
@@ -40,13 +49,37 @@ class StoreWriter:
         roles: NDArray[np.uint8],
         file: int,
         line: int,
-    ) -> None: ...
+    ) -> tuple[int, int]: ...
+    def push_many(
+        self,
+        prompt_ids: NDArray[np.int32],
+        prompt_lengths: NDArray[np.uint32],
+        completion_ids: NDArray[np.int32],
+        completion_mask: NDArray[np.uint8],
+        completion_lengths: NDArray[np.uint32],
+        group_sizes: NDArray[np.uint32],
+        roles: NDArray[np.uint8],
+        files: NDArray[np.uint32],
+        lines: NDArray[np.uint64],
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]: ...
+    def conflicts(self) -> tuple[NDArray[np.int64], NDArray[np.uint32]]: ...
+    def place(self, group: int) -> tuple[int, int]: ...
+    def checkpoint(self, note: str) -> None: ...
     def finish(self, metadata: str = "{}") -> Store: ...
 
 @final
 class Store:
     @staticmethod
-    def open(path: str | PathLike[str]) -> Store: ...
+    def open(path: str | PathLike[str], digest: str | None = None) -> Store: ...
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Path, str]]: ...
+    @property
+    def path(self) -> Path | None: ...
+    def select(
+        self,
+        keep: NDArray[np.bool_],
+        path: str | PathLike[str] | None = None,
+        metadata: str = "{}",
+    ) -> Store: ...
     def __len__(self) -> int: ...
     @property
     def completions(self) -> int: ...
@@ -209,6 +242,13 @@ class CacheReader:
     def duplicates(self) -> int: ...
     def join(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]: ...
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
+
+@final
+class PieceTable:
+    def __new__(cls, capacity: int) -> PieceTable: ...
+    def encode(
+        self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
 
 def candidate_layout(
     prompts: list[NDArray[np.int32]], candidates: list[list[NDArray[np.int32]]], chunk: int = 128

@@ -4,8 +4,10 @@
 
 mod cache;
 mod layout;
+mod pieces;
 mod plan;
 mod store;
+mod writer;
 
 use std::io;
 
@@ -80,8 +82,10 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
+        pieces::PieceTable,
         plan::Plan,
-        store::{Store, StoreWriter},
+        store::Store,
+        writer::StoreWriter,
     };
 
     #[pymodule_init]

@@ -63,11 +63,11 @@ fn planned(
     request: plan::Request<'_>,
     mixture: Option<(&[f64], &[u32])>,
 ) -> Result<plan::Plan> {
-    let shapes = store.shapes();
+    let shapes = store.shapes()?;
     let Some((weights, datasets)) = mixture else {
         return plan::plan(&shapes, &request);
     };
-    let dataset_of = plan::dataset_of(store.files(), datasets)?;
+    let dataset_of = plan::dataset_of(store.files()?, datasets)?;
     let mixture = Some(plan::Mixture {
         weights,
         dataset_of: &dataset_of,

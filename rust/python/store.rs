@@ -1,9 +1,6 @@
-//! `StoreWriter` and `Store`.
+//! `Store`.
 
-use std::{
-    path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::path::PathBuf;
 
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -14,85 +11,62 @@ use super::{
     matrix,
     plan::{Plan, Weights},
 };
-use crate::{Error, group, layout, plan, store, wire::Hex};
-
-/// Collect groups and seal them as a store, at `path` or in memory.
-///
-/// With a path, columns are spooled to `<path>.partial` and nameless files beside it; `finish`
-/// syncs and renames. An unfinished writer removes its file.
-#[pyclass(frozen, module = "logratio._rust")]
-pub struct StoreWriter(Mutex<Option<store::StoreWriter>>);
-
-impl StoreWriter {
-    fn lock(&self) -> MutexGuard<'_, Option<store::StoreWriter>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn closed() -> Error {
-    Error::Closed {
-        what: "store writer",
-    }
-}
-
-#[pymethods]
-impl StoreWriter {
-    #[new]
-    #[pyo3(signature = (path = None))]
-    fn new(py: Python<'_>, path: Option<PathBuf>) -> PyResult<Self> {
-        let writer = py.detach(|| match &path {
-            Some(path) => store::StoreWriter::create(path),
-            None => Ok(store::StoreWriter::in_memory()),
-        });
-        Ok(Self(Mutex::new(Some(writer?))))
-    }
-
-    /// Add one prompt and its completions, end to end.
-    ///
-    /// A refused group (ValueError) leaves the writer as it was; after an OSError it takes no more.
-    #[expect(clippy::too_many_arguments, reason = "the columns of a group")]
-    fn push(
-        &self,
-        py: Python<'_>,
-        prompt_ids: PyReadonlyArray1<'_, i32>,
-        completion_ids: PyReadonlyArray1<'_, i32>,
-        completion_mask: PyReadonlyArray1<'_, u8>,
-        completion_lengths: PyReadonlyArray1<'_, u32>,
-        roles: PyReadonlyArray1<'_, u8>,
-        file: u32,
-        line: u64,
-    ) -> PyResult<()> {
-        let group = group::Group {
-            prompt_ids: prompt_ids.as_slice()?,
-            completion_ids: completion_ids.as_slice()?,
-            completion_mask: completion_mask.as_slice()?,
-            completion_lengths: completion_lengths.as_slice()?,
-            roles: roles.as_slice()?,
-            file,
-            line,
-        };
-        let push = || self.lock().as_mut().ok_or_else(closed)?.push(&group);
-        Ok(py.detach(push)?)
-    }
-
-    /// Seal the store with a JSON text of your own and open it.
-    #[pyo3(signature = (metadata = "{}"))]
-    fn finish(&self, py: Python<'_>, metadata: &str) -> PyResult<Store> {
-        let finish = || self.lock().take().ok_or_else(closed)?.finish(metadata);
-        Ok(Store(py.detach(finish)?))
-    }
-}
+use crate::{Error, Result, layout, plan, store, wire::Hex};
 
 /// Every group of a dataset in flat, memory-mapped columns.
+///
+/// Any method that reads raises CorruptStoreError where a block does not match its checksum or
+/// offsets are impossible. A store at a path is pickled by its path and digest.
 #[pyclass(frozen, module = "logratio._rust")]
 pub struct Store(store::Store);
 
+impl Store {
+    pub fn of(store: store::Store) -> Self {
+        Self(store)
+    }
+}
+
 #[pymethods]
 impl Store {
-    /// Map a sealed store after checking its header, footer, sizes and offsets.
+    /// Map a sealed store after checking header, footer and sizes; with `digest`, that one only.
     #[staticmethod]
-    fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Self(py.detach(|| store::Store::open(&path))?))
+    #[pyo3(signature = (path, digest = None))]
+    fn open(py: Python<'_>, path: PathBuf, digest: Option<&str>) -> PyResult<Self> {
+        let store = py.detach(|| match digest {
+            Some(digest) => store::Store::open_known(&path, digest),
+            None => store::Store::open(&path),
+        });
+        Ok(Self(store?))
+    }
+
+    /// The store is found again by its path, and must have the same digest there.
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (PathBuf, String))> {
+        let Some(path) = self.0.path() else {
+            let reason = "a store in memory cannot be pickled: give its writer a path";
+            return Err(Error::Invalid(reason.into()).into());
+        };
+        let open = py.get_type::<Self>().getattr("open")?;
+        Ok((open, (path.into(), self.digest())))
+    }
+
+    /// Where it was opened, absolute; None in memory.
+    #[getter]
+    fn path(&self) -> Option<PathBuf> {
+        self.0.path().map(Into::into)
+    }
+
+    /// A new store, at `path` or in memory, of the groups for which `keep` (`[G]`) holds.
+    #[pyo3(signature = (keep, path = None, metadata = "{}"))]
+    fn select(
+        &self,
+        py: Python<'_>,
+        keep: PyReadonlyArray1<'_, bool>,
+        path: Option<PathBuf>,
+        metadata: &str,
+    ) -> PyResult<Self> {
+        let keep = keep.as_slice()?;
+        let select = || self.0.select(keep, path.as_deref(), metadata);
+        Ok(Self(py.detach(select)?))
     }
 
     fn __len__(&self) -> usize {
@@ -113,8 +87,8 @@ impl Store {
 
     /// The writer's JSON text.
     #[getter]
-    fn metadata(&self) -> &str {
-        self.0.metadata()
+    fn metadata(&self) -> PyResult<&str> {
+        Ok(self.0.metadata()?)
     }
 
     /// Hash of the columns, without the metadata, in hex.
@@ -123,54 +97,56 @@ impl Store {
         Hex(&self.0.digest()).to_string()
     }
 
-    /// Compare every column with its checksum.
+    /// Compare every block with its checksum, and every value with what it may be.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         Ok(py.detach(|| self.0.verify())?)
     }
 
     /// Tokens of each group, its prompt counted once: `[G]`.
-    fn shared_lengths(&self, py: Python<'_>) -> Py<PyArray1<u32>> {
-        array(py, py.detach(|| self.0.shared_lengths()))
+    fn shared_lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<u32>>> {
+        Ok(array(py, py.detach(|| self.0.shared_lengths())?))
     }
 
     /// Tokens of each prompt: `[G]`.
-    fn prompt_lengths(&self, py: Python<'_>) -> Py<PyArray1<u32>> {
-        array(py, py.detach(|| self.0.prompt_lengths()))
+    fn prompt_lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<u32>>> {
+        Ok(array(py, py.detach(|| self.0.prompt_lengths())?))
     }
 
     /// Tokens of each completion: `[N]`.
-    fn completion_lengths(&self, py: Python<'_>) -> Py<PyArray1<u32>> {
-        array(py, py.detach(|| self.0.completion_lengths()))
+    fn completion_lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<u32>>> {
+        Ok(array(py, py.detach(|| self.0.completion_lengths())?))
     }
 
     /// Tokens of each completion that count: `[N]`.
-    fn counted_lengths(&self, py: Python<'_>) -> Py<PyArray1<u32>> {
-        array(py, py.detach(|| self.0.counted_lengths()))
+    fn counted_lengths(&self, py: Python<'_>) -> PyResult<Py<PyArray1<u32>>> {
+        Ok(array(py, py.detach(|| self.0.counted_lengths())?))
     }
 
     /// Where the completions of each group begin, and their number: `[G+1]`.
-    fn completion_offsets(&self, py: Python<'_>) -> Py<PyArray1<i64>> {
-        let offsets = self.0.completion_offsets();
-        array(
-            py,
-            py.detach(|| offsets.iter().map(|&offset| offset as i64).collect()),
-        )
+    fn completion_offsets(&self, py: Python<'_>) -> PyResult<Py<PyArray1<i64>>> {
+        let copy = || -> Result<Vec<i64>> {
+            let offsets = self.0.completion_offsets()?;
+            Ok(offsets.iter().map(|&offset| offset as i64).collect())
+        };
+        Ok(array(py, py.detach(copy)?))
     }
 
     /// Role number of each completion: `[N]`.
-    fn roles(&self, py: Python<'_>) -> Py<PyArray1<u8>> {
-        array(py, py.detach(|| self.0.roles().to_vec()))
+    fn roles(&self, py: Python<'_>) -> PyResult<Py<PyArray1<u8>>> {
+        Ok(array(py, py.detach(|| self.0.roles().map(<[u8]>::to_vec))?))
     }
 
     /// File number and line of each group: `[G]`, `[G]`.
-    fn sources(&self, py: Python<'_>) -> (Py<PyArray1<u32>>, Py<PyArray1<u64>>) {
-        let (files, lines) = py.detach(|| (self.0.files().to_vec(), self.0.lines().to_vec()));
-        (array(py, files), array(py, lines))
+    #[expect(clippy::type_complexity, reason = "two arrays")]
+    fn sources(&self, py: Python<'_>) -> PyResult<(Py<PyArray1<u32>>, Py<PyArray1<u64>>)> {
+        let copy = || Ok((self.0.files()?.to_vec(), self.0.lines()?.to_vec()));
+        let (files, lines) = py.detach(copy).map_err(|error: Error| PyErr::from(error))?;
+        Ok((array(py, files), array(py, lines)))
     }
 
     /// Content key of each completion in its prompt: `[N, 32]`.
     fn keys(&self, py: Python<'_>) -> PyResult<Py<PyArray2<u8>>> {
-        let keys = py.detach(|| self.0.keys().into_flattened());
+        let keys = py.detach(|| self.0.keys())?.into_flattened();
         matrix(py, keys, [self.0.completions(), 32])
     }
 
@@ -186,7 +162,7 @@ impl Store {
         Vec<Py<PyArray1<u8>>>,
         Py<PyArray1<u8>>,
     )> {
-        let group = self.0.group(index)?;
+        let group = py.detach(|| self.0.group(index))?;
         let ids = group
             .completions()
             .map(|completion| array(py, completion.ids.to_vec()));

@@ -1,190 +1,185 @@
-//! Header, columns and footer of a store: `FORMAT.md` in code.
+//! Header, columns, table and footer of a store: `FORMAT.md` in code.
 
 use std::{ops::Range, path::Path};
 
+use super::{
+    blocks,
+    columns::{Column, Counts},
+};
 use crate::{
     Error, Result,
     wire::{self, aligned, u32_at, u64_at},
 };
 
-pub const MAGIC: &[u8; 8] = b"LRSTORE1";
-pub const VERSION: u32 = 1;
-pub const HEADER: usize = 64;
-pub const FOOTER: usize = 80;
+pub const MAGIC: &[u8; 8] = b"LRSTORE2";
+pub const VERSION: u32 = 2;
+pub const HEADER: usize = 128;
+pub const FOOTER: usize = 64;
 
+const FIRST_MAGIC: &[u8; 8] = b"LRSTORE1";
 const VERSION_AT: usize = MAGIC.len();
 const ENDIAN_AT: usize = VERSION_AT + 4;
 const COUNTS_AT: usize = ENDIAN_AT + 4;
-const LENGTH_AT: usize = COUNTS_AT + 4 * 8;
+const LENGTH_AT: usize = COUNTS_AT + 5 * 8;
+const DIGEST_AT: usize = LENGTH_AT + 8;
 
-const DIGEST_AT: usize = 8;
-const CRCS_AT: usize = DIGEST_AT + 32;
+const BLOCKS_AT: usize = 32;
+const TABLE_CRC_AT: usize = BLOCKS_AT + 8;
 
-/// The columns in the order of the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Column {
-    Tokens,
-    Mask,
-    PromptOffsets,
-    CompletionOffsets,
-    GroupOffsets,
-    Roles,
-    Files,
-    Lines,
-    Metadata,
+/// Where everything lies, by the counts alone.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Places {
+    pub columns: [Range<usize>; Column::ALL.len()],
+    /// Header's end to table: what the blocks cover.
+    pub data: Range<usize>,
+    /// The blocks' checksums, up to the footer.
+    pub table: Range<usize>,
 }
 
-impl Column {
-    pub const ALL: [Self; 9] = [
-        Self::Tokens,
-        Self::Mask,
-        Self::PromptOffsets,
-        Self::CompletionOffsets,
-        Self::GroupOffsets,
-        Self::Roles,
-        Self::Files,
-        Self::Lines,
-        Self::Metadata,
-    ];
-
-    /// What the column holds before the first group: the offsets begin with 0.
-    pub fn start(self) -> &'static [u8] {
-        match self {
-            Self::PromptOffsets | Self::CompletionOffsets | Self::GroupOffsets => &[0; 8],
-            _ => &[],
+impl Places {
+    /// `None` where no file could be that long.
+    pub fn of(counts: Counts) -> Option<Self> {
+        let mut columns = [const { 0..0 }; Column::ALL.len()];
+        let mut end = HEADER;
+        for (range, column) in columns.iter_mut().zip(Column::ALL) {
+            let start = end;
+            *range = start..start.checked_add(counts.bytes(column)?)?;
+            end = range.end.checked_next_multiple_of(wire::ALIGNMENT)?;
         }
-    }
-}
-
-/// How many of everything a store holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub groups: usize,
-    pub completions: usize,
-    pub tokens: usize,
-    pub completion_tokens: usize,
-}
-
-/// The file's first 64 bytes.
-pub fn header(counts: Counts, file_length: usize) -> Vec<u8> {
-    let Counts {
-        groups,
-        completions,
-        tokens,
-        completion_tokens,
-    } = counts;
-    let numbers = [groups, completions, tokens, completion_tokens, file_length];
-    let numbers = numbers.map(|number| (number as u64).to_le_bytes());
-    let (version, endian) = (VERSION.to_le_bytes(), wire::ENDIAN_TAG.to_le_bytes());
-    wire::signed(&[MAGIC, &version, &endian, numbers.as_flattened()], HEADER)
-}
-
-/// The file's last 80 bytes.
-#[derive(Clone, Debug)]
-pub struct Footer {
-    pub metadata: usize,
-    pub digest: [u8; 32],
-    pub crcs: [u32; Column::ALL.len()],
-}
-
-impl Footer {
-    pub fn encode(&self) -> Vec<u8> {
-        let metadata = (self.metadata as u64).to_le_bytes();
-        let crcs = self.crcs.map(u32::to_le_bytes);
-        wire::signed(&[&metadata, &self.digest, crcs.as_flattened()], FOOTER)
-    }
-
-    fn decode(bytes: &[u8]) -> Option<Self> {
-        wire::is_signed(bytes).then(|| Self {
-            metadata: u64_at(bytes, 0) as usize,
-            digest: bytes[DIGEST_AT..CRCS_AT].try_into().expect("32 bytes"),
-            crcs: std::array::from_fn(|column| u32_at(bytes, CRCS_AT + 4 * column)),
+        let table = aligned(4 * blocks::count(end));
+        Some(Self {
+            columns,
+            data: HEADER..end,
+            table: end..end.checked_add(table)?,
         })
     }
+
+    /// Bytes of the file.
+    pub fn length(&self) -> Option<usize> {
+        self.table.end.checked_add(FOOTER)
+    }
 }
 
-/// Where every column lies; `None` where the counts do not fit in `length` bytes.
-fn columns(counts: Counts, metadata: usize, length: usize) -> Option<[Range<usize>; 9]> {
+/// The file's first 128 bytes.
+pub fn header(counts: Counts, length: usize, digest: &[u8; 32]) -> Vec<u8> {
     let Counts {
         groups,
         completions,
         tokens,
         completion_tokens,
+        metadata,
     } = counts;
-    let sizes = [
-        (tokens, 4),
-        (completion_tokens, 1),
-        (groups.checked_add(1)?, 8),
-        (completions.checked_add(1)?, 8),
-        (groups.checked_add(1)?, 8),
-        (completions, 1),
-        (groups, 4),
-        (groups, 8),
-        (metadata, 1),
+    let numbers = [
+        groups,
+        completions,
+        tokens,
+        completion_tokens,
+        metadata,
+        length,
     ];
-    let mut ranges = [const { 0..0 }; 9];
-    let mut end = HEADER;
-    for (range, (count, size)) in ranges.iter_mut().zip(sizes) {
-        let start = aligned(end);
-        end = start.checked_add(count.checked_mul(size)?)?;
-        (end <= length).then_some(())?;
-        *range = start..end;
-    }
-    (aligned(end) + FOOTER == length).then_some(ranges)
+    let numbers = numbers.map(|number| (number as u64).to_le_bytes());
+    let (version, endian) = (VERSION.to_le_bytes(), wire::ENDIAN_TAG.to_le_bytes());
+    let parts = [
+        &MAGIC[..],
+        &version,
+        &endian,
+        numbers.as_flattened(),
+        digest,
+    ];
+    wire::signed(&parts, HEADER)
+}
+
+/// The file's last 64 bytes, after `table`, which ends at a multiple of 64.
+pub fn footer(digest: &[u8; 32], blocks: usize, table: &[u8]) -> Vec<u8> {
+    let (blocks, crc) = (
+        (blocks as u64).to_le_bytes(),
+        crc32c::crc32c(table).to_le_bytes(),
+    );
+    wire::signed(&[digest, &blocks, &crc], FOOTER)
 }
 
 /// What header and footer say.
 #[derive(Debug)]
 pub struct Frame {
     pub counts: Counts,
-    pub footer: Footer,
-    pub columns: [Range<usize>; 9],
+    pub digest: [u8; 32],
+    pub places: Places,
 }
 
 impl Frame {
-    /// Checks header, footer and sizes, in the order in which they explain a failure best.
+    /// Checks header, footer, sizes and table, in the order in which they explain a failure best.
     pub fn read(path: &Path, bytes: &[u8]) -> Result<Self> {
-        let corrupt = |reason: String| Err(Error::store(path, reason));
-        let length = bytes.len();
-        if length < HEADER + FOOTER {
-            return corrupt(format!("{length} bytes are too few for header and footer"));
-        }
-        if !bytes.starts_with(MAGIC) {
-            return corrupt("it does not begin with LRSTORE1".into());
-        }
-        if u32_at(bytes, ENDIAN_AT) == wire::ENDIAN_TAG.swap_bytes() {
-            return corrupt("it was written on a big-endian machine".into());
-        }
-        if !wire::is_signed(&bytes[..HEADER]) {
-            return corrupt("the header's checksum does not match".into());
-        }
-        let version = u32_at(bytes, VERSION_AT);
-        if version != VERSION {
-            return corrupt(format!(
-                "format version {version}, this library reads {VERSION}"
-            ));
-        }
-        let expected = u64_at(bytes, LENGTH_AT);
-        if expected != length as u64 {
-            return corrupt(format!("expected {expected} bytes, found {length}"));
-        }
-        let Some(footer) = Footer::decode(&bytes[length - FOOTER..]) else {
-            return corrupt("the footer's checksum does not match".into());
-        };
-        let count = |field: usize| u64_at(bytes, COUNTS_AT + 8 * field) as usize;
+        Self::of(bytes).map_err(|reason| Error::store(path, reason))
+    }
+
+    fn of(bytes: &[u8]) -> std::result::Result<Self, String> {
+        let header = check_header(bytes)?;
+        let count = |field: usize| u64_at(header, COUNTS_AT + 8 * field) as usize;
         let counts = Counts {
             groups: count(0),
             completions: count(1),
             tokens: count(2),
             completion_tokens: count(3),
+            metadata: count(4),
         };
-        match columns(counts, footer.metadata, length) {
-            Some(columns) => Ok(Self {
-                counts,
-                footer,
-                columns,
-            }),
-            None => corrupt(format!("{counts:?} do not fit in {length} bytes")),
-        }
+        let fits = |places: &Places| places.length() == Some(bytes.len());
+        let places = Places::of(counts).filter(|places| counts.are_possible() && fits(places));
+        let places = places.ok_or(format!("{counts:?} do not fit in {} bytes", bytes.len()))?;
+        let digest = &header[DIGEST_AT..DIGEST_AT + 32];
+        check_footer(bytes, digest, &places)?;
+        Ok(Self {
+            counts,
+            digest: digest.try_into().expect("32 bytes"),
+            places,
+        })
+    }
+}
+
+fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
+    let length = bytes.len();
+    if bytes.starts_with(FIRST_MAGIC) {
+        return Err("format version 1 is no longer read: build the store again".into());
+    }
+    if length < HEADER + FOOTER {
+        return Err(format!("{length} bytes are too few for header and footer"));
+    }
+    if !bytes.starts_with(MAGIC) {
+        return Err("it does not begin with LRSTORE2".into());
+    }
+    let header = &bytes[..HEADER];
+    if u32_at(header, ENDIAN_AT) == wire::ENDIAN_TAG.swap_bytes() {
+        return Err("it was written on a big-endian machine".into());
+    }
+    if !wire::is_signed(header) {
+        return Err("the header's checksum does not match".into());
+    }
+    let version = u32_at(header, VERSION_AT);
+    if version != VERSION {
+        return Err(format!(
+            "format version {version}, this library reads {VERSION}"
+        ));
+    }
+    let expected = u64_at(header, LENGTH_AT);
+    if expected != length as u64 {
+        return Err(format!("expected {expected} bytes, found {length}"));
+    }
+    Ok(header)
+}
+
+fn check_footer(bytes: &[u8], digest: &[u8], places: &Places) -> std::result::Result<(), String> {
+    let footer = &bytes[places.table.end..];
+    let (expected, found) = (blocks::count(places.data.end), u64_at(footer, BLOCKS_AT));
+    if !wire::is_signed(footer) {
+        Err("the footer's checksum does not match".into())
+    } else if !footer.starts_with(digest) {
+        Err("header and footer belong to different stores".into())
+    } else if found != expected as u64 {
+        Err(format!(
+            "expected checksums of {expected} blocks, found {found}"
+        ))
+    } else if crc32c::crc32c(&bytes[places.table.clone()]) != u32_at(footer, TABLE_CRC_AT) {
+        Err("the checksum of the blocks' checksums does not match".into())
+    } else {
+        Ok(())
     }
 }

@@ -1,17 +1,35 @@
 #![doc = include_str!("FORMAT.md")]
 
+mod blocks;
+mod bulk;
+mod columns;
+mod duplicates;
 mod format;
+mod progress;
+mod resume;
+mod sealing;
+mod select;
 mod spool;
+mod stored;
 pub(crate) mod target;
+mod threads;
+mod verify;
 mod writer;
 
 use std::{
     ops::Range,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
+use blocks::Blocks;
+pub use bulk::Bulk;
 use bytemuck::Pod;
-use format::{Column, Frame};
+use columns::{Column, Columns, Counts};
+pub use duplicates::Outcome;
+use format::Frame;
+pub use stored::{StoredCompletion, StoredGroup};
+use stored::{known_roles, steps, stored};
+use threads::in_parallel;
 pub use writer::StoreWriter;
 
 use crate::{
@@ -19,99 +37,65 @@ use crate::{
     fingerprint::{Key, PromptHash},
     map::Map,
     plan::Shape,
+    wire::Hex,
 };
+
+/// Groups whose keys one thread makes at least.
+const KEYED_TOGETHER: usize = 256;
 
 /// Every group of a dataset in flat, memory-mapped columns.
 ///
-/// Opening checks header, footer, sizes and that every offset lies inside its column, so nothing
-/// that reads a store can leave it. The bytes of ids, masks and sources are checked by
-/// [`Store::verify`] only.
+/// Opening checks header, footer, sizes and the blocks' checksums as such. Whatever first reads a
+/// block compares it with its checksum, and offsets are compared with each other where they are
+/// used: [`Error::CorruptStore`] instead of a wrong token, from any method that reads. Any number
+/// of threads and forked children may read one store.
 #[derive(Debug)]
 pub struct Store {
-    path: PathBuf,
+    /// As errors call it.
+    name: PathBuf,
+    /// Where it is whatever the working directory becomes.
+    path: Option<PathBuf>,
     map: Map,
     frame: Frame,
-}
-
-/// One group of a store, borrowed from its columns.
-#[derive(Clone, Copy, Debug)]
-pub struct StoredGroup<'a> {
-    /// Prompt, completion 1, completion 2, … as they lie in the store.
-    pub tokens: &'a [i32],
-    /// Length of the prompt.
-    pub prompt_length: usize,
-    /// Row number of the first completion.
-    pub first: usize,
-    offsets: &'a [u64],
-    mask: &'a [u8],
-    roles: &'a [u8],
-}
-
-/// One completion of a store.
-#[derive(Clone, Copy, Debug)]
-pub struct StoredCompletion<'a> {
-    /// Token ids.
-    pub ids: &'a [i32],
-    /// 1 where a token counts.
-    pub mask: &'a [u8],
-    /// Number of its role.
-    pub role: u8,
+    blocks: Blocks,
 }
 
 impl Store {
     /// Maps a sealed store.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::read(path.into(), Map::open(path)?)
+        let absolute = path::absolute(path).map_err(Error::io(path))?;
+        Self::read(path.into(), Some(absolute), Map::open(path)?)
     }
 
-    fn read(path: PathBuf, map: Map) -> Result<Self> {
-        let frame = Frame::read(&path, &map)?;
-        let store = Self { path, map, frame };
-        store.check_offsets()?;
+    /// Maps the sealed store that has this `digest`, in hex, and no other.
+    pub fn open_known(path: &Path, digest: &str) -> Result<Self> {
+        let store = Self::open(path)?;
+        let found = Hex(&store.digest()).to_string();
+        if found != digest {
+            return Err(store.corrupt(format!("its digest is {found}, not {digest}")));
+        }
         Ok(store)
     }
 
-    fn check_offsets(&self) -> Result<()> {
-        let counts = self.frame.counts;
-        let prompt_tokens = counts.tokens.wrapping_sub(counts.completion_tokens);
-        let rising = |column, last: usize| {
-            let offsets = self.column::<u64>(column);
-            let steps = offsets.windows(2).all(|pair| {
-                pair[1]
-                    .checked_sub(pair[0])
-                    .is_some_and(|step| (1..=u64::from(u32::MAX)).contains(&step))
-            });
-            steps && offsets[0] == 0 && offsets[offsets.len() - 1] == last as u64
-        };
-        let reason = if !rising(Column::PromptOffsets, prompt_tokens) {
-            "prompt offsets do not rise to the number of prompt tokens"
-        } else if !rising(Column::CompletionOffsets, counts.completion_tokens) {
-            "completion offsets do not rise to the number of completion tokens"
-        } else if !rising(Column::GroupOffsets, counts.completions) {
-            "group offsets do not rise to the number of completions"
-        } else if std::str::from_utf8(self.column(Column::Metadata)).is_err() {
-            "the metadata are not UTF-8"
-        } else {
-            return Ok(());
-        };
-        Err(Error::store(&self.path, reason))
+    fn in_memory(map: Map) -> Result<Self> {
+        Self::read("<memory>".into(), None, map)
     }
 
-    /// Compares every column with its checksum.
-    pub fn verify(&self) -> Result<()> {
-        for (column, &expected) in Column::ALL.into_iter().zip(&self.frame.footer.crcs) {
-            if crc32c::crc32c(self.column(column)) != expected {
-                let range = &self.frame.columns[column as usize];
-                let reason = format!("the checksum of {column:?} (bytes {range:?}) does not match");
-                return Err(Error::store(&self.path, reason));
-            }
-        }
-        Ok(())
+    fn read(name: PathBuf, path: Option<PathBuf>, map: Map) -> Result<Self> {
+        let frame = Frame::read(&name, &map)?;
+        let blocks = Blocks::new(frame.places.data.clone(), frame.places.table.start);
+        Ok(Self {
+            name,
+            path,
+            map,
+            frame,
+            blocks,
+        })
     }
 
-    fn column<T: Pod>(&self, column: Column) -> &[T] {
-        // Columns start at multiples of 64 in a map that starts at a page.
-        bytemuck::cast_slice(&self.map[self.frame.columns[column as usize].clone()])
+    /// The absolute path it was opened at; `None` in memory.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// Number of groups.
@@ -134,149 +118,126 @@ impl Store {
         self.frame.counts.tokens
     }
 
-    /// The writer's text about this store.
-    #[expect(clippy::missing_panics_doc, reason = "checked at open")]
-    pub fn metadata(&self) -> &str {
-        std::str::from_utf8(self.column(Column::Metadata)).expect("checked at open")
-    }
-
     /// Hash of the columns, without the metadata.
     pub fn digest(&self) -> [u8; 32] {
-        self.frame.footer.digest
+        self.frame.digest
+    }
+
+    /// The writer's text about this store.
+    pub fn metadata(&self) -> Result<&str> {
+        let text = self.read(Column::Metadata, 0..self.frame.counts.metadata)?;
+        std::str::from_utf8(text).map_err(|_| self.corrupt("the metadata are not UTF-8".into()))
     }
 
     /// Where the completions of each group begin, and their number: `[G+1]`.
-    pub fn completion_offsets(&self) -> &[u64] {
-        self.column(Column::GroupOffsets)
+    pub fn completion_offsets(&self) -> Result<&[u64]> {
+        self.offsets(Column::GroupOffsets)
     }
 
     /// Number of the role of each completion: `[N]`.
-    pub fn roles(&self) -> &[u8] {
-        self.column(Column::Roles)
+    pub fn roles(&self) -> Result<&[u8]> {
+        known_roles(self, 0..self.completions())
     }
 
     /// File number of each group: `[G]`.
-    pub fn files(&self) -> &[u32] {
-        self.column(Column::Files)
+    pub fn files(&self) -> Result<&[u32]> {
+        Columns::read(self, Column::Files, 0..self.len())
     }
 
     /// Line number of each group: `[G]`.
-    pub fn lines(&self) -> &[u64] {
-        self.column(Column::Lines)
+    pub fn lines(&self) -> Result<&[u64]> {
+        Columns::read(self, Column::Lines, 0..self.len())
     }
 
     /// Tokens of each group, its prompt counted once: `[G]`.
-    pub fn shared_lengths(&self) -> Vec<u32> {
-        self.groups()
-            .map(|group| group.tokens.len() as u32)
-            .collect()
+    pub fn shared_lengths(&self) -> Result<Vec<u32>> {
+        let shapes = self.shapes()?.into_iter();
+        Ok(shapes.map(|shape| shape.tokens).collect())
     }
 
     /// Tokens of each prompt: `[G]`.
-    pub fn prompt_lengths(&self) -> Vec<u32> {
-        steps(self.column(Column::PromptOffsets)).collect()
+    pub fn prompt_lengths(&self) -> Result<Vec<u32>> {
+        Ok(steps(self.offsets(Column::PromptOffsets)?).collect())
     }
 
     /// Tokens of each completion: `[N]`.
-    pub fn completion_lengths(&self) -> Vec<u32> {
-        steps(self.column(Column::CompletionOffsets)).collect()
+    pub fn completion_lengths(&self) -> Result<Vec<u32>> {
+        Ok(steps(self.offsets(Column::CompletionOffsets)?).collect())
     }
 
     /// Tokens of each completion that count: `[N]`.
-    pub fn counted_lengths(&self) -> Vec<u32> {
-        let mask = self.column::<u8>(Column::Mask);
+    pub fn counted_lengths(&self) -> Result<Vec<u32>> {
+        let offsets = self.offsets(Column::CompletionOffsets)?;
+        let mask: &[u8] =
+            Columns::read(self, Column::Mask, 0..self.frame.counts.completion_tokens)?;
         let counted = |range: Range<usize>| mask[range].iter().map(|&value| u32::from(value)).sum();
-        ranges(self.column(Column::CompletionOffsets))
-            .map(counted)
-            .collect()
+        let ranges = offsets
+            .windows(2)
+            .map(|pair| pair[0] as usize..pair[1] as usize);
+        Ok(ranges.map(counted).collect())
     }
 
     /// The key of each completion in its prompt: `[N]`.
-    pub fn keys(&self) -> Vec<Key> {
-        let mut keys = Vec::with_capacity(self.completions());
-        for group in self.groups() {
-            let prompt = PromptHash::new(group.prompt());
-            keys.extend(
-                group
-                    .completions()
-                    .map(|completion| prompt.key(completion.ids)),
-            );
-        }
-        keys
+    pub fn keys(&self) -> Result<Vec<Key>> {
+        let keys = in_parallel(self.len(), KEYED_TOGETHER, |groups| {
+            let mut keys = Vec::new();
+            for group in groups {
+                let group = stored(self, group)?;
+                let prompt = PromptHash::new(group.prompt());
+                keys.extend(
+                    group
+                        .completions()
+                        .map(|completion| prompt.key(completion.ids)),
+                );
+            }
+            Ok(keys)
+        });
+        Ok(keys.into_iter().collect::<Result<Vec<_>>>()?.concat())
     }
 
     /// What each group costs in a batch: `[G]`.
-    pub fn shapes(&self) -> Vec<Shape> {
-        self.groups().map(StoredGroup::shape).collect()
+    pub fn shapes(&self) -> Result<Vec<Shape>> {
+        let prompts = steps(self.offsets(Column::PromptOffsets)?);
+        let completions = self.offsets(Column::CompletionOffsets)?;
+        let groups = self.completion_offsets()?.windows(2);
+        let shape = |(prompt, group): (u32, &[u64])| {
+            let own = &completions[group[0] as usize..=group[1] as usize];
+            Shape::new(prompt as usize, steps(own))
+        };
+        Ok(prompts.zip(groups).map(shape).collect())
     }
 
     /// The group at `index`.
     pub fn group(&self, index: i64) -> Result<StoredGroup<'_>> {
-        error::index("group", index, self.len()).map(|index| self.at(index))
+        error::index("group", index, self.len()).and_then(|index| stored(self, index))
     }
 
-    /// Every group in order.
-    pub fn groups(&self) -> impl Iterator<Item = StoredGroup<'_>> {
-        (0..self.len()).map(|index| self.at(index))
+    /// The groups in order.
+    pub fn groups(&self) -> impl ExactSizeIterator<Item = Result<StoredGroup<'_>>> {
+        (0..self.len()).map(|index| stored(self, index))
+    }
+}
+
+impl Columns for Store {
+    fn counts(&self) -> Counts {
+        self.frame.counts
     }
 
-    fn at(&self, index: usize) -> StoredGroup<'_> {
-        let prompts: &[u64] = self.column(Column::PromptOffsets);
-        let groups: &[u64] = self.column(Column::GroupOffsets);
-        let (first, last) = (groups[index] as usize, groups[index + 1] as usize);
-        let offsets = &self.column::<u64>(Column::CompletionOffsets)[first..=last];
-        let (start, end) = (offsets[0], offsets[last - first]);
-        let tokens = (prompts[index] + start) as usize..(prompts[index + 1] + end) as usize;
-        StoredGroup {
-            tokens: &self.column(Column::Tokens)[tokens],
-            prompt_length: (prompts[index + 1] - prompts[index]) as usize,
-            first,
-            offsets,
-            mask: &self.column(Column::Mask)[start as usize..end as usize],
-            roles: &self.roles()[first..last],
+    fn read<T: Pod>(&self, column: Column, items: Range<usize>) -> Result<&[T]> {
+        let place = &self.frame.places.columns[column as usize];
+        if items.start > items.end || items.end > place.len() / size_of::<T>() {
+            return Err(self.corrupt(format!("{items:?} is outside {}", column.name())));
+        }
+        let start = place.start + items.start * size_of::<T>();
+        let bytes = start..start + items.len() * size_of::<T>();
+        match self.blocks.ensure(&self.map, &bytes) {
+            // Columns start at multiples of 64 in a map that starts at a page.
+            Ok(()) => Ok(bytemuck::cast_slice(&self.map[bytes])),
+            Err(block) => Err(self.bad_block(block)),
         }
     }
-}
 
-impl<'a> StoredGroup<'a> {
-    /// Ids of the prompt.
-    pub fn prompt(self) -> &'a [i32] {
-        &self.tokens[..self.prompt_length]
+    fn corrupt(&self, reason: String) -> Error {
+        Error::store(&self.name, reason)
     }
-
-    /// Number of the role of each completion.
-    pub fn roles(self) -> &'a [u8] {
-        self.roles
-    }
-
-    /// The completions in order.
-    pub fn completions(self) -> impl ExactSizeIterator<Item = StoredCompletion<'a>> {
-        let ids = &self.tokens[self.prompt_length..];
-        let base = self.offsets[0] as usize;
-        self.offsets
-            .windows(2)
-            .zip(self.roles)
-            .map(move |(pair, &role)| {
-                let range = pair[0] as usize - base..pair[1] as usize - base;
-                StoredCompletion {
-                    ids: &ids[range.clone()],
-                    mask: &self.mask[range],
-                    role,
-                }
-            })
-    }
-
-    fn shape(self) -> Shape {
-        Shape::new(self.prompt_length, steps(self.offsets))
-    }
-}
-
-fn steps(offsets: &[u64]) -> impl Iterator<Item = u32> {
-    offsets.windows(2).map(|pair| (pair[1] - pair[0]) as u32)
-}
-
-fn ranges(offsets: &[u64]) -> impl Iterator<Item = Range<usize>> {
-    offsets
-        .windows(2)
-        .map(|pair| pair[0] as usize..pair[1] as usize)
 }

@@ -1,11 +1,14 @@
-//! A column on its way to a store: buffered, hashed and checksummed piece by piece.
+//! A column on its way to a store: buffered and hashed piece by piece.
 
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom, Write},
+    os::unix::fs::FileExt,
 };
 
 use blake3::{Hash, Hasher};
+
+use super::blocks::BlockCrcs;
 
 /// Bytes go to their sink in pieces of this size.
 const PIECE: usize = 256 << 10;
@@ -25,21 +28,15 @@ impl Sink {
         }
     }
 
-    /// Takes over the bytes of `other`.
-    pub fn append(&mut self, other: Self) -> io::Result<()> {
-        match (self, other) {
-            (sink, Self::Memory(bytes)) => sink.write(&bytes),
-            (Self::Disk(file), Self::Disk(mut other)) => {
-                other.rewind()?;
-                io::copy(&mut other, file).map(drop)
-            }
-            (Self::Memory(memory), Self::Disk(mut other)) => {
-                other.rewind()?;
-                io::copy(&mut other, memory).map(drop)
-            }
+    fn read_at(&self, at: usize, into: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Memory(memory) => into.copy_from_slice(&memory[at..at + into.len()]),
+            Self::Disk(file) => file.read_exact_at(into, at as u64)?,
         }
+        Ok(())
     }
 
+    /// Writes where the room for a header was left.
     pub fn overwrite_start(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Memory(memory) => memory[..bytes.len()].copy_from_slice(bytes),
@@ -57,30 +54,41 @@ impl Sink {
 pub struct Spool {
     sink: Sink,
     buffer: Vec<u8>,
+    /// Bytes in the sink before the column.
+    room: usize,
+    /// Bytes of the column in the sink.
     length: usize,
-    crc: u32,
     hasher: Hasher,
-}
-
-/// A column that is complete.
-#[derive(Debug)]
-pub struct Spooled {
-    pub sink: Sink,
-    pub length: usize,
-    pub crc: u32,
-    pub hash: Hash,
+    /// Of the column that the others are appended to.
+    crcs: Option<BlockCrcs>,
 }
 
 impl Spool {
-    /// Starts with the bytes of `start`.
-    pub fn new(sink: Sink, start: &[u8]) -> Self {
+    /// A column that begins with `start`, in a sink that holds `room` bytes.
+    pub fn new(sink: Sink, room: usize, start: &[u8]) -> Self {
         Self {
             sink,
             buffer: start.to_vec(),
+            room,
             length: 0,
-            crc: 0,
             hasher: Hasher::new(),
+            crcs: (room > 0).then(|| BlockCrcs::new(room)),
         }
+    }
+
+    /// A column that goes on after `written`, which its sink holds already.
+    pub fn go_on(sink: Sink, room: usize, written: &[u8]) -> Self {
+        let mut spool = Self::new(sink, room, &[]);
+        spool.note(written);
+        spool
+    }
+
+    fn note(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        if let Some(crcs) = &mut self.crcs {
+            crcs.update(bytes);
+        }
+        self.length += bytes.len();
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -92,23 +100,57 @@ impl Spool {
         }
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        self.crc = crc32c::crc32c_append(self.crc, &self.buffer);
-        self.hasher.update(&self.buffer);
-        self.length += self.buffer.len();
-        self.sink.write(&self.buffer)?;
+    pub fn flush(&mut self) -> io::Result<()> {
+        let buffer = std::mem::take(&mut self.buffer);
+        self.note(&buffer);
+        self.sink.write(&buffer)?;
+        self.buffer = buffer;
         self.buffer.clear();
         Ok(())
     }
 
-    pub fn finish(mut self) -> io::Result<Spooled> {
+    /// Makes everything written so far survive a loss of power.
+    pub fn sync(&mut self) -> io::Result<()> {
         self.flush()?;
-        let hash = self.hasher.finalize();
-        Ok(Spooled {
-            sink: self.sink,
-            length: self.length,
-            crc: self.crc,
-            hash,
-        })
+        match &self.sink {
+            Sink::Memory(_) => Ok(()),
+            Sink::Disk(file) => file.sync_data(),
+        }
+    }
+
+    /// Where the sink ends, by what was flushed.
+    pub fn end(&self) -> usize {
+        self.room + self.length
+    }
+
+    /// Hash of everything that was flushed.
+    pub fn hash(&self) -> Hash {
+        self.hasher.finalize()
+    }
+
+    /// Bytes of the column that were written already.
+    pub fn read_at<const LENGTH: usize>(&self, at: usize) -> io::Result<[u8; LENGTH]> {
+        let mut bytes = [0; LENGTH];
+        match at.checked_sub(self.length) {
+            Some(at) => bytes.copy_from_slice(&self.buffer[at..at + LENGTH]),
+            None => self.sink.read_at(self.room + at, &mut bytes)?,
+        }
+        Ok(bytes)
+    }
+
+    /// Hands every piece of the flushed column to `each`.
+    pub fn pieces(&self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        let mut piece = vec![0; PIECE];
+        for start in (0..self.length).step_by(PIECE) {
+            let piece = &mut piece[..(self.length - start).min(PIECE)];
+            self.sink.read_at(self.room + start, piece)?;
+            each(piece)?;
+        }
+        Ok(())
+    }
+
+    /// The flushed sink, and the checksums so far if it is the column that others are appended to.
+    pub fn into_parts(self) -> (Sink, Option<BlockCrcs>) {
+        (self.sink, self.crcs)
     }
 }

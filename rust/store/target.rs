@@ -1,41 +1,64 @@
-//! The file that becomes a store: written beside its name, locked, published by a rename.
+//! The folder in which a store grows, beside its name: locked, published by a rename.
 
 use std::{
     fs::{self, File, TryLockError},
-    io,
+    io::{self, ErrorKind},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process,
 };
 
+use super::columns::Column;
 use crate::{Error, Result};
 
-/// A store's name and the `.partial` beside it, which is removed unless published.
+const LOCK: &str = "lock";
+/// How often other writers may take the folder away while this one reaches for it.
+const TRIES: usize = 100;
+/// The last checkpoint, and the next one until it is whole.
+pub const PROGRESS: &str = "progress";
+pub const NEXT_PROGRESS: &str = "progress.new";
+/// The group that each duplicate is one of.
+pub const REPEATS: &str = "repeats";
+
+/// A store's name and the `.partial` folder beside it, which is removed when its writer goes,
+/// unless a checkpoint was made in it.
 #[derive(Debug)]
 pub struct Target {
     pub path: PathBuf,
     pub partial: PathBuf,
-    published: bool,
-    /// A forked child must not remove its parent's file.
+    /// Whether an unfinished writer leaves the folder to be resumed.
+    pub keep: bool,
+    /// A forked child must not touch its parent's files.
     owner: u32,
+    /// Held until the folder is gone.
+    _lock: File,
 }
 
 impl Target {
     /// Takes `<path>.partial` for this writer alone, and empties it.
-    pub fn lock(path: &Path) -> Result<(Self, File)> {
+    pub fn create(path: &Path) -> Result<Self> {
+        let target = Self::lock(path, true)?.expect("a missing folder is made");
+        target.clear().map_err(Error::io(&target.partial))?;
+        Ok(target)
+    }
+
+    /// Takes what an earlier writer left at `<path>.partial`, if anything.
+    pub fn existing(path: &Path) -> Result<Option<Self>> {
+        Self::lock(path, false)
+    }
+
+    fn lock(path: &Path, make: bool) -> Result<Option<Self>> {
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
-        let file = exclusive(&partial).map_err(Error::io(&partial))?;
-        Ok((
-            Self {
-                path: path.into(),
-                partial,
-                published: false,
-                owner: process::id(),
-            },
-            file,
-        ))
+        let lock = exclusive(&partial, make).map_err(Error::io(&partial))?;
+        Ok(lock.map(|lock| Self {
+            path: path.into(),
+            partial,
+            keep: !make,
+            owner: process::id(),
+            _lock: lock,
+        }))
     }
 
     /// Whether this process made it.
@@ -43,29 +66,48 @@ impl Target {
         self.owner == process::id()
     }
 
-    /// The folder that both names live in.
-    pub fn folder(&self) -> &Path {
-        let parent = self
-            .path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
+    /// A file of the folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.partial.join(name)
+    }
+
+    /// Puts `file`, the first column with everything behind it, in the store's place, and makes
+    /// its bytes, then its name, survive a loss of power.
+    pub fn publish(&mut self, file: &File) -> Result<()> {
+        file.sync_all().map_err(Error::io(&self.partial))?;
+        let sealed = self.file(Column::Tokens.name());
+        fs::rename(sealed, &self.path).map_err(Error::io(&self.path))?;
+        self.keep = false;
+        sync_folder(self.parent())
+    }
+
+    /// The folder that the store and its own folder live in.
+    pub fn parent(&self) -> &Path {
+        let parent = self.path.parent();
+        let parent = parent.filter(|parent| !parent.as_os_str().is_empty());
         parent.unwrap_or(Path::new("."))
     }
 
-    /// Makes the bytes, then the name, survive a loss of power.
-    pub fn publish(&mut self, file: &File) -> Result<()> {
-        file.sync_all().map_err(Error::io(&self.partial))?;
-        fs::rename(&self.partial, &self.path).map_err(Error::io(&self.path))?;
-        self.published = true;
-        sync_folder(self.folder())
+    /// Removes what writers leave, and nothing else that may be in the folder.
+    fn clear(&self) -> io::Result<()> {
+        let columns = Column::ALL.iter().map(|column| column.name());
+        for name in columns.chain([PROGRESS, NEXT_PROGRESS, REPEATS]) {
+            match fs::remove_file(self.file(name)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 
 impl Drop for Target {
     fn drop(&mut self) {
-        if !self.published && self.is_ours() {
-            // Nothing can be done about a failure here; the next writer replaces the file.
-            let _ = fs::remove_file(&self.partial);
+        if !self.keep && self.is_ours() {
+            // Nothing can be done about a failure here; the next writer replaces what is left.
+            let _ = self.clear();
+            let _ = fs::remove_file(self.file(LOCK));
+            let _ = fs::remove_dir(&self.partial);
         }
     }
 }
@@ -77,23 +119,34 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
         .map_err(Error::io(folder))
 }
 
-fn exclusive(partial: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(partial)?;
-    let taken = || io::Error::new(io::ErrorKind::WouldBlock, "another writer holds this file");
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(taken()),
-        Err(TryLockError::Error(error)) => return Err(error),
+/// Locks the folder's lock file; `None` where there is no folder and none is to be made.
+fn exclusive(partial: &Path, make: bool) -> io::Result<Option<File>> {
+    let name = partial.join(LOCK);
+    let taken = || io::Error::new(ErrorKind::WouldBlock, "another writer holds this folder");
+    for _ in 0..TRIES {
+        if make {
+            match fs::create_dir(partial) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+        }
+        let mut options = File::options();
+        let lock = match options.write(true).create(true).truncate(false).open(&name) {
+            // Another writer's folder may go between the two calls.
+            Err(error) if error.kind() == ErrorKind::NotFound && make => continue,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(taken()),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        // Between open and lock another writer may have removed this very file.
+        match fs::metadata(&name) {
+            Ok(found) if found.ino() == lock.metadata()?.ino() => return Ok(Some(lock)),
+            _ => {}
+        }
     }
-    // Between open and lock another writer may have published this very file under its real name.
-    if fs::metadata(partial).map_err(|_| taken())?.ino() != file.metadata()?.ino() {
-        return Err(taken());
-    }
-    file.set_len(0)?;
-    Ok(file)
+    Err(taken())
 }

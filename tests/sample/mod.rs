@@ -108,3 +108,26 @@ pub fn fill(mut writer: StoreWriter, samples: &[Sample]) -> Store {
 pub fn store(samples: &[Sample]) -> Store {
     fill(StoreWriter::in_memory(), samples)
 }
+
+/// Whether a store has just these groups, pushed by [`fill`].
+pub fn assert_holds(store: &Store, samples: &[Sample]) {
+    assert_eq!(store.len(), samples.len());
+    let files = store.files().expect("whole");
+    let lines = store.lines().expect("whole");
+    for (number, (group, sample)) in store.groups().zip(samples).enumerate() {
+        let group = group.expect("whole");
+        assert_eq!(group.prompt(), sample.prompt);
+        assert_eq!(files[number], number as u32 % 3);
+        assert_eq!(lines[number], number as u64 + 1);
+        let found: Vec<_> = group
+            .completions()
+            .map(|one| (one.ids.to_vec(), one.mask.to_vec(), one.role))
+            .collect();
+        let expected: Vec<_> = sample
+            .completions
+            .iter()
+            .map(|one| (one.ids(), one.mask(), one.role))
+            .collect();
+        assert_eq!(found, expected);
+    }
+}

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from logratio.cli import scoring, training
+from logratio.cli import data, scoring, training
 
 app = typer.Typer(
     name="logratio",
@@ -33,6 +33,7 @@ for command in (
     scoring.demo,
 ):
     app.command()(command)
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

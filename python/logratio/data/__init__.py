@@ -5,8 +5,9 @@ from logratio.data.arenas import Arenas
 from logratio.data.batches import lay_out, micro_batches
 from logratio.data.chat import ChatTemplate, ChatTemplateError
 from logratio.data.codes import CODES
-from logratio.data.dataset import build_store
+from logratio.data.dataset import StoreMismatchError, build_store, load_store
 from logratio.data.feed import Feed, FeedSettings, FeedStateError, MicroBatch
+from logratio.data.formats import FormatSettings
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup
 from logratio.data.records import (
     Completion,
@@ -31,6 +32,7 @@ __all__ = [
     "Feed",
     "FeedSettings",
     "FeedStateError",
+    "FormatSettings",
     "InvalidRecordError",
     "Message",
     "MicroBatch",
@@ -38,11 +40,13 @@ __all__ = [
     "PreferenceTokenizer",
     "Refusal",
     "Source",
+    "StoreMismatchError",
     "TokenizationRules",
     "TokenizedCompletion",
     "TokenizedGroup",
     "ahead",
     "build_store",
     "lay_out",
+    "load_store",
     "micro_batches",
 ]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -29,6 +30,9 @@ class BadDataError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join((self.summary, *self.errors))
+
+
+_COUNTERS = {"refused_by_code", "warnings_by_code", "formats", "extra_keys"}
 
 
 @dataclass(slots=True)
@@ -87,13 +91,25 @@ class DataReport:
         self.deduplicated += 1
         self._list("duplicate", f"{source} repeats {first}")
 
-    def keep(self, group: TokenizedGroup) -> None:
-        """Count a kept row, its tokens and its warnings."""
-        self.kept += 1
-        self.prompt_tokens += len(group.prompt_ids)
-        self.completion_tokens += sum(len(completion.ids) for completion in group.completions)
-        for code in group.notes:
-            self.warn(code, group.source)
+    def keep(self, groups: Sequence[TokenizedGroup]) -> None:
+        """Count a kept row, the tokens of its groups and their warnings."""
+        completions = [completion for group in groups for completion in group.completions]
+        prompts = sum(len(group.prompt_ids) for group in groups)
+        self.keep_many(1, prompts, sum(len(completion.ids) for completion in completions))
+        for group in groups:
+            for code in group.notes:
+                self.warn(code, group.source)
+
+    def keep_many(self, rows: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count kept rows of which there is nothing to tell."""
+        self.kept += rows
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+
+    def withdraw(self, refusal: Refusal) -> None:
+        """Count a row as refused that was kept so far."""
+        self.kept -= 1
+        self.refuse(refusal)
 
     def check(self) -> None:
         """Make sure that no row was lost.
@@ -120,6 +136,15 @@ class DataReport:
             "completion_tokens": self.completion_tokens,
             "places": self.places,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
+        """Read what `to_dict` returned."""
+        report = cls()
+        for name in report.__slots__:
+            value = values[name]
+            setattr(report, name, Counter(value) if name in _COUNTERS else value)
+        return report
 
     def to_text(self) -> str:
         """Tell it to a person."""

@@ -10,7 +10,13 @@ import numpy as np
 from torch import nn
 
 from logratio._rust import Store
-from logratio.data import DataReport, PreferenceTokenizer, TokenizationRules, build_store
+from logratio.data import (
+    DataReport,
+    FormatSettings,
+    PreferenceTokenizer,
+    TokenizationRules,
+    build_store,
+)
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
 from logratio.training import demand
@@ -82,7 +88,7 @@ def load_dataset(
             files,
             tokenizer,
             path,
-            demonstrations=demonstrations,
+            formats=FormatSettings(demonstrations, kinds=("pair",)),
             max_bad_fraction=max_bad_fraction,
             progress=on_bytes,
             refused=refused,

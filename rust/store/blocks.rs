@@ -1,0 +1,119 @@
+//! Blocks of a file and their checksums: made while writing, compared at the first read.
+
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use crate::wire::u32_at;
+
+/// Bytes of the file that one checksum covers.
+///
+/// Small enough that a first read of one group costs microseconds (about 6 µs a block), large
+/// enough that the table is a 16,384th of the file; a multiple of every page size in use, and what
+/// Linux reads ahead at least.
+pub const BLOCK: usize = 64 << 10;
+
+/// How many blocks `length` bytes from the start of the file touch.
+pub fn count(length: usize) -> usize {
+    length.div_ceil(BLOCK)
+}
+
+/// Checksums of a file that is written from a position on, in order.
+#[derive(Clone, Debug)]
+pub struct BlockCrcs {
+    at: usize,
+    open: u32,
+    done: Vec<u32>,
+}
+
+impl BlockCrcs {
+    /// The first byte will be at `at`, inside block 0.
+    pub fn new(at: usize) -> Self {
+        Self {
+            at,
+            open: 0,
+            done: Vec::new(),
+        }
+    }
+
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let room = BLOCK - self.at % BLOCK;
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            self.open = crc32c::crc32c_append(self.open, now);
+            self.at += now.len();
+            if now.len() == room {
+                self.done.push(std::mem::take(&mut self.open));
+            }
+            bytes = later;
+        }
+    }
+
+    /// The table, with the last block as far as it was filled.
+    pub fn finish(mut self) -> Vec<u8> {
+        if !self.at.is_multiple_of(BLOCK) {
+            self.done.push(self.open);
+        }
+        self.done.into_iter().flat_map(u32::to_le_bytes).collect()
+    }
+}
+
+/// Which blocks of a map were compared with their checksums.
+///
+/// Two threads may check a block at the same time, which costs time only: bits are set once a block
+/// was found whole and never cleared, and what they promise does not change. A forked child goes on
+/// with a copy of the bits.
+#[derive(Debug)]
+pub struct Blocks {
+    data: Range<usize>,
+    /// Where the checksums are.
+    table: usize,
+    whole: Box<[AtomicU64]>,
+}
+
+impl Blocks {
+    /// Blocks of the bytes `data`, whose checksums lie from `table` on in the same file.
+    pub fn new(data: Range<usize>, table: usize) -> Self {
+        let words = count(data.end).div_ceil(64);
+        let whole = (0..words).map(|_| AtomicU64::new(0)).collect();
+        Self { data, table, whole }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        count(self.data.end)
+    }
+
+    /// The bytes of a block.
+    pub fn range(&self, block: usize) -> Range<usize> {
+        let start = (block * BLOCK).max(self.data.start);
+        start..((block + 1) * BLOCK).min(self.data.end)
+    }
+
+    /// Compares the blocks that `range` touches, unless that was done before; the number of the
+    /// first that is not what was written.
+    pub fn ensure(&self, file: &[u8], range: &Range<usize>) -> Result<(), usize> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        for block in range.start / BLOCK..=(range.end - 1) / BLOCK {
+            let seen = self.whole[block / 64].load(Ordering::Relaxed) >> (block % 64) & 1;
+            if seen == 0 && !self.check(file, block) {
+                return Err(block);
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares one block, whatever was found before.
+    #[cold]
+    pub fn check(&self, file: &[u8], block: usize) -> bool {
+        let whole =
+            crc32c::crc32c(&file[self.range(block)]) == u32_at(file, self.table + 4 * block);
+        if whole {
+            self.whole[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+        }
+        whole
+    }
+}
