@@ -1,6 +1,7 @@
 """The feed: the plan's batches, one ahead, in reused buffers; positions, workers, and its end."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -289,6 +290,15 @@ def test_ctrl_c_ends_a_feed_at_once() -> None:
     _, errors = running.communicate(timeout=60)
     assert running.returncode in (-signal.SIGINT, 130, 1)
     assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_feed_goes_to_another_process_with_its_position(tmp_path: Path) -> None:
+    feed = Feed(make_store(43, tmp_path / "pairs.store"), SETTINGS)
+    batches = iter(feed)
+    next(batches)
+    batches.close()
+    other = pickle.loads(pickle.dumps(feed))
+    assert places(iter(other)) == places(iter(feed))
 
 
 def test_settings_are_plain_values() -> None:
