@@ -73,16 +73,16 @@ fn reopen(folder: &Path, bytes: &[u8]) -> logratio::Result<Store> {
 fn touch(store: &Store) -> Vec<logratio::Result<()>> {
     let all: Vec<i64> = (0..store.len() as i64).collect();
     let request = Request::new(Order::LengthGrouped, 2, 64);
-    let plan = || plan::plan(&store.shapes()?, &request);
     let lay_out = |layout| {
         let batch = Batch::new(store, &all, Options::new(layout))?;
         let mut arena = vec![0i64; batch.table().bytes() / 8];
         batch.fill(bytemuck::cast_slice_mut(&mut arena))
     };
+    let plan = || plan::plan(&store.shapes()?, &request);
     vec![
         plan().map(drop),
-        lay_out(Layout::Shared).map(drop),
-        lay_out(Layout::Padded).map(drop),
+        lay_out(Layout::Shared),
+        lay_out(Layout::Padded),
         store.keys().map(drop),
         store.counted_lengths().map(drop),
         store.completion_lengths().map(drop),

@@ -152,7 +152,7 @@ impl Store {
     /// Tokens of each group, its prompt counted once: `[G]`.
     pub fn shared_lengths(&self) -> Result<Vec<u32>> {
         let shapes = self.shapes()?.into_iter();
-        Ok(shapes.map(|shape| shape.tokens as u32).collect())
+        Ok(shapes.map(|shape| shape.tokens).collect())
     }
 
     /// Tokens of each prompt: `[G]`.
