@@ -146,6 +146,7 @@ def _openai(view: View, value: dict[str, Any]) -> Question:
     if not isinstance(messages, list):
         code = "E201" if "messages" not in value else "E203"
         raise InvalidRecordError(code, f"{view.key('input')!r} holds no list of 'messages'")
+    view.leave("input", [key for key in value if key not in ("messages", TOOLS)])
     turns = conversations.prompt(messages, "input.messages")
     return Question("input", turns, _tools(value.get("tools"), "input.tools"))
 

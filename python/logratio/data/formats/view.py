@@ -1,6 +1,6 @@
 """A row under the names that formats know, and which of its keys were read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from logratio.data.containers import Row, json_type
@@ -38,6 +38,7 @@ class View:
         self._row = row
         self._columns = columns
         self._read: set[str] = set()
+        self._inner: dict[str, None] = {}
         self.mapped = columns.keys()
         self._values: Mapping[str, Any] = row
         if columns:
@@ -135,6 +136,10 @@ class View:
         """Return a name as the row spells it."""
         return self._columns.get(name, name)
 
+    def leave(self, name: str, keys: Iterable[str]) -> None:
+        """Note keys inside a value that are not read."""
+        self._inner |= {f"{self.key(name)}.{key}": None for key in keys}
+
     def extra_keys(self) -> tuple[str, ...]:
-        """Return the row's keys that were not read."""
-        return tuple(key for key in self._row if key not in self._read)
+        """Return the row's keys that were not read, and such keys inside of read ones."""
+        return (*(key for key in self._row if key not in self._read), *self._inner)
