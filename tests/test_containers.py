@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from piped import piped
 
 from logratio.data.containers import Row, Rows, open_file, open_inputs
 from logratio.data.records import Refusal, Source
@@ -88,22 +89,10 @@ TABLES = ["arrow", "arrows", "parquet"]
 
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
-    """Let stdin hold bytes, which come as a pipe's do: few at a time, and without seeking."""
-
-    class Pipe(io.RawIOBase):
-        def __init__(self, content: bytes) -> None:
-            self._content = io.BytesIO(content)
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            some = self._content.read(min(len(buffer), 37))
-            buffer[: len(some)] = some
-            return len(some)
+    """Let stdin hold bytes."""
 
     def put(content: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Pipe(content))))
+        monkeypatch.setattr(sys, "stdin", piped(content))
 
     return put
 
