@@ -157,7 +157,8 @@ def test_unpaired_bias_against_going_through_all_pairs(up: list[int], down: list
 
 
 @pytest.mark.parametrize(
-    ("shift", "strength"), [(0.0, None), (0.1, None), (0.3, "small"), (-0.6, "medium"), (1, "large")]
+    ("shift", "strength"),
+    [(0.0, None), (0.1, None), (0.3, "small"), (-0.6, "medium"), (1, "large")],
 )
 def test_a_shift_in_length_is_named_by_its_size(shift: float, strength: str | None) -> None:
     noise = np.random.default_rng(0).normal(shift, 1, 2000)
@@ -325,5 +326,3 @@ def as_array(*votes: Any) -> NDArray[np.int64]:
 def test_no_judgement_twice_is_no_estimate() -> None:
     assert estimate_flips(as_array([1, 0], [0, 1])) is None
     assert estimate_flips(np.zeros((0, 2), np.uint32)) is None
-
-
