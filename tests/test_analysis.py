@@ -1,7 +1,7 @@
 """Statistics of a data set: small cases by hand, and an oracle that goes through the pairs."""
 
 import math
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def make(groups: list[Group]) -> Store:
         writer.push(
             np.full(prompt, number, np.int32),
             ids,
-            np.array(sum(mask, []), np.uint8),
+            np.array(list(chain.from_iterable(mask)), np.uint8),
             np.array([length for length, _, _ in completions], np.uint32),
             np.array([role for _, _, role in completions], np.uint8),
             0,
@@ -53,6 +53,7 @@ def pairs(*lengths: tuple[int, int, int]) -> list[Group]:
 integers = st.lists(st.integers(-50, 5000), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(integers)
 def test_a_distribution_is_the_column_that_it_counts(numbers: list[int]) -> None:
     column = np.array(numbers)
@@ -66,6 +67,7 @@ def test_a_distribution_is_the_column_that_it_counts(numbers: list[int]) -> None
     assert found.above(7) == (column > 7).sum()
 
 
+@settings(deadline=None)
 @given(integers, integers)
 def test_joined_distributions_are_those_of_the_joined_columns(a: list[int], b: list[int]) -> None:
     joined = Distribution.of(np.array(a)).joined(Distribution.of(np.array(b)))
@@ -125,6 +127,7 @@ def test_demonstrations_have_nothing_to_compare() -> None:
     assert length_bias(Columns.of(make([(3, [(2, 2, DEMONSTRATION)])]))) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=40))
 def test_paired_bias_against_going_through_the_pairs(lengths: list[tuple[int, int]]) -> None:
     bias = length_bias(Columns.of(make(pairs(*((1, c, r) for c, r in lengths)))))
@@ -140,6 +143,7 @@ def test_paired_bias_against_going_through_the_pairs(lengths: list[tuple[int, in
 samples = st.lists(st.integers(1, 9), min_size=2, max_size=25)
 
 
+@settings(deadline=None)
 @given(samples, samples)
 def test_unpaired_bias_against_going_through_all_pairs(up: list[int], down: list[int]) -> None:
     groups: list[Group] = [(1, [(n, n, CHOSEN)]) for n in up]
@@ -157,7 +161,8 @@ def test_unpaired_bias_against_going_through_all_pairs(up: list[int], down: list
 
 
 @pytest.mark.parametrize(
-    ("shift", "strength"), [(0.0, None), (0.1, None), (0.3, "small"), (-0.6, "medium"), (1, "large")]
+    ("shift", "strength"),
+    [(0.0, None), (0.1, None), (0.3, "small"), (-0.6, "medium"), (1, "large")],
 )
 def test_a_shift_in_length_is_named_by_its_size(shift: float, strength: str | None) -> None:
     noise = np.random.default_rng(0).normal(shift, 1, 2000)
@@ -198,6 +203,7 @@ def test_flips_by_hand() -> None:
     assert flips.interval[0] < 0.1 < flips.interval[1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=20))
 def test_disagreement_against_drawing_two_judgements(votes: list[tuple[int, int]]) -> None:
     flips = estimate_flips(np.array(votes))
@@ -258,6 +264,7 @@ shapes = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(shapes)
 def test_padding_against_padding_rows(groups: list[Group]) -> None:
     def padded(order: list[Group]) -> int:
@@ -274,6 +281,7 @@ def test_padding_against_padding_rows(groups: list[Group]) -> None:
     assert found.shared == sum(p + sum(c for c, _, _ in completions) for p, completions in groups)
 
 
+@settings(deadline=None)
 @given(shapes)
 def test_any_store_can_be_described(groups: list[Group]) -> None:
     store = make(groups)
@@ -284,6 +292,7 @@ def test_any_store_can_be_described(groups: list[Group]) -> None:
     assert sum(analysis.lengths[name].count for name in ("prompt", "group")) == 2 * len(groups)
 
 
+@settings(deadline=None)
 @given(integers, st.integers(2, 40))
 def test_every_number_is_in_a_bin_or_outside(numbers: list[int], bins: int) -> None:
     found = histogram(Distribution.of(np.array(numbers)), bins)
@@ -325,5 +334,3 @@ def as_array(*votes: Any) -> NDArray[np.int64]:
 def test_no_judgement_twice_is_no_estimate() -> None:
     assert estimate_flips(as_array([1, 0], [0, 1])) is None
     assert estimate_flips(np.zeros((0, 2), np.uint32)) is None
-
-

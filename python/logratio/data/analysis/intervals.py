@@ -18,7 +18,8 @@ def wilson(share: float, count: float) -> Interval:
     spread = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
     middle = share + _Z**2 / (2 * count)
     scale = 1 + _Z**2 / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    # Rounding may not push an end past the share itself, which lies on it at 0 and at 1.
+    return min(share, (middle - spread) / scale), max(share, (middle + spread) / scale)
 
 
 def around(estimate: float, variance: float) -> Interval:

@@ -115,7 +115,7 @@ def _lengths(
         for name, colour, numbers in kinds
     )
     notes = tuple(
-        f"{name}: median {numbers.median:,.0f}, mean {numbers.mean:,.1f}"
+        f"{name}: median {numbers.median:,.1f}, mean {numbers.mean:,.1f}"
         for name, _, numbers in kinds
     )
     return HistogramPanel(title, "tokens", what, series, notes)

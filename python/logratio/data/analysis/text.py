@@ -39,7 +39,7 @@ def to_text(analysis: "Analysis") -> str:
 def _table(analysis: "Analysis") -> list[str]:
     head = f"{'tokens':<11}{'median':>10}{'mean':>10}{'p95':>10}{'longest':>10}{'in all':>16}"
     rows = [
-        f"{name:<11}{numbers.median:>10,.0f}{numbers.mean:>10,.1f}{numbers.quantile(0.95):>10,}"
+        f"{name:<11}{numbers.median:>10,.1f}{numbers.mean:>10,.1f}{numbers.quantile(0.95):>10,}"
         f"{numbers.largest:>10,}{numbers.total:>16,}"
         for name, numbers in analysis.lengths.items()
     ]
@@ -148,9 +148,10 @@ def _similarity(found: Similarity | None, groups: int) -> list[str]:
     if not found.similar:
         return [f"near-duplicates: none among {groups:,} groups ({rule})"]
     return [
-        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one "
-        f"({_percent(found.similar / groups)});",
-        f"  clusters: {found.clusters:,}, the largest of {found.largest:,} groups; {rule}",
+        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one, whoever "
+        "is chosen",
+        f"  {_percent(found.similar / groups)}, in {found.clusters:,} clusters of up to "
+        f"{found.largest:,} groups; {rule}",
         *(f"  {example}" for example in found.examples[:_SHOWN]),
     ]
 
