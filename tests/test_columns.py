@@ -62,7 +62,8 @@ def test_a_table_is_read_as_its_rows_are(
     whole = table(rows, ids)
     report, found = _read([whole], tokenizer)
     fitted = [
-        tokenizer.fitting.group(*row, Source("<table 0>", n)) for n, row in enumerate(rows, 1)
+        tokenizer.fitting.group(a, b, c, Source("<table 0>", n))
+        for n, (a, b, c) in enumerate(rows, 1)
     ]
     expected: list[Any] = []
     for group in fitted:

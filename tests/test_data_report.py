@@ -16,7 +16,13 @@ from tokenizers_for_tests import byte_level, save, word_level
 
 from logratio._rust import Store
 from logratio.cli.app import main
-from logratio.data import DataReport, PreferenceTokenizer, TokenizationRules, build_store
+from logratio.data import (
+    DataReport,
+    FormatSettings,
+    PreferenceTokenizer,
+    TokenizationRules,
+    build_store,
+)
 from logratio.data.analysis import Analysis, analyse
 from logratio.data.analysis.picture import draw
 from logratio.data.analysis.svg import short, ticks
@@ -278,7 +284,7 @@ def test_a_picture_of_other_kinds_of_groups(tmp_path: Path, folder: Path) -> Non
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = PreferenceTokenizer.load(folder)
-    store, account = build_store([path], tokenizer, demonstrations=True)
+    store, account = build_store([path], tokenizer, formats=FormatSettings(demonstrations=True))
     analysis = analyse(store, account)
     assert (analysis.bias, analysis.flips) == (None, None)
     assert "not all groups are pairs" in analysis.to_text()

@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 
 from logratio.cli import data_report, data_store, options
-from logratio.cli.formats import Columns, FormatOption, LabelOption, ListsOption, ListsWanted, read_settings
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
 
 app = typer.Typer(
     no_args_is_help=True,

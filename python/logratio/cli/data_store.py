@@ -66,7 +66,9 @@ def build(
     from logratio.data import PreferenceTokenizer, build_store
     from logratio.progress import reading_progress
 
-    rules = options.rules(max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens)
+    rules = options.rules(
+        max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
+    )
     formats = read_settings(format_name, columns, label, lists.value, demonstrations=demonstrations)
     with reading_progress() as progress:
         store, report = build_store(
@@ -76,7 +78,7 @@ def build(
             formats=formats,
             max_bad_fraction=max_bad_fraction,
             deduplicate=deduplicate,
-            conflicts=conflicts.value,  # type: ignore[arg-type]
+            conflicts=conflicts.value,
             resume=not fresh,
             progress=progress,
             refused=refused or output.with_name(f"{output.name}.refused.jsonl"),

@@ -30,15 +30,11 @@ class PromptTruncation(StrEnum):
 
 Files = Annotated[
     list[Path],
-    typer.Argument(
-        metavar="FILE…", help="Preference data: files, folders, - for standard input."
-    ),
+    typer.Argument(metavar="FILE…", help="Preference data: files, folders, - for standard input."),
 ]
 Demonstrations = Annotated[
     bool,
-    typer.Option(
-        "--demonstrations", help="Read as `train --loss sft` does.", rich_help_panel=DATA
-    ),
+    typer.Option("--demonstrations", help="Read as `train --loss sft` does.", rich_help_panel=DATA),
 ]
 SplitSpecial = Annotated[
     bool,
@@ -53,8 +49,9 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE…",
-        help="Preference records: JSONL (also .gz) with prompt/chosen/rejected as strings or chat "
-        "messages, or Anthropic-HH transcripts. Several files may follow.",
+        help="Preference data: JSON lines or arrays, CSV, Parquet, Arrow, plain, .gz or .zst; "
+        "folders; - for standard input; or one sealed store. `logratio data inspect` says what is "
+        "recognised. Several may follow.",
         rich_help_panel=DATA,
     ),
 ]
