@@ -62,7 +62,7 @@ def test_a_table_is_read_as_its_rows_are(
     whole = table(rows, ids)
     report, found = _read([whole], tokenizer)
     sources = (Source("<table 0>", line) for line in range(1, len(rows) + 1))
-    fitted = [tokenizer.fitting.group(*row, next(sources)) for row in rows]
+    fitted = [tokenizer.fitting.group(a, b, c, next(sources)) for a, b, c in rows]
     expected: list[Any] = []
     for group in fitted:
         if isinstance(group, TokenizedGroup):
