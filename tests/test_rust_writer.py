@@ -204,6 +204,26 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_it_holds(small_disk: Path
     assert resumed[0].finish().digest == expected.finish().digest
 
 
+def test_a_disk_too_full_to_seal_loses_nothing(small_disk: Path) -> None:
+    path, filler = small_disk / "a.store", small_disk / "filler"
+    writer, expected = StoreWriter(path), StoreWriter()
+    for number in range(10):
+        writer.push_many(**batch(number))
+        expected.push_many(**batch(number))
+    writer.checkpoint("all")
+    with pytest.raises(OSError, match="space"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(OSError, match=r"a\.store\.partial") as caught:
+        writer.finish()
+    assert caught.value.errno == errno.ENOSPC
+    filler.unlink()
+    resumed = StoreWriter.resume(path)
+    assert resumed is not None
+    assert resumed[0].finish().digest == expected.finish().digest
+    assert [entry.name for entry in small_disk.iterdir()] == ["a.store"]
+
+
 FORKS = """
 import os, sys
 from test_rust_writer import StoreWriter, batch
