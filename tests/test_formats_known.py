@@ -536,6 +536,11 @@ BROKEN: dict[str, tuple[str, Row, dict[str, Any]]] = {
     "list without a question": ("E201", {"completions": ["a", "b"], "scores": [1, 2]}, {}),
     "list by name": ("E201", {"prompt": "u"}, {"format": "ranked"}),
     "list by the wrong name": ("E213", LIST, {"format": "ranked"}),
+    "too many for pairs": (
+        "E212",
+        {"prompt": "u", "completions": ["a"] * 257, "scores": [*range(257)]},
+        {},
+    ),
     "all tied": ("R310", LIST | {"scores": [1, 1]}, {}),
     "all tied in a group": ("R310", LIST | {"scores": [1, 1]}, {"lists": "groups"}),
     "one answer": ("R310", LIST | {"completions": ["a"], "scores": [1]}, {}),

@@ -29,7 +29,7 @@ def decode(row: Row, **options: Any) -> Decoded:
 
 def words_of(value: Any) -> set[str]:
     if isinstance(value, str):
-        return set(re.findall(r"\bw\d+\b", value))
+        return set(re.findall(r"w\d+", value))
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list | tuple):

@@ -9,6 +9,7 @@ from logratio.data.formats.settings import TIE, FormatSettings, Label, spelled
 from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError
 
+SIGNS = frozenset((*LABELS, "human_ref_A"))
 _SHP = Label("labels", {"1": "human_ref_A", "0": "human_ref_B"})
 _OUTPUT = re.compile(r"(?P<stem>.+?)[ _]?(?P<mark>[12ABab01])")
 _MARKS = (("1", "2"), ("A", "B"), ("a", "b"), ("0", "1"))

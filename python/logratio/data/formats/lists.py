@@ -11,6 +11,10 @@ from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import Shape, View
 from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
 
+SIGNS = frozenset((*LISTED, "text"))
+MOST = 256
+"""Most answers in a list that becomes pairs: their number grows with its square."""
+
 _ITEM_ANSWERS = ("completion", "answer", "response", "text", "output", "content", "messages")
 _ITEM_VALUES = ("rank", "score", "overall_score", "reward")
 _RANKS = ("rank", "ranks")  # where lower is better

@@ -29,6 +29,8 @@ BEFORE = (
 )
 """Names of what the model has to see before it answers: never left out in silence."""
 
+_BEFORE = frozenset(BEFORE)
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -56,7 +58,8 @@ def find_main(view: View) -> str | None:
         InvalidRecordError: E210 where there are several.
     """
     found = [name for name in MAINS if view.has(name) and _can_ask(view, name)]
-    found = [name for name in found if name in view.mapped] or found
+    if len(found) > 1:
+        found = [name for name in found if name in view.mapped] or found
     if "instruction" in found:
         found = [name for name in found if name != "input"]  # which alpaca puts below it
     if len(found) > 1:
@@ -124,6 +127,8 @@ def check_unread(view: View) -> None:
     Raises:
         InvalidRecordError: E206, naming the part.
     """
+    if view.lacks(_BEFORE):
+        return
     for name in BEFORE:
         if view.peek(name) and not view.was_read(name) and name not in view.mapped:
             key = view.key(name)

@@ -10,6 +10,7 @@ from logratio.data.formats.view import View
 from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
 
 _CHATS = ("messages", "conversations")
+SIGNS = frozenset(THUMBS)
 
 
 def claims(view: View, settings: FormatSettings) -> bool:

@@ -50,6 +50,10 @@ class View:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def lacks(self, names: frozenset[str]) -> bool:
+        """Say whether none of some names is there."""
+        return names.isdisjoint(self._values)
+
     def names(self) -> list[str]:
         """Return the names that have a value."""
         return [name for name, value in self._values.items() if value is not None]
