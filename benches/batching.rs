@@ -56,7 +56,7 @@ fn bench_plan(criterion: &mut Criterion) {
 
 fn bench_layouts(criterion: &mut Criterion) {
     let store = pairs(4096);
-    let lengths = store.shared_lengths();
+    let lengths = store.shared_lengths().expect("whole");
     let groups: Vec<i64> = (0..8).map(|number| number * 509).collect();
     let mut arena = vec![0i64; 1 << 17];
     let mut group = criterion.benchmark_group("lay out 8 pairs");

@@ -100,14 +100,14 @@ def test_tools_are_rendered_as_transformers_does(folder: Path) -> None:
     source = (
         "{% if tools is none %}no{% else %}{{ tools | tojson }}{% endif %}{{ messages[0].role }}"
     )
-    tool = {
+    tool: dict[Any, Any] = {
         "type": "function",
         "function": {"name": "f", "description": "é", "parameters": {"type": "object"}},
     }
     theirs, ours = AutoTokenizer.from_pretrained(folder), ChatTemplate(source, {})
     for tools in ([], [tool], [tool, tool]):
         expected = theirs.apply_chat_template(
-            CHATS["one"], tools=tools or None, chat_template=source, tokenize=False
+            CHATS["one"], tools=[*tools] or None, chat_template=source, tokenize=False
         )
         assert ours.render(CHATS["one"], tools=tools) == expected
 

@@ -1,6 +1,6 @@
 //! `SharedLayout`, `PaddedLayout` and `CandidateLayout`.
 
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1};
+use numpy::{PyArray1, PyArray2, PyArrayDescr, PyArrayMethods, PyReadonlyArray1};
 use pyo3::{
     exceptions::PyAttributeError,
     prelude::*,
@@ -11,7 +11,7 @@ use pyo3::{
 use super::matrix;
 use crate::{
     Error,
-    layout::{Batch, Candidates, Entry, Field, Options, Table},
+    layout::{Batch, Candidates, Dtype, Entry, Field, Options, Table},
     store,
 };
 
@@ -68,10 +68,19 @@ fn shape(entry: &Entry) -> Vec<usize> {
 fn view<'py>(arena: &Bound<'py, PyArray1<u8>>, entry: &Entry) -> PyResult<Bound<'py, PyAny>> {
     static NDARRAY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     let ndarray = NDARRAY.import(arena.py(), "numpy", "ndarray")?;
-    let dtype = entry.dtype().name();
+    let dtype = descriptor(arena.py(), entry.dtype());
     match entry.rows {
         Some(rows) => ndarray.call1(((rows, entry.width), dtype, arena, entry.offset)),
         None => ndarray.call1((entry.width, dtype, arena, entry.offset)),
+    }
+}
+
+fn descriptor(py: Python<'_>, dtype: Dtype) -> Bound<'_, PyArrayDescr> {
+    match dtype {
+        Dtype::Int64 => numpy::dtype::<i64>(py),
+        Dtype::Int32 => numpy::dtype::<i32>(py),
+        Dtype::Bool => numpy::dtype::<bool>(py),
+        Dtype::Uint8 => numpy::dtype::<u8>(py),
     }
 }
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from logratio.cli import data, scoring, training
+from logratio.cli import data, evaluation, scoring, training
 
 app = typer.Typer(
     name="logratio",
@@ -26,7 +26,7 @@ BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX"}
 for command in (
     training.precompute,
     training.train,
-    training.evaluate,
+    evaluation.evaluate,
     scoring.export,
     scoring.rank,
     scoring.serve,

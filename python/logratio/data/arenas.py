@@ -2,10 +2,18 @@
 
 from collections import deque
 from typing import Any
-from weakref import finalize
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class _Loan(ref[NDArray[np.uint8]]):
+    """Knows which memory an array was lent, to the array's end and a moment longer."""
+
+    __slots__ = ("storage",)
+    __hash__ = object.__hash__
+    storage: NDArray[np.uint8]
 
 
 class Arenas:
@@ -18,6 +26,7 @@ class Arenas:
 
     def __init__(self) -> None:
         self._free: deque[NDArray[np.uint8]] = deque()
+        self._loans: set[_Loan] = set()
 
     def __call__(self, nbytes: int) -> NDArray[np.uint8]:
         """Lend a buffer of `nbytes` bytes, uint8 `[nbytes]`, with whatever was in it."""
@@ -25,8 +34,16 @@ class Arenas:
         # Views of an array are views of its owner, but not through a memoryview: every view of
         # `lent` keeps `lent` itself alive, and its end is the end of them all.
         lent = np.frombuffer(storage.data, np.uint8, nbytes)
-        finalize(lent, self._free.append, storage).atexit = False
+        loan = _Loan(lent, self._take_back)
+        loan.storage = storage
+        self._loans.add(loan)
         return lent
+
+    def _take_back(self, loan: ref[NDArray[np.uint8]]) -> None:
+        """Called when the last view is gone, on whatever thread let it go."""
+        assert isinstance(loan, _Loan)
+        self._loans.discard(loan)
+        self._free.append(loan.storage)
 
     def _take(self, nbytes: int) -> NDArray[np.uint8]:
         while self._free:
