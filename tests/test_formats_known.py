@@ -14,6 +14,7 @@ from logratio.data.formats import (
     FormatSettings,
     FormatSettingsError,
     Label,
+    detect,
 )
 from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Source
 
@@ -569,29 +570,44 @@ def test_each_way_to_be_broken(case: str) -> None:
     assert refusal(row, **settings).code == code
 
 
-SUGGESTED = {
-    "numbers": (("output_1", "output_2"), 2, "label: 1=output_1 2=output_2"),
-    "from zero": (("output_1", "output_2"), 0, "label: 0=output_1 1=output_2"),
-    "letters": (("response_A", "response_B"), "A", "label: A=response_A B=response_B"),
-    "letters by number": (("response_A", "response_B"), 1, "label: 0=response_A 1=response_B"),
-    "signs": (("response_A", "response_B"), "A>B", "label: A>B=response_A B>A=response_B"),
+SUGGESTED: dict[str, tuple[tuple[str, str], list[Any], str]] = {
+    "numbers": (("output_1", "output_2"), [2, 1], "label: 1=output_1 2=output_2"),
+    "one number": (("output_1", "output_2"), [1], "label: 1=output_1 2=output_2"),
+    "from zero": (("output_1", "output_2"), [1, 0], "label: 0=output_1 1=output_2"),
+    "a third": (("output_1", "output_2"), [0, 1, 2], "label: 1=output_1 2=output_2 0=tie"),
+    "letters": (("response_A", "response_B"), ["A"], "label: A=response_A B=response_B"),
+    "letters by number": (("response_A", "response_B"), [1], "label: 0=response_A 1=response_B"),
+    "letters from one": (("response_A", "response_B"), [1, 2], "label: 1=response_A 2=response_B"),
+    "signs": (
+        ("response_A", "response_B"),
+        ["A>B", "tie"],
+        "label: A>B=response_A B>A=response_B tie=tie",
+    ),
     "models": (
         ("response_a", "response_b"),
-        "model_b",
-        "label: model_a=response_a model_b=response_b",
+        ["model_b", "tie (both bad)"],
+        'label: model_a=response_a model_b=response_b "tie (both bad)"=tie',
     ),
-    "blanks": (("response 1", "response 2"), 1, 'label: 1="response 1" 2="response 2"'),
+    "blanks": (("response 1", "response 2"), [1], 'label: 1="response 1" 2="response 2"'),
+    "booleans": (("answer_0", "answer_1"), [0], "label: 0=answer_0 1=answer_1"),
 }
 
 
 @pytest.mark.parametrize("case", SUGGESTED)
 def test_the_flag_that_is_suggested_can_be_followed(case: str) -> None:
-    names, value, flag = SUGGESTED[case]
-    row = {"prompt": "u", names[0]: "a", names[1]: "b", "label": value}
-    error = refusal(row)
-    assert (error.code, f"--label '{flag}'" in error.reason) == ("E209", True), error
+    names, values, flag = SUGGESTED[case]
+    rows = [{"prompt": "u", names[0]: "a", names[1]: "b", "label": value} for value in values]
+    assert refusal(rows[0]).code == "E209"
+    assert f"--label '{flag}'" in detect(rows).reason
     assert Label.parse(flag).answers() == names
-    assert len(decode(row, label=flag).records) == 1
+    assert detect(rows, FormatSettings(label=flag)).refused.keys() <= {"[R310] 'label' is 0: a tie",
+        "[R310] 'label' is tie: a tie", "[R310] 'label' is tie (both bad): a tie"}  # fmt: skip
+
+
+def test_token_ids_are_known_by_their_names() -> None:
+    row = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "id": 4}
+    known = detect([row, row])
+    assert (known.format, dict(known.counts), dict(known.refused)) == ("ids", {"ids": 2}, {})
 
 
 def test_columns_give_names_to_keys() -> None:

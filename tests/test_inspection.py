@@ -74,6 +74,7 @@ def test_what_a_label_lacks_is_said_in_a_flag(write: Callable[..., Path]) -> Non
     shown = inspect([path]).to_text()
     assert "format     not known" in shown
     assert shown.count("refused ") == 2 and "(and 1 more)" in shown
+    assert "`preference` = 2, 1:" in found.detection.reason
     assert look(path, label="preference: 1=output_1 2=output_2").is_known
 
 

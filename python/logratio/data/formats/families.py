@@ -30,8 +30,13 @@ class Family:
     read: Callable[[View, FormatSettings], Meaning]
 
 
-def _claims_ids(view: View, settings: FormatSettings) -> bool:
+def holds_ids(view: View) -> bool:
+    """Say whether a row holds token ids, which no reader of text takes."""
     return all(map(view.has, _IDS))
+
+
+def _claims_ids(view: View, settings: FormatSettings) -> bool:
+    return holds_ids(view)
 
 
 def _read_ids(view: View, settings: FormatSettings) -> Meaning:
