@@ -15,6 +15,7 @@ from logratio.data.formats import (
     FormatSettingsError,
     Label,
     detect,
+    near_formats,
 )
 from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Source
 
@@ -304,6 +305,16 @@ def test_a_pair_in_every_layout(case: str) -> None:
     assert (decoded.format, decoded.left_out) == (name, ())
     assert decoded.records == (expected,)
     assert decode(row, format=name, **settings) == decoded
+
+
+def test_near_formats_lack_least_first_and_hold_preferences() -> None:
+    near = [(known.name, lacking) for known, lacking in near_formats(["prompt", "completion"])]
+    assert near[0] == ("kto", ("label or kto_tag",))
+    assert {"chat", "completion"}.isdisjoint(name for name, _ in near)
+    assert [len(lacking) for _, lacking in near] == sorted(len(lacking) for _, lacking in near)
+    assert (
+        "for 'kto' it lacks label or kto_tag" in refusal({"prompt": "u", "completion": "c"}).reason
+    )
 
 
 def test_every_format_has_its_case() -> None:
@@ -645,6 +656,18 @@ def test_one_file_says_one_kind_of_thing() -> None:
     with pytest.raises(InvalidRecordError, match=r"E204.*unpaired feedback.*f:1 is a preference"):
         decoder.decode(thumb, Source("f", 4))
     decoder.decode(thumb, Source("g", 1))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_prompts_of_one_file_are_text_or_turns_and_not_both(first: int) -> None:
+    rows: list[Row] = [{"prompt": "u", **SIDES}, {"prompt": "u", "system": None, **SIDES}]
+    decoder = Decoder()
+    decoder.decode(rows[first], Source("f", 1))
+    with pytest.raises(InvalidRecordError, match=r"E204.*f:1 is (plain|messages).*the same keys"):
+        decoder.decode(rows[1 - first], Source("f", 2))
+    decoder.decode(rows[first], Source("f", 3))
+    decoder.decode(CHAT, Source("f", 4))
+    decoder.decode(rows[1 - first], Source("g", 1))
 
 
 @pytest.mark.parametrize(

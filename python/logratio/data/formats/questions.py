@@ -86,8 +86,10 @@ def read_question(view: View, main: str) -> Question:
         return Question(main, with_system(view, turns), read_tools(view))
     if not isinstance(value, str):
         raise view.wrong(main, "a string or a list of messages")
-    if main == "prompt" and not any(name in view for name in (*SYSTEM, HISTORY)):
-        return Question(main, value)
+    if main == "prompt":
+        view.is_plain = not any(name in view for name in (*SYSTEM, HISTORY))
+        if view.is_plain:
+            return Question(main, value)
     if main == "instruction" and (more := view.optional_text("input")):
         value = f"{value}\n{more}"
     history = () if main == HISTORY else _history(view)

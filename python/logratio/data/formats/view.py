@@ -31,6 +31,8 @@ class View:
 
     Attributes:
         mapped: Names that settings gave a key of the row.
+        is_plain: Whether a string under ``prompt`` was read as plain text (else as a user's turn);
+            None where there was none.
     """
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
@@ -40,6 +42,7 @@ class View:
         self._read: set[str] = set()
         self._inner: dict[str, None] = {}
         self.mapped = columns.keys()
+        self.is_plain: bool | None = None
         self._values: Mapping[str, Any] = row
         if columns:
             taken = {*columns, *columns.values()}
