@@ -30,8 +30,9 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE…",
-        help="Preference records: JSONL (also .gz) with prompt/chosen/rejected as strings or chat "
-        "messages, or Anthropic-HH transcripts. Several files may follow.",
+        help="Preference records: JSONL, JSON, CSV, Parquet, Arrow (text also .gz, .zst), folders of "
+        "these, or - for stdin; prompt/chosen/rejected as strings or chat messages, or "
+        "Anthropic-HH transcripts. Several may follow.",
         rich_help_panel=DATA,
     ),
 ]

@@ -32,7 +32,7 @@ class TrainConfig:
 
     Attributes:
         model: folder of the model to start from (safetensors, tokenizer.json).
-        data: preference files; JSONL, plain or .gz.
+        data: preference files, folders of them, or "-" for stdin (see `logratio.data.containers`).
         output: folder for the trained model, metrics and checkpoints.
         cache: root of a reference cache made by `precompute`; then no reference model is held.
         reference: folder of the reference model; `model` itself where none is given.
