@@ -30,8 +30,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE…",
-        help="Preference records: JSONL, JSON, CSV, Parquet, Arrow (text also .gz, .zst), folders of "
-        "these, or - for stdin; prompt/chosen/rejected as strings or chat messages, or "
+        help="Preference records: JSONL, JSON, CSV, Parquet, Arrow (text also .gz, .zst), folders "
+        "of these, or - for stdin; prompt/chosen/rejected as strings or chat messages, or "
         "Anthropic-HH transcripts. Several may follow.",
         rich_help_panel=DATA,
     ),
