@@ -95,8 +95,7 @@ def test_arrays_have_their_types_and_order() -> None:
     assert (links[:, 0] < links[:, 1]).all()
     assert np.lexsort((links[:, 1], clusters)).tolist() == list(range(len(links)))
     again = near_duplicates(store)
-    for found, before in zip(again, (links, similarities, clusters), strict=True):
-        assert found.tolist() == before.tolist()
+    assert (again[0].tolist(), again[1].tolist()) == (links.tolist(), similarities.tolist())
 
 
 @pytest.mark.parametrize(("threshold", "shingle"), [(0, 5), (1.5, 5), (float("nan"), 5), (0.8, 0)])

@@ -11,7 +11,6 @@ from logratio.cli.options import PromptTruncation
 
 if TYPE_CHECKING:
     from logratio.data.analysis import Analysis
-    from logratio.data.tokenization import PreferenceTokenizer
 
 app = typer.Typer(
     name="data",
@@ -20,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Look at preference data before anything is trained.",
 )
-_STORE = b"LRSTORE"  # how a sealed store begins
 _OUTPUT = "What is written"
 
 
@@ -80,18 +78,15 @@ def report(
     """
     from logratio.data import PreferenceTokenizer, TokenizationRules, build_store
     from logratio.data.analysis import analyse
+    from logratio.data.analysis.sealed import analyse_store, is_store
 
     _check_picture(picture)
     threshold = near_duplicates or None
-    if _is_store(files):
-        from logratio._rust import Store
-
-        named = None
-        if tokenizer is not None:
-            named = PreferenceTokenizer.load(tokenizer, TokenizationRules(append_eos=False))
-        store = Store.open(files[0])
-        _check_same(store.metadata, named)
-        _finish(analyse(store, tokenizer=named, threshold=threshold), json_file, picture)
+    if any(map(is_store, files)):
+        if len(files) > 1:
+            raise RequestError("a sealed store is reported alone: name one, and no other file")
+        analysis = analyse_store(files[0], tokenizer=tokenizer, threshold=threshold)
+        _finish(analysis, json_file, picture)
         return
     if tokenizer is None:
         raise RequestError(
@@ -110,19 +105,6 @@ def report(
     _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
 
 
-def _is_store(files: list[Path]) -> bool:
-    """Tell a sealed store by its first bytes."""
-    found = [_begins(file) == _STORE for file in files if file.is_file()]
-    if any(found) and len(files) > 1:
-        raise RequestError("a sealed store is reported alone: name one, and no other file")
-    return any(found)
-
-
-def _begins(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(len(_STORE))
-
-
 def _check_picture(picture: Path | None) -> None:
     """Refuse a picture of another kind before anything long."""
     if picture and picture.suffix not in (".svg", ".png"):
@@ -131,13 +113,6 @@ def _check_picture(picture: Path | None) -> None:
         from logratio.extras import require
 
         require("matplotlib.figure", "demo")
-
-
-def _check_same(metadata: str, tokenizer: "PreferenceTokenizer | None") -> None:
-    """Refuse to name a store's tokens by a tokenizer that did not make it."""
-    made_by = json.loads(metadata).get("tokenizer")
-    if tokenizer and made_by and made_by != tokenizer.digest:
-        raise RequestError("the store was made with another tokenizer than --tokenizer")
 
 
 def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) -> None:
