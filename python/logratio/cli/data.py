@@ -79,6 +79,7 @@ def report(
     from logratio.data import PreferenceTokenizer, TokenizationRules, build_store
     from logratio.data.analysis import analyse
     from logratio.data.analysis.sealed import analyse_store, is_store
+    from logratio.progress import progress
 
     _check_picture(picture)
     threshold = near_duplicates or None
@@ -95,13 +96,23 @@ def report(
         )
     rules = TokenizationRules(max_length, max_prompt_length, prompt_truncation.value, eos)
     reader = PreferenceTokenizer.load(tokenizer, rules)
-    store, account = build_store(
-        files,
-        reader,
-        demonstrations=demonstrations,
-        max_bad_fraction=max_bad_fraction,
-        refused=refused,
-    )
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    with progress("reading", total, "B") as advance:
+        done = 0
+
+        def on_bytes(_rows: int, bytes_read: int, _total: int) -> None:
+            nonlocal done
+            advance(bytes_read - done)
+            done = bytes_read
+
+        store, account = build_store(
+            files,
+            reader,
+            demonstrations=demonstrations,
+            max_bad_fraction=max_bad_fraction,
+            progress=on_bytes,
+            refused=refused,
+        )
     _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
 
 
