@@ -8,23 +8,9 @@ from logratio.data.analysis.whole import Analysis, analyse
 from logratio.data.tokenization import PreferenceTokenizer
 from logratio.data.truncation import TokenizationRules
 
-_MAGIC = b"LRSTORE"
-
 
 class OtherTokenizerError(ValueError):
     """A store was made with another tokenizer than the one that is to name its tokens."""
-
-
-def is_store(file: Path) -> bool:
-    """Tell a sealed store by its first bytes.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    if not file.is_file():
-        return False
-    with file.open("rb") as opened:
-        return opened.read(len(_MAGIC)) == _MAGIC
 
 
 def analyse_store(
