@@ -124,3 +124,18 @@ def write_large(path: Path, kind: str) -> None:
     with new(path, table.schema) as writer:
         for _ in range(40):
             writer.write_table(table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_text_stored_once_for_every_row(tmp_path: Path, is_nested: bool) -> None:
+    """A Parquet dictionary of one text of 5 MB, 400 times: some hundred bytes for 2 GB."""
+    text = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 400, pyarrow.int32()), pyarrow.array(["x" * 5_000_000])
+    )
+    column = pyarrow.StructArray.from_arrays([text], ["content"]) if is_nested else text
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), path, compression="zstd")
+    assert path.stat().st_size < 4000
+    counts, peak = read(path)
+    assert (counts, peak < PEAK_MIB) == ({"row": 400}, True), peak

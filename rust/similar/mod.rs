@@ -3,9 +3,9 @@
 //! A shingle is a window of tokens in a prompt or in a completion; a group is the set of all of its
 //! shingles, whoever is chosen. Two groups are similar where the Jaccard index of their sets is at
 //! least the threshold. Candidates are groups that agree in a band of `MinHash` values; bands are
-//! made four at a time, so that memory is some 40 bytes a group however many bands there are, and
-//! [`verify`] bounds the work in a bucket, so that a million equal prompts are no million squared.
-//! Nothing depends on the number of threads.
+//! made four at a time, so that memory is some 40 bytes a group however many bands there are (and 40
+//! more for each group that has a twin), and the work in a bucket is bounded, so that a million equal
+//! prompts are no million squared. Nothing depends on the number of threads.
 
 mod bands;
 mod clusters;

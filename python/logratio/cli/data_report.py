@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
 from logratio.cli.options import PromptTruncation
 
 if TYPE_CHECKING:
     from logratio.data.analysis import Analysis
-    from logratio.data.tokenization import PreferenceTokenizer
 
-_STORE = b"LRSTORE"  # how a sealed store begins
 _OUTPUT = "What is written"
 
 
@@ -22,10 +28,7 @@ class RequestError(ValueError):
 
 
 def report(
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE…", help="Preference records, or one sealed store."),
-    ],
+    files: options.Files,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder with the tokenizer.json that training will use: "
@@ -54,9 +57,12 @@ def report(
     max_prompt_length: options.MaxPromptLength = None,
     prompt_truncation: options.Truncation = PromptTruncation.DROP,
     eos: options.Eos = True,
-    demonstrations: Annotated[
-        bool, typer.Option("--demonstrations", help="Read as `train --loss sft` does.")
-    ] = False,
+    split_special_tokens: options.SplitSpecial = False,
+    demonstrations: options.Demonstrations = False,
+    format_name: FormatOption = None,
+    columns: Columns = None,
+    label: LabelOption = None,
+    lists: ListsWanted = ListsOption.PAIRS,
     max_bad_fraction: options.MaxBad = 1.0,
 ) -> None:  # fmt: skip
     """Account for every row, and say what the pairs are like.
@@ -65,54 +71,38 @@ def report(
     rejected and what “the longer wins” would reach; a label-noise estimate; what padding would
     cost. Malformed rows are counted and do not stop it, as they would stop `train`.
     """
-    from logratio.data import (
-        FormatSettings,
-        PreferenceTokenizer,
-        TokenizationRules,
-        build_store,
-    )
+    from logratio.data import PreferenceTokenizer, build_store, is_store
     from logratio.data.analysis import analyse
+    from logratio.data.analysis.sealed import analyse_store
+    from logratio.progress import reading_progress
 
     _check_picture(picture)
     threshold = near_duplicates or None
-    if _is_store(files):
-        from logratio._rust import Store
-
-        named = None
-        if tokenizer is not None:
-            named = PreferenceTokenizer.load(tokenizer, TokenizationRules(append_eos=False))
-        store = Store.open(files[0])
-        _check_same(store.metadata, named)
-        _finish(analyse(store, tokenizer=named, threshold=threshold), json_file, picture)
+    if is_store(files):
+        analysis = analyse_store(files[0], tokenizer=tokenizer, threshold=threshold)
+        _finish(analysis, json_file, picture)
         return
     if tokenizer is None:
         raise RequestError(
             "lengths are in tokens: name the model's tokenizer with --tokenizer DIR, a folder that "
             "holds tokenizer.json"
         )
-    rules = TokenizationRules(max_length, max_prompt_length, prompt_truncation.value, eos)
-    reader = PreferenceTokenizer.load(tokenizer, rules)
-    store, account = build_store(
-        files,
-        reader,
-        formats=FormatSettings(demonstrations),
-        max_bad_fraction=max_bad_fraction,
-        refused=refused,
+    rules = options.rules(
+        max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
     )
+    reader = PreferenceTokenizer.load(tokenizer, rules)
+    with reading_progress() as tell:
+        store, account = build_store(
+            files,
+            reader,
+            formats=read_settings(
+                format_name, columns, label, lists.value, demonstrations=demonstrations
+            ),
+            max_bad_fraction=max_bad_fraction,
+            progress=tell,
+            refused=refused,
+        )
     _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
-
-
-def _is_store(files: list[Path]) -> bool:
-    """Tell a sealed store by its first bytes."""
-    found = [_begins(file) == _STORE for file in files if file.is_file()]
-    if any(found) and len(files) > 1:
-        raise RequestError("a sealed store is reported alone: name one, and no other file")
-    return any(found)
-
-
-def _begins(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(len(_STORE))
 
 
 def _check_picture(picture: Path | None) -> None:
@@ -123,13 +113,6 @@ def _check_picture(picture: Path | None) -> None:
         from logratio.extras import require
 
         require("matplotlib.figure", "demo")
-
-
-def _check_same(metadata: str, tokenizer: "PreferenceTokenizer | None") -> None:
-    """Refuse to name a store's tokens by a tokenizer that did not make it."""
-    made_by = json.loads(metadata).get("tokenizer")
-    if tokenizer and made_by and made_by != tokenizer.digest:
-        raise RequestError("the store was made with another tokenizer than --tokenizer")
 
 
 def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) -> None:

@@ -30,7 +30,10 @@ class PromptTruncation(StrEnum):
 
 Files = Annotated[
     list[Path],
-    typer.Argument(metavar="FILE…", help="Preference data: files, folders, - for standard input."),
+    typer.Argument(
+        metavar="FILE…",
+        help="Preference data: files, folders, - for standard input; or one sealed store.",
+    ),
 ]
 Demonstrations = Annotated[
     bool,

@@ -232,9 +232,8 @@ def announce(dataset: "Dataset", forecast: "Forecast") -> None:
     """Say what was read and what is needed, on standard error: results go to standard output."""
     from logratio.data.analysis import analyse
 
-    analysis = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer)
-    typer.echo(analysis.to_text(), err=True)
-    typer.echo(forecast.to_text(), err=True)
+    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()
+    typer.echo(f"{report}\n{forecast.to_text()}", err=True)
 
 
 __all__ = ["precompute", "train"]
