@@ -5,7 +5,7 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use logratio::{
     group::Group,
-    layout::{Candidates, Padded, Shared},
+    layout::{Batch, Candidates, Options},
     plan::{Layout, Order, Request, Shape, plan},
     store::{Store, StoreWriter},
 };
@@ -32,14 +32,11 @@ fn pairs(count: usize) -> Store {
 }
 
 fn bench_plan(criterion: &mut Criterion) {
-    let shape = |group: usize| 64 + group * 7919 % 960;
-    let shapes: Vec<Shape> = (0..1_000_000)
-        .map(|group| Shape {
-            tokens: shape(group),
-            rows: 2,
-            longest: shape(group) / 2,
-        })
-        .collect();
+    let shape = |group: usize| {
+        let [chosen, rejected] = [104_729, 1_299_709].map(|step| 32 + (group * step % 256) as u32);
+        Shape::new(64 + group * 7919 % 256, [chosen, rejected].into_iter())
+    };
+    let shapes: Vec<Shape> = (0..1_000_000).map(shape).collect();
     let mut group = criterion.benchmark_group("plan a million pairs");
     group.sample_size(10);
     for (name, order) in [
@@ -48,14 +45,8 @@ fn bench_plan(criterion: &mut Criterion) {
         ("sorted", Order::Sorted),
     ] {
         let request = Request {
-            order,
-            seed: 0,
-            epoch: 0,
-            groups_per_update: 32,
-            token_budget: 8192,
-            layout: Layout::Shared,
-            rank: 0,
             world_size: 8,
+            ..Request::new(order, 64, 8192)
         };
         group.bench_function(name, |bench| {
             bench.iter(|| plan(black_box(&shapes), &request));
@@ -65,19 +56,21 @@ fn bench_plan(criterion: &mut Criterion) {
 
 fn bench_layouts(criterion: &mut Criterion) {
     let store = pairs(4096);
+    let lengths = store.shared_lengths().expect("whole");
     let groups: Vec<i64> = (0..8).map(|number| number * 509).collect();
-    let tokens = Shared::new(&store, &groups)
-        .expect("in range")
-        .input_ids
-        .len();
+    let mut arena = vec![0i64; 1 << 17];
     let mut group = criterion.benchmark_group("lay out 8 pairs");
-    group.throughput(Throughput::Elements(tokens as u64));
-    group.bench_function("shared", |bench| {
-        bench.iter(|| Shared::new(&store, black_box(&groups)));
-    });
-    group.bench_function("padded", |bench| {
-        bench.iter(|| Padded::new(&store, black_box(&groups)));
-    });
+    let tokens: u32 = (0..8).map(|number| lengths[number * 509]).sum();
+    group.throughput(Throughput::Elements(u64::from(tokens)));
+    for (name, layout) in [("shared", Layout::Shared), ("padded", Layout::Padded)] {
+        group.bench_function(name, |bench| {
+            bench.iter(|| {
+                let batch = Batch::new(&store, black_box(&groups), Options::new(layout));
+                let arena = bytemuck::cast_slice_mut(&mut arena);
+                batch.and_then(|batch| batch.fill(arena)).expect("fits");
+            });
+        });
+    }
     let prompt: Vec<i32> = (0..256).collect();
     let candidates = vec![vec![&prompt[..128]; 16]];
     group.bench_function("candidates", |bench| {

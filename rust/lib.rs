@@ -16,12 +16,15 @@
 //! Everything but `python/` is plain Rust: no Python, no tensors, no tokenizer.
 
 pub mod cache;
+pub mod census;
 pub mod error;
 pub mod fingerprint;
 pub mod group;
 pub mod layout;
 pub mod map;
+pub mod pieces;
 pub mod plan;
+pub mod similar;
 pub mod store;
 mod wire;
 

@@ -3,9 +3,145 @@
 
 mod sample;
 
-use logratio::layout::{Candidates, Padded, Shared, Targets};
+use logratio::{
+    layout::{Batch, Candidates, Entry, Field, Options, Side},
+    plan::Layout,
+    store::Store,
+};
 use proptest::{collection::vec, prelude::*};
 use sample::{Sample, fixed, samples, store};
+
+/// A batch laid out over the remains of another, every array of it.
+struct Filled {
+    entries: Vec<Entry>,
+    arena: Vec<i64>,
+}
+
+impl Filled {
+    fn new(store: &Store, groups: &[i64], options: Options<'_>) -> Self {
+        let fields: Vec<Field> = Field::ALL
+            .into_iter()
+            .filter(|field| field.is_of(options.layout))
+            .collect();
+        let batch = Batch::new(
+            store,
+            groups,
+            Options {
+                fields: &fields,
+                ..options
+            },
+        )
+        .expect("fits");
+        let bytes = batch.table().bytes();
+        assert_eq!(bytes % 64, 0);
+        let mut arena = vec![i64::from_le_bytes([0xA5; 8]); bytes / 8];
+        batch
+            .fill(bytemuck::cast_slice_mut(&mut arena))
+            .expect("room enough");
+        Self {
+            entries: batch.table().entries().to_vec(),
+            arena,
+        }
+    }
+
+    fn entry(&self, field: Field) -> &Entry {
+        let found = self.entries.iter().find(|entry| entry.field == field);
+        found.expect("every array of the layout was asked for")
+    }
+
+    fn bytes(&self, field: Field) -> &[u8] {
+        let entry = self.entry(field);
+        assert_eq!(entry.offset % 64, 0);
+        &bytemuck::cast_slice(&self.arena)[entry.offset..entry.offset + entry.bytes()]
+    }
+
+    fn numbers(&self, field: Field) -> Vec<i64> {
+        bytemuck::cast_slice(self.bytes(field)).to_vec()
+    }
+
+    fn targets(&self) -> Targets {
+        Targets {
+            prompt_lengths: self.numbers(Field::PromptLengths),
+            completion_lengths: self.numbers(Field::CompletionLengths),
+            group_sizes: self.numbers(Field::GroupSizes),
+            logit_index: self.numbers(Field::LogitIndex),
+            target_ids: self.numbers(Field::TargetIds),
+            completion_mask: self
+                .bytes(Field::CompletionMask)
+                .iter()
+                .map(|&value| value == 1)
+                .collect(),
+            completion_of: self.numbers(Field::CompletionOf),
+            completion_offsets: self.numbers(Field::CompletionOffsets),
+            roles: self.bytes(Field::Roles).to_vec(),
+            groups: self.numbers(Field::Groups),
+            completions: self.numbers(Field::Completions),
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Targets {
+    prompt_lengths: Vec<i64>,
+    completion_lengths: Vec<i64>,
+    group_sizes: Vec<i64>,
+    logit_index: Vec<i64>,
+    target_ids: Vec<i64>,
+    completion_mask: Vec<bool>,
+    completion_of: Vec<i64>,
+    completion_offsets: Vec<i64>,
+    roles: Vec<u8>,
+    groups: Vec<i64>,
+    completions: Vec<i64>,
+}
+
+struct Shared {
+    input_ids: Vec<i64>,
+    position_ids: Vec<i64>,
+    targets: Targets,
+}
+
+struct Padded {
+    rows: usize,
+    width: usize,
+    input_ids: Vec<i64>,
+    attention_mask: Vec<i64>,
+    position_ids: Vec<i64>,
+    targets: Targets,
+}
+
+impl Shared {
+    fn new(store: &Store, groups: &[i64]) -> Self {
+        let filled = Filled::new(store, groups, Options::new(Layout::Shared));
+        Self {
+            input_ids: filled.numbers(Field::InputIds),
+            position_ids: filled.numbers(Field::PositionIds),
+            targets: filled.targets(),
+        }
+    }
+}
+
+impl Padded {
+    fn new(store: &Store, groups: &[i64], side: Side) -> Self {
+        let filled = Filled::new(
+            store,
+            groups,
+            Options {
+                side,
+                ..Options::new(Layout::Padded)
+            },
+        );
+        let entry = filled.entry(Field::InputIds);
+        Self {
+            rows: entry.rows.expect("a matrix"),
+            width: entry.width,
+            input_ids: filled.numbers(Field::InputIds),
+            attention_mask: filled.numbers(Field::AttentionMask),
+            position_ids: filled.numbers(Field::PositionIds),
+            targets: filled.targets(),
+        }
+    }
+}
 
 /// What the model is asked at one target: every token it may see, the position of the last of them,
 /// and the token to predict.
@@ -64,8 +200,10 @@ fn of_shared(layout: &Shared) -> Vec<Conditional> {
 fn of_padded(layout: &Padded) -> Vec<Conditional> {
     let targets = &layout.targets;
     let start = |completion: usize, _: usize| {
-        let first = targets.logit_index[targets.completion_offsets[completion] as usize] as usize;
-        first / layout.width * layout.width
+        let last = targets.logit_index[targets.completion_offsets[completion] as usize] as usize;
+        let row = last / layout.width;
+        let cells = &layout.attention_mask[row * layout.width..(row + 1) * layout.width];
+        row * layout.width + cells.iter().position(|&value| value == 1).expect("a token")
     };
     conditionals(&layout.input_ids, &layout.position_ids, targets, start)
 }
@@ -121,22 +259,24 @@ proptest! {
     fn both_layouts_ask_what_the_samples_ask((samples, groups) in samples_and_groups()) {
         let store = store(&samples);
         let expected = of_samples(&samples, &groups);
-        prop_assert_eq!(&of_shared(&Shared::new(&store, &groups).expect("in range")), &expected);
-        prop_assert_eq!(&of_padded(&Padded::new(&store, &groups).expect("in range")), &expected);
+        prop_assert_eq!(&of_shared(&Shared::new(&store, &groups)), &expected);
+        for side in [Side::Left, Side::Right] {
+            prop_assert_eq!(&of_padded(&Padded::new(&store, &groups, side)), &expected);
+        }
     }
 
     #[test]
     fn everything_but_the_logit_index_is_equal((samples, groups) in samples_and_groups()) {
         let store = store(&samples);
-        let mut shared = Shared::new(&store, &groups).expect("in range").targets;
-        let padded = Padded::new(&store, &groups).expect("in range").targets;
+        let mut shared = Shared::new(&store, &groups).targets;
+        let padded = Padded::new(&store, &groups, Side::Left).targets;
         shared.logit_index.clone_from(&padded.logit_index);
         prop_assert_eq!(shared, padded);
     }
 
     #[test]
     fn uncollating_gives_back_the_ids((samples, groups) in samples_and_groups()) {
-        let layout = Shared::new(&store(&samples), &groups).expect("in range");
+        let layout = Shared::new(&store(&samples), &groups);
         let expected: Vec<_> = groups
             .iter()
             .flat_map(|&group| &samples[group as usize].completions)
@@ -152,7 +292,7 @@ proptest! {
 
     #[test]
     fn padding_is_zero_and_nothing_else_is((samples, groups) in samples_and_groups()) {
-        let layout = Padded::new(&store(&samples), &groups).expect("in range");
+        let layout = Padded::new(&store(&samples), &groups, Side::Right);
         let rows = layout.attention_mask.chunks_exact(layout.width.max(1));
         for (row, mask) in rows.enumerate() {
             let length = mask.iter().sum::<i64>() as usize;
@@ -164,25 +304,12 @@ proptest! {
             prop_assert!(layout.input_ids[cells][length..].iter().all(|&id| id == 0));
         }
     }
-
-    #[test]
-    fn buffers_are_allocated_once_at_their_size((samples, groups) in samples_and_groups()) {
-        let layout = Shared::new(&store(&samples), &groups).expect("in range");
-        let targets = layout.targets;
-        for buffer in [
-            layout.input_ids, layout.position_ids, targets.prompt_lengths, targets.completion_lengths,
-            targets.group_sizes, targets.logit_index, targets.target_ids, targets.completion_offsets,
-            targets.groups, targets.completions,
-        ] {
-            prop_assert_eq!(buffer.capacity(), buffer.len());
-        }
-    }
 }
 
 #[test]
 fn padded_rows_are_completion_major() {
     let samples = fixed(3); // 1, 2 and 3 completions
-    let layout = Padded::new(&store(&samples), &[2, 0, 1]).expect("in range");
+    let layout = Padded::new(&store(&samples), &[2, 0, 1], Side::Right);
     let rows = [(2, 0), (0, 0), (1, 0), (2, 1), (1, 1), (2, 2)];
     assert_eq!(layout.rows, rows.len());
     for (row, (group, number)) in rows.into_iter().enumerate() {
@@ -198,11 +325,61 @@ fn padded_rows_are_completion_major() {
     assert_eq!(layout.targets.completions, [3, 4, 5, 0, 1, 2]);
 }
 
-#[test]
-fn an_unknown_group_is_an_error() {
+fn refusal(groups: &[i64], options: Options<'_>) -> String {
     let store = store(&fixed(3));
-    assert!(Shared::new(&store, &[0, 3]).is_err());
-    assert!(Padded::new(&store, &[-1]).is_err());
+    Batch::new(&store, groups, options)
+        .expect_err("refused")
+        .to_string()
+}
+
+#[test]
+fn what_cannot_be_laid_out_is_refused() {
+    let (shared, padded) = (Options::new(Layout::Shared), Options::new(Layout::Padded));
+    assert!(refusal(&[0, 3], shared).contains("group 3 is out of range"));
+    assert!(refusal(&[-1], padded).contains("group -1 is out of range"));
+    let options = Options {
+        multiple_of: 0,
+        ..shared
+    };
+    assert_eq!(refusal(&[0], options), "multiple_of must be at least 1");
+    let options = Options {
+        width: Some(2),
+        ..shared
+    };
+    assert_eq!(
+        refusal(&[1], options),
+        "a row of 25 tokens does not fit in a width of 2"
+    );
+    let options = Options {
+        fields: &[Field::InputIds, Field::KeyIndex],
+        ..padded
+    };
+    assert_eq!(refusal(&[0], options), "the padded layout has no key_index");
+    assert!("middle".parse::<Side>().is_err());
+    assert!("logits".parse::<Field>().is_err());
+}
+
+#[test]
+fn a_buffer_that_is_too_small_or_askew_is_refused() {
+    let store = store(&fixed(3));
+    let batch = Batch::new(&store, &[0, 1], Options::new(Layout::Shared)).expect("in range");
+    let mut arena = vec![0i64; batch.table().bytes() / 8 + 1];
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut arena);
+    let refusal = |arena: &mut [u8]| batch.fill(arena).expect_err("refused").to_string();
+    let short = batch.table().bytes() - 1;
+    assert!(refusal(&mut bytes[..short]).contains("the buffer has"));
+    assert!(refusal(&mut bytes[1..]).contains("a multiple of 8"));
+    assert!(batch.fill(bytes).is_ok());
+}
+
+#[test]
+fn no_group_is_an_empty_batch() {
+    let store = store(&fixed(1));
+    for layout in [Layout::Shared, Layout::Padded] {
+        let filled = Filled::new(&store, &[], Options::new(layout));
+        assert!(filled.numbers(Field::InputIds).is_empty());
+        assert_eq!(filled.numbers(Field::CompletionOffsets), [0]);
+    }
 }
 
 proptest! {

@@ -20,6 +20,7 @@ from logratio._rust import ROLES, Store
 from logratio.data import (
     BadDataError,
     DataReport,
+    FormatSettings,
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
@@ -132,7 +133,7 @@ def test_faults_of_whole_files_stop_whatever_is_allowed(
     sound.write_bytes(lines([pair(0)]))
     damaged = bytearray(gzip.compress(lines([pair(0), pair(1)])))
     damaged[-6] ^= 1
-    for content, code in ((b"", "E106"), (b"[{}]", "E105"), (bytes(damaged), "E108")):
+    for content, code in ((b"", "E106"), (b"[{}}]", "E109"), (bytes(damaged), "E108")):
         path = tmp_path / "broken.jsonl"
         path.write_bytes(content)
         with pytest.raises(BadDataError, match=code):
@@ -275,7 +276,9 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
         {"prompt": "the dog", "completion": " ran"},
         {"messages": turns("how", "a", "why?", "because.")},
     ]
-    store, report = build_store([write(rows)], tokenizer, demonstrations=True)
+    store, report = build_store(
+        [write(rows)], tokenizer, formats=FormatSettings(demonstrations=True)
+    )
     assert report.kept == len(store) == store.completions == 4
     assert {ROLES[role] for role in store.roles()} == {"demonstration"}
     assert not report.warnings_by_code
@@ -328,7 +331,7 @@ def test_warnings_blanks_formats_and_extra_keys_are_counted(
     assert (report.read, report.kept, report.blank_lines) == (3, 3, 2)
     assert report.warnings_by_code == Counter(W501=1, W503=1, W504=1, W505=1)
     assert report.extra_keys == Counter(id=2, score=1)
-    assert report.formats == Counter({"prompt/chosen/rejected strings": 3})
+    assert report.formats == Counter({"trl": 3})
     shown = report.to_text()
     assert shown.startswith("3 rows read: 3 kept, 0 refused, 0 duplicates left out")
     for words in ("2 blank lines", "keys that were not read: id, score", "[W503] 1 ×"):
@@ -524,19 +527,27 @@ def test_four_layouts_of_the_same_pairs(shared: Path) -> None:
             assert tokenizer.decode(ours.tolist()) == tokenizer.decode(theirs.tolist())
 
 
-OTHERS = (
-    *("kto_unpaired", "llamafactory_alpaca", "llamafactory_kto", "llamafactory_sharegpt"),
-    *("ms_swift_messages", "nemo_aligner", "nemo_rl_ranked", "openai_dpo", "orca_pairs"),
-    *("ranked_ab", "shp", "stack_exchange_paired", "step_dpo", "text_score"),
-    "ultrafeedback_binarized",
-)
+OTHERS = {
+    **dict.fromkeys(("llamafactory_alpaca", "llamafactory_sharegpt", "ms_swift_messages"), 48),
+    **dict.fromkeys(("nemo_aligner", "nemo_rl_ranked", "openai_dpo", "shp", "step_dpo"), 48),
+    **dict.fromkeys(("stack_exchange_paired", "text_score", "ultrafeedback_binarized"), 48),
+    "orca_pairs": 12,
+}
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", OTHERS)
-def test_layouts_that_are_not_read_are_refused_whole(shared: Path, name: str) -> None:
+def test_other_layouts_of_pairs(shared: Path, name: str) -> None:
     tokenizer = PreferenceTokenizer.load(shared / "models/gpt2-tokenizer", chat_template=CHATML)
-    with pytest.raises(BadDataError, match=r"of the (12|20) rows read(.|\n)*known shapes"):
+    store, report = build_store([shared / f"data/formats/{name}.jsonl"], tokenizer)
+    assert (report.read, report.kept, len(store)) == (OTHERS[name],) * 3
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["kto_unpaired", "llamafactory_kto", "ranked_ab"])
+def test_layouts_that_hold_no_pairs_are_refused_whole(shared: Path, name: str) -> None:
+    tokenizer = PreferenceTokenizer.load(shared / "models/gpt2-tokenizer", chat_template=CHATML)
+    with pytest.raises(BadDataError, match=r"of the 20 rows read(.|\n)*known shapes"):
         build_store([shared / f"data/formats/{name}.jsonl"], tokenizer)
 
 

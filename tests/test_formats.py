@@ -3,33 +3,21 @@
 from typing import Any
 
 import pytest
+from chats_for_tests import assistant, hh, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logratio.data.formats import Decoded, decode_row
+from logratio.data.formats import Decoded, Decoder, FormatSettings
 from logratio.data.records import InvalidRecordError, Source
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SOURCE = Source("data.jsonl", 7)
 
 
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-def hh(*turns: str) -> str:
-    """Write turns as a transcript, the human's first."""
-    names = ("Human", "Assistant")
-    return "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
-
-
 def decode(row: dict[str, Any], *, demonstrations: bool = False) -> Decoded:
-    decoded = decode_row(row, SOURCE, demonstrations=demonstrations)
-    assert decoded.record.source == SOURCE
+    settings = FormatSettings(demonstrations=demonstrations)
+    decoded = Decoder(settings).decode(row, SOURCE)
+    assert [record.source for record in decoded.records] == [SOURCE]
     return decoded
 
 
@@ -42,7 +30,7 @@ def code_of(row: dict[str, Any], *, demonstrations: bool = False) -> str:
 
 def parts(row: dict[str, Any], *, demonstrations: bool = False) -> tuple[Any, ...]:
     """Return the prompt, then role, context and answer of each completion."""
-    record = decode(row, demonstrations=demonstrations).record
+    (record,) = decode(row, demonstrations=demonstrations).records
     own = [(c.role, c.context, c.answer) for c in record.completions]
     return (record.prompt, *own)
 
@@ -227,27 +215,30 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "no prompt": ("E201", {"chosen": "a", "rejected": "b"}),
     "no role": ("E201", CHAT | {"prompt": [{"content": "u"}]}),
     "no content": ("E201", CHAT | {"prompt": [{"role": "user"}]}),
-    "ShareGPT turns": ("E201", CHAT | {"prompt": [{"from": "human", "value": "u"}]}),
     "null prompt": ("E202", TEXT | {"prompt": None}),
     "null chosen": ("E202", TEXT | {"chosen": None}),
     "null role": ("E202", CHAT | {"prompt": [{"role": None, "content": "u"}]}),
     "null content": ("E202", CHAT | {"prompt": [{"role": "user", "content": None}]}),
     "number": ("E203", TEXT | {"chosen": 3}),
     "boolean": ("E203", TEXT | {"rejected": True}),
-    "object": ("E203", TEXT | {"chosen": {"from": "gpt", "value": "a"}}),
+    "object": ("E206", TEXT | {"chosen": {"from": "gpt", "value": "a"}}),
+    "boolean in a list": ("E203", TEXT | {"chosen": [True]}),
     "strings in a list": ("E203", CHAT | {"chosen": ["a", "b"]}),
     "content in parts": ("E203", CHAT | {"chosen": [{"role": "assistant", "content": ["a"]}]}),
     "role is a number": ("E203", CHAT | {"prompt": [{"role": 1, "content": "u"}]}),
-    "UltraFeedback": ("E206", CHAT | {"prompt": "u"}),
     "mixed": ("E206", TEXT | {"chosen": [assistant("a")]}),
     "mixed without prompt": ("E206", {"chosen": hh("a", "b"), "rejected": [assistant("a")]}),
     "unknown keys": ("E206", {"instruction": "i", "output_1": "a", "output_2": "b"}),
+    "no label's meaning": ("E209", {"prompt": "p", "output_1": "a", "output_2": "b", "label": 1}),
     "no keys": ("E206", {}),
     "demonstration": ("E206", {"prompt": "p", "completion": "c"}),
     "messages": ("E206", {"messages": [user("u"), assistant("a")]}),
-    "steps before the answer": ("E206", TEXT | {"initial_reason_steps": "1. Add."}),
-    "system beside the prompt": ("E206", TEXT | {"system": "Be kind."}),
-    "tools beside the prompt": ("E206", CHAT | {"tools": [{"name": "f"}]}),
+    "tools beside plain text": ("E206", TEXT | {"tools": [{"name": "f"}]}),
+    "a picture beside the prompt": ("E206", TEXT | {"images": ["a.png"]}),
+    "system beside a transcript": (
+        "E206",
+        {"chosen": hh("a", "b"), "rejected": hh("a", "c"), "system": "Be kind."},
+    ),
     "no user": ("E403", CHAT | {"prompt": [{"role": "system", "content": "s"}]}),
     "empty prompt": ("E403", CHAT | {"prompt": []}),
     "prompt ends with an answer": ("E403", CHAT | {"prompt": [user("u"), assistant("a")]}),
@@ -285,7 +276,7 @@ def test_bad_rows(fault: str) -> None:
 BAD_DEMONSTRATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "unpaired feedback": ("E206", {"prompt": "p", "completion": "c", "label": False}),
     "labelled messages": ("E206", {"messages": [user("u"), assistant("a")], "label": True}),
-    "mixed": ("E206", {"prompt": "p", "completion": [assistant("a")]}),
+    "mixed": ("E203", {"prompt": [user("u")], "completion": ["a"]}),
     "no prompt": ("E201", {"completion": "c"}),
     "null": ("E202", {"messages": None}),
     "string": ("E203", {"messages": "u"}),
@@ -319,7 +310,7 @@ def test_any_row_is_a_record_or_an_invalid_record_error(
     row: dict[str, Any], demonstrations: bool
 ) -> None:
     try:
-        record = decode(row, demonstrations=demonstrations).record
+        (record,) = decode(row, demonstrations=demonstrations).records
     except InvalidRecordError:
         return
     assert len(record.completions) == (1 if demonstrations else 2)

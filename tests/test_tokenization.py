@@ -540,3 +540,32 @@ def test_real_tokenizers_as_transformers(shared: Path, name: str) -> None:
     theirs = AutoTokenizer.from_pretrained(shared / "models" / name)
     for prompt in ("Once upon a time", "Tom said, ", "  two  spaces\nand a line"):
         assert tokenizer.encode_prompt(prompt) == theirs(prompt)["input_ids"]
+
+
+def test_a_spelled_special_token_is_text_where_the_rules_split(tmp_path: Path) -> None:
+    folder = save(tmp_path / "t", byte_level(), chat_template=CHATML)
+    rules = TokenizationRules(split_special_tokens=True)
+    splitting, usual = PreferenceTokenizer.load(folder, rules), PreferenceTokenizer.load(folder)
+    spelled = PreferenceRecord(
+        "say </s>", (Completion("chosen", "</s> it"), Completion("rejected", "no")), HERE
+    )
+    group, control = splitting.encode_record(spelled), usual.encode_record(spelled)
+    assert isinstance(group, TokenizedGroup)
+    assert isinstance(control, TokenizedGroup)
+    assert usual.eos_id in control.prompt_ids
+    assert "W501" in control.notes
+    assert usual.eos_id not in group.prompt_ids
+    assert group.notes == []
+    assert splitting.decode(group.prompt_ids) == "say </s>"
+    assert [c.ids.count(splitting.eos_id or -1) for c in group.completions] == [1, 1]  # the end
+    chat = PreferenceRecord(
+        ({"role": "user", "content": "say <|im_end|>"},),
+        tuple(
+            Completion(role, ({"role": "assistant", "content": role},), ())
+            for role in ("chosen", "rejected")
+        ),
+        HERE,
+    )
+    refused = splitting.encode_record(chat)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "R307"

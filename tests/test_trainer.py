@@ -125,7 +125,7 @@ class stop_after:  # noqa: N801 - reads as a context
         self.patch = pytest.MonkeyPatch()
         update = Loop._update
 
-        def interrupted(loop: Loop, step: int, *rest: object) -> dict[str, float]:
+        def interrupted(loop: Loop, step: int, *rest: object) -> tuple[dict[str, float], int]:
             if step == self.step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return update(loop, step, *rest)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import final
@@ -12,16 +12,19 @@ __all__ = [
     "CacheReader",
     "CacheWriter",
     "CandidateLayout",
+    "Census",
     "CorruptCacheError",
     "CorruptStoreError",
     "Layout",
     "PaddedLayout",
+    "PieceTable",
     "Plan",
     "SharedLayout",
     "Store",
     "StoreWriter",
     "candidate_layout",
     "content_key",
+    "near_duplicates",
 ]
 
 ROLES: tuple[str, ...]
@@ -113,9 +116,31 @@ class Store:
         layout: str = "shared",
         rank: int = 0,
         world_size: int = 1,
+        weights: NDArray[np.float64] | None = None,
+        datasets: NDArray[np.uint32] | None = None,
+        attention_cost: float = 0.0,
     ) -> Plan: ...
-    def shared_layout(self, groups: NDArray[np.int64]) -> SharedLayout: ...
-    def padded_layout(self, groups: NDArray[np.int64]) -> PaddedLayout: ...
+    def shared_layout(
+        self,
+        groups: NDArray[np.int64],
+        *,
+        arena: NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]] | None = None,
+        fields: Sequence[str] | None = None,
+        multiple_of: int = 1,
+        width: int | None = None,
+        pad_id: int = 0,
+    ) -> SharedLayout: ...
+    def padded_layout(
+        self,
+        groups: NDArray[np.int64],
+        *,
+        arena: NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]] | None = None,
+        fields: Sequence[str] | None = None,
+        side: str = "right",
+        multiple_of: int = 1,
+        width: int | None = None,
+        pad_id: int = 0,
+    ) -> PaddedLayout: ...
 
 @final
 class Plan:
@@ -129,11 +154,21 @@ class Plan:
 @disjoint_base
 class Layout:
     @property
-    def prompt_lengths(self) -> NDArray[np.int64]: ...
+    def arena(self) -> NDArray[np.uint8]: ...
     @property
-    def completion_lengths(self) -> NDArray[np.int64]: ...
+    def nbytes(self) -> int: ...
     @property
-    def group_sizes(self) -> NDArray[np.int64]: ...
+    def table(self) -> dict[str, tuple[str, int, list[int]]]: ...
+    @property
+    def input_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def attention_mask(self) -> NDArray[np.int64]: ...
+    @property
+    def position_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def token_mask(self) -> NDArray[np.int64]: ...
+    @property
+    def segment_ids(self) -> NDArray[np.int64]: ...
     @property
     def logit_index(self) -> NDArray[np.int64]: ...
     @property
@@ -141,7 +176,15 @@ class Layout:
     @property
     def completion_mask(self) -> NDArray[np.bool_]: ...
     @property
+    def completion_of(self) -> NDArray[np.int64]: ...
+    @property
     def completion_offsets(self) -> NDArray[np.int64]: ...
+    @property
+    def prompt_lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def completion_lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def group_sizes(self) -> NDArray[np.int64]: ...
     @property
     def roles(self) -> NDArray[np.uint8]: ...
     @property
@@ -152,18 +195,16 @@ class Layout:
 @final
 class SharedLayout(Layout):
     @property
-    def input_ids(self) -> NDArray[np.int64]: ...
+    def cu_seqlens_q(self) -> NDArray[np.int32]: ...
     @property
-    def position_ids(self) -> NDArray[np.int64]: ...
+    def cu_seqlens_k(self) -> NDArray[np.int32]: ...
+    @property
+    def key_index(self) -> NDArray[np.int64]: ...
+    @property
+    def max_seqlens(self) -> NDArray[np.int64]: ...
 
 @final
-class PaddedLayout(Layout):
-    @property
-    def input_ids(self) -> NDArray[np.int64]: ...
-    @property
-    def attention_mask(self) -> NDArray[np.int64]: ...
-    @property
-    def position_ids(self) -> NDArray[np.int64]: ...
+class PaddedLayout(Layout): ...
 
 @final
 class CandidateLayout:
@@ -204,7 +245,33 @@ class CacheReader:
     def join(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]: ...
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
+@final
+class PieceTable:
+    def __new__(cls, capacity: int) -> PieceTable: ...
+    def encode(
+        self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+
 def candidate_layout(
     prompts: list[NDArray[np.int32]], candidates: list[list[NDArray[np.int32]]], chunk: int = 128
 ) -> CandidateLayout: ...
 def content_key(ids: NDArray[np.int32], start: int) -> bytes: ...
+def near_duplicates(
+    store: Store, threshold: float = 0.8, shingle: int = 5
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]: ...
+
+@final
+class Census:
+    def __new__(cls, store: Store) -> Census: ...
+    @property
+    def uses(self) -> NDArray[np.int64]: ...
+    @property
+    def ends(self) -> NDArray[np.int64]: ...
+    @property
+    def beyond(self) -> int: ...
+    @property
+    def compared(self) -> int: ...
+    @property
+    def same_start(self) -> int: ...
+    @property
+    def common(self) -> int: ...

@@ -1,87 +1,159 @@
 //! The padded layout: one row a completion, for models whose state runs through the tokens.
 
-use super::{Sizes, Targets, gather};
-use crate::{
-    Result,
-    store::{Store, StoredGroup},
+use super::{
+    Batch, Side,
+    targets::{count, widen, widen_mask},
 };
+use crate::store::{StoredCompletion, StoredGroup};
 
-/// Right-padded rows of prompt and completion, completion-major: completion 0 of every group, then
-/// completion 1 of every group that has one, ….
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Padded {
-    /// Number of rows, one a completion.
-    pub rows: usize,
-    /// Tokens of the longest row.
-    pub width: usize,
-    /// Token ids, 0 in padding: `[N·T]`.
-    pub input_ids: Vec<i64>,
-    /// 1 on tokens, 0 in padding: `[N·T]`.
-    pub attention_mask: Vec<i64>,
-    /// Position in the row, 0 in padding: `[N·T]`.
-    pub position_ids: Vec<i64>,
-    /// What is scored; `logit_index` points into `[N·T]`.
-    pub targets: Targets,
+/// Rows of prompt and completion, completion-major: completion 0 of every group, then completion 1
+/// of every group that has one, ….
+pub(super) struct Rows<'a> {
+    each: Vec<Row<'a>>,
+    /// Row of each completion, group-major.
+    row_of: Vec<usize>,
+    width: usize,
 }
 
-impl Padded {
-    /// Lays out `groups` of `store`.
-    pub fn new(store: &Store, groups: &[i64]) -> Result<Self> {
-        let gathered = gather(store, groups)?;
-        let sizes = Sizes::of(&gathered);
-        let (rows, width) = (sizes.completions, sizes.longest);
-        let mut layout = Self {
-            rows,
-            width,
-            input_ids: vec![0; rows * width],
-            attention_mask: vec![0; rows * width],
-            position_ids: vec![0; rows * width],
-            targets: Targets::with_room(sizes),
-        };
-        let mut next = first_rows(&gathered);
-        for (&number, group) in groups.iter().zip(gathered) {
-            layout.targets.push_group(number, group);
-            for (completion, row) in group.completions().zip(&mut next) {
-                let start = *row * width;
-                let completion_start = start + group.prompt_length;
-                layout.fill(start, group.prompt(), 0);
-                layout.fill(completion_start, completion.ids, group.prompt_length as i64);
-                let (prompt_end, start) = (completion_start as i64 - 1, completion_start as i64);
-                layout
-                    .targets
-                    .push_completion(completion, prompt_end, start);
-                *row += 1;
-            }
+/// One row: `start` elements of padding, prompt, completion, padding.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    prompt: &'a [i32],
+    completion: StoredCompletion<'a>,
+    start: usize,
+}
+
+/// The four stretches of a row.
+struct Stretches<'a> {
+    before: &'a mut [i64],
+    prompt: &'a mut [i64],
+    completion: &'a mut [i64],
+    after: &'a mut [i64],
+}
+
+impl<'a> Rows<'a> {
+    pub(super) fn new(batch: &Batch<'a>, side: Side) -> Self {
+        let row_of = rows_of(&batch.groups);
+        let mut number_of = vec![0; row_of.len()];
+        for (number, &row) in row_of.iter().enumerate() {
+            number_of[row] = number;
         }
-        Ok(layout)
+        let all: Vec<_> = batch.completions().collect();
+        let row = |number: usize| {
+            let (group, completion) = all[number];
+            let length = group.prompt_length + completion.ids.len();
+            Row {
+                prompt: group.prompt(),
+                completion,
+                start: match side {
+                    Side::Left => batch.width - length,
+                    Side::Right => 0,
+                },
+            }
+        };
+        Self {
+            each: number_of.into_iter().map(row).collect(),
+            row_of,
+            width: batch.width,
+        }
     }
 
-    fn fill(&mut self, at: usize, ids: &[i32], position: i64) {
-        let range = at..at + ids.len();
-        let inputs = self.input_ids[range.clone()].iter_mut();
-        inputs
-            .zip(ids)
-            .for_each(|(input, &id)| *input = i64::from(id));
-        self.attention_mask[range.clone()].fill(1);
-        self.position_ids[range]
-            .iter_mut()
-            .zip(position..)
-            .for_each(|(slot, at)| *slot = at);
+    pub(super) fn input_ids(&self, pad: i64, out: &mut [i64]) {
+        self.fill(out, |row, parts| {
+            parts.before.fill(pad);
+            widen(parts.prompt, row.prompt);
+            widen(parts.completion, row.completion.ids);
+            parts.after.fill(pad);
+        });
     }
+
+    pub(super) fn attention_mask(&self, out: &mut [i64]) {
+        self.fill(out, |_, parts| {
+            parts.before.fill(0);
+            parts.prompt.fill(1);
+            parts.completion.fill(1);
+            parts.after.fill(0);
+        });
+    }
+
+    pub(super) fn position_ids(&self, out: &mut [i64]) {
+        self.fill(out, |row, parts| {
+            parts.before.fill(0);
+            count(parts.prompt, 0);
+            count(parts.completion, row.prompt.len() as i64);
+            parts.after.fill(0);
+        });
+    }
+
+    pub(super) fn token_mask(&self, out: &mut [i64]) {
+        self.fill(out, |row, parts| {
+            parts.before.fill(0);
+            parts.prompt.fill(0);
+            widen_mask(parts.completion, row.completion.mask);
+            parts.after.fill(0);
+        });
+    }
+
+    pub(super) fn segment_ids(&self, out: &mut [i64]) {
+        self.fill(out, |_, parts| {
+            parts.before.fill(0);
+            parts.prompt.fill(1);
+            parts.completion.fill(2);
+            parts.after.fill(0);
+        });
+    }
+
+    pub(super) fn logit_index(&self, mut out: &mut [i64]) {
+        for &number in &self.row_of {
+            let row = &self.each[number];
+            let part = super::shared::take(&mut out, row.completion.ids.len());
+            let prompt_end = number * self.width + row.start + row.prompt.len() - 1;
+            count(part, prompt_end as i64);
+        }
+    }
+
+    fn fill(&self, out: &mut [i64], fill: impl Fn(&Row<'_>, Stretches<'_>)) {
+        for (row, cells) in self
+            .each
+            .iter()
+            .zip(out.chunks_exact_mut(self.width.max(1)))
+        {
+            let (before, rest) = cells.split_at_mut(row.start);
+            let (prompt, rest) = rest.split_at_mut(row.prompt.len());
+            let (completion, after) = rest.split_at_mut(row.completion.ids.len());
+            let stretches = Stretches {
+                before,
+                prompt,
+                completion,
+                after,
+            };
+            fill(row, stretches);
+        }
+    }
+}
+
+/// The row of each completion, group-major.
+fn rows_of(groups: &[StoredGroup<'_>]) -> Vec<usize> {
+    let mut next = first_rows(groups);
+    let mut rows = Vec::new();
+    for group in groups {
+        for row in &mut next[..group.roles().len()] {
+            rows.push(*row);
+            *row += 1;
+        }
+    }
+    rows
 }
 
 /// The row of the first completion 0, of the first completion 1, ….
 fn first_rows(groups: &[StoredGroup<'_>]) -> Vec<usize> {
-    let most = groups
-        .iter()
-        .map(|group| group.roles().len())
-        .max()
-        .unwrap_or(0);
+    let sizes = || groups.iter().map(|group| group.roles().len());
+    let most = sizes().max().unwrap_or(0);
     let mut counts = vec![0; most + 1];
-    for group in groups {
-        counts[1..=group.roles().len()]
-            .iter_mut()
-            .for_each(|count| *count += 1);
+    for size in sizes() {
+        for count in &mut counts[1..=size] {
+            *count += 1;
+        }
     }
     for number in 1..=most {
         counts[number] += counts[number - 1];

@@ -1,51 +1,125 @@
-//! The shared-prompt layout: every group once, end to end, no padding.
+//! The shared-prompt layout: one row of prompt, completion 1, …, completion K, next group, ….
+//!
+//! The first token of every completion is predicted by the last position of its prompt. What is left
+//! of a fixed width is filler: no target touches it, and it attends to nothing but itself.
 
-use super::{Sizes, Targets, gather};
-use crate::{Result, store::Store};
+use super::{
+    Batch,
+    targets::{count, widen, widen_mask},
+};
 
-/// One row of prompt, completion 1, …, completion K, next group, ….
-///
-/// The first token of every completion is predicted by the last position of its prompt.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shared {
-    /// Token ids: `[T]`.
-    pub input_ids: Vec<i64>,
-    /// Position in the sequence, from the prompt's length on again for every completion: `[T]`.
-    pub position_ids: Vec<i64>,
-    /// What is scored; `logit_index` points into `[T]`.
-    pub targets: Targets,
+/// The next `length` elements of `out`.
+#[expect(clippy::mut_mut, reason = "`out` itself moves on")]
+pub(super) fn take<'a, T>(out: &mut &'a mut [T], length: usize) -> &'a mut [T] {
+    let (part, rest) = std::mem::take(out).split_at_mut(length);
+    *out = rest;
+    part
 }
 
-impl Shared {
-    /// Lays out `groups` of `store`.
-    pub fn new(store: &Store, groups: &[i64]) -> Result<Self> {
-        let gathered = gather(store, groups)?;
-        let sizes = Sizes::of(&gathered);
-        let mut layout = Self {
-            input_ids: Vec::with_capacity(sizes.tokens),
-            position_ids: Vec::with_capacity(sizes.tokens),
-            targets: Targets::with_room(sizes),
-        };
-        for (&number, group) in groups.iter().zip(gathered) {
-            let prompt_length = group.prompt_length as i64;
-            let prompt_end = layout.input_ids.len() as i64 + prompt_length - 1;
-            let mut start = prompt_end + 1;
-            layout
-                .input_ids
-                .extend(group.tokens.iter().map(|&id| i64::from(id)));
-            layout.position_ids.extend(0..prompt_length);
-            layout.targets.push_group(number, group);
-            for completion in group.completions() {
-                let length = completion.ids.len() as i64;
-                layout
-                    .position_ids
-                    .extend(prompt_length..prompt_length + length);
-                layout
-                    .targets
-                    .push_completion(completion, prompt_end, start);
-                start += length;
-            }
+pub(super) fn input_ids(batch: &Batch<'_>, pad: i64, mut out: &mut [i64]) {
+    for group in &batch.groups {
+        widen(take(&mut out, group.tokens.len()), group.tokens);
+    }
+    out.fill(pad);
+}
+
+pub(super) fn attention_mask(batch: &Batch<'_>, out: &mut [i64]) {
+    let (tokens, filler) = out.split_at_mut(batch.sizes.tokens);
+    tokens.fill(1);
+    filler.fill(0);
+}
+
+pub(super) fn position_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
+    for group in &batch.groups {
+        count(take(&mut out, group.prompt_length), 0);
+        for completion in group.completions() {
+            let part = take(&mut out, completion.ids.len());
+            count(part, group.prompt_length as i64);
         }
-        Ok(layout)
+    }
+    out.fill(0); // never beyond what the model has positions for
+}
+
+pub(super) fn token_mask(batch: &Batch<'_>, mut out: &mut [i64]) {
+    for group in &batch.groups {
+        take(&mut out, group.prompt_length).fill(0);
+        for completion in group.completions() {
+            widen_mask(take(&mut out, completion.ids.len()), completion.mask);
+        }
+    }
+    out.fill(0);
+}
+
+pub(super) fn segment_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
+    for (number, (_, own)) in (1..).zip(sequences(batch)) {
+        take(&mut out, own).fill(number);
+    }
+    out.fill(0);
+}
+
+pub(super) fn logit_index(batch: &Batch<'_>, mut out: &mut [i64]) {
+    let mut start = 0;
+    for group in &batch.groups {
+        let prompt_end = start + group.prompt_length as i64 - 1;
+        let mut at = prompt_end + 1;
+        for completion in group.completions() {
+            let part = take(&mut out, completion.ids.len());
+            part[0] = prompt_end;
+            count(&mut part[1..], at);
+            at += completion.ids.len() as i64;
+        }
+        start = at;
+    }
+}
+
+pub(super) fn cu_seqlens_q(batch: &Batch<'_>, out: &mut [i32]) {
+    let lengths = sequences(batch).map(|(_, own)| own);
+    add_up(out, lengths.chain([batch.filler()]));
+}
+
+pub(super) fn cu_seqlens_k(batch: &Batch<'_>, out: &mut [i32]) {
+    let lengths = sequences(batch).map(|(before, own)| before + own);
+    add_up(out, lengths.chain([batch.filler()]));
+}
+
+pub(super) fn key_index(batch: &Batch<'_>, mut out: &mut [i64]) {
+    let mut start = 0;
+    for group in &batch.groups {
+        let prompt = group.prompt_length;
+        count(take(&mut out, prompt), start);
+        let mut at = start + prompt as i64;
+        for completion in group.completions() {
+            count(take(&mut out, prompt), start);
+            count(take(&mut out, completion.ids.len()), at);
+            at += completion.ids.len() as i64;
+        }
+        start = at;
+    }
+    count(out, start);
+}
+
+pub(super) fn max_seqlens(batch: &Batch<'_>, out: &mut [i64]) {
+    let filler = batch.filler();
+    out[0] = batch.sizes.most_queries.max(filler) as i64;
+    out[1] = batch.sizes.longest.max(filler) as i64;
+}
+
+/// Of each prompt and each completion: tokens that it sees before its own, and its own.
+fn sequences(batch: &Batch<'_>) -> impl Iterator<Item = (usize, usize)> {
+    batch.groups.iter().flat_map(|group| {
+        let prompt = group.prompt_length;
+        let completions = group.completions();
+        let of_completions = completions.map(move |completion| (prompt, completion.ids.len()));
+        std::iter::once((0, prompt)).chain(of_completions)
+    })
+}
+
+/// 0, the first length, the first two together, …; a last length of 0 finds no slot.
+fn add_up(out: &mut [i32], lengths: impl Iterator<Item = usize>) {
+    let mut end = 0;
+    out[0] = 0;
+    for (slot, length) in out[1..].iter_mut().zip(lengths) {
+        end += length as i32; // the batch was refused if it had more
+        *slot = end;
     }
 }

@@ -1,95 +1,135 @@
 //! `SharedLayout`, `PaddedLayout` and `CandidateLayout`.
 
-use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
-use pyo3::prelude::*;
+use numpy::{PyArray1, PyArray2, PyArrayDescr, PyArrayMethods, PyReadonlyArray1};
+use pyo3::{
+    exceptions::PyAttributeError,
+    prelude::*,
+    sync::PyOnceLock,
+    types::{PyDict, PyType},
+};
 
-use super::{array, matrix};
-use crate::layout::{Candidates, Padded, Shared, Targets};
+use super::matrix;
+use crate::{
+    Error,
+    layout::{Batch, Candidates, Dtype, Entry, Field, Options, Table},
+    store,
+};
 
-/// What is scored, flat and group by group, equal in both layouts.
-#[pyclass(frozen, get_all, subclass, module = "logratio._rust")]
+/// The arrays of a batch, views of one buffer: what is scored is flat and group by group, equal in
+/// both layouts.
+#[pyclass(frozen, subclass, module = "logratio._rust")]
 pub struct Layout {
-    /// Tokens of each prompt: `[G]`.
-    prompt_lengths: Py<PyArray1<i64>>,
-    /// Tokens of each completion: `[N]`.
-    completion_lengths: Py<PyArray1<i64>>,
-    /// Completions of each group: `[G]`.
-    group_sizes: Py<PyArray1<i64>>,
-    /// Flat position whose hidden state predicts each target: `[S]`.
-    logit_index: Py<PyArray1<i64>>,
-    /// Token to predict: `[S]`.
-    target_ids: Py<PyArray1<i64>>,
-    /// Whether a target counts: `[S]`.
-    completion_mask: Py<PyArray1<bool>>,
-    /// Where the targets of each completion begin, and their number: `[N+1]`.
-    completion_offsets: Py<PyArray1<i64>>,
-    /// Role number of each completion: `[N]`.
-    roles: Py<PyArray1<u8>>,
-    /// Number of each group in the store: `[G]`.
-    groups: Py<PyArray1<i64>>,
-    /// Row number of each completion in the store: `[N]`.
-    completions: Py<PyArray1<i64>>,
+    /// The buffer that holds every array: bytes.
+    #[pyo3(get)]
+    arena: Py<PyArray1<u8>>,
+    table: Table,
 }
+
+#[pymethods]
+impl Layout {
+    /// Bytes of the buffer that are in use, from its beginning on.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.table.bytes()
+    }
+
+    /// Where each array lies: name to dtype, first byte, shape.
+    #[getter]
+    fn table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let table = PyDict::new(py);
+        for entry in self.table.entries() {
+            let place = (entry.dtype().name(), entry.offset, shape(entry));
+            table.set_item(entry.field.name(), place)?;
+        }
+        Ok(table)
+    }
+
+    /// The array of that name, if it was laid out.
+    fn __getattr__<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        let field = name.parse::<Field>();
+        let Some(entry) = field.ok().and_then(|field| self.table.get(field)) else {
+            let reason = format!("{name} was not laid out: name it in `fields`");
+            return Err(PyAttributeError::new_err(reason));
+        };
+        view(self.arena.bind(py), entry)
+    }
+
+    fn __dir__(&self) -> Vec<&'static str> {
+        let entries = self.table.entries().iter();
+        entries.map(|entry| entry.field.name()).collect()
+    }
+}
+
+fn shape(entry: &Entry) -> Vec<usize> {
+    entry.rows.into_iter().chain([entry.width]).collect()
+}
+
+/// `numpy.ndarray(shape, dtype, buffer, offset)`: keeps the buffer alive, copies nothing.
+fn view<'py>(arena: &Bound<'py, PyArray1<u8>>, entry: &Entry) -> PyResult<Bound<'py, PyAny>> {
+    static NDARRAY: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let ndarray = NDARRAY.import(arena.py(), "numpy", "ndarray")?;
+    let dtype = descriptor(arena.py(), entry.dtype());
+    match entry.rows {
+        Some(rows) => ndarray.call1(((rows, entry.width), dtype, arena, entry.offset)),
+        None => ndarray.call1((entry.width, dtype, arena, entry.offset)),
+    }
+}
+
+fn descriptor(py: Python<'_>, dtype: Dtype) -> Bound<'_, PyArrayDescr> {
+    match dtype {
+        Dtype::Int64 => numpy::dtype::<i64>(py),
+        Dtype::Int32 => numpy::dtype::<i32>(py),
+        Dtype::Bool => numpy::dtype::<bool>(py),
+        Dtype::Uint8 => numpy::dtype::<u8>(py),
+    }
+}
+
+/// Groups end to end in one row: prompt, completion 1, …, completion K, next group, ….
+#[pyclass(frozen, extends = Layout, module = "logratio._rust")]
+pub struct SharedLayout;
+
+/// One row a completion, completion-major: completion 0 of every group, then completion 1, ….
+#[pyclass(frozen, extends = Layout, module = "logratio._rust")]
+pub struct PaddedLayout;
 
 impl Layout {
-    fn from_rust(py: Python<'_>, targets: Targets) -> Self {
-        Self {
-            prompt_lengths: array(py, targets.prompt_lengths),
-            completion_lengths: array(py, targets.completion_lengths),
-            group_sizes: array(py, targets.group_sizes),
-            logit_index: array(py, targets.logit_index),
-            target_ids: array(py, targets.target_ids),
-            completion_mask: array(py, targets.completion_mask),
-            completion_offsets: array(py, targets.completion_offsets),
-            roles: array(py, targets.roles),
-            groups: array(py, targets.groups),
-            completions: array(py, targets.completions),
-        }
-    }
-}
-
-/// Groups end to end in one row, no padding: prompt, completion 1, …, completion K, next group, ….
-#[pyclass(frozen, get_all, extends = Layout, module = "logratio._rust")]
-pub struct SharedLayout {
-    /// Token ids: `[T]`.
-    input_ids: Py<PyArray1<i64>>,
-    /// Positions, from the prompt's length on again for every completion: `[T]`.
-    position_ids: Py<PyArray1<i64>>,
-}
-
-impl SharedLayout {
-    pub fn from_rust(py: Python<'_>, layout: Shared) -> PyResult<Bound<'_, Self>> {
-        let own = Self {
-            input_ids: array(py, layout.input_ids),
-            position_ids: array(py, layout.position_ids),
+    /// Lays out `groups` in the buffer that `arena` is or makes, or in a fresh one.
+    pub fn new<'py>(
+        store: &store::Store,
+        groups: &PyReadonlyArray1<'py, i64>,
+        arena: Option<&Bound<'py, PyAny>>,
+        options: Options<'_>,
+    ) -> PyResult<Self> {
+        let (py, groups) = (groups.py(), groups.as_slice()?);
+        let batch = py.detach(|| Batch::new(store, groups, options))?;
+        let bytes = batch.table().bytes();
+        let arena = match arena {
+            None => PyArray1::zeros(py, bytes, false),
+            Some(made) if made.is_callable() => made.call1((bytes,))?.extract()?,
+            Some(given) => given.extract()?,
         };
-        let base = Layout::from_rust(py, layout.targets);
-        Bound::new(py, PyClassInitializer::from(base).add_subclass(own))
+        let mut buffer = arena.try_readwrite().map_err(|_| unwritable())?;
+        let slice = buffer.as_slice_mut()?;
+        py.detach(|| batch.fill(slice))?;
+        drop(buffer);
+        Ok(Self {
+            arena: arena.unbind(),
+            table: batch.table().clone(),
+        })
     }
 }
 
-/// Right-padded rows, completion-major: completion 0 of every group, then completion 1, ….
-#[pyclass(frozen, get_all, extends = Layout, module = "logratio._rust")]
-pub struct PaddedLayout {
-    /// Token ids, 0 in padding: `[N, T]`.
-    input_ids: Py<PyArray2<i64>>,
-    /// 1 on tokens, 0 in padding: `[N, T]`.
-    attention_mask: Py<PyArray2<i64>>,
-    /// Positions, 0 in padding: `[N, T]`.
-    position_ids: Py<PyArray2<i64>>,
+fn unwritable() -> Error {
+    Error::Invalid("the buffer is read-only, or another thread is filling it".into())
 }
 
-impl PaddedLayout {
-    pub fn from_rust(py: Python<'_>, layout: Padded) -> PyResult<Bound<'_, Self>> {
-        let shape = [layout.rows, layout.width];
-        let own = Self {
-            input_ids: matrix(py, layout.input_ids, shape)?,
-            attention_mask: matrix(py, layout.attention_mask, shape)?,
-            position_ids: matrix(py, layout.position_ids, shape)?,
-        };
-        let base = Layout::from_rust(py, layout.targets);
-        Bound::new(py, PyClassInitializer::from(base).add_subclass(own))
-    }
+/// The arrays that are asked for.
+pub fn fields(names: Option<Vec<String>>) -> PyResult<Vec<Field>> {
+    let names = names.unwrap_or_default();
+    Ok(names
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<_, _>>()?)
 }
 
 /// Inputs of the exported graph: prompts and candidates apart.
@@ -133,7 +173,7 @@ pub fn candidate_layout(
         prompt_mask: matrix(py, layout.prompt_mask, [prompts.len(), layout.prompt_width])?,
         candidate_ids: matrix(py, layout.candidate_ids, [rows, layout.candidate_width])?,
         candidate_mask: matrix(py, layout.candidate_mask, [rows, layout.candidate_width])?,
-        group: array(py, layout.group),
+        group: super::array(py, layout.group),
         token_index: matrix(py, layout.token_index, chunks)?,
         token_row: matrix(py, layout.token_row, chunks)?,
     })

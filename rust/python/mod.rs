@@ -4,6 +4,9 @@
 
 mod cache;
 mod layout;
+mod pieces;
+mod plan;
+mod similar;
 mod store;
 mod writer;
 
@@ -80,7 +83,10 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
-        store::{Plan, Store},
+        pieces::PieceTable,
+        plan::Plan,
+        similar::{Census, near_duplicates},
+        store::Store,
         writer::StoreWriter,
     };
 

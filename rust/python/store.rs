@@ -1,4 +1,4 @@
-//! `Store` and `Plan`.
+//! `Store`.
 
 use std::path::PathBuf;
 
@@ -7,8 +7,9 @@ use pyo3::prelude::*;
 
 use super::{
     array,
-    layout::{PaddedLayout, SharedLayout},
+    layout::{Layout, PaddedLayout, SharedLayout, fields as chosen},
     matrix,
+    plan::{Plan, Weights},
 };
 use crate::{Error, Result, layout, plan, store, wire::Hex};
 
@@ -17,7 +18,7 @@ use crate::{Error, Result, layout, plan, store, wire::Hex};
 /// Any method that reads raises CorruptStoreError where a block does not match its checksum or
 /// offsets are impossible. A store at a path is pickled by its path and digest.
 #[pyclass(frozen, module = "logratio._rust")]
-pub struct Store(store::Store);
+pub struct Store(pub(super) store::Store);
 
 impl Store {
     pub fn of(store: store::Store) -> Self {
@@ -180,10 +181,16 @@ impl Store {
     /// Plan one rank's share of an epoch: updates of groups, cut into micro-batches.
     ///
     /// `order` is "length_grouped" (random updates of similar lengths), "shuffled" or "sorted"
-    /// (longest first, nothing random). A micro-batch costs its tokens ("shared") or its rows times
-    /// its longest row ("padded"), at most `token_budget`; a group above it stands alone.
+    /// (longest first, nothing random). A micro-batch holds at most `token_budget` tokens
+    /// ("shared"), or rows times its longest row ("padded"); a group above it stands alone.
+    /// With `weights` of datasets and the dataset of each file, an epoch mixes them by weight.
+    /// Ranks are balanced by tokens + `attention_cost` × token pairs that attend; 1/(6 × hidden
+    /// size) estimates operations.
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
-    #[pyo3(signature = (*, order, seed = 0, epoch = 0, groups_per_update, token_budget, layout = "shared", rank = 0, world_size = 1))]
+    #[pyo3(signature = (
+        *, order, seed = 0, epoch = 0, groups_per_update, token_budget, layout = "shared", rank = 0,
+        world_size = 1, weights = None, datasets = None, attention_cost = 0.0
+    ))]
     fn plan(
         &self,
         py: Python<'_>,
@@ -195,54 +202,78 @@ impl Store {
         layout: &str,
         rank: usize,
         world_size: usize,
+        weights: Option<PyReadonlyArray1<'_, f64>>,
+        datasets: Option<PyReadonlyArray1<'_, u32>>,
+        attention_cost: f64,
     ) -> PyResult<Plan> {
-        let (order, layout) = (order.parse()?, layout.parse()?);
         let request = plan::Request {
-            order,
+            order: order.parse()?,
             seed,
             epoch,
             groups_per_update,
             token_budget,
-            layout,
+            layout: layout.parse()?,
             rank,
             world_size,
+            mixture: None,
+            attention_cost,
         };
-        let plan = py.detach(|| plan::plan(&self.0.shapes()?, &request))?;
-        Ok(Plan {
-            order: array(py, plan.order),
-            micro_offsets: array(py, plan.micro_offsets),
-            update_offsets: array(py, plan.update_offsets),
-        })
+        let mixture = Weights::new(weights, datasets)?;
+        Plan::new(py, &self.0, request, mixture.as_ref())
     }
 
-    /// Lay out groups end to end in one row, without padding.
+    /// Lay out groups end to end in one row.
+    ///
+    /// `arena` is the buffer to fill, uint8, or makes one when it is called with the bytes needed;
+    /// without it a fresh one is made. `fields` are the arrays to lay out, else what training reads.
+    /// The width is what the groups need, a multiple of `multiple_of`, or `width`.
+    #[pyo3(signature = (groups, *, arena = None, fields = None, multiple_of = 1, width = None, pad_id = 0))]
     fn shared_layout<'py>(
         &self,
-        py: Python<'py>,
         groups: PyReadonlyArray1<'py, i64>,
+        arena: Option<Bound<'py, PyAny>>,
+        fields: Option<Vec<String>>,
+        multiple_of: usize,
+        width: Option<usize>,
+        pad_id: i32,
     ) -> PyResult<Bound<'py, SharedLayout>> {
-        let groups = groups.as_slice()?;
-        SharedLayout::from_rust(py, py.detach(|| layout::Shared::new(&self.0, groups))?)
+        let options = layout::Options {
+            multiple_of,
+            width,
+            pad_id,
+            fields: &chosen(fields)?,
+            ..layout::Options::new(plan::Layout::Shared)
+        };
+        let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
+        let whole = PyClassInitializer::from(base).add_subclass(SharedLayout);
+        Bound::new(groups.py(), whole)
     }
 
-    /// Lay out groups as right-padded rows, one a completion, completion-major.
+    /// Lay out groups as padded rows, one a completion, completion-major.
+    ///
+    /// `side` is where the padding is, "left" or "right"; the rest as in `shared_layout`.
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    #[pyo3(signature = (groups, *, arena = None, fields = None, side = "right", multiple_of = 1, width = None, pad_id = 0))]
     fn padded_layout<'py>(
         &self,
-        py: Python<'py>,
         groups: PyReadonlyArray1<'py, i64>,
+        arena: Option<Bound<'py, PyAny>>,
+        fields: Option<Vec<String>>,
+        side: &str,
+        multiple_of: usize,
+        width: Option<usize>,
+        pad_id: i32,
     ) -> PyResult<Bound<'py, PaddedLayout>> {
-        let groups = groups.as_slice()?;
-        PaddedLayout::from_rust(py, py.detach(|| layout::Padded::new(&self.0, groups))?)
+        let options = layout::Options {
+            side: side.parse()?,
+            multiple_of,
+            width,
+            pad_id,
+            fields: &chosen(fields)?,
+            ..layout::Options::new(plan::Layout::Padded)
+        };
+        let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
+        let whole = PyClassInitializer::from(base).add_subclass(PaddedLayout);
+        Bound::new(groups.py(), whole)
     }
-}
-
-/// One rank's share of an epoch: updates are made of micro-batches, micro-batches of groups.
-#[pyclass(frozen, get_all, module = "logratio._rust")]
-pub struct Plan {
-    /// Group numbers.
-    order: Py<PyArray1<i64>>,
-    /// Where each micro-batch begins in `order`, and its length: `[M+1]`.
-    micro_offsets: Py<PyArray1<i64>>,
-    /// Where each update begins in the micro-batches, and their number: `[U+1]`.
-    update_offsets: Py<PyArray1<i64>>,
 }

@@ -153,7 +153,7 @@ impl Store {
     /// Tokens of each group, its prompt counted once: `[G]`.
     pub fn shared_lengths(&self) -> Result<Vec<u32>> {
         let shapes = self.shapes()?.into_iter();
-        Ok(shapes.map(|shape| shape.tokens as u32).collect())
+        Ok(shapes.map(|shape| shape.tokens).collect())
     }
 
     /// Tokens of each prompt: `[G]`.
@@ -203,12 +203,7 @@ impl Store {
         let groups = self.completion_offsets()?.windows(2);
         let shape = |(prompt, group): (u32, &[u64])| {
             let own = &completions[group[0] as usize..=group[1] as usize];
-            let longest = steps(own).max().unwrap_or(0);
-            Shape {
-                tokens: prompt as usize + (own[own.len() - 1] - own[0]) as usize,
-                rows: own.len() - 1,
-                longest: prompt as usize + longest as usize,
-            }
+            Shape::new(prompt as usize, steps(own))
         };
         Ok(prompts.zip(groups).map(shape).collect())
     }

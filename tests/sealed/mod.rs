@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 use logratio::{
     Error,
-    layout::{Padded, Shared},
+    layout::{Batch, Options},
     plan::{self, Layout, Order, Request},
     store::{Store, StoreWriter},
 };
@@ -60,21 +60,17 @@ pub fn reopen(folder: &Path, bytes: &[u8]) -> logratio::Result<Store> {
 /// Reads everything that a store can be asked for, each method whatever became of the others.
 pub fn touch(store: &Store) -> Vec<logratio::Result<()>> {
     let all: Vec<i64> = (0..store.len() as i64).collect();
-    let request = Request {
-        order: Order::LengthGrouped,
-        seed: 0,
-        epoch: 0,
-        groups_per_update: 2,
-        token_budget: 64,
-        layout: Layout::Padded,
-        rank: 0,
-        world_size: 1,
-    };
+    let request = Request::new(Order::LengthGrouped, 2, 64);
     let plan = || plan::plan(&store.shapes()?, &request);
+    let lay_out = |layout| {
+        let batch = Batch::new(store, &all, Options::new(layout))?;
+        let mut arena = vec![0i64; batch.table().bytes() / 8];
+        batch.fill(bytemuck::cast_slice_mut(&mut arena))
+    };
     vec![
         plan().map(drop),
-        Shared::new(store, &all).map(drop),
-        Padded::new(store, &all).map(drop),
+        lay_out(Layout::Shared).map(drop),
+        lay_out(Layout::Padded).map(drop),
         store.keys().map(drop),
         store.counted_lengths().map(drop),
         store.completion_lengths().map(drop),

@@ -23,7 +23,9 @@ class Tail:
 
 
 def tails_of(
-    script: Script, running: Sequence[list[int]], encode: Callable[[str], list[int]]
+    script: Script,
+    running: Sequence[list[int]],
+    encode: Callable[[list[str]], list[list[int]]],
 ) -> Iterator[Tail]:
     """Cut each completion's ids out of the ids of the whole text.
 
@@ -33,7 +35,7 @@ def tails_of(
     Args:
         script: The record as text.
         running: Ids of each of the script's running texts.
-        encode: Text to ids, without added special tokens.
+        encode: Texts to ids, without added special tokens.
     """
     prompt, *rest = running
     texts = iter(rest)
@@ -45,7 +47,7 @@ def tails_of(
             if whole[: len(before)] == before:
                 own = whole[len(before) :]
             else:
-                own = encode(piece.text)
+                own = encode([piece.text])[0]
                 moved = True
             ids += own
             mask += [int(piece.counts)] * len(own)

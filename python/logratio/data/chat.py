@@ -50,11 +50,18 @@ class ChatTemplate:
             reason = f"the chat template is malformed at line {error.lineno}: {error.message}"
             raise ChatTemplateError(reason) from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Message] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
         """Write messages as the text that a model reads.
 
         Args:
             messages: The turns, from the first.
+            tools: Descriptions of functions (JSON schema) that the assistant may call.
             add_generation_prompt: End with what asks the assistant to speak.
 
         Raises:
@@ -64,7 +71,7 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=[_with_reasoning(message) for message in messages],
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

@@ -9,26 +9,44 @@ CODES: dict[str, str] = {
     "E102": "the file ends inside a record",
     "E103": "not UTF-8",
     "E104": "a lone surrogate, which no tokenizer can encode",
-    "E105": "the file is one JSON array instead of a record a line",
+    "E105": "a JSON array where a record a line was begun",
     "E106": "the file holds no record",
     "E107": "the line is too long",
-    "E108": "damaged gzip data",
+    "E108": "damaged data (gzip, zstd, Parquet, Arrow)",
+    "E109": "a JSON array that cannot be followed",
+    "E110": "a CSV record with another number of cells than the header",
+    "E111": "CSV whose quotes or header do not fit",
+    "E112": "a kind of file that is not read",
+    "E113": "two columns of one name",
     "E201": "a key is missing",
     "E202": "a value is null",
     "E203": "a value has the wrong type",
+    "E204": "a row that says another kind of thing than the rows before it in its file",
     "E205": "a key stands twice in one object",
     "E206": "a shape that is not known",
+    "E207": "content that is not text",
+    "E208": "a turn's weight that is neither 0 nor 1, or weights by which no turn counts",
+    "E209": "a label whose meaning differs from set to set and was not told",
+    "E210": "a row that could be read in two ways",
+    "E211": "a prompt and whole answers that do not go together",
+    "E212": "a label, rank or score that cannot be read",
+    "E213": "a row that is not of the format that was named",
+    "E214": "steps that do not fit together",
     "E304": "a prompt longer than its limit, where the rules say that this is an error",
     "E401": "messages, but no chat template",
     "E402": "two beginning-of-text or two end-of-text tokens",
     "E403": "turns whose roles make no prompt and answer",
     "E404": "the chat template does not repeat the prompt when the answer follows",
+    "E601": "a token id outside the vocabulary",
     "R301": "an empty completion",
     "R302": "identical completions",
     "R303": "completions that are identical once truncated",
     "R304": "a prompt longer than its limit",
     "R305": "an empty prompt, and the tokenizer adds no beginning-of-text token",
     "R306": "the limit leaves no token of the answer",
+    "R307": "a special token is spelled in a message, where the rules split special tokens",
+    "R308": "the opposite is said too, as often or more",
+    "R310": "a tie: nothing is better than anything else",
     "W501": "a special token is spelled in the text",
     "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
     "W503": "a completion was cut at the limit",
@@ -36,8 +54,29 @@ CODES: dict[str, str] = {
     "W505": "a NUL character in the text",
     "W506": "a prompt was cut at its limit",
     "W507": "the same two completions stand elsewhere the other way round",
+    "W508": "length alone tells chosen from rejected",
+    "W509": "repeated judgements contradict each other",
+    "W510": "many groups are nearly the same",
+    "W511": "many completions were cut at the limit",
+    "W530": "a pair of a list was left out",
 }
-"""W502 and W503 are counted per completion, every other code per record."""
+"""W502 and W503 are counted per completion, W508 to W511 once a data set, all others per record."""
+
+
+class Cut(str):
+    """The code of a cut (W503, W506) that also says how many tokens were lost.
+
+    Attributes:
+        tokens: At least one.
+    """
+
+    tokens: int
+
+    def __new__(cls, code: str, tokens: int) -> "Cut":
+        """Join a code and a number of tokens; equal to the bare code."""
+        cut = super().__new__(cls, code)
+        cut.tokens = tokens
+        return cut
 
 
 def stops(code: str) -> bool:

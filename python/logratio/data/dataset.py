@@ -1,57 +1,77 @@
-"""Files to a store: read, check, tokenize in batches, write, and account for every row."""
+"""Inputs to a store: read, check, encode in batches, write, and account for every row."""
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any, Literal, get_args
 
-import numpy as np
-
-from logratio._rust import ROLES, Store, StoreWriter
-from logratio.data.formats import KNOWN_SHAPES, decode_row
-from logratio.data.groups import TokenizedGroup
-from logratio.data.reading import JsonLines, Row
-from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
-from logratio.data.report import LISTED, BadDataError, DataReport, write_refusal
-from logratio.data.tokenization import NO_TEMPLATE, PreferenceTokenizer
-
-BATCH_ROWS = 256
-BATCH_CHARACTERS = 1 << 20
-"""Records are tokenized once so many, or so much text, have come together."""
+from logratio._rust import Store, StoreWriter
+from logratio.data.columns import NAMES
+from logratio.data.containers import Input, Opened, open_inputs
+from logratio.data.contradictions import losers, settle
+from logratio.data.formats import Decoder, FormatSettings
+from logratio.data.intake import Intake
+from logratio.data.report import DataReport
+from logratio.data.resume import Checkpoints, Position, open_log, resumed
+from logratio.data.tokenization import PreferenceTokenizer
 
 Progress = Callable[[int, int, int], None]
-"""Called with rows read, bytes read and bytes in all."""
+"""Called with rows read, bytes read and bytes in all (0: unknown)."""
 
-_ALWAYS_STOPS = {"E105", "E106", "E108", "E401"}  # no fraction of the rows is bad: all are
-_SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
+Conflicts = Literal["keep", "drop_both", "majority"]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestSettings:
+    """What becomes of rows; see `build_store`."""
+
+    formats: FormatSettings
+    max_bad_fraction: float
+    deduplicate: bool
+    conflicts: Conflicts
+    resume: bool
+
+    def __post_init__(self) -> None:
+        if self.conflicts not in get_args(Conflicts):
+            known = ", ".join(get_args(Conflicts))
+            raise ValueError(f"conflicts is {self.conflicts!r}, not one of {known}")
 
 
 def build_store(
-    files: Sequence[Path | str],
+    inputs: Sequence[Input],
     tokenizer: PreferenceTokenizer,
     path: Path | str | None = None,
     *,
-    demonstrations: bool = False,
+    formats: FormatSettings | None = None,
     max_bad_fraction: float = 0.0,
+    deduplicate: bool = True,
+    conflicts: Conflicts = "keep",
+    resume: bool = False,
     progress: Progress | None = None,
     refused: Path | str | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Store, DataReport]:
     """Read preference data into a store.
 
-    Lines are streamed; memory grows by some 140 bytes a row, by which duplicates are
-    known.
+    Rows are streamed; memory grows by some 40 bytes a row, by which duplicates are known.
 
     Args:
-        files: JSON lines, plain or gzip, of any known shape; shapes may be mixed.
+        inputs: Files, folders, "-" for standard input, or tables in memory, of any known shape;
+            shapes may be mixed. Each input is one dataset of a mixture.
         tokenizer: What turns text into ids.
         path: Where the store is to be; None: in memory.
-        demonstrations: Make groups of one completion to imitate: prompt and completion,
-            messages, or the chosen side of pairs.
+        formats: How rows are read; None: every format, detected.
         max_bad_fraction: Go on as long as no larger share of the rows is broken (E…).
+        deduplicate: Keep one of several rows that are the same tokens.
+        conflicts: Of pairs that say the opposite of each other (A over B, B over A): ``keep`` all,
+            ``drop_both``, or keep what the ``majority`` says (none at a tie).
+        resume: Save the position every ten seconds, and go on from it if the last run was cut
+            off. Needs a path.
         progress: Told after each batch how far it is.
         refused: Write every refused row's file, line, code and reason to this JSON lines file.
+        tell: Told in a sentence where the reading goes on, or why it begins anew.
 
     Returns:
         The store, and what became of every row.
@@ -59,157 +79,144 @@ def build_store(
     Raises:
         BadDataError: Too many rows are broken, or none is left; nothing is written.
         OSError: A file cannot be read, or the store cannot be written.
+        ValueError: The settings contradict each other.
     """
-    readers = [JsonLines(Path(file)) for file in files]
-    size = sum(reader.size for reader in readers)
-    with _log(refused) as log:
-        intake = _Intake(tokenizer, StoreWriter(path), log, demonstrations, max_bad_fraction)
-        for reader in readers:
-            for source, row in reader:
-                if intake.take(source, row) and progress:
-                    progress(intake.report.read, sum(r.position for r in readers), size)
-            intake.report.blank_lines += reader.blank_lines
-        store = intake.finish()
-    if progress:
-        progress(intake.report.read, size, size)
-    return store, intake.report
+    if resume and path is None:
+        raise ValueError("resume needs a path: a store in memory is lost with its process")
+    settings = IngestSettings(
+        formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
+    )
+    ingest = _Ingest(
+        open_inputs(inputs), tokenizer, None if path is None else Path(path), settings, progress
+    )
+    with ExitStack() as stack:
+        return ingest.run(stack, refused, tell or (lambda sentence: None))
 
 
-def _log(path: Path | str | None) -> AbstractContextManager[IO[str] | None]:
-    return nullcontext() if path is None else Path(path).open("w", encoding="utf-8")
-
-
-class _Intake:
-    """Rows on their way into a store.
-
-    Attributes:
-        report: What became of them.
-    """
-
+class _Ingest:
     def __init__(
         self,
+        readers: Opened,
         tokenizer: PreferenceTokenizer,
-        writer: StoreWriter,
-        log: IO[str] | None,
-        demonstrations: bool,
-        max_bad_fraction: float,
+        path: Path | None,
+        settings: IngestSettings,
+        progress: Progress | None,
     ) -> None:
-        self.report = DataReport()
+        self._readers = readers
         self._tokenizer = tokenizer
-        self._writer = writer
-        self._log = log
-        self._demonstrations = demonstrations
-        self._max_bad_fraction = max_bad_fraction
-        self._errors: list[str] = []
-        self._waiting: list[tuple[bytes, PreferenceRecord]] = []
-        self._characters = 0
-        self._files: dict[str, int] = {}
-        self._seen: dict[bytes, int] = {}  # content to place, see _place
+        self._path = self._whole_path = path
+        if path and settings.conflicts != "keep":
+            self._whole_path = path.with_name(f"{path.name}.unsettled")
+        self._settings = settings
+        self._progress = progress
+        sizes = [reader.size for reader in readers]
+        self._size = sum(size or 0 for size in sizes) if None not in sizes else 0
 
-    def take(self, source: Source, row: Row | Refusal) -> bool:
-        """Take one row; say whether a batch went through with it."""
-        self.report.read += source.line > 0  # else it is no row, but something about the file
-        self._files.setdefault(source.file, len(self._files))
-        if isinstance(row, Refusal):
-            self._refuse(row)
-            return False
-        try:
-            decoded = decode_row(row, source, demonstrations=self._demonstrations)
-        except InvalidRecordError as error:
-            self._refuse(Refusal(source, error.code, error.reason))
-            return False
-        self.report.formats[decoded.format] += 1
-        self.report.extra_keys.update(decoded.extra_keys)
-        return self._wait(decoded.record)
+    def run(
+        self, stack: ExitStack, refused: Path | str | None, tell: Callable[[str], None]
+    ) -> tuple[Store, DataReport]:
+        writer, at = self._begin(tell)
+        log = stack.enter_context(open_log(refused, at)) if refused else None
+        self._checkpoints = Checkpoints(writer, log)
+        decoder = Decoder(self._settings.formats)
+        intake = Intake(self._tokenizer, writer, decoder, self._settings.max_bad_fraction, log)
+        if at:
+            intake.files = {name: number for number, name in enumerate(at.files)}
+            intake.report = DataReport.from_dict(at.report)
+        for number in range(at.input if at else 0, len(self._readers)):
+            if at and number == at.input:
+                self._readers[number].go_on(dict(at.mark))
+            self._read(number, intake)
+        intake.close()
+        store = self._seal(intake)
+        self._advance(intake.report.read, self._size)
+        return store, intake.report
 
-    def finish(self) -> Store:
-        """Take what is waiting, check the account, seal the store."""
-        self._flush()
-        report = self.report
-        if report.broken > self._max_bad_fraction * report.read:
-            raise self._broken()
-        report.check()
-        if not report.kept:
-            raise BadDataError(f"no row was kept\n{report.to_text()}")
+    def _begin(self, tell: Callable[[str], None]) -> tuple[StoreWriter, Position | None]:
+        deduplicate = self._settings.deduplicate
+        if self._settings.resume and self._whole_path:
+            found = resumed(self._whole_path, self._identity(), deduplicate=deduplicate)
+            if not isinstance(found, str):
+                read = found[1].report["read"]
+                tell(f"{self._path}: goes on after {read:,} rows that were read before")
+                return found
+            if found:
+                tell(found)
+        return StoreWriter(self._whole_path, deduplicate=deduplicate), None
+
+    def _identity(self) -> dict[str, Any]:
+        """Say what must be equal for a run to be the rest of an earlier one."""
+        settings = {k: v for k, v in asdict(self._settings).items() if k != "max_bad_fraction"}
+        return {
+            "inputs": [
+                [reader.name, reader.size, _changed(reader.name)] for reader in self._readers
+            ],
+            "tokenizer": self._tokenizer.digest,
+            "rules": self._tokenizer.rules.to_dict(),
+            "settings": json.loads(json.dumps(settings)),
+        }
+
+    def _read(self, number: int, intake: Intake) -> None:
+        """Read one container to its end."""
+        reader = self._readers[number]
+        columns = reader.columns()
+        if columns is not None and set(NAMES) <= set(columns):
+            for first, batch in reader.batches():
+                intake.take_columns(batch, first, reader.name)
+                self._after_batch(number, intake)
+        else:
+            for source, row in reader:
+                if intake.take(source, row):
+                    self._after_batch(number, intake)
+        intake.report.blank_lines += reader.blank_lines
+
+    def _after_batch(self, number: int, intake: Intake) -> None:
+        self._advance(intake.report.read, sum(reader.position for reader in self._readers))
+        if not (self._settings.resume and self._checkpoints.is_due()):
+            return
+        reader = self._readers[number]
+        self._checkpoints.save(
+            Position(
+                self._identity(),
+                number,
+                reader.mark(),
+                intake.report.to_dict(),
+                [*intake.files],
+                self._checkpoints.log_bytes(),
+            )
+        )
+
+    def _advance(self, rows: int, position: int) -> None:
+        if self._progress:
+            self._progress(rows, position, self._size)
+
+    def _seal(self, intake: Intake) -> Store:
+        names = [reader.name for reader in self._readers]
+        inputs = dict(zip(names, self._readers.inputs, strict=True))
         metadata = {
-            "files": list(self._files),
-            "demonstrations": self._demonstrations,
+            "files": [*intake.files],
+            "datasets": [inputs[name] for name in intake.files],
+            "settings": asdict(self._settings),
             "rules": self._tokenizer.rules.to_dict(),
             "tokenizer": self._tokenizer.digest,
-            "report": report.to_dict(),
         }
-        return self._writer.finish(json.dumps(metadata))
 
-    def _wait(self, record: PreferenceRecord) -> bool:
-        """Let a record wait for its batch."""
-        if record.is_chat and self._tokenizer.chat_template is None:
-            self._refuse(Refusal(record.source, "E401", NO_TEMPLATE))
-        if self._errors and not self._max_bad_fraction:
-            return False  # the run is lost: read on to find further faults, and no more
-        digest = record.digest()
-        if digest in self._seen:
-            self.report.drop_duplicate(record.source, self._source(self._seen[digest]))
-            return False
-        self._waiting.append((digest, record))
-        self._characters += sum(map(len, record.texts()))
-        is_full = len(self._waiting) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
-        if is_full:
-            self._flush()
-        return is_full
+        def described() -> str:
+            return json.dumps(metadata | {"report": intake.report.to_dict()})
 
-    def _flush(self) -> None:
-        """Tokenize and write what is waiting."""
-        waiting, self._waiting, self._characters = self._waiting, [], 0
-        groups = self._tokenizer.encode_records([record for _, record in waiting])
-        for (digest, record), group in zip(waiting, groups, strict=True):
-            if isinstance(group, Refusal):
-                self._refuse(group)
-            elif digest in self._seen:
-                self.report.drop_duplicate(record.source, self._source(self._seen[digest]))
-            else:
-                self._keep(digest, record, group)
-
-    def _keep(self, digest: bytes, record: PreferenceRecord, group: TokenizedGroup) -> None:
-        file, line = self._files[record.source.file], record.source.line
-        self._seen[digest] = file << 40 | line
-        other = self._seen.get(record.digest(swapped=True))
-        if len(record.completions) == 2 and other is not None:
-            self.report.warn("W507", record.source, f" against {self._source(other)}")
-        push(self._writer, group, file)
-        self.report.keep(group)
-
-    def _source(self, place: int) -> Source:
-        return Source(list(self._files)[place >> 40], place & (1 << 40) - 1)
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self.report.refuse(refusal)
-        if self._log:
-            write_refusal(self._log, refusal)
-        if not refusal.stops:
-            return
-        if len(self._errors) < LISTED:
-            self._errors.append(str(refusal))
-        is_lost = not self._max_bad_fraction and len(self._errors) == LISTED
-        if is_lost or refusal.code in _ALWAYS_STOPS:
-            raise self._broken()
-
-    def _broken(self) -> BadDataError:
-        report = self.report
-        summary = f"the data is broken: {report.broken:,} of the {report.read:,} rows read"
-        if not _SHAPE_CODES.isdisjoint(report.refused_by_code):
-            summary += f"\n{KNOWN_SHAPES}"
-        return BadDataError(summary, tuple(self._errors))
+        by = self._settings.conflicts
+        if by == "keep":
+            return intake.writer.finish(described())
+        gone = losers(*intake.writer.conflicts(), by_majority=by == "majority")
+        whole = intake.writer.finish(described())
+        keep = settle(whole, gone, intake.report)
+        store = whole.select(keep, self._path, described())
+        if self._whole_path:
+            self._whole_path.unlink()
+        return store
 
 
-def push(writer: StoreWriter, group: TokenizedGroup, file: int) -> None:
-    """Write a group; ``file`` is its file's number."""
-    completions = group.completions
-    writer.push(
-        np.array(group.prompt_ids, np.int32),
-        np.fromiter(chain.from_iterable(c.ids for c in completions), np.int32),
-        np.fromiter(chain.from_iterable(c.mask for c in completions), np.uint8),
-        np.array([len(c.ids) for c in completions], np.uint32),
-        np.array([ROLES.index(c.role) for c in completions], np.uint8),
-        file,
-        group.source.line,
-    )
+def _changed(name: str) -> int | None:
+    """Tell when a file changed last; None for what is no file."""
+    path = Path(name)
+    return path.stat().st_mtime_ns if path.is_file() else None

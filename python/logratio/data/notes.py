@@ -19,13 +19,18 @@ def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> lis
     """
     texts = list(record.texts())
     notes = []
-    if spelled and any(spelled.search(text) for text in texts):
+    if spells(record, spelled):
         notes.append("W501")
     if record.prompt == "":
         notes.append("W504")
     if any("\0" in text for text in texts):
         notes.append("W505")
     return notes
+
+
+def spells(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> bool:
+    """Say whether a record's text spells a special token."""
+    return spelled is not None and any(map(spelled.search, record.texts()))
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:

@@ -36,6 +36,9 @@ class Completion:
         answer: What counts; of turns, only the assistant's.
         context: What stands between the prompt and the answer and does not count: the history
             that this completion does not share with its sibling. Of the answer's kind.
+
+    Of turns, an assistant's with ``"weight": 0`` does not count. A string behind a prompt of turns
+    is what the assistant's next turn begins with, as it stands; that turn does not end.
     """
 
     role: str
@@ -45,11 +48,24 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecord:
-    """One prompt and its completions as text; chosen stands before rejected."""
+    """One prompt and its completions as text.
+
+    Attributes:
+        prompt: What every completion answers.
+        completions: Chosen stands before rejected; of a ranked list, the best is first.
+        source: Where the record came from.
+        tools: Descriptions of functions that a chat template may write out.
+        ends: Whether the completions come to their end; a single step of a solution does not, and
+            no end-of-text token may follow it.
+        scores: Of a ranked list, a number for each completion; larger is better.
+    """
 
     prompt: Text
     completions: tuple[Completion, ...]
     source: Source
+    tools: tuple[Message, ...] = ()
+    ends: bool = True
+    scores: tuple[float, ...] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -76,7 +92,7 @@ class PreferenceRecord:
             (role, repr(completion.context), repr(completion.answer))
             for role, completion in zip(roles, self.completions, strict=True)
         )
-        text = repr((self.prompt, parts))
+        text = repr((self.prompt, self.tools, parts))
         return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

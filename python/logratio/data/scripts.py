@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from logratio.data.chat import ChatTemplate, ChatTemplateError
+from logratio.data.messages import bare
 from logratio.data.records import Completion, InvalidRecordError, Message, PreferenceRecord, Text
 
 Turns = tuple[Message, ...]
@@ -46,13 +47,13 @@ class Script:
 
 def plain_script(record: PreferenceRecord) -> Script:
     """Write a record of strings: texts follow each other as they are."""
-    completions = []
-    for completion in record.completions:
-        pieces = [Piece(str(completion.answer), True)]
-        if completion.context:
-            pieces.insert(0, Piece(str(completion.context), False))
-        completions.append(tuple(pieces))
-    return Script(str(record.prompt), tuple(completions), (False,) * len(completions))
+    completions = tuple(_plain_pieces(completion) for completion in record.completions)
+    return Script(str(record.prompt), completions, (False,) * len(completions))
+
+
+def _plain_pieces(completion: Completion) -> tuple[Piece, ...]:
+    answer = Piece(str(completion.answer), True)
+    return (Piece(str(completion.context), False), answer) if completion.context else (answer,)
 
 
 def chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | None) -> Script:
@@ -69,9 +70,11 @@ def chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | Non
     """
     prompt = _turns(record.prompt)
     try:
-        asked = template.render(prompt, add_generation_prompt=True)
+        asked = template.render(prompt, tools=record.tools, add_generation_prompt=True)
         written = [
-            _chat_pieces(_Chat(template, eos, prompt, completion), len(prompt), asked)
+            (_plain_pieces(completion), False)
+            if isinstance(completion.answer, str)  # what a turn begins with
+            else _chat_pieces(_Chat(template, eos, record, completion), len(prompt), asked)
             for completion in record.completions
         ]
     except ChatTemplateError as error:
@@ -110,26 +113,38 @@ class _Chat:
     """
 
     def __init__(
-        self, template: ChatTemplate, eos: str | None, prompt: Turns, completion: Completion
+        self,
+        template: ChatTemplate,
+        eos: str | None,
+        record: PreferenceRecord,
+        completion: Completion,
     ) -> None:
-        context, answer = _turns(completion.context), _turns(completion.answer)
+        before = (*_turns(record.prompt), *_turns(completion.context))
+        answer = _turns(completion.answer)
         self._template = template
+        self._tools = record.tools
         self._eos = eos or "\0"  # which no template writes
-        self._turns = (*prompt, *context, *answer)
-        self.text = template.render(self._turns)
-        counted = range(len(self._turns) - len(answer), len(self._turns))
-        self.answers = [i for i in counted if self._turns[i]["role"] == "assistant"]
+        self._turns = (*before, *map(bare, answer))
+        self.text = self._render(self._turns)
+        self.answers = [
+            len(before) + index
+            for index, turn in enumerate(answer)
+            if turn["role"] == "assistant" and turn.get("weight") != 0
+        ]
+
+    def _render(self, turns: Turns, *, ask: bool = False) -> str:
+        return self._template.render(turns, tools=self._tools, add_generation_prompt=ask)
 
     def start_of(self, index: int, asked: str | None = None) -> int:
         """Find where the assistant begins to speak in a turn, behind what asks it to."""
         if asked is None:
-            asked = self._template.render(self._turns[:index], add_generation_prompt=True)
+            asked = self._render(self._turns[:index], ask=True)
         return len(asked) if self.text.startswith(asked) else self._around(index)[0]
 
     def end_of(self, index: int) -> int:
         """Find where a turn ends: with its end-of-text token, without white space behind it."""
         is_last = index == len(self._turns) - 1
-        told = self.text if is_last else self._template.render(self._turns[: index + 1])
+        told = self.text if is_last else self._render(self._turns[: index + 1])
         if self.text.startswith(told):
             trimmed = told.rstrip()
             return len(trimmed) if trimmed.endswith(self._eos) else len(told)
@@ -144,7 +159,7 @@ class _Chat:
         """
         marked = list(self._turns)
         marked[index] = {**marked[index], "content": _MARK}
-        before, mark, behind = self._template.render(marked).partition(_MARK)
+        before, mark, behind = self._render(tuple(marked)).partition(_MARK)
         end = len(self.text) - len(behind)
         if not (mark and self.text.startswith(before) and self.text.endswith(behind)):
             raise self.not_found()

@@ -5,15 +5,19 @@ wherever it is scored.
 """
 
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from logratio.data import conversations
 from logratio.data.boundary import Tail, tails_of
 from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
+from logratio.data.fitting import Fitting
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
-from logratio.data.notes import special_pattern, text_notes
+from logratio.data.notes import special_pattern, spells, text_notes
+from logratio.data.pieces import PieceEncoder
 from logratio.data.records import (
     CANDIDATE,
     Completion,
@@ -25,7 +29,7 @@ from logratio.data.records import (
 )
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer
-from logratio.data.truncation import TokenizationRules, cut_prompt
+from logratio.data.truncation import TokenizationRules
 
 __all__ = [
     "PreferenceTokenizer",
@@ -55,6 +59,7 @@ class PreferenceTokenizer:
         eos_id: The end-of-text token, if the folder names one.
         pad_id: The padding token; EOS, else 0, where the folder names none.
         vocabulary_size: The largest id plus one.
+        fitting: Checks and cuts ids by the rules.
     """
 
     def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
@@ -72,6 +77,9 @@ class PreferenceTokenizer:
         pad_id = files.id_of("pad_token")
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
         self._tokenizer = files.tokenizer
+        self._chats = self._plain = PieceEncoder(files.tokenizer, files.settings)
+        if rules.split_special_tokens:
+            self._plain = PieceEncoder(_splitting(files.tokenizer), files.settings)
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self._opening_ids = list(files.opening_ids)
         self._eos_token = files.special_tokens.get("eos_token")
@@ -79,6 +87,7 @@ class PreferenceTokenizer:
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
             self._template = ChatTemplate(files.chat_template, files.special_tokens)
+        self.fitting = Fitting(rules, self.bos_id, self.vocabulary_size)
         self._ending: list[int] = []
         if rules.append_eos:
             if self.eos_id is None:
@@ -150,13 +159,21 @@ class PreferenceTokenizer:
         texts = [
             list(script.running_texts()) if isinstance(script, Script) else [] for script in scripts
         ]
-        ids = iter(self._encode(list(chain.from_iterable(texts))))
+        plain = iter(self._plain.encode(_texts_of(records, texts, is_chat=False)))
+        chats = iter(self._chats.encode(_texts_of(records, texts, is_chat=True)))
         return [
             script
             if isinstance(script, Refusal)
-            else self._group(record, script, list(islice(ids, len(own))))
+            else self._group(
+                record, script, list(islice(chats if record.is_chat else plain, len(own)))
+            )
             for record, script, own in zip(records, scripts, texts, strict=True)
         ]
+
+    def special_ids(self) -> dict[str, int]:
+        """Return the tokenizer's special tokens: text to id."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids back into text."""
@@ -177,15 +194,13 @@ class PreferenceTokenizer:
         try:
             if not record.is_chat:
                 return plain_script(record)
+            if self.rules.split_special_tokens and spells(record, self._spelled):
+                raise InvalidRecordError("R307", CODES["R307"])
             if self._template is None:
                 raise InvalidRecordError("E401", NO_TEMPLATE)
             return chat_script(record, self._template, self._eos_token)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
     def _group(
         self, record: PreferenceRecord, script: Script, running: list[list[int]]
@@ -197,13 +212,15 @@ class PreferenceTokenizer:
             script: Its text.
             running: Ids of each of the script's running texts.
         """
-        notes = text_notes(record, self._spelled)
+        encode = self._chats.encode if record.is_chat else self._plain.encode
+        ends_itself = record.is_chat or not record.ends  # a step has not ended
+        notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
         try:
             prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
             completions = [
-                self._completion(completion.role, tail, prompt_ids, notes, record.is_chat)
+                self._completion(completion.role, tail, prompt_ids, notes, ends_itself)
                 for completion, tail in zip(
-                    record.completions, tails_of(script, running, self._encode_own), strict=True
+                    record.completions, tails_of(script, running, encode), strict=True
                 )
             ]
             check_different(completions, notes)
@@ -211,26 +228,12 @@ class PreferenceTokenizer:
             return Refusal(record.source, error.code, error.reason)
         return TokenizedGroup(prompt_ids, completions, record.source, notes)
 
-    def _encode_own(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
     def _prompt_ids(self, ids: list[int], is_chat: bool, notes: list[str]) -> list[int]:
         """Open a prompt with BOS as the tokenizer itself would, never twice, and fit it."""
         opening = self._opening_ids
         if not is_chat and ids[: len(opening)] != opening:
             ids = opening + ids
-        if not ids:
-            raise InvalidRecordError("R305", CODES["R305"])
-        if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
-            raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
-        fitted = cut_prompt(ids, self.rules, self.bos_id)
-        if fitted is None:
-            code = "E304" if self.rules.prompt_truncation == "error" else "R304"
-            reason = f"the prompt has {len(ids)} tokens, the limit is {self.rules.prompt_budget}"
-            raise InvalidRecordError(code, reason)
-        if len(fitted) < len(ids):
-            notes.append("W506")
-        return fitted
+        return self.fitting.prompt(ids, notes)
 
     def _completion(
         self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], ends_itself: bool
@@ -245,15 +248,23 @@ class PreferenceTokenizer:
             raise InvalidRecordError("E402", f"the {role} completion ends with two EOS tokens")
         if prompt_ids == [self.bos_id] and ids[0] == self.bos_id:
             raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
-        budget = self.rules.max_length - len(prompt_ids)
-        if len(ids) > budget:
-            ids, mask = ids[:budget], mask[:budget]
-            notes.append("W503")
-            if not any(mask):
-                raise InvalidRecordError("R306", f"the history of {role} leaves it no room")
         if tail.moved:
             notes.append("W502")
-        return TokenizedCompletion(role, ids, mask)
+        return self.fitting.completion(role, ids, mask, len(prompt_ids), notes)
+
+
+def _splitting(tokenizer: Tokenizer) -> Tokenizer:
+    """Copy a tokenizer; the copy reads special tokens as text."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _texts_of(
+    records: Sequence[PreferenceRecord], texts: Sequence[list[str]], *, is_chat: bool
+) -> list[str]:
+    pairs = zip(records, texts, strict=True)
+    return [text for record, own in pairs if record.is_chat is is_chat for text in own]
 
 
 def _candidates(prompt: Prompt, completions: Sequence[str]) -> PreferenceRecord:

@@ -31,6 +31,7 @@ class TokenizerFiles:
         chat_template: The template's text, if there is one.
         opening_ids: What the tokenizer puts before a text by itself: usually [bos] or nothing.
         digest: SHA-256 (hex) of all the above: equal digests encode equally.
+        settings: The content of ``tokenizer.json``.
     """
 
     tokenizer: Tokenizer
@@ -38,6 +39,7 @@ class TokenizerFiles:
     chat_template: str | None
     opening_ids: tuple[int, ...]
     digest: str
+    settings: dict[str, Any]
 
     def id_of(self, name: str) -> int | None:
         """Return the id of a named special token, or None where the folder names none."""
@@ -72,7 +74,9 @@ def read_tokenizer(folder: Path, chat_template: str | None = None) -> TokenizerF
     opening = _opening_ids(tokenizer)
     decided = json.dumps([special_tokens, template, opening], sort_keys=True)
     digest = sha256(sha256(content).digest() + decided.encode("utf-8", "surrogatepass"))
-    return TokenizerFiles(tokenizer, special_tokens, template, opening, digest.hexdigest())
+    return TokenizerFiles(
+        tokenizer, special_tokens, template, opening, digest.hexdigest(), json.loads(content)
+    )
 
 
 def _tokenizer_json(folder: Path) -> bytes:

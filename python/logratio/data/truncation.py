@@ -18,6 +18,9 @@ class TokenizationRules:
             ``error`` stops (E304), ``keep_start`` and ``keep_end`` cut it.
         append_eos: End completions of plain text with the end-of-text token. Set it to False
             where completions are cut off. Chats end as their template says.
+        split_special_tokens: Read a special token that is spelled in a text of strings as plain
+            text. A message that spells one is then refused (R307): a template's own special
+            tokens could not be told from it.
 
     Raises:
         ValueError: A length or policy is not possible.
@@ -27,6 +30,7 @@ class TokenizationRules:
     max_prompt_length: int | None = None
     prompt_truncation: PromptTruncation = "drop"
     append_eos: bool = True
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from logratio.data import BadDataError, InvalidRecordError, Refusal, Source
+from logratio.data.containers import Row, Rows, json_type, open_file
 from logratio.data.conversations import prompt as check_turns
-from logratio.data.reading import JsonLines, Row, json_type
 from logratio.serving.candidates import CandidateGroup
 from logratio.serving.reranker import Reranker, Score, ranked
 
@@ -73,18 +73,18 @@ def rank_file(
         BadDataError: A row is malformed; names file, line and code. No output file is left.
         OSError: A file cannot be read or written.
     """
-    lines = JsonLines(Path(input))
+    lines = open_file(Path(input))
     summary = RankSummary()
     with _open_output(None if output in (None, "-") else Path(str(output))) as file:
         for batch in _batches(lines):
             for row in _rank(reranker, batch, summary):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if progress:
-                progress(summary.rows, lines.position, lines.size)
+                progress(summary.rows, lines.position, lines.size or 0)
     return summary
 
 
-def _batches(lines: JsonLines) -> Iterator[list[Row]]:
+def _batches(lines: Rows) -> Iterator[list[Row]]:
     batch = []
     for source, row in lines:
         if isinstance(row, Refusal):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import StoreWriter
+from logratio.data import lay_out
 from logratio.training.attention import SharedPromptError
 from logratio.training.logps import head_logits, transformer
 from logratio.training.reference import score
@@ -116,8 +117,7 @@ def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu
         )
     store = writer.finish()
     rows = np.arange(len(groups), dtype=np.int64)
-    lay_out = store.shared_layout if layout == "shared" else store.padded_layout
-    return to_torch(lay_out(rows), device)
+    return to_torch(lay_out(store, rows, layout), device)
 
 
 @torch.no_grad()

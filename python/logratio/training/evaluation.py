@@ -1,7 +1,7 @@
 """How a policy does on held-out preferences, and how far it has moved from the reference."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from logratio._rust import ROLES, Store
-from logratio.data import micro_batches
+from logratio.data import Feed, FeedSettings
 from logratio.forecast import Forecast
 from logratio.progress import Advance, progress
 from logratio.training import demand
@@ -21,8 +21,8 @@ from logratio.training.config import EvaluateConfig
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.reference import score
 from logratio.training.sampling import sample_completions
-from logratio.training.setup import ConfigError, Dataset, load_dataset, max_positions
-from logratio.training.tensors import Batch, to_torch
+from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
+from logratio.training.tensors import Batch, buffers_for, to_torch
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,11 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         config.policy,
         config.data,
         config.rules,
+        replace(config.formats, kinds=("pair",)),
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
+    check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     _check_samples(config, dataset.store)
     return Evaluating(config, dataset, show_progress)
 
@@ -186,19 +188,16 @@ def store_sums(
     """Return the summed log-probs of every completion of a store, float64 `[N]`."""
     layout, _ = choose_layout(model)
     sums = np.zeros(store.completions)
-    for groups in _sorted_batches(store, token_budget, layout):
-        lay_out = store.shared_layout if layout == "shared" else store.padded_layout
-        batch = to_torch(lay_out(groups), next(model.parameters()).device)
-        sums[batch.targets.rows] = _sums(model, batch)
-        advance(len(groups))
-    return sums
-
-
-def _sorted_batches(store: Store, token_budget: int, layout: str) -> Iterator[np.ndarray]:
-    plan = store.plan(
+    device = next(model.parameters()).device
+    settings = FeedSettings(
         order="sorted", groups_per_update=len(store), token_budget=token_budget, layout=layout
     )
-    yield from micro_batches(plan)
+    with closing(iter(Feed(store, settings, allocate=buffers_for(device)))) as feed:
+        for micro in feed:
+            batch = to_torch(micro.layout, device)
+            sums[batch.targets.rows] = _sums(model, batch)
+            advance(len(batch.targets.groups))
+    return sums
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """The training loop: one update is a fixed number of groups, whatever the micro-batches."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logratio._rust import Plan, Store
-from logratio.data import micro_batches
+from logratio._rust import Store
+from logratio.data import (
+    Feed,
+    FeedSettings,
+    MicroBatch,
+    datasets_of,
+    lay_out,
+    source_names,
+)
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.checks import check_policy_is_reference
@@ -28,7 +35,7 @@ from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.reference import Reference
 from logratio.training.setup import beta_of, starts_at_reference
-from logratio.training.tensors import Batch, to_torch
+from logratio.training.tensors import Batch, buffers_for, to_torch
 
 CHECKPOINTS = "checkpoints"
 CANARY_GROUPS = 16
@@ -74,64 +81,64 @@ class Loop:
             ) as advance,
         ):
             advance(min(start * self.config.batch_size, len(self.store) * self.config.epochs))
-            for step, epoch, batches in self._updates(start):
-                values = self._update(step, updates, batches)
-                values["epoch"] = epoch
-                log.write(step, values)
-                history.append(values)
-                _report(advance, sum(map(len, batches)), values)
-                self._maybe_save(step, updates, interrupted())
+            feed = self._feed(start)
+            with closing(iter(feed)) as batches:
+                for step, (_, update) in enumerate(groupby(batches, _place), start + 1):
+                    values, groups = self._update(step, updates, update)
+                    values["epoch"] = step / feed.updates_per_epoch
+                    log.write(step, values)
+                    history.append(values)
+                    _report(advance, groups, values)
+                    self._maybe_save(step, updates, interrupted())
         return updates, history
 
-    def _updates(self, start: int) -> Iterator[tuple[int, float, list[np.ndarray]]]:
-        """Yield (step, epoch, micro-batches of group numbers) of each update after `start`."""
-        step, epochs = 0, self.config.epochs
-        for epoch in range(epochs):
-            plan = self._plan(epoch)
-            count = len(plan.update_offsets) - 1
-            for update in range(count):
-                step += 1
-                if step > start:
-                    yield step, epoch + (update + 1) / count, micro_batches(plan, update)
-
-    def _plan(self, epoch: int) -> Plan:
-        return self.store.plan(
-            order="length_grouped",
-            seed=self.config.seed,
-            epoch=epoch,
+    def _feed(self, start: int) -> Feed:
+        """Return the micro-batches after update `start`."""
+        settings = FeedSettings(
             groups_per_update=self.config.batch_size,
             token_budget=self.config.token_budget,
             layout=self.layout,
+            seed=self.config.seed,
+            weights=self.config.mix,
+            datasets=datasets_of(self.store) if self.config.mix else None,
         )
+        feed = Feed(
+            self.store, settings, epochs=self.config.epochs, allocate=buffers_for(self.device)
+        )
+        feed.start_after(start)
+        return feed
 
-    def _update(self, step: int, updates: int, batches: list[np.ndarray]) -> dict[str, float]:
-        """Do one update and return its metrics."""
+    def _update(
+        self, step: int, updates: int, batches: Iterator[MicroBatch]
+    ) -> tuple[dict[str, float], int]:
+        """Do one update; return its metrics and how many groups it had."""
         rate = learning_rate(self.config, step - 1, updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        count = sum(map(len, batches))
-        parts = [self._backward(groups, count) for groups in batches]
+        parts, groups = [], []
+        for micro in batches:
+            groups.append(micro.layout.groups.copy())
+            parts.append(self._backward(to_torch(micro.layout, self.device), micro.groups))
+            del micro  # or its buffer would wait here for the next one
+        count = sum(map(len, groups))
         sums = torch.stack([torch.stack([*part.values()]) for part in parts]).sum(0)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         values = dict(zip(parts[0], (sums / count).tolist(), strict=True))
         values |= {"grad_norm": float(norm), "lr": rate}
         if not all(map(math.isfinite, values.values())):
-            raise NonFiniteError(self._blame(step, values, batches))
+            raise NonFiniteError(self._blame(step, values, groups))
         self.optimizer.step()
-        return values
+        return values, count
 
-    def _backward(self, groups: np.ndarray, count: int) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, count: int) -> dict[str, Tensor]:
         """Add a micro-batch's share of the update's gradient; return its summed metrics."""
-        batch = self._batch(groups)
         losses, sums = self.objective(*self._logps(batch), batch.targets)
         (losses.sum() / count).backward()
         return sums
 
     def _batch(self, groups: np.ndarray) -> Batch:
-        shared = self.layout == "shared"
-        lay_out = self.store.shared_layout if shared else self.store.padded_layout
-        return to_torch(lay_out(groups), self.device)
+        return to_torch(lay_out(self.store, groups, self.layout), self.device)
 
     def _logps(self, batch: Batch, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the sums `[N]` under policy and reference (zeros where there is none)."""
@@ -202,7 +209,7 @@ class Loop:
         """What must be equal for a resumed run to be the same run."""
         names = (
             "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs token_budget "
-            "precision seed"
+            "precision seed mix"
         )
         fields = {name: getattr(self.config, name) for name in names.split()}
         lora = asdict(self.config.lora) if self.config.lora else None
@@ -218,18 +225,15 @@ class Loop:
         return fields | models | {"beta": self.beta, "lora": lora, "data": self.store.digest}
 
 
+def _place(micro: MicroBatch) -> tuple[int, int]:
+    return micro.epoch, micro.update
+
+
 def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
     note = f"loss {values['loss']:.4f}"
     if "rewards/accuracies" in values:
         note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
     advance(groups, note)
-
-
-def source_names(store: Store, groups: list[int]) -> list[str]:
-    """Name the file and line of each group."""
-    files, lines = store.sources()
-    names = json.loads(store.metadata).get("files", [])
-    return [f"{names[files[g]] if files[g] < len(names) else '?'}:{lines[g]}" for g in groups]
 
 
 def say(sentence: str) -> None:

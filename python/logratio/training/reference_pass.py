@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from logratio._rust import CacheWriter
-from logratio.data import micro_batches
+from logratio._rust import CacheWriter, PaddedLayout, SharedLayout
+from logratio.data import ahead, lay_out, micro_batches
 from logratio.durable import write_whole
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
@@ -24,7 +25,9 @@ from logratio.training.loop import say
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.reference import FINGERPRINT_FILE, cache_folder, missing_rows, score
 from logratio.training.setup import Dataset, load_dataset
-from logratio.training.tensors import to_torch
+from logratio.training.tensors import buffers_for, to_torch
+
+Layout = SharedLayout | PaddedLayout
 
 BLOCK_TOKENS = 2**16
 """Log-probs made durable together: 256 kB, at most a few seconds of work to lose."""
@@ -68,6 +71,7 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
         config.model,
         config.data,
         config.rules,
+        config.formats,
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
@@ -132,11 +136,12 @@ class Precompute:
         block = _Block(writer, self.store.keys(), self.missing)
         total = int(self.store.completion_lengths()[self.missing].sum())
         with (
+            closing(ahead(self._batches(layout, next(model.parameters()).device))) as batches,
             interrupts() as interrupted,
             progress("scoring", total, "tokens", show=self.show_progress) as advance,
         ):
-            for groups in self._micro_batches(layout):
-                advance(block.add(*self._logps(model, layout, groups)))
+            for arrays in batches:
+                advance(block.add(*self._logps(model, arrays)))
                 if signal := interrupted():
                     block.flush()
                     raise RunInterruptedError(
@@ -145,13 +150,14 @@ class Precompute:
             block.flush()
         return block.tokens
 
-    def _logps(
-        self, model: nn.Module, layout: str, groups: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _batches(self, layout: str, device: torch.device) -> Iterator[Layout]:
+        """Yield the groups to score, laid out."""
+        buffers = buffers_for(device)
+        for groups in self._micro_batches(layout):
+            yield lay_out(self.store, groups, layout, arena=buffers)
+
+    def _logps(self, model: nn.Module, arrays: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows, offsets and log-probs of the groups' completions."""
-        shared = layout == "shared"
-        lay_out = self.store.shared_layout if shared else self.store.padded_layout
-        arrays = lay_out(groups)
         logps = score(model, to_torch(arrays, next(model.parameters()).device))
         return arrays.completions, arrays.completion_offsets, logps.float().cpu().numpy()
 

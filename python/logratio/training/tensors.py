@@ -1,5 +1,7 @@
 """Layouts from Rust as torch tensors: no copy on the CPU, one copy to another device."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logratio._rust import PaddedLayout, SharedLayout
+from logratio.data import Arenas
 
 
 @dataclass(frozen=True)
@@ -77,32 +80,67 @@ Batch = SharedBatch | PaddedBatch
 
 
 def to_torch(layout: SharedLayout | PaddedLayout, device: torch.device | str = "cpu") -> Batch:
-    """Wrap a layout's buffers as tensors on `device`."""
-    targets = _targets(layout, device)
+    """Wrap a layout's arrays as tensors on `device`.
+
+    On the CPU they are the arrays. To another device all arrays go in one copy, which goes on while
+    the host goes on if the layout's buffer is `pinned`.
+    """
+    tensors = _Tensors(layout, torch.device(device))
     if isinstance(layout, SharedLayout):
         return SharedBatch(
-            input_ids=_tensor(layout.input_ids, device)[None],
-            position_ids=_tensor(layout.position_ids, device)[None],
+            input_ids=tensors["input_ids"][None],
+            position_ids=tensors["position_ids"][None],
             prompt_lengths=layout.prompt_lengths.tolist(),
             completion_lengths=_by_group(layout),
-            targets=targets,
+            targets=_targets(layout, tensors),
         )
     return PaddedBatch(
-        input_ids=_tensor(layout.input_ids, device),
-        attention_mask=_tensor(layout.attention_mask, device),
-        position_ids=_tensor(layout.position_ids, device),
-        targets=targets,
+        input_ids=tensors["input_ids"],
+        attention_mask=tensors["attention_mask"],
+        position_ids=tensors["position_ids"],
+        targets=_targets(layout, tensors),
     )
 
 
-def _targets(layout: SharedLayout | PaddedLayout, device: torch.device | str) -> TargetTokens:
-    lengths = np.diff(layout.completion_offsets)
+def pinned(nbytes: int) -> np.ndarray:
+    """Make a buffer, uint8 `[nbytes]`, that CUDA copies from without waiting.
+
+    torch keeps such memory for reuse, and takes it back only when the copies out of it are done.
+    """
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def buffers_for(device: torch.device) -> Callable[[int], np.ndarray]:
+    """Return what makes the buffers of batches that go to `device`."""
+    return pinned if device.type == "cuda" else Arenas()
+
+
+class _Tensors:
+    """The arrays of a layout as tensors on a device, by name."""
+
+    def __init__(self, layout: SharedLayout | PaddedLayout, device: torch.device) -> None:
+        self._layout = layout
+        self._bytes: Tensor | None = None
+        if device.type != "cpu":
+            arena = torch.from_numpy(layout.arena[: layout.nbytes])
+            self._bytes, self._table = arena.to(device, non_blocking=True), layout.table
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._bytes is None:
+            return torch.from_numpy(getattr(self._layout, name))
+        kind, start, shape = self._table[name]
+        dtype: torch.dtype = getattr(torch, kind)
+        stop = start + math.prod(shape) * dtype.itemsize
+        return self._bytes[start:stop].view(dtype).view(shape)
+
+
+def _targets(layout: SharedLayout | PaddedLayout, tensors: _Tensors) -> TargetTokens:
     return TargetTokens(
-        logit_index=_tensor(layout.logit_index, device),
-        target_ids=_tensor(layout.target_ids, device),
-        completion_mask=_tensor(layout.completion_mask, device),
-        completion_of=_tensor(np.repeat(np.arange(len(lengths)), lengths), device),
-        roles=_tensor(layout.roles.astype(np.int64), device),
+        logit_index=tensors["logit_index"],
+        target_ids=tensors["target_ids"],
+        completion_mask=tensors["completion_mask"],
+        completion_of=tensors["completion_of"],
+        roles=tensors["roles"].long(),
         rows=layout.completions,
         groups=layout.groups,
     )
@@ -111,7 +149,3 @@ def _targets(layout: SharedLayout | PaddedLayout, device: torch.device | str) ->
 def _by_group(layout: SharedLayout) -> list[list[int]]:
     ends = np.cumsum(layout.group_sizes)[:-1]
     return [part.tolist() for part in np.split(layout.completion_lengths, ends)]
-
-
-def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

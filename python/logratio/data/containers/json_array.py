@@ -1,0 +1,172 @@
+"""One JSON array of objects, read element by element in bounded memory."""
+
+import re
+from collections.abc import Iterator
+from io import BufferedReader
+from typing import Any
+
+from logratio.data.containers.json_lines import BOM
+from logratio.data.containers.json_text import parse_record
+from logratio.data.containers.rows import SPACE, Row, TextRows
+from logratio.data.records import InvalidRecordError, Refusal, Source
+
+MAX_DEPTH = 10_000
+
+# A whole string, a string that has not ended yet, or what gives an array its shape.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
+_NOT_SPACE = re.compile(rb"[^ \t\r\n]")
+_OPENED_BY = {ord("]"): ord("["), ord("}"): ord("{")}
+_BLOCK = 1 << 17
+
+
+class JsonArray(TextRows):
+    """The elements of one JSON array, each with the line on which it begins.
+
+    An element that is no sound record is refused like a line; the array ends (E109) where its
+    brackets do not fit, or an element is longer than a record may be: what is one element and
+    what the next cannot be known behind that place.
+    """
+
+    def _restart(self) -> None:
+        super()._restart()
+        self._line = int(self._first.get("line", 1))
+        self._line_start = int(self._first.get("line_start", 0))
+        self._is_open = bool(self._first.get("is_open", False))
+
+    def mark(self) -> dict[str, Any]:
+        """Return the place behind the element that was yielded last."""
+        return super().mark() | {"line_start": self._line_start, "is_open": self._is_open}
+
+    def _records(self) -> Iterator[tuple[Source, Row | Refusal]]:
+        try:
+            text = _Text(self._source.open(self._offset))
+            self._open(text)
+            while (begins := self._next_element(text)) is not None:
+                end = _element_end(text, self._limit)
+                element = text.buffer[text.start : end].rstrip(SPACE)
+                source = Source(self.name, self._line)
+                column = self._offset - self._line_start + 1
+                self._pass(text, end)
+                self._is_empty = False
+                yield source, _record(source, bytes(element), column, is_first=begins)
+            self._check_end(text)
+        except InvalidRecordError as error:
+            yield self._last(error, line=self._line)
+
+    def _open(self, text: "_Text") -> None:
+        """Step over the bracket that opens the array, once."""
+        self._is_first = not self._is_open
+        if not self._is_open:
+            if text.peek(len(BOM)) == BOM:
+                self._pass(text, len(BOM))
+            self._skip_space(text)
+            self._pass(text, text.start + 1)
+            self._is_open = True
+
+    def _next_element(self, text: "_Text") -> bool | None:
+        """Go to the next element; None: the array ends here. True: no comma is before it."""
+        self._skip_space(text)
+        is_first, self._is_first = self._is_first, False
+        if text.peek(1) == b"]":
+            self._pass(text, text.start + 1)
+            return None
+        if not is_first and text.peek(1) == b",":
+            self._pass(text, text.start + 1)
+            self._skip_space(text)
+        if not text.peek(1):
+            raise InvalidRecordError("E102", "the file ends inside the JSON array")
+        return is_first
+
+    def _check_end(self, text: "_Text") -> None:
+        self._skip_space(text)
+        if text.peek(1):
+            raise InvalidRecordError("E109", "something stands behind the end of the JSON array")
+
+    def _skip_space(self, text: "_Text") -> None:
+        while True:
+            found = _NOT_SPACE.search(text.buffer, text.start)
+            self._pass(text, found.start() if found else len(text.buffer))
+            if found or not text.grow():
+                return
+
+    def _pass(self, text: "_Text", end: int) -> None:
+        """Step over the bytes before `end`, and count lines."""
+        lines = text.buffer.count(b"\n", text.start, end)
+        if lines:
+            self._line += lines
+            last = text.buffer.rindex(b"\n", text.start, end)
+            self._line_start = self._offset + last - text.start + 1
+        self._offset += end - text.start
+        text.start = end
+
+
+class _Text:
+    """A window on a stream: what is before `start` was read and may go."""
+
+    def __init__(self, stream: BufferedReader) -> None:
+        self.buffer = b""
+        self.start = 0
+        self._stream = stream
+
+    def peek(self, count: int) -> bytes:
+        """Return the next bytes, fewer at the end."""
+        while len(self.buffer) - self.start < count and self.grow():
+            pass
+        return self.buffer[self.start : self.start + count]
+
+    def grow(self) -> int:
+        """Read on, twice as much as is held; say how many bytes more there are."""
+        held = self.buffer[self.start :]
+        more = self._stream.read(max(_BLOCK, len(held)))
+        self.buffer, self.start = held + more, 0
+        return len(more)
+
+
+def _element_end(text: _Text, limit: int) -> int:
+    """Return where in the buffer the element at its start ends.
+
+    Raises:
+        InvalidRecordError: E102 and E108 where the data ends or is damaged, E109 where the
+            element cannot be followed.
+    """
+    opened = bytearray()
+    scanned = 0  # from the element's start: the buffer moves when it grows
+    while True:
+        found = _TOKEN.search(text.buffer, text.start + scanned)
+        is_cut = found is not None and found.end() - found.start() == 1 and found[0] == b'"'
+        if found is None or is_cut:
+            scanned = (found.start() if found else len(text.buffer)) - text.start
+            _check_length(len(text.buffer) - text.start, limit)
+            if not text.grow():
+                raise InvalidRecordError("E102", "the file ends inside a record")
+            continue
+        scanned = found.end() - text.start
+        token = found[0][0]
+        if not opened and token in b",]":
+            _check_length(scanned - 1, limit)
+            return found.start()
+        _nest(opened, token)
+
+
+def _nest(opened: bytearray, token: int) -> None:
+    """Count a bracket in or out."""
+    if token in b"[{":
+        opened.append(token)
+        if len(opened) > MAX_DEPTH:
+            raise InvalidRecordError("E109", "brackets are nested too deeply to be followed")
+    elif token in _OPENED_BY and (not opened or opened.pop() != _OPENED_BY[token]):
+        reason = f"the brackets of this element do not fit at {chr(token)!r}"
+        raise InvalidRecordError("E109", reason)
+
+
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
+        reason = f"an element is longer than {limit:,} bytes, or its brackets do not close"
+        raise InvalidRecordError("E109", reason)
+
+
+def _record(source: Source, element: bytes, column: int, *, is_first: bool) -> Row | Refusal:
+    if not element:
+        where = "in front of the first comma" if is_first else "behind a comma"
+        return Refusal(source, "E101", f"malformed JSON: no element {where}", column)
+    return parse_record(source, element, column=column)

@@ -1,0 +1,132 @@
+"""What a user names as data to containers of rows."""
+
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from logratio.data.containers import recognition
+from logratio.data.containers.arrow_rows import ArrowFileRows, ArrowStreamRows
+from logratio.data.containers.csv_records import CsvRecords
+from logratio.data.containers.folders import data_files
+from logratio.data.containers.json_array import JsonArray
+from logratio.data.containers.json_lines import JsonLines
+from logratio.data.containers.memory_tables import DatasetRows, StreamRows
+from logratio.data.containers.parquet_rows import ParquetRows
+from logratio.data.containers.rows import MAX_RECORD_BYTES, Rows, TextRows
+from logratio.data.containers.sources import ByteSource
+from logratio.data.records import InvalidRecordError, Refusal, Source
+
+Input: TypeAlias = Any
+"""A path (`str` or `Path`) of a file or folder, "-" for stdin, a `datasets.Dataset`, or anything
+with ``__arrow_c_stream__``: tables and readers of pyarrow, polars, duckdb."""
+
+STDIN = "-"
+
+_READERS: dict[str, Callable[[ByteSource, str, int], Rows]] = {
+    recognition.JSON_LINES: JsonLines,
+    recognition.JSON_ARRAY: JsonArray,
+    recognition.CSV: CsvRecords,
+    recognition.PARQUET: ParquetRows,
+    recognition.ARROW_FILE: ArrowFileRows,
+    recognition.ARROW_STREAM: ArrowStreamRows,
+}
+
+
+class Opened(list[Rows]):
+    """The containers of several inputs, in order.
+
+    Attributes:
+        inputs: For each container, the number of the input that it belongs to.
+        left_out: Files of folders that were not taken, because they stand beside data.
+    """
+
+    def __init__(self, rows: Sequence[Rows] = (), left_out: Sequence[Path] = ()) -> None:
+        super().__init__(rows)
+        self.inputs: list[int] = []
+        self.left_out = tuple(left_out)
+
+
+def open_inputs(inputs: Sequence[Input], *, max_line_bytes: int = MAX_RECORD_BYTES) -> Opened:
+    """Recognise every input; a folder is the data files in it, in the order of their paths.
+
+    Args:
+        inputs: Paths, "-" for stdin, tables.
+        max_line_bytes: Most bytes of a line, an element, a record, a row.
+
+    Raises:
+        OSError: A file or folder cannot be read, or a folder holds what is not known.
+        TypeError: An input is neither a path nor a table, or has several splits.
+        MissingArrowError: pyarrow is needed and not installed.
+    """
+    opened, tables = Opened(), 0
+    left_out: list[Path] = []
+    for number, given in enumerate(inputs):
+        if not isinstance(given, str | Path):
+            opened.append(_open_table(given, f"<table {tables}>", max_line_bytes))
+            opened.inputs.append(number)
+            tables += 1
+            continue
+        for path in _files(Path(given), left_out):
+            opened.append(open_file(path, max_line_bytes=max_line_bytes))
+            opened.inputs.append(number)
+    opened.left_out = tuple(left_out)
+    if sum(rows.name == "stdin" for rows in opened) > 1:
+        raise OSError(errno.EINVAL, "Can be read only once", "stdin")
+    return opened
+
+
+def open_file(path: Path, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Rows:
+    """Recognise one file, or stdin where the path is "-".
+
+    Raises:
+        OSError: It cannot be read, or is a folder.
+        MissingArrowError: pyarrow is needed and not installed.
+    """
+    if str(path) == STDIN:
+        source = ByteSource.of_stdin()
+    elif path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a folder; name the files in it", str(path))
+    else:
+        source = ByteSource.of_file(path)
+    try:
+        kind = recognition.recognised(source)
+    except InvalidRecordError as error:
+        return _Unread(source, error)
+    return _READERS[kind](source, kind, max_line_bytes)
+
+
+def _files(path: Path, left_out: list[Path]) -> list[Path]:
+    if str(path) == STDIN or not path.is_dir():
+        return [path]
+    files, beside = data_files(path)
+    left_out += beside
+    return files
+
+
+def _open_table(table: Any, name: str, limit: int) -> Rows:
+    is_set = type(table).__module__.partition(".")[0] == "datasets"
+    if is_set and isinstance(table, dict):
+        if len(table) != 1:
+            names = ", ".join(map(repr, table))
+            raise TypeError(f"a {type(table).__name__} of the splits {names}: give one of them")
+        (table,) = table.values()
+    if is_set:
+        return DatasetRows(table, name, limit)
+    if hasattr(table, "__arrow_c_stream__"):
+        return StreamRows(table, name, limit)
+    raise TypeError(
+        f"a {type(table).__name__} is no data: give paths, '-' for stdin, a datasets.Dataset, or "
+        "a table with __arrow_c_stream__ (pyarrow, polars, duckdb)"
+    )
+
+
+class _Unread(TextRows):
+    """A file that cannot be read at all."""
+
+    def __init__(self, source: ByteSource, error: InvalidRecordError) -> None:
+        super().__init__(source, "not read", 0)
+        self._error = error
+
+    def _records(self) -> Iterator[tuple[Source, Refusal]]:
+        yield self._last(self._error, line=0)

@@ -1,0 +1,143 @@
+"""Bytes of a file or of stdin, unpacked: how they are packed is told by the first of them."""
+
+import errno
+import io
+import sys
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+from logratio.data.containers.packing import packing, unpacked
+from logratio.data.records import InvalidRecordError
+
+BLOCK = 1 << 17
+HEAD = 1 << 12
+"""Unpacked bytes by which a container is recognised."""
+
+
+class ByteSource:
+    """The bytes of one file, or of stdin.
+
+    Attributes:
+        name: What errors call it.
+        path: The file; None for stdin.
+        size: Bytes on disk; None if not known.
+        packing: "", "gzip" or "zstd".
+        head: The first unpacked bytes.
+        fault: Why the head cannot be read, if it cannot.
+
+    Raises:
+        OSError: It cannot be read.
+        MissingArrowError: It is zstd, and pyarrow is not installed.
+    """
+
+    def __init__(
+        self, name: str, path: Path | None, size: int | None, packed: io.RawIOBase
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.size = size
+        self._packed = _Replay(b"", packed)
+        first, _ = _take(self._packed, 4)
+        self.packing = packing(first)
+        stream = unpacked(_Replay(first, self._packed), self.packing)
+        self.head, self.fault = _take(stream, HEAD)
+        self._once: io.RawIOBase | None = None
+        if path is None:
+            self._once = _Replay(self.head, stream, self.fault)
+        else:
+            packed.close()
+
+    @classmethod
+    def of_file(cls, path: Path) -> "ByteSource":
+        """Look into a file."""
+        file = path.open("rb", buffering=0)
+        size = path.stat().st_size if path.is_file() else None
+        return cls(path.as_posix(), path, size, file)
+
+    @classmethod
+    def of_stdin(cls) -> "ByteSource":
+        """Look into stdin, without seeking."""
+        return cls("stdin", None, None, cast(io.RawIOBase, sys.stdin.buffer))
+
+    @property
+    def position(self) -> int:
+        """Packed bytes read so far."""
+        return self._packed.position
+
+    def open(self, offset: int = 0) -> BufferedReader:
+        """Open the unpacked bytes behind the first `offset`: by seeking where that is possible.
+
+        Raises:
+            OSError: It cannot be read; stdin cannot be read a second time.
+            InvalidRecordError: It is damaged before the offset (E102, E108).
+        """
+        if self.path is None:
+            stream, self._once = self._once, None
+            if stream is None:
+                raise OSError(errno.EINVAL, "Can be read only once", self.name)
+        else:
+            file = self.path.open("rb", buffering=0)
+            if not self.packing and file.seekable():
+                file.seek(offset)
+                self._packed, offset = _Replay(b"", file, None, offset), 0
+            else:
+                self._packed = _Replay(b"", file)
+            stream = unpacked(self._packed, self.packing)
+        reader: BufferedReader = io.BufferedReader(stream, BLOCK)
+        while offset > 0 and (skipped := len(reader.read(min(offset, BLOCK)))):
+            offset -= skipped
+        return reader
+
+    def close(self, *, is_done: bool) -> None:
+        """Close the file; `is_done`: nothing behind this is wanted."""
+        if is_done and self.size is not None:
+            self._packed.position = self.size
+        if self.path is not None:
+            self._packed.close()
+
+
+class _Replay(io.RawIOBase):
+    """Bytes that were read already, then the rest of the stream they came from."""
+
+    def __init__(
+        self,
+        head: bytes,
+        rest: io.RawIOBase,
+        fault: InvalidRecordError | None = None,
+        position: int = 0,
+    ) -> None:
+        self._head = head
+        self._rest = rest
+        self._fault = fault
+        self.position = position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self._head:
+            count = min(len(buffer), len(self._head))
+            buffer[:count], self._head = self._head[:count], self._head[count:]
+        elif self._fault:
+            raise self._fault
+        else:
+            count = self._rest.readinto(buffer) or 0
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        if cast(object, self._rest) is not sys.stdin.buffer:
+            self._rest.close()
+        super().close()
+
+
+def _take(stream: io.RawIOBase, count: int) -> tuple[bytes, InvalidRecordError | None]:
+    """Read so many bytes, or fewer at the end or where a fault stands."""
+    taken = b""
+    try:
+        while len(taken) < count and (more := stream.read(count - len(taken))):
+            taken += more
+    except InvalidRecordError as error:
+        return taken, error
+    return taken, None

@@ -1,0 +1,265 @@
+"""A store to laid-out micro-batches, one ahead: plan, buffers, and a position to go on from."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logratio._rust import PaddedLayout, Plan, SharedLayout, Store
+from logratio.data.ahead import ahead
+from logratio.data.arenas import Arenas
+from logratio.data.batches import lay_out, micro_batches
+
+
+class FeedStateError(ValueError):
+    """A saved position belongs to another order of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedSettings:
+    """Which groups come together, in which order, in which shape.
+
+    Attributes:
+        groups_per_update: groups of one optimizer step, over all ranks.
+        token_budget: the most tokens of a micro-batch (padded: rows × longest row).
+        layout: "shared" or "padded".
+        order: "length_grouped", "shuffled" or "sorted".
+        seed: of every random choice.
+        weights, datasets: the weight of each dataset, and the dataset of each file of the store: an
+            epoch then mixes datasets by weight.
+        attention_cost: work of a token pair that attends, in tokens; balances ranks. With hidden
+            size h, 1/(6·h) estimates operations.
+        side, multiple_of, width, pad_id, fields: as `lay_out` takes them.
+    """
+
+    groups_per_update: int
+    token_budget: int
+    layout: str = "shared"
+    order: str = "length_grouped"
+    seed: int = 0
+    weights: tuple[float, ...] | None = None
+    datasets: tuple[int, ...] | None = None
+    attention_cost: float = 0.0
+    side: str = "right"
+    multiple_of: int = 1
+    width: int | None = None
+    pad_id: int = 0
+    fields: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups_per_update < 1:  # the rest is for the planner and the layouts to say
+            raise ValueError(f"groups_per_update must be at least 1, not {self.groups_per_update}")
+
+    def plan(self, store: Store, epoch: int, rank: int = 0, world_size: int = 1) -> Plan:
+        """Plan one rank's share of an epoch."""
+        weights = None if self.weights is None else np.array(self.weights, np.float64)
+        datasets = None if self.datasets is None else np.array(self.datasets, np.uint32)
+        return store.plan(
+            order=self.order,
+            seed=self.seed,
+            epoch=epoch,
+            groups_per_update=self.groups_per_update,
+            token_budget=self.token_budget,
+            layout=self.layout,
+            rank=rank,
+            world_size=world_size,
+            weights=weights,
+            datasets=datasets,
+            attention_cost=self.attention_cost,
+        )
+
+    def order_of_updates(self) -> dict[str, Any]:
+        """Return what decides which groups a position stands for; plain values, for JSON."""
+        shape = {"side", "multiple_of", "width", "pad_id", "fields"}
+        fields = {name: value for name, value in asdict(self).items() if name not in shape}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in fields.items()}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the model at once.
+
+    Attributes:
+        layout: the arrays, views of one buffer.
+        epoch, update, number: its place: pass over the data, optimizer step of the pass,
+            micro-batch of this rank's share of the step, each from 0.
+        count: this rank's micro-batches of the step.
+        groups: groups in this rank's share of the step.
+        update_groups: groups of the step over all ranks.
+    """
+
+    layout: SharedLayout | PaddedLayout
+    epoch: int
+    update: int
+    number: int
+    count: int
+    groups: int
+    update_groups: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next micro-batch: pass over the data, optimizer step of it, micro-batch of it."""
+
+    epoch: int = 0
+    update: int = 0
+    micro_batch: int = 0
+
+
+class Feed:
+    """Micro-batches of a rank's share of a store, each made while the one before is used.
+
+    Iterating goes on from the position, and the position moves with every batch handed over; one
+    iteration at a time. Updates do not depend on `rank` and `world_size`, so a position between two
+    updates holds for any number of ranks.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: FeedSettings,
+        *,
+        epochs: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        depth: int = 1,
+        allocate: Callable[[int], NDArray[np.uint8]] | None = None,
+    ) -> None:
+        """Prepare a feed; nothing is planned and no thread runs before it is iterated.
+
+        Args:
+            store: the groups.
+            settings: their order and shape.
+            epochs: passes over the data.
+            rank: which share of every update.
+            world_size: how many shares there are.
+            depth: batches to make ahead, on a thread; 0: none (for a DataLoader's worker, which is
+                ahead itself).
+            allocate: makes a buffer of the bytes it is called with; None: reused memory.
+        """
+        self.store, self.settings, self.epochs = store, settings, epochs
+        self.rank, self.world_size, self.depth = rank, world_size, depth
+        self.position = Position()
+        self._allocate = allocate or Arenas()
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data."""
+        return -(-len(self.store) // self.settings.groups_per_update)
+
+    def share(self, part: int, parts: int) -> "Feed":
+        """Return a feed of one of `parts` parts of this rank's share, from the position on.
+
+        For the workers of a DataLoader: their parts together are the share, each group once.
+
+        Raises:
+            FeedStateError: the position is inside an update, which stands for these ranks only.
+        """
+        if self.position.micro_batch:
+            raise FeedStateError(
+                f"a feed can be shared between updates only, not at {self.position}"
+            )
+        feed = Feed(
+            self.store,
+            self.settings,
+            epochs=self.epochs,
+            rank=self.rank * parts + part,
+            world_size=self.world_size * parts,
+            depth=0,
+        )
+        feed.position = self.position
+        return feed
+
+    def __iter__(self) -> Generator[MicroBatch, None, None]:
+        """Yield from the position on.
+
+        Raises:
+            ValueError: the settings are impossible; names the one.
+            CorruptStoreError: the store is damaged.
+        """
+        with closing(ahead(self._made(self.position), self.depth)) as batches:
+            for batch in batches:
+                self.position = self._after(batch)
+                yield batch
+                del batch  # or its buffer would wait here for the next one
+
+    def _made(self, start: Position) -> Iterator[MicroBatch]:
+        for epoch in range(start.epoch, self.epochs):
+            plan = self.settings.plan(self.store, epoch, self.rank, self.world_size)
+            first = start.update if epoch == start.epoch else 0
+            for update in range(first, self.updates_per_epoch):
+                done = start.micro_batch if (epoch, update) == (start.epoch, start.update) else 0
+                yield from self._update(plan, epoch, update, done)
+
+    def _update(self, plan: Plan, epoch: int, update: int, done: int) -> Iterator[MicroBatch]:
+        parts = micro_batches(plan, update)
+        size = self.settings.groups_per_update
+        groups, whole = sum(map(len, parts)), min(size, len(self.store) - update * size)
+        for number in range(done, len(parts)):
+            layout = self._lay_out(parts[number])
+            yield MicroBatch(layout, epoch, update, number, len(parts), groups, whole)
+            del layout
+
+    def _lay_out(self, groups: NDArray[np.int64]) -> SharedLayout | PaddedLayout:
+        settings = self.settings
+        return lay_out(
+            self.store,
+            groups,
+            settings.layout,
+            arena=self._allocate,
+            fields=settings.fields,
+            side=settings.side,
+            multiple_of=settings.multiple_of,
+            width=settings.width,
+            pad_id=settings.pad_id,
+        )
+
+    def _after(self, batch: MicroBatch) -> Position:
+        if batch.number + 1 < batch.count:
+            return Position(batch.epoch, batch.update, batch.number + 1)
+        if batch.update + 1 < self.updates_per_epoch:
+            return Position(batch.epoch, batch.update + 1)
+        return Position(batch.epoch + 1)
+
+    def start_after(self, updates: int) -> None:
+        """Set the position to after the first `updates` updates of the run."""
+        self.position = Position(*divmod(updates, max(1, self.updates_per_epoch)))
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return {"store": self.store.digest, **self.settings.order_of_updates()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what it belongs to, plain values for JSON.
+
+        What was handed over counts as done. Where a rank has no group of an update, its position is
+        before it: save rank 0's, which always has one.
+        """
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        return {"position": asdict(self.position), "ranks": ranks, "of": self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            FeedStateError: it was saved with another store or another order (names what differs),
+                or inside an update with other ranks.
+        """
+        for name, own in self._identity.items():
+            if (saved := state["of"].get(name)) != own:
+                raise FeedStateError(
+                    f"the position was saved with {name} {saved!r}, and here it is {own!r}: "
+                    "it stands for other groups"
+                )
+        position = Position(**state["position"])
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        if position.micro_batch and state["ranks"] != ranks:
+            raise FeedStateError(
+                f"the position was saved inside update {position.update} with {state['ranks']}, "
+                f"and here it is {ranks}: only a position between updates holds for other ranks"
+            )
+        self.position = position

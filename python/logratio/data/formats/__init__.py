@@ -1,0 +1,25 @@
+"""Rows to records: every known format of preference data, detected or refused.
+
+`Decoder` reads a row at a time; `detect` says of some rows what they are and why.
+"""
+
+from logratio.data.formats.catalogue import FORMATS, KNOWN_SHAPES, Format, near_formats
+from logratio.data.formats.decoder import Decoded, Decoder
+from logratio.data.formats.detection import Detection, detect
+from logratio.data.formats.settings import FormatSettings, FormatSettingsError, Kind, Label, Lists
+
+__all__ = [
+    "FORMATS",
+    "KNOWN_SHAPES",
+    "Decoded",
+    "Decoder",
+    "Detection",
+    "Format",
+    "FormatSettings",
+    "FormatSettingsError",
+    "Kind",
+    "Label",
+    "Lists",
+    "detect",
+    "near_formats",
+]

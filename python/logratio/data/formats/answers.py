@@ -1,0 +1,168 @@
+"""A question and its answers, put together: where the prompt ends and what each answer is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from logratio.data import conversations, transcripts
+from logratio.data.formats.questions import find_main, read_question, read_tools, with_system
+from logratio.data.formats.view import Shape, View, called
+from logratio.data.messages import ASSISTANT, Turns, bare, read_messages
+from logratio.data.records import InvalidRecordError, Message, Text
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt and what each answer goes on with.
+
+    Attributes:
+        main: The name under which the question stood; None where the answers carried it.
+        prompt: Plain text, or turns of a chat.
+        parts: For each answer what does not count of it, and what does.
+        tools: What the assistant may call.
+        is_whole: Whether the answers held the whole chat.
+    """
+
+    main: str | None
+    prompt: Text
+    parts: Sequence[tuple[Text, Text]]
+    tools: tuple[Message, ...] = ()
+    is_whole: bool = False
+
+
+def read_answers(view: View, names: Sequence[str]) -> Answered:
+    """Read answers that stand under names of their own, and their question.
+
+    Raises:
+        InvalidRecordError: Whatever is wrong with one of them.
+    """
+    shapes: list[Shape] = [_shape(view, name) for name in names]
+    values = {view.key(name): view.take(name) for name in names}
+    return put_together(view, values, shapes)
+
+
+def put_together(view: View, values: Mapping[str, Any], shapes: Sequence[Shape]) -> Answered:
+    """Find the question of answers that are at hand.
+
+    Args:
+        view: The row.
+        values: The answers under the names that errors call them by.
+        shapes: What each of them is.
+
+    Raises:
+        InvalidRecordError: E2xx where the answers are of different kinds or do not go with the
+            question, E403 where turns do not fit.
+    """
+    kinds = {"messages" if shape in ("message", "empty") else shape for shape in shapes}
+    if kinds == {"text"}:
+        return _texts(view, values)
+    if kinds == {"messages"}:
+        chats = {name: _listed(value) for name, value in values.items()}
+        return _chats(view, chats)
+    named = ", ".join(
+        f"`{name}` is {called(shape)}" for name, shape in zip(values, shapes, strict=True)
+    )
+    raise InvalidRecordError("E206", f"the answers are not of one kind: {named}")
+
+
+def _shape(view: View, name: str) -> Shape:
+    if not view.has(name):
+        view.take(name)  # which says what is wrong with it
+    shape = view.shape(name)
+    if shape in ("flag", "number"):
+        raise view.wrong(name, "a string or a list of messages")
+    if shape == "strings":
+        raise InvalidRecordError(
+            "E203", f"{view.key(name)!r} is a list of strings, not a string or a list of messages"
+        )
+    return shape
+
+
+def _texts(view: View, values: Mapping[str, str]) -> Answered:
+    main = find_main(view)
+    if main is None:
+        return _transcripts(view, values)
+    question = read_question(view, main)
+    prompt = question.prompt
+    if not isinstance(prompt, str):
+        said = [((), ({"role": ASSISTANT, "content": value},)) for value in values.values()]
+        return Answered(main, prompt, said, question.tools)
+    # Some sets repeat the prompt in each side; it must not be read twice.
+    if len(prompt.split()) > 1 and all(value.startswith(prompt) for value in values.values()):
+        names = " and ".join(f"`{name}`" for name in values)
+        reason = f"{names} begin with the whole prompt, which would be read twice: leave it out"
+        raise InvalidRecordError("E211", reason)
+    return Answered(main, prompt, [("", value) for value in values.values()])
+
+
+def _transcripts(view: View, values: Mapping[str, str]) -> Answered:
+    if not any(map(transcripts.is_transcript, values.values())):
+        view.take("prompt")
+    prompt, parts = transcripts.split(dict(values))
+    return Answered(None, prompt, parts, is_whole=True)
+
+
+def _chats(view: View, chats: dict[str, list[Any]]) -> Answered:
+    whole = any(_is_whole(chat, name) for name, chat in chats.items())
+    if whole:
+        return _whole_chats(view, chats)
+    question = read_question(view, find_main(view) or "prompt")
+    parts = [((), conversations.answer(chat, name)) for name, chat in chats.items()]
+    tools = question.tools or (read_tools(view) if isinstance(question.prompt, str) else ())
+    return Answered(question.main, question.turns(), parts, tools)
+
+
+def _is_whole(chat: list[Any], name: str) -> bool:
+    """Say whether a chat holds its question, too: someone else than the assistant begins it."""
+    return bool(chat) and read_messages(chat[:1], name)[0]["role"] != ASSISTANT
+
+
+def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:
+    prompt, parts = conversations.split(chats)
+    turns = {name: tuple(map(bare, read_messages(chat, name))) for name, chat in chats.items()}
+    main = next((name for name in _BESIDE if view.has(name)), None)
+    if main is not None:
+        _check_repeats(view, main, turns)
+    for name in ("messages", "conversations"):
+        _check_copy(view, name, turns)
+    return Answered(main, with_system(view, prompt), parts, read_tools(view), is_whole=True)
+
+
+_BESIDE = ("prompt", "question", "instruction", "query")
+
+
+def _check_repeats(view: View, main: str, chats: dict[str, Turns]) -> None:
+    """Make sure that whole chats hold the question that stands beside them."""
+    value = view.take(main)
+    for name, turns in chats.items():
+        if isinstance(value, str):
+            asked = [turn.get("content") or "" for turn in turns if turn["role"] == "user"]
+            if value.strip() not in [text.strip() for text in asked]:
+                raise _not_held(name, view.key(main), "E211")
+        elif not isinstance(value, list):
+            raise view.wrong(main, "a string or a list of messages")
+        elif not _begins(turns, value, view.key(main)):
+            raise _not_held(name, view.key(main), "E403")
+
+
+def _check_copy(view: View, name: str, chats: dict[str, Turns]) -> None:
+    """Make sure that a further chat, which is not read, says nothing of its own."""
+    value = view.peek(name)
+    if not isinstance(value, list) or not value:
+        return
+    if not any(_begins(turns, value, view.key(name)) for turns in chats.values()):
+        raise _not_held(" and ".join(chats), view.key(name), "E211")
+
+
+def _begins(turns: Turns, value: list[Any], name: str) -> bool:
+    start = tuple(map(bare, read_messages(value, name)))
+    return turns[: len(start)] == start
+
+
+def _not_held(chat: str, name: str, code: str) -> InvalidRecordError:
+    reason = f"{chat!r} is a whole chat, and {name!r} is no part of it: leave one of them out"
+    return InvalidRecordError(code, reason)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

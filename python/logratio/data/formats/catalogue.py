@@ -1,0 +1,246 @@
+"""Every format by name: what it is, which keys it needs, how it is told."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from logratio.data.formats.questions import HISTORY, MAINS, SYSTEM, TOOLS
+
+Need = tuple[str, ...]
+"""Names of which a row has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A known format.
+
+    Attributes:
+        name: What ``format=`` and ``--format`` call it.
+        title: What it is, and why a row is taken for it.
+        needs: Names that a row must have; one of each.
+        family: Which reader takes it.
+        demonstrates: Whether it is read for demonstrations only.
+    """
+
+    name: str
+    title: str
+    needs: tuple[Need, ...]
+    family: str
+    demonstrates: bool = False
+
+
+_QUESTION = ("question", "input", "query", "prompt", "instruction", "messages", "conversations")
+_ASKED = ("prompt", "question", "instruction")
+_C, _R = ("chosen",), ("rejected",)
+COMPLETIONS = ("completion", "output", "response")
+LABELS = ("label", "labels", "preference", "winner", "overall_preference", "choice", "better")
+THUMBS = ("label", "kto_tag")
+LISTED = ("completions", "answers", "responses")
+VALUES = ("ranks", "rank", "scores", "score", "rewards")
+
+CATALOGUE = (
+    Format(
+        "trl",
+        "`prompt`, `chosen`, `rejected` are strings: plain text, read as it stands",
+        (("prompt",), _C, _R),
+        "pairs",
+    ),
+    Format(
+        "trl-chat",
+        "`prompt`, `chosen`, `rejected` are lists of messages",
+        (("prompt",), _C, _R),
+        "pairs",
+    ),
+    Format(
+        "trl-chat-implicit",
+        "`chosen` and `rejected` are whole chats, and what they share is the prompt",
+        (_C, _R),
+        "pairs",
+    ),
+    Format(
+        "hh",
+        "`chosen` and `rejected` are Anthropic-HH transcripts with '\\n\\nHuman:' and "
+        "'\\n\\nAssistant:', and the turns that they share are the prompt",
+        (_C, _R),
+        "pairs",
+    ),
+    Format(
+        "ultrafeedback",
+        "`chosen` and `rejected` are whole chats, and `prompt` repeats a user's turn of theirs",
+        (("prompt",), _C, _R),
+        "pairs",
+    ),
+    Format(
+        "orca",
+        "a question under `question`, `input` or `query`, or a `prompt` beside a `system` prompt "
+        "or a `history`: messages",
+        (("question", "input", "query", "system"), _C, _R),
+        "pairs",
+    ),
+    Format(
+        "alpaca",
+        "`instruction` (and `input`, `history`, `system`) is the question: messages",
+        (("instruction",), _C, _R),
+        "pairs",
+    ),
+    Format(
+        "sharegpt",
+        "`conversations` is the chat before the answers",
+        (("conversations",), _C, _R),
+        "pairs",
+    ),
+    Format(
+        "axolotl", "`messages` is the chat before the answers", (("messages",), _C, _R), "pairs"
+    ),
+    Format(
+        "argilla",
+        "two responses, `chosen_response` and `rejected_response`, to a question",
+        (("instruction", "question", "messages"), ("chosen_response",), ("rejected_response",)),
+        "pairs",
+    ),
+    Format(
+        "nemo-aligner",
+        "`chosen_response` and `rejected_response` to a `prompt` that is read as it stands",
+        (("prompt",), ("chosen_response",), ("rejected_response",)),
+        "pairs",
+    ),
+    Format(
+        "stack-exchange",
+        "`response_j` is the better of two answers to a question",
+        (_QUESTION, ("response_j",), ("response_k",)),
+        "pairs",
+    ),
+    Format(
+        "openai",
+        "OpenAI's fine-tuning: `input.messages`, `preferred_output`, `non_preferred_output`",
+        (("input",), ("preferred_output",), ("non_preferred_output",)),
+        "pairs",
+    ),
+    Format(
+        "llamafactory-v1",
+        "`chosen_messages` and `rejected_messages` are whole chats with a weight a turn",
+        (("chosen_messages",), ("rejected_messages",)),
+        "pairs",
+    ),
+    Format(
+        "ms-swift",
+        "`messages` ends with the better answer, and `rejected_response` or `rejected_messages` "
+        "stands against it (or `response` against `rejected_response`)",
+        (("messages", "response"), ("rejected_response", "rejected_messages")),
+        "swift",
+    ),
+    Format(
+        "shp",
+        "`history` is a post, and `labels` is 1 where `human_ref_A` is better than `human_ref_B`",
+        (("history",), ("human_ref_A",), ("human_ref_B",), ("labels",)),
+        "labelled",
+    ),
+    Format(
+        "ab",
+        "two outputs, and a label whose meaning was told",
+        (
+            _QUESTION,
+            ("output_1", "response_1", "response_a", "response_A"),
+            ("output_2", "response_2", "response_b", "response_B"),
+            LABELS,
+        ),
+        "labelled",
+    ),
+    Format(
+        "ranked",
+        "answers with a `rank` each; a lower one is better",
+        (("context", *_QUESTION), LISTED, ("rank", "ranks")),
+        "lists",
+    ),
+    Format(
+        "scored",
+        "answers with a score each; a higher one is better",
+        (("context", *_QUESTION), LISTED, ("score", "scores", "rewards")),
+        "lists",
+    ),
+    Format(
+        "text-score",
+        "`text` is a list of whole transcripts with a `score` each; a higher one is better",
+        (("text",), ("score",)),
+        "lists",
+    ),
+    Format(
+        "kto",
+        "one completion with a thumb: `label` is true where it is good",
+        (_QUESTION, COMPLETIONS, THUMBS),
+        "unpaired",
+    ),
+    Format(
+        "kto-chat",
+        "a whole chat with a thumb: `label` is true where its last answer is good",
+        (("messages", "conversations"), THUMBS),
+        "unpaired",
+    ),
+    Format(
+        "step-dpo",
+        "`initial_reason_steps` are right and do not count; one good and one bad step follow",
+        (_ASKED, ("initial_reason_steps",), _C, _R),
+        "steps",
+    ),
+    Format(
+        "prmbench",
+        "`chosen` and `rejected` are lists of steps, alike up to `first_diff`; those two count",
+        (_ASKED, _C, _R, ("first_diff", "error_steps")),
+        "steps",
+    ),
+    Format(
+        "ids",
+        "token ids that need no tokenizer",
+        (("prompt_ids",), ("chosen_ids",), ("rejected_ids",)),
+        "ids",
+    ),
+    Format(
+        "completion",
+        "`prompt` and `completion`, to imitate",
+        (("prompt",), ("completion",)),
+        "demonstrations",
+        True,
+    ),
+    Format(
+        "chat",
+        "`messages` or `conversations` is a chat whose answers are to be imitated",
+        (("messages", "conversations"),),
+        "demonstrations",
+        True,
+    ),
+)
+
+FORMATS = {known.name: known for known in CATALOGUE}
+KNOWN_NAMES = frozenset(
+    {name for known in CATALOGUE for need in known.needs for name in need}
+    | {*MAINS, *SYSTEM, HISTORY, TOOLS, *LABELS, *THUMBS}
+)
+"""Names that formats read, for which ``columns`` may give a key of the data."""
+
+KNOWN_SHAPES = (
+    "known shapes: " + "; ".join(f"{known.name}: {known.title}" for known in CATALOGUE[:4]) + "; "
+    f"and {', '.join(known.name for known in CATALOGUE[4:])}. "
+    "`logratio data inspect FILE` says what a file is, and what it lacks to be one of them"
+)
+
+
+def names_of_formats() -> list[str]:
+    """Return the name of every format."""
+    return list(FORMATS)
+
+
+def near_formats(names: Sequence[str]) -> Iterator[tuple[Format, tuple[str, ...]]]:
+    """Find formats of which some keys are there, those that lack least first.
+
+    Args:
+        names: The names that a row has.
+
+    Yields:
+        Each with what it lacks; alternatives are joined by " or ".
+    """
+    there = set(names)
+    near = []
+    for known in CATALOGUE:
+        lacking = tuple(" or ".join(need) for need in known.needs if not there & set(need))
+        if lacking and len(lacking) < len(known.needs):
+            near.append((known, lacking))
+    yield from sorted(near, key=lambda item: (len(item[1]), -len(item[0].needs)))

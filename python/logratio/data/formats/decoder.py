@@ -1,0 +1,89 @@
+"""Rows to records, one row at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from logratio.data.containers import Row
+from logratio.data.formats.choices import records_of
+from logratio.data.formats.families import read_row
+from logratio.data.formats.meaning import Meaning
+from logratio.data.formats.questions import check_unread
+from logratio.data.formats.settings import FormatSettings, Kind
+from logratio.data.formats.view import View
+from logratio.data.records import InvalidRecordError, PreferenceRecord, Source
+
+_CALLED: Mapping[Kind, str] = {
+    "pair": "a preference pair",
+    "unpaired": "unpaired feedback",
+    "group": "a ranked list",
+    "demonstration": "a demonstration",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A row as records.
+
+    Attributes:
+        records: What it says; one, but for a ranked list that became pairs. At least one.
+        format: The name of its format.
+        extra_keys: Keys that were not read.
+        left_out: For each pair of a list that was not made, or completion that was not taken, the
+            code of the reason: R310 for a tie, R301, R302.
+    """
+
+    records: tuple[PreferenceRecord, ...]
+    format: str
+    extra_keys: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+class Decoder:
+    """Reads rows of any known format, each as what it is.
+
+    It remembers what the first row of each file was: one file says one kind of thing (pairs,
+    unpaired feedback, lists), while its rows may have different formats.
+
+    Attributes:
+        settings: What was said about the data.
+    """
+
+    def __init__(self, settings: FormatSettings | None = None) -> None:
+        self.settings = settings or FormatSettings()
+        self._first: dict[str, tuple[Kind, Source]] = {}
+
+    def decode(self, row: Row, source: Source) -> Decoded:
+        """Read a row.
+
+        Args:
+            row: The JSON object of one line.
+            source: Its file and line.
+
+        Raises:
+            InvalidRecordError: E2xx where the format is unknown or broken, E403 where roles do not
+                fit, R301, R302 and R310 where the content is of no use.
+        """
+        settings = self.settings
+        view = View(row, settings.columns)
+        meaning = read_row(view, settings)
+        check_unread(view)
+        self._check_kind(meaning, source)
+        records, left_out = records_of(meaning, source, settings)
+        return Decoded(tuple(records), meaning.format, view.extra_keys(), tuple(left_out))
+
+    def _check_kind(self, meaning: Meaning, source: Source) -> None:
+        """Refuse what is not wanted, and what the file's first row was not."""
+        if self.settings.demonstrations:
+            return
+        kind: Kind = "pair" if self._makes_pairs(meaning) else meaning.kind
+        wanted = self.settings.kinds
+        if wanted is not None and kind not in wanted:
+            names = " or ".join(_CALLED[name] for name in wanted)
+            raise InvalidRecordError("E206", f"the row is {_CALLED[kind]}, and {names} is wanted")
+        first, place = self._first.setdefault(source.file, (kind, source))
+        if kind != first:
+            reason = f"the row is {_CALLED[kind]}, and {place} is {_CALLED[first]}"
+            raise InvalidRecordError("E204", f"{reason}: put them into files of their own")
+
+    def _makes_pairs(self, meaning: Meaning) -> bool:
+        return meaning.kind == "group" and self.settings.lists != "groups"

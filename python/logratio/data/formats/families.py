@@ -1,0 +1,113 @@
+"""Which format a row has: each family of formats says whether a row is its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from logratio.data.formats import demonstrations, labelled, lists, pairs, steps, unpaired
+from logratio.data.formats.catalogue import FORMATS, near_formats
+from logratio.data.formats.meaning import Meaning
+from logratio.data.formats.settings import FormatSettings
+from logratio.data.formats.view import View
+from logratio.data.records import InvalidRecordError
+
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Formats that one reader takes.
+
+    Attributes:
+        name: What the catalogue calls it.
+        signs: Names of which such a row has one, unless settings tell what its label means.
+        claims: Says whether a row is of this family, from its keys and the types of its values.
+        read: Reads such a row.
+    """
+
+    name: str
+    signs: frozenset[str]
+    claims: Callable[[View, FormatSettings], bool]
+    read: Callable[[View, FormatSettings], Meaning]
+
+
+def _claims_ids(view: View, settings: FormatSettings) -> bool:
+    return all(map(view.has, _IDS))
+
+
+def _read_ids(view: View, settings: FormatSettings) -> Meaning:
+    reason = "the row holds token ids, and text or messages are wanted here"
+    raise InvalidRecordError("E206", reason)
+
+
+FAMILIES = (
+    Family("steps", steps.SIGNS, steps.claims, steps.read),
+    Family("pairs", pairs.SIGNS, pairs.claims, pairs.read),
+    Family("swift", pairs.SIGNS_SWIFT, pairs.claims_swift, pairs.read_swift),
+    Family("labelled", labelled.SIGNS, labelled.claims, labelled.read),
+    Family("lists", lists.SIGNS, lists.claims, lists.read),
+    Family("unpaired", unpaired.SIGNS, unpaired.claims, unpaired.read),
+    Family("ids", frozenset(_IDS), _claims_ids, _read_ids),
+)
+_DEMONSTRATIONS = Family("demonstrations", frozenset(), demonstrations.claims, demonstrations.read)
+_BY_NAME = {family.name: family for family in (*FAMILIES, _DEMONSTRATIONS)}
+
+
+def read_row(view: View, settings: FormatSettings) -> Meaning:
+    """Read a row as what it is, or as what it was said to be.
+
+    Raises:
+        InvalidRecordError: E201 and E206 where it is nothing known, E210 where it is two things,
+            E213 where it is not what it was said to be; whatever else is wrong with it.
+    """
+    if settings.format is None:
+        return find_family(view, settings).read(view, settings)
+    named = FORMATS[settings.format]
+    meaning = _BY_NAME[named.family].read(view, settings)
+    if meaning.format != named.name:
+        reason = f"the row is {meaning.format!r}, and {named.name!r} is wanted"
+        raise InvalidRecordError("E213", reason)
+    return meaning
+
+
+def find_family(view: View, settings: FormatSettings) -> Family:
+    """Find the family that a row is of.
+
+    Raises:
+        InvalidRecordError: E201 and E206 where there is none, E210 where there are two.
+    """
+    told = settings.told is not None
+    found = [
+        family
+        for family in FAMILIES
+        if (told or not view.lacks(family.signs)) and family.claims(view, settings)
+    ]
+    if found and found[0].name == "steps":  # which are pairs, too
+        found = [family for family in found if family.name != "pairs"]
+    if not found and pairs.half(view):
+        return _BY_NAME["pairs"]  # which says what is missing
+    if not found and _DEMONSTRATIONS.claims(view, settings):
+        return _DEMONSTRATIONS
+    if len(found) > 1:
+        names = " and ".join(family.name for family in found)
+        raise InvalidRecordError(
+            "E210",
+            f"the row holds what makes it one of several families ({names}): say with --format "
+            "NAME what it is",
+        )
+    if not found:
+        raise InvalidRecordError("E206", _unknown(view))
+    return found[0]
+
+
+def _unknown(view: View) -> str:
+    """Say what a row that is nothing known has, and what it lacks."""
+    if isinstance(view.peek("completions"), list) and isinstance(view.peek("labels"), list):
+        return "one solution with a label a step is no pair: it has nothing to compare with"
+    names = view.names()
+    keys = ", ".join(f"`{name:.40}`" for name in names[:8])
+    told = f"keys {keys}{', …' if len(names) > 8 else ''}" if names else "no keys"
+    near = next(near_formats(names), None)
+    if near is None:
+        return told
+    known, lacking = near
+    return f"{told}; for {known.name!r} it lacks {', '.join(lacking)}"

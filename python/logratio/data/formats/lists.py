@@ -1,0 +1,139 @@
+"""Several answers, each with a rank or a score."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from logratio.data.formats.answers import put_together
+from logratio.data.formats.catalogue import LISTED, VALUES
+from logratio.data.formats.meaning import Meaning
+from logratio.data.formats.settings import FormatSettings
+from logratio.data.formats.view import Shape, View
+from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
+
+SIGNS = frozenset((*LISTED, "text"))
+MOST = 256
+"""Most answers in a list that becomes pairs: their number grows with its square."""
+
+_ITEM_ANSWERS = ("completion", "answer", "response", "text", "output", "content", "messages")
+_ITEM_VALUES = ("rank", "score", "overall_score", "reward")
+_RANKS = ("rank", "ranks")  # where lower is better
+
+
+def claims(view: View, settings: FormatSettings) -> bool:
+    """Say whether a row has a list of answers, and a number for each."""
+    if _is_text_score(view):
+        return True
+    name = _listed(view)
+    if name is None:
+        return False
+    value = view.peek(name)
+    first = value[0]
+    if isinstance(first, dict) and any(key in first for key in _ITEM_VALUES):
+        return True
+    return _beside(view) is not None
+
+
+def read(view: View, settings: FormatSettings) -> Meaning:
+    """Read every answer and how good it is.
+
+    Raises:
+        InvalidRecordError: E212 for a rank or score that is no finite number, or is missing.
+    """
+    name = "text" if _is_text_score(view) else _listed(view)
+    if name is None:
+        raise InvalidRecordError("E201", f"the key {view.key(LISTED[0])!r} is missing")
+    items = view.take(name)
+    key = view.key(name)
+    beside = _beside(view)
+    if beside is not None and not _carries_value(items[0]):
+        numbers = view.take(beside)
+        if not isinstance(numbers, list) or len(numbers) != len(items):
+            reason = f"{key!r} has {len(items)} answers, and {view.key(beside)!r} not as many"
+            raise InvalidRecordError("E212", reason)
+        answers, sort = [_answer_of(item) for item in items], beside
+    else:
+        answers, numbers, sort = _carried(items, key)
+    _leave(view, name, items, sort)
+    shapes = [_shape(answer, f"answer {i + 1} of {key!r}") for i, answer in enumerate(answers)]
+    named = {f"answer {i + 1} of {key!r}": answer for i, answer in enumerate(answers)}
+    answered = put_together(view, named, shapes)
+    is_rank = sort in _RANKS
+    values = tuple(_number(number, sort, is_rank) for number in numbers)
+    completions = tuple(
+        Completion(CANDIDATE, answer, context) for context, answer in answered.parts
+    )
+    form = "text-score" if name == "text" else "ranked" if is_rank else "scored"
+    return Meaning(form, "group", answered.prompt, completions, answered.tools, values=values)
+
+
+def _is_text_score(view: View) -> bool:
+    text, score = view.peek("text"), view.peek("score")
+    return isinstance(text, list) and isinstance(score, list) and bool(text)
+
+
+def _listed(view: View) -> str | None:
+    return next((n for n in LISTED if isinstance(view.peek(n), list) and view.peek(n)), None)
+
+
+def _beside(view: View) -> str | None:
+    """Find a list of numbers that stands beside the answers."""
+    return next((name for name in VALUES if isinstance(view.peek(name), list)), None)
+
+
+def _carries_value(item: object) -> bool:
+    return isinstance(item, Mapping) and any(key in item for key in _ITEM_VALUES)
+
+
+def _carried(items: Sequence[Any], key: str) -> tuple[list[Any], list[Any], str]:
+    """Read answers that carry their own rank or score."""
+    first = items[0]
+    sort = next((name for name in _ITEM_VALUES if isinstance(first, dict) and name in first), None)
+    if sort is None:
+        raise InvalidRecordError("E212", f"the answers in {key!r} have no rank and no score")
+    for index, item in enumerate(items):
+        if not isinstance(item, dict) or sort not in item:
+            raise InvalidRecordError("E212", f"answer {index + 1} of {key!r} has no {sort!r}")
+    return [_answer_of(item) for item in items], [item[sort] for item in items], sort
+
+
+def _answer_of(item: Any) -> Any:
+    key = _answer_key(item)
+    return item if key is None else item[key]
+
+
+def _answer_key(item: Any) -> str | None:
+    """Find the key of the answer in an item that is none itself."""
+    if not isinstance(item, dict) or "role" in item or "from" in item:
+        return None
+    return next((name for name in _ITEM_ANSWERS if item.get(name) is not None), None)
+
+
+def _leave(view: View, name: str, items: Sequence[Any], sort: str) -> None:
+    """Note what of the items is not read."""
+    for item in items:
+        if key := _answer_key(item):
+            view.leave(name, [k for k, v in item.items() if k not in (key, sort) and v is not None])
+
+
+def _shape(answer: Any, name: str) -> Shape:
+    if isinstance(answer, str):
+        return "text"
+    if isinstance(answer, dict):
+        return "message"
+    if isinstance(answer, list) and all(isinstance(turn, dict) for turn in answer):
+        return "messages" if answer else "empty"
+    known = ", ".join(_ITEM_ANSWERS)
+    code = "E201" if answer is None else "E203"
+    raise InvalidRecordError(code, f"{name} has no string or messages under one of {known}")
+
+
+def _number(value: object, name: str, is_rank: bool) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidRecordError("E212", f"a {name!r} is {value!s:.40}, no finite number")
+    return -number if is_rank else number

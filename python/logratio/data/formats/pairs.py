@@ -1,0 +1,133 @@
+"""Two answers under names that say which is better."""
+
+from logratio.data import conversations
+from logratio.data.formats.answers import Answered, put_together, read_answers
+from logratio.data.formats.meaning import Meaning, pair
+from logratio.data.formats.settings import FormatSettings
+from logratio.data.formats.view import View
+from logratio.data.messages import ASSISTANT, read_messages
+from logratio.data.records import InvalidRecordError
+
+SIDES = {
+    ("chosen", "rejected"): "",
+    ("chosen_response", "rejected_response"): "argilla",
+    ("response_j", "response_k"): "stack-exchange",
+    ("preferred_output", "non_preferred_output"): "openai",
+    ("chosen_messages", "rejected_messages"): "llamafactory-v1",
+}
+"""Names of a better and a worse answer, and the format that has them where it is but one."""
+
+SIGNS = frozenset(name for names in SIDES for name in names)
+SIGNS_SWIFT = frozenset(("rejected_response", "rejected_messages"))
+
+_BY_QUESTION = {
+    "conversations": "sharegpt",
+    "messages": "axolotl",
+    "context": "axolotl",
+    "instruction": "alpaca",
+    "question": "orca",
+    "input": "orca",
+    "query": "orca",
+    "history": "orca",
+}
+
+
+def claims(view: View, settings: FormatSettings) -> bool:
+    """Say whether a row has both names of a pair."""
+    return bool(_both(view))
+
+
+def read(view: View, settings: FormatSettings) -> Meaning:
+    """Read a pair.
+
+    Raises:
+        InvalidRecordError: E210 where there are two; whatever else is wrong with it.
+    """
+    found = _both(view) or [half(view) or ("chosen", "rejected")]
+    if len(found) > 1:
+        names = " and ".join(f"`{view.key(names[0])}`" for names in found)
+        raise InvalidRecordError("E210", f"{names} could each be the better answer: drop one")
+    if any(isinstance(view.peek(name), list) for name in found[0]) and all(
+        view.shape(name) == "strings" for name in found[0]
+    ):
+        names = " and ".join(f"`{view.key(name)}`" for name in found[0])
+        raise InvalidRecordError(
+            "E210",
+            f"{names} are lists of strings, which could be steps or different answers: if they "
+            "are the steps of two solutions, add --format prmbench",
+        )
+    answered = read_answers(view, found[0])
+    return pair(_name(view, found[0], answered), answered)
+
+
+def half(view: View) -> tuple[str, str] | None:
+    """Find a pair of names of which one is missing, or both are null."""
+    started = (names for names in SIDES if names[0] in view or names[1] in view)
+    return next(started, None)
+
+
+def claims_swift(view: View, settings: FormatSettings) -> bool:
+    """Say whether a worse answer stands beside a chat that ends with the better one."""
+    if view.has("rejected_messages"):
+        return view.has("messages") and not view.has("chosen_messages")
+    is_alone = view.has("rejected_response") and not view.has("chosen_response")
+    return is_alone and (view.has("messages") or view.has("response"))
+
+
+def read_swift(view: View, settings: FormatSettings) -> Meaning:
+    """Read a chat and what could have ended it, or two responses.
+
+    Raises:
+        InvalidRecordError: Whatever is wrong with it.
+    """
+    if not view.has("messages") and not view.has("rejected_messages"):
+        return pair("ms-swift", read_answers(view, ("response", "rejected_response")))
+    chosen = view.take("messages")
+    if view.shape("messages") != "messages":
+        raise view.wrong("messages", "a list of messages")
+    if not view.has("rejected_messages"):
+        if view.shape("rejected_response") not in ("text", "message", "messages"):
+            raise view.wrong("rejected_response", "a string or messages")
+        return pair("ms-swift", _against(view, chosen, view.take("rejected_response")))
+    rejected = view.take("rejected_messages")
+    if view.shape("rejected_messages") != "messages":
+        raise view.wrong("rejected_messages", "a list of messages")
+    if read_messages(rejected[:1], "rejected_messages")[0]["role"] == ASSISTANT:
+        return pair("ms-swift", _against(view, chosen, rejected))
+    return pair("ms-swift", _whole(view, chosen, rejected))
+
+
+def _both(view: View) -> list[tuple[str, str]]:
+    both = [names for names in SIDES if names[0] in view and names[1] in view]
+    return [names for names in both if view.has(names[0]) or view.has(names[1])]
+
+
+def _name(view: View, names: tuple[str, str], answered: Answered) -> str:
+    """Name a pair by its sides, and by its question where they are `chosen` and `rejected`."""
+    if name := SIDES[names]:
+        return "nemo-aligner" if name == "argilla" and answered.main == "prompt" else name
+    is_text = isinstance(answered.prompt, str)
+    if answered.main is None:
+        return "hh" if is_text else "trl-chat-implicit"
+    if answered.main != "prompt":
+        return _BY_QUESTION[answered.main]
+    if is_text:
+        return "trl"
+    if view.shape("prompt") == "text":
+        return "ultrafeedback" if answered.is_whole else "orca"
+    return "trl-chat"
+
+
+def _against(view: View, chat: list[object], worse: object) -> Answered:
+    """Put a worse answer in place of the one that ends a chat."""
+    prompt, _ = conversations.split_last(chat, view.key("messages"))
+    if isinstance(worse, str):
+        worse = [{"role": ASSISTANT, "content": worse}]
+    ends = worse if isinstance(worse, list) else [worse]
+    whole: list[object] = [*prompt, *read_messages(ends, view.key("rejected_response"))]
+    return _whole(view, chat, whole)
+
+
+def _whole(view: View, chosen: list[object], rejected: list[object]) -> Answered:
+    values = {view.key("messages"): chosen, "the worse chat": rejected}
+    return put_together(view, values, ["messages", "messages"])

@@ -1,0 +1,77 @@
+"""One completion and a thumb, up or down."""
+
+from logratio.data import conversations
+from logratio.data.formats.answers import read_answers
+from logratio.data.formats.catalogue import COMPLETIONS, THUMBS
+from logratio.data.formats.meaning import Meaning
+from logratio.data.formats.questions import Question, read_tools, with_system
+from logratio.data.formats.settings import BAD, GOOD, FormatSettings, Label, spelled
+from logratio.data.formats.view import View
+from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
+
+_CHATS = ("messages", "conversations")
+SIGNS = frozenset(THUMBS)
+
+
+def claims(view: View, settings: FormatSettings) -> bool:
+    """Say whether a row has a completion, or a chat, and a thumb."""
+    thumb = _thumb(view, settings)
+    if thumb is None or isinstance(view.peek(thumb), list):
+        return False
+    if settings.told and settings.told.answers():
+        return False
+    return any(map(view.has, COMPLETIONS)) or any(map(view.has, _CHATS))
+
+
+def read(view: View, settings: FormatSettings) -> Meaning:
+    """Read a completion: chosen where it is good, rejected where it is bad.
+
+    Raises:
+        InvalidRecordError: E209 for a thumb that is no boolean and whose meaning was not told.
+    """
+    thumb = _thumb(view, settings)
+    if thumb is None:
+        raise InvalidRecordError("E201", f"the key {view.key(THUMBS[0])!r} is missing")
+    role = CHOSEN if _is_good(view, thumb, settings.told) else REJECTED
+    name = next((name for name in COMPLETIONS if view.has(name)), None)
+    if name is not None:
+        answered = read_answers(view, (name,))
+        ((context, answer),) = answered.parts
+        completions = (Completion(role, answer, context),)
+        return Meaning("kto", "unpaired", answered.prompt, completions, answered.tools)
+    question, completion = _chat(view, role)
+    return Meaning("kto-chat", "unpaired", question.prompt, (completion,), question.tools)
+
+
+def _chat(view: View, role: str) -> tuple[Question, Completion]:
+    name = next((name for name in _CHATS if view.has(name)), _CHATS[0])
+    value = view.take(name)
+    if not isinstance(value, list):
+        raise view.wrong(name, "a list of messages")
+    turns, answer = conversations.split_last(value, view.key(name))
+    return Question(name, with_system(view, turns), read_tools(view)), Completion(role, answer, ())
+
+
+def _thumb(view: View, settings: FormatSettings) -> str | None:
+    label = settings.told
+    names = (label.key,) if label and label.is_thumb() else THUMBS
+    return next((name for name in names if view.has(name)), None)
+
+
+def _is_good(view: View, name: str, label: Label | None) -> bool:
+    value = view.take(name)
+    key = view.key(name)
+    if label and label.is_thumb():
+        meaning = label.meanings.get(spelled(value))
+        if meaning not in (GOOD, BAD):
+            told = ", ".join(label.meanings)
+            reason = f"{key!r} is {spelled(value):.40}, and a meaning was told of {told} only"
+            raise InvalidRecordError("E212", reason)
+        return meaning == GOOD
+    if not isinstance(value, bool):
+        reason = (
+            f"{key!r} is {spelled(value):.40} and no boolean: say what is good, as in "
+            f"--label '{key}: 1=good 0=bad'"
+        )
+        raise InvalidRecordError("E209", reason)
+    return value

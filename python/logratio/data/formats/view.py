@@ -1,0 +1,149 @@
+"""A row under the names that formats know, and which of its keys were read."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from logratio.data.containers import Row, json_type
+from logratio.data.records import InvalidRecordError
+
+Shape = Literal["absent", "text", "message", "messages", "strings", "empty", "flag", "number"]
+"""What a value is: text, an object, a list of objects, a list of strings, an empty list …"""
+
+_CALLED = {
+    "absent": "absent",
+    "text": "a string",
+    "message": "an object",
+    "messages": "a list of messages",
+    "strings": "a list of strings",
+    "empty": "an empty list",
+    "flag": "a boolean",
+    "number": "a number",
+}
+
+
+def called(shape: Shape) -> str:
+    """Name a shape as a person does."""
+    return _CALLED[shape]
+
+
+class View:
+    """A row as formats read it.
+
+    Attributes:
+        mapped: Names that settings gave a key of the row.
+    """
+
+    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
+        """Look at a row; ``columns`` gives its keys for names that formats know."""
+        self._row = row
+        self._columns = columns
+        self._read: set[str] = set()
+        self._inner: dict[str, None] = {}
+        self.mapped = columns.keys()
+        self._values: Mapping[str, Any] = row
+        if columns:
+            taken = {*columns, *columns.values()}
+            values = {name: value for name, value in row.items() if name not in taken}
+            values |= {name: row[key] for name, key in columns.items() if key in row}
+            self._values = values
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def lacks(self, names: frozenset[str]) -> bool:
+        """Say whether none of some names is there."""
+        return names.isdisjoint(self._values)
+
+    def names(self) -> list[str]:
+        """Return the names that have a value."""
+        return [name for name, value in self._values.items() if value is not None]
+
+    def has(self, name: str) -> bool:
+        """Say whether a value is there, and not null."""
+        return self._values.get(name) is not None
+
+    def peek(self, name: str) -> Any:
+        """Return a value, or None, without having read it."""
+        return self._values.get(name)
+
+    def was_read(self, name: str) -> bool:
+        """Say whether a value was taken."""
+        return self.key(name) in self._read
+
+    def take(self, name: str) -> Any:
+        """Read a value.
+
+        Raises:
+            InvalidRecordError: E201 where the key is missing, E202 where the value is null.
+        """
+        if name not in self._values:
+            raise InvalidRecordError("E201", f"the key {self.key(name)!r} is missing")
+        value = self._values[name]
+        if value is None:
+            raise InvalidRecordError("E202", f"{self.key(name)!r} is null")
+        self._read.add(self.key(name))
+        return value
+
+    def text(self, name: str) -> str:
+        """Read a string.
+
+        Raises:
+            InvalidRecordError: As `take`; E203 for another type.
+        """
+        value = self.take(name)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        """Read a string; an absent one and null are empty.
+
+        Raises:
+            InvalidRecordError: E203 for another type.
+        """
+        return self.text(name) if self.has(name) else ""
+
+    def shape(self, name: str) -> Shape:
+        """Say what a value is.
+
+        Raises:
+            InvalidRecordError: E203 for a list of neither messages nor strings.
+        """
+        value = self._values.get(name)
+        if isinstance(value, str):
+            return "text"
+        if value is None:
+            return "absent"
+        if isinstance(value, bool):
+            return "flag"
+        if isinstance(value, dict):
+            return "message"
+        return self._shape_of_list(name, value) if isinstance(value, list) else "number"
+
+    def _shape_of_list(self, name: str, value: list[Any]) -> Shape:
+        if not value:
+            return "empty"
+        if all(isinstance(item, dict) for item in value):
+            return "messages"
+        if all(isinstance(item, str) for item in value):
+            return "strings"
+        held = " and ".join(dict.fromkeys(map(json_type, value)))
+        reason = f"{self.key(name)!r} is a list of {held}, neither of messages nor of strings"
+        raise InvalidRecordError("E203", reason)
+
+    def wrong(self, name: str, wanted: str) -> InvalidRecordError:
+        """Make the error for a value of the wrong type."""
+        is_a = json_type(self._values.get(name))
+        return InvalidRecordError("E203", f"{self.key(name)!r} is {is_a}, not {wanted}")
+
+    def key(self, name: str) -> str:
+        """Return a name as the row spells it."""
+        return self._columns.get(name, name)
+
+    def leave(self, name: str, keys: Iterable[str]) -> None:
+        """Note keys inside a value that are not read."""
+        self._inner |= {f"{self.key(name)}.{key}": None for key in keys}
+
+    def extra_keys(self) -> tuple[str, ...]:
+        """Return the row's keys that were not read, and such keys inside of read ones."""
+        return (*(key for key in self._row if key not in self._read), *self._inner)

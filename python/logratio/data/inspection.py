@@ -1,0 +1,189 @@
+"""What files of preference data are, and why: the first rows, read and shown."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from logratio.data.containers import Input, Row, Rows, open_inputs
+from logratio.data.formats import Decoded, Decoder, Detection, FormatSettings
+from logratio.data.formats.detection import summarize
+from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal
+from logratio.data.showing import Segment, plain, show_record, show_tokens
+from logratio.data.tokenization import PreferenceTokenizer
+
+ROWS = 100
+"""Rows that are looked at."""
+
+_SHOWN = 3  # reasons to refuse a row
+
+
+@dataclass(frozen=True, slots=True)
+class FileInspection:
+    """What one file is.
+
+    Attributes:
+        name: The file.
+        container: How its rows are stored.
+        rows: How many were looked at.
+        detection: What they are, and why.
+        keys_read: Keys that were read.
+        keys_unread: Keys that were not.
+        refusals: Rows that were not taken.
+        example: The first record.
+        shown: That record, as segments.
+    """
+
+    name: str
+    container: str
+    rows: int
+    detection: Detection
+    keys_read: tuple[str, ...]
+    keys_unread: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    example: PreferenceRecord | None
+    shown: tuple[Segment, ...]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether every row that was looked at is of a known format."""
+        return bool(self.detection.counts) and not any(one.stops for one in self.refusals)
+
+    def segments(self) -> Iterator[Segment]:
+        """Tell it to a person."""
+        known = self.detection
+        yield Segment(f"{self.name}\n", "title")
+        yield Segment(f"  container  {self.container}, {self.rows:,} rows looked at\n")
+        yield Segment(f"  format     {' and '.join(known.counts) or 'not known'}\n")
+        yield Segment(f"  why        {known.reason}\n")
+        if self.example:
+            yield Segment(f"  becomes    {_becomes(self.example)}\n")
+        if self.keys_read:
+            yield Segment(f"  read       {', '.join(self.keys_read)}\n")
+        if self.keys_unread:
+            yield Segment(f"  not read   {', '.join(self.keys_unread)}\n")
+        for name, lacking in known.near.items():
+            yield Segment(f"  near       {name}, for which it lacks {', '.join(lacking)}\n")
+        yield from self._refused()
+        yield from self.shown
+
+    def _refused(self) -> Iterator[Segment]:
+        """Name each reason once, with its first row."""
+        counted = Counter((refusal.code, refusal.reason) for refusal in self.refusals)
+        for (code, reason), number in counted.most_common(_SHOWN):
+            first = next(one for one in self.refusals if (one.code, one.reason) == (code, reason))
+            more = f" (and {number - 1:,} more)" if number > 1 else ""
+            yield Segment(f"  refused    {first}{more}\n", "fault")
+        if len(counted) > _SHOWN:
+            yield Segment(f"  refused    … for {len(counted) - _SHOWN:,} reasons more\n", "fault")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What files are.
+
+    Attributes:
+        files: One for each, in order.
+    """
+
+    files: tuple[FileInspection, ...]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all of them are of known formats."""
+        return all(file.is_known for file in self.files)
+
+    def segments(self) -> Iterator[Segment]:
+        """Tell it to a person, in stretches of text that carry their style."""
+        for number, file in enumerate(self.files):
+            if number:
+                yield Segment("\n")
+            yield from file.segments()
+
+    def to_text(self) -> str:
+        """Tell it without colours: what counts stands between ‹ and ›."""
+        return plain(self.segments())
+
+
+def inspect(
+    inputs: Sequence[Input],
+    settings: FormatSettings | None = None,
+    tokenizer: PreferenceTokenizer | None = None,
+    rows: int = ROWS,
+) -> Inspection:
+    """Look at the first rows of files.
+
+    Args:
+        inputs: Whatever `logratio.data.containers.open_inputs` takes.
+        settings: What is said about the rows.
+        tokenizer: Shows the first record as tokens; None: as text.
+        rows: How many rows to look at in each file.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    opened = open_inputs(inputs)
+    return Inspection(tuple(_file(reader, settings, tokenizer, rows) for reader in opened))
+
+
+def _file(
+    reader: Rows, settings: FormatSettings | None, tokenizer: PreferenceTokenizer | None, limit: int
+) -> FileInspection:
+    decoder = Decoder(settings)
+    rows: list[Row] = []
+    results: list[Decoded | InvalidRecordError] = []
+    refusals: list[Refusal] = []
+    for source, row in islice(reader, limit):
+        if isinstance(row, Refusal):
+            refusals.append(row)
+            continue
+        rows.append(row)
+        try:
+            results.append(decoder.decode(row, source))
+        except InvalidRecordError as error:
+            results.append(error)
+            refusals.append(Refusal(source, error.code, error.reason))
+    decoded = [result for result in results if isinstance(result, Decoded)]
+    unread = dict.fromkeys(key for one in decoded for key in one.extra_keys)
+    taken = (row for row, one in zip(rows, results, strict=True) if isinstance(one, Decoded))
+    example = decoded[0].records[0] if decoded else None
+    return FileInspection(
+        name=reader.name,
+        container=reader.kind,
+        rows=len(rows),
+        detection=summarize(rows, results),
+        keys_read=_without(taken, unread),
+        keys_unread=tuple(unread),
+        refusals=tuple(refusals),
+        example=example,
+        shown=_shown(example, tokenizer),
+    )
+
+
+def _without(rows: Iterable[Row], unread: Iterable[str]) -> tuple[str, ...]:
+    names = dict.fromkeys(key for row in rows for key in row)
+    return tuple(name for name in names if name not in set(unread))
+
+
+def _shown(
+    record: PreferenceRecord | None, tokenizer: PreferenceTokenizer | None
+) -> tuple[Segment, ...]:
+    if record is None:
+        return ()
+    if tokenizer is None:
+        return tuple(show_record(record))
+    (group,) = tokenizer.encode_records([record])
+    if isinstance(group, Refusal):
+        refused = Segment(f"  refused    {group}\n", "fault")
+        return (refused, *show_record(record))
+    return tuple(show_tokens(group, tokenizer.decode))
+
+
+def _becomes(record: PreferenceRecord) -> str:
+    roles = [completion.role for completion in record.completions]
+    text = "messages, which the model's chat template writes out"
+    if not record.is_chat:
+        text = "plain text, read as it stands; an end-of-text token follows each answer"
+    if not record.ends:
+        text += "; the answer goes on, so no end-of-text token follows"
+    return f"{', '.join(roles)}: {text}"

@@ -1,0 +1,224 @@
+"""Rows on their way into a store: read as records, encoded in batches, each one accounted for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from logratio._rust import StoreWriter
+from logratio.data.arrays import CONFLICT, DUPLICATE, GroupArrays
+from logratio.data.columns import FORMAT, NAMES, parts, row_group
+from logratio.data.formats import KNOWN_SHAPES, Decoder
+from logratio.data.groups import TokenizedGroup
+from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
+from logratio.data.report import LISTED, BadDataError, DataReport, write_refusal
+from logratio.data.tokenization import NO_TEMPLATE, PreferenceTokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BATCH_ROWS = 1024
+BATCH_CHARACTERS = 1 << 21
+"""Records are encoded once so many, or so much text, have come together."""
+
+_ALWAYS_STOPS = {"E105", "E106", "E108", "E109", "E111", "E112", "E113", "E401"}
+"""No fraction of the rows is bad: all are, or nobody knows how many."""
+_SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A group that was offered to the store: what became of it, and who said it before."""
+
+    group: TokenizedGroup
+    outcome: int
+    first: int
+
+
+@dataclass(slots=True)
+class Intake:
+    """Takes rows, one container after another, and writes groups.
+
+    Attributes:
+        tokenizer: Text to ids.
+        writer: Where groups go.
+        decoder: Rows to records.
+        max_bad_fraction: Largest share of broken rows to go on with.
+        log: Where refused rows are listed, if anywhere.
+        files: The number of each container by its name.
+        report: What became of the rows so far.
+    """
+
+    tokenizer: PreferenceTokenizer
+    writer: StoreWriter
+    decoder: Decoder
+    max_bad_fraction: float = 0.0
+    log: IO[str] | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    report: DataReport = field(default_factory=DataReport)
+    _errors: list[str] = field(default_factory=list)
+    _waiting: list[PreferenceRecord | TokenizedGroup | Refusal] = field(default_factory=list)
+    _characters: int = 0
+
+    def take(self, source: Source, row: Row | Refusal) -> bool:
+        """Take one row; say whether a batch went through with it."""
+        self.report.read += source.line > 0  # else it is no row, but something about the file
+        if isinstance(row, Refusal):
+            self.refuse(row)
+            return False
+        if NAMES[0] in row:
+            self.report.formats[FORMAT] += 1
+            return self._wait([row_group(row, source, self.tokenizer.fitting)], 0)
+        try:
+            decoded = self.decoder.decode(row, source)
+        except InvalidRecordError as error:
+            self.refuse(Refusal(source, error.code, error.reason), row)
+            return False
+        self.report.formats[decoded.format] += 1
+        self.report.extra_keys.update(decoded.extra_keys)
+        for reason in decoded.left_out:
+            self.report.warn("W530", source, f" {reason}")
+        if decoded.records[0].is_chat and self.tokenizer.chat_template is None:
+            self.refuse(Refusal(source, "E401", NO_TEMPLATE))
+        characters = sum(len(text) for record in decoded.records for text in record.texts())
+        return self._wait(decoded.records, characters)
+
+    def take_columns(self, batch: "pyarrow.RecordBatch", first: int, name: str) -> None:
+        """Take the rows of a table of token ids; `first` is the number of its first one."""
+        self.flush()
+        self.report.read += batch.num_rows
+        self.report.formats[FORMAT] += batch.num_rows
+        for column in set(batch.schema.names) - set(NAMES):
+            self.report.extra_keys[column] += batch.num_rows
+        file = self.file_number(Source(name, first))
+        for part in parts(batch, Source(name, first), file, self.tokenizer.fitting):
+            if isinstance(part, GroupArrays):
+                self._write_arrays(part)
+            else:
+                self.write([part])
+
+    def _write_arrays(self, arrays: GroupArrays) -> None:
+        """Write groups of one row each, and look only at those that came before."""
+        outcomes, first = arrays.push(self.writer)
+        kept = outcomes != DUPLICATE
+        tokens = np.add.reduceat(arrays.completion_lengths, np.arange(0, 2 * len(arrays), 2))
+        prompts = int(arrays.prompt_lengths[kept].sum())
+        self.report.keep_many(int(kept.sum()), prompts, int(tokens[kept].sum()))
+        for group in np.flatnonzero(first >= 0).tolist():
+            source, other = self.place_of(arrays, group), self.place(int(first[group]))
+            if outcomes[group] == CONFLICT:
+                self.report.warn("W507", source, f" against {other}")
+            else:
+                self.report.drop_duplicate(source, other)
+
+    def place_of(self, arrays: GroupArrays, group: int) -> Source:
+        """Tell where a group that is being written comes from."""
+        return Source([*self.files][arrays.files[group]], int(arrays.lines[group]))
+
+    def _wait(
+        self, parts: "Sequence[PreferenceRecord | TokenizedGroup | Refusal]", characters: int
+    ) -> bool:
+        """Let the records of a row wait for their batch."""
+        if self._errors and not self.max_bad_fraction:
+            return False  # the run is lost: read on to find further faults, and no more
+        self._waiting += parts
+        self._characters += characters
+        is_full = len(self._waiting) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
+        if is_full:
+            self.flush()
+        return is_full
+
+    def flush(self) -> None:
+        """Encode and write what is waiting."""
+        waiting, self._waiting, self._characters = self._waiting, [], 0
+        records = [part for part in waiting if isinstance(part, PreferenceRecord)]
+        encoded = iter(self.tokenizer.encode_records(records))
+        self.write([next(encoded) if isinstance(p, PreferenceRecord) else p for p in waiting])
+
+    def write(self, encoded: Sequence[TokenizedGroup | Refusal]) -> None:
+        """Write groups and account for their rows; the groups of a row stand together."""
+        groups = [group for group in encoded if isinstance(group, TokenizedGroup)]
+        if self._errors and not self.max_bad_fraction:
+            groups = []
+        outcomes, first = GroupArrays.of(groups, self.file_number).push(self.writer)
+        written = map(_Written, groups, outcomes.tolist(), first.tolist())
+        results = (next(written, None) if isinstance(g, TokenizedGroup) else g for g in encoded)
+        found = [result for result in results if result is not None]
+        for _, row in groupby(found, _source):
+            self._account([*row])
+
+    def file_number(self, source: Source) -> int:
+        """Number a container by its name."""
+        return self.files.setdefault(source.file, len(self.files))
+
+    def place(self, group: int) -> Source:
+        """Tell where a written group came from."""
+        file, line = self.writer.place(group)
+        return Source([*self.files][file], line)
+
+    def _account(self, row: list[_Written | Refusal]) -> None:
+        """Count a row as kept if a group of it is; what else it holds is then a warning."""
+        kept = [part for part in row if isinstance(part, _Written) and part.outcome != DUPLICATE]
+        if not kept:
+            self._lose(row[0])
+            return
+        self.report.keep([part.group for part in kept])
+        for part in kept:
+            if part.outcome == CONFLICT:
+                self.report.warn("W507", part.group.source, f" against {self.place(part.first)}")
+        for other in row:
+            if other not in kept:
+                reason = other.reason if isinstance(other, Refusal) else "a pair that came before"
+                self.report.warn("W530", _source(other), f" {reason}")
+
+    def _lose(self, part: _Written | Refusal) -> None:
+        if isinstance(part, Refusal):
+            self.refuse(part)
+        else:
+            self.report.drop_duplicate(part.group.source, self.place(part.first))
+
+    def refuse(self, refusal: Refusal, row: object = None) -> None:
+        """Count and list a refused row.
+
+        Raises:
+            BadDataError: No more broken rows are allowed.
+        """
+        self.report.refuse(refusal)
+        if self.log:
+            write_refusal(self.log, refusal, row)
+        if not refusal.stops:
+            return
+        if len(self._errors) < LISTED:
+            self._errors.append(str(refusal))
+        is_lost = not self.max_bad_fraction and len(self._errors) == LISTED
+        if is_lost or refusal.code in _ALWAYS_STOPS:
+            raise self._broken()
+
+    def close(self) -> None:
+        """Take what is waiting and check the account.
+
+        Raises:
+            BadDataError: Too many rows are broken, or none is left.
+            RuntimeError: The account does not add up: a fault of this library.
+        """
+        self.flush()
+        if self.report.broken > self.max_bad_fraction * self.report.read:
+            raise self._broken()
+        self.report.check()
+        if not self.report.kept:
+            raise BadDataError(f"no row was kept\n{self.report.to_text()}")
+
+    def _broken(self) -> BadDataError:
+        report = self.report
+        summary = f"the data is broken: {report.broken:,} of the {report.read:,} rows read"
+        if not _SHAPE_CODES.isdisjoint(report.refused_by_code):
+            summary += f"\n{KNOWN_SHAPES}"
+        return BadDataError(summary, tuple(self._errors))
+
+
+def _source(part: _Written | Refusal) -> Source:
+    return part.source if isinstance(part, Refusal) else part.group.source

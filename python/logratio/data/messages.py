@@ -1,0 +1,153 @@
+"""One message of a chat: read from any spelling into ``{"role", "content", …}``, checked."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from logratio.data.containers import json_type
+from logratio.data.records import InvalidRecordError, Message
+
+ASSISTANT = "assistant"
+Turns = tuple[Message, ...]
+
+WEIGHTS = ("weight", "loss_weight", "train")
+"""Keys by which a message says whether its words count, here as OpenAI, LLaMA-Factory, axolotl."""
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": ASSISTANT,
+    "assistant": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "bot": ASSISTANT,
+    "model": ASSISTANT,
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": ASSISTANT,
+}
+
+
+def read_messages(value: Sequence[Any], name: str) -> Turns:
+    """Read messages as ``{role, content}``, with parts of text joined and null values left out.
+
+    A ``weight`` of 0 or 1 stays where one of `WEIGHTS` was given.
+
+    Raises:
+        InvalidRecordError: E201 to E203 for malformed messages, E207 for content that is no text,
+            E208 for a weight that cannot be, E403 for a speaker that is not known.
+    """
+    return tuple(
+        message if _is_plain(message) else _message(message, f"message {index + 1} of {name!r}")
+        for index, message in enumerate(value)
+    )
+
+
+def bare(message: Message) -> Message:
+    """Leave out a message's weight, which no template is to see."""
+    if "weight" not in message:
+        return message
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _is_plain(message: Any) -> bool:
+    """Say whether nothing has to be read into a message: most are like this."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return False
+    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+
+
+def _message(message: object, name: str) -> Message:
+    if not isinstance(message, dict):
+        is_a = json_type(message)
+        raise InvalidRecordError("E203", f"{name} is {is_a}, not an object {{role, content}}")
+    if "from" in message and "value" in message and "role" not in message:
+        message = _from_value(message, name)
+    elif isinstance(message.get("content"), list):
+        message = {**message, "content": _joined(message["content"], name)}
+    _check(message, name)
+    weight = _weight(message, name)
+    # As transformers does: an absent key renders well where a null one would read "None".
+    plain = {k: v for k, v in message.items() if v is not None and k not in WEIGHTS}
+    return plain if weight is None else {**plain, "weight": weight}
+
+
+def _from_value(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """Read a message in ShareGPT's spelling."""
+    speaker, value = message["from"], message["value"]
+    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        known = ", ".join(_SPEAKERS)
+        raise InvalidRecordError("E403", f"{name} is from {speaker!r}; known are {known}")
+    rest = {key: item for key, item in message.items() if key not in ("from", "value")}
+    if speaker.lower() == "function_call":
+        return {**rest, "role": role, "tool_calls": _calls(value, name)}
+    return {**rest, "role": role, "content": value}
+
+
+def _calls(value: object, name: str) -> list[dict[str, Any]]:
+    """Read calls that are written as JSON: ``{"name", "arguments"}``, or a list of them."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise InvalidRecordError("E203", f"the function call of {name} is not JSON") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise InvalidRecordError("E203", f"the function call of {name} has no 'name'")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _joined(parts: list[Any], name: str) -> str:
+    """Join the parts of a message's content, all of which must be text."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping):
+            is_a = json_type(part)
+            raise InvalidRecordError("E203", f"a content part of {name} is {is_a}, not an object")
+        kind = part.get("type", "text")
+        if kind != "text":
+            raise InvalidRecordError(
+                "E207", f"{name} holds a part of type {kind!r}: only text is read"
+            )
+        filled = [part[key] for key in ("text", "value") if part.get(key) is not None]
+        if len(filled) != 1 or not isinstance(filled[0], str):
+            reason = f"a text part of {name} has no string under 'text' or 'value'"
+            raise InvalidRecordError("E203", reason)
+        texts.append(filled[0])
+    return "".join(texts)
+
+
+def _check(message: dict[str, Any], name: str) -> None:
+    # A call of a tool may say nothing.
+    keys = ("role",) if message.get("tool_calls") else ("role", "content")
+    for key in keys:
+        if key not in message:
+            raise InvalidRecordError("E201", f"{name} has no {key!r}")
+        if message[key] is None:
+            raise InvalidRecordError("E202", f"the {key} of {name} is null")
+    for key in ("role", "content"):
+        value = message.get(key)
+        if value is not None and not isinstance(value, str):
+            is_a = json_type(value)
+            raise InvalidRecordError("E203", f"the {key} of {name} is {is_a}, not a string")
+
+
+def _weight(message: dict[str, Any], name: str) -> int | None:
+    """Say whether a message counts (1) or not (0); None where it does not say."""
+    given = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
+    if not given:
+        return None
+    values = list(given.values())
+    if not all(isinstance(value, int | float) and value in (0, 1) for value in values):
+        shown = ", ".join(f"{key} {value!r}" for key, value in given.items())
+        reason = f"{name} has {shown}: a turn counts (1) or does not (0)"
+        raise InvalidRecordError("E208", reason)
+    if len({int(value) for value in values}) > 1:
+        raise InvalidRecordError("E208", f"{name} has weights that contradict each other")
+    weight = int(values[0])
+    if message["role"] == ASSISTANT:
+        return weight
+    if weight:
+        reason = f"{name} has a weight of 1: only the assistant's turns can count"
+        raise InvalidRecordError("E208", reason)
+    return None

@@ -1,0 +1,124 @@
+"""Text to ids by pieces that came before, where a tokenizer allows it.
+
+A byte-level tokenizer splits text by a pattern before it merges bytes, and none of the patterns
+below matches across the place between a visible ASCII character and the space behind it. So a
+text's ids are the ids of its pieces, end to end, and most pieces are words that came before.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from logratio._rust import PieceTable
+
+CAPACITY = 32 << 20
+"""Bytes of text that the table remembers; then it begins anew."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
+)
+_NUMBERS = (r"\p{N}", r"\p{N}{1,3}")
+_WORDS = r"[^\r\n\p{L}\p{N}]?%s+|%s| ?[^\s%s\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = ((r"\p{L}", r"\p{L}"), (r"[\p{L}\p{M}]", r"\p{L}\p{M}"))
+PATTERNS = frozenset(
+    f"{contractions}|{_WORDS % (letter, number, letters)}"
+    for contractions in _CONTRACTIONS
+    for number in _NUMBERS
+    for letter, letters in _LETTERS
+) | {_GPT2}
+"""Patterns of GPT-2, GPT-4, Llama 3, Qwen and those who took them over: a match that holds a
+visible character ends before the next space."""
+
+_HARMLESS = ("Digits", "ByteLevel")  # they cut more, and join nothing
+_PROBE = (
+    "\n\nHuman: It's 12,345 things;  isn't it?\n\n \tAssistant: (Yes)  — “naïve” e\u0301 日 語!\r\n"
+    "x = [1, 2]  # done\n   end  \u00a0 we'LL \u200b see… 🙂 🙂\n"
+)
+
+
+class PieceEncoder:
+    """Encodes texts as their tokenizer does, looking up the pieces that came before.
+
+    Attributes:
+        is_exact: Whether pieces may be looked up; else every text goes through the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+        """Use a tokenizer.
+
+        Args:
+            tokenizer: Without truncation or padding of its own.
+            settings: The content of its ``tokenizer.json``.
+        """
+        self._tokenizer = tokenizer
+        self._table = PieceTable(CAPACITY)
+        self.is_exact = _is_local(settings) and self._agrees(_PROBE)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without added special tokens."""
+        if not self.is_exact:
+            return self._whole(texts)
+        ids, offsets = self._table.encode(texts, self._whole)
+        flat = ids.tolist()
+        return [flat[start:end] for start, end in pairwise(offsets.tolist())]
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _agrees(self, text: str) -> bool:
+        ids, _ = self._table.encode([text], self._whole)
+        return bool(ids.tolist() == self._whole([text])[0])
+
+
+def _is_local(settings: Mapping[str, Any]) -> bool:
+    """Say whether the ids of a piece cannot depend on the pieces around it."""
+    model = settings["model"]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("dropout")
+        and _keeps_spaces(settings.get("normalizer"))
+        and _splits_at_spaces(settings.get("pre_tokenizer"))
+        and all(_is_word(token) for token in settings.get("added_tokens", ()))
+    )
+
+
+def _keeps_spaces(normalizer: Mapping[str, Any] | None) -> bool:
+    """NFC composes nothing with a space."""
+    if normalizer is None or normalizer["type"] == "NFC":
+        return True
+    return normalizer["type"] == "Sequence" and all(
+        _keeps_spaces(part) for part in normalizer["normalizers"]
+    )
+
+
+def _splits_at_spaces(splitter: Mapping[str, Any] | None) -> bool:
+    """Say whether a cut is made at every place that we cut at, and the bytes stay as they are."""
+    if splitter is None:
+        return False
+    parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    return (
+        any(map(_splits, parts))
+        and all(_splits(part) or part["type"] in _HARMLESS for part in parts)
+        and not any(part.get("add_prefix_space") for part in parts)
+    )
+
+
+def _splits(part: Mapping[str, Any]) -> bool:
+    if part["type"] == "ByteLevel":
+        return bool(part.get("use_regex", True))
+    if part["type"] != "Split":
+        return False
+    known = part["pattern"].get("Regex") in PATTERNS
+    return known and part["behavior"] == "Isolated" and not part.get("invert")
+
+
+def _is_word(token: Mapping[str, Any]) -> bool:
+    """An added token is found in the raw text: it must not reach over a cut."""
+    is_plain = not (token.get("rstrip") or token.get("single_word"))
+    return is_plain and not any(character.isspace() for character in token["content"])

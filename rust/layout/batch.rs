@@ -1,0 +1,217 @@
+//! The groups of one batch: how much room they need, and which array is filled by what.
+
+use bytemuck::cast_slice_mut;
+
+use super::{Field, Options, Table, padded::Rows, shared, targets};
+use crate::{
+    Error, Result,
+    plan::Layout,
+    store::{Store, StoredCompletion, StoredGroup},
+};
+
+/// Groups of a store, found and measured, to be laid out.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    pub(super) numbers: &'a [i64],
+    pub(super) groups: Vec<StoredGroup<'a>>,
+    pub(super) sizes: Sizes,
+    /// `T`.
+    pub(super) width: usize,
+    options: Options<'a>,
+    table: Table,
+}
+
+/// How much there is in a batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Sizes {
+    pub completions: usize,
+    /// Tokens, each prompt once.
+    pub tokens: usize,
+    pub targets: usize,
+    /// Tokens of the longest prompt with one of its completions.
+    pub longest: usize,
+    /// Keys that each prompt and each completion sees, added up.
+    pub keys: usize,
+    /// Most tokens of a prompt or a completion.
+    pub most_queries: usize,
+}
+
+impl Sizes {
+    fn of(groups: &[StoredGroup<'_>]) -> Self {
+        let mut sizes = Self::default();
+        for group in groups {
+            let (prompt, count) = (group.prompt_length, group.roles().len());
+            sizes.completions += count;
+            sizes.tokens += group.tokens.len();
+            sizes.targets += group.tokens.len() - prompt;
+            sizes.keys += group.tokens.len() + count * prompt;
+            for completion in group.completions() {
+                let length = completion.ids.len();
+                sizes.longest = sizes.longest.max(prompt + length);
+                sizes.most_queries = sizes.most_queries.max(prompt).max(length);
+            }
+        }
+        sizes
+    }
+}
+
+impl<'a> Batch<'a> {
+    /// Finds `numbers` in `store`, and says no to what cannot be laid out.
+    pub fn new(store: &'a Store, numbers: &'a [i64], options: Options<'a>) -> Result<Self> {
+        let groups = numbers.iter().map(|&number| store.group(number));
+        let groups: Vec<_> = groups.collect::<Result<_>>()?;
+        let sizes = Sizes::of(&groups);
+        let width = options.width(match options.layout {
+            Layout::Shared => sizes.tokens,
+            Layout::Padded => sizes.longest,
+        })?;
+        let mut batch = Self {
+            numbers,
+            groups,
+            sizes,
+            width,
+            options,
+            table: Table::default(),
+        };
+        batch.lay()?;
+        Ok(batch)
+    }
+
+    fn lay(&mut self) -> Result<()> {
+        let Options { layout, fields, .. } = self.options;
+        if let Some(field) = fields.iter().find(|field| !field.is_of(layout)) {
+            let reason = format!("the padded layout has no {}", field.name());
+            return Err(Error::Invalid(reason));
+        }
+        if layout == Layout::Shared && self.sizes.keys + self.width > i32::MAX as usize {
+            let reason = "a batch holds at most 2^31-1 tokens and keys";
+            return Err(Error::Invalid(reason.into()));
+        }
+        if fields.is_empty() {
+            Field::usual(layout).for_each(|field| self.push(field));
+        } else {
+            let wanted = |field: &Field| fields.contains(field);
+            let fields = Field::ALL.into_iter().filter(wanted);
+            fields.for_each(|field| self.push(field));
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, field: Field) {
+        let sizes = self.sizes;
+        let rows = match self.options.layout {
+            Layout::Shared => None,
+            Layout::Padded => Some(sizes.completions),
+        };
+        match field {
+            Field::InputIds
+            | Field::AttentionMask
+            | Field::PositionIds
+            | Field::TokenMask
+            | Field::SegmentIds => self.table.push(field, rows, self.width),
+            Field::LogitIndex | Field::TargetIds | Field::CompletionMask | Field::CompletionOf => {
+                self.table.push(field, None, sizes.targets);
+            }
+            Field::CompletionLengths | Field::Roles | Field::Completions => {
+                self.table.push(field, None, sizes.completions);
+            }
+            Field::PromptLengths | Field::GroupSizes | Field::Groups => {
+                self.table.push(field, None, self.numbers.len());
+            }
+            Field::CompletionOffsets => self.table.push(field, None, sizes.completions + 1),
+            Field::CuSeqlensQ | Field::CuSeqlensK => {
+                let filler = usize::from(self.filler() > 0);
+                let sequences = self.numbers.len() + sizes.completions + filler;
+                self.table.push(field, None, sequences + 1);
+            }
+            Field::KeyIndex => self.table.push(field, None, sizes.keys + self.filler()),
+            Field::MaxSeqlens => self.table.push(field, None, 2),
+        }
+    }
+
+    /// Tokens that fill the one row of the shared layout up to its width.
+    pub(super) fn filler(&self) -> usize {
+        self.width - self.sizes.tokens
+    }
+
+    /// What there is to fill, and where it will lie.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// Fills the first [`Table::bytes`] bytes of `arena`; whatever was there is gone.
+    pub fn fill(&self, arena: &mut [u8]) -> Result<()> {
+        let parts = self.table.split(arena)?;
+        match self.options.layout {
+            Layout::Shared => {
+                for (field, bytes) in parts {
+                    self.fill_shared(field, bytes);
+                }
+            }
+            Layout::Padded => {
+                let rows = Rows::new(self, self.options.side);
+                for (field, bytes) in parts {
+                    self.fill_padded(&rows, field, bytes);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fill_shared(&self, field: Field, bytes: &mut [u8]) {
+        let pad = i64::from(self.options.pad_id);
+        match field {
+            Field::InputIds => shared::input_ids(self, pad, cast_slice_mut(bytes)),
+            Field::AttentionMask => shared::attention_mask(self, cast_slice_mut(bytes)),
+            Field::PositionIds => shared::position_ids(self, cast_slice_mut(bytes)),
+            Field::TokenMask => shared::token_mask(self, cast_slice_mut(bytes)),
+            Field::SegmentIds => shared::segment_ids(self, cast_slice_mut(bytes)),
+            Field::LogitIndex => shared::logit_index(self, cast_slice_mut(bytes)),
+            Field::CuSeqlensQ => shared::cu_seqlens_q(self, cast_slice_mut(bytes)),
+            Field::CuSeqlensK => shared::cu_seqlens_k(self, cast_slice_mut(bytes)),
+            Field::KeyIndex => shared::key_index(self, cast_slice_mut(bytes)),
+            Field::MaxSeqlens => shared::max_seqlens(self, cast_slice_mut(bytes)),
+            _ => self.fill_targets(field, bytes),
+        }
+    }
+
+    fn fill_padded(&self, rows: &Rows<'_>, field: Field, bytes: &mut [u8]) {
+        let pad = i64::from(self.options.pad_id);
+        match field {
+            Field::InputIds => rows.input_ids(pad, cast_slice_mut(bytes)),
+            Field::AttentionMask => rows.attention_mask(cast_slice_mut(bytes)),
+            Field::PositionIds => rows.position_ids(cast_slice_mut(bytes)),
+            Field::TokenMask => rows.token_mask(cast_slice_mut(bytes)),
+            Field::SegmentIds => rows.segment_ids(cast_slice_mut(bytes)),
+            Field::LogitIndex => rows.logit_index(cast_slice_mut(bytes)),
+            _ => self.fill_targets(field, bytes),
+        }
+    }
+
+    fn fill_targets(&self, field: Field, bytes: &mut [u8]) {
+        match field {
+            Field::TargetIds => targets::target_ids(self, cast_slice_mut(bytes)),
+            Field::CompletionMask => targets::completion_mask(self, bytes),
+            Field::CompletionOf => targets::completion_of(self, cast_slice_mut(bytes)),
+            Field::CompletionOffsets => targets::completion_offsets(self, cast_slice_mut(bytes)),
+            Field::PromptLengths => targets::prompt_lengths(self, cast_slice_mut(bytes)),
+            Field::CompletionLengths => targets::completion_lengths(self, cast_slice_mut(bytes)),
+            Field::GroupSizes => targets::group_sizes(self, cast_slice_mut(bytes)),
+            Field::Roles => targets::roles(self, bytes),
+            Field::Groups => cast_slice_mut(bytes).copy_from_slice(self.numbers),
+            Field::Completions => targets::completions(self, cast_slice_mut(bytes)),
+            _ => unreachable!("every other field belongs to a layout"),
+        }
+    }
+
+    /// Every completion with its group, in flat group-major order.
+    pub(super) fn completions(
+        &self,
+    ) -> impl Iterator<Item = (StoredGroup<'a>, StoredCompletion<'a>)> {
+        self.groups.iter().flat_map(|&group| {
+            group
+                .completions()
+                .map(move |completion| (group, completion))
+        })
+    }
+}

@@ -1,0 +1,178 @@
+//! The arrays of a batch: names, element types, and which layout has them.
+
+use std::str::FromStr;
+
+use crate::{Error, Result, plan::Layout};
+
+/// The type of an array's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// Signed 64-bit integers.
+    Int64,
+    /// Signed 32-bit integers.
+    Int32,
+    /// One byte, 0 or 1.
+    Bool,
+    /// Unsigned bytes.
+    Uint8,
+}
+
+/// One array of a batch: `G` groups of `N` completions with `S` tokens to predict, in `T` tokens
+/// (shared: `[T]`, padded: `[N, T]`), as `Q` sequences of queries that see `K` keys in all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    /// Token ids, `pad_id` in padding: `[T]` or `[N, T]`.
+    InputIds,
+    /// 1 on tokens, 0 in padding: `[T]` or `[N, T]`.
+    AttentionMask,
+    /// Position in the sequence, from the prompt's length on again for every completion, 0 in
+    /// padding: `[T]` or `[N, T]`.
+    PositionIds,
+    /// 1 on completion tokens that count: `[T]` or `[N, T]`.
+    TokenMask,
+    /// 0 in padding. Shared: the number of the token's sequence, from 1 on: `[T]`. Padded: 1 in the
+    /// prompt, 2 in the completion: `[N, T]`.
+    SegmentIds,
+    /// Flat position whose hidden state predicts each target: `[S]`.
+    LogitIndex,
+    /// Token to predict: `[S]`.
+    TargetIds,
+    /// Whether a target counts: `[S]`.
+    CompletionMask,
+    /// Number of the completion that each target belongs to: `[S]`.
+    CompletionOf,
+    /// Where the targets of each completion begin, and their number: `[N+1]`.
+    CompletionOffsets,
+    /// Tokens of each prompt: `[G]`.
+    PromptLengths,
+    /// Tokens of each completion: `[N]`.
+    CompletionLengths,
+    /// Completions of each group: `[G]`.
+    GroupSizes,
+    /// Number of the role of each completion: `[N]`.
+    Roles,
+    /// Number of each group in the store: `[G]`.
+    Groups,
+    /// Row number of each completion in the store: `[N]`.
+    Completions,
+    /// Where the queries of each sequence begin in `T`, and `T`: `[Q+1]`. A prompt is a sequence,
+    /// each of its completions another, what fills up to a fixed width the last. Shared only.
+    CuSeqlensQ,
+    /// Where the keys of each sequence begin in `key_index`, and `K`: `[Q+1]`. Shared only.
+    CuSeqlensK,
+    /// Token of each key: `[K]`. A prompt's own; a completion's: its prompt's, then its own, so that
+    /// causal attention aligned at the end is right. Shared only.
+    KeyIndex,
+    /// Most queries and most keys of a sequence: `[2]`. Shared only.
+    MaxSeqlens,
+}
+
+impl Field {
+    /// Every array there is, in the order in which they lie.
+    pub const ALL: [Self; 20] = [
+        Self::InputIds,
+        Self::AttentionMask,
+        Self::PositionIds,
+        Self::TokenMask,
+        Self::SegmentIds,
+        Self::LogitIndex,
+        Self::TargetIds,
+        Self::CompletionMask,
+        Self::CompletionOf,
+        Self::CompletionOffsets,
+        Self::PromptLengths,
+        Self::CompletionLengths,
+        Self::GroupSizes,
+        Self::Roles,
+        Self::Groups,
+        Self::Completions,
+        Self::CuSeqlensQ,
+        Self::CuSeqlensK,
+        Self::KeyIndex,
+        Self::MaxSeqlens,
+    ];
+
+    /// As Python spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InputIds => "input_ids",
+            Self::AttentionMask => "attention_mask",
+            Self::PositionIds => "position_ids",
+            Self::TokenMask => "token_mask",
+            Self::SegmentIds => "segment_ids",
+            Self::LogitIndex => "logit_index",
+            Self::TargetIds => "target_ids",
+            Self::CompletionMask => "completion_mask",
+            Self::CompletionOf => "completion_of",
+            Self::CompletionOffsets => "completion_offsets",
+            Self::PromptLengths => "prompt_lengths",
+            Self::CompletionLengths => "completion_lengths",
+            Self::GroupSizes => "group_sizes",
+            Self::Roles => "roles",
+            Self::Groups => "groups",
+            Self::Completions => "completions",
+            Self::CuSeqlensQ => "cu_seqlens_q",
+            Self::CuSeqlensK => "cu_seqlens_k",
+            Self::KeyIndex => "key_index",
+            Self::MaxSeqlens => "max_seqlens",
+        }
+    }
+
+    /// The type of its elements.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::CuSeqlensQ | Self::CuSeqlensK => Dtype::Int32,
+            Self::CompletionMask => Dtype::Bool,
+            Self::Roles => Dtype::Uint8,
+            _ => Dtype::Int64,
+        }
+    }
+
+    /// Whether a layout has it.
+    pub fn is_of(self, layout: Layout) -> bool {
+        let shared = matches!(
+            self,
+            Self::CuSeqlensQ | Self::CuSeqlensK | Self::KeyIndex | Self::MaxSeqlens
+        );
+        layout == Layout::Shared || !shared
+    }
+
+    /// What is laid out if nothing is asked for: what training reads.
+    pub fn usual(layout: Layout) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |&field| match field {
+            Self::TokenMask | Self::SegmentIds => false,
+            Self::AttentionMask => layout == Layout::Padded,
+            _ => field.is_of(Layout::Padded),
+        })
+    }
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Int64 => 8,
+            Self::Int32 => 4,
+            Self::Bool | Self::Uint8 => 1,
+        }
+    }
+
+    /// As numpy spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int64 => "int64",
+            Self::Int32 => "int32",
+            Self::Bool => "bool",
+            Self::Uint8 => "uint8",
+        }
+    }
+}
+
+impl FromStr for Field {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|field| field.name() == name);
+        found.ok_or_else(|| Error::Invalid(format!("no layout has an array {name:?}")))
+    }
+}

@@ -1,0 +1,139 @@
+"""A reading that was cut off goes on, and ends as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers_for_tests import save, word_level
+
+from logratio.data import DataReport, PreferenceTokenizer, build_store, load_store, resume
+
+WORDS = ["cat", "dog", "mat", "house", "thing", "yes", "no", "good", "bad", "great"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save(tmp_path / "tokenizer", word_level())
+
+
+def write_rows(path: Path, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt, chosen, rejected = (" ".join(draw.choices(WORDS, k=4)) for _ in range(3))
+        rows.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+        if draw.random() < 0.02:
+            rows.append(draw.choice(["", "{broken", rows[-1]]))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+CHILD = """
+    import sys
+    from logratio.data import PreferenceTokenizer, build_store, intake, resume
+
+    resume.EVERY, intake.BATCH_ROWS = 0.0, 64
+    *files, tokenizer, path = sys.argv[1:]
+    build_store(files, PreferenceTokenizer.load(tokenizer), path, max_bad_fraction=0.5, resume=True,
+                refused=path + ".refused", tell=print,
+                progress=lambda *call: print(call[0], flush=True))
+"""
+
+
+def start(files: list[Path], folder: Path, path: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), *map(str, (*files, folder, path))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path: Path, folder: Path) -> None:
+    files = [write_rows(tmp_path / f"{seed}.jsonl", 3000, seed) for seed in (1, 2)]
+    whole, expected = build_store(
+        files, PreferenceTokenizer.load(folder), max_bad_fraction=0.5,
+        refused=tmp_path / "expected.refused",
+    )  # fmt: skip
+    path, draw, kills, resumed = tmp_path / "out.store", random.Random(7), 0, 0
+    while not path.exists():
+        child = start(files, folder, path)
+        assert child.stdout
+        stop_after = draw.randrange(1, 40)
+        for count, line in enumerate(child.stdout):
+            resumed += "goes on" in line
+            if count == stop_after:
+                time.sleep(draw.random() / 100)
+                os.kill(child.pid, signal.SIGKILL)
+                kills += 1
+                break
+        child.communicate()
+    store, report = load_store(path, PreferenceTokenizer.load(folder))
+    assert kills >= 2
+    assert resumed >= 2
+    assert store.digest == whole.digest
+    assert report == expected
+    refused = (tmp_path / "out.store.refused").read_text()
+    assert refused == (tmp_path / "expected.refused").read_text()
+    assert not (tmp_path / "out.store.partial").exists()
+
+
+def interrupted(
+    files: list[Path], folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leave a checkpoint behind, as a killed process would."""
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+
+    def fail(rows: int, *_: int) -> None:
+        if rows > 2000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_store(
+            files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, resume=True,
+            progress=fail,
+        )  # fmt: skip
+
+
+def test_other_settings_begin_anew_and_say_why(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
+    path = tmp_path / "out.store"
+    interrupted(files, folder, path, monkeypatch)
+    told: list[str] = []
+    _, report = build_store(
+        files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, deduplicate=False,
+        resume=True, tell=told.append,
+    )  # fmt: skip
+    assert "had other settings" in told[0]
+    assert report.deduplicated == 0
+
+
+def test_a_changed_file_begins_anew(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
+    interrupted(files, folder, tmp_path / "out.store", monkeypatch)
+    write_rows(files[0], 100, 4)
+    told: list[str] = []
+    _, report = build_store(
+        files, PreferenceTokenizer.load(folder), tmp_path / "out.store", max_bad_fraction=0.5,
+        resume=True, tell=told.append,
+    )  # fmt: skip
+    assert "had other inputs" in told[0]
+    assert report.read < 200
+
+
+def test_without_a_path_there_is_nothing_to_resume(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ValueError, match="resume needs a path"):
+        build_store([tmp_path], PreferenceTokenizer.load(folder), resume=True)
+
+
+def test_a_report_comes_back_from_json(tmp_path: Path, folder: Path) -> None:
+    files = [write_rows(tmp_path / "rows.jsonl", 300, 3)]
+    _, report = build_store(files, PreferenceTokenizer.load(folder), max_bad_fraction=0.5)
+    assert DataReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
