@@ -20,7 +20,8 @@ impl Map {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path))?;
         // SAFETY: the map is read-only. Sealed files never change, and the columns of a writer that
-        // died are mapped by the one that holds their lock, which writes once the map is gone.
+        // died are mapped by the one that holds their lock: it cuts them behind what it reads, and
+        // writes once the map is gone.
         let map = unsafe { Mmap::map(&file) };
         map.map(Self).map_err(Error::io(path))
     }
