@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,23 +98,25 @@ def report(
     rules = TokenizationRules(max_length, max_prompt_length, prompt_truncation.value, eos)
     reader = PreferenceTokenizer.load(tokenizer, rules)
     total = sum(file.stat().st_size for file in files if file.is_file())
-    with progress("reading", total, "B") as advance:
+    # The store lies on the disk, so that memory stays small however large the data are.
+    with TemporaryDirectory(prefix="logratio-") as folder, progress("reading", total, "B") as show:
         done = 0
 
         def on_bytes(_rows: int, bytes_read: int, _total: int) -> None:
             nonlocal done
-            advance(bytes_read - done)
+            show(bytes_read - done)
             done = bytes_read
 
         store, account = build_store(
             files,
             reader,
+            Path(folder) / "report.store",
             demonstrations=demonstrations,
             max_bad_fraction=max_bad_fraction,
             progress=on_bytes,
             refused=refused,
         )
-    _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
+        _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
 
 
 def _check_picture(picture: Path | None) -> None:

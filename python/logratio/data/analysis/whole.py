@@ -82,7 +82,7 @@ def analyse(
     tokenizer: "PreferenceTokenizer | None" = None,
     threshold: float | None = None,
 ) -> Analysis:
-    """Describe a store, in some seconds and 400 MB for 10 million pairs.
+    """Describe a store, in some seconds and 700 MB for 10 million pairs.
 
     Args:
         store: A sealed store.
