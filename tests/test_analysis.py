@@ -15,7 +15,7 @@ from logratio.data.analysis import analyse
 from logratio.data.analysis.columns import Columns
 from logratio.data.analysis.distribution import Distribution
 from logratio.data.analysis.histograms import bars, binned, histogram, side_by_side
-from logratio.data.analysis.intervals import wilson
+from logratio.data.analysis.intervals import wilson, written
 from logratio.data.analysis.lengths import length_bias, unpaired_bias
 from logratio.data.analysis.noise import estimate_flips, votes_of
 from logratio.data.analysis.padding import padding
@@ -303,6 +303,24 @@ def test_every_number_is_in_a_bin_or_outside(numbers: list[int], bins: int) -> N
         assert count == ((column >= low) & (column < low + found.width)).sum()
     assert str(found.width).rstrip("0") in {"1", "2", "5"}
     assert found.start % found.width == 0
+
+
+def test_few_different_numbers_have_a_bin_each() -> None:
+    found = histogram(Distribution.of(np.array([3] * 1000 + [7])), 10)
+    assert (found.start, found.width, found.counts) == (3, 1, (1000, 0, 0, 0, 1))
+    far = histogram(Distribution.of(np.array([3] * 1000 + [70])), 10)
+    assert (far.start, far.counts, far.beyond) == (3, (1000,), 1)
+
+
+def test_numbers_are_written_with_a_minus() -> None:
+    assert [written(n, 1) for n in (-1.25, -0.01, 3)] == ["−1.2", "0.0", "3.0"]
+    assert [written(n, 0, sign=True) for n in (-2, 0, 2)] == ["−2", "+0", "+2"]
+
+
+def test_a_store_without_an_account_tells_what_it_holds() -> None:
+    account = analyse(make(pairs((5, 4, 2), (3, 2, 1)))).account
+    assert (account.read, account.kept, account.refused) == (2, 2, 0)
+    assert (account.prompt_tokens, account.completion_tokens) == (8, 9)
 
 
 def test_bins_have_names() -> None:

@@ -64,15 +64,18 @@ class Histogram:
 def histogram(numbers: Distribution, bins: int) -> Histogram:
     """Put numbers into bins of 1, 2 or 5 times a power of ten.
 
-    All but 0.5 % at each end have bins of their own, so that a few long texts do not push all
-    others into one. Bins begin at 0 unless the numbers lie far from it.
+    Of many different numbers, 0.5 % at each end have no bin of their own, so that a few long texts
+    do not push all others into one. Bins then begin at 0 unless the numbers lie far from it.
 
     Args:
         numbers: At least one.
         bins: Most bins.
     """
     low, high = numbers.quantile(1 - _SHOWN), numbers.quantile(_SHOWN)
-    low = 0 if 0 < low < high / 2 else low
+    if numbers.largest - int(numbers.values[0]) < bins:
+        low, high = int(numbers.values[0]), numbers.largest  # each has its own bin
+    elif 0 < low < high / 2:
+        low = 0
     width = next(width for width in _widths() if high // width - low // width < bins)
     start = low // width * width
     return binned(numbers, start, width, high // width - low // width + 1)

@@ -1,4 +1,4 @@
-"""Intervals of 95 %, by formulas that need no library of statistics."""
+"""Intervals of 95 %, by formulas that need no library of statistics, and how they are written."""
 
 from math import sqrt
 
@@ -20,6 +20,12 @@ def wilson(share: float, count: float) -> Interval:
     scale = 1 + _Z**2 / count
     # Rounding may not push an end past the share itself, which lies on it at 0 and at 1.
     return min(share, (middle - spread) / scale), max(share, (middle + spread) / scale)
+
+
+def written(value: float, digits: int, *, sign: bool = False) -> str:
+    """Write a number with a minus that is one, and no −0; ``sign`` writes a plus too."""
+    value = round(value, digits) or 0.0
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def around(estimate: float, variance: float) -> Interval:

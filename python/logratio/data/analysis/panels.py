@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from logratio.data.analysis.distribution import Distribution
 from logratio.data.analysis.histograms import Histogram, binned, histogram
+from logratio.data.analysis.intervals import written
 from logratio.data.analysis.lengths import LengthBias
 from logratio.data.analysis.padding import BATCH, Padding
 
@@ -136,10 +137,10 @@ def _answers(analysis: "Analysis") -> HistogramPanel:
 
 
 def _difference(bias: LengthBias, difference: Distribution) -> HistogramPanel:
-    low, high = bias.effect_interval
+    low, high = (written(end, 2) for end in bias.effect_interval)
     least, most = bias.superiority_interval
     notes = (
-        f"Cohen's d = {bias.effect:.2f} (95 %: {low:.2f} … {high:.2f})".replace("-", "−"),
+        f"Cohen's d = {written(bias.effect, 2)} (95 %: {low} … {high})",
         f"P(chosen longer) = {bias.superiority:.3f} (95 %: {least:.3f} … {most:.3f})",
     )
     series = (Series("difference", GREEN, histogram(difference, _BINS)),)

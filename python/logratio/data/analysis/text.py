@@ -4,6 +4,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from logratio.data.analysis.histograms import bars, histogram, side_by_side
+from logratio.data.analysis.intervals import Interval, written
 from logratio.data.analysis.lengths import SMALL_EFFECT, SMALL_SUPERIORITY, LengthBias
 from logratio.data.analysis.noise import FlipEstimate
 from logratio.data.analysis.padding import BATCH, Padding
@@ -66,13 +67,14 @@ def _cuts(analysis: "Analysis") -> list[str]:
 def _bias(bias: LengthBias | None) -> list[str]:
     if bias is None:
         return ["length bias: nothing is compared"]
+    difference = written(bias.chosen.mean - bias.rejected.mean, 1, sign=True)
     measured = "d_z" if bias.kind == "paired" else "d"
     sentences = [
         f"length bias: chosen is longer in {_percent(bias.longer)}, equal in "
         f"{_percent(bias.equal)}, shorter in {_percent(bias.shorter)} of {_compared(bias)}",
-        f"chosen − rejected = {_signed(bias.chosen.mean - bias.rejected.mean, 1)} tokens on average"
-        + (f", median {_signed(bias.difference.median, 0)}" if bias.difference else ""),
-        f"Cohen's {measured} = {_signed(bias.effect, 3)} ({_interval(bias.effect_interval)})",
+        f"chosen − rejected = {difference} tokens on average"
+        + (f", median {written(bias.difference.median, 0, sign=True)}" if bias.difference else ""),
+        f"Cohen's {measured} = {written(bias.effect, 3)} ({_interval(bias.effect_interval)})",
         f"P(chosen longer) = {bias.superiority:.3f} ({_interval(bias.superiority_interval)}), ties "
         "as one half: so often is “the longer wins” right",
     ]
@@ -160,13 +162,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _interval(interval: tuple[float, float]) -> str:
-    return f"95 %: {interval[0]:.3f} … {interval[1]:.3f}".replace("-", "−")
-
-
-def _signed(value: float, digits: int) -> str:
-    value = round(value, digits) or 0.0  # no −0
-    return f"{value:+.{digits}f}".replace("-", "−")
+def _interval(interval: Interval) -> str:
+    return f"95 %: {written(interval[0], 3)} … {written(interval[1], 3)}"
 
 
 def _wrapped(sentences: list[str]) -> list[str]:

@@ -82,11 +82,11 @@ def analyse(
     tokenizer: "PreferenceTokenizer | None" = None,
     threshold: float | None = None,
 ) -> Analysis:
-    """Describe a store, in some seconds and 400 MB for 10 million pairs.
+    """Describe a store, in some seconds and 700 MB for 10 million pairs.
 
     Args:
         store: A sealed store.
-        account: What became of every row; None: as the store's metadata tell.
+        account: What became of every row; None: as the store's metadata tell, else what it holds.
         tokenizer: The one that made the store: names special tokens and the size of the vocabulary.
         threshold: Look for near-duplicates from this similarity on, in (0, 1]; None: do not.
 
@@ -94,7 +94,7 @@ def analyse(
         ValueError: The threshold is not in (0, 1].
     """
     if account is None:
-        account = DataReport.from_dict(json.loads(store.metadata).get("report", {}))
+        account = _account(store)
     columns = Columns.of(store)
     bias, are_pairs = length_bias(columns), columns.are_pairs()
     flips = None
@@ -119,6 +119,16 @@ def analyse(
             *findings.cut_finding(cut, store.completions),
         ),
     )
+
+
+def _account(store: Store) -> DataReport:
+    told = json.loads(store.metadata).get("report")
+    if told is not None:
+        return DataReport.from_dict(told)
+    prompts = int(store.prompt_lengths().sum(dtype="i8"))
+    answers = store.tokens - prompts
+    kept = len(store)
+    return DataReport(kept, kept, prompt_tokens=prompts, completion_tokens=answers)
 
 
 def _lengths(columns: Columns, bias: LengthBias | None) -> dict[str, Distribution]:
