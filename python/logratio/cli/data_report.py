@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -91,18 +92,19 @@ def report(
         max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
     )
     reader = PreferenceTokenizer.load(tokenizer, rules)
-    with reading_progress() as tell:
+    formats = read_settings(format_name, columns, label, lists.value, demonstrations=demonstrations)
+    # The store lies on the disk, so that memory stays small however large the data are.
+    with TemporaryDirectory(prefix="logratio-") as folder, reading_progress() as tell:
         store, account = build_store(
             files,
             reader,
-            formats=read_settings(
-                format_name, columns, label, lists.value, demonstrations=demonstrations
-            ),
+            Path(folder) / "report.store",
+            formats=formats,
             max_bad_fraction=max_bad_fraction,
             progress=tell,
             refused=refused,
         )
-    _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
+        _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
 
 
 def _check_picture(picture: Path | None) -> None:
