@@ -191,7 +191,7 @@ def test_what_cannot_be_done_is_said(run: Run, file: Path, folder: Path, tmp_pat
     for arguments, words in {
         (file,): "name the model's tokenizer with --tokenizer DIR",
         (file, "--tokenizer", folder, "--picture", "a.pdf"): "a picture is .svg or .png",
-        ("rows.store", file): "a sealed store is reported alone",
+        ("rows.store", file): "is a sealed store, which is read alone",
         ("rows.store", "--tokenizer", other): "made with another tokenizer",
         ("absent.jsonl", "--tokenizer", folder): "absent.jsonl",
     }.items():

@@ -76,8 +76,9 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path: Path, folder: 
     assert resumed >= 2
     assert store.digest == whole.digest
     assert report == expected
-    refused = (tmp_path / "out.store.refused").read_text()
-    assert refused == (tmp_path / "expected.refused").read_text()
+    logs = [tmp_path / "out.store.refused", tmp_path / "expected.refused"]
+    found, wanted = (sorted(log.read_text().splitlines()) for log in logs)
+    assert found == wanted  # in the order of batches, whose size differs
     assert not (tmp_path / "out.store.partial").exists()
 
 
@@ -109,7 +110,7 @@ def test_other_settings_begin_anew_and_say_why(
         files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, deduplicate=False,
         resume=True, tell=told.append,
     )  # fmt: skip
-    assert "had other settings" in told[0]
+    assert "begins anew: the checkpoint was made with deduplicate" in told[0]
     assert report.deduplicated == 0
 
 

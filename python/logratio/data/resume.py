@@ -74,7 +74,10 @@ def resumed(
     Returns:
         Its writer and position, or why it begins anew.
     """
-    found = StoreWriter.resume(path, deduplicate=deduplicate)
+    try:
+        found = StoreWriter.resume(path, deduplicate=deduplicate)
+    except ValueError as error:
+        return f"{path}: begins anew: {error}"
     if found is None:
         return ""
     writer, note = found

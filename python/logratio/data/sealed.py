@@ -70,3 +70,15 @@ def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store,
                 "it again, or give the same"
             )
     return store, DataReport.from_dict(metadata["report"])
+
+
+def verified(path: Path | str) -> Store:
+    """Open a store and compare every byte of it with its checksums.
+
+    Raises:
+        CorruptStoreError: The file is not a store, or damaged; names the place.
+        OSError: The file cannot be read.
+    """
+    store = Store.open(path)
+    store.verify()
+    return store
