@@ -159,9 +159,10 @@ def test_variable_length_attention_is_the_per_group_attention(seed: int, width: 
 def test_a_fixed_width_changes_no_log_prob(layout: str) -> None:
     model, store = tiny(FAMILIES["llama"]()), store_of(random_groups(1))
     with torch.no_grad():
+        numbers = np.array([2, 0, 4])
         narrow, wide, more = (
-            score(model, to_torch(lay_out(store, np.array([2, 0, 4]), layout, **shape)))
-            for shape in ({}, {"width": 170}, {"multiple_of": 64, "pad_id": 7})  # type: ignore[arg-type]
+            score(model, to_torch(lay_out(store, numbers, layout, width=width, pad_id=pad_id)))
+            for width, pad_id in ((None, 0), (170, 0), (192, 7))
         )
     assert torch.allclose(narrow, wide, atol=1e-6)
     assert torch.allclose(narrow, more, atol=1e-6)
