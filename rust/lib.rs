@@ -16,6 +16,7 @@
 //! Everything but `python/` is plain Rust: no Python, no tensors, no tokenizer.
 
 pub mod cache;
+pub mod census;
 pub mod error;
 pub mod fingerprint;
 pub mod group;
@@ -23,6 +24,7 @@ pub mod layout;
 pub mod map;
 pub mod pieces;
 pub mod plan;
+pub mod similar;
 pub mod store;
 mod wire;
 

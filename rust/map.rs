@@ -7,7 +7,8 @@ use memmap2::{Mmap, MmapMut};
 
 use crate::{Error, Result};
 
-/// Bytes that are never written again: a sealed file, or a copy in memory.
+/// Bytes that are not written while they are mapped: a sealed file, a copy in memory, or a column
+/// whose writer died, under its lock.
 ///
 /// Always aligned to a page. A sealed file that another process cuts while it is mapped kills this
 /// one with SIGBUS: stores are written beside their name and renamed, never changed in place.
@@ -15,11 +16,12 @@ use crate::{Error, Result};
 pub struct Map(Mmap);
 
 impl Map {
-    /// Maps the file at `path`, which nobody may change any more.
+    /// Maps the file at `path`, which nobody may change while the map lives.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path))?;
-        // SAFETY: the map is read-only and only sealed files are mapped, so the bytes behind the
-        // slice do not change while it lives.
+        // SAFETY: the map is read-only. Sealed files never change, and the columns of a writer that
+        // died are mapped by the one that holds their lock: it cuts them behind what it reads, and
+        // writes once the map is gone.
         let map = unsafe { Mmap::map(&file) };
         map.map(Self).map_err(Error::io(path))
     }

@@ -147,6 +147,41 @@ proptest! {
     }
 }
 
+/// Numbers that no writer wrote, under a checksum that is right.
+#[test]
+fn a_forged_checkpoint_is_none() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("a.store");
+    let mut writer = create(&path, true);
+    for number in [0, 1, 2, 1] {
+        push(&mut writer, number, &fixed(3)[number]);
+    }
+    writer.checkpoint("note").expect("saves");
+    drop(writer);
+    let progress = folder.path().join("a.store.partial/progress");
+    let right = fs::read(&progress).expect("reads");
+    for at in (16..64).step_by(8) {
+        let old = u64::from_le_bytes(right[at..at + 8].try_into().expect("8"));
+        for new in [
+            0,
+            1,
+            old + 1,
+            old - 1,
+            1 << 32,
+            1 << 62,
+            u64::MAX - 1,
+            u64::MAX,
+        ] {
+            let mut bytes = right.clone();
+            bytes[at..at + 8].copy_from_slice(&new.to_le_bytes());
+            let (body, crc) = bytes.split_at_mut(right.len() - 4);
+            crc.copy_from_slice(&crc32c::crc32c(body).to_le_bytes());
+            fs::write(&progress, bytes).expect("writes");
+            assert_eq!(resume(&path, true).is_some(), old == new, "{new} at {at}");
+        }
+    }
+}
+
 #[test]
 fn a_checkpoint_outlives_its_writer_and_its_store_does_not_need_it() {
     let folder = tempfile::tempdir().expect("folder");

@@ -96,6 +96,22 @@ def test_renders_as_transformers(folder: Path, template: str, chat: str, generat
     assert ours.render(messages, add_generation_prompt=generation) == expected
 
 
+def test_tools_are_rendered_as_transformers_does(folder: Path) -> None:
+    source = (
+        "{% if tools is none %}no{% else %}{{ tools | tojson }}{% endif %}{{ messages[0].role }}"
+    )
+    tool: dict[Any, Any] = {
+        "type": "function",
+        "function": {"name": "f", "description": "é", "parameters": {"type": "object"}},
+    }
+    theirs, ours = AutoTokenizer.from_pretrained(folder), ChatTemplate(source, {})
+    for tools in ([], [tool], [tool, tool]):
+        expected = theirs.apply_chat_template(
+            CHATS["one"], tools=[*tools] or None, chat_template=source, tokenize=False
+        )
+        assert ours.render(CHATS["one"], tools=tools) == expected
+
+
 def test_raise_exception_carries_its_words() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
     with pytest.raises(ChatTemplateError, match="roles must alternate"):

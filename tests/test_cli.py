@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from logratio._rust import CacheWriter
+from logratio.cli import evaluation
 from logratio.cli import training as commands
 from logratio.cli.app import main, spread
-from logratio.data import TokenizationRules
+from logratio.data import FormatSettings, TokenizationRules
 from logratio.training import (
     EvaluateConfig,
     LoraSettings,
@@ -43,13 +44,13 @@ def flags(command: Callable[..., None]) -> set[str]:
 
 
 def fields(config: type) -> set[str]:
-    nested = {"rules": TokenizationRules, "lora": LoraSettings}
+    nested = {"rules": TokenizationRules, "lora": LoraSettings, "formats": FormatSettings}
     names = {field.name for field in dataclasses.fields(config)}
     for name in names & nested.keys():
         inner = {field.name for field in dataclasses.fields(nested[name])}
         prefix = "lora_" if name == "lora" else ""
         names |= {prefix + field for field in inner}
-    return names - {"rules"}
+    return names - {"rules", "formats", "demonstrations", "kinds"}  # which the command decides
 
 
 @pytest.mark.parametrize(
@@ -57,18 +58,18 @@ def fields(config: type) -> set[str]:
     [
         (commands.train, TrainConfig),
         (commands.precompute, PrecomputeConfig),
-        (commands.evaluate, EvaluateConfig),
+        (evaluation.evaluate, EvaluateConfig),
     ],
 )
 def test_every_flag_is_a_field_and_every_field_a_flag(
     command: Callable[..., None], config: type
 ) -> None:
-    renamed = {"append_eos": "eos", "lora_targets": "lora_target"}
+    renamed = {"append_eos": "eos", "lora_targets": "lora_target", "format": "format_name"}
     expected = {renamed.get(name, name) for name in fields(config)}
     assert flags(command) == expected
 
 
-@pytest.mark.parametrize("command", [commands.train, commands.precompute, commands.evaluate])
+@pytest.mark.parametrize("command", [commands.train, commands.precompute, evaluation.evaluate])
 def test_defaults_agree_with_the_python_call(command: Callable[..., None]) -> None:
     config = {"train": TrainConfig, "precompute": PrecomputeConfig, "evaluate": EvaluateConfig}[
         command.__name__

@@ -61,9 +61,8 @@ def test_a_table_is_read_as_its_rows_are(
     ids = pa.large_list(pa.int64()) if large else pa.list_(pa.int32())
     whole = table(rows, ids)
     report, found = _read([whole], tokenizer)
-    fitted = [
-        tokenizer.fitting.group(*row, Source("<table 0>", n)) for n, row in enumerate(rows, 1)
-    ]
+    sources = (Source("<table 0>", line) for line in range(1, len(rows) + 1))
+    fitted = [tokenizer.fitting.group(a, b, c, next(sources)) for a, b, c in rows]
     expected: list[Any] = []
     for group in fitted:
         if isinstance(group, TokenizedGroup):

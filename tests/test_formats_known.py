@@ -14,6 +14,8 @@ from logratio.data.formats import (
     FormatSettings,
     FormatSettingsError,
     Label,
+    detect,
+    near_formats,
 )
 from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Source
 
@@ -305,6 +307,16 @@ def test_a_pair_in_every_layout(case: str) -> None:
     assert decode(row, format=name, **settings) == decoded
 
 
+def test_near_formats_lack_least_first_and_hold_preferences() -> None:
+    near = [(known.name, lacking) for known, lacking in near_formats(["prompt", "completion"])]
+    assert near[0] == ("kto", ("label or kto_tag",))
+    assert {"chat", "completion"}.isdisjoint(name for name, _ in near)
+    assert [len(lacking) for _, lacking in near] == sorted(len(lacking) for _, lacking in near)
+    assert (
+        "for 'kto' it lacks label or kto_tag" in refusal({"prompt": "u", "completion": "c"}).reason
+    )
+
+
 def test_every_format_has_its_case() -> None:
     tested = {name for name, *_ in PAIRS.values()}
     others = {"kto", "kto-chat", "step-dpo", "prmbench", "completion", "chat", "ids"}
@@ -536,6 +548,11 @@ BROKEN: dict[str, tuple[str, Row, dict[str, Any]]] = {
     "list without a question": ("E201", {"completions": ["a", "b"], "scores": [1, 2]}, {}),
     "list by name": ("E201", {"prompt": "u"}, {"format": "ranked"}),
     "list by the wrong name": ("E213", LIST, {"format": "ranked"}),
+    "too many for pairs": (
+        "E212",
+        {"prompt": "u", "completions": ["a"] * 257, "scores": [*range(257)]},
+        {},
+    ),
     "all tied": ("R310", LIST | {"scores": [1, 1]}, {}),
     "all tied in a group": ("R310", LIST | {"scores": [1, 1]}, {"lists": "groups"}),
     "one answer": ("R310", LIST | {"completions": ["a"], "scores": [1]}, {}),
@@ -564,29 +581,44 @@ def test_each_way_to_be_broken(case: str) -> None:
     assert refusal(row, **settings).code == code
 
 
-SUGGESTED = {
-    "numbers": (("output_1", "output_2"), 2, "label: 1=output_1 2=output_2"),
-    "from zero": (("output_1", "output_2"), 0, "label: 0=output_1 1=output_2"),
-    "letters": (("response_A", "response_B"), "A", "label: A=response_A B=response_B"),
-    "letters by number": (("response_A", "response_B"), 1, "label: 0=response_A 1=response_B"),
-    "signs": (("response_A", "response_B"), "A>B", "label: A>B=response_A B>A=response_B"),
+SUGGESTED: dict[str, tuple[tuple[str, str], list[Any], str]] = {
+    "numbers": (("output_1", "output_2"), [2, 1], "label: 1=output_1 2=output_2"),
+    "one number": (("output_1", "output_2"), [1], "label: 1=output_1 2=output_2"),
+    "from zero": (("output_1", "output_2"), [1, 0], "label: 0=output_1 1=output_2"),
+    "a third": (("output_1", "output_2"), [0, 1, 2], "label: 1=output_1 2=output_2 0=tie"),
+    "letters": (("response_A", "response_B"), ["A"], "label: A=response_A B=response_B"),
+    "letters by number": (("response_A", "response_B"), [1], "label: 0=response_A 1=response_B"),
+    "letters from one": (("response_A", "response_B"), [1, 2], "label: 1=response_A 2=response_B"),
+    "signs": (
+        ("response_A", "response_B"),
+        ["A>B", "tie"],
+        "label: A>B=response_A B>A=response_B tie=tie",
+    ),
     "models": (
         ("response_a", "response_b"),
-        "model_b",
-        "label: model_a=response_a model_b=response_b",
+        ["model_b", "tie (both bad)"],
+        'label: model_a=response_a model_b=response_b "tie (both bad)"=tie',
     ),
-    "blanks": (("response 1", "response 2"), 1, 'label: 1="response 1" 2="response 2"'),
+    "blanks": (("response 1", "response 2"), [1], 'label: 1="response 1" 2="response 2"'),
+    "booleans": (("answer_0", "answer_1"), [0], "label: 0=answer_0 1=answer_1"),
 }
 
 
 @pytest.mark.parametrize("case", SUGGESTED)
 def test_the_flag_that_is_suggested_can_be_followed(case: str) -> None:
-    names, value, flag = SUGGESTED[case]
-    row = {"prompt": "u", names[0]: "a", names[1]: "b", "label": value}
-    error = refusal(row)
-    assert (error.code, f"--label '{flag}'" in error.reason) == ("E209", True), error
+    names, values, flag = SUGGESTED[case]
+    rows = [{"prompt": "u", names[0]: "a", names[1]: "b", "label": value} for value in values]
+    assert refusal(rows[0]).code == "E209"
+    assert f"--label '{flag}'" in detect(rows).reason
     assert Label.parse(flag).answers() == names
-    assert len(decode(row, label=flag).records) == 1
+    assert detect(rows, FormatSettings(label=flag)).refused.keys() <= {"[R310] 'label' is 0: a tie",
+        "[R310] 'label' is tie: a tie", "[R310] 'label' is tie (both bad): a tie"}  # fmt: skip
+
+
+def test_token_ids_are_known_by_their_names() -> None:
+    row = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "id": 4}
+    known = detect([row, row])
+    assert (known.format, dict(known.counts), dict(known.refused)) == ("ids", {"ids": 2}, {})
 
 
 def test_columns_give_names_to_keys() -> None:
@@ -599,6 +631,13 @@ def test_columns_give_names_to_keys() -> None:
     assert decoded.records == (text_pair("u", "c", "r"),)
     with pytest.raises(InvalidRecordError, match="'q' is missing"):
         decode({"best": "c", "worst": "r"}, columns=columns | {"prompt": "q"})
+
+
+@pytest.mark.parametrize("label", [PAIRED, "thumb: up=good down=bad"])
+def test_a_label_that_was_told_leaves_other_files_alone(label: str) -> None:
+    assert only(SHP, label=label) == chat_pair(U, "c", "r")
+    assert decode({"prompt": "u", "completion": "c", "label": True}, label=label).format == "kto"
+    assert decode(CHAT, label=label).format == "trl-chat"
 
 
 def test_null_is_as_good_as_absent_where_a_key_is_not_needed() -> None:
@@ -617,6 +656,18 @@ def test_one_file_says_one_kind_of_thing() -> None:
     with pytest.raises(InvalidRecordError, match=r"E204.*unpaired feedback.*f:1 is a preference"):
         decoder.decode(thumb, Source("f", 4))
     decoder.decode(thumb, Source("g", 1))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_prompts_of_one_file_are_text_or_turns_and_not_both(first: int) -> None:
+    rows: list[Row] = [{"prompt": "u", **SIDES}, {"prompt": "u", "system": None, **SIDES}]
+    decoder = Decoder()
+    decoder.decode(rows[first], Source("f", 1))
+    with pytest.raises(InvalidRecordError, match=r"E204.*f:1 is (plain|messages).*the same keys"):
+        decoder.decode(rows[1 - first], Source("f", 2))
+    decoder.decode(rows[first], Source("f", 3))
+    decoder.decode(CHAT, Source("f", 4))
+    decoder.decode(rows[1 - first], Source("g", 1))
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,10 @@ def test_command_line_loads_nothing_heavy_before_a_command_runs() -> None:
     assert not loaded_by("import logratio.cli") & HEAVY
 
 
+def test_pyarrow_waits_for_a_container_that_needs_it() -> None:
+    assert "pyarrow" not in loaded_by("import logratio.data.containers")
+
+
 @pytest.mark.parametrize("command", [[], ["rank"], ["serve"], ["train"], ["export"]])
 def test_help_works_without_torch_and_without_the_extras(command: list[str]) -> None:
     absent = sorted((HEAVY | {"logratio._rust"}) - {"jinja2"})

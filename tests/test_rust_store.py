@@ -1,10 +1,5 @@
-"""The store, the plan and the layouts as Python sees them: types, shapes, errors, no GIL."""
+"""The store, the plan and the layouts as Python sees them: types, shapes, errors."""
 
-import errno
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +9,6 @@ from numpy.typing import NDArray
 
 from logratio._rust import (
     ROLES,
-    CorruptStoreError,
     Store,
     StoreWriter,
     candidate_layout,
@@ -168,71 +162,6 @@ def test_an_impossible_plan_is_refused(wrong: dict[str, Any]) -> None:
         make_store().plan(**request)
 
 
-def read_columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a store with numpy alone, as rust/store/FORMAT.md describes it."""
-    data = path.read_bytes()
-    assert data[:8] == b"LRSTORE1"
-    groups, completions, tokens, counted, length = np.frombuffer(data, "<u8", 5, 16).tolist()
-    assert length == len(data)
-    at, columns = 64, {}
-    for name, dtype, count in (
-        ("tokens", "<i4", tokens),
-        ("mask", "u1", counted),
-        ("prompt_offsets", "<u8", groups + 1),
-        ("completion_offsets", "<u8", completions + 1),
-        ("group_offsets", "<u8", groups + 1),
-        ("roles", "u1", completions),
-        ("files", "<u4", groups),
-        ("lines", "<u8", groups),
-    ):
-        columns[name] = np.frombuffer(data, dtype, count, at)
-        at = -(-(at + columns[name].nbytes) // 64) * 64
-    return columns
-
-
-def test_the_file_is_what_the_format_says(tmp_path: Path) -> None:
-    make_store(tmp_path / "pairs.store")
-    columns = {
-        name: column.tolist() for name, column in read_columns(tmp_path / "pairs.store").items()
-    }
-    assert columns == {
-        "tokens": [1, 2, 3, 4, 5, 6, 7, 90, 80, 81],
-        "mask": [1, 1, 0, 1, 1, 1],
-        "prompt_offsets": [0, 3, 4],
-        "completion_offsets": [0, 1, 4, 6],
-        "group_offsets": [0, 2, 3],
-        "roles": [0, 1, 3],
-        "files": [2, 2],
-        "lines": [9, 10],
-    }
-
-
-def test_a_store_on_disk_is_opened_again(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.store"
-    written = make_store(path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.store"]
-    for opened in (Store.open(path), Store.open(str(path))):
-        assert opened.digest == written.digest == make_store().digest
-        assert opened.metadata == written.metadata
-
-
-def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.store"
-    make_store(path)
-    data = bytearray(path.read_bytes())
-    data[70] ^= 1  # an id
-    path.write_bytes(data)
-    store = Store.open(path)
-    with pytest.raises(CorruptStoreError, match=r"pairs\.store.*Tokens") as caught:
-        store.verify()
-    assert isinstance(caught.value, ValueError)
-    again = pickle.loads(pickle.dumps(caught.value))
-    assert (type(again), str(again)) == (CorruptStoreError, str(caught.value))
-    path.with_name("cut.store").write_bytes(data[:-1])
-    with pytest.raises(CorruptStoreError, match="bytes"):
-        Store.open(path.with_name("cut.store"))
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -286,75 +215,3 @@ def test_a_finished_writer_takes_no_more() -> None:
         push_pair(writer)
     with pytest.raises(ValueError, match="closed"):
         writer.finish()
-
-
-def test_the_systems_errors_keep_their_number_and_path(tmp_path: Path) -> None:
-    missing = tmp_path / "missing" / "pairs.store"
-    with pytest.raises(FileNotFoundError) as caught:
-        Store.open(missing)
-    assert caught.value.filename == str(missing)
-    with pytest.raises(FileNotFoundError, match=r"pairs\.store\.partial"):
-        StoreWriter(missing)
-    with pytest.raises(IsADirectoryError):
-        StoreWriter(tmp_path).finish()
-
-
-def test_an_unfinished_writer_leaves_nothing(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path / "pairs.store")
-    push_pair(writer)
-    with pytest.raises(OSError, match="another writer"):
-        StoreWriter(tmp_path / "pairs.store")
-    del writer
-    assert list(tmp_path.iterdir()) == []
-
-
-HITS_A_LIMIT = """
-import resource, sys
-import numpy as np
-from logratio._rust import StoreWriter
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
-writer = StoreWriter(sys.argv[1])
-ids = np.arange(100_000, dtype=np.int32)
-one = np.ones(100_000, dtype=np.uint8)
-for _ in range(2):
-    try:
-        writer.push(ids, ids, one, np.array([100_000], np.uint32), one[:1], 0, 1)
-    except (OSError, ValueError) as error:
-        print(type(error).__name__, getattr(error, "errno", None))
-"""
-
-
-def test_a_failed_write_leaves_the_older_store(tmp_path: Path) -> None:
-    """The system's limit on a file's size cuts a real write short, as a full disk does."""
-    path = tmp_path / "pairs.store"
-    make_store(path)
-    command = [sys.executable, "-c", HITS_A_LIMIT, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["OSError", str(errno.EFBIG), "ValueError", "None"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.store"]
-    Store.open(path).verify()
-
-
-WAITS_FOR_A_PIPE = """
-import os, sys, threading, time
-from logratio._rust import Store
-opening = threading.Thread(target=lambda: Store.open(sys.argv[1]), daemon=True)
-threading.excepthook = lambda error: print(error.exc_type.__name__)
-opening.start()
-while True:
-    try:
-        os.close(os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK))
-        break
-    except OSError:  # nobody reads yet
-        time.sleep(0.01)
-opening.join()
-"""
-
-
-def test_opening_lets_other_threads_run(tmp_path: Path) -> None:
-    """Opening a pipe waits for its writer, here a second thread: with the GIL held, for ever."""
-    os.mkfifo(tmp_path / "pipe")
-    command = [sys.executable, "-c", WAITS_FOR_A_PIPE, str(tmp_path / "pipe")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() in {"OSError", "CorruptStoreError"}

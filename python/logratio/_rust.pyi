@@ -12,6 +12,7 @@ __all__ = [
     "CacheReader",
     "CacheWriter",
     "CandidateLayout",
+    "Census",
     "CorruptCacheError",
     "CorruptStoreError",
     "Layout",
@@ -23,6 +24,7 @@ __all__ = [
     "StoreWriter",
     "candidate_layout",
     "content_key",
+    "near_duplicates",
 ]
 
 ROLES: tuple[str, ...]
@@ -254,3 +256,22 @@ def candidate_layout(
     prompts: list[NDArray[np.int32]], candidates: list[list[NDArray[np.int32]]], chunk: int = 128
 ) -> CandidateLayout: ...
 def content_key(ids: NDArray[np.int32], start: int) -> bytes: ...
+def near_duplicates(
+    store: Store, threshold: float = 0.8, shingle: int = 5
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]: ...
+
+@final
+class Census:
+    def __new__(cls, store: Store) -> Census: ...
+    @property
+    def uses(self) -> NDArray[np.int64]: ...
+    @property
+    def ends(self) -> NDArray[np.int64]: ...
+    @property
+    def beyond(self) -> int: ...
+    @property
+    def compared(self) -> int: ...
+    @property
+    def same_start(self) -> int: ...
+    @property
+    def common(self) -> int: ...

@@ -1,9 +1,10 @@
 """Progress on anything that takes more than two seconds: a bar on a terminal, lines in a log."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 PATIENCE = 2.0
 """Seconds before anything is shown."""
@@ -28,6 +29,28 @@ def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterat
             yield advance
     else:
         yield _Lines(what, total, unit).advance
+
+
+@contextmanager
+def reading_progress(*, show: bool = True) -> Iterator[Callable[[int, int, int], None]]:
+    """Show how far data is read.
+
+    Yields:
+        tell(rows, position, size): what `logratio.data.build_store` calls; `size` 0: not known.
+    """
+    with ExitStack() as stack:
+        bars: list[Advance] = []
+        done = 0
+
+        def tell(rows: int, position: int, size: int) -> None:
+            nonlocal done
+            if not bars:
+                bar = progress("reading", size or math.inf, "B", show=show)
+                bars.append(stack.enter_context(bar))
+            bars[0](position - done, f"{rows:,} rows")
+            done = position
+
+        yield tell
 
 
 @contextmanager

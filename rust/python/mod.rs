@@ -6,6 +6,7 @@ mod cache;
 mod layout;
 mod pieces;
 mod plan;
+mod similar;
 mod store;
 mod writer;
 
@@ -84,6 +85,7 @@ mod _rust {
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
         pieces::PieceTable,
         plan::Plan,
+        similar::{Census, near_duplicates},
         store::Store,
         writer::StoreWriter,
     };

@@ -18,7 +18,7 @@ use crate::{Error, Result, layout, plan, store, wire::Hex};
 /// Any method that reads raises CorruptStoreError where a block does not match its checksum or
 /// offsets are impossible. A store at a path is pickled by its path and digest.
 #[pyclass(frozen, module = "logratio._rust")]
-pub struct Store(store::Store);
+pub struct Store(pub(super) store::Store);
 
 impl Store {
     pub fn of(store: store::Store) -> Self {

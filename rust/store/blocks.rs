@@ -9,7 +9,7 @@ use crate::wire::u32_at;
 
 /// Bytes of the file that one checksum covers.
 ///
-/// Small enough that a first read of one group costs microseconds (about 6 µs a block), large
+/// Small enough that a first read of one group costs microseconds (about 4 µs a block), large
 /// enough that the table is a 16,384th of the file; a multiple of every page size in use, and what
 /// Linux reads ahead at least.
 pub const BLOCK: usize = 64 << 10;

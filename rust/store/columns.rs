@@ -97,7 +97,7 @@ impl Counts {
         self.groups <= self.completions
             && self.completions <= self.completion_tokens
             && prompts.is_some_and(|prompts| self.groups <= prompts)
-            && (self.groups > 0 || self.tokens + self.completions == 0)
+            && (self.groups > 0 || self.tokens == 0)
     }
 
     /// Values in `column`.

@@ -77,8 +77,9 @@ impl Store {
         Ok(store)
     }
 
-    fn in_memory(map: Map) -> Result<Self> {
-        Self::read("<memory>".into(), None, map)
+    /// Reads the bytes of a sealed store from a copy of them in memory.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::read("<memory>".into(), None, Map::copy_of(bytes)?)
     }
 
     fn read(name: PathBuf, path: Option<PathBuf>, map: Map) -> Result<Self> {

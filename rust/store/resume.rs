@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, ErrorKind, Seek, SeekFrom, Write},
+    io::{self, ErrorKind, Write},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -103,60 +103,68 @@ fn read_progress(target: &Target) -> io::Result<Option<Progress>> {
     }
 }
 
-/// Columns as a writer left them, cut to a checkpoint; the duplicates' groups last.
+/// Columns as a writer left them, up to a checkpoint; the duplicates' groups last.
 struct Left {
     folder: PathBuf,
     counts: Counts,
-    maps: Vec<Map>,
+    columns: Vec<(Map, Range<usize>)>,
 }
 
-/// Opens and cuts the files; `None` where one of them does not hold what the checkpoint says.
+impl Left {
+    fn bytes(&self, column: usize) -> &[u8] {
+        let (map, place) = &self.columns[column];
+        &map[place.clone()]
+    }
+}
+
+/// Opens the files and cuts them; `None`, and nothing is cut, where one of them does not hold what
+/// the checkpoint says.
 fn reopen(target: Target, progress: &Progress) -> Result<Option<(StoreWriter, Left)>> {
-    let columns = Column::ALL[..Column::HASHED].iter();
-    let columns =
-        columns.map(|&column| (column.name(), column.room(), progress.counts.bytes(column)));
-    let repeats = progress
-        .repeats
-        .map(|count| (REPEATS, 0, count.checked_mul(4)));
-    let (mut spools, mut maps) = (Vec::new(), Vec::new());
-    for ((name, room, length), hash) in columns.chain(repeats).zip(&progress.hashes) {
+    let mut left = Left {
+        folder: target.partial.clone(),
+        counts: progress.counts,
+        columns: Vec::new(),
+    };
+    let mut spools = Vec::new();
+    for ((name, room, length), hash) in parts(progress).zip(&progress.hashes) {
         let path = target.file(name);
         let end = length.and_then(|length| length.checked_add(room));
-        let cut = end.map_or(Ok(None), |end| cut(&path, end));
-        let Some(file) = cut.map_err(Error::io(&path))? else {
+        let Some(file) = open(&path)? else {
             return Ok(None);
         };
         let map = Map::open(&path)?;
-        let spool = Spool::go_on(Sink::Disk(file), room, &map[room..]);
+        let Some(end) = end.filter(|&end| end <= map.len()) else {
+            return Ok(None);
+        };
+        left.columns.push((map, room..end));
+        let spool = Spool::go_on(Sink::Disk(file), room, left.bytes(spools.len()));
         if spool.hash().as_bytes() != hash {
             return Ok(None);
         }
         spools.push(spool);
-        maps.push(map);
     }
-    let left = Left {
-        folder: target.partial.clone(),
-        counts: progress.counts,
-        maps,
-    };
+    let cut = spools.iter_mut().try_for_each(Spool::cut);
+    cut.map_err(Error::io(&left.folder))?;
     let repeats = spools.drain(Column::HASHED..).next();
     let mut writer = StoreWriter::of(Some(target), spools, progress.counts);
     writer.repeats = repeats;
     Ok(Some((writer, left)))
 }
 
-/// Opens a file that has `length` bytes at least, cuts what is more, and stands at its end.
-fn cut(path: &Path, length: usize) -> io::Result<Option<File>> {
-    let mut file = match File::options().read(true).write(true).open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        opened => opened?,
-    };
-    if file.metadata()?.len() < length as u64 {
-        return Ok(None);
+/// Name, bytes before it and bytes of every file that a checkpoint speaks of.
+fn parts(progress: &Progress) -> impl Iterator<Item = (&'static str, usize, Option<usize>)> {
+    let counts = progress.counts;
+    let columns = Column::ALL[..Column::HASHED].iter();
+    let columns = columns.map(move |column| (column.name(), column.room(), counts.bytes(*column)));
+    let repeats = progress.repeats;
+    columns.chain(repeats.map(|count| (REPEATS, 0, count.checked_mul(4))))
+}
+
+fn open(path: &Path) -> Result<Option<File>> {
+    match File::options().read(true).write(true).open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some).map_err(Error::io(path)),
     }
-    file.set_len(length as u64)?;
-    file.seek(SeekFrom::End(0))?;
-    Ok(Some(file))
 }
 
 /// The table of duplicates of a writer that kept one.
@@ -174,7 +182,7 @@ fn repeated(left: &Left, repeats: Option<usize>) -> Result<Option<Duplicates>> {
             }
         }
     }
-    let (numbers, _) = left.maps[Column::HASHED].as_chunks::<4>();
+    let (numbers, _) = left.bytes(Column::HASHED).as_chunks::<4>();
     for number in numbers
         .iter()
         .map(|&bytes| u32::from_le_bytes(bytes) as usize)
@@ -205,7 +213,7 @@ impl Columns for Left {
     }
 
     fn read<T: Pod>(&self, column: Column, items: Range<usize>) -> Result<&[T]> {
-        let all: &[T] = bytemuck::cast_slice(&self.maps[column as usize][column.room()..]);
+        let all: &[T] = bytemuck::cast_slice(self.bytes(column as usize));
         let outside = || self.corrupt(format!("{items:?} is outside {}", column.name()));
         all.get(items.clone()).ok_or_else(outside)
     }

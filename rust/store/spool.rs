@@ -76,7 +76,7 @@ impl Spool {
         }
     }
 
-    /// A column that goes on after `written`, which its sink holds already.
+    /// A column that goes on after `written`, which its sink holds already, once it is cut.
     pub fn go_on(sink: Sink, room: usize, written: &[u8]) -> Self {
         let mut spool = Self::new(sink, room, &[]);
         spool.note(written);
@@ -89,6 +89,19 @@ impl Spool {
             crcs.update(bytes);
         }
         self.length += bytes.len();
+    }
+
+    /// Drops what the sink holds behind the column.
+    pub fn cut(&mut self) -> io::Result<()> {
+        let end = self.end();
+        match &mut self.sink {
+            Sink::Memory(memory) => memory.truncate(end),
+            Sink::Disk(file) => {
+                file.set_len(end as u64)?;
+                file.seek(SeekFrom::Start(end as u64))?;
+            }
+        }
+        Ok(())
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {

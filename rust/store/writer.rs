@@ -13,7 +13,7 @@ use super::{
     target::{REPEATS, Target},
     threads::in_parallel,
 };
-use crate::{Error, Result, error, group::Group, map::Map};
+use crate::{Error, Result, error, group::Group};
 
 /// Groups that one thread hashes at least.
 pub(super) const HASHED_TOGETHER: usize = 512;
@@ -197,7 +197,7 @@ impl StoreWriter {
         let sealed = seal(columns, self.counts, metadata);
         let sink = self.noted(sealed)?;
         match (&sink, &mut self.target) {
-            (Sink::Memory(bytes), _) => Store::in_memory(Map::copy_of(bytes)?),
+            (Sink::Memory(bytes), _) => Store::from_bytes(bytes),
             (Sink::Disk(file), Some(target)) => {
                 target.publish(file)?;
                 Store::open(&target.path)

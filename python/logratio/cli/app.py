@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from logratio.cli import data, scoring, training
+from logratio.cli import data, evaluation, scoring, training
 
 app = typer.Typer(
     name="logratio",
@@ -26,7 +26,7 @@ BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX"}
 for command in (
     training.precompute,
     training.train,
-    training.evaluate,
+    evaluation.evaluate,
     scoring.export,
     scoring.rank,
     scoring.serve,
@@ -75,9 +75,10 @@ def spread(arguments: Sequence[str]) -> list[str]:
     spread_out: list[str] = []
     inside = False
     for argument in arguments:
-        if inside and not argument.startswith("-") and spread_out[-1] != "--data":
+        is_value = argument == "-" or not argument.startswith("-")
+        if inside and is_value and spread_out[-1] != "--data":
             spread_out.append("--data")
-        elif argument.startswith("-") and argument != "-":
+        elif not is_value:
             inside = argument == "--data"
         spread_out.append(argument)
     return spread_out

@@ -1,91 +1,35 @@
 """`logratio data …`: what data is, before anything is trained on it."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from logratio.data.formats import FormatSettings
+from logratio.cli import data_report, data_store, options
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Look at preference data: what it is, and what will be made of it.",
+    help="Look at preference data, account for it, and make a store of it.",
 )
 _STYLES = {"": "", "title": "bold", "counts": "black on green", "fault": "red", "dim": "dim"}
 
 
-class ListsOption(StrEnum):
-    """What becomes of a ranked or scored list."""
-
-    PAIRS = "pairs"
-    BEST_WORST = "best_worst"
-    GROUPS = "groups"
-
-
-Files = Annotated[
-    list[Path], typer.Argument(metavar="FILE…", help="Preference data: JSONL, also .gz.")
-]
-FormatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--format", metavar="NAME", help="Read this format only, as `trl`, `orca`, `openai`."
-    ),
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--columns",
-        metavar="NAME=KEY",
-        help="The data's key for a name that formats know, as prompt=query. Repeat it, or put "
-        "commas between.",
-    ),
-]
-LabelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--label",
-        metavar="'KEY: VALUE=OUTPUT …'",
-        help="What a label's values mean, as 'preference: 1=output_1 2=output_2 0=tie'; for one "
-        "completion alone 'label: 1=good 0=bad'.",
-    ),
-]
-
-
-def read_settings(
-    format_name: str | None, columns: list[str] | None, label: str | None, lists: str
-) -> "FormatSettings":
-    """Read what flags say about the data.
-
-    Raises:
-        FormatSettingsError: It cannot be followed.
-    """
-    from logratio.data.formats import FormatSettings, FormatSettingsError
-
-    mapped = {}
-    for word in (word for words in columns or [] for word in words.split(",")):
-        name, equals, key = word.partition("=")
-        if not (name and equals and key):
-            raise FormatSettingsError(f"--columns {word!r}: write it as prompt=query")
-        mapped[name] = key
-    return FormatSettings(
-        format=format_name,
-        columns=mapped,
-        label=label,
-        lists=lists,  # type: ignore[arg-type]
-    )
-
-
 @app.callback()
 def data() -> None:
-    """Look at preference data: what it is, and what will be made of it."""
+    """Look at preference data, account for it, and make a store of it."""
 
 
-@app.command()
 def inspect(
-    files: Files,
+    files: options.Files,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="A model's folder: shows the tokens that it will read."),
@@ -93,9 +37,7 @@ def inspect(
     format_name: FormatOption = None,
     columns: Columns = None,
     label: LabelOption = None,
-    lists: Annotated[
-        ListsOption, typer.Option(help="What becomes of a ranked list.")
-    ] = ListsOption.PAIRS,
+    lists: ListsWanted = ListsOption.PAIRS,
     rows: Annotated[int, typer.Option(min=1, help="Rows to look at, from the first.")] = 100,
 ) -> None:
     """Say of each file what it is and why, and show a record with what counts in colour.
@@ -119,3 +61,7 @@ def inspect(
         console.print(Text.assemble(*segments), end="")
     if not found.is_known:
         raise typer.Exit(1)
+
+
+for command in (inspect, data_report.report, data_store.build, data_store.verify):
+    app.command()(command)

@@ -2,9 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from logratio.data import TokenizationRules
 
 DATA, LIMITS, MACHINE = "Data", "How records become tokens", "Machine"
 
@@ -25,13 +28,33 @@ class PromptTruncation(StrEnum):
     KEEP_END = "keep_end"
 
 
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE…",
+        help="Preference data: files, folders, - for standard input; or one sealed store.",
+    ),
+]
+Demonstrations = Annotated[
+    bool,
+    typer.Option("--demonstrations", help="Read as `train --loss sft` does.", rich_help_panel=DATA),
+]
+SplitSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--split-special-tokens",
+        help="Read special tokens that are spelled in plain text as text.",
+        rich_help_panel=LIMITS,
+    ),
+]
 Data = Annotated[
     list[Path],
     typer.Option(
         "--data",
         metavar="FILE…",
-        help="Preference records: JSONL (also .gz) with prompt/chosen/rejected as strings or chat "
-        "messages, or Anthropic-HH transcripts. Several files may follow.",
+        help="Preference data: JSON lines or arrays, CSV, Parquet, Arrow, plain, .gz or .zst; "
+        "folders; - for standard input; or one sealed store. `logratio data inspect` says what is "
+        "recognised. Several may follow.",
         rich_help_panel=DATA,
     ),
 ]
@@ -89,3 +112,22 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, say what it will need, and stop there."),
 ]
+
+
+def rules(
+    max_length: int,
+    max_prompt_length: int | None,
+    prompt_truncation: PromptTruncation,
+    eos: bool,
+    split_special_tokens: bool = False,
+) -> "TokenizationRules":
+    """Gather the options that decide how records become tokens."""
+    from logratio.data import TokenizationRules
+
+    return TokenizationRules(
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        prompt_truncation=prompt_truncation.value,
+        append_eos=eos,
+        split_special_tokens=split_special_tokens,
+    )

@@ -1,6 +1,5 @@
-"""`logratio precompute`, `train` and `evaluate`."""
+"""`logratio precompute` and `train`."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,13 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from logratio.cli import options
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
 from logratio.cli.options import Precision, PromptTruncation
 
 if TYPE_CHECKING:
-    from logratio.data import DataReport, TokenizationRules
     from logratio.forecast import Forecast
     from logratio.training.config import LoraSettings
-    from logratio.training.evaluation import Evaluation
+    from logratio.training.setup import Dataset
 
 LORA, UPDATE = "LoRA", "Update"
 
@@ -36,6 +42,11 @@ def precompute(
     max_prompt_length: options.MaxPromptLength = None,
     prompt_truncation: options.Truncation = PromptTruncation.DROP,
     eos: options.Eos = True,
+    split_special_tokens: options.SplitSpecial = False,
+    format_name: FormatOption = None,
+    columns: Columns = None,
+    label: LabelOption = None,
+    lists: ListsWanted = ListsOption.PAIRS,
     max_bad_fraction: options.MaxBad = 0.0,
     token_budget: options.TokenBudget = 16384,
     precision: options.PrecisionOption = Precision.FP32,
@@ -58,11 +69,14 @@ def precompute(
             token_budget=token_budget,
             precision=precision.value,
             device=device,
-            rules=_rules(max_length, max_prompt_length, prompt_truncation, eos),
+            rules=options.rules(
+                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
+            ),
+            formats=read_settings(format_name, columns, label, lists.value),
             max_bad_fraction=max_bad_fraction,
         )
     )
-    _announce(ready.dataset.report, ready.forecast)
+    announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
         typer.echo(
@@ -107,6 +121,12 @@ def train(
         int, typer.Option(help="Pairs per update, whatever the memory.", rich_help_panel=UPDATE)
     ] = 32,
     epochs: Annotated[int, typer.Option(help="Passes over the data.", rich_help_panel=UPDATE)] = 1,
+    mix: Annotated[
+        list[float] | None,
+        typer.Option(metavar="WEIGHT", help="Of each of --data, in their order; repeat it. An "
+                     "epoch draws from them by weight. Default: every record once.",
+                     rich_help_panel=UPDATE),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order.", rich_help_panel=UPDATE)] = 0,
     save_every: Annotated[
         int, typer.Option(help="Updates between checkpoints; 0 for none but at an interrupt.",
@@ -135,6 +155,11 @@ def train(
     max_prompt_length: options.MaxPromptLength = None,
     prompt_truncation: options.Truncation = PromptTruncation.DROP,
     eos: options.Eos = True,
+    split_special_tokens: options.SplitSpecial = False,
+    format_name: FormatOption = None,
+    columns: Columns = None,
+    label: LabelOption = None,
+    lists: ListsWanted = ListsOption.PAIRS,
     max_bad_fraction: options.MaxBad = 0.0,
     token_budget: options.TokenBudget = 8192,
     precision: options.PrecisionOption = Precision.FP32,
@@ -166,6 +191,7 @@ def train(
             max_grad_norm=max_grad_norm,
             batch_size=batch_size,
             epochs=epochs,
+            mix=tuple(mix) if mix else None,
             token_budget=token_budget,
             precision=precision.value,
             seed=seed,
@@ -173,70 +199,20 @@ def train(
             resume=resume,
             device=device,
             lora=settings,
-            rules=_rules(max_length, max_prompt_length, prompt_truncation, eos),
+            rules=options.rules(
+                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
+            ),
+            formats=read_settings(format_name, columns, label, lists.value),
             max_bad_fraction=max_bad_fraction,
         )
     )
-    _announce(ready.dataset.report, ready.forecast)
+    announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
         last = result.history[-1] if result.history else {}
         shown = ("loss", "rewards/accuracies", "rewards/margins")
         typer.echo(", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last))
         typer.echo(f"{result.steps} updates; model, metrics and settings: {result.output}")
-
-
-def evaluate(
-    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
-    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
-    data: options.Data,
-    beta: Annotated[float, typer.Option(help="Reward per nat of log-ratio.")] = 0.1,
-    samples: Annotated[
-        int,
-        typer.Option(help="Completions to draw from the policy for its KL to the reference, "
-                     "which held-out pairs cannot give."),
-    ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest drawn completion.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results there as JSON.")
-    ] = None,
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    max_bad_fraction: options.MaxBad = 0.0,
-    token_budget: options.TokenBudget = 16384,
-    precision: options.PrecisionOption = Precision.FP32,
-    device: options.Device = None,
-    dry_run: options.DryRun = False,
-) -> None:  # fmt: skip
-    """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
-    from logratio.training import EvaluateConfig
-    from logratio.training.evaluation import prepare
-
-    ready = prepare(
-        EvaluateConfig(
-            policy,
-            reference,
-            data,
-            beta=beta,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            token_budget=token_budget,
-            precision=precision.value,
-            device=device,
-            rules=_rules(max_length, max_prompt_length, prompt_truncation, eos),
-            max_bad_fraction=max_bad_fraction,
-        )
-    )
-    _announce(ready.dataset.report, ready.forecast)
-    if not dry_run:
-        result = ready.run()
-        _print_evaluation(result)
-        if json_file:
-            json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 def _lora(wanted: bool, **given: Any) -> "LoraSettings | None":
@@ -252,46 +228,12 @@ def _lora(wanted: bool, **given: Any) -> "LoraSettings | None":
     return LoraSettings(**chosen) if wanted else None
 
 
-def _rules(
-    max_length: int,
-    max_prompt_length: int | None,
-    prompt_truncation: PromptTruncation,
-    eos: bool,
-) -> "TokenizationRules":
-    from logratio.data import TokenizationRules
-
-    return TokenizationRules(
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        prompt_truncation=prompt_truncation.value,
-        append_eos=eos,
-    )
-
-
-def _announce(report: "DataReport", forecast: "Forecast") -> None:
+def announce(dataset: "Dataset", forecast: "Forecast") -> None:
     """Say what was read and what is needed, on standard error: results go to standard output."""
-    typer.echo(report.to_text(), err=True)
-    typer.echo(forecast.to_text(), err=True)
+    from logratio.data.analysis import analyse
+
+    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()
+    typer.echo(f"{report}\n{forecast.to_text()}", err=True)
 
 
-def _print_evaluation(result: "Evaluation") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("held-out", f"{result.pairs:,} pairs")
-    error = 1.96 * result.accuracy_standard_error
-    table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
-    table.add_row("reward margin", f"{result.margin:.4f}")
-    table.add_row("log-ratio chosen", f"{result.logratio_chosen:.3f} nats")
-    table.add_row("log-ratio rejected", f"{result.logratio_rejected:.3f} nats")
-    table.add_row("length chosen", f"{result.length_chosen:.1f} tokens")
-    table.add_row("length rejected", f"{result.length_rejected:.1f} tokens")
-    table.add_row("calibration error", f"{result.calibration.expected_error:.3f}")
-    if result.kl:
-        spread = 1.96 * result.kl.standard_error
-        table.add_row("KL to the reference", f"{result.kl.nats:.2f} ± {spread:.2f} nats (95 %)")
-        table.add_row("length of samples", f"{result.kl.mean_length:.1f} tokens")
-    Console().print(table)
-
-
-__all__: list[Any] = ["evaluate", "precompute", "train"]
+__all__ = ["precompute", "train"]

@@ -5,7 +5,7 @@ from logratio.data.arenas import Arenas
 from logratio.data.batches import lay_out, micro_batches
 from logratio.data.chat import ChatTemplate, ChatTemplateError
 from logratio.data.codes import CODES
-from logratio.data.dataset import StoreMismatchError, build_store, load_store
+from logratio.data.dataset import build_store
 from logratio.data.feed import Feed, FeedSettings, FeedStateError, MicroBatch
 from logratio.data.formats import FormatSettings
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup
@@ -18,6 +18,13 @@ from logratio.data.records import (
     Source,
 )
 from logratio.data.report import BadDataError, DataReport
+from logratio.data.sealed import (
+    StoreMismatchError,
+    datasets_of,
+    is_store,
+    load_store,
+    source_names,
+)
 from logratio.data.tokenization import PreferenceTokenizer
 from logratio.data.truncation import TokenizationRules
 
@@ -46,7 +53,10 @@ __all__ = [
     "TokenizedGroup",
     "ahead",
     "build_store",
+    "datasets_of",
+    "is_store",
     "lay_out",
     "load_store",
     "micro_batches",
+    "source_names",
 ]

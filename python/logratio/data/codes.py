@@ -54,9 +54,29 @@ CODES: dict[str, str] = {
     "W505": "a NUL character in the text",
     "W506": "a prompt was cut at its limit",
     "W507": "the same two completions stand elsewhere the other way round",
+    "W508": "length alone tells chosen from rejected",
+    "W509": "repeated judgements contradict each other",
+    "W510": "many groups are nearly the same",
+    "W511": "many completions were cut at the limit",
     "W530": "a pair of a list was left out",
 }
-"""W502 and W503 are counted per completion, every other code per record."""
+"""W502 and W503 are counted per completion, W508 to W511 once a data set, all others per record."""
+
+
+class Cut(str):
+    """The code of a cut (W503, W506) that also says how many tokens were lost.
+
+    Attributes:
+        tokens: At least one.
+    """
+
+    tokens: int
+
+    def __new__(cls, code: str, tokens: int) -> "Cut":
+        """Join a code and a number of tokens; equal to the bare code."""
+        cut = super().__new__(cls, code)
+        cut.tokens = tokens
+        return cut
 
 
 def stops(code: str) -> bool:

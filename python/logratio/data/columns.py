@@ -105,7 +105,8 @@ def parts(
             yield _arrays([ids.rows(start, row) for ids in columns], file, first.line + start)
         if row < batch.num_rows:
             source = Source(first.file, first.line + row)
-            yield fitting.group(*(ids.list(row) for ids in columns), source)
+            prompt, chosen, rejected = (ids.list(row) for ids in columns)
+            yield fitting.group(prompt, chosen, rejected, source)
         start = row + 1
 
 
@@ -114,7 +115,9 @@ def _odd(columns: list[Ids], fitting: Fitting) -> NDArray[np.bool_]:
     rules = fitting.rules
     prompt, chosen, rejected = (ids.lengths for ids in columns)
     longest = np.maximum(chosen, rejected)
-    odd = (prompt == 0) | (prompt > rules.prompt_budget) | (prompt + longest > rules.max_length)
+    odd: NDArray[np.bool_] = (
+        (prompt == 0) | (prompt > rules.prompt_budget) | (prompt + longest > rules.max_length)
+    )
     odd |= np.minimum(chosen, rejected) == 0
     odd |= _may_be_equal(columns[1], columns[2])
     for ids in columns:
@@ -124,7 +127,7 @@ def _odd(columns: list[Ids], fitting: Fitting) -> NDArray[np.bool_]:
 
 def _may_be_equal(chosen: Ids, rejected: Ids) -> NDArray[np.bool_]:
     """Compare lengths, first and last ids."""
-    found = (chosen.lengths == rejected.lengths) & (chosen.lengths > 0)
+    found: NDArray[np.bool_] = (chosen.lengths == rejected.lengths) & (chosen.lengths > 0)
     rows = np.flatnonzero(found)
     for place in (0, -1):
         ids = [side.values[side.offsets[rows - place] + place] for side in (chosen, rejected)]
@@ -165,4 +168,4 @@ def row_group(row: dict[str, Any], source: Source, fitting: Fitting) -> Tokenize
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(value) is int for value in ids):
             return Refusal(source, "E203", f"{name!r} is no list of token ids")
-    return fitting.group(*(row[name] for name in NAMES), source)
+    return fitting.group(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], source)

@@ -86,36 +86,11 @@ def build_store(
     settings = IngestSettings(
         formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
     )
-    ingest = _Ingest(open_inputs(inputs), tokenizer, path and Path(path), settings, progress)
+    ingest = _Ingest(
+        open_inputs(inputs), tokenizer, None if path is None else Path(path), settings, progress
+    )
     with ExitStack() as stack:
         return ingest.run(stack, refused, tell or (lambda sentence: None))
-
-
-class StoreMismatchError(ValueError):
-    """A store was made with another tokenizer or other rules."""
-
-
-def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store, DataReport]:
-    """Open a store that `build_store` made, if it was made with this tokenizer and its rules.
-
-    Returns:
-        The store, and what became of every row when it was made.
-
-    Raises:
-        CorruptStoreError: The file is not a store, or damaged.
-        StoreMismatchError: Its ids are not those that this tokenizer makes.
-        OSError: The file cannot be read.
-    """
-    store = Store.open(path)
-    metadata = json.loads(store.metadata)
-    here = {"tokenizer": tokenizer.digest, "rules": tokenizer.rules.to_dict()}
-    for name, value in here.items():
-        if metadata.get(name) != value:
-            raise StoreMismatchError(
-                f"{path} was made with {name} {metadata.get(name)}, and here it is {value}: build "
-                "it again, or give the same"
-            )
-    return store, DataReport.from_dict(metadata["report"])
 
 
 class _Ingest:
@@ -150,7 +125,7 @@ class _Ingest:
             intake.report = DataReport.from_dict(at.report)
         for number in range(at.input if at else 0, len(self._readers)):
             if at and number == at.input:
-                self._readers[number].go_on(at.mark)
+                self._readers[number].go_on(dict(at.mark))
             self._read(number, intake)
         intake.close()
         store = self._seal(intake)

@@ -1,6 +1,6 @@
 """Ids to a group that the rules allow: checked, and cut where the rules say so."""
 
-from logratio.data.codes import CODES
+from logratio.data.codes import CODES, Cut
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
 from logratio.data.records import CHOSEN, REJECTED, InvalidRecordError, Refusal, Source
 from logratio.data.truncation import TokenizationRules, cut_prompt
@@ -36,7 +36,7 @@ class Fitting:
             reason = f"the prompt has {len(ids)} tokens, the limit is {self.rules.prompt_budget}"
             raise InvalidRecordError(code, reason)
         if len(fitted) < len(ids):
-            notes.append("W506")
+            notes.append(Cut("W506", len(ids) - len(fitted)))
         return fitted
 
     def completion(
@@ -51,8 +51,8 @@ class Fitting:
             raise InvalidRecordError("R301", f"the {role} completion has no token")
         budget = self.rules.max_length - prompt_length
         if len(ids) > budget:
+            notes.append(Cut("W503", len(ids) - budget))
             ids, mask = ids[:budget], mask[:budget]
-            notes.append("W503")
             if not any(mask):
                 raise InvalidRecordError("R306", f"the history of {role} leaves it no room")
         return TokenizedCompletion(role, ids, mask)

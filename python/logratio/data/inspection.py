@@ -7,7 +7,7 @@ from itertools import islice
 
 from logratio.data.containers import Input, Row, Rows, open_inputs
 from logratio.data.formats import Decoded, Decoder, Detection, FormatSettings
-from logratio.data.formats.detection import summarize
+from logratio.data.formats.detection import Result, summarize, try_row
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal
 from logratio.data.showing import Segment, plain, show_record, show_tokens
 from logratio.data.tokenization import PreferenceTokenizer
@@ -131,27 +131,26 @@ def _file(
 ) -> FileInspection:
     decoder = Decoder(settings)
     rows: list[Row] = []
-    results: list[Decoded | InvalidRecordError] = []
+    results: list[Result] = []
     refusals: list[Refusal] = []
     for source, row in islice(reader, limit):
         if isinstance(row, Refusal):
             refusals.append(row)
             continue
         rows.append(row)
-        try:
-            results.append(decoder.decode(row, source))
-        except InvalidRecordError as error:
-            results.append(error)
-            refusals.append(Refusal(source, error.code, error.reason))
+        result = try_row(decoder, row, source)
+        results.append(result)
+        if isinstance(result, InvalidRecordError):
+            refusals.append(Refusal(source, result.code, result.reason))
     decoded = [result for result in results if isinstance(result, Decoded)]
     unread = dict.fromkeys(key for one in decoded for key in one.extra_keys)
     taken = (row for row, one in zip(rows, results, strict=True) if isinstance(one, Decoded))
-    example = decoded[0].records[0] if decoded else None
+    example = next((record for one in decoded for record in one.records), None)
     return FileInspection(
         name=reader.name,
         container=reader.kind,
         rows=len(rows),
-        detection=summarize(rows, results),
+        detection=summarize(rows, results, decoder.settings),
         keys_read=_without(taken, unread),
         keys_unread=tuple(unread),
         refusals=tuple(refusals),

@@ -76,7 +76,7 @@ class Intake:
         try:
             decoded = self.decoder.decode(row, source)
         except InvalidRecordError as error:
-            self.refuse(Refusal(source, error.code, error.reason))
+            self.refuse(Refusal(source, error.code, error.reason), row)
             return False
         self.report.formats[decoded.format] += 1
         self.report.extra_keys.update(decoded.extra_keys)
@@ -146,8 +146,9 @@ class Intake:
             groups = []
         outcomes, first = GroupArrays.of(groups, self.file_number).push(self.writer)
         written = map(_Written, groups, outcomes.tolist(), first.tolist())
-        results = [next(written, None) if isinstance(g, TokenizedGroup) else g for g in encoded]
-        for _, row in groupby(filter(None, results), _source):
+        results = (next(written, None) if isinstance(g, TokenizedGroup) else g for g in encoded)
+        found = [result for result in results if result is not None]
+        for _, row in groupby(found, _source):
             self._account([*row])
 
     def file_number(self, source: Source) -> int:
@@ -169,10 +170,10 @@ class Intake:
         for part in kept:
             if part.outcome == CONFLICT:
                 self.report.warn("W507", part.group.source, f" against {self.place(part.first)}")
-        for part in row:
-            if part not in kept:
-                reason = part.reason if isinstance(part, Refusal) else "a pair that came before"
-                self.report.warn("W530", _source(part), f" {reason}")
+        for other in row:
+            if other not in kept:
+                reason = other.reason if isinstance(other, Refusal) else "a pair that came before"
+                self.report.warn("W530", _source(other), f" {reason}")
 
     def _lose(self, part: _Written | Refusal) -> None:
         if isinstance(part, Refusal):
@@ -180,7 +181,7 @@ class Intake:
         else:
             self.report.drop_duplicate(part.group.source, self.place(part.first))
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: Refusal, row: object = None) -> None:
         """Count and list a refused row.
 
         Raises:
@@ -188,7 +189,7 @@ class Intake:
         """
         self.report.refuse(refusal)
         if self.log:
-            write_refusal(self.log, refusal)
+            write_refusal(self.log, refusal, row)
         if not refusal.stops:
             return
         if len(self._errors) < LISTED:

@@ -38,7 +38,8 @@ def read_messages(value: Sequence[Any], name: str) -> Turns:
             E208 for a weight that cannot be, E403 for a speaker that is not known.
     """
     return tuple(
-        _message(message, f"message {index + 1} of {name!r}") for index, message in enumerate(value)
+        message if _is_plain(message) else _message(message, f"message {index + 1} of {name!r}")
+        for index, message in enumerate(value)
     )
 
 
@@ -47,6 +48,13 @@ def bare(message: Message) -> Message:
     if "weight" not in message:
         return message
     return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _is_plain(message: Any) -> bool:
+    """Say whether nothing has to be read into a message: most are like this."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return False
+    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
 
 def _message(message: object, name: str) -> Message:

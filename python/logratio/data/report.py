@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from logratio.data.codes import CODES, stops
+from logratio.data.codes import CODES, Cut, stops
 from logratio.data.groups import TokenizedGroup
 from logratio.data.records import Refusal, Source
 
@@ -14,6 +14,7 @@ LISTED = 20
 """Most places that are named for one cause; every one is counted."""
 
 _SHOWN = 3  # of them in the text
+_LONGEST_ROW = 1 << 20  # characters of JSON up to which a refused row is written down
 
 
 class BadDataError(ValueError):
@@ -32,9 +33,6 @@ class BadDataError(ValueError):
         return "\n".join((self.summary, *self.errors))
 
 
-_COUNTERS = {"refused_by_code", "warnings_by_code", "formats", "extra_keys"}
-
-
 @dataclass(slots=True)
 class DataReport:
     """The account of a data set: ``read = kept + refused + deduplicated``.
@@ -51,6 +49,7 @@ class DataReport:
         prompt_tokens: Of kept rows, each prompt once.
         completion_tokens: Of kept rows, all completions.
         places: For each code, and for "duplicate", the first places.
+        cuts: For each code of a cut, how often 2^(k-1) to 2^k - 1 tokens were lost, by k.
     """
 
     read: int = 0
@@ -64,6 +63,7 @@ class DataReport:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     places: dict[str, list[str]] = field(default_factory=dict)
+    cuts: dict[str, Counter[int]] = field(default_factory=dict)
 
     @property
     def refused(self) -> int:
@@ -98,7 +98,9 @@ class DataReport:
         self.keep_many(1, prompts, sum(len(completion.ids) for completion in completions))
         for group in groups:
             for code in group.notes:
-                self.warn(code, group.source)
+                self.warn(str(code), group.source)
+                if isinstance(code, Cut):
+                    self.cuts.setdefault(str(code), Counter())[code.tokens.bit_length()] += 1
 
     def keep_many(self, rows: int, prompt_tokens: int, completion_tokens: int) -> None:
         """Count kept rows of which there is nothing to tell."""
@@ -110,6 +112,15 @@ class DataReport:
         """Count a row as refused that was kept so far."""
         self.kept -= 1
         self.refuse(refusal)
+
+    def cut_bins(self, code: str) -> list[tuple[str, int]]:
+        """Name the bins of a code's cuts, "1", "2-3", "4-7" …, and count the cuts in each."""
+        counts = self.cuts.get(code)
+        if not counts:
+            return []
+        names = {k: f"{1 << k - 1:,}-{(1 << k) - 1:,}" for k in range(2, max(counts) + 1)}
+        names[1] = "1"
+        return [(names[k], counts[k]) for k in range(min(counts), max(counts) + 1)]
 
     def check(self) -> None:
         """Make sure that no row was lost.
@@ -135,15 +146,24 @@ class DataReport:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "places": self.places,
+            "cuts": {
+                code: {str(k): count for k, count in sorted(counts.items())}
+                for code, counts in self.cuts.items()
+            },
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
-        """Read what `to_dict` returned."""
+        """Read what `to_dict` returned, for example from a store's metadata."""
         report = cls()
-        for name in report.__slots__:
-            value = values[name]
-            setattr(report, name, Counter(value) if name in _COUNTERS else value)
+        numbers = ("read", "kept", "deduplicated", "blank_lines")
+        for name in (*numbers, "prompt_tokens", "completion_tokens"):
+            setattr(report, name, values.get(name, 0))
+        for name in ("refused_by_code", "warnings_by_code", "formats", "extra_keys"):
+            getattr(report, name).update(values.get(name, {}))
+        report.places.update(values.get("places", {}))
+        for code, counts in values.get("cuts", {}).items():
+            report.cuts[code] = Counter({int(k): count for k, count in counts.items()})
         return report
 
     def to_text(self) -> str:
@@ -182,13 +202,28 @@ class DataReport:
         return lines + ([f"  … and {count - _SHOWN:,} more"] if count > _SHOWN else [])
 
 
-def write_refusal(file: IO[str], refusal: Refusal) -> None:
-    """Append a refused row to a JSON lines file."""
-    row = {
+def write_refusal(
+    file: IO[str], refusal: Refusal, row: object = None, *, offset: int | None = None
+) -> None:
+    """Append a refused row to a JSON lines file.
+
+    Args:
+        file: Open for text.
+        refusal: File, line, column, code and reason.
+        row: The row as it was read, where it could be read; left out above a million characters.
+        offset: Byte at which its line begins in the file, unpacked, if known.
+    """
+    entry: dict[str, Any] = {
         "file": refusal.source.file,
         "line": refusal.source.line,
         "column": refusal.column,
         "code": refusal.code,
         "reason": refusal.reason,
     }
-    file.write(json.dumps(row) + "\n")
+    if offset is not None:
+        entry["offset"] = offset
+    if row is not None:
+        text = json.dumps(row, default=str)
+        if len(text) <= _LONGEST_ROW:
+            entry["row"] = json.loads(text)
+    file.write(json.dumps(entry) + "\n")

@@ -170,6 +170,11 @@ class PreferenceTokenizer:
             for record, script, own in zip(records, scripts, texts, strict=True)
         ]
 
+    def special_ids(self) -> dict[str, int]:
+        """Return the tokenizer's special tokens: text to id."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids back into text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from logratio.data import TokenizationRules
+from logratio.data import FormatSettings, TokenizationRules
+from logratio.data.containers import Input
 
 Precision = Literal["fp32", "bf16"]
 PathLike = str | Path
@@ -32,7 +33,10 @@ class TrainConfig:
 
     Attributes:
         model: folder of the model to start from (safetensors, tokenizer.json).
-        data: preference files; JSONL, plain or .gz.
+        data: preference data: files, folders, "-" for standard input, tables, or one sealed store
+            that `logratio data build` made.
+        mix: the weight of each of `data`: an epoch then has as many groups as the data, and each
+            input its share of them; None: every group once.
         output: folder for the trained model, metrics and checkpoints.
         cache: root of a reference cache made by `precompute`; then no reference model is held.
         reference: folder of the reference model; `model` itself where none is given.
@@ -53,11 +57,12 @@ class TrainConfig:
         device: where to train; a GPU when there is one, where None.
         lora: adapters to train instead of all weights.
         rules: how records become token ids.
+        formats: how rows become records; detected where nothing is said.
         max_bad_fraction: share of the rows that may be malformed before the run is refused.
     """
 
     model: PathLike
-    data: Sequence[PathLike]
+    data: Sequence[Input]
     output: PathLike
     cache: PathLike | None = None
     reference: PathLike | None = None
@@ -70,6 +75,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     batch_size: int = 32
     epochs: int = 1
+    mix: tuple[float, ...] | None = None
     token_budget: int = 8192
     precision: Precision = "fp32"
     seed: int = 0
@@ -78,6 +84,7 @@ class TrainConfig:
     device: str | None = None
     lora: LoraSettings | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
+    formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
 
 
@@ -86,12 +93,13 @@ class PrecomputeConfig:
     """Settings of one pass of the reference over data: see `TrainConfig` for the shared fields."""
 
     model: PathLike
-    data: Sequence[PathLike]
+    data: Sequence[Input]
     cache: PathLike
     token_budget: int = 16384
     precision: Precision = "fp32"
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
+    formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
 
 
@@ -107,12 +115,12 @@ class EvaluateConfig:
         samples: completions to draw from the policy for the KL to the reference; 0 for none.
         max_new_tokens: longest drawn completion.
         seed: of the drawing.
-        token_budget, precision, device, rules, max_bad_fraction: as in `TrainConfig`.
+        token_budget, precision, device, rules, formats, max_bad_fraction: as in `TrainConfig`.
     """
 
     policy: PathLike
     reference: PathLike
-    data: Sequence[PathLike]
+    data: Sequence[Input]
     beta: float = 0.1
     samples: int = 0
     max_new_tokens: int = 128
@@ -121,4 +129,5 @@ class EvaluateConfig:
     precision: Precision = "fp32"
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
+    formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0

@@ -1,7 +1,7 @@
 """How a policy does on held-out preferences, and how far it has moved from the reference."""
 
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from logratio.training.config import EvaluateConfig
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.reference import score
 from logratio.training.sampling import sample_completions
-from logratio.training.setup import ConfigError, Dataset, load_dataset, max_positions
+from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 from logratio.training.tensors import Batch, buffers_for, to_torch
 
 
@@ -91,9 +91,11 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         config.policy,
         config.data,
         config.rules,
+        replace(config.formats, kinds=("pair",)),
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
+    check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     _check_samples(config, dataset.store)
     return Evaluating(config, dataset, show_progress)
 

@@ -1,6 +1,5 @@
 """The training loop: one update is a fixed number of groups, whatever the micro-batches."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import Store
-from logratio.data import Feed, FeedSettings, MicroBatch, lay_out
+from logratio.data import (
+    Feed,
+    FeedSettings,
+    MicroBatch,
+    datasets_of,
+    lay_out,
+    source_names,
+)
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.checks import check_policy_is_reference
@@ -93,6 +99,8 @@ class Loop:
             token_budget=self.config.token_budget,
             layout=self.layout,
             seed=self.config.seed,
+            weights=self.config.mix,
+            datasets=datasets_of(self.store) if self.config.mix else None,
         )
         feed = Feed(
             self.store, settings, epochs=self.config.epochs, allocate=buffers_for(self.device)
@@ -201,7 +209,7 @@ class Loop:
         """What must be equal for a resumed run to be the same run."""
         names = (
             "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs token_budget "
-            "precision seed"
+            "precision seed mix"
         )
         fields = {name: getattr(self.config, name) for name in names.split()}
         lora = asdict(self.config.lora) if self.config.lora else None
@@ -226,13 +234,6 @@ def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
     if "rewards/accuracies" in values:
         note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
     advance(groups, note)
-
-
-def source_names(store: Store, groups: list[int]) -> list[str]:
-    """Name the file and line of each group."""
-    files, lines = store.sources()
-    names = json.loads(store.metadata).get("files", [])
-    return [f"{names[files[g]] if files[g] < len(names) else '?'}:{lines[g]}" for g in groups]
 
 
 def say(sentence: str) -> None:

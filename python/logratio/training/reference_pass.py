@@ -71,6 +71,7 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
         config.model,
         config.data,
         config.rules,
+        config.formats,
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )

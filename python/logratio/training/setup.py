@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from logratio._rust import Store
+from logratio._rust import ROLES, Store
 from logratio.data import (
     DataReport,
     FormatSettings,
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
+    datasets_of,
+    is_store,
+    load_store,
+    source_names,
 )
+from logratio.data.containers import Input
 from logratio.forecast import Forecast, check_writable
-from logratio.progress import progress
+from logratio.progress import reading_progress
 from logratio.training import demand
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
@@ -58,47 +63,74 @@ class Dataset:
 
 def load_dataset(
     model: PathLike,
-    data: Sequence[PathLike],
+    data: Sequence[Input],
     rules: TokenizationRules,
+    formats: FormatSettings | None = None,
     *,
     path: Path | None = None,
     refused: Path | None = None,
-    demonstrations: bool = False,
     max_bad_fraction: float = 0.0,
     show_progress: bool = True,
 ) -> Dataset:
-    """Tokenize `data` with the tokenizer in `model`.
+    """Tokenize `data` with the tokenizer in `model`, or open the sealed store that `data` names.
 
     Raises:
         BadDataError: malformed rows, each named by file:line and code.
+        StoreMismatchError: the store was made with another tokenizer or other rules.
         ConfigError: nothing is left to work on.
     """
-    files = [Path(file) for file in data]
     tokenizer = PreferenceTokenizer.load(Path(model), rules)
-    total = sum(file.stat().st_size for file in files if file.is_file())
-    with progress("reading", total, "B", show=show_progress) as advance:
-        done = 0
-
-        def on_bytes(_rows: int, bytes_done: int, _total: int) -> None:
-            nonlocal done
-            advance(bytes_done - done)
-            done = bytes_done
-
-        store, report = build_store(
-            files,
-            tokenizer,
-            path,
-            formats=FormatSettings(demonstrations, kinds=("pair",)),
-            max_bad_fraction=max_bad_fraction,
-            progress=on_bytes,
-            refused=refused,
-        )
+    if is_store(data):
+        store, report = load_store(data[0], tokenizer)
+    else:
+        with reading_progress(show=show_progress) as tell:
+            store, report = build_store(
+                data,
+                tokenizer,
+                path,
+                formats=formats,
+                max_bad_fraction=max_bad_fraction,
+                progress=tell,
+                refused=refused,
+            )
     if refused and report.refused == 0:
         refused.unlink(missing_ok=True)
     if len(store) == 0:
         raise ConfigError("no record is left to work on:\n" + report.to_text())
     _check_positions(model, store)
     return Dataset(store, report, tokenizer)
+
+
+def check_groups(store: Store, roles: tuple[str, ...], what: str) -> None:
+    """Refuse groups whose completions are something else than these.
+
+    Raises:
+        ConfigError: with their number and the place of the first.
+    """
+    offsets, found = store.completion_offsets(), store.roles()
+    fits = np.diff(offsets) == len(roles)
+    first = offsets[:-1][fits]
+    fits[fits] = np.all([found[first + n] == ROLES.index(r) for n, r in enumerate(roles)], axis=0)
+    wrong = np.flatnonzero(~fits)
+    if len(wrong):
+        (place,) = source_names(store, wrong[:1].tolist())
+        raise ConfigError(
+            f"{what} needs groups of {' and '.join(roles)}, and {len(wrong):,} groups are "
+            f"something else (the first: {place})"
+        )
+
+
+def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:
+    """Refuse weights that do not fit the data.
+
+    Raises:
+        ConfigError: there is not one weight above 0 for each input.
+    """
+    if mix is None:
+        return
+    inputs = max(datasets_of(store)) + 1
+    if len(mix) != inputs or not all(math.isfinite(weight) and weight > 0 for weight in mix):
+        raise ConfigError(f"mix must hold a weight above 0 for each of the {inputs} inputs")
 
 
 def _check_positions(model: PathLike, store: Store) -> None:

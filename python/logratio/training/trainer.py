@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from logratio.training.setup import (
     build_reference,
     cached_reference,
     check_config,
+    check_groups,
+    check_mix,
     forecast,
     load_dataset,
 )
@@ -76,17 +78,23 @@ def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
     if not config.resume:
         checkpoint.refuse_leftovers(Path(config.output) / CHECKPOINTS)
     path = Path(config.output) / STORE_FILE
+    is_sft = config.loss == "sft"
     dataset = load_dataset(
         config.model,
         config.data,
         config.rules,
+        replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",)),
         path=path,
         refused=path.with_name(REFUSED_FILE),
-        demonstrations=config.loss == "sft",
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
-    path.unlink()  # the map keeps it while the run needs it, and nothing can leave it behind
+    path.unlink(
+        missing_ok=True
+    )  # the map keeps it while the run needs it, and nothing can leave it behind
+    roles = ("demonstration",) if is_sft else ("chosen", "rejected")
+    check_groups(dataset.store, roles, f"the loss {config.loss}")
+    check_mix(config.mix, dataset.store)
     return Training(config, dataset, show_progress)
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from logratio.data.containers.arrow_library import arrow
-from logratio.data.containers.table_rows import Opened, TableRows
+from logratio.data.containers.table_rows import OpenTable, TableRows
 
 _SET_ROWS = 1000  # as `datasets` writes and reads them
 
@@ -47,7 +47,7 @@ class StreamRows(TableRows):
         yield
 
     @contextmanager
-    def _opened(self, part: int) -> Iterator[Opened]:
+    def _opened(self, part: int) -> Iterator[OpenTable]:
         names = self.columns()
         reader, self._reader = self._reader, None
         yield names, ((i, batch) for i, batch in enumerate(reader) if i >= part)
@@ -84,7 +84,7 @@ class DatasetRows(TableRows):
         yield
 
     @contextmanager
-    def _opened(self, part: int) -> Iterator[Opened]:
+    def _opened(self, part: int) -> Iterator[OpenTable]:
         yield self.columns(), self._batches(part)
 
     def _batches(self, part: int) -> Iterator[tuple[int, Any]]:

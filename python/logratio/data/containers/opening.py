@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from logratio.data.containers import recognition
+from logratio.data.containers.arrow_rows import ArrowFileRows, ArrowStreamRows
 from logratio.data.containers.csv_records import CsvRecords
 from logratio.data.containers.folders import data_files
 from logratio.data.containers.json_array import JsonArray
 from logratio.data.containers.json_lines import JsonLines
 from logratio.data.containers.memory_tables import DatasetRows, StreamRows
+from logratio.data.containers.parquet_rows import ParquetRows
 from logratio.data.containers.rows import MAX_RECORD_BYTES, Rows, TextRows
 from logratio.data.containers.sources import ByteSource
-from logratio.data.containers.table_files import ArrowFileRows, ArrowStreamRows, ParquetRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
 Input: TypeAlias = Any

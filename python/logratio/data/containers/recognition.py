@@ -4,9 +4,10 @@ import csv
 import re
 from pathlib import PurePath
 
+from logratio.data.containers.arrow_rows import ARROW_MAGIC, STREAM_MAGIC
+from logratio.data.containers.parquet_rows import PARQUET_MAGIC
 from logratio.data.containers.rows import SPACE
 from logratio.data.containers.sources import ByteSource
-from logratio.data.containers.table_files import ARROW_MAGIC, PARQUET_MAGIC, STREAM_MAGIC
 from logratio.data.records import InvalidRecordError
 
 JSON_LINES, JSON_ARRAY, CSV = "JSON lines", "JSON array", "CSV"

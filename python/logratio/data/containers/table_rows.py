@@ -15,7 +15,7 @@ BATCH_ROWS = 8192
 SLICE_ROWS = 512
 """Most rows that are Python objects at a time."""
 
-Opened = tuple[tuple[str, ...], Iterator[tuple[int, Any]]]
+OpenTable = tuple[tuple[str, ...], Iterator[tuple[int, Any]]]
 """The columns' names, and the record batches, each with the number of the part it belongs to."""
 
 
@@ -106,7 +106,7 @@ class TableRows:
         self._part_row = int(self._first.get("part_row", 0))
         self._is_done = bool(self._first.get("is_done", False))
 
-    def _opened(self, part: int) -> AbstractContextManager[Opened]:
+    def _opened(self, part: int) -> AbstractContextManager[OpenTable]:
         raise NotImplementedError
 
     @contextmanager

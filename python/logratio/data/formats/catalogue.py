@@ -229,7 +229,7 @@ def names_of_formats() -> list[str]:
 
 
 def near_formats(names: Sequence[str]) -> Iterator[tuple[Format, tuple[str, ...]]]:
-    """Find formats of which some keys are there, those that lack least first.
+    """Find formats of preferences of which some keys are there, those that lack least first.
 
     Args:
         names: The names that a row has.
@@ -239,7 +239,7 @@ def near_formats(names: Sequence[str]) -> Iterator[tuple[Format, tuple[str, ...]
     """
     there = set(names)
     near = []
-    for known in CATALOGUE:
+    for known in (known for known in CATALOGUE if not known.demonstrates):
         lacking = tuple(" or ".join(need) for need in known.needs if not there & set(need))
         if lacking and len(lacking) < len(known.needs):
             near.append((known, lacking))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from logratio.data import conversations
+from logratio.data.formats.lists import MOST
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.records import (
@@ -42,6 +43,9 @@ def records_of(meaning: Meaning, source: Source, settings: FormatSettings) -> Ch
         values = meaning.values
         best, worst = values.index(max(values)), values.index(min(values))
         return _pairs(meaning, source, [(best, worst)])
+    if len(meaning.values) > MOST:
+        reason = f"a list of {len(meaning.values):,} answers makes too many pairs (most: {MOST})"
+        raise InvalidRecordError("E212", f"{reason}: take --lists best_worst or groups")
     return _pairs(meaning, source, list(combinations(range(len(meaning.values)), 2)))
 
 

@@ -42,7 +42,8 @@ class Decoder:
     """Reads rows of any known format, each as what it is.
 
     It remembers what the first row of each file was: one file says one kind of thing (pairs,
-    unpaired feedback, lists), while its rows may have different formats.
+    unpaired feedback, lists) and its prompts are of one kind, while its rows may have different
+    formats.
 
     Attributes:
         settings: What was said about the data.
@@ -51,6 +52,7 @@ class Decoder:
     def __init__(self, settings: FormatSettings | None = None) -> None:
         self.settings = settings or FormatSettings()
         self._first: dict[str, tuple[Kind, Source]] = {}
+        self._plain: dict[str, tuple[bool, Source]] = {}
 
     def decode(self, row: Row, source: Source) -> Decoded:
         """Read a row.
@@ -68,6 +70,8 @@ class Decoder:
         meaning = read_row(view, settings)
         check_unread(view)
         self._check_kind(meaning, source)
+        if view.is_plain is not None:
+            self._check_plain(view.is_plain, source)
         records, left_out = records_of(meaning, source, settings)
         return Decoded(tuple(records), meaning.format, view.extra_keys(), tuple(left_out))
 
@@ -84,6 +88,15 @@ class Decoder:
         if kind != first:
             reason = f"the row is {_CALLED[kind]}, and {place} is {_CALLED[first]}"
             raise InvalidRecordError("E204", f"{reason}: put them into files of their own")
+
+    def _check_plain(self, is_plain: bool, source: Source) -> None:
+        """Refuse prompts that are plain text in one row and a user's turn in another."""
+        first, place = self._plain.setdefault(source.file, (is_plain, source))
+        if is_plain != first:
+            names = "plain text", "messages, for a system prompt or a history stands beside it"
+            this, that = names if is_plain else reversed(names)
+            reason = f"the prompt is {this}, and that of {place} is {that}"
+            raise InvalidRecordError("E204", f"{reason}: give every row the same keys")
 
     def _makes_pairs(self, meaning: Meaning) -> bool:
         return meaning.kind == "group" and self.settings.lists != "groups"

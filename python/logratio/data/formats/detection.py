@@ -8,8 +8,14 @@ from itertools import islice
 from logratio.data.containers import Row
 from logratio.data.formats.catalogue import FORMATS, near_formats
 from logratio.data.formats.decoder import Decoded, Decoder
+from logratio.data.formats.families import holds_ids
+from logratio.data.formats.labelled import untold
 from logratio.data.formats.settings import FormatSettings
+from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError, Source
+
+Result = Decoded | InvalidRecordError
+"""A row that was tried."""
 
 _SAMPLE = "these rows"
 _UNKNOWN = {"E201", "E206"}
@@ -43,17 +49,32 @@ def detect(rows: Sequence[Row], settings: FormatSettings | None = None) -> Detec
         settings: What was said about them.
     """
     decoder = Decoder(settings)
-    results: list[Decoded | InvalidRecordError] = []
-    for line, row in enumerate(rows, 1):
-        try:
-            results.append(decoder.decode(row, Source(_SAMPLE, line)))
-        except InvalidRecordError as error:
-            results.append(error)
-    return summarize(rows, results)
+    results = [try_row(decoder, row, Source(_SAMPLE, line)) for line, row in enumerate(rows, 1)]
+    return summarize(rows, results, decoder.settings)
 
 
-def summarize(rows: Sequence[Row], results: Sequence[Decoded | InvalidRecordError]) -> Detection:
-    """Say what rows are that were decoded, or refused, one by one."""
+def try_row(decoder: Decoder, row: Row, source: Source) -> Result:
+    """Decode a row, or say why not; a row of token ids is known, and has no record of text."""
+    view = View(row, decoder.settings.columns)
+    if holds_ids(view):
+        read = {view.key(name) for (name,) in FORMATS["ids"].needs}
+        return Decoded((), "ids", tuple(key for key in row if key not in read))
+    try:
+        return decoder.decode(row, source)
+    except InvalidRecordError as error:
+        return error
+
+
+def summarize(
+    rows: Sequence[Row], results: Sequence[Result], settings: FormatSettings
+) -> Detection:
+    """Say what rows are that were tried one by one.
+
+    Args:
+        rows: The rows.
+        results: What `try_row` made of each.
+        settings: What was said about them.
+    """
     counts = Counter(result.format for result in results if isinstance(result, Decoded))
     refused = Counter(str(result) for result in results if isinstance(result, InvalidRecordError))
     name = next(iter(counts)) if len(counts) == 1 else None
@@ -62,10 +83,12 @@ def summarize(rows: Sequence[Row], results: Sequence[Decoded | InvalidRecordErro
         return Detection(name, "; ".join(told), counts, refused, {})
     reason = refused.most_common(1)[0][0] if refused else "there is no row to look at"
     codes = {result.code for result in results if isinstance(result, InvalidRecordError)}
+    if codes == {"E209"} and (sentence := untold(rows, settings)):
+        reason = f"[E209] {sentence}"
     return Detection(None, reason, counts, refused, _near(rows) if codes & _UNKNOWN else {})
 
 
-def _why(name: str, rows: Sequence[Row], results: Sequence[Decoded | InvalidRecordError]) -> str:
+def _why(name: str, rows: Sequence[Row], results: Sequence[Result]) -> str:
     """Say by which keys a row was taken for a format."""
     for row, result in zip(rows, results, strict=True):
         if isinstance(result, Decoded) and result.format == name:

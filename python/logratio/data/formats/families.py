@@ -19,17 +19,24 @@ class Family:
 
     Attributes:
         name: What the catalogue calls it.
+        signs: Names of which such a row has one, unless settings tell what its label means.
         claims: Says whether a row is of this family, from its keys and the types of its values.
         read: Reads such a row.
     """
 
     name: str
+    signs: frozenset[str]
     claims: Callable[[View, FormatSettings], bool]
     read: Callable[[View, FormatSettings], Meaning]
 
 
-def _claims_ids(view: View, settings: FormatSettings) -> bool:
+def holds_ids(view: View) -> bool:
+    """Say whether a row holds token ids, which no reader of text takes."""
     return all(map(view.has, _IDS))
+
+
+def _claims_ids(view: View, settings: FormatSettings) -> bool:
+    return holds_ids(view)
 
 
 def _read_ids(view: View, settings: FormatSettings) -> Meaning:
@@ -38,15 +45,15 @@ def _read_ids(view: View, settings: FormatSettings) -> Meaning:
 
 
 FAMILIES = (
-    Family("steps", steps.claims, steps.read),
-    Family("pairs", pairs.claims, pairs.read),
-    Family("swift", pairs.claims_swift, pairs.read_swift),
-    Family("labelled", labelled.claims, labelled.read),
-    Family("lists", lists.claims, lists.read),
-    Family("unpaired", unpaired.claims, unpaired.read),
-    Family("ids", _claims_ids, _read_ids),
+    Family("steps", steps.SIGNS, steps.claims, steps.read),
+    Family("pairs", pairs.SIGNS, pairs.claims, pairs.read),
+    Family("swift", pairs.SIGNS_SWIFT, pairs.claims_swift, pairs.read_swift),
+    Family("labelled", labelled.SIGNS, labelled.claims, labelled.read),
+    Family("lists", lists.SIGNS, lists.claims, lists.read),
+    Family("unpaired", unpaired.SIGNS, unpaired.claims, unpaired.read),
+    Family("ids", frozenset(_IDS), _claims_ids, _read_ids),
 )
-_DEMONSTRATIONS = Family("demonstrations", demonstrations.claims, demonstrations.read)
+_DEMONSTRATIONS = Family("demonstrations", frozenset(), demonstrations.claims, demonstrations.read)
 _BY_NAME = {family.name: family for family in (*FAMILIES, _DEMONSTRATIONS)}
 
 
@@ -73,7 +80,12 @@ def find_family(view: View, settings: FormatSettings) -> Family:
     Raises:
         InvalidRecordError: E201 and E206 where there is none, E210 where there are two.
     """
-    found = [family for family in FAMILIES if family.claims(view, settings)]
+    told = settings.told is not None
+    found = [
+        family
+        for family in FAMILIES
+        if (told or not view.lacks(family.signs)) and family.claims(view, settings)
+    ]
     if found and found[0].name == "steps":  # which are pairs, too
         found = [family for family in found if family.name != "pairs"]
     if not found and pairs.half(view):

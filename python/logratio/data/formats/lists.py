@@ -11,6 +11,10 @@ from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import Shape, View
 from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
 
+SIGNS = frozenset((*LISTED, "text"))
+MOST = 256
+"""Most answers in a list that becomes pairs: their number grows with its square."""
+
 _ITEM_ANSWERS = ("completion", "answer", "response", "text", "output", "content", "messages")
 _ITEM_VALUES = ("rank", "score", "overall_score", "reward")
 _RANKS = ("rank", "ranks")  # where lower is better
@@ -50,6 +54,7 @@ def read(view: View, settings: FormatSettings) -> Meaning:
         answers, sort = [_answer_of(item) for item in items], beside
     else:
         answers, numbers, sort = _carried(items, key)
+    _leave(view, name, items, sort)
     shapes = [_shape(answer, f"answer {i + 1} of {key!r}") for i, answer in enumerate(answers)]
     named = {f"answer {i + 1} of {key!r}": answer for i, answer in enumerate(answers)}
     answered = put_together(view, named, shapes)
@@ -93,9 +98,22 @@ def _carried(items: Sequence[Any], key: str) -> tuple[list[Any], list[Any], str]
 
 
 def _answer_of(item: Any) -> Any:
+    key = _answer_key(item)
+    return item if key is None else item[key]
+
+
+def _answer_key(item: Any) -> str | None:
+    """Find the key of the answer in an item that is none itself."""
     if not isinstance(item, dict) or "role" in item or "from" in item:
-        return item
-    return next((item[name] for name in _ITEM_ANSWERS if item.get(name) is not None), None)
+        return None
+    return next((name for name in _ITEM_ANSWERS if item.get(name) is not None), None)
+
+
+def _leave(view: View, name: str, items: Sequence[Any], sort: str) -> None:
+    """Note what of the items is not read."""
+    for item in items:
+        if key := _answer_key(item):
+            view.leave(name, [k for k, v in item.items() if k not in (key, sort) and v is not None])
 
 
 def _shape(answer: Any, name: str) -> Shape:

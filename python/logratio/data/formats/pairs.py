@@ -17,6 +17,9 @@ SIDES = {
 }
 """Names of a better and a worse answer, and the format that has them where it is but one."""
 
+SIGNS = frozenset(name for names in SIDES for name in names)
+SIGNS_SWIFT = frozenset(("rejected_response", "rejected_messages"))
+
 _BY_QUESTION = {
     "conversations": "sharegpt",
     "messages": "axolotl",
@@ -31,7 +34,7 @@ _BY_QUESTION = {
 
 def claims(view: View, settings: FormatSettings) -> bool:
     """Say whether a row has both names of a pair."""
-    return bool(_sides(view))
+    return bool(_both(view))
 
 
 def read(view: View, settings: FormatSettings) -> Meaning:
@@ -40,11 +43,13 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     Raises:
         InvalidRecordError: E210 where there are two; whatever else is wrong with it.
     """
-    found = _sides(view) or [half(view) or ("chosen", "rejected")]
+    found = _both(view) or [half(view) or ("chosen", "rejected")]
     if len(found) > 1:
         names = " and ".join(f"`{view.key(names[0])}`" for names in found)
         raise InvalidRecordError("E210", f"{names} could each be the better answer: drop one")
-    if all(view.shape(name) == "strings" for name in found[0]):
+    if any(isinstance(view.peek(name), list) for name in found[0]) and all(
+        view.shape(name) == "strings" for name in found[0]
+    ):
         names = " and ".join(f"`{view.key(name)}`" for name in found[0])
         raise InvalidRecordError(
             "E210",
@@ -92,7 +97,7 @@ def read_swift(view: View, settings: FormatSettings) -> Meaning:
     return pair("ms-swift", _whole(view, chosen, rejected))
 
 
-def _sides(view: View) -> list[tuple[str, str]]:
+def _both(view: View) -> list[tuple[str, str]]:
     both = [names for names in SIDES if names[0] in view and names[1] in view]
     return [names for names in both if view.has(names[0]) or view.has(names[1])]
 

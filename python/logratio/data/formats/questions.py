@@ -29,6 +29,8 @@ BEFORE = (
 )
 """Names of what the model has to see before it answers: never left out in silence."""
 
+_BEFORE = frozenset(BEFORE)
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -56,7 +58,8 @@ def find_main(view: View) -> str | None:
         InvalidRecordError: E210 where there are several.
     """
     found = [name for name in MAINS if view.has(name) and _can_ask(view, name)]
-    found = [name for name in found if name in view.mapped] or found
+    if len(found) > 1:
+        found = [name for name in found if name in view.mapped] or found
     if "instruction" in found:
         found = [name for name in found if name != "input"]  # which alpaca puts below it
     if len(found) > 1:
@@ -83,8 +86,10 @@ def read_question(view: View, main: str) -> Question:
         return Question(main, with_system(view, turns), read_tools(view))
     if not isinstance(value, str):
         raise view.wrong(main, "a string or a list of messages")
-    if main == "prompt" and not any(name in view for name in (*SYSTEM, HISTORY)):
-        return Question(main, value)
+    if main == "prompt":
+        view.is_plain = not any(name in view for name in (*SYSTEM, HISTORY))
+        if view.is_plain:
+            return Question(main, value)
     if main == "instruction" and (more := view.optional_text("input")):
         value = f"{value}\n{more}"
     history = () if main == HISTORY else _history(view)
@@ -124,6 +129,8 @@ def check_unread(view: View) -> None:
     Raises:
         InvalidRecordError: E206, naming the part.
     """
+    if view.lacks(_BEFORE):
+        return
     for name in BEFORE:
         if view.peek(name) and not view.was_read(name) and name not in view.mapped:
             key = view.key(name)
@@ -146,6 +153,7 @@ def _openai(view: View, value: dict[str, Any]) -> Question:
     if not isinstance(messages, list):
         code = "E201" if "messages" not in value else "E203"
         raise InvalidRecordError(code, f"{view.key('input')!r} holds no list of 'messages'")
+    view.leave("input", [key for key in value if key not in ("messages", TOOLS)])
     turns = conversations.prompt(messages, "input.messages")
     return Question("input", turns, _tools(value.get("tools"), "input.tools"))
 

@@ -13,6 +13,7 @@ from logratio.data.formats.view import View
 from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
 
 _BEFORE = "initial_reason_steps"
+SIGNS = frozenset((_BEFORE, "first_diff", "error_steps"))
 
 
 def claims(view: View, settings: FormatSettings) -> bool:

@@ -10,6 +10,7 @@ from logratio.data.formats.view import View
 from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
 
 _CHATS = ("messages", "conversations")
+SIGNS = frozenset(THUMBS)
 
 
 def claims(view: View, settings: FormatSettings) -> bool:
@@ -17,7 +18,7 @@ def claims(view: View, settings: FormatSettings) -> bool:
     thumb = _thumb(view, settings)
     if thumb is None or isinstance(view.peek(thumb), list):
         return False
-    if settings.told and settings.told.answers():
+    if settings.told and settings.told.answers() and settings.told.key == thumb:
         return False
     return any(map(view.has, COMPLETIONS)) or any(map(view.has, _CHATS))
 
@@ -53,14 +54,15 @@ def _chat(view: View, role: str) -> tuple[Question, Completion]:
 
 def _thumb(view: View, settings: FormatSettings) -> str | None:
     label = settings.told
-    names = (label.key,) if label and label.is_thumb() else THUMBS
+    is_told = label is not None and label.is_thumb() and view.has(label.key)
+    names = (label.key,) if label and is_told else THUMBS
     return next((name for name in names if view.has(name)), None)
 
 
 def _is_good(view: View, name: str, label: Label | None) -> bool:
     value = view.take(name)
     key = view.key(name)
-    if label and label.is_thumb():
+    if label and label.is_thumb() and label.key == name:
         meaning = label.meanings.get(spelled(value))
         if meaning not in (GOOD, BAD):
             told = ", ".join(label.meanings)

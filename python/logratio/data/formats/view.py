@@ -1,6 +1,6 @@
 """A row under the names that formats know, and which of its keys were read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from logratio.data.containers import Row, json_type
@@ -31,6 +31,8 @@ class View:
 
     Attributes:
         mapped: Names that settings gave a key of the row.
+        is_plain: Whether a string under ``prompt`` was read as plain text (else as a user's turn);
+            None where there was none.
     """
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
@@ -38,7 +40,9 @@ class View:
         self._row = row
         self._columns = columns
         self._read: set[str] = set()
+        self._inner: dict[str, None] = {}
         self.mapped = columns.keys()
+        self.is_plain: bool | None = None
         self._values: Mapping[str, Any] = row
         if columns:
             taken = {*columns, *columns.values()}
@@ -48,6 +52,10 @@ class View:
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
+
+    def lacks(self, names: frozenset[str]) -> bool:
+        """Say whether none of some names is there."""
+        return names.isdisjoint(self._values)
 
     def names(self) -> list[str]:
         """Return the names that have a value."""
@@ -135,6 +143,10 @@ class View:
         """Return a name as the row spells it."""
         return self._columns.get(name, name)
 
+    def leave(self, name: str, keys: Iterable[str]) -> None:
+        """Note keys inside a value that are not read."""
+        self._inner |= {f"{self.key(name)}.{key}": None for key in keys}
+
     def extra_keys(self) -> tuple[str, ...]:
-        """Return the row's keys that were not read."""
-        return tuple(key for key in self._row if key not in self._read)
+        """Return the row's keys that were not read, and such keys inside of read ones."""
+        return (*(key for key in self._row if key not in self._read), *self._inner)

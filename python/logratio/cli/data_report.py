@@ -1,0 +1,129 @@
+"""`logratio data report`: every row accounted for, and what the pairs are like."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from logratio.cli import options
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
+from logratio.cli.options import PromptTruncation
+
+if TYPE_CHECKING:
+    from logratio.data.analysis import Analysis
+
+_OUTPUT = "What is written"
+
+
+class RequestError(ValueError):
+    """The command's arguments cannot be followed together."""
+
+
+def report(
+    files: options.Files,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the tokenizer.json that training will use: "
+                     "the model's. For a store: the one that made it, to name its tokens."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write everything there.", rich_help_panel=_OUTPUT),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw lengths, length bias and padding: .svg, or .png with matplotlib.",
+                     rich_help_panel=_OUTPUT),
+    ] = None,
+    refused: Annotated[
+        Path | None,
+        typer.Option(help="Write refused rows there: JSON lines of place, code, reason and row.",
+                     rich_help_panel=_OUTPUT),
+    ] = None,
+    near_duplicates: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Name groups whose windows of 5 tokens have this Jaccard "
+                     "index. 0: do not look."),
+    ] = 0.8,
+    max_length: options.MaxLength = 1024,
+    max_prompt_length: options.MaxPromptLength = None,
+    prompt_truncation: options.Truncation = PromptTruncation.DROP,
+    eos: options.Eos = True,
+    split_special_tokens: options.SplitSpecial = False,
+    demonstrations: options.Demonstrations = False,
+    format_name: FormatOption = None,
+    columns: Columns = None,
+    label: LabelOption = None,
+    lists: ListsWanted = ListsOption.PAIRS,
+    max_bad_fraction: options.MaxBad = 1.0,
+) -> None:  # fmt: skip
+    """Account for every row, and say what the pairs are like.
+
+    Rows kept, refused and left out, by cause and place; near-duplicates; lengths of chosen against
+    rejected and what “the longer wins” would reach; a label-noise estimate; what padding would
+    cost. Malformed rows are counted and do not stop it, as they would stop `train`.
+    """
+    from logratio.data import PreferenceTokenizer, build_store, is_store
+    from logratio.data.analysis import analyse
+    from logratio.data.analysis.sealed import analyse_store
+    from logratio.progress import reading_progress
+
+    _check_picture(picture)
+    threshold = near_duplicates or None
+    if is_store(files):
+        analysis = analyse_store(files[0], tokenizer=tokenizer, threshold=threshold)
+        _finish(analysis, json_file, picture)
+        return
+    if tokenizer is None:
+        raise RequestError(
+            "lengths are in tokens: name the model's tokenizer with --tokenizer DIR, a folder that "
+            "holds tokenizer.json"
+        )
+    rules = options.rules(
+        max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
+    )
+    reader = PreferenceTokenizer.load(tokenizer, rules)
+    with reading_progress() as tell:
+        store, account = build_store(
+            files,
+            reader,
+            formats=read_settings(
+                format_name, columns, label, lists.value, demonstrations=demonstrations
+            ),
+            max_bad_fraction=max_bad_fraction,
+            progress=tell,
+            refused=refused,
+        )
+    _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
+
+
+def _check_picture(picture: Path | None) -> None:
+    """Refuse a picture of another kind before anything long."""
+    if picture and picture.suffix not in (".svg", ".png"):
+        raise RequestError(f"{picture}: a picture is .svg or .png")
+    if picture and picture.suffix == ".png":
+        from logratio.extras import require
+
+        require("matplotlib.figure", "demo")
+
+
+def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) -> None:
+    """Print the report and write what was asked for."""
+    typer.echo(analysis.to_text())
+    if json_file:
+        json_file.write_text(json.dumps(analysis.to_dict(), indent=1) + "\n", "utf-8")
+    if picture:
+        from logratio.data.analysis.picture import draw
+
+        draw(analysis, picture)
+
+
+__all__ = ["report"]

@@ -1,0 +1,100 @@
+"""`logratio data build` and `verify`: preference data as a sealed store."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logratio.cli import options
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
+from logratio.cli.options import PromptTruncation
+
+
+class ConflictsOption(StrEnum):
+    """What becomes of pairs that say the opposite of each other."""
+
+    KEEP = "keep"
+    DROP_BOTH = "drop_both"
+    MAJORITY = "majority"
+
+
+def build(
+    files: options.Files,
+    tokenizer: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder with tokenizer.json: the model's.")
+    ],
+    output: Annotated[Path, typer.Option(help="The store to write, as `pairs.store`.")],
+    refused: Annotated[
+        Path | None, typer.Option(help="Write refused rows there. Default: beside the store.")
+    ] = None,
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate/--keep-duplicates", help="Rows of the same tokens: keep "
+                           "one, or all.")
+    ] = True,
+    conflicts: Annotated[
+        ConflictsOption, typer.Option(help="A over B here and B over A there: keep all, drop both, "
+                                      "or keep what was said more often.")
+    ] = ConflictsOption.KEEP,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew, even if an earlier run was cut off.")
+    ] = False,
+    demonstrations: options.Demonstrations = False,
+    format_name: FormatOption = None,
+    columns: Columns = None,
+    label: LabelOption = None,
+    lists: ListsWanted = ListsOption.PAIRS,
+    max_length: options.MaxLength = 1024,
+    max_prompt_length: options.MaxPromptLength = None,
+    prompt_truncation: options.Truncation = PromptTruncation.DROP,
+    eos: options.Eos = True,
+    split_special_tokens: options.SplitSpecial = False,
+    max_bad_fraction: options.MaxBad = 0.0,
+) -> None:  # fmt: skip
+    """Tokenize once, for any number of runs: `train --data pairs.store` opens it in no time.
+
+    Cut it off at any moment (Ctrl-C, kill -9, a loss of power) and run it again: it goes on where
+    it was. Memory stays bounded whatever the size of the data.
+    """
+    from logratio.data import PreferenceTokenizer, build_store
+    from logratio.progress import reading_progress
+
+    rules = options.rules(
+        max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
+    )
+    formats = read_settings(format_name, columns, label, lists.value, demonstrations=demonstrations)
+    with reading_progress() as progress:
+        store, report = build_store(
+            files,
+            PreferenceTokenizer.load(tokenizer, rules),
+            output,
+            formats=formats,
+            max_bad_fraction=max_bad_fraction,
+            deduplicate=deduplicate,
+            conflicts=conflicts.value,
+            resume=not fresh,
+            progress=progress,
+            refused=refused or output.with_name(f"{output.name}.refused.jsonl"),
+            tell=lambda sentence: typer.echo(sentence, err=True),
+        )
+    typer.echo(report.to_text())
+    typer.echo(f"{len(store):,} groups, {store.tokens:,} tokens: {output}")
+
+
+def verify(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE…", help="Sealed stores.")],
+) -> None:
+    """Read every byte of stores and compare it with their checksums. Ends with 2 at damage."""
+    from logratio._rust import Store
+
+    for path in stores:
+        store = Store.open(path)
+        store.verify()
+        typer.echo(f"{path}: sound, {len(store):,} groups, digest {store.digest}")

@@ -1,0 +1,73 @@
+"""Warnings about a data set as a whole: when they are given, and in which words."""
+
+from dataclasses import dataclass
+
+from logratio.data.analysis.lengths import LengthBias
+from logratio.data.analysis.noise import FlipEstimate
+from logratio.data.analysis.similarity import Similarity
+from logratio.data.codes import CODES
+
+NOTABLE_SIMILAR = 0.01
+"""There is a warning where this share of the groups resembles an earlier one."""
+
+NOTABLE_CUT = 0.05
+"""There is a warning where this share of the completions was cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A warning (W508 …) about the data as a whole.
+
+    Attributes:
+        code: One of `logratio.data.codes.CODES`.
+        text: What was found, with its numbers.
+    """
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {CODES[self.code]}: {self.text}"
+
+
+def length_finding(bias: LengthBias | None) -> list[Finding]:
+    """Warn where length alone tells chosen from rejected (W508)."""
+    if bias is None or bias.strength is None:
+        return []
+    direction = "longer" if bias.superiority + bias.effect > 0.5 else "shorter"
+    text = (
+        f"a {bias.strength} effect, d = {bias.effect:.2f}; “the {direction} wins” is right for "
+        f"{100 * bias.best_accuracy:.1f} %. Compare the policy's accuracy with that, or use a loss "
+        "that divides by length"
+    )
+    return [Finding("W508", text)]
+
+
+def noise_finding(flips: FlipEstimate | None) -> list[Finding]:
+    """Warn where repeated judgements contradict each other often (W509)."""
+    if flips is None or not flips.is_notable:
+        return []
+    text = (
+        f"{100 * flips.rate:.1f} % are estimated to be flipped; a label smoothing of "
+        f"{flips.rate:.2f} allows for that"
+    )
+    return [Finding("W509", text)]
+
+
+def similarity_finding(found: Similarity | None, groups: int) -> list[Finding]:
+    """Warn where many groups are nearly the same as others (W510)."""
+    if found is None or found.similar < NOTABLE_SIMILAR * groups:
+        return []
+    text = (
+        f"{found.similar:,} of {groups:,} groups resemble an earlier one; they weigh more in "
+        "training, and a random split puts them on both sides"
+    )
+    return [Finding("W510", text)]
+
+
+def cut_finding(cut: int, completions: int) -> list[Finding]:
+    """Warn where many completions were cut (W511)."""
+    if not completions or cut < NOTABLE_CUT * completions:
+        return []
+    text = f"{cut:,} of {completions:,} ({100 * cut / completions:.1f} %); raise the limit"
+    return [Finding("W511", text)]

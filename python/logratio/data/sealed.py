@@ -1,0 +1,72 @@
+"""Sealed stores that were made before: is it one, does it fit, where do its groups come from."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from logratio._rust import Store
+from logratio.data.containers import Input
+from logratio.data.report import DataReport
+from logratio.data.tokenization import PreferenceTokenizer
+
+_MAGIC = b"LRSTORE"
+
+
+class StoreMismatchError(ValueError):
+    """A store was made with another tokenizer or other rules, or is named beside other inputs."""
+
+
+def is_store(inputs: Sequence[Input]) -> bool:
+    """Say whether the inputs are one sealed store, told by how it begins.
+
+    Raises:
+        ValueError: A store stands among other inputs.
+    """
+    found = [given for given in inputs if isinstance(given, str | Path) and _begins_as_store(given)]
+    if found and len(inputs) > 1:
+        raise StoreMismatchError(
+            f"{found[0]} is a sealed store, which is read alone: build one store of all the inputs"
+        )
+    return bool(found)
+
+
+def _begins_as_store(path: Path | str) -> bool:
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def source_names(store: Store, groups: Sequence[int]) -> list[str]:
+    """Name the file and line of each group."""
+    files, lines = store.sources()
+    names = json.loads(store.metadata).get("files", [])
+    return [f"{names[files[g]] if files[g] < len(names) else '?'}:{lines[g]}" for g in groups]
+
+
+def datasets_of(store: Store) -> tuple[int, ...]:
+    """Tell for each file of a store which input of `build_store` it belonged to."""
+    return tuple(json.loads(store.metadata)["datasets"])
+
+
+def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store, DataReport]:
+    """Open a store that `build_store` made, if it was made with this tokenizer and its rules.
+
+    Returns:
+        The store, and what became of every row when it was made.
+
+    Raises:
+        CorruptStoreError: The file is not a store, or damaged.
+        StoreMismatchError: Its ids are not those that this tokenizer makes.
+        OSError: The file cannot be read.
+    """
+    store = Store.open(path)
+    metadata = json.loads(store.metadata)
+    here = {"tokenizer": tokenizer.digest, "rules": tokenizer.rules.to_dict()}
+    for name, value in here.items():
+        if metadata.get(name) != value:
+            raise StoreMismatchError(
+                f"{path} was made with {name} {metadata.get(name)}, and here it is {value}: build "
+                "it again, or give the same"
+            )
+    return store, DataReport.from_dict(metadata["report"])

@@ -1,0 +1,179 @@
+//! Candidates compared, with a bound on what a bucket and a group may cost.
+//!
+//! In a bucket of up to [`SMALL`] groups all pairs are compared that do not hang together already.
+//! In a larger one each group is compared with [`SAMPLES`] others that resembled none before them.
+//! A group that was compared in vain with [`VAIN`] earlier ones, over all bands, is not looked at
+//! again. So the work grows with the number of groups, whatever they hold.
+
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU8, Ordering::Relaxed},
+};
+
+use super::{Link, Request, in_parallel, shingles};
+use crate::{Result, store::Store};
+
+const SMALL: usize = 16;
+const SAMPLES: usize = 8;
+const VAIN: u8 = 128;
+
+/// How often each group was compared in vain with an earlier one.
+///
+/// Atomic for the compiler only: in one band a group stands in one bucket, which one thread has.
+#[derive(Debug)]
+pub(super) struct Effort(Vec<AtomicU8>);
+
+impl Effort {
+    pub(super) fn new(groups: usize) -> Self {
+        Self((0..groups).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    fn is_spent(&self, group: u32) -> bool {
+        self.0[group as usize].load(Relaxed) >= VAIN
+    }
+
+    fn spend(&self, group: u32) {
+        let spent = self.0[group as usize].load(Relaxed);
+        self.0[group as usize].store(spent.saturating_add(1), Relaxed);
+    }
+}
+
+/// A group with its shingles.
+struct Member {
+    group: u32,
+    cluster: u32,
+    set: Vec<u64>,
+}
+
+/// What one thread needs to look into buckets.
+struct Search<'a> {
+    store: &'a Store,
+    request: &'a Request,
+    labels: &'a [u32],
+    effort: &'a Effort,
+    found: Vec<Link>,
+}
+
+/// Links between similar groups of one band.
+pub(super) fn links(
+    store: &Store,
+    request: &Request,
+    entries: &[u64],
+    labels: &[u32],
+    effort: &Effort,
+) -> Result<Vec<Link>> {
+    let parts = in_parallel(cuts(entries, request.threads), |range| {
+        let mut search = Search {
+            store,
+            request,
+            labels,
+            effort,
+            found: Vec::new(),
+        };
+        for bucket in entries[range].chunk_by(|left, right| left >> 32 == right >> 32) {
+            search.bucket(bucket)?;
+        }
+        Ok(search.found)
+    });
+    let parts: Result<Vec<_>> = parts.into_iter().collect();
+    Ok(parts?.concat())
+}
+
+/// Shares of the entries that no bucket straddles.
+fn cuts(entries: &[u64], parts: usize) -> Vec<Range<usize>> {
+    let begins = |part: usize| {
+        let at = entries.len() * part / parts;
+        let before = at.checked_sub(1).map(|last| entries[last] >> 32);
+        let rest = &entries[at..];
+        at + before.map_or(0, |key| rest.partition_point(|entry| entry >> 32 == key))
+    };
+    (0..parts)
+        .map(|part| begins(part)..begins(part + 1))
+        .collect()
+}
+
+impl Search<'_> {
+    fn bucket(&mut self, bucket: &[u64]) -> Result<()> {
+        if bucket.len() < 2 {
+            return Ok(());
+        }
+        let groups = bucket.iter().map(|&entry| entry as u32);
+        let first = self.labels[bucket[0] as u32 as usize];
+        if groups
+            .clone()
+            .all(|group| self.labels[group as usize] == first)
+        {
+            return Ok(()); // they hang together already
+        }
+        self.compare(groups, bucket.len() > SMALL)
+    }
+
+    /// Compares each group with those before it; in a large bucket only with samples of them.
+    fn compare(&mut self, groups: impl Iterator<Item = u32>, is_large: bool) -> Result<()> {
+        let mut earlier: Vec<Member> = Vec::new();
+        for group in groups {
+            if self.effort.is_spent(group) {
+                continue;
+            }
+            let cluster = self.labels[group as usize];
+            if is_large && earlier.iter().any(|other| other.cluster == cluster) {
+                continue; // it hangs together with a sample
+            }
+            let stored = self.store.group(i64::from(group))?;
+            let set = shingles::set(stored, self.request.shingle);
+            let mut member = Member {
+                group,
+                cluster,
+                set,
+            };
+            let is_alike = self.meet(&mut member, &mut earlier, is_large);
+            if !is_large || (!is_alike && earlier.len() < SAMPLES) {
+                earlier.push(member);
+            }
+        }
+        Ok(())
+    }
+
+    /// Links a group to those before it that are like it; says whether there was one.
+    fn meet(&mut self, member: &mut Member, earlier: &mut [Member], is_large: bool) -> bool {
+        let mut is_alike = false;
+        for at in 0..earlier.len() {
+            if earlier[at].cluster == member.cluster {
+                continue;
+            }
+            let found = self.link(&earlier[at], member);
+            if let Some(link) = found {
+                self.found.push(link);
+                is_alike = true;
+                if is_large {
+                    break;
+                }
+                let (old, new) = (member.cluster, earlier[at].cluster);
+                member.cluster = new;
+                earlier
+                    .iter_mut()
+                    .filter(|other| other.cluster == old)
+                    .for_each(|other| other.cluster = new);
+            }
+        }
+        is_alike
+    }
+
+    fn link(&self, earlier: &Member, later: &Member) -> Option<Link> {
+        let threshold = self.request.threshold;
+        let (short, long) = (earlier.set.len(), later.set.len());
+        if !shingles::reaches(short.min(long), short, long, threshold) {
+            return None; // too unlike in size, at no cost
+        }
+        let Some(similarity) = shingles::similarity(&earlier.set, &later.set, threshold) else {
+            self.effort.spend(later.group);
+            return None;
+        };
+        Some(Link {
+            cluster: 0, // known when all links are
+            first: earlier.group,
+            second: later.group,
+            similarity,
+        })
+    }
+}

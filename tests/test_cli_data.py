@@ -1,0 +1,72 @@
+"""`--data` of every command: stdin, folders, packed files and tables."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from piped import piped
+
+from logratio.cli.app import main, spread
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; return its exit code and standard error."""
+
+    def command(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return command
+
+
+def test_a_dash_is_a_value_of_data() -> None:
+    assert spread(["train", "--data", "a", "-", "--lr", "1", "-"]) == (
+        ["train", "--data", "a", "--data", "-", "--lr", "1", "-"]
+    )
+
+
+def test_commands_read_stdin_folders_and_tables(
+    run: Run,
+    tiny_model: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:8]), folder / "a.parquet")
+    packed = pyarrow.Codec("zstd").compress(json.dumps(rows[8:]).encode(), asbytes=True)
+    (folder / "b.json.zst").write_bytes(packed)
+    cache = ("--cache", tmp_path / "cache")
+    code, err = run("precompute", "--model", tiny_model, "--data", folder, *cache)
+    assert code == 0, err
+    assert "16 rows read: 16 kept" in err
+    monkeypatch.setattr(sys, "stdin", piped(pairs_file.read_bytes()))
+    output = ("--output", tmp_path / "out", "--batch-size", "8")
+    code, err = run("train", "--model", tiny_model, "--data", "-", *cache, *output)
+    assert code == 0, err
+    assert "16 rows read: 16 kept" in err
+    monkeypatch.setattr(sys, "stdin", piped(packed))
+    models = ("--policy", tmp_path / "out", "--reference", tiny_model)
+    code, err = run("evaluate", *models, "--data", folder / "a.parquet", "-")
+    assert code == 0, err
+    assert "16 rows read: 16 kept" in err
+
+
+def test_folder_of_something_else_is_told_in_a_sentence(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    cache = ("--cache", tmp_path / "cache")
+    code, err = run("precompute", "--model", tiny_model, "--data", tmp_path, *cache)
+    assert code == 2
+    assert "no known kind (weights.bin)" in err

@@ -1,0 +1,195 @@
+"""Messages in every spelling, weights that say what counts, and how chats become text."""
+
+from typing import Any
+
+import pytest
+from chats_for_tests import assistant, gpt, human, user
+from tokenizers_for_tests import CHATML
+
+from logratio.data import conversations
+from logratio.data.chat import ChatTemplate
+from logratio.data.formats import Decoder
+from logratio.data.messages import read_messages
+from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Source
+from logratio.data.scripts import Script, chat_script
+
+HERE = Source("f", 1)
+Row = dict[str, Any]
+CALL = {"name": "f", "arguments": {"a": 1}}
+TOOLS = (
+    "{% if tools %}<tools>{{ tools | map(attribute='name') | join(' ') }}</tools>{% endif %}"
+    + CHATML
+)
+
+
+def read(*messages: Row) -> list[Row]:
+    return [dict(message) for message in read_messages(messages, "chat")]
+
+
+SPELLINGS: dict[str, tuple[Row, Row]] = {
+    "role and content": (user("u"), user("u")),
+    "ShareGPT": (human("u"), user("u")),
+    "ShareGPT's assistant": (gpt("a"), assistant("a")),
+    "ShareGPT's tool": ({"from": "observation", "value": "4"}, {"role": "tool", "content": "4"}),
+    "capitals": ({"from": "Human", "value": "u"}, user("u")),
+    "parts": (
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}],
+        },
+        user("ab"),
+    ),
+    "parts with nulls": (
+        {"role": "user", "content": [{"type": "text", "text": "a", "value": None, "image": None}]},
+        user("a"),
+    ),
+    "null keys": (user("u", name=None, tool_calls=None), user("u")),
+    "other keys": (
+        assistant("a", name="n", reasoning="r"),
+        assistant("a", name="n", reasoning="r"),
+    ),
+    "a call without words": (
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL]},
+    ),
+    "ShareGPT's call": (
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]},
+    ),
+    "ShareGPT's calls": (
+        {"from": "function_call", "value": [CALL, CALL]},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}] * 2},
+    ),
+    "weight": (assistant("a", weight=0), assistant("a", weight=0)),
+    "loss_weight": (assistant("a", loss_weight=1.0), assistant("a", weight=1)),
+    "train": (assistant("a", train=False), assistant("a", weight=0)),
+    "weight of null": (assistant("a", weight=None), assistant("a")),
+    "a user's weight": (user("u", loss_weight=0.0, train=False), user("u")),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_spellings(case: str) -> None:
+    given, expected = SPELLINGS[case]
+    assert read(given) == [expected]
+
+
+BAD: dict[str, tuple[str, Row | str]] = {
+    "string": ("E203", "u"),
+    "image": ("E207", {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}),
+    "part is a string": ("E203", {"role": "user", "content": ["u"]}),
+    "part without text": ("E203", {"role": "user", "content": [{"type": "text"}]}),
+    "part with two texts": ("E203", {"role": "user", "content": [{"text": "a", "value": "b"}]}),
+    "part of a number": ("E203", {"role": "user", "content": [{"text": 1}]}),
+    "speaker": ("E403", {"from": "narrator", "value": "u"}),
+    "value of a number": ("E203", {"from": "human", "value": 1}),
+    "value of null": ("E202", {"from": "human", "value": None}),
+    "call without a name": ("E203", {"from": "function_call", "value": "{}"}),
+    "call that is no JSON": ("E203", {"from": "function_call", "value": "f()"}),
+    "half a weight": ("E208", assistant("a", weight=0.5)),
+    "weight of text": ("E208", assistant("a", weight="1")),
+    "weights that differ": ("E208", assistant("a", weight=1, train=False)),
+    "a user that counts": ("E208", user("u", weight=1)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_messages(case: str) -> None:
+    code, message = BAD[case]
+    with pytest.raises(InvalidRecordError) as caught:
+        read_messages([user("before"), message], "chat")
+    assert caught.value.code == code
+    assert "message 2 of 'chat'" in caught.value.reason
+
+
+def sides(chosen: list[Row], rejected: list[Row]) -> PreferenceRecord:
+    row = {"chosen": chosen, "rejected": rejected}
+    (record,) = Decoder().decode(row, HERE).records
+    return record
+
+
+def test_weights_choose_the_turns_that_count() -> None:
+    record = sides(
+        [user("u"), assistant("a", weight=1), user("v"), assistant("b", weight=0)],
+        [user("u"), assistant("c", weight=0), user("v"), assistant("d")],
+    )
+    chosen, rejected = record.completions
+    assert record.prompt == (user("u"),)
+    later = (assistant("a"), user("v"), assistant("b", weight=0))
+    assert (chosen.context, chosen.answer) == ((), later)
+    assert (rejected.context, rejected.answer) == (
+        (assistant("c"), user("v")),
+        (assistant("d"),),
+    )
+
+
+def test_every_turn_of_a_weighted_chat_may_count() -> None:
+    record = sides(
+        [user("u"), assistant("a", train=True), user("v"), assistant("b", train=True)],
+        [user("u"), assistant("c", train=True), user("v"), assistant("d", train=True)],
+    )
+    assert [side.context for side in record.completions] == [(), ()]
+    assert record.completions[0].answer == (assistant("a"), user("v"), assistant("b"))
+
+
+def test_weights_of_shared_turns_change_nothing() -> None:
+    plain = sides(
+        [user("u"), assistant("a"), user("v"), assistant("b")],
+        [user("u"), assistant("a"), user("v"), assistant("c")],
+    )
+    weighted = sides(
+        [user("u", weight=0), assistant("a", weight=1), user("v"), assistant("b", weight=1)],
+        [user("u", weight=0), assistant("a", weight=0), user("v"), assistant("c", weight=1)],
+    )
+    assert weighted == plain
+
+
+def test_weights_by_which_nothing_counts_are_refused() -> None:
+    with pytest.raises(InvalidRecordError, match="E208"):
+        sides([user("u"), assistant("a", weight=0)], [user("u"), assistant("b")])
+    with pytest.raises(InvalidRecordError, match="E208"):
+        conversations.answer([assistant("a", weight=0)], "chosen")
+
+
+def script(prompt: list[Row], *completions: Completion, **more: Any) -> Script:
+    template = ChatTemplate(TOOLS, {})
+    record = PreferenceRecord(tuple(prompt), completions, HERE, **more)
+    return chat_script(record, template, None)
+
+
+def marked(found: Script, index: int = 0) -> str:
+    return "".join(f"[{p.text}]" if p.counts else p.text for p in found.completions[index])
+
+
+def test_turns_without_weight_stand_in_the_text_and_do_not_count() -> None:
+    answer = (assistant("a"), user("v"), assistant("b", weight=0), user("w"), assistant("c"))
+    found = script([user("u")], Completion("chosen", answer, ()))
+    assert marked(found) == (
+        "[a<|im_end|>\n]<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nw<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>\n]"
+    )
+
+
+def test_no_template_sees_a_weight() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m | tojson }}{% endfor %}", {})
+    answer = (assistant("a"), user("v"), assistant("b", weight=0))
+    record = PreferenceRecord((user("u"),), (Completion("chosen", answer, ()),), HERE)
+    text = list(chat_script(record, template, None).running_texts())[-1]
+    assert "weight" not in text and '"content": "a"' in text
+
+
+def test_a_step_goes_on_from_what_asks_for_it_and_does_not_end() -> None:
+    found = script([user("u")], Completion("chosen", "2. b", "1. a\n"), ends=False)
+    assert found.prompt.endswith("<|im_start|>assistant\n")
+    assert marked(found) == "1. a\n[2. b]"
+    assert not any(found.moved)
+    assert marked(script([user("u")], Completion("chosen", "1. a"), ends=False)) == "[1. a]"
+
+
+def test_tools_reach_the_template_before_and_behind_the_answer() -> None:
+    answer = (assistant("a"),)
+    found = script([user("u")], Completion("chosen", answer, ()), tools=({"name": "f"},))
+    assert found.prompt.startswith("<tools>f</tools>")
+    assert marked(found) == "[a<|im_end|>\n]"
+    assert not any(found.moved)
+    assert script([user("u")], Completion("chosen", answer, ())).prompt.startswith("<|im_start|>")
