@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_oracle import Group, Options, store_of
+from tiny_models import FAMILIES, tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from logratio.data import Arenas, lay_out
 from logratio.training.attention import SharedPrompt, shared_prompt_attention
-from logratio.training.tensors import SharedBatch, to_torch
+from logratio.training.reference import score
+from logratio.training.tensors import SharedBatch, _Tensors, pinned, to_torch
 
 tokens = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=7)
 completions = st.builds(
@@ -151,6 +153,44 @@ def test_variable_length_attention_is_the_per_group_attention(seed: int, width: 
     assert not found.isnan().any()
     gap = (found.transpose(1, 2)[:, :length] - expected).abs().max()
     assert float(gap) <= 1e-6
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_fixed_width_changes_no_log_prob(layout: str) -> None:
+    model, store = tiny(FAMILIES["llama"]()), store_of(random_groups(1))
+    with torch.no_grad():
+        numbers = np.array([2, 0, 4])
+        narrow, wide, more = (
+            score(model, to_torch(lay_out(store, numbers, layout, width=width, pad_id=pad_id)))
+            for width, pad_id in ((None, 0), (170, 0), (192, 7))
+        )
+    assert torch.allclose(narrow, wide, atol=1e-6)
+    assert torch.allclose(narrow, more, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_one_copy_of_the_buffer_holds_every_array(layout: str) -> None:
+    arrays = lay_out(store_of(random_groups(2)), np.array([1, 3]), layout)
+    tensors = _Tensors(arrays, torch.device("meta"))
+    tensors._bytes = torch.from_numpy(arrays.arena.copy())  # as a device holds them
+    for name in dir(arrays):
+        own = getattr(arrays, name)
+        assert str(tensors[name].dtype) == f"torch.{own.dtype}", name
+        assert np.array_equal(tensors[name].numpy(), own), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_buffers_are_not_refilled_while_they_are_copied() -> None:
+    device = torch.device("cuda")
+    store, random = store_of(random_groups(3)), np.random.default_rng(0)
+    for _ in range(500):
+        numbers = random.integers(0, 5, 200)
+        arrays = lay_out(store, numbers, "padded", arena=pinned)
+        batch, expected = to_torch(arrays, device), arrays.input_ids.copy()
+        del arrays
+        lay_out(store, numbers[:9], "padded", arena=pinned)
+        assert np.array_equal(batch.input_ids.cpu().numpy(), expected)
 
 
 def test_a_buffer_comes_back_when_its_last_view_is_gone() -> None:

@@ -14,6 +14,8 @@ use crate::{
 pub struct Batch<'a> {
     pub(super) numbers: &'a [i64],
     pub(super) groups: Vec<StoredGroup<'a>>,
+    /// Of every group, in flat group-major order.
+    pub(super) completions: Vec<StoredCompletion<'a>>,
     pub(super) sizes: Sizes,
     /// `T`.
     pub(super) width: usize,
@@ -37,15 +39,17 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    fn of(groups: &[StoredGroup<'_>]) -> Self {
-        let mut sizes = Self::default();
+    fn of(groups: &[StoredGroup<'_>], completions: &[StoredCompletion<'_>]) -> Self {
+        let (mut sizes, mut rest) = (Self::default(), completions);
         for group in groups {
             let (prompt, count) = (group.prompt_length, group.roles().len());
             sizes.completions += count;
             sizes.tokens += group.tokens.len();
             sizes.targets += group.tokens.len() - prompt;
             sizes.keys += group.tokens.len() + count * prompt;
-            for completion in group.completions() {
+            let own;
+            (own, rest) = rest.split_at(count);
+            for completion in own {
                 let length = completion.ids.len();
                 sizes.longest = sizes.longest.max(prompt + length);
                 sizes.most_queries = sizes.most_queries.max(prompt).max(length);
@@ -60,7 +64,9 @@ impl<'a> Batch<'a> {
     pub fn new(store: &'a Store, numbers: &'a [i64], options: Options<'a>) -> Result<Self> {
         let groups = numbers.iter().map(|&number| store.group(number));
         let groups: Vec<_> = groups.collect::<Result<_>>()?;
-        let sizes = Sizes::of(&groups);
+        let completions = groups.iter().flat_map(|group| group.completions());
+        let completions: Vec<_> = completions.collect();
+        let sizes = Sizes::of(&groups, &completions);
         let width = options.width(match options.layout {
             Layout::Shared => sizes.tokens,
             Layout::Padded => sizes.longest,
@@ -68,6 +74,7 @@ impl<'a> Batch<'a> {
         let mut batch = Self {
             numbers,
             groups,
+            completions,
             sizes,
             width,
             options,
@@ -204,14 +211,16 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Every completion with its group, in flat group-major order.
-    pub(super) fn completions(
+    /// Every group with its completions.
+    pub(super) fn grouped(
         &self,
-    ) -> impl Iterator<Item = (StoredGroup<'a>, StoredCompletion<'a>)> {
-        self.groups.iter().flat_map(|&group| {
-            group
-                .completions()
-                .map(move |completion| (group, completion))
-        })
+    ) -> impl Iterator<Item = (StoredGroup<'a>, &[StoredCompletion<'a>])> {
+        self.groups
+            .iter()
+            .scan(&self.completions[..], |rest, &group| {
+                let (own, after) = rest.split_at(group.roles().len());
+                *rest = after;
+                Some((group, own))
+            })
     }
 }

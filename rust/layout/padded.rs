@@ -1,5 +1,7 @@
 //! The padded layout: one row a completion, for models whose state runs through the tokens.
 
+use std::iter::repeat_n;
+
 use super::{
     Batch, Side,
     targets::{count, widen, widen_mask},
@@ -38,12 +40,14 @@ impl<'a> Rows<'a> {
         for (number, &row) in row_of.iter().enumerate() {
             number_of[row] = number;
         }
-        let all: Vec<_> = batch.completions().collect();
+        let owners = batch.groups.iter();
+        let owners = owners.flat_map(|group| repeat_n(group.prompt(), group.roles().len()));
+        let prompts: Vec<&[i32]> = owners.collect();
         let row = |number: usize| {
-            let (group, completion) = all[number];
-            let length = group.prompt_length + completion.ids.len();
+            let (prompt, completion) = (prompts[number], batch.completions[number]);
+            let length = prompt.len() + completion.ids.len();
             Row {
-                prompt: group.prompt(),
+                prompt,
                 completion,
                 start: match side {
                     Side::Left => batch.width - length,

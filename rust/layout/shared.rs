@@ -30,9 +30,9 @@ pub(super) fn attention_mask(batch: &Batch<'_>, out: &mut [i64]) {
 }
 
 pub(super) fn position_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for group in &batch.groups {
+    for (group, completions) in batch.grouped() {
         count(take(&mut out, group.prompt_length), 0);
-        for completion in group.completions() {
+        for completion in completions {
             let part = take(&mut out, completion.ids.len());
             count(part, group.prompt_length as i64);
         }
@@ -41,9 +41,9 @@ pub(super) fn position_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
 }
 
 pub(super) fn token_mask(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for group in &batch.groups {
+    for (group, completions) in batch.grouped() {
         take(&mut out, group.prompt_length).fill(0);
-        for completion in group.completions() {
+        for completion in completions {
             widen_mask(take(&mut out, completion.ids.len()), completion.mask);
         }
     }
@@ -59,10 +59,10 @@ pub(super) fn segment_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
 
 pub(super) fn logit_index(batch: &Batch<'_>, mut out: &mut [i64]) {
     let mut start = 0;
-    for group in &batch.groups {
+    for (group, completions) in batch.grouped() {
         let prompt_end = start + group.prompt_length as i64 - 1;
         let mut at = prompt_end + 1;
-        for completion in group.completions() {
+        for completion in completions {
             let part = take(&mut out, completion.ids.len());
             part[0] = prompt_end;
             count(&mut part[1..], at);
@@ -84,11 +84,11 @@ pub(super) fn cu_seqlens_k(batch: &Batch<'_>, out: &mut [i32]) {
 
 pub(super) fn key_index(batch: &Batch<'_>, mut out: &mut [i64]) {
     let mut start = 0;
-    for group in &batch.groups {
+    for (group, completions) in batch.grouped() {
         let prompt = group.prompt_length;
         count(take(&mut out, prompt), start);
         let mut at = start + prompt as i64;
-        for completion in group.completions() {
+        for completion in completions {
             count(take(&mut out, prompt), start);
             count(take(&mut out, completion.ids.len()), at);
             at += completion.ids.len() as i64;
@@ -106,10 +106,11 @@ pub(super) fn max_seqlens(batch: &Batch<'_>, out: &mut [i64]) {
 
 /// Of each prompt and each completion: tokens that it sees before its own, and its own.
 fn sequences(batch: &Batch<'_>) -> impl Iterator<Item = (usize, usize)> {
-    batch.groups.iter().flat_map(|group| {
+    batch.grouped().flat_map(|(group, completions)| {
         let prompt = group.prompt_length;
-        let completions = group.completions();
-        let of_completions = completions.map(move |completion| (prompt, completion.ids.len()));
+        let of_completions = completions
+            .iter()
+            .map(move |completion| (prompt, completion.ids.len()));
         std::iter::once((0, prompt)).chain(of_completions)
     })
 }

@@ -12,7 +12,7 @@ pub(super) fn target_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
 }
 
 pub(super) fn completion_mask(batch: &Batch<'_>, mut out: &mut [u8]) {
-    for (_, completion) in batch.completions() {
+    for completion in &batch.completions {
         let values = take(&mut out, completion.mask.len());
         // Whatever else a damaged file may hold, a bool is 0 or 1.
         for (slot, &value) in values.iter_mut().zip(completion.mask) {
@@ -22,7 +22,7 @@ pub(super) fn completion_mask(batch: &Batch<'_>, mut out: &mut [u8]) {
 }
 
 pub(super) fn completion_of(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for (number, (_, completion)) in (0..).zip(batch.completions()) {
+    for (number, completion) in (0..).zip(&batch.completions) {
         take(&mut out, completion.ids.len()).fill(number);
     }
 }
@@ -30,7 +30,7 @@ pub(super) fn completion_of(batch: &Batch<'_>, mut out: &mut [i64]) {
 pub(super) fn completion_offsets(batch: &Batch<'_>, out: &mut [i64]) {
     let mut end = 0;
     out[0] = 0;
-    for (slot, (_, completion)) in out[1..].iter_mut().zip(batch.completions()) {
+    for (slot, completion) in out[1..].iter_mut().zip(&batch.completions) {
         end += completion.ids.len() as i64;
         *slot = end;
     }
@@ -43,7 +43,7 @@ pub(super) fn prompt_lengths(batch: &Batch<'_>, out: &mut [i64]) {
 }
 
 pub(super) fn completion_lengths(batch: &Batch<'_>, out: &mut [i64]) {
-    for (slot, (_, completion)) in out.iter_mut().zip(batch.completions()) {
+    for (slot, completion) in out.iter_mut().zip(&batch.completions) {
         *slot = completion.ids.len() as i64;
     }
 }

@@ -27,8 +27,12 @@ class SharedPrompt:
     """Where each prompt and completion lies in the row, and the masks that follow from it."""
 
     def __init__(self, batch: SharedBatch) -> None:
-        self.prompts = batch.prompt_lengths
-        self.completions = batch.completion_lengths
+        tokens = sum(batch.prompt_lengths) + sum(map(sum, batch.completion_lengths))
+        filler = (
+            batch.input_ids.shape[1] - tokens
+        )  # up to a fixed width: a prompt that none answers
+        self.prompts = batch.prompt_lengths + [filler] * (filler > 0)
+        self.completions = batch.completion_lengths + [[]] * (filler > 0)
         self.answers = [sum(lengths) for lengths in self.completions]
         self.groups = [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
         self.queries = [n for pair in zip(self.prompts, self.answers, strict=True) for n in pair]
