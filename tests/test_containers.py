@@ -4,8 +4,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +459,21 @@ def test_missing_unreadable_and_twice(tmp_path: Path, stdin: Callable[[bytes], N
     stdin(b"{}\n")
     with pytest.raises(OSError, match=r"Can be read only once.*stdin"):
         open_inputs(["-", Path("-")])
+
+
+@pytest.mark.parametrize("kind", ENCODE)
+def test_named_pipes_are_read_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    content = ENCODE[kind](ROWS)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(path.write_bytes, content)
+        opened = open_file(path)
+        assert values(opened) == ROWS
+        assert written.result() == len(content)
+    assert (opened.name, opened.size) == (path.as_posix(), None)
+    with pytest.raises(OSError, match="only once"):
+        list(opened)
 
 
 def test_pyarrow_is_asked_for_only_where_it_is_needed(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bad_input import account, pair
-from test_containers import ENCODE, FILES, PACK
+from test_containers import ENCODE, FILES, PACK, TABLES
 from tokenizers_for_tests import CHATML, save, with_bos, word_level
 
 from logratio.data import BadDataError, PreferenceTokenizer, TokenizationRules, build_store
@@ -22,6 +22,7 @@ from logratio.data.containers import open_file
 from logratio.data.records import Refusal
 
 ROWS = [pair(i, prompt=f"how {i}é") for i in range(8)]
+CHATS = [{"prompt": [{"role": "user", "content": f"how {i}é"}], "n": i} for i in range(8)]
 READS = {"jsonl": 1500, "json": 1000, "csv": 800, "parquet": 700, "arrow": 700, "arrows": 700}
 """Mutations of each container; half as many of it packed with each packer: 10,100 in all."""
 
@@ -76,7 +77,7 @@ def check_rows(path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "pack"), FILES)
 def test_readers_survive_damage(tmp_path: Path, kind: str, pack: str) -> None:
-    content = ENCODE[kind](ROWS)
+    content = ENCODE[kind](CHATS if kind in TABLES else ROWS)
     path = tmp_path / f"rows.{kind}{pack}"
     count = READS[kind] // (2 if pack else 1)
     for seed in range(count):

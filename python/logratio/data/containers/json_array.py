@@ -12,8 +12,12 @@ from logratio.data.records import InvalidRecordError, Refusal, Source
 
 MAX_DEPTH = 10_000
 
-# A whole string, a string that has not ended yet, or what gives an array its shape.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
+# Over text and whole strings, up to what gives an element its shape; a quote: a string that has not
+# ended yet. Inside brackets commas say nothing.
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_INSIDE = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb')*+(["\[\]{}])', re.DOTALL)
+_OUTSIDE = re.compile(rb'(?:[^",\[\]{}]++|' + _STRING + rb')*+(["\[\]{},])', re.DOTALL)
+_COMMA = re.compile(rb"[ \t\r\n]*+,[ \t\r\n]*+")
 _NOT_SPACE = re.compile(rb"[^ \t\r\n]")
 _OPENED_BY = {ord("]"): ord("["), ord("}"): ord("{")}
 _BLOCK = 1 << 17
@@ -65,6 +69,10 @@ class JsonArray(TextRows):
 
     def _next_element(self, text: "_Text") -> bool | None:
         """Go to the next element; None: the array ends here. True: no comma is before it."""
+        comma = None if self._is_first else _COMMA.match(text.buffer, text.start)
+        if comma and comma.end() < len(text.buffer):
+            self._pass(text, comma.end())
+            return False
         self._skip_space(text)
         is_first, self._is_first = self._is_first, False
         if text.peek(1) == b"]":
@@ -132,20 +140,18 @@ def _element_end(text: _Text, limit: int) -> int:
     opened = bytearray()
     scanned = 0  # from the element's start: the buffer moves when it grows
     while True:
-        found = _TOKEN.search(text.buffer, text.start + scanned)
-        is_cut = found is not None and found.end() - found.start() == 1 and found[0] == b'"'
-        if found is None or is_cut:
-            scanned = (found.start() if found else len(text.buffer)) - text.start
+        pattern = _INSIDE if opened else _OUTSIDE
+        found = pattern.match(text.buffer, text.start + scanned)
+        if found is None or found[1] == b'"':
             _check_length(len(text.buffer) - text.start, limit)
             if not text.grow():
                 raise InvalidRecordError("E102", "the file ends inside a record")
             continue
+        if not opened and found[1] in b",]":
+            _check_length(found.start(1) - text.start, limit)
+            return found.start(1)
         scanned = found.end() - text.start
-        token = found[0][0]
-        if not opened and token in b",]":
-            _check_length(scanned - 1, limit)
-            return found.start()
-        _nest(opened, token)
+        _nest(opened, found[1][0])
 
 
 def _nest(opened: bytearray, token: int) -> None:

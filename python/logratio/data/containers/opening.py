@@ -59,6 +59,8 @@ def open_inputs(inputs: Sequence[Input], *, max_line_bytes: int = MAX_RECORD_BYT
         TypeError: An input is neither a path nor a table, or has several splits.
         MissingArrowError: pyarrow is needed and not installed.
     """
+    if sum(isinstance(given, str | Path) and str(given) == STDIN for given in inputs) > 1:
+        raise OSError(errno.EINVAL, "Can be read only once", "stdin")
     opened, tables = Opened(), 0
     left_out: list[Path] = []
     for number, given in enumerate(inputs):
@@ -71,8 +73,6 @@ def open_inputs(inputs: Sequence[Input], *, max_line_bytes: int = MAX_RECORD_BYT
             opened.append(open_file(path, max_line_bytes=max_line_bytes))
             opened.inputs.append(number)
     opened.left_out = tuple(left_out)
-    if sum(rows.name == "stdin" for rows in opened) > 1:
-        raise OSError(errno.EINVAL, "Can be read only once", "stdin")
     return opened
 
 

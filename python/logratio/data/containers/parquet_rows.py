@@ -46,40 +46,27 @@ class ParquetRows(FileTable):
         )
 
     def _batches(self, parquet: Any, file: Any, part: int) -> Iterator[tuple[int, Any]]:
-        groups = parquet.metadata.num_row_groups
+        # Never ask the metadata for a column: damaged statistics end the process there.
+        schema, groups = parquet.schema, parquet.metadata.num_row_groups
+        columns = [schema.column(number) for number in range(len(schema))]
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        coded = self._parquet(file, metadata=parquet.metadata, read_dictionary=texts)
         for group in range(part, groups):
-            rows = self._batch_rows(file, parquet.metadata, group)
+            about = parquet.metadata.row_group(group)
+            bytes_per_row = int(about.total_byte_size) // max(int(about.num_rows), 1) + 1
+            bytes_per_row += sum(_longest_entry(coded, group, path) for path in texts)
+            rows = max(1, min(BATCH_ROWS, _BATCH_BYTES // bytes_per_row))
             for batch in parquet.iter_batches(rows, row_groups=[group], use_threads=False):
                 yield group, batch
             self._share = (group + 1) / groups
 
-    def _batch_rows(self, file: Any, metadata: Any, group: int) -> int:
-        """Return how many of a row group's rows are decoded at a time.
-
-        A text in a column's dictionary is stored once and may stand in every row, so that stored
-        sizes alone say nothing of decoded ones.
-        """
-        about = metadata.row_group(group)
-        columns = [about.column(number) for number in range(about.num_columns)]
-        texts = [column for column in columns if _has_text_dictionary(column)]
-        size = int(about.total_byte_size)
-        if texts:
-            paths = [column.path_in_schema for column in texts]
-            reader = self._parquet(file, metadata=metadata, read_dictionary=paths)
-            for column in texts:
-                size += column.num_values * _longest_entry(reader, group, column.path_in_schema)
-        bytes_per_row = size // max(int(about.num_rows), 1) + 1
-        return max(1, min(BATCH_ROWS, _BATCH_BYTES // bytes_per_row))
-
-
-def _has_text_dictionary(column: Any) -> bool:
-    return column.physical_type == "BYTE_ARRAY" and bool(
-        {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} & set(column.encodings)
-    )
-
 
 def _longest_entry(reader: Any, group: int, path: str) -> int:
-    """Return the bytes of the longest text in one column's dictionary."""
+    """Return the bytes of the longest text in one column's dictionary.
+
+    A text in it is stored once and may stand in every row, so that stored sizes alone say nothing
+    of decoded ones. Where there is no dictionary, it is the longest text of the first row.
+    """
     first = next(reader.iter_batches(1, row_groups=[group], columns=[path]), None)
     return 0 if first is None else max(map(_longest, first.columns), default=0)
 

@@ -20,11 +20,10 @@ class ByteSource:
 
     Attributes:
         name: What errors call it.
-        path: The file; None for stdin.
+        path: The file; None for what can be read only once.
         size: Bytes on disk; None if not known.
         packing: "", "gzip" or "zstd".
         head: The first unpacked bytes.
-        fault: Why the head cannot be read, if it cannot.
 
     Raises:
         OSError: It cannot be read.
@@ -41,19 +40,20 @@ class ByteSource:
         first, _ = _take(self._packed, 4)
         self.packing = packing(first)
         stream = unpacked(_Replay(first, self._packed), self.packing)
-        self.head, self.fault = _take(stream, HEAD)
+        self.head, fault = _take(stream, HEAD)
         self._once: io.RawIOBase | None = None
         if path is None:
-            self._once = _Replay(self.head, stream, self.fault)
+            self._once = _Replay(self.head, stream, fault)
         else:
             packed.close()
 
     @classmethod
     def of_file(cls, path: Path) -> "ByteSource":
-        """Look into a file."""
+        """Look into a file; a named pipe is read as stdin is."""
         file = path.open("rb", buffering=0)
-        size = path.stat().st_size if path.is_file() else None
-        return cls(path.as_posix(), path, size, file)
+        if not path.is_file():
+            return cls(path.as_posix(), None, None, file)
+        return cls(path.as_posix(), path, path.stat().st_size, file)
 
     @classmethod
     def of_stdin(cls) -> "ByteSource":
@@ -93,8 +93,7 @@ class ByteSource:
         """Close the file; `is_done`: nothing behind this is wanted."""
         if is_done and self.size is not None:
             self._packed.position = self.size
-        if self.path is not None:
-            self._packed.close()
+        self._packed.close()
 
 
 class _Replay(io.RawIOBase):
