@@ -123,10 +123,12 @@ class _Ingest:
         if at:
             intake.files = {name: number for number, name in enumerate(at.files)}
             intake.report = DataReport.from_dict(at.report)
+            decoder.restore(at.decoder)
         for number in range(at.input if at else 0, len(self._readers)):
             if at and number == at.input:
                 self._readers[number].go_on(dict(at.mark))
             self._read(number, intake)
+        intake.report.left_out = [path.as_posix() for path in self._readers.left_out]
         intake.close()
         store = self._seal(intake)
         self._advance(intake.report.read, self._size)
@@ -181,6 +183,7 @@ class _Ingest:
                 number,
                 reader.mark(),
                 intake.report.to_dict(),
+                intake.decoder.state(),
                 [*intake.files],
                 self._checkpoints.log_bytes(),
             )

@@ -9,6 +9,7 @@ import numpy as np
 
 from logratio._rust import StoreWriter
 from logratio.data.arrays import CONFLICT, DUPLICATE, GroupArrays
+from logratio.data.codes import CODES
 from logratio.data.columns import FORMAT, NAMES, parts, row_group
 from logratio.data.formats import KNOWN_SHAPES, Decoder
 from logratio.data.groups import TokenizedGroup
@@ -80,8 +81,8 @@ class Intake:
             return False
         self.report.formats[decoded.format] += 1
         self.report.extra_keys.update(decoded.extra_keys)
-        for reason in decoded.left_out:
-            self.report.warn("W530", source, f" {reason}")
+        for code in decoded.left_out:
+            self.report.warn("W530", source, f" {CODES[code]}")
         if decoded.records[0].is_chat and self.tokenizer.chat_template is None:
             self.refuse(Refusal(source, "E401", NO_TEMPLATE))
         characters = sum(len(text) for record in decoded.records for text in record.texts())

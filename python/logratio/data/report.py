@@ -48,6 +48,7 @@ class DataReport:
         extra_keys: Rows in which each key that was not read stands.
         prompt_tokens: Of kept rows, each prompt once.
         completion_tokens: Of kept rows, all completions.
+        left_out: Files of folders that are no data: README, LICENSE, hidden ones.
         places: For each code, and for "duplicate", the first places.
         cuts: For each code of a cut, how often 2^(k-1) to 2^k - 1 tokens were lost, by k.
     """
@@ -62,6 +63,7 @@ class DataReport:
     extra_keys: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    left_out: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=dict)
     cuts: dict[str, Counter[int]] = field(default_factory=dict)
 
@@ -145,6 +147,7 @@ class DataReport:
             "extra_keys": dict(self.extra_keys),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "left_out": self.left_out,
             "places": self.places,
             "cuts": {
                 code: {str(k): count for k, count in sorted(counts.items())}
@@ -161,6 +164,7 @@ class DataReport:
             setattr(report, name, values.get(name, 0))
         for name in ("refused_by_code", "warnings_by_code", "formats", "extra_keys"):
             getattr(report, name).update(values.get(name, {}))
+        report.left_out = list(values.get("left_out", ()))
         report.places.update(values.get("places", {}))
         for code, counts in values.get("cuts", {}).items():
             report.cuts[code] = Counter({int(k): count for k, count in counts.items()})
@@ -177,6 +181,8 @@ class DataReport:
             lines.append(f"{self.blank_lines:,} blank lines")
         if self.extra_keys:
             lines.append(f"keys that were not read: {', '.join(sorted(self.extra_keys))}")
+        if self.left_out:
+            lines.append(f"files beside the data that were not read: {', '.join(self.left_out)}")
         for counts in (self.refused_by_code, self.warnings_by_code):
             for code, count in sorted(counts.items()):
                 lines.append(f"[{code}] {count:,} × {CODES[code]}")

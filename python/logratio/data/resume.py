@@ -23,6 +23,7 @@ class Position:
         input: Number of the container that is being read.
         mark: Where in it, as `Rows.mark` said.
         report: The account so far, as `DataReport.to_dict` gave it.
+        decoder: What the rows of each file were, as `Decoder.state` said.
         files: Names of the containers in the order of their numbers.
         log_bytes: Length of the list of refused rows.
     """
@@ -31,6 +32,7 @@ class Position:
     input: int
     mark: Mapping[str, Any]
     report: Mapping[str, Any]
+    decoder: Mapping[str, Any]
     files: list[str]
     log_bytes: int
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from logratio.data.containers import Row
 from logratio.data.formats.choices import records_of
@@ -74,6 +75,18 @@ class Decoder:
             self._check_plain(view.is_plain, source)
         records, left_out = records_of(meaning, source, settings)
         return Decoded(tuple(records), meaning.format, view.extra_keys(), tuple(left_out))
+
+    def state(self) -> dict[str, Any]:
+        """Return what it remembers of each file's first row, as JSON values."""
+        return {
+            "first": {file: (kind, at.line) for file, (kind, at) in self._first.items()},
+            "plain": {file: (is_plain, at.line) for file, (is_plain, at) in self._plain.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` returned."""
+        for memory, values in ((self._first, state["first"]), (self._plain, state["plain"])):
+            memory.update({file: (said, Source(file, at)) for file, (said, at) in values.items()})
 
     def _check_kind(self, meaning: Meaning, source: Source) -> None:
         """Refuse what is not wanted, and what the file's first row was not."""
