@@ -212,11 +212,12 @@ class _Ingest:
             return intake.writer.finish(described())
         gone = losers(*intake.writer.conflicts(), by_majority=by == "majority")
         whole = intake.writer.finish(described())
-        keep = settle(whole, gone, intake.report)
-        store = whole.select(keep, self._path, described())
-        if self._whole_path:
-            self._whole_path.unlink()
-        return store
+        try:
+            keep = settle(whole, gone, intake.report)
+            return whole.select(keep, self._path, described())
+        finally:
+            if self._whole_path:
+                self._whole_path.unlink()
 
 
 def _changed(name: str) -> int | None:
