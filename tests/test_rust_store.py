@@ -115,7 +115,7 @@ def test_layouts_are_contiguous_arrays_of_their_type() -> None:
     store = make_store()
     other = {"completion_mask": np.bool_, "roles": np.uint8}
     for layout in (store.shared_layout(np.array([1, 0])), store.padded_layout(np.array([1, 0]))):
-        for name in dir(layout):
+        for name in layout.table:
             if not name.startswith("_"):
                 array = getattr(layout, name)
                 assert array.dtype == other.get(name, np.int64), name

@@ -25,39 +25,75 @@ pub struct Layout {
     table: Table,
 }
 
-#[pymethods]
-impl Layout {
-    /// Bytes of the buffer that are in use, from its beginning on.
-    #[getter]
-    fn nbytes(&self) -> usize {
-        self.table.bytes()
-    }
-
-    /// Where each array lies: name to dtype, first byte, shape.
-    #[getter]
-    fn table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let table = PyDict::new(py);
-        for entry in self.table.entries() {
-            let place = (entry.dtype().name(), entry.offset, shape(entry));
-            table.set_item(entry.field.name(), place)?;
+/// A class whose arrays are attributes: what it has besides, then the name and the field of each.
+macro_rules! arrays {
+    ($class:ident { $($methods:tt)* } $($name:ident: $field:ident,)*) => {
+        #[pymethods]
+        impl $class {
+            $($methods)*
+            $(
+                #[getter]
+                fn $name<'py>(this: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+                    array(this.as_any().cast()?, Field::$field)
+                }
+            )*
         }
-        Ok(table)
-    }
+    };
+}
 
-    /// The array of that name, if it was laid out.
-    fn __getattr__<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
-        let field = name.parse::<Field>();
-        let Some(entry) = field.ok().and_then(|field| self.table.get(field)) else {
-            let reason = format!("{name} was not laid out: name it in `fields`");
-            return Err(PyAttributeError::new_err(reason));
-        };
-        view(self.arena.bind(py), entry)
-    }
+arrays! {
+    Layout {
+        /// Bytes of the buffer that are in use, from its beginning on.
+        #[getter]
+        fn nbytes(&self) -> usize {
+            self.table.bytes()
+        }
 
-    fn __dir__(&self) -> Vec<&'static str> {
-        let entries = self.table.entries().iter();
-        entries.map(|entry| entry.field.name()).collect()
+        /// Where each array lies: name to dtype, first byte, shape.
+        #[getter]
+        fn table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+            let table = PyDict::new(py);
+            for entry in self.table.entries() {
+                let place = (entry.dtype().name(), entry.offset, shape(entry));
+                table.set_item(entry.field.name(), place)?;
+            }
+            Ok(table)
+        }
     }
+    input_ids: InputIds,
+    attention_mask: AttentionMask,
+    position_ids: PositionIds,
+    token_mask: TokenMask,
+    segment_ids: SegmentIds,
+    logit_index: LogitIndex,
+    target_ids: TargetIds,
+    completion_mask: CompletionMask,
+    completion_of: CompletionOf,
+    completion_offsets: CompletionOffsets,
+    prompt_lengths: PromptLengths,
+    completion_lengths: CompletionLengths,
+    group_sizes: GroupSizes,
+    roles: Roles,
+    groups: Groups,
+    completions: Completions,
+}
+
+arrays! {
+    SharedLayout {}
+    cu_seqlens_q: CuSeqlensQ,
+    cu_seqlens_k: CuSeqlensK,
+    key_index: KeyIndex,
+    max_seqlens: MaxSeqlens,
+}
+
+/// The array of that field, if it was laid out.
+fn array<'py>(layout: &Bound<'py, Layout>, field: Field) -> PyResult<Bound<'py, PyAny>> {
+    let this = layout.get();
+    let Some(entry) = this.table.get(field) else {
+        let reason = format!("{} was not laid out: name it in `fields`", field.name());
+        return Err(PyAttributeError::new_err(reason));
+    };
+    view(this.arena.bind(layout.py()), entry)
 }
 
 fn shape(entry: &Entry) -> Vec<usize> {
