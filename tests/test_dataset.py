@@ -288,6 +288,16 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
         build_store([write(rows)], tokenizer)
 
 
+def test_rows_of_one_line_are_rows_of_their_own(
+    tmp_path: Path, tokenizer: PreferenceTokenizer
+) -> None:
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps([pair(0), pair(1), pair(1), pair(2), pair(0)]))
+    store, report = build_store([path], tokenizer)
+    assert len(store) == report.kept == 3
+    assert report.deduplicated == 2
+
+
 def test_duplicates_are_kept_once_and_name_the_first(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +28,8 @@ _ALWAYS_STOPS = {"E105", "E106", "E108", "E109", "E111", "E112", "E113", "E401"}
 _SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
 
 Row = dict[str, Any]
+Part = PreferenceRecord | TokenizedGroup | Refusal
+"""Something that a row held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Intake:
     files: dict[str, int] = field(default_factory=dict)
     report: DataReport = field(default_factory=DataReport)
     _errors: list[str] = field(default_factory=list)
-    _waiting: list[PreferenceRecord | TokenizedGroup | Refusal] = field(default_factory=list)
+    _waiting: list[Sequence[Part]] = field(default_factory=list)  # one a row
     _characters: int = 0
 
     def take(self, source: Source, row: Row | Refusal) -> bool:
@@ -100,7 +101,7 @@ class Intake:
             if isinstance(part, GroupArrays):
                 self._write_arrays(part)
             else:
-                self.write([part])
+                self.write([[part]])
 
     def _write_arrays(self, arrays: GroupArrays) -> None:
         """Write groups of one row each, and look only at those that came before."""
@@ -120,13 +121,11 @@ class Intake:
         """Tell where a group that is being written comes from."""
         return Source([*self.files][arrays.files[group]], int(arrays.lines[group]))
 
-    def _wait(
-        self, parts: "Sequence[PreferenceRecord | TokenizedGroup | Refusal]", characters: int
-    ) -> bool:
+    def _wait(self, parts: Sequence[Part], characters: int) -> bool:
         """Let the records of a row wait for their batch."""
         if self._errors and not self.max_bad_fraction:
             return False  # the run is lost: read on to find further faults, and no more
-        self._waiting += parts
+        self._waiting.append(parts)
         self._characters += characters
         is_full = len(self._waiting) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
         if is_full:
@@ -135,22 +134,25 @@ class Intake:
 
     def flush(self) -> None:
         """Encode and write what is waiting."""
-        waiting, self._waiting, self._characters = self._waiting, [], 0
-        records = [part for part in waiting if isinstance(part, PreferenceRecord)]
+        rows, self._waiting, self._characters = self._waiting, [], 0
+        parts = [part for row in rows for part in row]
+        records = [part for part in parts if isinstance(part, PreferenceRecord)]
         encoded = iter(self.tokenizer.encode_records(records))
-        self.write([next(encoded) if isinstance(p, PreferenceRecord) else p for p in waiting])
+        self.write(
+            [[next(encoded) if isinstance(p, PreferenceRecord) else p for p in row] for row in rows]
+        )
 
-    def write(self, encoded: Sequence[TokenizedGroup | Refusal]) -> None:
-        """Write groups and account for their rows; the groups of a row stand together."""
-        groups = [group for group in encoded if isinstance(group, TokenizedGroup)]
+    def write(self, rows: Sequence[Sequence[TokenizedGroup | Refusal]]) -> None:
+        """Write the groups of each row and account for the row."""
+        groups = [part for row in rows for part in row if isinstance(part, TokenizedGroup)]
         if self._errors and not self.max_bad_fraction:
             groups = []
         outcomes, first = GroupArrays.of(groups, self.file_number).push(self.writer)
         written = map(_Written, groups, outcomes.tolist(), first.tolist())
-        results = (next(written, None) if isinstance(g, TokenizedGroup) else g for g in encoded)
-        found = [result for result in results if result is not None]
-        for _, row in groupby(found, _source):
-            self._account([*row])
+        for row in rows:
+            results = [next(written, None) if isinstance(p, TokenizedGroup) else p for p in row]
+            if found := [result for result in results if result is not None]:
+                self._account(found)
 
     def file_number(self, source: Source) -> int:
         """Number a container by its name."""
