@@ -25,8 +25,10 @@ class Arenas:
     """
 
     def __init__(self) -> None:
-        self._free: deque[NDArray[np.uint8]] = deque()
         self._loans: set[_Loan] = set()
+        # Loans that ended. Their callback is `append` itself: one written in Python could be where
+        # Ctrl-C strikes, and what a callback raises is lost.
+        self._ended: deque[ref[NDArray[np.uint8]]] = deque()
 
     def __call__(self, nbytes: int) -> NDArray[np.uint8]:
         """Lend a buffer of `nbytes` bytes, uint8 `[nbytes]`, with whatever was in it."""
@@ -34,22 +36,18 @@ class Arenas:
         # Views of an array are views of its owner, but not through a memoryview: every view of
         # `lent` keeps `lent` itself alive, and its end is the end of them all.
         lent = np.frombuffer(storage.data, np.uint8, nbytes)
-        loan = _Loan(lent, self._take_back)
+        loan = _Loan(lent, self._ended.append)
         loan.storage = storage
         self._loans.add(loan)
         return lent
 
-    def _take_back(self, loan: ref[NDArray[np.uint8]]) -> None:
-        """Called when the last view is gone, on whatever thread let it go."""
-        assert isinstance(loan, _Loan)
-        self._loans.discard(loan)
-        self._free.append(loan.storage)
-
     def _take(self, nbytes: int) -> NDArray[np.uint8]:
-        while self._free:
-            storage = self._free.popleft()
-            if len(storage) >= nbytes:
-                return storage
+        while self._ended:
+            loan = self._ended.popleft()
+            assert isinstance(loan, _Loan)
+            self._loans.discard(loan)
+            if len(loan.storage) >= nbytes:
+                return loan.storage
         return np.empty(nbytes + nbytes // 4, np.uint8)
 
     def __reduce__(self) -> tuple[Any, ...]:
