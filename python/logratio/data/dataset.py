@@ -213,7 +213,7 @@ class _Ingest:
         gone = losers(*intake.writer.conflicts(), by_majority=by == "majority")
         whole = intake.writer.finish(described())
         try:
-            keep = settle(whole, gone, intake.report)
+            keep = settle(whole, gone, intake.report, intake.log)
             return whole.select(keep, self._path, described())
         finally:
             if self._whole_path:

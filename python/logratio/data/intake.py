@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +61,10 @@ class Intake:
     files: dict[str, int] = field(default_factory=dict)
     report: DataReport = field(default_factory=DataReport)
     _errors: list[str] = field(default_factory=list)
-    _waiting: list[PreferenceRecord | TokenizedGroup | Refusal] = field(default_factory=list)
+    _waiting: "list[Sequence[PreferenceRecord | TokenizedGroup | Refusal]]" = field(
+        default_factory=list
+    )
+    _parts: int = 0
     _characters: int = 0
 
     def take(self, source: Source, row: Row | Refusal) -> bool:
@@ -100,7 +102,7 @@ class Intake:
             if isinstance(part, GroupArrays):
                 self._write_arrays(part)
             else:
-                self.write([part])
+                self.write([[part]])
 
     def _write_arrays(self, arrays: GroupArrays) -> None:
         """Write groups of one row each, and look only at those that came before."""
@@ -126,31 +128,37 @@ class Intake:
         """Let the records of a row wait for their batch."""
         if self._errors and not self.max_bad_fraction:
             return False  # the run is lost: read on to find further faults, and no more
-        self._waiting += parts
+        self._waiting.append(parts)
+        self._parts += len(parts)
         self._characters += characters
-        is_full = len(self._waiting) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
+        is_full = self._parts >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
         if is_full:
             self.flush()
         return is_full
 
     def flush(self) -> None:
         """Encode and write what is waiting."""
-        waiting, self._waiting, self._characters = self._waiting, [], 0
-        records = [part for part in waiting if isinstance(part, PreferenceRecord)]
+        waiting, self._waiting, self._parts, self._characters = self._waiting, [], 0, 0
+        records = [part for row in waiting for part in row if isinstance(part, PreferenceRecord)]
         encoded = iter(self.tokenizer.encode_records(records))
-        self.write([next(encoded) if isinstance(p, PreferenceRecord) else p for p in waiting])
+        self.write(
+            [
+                [next(encoded) if isinstance(part, PreferenceRecord) else part for part in row]
+                for row in waiting
+            ]
+        )
 
-    def write(self, encoded: Sequence[TokenizedGroup | Refusal]) -> None:
-        """Write groups and account for their rows; the groups of a row stand together."""
-        groups = [group for group in encoded if isinstance(group, TokenizedGroup)]
+    def write(self, rows: Sequence[Sequence[TokenizedGroup | Refusal]]) -> None:
+        """Write the groups of rows, and account for each row: its place need not be its own."""
+        groups = [group for row in rows for group in row if isinstance(group, TokenizedGroup)]
         if self._errors and not self.max_bad_fraction:
             groups = []
         outcomes, first = GroupArrays.of(groups, self.file_number).push(self.writer)
         written = map(_Written, groups, outcomes.tolist(), first.tolist())
-        results = (next(written, None) if isinstance(g, TokenizedGroup) else g for g in encoded)
-        found = [result for result in results if result is not None]
-        for _, row in groupby(found, _source):
-            self._account([*row])
+        for row in rows:
+            results = [next(written, None) if isinstance(g, TokenizedGroup) else g for g in row]
+            if found := [result for result in results if result is not None]:
+                self._account(found)
 
     def file_number(self, source: Source) -> int:
         """Number a container by its name."""
