@@ -115,6 +115,7 @@ class _Ingest:
     def run(
         self, stack: ExitStack, refused: Path | str | None, tell: Callable[[str], None]
     ) -> tuple[Store, DataReport]:
+        self._log = None if refused is None else str(refused)
         writer, at = self._begin(tell)
         log = stack.enter_context(open_log(refused, at)) if refused else None
         self._checkpoints = Checkpoints(writer, log)
@@ -137,7 +138,7 @@ class _Ingest:
     def _begin(self, tell: Callable[[str], None]) -> tuple[StoreWriter, Position | None]:
         deduplicate = self._settings.deduplicate
         if self._settings.resume and self._whole_path:
-            found = resumed(self._whole_path, self._identity(), deduplicate=deduplicate)
+            found = resumed(self._whole_path, self._identity(), self._log, deduplicate=deduplicate)
             if not isinstance(found, str):
                 read = found[1].report["read"]
                 tell(f"{self._path}: goes on after {read:,} rows that were read before")
@@ -156,6 +157,7 @@ class _Ingest:
             "tokenizer": self._tokenizer.digest,
             "rules": self._tokenizer.rules.to_dict(),
             "settings": json.loads(json.dumps(settings)),
+            "list of refused rows": self._log,
         }
 
     def _read(self, number: int, intake: Intake) -> None:
