@@ -1,5 +1,6 @@
 """Inputs to a store: read, check, encode in batches, write, and account for every row."""
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -78,7 +79,7 @@ def build_store(
 
     Raises:
         BadDataError: Too many rows are broken, or none is left; nothing is written.
-        OSError: A file cannot be read, or the store cannot be written.
+        OSError: A file cannot be read, or the store cannot be written, or would be over the data.
         ValueError: The settings contradict each other.
     """
     if resume and path is None:
@@ -86,9 +87,9 @@ def build_store(
     settings = IngestSettings(
         formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
     )
-    ingest = _Ingest(
-        open_inputs(inputs), tokenizer, None if path is None else Path(path), settings, progress
-    )
+    readers = open_inputs(inputs)
+    _check_outputs(readers, path, refused)
+    ingest = _Ingest(readers, tokenizer, None if path is None else Path(path), settings, progress)
     with ExitStack() as stack:
         return ingest.run(stack, refused, tell or (lambda sentence: None))
 
@@ -220,6 +221,18 @@ class _Ingest:
         finally:
             if self._whole_path:
                 self._whole_path.unlink()
+
+
+def _check_outputs(readers: Opened, path: Path | str | None, refused: Path | str | None) -> None:
+    """Refuse to write over the data, or two things to one file."""
+    outputs = [Path(output) for output in (path, refused) if output is not None]
+    if len({output.absolute() for output in outputs}) < len(outputs):
+        reason = "Cannot hold both the store and the list of refused rows"
+        raise OSError(errno.EINVAL, reason, str(path))
+    for output in filter(Path.exists, outputs):
+        for reader in readers:
+            if Path(reader.name).is_file() and output.samefile(reader.name):
+                raise OSError(errno.EINVAL, "Is data to read: write to another file", str(output))
 
 
 def _changed(name: str) -> int | None:
