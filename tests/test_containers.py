@@ -375,6 +375,7 @@ def records(tmp_path: Path, text: str | bytes) -> list[tuple[int, Any]]:
         ("a,b\n", [(0, "E106")]),
         ("\ufeffa, b\r\n\r\n1,\r\n", [(3, {"a": "1", "b": ""})]),
         ("a\tb\n1,2\t\n", [(2, {"a": "1,2", "b": ""})]),
+        ("a;b\n1,2;\n", [(2, {"a": "1,2", "b": ""})]),
         (",b\n0,x\n", [(2, {"column 1": "0", "b": "x"})]),
         (
             'a,b\n"1\n\n2",x\n3,"y""z"',
@@ -404,6 +405,7 @@ def test_csv(tmp_path: Path, text: str | bytes, expected: list[tuple[int, Any]])
     [
         (b"prompt,chosen\na,b\n", "data", {"prompt": "a", "chosen": "b"}),
         (b"prompt,chosen\na,b\n", "data.txt", {"prompt": "a", "chosen": "b"}),
+        (b"prompt;chosen\na;b\n", "data", {"prompt": "a", "chosen": "b"}),
         (b"prompt,chosen\na,b\n", "data.jsonl", "E101"),
         (b"Hello, how are you?\n", "data", "E101"),
         (b"hello\n", "data", "E101"),
@@ -411,6 +413,7 @@ def test_csv(tmp_path: Path, text: str | bytes, expected: list[tuple[int, Any]])
         (b"\0\1\2", "data.jsonl.gz", "E108"),
         (b"PK\x03\x04abc", "data.jsonl", "E112"),
         (b"\xff\xfea\0", "data.csv", "E112"),
+        (b"LRSTORE2", "pairs.store", "E112"),
         (b"version https://git-lfs.github.com/spec/v1\n", "data.parquet", "E112"),
         (gzip.compress(gzip.compress(b"{}")), "data.jsonl.gz", "E112"),
         (gzip.compress(parquet(ROWS)), "data.parquet.gz", "E112"),

@@ -64,9 +64,33 @@ def test_contradictions_are_settled_as_told(
     assert report.warnings_by_code["W507"] == 2
     assert report.places["W507"] == [f"{file}:3 against {file}:1", f"{file}:6 against {file}:5"]
     assert sum("R308" in code for code in report.refused_by_code.elements()) == refused
+    assert report.prompt_tokens + report.completion_tokens == store.tokens
     assert json.loads(store.metadata)["report"] == report.to_dict()
     left = {"rows.jsonl", "words", *(["out.store"] if on_disk else [])}
     assert {entry.name for entry in tmp_path.iterdir()} == left
+
+
+def test_rows_that_lose_are_listed(tmp_path: Path, tokenizer: PreferenceTokenizer) -> None:
+    log = tmp_path / "refused.jsonl"
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    build_store([file], tokenizer, refused=log, conflicts="majority")
+    listed = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(entry["line"], entry["code"]) for entry in listed] == [
+        (3, "R308"), (5, "R308"), (6, "R308"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("conflicts", "counts"), [("keep", (5, 0)), ("majority", (2, 3)), ("drop_both", (1, 4))]
+)
+def test_rows_of_one_line_are_rows(
+    tmp_path: Path, tokenizer: PreferenceTokenizer, conflicts: Any, counts: tuple[int, int]
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(ROWS))
+    store, report = build_store([file], tokenizer, conflicts=conflicts)
+    assert len(store) == counts[0]
+    assert (report.read, report.kept, report.refused, report.deduplicated) == (6, *counts, 1)
 
 
 def test_nothing_may_be_left(tmp_path: Path, tokenizer: PreferenceTokenizer) -> None:

@@ -210,6 +210,19 @@ def test_a_failed_build_leaves_no_file(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("output", ["store", "refused", "both"])
+def test_no_output_is_written_over_data_or_another_output(
+    tmp_path: Path, tokenizer: PreferenceTokenizer, output: str
+) -> None:
+    data, other = tmp_path / "data.jsonl", tmp_path / "other"
+    data.write_bytes(lines([pair(1)]))
+    path, refused = {"store": (data, None), "refused": (None, data), "both": (other, other)}[output]
+    with pytest.raises(OSError, match=r"Is data to read|Cannot hold both"):
+        build_store([data], tokenizer, path, refused=refused)
+    assert data.read_bytes() == lines([pair(1)])
+    assert not other.exists()
+
+
 def test_nothing_kept_is_an_error_that_says_why(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer
 ) -> None:

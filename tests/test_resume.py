@@ -83,7 +83,11 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path: Path, folder: 
 
 
 def interrupted(
-    files: list[Path], folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[Path],
+    folder: Path,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Path | None = None,
 ) -> None:
     """Leave a checkpoint behind, as a killed process would."""
     monkeypatch.setattr(resume, "EVERY", 0.0)
@@ -95,7 +99,7 @@ def interrupted(
     with pytest.raises(KeyboardInterrupt):
         build_store(
             files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, resume=True,
-            progress=fail,
+            progress=fail, refused=refused,
         )  # fmt: skip
 
 
@@ -127,6 +131,28 @@ def test_a_changed_file_begins_anew(
     )  # fmt: skip
     assert "had other inputs" in told[0]
     assert report.read < 200
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [("gone.jsonl", "no longer lists the rows refused before"), ("other.jsonl", "had other list")],
+)
+def test_another_list_of_refused_rows_begins_anew(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, now: str, reason: str
+) -> None:
+    files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
+    path, log = tmp_path / "out.store", tmp_path / now
+    (tmp_path / "other.jsonl").write_text("kept by somebody else\n" * 500)
+    interrupted(files, folder, path, monkeypatch, tmp_path / "gone.jsonl")
+    (tmp_path / "gone.jsonl").unlink()
+    told: list[str] = []
+    _, report = build_store(
+        files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, resume=True,
+        refused=log, tell=told.append,
+    )  # fmt: skip
+    assert len(told) == 1
+    assert reason in told[0]
+    assert len(log.read_text().splitlines()) == report.refused
 
 
 def test_without_a_path_there_is_nothing_to_resume(tmp_path: Path, folder: Path) -> None:

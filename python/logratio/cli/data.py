@@ -29,7 +29,7 @@ def data() -> None:
 
 
 def inspect(
-    files: options.Files,
+    files: options.Rows,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="A model's folder: shows the tokens that it will read."),

@@ -27,7 +27,7 @@ class ConflictsOption(StrEnum):
 
 
 def build(
-    files: options.Files,
+    files: options.Rows,
     tokenizer: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder with tokenizer.json: the model's.")
     ],

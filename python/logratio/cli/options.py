@@ -35,6 +35,10 @@ Files = Annotated[
         help="Preference data: files, folders, - for standard input; or one sealed store.",
     ),
 ]
+Rows = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE…", help="Preference data: files, folders, - for standard input."),
+]
 Demonstrations = Annotated[
     bool,
     typer.Option("--demonstrations", help="Read as `train --loss sft` does.", rich_help_panel=DATA),

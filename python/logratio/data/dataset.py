@@ -1,5 +1,6 @@
 """Inputs to a store: read, check, encode in batches, write, and account for every row."""
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -78,7 +79,7 @@ def build_store(
 
     Raises:
         BadDataError: Too many rows are broken, or none is left; nothing is written.
-        OSError: A file cannot be read, or the store cannot be written.
+        OSError: A file cannot be read, or the store cannot be written, or would be over the data.
         ValueError: The settings contradict each other.
     """
     if resume and path is None:
@@ -86,9 +87,9 @@ def build_store(
     settings = IngestSettings(
         formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
     )
-    ingest = _Ingest(
-        open_inputs(inputs), tokenizer, None if path is None else Path(path), settings, progress
-    )
+    readers = open_inputs(inputs)
+    _check_outputs(readers, path, refused)
+    ingest = _Ingest(readers, tokenizer, None if path is None else Path(path), settings, progress)
     with ExitStack() as stack:
         return ingest.run(stack, refused, tell or (lambda sentence: None))
 
@@ -115,6 +116,7 @@ class _Ingest:
     def run(
         self, stack: ExitStack, refused: Path | str | None, tell: Callable[[str], None]
     ) -> tuple[Store, DataReport]:
+        self._log = None if refused is None else str(refused)
         writer, at = self._begin(tell)
         log = stack.enter_context(open_log(refused, at)) if refused else None
         self._checkpoints = Checkpoints(writer, log)
@@ -137,7 +139,7 @@ class _Ingest:
     def _begin(self, tell: Callable[[str], None]) -> tuple[StoreWriter, Position | None]:
         deduplicate = self._settings.deduplicate
         if self._settings.resume and self._whole_path:
-            found = resumed(self._whole_path, self._identity(), deduplicate=deduplicate)
+            found = resumed(self._whole_path, self._identity(), self._log, deduplicate=deduplicate)
             if not isinstance(found, str):
                 read = found[1].report["read"]
                 tell(f"{self._path}: goes on after {read:,} rows that were read before")
@@ -156,6 +158,7 @@ class _Ingest:
             "tokenizer": self._tokenizer.digest,
             "rules": self._tokenizer.rules.to_dict(),
             "settings": json.loads(json.dumps(settings)),
+            "list of refused rows": self._log,
         }
 
     def _read(self, number: int, intake: Intake) -> None:
@@ -213,11 +216,23 @@ class _Ingest:
         gone = losers(*intake.writer.conflicts(), by_majority=by == "majority")
         whole = intake.writer.finish(described())
         try:
-            keep = settle(whole, gone, intake.report)
+            keep = settle(whole, gone, intake.report, intake.log)
             return whole.select(keep, self._path, described())
         finally:
             if self._whole_path:
                 self._whole_path.unlink()
+
+
+def _check_outputs(readers: Opened, path: Path | str | None, refused: Path | str | None) -> None:
+    """Refuse to write over the data, or two things to one file."""
+    outputs = [Path(output) for output in (path, refused) if output is not None]
+    if len({output.absolute() for output in outputs}) < len(outputs):
+        reason = "Cannot hold both the store and the list of refused rows"
+        raise OSError(errno.EINVAL, reason, str(path))
+    for output in filter(Path.exists, outputs):
+        for reader in readers:
+            if Path(reader.name).is_file() and output.samefile(reader.name):
+                raise OSError(errno.EINVAL, "Is data to read: write to another file", str(output))
 
 
 def _changed(name: str) -> int | None:

@@ -64,6 +64,7 @@ class Intake:
     report: DataReport = field(default_factory=DataReport)
     _errors: list[str] = field(default_factory=list)
     _waiting: list[Sequence[Part]] = field(default_factory=list)  # one a row
+    _parts: int = 0
     _characters: int = 0
 
     def take(self, source: Source, row: Row | Refusal) -> bool:
@@ -126,31 +127,34 @@ class Intake:
         if self._errors and not self.max_bad_fraction:
             return False  # the run is lost: read on to find further faults, and no more
         self._waiting.append(parts)
+        self._parts += len(parts)
         self._characters += characters
-        is_full = len(self._waiting) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
+        is_full = self._parts >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS
         if is_full:
             self.flush()
         return is_full
 
     def flush(self) -> None:
         """Encode and write what is waiting."""
-        rows, self._waiting, self._characters = self._waiting, [], 0
-        parts = [part for row in rows for part in row]
-        records = [part for part in parts if isinstance(part, PreferenceRecord)]
+        waiting, self._waiting, self._parts, self._characters = self._waiting, [], 0, 0
+        records = [part for row in waiting for part in row if isinstance(part, PreferenceRecord)]
         encoded = iter(self.tokenizer.encode_records(records))
         self.write(
-            [[next(encoded) if isinstance(p, PreferenceRecord) else p for p in row] for row in rows]
+            [
+                [next(encoded) if isinstance(part, PreferenceRecord) else part for part in row]
+                for row in waiting
+            ]
         )
 
     def write(self, rows: Sequence[Sequence[TokenizedGroup | Refusal]]) -> None:
-        """Write the groups of each row and account for the row."""
-        groups = [part for row in rows for part in row if isinstance(part, TokenizedGroup)]
+        """Write the groups of rows, and account for each row: its place need not be its own."""
+        groups = [group for row in rows for group in row if isinstance(group, TokenizedGroup)]
         if self._errors and not self.max_bad_fraction:
             groups = []
         outcomes, first = GroupArrays.of(groups, self.file_number).push(self.writer)
         written = map(_Written, groups, outcomes.tolist(), first.tolist())
         for row in rows:
-            results = [next(written, None) if isinstance(p, TokenizedGroup) else p for p in row]
+            results = [next(written, None) if isinstance(g, TokenizedGroup) else g for g in row]
             if found := [result for result in results if result is not None]:
                 self._account(found)
 

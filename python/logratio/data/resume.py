@@ -69,9 +69,15 @@ class Checkpoints:
 
 
 def resumed(
-    path: Path, identity: Mapping[str, Any], *, deduplicate: bool
+    path: Path, identity: Mapping[str, Any], log: Path | str | None, *, deduplicate: bool
 ) -> tuple[StoreWriter, Position] | str:
     """Take up an unfinished store.
+
+    Args:
+        path: Where it is to be.
+        identity: What must be equal for the rest to be the rest of it.
+        log: Its list of refused rows, which must hold what it held then.
+        deduplicate: As the writer was told before.
 
     Returns:
         Its writer and position, or why it begins anew.
@@ -85,9 +91,15 @@ def resumed(
     writer, note = found
     position = Position(**json.loads(note))
     differing = [name for name in identity if identity[name] != position.identity.get(name)]
-    if not differing:
-        return writer, position
-    return f"{path}: begins anew, since what was read before had other {', '.join(differing)}"
+    if differing:
+        return f"{path}: begins anew, since what was read before had other {', '.join(differing)}"
+    if log and not _holds(Path(log), position.log_bytes):
+        return f"{path}: begins anew, since {log} no longer lists the rows refused before"
+    return writer, position
+
+
+def _holds(log: Path, length: int) -> bool:
+    return log.is_file() and log.stat().st_size >= length
 
 
 def open_log(path: Path | str, position: Position | None) -> IO[str]:

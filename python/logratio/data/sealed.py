@@ -6,10 +6,9 @@ from pathlib import Path
 
 from logratio._rust import Store
 from logratio.data.containers import Input
+from logratio.data.containers.recognition import STORE_MAGIC
 from logratio.data.report import DataReport
 from logratio.data.tokenization import PreferenceTokenizer
-
-_MAGIC = b"LRSTORE"
 
 
 class StoreMismatchError(ValueError):
@@ -34,7 +33,7 @@ def _begins_as_store(path: Path | str) -> bool:
     if not Path(path).is_file():
         return False
     with Path(path).open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(STORE_MAGIC)) == STORE_MAGIC
 
 
 def source_names(store: Store, groups: Sequence[int]) -> list[str]:

@@ -11,10 +11,15 @@ from logratio.data.containers.rows import Row, TextRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
 
+def delimiter_of(header: str) -> str:
+    """Tell what stands between cells: a tab or a semicolon where the header has no comma."""
+    return next((delimiter for delimiter in ",\t;" if delimiter in header), ",")
+
+
 class CsvRecords(TextRows):
     """The records of a CSV file, each with the physical line on which it begins.
 
-    The first record names the columns; commas, or tabs where the header has tabs and no comma.
+    The first record names the columns; commas stand between cells, or what `delimiter_of` tells.
     Cells are text: an empty one is "". A cell that begins with "[" or "{" and is sound JSON
     becomes that list or object, as messages are written into tables.
 
@@ -81,7 +86,7 @@ class CsvRecords(TextRows):
             self.blank_lines += 1
         else:
             return
-        self._delimiter = "\t" if "\t" in text and "," not in text else ","
+        self._delimiter = delimiter_of(text)
         lines = chain([text], texts)
         cells = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
         if self._fault:

@@ -5,6 +5,7 @@ import re
 from pathlib import PurePath
 
 from logratio.data.containers.arrow_rows import ARROW_MAGIC, STREAM_MAGIC
+from logratio.data.containers.csv_records import delimiter_of
 from logratio.data.containers.parquet_rows import PARQUET_MAGIC
 from logratio.data.containers.rows import SPACE
 from logratio.data.containers.sources import ByteSource
@@ -43,6 +44,11 @@ _UNREAD = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
 }
+STORE_MAGIC = b"LRSTORE"
+_STORE_USES = (
+    "ids and no rows: `logratio data report` and `data verify` say what is in it, and train, "
+    "precompute and evaluate read it alone"
+)
 _TABLES = {PARQUET, ARROW_FILE, ARROW_STREAM}
 _COLUMN_NAME = re.compile(r"[\w .-]{0,64}")
 
@@ -71,6 +77,8 @@ def recognised(source: ByteSource) -> str:
     for magic, what in _UNREAD.items():
         if head.startswith(magic):
             raise InvalidRecordError("E112", f"it is {what}, which is not read")
+    if head.startswith(STORE_MAGIC):
+        raise InvalidRecordError("E112", f"it is a sealed store, {_STORE_USES}")
     if named in _TABLES and head:
         raise InvalidRecordError("E108", f"it is named as {named}, and does not begin like one")
     if _is_packed_and_damaged(source):
@@ -95,9 +103,8 @@ def _text_kind(head: bytes, named: str | None) -> str:
 def _is_header(text: bytes) -> bool:
     """Say whether a first line names columns."""
     line = text.splitlines()[0].decode("utf-8", "replace") if text else ""
-    delimiter = "\t" if "\t" in line and "," not in line else ","
     try:
-        cells = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+        cells = next(csv.reader([line], delimiter=delimiter_of(line), strict=True), [])
     except csv.Error:
         return False
     return len(cells) > 1 and all(_COLUMN_NAME.fullmatch(cell) for cell in cells)
