@@ -22,6 +22,7 @@ pub mod fingerprint;
 pub mod group;
 pub mod layout;
 pub mod map;
+pub mod pairs;
 pub mod pieces;
 pub mod plan;
 pub mod similar;

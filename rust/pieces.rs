@@ -42,6 +42,18 @@ pub struct Lookup {
     first_new: usize,
 }
 
+impl Lookup {
+    /// Texts that were added.
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 impl PieceTable {
     /// An empty table.
     pub fn new(capacity: usize) -> Self {
@@ -55,24 +67,39 @@ impl PieceTable {
         }
     }
 
-    /// Cuts `texts` and looks their pieces up.
+    /// Cuts `texts` and looks their pieces up. Earlier lookups end here.
     pub fn look_up<'a>(&mut self, texts: impl IntoIterator<Item = &'a str>) -> Lookup {
+        let mut lookup = self.begin();
+        for text in texts {
+            self.add_text(&mut lookup, text);
+        }
+        lookup
+    }
+
+    /// Begins a lookup of no texts. Earlier ones end here.
+    pub fn begin(&mut self) -> Lookup {
         if self.text.len() > self.capacity {
             *self = Self::new(self.capacity);
         }
-        let mut lookup = Lookup {
+        self.go_on()
+    }
+
+    /// Begins a further lookup; earlier ones go on.
+    pub fn go_on(&self) -> Lookup {
+        Lookup {
             pieces: Vec::new(),
             offsets: vec![0],
             first_new: self.pieces.len(),
-        };
-        for text in texts {
-            for piece in cut(text) {
-                let number = self.number_of(piece);
-                lookup.pieces.push(number);
-            }
-            lookup.offsets.push(lookup.pieces.len());
         }
-        lookup
+    }
+
+    /// Cuts a text and looks its pieces up.
+    pub fn add_text(&mut self, lookup: &mut Lookup, text: &str) {
+        for piece in cut(text) {
+            let number = self.number_of(piece);
+            lookup.pieces.push(number);
+        }
+        lookup.offsets.push(lookup.pieces.len());
     }
 
     fn number_of(&mut self, piece: &str) -> u32 {
@@ -139,13 +166,19 @@ impl PieceTable {
         let mut ids = Vec::new();
         let mut offsets = Vec::with_capacity(lookup.offsets.len());
         offsets.push(0);
-        for range in lookup.offsets.windows(2) {
-            for &number in &lookup.pieces[range[0]..range[1]] {
-                ids.extend_from_slice(&self.ids[self.pieces[number as usize].ids.clone()]);
-            }
+        for text in 0..lookup.len() {
+            self.append_ids(lookup, text, &mut ids);
             offsets.push(ids.len() as i64);
         }
         (ids, offsets)
+    }
+
+    /// Appends the ids of one text.
+    pub fn append_ids(&self, lookup: &Lookup, text: usize, ids: &mut Vec<i32>) {
+        let range = lookup.offsets[text]..lookup.offsets[text + 1];
+        for &number in &lookup.pieces[range] {
+            ids.extend_from_slice(&self.ids[self.pieces[number as usize].ids.clone()]);
+        }
     }
 }
 
@@ -161,6 +194,13 @@ fn cut(text: &str) -> impl Iterator<Item = &str> {
         rest = others;
         Some(piece)
     })
+}
+
+/// Where the last piece of a text begins: all before it stays as it is, whatever follows the text.
+pub fn last_piece(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let is_cut = |&at: &usize| bytes[at] == b' ' && bytes[at - 1].is_ascii_graphic();
+    (1..bytes.len()).rev().find(is_cut).unwrap_or(0)
 }
 
 fn end_of_first(bytes: &[u8]) -> usize {

@@ -15,8 +15,10 @@ __all__ = [
     "Census",
     "CorruptCacheError",
     "CorruptStoreError",
+    "EncodedPairs",
     "Layout",
     "PaddedLayout",
+    "PairRules",
     "PieceTable",
     "Plan",
     "SharedLayout",
@@ -251,6 +253,43 @@ class PieceTable:
     def encode(
         self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+    def encode_pairs(
+        self,
+        prompts: Sequence[str] | tuple[NDArray[np.uint8], NDArray[np.int64]],
+        chosen: Sequence[str] | tuple[NDArray[np.uint8], NDArray[np.int64]],
+        rejected: Sequence[str] | tuple[NDArray[np.uint8], NDArray[np.int64]],
+        rules: PairRules,
+        encode: Callable[[list[str]], list[list[int]]],
+    ) -> EncodedPairs: ...
+
+@final
+class PairRules:
+    def __new__(
+        cls,
+        *,
+        opening: Sequence[int],
+        ending: int | None,
+        bos: int | None,
+        eos: int | None,
+        special: Sequence[int],
+        prompt_budget: int,
+        max_length: int,
+    ) -> PairRules: ...
+
+@final
+class EncodedPairs:
+    @property
+    def prompt_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def prompt_lengths(self) -> NDArray[np.uint32]: ...
+    @property
+    def completion_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def completion_lengths(self) -> NDArray[np.uint32]: ...
+    @property
+    def moved(self) -> NDArray[np.uint32]: ...
+    @property
+    def odd(self) -> NDArray[np.bool_]: ...
 
 def candidate_layout(
     prompts: list[NDArray[np.int32]], candidates: list[list[NDArray[np.int32]]], chunk: int = 128

@@ -83,7 +83,7 @@ mod _rust {
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
-        pieces::PieceTable,
+        pieces::{EncodedPairs, PairRules, PieceTable},
         plan::Plan,
         similar::{Census, near_duplicates},
         store::Store,

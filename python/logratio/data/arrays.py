@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 from logratio._rust import ROLES, StoreWriter
 from logratio.data.groups import TokenizedGroup
-from logratio.data.records import Source
+from logratio.data.records import CHOSEN, REJECTED, Source
 
 KEPT, DUPLICATE, CONFLICT = range(3)
 """What became of a group: written; said before, so not written; written though the opposite was."""
+
+PAIR = np.array([ROLES.index(CHOSEN), ROLES.index(REJECTED)], np.uint8)
+"""The roles of a pair."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logratio._rust import ROLES
-from logratio.data.arrays import GroupArrays
+from logratio.data.arrays import PAIR, GroupArrays
 from logratio.data.fitting import Fitting
 from logratio.data.groups import TokenizedGroup
-from logratio.data.records import CHOSEN, REJECTED, InvalidRecordError, Refusal, Source
+from logratio.data.records import InvalidRecordError, Refusal, Source
 
 if TYPE_CHECKING:
     import pyarrow
 
 NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")
 FORMAT = "token ids"
-
-_PAIR = np.array([ROLES.index(CHOSEN), ROLES.index(REJECTED)], np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +149,7 @@ def _arrays(columns: list[Ids], file: int, line: int) -> GroupArrays:
         np.ones(len(ids), np.uint8),
         lengths.astype(np.uint32),
         np.full(count, 2, np.uint32),
-        np.tile(_PAIR, count),
+        np.tile(PAIR, count),
         np.full(count, file, np.uint32),
         np.arange(line, line + count, dtype=np.uint64),
     )

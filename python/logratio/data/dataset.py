@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from logratio._rust import Store, StoreWriter
 from logratio.data.columns import NAMES
@@ -14,9 +14,13 @@ from logratio.data.containers import Input, Opened, open_inputs
 from logratio.data.contradictions import losers, settle
 from logratio.data.formats import Decoder, FormatSettings
 from logratio.data.intake import Intake
+from logratio.data.records import Refusal
 from logratio.data.report import DataReport
 from logratio.data.resume import Checkpoints, Position, open_log, resumed
 from logratio.data.tokenization import PreferenceTokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Progress = Callable[[int, int, int], None]
 """Called with rows read, bytes read and bytes in all (0: unknown)."""
@@ -164,15 +168,18 @@ class _Ingest:
     def _read(self, number: int, intake: Intake) -> None:
         """Read one container to its end."""
         reader = self._readers[number]
-        columns = reader.columns()
-        if columns is not None and set(NAMES) <= set(columns):
-            for first, batch in reader.batches():
-                intake.take_columns(batch, first, reader.name)
-                self._after_batch(number, intake)
-        else:
+        take = _taker(intake, reader.columns())
+        if take is None:
             for source, row in reader:
                 if intake.take(source, row):
                     self._after_batch(number, intake)
+        else:
+            for first, batch in reader.batches():
+                if isinstance(batch, Refusal):
+                    intake.take(batch.source, batch)
+                else:
+                    take(batch, first, reader.name)
+                self._after_batch(number, intake)
         intake.report.blank_lines += reader.blank_lines
 
     def _after_batch(self, number: int, intake: Intake) -> None:
@@ -233,6 +240,17 @@ def _check_outputs(readers: Opened, path: Path | str | None, refused: Path | str
         for reader in readers:
             if Path(reader.name).is_file() and output.samefile(reader.name):
                 raise OSError(errno.EINVAL, "Is data to read: write to another file", str(output))
+
+
+def _taker(
+    intake: Intake, columns: tuple[str, ...] | None
+) -> Callable[["pyarrow.RecordBatch", int, str], None] | None:
+    """Find what takes a table's batches; None where rows are taken one by one."""
+    if columns is None:
+        return None
+    if set(NAMES) <= set(columns):
+        return intake.take_ids
+    return intake.take_texts if intake.reads_texts(columns) else None
 
 
 def _changed(name: str) -> int | None:

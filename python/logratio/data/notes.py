@@ -38,3 +38,14 @@ def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     added = tokenizer.get_added_tokens_decoder().values()
     special = sorted((token.content for token in added if token.special), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, special))) if special else None
+
+
+def are_seen_as_ids(tokenizer: Tokenizer) -> bool:
+    """Say whether a special token that is spelled is always its id, and no part of another."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special]
+    return not any(
+        content in token.content and content != token.content
+        for token in added
+        for content in special
+    )

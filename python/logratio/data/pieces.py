@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from logratio._rust import PieceTable
+from logratio._rust import EncodedPairs, PairRules, PieceTable
 
 CAPACITY = 32 << 20
 """Bytes of text that the table remembers; then it begins anew."""
@@ -66,6 +66,16 @@ class PieceEncoder:
         ids, offsets = self._table.encode(texts, self._whole)
         flat = ids.tolist()
         return [flat[start:end] for start, end in pairwise(offsets.tolist())]
+
+    def encode_pairs(self, columns: Sequence[Any], rules: PairRules) -> EncodedPairs:
+        """Encode rows of prompt, chosen and rejected, but for the odd ones; only where `is_exact`.
+
+        Args:
+            columns: Three lists of strings, or of the bytes and the offsets of string arrays.
+            rules: What the ids have to be like.
+        """
+        prompts, chosen, rejected = columns
+        return self._table.encode_pairs(prompts, chosen, rejected, rules, self._whole)
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

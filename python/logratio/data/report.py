@@ -231,5 +231,5 @@ def write_refusal(
     if row is not None:
         text = json.dumps(row, default=str)
         if len(text) <= _LONGEST_ROW:
-            entry["row"] = json.loads(text)
+            entry["row"] = json.loads(text, parse_constant=str)  # NaN is no JSON
     file.write(json.dumps(entry) + "\n")

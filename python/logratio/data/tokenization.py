@@ -7,16 +7,18 @@ wherever it is scored.
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from logratio._rust import EncodedPairs, PairRules
 from logratio.data import conversations
 from logratio.data.boundary import Tail, tails_of
 from logratio.data.chat import ChatTemplate
 from logratio.data.codes import CODES
 from logratio.data.fitting import Fitting
 from logratio.data.groups import TokenizedCompletion, TokenizedGroup, check_different
-from logratio.data.notes import special_pattern, spells, text_notes
+from logratio.data.notes import are_seen_as_ids, special_pattern, spells, text_notes
 from logratio.data.pieces import PieceEncoder
 from logratio.data.records import (
     CANDIDATE,
@@ -60,6 +62,7 @@ class PreferenceTokenizer:
         pad_id: The padding token; EOS, else 0, where the folder names none.
         vocabulary_size: The largest id plus one.
         fitting: Checks and cuts ids by the rules.
+        takes_pairs: Whether `encode_pairs` can be called.
     """
 
     def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
@@ -93,6 +96,16 @@ class PreferenceTokenizer:
             if self.eos_id is None:
                 raise ValueError("the tokenizer names no eos_token: set append_eos to False")
             self._ending = [self.eos_id]
+        self.takes_pairs = self._plain.is_exact and are_seen_as_ids(files.tokenizer)
+        self._pair_rules = PairRules(
+            opening=self._opening_ids,
+            ending=self.eos_id if self._ending else None,
+            bos=self.bos_id,
+            eos=self.eos_id,
+            special=[] if rules.split_special_tokens else [*self.special_ids().values()],
+            prompt_budget=rules.prompt_budget,
+            max_length=rules.max_length,
+        )
 
     @classmethod
     def load(
@@ -169,6 +182,18 @@ class PreferenceTokenizer:
             )
             for record, script, own in zip(records, scripts, texts, strict=True)
         ]
+
+    def encode_pairs(self, columns: Sequence[Any]) -> EncodedPairs:
+        """Encode many pairs of plain text at once, as `encode_records` does.
+
+        Rows of which there is something to tell (a warning, a refusal, a cut) are left out: they
+        are `odd`, and `encode_records` tells it. Only where `takes_pairs`.
+
+        Args:
+            columns: Prompts, chosen and rejected: lists of strings, or the UTF-8 bytes and the
+                int64 offsets of string arrays.
+        """
+        return self._plain.encode_pairs(columns, self._pair_rules)
 
     def special_ids(self) -> dict[str, int]:
         """Return the tokenizer's special tokens: text to id."""

@@ -54,8 +54,10 @@ class Rows(Protocol):
     def batches(self) -> Iterator[tuple[int, Any]]:
         """Yield the number of the first row, from 1, and a `pyarrow.RecordBatch`, ≤ 8,192 rows.
 
+        In the place of a row that is too long stands its refusal; the last thing may be what is
+        wrong with the container: damaged, or empty.
+
         Raises:
-            BadDataError: The container is damaged, is empty, or a row is too long.
             TypeError: `columns` is None.
         """
 

@@ -7,7 +7,6 @@ from typing import Any
 from logratio.data.containers.arrow_library import is_damage
 from logratio.data.containers.rows import NO_ROW, Row
 from logratio.data.records import InvalidRecordError, Refusal, Source
-from logratio.data.report import BadDataError
 
 BATCH_ROWS = 8192
 """Most rows of a batch that is handed out."""
@@ -52,7 +51,7 @@ class TableRows:
                     self._advance(1)
                     yield self._refused("E107", self._too_long())
                     continue
-                for row in _rows(batch):
+                for row in rows_of(batch):
                     self._advance(1)
                     if isinstance(row, UnicodeDecodeError):
                         yield self._refused("E103", f"a text is not UTF-8 ({row.reason})")
@@ -70,21 +69,18 @@ class TableRows:
             return ()
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """Yield the number of the first row, from 1, and a `pyarrow.RecordBatch`.
-
-        Raises:
-            BadDataError: The container is damaged, is empty, or a row is too long.
-        """
+        """Yield the number of the first row, from 1, and a `pyarrow.RecordBatch` or a refusal."""
         try:
             for batch in self._slices(BATCH_ROWS):
-                if self._is_too_long(batch):
-                    raise InvalidRecordError("E107", self._too_long())
                 first = self._row + 1
                 self._advance(len(batch))
-                yield first, batch
+                if self._is_too_long(batch):
+                    yield first, self._refused("E107", self._too_long())[1]
+                else:
+                    yield first, batch
         except InvalidRecordError as error:
-            _, refusal = self._last(error)
-            raise BadDataError("the data is broken:", (str(refusal),)) from None
+            source, refusal = self._last(error)
+            yield source.line, refusal
 
     def mark(self) -> dict[str, Any]:
         """Return the place behind the row or batch that was yielded last."""
@@ -185,7 +181,8 @@ def _size(batch: Any) -> int:
     return int(batch.nbytes)
 
 
-def _rows(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
+def rows_of(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
+    """Make Python objects of a batch's rows; an error in the place of one that is no text."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -193,4 +190,4 @@ def _rows(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
             yield error
             return
         for number in range(len(batch)):
-            yield from _rows(batch.slice(number, 1))
+            yield from rows_of(batch.slice(number, 1))

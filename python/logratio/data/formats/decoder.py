@@ -1,12 +1,12 @@
 """Rows to records, one row at a time."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.data.containers import Row
 from logratio.data.formats.choices import records_of
-from logratio.data.formats.families import read_row
+from logratio.data.formats.families import SAID, read_row
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.questions import check_unread
 from logratio.data.formats.settings import FormatSettings, Kind
@@ -19,6 +19,8 @@ _CALLED: Mapping[Kind, str] = {
     "group": "a ranked list",
     "demonstration": "a demonstration",
 }
+_TEXTS = {"prompt", "chosen", "rejected"}
+_NOTHING = (None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,9 @@ class Decoder:
         self.settings = settings or FormatSettings()
         self._first: dict[str, tuple[Kind, Source]] = {}
         self._plain: dict[str, tuple[bool, Source]] = {}
+        kinds, lists = self.settings.kinds, self.settings.lists
+        told = replace(self.settings, kinds=None)
+        self._is_untold = told == FormatSettings(lists=lists) and (not kinds or "pair" in kinds)
 
     def decode(self, row: Row, source: Source) -> Decoded:
         """Read a row.
@@ -75,6 +80,24 @@ class Decoder:
             self._check_plain(view.is_plain, source)
         records, left_out = records_of(meaning, source, settings)
         return Decoded(tuple(records), meaning.format, view.extra_keys(), tuple(left_out))
+
+    def holds_pairs_of_text(self, file: str, names: Iterable[str]) -> bool:
+        """Say what rows of a file can only be, if their prompt, chosen and rejected are strings.
+
+        Args:
+            file: The name of their container.
+            names: All their keys.
+
+        Returns:
+            Whether these are a pair of plain text and nothing else is read of them. Only known
+            once a row of the file was decoded.
+        """
+        return (
+            self._is_untold
+            and self._first.get(file, _NOTHING)[0] == "pair"
+            and self._plain.get(file, _NOTHING)[0] is True
+            and SAID.intersection(names) == _TEXTS
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what it remembers of each file's first row, as JSON values."""

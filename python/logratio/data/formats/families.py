@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from logratio.data.formats import demonstrations, labelled, lists, pairs, steps, unpaired
-from logratio.data.formats.catalogue import FORMATS, near_formats
+from logratio.data.formats.catalogue import FORMATS, KNOWN_NAMES, near_formats
 from logratio.data.formats.meaning import Meaning
+from logratio.data.formats.questions import BEFORE
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError
@@ -55,6 +56,9 @@ FAMILIES = (
 )
 _DEMONSTRATIONS = Family("demonstrations", frozenset(), demonstrations.claims, demonstrations.read)
 _BY_NAME = {family.name: family for family in (*FAMILIES, _DEMONSTRATIONS)}
+
+SAID = KNOWN_NAMES.union(BEFORE, *(family.signs for family in FAMILIES))
+"""Every name that may matter to what a row says."""
 
 
 def read_row(view: View, settings: FormatSettings) -> Meaning:

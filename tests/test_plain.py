@@ -1,0 +1,156 @@
+"""Pairs of text encoded in bulk are what the decoder and the tokenizer make of them one by one."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers_for_tests as made
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from logratio._rust import Store
+from logratio.data import BadDataError, DataReport, PreferenceTokenizer, build_store
+from logratio.data.intake import Intake
+from logratio.data.truncation import TokenizationRules
+
+FOLDERS = {"plain": made.byte_level, "bos": lambda: made.with_bos(made.byte_level())}
+RULES = {
+    "short": TokenizationRules(max_length=12, max_prompt_length=6),
+    "cut": TokenizationRules(max_length=12, prompt_truncation="keep_end", append_eos=False),
+    "long": TokenizationRules(),
+    "split": TokenizationRules(split_special_tokens=True),
+}
+WORDS = ["the cat", " sat", ".", " ", "\n\n", "'s", "</s>", "<s>", "\0", "\x1c", "é", " 日", "12"]
+TEXT = st.lists(st.sampled_from(WORDS), max_size=6).map("".join)
+ROW = st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), TEXT))
+ODD = ROW | st.fixed_dictionaries(
+    {"prompt": TEXT, "chosen": TEXT | st.none() | st.integers(0, 1), "rejected": TEXT},
+    optional={"score": st.none() | st.integers(0, 3), "system": TEXT, "note": TEXT},
+)
+START = {"prompt": "the cat", "chosen": " sat.", "rejected": " sat 12"}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.save(tmp_path_factory.mktemp("tokenizer"), FOLDERS[request.param]())
+
+
+@pytest.fixture(params=RULES)
+def tokenizer(request: pytest.FixtureRequest, folder: Path) -> PreferenceTokenizer:
+    tokenizer = PreferenceTokenizer.load(folder, RULES[request.param])
+    assert tokenizer.takes_pairs
+    return tokenizer
+
+
+def groups(store: Store) -> list[Any]:
+    return [
+        (prompt.tolist(), [ids.tolist() for ids in completions], [m.tolist() for m in masks])
+        for prompt, completions, masks, _ in map(store.group, range(len(store)))
+    ] + [[part.tolist() for part in store.sources()]]
+
+
+def told(report: DataReport) -> dict[str, Any]:
+    """Places are in the order in which they were found, which may differ within a batch."""
+    whole = report.to_dict()
+    return whole | {"places": {code: sorted(places) for code, places in whole["places"].items()}}
+
+
+def built(inputs: list[Any], tokenizer: PreferenceTokenizer) -> Any:
+    try:
+        store, report = build_store(inputs, tokenizer, max_bad_fraction=1.0)
+    except BadDataError as error:
+        return str(error)
+    return groups(store), told(report)
+
+
+def both_ways(inputs: list[Any], tokenizer: PreferenceTokenizer) -> Iterator[Any]:
+    for takes_pairs in (True, False):
+        tokenizer.takes_pairs = takes_pairs
+        yield built(inputs, tokenizer)
+    tokenizer.takes_pairs = True
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(ODD, max_size=12))
+def test_lines_in_bulk_are_lines_one_by_one(
+    tokenizer: PreferenceTokenizer, tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [START, *rows]))
+    in_bulk, one_by_one = both_ways([path], tokenizer)
+    assert in_bulk == one_by_one
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(ROW, max_size=12), st.integers(0, 2), st.booleans())
+def test_columns_in_bulk_are_rows_one_by_one(
+    tokenizer: PreferenceTokenizer,
+    kind: pyarrow.DataType,
+    rows: list[dict[str, str]],
+    start: int,
+    has_null: bool,
+) -> None:
+    names = ("prompt", "chosen", "rejected")
+    null = [dict.fromkeys(names)] if has_null else []
+    schema = pyarrow.schema([(name, kind) for name in names])
+    table = pyarrow.Table.from_pylist([START, *null, *rows, START], schema=schema).slice(start)
+    in_bulk, one_by_one = both_ways([table], tokenizer)
+    assert in_bulk == one_by_one
+
+
+def test_other_columns_are_counted_and_those_that_matter_are_read(
+    tokenizer: PreferenceTokenizer,
+) -> None:
+    rows = [START | {"chosen": f" sat {number}", "note": "x"} for number in range(5)]
+    for column in ("score", "system"):
+        table = pyarrow.Table.from_pylist([row | {column: "good"} for row in rows])
+        in_bulk, one_by_one = both_ways([table], tokenizer)
+        assert in_bulk == one_by_one
+
+
+def test_ordinary_rows_make_no_python_objects(
+    tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [START | {"chosen": f" sat {number % 9}"} for number in range(40)]
+    table = pyarrow.Table.from_pylist([*rows, START | {"chosen": " "}])
+    decoded = []
+    decode = Intake._decoded
+    monkeypatch.setattr(
+        Intake, "_decoded", lambda *given: decoded.append(given[1].line) or decode(*given)
+    )
+    _, report = build_store([table], tokenizer, max_bad_fraction=1.0)
+    assert decoded == [1, 41]  # the first says what the table holds
+    assert (report.kept, report.deduplicated, report.refused) == (9, 31, 1)
+
+
+def test_text_that_is_no_utf8_is_refused_alone(tokenizer: PreferenceTokenizer) -> None:
+    rows = [START | {"chosen": f" sat {number}"} for number in range(6)]
+    table = pyarrow.Table.from_pylist(rows)
+    broken = pyarrow.array([b" a", b" b", b" c", b" \xff", b" d", b" e"]).view(pyarrow.string())
+    table = table.set_column(2, "rejected", broken)
+    _, report = build_store([table], tokenizer, max_bad_fraction=1.0)
+    assert report.refused_by_code == {"E103": 1}
+    assert report.kept == 5
+
+
+def test_a_table_that_cannot_be_opened_stops_whatever_is_allowed(
+    tokenizer: PreferenceTokenizer, tmp_path: Path
+) -> None:
+    good, cut = tmp_path / "good.parquet", tmp_path / "cut.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([START]), good)
+    cut.write_bytes(good.read_bytes()[:-9])
+    for told in both_ways([good, cut], tokenizer):
+        assert "cut.parquet [E102]" in told
