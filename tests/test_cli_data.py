@@ -11,6 +11,8 @@ import pytest
 from piped import piped
 
 from logratio.cli.app import main, spread
+from logratio.data import intake, resume
+from logratio.data.intake import Intake
 
 Run = Callable[..., tuple[int, str]]
 
@@ -70,3 +72,27 @@ def test_folder_of_something_else_is_told_in_a_sentence(
     code, err = run("precompute", "--model", tiny_model, "--data", tmp_path, *cache)
     assert code == 2
     assert "no known kind (weights.bin)" in err
+
+
+def test_ctrl_c_in_build_tells_what_is_kept(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Intake, *row: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Intake, "take", interrupted)
+    output = tmp_path / "out.store"
+    command = ("data", "build", pairs_file, "--tokenizer", tiny_model, "--output", output)
+    code, err = run(*command)
+    assert code == 130
+    assert "nothing was saved yet" in err
+    monkeypatch.undo()
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(intake, "BATCH_ROWS", 4)
+    monkeypatch.setattr(Intake, "close", interrupted)
+    code, err = run(*command)
+    assert "goes on where the last save was" in err
+    monkeypatch.undo()
+    code, err = run(*command)
+    assert code == 0
+    assert "goes on after" in err

@@ -194,7 +194,7 @@ def test_nothing_is_tokenized_once_the_run_is_lost(
     monkeypatch.setattr(tokenizer, "encode_records", encode_records)
     with pytest.raises(BadDataError, match="1 of the 6 rows"):
         build_store([write([b"broken", *map(pair, range(5))])], tokenizer)
-    assert batches == [0]
+    assert not any(batches)
 
 
 def test_a_failed_build_leaves_no_file(

@@ -1,7 +1,7 @@
 """Pairs of text encoded in bulk are what the decoder and the tokenizer make of them one by one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import pytest
 import tokenizers_for_tests as made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from logratio._rust import Store
 from logratio.data import BadDataError, DataReport, PreferenceTokenizer, build_store
-from logratio.data.intake import Intake
+from logratio.data.plain import PlainTable
 from logratio.data.truncation import TokenizationRules
 
-FOLDERS = {"plain": made.byte_level, "bos": lambda: made.with_bos(made.byte_level())}
+FOLDERS: dict[str, Callable[[], Tokenizer]] = {
+    "plain": made.byte_level,
+    "bos": lambda: made.with_bos(made.byte_level()),
+}
 RULES = {
     "short": TokenizationRules(max_length=12, max_prompt_length=6),
     "cut": TokenizationRules(max_length=12, prompt_truncation="keep_end", append_eos=False),
@@ -126,13 +130,17 @@ def test_ordinary_rows_make_no_python_objects(
 ) -> None:
     rows = [START | {"chosen": f" sat {number % 9}"} for number in range(40)]
     table = pyarrow.Table.from_pylist([*rows, START | {"chosen": " "}])
-    decoded = []
-    decode = Intake._decoded
-    monkeypatch.setattr(
-        Intake, "_decoded", lambda *given: decoded.append(given[1].line) or decode(*given)
-    )
+    made_rows: list[int] = []
+    row = PlainTable.row
+
+    def counted(table: PlainTable, number: int) -> Any:
+        source, _ = found = row(table, number)
+        made_rows.append(source.line)
+        return found
+
+    monkeypatch.setattr(PlainTable, "row", counted)
     _, report = build_store([table], tokenizer, max_bad_fraction=1.0)
-    assert decoded == [1, 41]  # the first says what the table holds
+    assert made_rows == [1, 41]  # the first says what the table holds
     assert (report.kept, report.deduplicated, report.refused) == (9, 31, 1)
 
 

@@ -10,17 +10,28 @@ import textwrap
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from tokenizers_for_tests import save, word_level
+from tokenizers_for_tests import byte_level, save, word_level
 
 from logratio.data import DataReport, PreferenceTokenizer, build_store, load_store, resume
 
 WORDS = ["cat", "dog", "mat", "house", "thing", "yes", "no", "good", "bad", "great"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save(tmp_path / "tokenizer", word_level())
+@pytest.fixture(params=[word_level, byte_level])  # one row at a time, and in bulk
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save(tmp_path / "tokenizer", request.param())
+
+
+def as_table(path: Path) -> Path:
+    """Write the rows of a file that are JSON as Parquet."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith('{"')]
+    rows = pyarrow.Table.from_pylist([json.loads(line) for line in lines])
+    table = path.with_suffix(".parquet")
+    pyarrow.parquet.write_table(rows, table, row_group_size=500)
+    return table
 
 
 def write_rows(path: Path, count: int, seed: int) -> Path:
@@ -54,6 +65,7 @@ def start(files: list[Path], folder: Path, path: Path) -> subprocess.Popen[str]:
 
 def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path: Path, folder: Path) -> None:
     files = [write_rows(tmp_path / f"{seed}.jsonl", 3000, seed) for seed in (1, 2)]
+    files.append(as_table(write_rows(tmp_path / "3.jsonl", 3000, 3)))
     whole, expected = build_store(
         files, PreferenceTokenizer.load(folder), max_bad_fraction=0.5,
         refused=tmp_path / "expected.refused",
@@ -101,6 +113,20 @@ def interrupted(
             files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, resume=True,
             progress=fail, refused=refused,
         )  # fmt: skip
+
+
+def test_a_kept_traceback_keeps_no_lock(tmp_path: Path, folder: Path) -> None:
+    files, path = [write_rows(tmp_path / "rows.jsonl", 5000, 3)], tmp_path / "out.store"
+    tokenizer = PreferenceTokenizer.load(folder)
+
+    def fail(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        build_store(files, tokenizer, path, max_bad_fraction=0.5, progress=fail)
+    assert kept.tb
+    assert not path.with_name("out.store.partial").exists()
+    build_store(files, tokenizer, path, max_bad_fraction=0.5)
 
 
 def test_other_settings_begin_anew_and_say_why(

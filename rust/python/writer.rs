@@ -190,4 +190,9 @@ impl StoreWriter {
         let finish = || self.lock().take().ok_or_else(closed)?.finish(metadata);
         Ok(Store::of(py.detach(finish)?))
     }
+
+    /// Let go of the files: what was saved by `checkpoint` stays, the rest is removed.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| drop(self.lock().take()));
+    }
 }

@@ -1,5 +1,7 @@
 """`logratio data build` and `verify`: preference data as a sealed store."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +72,7 @@ def build(
         max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
     )
     formats = read_settings(format_name, columns, label, lists.value, demonstrations=demonstrations)
-    with reading_progress() as progress:
+    with _told_what_is_kept(output), reading_progress() as progress:
         store, report = build_store(
             files,
             PreferenceTokenizer.load(tokenizer, rules),
@@ -86,6 +88,19 @@ def build(
         )
     typer.echo(report.to_text())
     typer.echo(f"{len(store):,} groups, {store.tokens:,} tokens: {output}")
+
+
+@contextmanager
+def _told_what_is_kept(output: Path) -> Iterator[None]:
+    """Say after Ctrl-C what the next run can go on from."""
+    from logratio.data.resume import is_saved
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = "the same command goes on where the last save was, at most ten seconds back"
+        typer.echo(f"stopped: {again if is_saved(output) else 'nothing was saved yet'}", err=True)
+        raise
 
 
 def verify(

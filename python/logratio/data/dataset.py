@@ -122,6 +122,7 @@ class _Ingest:
     ) -> tuple[Store, DataReport]:
         self._log = None if refused is None else str(refused)
         writer, at = self._begin(tell)
+        stack.callback(writer.close)  # else a traceback that someone keeps would keep the lock
         log = stack.enter_context(open_log(refused, at)) if refused else None
         self._checkpoints = Checkpoints(writer, log)
         decoder = Decoder(self._settings.formats)

@@ -136,19 +136,27 @@ class Intake:
         """Take the rows of a table that has `COLUMNS`; `first` is the number of its first one."""
         whole = PlainTable(batch, Source(name, first))
         for table in whole.slices(BATCH_ROWS):
-            if table.columns() and self._takes_texts(name, batch.schema.names):
-                self.flush()
-                self.report.read += table.batch.num_rows
-                self._take_plain(table)
-            else:
-                for number in range(table.batch.num_rows):
-                    self.take(*table.row(number))
-        self.flush()
+            rest = self._take_singly(table)
+            self.flush()
+            self.report.read += rest.batch.num_rows
+            self._take_plain(rest)
+
+    def _take_singly(self, table: PlainTable) -> PlainTable:
+        """Take rows one by one until the rest can be taken in bulk; return the rest."""
+        names, is_text = table.batch.schema.names, table.columns() is not None
+        number = 0
+        while number < table.batch.num_rows:
+            if is_text and self._takes_texts(table.first.file, names):
+                break
+            self.take(*table.row(number))
+            number += 1
+        return table.behind(number)
 
     def _take_plain(self, plain: PlainRows | PlainTable) -> None:
         """Encode and write pairs of text; look at the odd ones closely."""
         columns = plain.columns()
-        assert columns is not None
+        if not columns:
+            return
         encoded = self.tokenizer.encode_pairs(columns)
         for stretch in stretches(encoded, *plain.places(self.file_number)):
             if stretch.groups is None:

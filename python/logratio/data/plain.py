@@ -89,7 +89,7 @@ class PlainTable:
 
     def row(self, number: int) -> tuple[Source, Row | Refusal]:
         """Make one row of it."""
-        source = Source(self.first.file, self.first.line + number)
+        source = self._place(number)
         (row,) = rows_of(self.batch.slice(number, 1))
         if isinstance(row, UnicodeDecodeError):
             return source, Refusal(source, "E103", f"a text is not UTF-8 ({row.reason})")
@@ -103,8 +103,14 @@ class PlainTable:
     def slices(self, rows: int) -> Iterator["PlainTable"]:
         """Cut it into tables of so many rows."""
         for start in range(0, self.batch.num_rows, rows):
-            first = Source(self.first.file, self.first.line + start)
-            yield PlainTable(self.batch.slice(start, rows), first)
+            yield PlainTable(self.batch.slice(start, rows), self._place(start))
+
+    def behind(self, rows: int) -> "PlainTable":
+        """Leave out its first rows."""
+        return PlainTable(self.batch.slice(rows), self._place(rows))
+
+    def _place(self, number: int) -> Source:
+        return Source(self.first.file, self.first.line + number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Where a long reading stood when it was last made durable."""
 
+import glob
 import json
 import os
 import time
@@ -66,6 +67,11 @@ class Checkpoints:
         """Make the position durable, and everything before it."""
         self._writer.checkpoint(json.dumps(asdict(position)))
         self._last = time.monotonic()
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether an unfinished store, settled or not, can be taken up again."""
+    return any(path.parent.glob(f"{glob.escape(path.name)}*.partial/progress"))
 
 
 def resumed(
