@@ -62,6 +62,7 @@ impl Sizes {
 impl<'a> Batch<'a> {
     /// Finds `numbers` in `store`, and says no to what cannot be laid out.
     pub fn new(store: &'a Store, numbers: &'a [i64], options: Options<'a>) -> Result<Self> {
+        store.warm(numbers);
         let groups = numbers.iter().map(|&number| store.group(number));
         let groups: Vec<_> = groups.collect::<Result<_>>()?;
         let completions = groups.iter().flat_map(|group| group.completions());

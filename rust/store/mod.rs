@@ -14,6 +14,7 @@ mod stored;
 pub(crate) mod target;
 mod threads;
 mod verify;
+mod warm;
 mod writer;
 
 use std::{

@@ -67,6 +67,7 @@ pub fn touch(store: &Store) -> Vec<logratio::Result<()>> {
         let mut arena = vec![0i64; batch.table().bytes() / 8];
         batch.fill(bytemuck::cast_slice_mut(&mut arena))
     };
+    store.warm(&[&all[..], &[-1, i64::MAX, i64::MIN, 1, 2, 3, 4, 5]].concat());
     vec![
         plan().map(drop),
         lay_out(Layout::Shared).map(drop),
