@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,6 +230,35 @@ def test_batches_of_a_large_table_are_small_and_not_copied() -> None:
     assert batches[1][1]["n"].buffers()[1].address == numbers.buffers()[1].address
 
 
+def test_a_column_is_no_table() -> None:
+    with pytest.raises(TypeError, match="has no columns: give a table"):
+        open_inputs([pyarrow.chunked_array([["a"]])])[0].columns()
+
+
+@pytest.mark.parametrize("first", ['{\n"prompt": "a"\n}', '{"data": [\n{}]}'])
+def test_an_object_over_several_lines_is_told(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(first)
+    _, refusal = next(iter(open_file(path)))
+    assert isinstance(refusal, Refusal)
+    assert "write an object in one line" in refusal.reason
+
+
+def test_archives_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with tarfile.open(tmp_path / "rows.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "rows.jsonl")
+    ((_, refusal),) = open_file(tmp_path / "rows.tar.gz")
+    assert "a tar archive" in str(refusal)
+
+
+def test_a_file_named_twice_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    with pytest.raises(OSError, match="Named twice"):
+        open_inputs([path, str(path)])
+
+
 def test_what_is_no_data_is_said() -> None:
     splits = datasets.DatasetDict(
         train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS)
@@ -429,19 +459,21 @@ def test_containers_are_told_by_content(
 
 
 def test_folders_are_their_data_files_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
     for kind, name in (("csv", "b"), ("jsonl", "a"), ("parquet", "inner/c")):
-        (tmp_path / "inner").mkdir(exist_ok=True)
-        write(tmp_path, kind, "", ROWS, name)
+        (folder / "inner").mkdir(parents=True, exist_ok=True)
+        write(folder, kind, "", ROWS, name)
     for beside in ("README.md", "LICENSE", ".hidden", "_SUCCESS", "dataset_info.json"):
-        (tmp_path / beside).write_text("x")
-    opened = open_inputs([tmp_path, str(tmp_path / "a.jsonl")])
+        (folder / beside).write_text("x")
+    opened = open_inputs([folder, str(write(tmp_path, "jsonl", "", ROWS, "d"))])
     assert [Path(rows.name).name for rows in opened] == [
-        "a.jsonl", "b.csv", "c.parquet", "a.jsonl"
+        "a.jsonl", "b.csv", "c.parquet", "d.jsonl"
     ]  # fmt: skip
+    assert opened.inputs == [0, 0, 0, 1]
     assert len(opened.left_out) == 5
-    (tmp_path / "weights.bin").write_bytes(b"")
+    (folder / "weights.bin").write_bytes(b"")
     with pytest.raises(OSError, match=r"no known kind \(weights\.bin\); name those to read"):
-        open_inputs([tmp_path])
+        open_inputs([folder])
 
 
 def test_folders_without_data_or_with_several_splits(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class FeedSettings:
     def __post_init__(self) -> None:
         if self.groups_per_update < 1:  # the rest is for the planner and the layouts to say
             raise ValueError(f"groups_per_update must be at least 1, not {self.groups_per_update}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in 0 … 2^64 - 1, not {self.seed}")
 
     def plan(self, store: Store, epoch: int, rank: int = 0, world_size: int = 1) -> Plan:
         """Plan one rank's share of an epoch."""

@@ -1,5 +1,6 @@
 """Sealed stores that were made before: is it one, does it fit, where do its groups come from."""
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,8 @@ def verified(path: Path | str) -> Store:
         CorruptStoreError: The file is not a store, or damaged; names the place.
         OSError: The file cannot be read.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a folder; name a store in it", str(path))
     store = Store.open(path)
     store.verify()
     return store

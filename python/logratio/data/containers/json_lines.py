@@ -1,6 +1,7 @@
 """JSON lines: one object a line."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from logratio.data.containers.json_text import parse_record
 from logratio.data.containers.rows import SPACE, Row, TextRows
@@ -12,6 +13,7 @@ _ARRAY = (
     "a JSON array behind more blank lines than are looked through: remove them, or write one "
     "record a line"
 )
+_SPREAD = "write an object in one line, or objects that take several into a list: [{…}, {…}]"
 
 
 class JsonLines(TextRows):
@@ -45,7 +47,10 @@ class JsonLines(TextRows):
                     return
                 self._is_empty = False
                 column = content.find(record[:1]) + 1
-                yield source, parse_record(source, record, column=column, is_cut=is_cut)
+                row = parse_record(source, record, column=column, is_cut=is_cut)
+                if isinstance(row, Refusal) and row.code == "E101" and _goes_on(record, self._line):
+                    row = replace(row, reason=f"{row.reason}: {_SPREAD}")
+                yield source, row
         except InvalidRecordError as error:
             self._line += 1
             yield self._last(error, line=self._line)
@@ -58,3 +63,8 @@ class JsonLines(TextRows):
 
     def _too_long(self, source: Source) -> tuple[Source, Refusal]:
         return source, Refusal(source, "E107", f"the line is longer than {self._limit:,} bytes")
+
+
+def _goes_on(record: bytes, line: int) -> bool:
+    """Say whether a file's first line is the beginning of an object, and no more of it."""
+    return line == 1 and record[:1] == b"{" and record[-1:] in b"{[,"

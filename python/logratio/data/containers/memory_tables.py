@@ -38,7 +38,10 @@ class StreamRows(TableRows):
     def columns(self) -> tuple[str, ...]:
         """Return the columns' names."""
         if self._reader is None:
-            self._reader = self._library.RecordBatchReader.from_stream(self._table)
+            try:
+                self._reader = self._library.RecordBatchReader.from_stream(self._table)
+            except self._library.ArrowInvalid:  # a Series, a ChunkedArray
+                raise TypeError(f"{self.kind} has no columns: give a table") from None
         return tuple(self._reader.schema.names)
 
     @contextmanager

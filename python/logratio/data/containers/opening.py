@@ -73,6 +73,9 @@ def open_inputs(inputs: Sequence[Input], *, max_line_bytes: int = MAX_RECORD_BYT
             opened.append(open_file(path, max_line_bytes=max_line_bytes))
             opened.inputs.append(number)
     opened.left_out = tuple(left_out)
+    names = [rows.name for rows in opened]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OSError(errno.EINVAL, "Named twice; name it once (--mix draws it more often)", twice)
     return opened
 
 
@@ -117,7 +120,7 @@ def _open_table(table: Any, name: str, limit: int) -> Rows:
         return StreamRows(table, name, limit)
     raise TypeError(
         f"a {type(table).__name__} is no data: give paths, '-' for stdin, a datasets.Dataset, or "
-        "a table with __arrow_c_stream__ (pyarrow, polars, duckdb)"
+        "a table with __arrow_c_stream__ (pyarrow, polars' collected frames, duckdb)"
     )
 
 

@@ -77,6 +77,8 @@ def recognised(source: ByteSource) -> str:
     for magic, what in _UNREAD.items():
         if head.startswith(magic):
             raise InvalidRecordError("E112", f"it is {what}, which is not read")
+    if head[257:262] == b"ustar":
+        raise InvalidRecordError("E112", "it is a tar archive, which is not read: unpack it")
     if head.startswith(STORE_MAGIC):
         raise InvalidRecordError("E112", f"it is a sealed store, {_STORE_USES}")
     if named in _TABLES and head:
