@@ -43,6 +43,10 @@ class IngestSettings:
             known = ", ".join(get_args(Conflicts))
             raise ValueError(f"conflicts is {self.conflicts!r}, not one of {known}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the store depends on."""
+        return {name: value for name, value in asdict(self).items() if name != "resume"}
+
 
 def build_store(
     inputs: Sequence[Input],
@@ -155,7 +159,7 @@ class _Ingest:
 
     def _identity(self) -> dict[str, Any]:
         """Say what must be equal for a run to be the rest of an earlier one."""
-        settings = {k: v for k, v in asdict(self._settings).items() if k != "max_bad_fraction"}
+        settings = {k: v for k, v in self._settings.to_dict().items() if k != "max_bad_fraction"}
         return {
             "inputs": [
                 [reader.name, reader.size, _changed(reader.name)] for reader in self._readers
@@ -210,7 +214,7 @@ class _Ingest:
         metadata = {
             "files": [*intake.files],
             "datasets": [inputs[name] for name in intake.files],
-            "settings": asdict(self._settings),
+            "settings": self._settings.to_dict(),
             "rules": self._tokenizer.rules.to_dict(),
             "tokenizer": self._tokenizer.digest,
         }

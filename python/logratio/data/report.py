@@ -208,16 +208,13 @@ class DataReport:
         return lines + ([f"  … and {count - _SHOWN:,} more"] if count > _SHOWN else [])
 
 
-def write_refusal(
-    file: IO[str], refusal: Refusal, row: object = None, *, offset: int | None = None
-) -> None:
+def write_refusal(file: IO[str], refusal: Refusal, row: object = None) -> None:
     """Append a refused row to a JSON lines file.
 
     Args:
         file: Open for text.
         refusal: File, line, column, code and reason.
         row: The row as it was read, where it could be read; left out above a million characters.
-        offset: Byte at which its line begins in the file, unpacked, if known.
     """
     entry: dict[str, Any] = {
         "file": refusal.source.file,
@@ -226,8 +223,6 @@ def write_refusal(
         "code": refusal.code,
         "reason": refusal.reason,
     }
-    if offset is not None:
-        entry["offset"] = offset
     if row is not None:
         text = json.dumps(row, default=str)
         if len(text) <= _LONGEST_ROW:
