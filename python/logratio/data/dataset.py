@@ -14,6 +14,7 @@ from logratio.data.containers import Input, Opened, open_inputs
 from logratio.data.contradictions import losers, settle
 from logratio.data.formats import Decoder, FormatSettings
 from logratio.data.intake import Intake
+from logratio.data.ledger import Ledger
 from logratio.data.records import Refusal
 from logratio.data.report import DataReport
 from logratio.data.resume import Checkpoints, Position, open_log, resumed
@@ -130,10 +131,11 @@ class _Ingest:
         log = stack.enter_context(open_log(refused, at)) if refused else None
         self._checkpoints = Checkpoints(writer, log)
         decoder = Decoder(self._settings.formats)
-        intake = Intake(self._tokenizer, writer, decoder, self._settings.max_bad_fraction, log)
+        ledger = Ledger(writer, self._settings.max_bad_fraction, log)
+        intake = Intake(self._tokenizer, writer, decoder, ledger)
         if at:
-            intake.files = {name: number for number, name in enumerate(at.files)}
-            intake.report = DataReport.from_dict(at.report)
+            ledger.files = {name: number for number, name in enumerate(at.files)}
+            ledger.report = DataReport.from_dict(at.report)
             decoder.restore(at.decoder)
         for number in range(at.input if at else 0, len(self._readers)):
             if at and number == at.input:
@@ -199,7 +201,7 @@ class _Ingest:
                 reader.mark(),
                 intake.report.to_dict(),
                 intake.decoder.state(),
-                [*intake.files],
+                [*intake.ledger.files],
                 self._checkpoints.log_bytes(),
             )
         )
@@ -212,8 +214,8 @@ class _Ingest:
         names = [reader.name for reader in self._readers]
         inputs = dict(zip(names, self._readers.inputs, strict=True))
         metadata = {
-            "files": [*intake.files],
-            "datasets": [inputs[name] for name in intake.files],
+            "files": [*intake.ledger.files],
+            "datasets": [inputs[name] for name in intake.ledger.files],
             "settings": self._settings.to_dict(),
             "rules": self._tokenizer.rules.to_dict(),
             "tokenizer": self._tokenizer.digest,
@@ -228,7 +230,7 @@ class _Ingest:
         gone = losers(*intake.writer.conflicts(), by_majority=by == "majority")
         whole = intake.writer.finish(described())
         try:
-            keep = settle(whole, gone, intake.report, intake.log)
+            keep = settle(whole, gone, intake.report, intake.ledger.log)
             return whole.select(keep, self._path, described())
         finally:
             if self._whole_path:

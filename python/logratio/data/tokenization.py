@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from logratio._rust import EncodedPairs, PairRules
 from logratio.data import conversations
 from logratio.data.boundary import Tail, tails_of
@@ -30,7 +28,7 @@ from logratio.data.records import (
     Source,
 )
 from logratio.data.scripts import Script, chat_script, plain_script
-from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer
+from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
 from logratio.data.truncation import TokenizationRules
 
 __all__ = [
@@ -82,7 +80,7 @@ class PreferenceTokenizer:
         self._tokenizer = files.tokenizer
         self._chats = self._plain = PieceEncoder(files.tokenizer, files.settings)
         if rules.split_special_tokens:
-            self._plain = PieceEncoder(_splitting(files.tokenizer), files.settings)
+            self._plain = PieceEncoder(splitting(files.tokenizer), files.settings)
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self._opening_ids = list(files.opening_ids)
         self._eos_token = files.special_tokens.get("eos_token")
@@ -276,13 +274,6 @@ class PreferenceTokenizer:
         if tail.moved:
             notes.append("W502")
         return self.fitting.completion(role, ids, mask, len(prompt_ids), notes)
-
-
-def _splitting(tokenizer: Tokenizer) -> Tokenizer:
-    """Copy a tokenizer; the copy reads special tokens as text."""
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.encode_special_tokens = True
-    return copy
 
 
 def _texts_of(

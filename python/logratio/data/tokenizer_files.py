@@ -141,3 +141,10 @@ def _opening_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     probe = tokenizer.encode("a", add_special_tokens=True)
     count = next((i for i, n in enumerate(probe.sequence_ids) if n is not None), 0)
     return tuple(probe.ids[:count])
+
+
+def splitting(tokenizer: Tokenizer) -> Tokenizer:
+    """Copy a tokenizer; the copy reads special tokens as text."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
