@@ -200,12 +200,13 @@ class DataReport:
 
     def _list(self, code: str, place: str) -> None:
         places = self.places.setdefault(code, [])
-        if len(places) < LISTED:
+        if len(places) < LISTED and place not in places:  # both sides of a row may be concerned
             places.append(place)
 
     def _shown(self, code: str, count: int) -> list[str]:
         lines = [f"  {place}" for place in self.places[code][:_SHOWN]]
-        return lines + ([f"  … and {count - _SHOWN:,} more"] if count > _SHOWN else [])
+        more = count - len(lines)
+        return lines + ([f"  … and {more:,} more"] if more else [])
 
 
 def write_refusal(file: IO[str], refusal: Refusal, row: object = None) -> None:
