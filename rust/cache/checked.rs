@@ -6,8 +6,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use bytemuck::Pod;
-
 use super::{ReadMode, disk::DiskFile};
 use crate::{
     Error, Result,
@@ -83,29 +81,15 @@ impl CheckedFile {
     }
 
     /// Fills `out` from byte `at` on, from blocks that are whole.
+    #[inline]
     pub fn read(&self, at: usize, out: &mut [u8]) -> Result<()> {
         self.ensure(at..at + out.len())?;
         self.bytes.read(&self.path, at, out)
     }
 
-    /// Appends `items` from byte `at` on to `out`; returns them as bytes.
-    pub fn append<'a, T: Pod>(
-        &self,
-        at: usize,
-        items: usize,
-        out: &'a mut Vec<T>,
-    ) -> Result<&'a [u8]> {
-        let before = out.len();
-        out.resize(before + items, T::zeroed());
-        let bytes = bytemuck::cast_slice_mut(&mut out[before..]);
-        self.read(at, bytes)?;
-        Ok(bytes)
-    }
-
     fn ensure(&self, range: Range<usize>) -> Result<()> {
         if range.end > self.length {
-            let reason = format!("bytes {range:?} are outside its {} bytes", self.length);
-            return Err(Error::cache(&self.path, reason));
+            return Err(self.outside(&range));
         }
         for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
             if !self.whole.contains(block) {
@@ -113,6 +97,12 @@ impl CheckedFile {
             }
         }
         Ok(())
+    }
+
+    #[cold]
+    fn outside(&self, range: &Range<usize>) -> Error {
+        let reason = format!("bytes {range:?} are outside its {} bytes", self.length);
+        Error::cache(&self.path, reason)
     }
 
     /// Compares one block, whatever was found before.

@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use bytemuck::Pod;
-
 use super::{
-    Cache, Kind,
+    Cache,
     disk::DiskFile,
     scan::{Record, scan},
+    source::Span,
 };
 use crate::{Error, Result, fingerprint::Key};
 
@@ -17,7 +16,6 @@ use crate::{Error, Result, fingerprint::Key};
 pub struct JournalTable {
     path: PathBuf,
     file: Box<dyn DiskFile>,
-    kind: Kind,
     records: Vec<Record>,
     /// Bytes behind the last whole block.
     pub torn: u64,
@@ -39,7 +37,6 @@ impl JournalTable {
         Ok(Self {
             path,
             file,
-            kind: cache.kind,
             records,
             torn: contents.torn,
             length: contents.length,
@@ -63,27 +60,15 @@ impl JournalTable {
         self.records[row as usize].key
     }
 
-    pub fn tokens(&self, row: u64) -> u32 {
-        self.records[row as usize].tokens
+    /// Where a row's values lie.
+    pub fn span(&self, row: u64) -> Span {
+        let Record { offset, tokens, .. } = self.records[row as usize];
+        Span { at: offset, tokens }
     }
 
-    /// Appends the values of a row to `out`; returns its number of tokens.
-    pub fn values<T: Pod>(&self, row: u64, out: &mut Vec<T>) -> Result<u32> {
-        let Record { offset, tokens, .. } = self.records[row as usize];
-        let before = out.len();
-        out.resize(
-            before + self.kind.bytes(tokens) / size_of::<T>(),
-            T::zeroed(),
-        );
-        let bytes = bytemuck::cast_slice_mut(&mut out[before..]);
-        self.read(offset, bytes)?;
-        match self.kind.impossible(bytes) {
-            None => Ok(tokens),
-            Some((_, value)) => {
-                let reason = format!("byte {offset} and on hold the log-prob {value}");
-                Err(Error::cache(&self.path, reason))
-            }
-        }
+    /// Fills `out` with a row's values.
+    pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
+        self.read(span.at, out)
     }
 
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<()> {

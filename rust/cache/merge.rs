@@ -115,16 +115,7 @@ pub fn agree(kind: Kind, one: (&Source, u64), other: (&Source, u64)) -> Result<(
 }
 
 fn values(kind: Kind, (source, row): (&Source, u64)) -> Result<(u32, Vec<u8>)> {
-    match kind {
-        Kind::PerToken => {
-            let mut values: Vec<f32> = Vec::new();
-            let tokens = source.values(row, &mut values)?;
-            Ok((tokens, bytemuck::cast_slice(&values).to_vec()))
-        }
-        Kind::Sums => {
-            let mut values: Vec<f64> = Vec::new();
-            let tokens = source.values(row, &mut values)?;
-            Ok((tokens, bytemuck::cast_slice(&values).to_vec()))
-        }
-    }
+    let mut bytes = Vec::new();
+    let tokens = source.values(kind, row, &mut bytes)?;
+    Ok((tokens, bytes))
 }

@@ -7,7 +7,7 @@ use super::{
     join::{self, place},
     merge::{self, Merged},
     snapshot::open_sources,
-    source::Source,
+    source::{Source, Span},
 };
 use crate::{Error, Result, fingerprint::Key};
 
@@ -96,29 +96,46 @@ impl CacheReader {
     /// The log-probs of `rows` end to end, and where each row's begin: `[n+1]`.
     pub fn read(&self, rows: &[i64]) -> Result<(Vec<i64>, Vec<f32>)> {
         self.check_kind(Kind::PerToken)?;
+        let spans = self.spans(rows)?;
         let mut offsets = Vec::with_capacity(rows.len() + 1);
-        let mut values = Vec::with_capacity(rows.len() * 64);
         offsets.push(0);
-        for &row in rows {
-            let (source, row) = place(&self.sources, row)?;
-            source.values(row, &mut values)?;
-            offsets.push(values.len() as i64);
+        for (_, _, span) in &spans {
+            offsets.push(offsets[offsets.len() - 1] + i64::from(span.tokens));
+        }
+        let mut values = vec![0.0; offsets[rows.len()].unsigned_abs() as usize];
+        let mut rest = values.as_mut_slice();
+        for (source, row, span) in spans {
+            let (own, later) = rest.split_at_mut(span.tokens as usize);
+            let bytes = bytemuck::cast_slice_mut(own);
+            source.fill(span, bytes)?;
+            source.check(self.kind, row, bytes)?;
+            rest = later;
         }
         Ok((offsets, values))
+    }
+
+    /// Where the values of rows lie. One pass for all, so that the misses of many rows overlap.
+    fn spans(&self, rows: &[i64]) -> Result<Vec<(&Source, u64, Span)>> {
+        let span = |&row: &i64| {
+            let (source, row) = place(&self.sources, row)?;
+            Ok((source, row, source.span(row)?))
+        };
+        rows.iter().map(span).collect()
     }
 
     /// The token counts and sums of `rows`, both `[n]`; those of a per-token cache are taken over
     /// all tokens.
     pub fn read_sums(&self, rows: &[i64]) -> Result<(Vec<u32>, Vec<f64>)> {
-        let (mut tokens, mut sums) = (Vec::new(), Vec::with_capacity(rows.len()));
+        let mut sums = Vec::with_capacity(rows.len());
         let mut values: Vec<f32> = Vec::new();
+        let mut tokens = Vec::with_capacity(rows.len());
         for &row in rows {
             let (source, row) = place(&self.sources, row)?;
             tokens.push(match self.kind {
-                Kind::Sums => source.values(row, &mut sums)?,
+                Kind::Sums => source.values(self.kind, row, &mut sums)?,
                 Kind::PerToken => {
                     values.clear();
-                    let count = source.values(row, &mut values)?;
+                    let count = source.values(self.kind, row, &mut values)?;
                     sums.push(values.iter().copied().map(f64::from).sum());
                     count
                 }
@@ -129,11 +146,8 @@ impl CacheReader {
 
     /// Number of tokens of each of `rows`: `[n]`.
     pub fn lengths(&self, rows: &[i64]) -> Result<Vec<u32>> {
-        let length = |&row: &i64| {
-            let (source, row) = place(&self.sources, row)?;
-            source.tokens(row)
-        };
-        rows.iter().map(length).collect()
+        let spans = self.spans(rows)?;
+        Ok(spans.iter().map(|(_, _, span)| span.tokens).collect())
     }
 
     /// Up to `limit` keys above `after` (from the first on where it is `None`) with their values.
@@ -146,8 +160,8 @@ impl CacheReader {
             let source = &self.sources[found.source];
             slice.keys.push(found.key);
             slice.tokens.push(match self.kind {
-                Kind::PerToken => source.values(found.row, &mut slice.logps)?,
-                Kind::Sums => source.values(found.row, &mut slice.sums)?,
+                Kind::PerToken => source.values(self.kind, found.row, &mut slice.logps)?,
+                Kind::Sums => source.values(self.kind, found.row, &mut slice.sums)?,
             });
         }
         Ok(slice)

@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use bytemuck::Pod;
-
 use super::{
     Cache, Fingerprint, Kind, ReadMode,
     checked::{Bytes, CheckedFile},
     journal::wrong_kind,
+    source::Span,
 };
 use crate::{
     Error, Result,
@@ -168,9 +167,9 @@ impl Shard {
         &self.file.path
     }
 
-    /// The file, for a check of all of it.
-    pub fn file(&self) -> &CheckedFile {
-        &self.file
+    /// Compares every block with its checksum.
+    pub fn check_blocks(&self) -> Result<()> {
+        (0..self.file.blocks()).try_for_each(|block| self.file.check(block))
     }
 
     /// Number of rows.
@@ -192,54 +191,48 @@ impl Shard {
         Ok(key)
     }
 
-    /// Number of tokens of a row.
-    pub fn tokens(&self, row: u64) -> Result<u32> {
+    /// Where a row's values lie.
+    pub fn span(&self, row: u64) -> Result<Span> {
         let (batch, index) = self.place(row);
-        Ok(self.span(batch, index)?.1)
-    }
-
-    /// The first value of a row within its batch, and its number of tokens.
-    fn span(&self, batch: &Batch, index: usize) -> Result<(usize, u32)> {
-        let at = batch.tokens_at as usize + 4 * index;
-        let mut bytes = [0; 8];
-        match self.kind {
-            Kind::Sums => {
-                self.file.read(at, &mut bytes[..4])?;
-                Ok((index, u32_at(&bytes, 0)))
-            }
-            Kind::PerToken => {
-                self.file.read(at, &mut bytes)?;
-                let (start, end) = (u32_at(&bytes, 0), u32_at(&bytes, 4));
-                let tokens = end.checked_sub(start).ok_or_else(|| {
-                    Error::cache(
-                        &self.file.path,
-                        format!("offsets at byte {at} run backwards"),
-                    )
-                })?;
-                Ok((start as usize, tokens))
-            }
-        }
-    }
-
-    /// Appends the values of a row to `out`; returns its number of tokens.
-    pub fn values<T: Pod>(&self, row: u64, out: &mut Vec<T>) -> Result<u32> {
-        let (batch, index) = self.place(row);
-        let (first, tokens) = self.span(batch, index)?;
+        let (first, tokens) = match self.kind {
+            Kind::PerToken => self.offsets(batch, index)?,
+            Kind::Sums => (index, self.count(batch, index)?),
+        };
         let (width, length) = (self.kind.width(), self.kind.bytes(tokens));
         if (first + length / width) as u64 > batch.values {
             let reason = format!("row {row} ends outside its batch");
             return Err(Error::cache(&self.file.path, reason));
         }
-        let at = batch.values_at as usize + first * width;
-        let bytes = self.file.append(at, length / size_of::<T>(), out)?;
-        match self.kind.impossible(bytes) {
-            None => Ok(tokens),
-            Some((index, value)) => {
-                let at = at + index * width;
-                let reason = format!("byte {at} holds the log-prob {value}");
-                Err(Error::cache(&self.file.path, reason))
-            }
-        }
+        let at = batch.values_at + (first * width) as u64;
+        Ok(Span { at, tokens })
+    }
+
+    /// The first value of a row within its batch, and how many there are.
+    fn offsets(&self, batch: &Batch, index: usize) -> Result<(usize, u32)> {
+        let at = batch.tokens_at as usize + 4 * index;
+        let mut bytes = [0; 8];
+        self.file.read(at, &mut bytes)?;
+        let (start, end) = (u32_at(&bytes, 0), u32_at(&bytes, 4));
+        let backwards = || {
+            let reason = format!("the offsets at byte {at} run backwards");
+            Error::cache(&self.file.path, reason)
+        };
+        Ok((
+            start as usize,
+            end.checked_sub(start).ok_or_else(backwards)?,
+        ))
+    }
+
+    fn count(&self, batch: &Batch, index: usize) -> Result<u32> {
+        let mut bytes = [0; 4];
+        self.file
+            .read(batch.tokens_at as usize + 4 * index, &mut bytes)?;
+        Ok(u32_at(&bytes, 0))
+    }
+
+    /// Fills `out` with a row's values.
+    pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
+        self.file.read(span.at as usize, out)
     }
 }
 

@@ -91,8 +91,8 @@ impl Columns {
     /// Takes a row over; returns its number of tokens.
     fn push(&mut self, source: &Source, row: u64) -> Result<u32> {
         let tokens = match self.kind {
-            Kind::PerToken => source.values(row, &mut self.logps)?,
-            Kind::Sums => source.values(row, &mut self.sums)?,
+            Kind::PerToken => source.values(self.kind, row, &mut self.logps)?,
+            Kind::Sums => source.values(self.kind, row, &mut self.sums)?,
         };
         self.keys.extend(source.key(row)?);
         self.ends.push(self.logps.len() as i32);

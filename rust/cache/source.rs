@@ -4,8 +4,15 @@ use std::path::Path;
 
 use bytemuck::Pod;
 
-use super::{journal_table::JournalTable, shard::Shard};
-use crate::{Result, fingerprint::Key};
+use super::{Kind, journal_table::JournalTable, shard::Shard};
+use crate::{Error, Result, fingerprint::Key};
+
+/// Where the values of a record lie in its file, and how many tokens it has.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    pub at: u64,
+    pub tokens: u32,
+}
 
 /// A file of records.
 #[derive(Debug)]
@@ -65,19 +72,44 @@ impl Source {
         }
     }
 
-    /// Number of tokens of a row.
-    pub fn tokens(&self, row: u64) -> Result<u32> {
+    /// Where a row's values lie.
+    pub fn span(&self, row: u64) -> Result<Span> {
         match self {
-            Self::Shard(shard) => shard.tokens(row),
-            Self::Journal(journal) => Ok(journal.tokens(row)),
+            Self::Shard(shard) => shard.span(row),
+            Self::Journal(journal) => Ok(journal.span(row)),
         }
     }
 
-    /// Appends the values of a row to `out`; returns its number of tokens.
-    pub fn values<T: Pod>(&self, row: u64, out: &mut Vec<T>) -> Result<u32> {
+    /// Fills `out` with a row's values, as they lie in the file.
+    pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
         match self {
-            Self::Shard(shard) => shard.values(row, out),
-            Self::Journal(journal) => journal.values(row, out),
+            Self::Shard(shard) => shard.fill(span, out),
+            Self::Journal(journal) => journal.fill(span, out),
+        }
+    }
+
+    /// Appends the values of a row to `out`, after a look at each; returns its number of tokens.
+    pub fn values<T: Pod>(&self, kind: Kind, row: u64, out: &mut Vec<T>) -> Result<u32> {
+        let span = self.span(row)?;
+        let before = out.len();
+        out.resize(
+            before + kind.bytes(span.tokens) / size_of::<T>(),
+            T::zeroed(),
+        );
+        let bytes = bytemuck::cast_slice_mut(&mut out[before..]);
+        self.fill(span, bytes)?;
+        self.check(kind, row, bytes)?;
+        Ok(span.tokens)
+    }
+
+    /// Refuses values that cannot be log-probs.
+    pub fn check(&self, kind: Kind, row: u64, values: &[u8]) -> Result<()> {
+        match kind.impossible(values) {
+            None => Ok(()),
+            Some((at, value)) => {
+                let reason = format!("value {at} of record {row} is {value}, which is no log-prob");
+                Err(Error::cache(self.path(), reason))
+            }
         }
     }
 

@@ -5,11 +5,10 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::{
-    Cache, ReadMode,
+    Cache, Kind, ReadMode,
     journal_table::JournalTable,
     manifest::{self, Manifest},
     merge,
-    shard::Shard,
     snapshot::{Listing, open_shard, read_manifest},
     source::Source,
 };
@@ -70,7 +69,7 @@ impl Cache {
         let mut whole = Vec::new();
         for name in &listing.manifests {
             match self.examine_shard(name, &listing, all) {
-                Ok(shard) => whole.push(Source::Shard(shard)),
+                Ok(shard) => whole.push(shard),
                 Err(error) => report.refuse(name, true, &error),
             }
         }
@@ -92,12 +91,16 @@ impl Cache {
         Ok(report)
     }
 
-    fn examine_shard(&self, name: &str, listing: &Listing, all: bool) -> Result<Shard> {
+    fn examine_shard(&self, name: &str, listing: &Listing, all: bool) -> Result<Source> {
         let manifest = read_manifest(self, &self.path(name))?;
-        let shard = open_shard(self, &manifest, listing, ReadMode::Pread)?;
+        let shard = open_shard(self, &manifest, listing, ReadMode::default())?;
         if all {
+            shard.check_blocks()?;
             self.check_hash(&manifest)?;
-            check_rows(&shard, &manifest)?;
+        }
+        let shard = Source::Shard(shard);
+        if all {
+            check_rows(self.kind, &shard, &manifest)?;
         }
         Ok(shard)
     }
@@ -172,11 +175,8 @@ impl Report {
 }
 
 /// Every block, every key and every value of a shard.
-fn check_rows(shard: &Shard, manifest: &Manifest) -> Result<()> {
+fn check_rows(kind: Kind, shard: &Source, manifest: &Manifest) -> Result<()> {
     let refuse = |reason: String| Error::cache(shard.path(), reason);
-    for block in 0..shard.file().blocks() {
-        shard.file().check(block)?;
-    }
     let (mut before, mut tokens) = (None::<Key>, 0);
     let mut bytes: Vec<u8> = Vec::new();
     for row in 0..shard.rows() {
@@ -186,9 +186,9 @@ fn check_rows(shard: &Shard, manifest: &Manifest) -> Result<()> {
         }
         before = Some(key);
         bytes.clear();
-        tokens += u64::from(shard.values(row, &mut bytes)?);
+        tokens += u64::from(shard.values(kind, row, &mut bytes)?);
     }
-    if tokens == manifest.tokens && tokens == shard.tokens {
+    if tokens == manifest.tokens && tokens == shard.all_tokens() {
         return Ok(());
     }
     Err(refuse(format!(
