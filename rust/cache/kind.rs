@@ -47,10 +47,15 @@ impl Kind {
     /// The first value that cannot be a log-prob, and its place.
     pub(crate) fn impossible(self, values: &[u8]) -> Option<(usize, f64)> {
         match self {
-            Self::PerToken => find(values.as_chunks().0, |bytes| {
-                f64::from(f32::from_le_bytes(bytes))
-            }),
-            Self::Sums => find(values.as_chunks().0, f64::from_le_bytes),
+            Self::PerToken => {
+                let possible = |value| value <= LARGEST && value > f32::NEG_INFINITY;
+                let (at, value) = find(values.as_chunks().0, f32::from_le_bytes, possible)?;
+                Some((at, f64::from(value)))
+            }
+            Self::Sums => {
+                let possible = |value| value <= f64::from(LARGEST) && value > f64::NEG_INFINITY;
+                find(values.as_chunks().0, f64::from_le_bytes, possible)
+            }
         }
     }
 
@@ -71,11 +76,11 @@ impl Kind {
 /// than this do not come from one reference.
 pub const TOLERANCE: f32 = 1e-3;
 
-fn find<const N: usize>(
+fn find<const N: usize, T: Copy>(
     values: &[[u8; N]],
-    value: impl Fn([u8; N]) -> f64,
-) -> Option<(usize, f64)> {
-    let possible = |value: f64| value <= f64::from(LARGEST) && value.is_finite();
+    value: impl Fn([u8; N]) -> T,
+    possible: impl Fn(T) -> bool,
+) -> Option<(usize, T)> {
     // Without an early end the compiler does several at once.
     let all = values
         .iter()
@@ -83,11 +88,8 @@ fn find<const N: usize>(
     if all {
         return None;
     }
-    values
-        .iter()
-        .map(|&bytes| value(bytes))
-        .enumerate()
-        .find(|&(_, value)| !possible(value))
+    let mut values = values.iter().map(|&bytes| value(bytes)).enumerate();
+    values.find(|&(_, value)| !possible(value))
 }
 
 fn close<const N: usize>(

@@ -11,6 +11,9 @@ use super::{
 };
 use crate::{Error, Result, fingerprint::Key};
 
+/// Rows whose misses are under way at the same time.
+const AHEAD: usize = 32;
+
 /// The values of one reference, as its folder stood when it was opened.
 ///
 /// Journals are checked byte by byte at open, shards by their seal and then block by block as they
@@ -104,23 +107,35 @@ impl CacheReader {
         }
         let mut values = vec![0.0; offsets[rows.len()].unsigned_abs() as usize];
         let mut rest = values.as_mut_slice();
-        for (source, row, span) in spans {
-            let (own, later) = rest.split_at_mut(span.tokens as usize);
-            let bytes = bytemuck::cast_slice_mut(own);
-            source.fill(span, bytes)?;
-            source.check(self.kind, row, bytes)?;
-            rest = later;
+        for spans in spans.chunks(AHEAD) {
+            for (source, _, span) in spans {
+                source.touch_values(*span);
+            }
+            for &(source, row, span) in spans {
+                let (own, later) = rest.split_at_mut(span.tokens as usize);
+                let bytes = bytemuck::cast_slice_mut(own);
+                source.fill(span, bytes)?;
+                source.check(self.kind, row, bytes)?;
+                rest = later;
+            }
         }
         Ok((offsets, values))
     }
 
-    /// Where the values of rows lie. One pass for all, so that the misses of many rows overlap.
+    /// Where the values of rows lie.
     fn spans(&self, rows: &[i64]) -> Result<Vec<(&Source, u64, Span)>> {
-        let span = |&row: &i64| {
-            let (source, row) = place(&self.sources, row)?;
-            Ok((source, row, source.span(row)?))
-        };
-        rows.iter().map(span).collect()
+        let mut spans = Vec::with_capacity(rows.len());
+        for rows in rows.chunks(AHEAD) {
+            for &row in rows {
+                let (source, row) = place(&self.sources, row)?;
+                source.touch_span(row);
+            }
+            for &row in rows {
+                let (source, row) = place(&self.sources, row)?;
+                spans.push((source, row, source.span(row)?));
+            }
+        }
+        Ok(spans)
     }
 
     /// The token counts and sums of `rows`, both `[n]`; those of a per-token cache are taken over

@@ -230,6 +230,19 @@ impl Shard {
         Ok(u32_at(&bytes, 0))
     }
 
+    /// Reaches for what [`Self::span`] will read.
+    pub fn touch_span(&self, row: u64) {
+        let (batch, index) = self.place(row);
+        let at = batch.tokens_at as usize + 4 * index;
+        self.file.touch(at..at + 1);
+    }
+
+    /// Reaches for what [`Self::fill`] will read.
+    pub fn touch_values(&self, span: Span) {
+        let at = span.at as usize;
+        self.file.touch(at..at + self.kind.bytes(span.tokens));
+    }
+
     /// Fills `out` with a row's values.
     pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
         self.file.read(span.at as usize, out)

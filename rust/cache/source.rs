@@ -80,6 +80,20 @@ impl Source {
         }
     }
 
+    /// Reaches for what [`Self::span`] will read of a shard.
+    pub fn touch_span(&self, row: u64) {
+        if let Self::Shard(shard) = self {
+            shard.touch_span(row);
+        }
+    }
+
+    /// Reaches for what [`Self::fill`] will read of a shard.
+    pub fn touch_values(&self, span: Span) {
+        if let Self::Shard(shard) = self {
+            shard.touch_values(span);
+        }
+    }
+
     /// Fills `out` with a row's values, as they lie in the file.
     pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
         match self {
