@@ -25,8 +25,8 @@ from logratio.training import (
     precompute,
     train,
 )
+from logratio.training.canary import UntrustedReferenceError
 from logratio.training.checkpoint import ResumeError
-from logratio.training.checks import UnsupportedModelError
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
 from logratio.training.loop import Loop, NonFiniteError
@@ -231,7 +231,7 @@ def test_a_cache_with_wrong_numbers_is_refused(
     writer = CacheWriter(cache / right.name, right.digest)
     writer.append(keys, offsets, logps)
     writer.close()
-    with pytest.raises(UnsupportedModelError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
         quiet(with_(config, cache=cache))
 
 
@@ -248,7 +248,7 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
         return logps * (float("nan") if 7 in groups.tolist() else 1.0)
 
     monkeypatch.setattr(module, "completion_logps", poisoned)
-    monkeypatch.setattr(Loop, "_check_start", lambda *_: None)  # it would stop earlier
+    monkeypatch.setattr(Loop, "_check_start", lambda *_, **__: None)  # it would stop earlier
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:8"):
         quiet(config)
     assert not (Path(config.output) / "model.safetensors").exists()

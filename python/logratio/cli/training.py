@@ -93,6 +93,9 @@ def train(
         Path | None,
         typer.Option(help="Reference log-probs made by `precompute`: no reference in memory."),
     ] = None,
+    precompute: Annotated[
+        bool, typer.Option("--precompute", help="Score what --cache lacks first, then train.")
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
     ] = None,
@@ -181,6 +184,7 @@ def train(
             data,
             output,
             cache=cache,
+            precompute=precompute,
             reference=reference,
             loss=loss.value,
             beta=beta,

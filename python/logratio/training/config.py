@@ -39,6 +39,7 @@ class TrainConfig:
             input its share of them; None: every group once.
         output: folder for the trained model, metrics and checkpoints.
         cache: root of a reference cache made by `precompute`; then no reference model is held.
+        precompute: score what the cache lacks first, in this process, and then train.
         reference: folder of the reference model; `model` itself where none is given.
         loss: one of `losses.LOSSES`.
         beta: weight of the KL term; the loss's own default where None.
@@ -51,7 +52,7 @@ class TrainConfig:
         epochs: passes over the data.
         token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
         precision: fp32, or bf16 autocast over fp32 weights.
-        seed: of the order of the data, the adapters and dropout.
+        seed: of the order of the data and the adapters; dropout is off.
         save_every: updates between checkpoints; 0 for none but the one at an interrupt.
         resume: go on from the newest valid checkpoint in `output`.
         device: where to train; a GPU when there is one, where None.
@@ -65,6 +66,7 @@ class TrainConfig:
     data: Sequence[Input]
     output: PathLike
     cache: PathLike | None = None
+    precompute: bool = False
     reference: PathLike | None = None
     loss: str = "dpo"
     beta: float | None = None

@@ -1,6 +1,5 @@
 """The reference's log-probs, once, into a cache that any number of runs can read."""
 
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,19 +12,20 @@ from torch import nn
 
 from logratio._rust import CacheWriter, PaddedLayout, SharedLayout
 from logratio.data import ahead, lay_out, micro_batches
-from logratio.durable import write_whole
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import progress
 from logratio.training import demand, threads
+from logratio.training.cached import check_possible
 from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig
-from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.loop import say
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
-from logratio.training.reference import FINGERPRINT_FILE, cache_folder, missing_rows, score
+from logratio.training.reference import cache_folder, missing_rows, record_fingerprint, score
 from logratio.training.setup import Dataset, load_dataset
 from logratio.training.tensors import buffers_for, to_torch
+from logratio.training.trust import check_hits, conditions
 
 Layout = SharedLayout | PaddedLayout
 
@@ -120,7 +120,6 @@ class Precompute:
         check_writable(folder, self.forecast.disk_bytes)
         if slow := threads.advice(device):
             say(slow)
-        _write_fingerprint(folder, self.fingerprint)
         model = load_model(self.config.model, device=device).requires_grad_(False)
         writer = CacheWriter(folder, self.fingerprint.digest)
         try:
@@ -133,6 +132,12 @@ class Precompute:
         layout, reason = choose_layout(model)
         if layout == "padded":
             say(f"padded layout (slower, never wrong): {reason}")
+        known = self.fingerprint.made_with(**conditions(model, layout))
+        if told := check_hits(
+            model, self.store, self.config.cache, known, layout, self.config.precision
+        ):
+            say(told)
+        record_fingerprint(cache_folder(self.config.cache, known), known)
         block = _Block(writer, self.store.keys(), self.missing)
         total = int(self.store.completion_lengths()[self.missing].sum())
         with (
@@ -159,7 +164,9 @@ class Precompute:
     def _logps(self, model: nn.Module, arrays: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows, offsets and log-probs of the groups' completions."""
         logps = score(model, to_torch(arrays, next(model.parameters()).device))
-        return arrays.completions, arrays.completion_offsets, logps.float().cpu().numpy()
+        found = logps.float().cpu().numpy()
+        check_possible(found, self.store, arrays)
+        return arrays.completions, arrays.completion_offsets, found
 
     def _groups_to_score(self) -> np.ndarray:
         """Return the groups with a missing completion."""
@@ -214,10 +221,3 @@ class _Block:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.writer.append(self.keys[self.rows], offsets, np.concatenate(self.parts))
         self.rows, self.parts, self.pending = [], [], 0
-
-
-def _write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Store the readable fingerprint, whole or not at all."""
-    path = folder / FINGERPRINT_FILE
-    if not path.exists():
-        write_whole(path, json.dumps(fingerprint.to_dict(), indent=1))

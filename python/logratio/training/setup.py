@@ -25,6 +25,7 @@ from logratio.data.containers import Input
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import reading_progress
 from logratio.training import demand
+from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
 from logratio.training.losses import LOSSES, PAIR_LOSSES
@@ -38,10 +39,12 @@ from logratio.training.models import (
 )
 from logratio.training.reference import (
     AdapterReference,
-    CachedReference,
     FrozenReference,
     Reference,
+    cache_folder,
+    holds_sums_only,
     open_cache,
+    sums_folder,
 )
 
 SETTINGS_FILE = "training.json"
@@ -203,6 +206,8 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError(f"loss {config.loss} has no gamma")
     if config.loss == "sft" and config.beta is not None:
         raise ConfigError("loss sft has no beta")
+    if config.precompute and not config.cache:
+        raise ConfigError("precompute fills a cache: name one with --cache")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
 
@@ -249,17 +254,21 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
     return None
 
 
-def cached_reference(config: TrainConfig, store: Store) -> CachedReference | None:
+def cached_reference(config: TrainConfig, store: Store) -> CachedReference | CachedSums | None:
     """Open the cache, if there is one, and find every completion in it.
 
     Raises:
         StaleCacheError: the cache is of another model, or lacks completions.
+        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
     """
     if config.cache is None:
         return None
-    source = config.reference or config.model
-    reader = open_cache(config.cache, model_fingerprint(source, config.precision))
-    return CachedReference(store, reader, str(config.cache))
+    fingerprint = model_fingerprint(config.reference or config.model, config.precision)
+    if holds_sums_only(config.cache, fingerprint):
+        reader = open_cache(config.cache, fingerprint, sums=True)
+        return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
+    reader = open_cache(config.cache, fingerprint)
+    return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
 
 
 def starts_at_reference(config: TrainConfig) -> bool:
