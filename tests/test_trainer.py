@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_pairs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from torch import Tensor
 
@@ -287,6 +287,18 @@ def test_weights_that_can_run_code_are_refused(config: TrainConfig, tmp_path: Pa
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelFolderError, match="no safetensors weights"):
         quiet(with_(config, model=tmp_path / "pickled"))
+
+
+def test_weights_that_would_be_random_are_refused(
+    config: TrainConfig, make_model: Callable[..., Path]
+) -> None:
+    """Transformers makes up what the files lack, another one each time, under one fingerprint."""
+    folder = make_model("torn")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"], tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"no model\.layers\.0.* and 1 more, which would"):
+        quiet(with_(config, model=folder))
 
 
 def test_unwritable_output(config: TrainConfig, tmp_path: Path) -> None:

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
 from logratio.data import source_names
-from logratio.training.reference import PerToken, StaleCacheError
+from logratio.training.config import TrainConfig
+from logratio.training.fingerprint import model_fingerprint
+from logratio.training.reference import (
+    PerToken,
+    StaleCacheError,
+    cache_folder,
+    holds_sums_only,
+    open_cache,
+    sums_folder,
+)
 from logratio.training.tensors import Batch
 
 HIGHEST = 1e-3
@@ -84,6 +93,23 @@ def _found(rows: np.ndarray, folder: Path) -> np.ndarray:
             "to add them"
         )
     return rows
+
+
+def cached_reference(config: TrainConfig, store: Store) -> CachedReference | CachedSums | None:
+    """Open the cache, if there is one, and find every completion in it.
+
+    Raises:
+        StaleCacheError: the cache is of another model, or lacks completions.
+        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
+    """
+    if config.cache is None:
+        return None
+    fingerprint = model_fingerprint(config.reference or config.model, config.precision)
+    if holds_sums_only(config.cache, fingerprint):
+        reader = open_cache(config.cache, fingerprint, sums=True)
+        return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
+    reader = open_cache(config.cache, fingerprint)
+    return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
 
 
 def check_possible(logps: np.ndarray, store: Store, layout: SharedLayout | PaddedLayout) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,21 +48,31 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.
         The model with dropout off: a transformers model, or a peft wrapper around one.
 
     Raises:
-        ModelFolderError: no such folder, or no safetensors weights in it.
+        ModelFolderError: no such folder, or no safetensors weights in it, or not all.
     """
     folder = Path(folder)
     check_model_folder(folder)
     if (folder / ADAPTER_CONFIG).exists():
         return _load_adapter(folder, device)
     with quietly():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
+    _check_whole(folder, loaded["missing_keys"])
     return without_dropout(model).to(device).eval()
+
+
+def _check_whole(folder: Path, missing: Collection[str]) -> None:
+    """Refuse a model of which a part would be random numbers, other ones in each process."""
+    if missing:
+        first, *others = sorted(missing)
+        more = f" and {len(others):,} more" if others else ""
+        raise ModelFolderError(f"{folder}: its files hold no {first}{more}, which would be random")
 
 
 def _load_adapter(folder: Path, device: torch.device | str) -> nn.Module:

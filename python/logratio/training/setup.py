@@ -25,7 +25,6 @@ from logratio.data.containers import Input
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import reading_progress
 from logratio.training import demand
-from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
 from logratio.training.losses import LOSSES, PAIR_LOSSES
@@ -41,10 +40,6 @@ from logratio.training.reference import (
     AdapterReference,
     FrozenReference,
     Reference,
-    cache_folder,
-    holds_sums_only,
-    open_cache,
-    sums_folder,
 )
 
 SETTINGS_FILE = "training.json"
@@ -252,23 +247,6 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
         device = next(policy.parameters()).device
         return FrozenReference(load_model(source, device=device))
     return None
-
-
-def cached_reference(config: TrainConfig, store: Store) -> CachedReference | CachedSums | None:
-    """Open the cache, if there is one, and find every completion in it.
-
-    Raises:
-        StaleCacheError: the cache is of another model, or lacks completions.
-        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
-    """
-    if config.cache is None:
-        return None
-    fingerprint = model_fingerprint(config.reference or config.model, config.precision)
-    if holds_sums_only(config.cache, fingerprint):
-        reader = open_cache(config.cache, fingerprint, sums=True)
-        return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
-    reader = open_cache(config.cache, fingerprint)
-    return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
 
 
 def starts_at_reference(config: TrainConfig) -> bool:

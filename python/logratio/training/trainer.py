@@ -17,6 +17,7 @@ from logratio.durable import sync
 from logratio.forecast import Forecast, check_writable
 from logratio.training import checkpoint, threads
 from logratio.training.attention import shared_prompts
+from logratio.training.cached import cached_reference
 from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig, TrainConfig
 from logratio.training.interrupt import interrupts
@@ -31,7 +32,6 @@ from logratio.training.setup import (
     beta_of,
     build_policy,
     build_reference,
-    cached_reference,
     check_config,
     check_groups,
     check_mix,
