@@ -158,6 +158,15 @@ def test_no_hard_field_serves_what_was_made_with_another(
         assert (name, len(missing)) == (name, first.new)
 
 
+def test_a_name_in_two_files_counts_with_both(make_model: Callable[..., Path]) -> None:
+    """Which of them is loaded is transformers' choice."""
+    folder = make_model("model")
+    shadow(folder)
+    before = model_fingerprint(folder)
+    change_weights(one_bit)(folder)
+    assert model_fingerprint(folder).digest != before.digest
+
+
 def test_an_adapters_bytes_and_scale_are_hard(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     policy = with_lora(load_model(tiny_model), LoraSettings(rank=2), tiny_model)

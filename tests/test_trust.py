@@ -157,7 +157,7 @@ def test_the_sample_is_even_and_always_the_same(store: Store, tmp_path: Path) ->
 
 def test_a_tight_bound_is_stated_for_each_dtype_and_layout() -> None:
     for precision in ("fp32", "bf16"):
-        same, other = TOLERANCES[precision, True], TOLERANCES[precision, False]  # type: ignore[index]
+        same, other = TOLERANCES[precision, True], TOLERANCES[precision, False]
         assert same.token <= other.token
         assert same.sequence <= other.sequence
         lengths = torch.tensor([1.0, 64.0, 256.0])
@@ -233,7 +233,7 @@ def test_a_loss_that_begins_elsewhere_is_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, change: float
 ) -> None:
     wrong = dataclasses.replace(PAIR_LOSSES["dpo"], function=offset_loss(change))
-    monkeypatch.setitem(PAIR_LOSSES, "dpo", wrong)  # type: ignore[arg-type]
+    monkeypatch.setitem(PAIR_LOSSES, "dpo", wrong)
     with pytest.raises(UntrustedReferenceError, match=r"in place of 0\.693147"):
         train(config, show_progress=False)
     assert not list(Path(config.output).glob("*.safetensors"))
@@ -242,7 +242,7 @@ def test_a_loss_that_begins_elsewhere_is_refused(
 def test_the_checks_move_no_generator_and_leave_the_mode(config: TrainConfig, store: Store) -> None:
     policy = with_lora(load_model(config.model), LoraSettings(rank=2), Path(config.model))
     policy.train()
-    for layer in policy.get_base_model().model.layers:  # type: ignore[operator, union-attr]
+    for layer in policy.get_base_model().model.layers:
         layer.self_attn.attention_dropout = 0.5
     reference, before = FrozenReference(load_model(config.model)), torch.get_rng_state()
     check_start(config, store, policy, reference, "shared", make_objective(config, 0.1))

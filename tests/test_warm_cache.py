@@ -24,7 +24,7 @@ from logratio.training import trainer as trainer_module
 from logratio.training.checks import batch_of
 from logratio.training.models import with_lora
 from logratio.training.reference import AdapterReference, FrozenReference, StaleCacheError
-from logratio.training.setup import ConfigError
+from logratio.training.setup import ConfigError, build_policy
 from logratio.training.trainer import prepare
 
 
@@ -60,7 +60,7 @@ def dropout(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., Path]) ->
     folder = make_model("dropout")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.3}))
-    build = trainer_module.build_policy
+    build = build_policy
 
     def dropping(*arguments: object) -> nn.Module:
         return build(*arguments).train()  # type: ignore[arg-type]

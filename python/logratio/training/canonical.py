@@ -60,7 +60,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     A known field that is None is left out, so that a version of transformers that knows more
     optional fields finds the same reference.
     """
-    known = {field.name for field in fields(config)}  # type: ignore[arg-type]  # a dataclass
+    known = {field.name for field in fields(config)}
     found = {}
     for name, value in sorted(json.loads(config.to_json_string(use_diff=False)).items()):
         if name in IGNORED_CONFIG or (value is None and name in known):
