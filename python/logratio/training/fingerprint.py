@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import transformers
 
-from logratio.training.config import Precision
+from logratio.training.config import Precision, Quantization
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+from logratio.training.quantization import SCHEMES
 
 VERSION = 1
 CHUNK = 2**24
@@ -59,8 +60,12 @@ class Fingerprint:
         return [name for name in names if self.hard.get(name) != other.get(name)]
 
 
-def model_fingerprint(folder: str | Path, precision: Precision = "fp32") -> Fingerprint:
+def model_fingerprint(
+    folder: str | Path, precision: Precision = "fp32", quantization: Quantization | None = None
+) -> Fingerprint:
     """Fingerprint the model or adapter in `folder`, computing in `precision`.
+
+    A checkpoint that is quantised says so in its config; `quantization` is what loading adds.
 
     Raises:
         ModelFolderError: the folder holds no model.
@@ -75,6 +80,8 @@ def model_fingerprint(folder: str | Path, precision: Precision = "fp32") -> Fing
         "adapter": _adapter(folder) if base != folder else None,
         "compute_dtype": {"fp32": "float32", "bf16": "bfloat16 autocast over float32"}[precision],
     }
+    if quantization:
+        hard["quantization"] = SCHEMES[quantization]
     soft = {"torch": torch.__version__, "transformers": transformers.__version__}
     return Fingerprint(hard, soft)
 

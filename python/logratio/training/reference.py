@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -118,15 +117,3 @@ def _explain_miss(root: Path, fingerprint: Fingerprint) -> str:
         if (hard := json.loads(path.read_text())["hard"])
     ]
     return f"{root}: this cache was made with another reference ({'; '.join(found)}); {advice}"
-
-
-def missing_rows(store: Store, root: str | Path, fingerprint: Fingerprint) -> np.ndarray:
-    """Return the store's completion rows that the cache lacks, the first row of each key only."""
-    keys = store.keys()
-    _, first = np.unique(keys, axis=0, return_index=True)
-    first.sort()
-    folder = cache_folder(root, fingerprint)
-    if not folder.is_dir():
-        return first
-    reader = CacheReader.open(folder, fingerprint.digest)
-    return first[reader.join(keys[first]) < 0]
