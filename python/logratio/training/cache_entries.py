@@ -236,10 +236,9 @@ def first_rows(keys: np.ndarray) -> np.ndarray:
     order = np.argsort(heads, kind="stable")
     same = heads[order][1:] == heads[order][:-1]
     # Keys whose first 64 bits differ are different; only the few others are compared whole.
-    doubtful = order[np.concatenate([[False], same]) | np.concatenate([same, [False]])]
-    doubtful.sort()
-    first = np.ones(len(keys), dtype=bool)
-    first[doubtful] = False
-    _, index = np.unique(keys[doubtful], axis=0, return_index=True)
-    first[doubtful[index]] = True
+    alike = np.zeros(len(keys), dtype=bool)
+    alike[order[1:][same]] = alike[order[:-1][same]] = True
+    _, index = np.unique(keys[alike], axis=0, return_index=True)
+    first = ~alike
+    first[np.flatnonzero(alike)[index]] = True
     return np.flatnonzero(first)

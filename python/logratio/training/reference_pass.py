@@ -120,7 +120,8 @@ def check_config(config: PrecomputeConfig, share: Share) -> None:
         raise ConfigError(
             "standard input reaches one process only: name files, or a store of `data build`"
         )
-    default_device(config.device)
+    if config.engine == "local":
+        default_device(config.device)  # Ray's workers may have other devices than this machine
     check_model_folder(Path(config.model))
     check_quantization(base_folder(config.model), config.quantization)
     check_writable(Path(config.cache))
@@ -171,8 +172,9 @@ class Precompute:
     def forecast(self) -> Forecast:
         """What the pass will need."""
         config, work = self.config, self.work
+        device = config.device if config.engine == "local" else "cpu"
         read = float(self.store.shared_lengths()[work.groups].sum())
-        at_once = token_budget(config.token_budget, config.model, default_device(config.device))
+        at_once = token_budget(config.token_budget, config.model, default_device(device))
         part = "" if self.share.count == 1 else f"share {self.share}: "
         return Forecast(
             memory_bytes=demand.scoring_bytes(
@@ -180,7 +182,7 @@ class Precompute:
             ),
             disk_bytes=self.entries.nbytes(len(work.rows), work.tokens),
             disk_path=Path(config.cache),
-            seconds=demand.seconds(config.model, read, demand.FORWARD, config.device),
+            seconds=demand.seconds(config.model, read, demand.FORWARD, device),
             notes=f"{part}{len(work.rows):,} completions to score, {work.tokens:,} tokens",
         )
 
@@ -216,7 +218,7 @@ class Precompute:
                     raise RunInterruptedError(signal, RESUME)
 
     def _batches(self) -> Generator[int, None, None]:
-        """Score; yield after each batch how many tokens it had. What is yielded may be pending."""
+        """Score; yield after each batch how many tokens it had. At the end all are durable."""
         if self.config.engine == "ray":
             from logratio.training.ray_pass import score_on_ray
 

@@ -1,6 +1,6 @@
 """The reference in memory, scoring groups into a journal of the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import numpy as np
@@ -31,15 +31,23 @@ class ReferenceScorer:
         budget: tokens computed at a time; it learns from batches that do not fit.
     """
 
-    def __init__(self, config: PrecomputeConfig, work: Work, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        work: Work,
+        device: torch.device,
+        tell: Callable[[str], None] = say,
+    ) -> None:
         """Load the model that `config` names onto `device`, and open a journal.
+
+        `tell` gets a sentence where something is other than one would think.
 
         Raises:
             UnsupportedModelError: the model's log-probs cannot be computed rightly.
         """
         entries = entries_of(config.sums_only)
         self.store, self.wanted, self.device = work.store, work.wanted, device
-        self._precision = config.precision
+        self._precision, self._tell = config.precision, tell
         self.model = load_model(
             config.model,
             device=device,
@@ -49,7 +57,7 @@ class ReferenceScorer:
         with autocast(self._precision, device):
             self.layout, reason = choose_layout(self.model)
         if self.layout == "padded":
-            say(f"padded layout (slower, never wrong): {reason}")
+            tell(f"padded layout (slower, never wrong): {reason}")
         self.budget = token_budget(config.token_budget, config.model, device)
         self._buffers = buffers_for(device)
         self._writer = entries.writer(work.folder, work.digest)
@@ -127,7 +135,7 @@ class ReferenceScorer:
                 "is in the cache"
             )
         self.budget.exceeded(tokens)
-        say(
+        self._tell(
             f"out of memory at {tokens:,} tokens at a time: going on with {self.budget.tokens:,}, "
             "nothing is lost"
         )
