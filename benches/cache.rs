@@ -47,7 +47,7 @@ fn bench_read(criterion: &mut Criterion) {
     fill(folder.path(), COMPLETIONS / BLOCK);
     let open = || CacheReader::open(folder.path(), &FINGERPRINT).expect("opens");
     let (reader, keys) = (open(), keys(COMPLETIONS));
-    let rows = reader.join(&keys[..BLOCK]);
+    let rows = reader.join(&keys[..BLOCK]).expect("joins");
     let mut group = criterion.benchmark_group("25,600 completions");
     group.throughput(Throughput::Elements(COMPLETIONS as u64));
     group.bench_function("open and check", |bench| bench.iter(open));

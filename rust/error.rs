@@ -1,7 +1,8 @@
 //! The one error type of this crate.
 
 use std::{
-    fmt, io,
+    fmt,
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
 };
 
@@ -16,6 +17,15 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The disk is full, or the user's share of it.
+    NoSpace {
+        /// What did not fit.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+        /// How many bytes there must be room for.
+        bytes: usize,
+    },
     /// The file is not a store, or part of it is missing or altered.
     CorruptStore {
         /// The store.
@@ -23,9 +33,10 @@ pub enum Error {
         /// What was expected, what was found, and where.
         reason: String,
     },
-    /// A journal is damaged, holds impossible values, or belongs to another reference.
+    /// A journal, shard or manifest is damaged, holds impossible values, or belongs to another
+    /// reference.
     CorruptCache {
-        /// The journal, or the folder of journals.
+        /// The file.
         path: PathBuf,
         /// What was expected, what was found, and where.
         reason: String,
@@ -60,6 +71,18 @@ impl Error {
         }
     }
 
+    /// The same for `bytes` that were to be written, and may not have fitted.
+    pub(crate) fn write(path: &Path, bytes: usize) -> impl FnOnce(io::Error) -> Self {
+        move |source| match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::NoSpace {
+                path: path.into(),
+                source,
+                bytes,
+            },
+            _ => Self::io(path)(source),
+        }
+    }
+
     pub(crate) fn store(path: &Path, reason: impl Into<String>) -> Self {
         Self::CorruptStore {
             path: path.into(),
@@ -85,6 +108,15 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Self::NoSpace {
+                path,
+                source,
+                bytes,
+            } => write!(
+                f,
+                "{}: {source} ({bytes} bytes more are needed)",
+                path.display()
+            ),
             Self::CorruptStore { path, reason } => {
                 write!(f, "corrupt store {}: {reason}", path.display())
             }
@@ -106,7 +138,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Io { source, .. } => Some(source),
+            Self::Io { source, .. } | Self::NoSpace { source, .. } => Some(source),
             _ => None,
         }
     }

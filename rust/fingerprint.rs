@@ -10,6 +10,9 @@ pub type Key = [u8; 32];
 /// Hashed before everything else, so that a later rule can never give an equal key.
 const RULE: &[u8; 16] = b"logratio.key.v1\0";
 
+/// The same for sums, which depend on the tokens that count.
+const SUM_RULE: &[u8; 16] = b"logratio.sum.v1\0";
+
 /// The hash of a prompt, from which the keys of its completions go on.
 #[derive(Clone, Debug)]
 pub struct PromptHash(Hasher);
@@ -17,8 +20,17 @@ pub struct PromptHash(Hasher);
 impl PromptHash {
     /// Hashes the prompt of a group once, whatever its number of completions.
     pub fn new(prompt_ids: &[i32]) -> Self {
+        Self::by(RULE, prompt_ids)
+    }
+
+    /// The same for keys of sums.
+    pub fn of_sums(prompt_ids: &[i32]) -> Self {
+        Self::by(SUM_RULE, prompt_ids)
+    }
+
+    fn by(rule: &[u8; 16], prompt_ids: &[i32]) -> Self {
         let mut hasher = Hasher::new();
-        hasher.update(RULE);
+        hasher.update(rule);
         hasher.update(&(prompt_ids.len() as u64).to_le_bytes());
         hasher.update(bytemuck::cast_slice(prompt_ids));
         Self(hasher)
@@ -28,6 +40,15 @@ impl PromptHash {
     pub fn key(&self, completion_ids: &[i32]) -> Key {
         let mut hasher = self.0.clone();
         hasher.update(bytemuck::cast_slice(completion_ids));
+        hasher.finalize().into()
+    }
+
+    /// The key of the sum over the tokens of one completion whose `mask` is 1; to be asked of
+    /// [`Self::of_sums`].
+    pub fn sum_key(&self, completion_ids: &[i32], mask: &[u8]) -> Key {
+        let mut hasher = self.0.clone();
+        hasher.update(bytemuck::cast_slice(completion_ids));
+        hasher.update(mask);
         hasher.finalize().into()
     }
 }

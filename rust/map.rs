@@ -1,7 +1,7 @@
 //! Read-only memory maps: the one module that may be unsafe.
 #![allow(unsafe_code)]
 
-use std::{fs::File, ops::Deref, path::Path};
+use std::{fs::File, io, ops::Deref, path::Path};
 
 use memmap2::{Mmap, MmapMut};
 
@@ -18,12 +18,16 @@ pub struct Map(Mmap);
 impl Map {
     /// Maps the file at `path`, which nobody may change while the map lives.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
+        let map = File::open(path).and_then(|file| Self::of(&file));
+        map.map_err(Error::io(path))
+    }
+
+    /// Maps an open file, under the same condition.
+    pub fn of(file: &File) -> io::Result<Self> {
         // SAFETY: the map is read-only. Sealed files never change, and the columns of a writer that
         // died are mapped by the one that holds their lock: it cuts them behind what it reads, and
         // writes once the map is gone.
-        let map = unsafe { Mmap::map(&file) };
-        map.map(Self).map_err(Error::io(path))
+        unsafe { Mmap::map(file) }.map(Self)
     }
 
     /// Copies `bytes` to memory of its own.

@@ -32,22 +32,24 @@ proptest! {
     fn agrees_with_a_map(writers in vec(vec(some_records(), 0..4), 0..4)) {
         let folder = tempdir().expect("folder");
         let mut expected = Model::new();
-        let mut duplicates = 0;
+        let (mut records, mut tokens) = (0, 0);
         for blocks in &writers {
             let mut writer = create(folder.path());
-            for records in blocks {
-                let new: Records = records
+            for block in blocks {
+                let new: Records = block
                     .iter()
                     .map(|(key, values)| (*key, expected.entry(*key).or_insert(values.clone()).clone()))
                     .collect();
                 append(&mut writer, &new).expect("appends");
-                duplicates += new.len();
+                records += new.len();
+                tokens += new.iter().map(|(_, values)| values.len() as u64).sum::<u64>();
             }
         }
         let reader = open(folder.path()).expect("opens");
-        prop_assert_eq!(reader.duplicates(), duplicates - expected.len());
+        prop_assert_eq!(reader.len(), records);
+        prop_assert_eq!(reader.distinct().expect("agrees") as usize, expected.len());
         prop_assert_eq!(reader.torn_bytes(), 0);
-        prop_assert_eq!(reader.tokens(), expected.values().map(|one| one.len() as u64).sum::<u64>());
+        prop_assert_eq!(reader.tokens(), tokens);
         prop_assert_eq!(contents(&reader, (0..40).map(key)), expected);
     }
 }
@@ -58,7 +60,7 @@ fn rows_are_read_in_the_order_asked_for() {
     let folder = folder_of(&[&bytes]);
     let reader = open(folder.path()).expect("opens");
     let keys = [key(4), key(99), key(0), key(4)];
-    let rows = reader.join(&keys);
+    let rows = reader.join(&keys).expect("joins");
     assert_eq!(rows[1], -1);
     assert_eq!(rows[0], rows[3]);
     let (offsets, values) = reader.read(&[rows[0], rows[2]]).expect("reads");
@@ -93,9 +95,10 @@ fn the_first_of_two_close_records_is_kept() {
     let alone = tempdir().expect("folder");
     fs::copy(&paths[0], alone.path().join("0.journal")).expect("copies");
     let first = open(alone.path()).expect("opens");
-    assert_eq!((reader.len(), reader.duplicates()), (1, 1));
+    assert_eq!((reader.len(), reader.distinct().expect("agrees")), (2, 1));
+    let row = reader.join(&[key(1)]).expect("joins");
     assert_eq!(
-        reader.read(&[0]).expect("reads"),
+        reader.read(&row).expect("reads"),
         first.read(&[0]).expect("reads")
     );
 }
@@ -104,8 +107,12 @@ fn the_first_of_two_close_records_is_kept() {
 fn records_that_contradict_each_other_name_both_journals() {
     for other in [&[-1.0, -2.002][..], &[-1.0]] {
         let folder = two_journals(&[-1.0, -2.0], other);
-        let error = open(folder.path()).expect_err("contradiction").to_string();
-        assert_eq!(error.matches(".journal").count(), 2, "{error}");
+        let reader = open(folder.path()).expect("opens");
+        let joined = reader.join(&[key(1)]).expect_err("contradiction");
+        let walked = reader.distinct().expect_err("contradiction");
+        for error in [joined.to_string(), walked.to_string()] {
+            assert_eq!(error.matches(".journal").count(), 2, "{error}");
+        }
     }
 }
 

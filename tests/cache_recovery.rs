@@ -166,7 +166,9 @@ fn a_foreign_journal_is_refused_by_name() {
         open_bytes(&bytes)
     };
     assert_corrupt(changed(&|header| header[0] = b'X'), "LRJOURN1");
-    assert_corrupt(changed(&|header| header[8] = 2), "version 2");
+    assert_corrupt(changed(&|header| header[8] = 2), "version 2 never held");
+    assert_corrupt(changed(&|header| header[8] = 3), "format version 3");
+    assert_corrupt(changed(&|header| header[56] = 1), "sums values");
     assert_corrupt(changed(&|header| header[12..16].reverse()), "big-endian");
     assert_corrupt(
         changed(&|header| header[16] = 8),
@@ -224,7 +226,7 @@ fn a_file_changed_after_it_was_opened_is_refused() {
     let folder = folder_of(&[&bytes]);
     let reader = open(folder.path()).expect("opens");
     let path = folder.path().join("0.journal");
-    let row = reader.join(&[key(2)]);
+    let row = reader.join(&[key(2)]).expect("joins");
     fs::File::options()
         .write(true)
         .open(&path)
@@ -274,7 +276,10 @@ fn kill_minus_nine_loses_nothing_that_was_acknowledged() {
     for number in acknowledged {
         for (key, values) in block(number) {
             assert_eq!(
-                reader.read(&reader.join(&[key])).expect("not lost").1,
+                reader
+                    .read(&reader.join(&[key]).expect("joins"))
+                    .expect("not lost")
+                    .1,
                 values
             );
         }

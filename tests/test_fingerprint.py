@@ -1,5 +1,6 @@
 """The reference's identity: every hard field makes another one, nothing else does."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from logratio.training import (
     precompute,
     train,
 )
+from logratio.training.cache_entries import write_fingerprint
 from logratio.training.canonical import model_settings
 from logratio.training.fingerprint import (
     DamagedFingerprintError,
@@ -27,10 +29,10 @@ from logratio.training.fingerprint import (
 from logratio.training.models import ModelFolderError, with_lora
 from logratio.training.reference import (
     StaleCacheError,
-    missing_rows,
     open_cache,
-    record_fingerprint,
+    record_conditions,
     soft_differences,
+    stored_conditions,
 )
 from logratio.training.reference_pass import prepare
 
@@ -150,12 +152,14 @@ def test_no_hard_field_serves_what_was_made_with_another(
     config = PrecomputeConfig(make_model("model"), [pairs_file], tmp_path / "cache")
     first = precompute(config, show_progress=False)
     assert len(prepare(config, show_progress=False).missing) == 0
-    for number, (name, (change, _)) in enumerate(HARD.items()):
+    for number, (name, (change, field)) in enumerate(HARD.items()):
         folder = make_model(f"model-{number}")
         change(folder)
         other = model_fingerprint(folder)
-        missing = missing_rows(prepare(config, show_progress=False).store, config.cache, other)
-        assert (name, len(missing)) == (name, first.new)
+        with pytest.raises(StaleCacheError, match=f"differs in .*{field}"):
+            open_cache(config.cache, other)
+        asked = dataclasses.replace(config, model=folder)
+        assert len(prepare(asked, show_progress=False).missing) == first.new, name
 
 
 def test_a_name_in_two_files_counts_with_both(make_model: Callable[..., Path]) -> None:
@@ -253,7 +257,7 @@ def test_a_stored_fingerprint_is_trusted_as_far_as_its_digest(
     fingerprint = model_fingerprint(tiny_model)
     folder = tmp_path / fingerprint.name
     folder.mkdir()
-    record_fingerprint(folder, fingerprint)
+    write_fingerprint(folder, fingerprint)
     path = folder / "fingerprint.json"
     assert stored_fingerprint(path) == fingerprint
     good = path.read_text()
@@ -270,19 +274,19 @@ def test_a_stored_fingerprint_is_trusted_as_far_as_its_digest(
             open_cache(tmp_path, Fingerprint({"another": 1}, {}))
 
 
-def test_every_kind_of_writer_leaves_its_soft_fields(tiny_model: Path, tmp_path: Path) -> None:
-    fingerprint = model_fingerprint(tiny_model)
-    folder = tmp_path / fingerprint.name
-    folder.mkdir()
+def test_every_kind_of_writer_leaves_its_soft_fields(tmp_path: Path) -> None:
     for device in ("cpu", "a GPU", "cpu"):
-        record_fingerprint(folder, fingerprint.made_with(device=device))
-    assert len(list(folder.iterdir())) == 2
-    assert soft_differences(folder, {"device": "cpu"}) == {"device": "device a GPU (here cpu)"}
-    assert soft_differences(folder, {"torch": fingerprint.soft["torch"]}) == {}
-    assert soft_differences(folder, {"torch": "0", "device": "a GPU"}) == {
-        "torch": f"torch {fingerprint.soft['torch']} (here 0)",
+        record_conditions(tmp_path, {"torch": "2.15", "device": device})
+    assert len(list(tmp_path.iterdir())) == 2
+    assert soft_differences(tmp_path, {"device": "cpu"}) == {"device": "device a GPU (here cpu)"}
+    assert soft_differences(tmp_path, {"torch": "2.15", "matmul": "high"}) == {}
+    assert soft_differences(tmp_path, {"torch": "3", "device": "a GPU"}) == {
         "device": "device cpu (here a GPU)",
+        "torch": "torch 2.15 (here 3)",
     }
+    (tmp_path / "conditions-0.json").write_text("[1]")
+    with pytest.raises(DamagedFingerprintError, match="conditions-0"):
+        stored_conditions(tmp_path)
 
 
 def test_the_spread_over_files_does_not_matter(make_model: Callable[..., Path]) -> None:

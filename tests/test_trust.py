@@ -24,7 +24,7 @@ from logratio.training import (
     train,
 )
 from logratio.training import loop as loop_module
-from logratio.training import reference_pass as pass_module
+from logratio.training import reference_scorer as scorer_module
 from logratio.training.cached import CachedReference, CachedSums, ImpossibleLogpError
 from logratio.training.canary import (
     SAMPLE,
@@ -35,6 +35,7 @@ from logratio.training.canary import (
 )
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
+from logratio.training.logps import transformer
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import with_lora
 from logratio.training.objective import make_objective
@@ -46,7 +47,8 @@ from logratio.training.reference import (
 )
 from logratio.training.setup import load_dataset, starts_at_reference
 from logratio.training.tensors import to_torch
-from logratio.training.trust import check_hits, check_start, conditions
+from logratio.training.trainer import prepare
+from logratio.training.trust import check_start, conditions
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def test_both_layouts_are_within_the_bounds(
 ) -> None:
     config = with_(config, precision=precision)
     with monkeypatch.context() as patch:
-        patch.setattr(pass_module, "choose_layout", lambda _: ("padded", "asked for"))
+        patch.setattr(scorer_module, "choose_layout", lambda _: ("padded", "asked for"))
         cache = fill(config)
     train(with_(config, cache=cache), show_progress=False)
 
@@ -179,16 +181,13 @@ def test_other_conditions_are_told_and_the_sample_is_named(
     config: TrainConfig, capsys: pytest.CaptureFixture[str], make_model: Callable[..., Path]
 ) -> None:
     cache = fill(config)
-    (path,) = cache.glob("*/fingerprint.json")
+    (path,) = cache.glob("*/conditions-*.json")
     stored = json.loads(path.read_text())
-    assert (
-        stored["soft"] | {"layout": "shared", "device": "cpu", "matmul": "highest"}
-        == (stored["soft"])
-    )
+    known = {"layout": "shared", "device": "cpu", "attention": "logratio_shared_prompt"}
+    assert stored | known == stored
     train(with_(config, cache=cache), show_progress=False)
     assert "made under" not in capsys.readouterr().err
-    stored["soft"] |= {"transformers": "4.0", "layout": "padded"}
-    path.write_text(json.dumps(stored))
+    path.write_text(json.dumps(stored | {"transformers": "4.0", "layout": "padded"}))
     train(with_(config, cache=cache), show_progress=False)
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "made under" in line]
     assert "layout padded (here shared), transformers 4.0 (here " in told
@@ -242,7 +241,7 @@ def test_a_loss_that_begins_elsewhere_is_refused(
 def test_the_checks_move_no_generator_and_leave_the_mode(config: TrainConfig, store: Store) -> None:
     policy = with_lora(load_model(config.model), LoraSettings(rank=2), Path(config.model))
     policy.train()
-    for layer in policy.get_base_model().model.layers:
+    for layer in transformer(policy).model.layers:
         layer.self_attn.attention_dropout = 0.5
     reference, before = FrozenReference(load_model(config.model)), torch.get_rng_state()
     check_start(config, store, policy, reference, "shared", make_objective(config, 0.1))
@@ -262,7 +261,7 @@ def test_impossible_values_name_the_record_and_are_not_written(
         bad = torch.from_numpy(targets.rows)[targets.completion_of] == 7
         return torch.where(bad, torch.full_like(logps, value), logps)
 
-    monkeypatch.setattr(pass_module, "score", poisoned)
+    monkeypatch.setattr(scorer_module, "score", poisoned)
     with pytest.raises(ImpossibleLogpError, match=rf"pairs\.jsonl:4: \[{code}\]"):
         fill(config)
     cache = Path(config.output).parent / "cache"
@@ -283,74 +282,84 @@ def test_a_cache_with_another_number_of_tokens_is_refused(
         CachedReference(store, reader, tmp_path).logps(batch)
 
 
-class SumsReader:
-    """What a sums-only cache answers, in memory."""
-
-    def __init__(self, keys: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> None:
-        self.rows = {bytes(key): row for row, key in enumerate(keys)}
-        self.counts, self.sums = counts, sums
-
-    def join(self, keys: np.ndarray) -> np.ndarray:
-        return np.array([self.rows.get(bytes(key), -1) for key in keys], dtype=np.int64)
-
-    def read_sums(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.counts[rows], self.sums[rows]
-
-
-class MaskedStore:
-    """A store of which every key counts as a key of sums."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def sum_keys(self) -> np.ndarray:
-        return self.store.keys()
+def fill_sums(config: TrainConfig, edit: Callable[[np.ndarray, np.ndarray], None]) -> Path:
+    """Copy the sums of a cache to another one, with `edit` done to the counts and sums."""
+    cache = fill(config, sums_only=True)
+    fingerprint = model_fingerprint(config.model)
+    reader = open_cache(cache, fingerprint, sums=True)
+    store = load_dataset(config.model, config.data, config.rules, show_progress=False).store
+    counts, sums = reader.read_sums(reader.join(store.sum_keys()))
+    counts, sums = counts.copy(), sums.copy()
+    edit(counts, sums)
+    folder = cache.with_name("copy") / f"{fingerprint.name}.sums"
+    folder.mkdir(parents=True)
+    shutil.copy(cache / folder.name / "fingerprint.json", folder)
+    writer = CacheWriter(folder, fingerprint.digest, sums=True)
+    writer.append_sums(store.sum_keys(), counts, sums)
+    writer.close()
+    return folder.parent
 
 
-def sums_of(config: TrainConfig, store: Store) -> tuple[SumsReader, FrozenReference]:
-    frozen = FrozenReference(load_model(config.model))
-    rows = np.arange(len(store), dtype=np.int64)
-    sums = frozen.sums(to_torch(lay_out(store, rows, "padded")), torch.float64).numpy()
-    return SumsReader(store.keys(), store.counted_lengths(), sums), frozen
+def nothing(_counts: np.ndarray, _sums: np.ndarray) -> None:
+    """Leave them as they are."""
 
 
-def test_sums_serve_what_tokens_serve(config: TrainConfig, store: Store, tmp_path: Path) -> None:
-    reader, frozen = sums_of(config, store)
-    sums = CachedSums(MaskedStore(store), reader, tmp_path)  # type: ignore[arg-type]
-    for group in (0, 7, 15):
-        batch = to_torch(lay_out(store, np.array([group]), "shared"))
-        with torch.no_grad():
-            expected = batch.targets.sums(score(frozen.model, batch))
-        assert torch.allclose(sums.sums(batch), expected, atol=1e-4)
-        assert sums.sums(batch, torch.float64).dtype == torch.float64
+def one_more(counts: np.ndarray, _sums: np.ndarray) -> None:
+    counts[5] += 1
 
 
-def test_sums_are_no_tokens_and_of_as_many(
-    config: TrainConfig, store: Store, tmp_path: Path
+def a_bit_less(_counts: np.ndarray, sums: np.ndarray) -> None:
+    sums[5] -= 0.01
+
+
+@pytest.mark.parametrize(
+    "loss", [name for name in PAIR_LOSSES if PAIR_LOSSES[name].needs_reference]
+)
+def test_sums_serve_every_loss_as_tokens_do(config: TrainConfig, loss: str) -> None:
+    config = with_(config, loss=loss, cache=fill_sums(config, nothing))
+    sums = train(config, show_progress=False).history
+    assert isinstance(prepare(config, show_progress=False).cached, CachedSums)
+    config = with_(config, cache=fill(config))
+    assert isinstance(prepare(config, show_progress=False).cached, CachedReference)
+    for one, other in zip(sums, train(config, show_progress=False).history, strict=True):
+        for name in ("loss", "rewards/margins", "grad_norm"):  # a tie may fall to either side
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
+
+
+def test_the_flag_adds_to_sums_where_there_are_only_sums(
+    config: TrainConfig, tmp_path: Path
 ) -> None:
-    reader, _ = sums_of(config, store)
-    batch = to_torch(lay_out(store, np.array([2]), "padded"))
-    masked = MaskedStore(store)
+    few = with_(config, data=[write_pairs(tmp_path / "few.jsonl", 3)])
+    cache = fill_sums(few, nothing)
+    train(with_(config, cache=cache, precompute=True), show_progress=False)
+    (folder,) = cache.iterdir()
+    assert folder.suffix == ".sums"
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (one_more, StaleCacheError, r"\[E604\] the cache holds sums of"),
+        (a_bit_less, UntrustedReferenceError, r"of a completion of .*pairs\.jsonl:3 "),
+    ],
+)
+def test_wrong_sums_are_refused(
+    config: TrainConfig, edit: Callable[..., None], error: type[Exception], message: str
+) -> None:
+    cache = fill_sums(config, edit)
+    with pytest.raises(error, match=message):
+        train(with_(config, cache=cache), show_progress=False)
+
+
+def test_sums_are_no_tokens(config: TrainConfig, store: Store) -> None:
+    cached = prepare(with_(config, cache=fill_sums(config, nothing)), show_progress=False).cached
+    assert isinstance(cached, CachedSums)
     with pytest.raises(StaleCacheError, match="log-probs of tokens are asked for"):
-        CachedSums(masked, reader, tmp_path).logps(batch)  # type: ignore[arg-type]
-    reader.counts = reader.counts + 1
-    with pytest.raises(StaleCacheError, match=r"\[E604\] the cache holds sums"):
-        CachedSums(masked, reader, tmp_path).sums(batch)  # type: ignore[arg-type]
-    reader.rows.clear()
-    with pytest.raises(StaleCacheError, match="32 of 32 completions are not in the cache"):
-        CachedSums(masked, reader, tmp_path)  # type: ignore[arg-type]
+        cached.logps(to_torch(lay_out(store, np.array([2]), "padded")))
 
 
 def test_conditions_of_a_model(tiny_model: Path) -> None:
     model = load_model(tiny_model)
     assert conditions(model, "shared")["attention"] == "logratio_shared_prompt"
     assert conditions(model, "padded")["attention"] == "sdpa"
-    fingerprint = model_fingerprint(tiny_model).made_with(**conditions(model, "padded"))
-    assert fingerprint.digest == model_fingerprint(tiny_model).digest
-
-
-def test_an_empty_cache_has_nothing_to_score_again(
-    config: TrainConfig, store: Store, tmp_path: Path
-) -> None:
-    model, fingerprint = load_model(config.model), model_fingerprint(config.model)
-    assert check_hits(model, store, tmp_path, fingerprint, "shared", "fp32") is None
+    assert model_fingerprint(tiny_model).soft.items() <= conditions(model, "padded").items()

@@ -1,190 +1,164 @@
-//! All journals of a folder as one table, sorted by key.
+//! All shards and journals of a folder as one table.
 
-use std::{
-    fs::{self, File},
-    io,
-    path::{Path, PathBuf},
+use std::path::Path;
+
+use super::{
+    Cache, Fingerprint, Kind, ReadMode,
+    join::{self, place},
+    merge::{self, Merged},
+    snapshot::open_sources,
+    source::Source,
 };
+use crate::{Error, Result, fingerprint::Key};
 
-use super::{Fingerprint, TOLERANCE, journal};
-use crate::{Error, Result, error, fingerprint::Key};
-
-/// The log-probs of one reference, as its folder stood when it was opened.
+/// The values of one reference, as its folder stood when it was opened.
 ///
-/// Every byte is checked at open. Reading afterwards fetches values from the journals, so memory
-/// holds 48 bytes a completion and no values; impossible values are refused again.
+/// Journals are checked byte by byte at open, shards by their seal and then block by block as they
+/// are read; impossible values are refused again when they are read. Memory holds 48 bytes for each
+/// completion that is in a journal, and the checksums of shards.
 #[derive(Debug)]
 pub struct CacheReader {
-    journals: Vec<(PathBuf, File)>,
-    rows: Vec<Row>,
-    torn_bytes: u64,
-    duplicates: usize,
+    kind: Kind,
+    sources: Vec<Source>,
 }
 
-/// A record and its journal. Rows are numbered in the order of their keys.
-#[derive(Clone, Copy, Debug)]
-struct Row {
-    key: Key,
-    journal: u32,
-    count: u32,
-    offset: u64,
+/// Consecutive keys, each once, with their values.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Slice {
+    /// The keys, ascending: `[n]`.
+    pub keys: Vec<Key>,
+    /// Number of tokens of each: `[n]`.
+    pub tokens: Vec<u32>,
+    /// Log-probs end to end, of a cache of every token.
+    pub logps: Vec<f32>,
+    /// Sums, of a cache of sums.
+    pub sums: Vec<f64>,
 }
 
 impl CacheReader {
-    /// Reads every `*.journal` of `folder`, which may be in use by any number of writers.
+    /// Opens the per-token log-probs in `folder`, which may be in use by any number of writers.
     ///
-    /// A torn last block is skipped and counted. Damage before a whole block, a journal of another
-    /// reference and two records that contradict each other are errors.
+    /// A torn last block is skipped and counted. Damage before a whole block, a file of another
+    /// reference and a shard that is missing, cut or another one are errors.
     pub fn open(folder: &Path, fingerprint: &Fingerprint) -> Result<Self> {
-        let mut reader = Self {
-            journals: Vec::new(),
-            rows: Vec::new(),
-            torn_bytes: 0,
-            duplicates: 0,
-        };
-        for path in journals(folder)? {
-            reader.take(path, fingerprint)?;
-        }
-        reader
-            .rows
-            .sort_unstable_by_key(|row| (row.key, row.journal, row.offset));
-        reader.merge()?;
-        Ok(reader)
+        Cache::new(folder, *fingerprint).open(ReadMode::Map)
     }
 
-    fn take(&mut self, path: PathBuf, fingerprint: &Fingerprint) -> Result<()> {
-        let file = match File::open(&path) {
-            // Its writer closed it without a block.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            file => file.map_err(Error::io(&path))?,
-        };
-        let contents = journal::scan(&path, &file, fingerprint)?;
-        let journal = self.journals.len() as u32;
-        self.torn_bytes += contents.torn;
-        self.rows.extend(contents.records.into_iter().map(|record| {
-            let journal::Record { key, offset, count } = record;
-            Row {
-                key,
-                journal,
-                count,
-                offset,
-            }
-        }));
-        self.journals.push((path, file));
-        Ok(())
+    pub(super) fn new(cache: &Cache, mode: ReadMode) -> Result<Self> {
+        let sources = open_sources(cache, mode)?;
+        let kind = cache.kind;
+        Ok(Self { kind, sources })
     }
 
-    /// Keeps the first row of every key.
-    fn merge(&mut self) -> Result<()> {
-        let mut rows = std::mem::take(&mut self.rows);
-        let records = rows.len();
-        let mut agreed = Ok(());
-        rows.dedup_by(|later, first| {
-            let same = later.key == first.key;
-            if same && agreed.is_ok() {
-                agreed = self.agree(first, later);
-            }
-            same
-        });
-        self.duplicates = records - rows.len();
-        self.rows = rows;
-        agreed
+    /// What is kept of each completion.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
-    /// Two batches of one model round differently; anything beyond that is a contradiction.
-    fn agree(&self, first: &Row, later: &Row) -> Result<()> {
-        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= TOLERANCE;
-        let (one, other) = (self.values(first)?, self.values(later)?);
-        if one.len() == other.len() && one.iter().zip(&other).all(close) {
-            return Ok(());
-        }
-        let reason = format!(
-            "its record at byte {} contradicts the one of the same key at byte {} of {}",
-            later.offset,
-            first.offset,
-            self.path(first).display()
-        );
-        Err(Error::cache(self.path(later), reason))
-    }
-
-    fn path(&self, row: &Row) -> &Path {
-        &self.journals[row.journal as usize].0
-    }
-
-    fn values(&self, row: &Row) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; row.count as usize];
-        self.fill(row, &mut values)?;
-        Ok(values)
-    }
-
-    fn fill(&self, row: &Row, values: &mut [f32]) -> Result<()> {
-        let (path, file) = &self.journals[row.journal as usize];
-        journal::read_values(path, file, row.offset, values)
-    }
-
-    /// Number of rows.
+    /// Number of records, those that repeat a key included.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.sources.iter().map(Source::rows).sum::<u64>() as usize
     }
 
-    /// Whether there is no row.
+    /// Whether there is no record.
     pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.len() == 0
     }
 
-    /// Number of log-probs of all rows.
+    /// Number of tokens of all records.
     pub fn tokens(&self) -> u64 {
-        self.rows.iter().map(|row| u64::from(row.count)).sum()
+        self.sources.iter().map(Source::all_tokens).sum()
+    }
+
+    /// Bytes of all files, as far as they were read.
+    pub fn bytes(&self) -> u64 {
+        self.sources.iter().map(Source::length).sum()
     }
 
     /// Bytes behind the last whole block of the journals: unacknowledged, never read.
     pub fn torn_bytes(&self) -> u64 {
-        self.torn_bytes
+        self.sources.iter().map(Source::torn).sum()
     }
 
-    /// Records left out because another with their key came first.
-    pub fn duplicates(&self) -> usize {
-        self.duplicates
+    /// Number of different keys. Walks through all of them, and compares the records of each.
+    pub fn distinct(&self) -> Result<u64> {
+        merge::count(self.kind, &self.sources)
     }
 
-    /// The row of each key, -1 where there is none.
-    pub fn join(&self, keys: &[Key]) -> Vec<i64> {
-        let find = |key| self.rows.binary_search_by(|row| row.key.cmp(key));
-        keys.iter()
-            .map(|key| find(key).map_or(-1, |row| row as i64))
-            .collect()
+    /// The row of each key, -1 where there is none. Rows are numbers of this reader alone.
+    ///
+    /// A key with several records must have one value (to [`super::TOLERANCE`]); the first by the
+    /// name of its file is taken.
+    pub fn join(&self, keys: &[Key]) -> Result<Vec<i64>> {
+        join::join(self.kind, &self.sources, keys)
     }
 
     /// The log-probs of `rows` end to end, and where each row's begin: `[n+1]`.
     pub fn read(&self, rows: &[i64]) -> Result<(Vec<i64>, Vec<f32>)> {
-        let find = |&row: &i64| Ok(&self.rows[error::index("row", row, self.rows.len())?]);
-        let rows: Vec<&Row> = rows.iter().map(find).collect::<Result<_>>()?;
+        self.check_kind(Kind::PerToken)?;
         let mut offsets = Vec::with_capacity(rows.len() + 1);
-        let mut values = vec![0.0; rows.iter().map(|row| row.count as usize).sum()];
-        let mut end = 0;
+        let mut values = Vec::with_capacity(rows.len() * 64);
         offsets.push(0);
-        for row in rows {
-            let start = end;
-            end += row.count as usize;
-            self.fill(row, &mut values[start..end])?;
-            offsets.push(end as i64);
+        for &row in rows {
+            let (source, row) = place(&self.sources, row)?;
+            source.values(row, &mut values)?;
+            offsets.push(values.len() as i64);
         }
         Ok((offsets, values))
     }
-}
 
-/// The journals of a folder by name, so that which of two records comes first is the same everywhere.
-fn journals(folder: &Path) -> Result<Vec<PathBuf>> {
-    let list = || -> io::Result<Vec<PathBuf>> {
-        fs::read_dir(folder)?
-            .map(|entry| Ok(entry?.path()))
-            .collect()
-    };
-    let mut paths = list().map_err(Error::io(folder))?;
-    paths.retain(|path| {
-        path.extension()
-            .is_some_and(|extension| extension == "journal")
-    });
-    paths.sort_unstable();
-    Ok(paths)
+    /// The token counts and sums of `rows`, both `[n]`; those of a per-token cache are taken over
+    /// all tokens.
+    pub fn read_sums(&self, rows: &[i64]) -> Result<(Vec<u32>, Vec<f64>)> {
+        let (mut tokens, mut sums) = (Vec::new(), Vec::with_capacity(rows.len()));
+        let mut values: Vec<f32> = Vec::new();
+        for &row in rows {
+            let (source, row) = place(&self.sources, row)?;
+            tokens.push(match self.kind {
+                Kind::Sums => source.values(row, &mut sums)?,
+                Kind::PerToken => {
+                    values.clear();
+                    let count = source.values(row, &mut values)?;
+                    sums.push(values.iter().copied().map(f64::from).sum());
+                    count
+                }
+            });
+        }
+        Ok((tokens, sums))
+    }
+
+    /// Number of tokens of each of `rows`: `[n]`.
+    pub fn lengths(&self, rows: &[i64]) -> Result<Vec<u32>> {
+        let length = |&row: &i64| {
+            let (source, row) = place(&self.sources, row)?;
+            source.tokens(row)
+        };
+        rows.iter().map(length).collect()
+    }
+
+    /// Up to `limit` keys above `after` (from the first on where it is `None`) with their values.
+    pub fn slice(&self, after: Option<&Key>, limit: usize) -> Result<Slice> {
+        let mut merged = Merged::new(self.kind, &self.sources, after)?;
+        let mut slice = Slice::default();
+        while slice.keys.len() < limit
+            && let Some(found) = merged.next()?
+        {
+            let source = &self.sources[found.source];
+            slice.keys.push(found.key);
+            slice.tokens.push(match self.kind {
+                Kind::PerToken => source.values(found.row, &mut slice.logps)?,
+                Kind::Sums => source.values(found.row, &mut slice.sums)?,
+            });
+        }
+        Ok(slice)
+    }
+
+    fn check_kind(&self, wanted: Kind) -> Result<()> {
+        if self.kind == wanted {
+            return Ok(());
+        }
+        let (found, wanted) = (self.kind.name(), wanted.name());
+        let reason = format!("this cache holds {found} values, and {wanted} ones were asked for");
+        Err(Error::Invalid(reason))
+    }
 }

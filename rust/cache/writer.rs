@@ -2,18 +2,18 @@
 
 use std::{
     collections::hash_map::RandomState,
-    fs::{self, File, TryLockError},
     hash::BuildHasher,
-    io::{self, Write},
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
     process,
 };
 
 use super::{
-    Fingerprint, impossible,
-    journal::{self, Chain},
+    Cache, Fingerprint, Kind,
+    disk::DiskFile,
+    journal::{self, Chain, EXTENSION},
 };
-use crate::{Error, Result, fingerprint::Key, store::target::sync_folder};
+use crate::{Error, Result, fingerprint::Key};
 
 /// The only writer of one new journal, `<host>-<pid>-<random>.journal`.
 ///
@@ -21,36 +21,50 @@ use crate::{Error, Result, fingerprint::Key, store::target::sync_folder};
 /// removed when its writer goes.
 #[derive(Debug)]
 pub struct CacheWriter {
+    cache: Cache,
     path: PathBuf,
-    file: File,
+    file: Box<dyn DiskFile>,
     chain: Chain,
+    length: u64,
     failed: bool,
     /// A forked child shares the file, but must neither write nor remove it.
     owner: u32,
 }
 
 impl CacheWriter {
-    /// Creates `folder` if need be, and in it a journal for the reference with this `fingerprint`.
+    /// Creates `folder` if need be, and in it a journal of per-token log-probs of the reference
+    /// with this `fingerprint`.
     pub fn create(folder: &Path, fingerprint: &Fingerprint) -> Result<Self> {
-        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        Cache::new(folder, *fingerprint).writer()
+    }
+
+    pub(super) fn new(cache: Cache) -> Result<Self> {
+        let folder = cache.folder();
+        let made = cache.disk.create_folder(folder);
+        made.map_err(Error::io(folder))?;
         let id = RandomState::new().hash_one(process::id());
-        let path = folder.join(name(id));
-        let header = journal::header(fingerprint, id);
-        let file = create(&path, &header).map_err(Error::io(&path))?;
-        let writer = Self {
+        let path = cache.path(&format!("{}.{EXTENSION}", writer_name(id)));
+        let header = journal::header(&cache.fingerprint, cache.kind, id);
+        let file = create(&cache, &path, &header).map_err(Error::io(&path))?;
+        Ok(Self {
             path,
             file,
             chain: Chain::new(&header),
+            length: header.len() as u64,
             failed: false,
             owner: process::id(),
-        };
-        sync_folder(folder)?;
-        Ok(writer)
+            cache,
+        })
     }
 
     /// The journal.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes in the journal. Around a gigabyte, seal it and go on in a new one.
+    pub fn bytes(&self) -> u64 {
+        self.length
     }
 
     /// Appends one block: record `i` has the key `keys[i]` and the log-probs
@@ -59,82 +73,136 @@ impl CacheWriter {
     /// Nothing is written when the arguments are refused. After an I/O error nobody knows what
     /// reached the disk: this writer takes no more, and another one goes on in its own journal.
     pub fn append(&mut self, keys: &[Key], offsets: &[i64], logps: &[f32]) -> Result<()> {
-        check(keys, offsets, logps)?;
-        if let Some((at, value)) = impossible(logps.iter().copied()) {
+        check_offsets(keys, offsets, logps)?;
+        let step = |pair: &[i64]| pair[1].abs_diff(pair[0]) as u32;
+        let tokens: Vec<u32> = offsets.windows(2).map(step).collect();
+        self.append_block(Kind::PerToken, keys, &tokens, bytemuck::cast_slice(logps))
+    }
+
+    /// Appends one block of sums: record `i` has the key `keys[i]`, of `tokens[i]` tokens that
+    /// count, and `sums[i]`. The same is promised as by [`Self::append`].
+    pub fn append_sums(&mut self, keys: &[Key], tokens: &[u32], sums: &[f64]) -> Result<()> {
+        if keys.len() != tokens.len() || keys.len() != sums.len() {
+            let [keys, tokens, sums] = [keys.len(), tokens.len(), sums.len()];
+            let reason = format!("{keys} keys, {tokens} token counts and {sums} sums differ");
+            return Err(Error::Invalid(reason));
+        }
+        if let Some(at) = tokens.iter().position(|&tokens| tokens == 0) {
+            return Err(Error::Invalid(format!("record {at} has no token")));
+        }
+        self.append_block(Kind::Sums, keys, tokens, bytemuck::cast_slice(sums))
+    }
+
+    fn append_block(
+        &mut self,
+        kind: Kind,
+        keys: &[Key],
+        tokens: &[u32],
+        values: &[u8],
+    ) -> Result<()> {
+        if let Some(reason) = journal::wrong_kind(self.cache.kind as u32, kind) {
+            return Err(Error::Invalid(format!("{}: {reason}", self.path.display())));
+        }
+        if u32::try_from(keys.len()).is_err() {
+            let reason = format!("{} keys are too many for one block", keys.len());
+            return Err(Error::Invalid(reason));
+        }
+        if let Some((at, value)) = kind.impossible(values) {
             let reason = format!("value {at} to append is {value}, which is no log-prob");
             return Err(Error::cache(&self.path, reason));
         }
-        if self.failed || self.owner != process::id() {
-            return Err(Error::Closed {
-                what: "cache writer",
-            });
-        }
+        self.check_open()?;
         if keys.is_empty() {
             return Ok(());
         }
-        let block = self.chain.block(keys, offsets, logps);
-        let written = self
-            .file
-            .write_all(&block)
-            .and_then(|()| self.file.sync_data());
+        self.write(&self.chain.block(keys, tokens, values))
+    }
+
+    fn write(&mut self, block: &[u8]) -> Result<()> {
+        let written = self.file.append(block).and_then(|()| self.file.sync());
         self.failed = written.is_err();
-        written.map_err(Error::io(&self.path))?;
-        self.chain.advance(&block);
+        written.map_err(Error::write(&self.path, block.len()))?;
+        self.chain.advance(block);
+        self.length += block.len() as u64;
         Ok(())
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.failed || self.owner != process::id() {
+            let what = "cache writer";
+            return Err(Error::Closed { what });
+        }
+        Ok(())
+    }
+
+    /// Turns the journal into a sealed shard, whose name this returns; `None` where nothing was
+    /// appended.
+    ///
+    /// When this fails the journal stays, and every record in it can be read as before.
+    pub fn seal(self) -> Result<Option<String>> {
+        if self.owner != process::id() {
+            let what = "cache writer";
+            return Err(Error::Closed { what });
+        }
+        let (cache, path) = (self.cache.clone(), self.path.clone());
+        let is_empty = self.chain.sequence() == 0;
+        if is_empty {
+            return Ok(None); // the journal goes with its writer
+        }
+        let sealed = cache.seal(&path)?;
+        drop(self); // its lock told compaction to leave the journal alone
+        Ok(sealed)
     }
 }
 
 impl Drop for CacheWriter {
     fn drop(&mut self) {
-        if self.chain.is_empty() && self.owner == process::id() {
+        if self.chain.sequence() == 0 && self.owner == process::id() {
             // A failure leaves an empty journal behind, which is harmless.
-            let _ = fs::remove_file(&self.path);
+            let _ = self.cache.disk.remove(&self.path);
         }
     }
 }
 
-fn name(id: u64) -> String {
-    let host = gethostname::gethostname();
-    let host = host
-        .to_string_lossy()
-        .replace(|letter: char| !letter.is_ascii_alphanumeric(), "_");
-    format!("{host}-{}-{id:016x}.journal", process::id())
+/// `<host>-<pid>-<random>`, which no other writer has.
+pub fn writer_name(id: u64) -> String {
+    format!("{}-{}-{id:016x}", host(), process::id())
 }
 
-/// Creates the file for this process alone, and makes its header durable.
-fn create(path: &Path, header: &[u8]) -> io::Result<File> {
-    let mut file = File::options().append(true).create_new(true).open(path)?;
-    match file.try_lock() {
+/// This machine's name, in letters and digits.
+pub fn host() -> String {
+    let host = gethostname::gethostname();
+    host.to_string_lossy()
+        .replace(|letter: char| !letter.is_ascii_alphanumeric(), "_")
+}
+
+/// Creates the file for this process alone, and makes it and its header durable.
+fn create(cache: &Cache, path: &Path, header: &[u8]) -> io::Result<Box<dyn DiskFile>> {
+    let file = cache.disk.create(path)?;
+    match file.lock() {
         // The name is new, so the lock only tells others that the journal is alive.
-        Err(TryLockError::Error(error)) if error.kind() != io::ErrorKind::Unsupported => {
-            return Err(error);
-        }
+        Err(error) if error.kind() != ErrorKind::Unsupported => return Err(error),
         _ => {}
     }
-    file.write_all(header)?;
-    file.sync_all()?;
+    file.append(header)?;
+    file.sync()?;
+    cache.disk.sync_folder(cache.folder())?;
     Ok(file)
 }
 
-fn check(keys: &[Key], offsets: &[i64], logps: &[f32]) -> Result<()> {
+fn check_offsets(keys: &[Key], offsets: &[i64], logps: &[f32]) -> Result<()> {
     let steps = || {
         offsets
             .windows(2)
             .map(|pair| pair[1].saturating_sub(pair[0]))
     };
-    let reason = if offsets.len() != keys.len() + 1 {
-        format!(
-            "{} keys need {} offsets, not {}",
-            keys.len(),
-            keys.len() + 1,
-            offsets.len()
-        )
+    let (count, wanted) = (offsets.len(), keys.len() + 1);
+    let reason = if count != wanted {
+        format!("{} keys need {wanted} offsets, not {count}", keys.len())
     } else if offsets[0] != 0 || offsets[keys.len()] != logps.len() as i64 {
         format!("offsets must run from 0 to the {} log-probs", logps.len())
     } else if let Some(at) = steps().position(|step| !(1..=i64::from(u32::MAX)).contains(&step)) {
         format!("record {at} has no log-prob, or too many")
-    } else if u32::try_from(keys.len()).is_err() {
-        format!("{} keys are too many for one block", keys.len())
     } else {
         return Ok(());
     };

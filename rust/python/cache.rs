@@ -5,26 +5,35 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::{exceptions::PyValueError, prelude::*, types::PyBytes};
 
-use super::array;
+use super::{array, matrix};
 use crate::{
-    Error, cache,
+    Error, Result,
+    cache::{self, Cache, Kind, ReadMode, Slice},
     fingerprint::{self, Key},
 };
+
+/// The folder of one reference, of per-token values or of sums.
+pub fn folder(folder: PathBuf, fingerprint: [u8; 32], sums: bool) -> Cache {
+    let kind = if sums { Kind::Sums } else { Kind::PerToken };
+    Cache::new(folder, fingerprint).with_kind(kind)
+}
 
 /// Append log-probs to a new journal of its own in `folder`, which is created if need be.
 ///
 /// Any number of writers may share a folder. `fingerprint` is 32 bytes that name the reference.
+/// With `sums`, the folder keeps one sum a completion.
 #[pyclass(frozen, module = "logratio._rust")]
 pub struct CacheWriter(Mutex<Option<cache::CacheWriter>>);
 
 #[pymethods]
 impl CacheWriter {
     #[new]
-    fn new(py: Python<'_>, folder: PathBuf, fingerprint: [u8; 32]) -> PyResult<Self> {
-        let writer = py.detach(|| cache::CacheWriter::create(&folder, &fingerprint))?;
+    #[pyo3(signature = (folder, fingerprint, *, sums=false))]
+    fn new(py: Python<'_>, folder: PathBuf, fingerprint: [u8; 32], sums: bool) -> PyResult<Self> {
+        let writer = py.detach(|| self::folder(folder, fingerprint, sums).writer())?;
         Ok(Self(Mutex::new(Some(writer))))
     }
 
@@ -41,50 +50,105 @@ impl CacheWriter {
         logps: PyReadonlyArray1<'_, f32>,
     ) -> PyResult<()> {
         let (keys, offsets, logps) = (rows(&keys)?, offsets.as_slice()?, logps.as_slice()?);
-        let closed = || Error::Closed {
-            what: "cache writer",
+        Ok(py.detach(|| self.with(|writer| writer.append(keys, offsets, logps)))?)
+    }
+
+    /// Append one block of sums, each over `tokens` tokens, with the same promise.
+    fn append_sums(
+        &self,
+        py: Python<'_>,
+        keys: PyReadonlyArray2<'_, u8>,
+        tokens: PyReadonlyArray1<'_, u32>,
+        sums: PyReadonlyArray1<'_, f64>,
+    ) -> PyResult<()> {
+        let (keys, tokens, sums) = (rows(&keys)?, tokens.as_slice()?, sums.as_slice()?);
+        Ok(py.detach(|| self.with(|writer| writer.append_sums(keys, tokens, sums)))?)
+    }
+
+    /// Bytes in the journal.
+    #[getter]
+    fn file_bytes(&self) -> PyResult<u64> {
+        Ok(self.with(|writer| Ok(writer.bytes()))?)
+    }
+
+    /// Turn the journal into a sealed shard and return its name, None where nothing was appended.
+    ///
+    /// The writer is closed, whatever happens; when this fails, the journal stays and is read.
+    fn seal(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        let seal = || match self.take() {
+            Some(writer) => writer.seal(),
+            None => Err(closed()),
         };
-        let append = || {
-            let mut writer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            writer
-                .as_mut()
-                .ok_or_else(closed)?
-                .append(keys, offsets, logps)
-        };
-        Ok(py.detach(append)?)
+        Ok(py.detach(seal)?)
     }
 
     /// Let the journal go; one without a block is removed. Closing twice is no error.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take()));
+        py.detach(|| drop(self.take()));
     }
 }
 
-/// The log-probs of one reference, as its folder stood when it was opened.
+impl CacheWriter {
+    fn with<T>(&self, act: impl FnOnce(&mut cache::CacheWriter) -> Result<T>) -> Result<T> {
+        let mut writer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        act(writer.as_mut().ok_or_else(closed)?)
+    }
+
+    fn take(&self) -> Option<cache::CacheWriter> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+fn closed() -> Error {
+    let what = "cache writer";
+    Error::Closed { what }
+}
+
+/// The values of one reference, as its folder stood when it was opened.
 #[pyclass(frozen, module = "logratio._rust")]
 pub struct CacheReader(cache::CacheReader);
 
 #[pymethods]
 impl CacheReader {
-    /// Read every journal of `folder` and check every byte; writers may be at work.
+    /// Open every shard and journal of `folder`; writers may be at work.
     ///
-    /// A torn last block is skipped and counted. Damage before a whole block, another fingerprint,
-    /// impossible values and records that contradict each other are a CorruptCacheError.
+    /// Journals are checked whole, shards by their seal now and block by block as they are read. A
+    /// torn last block is skipped and counted. Damage, another fingerprint and impossible values
+    /// are a CorruptCacheError. With `pread`, shards are not mapped: one that is cut while it is
+    /// open is an error instead of a SIGBUS.
     #[staticmethod]
-    fn open(py: Python<'_>, folder: PathBuf, fingerprint: [u8; 32]) -> PyResult<Self> {
-        Ok(Self(py.detach(|| {
-            cache::CacheReader::open(&folder, &fingerprint)
-        })?))
+    #[pyo3(signature = (folder, fingerprint, *, sums=false, pread=false))]
+    fn open(
+        py: Python<'_>,
+        folder: PathBuf,
+        fingerprint: [u8; 32],
+        sums: bool,
+        pread: bool,
+    ) -> PyResult<Self> {
+        let mode = if pread {
+            ReadMode::Pread
+        } else {
+            ReadMode::Map
+        };
+        let open = || self::folder(folder, fingerprint, sums).open(mode);
+        Ok(Self(py.detach(open)?))
     }
 
+    /// Number of records, those that repeat a key included.
     fn __len__(&self) -> usize {
         self.0.len()
     }
 
-    /// Number of log-probs of all rows.
+    /// Number of tokens of all records.
     #[getter]
     fn tokens(&self) -> u64 {
         self.0.tokens()
+    }
+
+    /// Bytes of all files, as far as they were read.
+    #[getter]
+    fn file_bytes(&self) -> u64 {
+        self.0.bytes()
     }
 
     /// Bytes behind the last whole block of the journals: unacknowledged, never read.
@@ -93,16 +157,16 @@ impl CacheReader {
         self.0.torn_bytes()
     }
 
-    /// Records left out because another with their key came first.
-    #[getter]
-    fn duplicates(&self) -> usize {
-        self.0.duplicates()
+    /// Number of different keys. Walks through all of them, and compares the records of each.
+    fn distinct(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(py.detach(|| self.0.distinct())?)
     }
 
-    /// Row number of each key, -1 where it is missing.
+    /// Row number of each key, -1 where it is missing. Records of one key that contradict each
+    /// other are a CorruptCacheError.
     fn join(&self, py: Python<'_>, keys: PyReadonlyArray2<'_, u8>) -> PyResult<Py<PyArray1<i64>>> {
         let keys = rows(&keys)?;
-        Ok(array(py, py.detach(|| self.0.join(keys))))
+        Ok(array(py, py.detach(|| self.0.join(keys))?))
     }
 
     /// Read rows by number: where each begins `[n+1]`, and their log-probs end to end.
@@ -115,6 +179,47 @@ impl CacheReader {
         let rows = rows.as_slice()?;
         let (offsets, logps) = py.detach(|| self.0.read(rows))?;
         Ok((array(py, offsets), array(py, logps)))
+    }
+
+    /// Read rows by number: token counts `[n]` and sums `[n]`, over all tokens of a per-token cache.
+    #[expect(clippy::type_complexity, reason = "two arrays")]
+    fn read_sums(
+        &self,
+        py: Python<'_>,
+        rows: PyReadonlyArray1<'_, i64>,
+    ) -> PyResult<(Py<PyArray1<u32>>, Py<PyArray1<f64>>)> {
+        let rows = rows.as_slice()?;
+        let (tokens, sums) = py.detach(|| self.0.read_sums(rows))?;
+        Ok((array(py, tokens), array(py, sums)))
+    }
+
+    /// Read up to `limit` keys above `after`, ascending, each once: keys `[n, 32]`, token counts
+    /// `[n]`, log-probs end to end (empty for sums) and sums `[n]` (empty for log-probs).
+    #[expect(clippy::type_complexity, reason = "four arrays")]
+    fn slice(
+        &self,
+        py: Python<'_>,
+        after: Option<[u8; 32]>,
+        limit: usize,
+    ) -> PyResult<(
+        Py<PyArray2<u8>>,
+        Py<PyArray1<u32>>,
+        Py<PyArray1<f32>>,
+        Py<PyArray1<f64>>,
+    )> {
+        let Slice {
+            keys,
+            tokens,
+            logps,
+            sums,
+        } = py.detach(|| self.0.slice(after.as_ref(), limit))?;
+        let rows = keys.len();
+        Ok((
+            matrix(py, keys.into_flattened(), [rows, 32])?,
+            array(py, tokens),
+            array(py, logps),
+            array(py, sums),
+        ))
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::doc_markdown)] // these are the docstrings of Python
 
 mod cache;
+mod cache_folder;
 mod layout;
 mod pieces;
 mod plan;
@@ -32,7 +33,7 @@ create_exception!(
     logratio._rust,
     CorruptCacheError,
     PyValueError,
-    "A journal is damaged, holds impossible values, or belongs to another reference."
+    "A file of a cache is damaged, holds impossible values, or belongs to another reference."
 );
 
 /// The one place where errors change language.
@@ -44,6 +45,15 @@ impl From<Error> for PyErr {
                 Some(errno) => PyOSError::new_err((errno, message(&source), path.into_os_string())),
                 None => PyOSError::new_err(text),
             },
+            Error::NoSpace {
+                path,
+                source,
+                bytes,
+            } => {
+                let text = format!("{} ({bytes} bytes more are needed)", message(&source));
+                let errno = source.raw_os_error().unwrap_or(0);
+                PyOSError::new_err((errno, text, path.into_os_string()))
+            }
             Error::CorruptStore { .. } => CorruptStoreError::new_err(text),
             Error::CorruptCache { .. } => CorruptCacheError::new_err(text),
             Error::OutOfRange { .. } => PyIndexError::new_err(text),
@@ -82,6 +92,7 @@ mod _rust {
     use super::{
         CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
+        cache_folder::CacheFolder,
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
         pieces::{EncodedPairs, PairRules, PieceTable},
         plan::Plan,

@@ -150,6 +150,12 @@ impl Store {
         matrix(py, keys, [self.0.completions(), 32])
     }
 
+    /// Key of the sum over the tokens of each completion that count: `[N, 32]`.
+    fn sum_keys(&self, py: Python<'_>) -> PyResult<Py<PyArray2<u8>>> {
+        let keys = py.detach(|| self.0.sum_keys())?.into_flattened();
+        matrix(py, keys, [self.0.completions(), 32])
+    }
+
     /// One group: prompt ids, ids and mask of each completion, role numbers.
     #[expect(clippy::type_complexity, reason = "the shape of a group in Python")]
     fn group(

@@ -59,24 +59,43 @@ impl BlockCrcs {
     }
 }
 
-/// Which blocks of a map were compared with their checksums.
+/// Which blocks were found whole.
 ///
 /// Two threads may check a block at the same time, which costs time only: bits are set once a block
 /// was found whole and never cleared, and what they promise does not change. A forked child goes on
 /// with a copy of the bits.
 #[derive(Debug)]
+pub struct Whole(Box<[AtomicU64]>);
+
+impl Whole {
+    /// None yet, of `blocks`.
+    pub fn new(blocks: usize) -> Self {
+        let words = blocks.div_ceil(64);
+        Self((0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    pub fn contains(&self, block: usize) -> bool {
+        self.0[block / 64].load(Ordering::Relaxed) >> (block % 64) & 1 == 1
+    }
+
+    pub fn insert(&self, block: usize) {
+        self.0[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+    }
+}
+
+/// Which blocks of a map were compared with their checksums.
+#[derive(Debug)]
 pub struct Blocks {
     data: Range<usize>,
     /// Where the checksums are.
     table: usize,
-    whole: Box<[AtomicU64]>,
+    whole: Whole,
 }
 
 impl Blocks {
     /// Blocks of the bytes `data`, whose checksums lie from `table` on in the same file.
     pub fn new(data: Range<usize>, table: usize) -> Self {
-        let words = count(data.end).div_ceil(64);
-        let whole = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let whole = Whole::new(count(data.end));
         Self { data, table, whole }
     }
 
@@ -98,8 +117,7 @@ impl Blocks {
             return Ok(());
         }
         for block in range.start / BLOCK..=(range.end - 1) / BLOCK {
-            let seen = self.whole[block / 64].load(Ordering::Relaxed) >> (block % 64) & 1;
-            if seen == 0 && !self.check(file, block) {
+            if !self.whole.contains(block) && !self.check(file, block) {
                 return Err(block);
             }
         }
@@ -112,7 +130,7 @@ impl Blocks {
         let whole =
             crc32c::crc32c(&file[self.range(block)]) == u32_at(file, self.table + 4 * block);
         if whole {
-            self.whole[block / 64].fetch_or(1 << (block % 64), Ordering::Relaxed);
+            self.whole.insert(block);
         }
         whole
     }

@@ -1,6 +1,6 @@
 #![doc = include_str!("FORMAT.md")]
 
-mod blocks;
+pub(crate) mod blocks;
 mod bulk;
 mod columns;
 mod duplicates;
@@ -181,16 +181,30 @@ impl Store {
 
     /// The key of each completion in its prompt: `[N]`.
     pub fn keys(&self) -> Result<Vec<Key>> {
+        self.keyed(PromptHash::new, |prompt, completion| {
+            prompt.key(completion.ids)
+        })
+    }
+
+    /// The key of the sum over the tokens of each completion that count: `[N]`.
+    pub fn sum_keys(&self) -> Result<Vec<Key>> {
+        self.keyed(PromptHash::of_sums, |prompt, completion| {
+            prompt.sum_key(completion.ids, completion.mask)
+        })
+    }
+
+    fn keyed(
+        &self,
+        hash: impl Fn(&[i32]) -> PromptHash + Sync,
+        key: impl Fn(&PromptHash, StoredCompletion<'_>) -> Key + Sync,
+    ) -> Result<Vec<Key>> {
         let keys = in_parallel(self.len(), KEYED_TOGETHER, |groups| {
             let mut keys = Vec::new();
             for group in groups {
                 let group = stored(self, group)?;
-                let prompt = PromptHash::new(group.prompt());
-                keys.extend(
-                    group
-                        .completions()
-                        .map(|completion| prompt.key(completion.ids)),
-                );
+                let prompt = hash(group.prompt());
+                let completions = group.completions();
+                keys.extend(completions.map(|completion| key(&prompt, completion)));
             }
             Ok(keys)
         });

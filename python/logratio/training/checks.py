@@ -107,6 +107,10 @@ def _gap(left: Tensor, right: Tensor) -> float:
 
 
 def _tolerance(model: nn.Module) -> float:
+    if getattr(transformer(model), "is_quantized", False):
+        # 8-bit products pick their outliers from all rows, so batch-mates move one another
+        # (0.07 nats on the probe of a small model); 4-bit ones have two kernels.
+        return TOLERANCE[torch.bfloat16]
     if torch.is_autocast_enabled(transformer(model).device.type):
         return TOLERANCE[torch.bfloat16]
     return TOLERANCE[transformer(model).dtype]

@@ -9,6 +9,8 @@ from logratio.data import FormatSettings, TokenizationRules
 from logratio.data.containers import Input
 
 Precision = Literal["fp32", "bf16"]
+Quantization = Literal["8bit", "4bit"]
+Engine = Literal["local", "ray"]
 PathLike = str | Path
 
 
@@ -92,13 +94,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Settings of one pass of the reference over data: see `TrainConfig` for the shared fields."""
+    """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
+
+    Attributes:
+        model: folder of the reference model or adapter.
+        data: as in `TrainConfig`; any mixture of inputs.
+        cache: root of the cache; every reference has a folder of its own in it.
+        token_budget: tokens computed at a time; the largest that fits and pays where None.
+        sums_only: store one sum a completion, over the tokens that count, instead of all tokens.
+        share: "2/4": score the second quarter of the groups, by content; all of them, or what
+            torchrun gives this process, where None.
+        engine: "local", this process; or "ray", actors on a Ray cluster.
+        workers: actors of Ray; as many as fit where None.
+        quantization: load the weights in 8 or 4 bits (bitsandbytes).
+    """
 
     model: PathLike
     data: Sequence[Input]
     cache: PathLike
-    token_budget: int = 16384
+    token_budget: int | None = None
+    sums_only: bool = False
+    share: str | None = None
+    engine: Engine = "local"
+    workers: int | None = None
     precision: Precision = "fp32"
+    quantization: Quantization | None = None
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from logratio.training.canonical import adapter_settings, model_settings
-from logratio.training.config import Precision
+from logratio.training.config import Precision, Quantization
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+from logratio.training.quantization import SCHEMES
 
 VERSION = 2
 CHUNK = 2**24
@@ -66,10 +67,6 @@ class Fingerprint:
         names = [name for name in sorted(old | new) if old.get(name, "") != new.get(name, "")]
         return ", ".join(_change(name, old, new) for name in names) or "nothing"
 
-    def made_with(self, **soft: str) -> "Fingerprint":
-        """Return it with further soft fields, known once the model is loaded."""
-        return replace(self, soft={**self.soft, **soft})
-
 
 def stored_fingerprint(path: Path) -> Fingerprint:
     """Read a fingerprint that lies in its cache folder, `<name>` or `<name>.sums`.
@@ -107,8 +104,12 @@ def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{name} {shown[0]} -> {shown[1]}"
 
 
-def model_fingerprint(folder: str | Path, precision: Precision = "fp32") -> Fingerprint:
+def model_fingerprint(
+    folder: str | Path, precision: Precision = "fp32", quantization: Quantization | None = None
+) -> Fingerprint:
     """Fingerprint the model or adapter in `folder`, computing in `precision`.
+
+    A checkpoint that is quantised says so in its config; `quantization` is what loading adds.
 
     Raises:
         ModelFolderError: the folder holds no model.
@@ -123,6 +124,8 @@ def model_fingerprint(folder: str | Path, precision: Precision = "fp32") -> Fing
         "adapter": _adapter(folder) if base != folder else None,
         "compute_dtype": {"fp32": "float32", "bf16": "bfloat16 autocast over float32"}[precision],
     }
+    if quantization:
+        hard["quantization"] = SCHEMES[quantization]
     return Fingerprint(hard, versions())
 
 

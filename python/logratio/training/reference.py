@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logratio._rust import CacheReader, Store
+from logratio._rust import CacheReader
 from logratio.durable import write_whole
 from logratio.training.attention import shared_prompts
 from logratio.training.fingerprint import (
@@ -161,28 +160,33 @@ def _explain(path: Path, fingerprint: Fingerprint) -> str:
         return str(error)
 
 
-def record_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Store the readable fingerprint in a cache's folder, whole or not at all.
+def record_conditions(folder: Path, soft: Mapping[str, str]) -> None:
+    """Store the soft fields under which a cache's folder is being filled.
 
-    The first writer's is `fingerprint.json`; one with other soft fields gets a file of its own
-    beside it, so that no two writers share a file.
+    Writers under the same conditions have one file, named after its content, so that no two
+    writers write different things to one.
     """
-    path, text = folder / FINGERPRINT_FILE, json.dumps(fingerprint.to_dict(), indent=1)
-    if fingerprint.soft in stored_conditions(folder):
-        return
-    if path.exists():
-        soft = hashlib.sha256(json.dumps(fingerprint.to_dict()["soft"], sort_keys=True).encode())
-        path = path.with_name(f"fingerprint-{soft.hexdigest()[:8]}.json")
-    write_whole(path, text)
+    text = json.dumps(soft, indent=1, sort_keys=True)
+    path = folder / f"conditions-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    if not path.exists():
+        write_whole(path, text)
 
 
 def stored_conditions(folder: Path) -> list[Mapping[str, Any]]:
     """Return the soft fields that a cache's folder was filled under, one mapping a kind of writer.
 
     Raises:
-        DamagedFingerprintError: a fingerprint in the folder is not that of its own fields.
+        DamagedFingerprintError: the fingerprint in the folder is not that of its own fields, or a
+            file of conditions cannot be read.
     """
-    return [stored_fingerprint(path).soft for path in sorted(folder.glob("fingerprint*.json"))]
+    identity = folder / FINGERPRINT_FILE
+    found = [stored_fingerprint(identity).soft] if identity.exists() else []
+    for path in sorted(folder.glob("conditions-*.json")):
+        try:
+            found.append(dict(json.loads(path.read_text())))
+        except (ValueError, TypeError) as error:
+            raise DamagedFingerprintError(f"{path}: no readable conditions ({error})") from error
+    return found
 
 
 def soft_differences(folder: Path, soft: Mapping[str, str]) -> dict[str, str]:
@@ -192,16 +196,4 @@ def soft_differences(folder: Path, soft: Mapping[str, str]) -> dict[str, str]:
         for name in sorted(stored.keys() & soft.keys()):
             if stored[name] != soft[name]:
                 found[name] = f"{name} {stored[name]} (here {soft[name]})"
-    return found
-
-
-def missing_rows(store: Store, root: str | Path, fingerprint: Fingerprint) -> np.ndarray:
-    """Return the store's completion rows that the cache lacks, the first row of each key only."""
-    keys = store.keys()
-    _, first = np.unique(keys, axis=0, return_index=True)
-    first.sort()
-    folder = cache_folder(root, fingerprint)
-    if not folder.is_dir():
-        return first
-    reader = CacheReader.open(folder, fingerprint.digest)
-    return first[reader.join(keys[first]) < 0]
+    return dict(sorted(found.items()))

@@ -20,11 +20,12 @@ from logratio.training.attention import shared_prompts
 from logratio.training.cached import cached_reference
 from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.logps import transformer
 from logratio.training.loop import CHECKPOINTS, Loop, say
 from logratio.training.models import ADAPTER_CONFIG, autocast, default_device, quietly
-from logratio.training.reference import undisturbed
+from logratio.training.reference import holds_sums_only, undisturbed
 from logratio.training.reference_pass import Precompute
 from logratio.training.setup import (
     SETTINGS_FILE,
@@ -38,6 +39,7 @@ from logratio.training.setup import (
     forecast,
     load_dataset,
 )
+from logratio.training.shares import share_of
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
@@ -136,13 +138,21 @@ class Training:
             config.reference or config.model,
             config.data,
             str(config.cache),
+            sums_only=self._has_sums_only,
             precision=config.precision,
             device=config.device,
             rules=config.rules,
             formats=config.formats,
             max_bad_fraction=config.max_bad_fraction,
         )
-        return Precompute(wanted, self.dataset, self.show_progress)
+        return Precompute(wanted, self.dataset, share_of("1/1", {}), self.show_progress)
+
+    @property
+    def _has_sums_only(self) -> bool:
+        fingerprint = model_fingerprint(
+            self.config.reference or self.config.model, self.config.precision
+        )
+        return holds_sums_only(str(self.config.cache), fingerprint)
 
     def run(self) -> TrainResult:
         """Train, save, and return what was reached."""

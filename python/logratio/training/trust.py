@@ -1,12 +1,13 @@
 """Before an update or a block of a cache: the reference and the first loss are as they must be."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logratio._rust import Store
+from logratio._rust import CacheReader, Store
 from logratio.training.attention import NAME
 from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.canary import (
@@ -21,7 +22,7 @@ from logratio.training.canary import (
     tolerance,
 )
 from logratio.training.config import Precision, TrainConfig
-from logratio.training.fingerprint import Fingerprint, versions
+from logratio.training.fingerprint import versions
 from logratio.training.logps import transformer
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import autocast
@@ -29,11 +30,8 @@ from logratio.training.objective import CHOSEN, Objective
 from logratio.training.reference import (
     AdapterReference,
     Reference,
-    cache_folder,
-    open_cache,
     score,
     soft_differences,
-    sums_folder,
     undisturbed,
 )
 from logratio.training.setup import beta_of, starts_at_reference
@@ -41,10 +39,10 @@ from logratio.training.tensors import Batch
 
 
 def conditions(model: nn.Module, layout: str) -> dict[str, str]:
-    """Return the soft fields that are known once the model is loaded."""
+    """Return the soft fields of this process, with its model loaded."""
     inner = transformer(model)
     is_cuda = inner.device.type == "cuda"
-    return {
+    return versions() | {
         "layout": layout,
         "attention": NAME if layout == "shared" else str(inner.config._attn_implementation),
         "device": torch.cuda.get_device_name(inner.device) if is_cuda else inner.device.type,
@@ -55,20 +53,20 @@ def conditions(model: nn.Module, layout: str) -> dict[str, str]:
 def check_hits(
     model: nn.Module,
     store: Store,
-    root: str | Path,
-    fingerprint: Fingerprint,
+    reader: CacheReader,
+    folder: Path,
     layout: str,
     precision: Precision,
     *,
-    sums: bool = False,
+    sums: bool,
 ) -> str | None:
     """Score some of the completions that a cache already has again, before any is added.
 
     Args:
         model: the reference, loaded.
         store: the data.
-        root: of the cache.
-        fingerprint: of the reference, with the soft fields of this process.
+        reader: of the cache.
+        folder: where it lies, with the conditions that it was filled under.
         layout: in which the model is scored.
         precision: in which it computes.
         sums: whether the cache is of sums.
@@ -80,17 +78,13 @@ def check_hits(
         UntrustedReferenceError: an entry is not what the model says; names the record.
         DamagedFingerprintError: the cache's fingerprint was altered.
     """
-    folder = (sums_folder if sums else cache_folder)(root, fingerprint)
-    if not folder.is_dir():
-        return None
-    reader = open_cache(root, fingerprint, sums=sums)
+    soft = soft_differences(folder, conditions(model, layout))
     hits = np.flatnonzero(reader.join(store.sum_keys() if sums else store.keys()) >= 0)
     if len(hits) == 0:
         return None
     sample = sample_rows(store, hits)
     stored = (CachedSums if sums else CachedReference)(sample, reader, folder)
-    soft = soft_differences(folder, fingerprint.soft)
-    bound = tolerance(precision, soft)
+    bound = _bound(model, precision, soft)
     gap = _gap(model, sample, layout, precision, stored, bound, lambda batch: score(model, batch))
     return _sentence(folder, soft, gap, sample)
 
@@ -127,15 +121,20 @@ def check_start(
     """
     soft: dict[str, str] = {}
     if isinstance(reference, CachedReference | CachedSums):
-        now = versions() | conditions(policy, layout)
-        soft = soft_differences(reference.folder, now)
-    bound, sample, gap = tolerance(config.precision, soft), sample_groups(store), None
+        soft = soft_differences(reference.folder, conditions(policy, layout))
+    bound, sample, gap = _bound(policy, config.precision, soft), sample_groups(store), None
     if scorer := _equal_in_memory(config, policy, is_first=objective is not None):
         inspect = _InitialValue(config, objective, bound) if objective else None
         gap = _gap(policy, sample, layout, config.precision, reference, bound, scorer, inspect)
     if isinstance(reference, CachedReference | CachedSums):
         return _sentence(reference.folder, soft, gap, sample)
     return None
+
+
+def _bound(model: nn.Module, precision: Precision, soft: Collection[str]) -> Tolerance:
+    """Return what rounding explains; products of 8 and 4 bits round as coarsely as bf16."""
+    is_quantized = getattr(transformer(model), "is_quantized", False)
+    return tolerance("bf16" if is_quantized else precision, soft)
 
 
 def _equal_in_memory(config: TrainConfig, policy: nn.Module, *, is_first: bool) -> Scorer | None:

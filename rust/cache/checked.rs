@@ -1,0 +1,137 @@
+//! A sealed file whose blocks are compared with their checksums at their first read.
+
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use bytemuck::Pod;
+
+use super::{ReadMode, disk::DiskFile};
+use crate::{
+    Error, Result,
+    map::Map,
+    store::blocks::{BLOCK, Whole, count},
+};
+
+/// The bytes of a sealed file, mapped or read by calls to the system.
+#[derive(Debug)]
+pub enum Bytes {
+    Map(Map),
+    File(Box<dyn DiskFile>),
+}
+
+impl Bytes {
+    pub fn new(file: Box<dyn DiskFile>, mode: ReadMode) -> io::Result<Self> {
+        match mode {
+            ReadMode::Map => file.map().map(Self::Map),
+            ReadMode::Pread => Ok(Self::File(file)),
+        }
+    }
+
+    /// Fills `out` from byte `at` on.
+    pub fn read(&self, path: &Path, at: usize, out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Map(map) => {
+                let bytes = map.get(at..at + out.len());
+                out.copy_from_slice(bytes.ok_or_else(|| cut(path, map.len() as u64))?);
+                Ok(())
+            }
+            Self::File(file) => file.read_at(out, at as u64).map_err(|error| {
+                let ended = error.kind() == io::ErrorKind::UnexpectedEof;
+                if ended {
+                    cut(path, file.length().unwrap_or(0))
+                } else {
+                    Error::io(path)(error)
+                }
+            }),
+        }
+    }
+}
+
+fn cut(path: &Path, length: u64) -> Error {
+    Error::cache(path, format!("it was cut to {length} bytes"))
+}
+
+/// A file, and a checksum for each of its blocks.
+#[derive(Debug)]
+pub struct CheckedFile {
+    pub path: PathBuf,
+    bytes: Bytes,
+    /// Bytes that the checksums cover, from the start of the file.
+    length: usize,
+    crcs: Vec<u32>,
+    whole: Whole,
+}
+
+impl CheckedFile {
+    pub fn new(path: PathBuf, bytes: Bytes, length: usize, crcs: Vec<u32>) -> Self {
+        let whole = Whole::new(crcs.len());
+        Self {
+            path,
+            bytes,
+            length,
+            crcs,
+            whole,
+        }
+    }
+
+    /// How many blocks there are.
+    pub fn blocks(&self) -> usize {
+        count(self.length)
+    }
+
+    /// Fills `out` from byte `at` on, from blocks that are whole.
+    pub fn read(&self, at: usize, out: &mut [u8]) -> Result<()> {
+        self.ensure(at..at + out.len())?;
+        self.bytes.read(&self.path, at, out)
+    }
+
+    /// Appends `items` from byte `at` on to `out`; returns them as bytes.
+    pub fn append<'a, T: Pod>(
+        &self,
+        at: usize,
+        items: usize,
+        out: &'a mut Vec<T>,
+    ) -> Result<&'a [u8]> {
+        let before = out.len();
+        out.resize(before + items, T::zeroed());
+        let bytes = bytemuck::cast_slice_mut(&mut out[before..]);
+        self.read(at, bytes)?;
+        Ok(bytes)
+    }
+
+    fn ensure(&self, range: Range<usize>) -> Result<()> {
+        if range.end > self.length {
+            let reason = format!("bytes {range:?} are outside its {} bytes", self.length);
+            return Err(Error::cache(&self.path, reason));
+        }
+        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+            if !self.whole.contains(block) {
+                self.check(block)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares one block, whatever was found before.
+    #[cold]
+    pub fn check(&self, block: usize) -> Result<()> {
+        let range = block * BLOCK..((block + 1) * BLOCK).min(self.length);
+        let crc = match &self.bytes {
+            Bytes::Map(map) => crc32c::crc32c(&map[range.clone()]),
+            Bytes::File(_) => {
+                let mut bytes = vec![0; range.len()];
+                self.bytes.read(&self.path, range.start, &mut bytes)?;
+                crc32c::crc32c(&bytes)
+            }
+        };
+        if crc != self.crcs[block] {
+            let reason = format!("the checksum of bytes {range:?} does not match");
+            return Err(Error::cache(&self.path, reason));
+        }
+        self.whole.insert(block);
+        Ok(())
+    }
+}

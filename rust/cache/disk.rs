@@ -1,0 +1,129 @@
+//! The files under a cache: the operating system's, or ones that fail on purpose.
+
+use std::{
+    fmt::Debug,
+    fs::{self, File, TryLockError},
+    io::{self, ErrorKind, Write},
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use crate::map::Map;
+
+/// Everything that a cache asks of a file system.
+///
+/// [`Os`] is the real one. Tests put a simulated one in its place, which loses power or fails at
+/// the call they choose.
+pub trait Disk: Debug + Send + Sync {
+    /// Makes a folder and the ones above it, durable; one that exists is as good.
+    fn create_folder(&self, folder: &Path) -> io::Result<()>;
+    /// Names of the files of a folder, in no order.
+    fn list(&self, folder: &Path) -> io::Result<Vec<String>>;
+    /// Makes a file that did not exist.
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+    /// Opens a file to be read.
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+    /// Gives a file another name, in place of what had it.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Takes a file's name away; who has it open may read on.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes created, renamed and removed names of a folder survive a loss of power.
+    fn sync_folder(&self, folder: &Path) -> io::Result<()>;
+}
+
+/// One open file.
+pub trait DiskFile: Debug + Send + Sync {
+    /// Writes all of `bytes` at the end.
+    fn append(&self, bytes: &[u8]) -> io::Result<()>;
+    /// Makes what was appended survive a loss of power.
+    fn sync(&self) -> io::Result<()>;
+    /// Bytes in the file.
+    fn length(&self) -> io::Result<u64>;
+    /// Fills `bytes` from byte `at` on; a file that ends before is an `UnexpectedEof`.
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()>;
+    /// Takes the file's lock, which goes with the file; says whether it is this one's now.
+    ///
+    /// `Unsupported` where the file system has no locks.
+    fn lock(&self) -> io::Result<bool>;
+    /// Maps the file, which nobody may change from now on.
+    fn map(&self) -> io::Result<Map>;
+}
+
+/// The operating system's files.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Os;
+
+impl Disk for Os {
+    fn create_folder(&self, folder: &Path) -> io::Result<()> {
+        if folder.is_dir() || folder.as_os_str().is_empty() {
+            return Ok(());
+        }
+        let parent = folder.parent().unwrap_or(Path::new(""));
+        self.create_folder(parent)?;
+        match fs::create_dir(folder) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        self.sync_folder(parent)
+    }
+
+    fn list(&self, folder: &Path) -> io::Result<Vec<String>> {
+        let name =
+            |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+        fs::read_dir(folder)?.map(name).collect()
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        let mut options = File::options();
+        let file = options.read(true).append(true).create_new(true).open(path);
+        Ok(Box::new(file?))
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(File::open(path)?))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_folder(&self, folder: &Path) -> io::Result<()> {
+        let here = folder.as_os_str().is_empty();
+        File::open(if here { Path::new(".") } else { folder })?.sync_all()
+    }
+}
+
+impl DiskFile for File {
+    fn append(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut file = self;
+        file.write_all(bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.read_exact_at(bytes, at)
+    }
+
+    fn lock(&self) -> io::Result<bool> {
+        match self.try_lock() {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    fn map(&self) -> io::Result<Map> {
+        Map::of(self)
+    }
+}

@@ -1,0 +1,111 @@
+//! Records become sealed shards, and shards become part of the cache by their manifests.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    path::Path,
+    process,
+};
+
+use super::{
+    Cache,
+    journal_table::JournalTable,
+    manifest::Manifest,
+    merge::{Found, Merged},
+    shard_writer::{ShardWriter, Written},
+    source::Source,
+    writer::writer_name,
+};
+use crate::{Error, Result};
+
+/// A shard of this many bytes is full.
+pub const SHARD_BYTES: usize = 1 << 30;
+
+/// What was written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Completions in the new shards.
+    pub written: u64,
+    /// Records left out because another of their key was taken.
+    pub repeats: u64,
+}
+
+impl Cache {
+    /// Turns a journal, which nobody writes any more, into shards; returns the name of the first.
+    ///
+    /// Whatever happens, every record is in a journal or in a listed shard.
+    pub(super) fn seal(&self, journal: &Path) -> Result<Option<String>> {
+        let table = JournalTable::open(self, journal.into())?;
+        let sources = [Source::Journal(table)];
+        let (shards, _) = self.write_shards(&sources, SHARD_BYTES, |_| true)?;
+        let first = shards.first().map(|written| written.name.clone());
+        self.publish(&shards)?;
+        self.disk.remove(journal).map_err(Error::io(journal))?;
+        Ok(first)
+    }
+
+    /// Writes the wanted keys of `sources`, each once, to shards of about `full` bytes.
+    pub(super) fn write_shards(
+        &self,
+        sources: &[Source],
+        full: usize,
+        wanted: impl Fn(&Found) -> bool,
+    ) -> Result<(Vec<Written>, Counts)> {
+        let mut merged = Merged::new(self.kind, sources, None)?;
+        let (mut shards, mut counts) = (Vec::new(), Counts::default());
+        let mut open: Option<ShardWriter<'_>> = None;
+        while let Some(found) = merged.next()? {
+            counts.repeats += found.repeats;
+            if !wanted(&found) {
+                continue;
+            }
+            counts.written += 1;
+            let mut writer = match open.take() {
+                Some(writer) => writer,
+                None => ShardWriter::new(self)?,
+            };
+            writer.push(&sources[found.source], found.row)?;
+            if writer.bytes() < full {
+                open = Some(writer);
+            } else {
+                shards.push(writer.finish()?);
+            }
+        }
+        if let Some(writer) = open {
+            shards.push(writer.finish()?);
+        }
+        Ok((shards, counts))
+    }
+
+    /// Makes shards part of the cache: when this returns, their manifests are durable and the
+    /// records may go from where they were.
+    pub(super) fn publish(&self, shards: &[Written]) -> Result<()> {
+        for written in shards {
+            self.write_manifest(&Manifest::new(self, written))?;
+        }
+        let folder = self.folder();
+        self.disk.sync_folder(folder).map_err(Error::io(folder))?;
+        for written in shards {
+            // Somebody who tidied up may have taken an unlisted shard for a leftover.
+            let path = self.path(&written.name);
+            self.disk.open(&path).map_err(Error::io(&path))?;
+        }
+        Ok(())
+    }
+
+    fn write_manifest(&self, manifest: &Manifest) -> Result<()> {
+        let id = RandomState::new().hash_one(process::id());
+        let partial = self.path(&format!("{}.partial", writer_name(id)));
+        let (path, bytes) = (self.path(&manifest.name()), manifest.encode());
+        let write = || {
+            let file = self.disk.create(&partial)?;
+            file.append(&bytes)?;
+            file.sync()?;
+            self.disk.rename(&partial, &path)
+        };
+        let written = write();
+        if written.is_err() {
+            let _ = self.disk.remove(&partial); // `compact` tries again
+        }
+        written.map_err(Error::write(&path, bytes.len()))
+    }
+}

@@ -1,0 +1,209 @@
+//! Every byte of a folder compared with what it should be.
+
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::{
+    Cache, ReadMode,
+    journal_table::JournalTable,
+    manifest::{self, Manifest},
+    merge,
+    shard::Shard,
+    snapshot::{Listing, open_shard, read_manifest},
+    source::Source,
+};
+use crate::{Error, Result, fingerprint::Key, wire::Hex};
+
+/// Bytes hashed at a time.
+const CHUNK: usize = 1 << 20;
+
+/// One file of a cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its name.
+    pub name: String,
+    /// Whether it is a sealed shard; a journal otherwise.
+    pub sealed: bool,
+    /// Whether a writer holds it.
+    pub in_use: bool,
+    /// Completions in it.
+    pub rows: u64,
+    /// Their tokens.
+    pub tokens: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// Bytes behind the last whole block of a journal.
+    pub torn: u64,
+    /// What is wrong with it.
+    pub problem: Option<String>,
+}
+
+/// What a folder holds, and what is wrong with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Shards, then journals.
+    pub parts: Vec<Part>,
+    /// Files that belong to nothing: what writers that died left behind.
+    pub leftovers: Vec<String>,
+    /// Different keys in all whole parts; `None` where records contradict each other.
+    pub distinct: Option<u64>,
+    /// What concerns no single file.
+    pub problems: Vec<String>,
+}
+
+impl Cache {
+    /// Says what the folder holds: seals of shards and all of journals are checked.
+    pub fn inspect(&self) -> Result<Report> {
+        self.examine(false)
+    }
+
+    /// Compares every byte with its checksum, files with their SHA-256, the order of keys, values,
+    /// and all records of one key with each other.
+    pub fn verify(&self) -> Result<Report> {
+        self.examine(true)
+    }
+
+    fn examine(&self, all: bool) -> Result<Report> {
+        let listing = Listing::stable(self)?;
+        let mut report = Report::default();
+        let mut whole = Vec::new();
+        for name in &listing.manifests {
+            match self.examine_shard(name, &listing, all) {
+                Ok(shard) => whole.push(Source::Shard(shard)),
+                Err(error) => report.refuse(name, true, &error),
+            }
+        }
+        for name in &listing.journals {
+            match JournalTable::open(self, self.path(name)) {
+                Ok(table) => whole.push(Source::Journal(table)),
+                Err(error) => report.refuse(name, false, &error),
+            }
+        }
+        report
+            .parts
+            .extend(whole.iter().map(|source| self.part(source)));
+        report.parts.sort_by_key(|part| !part.sealed);
+        report.leftovers = leftovers(&listing);
+        match merge::count(self.kind, &whole) {
+            Ok(keys) => report.distinct = Some(keys),
+            Err(error) => report.problems.push(error.to_string()),
+        }
+        Ok(report)
+    }
+
+    fn examine_shard(&self, name: &str, listing: &Listing, all: bool) -> Result<Shard> {
+        let manifest = read_manifest(self, &self.path(name))?;
+        let shard = open_shard(self, &manifest, listing, ReadMode::Pread)?;
+        if all {
+            self.check_hash(&manifest)?;
+            check_rows(&shard, &manifest)?;
+        }
+        Ok(shard)
+    }
+
+    fn check_hash(&self, manifest: &Manifest) -> Result<()> {
+        let path = self.path(&manifest.shard);
+        let found = self.sha256(&path)?;
+        if found == manifest.sha256 {
+            return Ok(());
+        }
+        let wanted = &manifest.sha256;
+        Err(Error::cache(
+            &path,
+            format!("its SHA-256 is {found}, and {wanted} was written"),
+        ))
+    }
+
+    fn sha256(&self, path: &Path) -> Result<String> {
+        let hash = || {
+            let file = self.disk.open(path)?;
+            let (mut at, length) = (0, file.length()?);
+            let mut hash = Sha256::new();
+            let mut chunk = vec![0; CHUNK];
+            while at < length {
+                let chunk = &mut chunk[..CHUNK.min((length - at) as usize)];
+                file.read_at(chunk, at)?;
+                hash.update(&*chunk);
+                at += chunk.len() as u64;
+            }
+            Ok(Hex(&hash.finalize()).to_string())
+        };
+        hash().map_err(Error::io(path))
+    }
+
+    fn part(&self, source: &Source) -> Part {
+        let is_free = || {
+            let file = self.disk.open(source.path());
+            file.and_then(|file| file.lock()).unwrap_or(true)
+        };
+        let sealed = matches!(source, Source::Shard(_));
+        Part {
+            name: source.name().into(),
+            sealed,
+            in_use: !sealed && !is_free(),
+            rows: source.rows(),
+            tokens: source.all_tokens(),
+            bytes: source.length(),
+            torn: source.torn(),
+            problem: None,
+        }
+    }
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    pub fn is_whole(&self) -> bool {
+        self.problems.is_empty() && self.parts.iter().all(|part| part.problem.is_none())
+    }
+
+    fn refuse(&mut self, name: &str, sealed: bool, error: &Error) {
+        self.parts.push(Part {
+            name: name.into(),
+            sealed,
+            in_use: false,
+            rows: 0,
+            tokens: 0,
+            bytes: 0,
+            torn: 0,
+            problem: Some(error.to_string()),
+        });
+    }
+}
+
+/// Every block, every key and every value of a shard.
+fn check_rows(shard: &Shard, manifest: &Manifest) -> Result<()> {
+    let refuse = |reason: String| Error::cache(shard.path(), reason);
+    for block in 0..shard.file().blocks() {
+        shard.file().check(block)?;
+    }
+    let (mut before, mut tokens) = (None::<Key>, 0);
+    let mut bytes: Vec<u8> = Vec::new();
+    for row in 0..shard.rows() {
+        let key = shard.key(row)?;
+        if before.is_some_and(|before| before >= key) {
+            return Err(refuse(format!("its keys do not ascend at row {row}")));
+        }
+        before = Some(key);
+        bytes.clear();
+        tokens += u64::from(shard.values(row, &mut bytes)?);
+    }
+    if tokens == manifest.tokens && tokens == shard.tokens {
+        return Ok(());
+    }
+    Err(refuse(format!(
+        "it holds {tokens} tokens, not {}",
+        manifest.tokens
+    )))
+}
+
+fn leftovers(listing: &Listing) -> Vec<String> {
+    let unlisted = |name: &&String| {
+        let stem = name.split('.').next().unwrap_or_default();
+        !listing
+            .manifests
+            .contains(&format!("{stem}.{}", manifest::EXTENSION))
+    };
+    let shards = listing.shards.iter().filter(unlisted);
+    shards.chain(&listing.partials).cloned().collect()
+}
