@@ -256,17 +256,17 @@ def test_disk_full_during_precompute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was acknowledged before is kept, and the next run goes on from it."""
-    from logratio.training import reference_pass
+    from logratio.training import cache_entries
 
-    monkeypatch.setattr(reference_pass, "BLOCK_TOKENS", 1)
+    monkeypatch.setattr(cache_entries, "BLOCK_TOKENS", 1)
     real = CacheWriter
     full = FullDisk(real, blocks=2)
-    monkeypatch.setattr(reference_pass, "CacheWriter", full)
+    monkeypatch.setattr(cache_entries, "CacheWriter", full)
     shared = ("--model", tiny_model, "--data", pairs_file, "--cache", tmp_path / "cache")
     ended, _, err = run("precompute", *shared, "--token-budget", "16")
     assert ended == 2
     assert "the disk is full" in one_line(err)
-    monkeypatch.setattr(reference_pass, "CacheWriter", real)
+    monkeypatch.setattr(cache_entries, "CacheWriter", real)
     ended, out, _ = run("precompute", *shared)
     assert ended == 0
     scored = int(out.split()[0])

@@ -54,7 +54,7 @@ def test_a_second_run_scores_nothing_and_loads_no_model(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet(config)
-    monkeypatch.setattr("logratio.training.reference_pass.load_model", None)
+    monkeypatch.setattr("logratio.training.reference_scorer.load_model", None)
     again = quiet(dataclasses.replace(config, token_budget=9))
     assert (again.new, again.hits, again.tokens) == (0, 32, 0)
 
@@ -122,13 +122,13 @@ def test_a_flipped_bit_is_refused(config: PrecomputeConfig) -> None:
 CHILD = """
 import sys
 from logratio.training import PrecomputeConfig, precompute
-from logratio.training import reference_pass as module
+from logratio.training import cache_entries as module
 module.BLOCK_TOKENS = 1
-write = module._Block.flush
+write = module.Block.flush
 def flush(block):
     write(block)
     print("ack", block.tokens, flush=True)
-module._Block.flush = flush
+module.Block.flush = flush
 precompute(PrecomputeConfig(sys.argv[1], [sys.argv[2]], sys.argv[3], token_budget=16),
            show_progress=False)
 """

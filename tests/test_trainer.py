@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_pairs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from logratio.training import (
     precompute,
     train,
 )
+from logratio.training.canary import UntrustedReferenceError
 from logratio.training.checkpoint import ResumeError
-from logratio.training.checks import UnsupportedModelError
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
 from logratio.training.loop import Loop, NonFiniteError
@@ -231,7 +231,7 @@ def test_a_cache_with_wrong_numbers_is_refused(
     writer = CacheWriter(cache / right.name, right.digest)
     writer.append(keys, offsets, logps)
     writer.close()
-    with pytest.raises(UnsupportedModelError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
         quiet(with_(config, cache=cache))
 
 
@@ -248,7 +248,7 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
         return logps * (float("nan") if 7 in groups.tolist() else 1.0)
 
     monkeypatch.setattr(module, "completion_logps", poisoned)
-    monkeypatch.setattr(Loop, "_check_start", lambda *_: None)  # it would stop earlier
+    monkeypatch.setattr(Loop, "_check_start", lambda *_, **__: None)  # it would stop earlier
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:8"):
         quiet(config)
     assert not (Path(config.output) / "model.safetensors").exists()
@@ -287,6 +287,18 @@ def test_weights_that_can_run_code_are_refused(config: TrainConfig, tmp_path: Pa
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelFolderError, match="no safetensors weights"):
         quiet(with_(config, model=tmp_path / "pickled"))
+
+
+def test_weights_that_would_be_random_are_refused(
+    config: TrainConfig, make_model: Callable[..., Path]
+) -> None:
+    """Transformers makes up what the files lack, another one each time, under one fingerprint."""
+    folder = make_model("torn")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"], tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"no model\.layers\.0.* and 1 more, which would"):
+        quiet(with_(config, model=folder))
 
 
 def test_unwritable_output(config: TrainConfig, tmp_path: Path) -> None:

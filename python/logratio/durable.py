@@ -1,6 +1,7 @@
 """Files that are on the disk when a call returns, and whole under their names."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -15,7 +16,8 @@ def sync(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its name and rename it: a crash leaves the old one or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # No number of the process: those of two hosts on one folder may be the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
     partial.replace(path)

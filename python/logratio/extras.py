@@ -8,12 +8,13 @@ class MissingExtraError(ImportError):
     """A library is missing that an optional part of logratio needs."""
 
 
-def require(module: str, extra: str) -> ModuleType:
+def require(module: str, extra: str, *, twin: bool = True) -> ModuleType:
     """Import `module`, which comes with `extra`.
 
     Args:
         module: dotted name of the module.
-        extra: name in pyproject.toml of an extra that carries it, and that has a `-cpu` twin.
+        extra: name in pyproject.toml of an extra that carries it.
+        twin: the extra has a `-cpu` twin.
 
     Raises:
         MissingExtraError: `module` is not installed; the message has the line that installs it.
@@ -24,8 +25,8 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
+        other = f", or 'logratio[{extra}-cpu]' where there is no CUDA" if twin else ""
         raise MissingExtraError(
-            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]', "
-            f"or 'logratio[{extra}-cpu]' where there is no CUDA",
+            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]'{other}",
             name=error.name,
         ) from None

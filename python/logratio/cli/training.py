@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 LORA, UPDATE = "LoRA", "Update"
 
 
+class Engine(StrEnum):
+    """Where `precompute` computes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class Quantization(StrEnum):
+    """How few bits a weight is loaded in."""
+
+    EIGHT = "8bit"
+    FOUR = "4bit"
+
+
 class Loss(StrEnum):
     """The losses of `logratio.training.losses`."""
 
@@ -48,15 +62,45 @@ def precompute(
     label: LabelOption = None,
     lists: ListsWanted = ListsOption.PAIRS,
     max_bad_fraction: options.MaxBad = 0.0,
-    token_budget: options.TokenBudget = 16384,
+    sums_only: Annotated[
+        bool,
+        typer.Option("--sums-only", help="Keep one sum a completion, over the tokens that count: "
+                     "44 bytes, for billions. Losses that look at single tokens cannot read it."),
+    ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Score only this part of the groups, told by content: "
+                     "for job arrays, 1/8 to 8/8. torchrun shares by itself.",
+                     rich_help_panel=options.MACHINE),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: actors on an existing Ray cluster (RAY_ADDRESS) or a local "
+                             "one. All machines must see the model and the cache.",
+                             rich_help_panel=options.MACHINE),
+    ] = Engine.LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(help="Actors of Ray. Default: one a GPU, or one a CPU but one.",
+                                 rich_help_panel=options.MACHINE),
+    ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens computed at a time. Default: found by trying. No result changes "
+                     "beyond rounding.", rich_help_panel=options.MACHINE),
+    ] = None,
     precision: options.PrecisionOption = Precision.FP32,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Load the weights in 8 or 4 bits: another reference, with a folder of "
+                     "its own.", rich_help_panel=options.MACHINE),
+    ] = None,
     device: options.Device = None,
     dry_run: options.DryRun = False,
-) -> None:
+) -> None:  # fmt: skip
     """Score every completion with the reference model, once, into a cache.
 
     `train --cache` then holds no reference model. Kill it at any moment and run it again: it goes
-    on where it was. Learning rate, β, loss and order never make an entry stale.
+    on where it was. Learning rate, β, loss and order never make an entry stale. Any number of
+    processes and hosts may fill one cache: start it under torchrun, or with --share, or on Ray.
     """
     from logratio.training import PrecomputeConfig
     from logratio.training.reference_pass import prepare
@@ -67,7 +111,12 @@ def precompute(
             data,
             cache,
             token_budget=token_budget,
+            sums_only=sums_only,
+            share=share,
+            engine=engine.value,
+            workers=workers,
             precision=precision.value,
+            quantization=quantization.value if quantization else None,
             device=device,
             rules=options.rules(
                 max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
@@ -76,13 +125,12 @@ def precompute(
             max_bad_fraction=max_bad_fraction,
         )
     )
-    announce(ready.dataset, ready.forecast)
+    if ready.share.rank == 0:
+        announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
-        typer.echo(
-            f"{result.new:,} completions scored ({result.tokens:,} tokens), {result.hits:,} were "
-            f"in the cache or repeated: {result.folder}"
-        )
+        part = f"share {result.share}: " if ready.share.count > 1 else ""
+        typer.echo(f"{part}{result.to_text()}")
 
 
 def train(
@@ -93,6 +141,9 @@ def train(
         Path | None,
         typer.Option(help="Reference log-probs made by `precompute`: no reference in memory."),
     ] = None,
+    precompute: Annotated[
+        bool, typer.Option("--precompute", help="Score what --cache lacks first, then train.")
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
     ] = None,
@@ -181,6 +232,7 @@ def train(
             data,
             output,
             cache=cache,
+            precompute=precompute,
             reference=reference,
             loss=loss.value,
             beta=beta,

@@ -18,7 +18,7 @@ from logratio.extras import require
 from logratio.scoring.joining import joined, open_weights
 from logratio.scoring.scorer import HalfScorer, RewardScorer
 from logratio.scoring.shrinking import smaller
-from logratio.training.fingerprint import IGNORED_CONFIG
+from logratio.training.canonical import IGNORED_CONFIG
 from logratio.training.logps import transformer
 
 OPSETS = (23, 20)

@@ -1,4 +1,4 @@
-"""Start-up checks: may this model share prompts, is its head known, is the reference right.
+"""Start-up checks of a model: may it share prompts, is its head known.
 
 Each takes well under a second on a small model and refuses, or falls back with a printed reason,
 where a rival would train on wrong numbers.
@@ -17,9 +17,6 @@ from logratio.training.tensors import Batch, to_torch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""
-
-RELATIVE = 1e-5
-"""Of a sequence's sum, what rounding in float32 may move it by beyond the absolute tolerance."""
 
 Group = tuple[list[int], list[list[int]]]
 
@@ -42,9 +39,9 @@ def choose_layout(model: nn.Module) -> tuple[str, str]:
     except (SharedPromptError, TypeError) as error:
         return "padded", f"{_name(model)} cannot share prompts: {error}"
     kept = slice(0, len(first[0][1][0]))
-    if (moved := _gap(shared[kept], leaked[kept])) > _tolerance(model):
+    if not (moved := _gap(shared[kept], leaked[kept])) <= _tolerance(model):  # NaN too
         return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
-    if (gap := _gap(shared, _scores(model, first, "padded"))) > _tolerance(model):
+    if not (gap := _gap(shared, _scores(model, first, "padded"))) <= _tolerance(model):
         return "padded", f"{_name(model)}: shared and padded log-probs differ ({gap:.2g} nats)"
     return "shared", "leak check passed"
 
@@ -53,7 +50,8 @@ def check_head(model: nn.Module) -> None:
     """Compare our head with the model's own logits.
 
     Raises:
-        UnsupportedModelError: they differ: the family scales its logits in a way we do not know.
+        UnsupportedModelError: they differ: the family scales its logits in a way we do not know;
+            or they are not finite.
     """
     inner = transformer(model)
     prompt, completions = _probe(model, seed=0)[0]
@@ -61,32 +59,11 @@ def check_head(model: nn.Module) -> None:
     with torch.no_grad():
         own = inner(input_ids=ids, use_cache=False).logits[0].float()
         ours = head_logits(inner, inner.base_model(input_ids=ids, use_cache=False)[0][0]).float()
-    if (gap := _gap(own, ours)) > _tolerance(model):
+    if not bool(own.isfinite().all()):
+        raise UnsupportedModelError(f"{_name(model)}: its logits are not finite")
+    if not (gap := _gap(own, ours)) <= _tolerance(model):
         raise UnsupportedModelError(
             f"{_name(model)}: its head scales logits in an unknown way (they differ by {gap:.2g})"
-        )
-
-
-def check_policy_is_reference(
-    policy_logps: Tensor, reference_logps: Tensor, tolerance: float, what: str
-) -> None:
-    """Refuse when a policy that equals its reference does not have the reference's log-probs.
-
-    Args:
-        policy_logps: sums `[N]` under the policy before its first update.
-        reference_logps: sums `[N]` from the reference.
-        tolerance: nats per sequence that rounding may explain.
-        what: the reference, for the message.
-
-    Raises:
-        UnsupportedModelError: the reference is stale, or another model.
-    """
-    gap = _gap(policy_logps, reference_logps)
-    tolerance += RELATIVE * float(reference_logps.abs().max())
-    if not gap <= tolerance:
-        raise UnsupportedModelError(
-            f"policy and {what} are the same model, yet their log-probs differ by {gap:.3g} nats "
-            f"per sequence (at most {tolerance:.3g} is rounding): do not trust it"
         )
 
 
@@ -130,6 +107,10 @@ def _gap(left: Tensor, right: Tensor) -> float:
 
 
 def _tolerance(model: nn.Module) -> float:
+    if getattr(transformer(model), "is_quantized", False):
+        # 8-bit products pick their outliers from all rows, so batch-mates move one another
+        # (0.07 nats on the probe of a small model); 4-bit ones have two kernels.
+        return TOLERANCE[torch.bfloat16]
     if torch.is_autocast_enabled(transformer(model).device.type):
         return TOLERANCE[torch.bfloat16]
     return TOLERANCE[transformer(model).dtype]

@@ -9,6 +9,8 @@ from logratio.data import FormatSettings, TokenizationRules
 from logratio.data.containers import Input
 
 Precision = Literal["fp32", "bf16"]
+Quantization = Literal["8bit", "4bit"]
+Engine = Literal["local", "ray"]
 PathLike = str | Path
 
 
@@ -39,6 +41,7 @@ class TrainConfig:
             input its share of them; None: every group once.
         output: folder for the trained model, metrics and checkpoints.
         cache: root of a reference cache made by `precompute`; then no reference model is held.
+        precompute: score what the cache lacks first, in this process, and then train.
         reference: folder of the reference model; `model` itself where none is given.
         loss: one of `losses.LOSSES`.
         beta: weight of the KL term; the loss's own default where None.
@@ -51,7 +54,7 @@ class TrainConfig:
         epochs: passes over the data.
         token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
         precision: fp32, or bf16 autocast over fp32 weights.
-        seed: of the order of the data, the adapters and dropout.
+        seed: of the order of the data and the adapters; dropout is off.
         save_every: updates between checkpoints; 0 for none but the one at an interrupt.
         resume: go on from the newest valid checkpoint in `output`.
         device: where to train; a GPU when there is one, where None.
@@ -65,6 +68,7 @@ class TrainConfig:
     data: Sequence[Input]
     output: PathLike
     cache: PathLike | None = None
+    precompute: bool = False
     reference: PathLike | None = None
     loss: str = "dpo"
     beta: float | None = None
@@ -90,13 +94,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
-    """Settings of one pass of the reference over data: see `TrainConfig` for the shared fields."""
+    """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
+
+    Attributes:
+        model: folder of the reference model or adapter.
+        data: as in `TrainConfig`; any mixture of inputs.
+        cache: root of the cache; every reference has a folder of its own in it.
+        token_budget: tokens computed at a time; the largest that fits and pays where None.
+        sums_only: store one sum a completion, over the tokens that count, instead of all tokens.
+        share: "2/4": score the second quarter of the groups, by content; all of them, or what
+            torchrun gives this process, where None.
+        engine: "local", this process; or "ray", actors on a Ray cluster.
+        workers: actors of Ray; as many as fit where None.
+        quantization: load the weights in 8 or 4 bits (bitsandbytes).
+    """
 
     model: PathLike
     data: Sequence[Input]
     cache: PathLike
-    token_budget: int = 16384
+    token_budget: int | None = None
+    sums_only: bool = False
+    share: str | None = None
+    engine: Engine = "local"
+    workers: int | None = None
     precision: Precision = "fp32"
+    quantization: Quantization | None = None
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)

@@ -1,7 +1,7 @@
 """What makes a reference's log-probs valid: its weights, config, adapter and compute dtype.
 
 Read from the model's folder, without loading the model, so that a run with everything cached
-needs none. A difference in a hard field is another reference; soft fields are only recorded.
+needs none. A difference in a hard field is another reference; a soft one is told and re-scored.
 """
 
 import hashlib
@@ -15,16 +15,19 @@ from typing import Any
 import torch
 import transformers
 
-from logratio.training.config import Precision
+from logratio.training.canonical import adapter_settings, model_settings
+from logratio.training.config import Precision, Quantization
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+from logratio.training.quantization import SCHEMES
 
-VERSION = 1
+VERSION = 2
 CHUNK = 2**24
-IGNORED_CONFIG = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
-"""Config entries that cannot change a log-prob: names, and how weights are stored or loaded."""
-IGNORED_ADAPTER_CONFIG = {"base_model_name_or_path", "inference_mode", "revision", "peft_version"}
+SHOWN_CHARACTERS = 40
+"""A longer value of a field, or a hash, is named and not shown."""
+
+
+class DamagedFingerprintError(ValueError):
+    """A stored fingerprint is not what its own digest, or its folder's name, says it is."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,55 @@ class Fingerprint:
         names = sorted(self.hard.keys() | other.keys())
         return [name for name in names if self.hard.get(name) != other.get(name)]
 
+    def explain(self, stored: Mapping[str, Any]) -> str:
+        """Say how this differs from what is `stored` (a hard mapping): `field old -> new, ...`."""
+        old, new = dict(_flat(stored)), dict(_flat(self.hard))
+        names = [name for name in sorted(old | new) if old.get(name, "") != new.get(name, "")]
+        return ", ".join(_change(name, old, new) for name in names) or "nothing"
 
-def model_fingerprint(folder: str | Path, precision: Precision = "fp32") -> Fingerprint:
+
+def stored_fingerprint(path: Path) -> Fingerprint:
+    """Read a fingerprint that lies in its cache folder, `<name>` or `<name>.sums`.
+
+    Raises:
+        DamagedFingerprintError: its fields do not hash to its digest or to the folder's name.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        found = Fingerprint(dict(fields["hard"]), dict(fields["soft"]))
+        same = fields["digest"] == found.digest.hex()
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFingerprintError(f"{path}: no readable fingerprint ({error})") from error
+    if not same or path.parent.name.split(".")[0] != found.name:
+        raise DamagedFingerprintError(
+            f"{path}: its fields are not those that its digest and its folder's name were made "
+            "from; the file was altered, so what the cache holds is unknown"
+        )
+    return found
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    shown = [str(fields.get(name, "absent")) for fields in (old, new)]
+    is_hash = any(len(text) == 64 and " " not in text for text in shown)
+    if is_hash or any(len(text) > SHOWN_CHARACTERS for text in shown):
+        return name
+    return f"{name} {shown[0]} -> {shown[1]}"
+
+
+def model_fingerprint(
+    folder: str | Path, precision: Precision = "fp32", quantization: Quantization | None = None
+) -> Fingerprint:
     """Fingerprint the model or adapter in `folder`, computing in `precision`.
+
+    A checkpoint that is quantised says so in its config; `quantization` is what loading adds.
 
     Raises:
         ModelFolderError: the folder holds no model.
@@ -70,32 +119,37 @@ def model_fingerprint(folder: str | Path, precision: Precision = "fp32") -> Fing
     base = base_folder(folder)
     hard = {
         "version": VERSION,
-        "config": _config(base / "config.json", IGNORED_CONFIG),
+        "config": model_settings(base),
         "weights": weights_digest(base, "*.safetensors"),
         "adapter": _adapter(folder) if base != folder else None,
         "compute_dtype": {"fp32": "float32", "bf16": "bfloat16 autocast over float32"}[precision],
     }
-    soft = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return Fingerprint(hard, soft)
+    if quantization:
+        hard["quantization"] = SCHEMES[quantization]
+    return Fingerprint(hard, versions())
+
+
+def versions() -> dict[str, str]:
+    """Return the soft fields that are known without the model."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
     return {
-        "config": _config(folder / ADAPTER_CONFIG, IGNORED_ADAPTER_CONFIG),
+        "config": adapter_settings(folder / ADAPTER_CONFIG),
         "weights": weights_digest(folder, "adapter_model.safetensors"),
     }
 
 
-def _config(path: Path, ignored: set[str]) -> dict[str, Any]:
-    fields = json.loads(path.read_text())
-    return {name: value for name, value in sorted(fields.items()) if name not in ignored}
-
-
 def weights_digest(folder: Path, pattern: str) -> str:
-    """Hash every tensor's name, dtype, shape and bytes, however they are spread over files."""
-    tensors = {
-        name: entry for path in sorted(folder.glob(pattern)) for name, entry in _tensors(path)
-    }
+    """Hash every tensor's name, dtype, shape and bytes, however they are spread over files.
+
+    A name that two files hold counts with both: which of them is loaded is not known here.
+    """
+    tensors: dict[str, list[Any]] = {}
+    for path in sorted(folder.glob(pattern)):
+        for name, entry in _tensors(path):
+            tensors.setdefault(name, []).append(entry)
     return hashlib.sha256(_canonical(tensors)).hexdigest()
 
 

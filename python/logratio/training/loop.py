@@ -25,7 +25,6 @@ from logratio.data import (
 )
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
-from logratio.training.checks import check_policy_is_reference
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
@@ -34,13 +33,11 @@ from logratio.training.metrics import MetricsLog
 from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.reference import Reference
-from logratio.training.setup import beta_of, starts_at_reference
+from logratio.training.setup import beta_of
 from logratio.training.tensors import Batch, buffers_for, to_torch
+from logratio.training.trust import check_start
 
 CHECKPOINTS = "checkpoints"
-CANARY_GROUPS = 16
-CANARY_NATS = {"fp32": 1e-3, "bf16": 2.0}
-"""What rounding and another batch shape may move a sequence's log-prob by."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -70,8 +67,8 @@ class Loop:
         """Do all updates that a checkpoint has not done yet."""
         output = Path(self.config.output)
         start = self._resume(output / CHECKPOINTS) if self.config.resume else 0
-        if start == 0 and self.reference is not None and starts_at_reference(self.config):
-            self._check_start(self.reference)
+        if self.reference is not None:
+            self._check_start(self.reference, is_first=start == 0)
         history = []
         with (
             MetricsLog(output, start) as log,
@@ -140,14 +137,14 @@ class Loop:
     def _batch(self, groups: np.ndarray) -> Batch:
         return to_torch(lay_out(self.store, groups, self.layout), self.device)
 
-    def _logps(self, batch: Batch, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def _logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sums `[N]` under policy and reference (zeros where there is none)."""
         with self._autocast():
-            policy = batch.targets.sums(completion_logps(self.policy, batch).to(dtype))
+            policy = batch.targets.sums(completion_logps(self.policy, batch))
         if self.reference is None:
             return policy, torch.zeros_like(policy)
         with self._autocast():
-            return policy, batch.targets.sums(self.reference.logps(batch).to(dtype))
+            return policy, self.reference.sums(batch)
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Open autocast for one pass.
@@ -157,15 +154,12 @@ class Loop:
         """
         return autocast(self.config.precision, self.device)
 
-    @torch.no_grad()
-    def _check_start(self, reference: Reference) -> None:
-        """Compare policy and reference, which are one model still, on a few groups."""
-        count = min(CANARY_GROUPS, len(self.store))
-        chosen = np.linspace(0, len(self.store) - 1, count).astype(np.int64)
-        for groups in chosen:
-            policy, logps = self._logps(self._batch(groups[None]), torch.float64)
-            what = type(reference).__name__
-            check_policy_is_reference(policy, logps, CANARY_NATS[self.config.precision], what)
+    def _check_start(self, reference: Reference, *, is_first: bool) -> None:
+        """Compare the reference with what should equal it, and say what it was made under."""
+        objective = self.objective if is_first else None
+        told = check_start(self.config, self.store, self.policy, reference, self.layout, objective)
+        if told:
+            say(told)
 
     def _blame(self, step: int, values: dict[str, float], batches: list[np.ndarray]) -> str:
         bad = [name for name, value in values.items() if not math.isfinite(value)]

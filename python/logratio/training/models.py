@@ -1,8 +1,9 @@
 """Models from folders: safetensors only, never remote code, dropout off."""
 
 import json
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from logratio.training.config import LoraSettings, Precision
+from logratio.training.config import LoraSettings, Precision, Quantization
+from logratio.training.quantization import check_quantization, loading_arguments
 
 ADAPTER_CONFIG = "adapter_config.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,11 +31,13 @@ class DeviceError(ValueError):
 def default_device(device: str | None) -> torch.device:
     """Return `device`, or the GPU where there is one, or the CPU.
 
+    Of several GPUs, torchrun's LOCAL_RANK chooses; a process that sees one only takes that one.
+
     Raises:
         DeviceError: torch does not know it, or there is none.
     """
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or (_own_gpu() if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -41,37 +45,80 @@ def default_device(device: str | None) -> torch.device:
     return chosen
 
 
-def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
-    """Load a causal language model, or an adapter with its base, in float32 and eval mode.
+def _own_gpu() -> str:
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if local else "cuda"
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
+    precision: Precision = "fp32",
+) -> nn.Module:
+    """Load a causal language model, or an adapter with its base, in eval mode.
+
+    Args:
+        folder: the model's, or the adapter's.
+        device: where its weights are to be.
+        quantization: load its weights in 8 or 4 bits; None: in float32, and a checkpoint that is
+            quantised as it is.
+        precision: what 4-bit weights are multiplied in.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
 
     Raises:
-        ModelFolderError: no such folder, or no safetensors weights in it.
+        ModelFolderError: no such folder, no safetensors weights in it or not all, or a
+            library is missing that its weights need.
+        QuantizationError: the checkpoint is quantised already.
+        MissingExtraError: bitsandbytes is not installed.
     """
     folder = Path(folder)
     check_model_folder(folder)
     if (folder / ADAPTER_CONFIG).exists():
-        return _load_adapter(folder, device)
-    with quietly():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
+        base = load_model(
+            base_folder(folder), device=device, quantization=quantization, precision=precision
         )
-    return without_dropout(model).to(device).eval()
+        return _with_adapter(base, folder, device)
+    check_quantization(folder, quantization)
+    special = loading_arguments(folder, device, quantization, precision)
+    try:
+        with quietly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **special,
+            )
+    except ImportError as error:
+        raise ModelFolderError(f"{folder}: its weights need another library: {error}") from error
+    model: nn.Module = loaded[0]
+    _check_whole(folder, loaded[1]["missing_keys"])
+    model = without_dropout(model).eval()
+    return model if special else model.to(device)
 
 
-def _load_adapter(folder: Path, device: torch.device | str) -> nn.Module:
+def _check_whole(folder: Path, missing: Collection[str]) -> None:
+    """Refuse a model of which a part would be random numbers, other ones in each process."""
+    if missing:
+        first, *others = sorted(missing)
+        more = f" and {len(others):,} more" if others else ""
+        raise ModelFolderError(f"{folder}: its files hold no {first}{more}, which would be random")
+
+
+def _with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
     from peft import PeftModel
 
-    base = load_model(base_folder(folder), device=device)
     with quietly():
         model: nn.Module = PeftModel.from_pretrained(base, folder, local_files_only=True)
-    return without_dropout(model).to(device).eval()
+    model = without_dropout(model).eval()
+    # peft puts an adapter beside quantised weights, which may not be moved.
+    return model if getattr(base, "is_quantized", False) else model.to(device)
 
 
 def base_folder(folder: str | Path) -> Path:

@@ -1,20 +1,28 @@
 """Where the reference's half of the log-ratio comes from: a strategy.
 
-`CachedReference` reads a cache and holds no model, `FrozenReference` holds a second model,
-`AdapterReference` is the policy with its adapters off.
+`FrozenReference` holds a second model, `AdapterReference` is the policy with its adapters off, and
+those of `cached.py` hold no model: they read a folder of a cache, which is found here.
 """
 
+import hashlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logratio._rust import CacheReader, Store
+from logratio._rust import CacheReader
+from logratio.durable import write_whole
 from logratio.training.attention import shared_prompts
-from logratio.training.fingerprint import Fingerprint
+from logratio.training.fingerprint import (
+    DamagedFingerprintError,
+    Fingerprint,
+    stored_fingerprint,
+)
 from logratio.training.logps import completion_logps, transformer
 from logratio.training.tensors import Batch, SharedBatch
 
@@ -32,35 +40,28 @@ class Reference(Protocol):
         """Return float32 `[S]`, detached, aligned with `batch.targets`."""
         ...
 
+    def sums(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the tokens that count of each completion, added up in `dtype`: `[N]`."""
+        ...
 
-class CachedReference:
-    """Log-probs read from a cache by row; keys are joined to rows once, here."""
 
-    def __init__(self, store: Store, reader: CacheReader, source: str) -> None:
-        self._reader = reader
-        self._rows = reader.join(store.keys())
-        if missing := int((self._rows < 0).sum()):
-            raise StaleCacheError(
-                f"{source}: {missing:,} of {len(self._rows):,} completions are not in the cache; "
-                "run `logratio precompute` with the same --model, --data and limits to add them"
-            )
+class PerToken(ABC):
+    """A reference that knows every token: its sums follow."""
 
+    @abstractmethod
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]` as they were written."""
-        _, logps = self._reader.read(self._rows[batch.targets.rows])
-        if len(logps) != len(batch.targets.target_ids):
-            raise StaleCacheError(
-                f"[E604] the cache holds {len(logps)} tokens where the batch has "
-                f"{len(batch.targets.target_ids)}"
-            )
-        return torch.from_numpy(logps).to(batch.targets.target_ids.device)
+        """Return float32 `[S]`, detached."""
+
+    def sums(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the tokens that count of each completion, added up in `dtype`: `[N]`."""
+        return batch.targets.sums(self.logps(batch).to(dtype))
 
 
-class FrozenReference:
+class FrozenReference(PerToken):
     """A second model, in memory beside the policy."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
@@ -68,7 +69,7 @@ class FrozenReference:
         return score(self.model, batch)
 
 
-class AdapterReference:
+class AdapterReference(PerToken):
     """The policy without its adapters: the base model, at no memory."""
 
     def __init__(self, policy: nn.Module) -> None:
@@ -76,9 +77,30 @@ class AdapterReference:
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]`, computed now with the adapters off."""
-        with self.policy.disable_adapter():  # type: ignore[operator]  # peft's
+        """Return float32 `[S]`, computed now with the adapters off and no dropout."""
+        with self.policy.disable_adapter(), evaluating(self.policy):  # type: ignore[operator]  # peft's
             return score(self.policy, batch)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep `model` in eval mode inside the block, where it draws no random number."""
+    trained = [module for module in model.modules() if module.training]
+    try:
+        for module in trained:
+            module.training = False
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Keep `model` in eval mode inside the block, and the generators as they were after it."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with evaluating(model), torch.random.fork_rng([*devices]):
+        yield
 
 
 def score(model: nn.Module, batch: Batch) -> Tensor:
@@ -94,17 +116,32 @@ def cache_folder(root: str | Path, fingerprint: Fingerprint) -> Path:
     return Path(root) / fingerprint.name
 
 
-def open_cache(root: str | Path, fingerprint: Fingerprint) -> CacheReader:
-    """Open the log-probs of one reference.
+def open_cache(root: str | Path, fingerprint: Fingerprint, *, sums: bool = False) -> CacheReader:
+    """Open the log-probs, or the `sums`, of one reference.
 
     Raises:
         StaleCacheError: the cache was made with another reference; names the fields that differ.
+        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
         CorruptCacheError: a journal was altered.
     """
-    folder = cache_folder(root, fingerprint)
+    folder = sums_folder(root, fingerprint) if sums else cache_folder(root, fingerprint)
     if not folder.is_dir():
         raise StaleCacheError(_explain_miss(Path(root), fingerprint))
+    stored_conditions(folder)
+    if sums:
+        return CacheReader.open(folder, fingerprint.digest, sums=True)
     return CacheReader.open(folder, fingerprint.digest)
+
+
+def sums_folder(root: str | Path, fingerprint: Fingerprint) -> Path:
+    """Return the folder of one reference's sums below a cache's root."""
+    return Path(root) / f"{fingerprint.name}.sums"
+
+
+def holds_sums_only(root: str | Path, fingerprint: Fingerprint) -> bool:
+    """Tell whether a cache has the sums of a reference and not its tokens."""
+    folders = cache_folder(root, fingerprint), sums_folder(root, fingerprint)
+    return not folders[0].is_dir() and folders[1].is_dir()
 
 
 def _explain_miss(root: Path, fingerprint: Fingerprint) -> str:
@@ -112,21 +149,51 @@ def _explain_miss(root: Path, fingerprint: Fingerprint) -> str:
     others = sorted(root.glob(f"*/{FINGERPRINT_FILE}"))
     if not others:
         return f"{root}: no reference cache here; {advice}"
-    found = [
-        f"{path.parent.name} differs in {', '.join(fingerprint.differences(hard)) or 'nothing'}"
-        for path in others
-        if (hard := json.loads(path.read_text())["hard"])
-    ]
-    return f"{root}: this cache was made with another reference ({'; '.join(found)}); {advice}"
+    found = "; ".join(_explain(path, fingerprint) for path in others)
+    return f"{root}: this cache was made with another reference ({found}); {advice}"
 
 
-def missing_rows(store: Store, root: str | Path, fingerprint: Fingerprint) -> np.ndarray:
-    """Return the store's completion rows that the cache lacks, the first row of each key only."""
-    keys = store.keys()
-    _, first = np.unique(keys, axis=0, return_index=True)
-    first.sort()
-    folder = cache_folder(root, fingerprint)
-    if not folder.is_dir():
-        return first
-    reader = CacheReader.open(folder, fingerprint.digest)
-    return first[reader.join(keys[first]) < 0]
+def _explain(path: Path, fingerprint: Fingerprint) -> str:
+    try:
+        return f"{path.parent.name} differs in {fingerprint.explain(stored_fingerprint(path).hard)}"
+    except DamagedFingerprintError as error:
+        return str(error)
+
+
+def record_conditions(folder: Path, soft: Mapping[str, str]) -> None:
+    """Store the soft fields under which a cache's folder is being filled.
+
+    Writers under the same conditions have one file, named after its content, so that no two
+    writers write different things to one.
+    """
+    text = json.dumps(soft, indent=1, sort_keys=True)
+    path = folder / f"conditions-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    if not path.exists():
+        write_whole(path, text)
+
+
+def stored_conditions(folder: Path) -> list[Mapping[str, Any]]:
+    """Return the soft fields that a cache's folder was filled under, one mapping a kind of writer.
+
+    Raises:
+        DamagedFingerprintError: the fingerprint in the folder is not that of its own fields, or a
+            file of conditions cannot be read.
+    """
+    identity = folder / FINGERPRINT_FILE
+    found = [stored_fingerprint(identity).soft] if identity.exists() else []
+    for path in sorted(folder.glob("conditions-*.json")):
+        try:
+            found.append(dict(json.loads(path.read_text())))
+        except (ValueError, TypeError) as error:
+            raise DamagedFingerprintError(f"{path}: no readable conditions ({error})") from error
+    return found
+
+
+def soft_differences(folder: Path, soft: Mapping[str, str]) -> dict[str, str]:
+    """Return each soft field of which a cache's folder knows another value than `soft` has."""
+    found: dict[str, str] = {}
+    for stored in stored_conditions(folder):
+        for name in sorted(stored.keys() & soft.keys()):
+            if stored[name] != soft[name]:
+                found[name] = f"{name} {stored[name]} (here {soft[name]})"
+    return dict(sorted(found.items()))

@@ -1,62 +1,87 @@
 """The reference's log-probs, once, into a cache that any number of runs can read."""
 
-import json
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
-from logratio._rust import CacheWriter, PaddedLayout, SharedLayout
-from logratio.data import ahead, lay_out, micro_batches
-from logratio.durable import write_whole
-from logratio.forecast import Forecast, check_writable
+from logratio.extras import require
+from logratio.forecast import Forecast, check_writable, duration, size
 from logratio.progress import progress
 from logratio.training import demand, threads
-from logratio.training.checks import choose_layout
+from logratio.training.budget import token_budget
+from logratio.training.cache_entries import (
+    Work,
+    entries_of,
+    first_rows,
+    missing_rows,
+    owners,
+    write_fingerprint,
+)
 from logratio.training.config import PrecomputeConfig
-from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.loop import say
-from logratio.training.models import autocast, check_model_folder, default_device, load_model
-from logratio.training.reference import FINGERPRINT_FILE, cache_folder, missing_rows, score
-from logratio.training.setup import Dataset, load_dataset
-from logratio.training.tensors import buffers_for, to_torch
+from logratio.training.models import base_folder, check_model_folder, default_device
+from logratio.training.quantization import check_quantization
+from logratio.training.reference_scorer import ReferenceScorer
+from logratio.training.setup import ConfigError, Dataset, load_dataset
+from logratio.training.shares import Share, share_of
 
-Layout = SharedLayout | PaddedLayout
-
-BLOCK_TOKENS = 2**16
-"""Log-probs made durable together: 256 kB, at most a few seconds of work to lose."""
+RESUME = "what was scored is in the cache; run again to go on"
 
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """What a pass did.
+    """What a pass did. New, hits, duplicates and others add up to the data's completions.
 
     Attributes:
         folder: where this reference's log-probs lie.
-        new, hits: completions scored now, and found in the cache.
-        tokens: log-probs written now.
+        new: completions scored now.
+        hits: completions that were in the cache.
+        duplicates: completions that repeat another one of the data, token for token.
+        others: completions that are missing and belong to other processes' shares.
+        tokens: log-probs computed for the new ones.
+        nbytes: written to the cache.
+        seconds: it took, without reading the data.
+        share: which part of the data this was, as "2/4".
     """
 
     folder: Path
     new: int
     hits: int
-    tokens: int
+    duplicates: int = 0
+    others: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    share: str = "1/1"
+
+    def to_text(self) -> str:
+        """Return one line for the terminal."""
+        left = f", {self.others:,} left to other shares" if self.share != "1/1" else ""
+        return (
+            f"{self.new:,} completions scored ({self.tokens:,} tokens, "
+            f"{self.tokens / max(self.seconds, 1e-9):,.0f}/s), {self.hits:,} were in the cache, "
+            f"{self.duplicates:,} repeated{left}; {size(self.nbytes)} written in "
+            f"{duration(self.seconds)}: {self.folder}"
+        )
 
 
 def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> PrecomputeResult:
     """Fill the cache with the log-probs of every completion in the data that it lacks.
 
     Every block is durable before the next is begun: a pass that was killed goes on where it was.
+    Under torchrun, each process scores its share; they may stand on any number of hosts.
 
     Raises:
-        ModelFolderError, OutputError, BadDataError: before anything long.
+        ModelFolderError, OutputError, BadDataError, ConfigError: before anything long.
         RunInterruptedError: after Ctrl-C or SIGTERM; what was scored is in the cache.
+        MemoryShortageError: a group does not fit; what was scored is in the cache.
         OSError: the disk is full; what was acknowledged is in the cache.
     """
     return prepare(config, show_progress=show_progress).run()
@@ -64,9 +89,9 @@ def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> Preco
 
 def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precompute":
     """Check the folders and tokenize the data; nothing long has started."""
-    default_device(config.device)
-    check_model_folder(Path(config.model))
-    check_writable(Path(config.cache))
+    share = share_of(config.share)
+    check_config(config, share)
+    show_progress = show_progress and share.rank == 0
     dataset = load_dataset(
         config.model,
         config.data,
@@ -75,149 +100,137 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
-    return Precompute(config, dataset, show_progress)
+    return Precompute(config, dataset, share, show_progress)
+
+
+def check_config(config: PrecomputeConfig, share: Share) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: with the setting's name.
+        DeviceError, ModelFolderError, QuantizationError, OutputError, MissingExtraError: as named.
+    """
+    if any(number is not None and number < 1 for number in (config.token_budget, config.workers)):
+        raise ConfigError("token_budget and workers must be at least 1")
+    if config.workers is not None and config.engine != "ray":
+        raise ConfigError("workers are actors of Ray: give --engine ray, or start torchrun")
+    if config.engine == "ray" and share.beside > 1:
+        raise ConfigError("one process starts the engine ray: run it without torchrun")
+    if "-" in config.data and share.beside > 1:
+        raise ConfigError(
+            "standard input reaches one process only: name files, or a store of `data build`"
+        )
+    if config.engine == "local":
+        default_device(config.device)  # Ray's workers may have other devices than this machine
+    check_model_folder(Path(config.model))
+    check_quantization(base_folder(config.model), config.quantization)
+    check_writable(Path(config.cache))
+    if config.engine == "ray":
+        require("ray.data", "ray", twin=False)
 
 
 class Precompute:
-    """A pass that is ready to start."""
+    """A pass that is ready to start.
 
-    def __init__(self, config: PrecomputeConfig, dataset: Dataset, show_progress: bool) -> None:
-        self.config, self.dataset, self.show_progress = config, dataset, show_progress
-        self.store = dataset.store
-        self.fingerprint = model_fingerprint(config.model, config.precision)
+    Attributes:
+        share: the part of the groups that this process scores.
+    """
+
+    def __init__(
+        self, config: PrecomputeConfig, dataset: Dataset, share: Share, show_progress: bool
+    ) -> None:
+        self.config, self.dataset, self.share = config, dataset, share
+        self.store, self.show_progress = dataset.store, show_progress
+        self.fingerprint = model_fingerprint(config.model, config.precision, config.quantization)
+        self.entries = entries_of(config.sums_only)
+        self.folder = self.entries.folder(config.cache, self.fingerprint)
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """What names each completion, uint8 `[N, 32]`."""
+        return self.entries.keys(self.store)
+
+    @cached_property
+    def different(self) -> np.ndarray:
+        """The first row of each different completion, int64."""
+        return first_rows(self.keys)
 
     @cached_property
     def missing(self) -> np.ndarray:
-        """Rows of the completions that the cache lacks, int64."""
-        return missing_rows(self.store, self.config.cache, self.fingerprint)
+        """Rows of the completions that the cache lacks, of all shares, int64."""
+        digest = self.fingerprint.digest
+        return missing_rows(self.entries, self.keys, self.different, self.folder, digest)
+
+    @cached_property
+    def work(self) -> Work:
+        """What this process has to score: the missing completions of its share's groups."""
+        first = self.store.completion_offsets()[owners(self.store, self.missing)]
+        rows = self.missing[self.share.holds(self.keys[first])]
+        return Work(self.store, self.keys, rows, self.folder, self.fingerprint.digest)
 
     @cached_property
     def forecast(self) -> Forecast:
         """What the pass will need."""
-        tokens = int(self.store.completion_lengths()[self.missing].sum())
-        groups = self._groups_to_score()
-        read = float(self.store.shared_lengths()[groups].sum())
-        device = self.config.device
+        config, work = self.config, self.work
+        device = config.device if config.engine == "local" else "cpu"
+        read = float(self.store.shared_lengths()[work.groups].sum())
+        at_once = token_budget(config.token_budget, config.model, default_device(device))
+        part = "" if self.share.count == 1 else f"share {self.share}: "
         return Forecast(
             memory_bytes=demand.scoring_bytes(
-                [self.config.model], min(self.config.token_budget, int(read))
+                [config.model], min(at_once.tokens, int(read)), config.quantization
             ),
-            disk_bytes=tokens * 4 + len(self.missing) * 36,
-            disk_path=Path(self.config.cache),
-            seconds=demand.seconds(self.config.model, read, demand.FORWARD, device),
-            notes=f"{len(self.missing):,} completions to score, {tokens:,} tokens",
+            disk_bytes=self.entries.nbytes(len(work.rows), work.tokens),
+            disk_path=Path(config.cache),
+            seconds=demand.seconds(config.model, read, demand.FORWARD, device),
+            notes=f"{part}{len(work.rows):,} completions to score, {work.tokens:,} tokens",
         )
 
     def run(self) -> PrecomputeResult:
         """Score what is missing; a pass with nothing to score loads no model."""
-        folder = cache_folder(self.config.cache, self.fingerprint)
-        missing = self.missing
-        tokens = self._score(folder) if len(missing) else 0
-        return PrecomputeResult(folder, len(missing), self.store.completions - len(missing), tokens)
+        started = time.monotonic()
+        work = self.work
+        if len(work.rows):
+            self._score()
+        return PrecomputeResult(
+            self.folder,
+            new=len(work.rows),
+            hits=len(self.different) - len(self.missing),
+            duplicates=self.store.completions - len(self.different),
+            others=len(self.missing) - len(work.rows),
+            tokens=work.tokens,
+            nbytes=self.entries.nbytes(len(work.rows), work.tokens),
+            seconds=time.monotonic() - started,
+            share=str(self.share),
+        )
 
-    def _score(self, folder: Path) -> int:
+    def _score(self) -> None:
+        check_writable(self.folder, self.forecast.disk_bytes)
+        write_fingerprint(self.folder, self.fingerprint)
+        with (
+            interrupts() as interrupted,
+            progress("scoring", self.work.tokens, "tokens", show=self.show_progress) as advance,
+            closing(self._batches()) as batches,
+        ):
+            for tokens in batches:
+                advance(tokens)
+                if signal := interrupted():
+                    raise RunInterruptedError(signal, RESUME)
+
+    def _batches(self) -> Generator[int, None, None]:
+        """Score; yield after each batch how many tokens it had. At the end all are durable."""
+        if self.config.engine == "ray":
+            from logratio.training.ray_pass import score_on_ray
+
+            return score_on_ray(self.config, self.work)
+        return self._batches_here()
+
+    def _batches_here(self) -> Generator[int, None, None]:
         device = default_device(self.config.device)
-        check_writable(folder, self.forecast.disk_bytes)
         if slow := threads.advice(device):
             say(slow)
-        _write_fingerprint(folder, self.fingerprint)
-        model = load_model(self.config.model, device=device).requires_grad_(False)
-        writer = CacheWriter(folder, self.fingerprint.digest)
-        try:
-            with torch.no_grad(), autocast(self.config.precision, device):
-                return self._fill(model, writer)
-        finally:
-            writer.close()
-
-    def _fill(self, model: nn.Module, writer: CacheWriter) -> int:
-        layout, reason = choose_layout(model)
-        if layout == "padded":
-            say(f"padded layout (slower, never wrong): {reason}")
-        block = _Block(writer, self.store.keys(), self.missing)
-        total = int(self.store.completion_lengths()[self.missing].sum())
-        with (
-            closing(ahead(self._batches(layout, next(model.parameters()).device))) as batches,
-            interrupts() as interrupted,
-            progress("scoring", total, "tokens", show=self.show_progress) as advance,
-        ):
-            for arrays in batches:
-                advance(block.add(*self._logps(model, arrays)))
-                if signal := interrupted():
-                    block.flush()
-                    raise RunInterruptedError(
-                        signal, "what was scored is in the cache; run again to go on"
-                    )
-            block.flush()
-        return block.tokens
-
-    def _batches(self, layout: str, device: torch.device) -> Iterator[Layout]:
-        """Yield the groups to score, laid out."""
-        buffers = buffers_for(device)
-        for groups in self._micro_batches(layout):
-            yield lay_out(self.store, groups, layout, arena=buffers)
-
-    def _logps(self, model: nn.Module, arrays: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows, offsets and log-probs of the groups' completions."""
-        logps = score(model, to_torch(arrays, next(model.parameters()).device))
-        return arrays.completions, arrays.completion_offsets, logps.float().cpu().numpy()
-
-    def _groups_to_score(self) -> np.ndarray:
-        """Return the groups with a missing completion."""
-        owners = np.searchsorted(self.store.completion_offsets(), self.missing, side="right") - 1
-        return np.unique(owners)
-
-    def _micro_batches(self, layout: str) -> Iterator[np.ndarray]:
-        plan = self.store.plan(
-            order="sorted",
-            groups_per_update=len(self.store),
-            token_budget=self.config.token_budget,
-            layout=layout,
-        )
-        wanted = np.zeros(len(self.store), dtype=bool)
-        wanted[self._groups_to_score()] = True
-        for groups in micro_batches(plan):
-            if len(kept := groups[wanted[groups]]):
-                yield kept
-
-
-class _Block:
-    """Completions scored but not yet durable."""
-
-    def __init__(self, writer: CacheWriter, keys: np.ndarray, missing: np.ndarray) -> None:
-        self.writer, self.keys = writer, keys
-        self.wanted = np.zeros(len(keys), dtype=bool)
-        self.wanted[missing] = True
-        self.rows: list[int] = []
-        self.parts: list[np.ndarray] = []
-        self.pending = self.tokens = 0
-
-    def add(self, rows: np.ndarray, offsets: np.ndarray, logps: np.ndarray) -> int:
-        """Take the wanted completions of a batch; return how many tokens they have."""
-        before = self.tokens
-        for index, row in enumerate(rows):
-            if not self.wanted[row]:
-                continue
-            part = logps[offsets[index] : offsets[index + 1]]
-            self.rows.append(int(row))
-            self.parts.append(part)
-            self.tokens += len(part)
-            self.pending += len(part)
-        if self.pending >= BLOCK_TOKENS:
-            self.flush()
-        return self.tokens - before
-
-    def flush(self) -> None:
-        """Make everything taken so far durable."""
-        if not self.rows:
-            return
-        lengths = np.array([len(part) for part in self.parts], dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self.writer.append(self.keys[self.rows], offsets, np.concatenate(self.parts))
-        self.rows, self.parts, self.pending = [], [], 0
-
-
-def _write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Store the readable fingerprint, whole or not at all."""
-    path = folder / FINGERPRINT_FILE
-    if not path.exists():
-        write_whole(path, json.dumps(fingerprint.to_dict(), indent=1))
+        with closing(ReferenceScorer(self.config, self.work, device)) as scorer:
+            try:
+                yield from scorer.score(self.work.groups)
+            finally:
+                scorer.flush()

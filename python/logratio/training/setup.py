@@ -38,10 +38,8 @@ from logratio.training.models import (
 )
 from logratio.training.reference import (
     AdapterReference,
-    CachedReference,
     FrozenReference,
     Reference,
-    open_cache,
 )
 
 SETTINGS_FILE = "training.json"
@@ -203,6 +201,8 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError(f"loss {config.loss} has no gamma")
     if config.loss == "sft" and config.beta is not None:
         raise ConfigError("loss sft has no beta")
+    if config.precompute and not config.cache:
+        raise ConfigError("precompute fills a cache: name one with --cache")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
 
@@ -247,19 +247,6 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
         device = next(policy.parameters()).device
         return FrozenReference(load_model(source, device=device))
     return None
-
-
-def cached_reference(config: TrainConfig, store: Store) -> CachedReference | None:
-    """Open the cache, if there is one, and find every completion in it.
-
-    Raises:
-        StaleCacheError: the cache is of another model, or lacks completions.
-    """
-    if config.cache is None:
-        return None
-    source = config.reference or config.model
-    reader = open_cache(config.cache, model_fingerprint(source, config.precision))
-    return CachedReference(store, reader, str(config.cache))
 
 
 def starts_at_reference(config: TrainConfig) -> bool:

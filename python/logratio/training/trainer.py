@@ -17,25 +17,29 @@ from logratio.durable import sync
 from logratio.forecast import Forecast, check_writable
 from logratio.training import checkpoint, threads
 from logratio.training.attention import shared_prompts
+from logratio.training.cached import cached_reference
 from logratio.training.checks import choose_layout
-from logratio.training.config import TrainConfig
+from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.logps import transformer
 from logratio.training.loop import CHECKPOINTS, Loop, say
 from logratio.training.models import ADAPTER_CONFIG, autocast, default_device, quietly
+from logratio.training.reference import holds_sums_only, undisturbed
+from logratio.training.reference_pass import Precompute
 from logratio.training.setup import (
     SETTINGS_FILE,
     Dataset,
     beta_of,
     build_policy,
     build_reference,
-    cached_reference,
     check_config,
     check_groups,
     check_mix,
     forecast,
     load_dataset,
 )
+from logratio.training.shares import share_of
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
@@ -66,6 +70,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     Raises:
         ConfigError, ModelFolderError, OutputError, BadDataError: before anything long.
         StaleCacheError: the cache does not hold this reference's log-probs of this data.
+        UntrustedReferenceError: the reference is not what its fingerprint says.
         NonFiniteError: a loss was not finite; names the records.
         RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
@@ -105,23 +110,62 @@ class Training:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
         self.store = dataset.store
         self.device = default_device(config.device)
-        self.cached = cached_reference(config, dataset.store)
+        self.cached = None if config.precompute else cached_reference(config, dataset.store)
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
 
     @cached_property
     def forecast(self) -> Forecast:
-        """What the run will need."""
-        return forecast(self.config, self.store)
+        """What the run will need, with the pass that fills the cache if one is asked for."""
+        run = forecast(self.config, self.store)
+        if self._pass is None:
+            return run
+        before = self._pass.forecast
+        return replace(
+            run,
+            memory_bytes=max(run.memory_bytes, before.memory_bytes),
+            disk_bytes=run.disk_bytes + before.disk_bytes,
+            seconds=run.seconds + before.seconds,
+            notes=f"{run.notes}; {before.notes}",
+        )
+
+    @cached_property
+    def _pass(self) -> Precompute | None:
+        """The reference's pass over this data, where the cache is to be filled first."""
+        if not self.config.precompute:
+            return None
+        config = self.config
+        wanted = PrecomputeConfig(
+            config.reference or config.model,
+            config.data,
+            str(config.cache),
+            sums_only=self._has_sums_only,
+            precision=config.precision,
+            device=config.device,
+            rules=config.rules,
+            formats=config.formats,
+            max_bad_fraction=config.max_bad_fraction,
+        )
+        return Precompute(wanted, self.dataset, share_of("1/1", {}), self.show_progress)
+
+    @property
+    def _has_sums_only(self) -> bool:
+        fingerprint = model_fingerprint(
+            self.config.reference or self.config.model, self.config.precision
+        )
+        return holds_sums_only(str(self.config.cache), fingerprint)
 
     def run(self) -> TrainResult:
         """Train, save, and return what was reached."""
         check_writable(Path(self.config.output), self.forecast.disk_bytes)
         if slow := threads.advice(self.device):
             say(slow)
+        if self._pass is not None:
+            self._pass.run()
+            self.cached = cached_reference(self.config, self.store)
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
-        with autocast(self.config.precision, self.device):
+        with autocast(self.config.precision, self.device), undisturbed(policy):
             layout, reason = choose_layout(policy)
         if layout == "padded":
             say(f"padded layout (slower, never wrong): {reason}")

@@ -1,0 +1,132 @@
+"""The reference's log-probs out of a cache, by row, and what may go into one."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
+from logratio.data import source_names
+from logratio.training.config import TrainConfig
+from logratio.training.fingerprint import model_fingerprint
+from logratio.training.reference import (
+    PerToken,
+    StaleCacheError,
+    cache_folder,
+    holds_sums_only,
+    open_cache,
+    sums_folder,
+)
+from logratio.training.tensors import Batch
+
+HIGHEST = 1e-3
+"""A log-prob above 0 by more is no rounding: the cache refuses it too."""
+
+
+class ImpossibleLogpError(ArithmeticError):
+    """A log-prob that no model can mean: not finite, or above 0."""
+
+
+class CachedReference(PerToken):
+    """Log-probs read from a cache by row; keys are joined to rows once, here."""
+
+    def __init__(self, store: Store, reader: CacheReader, folder: Path) -> None:
+        self._reader, self.folder = reader, folder
+        self._rows = _found(reader.join(store.keys()), folder)
+
+    def over(self, store: Store) -> "CachedReference":
+        """Return the same cache's log-probs of another store."""
+        return CachedReference(store, self._reader, self.folder)
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Return float32 `[S]` as they were written."""
+        _, logps = self._reader.read(self._rows[batch.targets.rows])
+        if len(logps) != len(batch.targets.target_ids):
+            raise StaleCacheError(
+                f"[E604] the cache holds {len(logps)} tokens where the batch has "
+                f"{len(batch.targets.target_ids)}"
+            )
+        return torch.from_numpy(logps).to(batch.targets.target_ids.device)
+
+
+class CachedSums:
+    """Sums read from a cache that holds nothing else; enough for every loss of sums."""
+
+    def __init__(self, store: Store, reader: CacheReader, folder: Path) -> None:
+        self._reader, self.folder = reader, folder
+        self._rows = _found(reader.join(store.sum_keys()), folder)
+
+    def over(self, store: Store) -> "CachedSums":
+        """Return the same cache's sums of another store."""
+        return CachedSums(store, self._reader, self.folder)
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Refuse: they were never written.
+
+        Raises:
+            StaleCacheError: always.
+        """
+        raise StaleCacheError(
+            f"{self.folder}: this cache holds sums of completions, and log-probs of tokens are "
+            "asked for; run `logratio precompute` without --sums-only"
+        )
+
+    def sums(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return `[N]` as they were written."""
+        targets = batch.targets
+        counts, sums = self._reader.read_sums(self._rows[targets.rows])
+        lengths = targets.lengths.cpu().numpy().astype(np.int64)
+        if not np.array_equal(counts, lengths):
+            raise StaleCacheError(
+                f"[E604] the cache holds sums of {counts.tolist()} tokens where the batch has "
+                f"{lengths.tolist()}"
+            )
+        return torch.from_numpy(sums).to(targets.target_ids.device, dtype)
+
+
+def _found(rows: np.ndarray, folder: Path) -> np.ndarray:
+    if missing := int((rows < 0).sum()):
+        raise StaleCacheError(
+            f"{folder}: {missing:,} of {len(rows):,} completions are not in the cache; run "
+            "`logratio precompute` with the same --model, --data and limits, or give --precompute, "
+            "to add them"
+        )
+    return rows
+
+
+def cached_reference(config: TrainConfig, store: Store) -> CachedReference | CachedSums | None:
+    """Open the cache, if there is one, and find every completion in it.
+
+    Raises:
+        StaleCacheError: the cache is of another model, or lacks completions.
+        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
+    """
+    if config.cache is None:
+        return None
+    fingerprint = model_fingerprint(config.reference or config.model, config.precision)
+    if holds_sums_only(config.cache, fingerprint):
+        reader = open_cache(config.cache, fingerprint, sums=True)
+        return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
+    reader = open_cache(config.cache, fingerprint)
+    return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
+
+
+def check_possible(logps: np.ndarray, store: Store, layout: SharedLayout | PaddedLayout) -> None:
+    """Refuse log-probs, float32 `[S]`, that no model can mean, before they are written.
+
+    Raises:
+        ImpossibleLogpError: one is not finite (E602) or above 0 (E603); names the record.
+    """
+    if bool((logps <= HIGHEST).all() and np.isfinite(logps).all()):
+        return
+    first = int(np.flatnonzero(~((logps <= HIGHEST) & np.isfinite(logps)))[0])
+    completion = int(np.searchsorted(layout.completion_offsets, first, side="right")) - 1
+    row = int(layout.completions[completion])
+    group = int(np.searchsorted(store.completion_offsets(), row, side="right")) - 1
+    (place,) = source_names(store, [group])
+    code = "E603" if np.isfinite(logps[first]) else "E602"
+    raise ImpossibleLogpError(
+        f"{place}: [{code}] the reference's log-prob of a token is {logps[first]}; nothing of its "
+        "batch was written"
+    )
