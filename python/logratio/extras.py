@@ -3,6 +3,9 @@
 import importlib
 from types import ModuleType
 
+ALONE = {"quantized", "ray", "trl"}
+"""Extras without a `-cpu` twin: they run no graph."""
+
 
 class MissingExtraError(ImportError):
     """A library is missing that an optional part of logratio needs."""
@@ -13,7 +16,7 @@ def require(module: str, extra: str) -> ModuleType:
 
     Args:
         module: dotted name of the module.
-        extra: name in pyproject.toml of an extra that carries it, and that has a `-cpu` twin.
+        extra: name in pyproject.toml of an extra that carries it: not that of a `-cpu` twin.
 
     Raises:
         MissingExtraError: `module` is not installed; the message has the line that installs it.
@@ -24,8 +27,8 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
+        twin = "" if extra in ALONE else f", or 'logratio[{extra}-cpu]' where there is no CUDA"
         raise MissingExtraError(
-            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]', "
-            f"or 'logratio[{extra}-cpu]' where there is no CUDA",
+            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]'{twin}",
             name=error.name,
         ) from None

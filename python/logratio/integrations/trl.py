@@ -1,0 +1,259 @@
+"""TRL's `DPOTrainer` with its reference from the cache: no reference model in memory.
+
+TRL offers no way in for log-probs that were made elsewhere, so one private method of its trainer
+is overridden; the version that this is tested with is pinned by the extra ``trl``.
+"""
+
+import inspect
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logratio._rust import SharedLayout, Store
+from logratio.extras import require
+from logratio.integrations.lookup import CachedLogps, counted_places
+from logratio.integrations.token_rows import Collate, TokenRows, token_rows
+from logratio.training.config import PathLike, Precision, PrecomputeConfig
+from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.reference import StaleCacheError, open_cache
+from logratio.training.reference_pass import Precompute
+from logratio.training.setup import Dataset
+
+trl: Any = require("trl", "trl")
+
+TESTED = "1.16.0"
+"""The version of TRL that the tests run."""
+HOOK = "_precompute_ref_logps"
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
+ROWS = 256
+"""Rows collated at a time."""
+
+
+class TrlError(ValueError):
+    """TRL is another than the tested one, or its settings ask for what no cache can give."""
+
+
+def reference_columns(
+    dataset: Any,
+    collate: Collate,
+    *,
+    cache: PathLike,
+    reference: PathLike,
+    precision: Precision = "fp32",
+    ld_alpha: float | None = None,
+    fill: bool = False,
+    token_budget: int = 16384,
+    device: str | None = None,
+) -> Any:
+    """Return a tokenized dataset with the reference's log-probs in columns that TRL reads.
+
+    The ids of a row are those that `collate` makes of it: truncation is TRL's own, and so is which
+    tokens are scored. Columns of these names that are there already are replaced.
+
+    Args:
+        dataset: A `datasets.Dataset` as TRL tokenized it: `prompt_ids`, `chosen_ids` and
+            `rejected_ids`, lists of int.
+        collate: TRL's data collator, with its `max_length` and `truncation_mode`.
+        cache: Root of the reference cache.
+        reference: Folder of the reference model or adapter.
+        precision: What the reference computes in.
+        ld_alpha: Weight of the tokens beyond the shorter side's length (LD-DPO, Liu et al. 2024,
+            arXiv 2409.06411); None: 1.
+        fill: Score what the cache lacks now, which loads the reference for as long as that takes.
+        token_budget: Of this pass: tokens in a batch.
+        device: Where this pass runs; None: a GPU where there is one.
+
+    Returns:
+        The dataset with `ref_chosen_logps` and `ref_rejected_logps`, float64, in nats.
+
+    Raises:
+        StaleCacheError: The cache is another reference's, or lacks completions.
+        ForeignRowsError: The collator feeds more than token ids.
+    """
+    fingerprint = model_fingerprint(reference, precision)
+    with tempfile.TemporaryDirectory(prefix="logratio-") as folder:
+        rows = token_rows(_batches(dataset), collate, Path(folder) / "rows.store")
+        if fill:
+            settings = PrecomputeConfig(
+                reference, [], cache, token_budget, precision=precision, device=device
+            )
+            _fill(rows.store, settings)
+        sums = _sums(rows, _cached(rows.store, cache, fingerprint), ld_alpha)
+    bare = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])
+    for name, column in zip(COLUMNS, sums.T, strict=True):
+        bare = bare.add_column(name, column)
+    return bare
+
+
+def _batches(dataset: Any) -> Iterator[list[dict[str, Any]]]:
+    ids = dataset.select_columns(IDS).with_format(None)
+    for first in range(0, len(ids), ROWS):
+        lists = ids[first : first + ROWS].values()
+        yield [dict(zip(IDS, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _fill(store: Store, settings: PrecomputeConfig) -> None:
+    """Score what is missing, with the pass of `logratio precompute`."""
+    if len(store):
+        Precompute(settings, Dataset(store, None, None), show_progress=True).run()  # type: ignore[arg-type]
+
+
+def _cached(store: Store, cache: PathLike, fingerprint: Fingerprint) -> CachedLogps:
+    logps = CachedLogps(store, open_cache(cache, fingerprint))
+    if logps.missing:
+        raise StaleCacheError(
+            f"{cache}: {logps.missing:,} of {store.completions:,} completions, as TRL tokenizes "
+            "and cuts them, are not in the cache; fill=True scores them now"
+        )
+    return logps
+
+
+def _sums(rows: TokenRows, logps: CachedLogps, ld_alpha: float | None) -> NDArray[np.float64]:
+    """Return what TRL sums up for each side: float64 `[R, 2]`, 0 where nothing is scored."""
+    every = np.zeros(rows.store.completions + 1)  # the last is what number -1 finds
+    weights = None if ld_alpha is None else _LengthWeights(rows, ld_alpha)
+    for layout in logps.stretches():
+        every[layout.completions] = logps.sums(layout, weights and weights(layout))
+    sums: NDArray[np.float64] = every[rows.completions]
+    return sums
+
+
+class _LengthWeights:
+    """LD-DPO: tokens beyond the shorter side's number of tokens that count weigh `alpha`."""
+
+    def __init__(self, rows: TokenRows, alpha: float) -> None:
+        self._alpha = alpha
+        lengths = np.append(rows.store.counted_lengths(), 0).astype(np.int64)[rows.completions]
+        self._shared = np.zeros(rows.store.completions + 1, np.int64)
+        self._shared[rows.completions] = lengths.min(axis=1, keepdims=True)
+
+    def __call__(self, layout: SharedLayout) -> NDArray[np.float64]:
+        """Return the weight of each token of a stretch: float64 `[S]`."""
+        shared = np.repeat(self._shared[layout.completions], layout.completion_lengths)
+        weights = np.where(counted_places(layout) <= shared, 1.0, self._alpha)
+        return weights * layout.completion_mask
+
+
+def check_trl(version: str, trainer: type) -> None:
+    """Refuse a TRL whose trainer cannot be given a cache; warn where it is not the tested one.
+
+    Raises:
+        TrlError: The method that is overridden is missing, or takes something else.
+    """
+    hook = getattr(trainer, HOOK, None)
+    takes = list(inspect.signature(hook).parameters) if hook else []
+    if takes != ["self", "dataset", "name", "batch_size"]:
+        raise TrlError(
+            f"trl {version} has no {trainer.__name__}.{HOOK}(dataset, name, batch_size) to give "
+            f"the cache to; install trl=={TESTED}, which is tested"
+        )
+    if version != TESTED:
+        warnings.warn(f"trl {version} is not tested here, trl {TESTED} is", stacklevel=3)
+
+
+class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional library's
+    """TRL's `DPOTrainer` that reads the reference's log-probs from a cache.
+
+    Everything else is TRL's: tokenization, losses (`ld_alpha` included), callbacks, `evaluate`.
+    Unlike in TRL's own pass, a changed learning rate, seed or output folder finds everything in
+    the cache, and a changed truncation, precision or `ld_alpha` is never served another's sums.
+
+    Args:
+        cache: Root of the reference cache.
+        reference: Folder of the reference model: the model that training starts from, or with
+            `peft_config` the base. It must be the one that `model` was loaded from, or another one
+            on purpose; an adapter's folder is a reference too.
+        fill: Score what the cache lacks before training. With several processes the first one does
+            so while the others wait, no longer than `ddp_timeout`.
+        precision: What the reference computes in; None: bf16 where TRL trains in bf16.
+        token_budget: Of the reference's pass: tokens in a batch.
+        trainer: What `DPOTrainer` takes; `args` must have `precompute_ref_log_probs=True`.
+
+    Raises:
+        TrlError: Another TRL, or settings with which no cache can be used.
+        StaleCacheError: The cache is another reference's, or lacks completions, and not `fill`.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: PathLike,
+        reference: PathLike,
+        fill: bool = False,
+        precision: Precision | None = None,
+        token_budget: int = 16384,
+        **trainer: Any,
+    ) -> None:
+        check_trl(trl.__version__, trl.DPOTrainer)
+        _check_settings(trainer)
+        self._cache, self._reference, self._fill_cache = cache, reference, fill
+        self._precision, self._token_budget = precision, token_budget
+        super().__init__(**trainer)
+        if self.ref_model is not None or not set(COLUMNS) <= {*self.train_dataset.column_names}:
+            raise TrlError(f"trl {trl.__version__} did not take its reference from the cache")
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Take TRL's tokenized rows and put the cache's columns beside them."""
+        if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):
+            raise TrlError(f"the {name} dataset is a stream: a cache needs to know every row")
+        _check_model(self.model)
+        low = self.args.bf16 or str(self.model.dtype) == "torch.bfloat16"
+        with self.accelerator.main_process_first():
+            return reference_columns(
+                dataset,
+                self.data_collator,
+                cache=self._cache,
+                reference=self._reference,
+                precision=self._precision or ("bf16" if low else "fp32"),
+                ld_alpha=self.ld_alpha,
+                fill=self._fill_cache,
+                token_budget=self._token_budget,
+                device=str(self.accelerator.device),
+            )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate as TRL does; also on new data after training, for the cache is still there."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return found
+        if isinstance(eval_dataset, dict):
+            parts = [
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, part in eval_dataset.items()
+            ]
+            return {name: value for part in parts for name, value in part.items()}
+        rows = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
+        rows = self._precompute_ref_logps(rows, "eval", self.args.per_device_eval_batch_size)
+        # Past DPOTrainer.evaluate, which would want a reference model to score these rows again.
+        found = super(trl.DPOTrainer, self).evaluate(rows, ignore_keys, metric_key_prefix)
+        return found
+
+
+def _check_settings(trainer: dict[str, Any]) -> None:
+    args = trainer.get("args")
+    if args is None or not args.precompute_ref_log_probs:
+        raise TrlError(
+            "give args=DPOConfig(precompute_ref_log_probs=True, ...): else TRL asks a model"
+        )
+    if trainer.get("ref_model") is not None:
+        raise TrlError("leave ref_model out: the cache is the reference")
+    if args.fp16:
+        raise TrlError("no reference is scored in fp16: use bf16 or fp32")
+    if trainer.get("quantization_config") is not None:
+        raise TrlError("the model is to be quantized, and the cache's reference would not be")
+
+
+def _check_model(model: Any) -> None:
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        raise TrlError("the model is quantized, and the cache's reference would not be")
