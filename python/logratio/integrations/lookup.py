@@ -79,13 +79,13 @@ class CachedLogps:
                 f"cache; {advice}"
             )
 
-    def stretches(self, tokens: int = STRETCH_TOKENS) -> Iterator[SharedLayout]:
-        """Yield all groups in their order, laid out end to end, about so many tokens at a time."""
+    def stretches(self) -> Iterator[SharedLayout]:
+        """Yield all groups in their order, laid out end to end, some at a time."""
         ends = np.cumsum(self.store.shared_lengths(), dtype=np.int64)
         first = 0
         while first < len(ends):
             done = int(ends[first - 1]) if first else 0
-            stop = max(first + 1, int(np.searchsorted(ends, done + tokens, "right")))
+            stop = max(first + 1, int(np.searchsorted(ends, done + STRETCH_TOKENS, "right")))
             yield self.store.shared_layout(np.arange(first, stop), fields=FIELDS)
             first = stop
 
