@@ -74,7 +74,8 @@ class _Sides:
         """Say of which pairs both sides are scored behind one and the same prompt: bool `[B]`."""
         prompts = np.where(self.prompt, self.ids, -1)
         same: NDArray[np.bool_] = (prompts[::2] == prompts[1::2]).all(axis=1)
-        return same & self.scored[::2] & self.scored[1::2]
+        same &= self.scored[::2] & self.scored[1::2]
+        return same
 
     def arrays(self, first_row: int) -> GroupArrays:
         """Lay them out as groups: a pair where the prompt is one, else each side by itself."""
