@@ -64,7 +64,7 @@ def load(folder: Path) -> Any:
 
 def settings(folder: Path, **more: Any) -> DPOConfig:
     """Settings under which two runs of a tiny model can be compared to the last digit."""
-    usual = {
+    usual: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "bf16": False,
         "disable_tqdm": True,
@@ -155,9 +155,9 @@ def test_adapter_that_was_trained_before_is_its_own_reference(
             if "lora_B" in name:
                 weight.normal_(std=0.3)
     made.peft_config["default"].base_model_name_or_path = str(tiny_model)
-    made.save_pretrained(tmp_path / "adapter")
+    made.save_pretrained(str(tmp_path / "adapter"))
 
-    def loaded() -> dict[str, Any]:
+    def loaded() -> Any:
         model = PeftModel.from_pretrained(load(tiny_model), tmp_path / "adapter", is_trainable=True)
         return parts(model=model)
 
@@ -194,7 +194,7 @@ def test_model_that_is_not_what_its_folder_says_is_found_out(
     with pytest.raises(StaleCacheError, match="nats per completion away"):
         cached(tmp_path, tiny_model, changed)
     args = settings(tmp_path, precompute_ref_log_probs=True)
-    asked = {"cache": tmp_path / "cache", "reference": tiny_model, "args": args}
+    asked: dict[str, Any] = {"cache": tmp_path / "cache", "reference": tiny_model, "args": args}
     assert CachedDPOTrainer(**asked, check=False, **changed).ref_model is None
 
 
@@ -261,7 +261,7 @@ def test_what_changes_a_log_prob_is_never_served_the_old_one(
     """TRL serves the old sums without a word."""
     cached(tmp_path, tiny_model, parts())
     args = settings(tmp_path, precompute_ref_log_probs=True, **change)
-    asked = {"cache": tmp_path / "cache", "reference": tiny_model, "args": args}
+    asked: dict[str, Any] = {"cache": tmp_path / "cache", "reference": tiny_model, "args": args}
     with pytest.raises(StaleCacheError, match=r"not in the cache; fill=True|compute_dtype"):
         CachedDPOTrainer(**asked, **parts())
     found = CachedDPOTrainer(**asked, fill=True, **parts()).train_dataset["ref_chosen_logps"][:]

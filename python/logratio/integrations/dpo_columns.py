@@ -103,7 +103,7 @@ def _sums(rows: TokenRows, logps: CachedLogps, ld_alpha: float | None) -> NDArra
     every = np.zeros(rows.store.completions + 1)  # the last is what number -1 finds
     weights = None if ld_alpha is None else _LengthWeights(rows, ld_alpha)
     for layout in logps.stretches():
-        every[layout.completions] = logps.sums(layout, weights and weights(layout))
+        every[layout.completions] = logps.sums(layout, weights(layout) if weights else None)
     sums: NDArray[np.float64] = every[rows.completions]
     return sums
 

@@ -68,7 +68,7 @@ class _Sides:
     @property
     def scored(self) -> NDArray[np.bool_]:
         """Which sequences have a token to score: bool `[2B]`."""
-        return self.completion.any(axis=1)
+        return np.asarray(self.completion.any(axis=1))
 
     def same_prompt(self) -> NDArray[np.bool_]:
         """Say of which pairs both sides are scored behind one and the same prompt: bool `[B]`."""
