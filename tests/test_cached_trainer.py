@@ -1,6 +1,9 @@
 """TRL's own DPOTrainer and ours, side by side: the same losses, and no reference model."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -287,6 +290,29 @@ def test_new_data_is_evaluated_after_training(
         expected.evaluate(unseen)["eval_loss"], abs=1e-5
     )
     assert after["eval_unseen_loss"] < before
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_cache_of_rows_in_memory(
+    parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """TRL's second process dies after all the work: the first one's file is not to be found."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 16)
+    expected = losses(DPOTrainer(args=settings(tmp_path), **parts()))
+    worker = Path(__file__).with_name("worker_cached_trainer.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, "--nproc_per_node=2", *map(str, (worker, tiny_model, pairs, tmp_path))],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(worker.parent), *sys.path])},
+        capture_output=True,
+        check=True,
+        timeout=600,
+    )
+    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
+    assert first["processes"] == 2
+    assert first["columns"] == second["columns"]
+    assert len(set(first["columns"])) > 8
+    assert_same(first["losses"], expected)
 
 
 def test_rows_without_a_scored_token_sum_to_nothing(
