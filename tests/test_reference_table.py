@@ -9,12 +9,15 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from oracle import in_float64, per_token_logps
 
 from logratio._rust import ROLES, CacheReader, CacheWriter, Store, StoreWriter
 from logratio.data import PreferenceTokenizer, build_store
 from logratio.integrations import lookup
 from logratio.integrations.columns import ColumnsError, Shape, reference_table
 from logratio.integrations.lookup import MissingLogpsError
+from logratio.training import PrecomputeConfig, load_model, precompute
 
 FINGERPRINT = bytes(range(32))
 NAME = FINGERPRINT.hex()[:16]
@@ -156,6 +159,23 @@ def test_data_may_be_a_sealed_store_or_files(
     assert polars.DataFrame(files).to_dicts() == expected
     with pytest.raises(ColumnsError, match="needs a tokenizer"):
         reference_table(pairs_file, root)
+
+
+def test_what_precompute_left_is_found_and_is_the_references(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    precompute(PrecomputeConfig(tiny_model, [pairs_file], cache), show_progress=False)
+    tokenizer = PreferenceTokenizer.load(tiny_model)
+    reference_table([pairs_file], cache, tokenizer=tokenizer).to_parquet(tmp_path / "p.parquet")
+    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert len(rows) == 16
+    model = in_float64(load_model(tiny_model))
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            with torch.no_grad():
+                logps = per_token_logps(model, [(row["prompt_ids"], [row[f"{side}_ids"]])])
+            assert row[f"ref_{side}_logps"] == pytest.approx(float(logps.sum()), abs=1e-4)
 
 
 def test_what_the_cache_lacks_is_counted(tmp_path: Path) -> None:

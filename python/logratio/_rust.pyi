@@ -1,7 +1,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TypedDict, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,6 @@ from typing_extensions import disjoint_base
 
 __all__ = [
     "ROLES",
-    "CacheFolder",
     "CacheReader",
     "CacheWriter",
     "CandidateLayout",
@@ -104,7 +103,6 @@ class Store:
     def roles(self) -> NDArray[np.uint8]: ...
     def sources(self) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]: ...
     def keys(self) -> NDArray[np.uint8]: ...
-    def sum_keys(self) -> NDArray[np.uint8]: ...
     def group(
         self, index: int
     ) -> tuple[
@@ -228,78 +226,27 @@ class CandidateLayout:
     @property
     def token_row(self) -> NDArray[np.int64]: ...
 
-class _CachePart(TypedDict):
-    name: str
-    sealed: bool
-    in_use: bool
-    rows: int
-    tokens: int
-    bytes: int
-    torn: int
-    problem: str | None
-
-class _CacheReport(TypedDict):
-    whole: bool
-    parts: list[_CachePart]
-    distinct: int | None
-    leftovers: list[str]
-    problems: list[str]
-
-class _CacheChange(TypedDict):
-    completions: int
-    repeats: int
-    shards: list[str]
-    removed: list[str]
-    in_use: list[str]
-
-@final
-class CacheFolder:
-    def __new__(
-        cls, folder: str | PathLike[str], fingerprint: bytes, *, sums: bool = False
-    ) -> CacheFolder: ...
-    def inspect(self) -> _CacheReport: ...
-    def verify(self) -> _CacheReport: ...
-    def compact(self, *, other_hosts: bool = False) -> _CacheChange: ...
-    def merge(self, folders: Sequence[str | PathLike[str]]) -> _CacheChange: ...
-
 @final
 class CacheWriter:
-    def __new__(
-        cls, folder: str | PathLike[str], fingerprint: bytes, *, sums: bool = False
-    ) -> CacheWriter: ...
+    def __new__(cls, folder: str | PathLike[str], fingerprint: bytes) -> CacheWriter: ...
     def append(
         self, keys: NDArray[np.uint8], offsets: NDArray[np.int64], logps: NDArray[np.float32]
     ) -> None: ...
-    def append_sums(
-        self, keys: NDArray[np.uint8], tokens: NDArray[np.uint32], sums: NDArray[np.float64]
-    ) -> None: ...
-    @property
-    def file_bytes(self) -> int: ...
-    def seal(self) -> str | None: ...
     def close(self) -> None: ...
 
 @final
 class CacheReader:
     @staticmethod
-    def open(
-        folder: str | PathLike[str], fingerprint: bytes, *, sums: bool = False, pread: bool = False
-    ) -> CacheReader: ...
+    def open(folder: str | PathLike[str], fingerprint: bytes) -> CacheReader: ...
     def __len__(self) -> int: ...
     @property
     def tokens(self) -> int: ...
     @property
-    def file_bytes(self) -> int: ...
-    @property
     def torn_bytes(self) -> int: ...
-    def distinct(self) -> int: ...
+    @property
+    def duplicates(self) -> int: ...
     def join(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]: ...
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
-    def read_sums(
-        self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint32], NDArray[np.float64]]: ...
-    def slice(
-        self, after: bytes | None, limit: int
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64]]: ...
 
 @final
 class PieceTable:
