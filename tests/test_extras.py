@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import manifest
 
-from logratio.extras import MissingExtraError, require
+from logratio.extras import ALONE, MissingExtraError, require
 
 
 def test_present_module_is_imported() -> None:
@@ -21,6 +22,14 @@ def test_missing_module_names_both_kinds_of_the_extra(monkeypatch: pytest.Monkey
     assert "pip install 'logratio[serve]'" in str(caught.value)
     assert "'logratio[serve-cpu]'" in str(caught.value)
     assert caught.value.name == "fastapi"
+
+
+@pytest.mark.parametrize("extra", sorted(ALONE))
+def test_extra_without_a_twin_names_none(extra: str) -> None:
+    extras = manifest("pyproject.toml")["project"]["optional-dependencies"]
+    assert extra in extras and f"{extra}-cpu" not in extras
+    with pytest.raises(MissingExtraError, match=rf"pip install 'logratio\[{extra}\]'$"):
+        require("absent_library", extra)
 
 
 def test_missing_submodule_counts_as_its_library() -> None:

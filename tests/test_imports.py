@@ -23,12 +23,14 @@ FORBIDDEN = {
     "scoring": {*SERVER} | {f"logratio.{folder}" for folder in ("serving", "cli", "demo")},
     "serving": {*TORCH, "onnx", "onnxscript"}
     | {f"logratio.{folder}" for folder in ("training", "scoring", "cli", "demo")},
+    "integrations": {*GRAPHS, *SERVER}
+    | {f"logratio.{folder}" for folder in ("scoring", "serving", "cli", "demo")},
     "demo": {"logratio.cli", "logratio._rust"},
     "bundle": {*HEAVY, "logratio"},
     "extras": {*HEAVY, "logratio"},
 }
 # The compiled module has a face: what stands above the folders below takes their word for it.
-MAY_NAME_RUST = {"data", "training", "scoring", "serving"}
+MAY_NAME_RUST = {"data", "integrations", "training", "scoring", "serving"}
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -106,6 +108,15 @@ def test_folder_with_all_its_modules_loads_nothing_of_the_others(
     ]
     assert len(modules) > 1
     assert not loaded_by("\n".join(f"import {module}" for module in modules)) & never
+
+
+def test_importing_the_integrations_is_free() -> None:
+    assert loaded_by("import logratio.integrations") - loaded_by("") == {"logratio"}
+
+
+def test_columns_for_other_trainers_need_no_torch() -> None:
+    loaded = loaded_by("import logratio.integrations.columns")
+    assert not loaded & (TORCH | GRAPHS | SERVER | {"datasets", "pyarrow", "trl"})
 
 
 def test_command_line_loads_nothing_heavy_before_a_command_runs() -> None:

@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from repository import ROOT, manifest, tracked
 
-TWINLESS = {"quantized", "ray"}  # extras that carry no runtime
+from logratio.extras import ALONE
+
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 PINS = (".ci/constraints.txt", ".ci/server.txt", ".ci/tools.txt")
 OFFLINE = {"CARGO_NET_OFFLINE": "true", "PIP_NO_INDEX": "1"}
@@ -137,10 +138,12 @@ def test_every_extra_has_a_twin_with_the_other_runtime() -> None:
     def twin(requirement: str) -> str:
         return requirement.replace("onnxruntime-gpu", "onnxruntime").replace("]", "-cpu]")
 
-    kinds = {n: needs for n, needs in extras().items() if not n.endswith("-cpu") | (n in TWINLESS)}
+    kinds = {name: needs for name, needs in extras().items() if name not in ALONE}
+    kinds = {name: needs for name, needs in kinds.items() if not name.endswith("-cpu")}
     assert {f"{name}-cpu": [twin(need) for need in kinds[name]] for name in kinds} == {
         name: needs for name, needs in extras().items() if name.endswith("-cpu")
     }
+    assert not set(RUNTIMES) & {Requirement(need).name for name in ALONE for need in extras()[name]}
 
 
 def test_base_install_has_no_runtime() -> None:
@@ -178,10 +181,12 @@ def requirements() -> list[tuple[str, Requirement]]:
     """Each requirement of the manifest with the file that pins it."""
     project = manifest("pyproject.toml")["project"]
     groups = manifest("pyproject.toml")["dependency-groups"]
+    alone = [*chain(*(needs for name, needs in extras().items() if name in ALONE))]
+    served = [*chain(*(needs for name, needs in extras().items() if name not in ALONE))]
     pinned_in = {
-        ".ci/constraints.txt": [*project["dependencies"], *chain(*extras().values())],
+        ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/server.txt": groups["server"],
-        ".ci/tools.txt": groups["tools"],
+        ".ci/tools.txt": [*groups["tools"], *alone],
     }
     return [
         (f".ci/{need.name}.txt" if need.name in RUNTIMES else file, need)

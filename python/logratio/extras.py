@@ -3,18 +3,20 @@
 import importlib
 from types import ModuleType
 
+ALONE = {"quantized", "ray", "trl"}
+"""Extras without a `-cpu` twin: they run no graph."""
+
 
 class MissingExtraError(ImportError):
     """A library is missing that an optional part of logratio needs."""
 
 
-def require(module: str, extra: str, *, twin: bool = True) -> ModuleType:
+def require(module: str, extra: str) -> ModuleType:
     """Import `module`, which comes with `extra`.
 
     Args:
         module: dotted name of the module.
-        extra: name in pyproject.toml of an extra that carries it.
-        twin: the extra has a `-cpu` twin.
+        extra: name in pyproject.toml of an extra that carries it: not that of a `-cpu` twin.
 
     Raises:
         MissingExtraError: `module` is not installed; the message has the line that installs it.
@@ -25,8 +27,8 @@ def require(module: str, extra: str, *, twin: bool = True) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        other = f", or 'logratio[{extra}-cpu]' where there is no CUDA" if twin else ""
+        twin = "" if extra in ALONE else f", or 'logratio[{extra}-cpu]' where there is no CUDA"
         raise MissingExtraError(
-            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]'{other}",
+            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]'{twin}",
             name=error.name,
         ) from None

@@ -39,7 +39,7 @@ def check_quantization(folder: Path, quantization: Quantization | None) -> None:
         raise QuantizationError(
             f"{folder} is quantised already and is loaded as it is: leave --quantization out"
         )
-    require("bitsandbytes", "quantized", twin=False)
+    require("bitsandbytes", "quantized")
 
 
 def loading_arguments(

@@ -154,7 +154,7 @@ def chunks(store: Store, budget: int | None, workers: int) -> Iterator[list[np.n
 
 def _dataset(config: PrecomputeConfig, path: Path, work: Work, places: Placement) -> Any:
     """Return the results as a dataset that is yet to run: one block a chunk."""
-    data = require("ray.data", "ray", twin=False)
+    data = require("ray.data", "ray")
     context = data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     store = Store.open(path)
@@ -186,7 +186,7 @@ def _cluster() -> Iterator[Any]:
     # Read when Ray is imported. Actors without a GPU are told so by their device.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray = require("ray", "ray", twin=False)
+    ray = require("ray", "ray")
     ours = not ray.is_initialized()
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -126,7 +126,7 @@ def check_config(config: PrecomputeConfig, share: Share) -> None:
     check_quantization(base_folder(config.model), config.quantization)
     check_writable(Path(config.cache))
     if config.engine == "ray":
-        require("ray.data", "ray", twin=False)
+        require("ray.data", "ray")
 
 
 class Precompute:

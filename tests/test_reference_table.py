@@ -1,0 +1,255 @@
+"""A store's groups with their reference log-probs: every row, by hand, from the cache itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from oracle import in_float64, per_token_logps
+
+from logratio._rust import ROLES, CacheReader, CacheWriter, Store, StoreWriter
+from logratio.data import PreferenceTokenizer, build_store
+from logratio.integrations import lookup
+from logratio.integrations.columns import ColumnsError, Shape, reference_table
+from logratio.integrations.lookup import MissingLogpsError
+from logratio.training import PrecomputeConfig, load_model, precompute
+
+FINGERPRINT = bytes(range(32))
+NAME = FINGERPRINT.hex()[:16]
+
+
+def make_store(
+    groups: int, sizes: tuple[int, ...], *, masked: bool = False, path: Path | None = None
+) -> Store:
+    """Write random groups of so many completions."""
+    random, writer = np.random.default_rng(0), StoreWriter(path)
+    for group in range(groups):
+        count = sizes[group % len(sizes)]
+        lengths = random.integers(1, 9, count).astype(np.uint32)
+        total = int(lengths.sum())
+        mask = np.ones(total, np.uint8)
+        if masked and group % 3 == 0:
+            mask[random.random(total) < 0.4] = 0
+            mask[np.cumsum(lengths) - lengths] = 1  # no completion is of no use
+        writer.push(
+            random.integers(0, 50, random.integers(1, 7)).astype(np.int32),
+            random.integers(0, 50, total).astype(np.int32),
+            mask,
+            lengths,
+            np.array([0, 1] if count == 2 else [2] * count, np.uint8),
+            group % 2,
+            group + 1,
+        )
+    return writer.finish(json.dumps({"files": ["a.jsonl", "b.jsonl"]}))
+
+
+def make_cache(root: Path, store: Store, name: str = NAME) -> Path:
+    """Write random log-probs of every completion."""
+    random, lengths = np.random.default_rng(1), store.completion_lengths()
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    folder = root / name
+    writer = CacheWriter(folder, FINGERPRINT)
+    writer.append(store.keys(), offsets, -random.random(int(offsets[-1]), np.float32) * 9)
+    writer.close()
+    (folder / "fingerprint.json").write_text(json.dumps({"digest": FINGERPRINT.hex()}))
+    return root
+
+
+def expected_rows(store: Store, root: Path, shape: Shape, *, masks: bool) -> list[dict[str, Any]]:
+    """Put every row together in plain Python."""
+    reader, keys = CacheReader.open(root / NAME, FINGERPRINT), store.keys()
+    rows, number = [], 0
+    for index in range(len(store)):
+        prompt, ids, counted, roles = store.group(index)
+        place = {"file": "ab"[index % 2] + ".jsonl", "line": index + 1}
+        row: dict[str, Any] = {"prompt_ids": prompt.tolist(), **place}
+        for side, mask, role in zip(ids, counted, roles, strict=True):
+            logps = reader.read(reader.join(keys[number : number + 1]))[1].tolist()
+            number += 1
+            name = "completion" if shape == "completions" else ROLES[role]
+            reference = "ref" if shape == "completions" else f"ref_{ROLES[role]}"
+            row[f"{name}_ids"] = side.tolist()
+            row[f"{reference}_logps"] = sum(
+                logp for logp, one in zip(logps, mask, strict=True) if one
+            )
+            row[f"{reference}_per_token_logps"] = logps
+            if masks:
+                row[f"{name}_mask"] = mask.tolist()
+            if shape == "completions":
+                rows.append({**row, "group": index, "role": ROLES[role]})
+        if shape == "pairs":
+            rows.append(row)
+    return rows
+
+
+def assert_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(found) == len(expected)
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name, value in wanted.items():
+            close = isinstance(value, float)
+            assert row[name] == (pytest.approx(value, abs=1e-9) if close else value), name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shape", "sizes"), [("pairs", (2,)), ("completions", (1, 2, 5))])
+@pytest.mark.parametrize("tokens", [1, 100, lookup.STRETCH_TOKENS])
+def test_every_row_is_its_groups(
+    shape: Shape,
+    sizes: tuple[int, ...],
+    masked: bool,
+    tokens: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lookup, "STRETCH_TOKENS", tokens)
+    store = make_store(60, sizes, masked=masked)
+    root = make_cache(tmp_path, store)
+    table = reference_table(store, root, shape=shape, per_token=True)
+    batches = list(table.batches())
+    assert len(batches) in {1: [60], 100: range(5, 40)}.get(tokens, [1])
+    expected = expected_rows(store, root, shape, masks=masked)
+    assert_rows(pa.Table.from_batches(batches).to_pylist(), expected)
+
+
+def test_parquet_dataset_and_stream_hold_the_same_rows(tmp_path: Path) -> None:
+    store = make_store(30, (2,))
+    table = reference_table(store, make_cache(tmp_path, store))
+    expected = pa.Table.from_batches(table.batches()).to_pylist()
+    assert not [name for name in expected[0] if "per_token" in name or "mask" in name]
+    table.to_parquet(tmp_path / "pairs.parquet")
+    assert pq.read_table(tmp_path / "pairs.parquet").to_pylist() == expected
+    assert table.to_dataset().to_list() == expected
+    mapped = table.to_dataset(tmp_path / "pairs.arrow")
+    assert mapped.to_list() == expected
+    assert mapped.cache_files == [{"filename": str(tmp_path / "pairs.arrow")}]
+    assert polars.DataFrame(table).to_dicts() == expected
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_a_file_that_broke_off_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(30, (2,))
+    table = reference_table(store, make_cache(tmp_path, store))
+    (tmp_path / "pairs.parquet").write_text("the old one")
+    monkeypatch.setattr(lookup.CachedLogps, "sums", None)
+    with pytest.raises(TypeError):
+        table.to_parquet(tmp_path / "pairs.parquet")
+    assert (tmp_path / "pairs.parquet").read_text() == "the old one"
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_data_may_be_a_sealed_store_or_files(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    tokenizer = PreferenceTokenizer.load(tiny_model)
+    store, _ = build_store([pairs_file], tokenizer, tmp_path / "pairs.store")
+    root = make_cache(tmp_path / "cache", store)
+    expected = polars.DataFrame(reference_table(store, root)).to_dicts()
+    assert (expected[3]["file"], expected[3]["line"]) == (pairs_file.as_posix(), 4)
+    sealed = reference_table(tmp_path / "pairs.store", root)
+    assert polars.DataFrame(sealed).to_dicts() == expected
+    files = reference_table([pairs_file], root, tokenizer=tokenizer)
+    assert polars.DataFrame(files).to_dicts() == expected
+    with pytest.raises(ColumnsError, match="needs a tokenizer"):
+        reference_table(pairs_file, root)
+
+
+def test_what_precompute_left_is_found_and_is_the_references(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    precompute(PrecomputeConfig(tiny_model, [pairs_file], cache), show_progress=False)
+    tokenizer = PreferenceTokenizer.load(tiny_model)
+    reference_table([pairs_file], cache, tokenizer=tokenizer).to_parquet(tmp_path / "p.parquet")
+    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert len(rows) == 16
+    model = in_float64(load_model(tiny_model))
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            with torch.no_grad():
+                logps = per_token_logps(model, [(row["prompt_ids"], [row[f"{side}_ids"]])])
+            assert row[f"ref_{side}_logps"] == pytest.approx(float(logps.sum()), abs=1e-4)
+
+
+def test_what_the_cache_lacks_is_counted(tmp_path: Path) -> None:
+    make_cache(tmp_path, make_store(20, (2,)))
+    with pytest.raises(MissingLogpsError, match=r"20 of 60 completions are not in the cache"):
+        reference_table(make_store(30, (2,)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "reason"),
+    [
+        ([], None, "0 references .* there are none: run `logratio precompute` first"),
+        (["aa", "ab"], None, "2 references .* are named anything; there are aa, ab"),
+        (["aa", "ab"], "a", "2 references .* are named a;"),
+        (["aa", "ab"], "b", "0 references .* are named b;"),
+        (["aa.sums"], None, "0 references with the log-prob of every token"),
+    ],
+)
+def test_reference_that_is_not_one_is_refused(
+    names: list[str], asked: str | None, reason: str, tmp_path: Path
+) -> None:
+    store = make_store(2, (2,))
+    for name in names:
+        make_cache(tmp_path, store, name)
+    with pytest.raises(MissingLogpsError, match=reason):
+        reference_table(store, tmp_path, reference=asked)
+
+
+def test_reference_is_found_by_how_its_name_begins(tmp_path: Path) -> None:
+    store = make_store(2, (2,))
+    for name in ("aa", "ab"):
+        make_cache(tmp_path, store, name)
+    assert len(polars.DataFrame(reference_table(store, tmp_path, reference="ab"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "reason"),
+    [
+        ({}, (2, 3), "some groups are no pair"),
+        ({}, (1,), "some groups are no pair"),
+        ({"shape": "rows"}, (2,), "shape is 'rows', not one of pairs, completions"),
+        ({"sums": True, "per_token": True}, (2,), "leave per_token out"),
+    ],
+)
+def test_what_cannot_be_a_table_is_refused(
+    options: dict[str, Any], sizes: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    store = make_store(6, sizes)
+    with pytest.raises(ColumnsError, match=reason):
+        reference_table(store, make_cache(tmp_path, store), **options)
+
+
+def test_a_cache_of_sums_gives_the_same_sums(tmp_path: Path) -> None:
+    store = make_store(40, (1, 2, 5), masked=True)
+    root = make_cache(tmp_path, store)
+    expected = polars.DataFrame(reference_table(store, root, shape="completions"))
+    writer = CacheWriter(root / f"{NAME}.sums", FINGERPRINT, sums=True)
+    writer.append_sums(store.sum_keys(), store.counted_lengths(), expected["ref_logps"].to_numpy())
+    writer.close()
+    (root / f"{NAME}.sums" / "fingerprint.json").write_text(
+        json.dumps({"digest": FINGERPRINT.hex()})
+    )
+    found = polars.DataFrame(reference_table(store, root, shape="completions", sums=True))
+    assert found.equals(expected)
+    with pytest.raises(MissingLogpsError, match="holds sums only"):
+        logps = lookup.CachedLogps(store, lookup.open_reference(root, sums=True), sums=True)
+        logps.per_token(next(logps.stretches()))
+
+
+def test_places_of_tokens_that_count() -> None:
+    store = make_store(50, (1, 2, 5), masked=True)
+    layout = store.shared_layout(np.arange(50), fields=lookup.FIELDS)
+    expected: list[int] = []
+    for index in range(50):
+        for mask in store.group(index)[2]:
+            expected += [int(mask[: place + 1].sum()) for place in range(len(mask))]
+    assert lookup.counted_places(layout).tolist() == expected
