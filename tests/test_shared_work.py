@@ -49,7 +49,7 @@ def test_shares_add_up_and_none_is_scored_twice(config: PrecomputeConfig) -> Non
         assert result.new + result.hits + result.duplicates + result.others == 2 * PAIRS
         assert result.new > 0
     reader = reader_of(config)
-    assert (len(reader), reader.duplicates) == (2 * PAIRS, 0)
+    assert len(reader) == reader.distinct() == 2 * PAIRS
     assert precompute(config, show_progress=False).new == 0
 
 
@@ -82,9 +82,7 @@ def test_repeated_completions_are_counted_apart(config: PrecomputeConfig, tmp_pa
     lines = Path(str(config.data[0])).read_text().splitlines(keepends=True)
     # One more rejected answer to a prompt with a chosen answer that is there already.
     again.write_text(lines[0] + lines[0].replace(" sad", " sad loud"))
-    result = precompute(
-        PrecomputeConfig(config.model, [again], config.cache), show_progress=False
-    )
+    result = precompute(PrecomputeConfig(config.model, [again], config.cache), show_progress=False)
     assert (result.new, result.duplicates, result.hits) == (3, 1, 0)
     assert "3 completions scored" in result.to_text()
     assert "1 repeated" in result.to_text()
@@ -149,6 +147,6 @@ def test_torchrun_shares_the_work_and_a_lost_worker_is_made_up_for(
     assert sum(int(line.split()[2]) for line in lines) == 2 * PAIRS - had
     assert done.stderr.count("rows read:") == 1, "one of them reports on the data"
     reader = reader_of(config)
-    assert (len(reader), reader.duplicates) == (2 * PAIRS, 0)
+    assert len(reader) == reader.distinct() == 2 * PAIRS
     ready = prepare(config, show_progress=False)
     assert (reader.join(ready.keys) >= 0).all()
