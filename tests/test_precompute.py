@@ -1,6 +1,7 @@
 """The reference cache as a user meets it: right, resumed after any kill, refused if stale."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -111,12 +112,14 @@ def test_no_cache_says_what_to_run(config: PrecomputeConfig, tmp_path: Path) -> 
 
 def test_a_flipped_bit_is_refused(config: PrecomputeConfig) -> None:
     result = quiet(config)
-    (journal,) = result.folder.glob("*.journal")
-    data = bytearray(journal.read_bytes())
-    data[20] ^= 4
-    journal.write_bytes(data)
-    with pytest.raises(CorruptCacheError, match="journal"):
-        CacheReader.open(result.folder, model_fingerprint(config.model).digest)
+    (shard,) = result.folder.glob("*.arrow")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    keys = load_dataset(config.model, config.data, config.rules, show_progress=False).store.keys()
+    with pytest.raises(CorruptCacheError, match=shard.name):
+        reader = CacheReader.open(result.folder, model_fingerprint(config.model).digest)
+        reader.read(reader.join(keys))
 
 
 CHILD = """
@@ -176,6 +179,33 @@ def test_two_processes_may_fill_one_cache(config: PrecomputeConfig) -> None:
     writer.close()
     again = open_cache(config.cache, fingerprint)
     assert (len(again), again.distinct()) == (36, 32)
+
+
+def test_sums_are_those_of_the_tokens(config: PrecomputeConfig, tmp_path: Path) -> None:
+    """A sums-only cache holds what the sums of a whole one are, in a folder of its own."""
+    whole = quiet(config)
+    result = quiet(dataclasses.replace(config, sums_only=True))
+    assert (result.new, result.hits) == (32, 0)
+    assert result.folder == whole.folder.with_name(f"{whole.folder.name}.sums")
+    store = load_dataset(config.model, config.data, config.rules, show_progress=False).store
+    fingerprint = model_fingerprint(config.model)
+    reader = CacheReader.open(result.folder, fingerprint.digest, sums=True)
+    counts, sums = reader.read_sums(reader.join(store.sum_keys()))
+    tokens = open_cache(config.cache, fingerprint)
+    offsets, logps = tokens.read(tokens.join(store.keys()))
+    expected = [logps[a:b].astype("f8").sum() for a, b in itertools.pairwise(offsets)]
+    assert counts.tolist() == store.counted_lengths().tolist()
+    assert sums.tolist() == pytest.approx(expected, abs=1e-12)
+    again = quiet(dataclasses.replace(config, sums_only=True))
+    assert (again.new, again.hits, again.nbytes) == (0, 32, 0)
+
+
+def test_the_summary_counts_what_was_written(config: PrecomputeConfig) -> None:
+    result = quiet(config)
+    store = load_dataset(config.model, config.data, config.rules, show_progress=False).store
+    assert result.tokens == int(store.completion_lengths().sum())
+    assert result.nbytes >= 32 * 36 + 4 * result.tokens
+    assert "32 completions scored" in result.to_text()
 
 
 def test_the_forecast_counts_what_is_missing(config: PrecomputeConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logratio._rust import CacheReader
-from logratio.training import PrecomputeConfig, precompute
+from logratio.training import PrecomputeConfig, precompute, reference
 from logratio.training import reference_scorer as module
 from logratio.training.budget import MemoryShortageError
 from logratio.training.fingerprint import model_fingerprint
@@ -33,7 +33,8 @@ def short_of_memory(
     monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bool], error: Exception
 ) -> list[int]:
     """Let a batch fail where `fits(number, tokens)` says no; return the sizes that were scored."""
-    real, scored, number = module.score, [], 0
+    scored: list[int] = []
+    number = 0
 
     def score(model: torch.nn.Module, batch: Batch) -> Tensor:
         nonlocal number
@@ -41,7 +42,7 @@ def short_of_memory(
         if not fits(number, batch.input_ids.numel()):
             raise error
         scored.append(batch.input_ids.numel())
-        return real(model, batch)
+        return reference.score(model, batch)
 
     monkeypatch.setattr(module, "score", score)
     return scored

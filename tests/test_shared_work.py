@@ -49,7 +49,7 @@ def test_shares_add_up_and_none_is_scored_twice(config: PrecomputeConfig) -> Non
         assert result.new + result.hits + result.duplicates + result.others == 2 * PAIRS
         assert result.new > 0
     reader = reader_of(config)
-    assert (len(reader), reader.duplicates) == (2 * PAIRS, 0)
+    assert len(reader) == reader.distinct() == 2 * PAIRS
     assert precompute(config, show_progress=False).new == 0
 
 
@@ -147,6 +147,6 @@ def test_torchrun_shares_the_work_and_a_lost_worker_is_made_up_for(
     assert sum(int(line.split()[2]) for line in lines) == 2 * PAIRS - had
     assert done.stderr.count("rows read:") == 1, "one of them reports on the data"
     reader = reader_of(config)
-    assert (len(reader), reader.duplicates) == (2 * PAIRS, 0)
+    assert len(reader) == reader.distinct() == 2 * PAIRS
     ready = prepare(config, show_progress=False)
     assert (reader.join(ready.keys) >= 0).all()

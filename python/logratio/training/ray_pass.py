@@ -96,18 +96,22 @@ class Worker:
         self._scorer = ReferenceScorer(config, self._work, device, tell=self._notes.append)
 
     def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
-        """Score the groups of each row, make them durable, and return the tokens and notes."""
-        tokens = 0
+        """Score the groups of each row, make them durable, and return what that came to."""
+        tokens, before = 0, self._scorer.nbytes
         for groups in table["groups"]:
             numbers = np.array(groups.values)
             tokens += sum(self._scorer.score(numbers[np.isin(numbers, self._work.groups)]))
         self._scorer.flush()
         notes, self._notes[:] = "\n".join(self._notes), []
-        return {"tokens": np.array([tokens]), "notes": np.array([notes], dtype=object)}
+        return {
+            "tokens": np.array([tokens]),
+            "nbytes": np.array([self._scorer.nbytes - before]),
+            "notes": np.array([notes], dtype=object),
+        }
 
 
-def score_on_ray(config: PrecomputeConfig, work: Work) -> Generator[int, None, None]:
-    """Score `work` on the cluster; yield tokens that are scored and durable, as they come in.
+def score_on_ray(config: PrecomputeConfig, work: Work) -> Generator[tuple[int, int], None, None]:
+    """Score `work` on the cluster; yield tokens scored and bytes written, as they come in.
 
     Raises:
         RayPassError: the workers cannot be placed, or one failed; what was scored is durable.
@@ -125,7 +129,7 @@ def score_on_ray(config: PrecomputeConfig, work: Work) -> Generator[int, None, N
             for batch in results:
                 for note in filter(None, "\n".join(batch["notes"]).splitlines()):
                     say(f"a worker: {note}")
-                yield int(batch["tokens"].sum())
+                yield int(batch["tokens"].sum()), int(batch["nbytes"].sum())
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise RayPassError(
@@ -147,7 +151,7 @@ def chunks(store: Store, budget: int | None, workers: int) -> Iterator[list[np.n
     while len(queue):
         taken.append(queue.take(budget or most))
         pending += int(lengths[taken[-1]].sum())
-        if pending >= most or not len(queue):
+        if budget is None or pending >= most or not len(queue):
             yield taken
             taken, pending = [], 0
 

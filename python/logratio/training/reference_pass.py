@@ -190,8 +190,7 @@ class Precompute:
         """Score what is missing; a pass with nothing to score loads no model."""
         started = time.monotonic()
         work = self.work
-        if len(work.rows):
-            self._score()
+        written = self._score() if len(work.rows) else 0
         return PrecomputeResult(
             self.folder,
             new=len(work.rows),
@@ -199,38 +198,45 @@ class Precompute:
             duplicates=self.store.completions - len(self.different),
             others=len(self.missing) - len(work.rows),
             tokens=work.tokens,
-            nbytes=self.entries.nbytes(len(work.rows), work.tokens),
+            nbytes=written,
             seconds=time.monotonic() - started,
             share=str(self.share),
         )
 
-    def _score(self) -> None:
+    def _score(self) -> int:
+        """Score what is missing, and return how many bytes were written."""
         check_writable(self.folder, self.forecast.disk_bytes)
         write_fingerprint(self.folder, self.fingerprint)
+        written = 0
         with (
             interrupts() as interrupted,
             progress("scoring", self.work.tokens, "tokens", show=self.show_progress) as advance,
             closing(self._batches()) as batches,
         ):
-            for tokens in batches:
+            for tokens, nbytes in batches:
                 advance(tokens)
+                written += nbytes
                 if signal := interrupted():
                     raise RunInterruptedError(signal, RESUME)
+        return written
 
-    def _batches(self) -> Generator[int, None, None]:
-        """Score; yield after each batch how many tokens it had. At the end all are durable."""
+    def _batches(self) -> Generator[tuple[int, int], None, None]:
+        """Score; yield tokens scored and bytes written, as they come in; at the end all is safe."""
         if self.config.engine == "ray":
             from logratio.training.ray_pass import score_on_ray
 
             return score_on_ray(self.config, self.work)
         return self._batches_here()
 
-    def _batches_here(self) -> Generator[int, None, None]:
+    def _batches_here(self) -> Generator[tuple[int, int], None, None]:
         device = default_device(self.config.device)
         if slow := threads.advice(device):
             say(slow)
         with closing(ReferenceScorer(self.config, self.work, device)) as scorer:
             try:
-                yield from scorer.score(self.work.groups)
+                for tokens in scorer.score(self.work.groups):
+                    yield tokens, 0
             finally:
                 scorer.flush()
+            yield 0, scorer.nbytes
+            scorer.seal()

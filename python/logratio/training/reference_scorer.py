@@ -92,9 +92,19 @@ class ReferenceScorer:
         """Make everything scored so far durable."""
         self.block.flush()
 
+    def seal(self) -> None:
+        """Make the journal a sealed shard, which opens faster; nothing can be scored after."""
+        self.flush()
+        self._writer.seal()
+
     def close(self) -> None:
-        """Let go of the journal."""
+        """Let go of the journal, sealed or not."""
         self._writer.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the journal."""
+        return self._writer.file_bytes
 
     def _until_it_does_not_fit(self, queue: GroupQueue) -> Iterator[int]:
         done = queue.position
