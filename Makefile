@@ -78,7 +78,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make pins" $(UPGRADE)
 
 pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRADE=--upgrade
-	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --extra quantized --extra ray --no-emit-package onnxruntime \
+	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
 		-o .ci/constraints.txt
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
 	echo onnxruntime | $(COMPILE) - --group server --no-emit-package onnxruntime \

@@ -255,11 +255,17 @@ class _CacheChange(TypedDict):
 @final
 class CacheFolder:
     def __new__(
-        cls, folder: str | PathLike[str], fingerprint: bytes, *, sums: bool = False
+        cls,
+        folder: str | PathLike[str],
+        fingerprint: bytes,
+        *,
+        sums: bool = False,
+        tolerance: float | None = None,
     ) -> CacheFolder: ...
     def inspect(self) -> _CacheReport: ...
     def verify(self) -> _CacheReport: ...
     def compact(self, *, other_hosts: bool = False) -> _CacheChange: ...
+    def seal_idle(self, *, other_hosts: bool = False) -> _CacheChange: ...
     def merge(self, folders: Sequence[str | PathLike[str]]) -> _CacheChange: ...
 
 @final
@@ -282,7 +288,12 @@ class CacheWriter:
 class CacheReader:
     @staticmethod
     def open(
-        folder: str | PathLike[str], fingerprint: bytes, *, sums: bool = False, pread: bool = False
+        folder: str | PathLike[str],
+        fingerprint: bytes,
+        *,
+        sums: bool = False,
+        pread: bool = False,
+        tolerance: float | None = None,
     ) -> CacheReader: ...
     def __len__(self) -> int: ...
     @property

@@ -46,8 +46,26 @@ impl Cache {
             let shard = open_shard(self, manifest, &listing, ReadMode::default())?;
             sources.push(Source::Shard(shard));
         }
+        let mut done = self.rewrite(sources, &listing, other_hosts)?;
+        self.remove_leftovers(&listing, other_hosts, &mut done)?;
+        Ok(done)
+    }
+
+    /// Turns idle journals into shards and leaves the shards that are there alone: what the end of
+    /// a pass does for those whose writers died.
+    pub fn seal_idle(&self, other_hosts: bool) -> Result<Compacted> {
+        self.rewrite(Vec::new(), &Listing::stable(self)?, other_hosts)
+    }
+
+    /// Writes these shards and all idle journals anew, and removes what was written.
+    fn rewrite(
+        &self,
+        mut sources: Vec<Source>,
+        listing: &Listing,
+        other_hosts: bool,
+    ) -> Result<Compacted> {
         let mut done = Compacted::default();
-        let mut locks = Vec::new();
+        let mut locks = Vec::new(); // until the journals are gone
         for name in &listing.journals {
             match self.idle_journal(name, other_hosts)? {
                 None => done.in_use.push(name.clone()),
@@ -63,7 +81,6 @@ impl Cache {
             done.note(&written, counts);
             self.remove_sources(&sources, &mut done)?;
         }
-        self.remove_leftovers(&listing, other_hosts, &mut done)?;
         Ok(done)
     }
 

@@ -1,6 +1,6 @@
 //! Keys to rows, once for a data set.
 
-use super::{Kind, merge::agree, source::Source};
+use super::{merge::Agreement, source::Source};
 use crate::{Error, Result, fingerprint::Key};
 
 /// Bits of a row's number within its source; the source's number stands above them.
@@ -29,7 +29,7 @@ pub fn place(sources: &[Source], number: i64) -> Result<(&Source, u64)> {
 /// The row of each key, -1 where there is none. Both sides are walked in the order of the keys.
 ///
 /// A key that several sources hold must have one value.
-pub fn join(kind: Kind, sources: &[Source], keys: &[Key]) -> Result<Vec<i64>> {
+pub fn join(agreement: Agreement, sources: &[Source], keys: &[Key]) -> Result<Vec<i64>> {
     let mut rows = vec![-1; keys.len()];
     let order = sorted(keys);
     for (number_of_source, source) in sources.iter().enumerate() {
@@ -46,7 +46,7 @@ pub fn join(kind: Kind, sources: &[Source], keys: &[Key]) -> Result<Vec<i64>> {
             if *found == -1 {
                 *found = number(number_of_source, at);
             } else {
-                agree(kind, place(sources, *found)?, (source, at))?;
+                agreement.check(place(sources, *found)?, (source, at))?;
             }
         }
     }

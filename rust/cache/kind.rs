@@ -58,22 +58,10 @@ impl Kind {
             }
         }
     }
-
-    /// Whether two records of one key may come from two batches of one reference.
-    pub(crate) fn agree(self, one: &[u8], other: &[u8]) -> bool {
-        let same = one.len() == other.len();
-        same && match self {
-            Self::PerToken => {
-                let value = |bytes| f64::from(f32::from_le_bytes(bytes));
-                close(one.as_chunks().0, other.as_chunks().0, value)
-            }
-            Self::Sums => close(one.as_chunks().0, other.as_chunks().0, f64::from_le_bytes),
-        }
-    }
 }
 
-/// Two log-probs of one token (or two sums of one completion, for each of its tokens) further apart
-/// than this do not come from one reference.
+/// Two log-probs of one token further apart than this do not come from one float32 reference; nor
+/// two sums further apart than this times the root of their number of tokens.
 pub const TOLERANCE: f32 = 1e-3;
 
 fn find<const N: usize, T: Copy>(
@@ -90,14 +78,4 @@ fn find<const N: usize, T: Copy>(
     }
     let mut values = values.iter().map(|&bytes| value(bytes)).enumerate();
     values.find(|&(_, value)| !possible(value))
-}
-
-fn close<const N: usize>(
-    one: &[[u8; N]],
-    other: &[[u8; N]],
-    value: impl Fn([u8; N]) -> f64,
-) -> bool {
-    one.iter()
-        .zip(other)
-        .all(|(&one, &other)| (value(one) - value(other)).abs() <= f64::from(TOLERANCE))
 }

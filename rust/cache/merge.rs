@@ -17,17 +17,17 @@ pub struct Found {
 
 /// The keys of all sources in order.
 pub struct Merged<'a> {
-    kind: Kind,
+    agreement: Agreement,
     sources: &'a [Source],
     heads: BinaryHeap<Reverse<(Key, usize, u64)>>,
 }
 
 impl<'a> Merged<'a> {
     /// From the first key above `after` on, or from the first of all.
-    pub fn new(kind: Kind, sources: &'a [Source], after: Option<&Key>) -> Result<Self> {
+    pub fn new(agreement: Agreement, sources: &'a [Source], after: Option<&Key>) -> Result<Self> {
         let heads = BinaryHeap::with_capacity(sources.len());
         let mut merged = Self {
-            kind,
+            agreement,
             sources,
             heads,
         };
@@ -66,7 +66,7 @@ impl<'a> Merged<'a> {
         while self.heads.peek().is_some_and(|head| head.0.0 == key) {
             if let Some((_, other, other_row)) = self.pop()? {
                 let (one, other) = (&self.sources[source], &self.sources[other]);
-                agree(self.kind, (one, row), (other, other_row))?;
+                self.agreement.check((one, row), (other, other_row))?;
             }
             repeats += 1;
         }
@@ -80,8 +80,8 @@ impl<'a> Merged<'a> {
 }
 
 /// Number of different keys, after all records of each were compared.
-pub fn count(kind: Kind, sources: &[Source]) -> Result<u64> {
-    let mut merged = Merged::new(kind, sources, None)?;
+pub fn count(agreement: Agreement, sources: &[Source]) -> Result<u64> {
+    let mut merged = Merged::new(agreement, sources, None)?;
     let mut keys = 0;
     while merged.next()?.is_some() {
         keys += 1;
@@ -98,24 +98,48 @@ fn skip(source: &Source, key: &Key) -> Result<u64> {
     Ok(row)
 }
 
-/// Two batches of one model round differently; anything beyond that is a contradiction.
-pub fn agree(kind: Kind, one: (&Source, u64), other: (&Source, u64)) -> Result<()> {
-    let (first, second) = (values(kind, one)?, values(kind, other)?);
-    if first.0 == second.0 && kind.agree(&first.1, &second.1) {
-        return Ok(());
-    }
-    let reason = format!(
-        "its record {} contradicts the record {} of the same key in {}: one of the two was not \
-         made by this reference",
-        other.1,
-        one.1,
-        one.0.path().display()
-    );
-    Err(Error::cache(other.0.path(), reason))
+/// How far apart two records of one key may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Agreement {
+    pub kind: Kind,
+    pub tolerance: f64,
 }
 
-fn values(kind: Kind, (source, row): (&Source, u64)) -> Result<(u32, Vec<u8>)> {
-    let mut bytes = Vec::new();
-    let tokens = source.values(kind, row, &mut bytes)?;
-    Ok((tokens, bytes))
+impl Agreement {
+    /// Two batches of one model round differently; anything beyond that is a contradiction.
+    pub fn check(self, one: (&Source, u64), other: (&Source, u64)) -> Result<()> {
+        let (first, second) = (self.read(one)?, self.read(other)?);
+        if self.holds(&first, &second) {
+            return Ok(());
+        }
+        let reason = format!(
+            "its record {} contradicts the record {} of the same key in {}: one of the two was \
+             not made by this reference",
+            other.1,
+            one.1,
+            one.0.path().display()
+        );
+        Err(Error::cache(other.0.path(), reason))
+    }
+
+    fn holds(self, one: &(u32, Vec<f64>), other: &(u32, Vec<f64>)) -> bool {
+        let most = match self.kind {
+            Kind::PerToken => self.tolerance,
+            Kind::Sums => self.tolerance * f64::from(one.0.max(1)).sqrt(),
+        };
+        let close = |(one, other): (&f64, &f64)| (one - other).abs() <= most;
+        one.0 == other.0 && one.1.iter().zip(&other.1).all(close)
+    }
+
+    /// Number of tokens and values of a record.
+    fn read(self, (source, row): (&Source, u64)) -> Result<(u32, Vec<f64>)> {
+        let mut values = Vec::new();
+        if self.kind == Kind::Sums {
+            let tokens = source.values(self.kind, row, &mut values)?;
+            return Ok((tokens, values));
+        }
+        let mut logps: Vec<f32> = Vec::new();
+        let tokens = source.values(self.kind, row, &mut logps)?;
+        Ok((tokens, logps.into_iter().map(f64::from).collect()))
+    }
 }

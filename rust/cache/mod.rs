@@ -6,6 +6,7 @@ use std::{
 };
 
 mod checked;
+mod columns;
 mod compact;
 mod disk;
 mod join;
@@ -18,15 +19,18 @@ mod reader;
 mod scan;
 mod seal;
 mod shard;
+mod shard_seal;
 mod shard_writer;
 mod snapshot;
 mod source;
+mod tee;
 mod verify;
 mod writer;
 
 pub use compact::Compacted;
 pub use disk::{Disk, DiskFile, Os};
 pub use kind::{Kind, LARGEST, TOLERANCE};
+use merge::Agreement;
 pub use reader::{CacheReader, Slice};
 pub use verify::{Part, Report};
 pub use writer::CacheWriter;
@@ -67,6 +71,7 @@ pub struct Cache {
     folder: PathBuf,
     fingerprint: Fingerprint,
     kind: Kind,
+    tolerance: f32,
 }
 
 impl Cache {
@@ -77,6 +82,7 @@ impl Cache {
             folder: folder.into(),
             fingerprint,
             kind: Kind::PerToken,
+            tolerance: TOLERANCE,
         }
     }
 
@@ -84,6 +90,13 @@ impl Cache {
     #[must_use]
     pub fn with_kind(self, kind: Kind) -> Self {
         Self { kind, ..self }
+    }
+
+    /// The same folder, whose records of one key may be this far apart: two batches of a reference
+    /// that computes in bfloat16 are further apart than [`TOLERANCE`].
+    #[must_use]
+    pub fn with_tolerance(self, tolerance: f32) -> Self {
+        Self { tolerance, ..self }
     }
 
     /// The same folder on other files.
@@ -105,6 +118,13 @@ impl Cache {
     /// Reads everything that is there now.
     pub fn open(&self, mode: ReadMode) -> crate::Result<CacheReader> {
         CacheReader::new(self, mode)
+    }
+
+    fn agreement(&self) -> Agreement {
+        Agreement {
+            kind: self.kind,
+            tolerance: f64::from(self.tolerance),
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {

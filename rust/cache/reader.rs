@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{
     Cache, Fingerprint, Kind, ReadMode,
     join::{self, place},
-    merge::{self, Merged},
+    merge::{self, Agreement, Merged},
     snapshot::open_sources,
     source::{Source, Span},
 };
@@ -22,6 +22,7 @@ const AHEAD: usize = 32;
 #[derive(Debug)]
 pub struct CacheReader {
     kind: Kind,
+    agreement: Agreement,
     sources: Vec<Source>,
 }
 
@@ -49,8 +50,11 @@ impl CacheReader {
 
     pub(super) fn new(cache: &Cache, mode: ReadMode) -> Result<Self> {
         let sources = open_sources(cache, mode)?;
-        let kind = cache.kind;
-        Ok(Self { kind, sources })
+        Ok(Self {
+            kind: cache.kind,
+            agreement: cache.agreement(),
+            sources,
+        })
     }
 
     /// What is kept of each completion.
@@ -85,15 +89,15 @@ impl CacheReader {
 
     /// Number of different keys. Walks through all of them, and compares the records of each.
     pub fn distinct(&self) -> Result<u64> {
-        merge::count(self.kind, &self.sources)
+        merge::count(self.agreement, &self.sources)
     }
 
     /// The row of each key, -1 where there is none. Rows are numbers of this reader alone.
     ///
-    /// A key with several records must have one value (to [`super::TOLERANCE`]); the first by the
+    /// A key with several records must have one value (to the cache's tolerance); the first by the
     /// name of its file is taken.
     pub fn join(&self, keys: &[Key]) -> Result<Vec<i64>> {
-        join::join(self.kind, &self.sources, keys)
+        join::join(self.agreement, &self.sources, keys)
     }
 
     /// The log-probs of `rows` end to end, and where each row's begin: `[n+1]`.
@@ -167,7 +171,7 @@ impl CacheReader {
 
     /// Up to `limit` keys above `after` (from the first on where it is `None`) with their values.
     pub fn slice(&self, after: Option<&Key>, limit: usize) -> Result<Slice> {
-        let mut merged = Merged::new(self.kind, &self.sources, after)?;
+        let mut merged = Merged::new(self.agreement, &self.sources, after)?;
         let mut slice = Slice::default();
         while slice.keys.len() < limit
             && let Some(found) = merged.next()?

@@ -172,7 +172,8 @@ impl Scan<'_> {
             end += self.kind.bytes(tokens) as u64;
         }
         let own = &records[records.len() - count..];
-        let empty = count == 0 || own.iter().any(|record| record.tokens == 0);
+        let without = |record: &Record| record.tokens == 0 && self.kind == Kind::PerToken;
+        let empty = count == 0 || own.iter().any(without);
         if empty || end.next_multiple_of(ALIGNMENT as u64) != self.payload.len() as u64 {
             return Err(broken());
         }

@@ -50,7 +50,7 @@ impl Cache {
         full: usize,
         wanted: impl Fn(&Found) -> bool,
     ) -> Result<(Vec<Written>, Counts)> {
-        let mut merged = Merged::new(self.kind, sources, None)?;
+        let mut merged = Merged::new(self.agreement(), sources, None)?;
         let (mut shards, mut counts) = (Vec::new(), Counts::default());
         let mut open: Option<ShardWriter<'_>> = None;
         while let Some(found) = merged.next()? {

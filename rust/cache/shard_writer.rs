@@ -1,45 +1,30 @@
 //! Writes records, sorted by key, as sealed shards.
 
 use std::{
-    collections::HashMap,
     hash::{BuildHasher, RandomState},
-    io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process,
     sync::Arc,
 };
 
-use arrow_array::{
-    ArrayRef, FixedSizeBinaryArray, Float32Array, Float64Array, ListArray, RecordBatch, UInt32Array,
-};
-use arrow_buffer::{Buffer, OffsetBuffer, ScalarBuffer};
 use arrow_ipc::{
-    MetadataVersion, root_as_message,
+    MetadataVersion,
     writer::{FileWriter, IpcWriteOptions},
 };
-use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
-use sha2::{Digest, Sha256};
+use arrow_schema::{ArrowError, SchemaRef};
 
 use super::{
-    Cache, Kind,
+    Cache,
+    columns::{Columns, locate, schema},
     disk::DiskFile,
-    shard::{Batch, EXTENSION, Seal, TAIL},
+    shard::EXTENSION,
+    shard_seal::{Batch, Seal},
     source::Source,
+    tee::{CHUNK, Tee},
     writer::writer_name,
 };
-use crate::{
-    Error, Result,
-    store::blocks::BlockCrcs,
-    wire::{ALIGNMENT, Hex, u32_at},
-};
+use crate::{Error, Result, wire::ALIGNMENT};
 
-/// Rows and values of a record batch at most: what is held in memory while writing.
-const BATCH_ROWS: usize = 1 << 17;
-const BATCH_VALUES: usize = 1 << 22;
-/// Bytes handed to the system at once.
-const CHUNK: usize = 1 << 20;
-/// More than the bytes that describe a batch, at its beginning.
-const METADATA: usize = 1 << 12;
 /// Digits of the SHA-256 in a shard's name.
 const NAME: usize = 32;
 
@@ -54,91 +39,7 @@ pub struct Written {
     /// CRC32C of the tail.
     pub seal: u32,
     /// Says, until the shard is in a manifest, that its writer lives.
-    _lock: Box<dyn DiskFile>,
-}
-
-/// Rows on their way into one record batch.
-struct Columns {
-    kind: Kind,
-    keys: Vec<u8>,
-    /// Ends of each row's log-probs, from 0 on.
-    ends: Vec<i32>,
-    tokens: Vec<u32>,
-    logps: Vec<f32>,
-    sums: Vec<f64>,
-}
-
-impl Columns {
-    fn new(kind: Kind) -> Self {
-        Self {
-            kind,
-            keys: Vec::new(),
-            ends: vec![0],
-            tokens: Vec::new(),
-            logps: Vec::new(),
-            sums: Vec::new(),
-        }
-    }
-
-    fn rows(&self) -> usize {
-        self.keys.len() / 32
-    }
-
-    fn is_full(&self) -> bool {
-        self.rows() >= BATCH_ROWS || self.logps.len() >= BATCH_VALUES
-    }
-
-    /// Takes a row over; returns its number of tokens.
-    fn push(&mut self, source: &Source, row: u64) -> Result<u32> {
-        let tokens = match self.kind {
-            Kind::PerToken => source.values(self.kind, row, &mut self.logps)?,
-            Kind::Sums => source.values(self.kind, row, &mut self.sums)?,
-        };
-        self.keys.extend(source.key(row)?);
-        self.ends.push(self.logps.len() as i32);
-        self.tokens.push(tokens);
-        Ok(tokens)
-    }
-
-    fn into_batch(self, schema: &SchemaRef) -> std::result::Result<RecordBatch, ArrowError> {
-        let keys = FixedSizeBinaryArray::try_new(32, Buffer::from_vec(self.keys), None)?;
-        let mut columns: Vec<ArrayRef> = vec![Arc::new(keys)];
-        match self.kind {
-            Kind::PerToken => columns.push(Arc::new(ListArray::try_new(
-                item(),
-                OffsetBuffer::new(ScalarBuffer::from(self.ends)),
-                Arc::new(Float32Array::from(self.logps)),
-                None,
-            )?)),
-            Kind::Sums => {
-                columns.push(Arc::new(UInt32Array::from(self.tokens)));
-                columns.push(Arc::new(Float64Array::from(self.sums)));
-            }
-        }
-        RecordBatch::try_new(Arc::clone(schema), columns)
-    }
-}
-
-fn item() -> Arc<Field> {
-    Arc::new(Field::new("item", DataType::Float32, false))
-}
-
-fn schema(cache: &Cache) -> SchemaRef {
-    let key = Field::new("key", DataType::FixedSizeBinary(32), false);
-    let fields = match cache.kind {
-        Kind::PerToken => vec![key, Field::new("logps", DataType::List(item()), false)],
-        Kind::Sums => vec![
-            key,
-            Field::new("tokens", DataType::UInt32, false),
-            Field::new("sum", DataType::Float64, false),
-        ],
-    };
-    let metadata = [
-        ("logratio.fingerprint", Hex(&cache.fingerprint).to_string()),
-        ("logratio.kind", cache.kind.name().into()),
-    ];
-    let metadata: HashMap<_, _> = metadata.map(|(name, text)| (name.into(), text)).into();
-    Arc::new(Schema::new_with_metadata(fields, metadata))
+    _lock: Arc<dyn DiskFile>,
 }
 
 /// A shard that is being written, under a name that no reader looks at.
@@ -230,8 +131,6 @@ impl<'a> ShardWriter<'a> {
         let bytes = self.arrow.get_ref().at as u64;
         let name = format!("{}.{EXTENSION}", &hash[..NAME]);
         self.publish(&name)?;
-        let path = self.cache.path(&name);
-        let lock = self.cache.disk.open(&path).map_err(Error::io(&path))?;
         Ok(Written {
             name,
             sha256: hash,
@@ -239,7 +138,7 @@ impl<'a> ShardWriter<'a> {
             tokens: self.tokens,
             bytes,
             seal,
-            _lock: lock,
+            _lock: self.arrow.get_ref().file(),
         })
     }
 
@@ -263,122 +162,11 @@ impl Drop for ShardWriter<'_> {
     }
 }
 
-/// Reads from a message where the columns of its batch lie.
-fn locate(kind: Kind, message: &[u8], start: usize, rows: usize) -> Batch {
-    let metadata = u32_at(message, 4) as usize;
-    let body = start + 8 + metadata;
-    let parsed = root_as_message(&message[8..8 + metadata]).expect("just written");
-    let batch = parsed.header_as_record_batch().expect("a record batch");
-    let buffers = batch.buffers().expect("it has columns");
-    let at = |buffer: usize| body as u64 + buffers.get(buffer).offset().cast_unsigned();
-    // Each column begins with a validity buffer, empty or not.
-    let (tokens, values, width) = match kind {
-        Kind::PerToken => (3, 5, 4),
-        Kind::Sums => (3, 5, 8),
-    };
-    Batch {
-        rows: rows as u64,
-        keys_at: at(1),
-        tokens_at: at(tokens),
-        values_at: at(values),
-        values: buffers.get(values).length().cast_unsigned() / width,
-    }
-}
-
-/// A file on its way to the disk, hashed as it goes.
-struct Tee {
-    file: Box<dyn DiskFile>,
-    pending: Vec<u8>,
-    at: usize,
-    crcs: BlockCrcs,
-    sha256: Sha256,
-    /// The bytes of the batch that is being written.
-    captured: Option<Vec<u8>>,
-    /// What Arrow writes behind the batches, held back.
-    tail: Option<Vec<u8>>,
-}
-
-impl Tee {
-    fn new(file: Box<dyn DiskFile>) -> Self {
-        Self {
-            file,
-            pending: Vec::new(),
-            at: 0,
-            crcs: BlockCrcs::new(0),
-            sha256: Sha256::new(),
-            captured: None,
-            tail: None,
-        }
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.sha256.update(bytes);
-        self.pending.extend_from_slice(bytes);
-        self.at += bytes.len();
-        if self.pending.len() < CHUNK {
-            return Ok(());
-        }
-        self.send()
-    }
-
-    fn send(&mut self) -> io::Result<()> {
-        self.file.append(&self.pending)?;
-        self.pending.clear();
-        Ok(())
-    }
-
-    /// Puts the seal between Arrow's end of stream and its footer, and makes the file durable.
-    /// Returns the file's SHA-256 and the tail's CRC32C.
-    fn seal(
-        &mut self,
-        seal: impl FnOnce(u64) -> Seal,
-        batches: &[Batch],
-    ) -> io::Result<(String, u32)> {
-        let tail = self.tail.take().unwrap_or_default();
-        let (end, footer) = tail.split_at(8); // of the stream
-        self.write_all(end)?;
-        let gap = self.at.next_multiple_of(ALIGNMENT) - self.at;
-        self.write_all(&[0; ALIGNMENT][..gap])?;
-        let crcs = std::mem::replace(&mut self.crcs, BlockCrcs::new(0)).finish();
-        let seal = seal(self.at as u64).encode(batches, &crcs, footer);
-        self.put(&seal)?;
-        self.put(footer)?;
-        self.send()?;
-        self.file.sync()?;
-        let hash = std::mem::take(&mut self.sha256).finalize();
-        Ok((
-            Hex(&hash).to_string(),
-            u32_at(&seal[seal.len() - TAIL..], TAIL - 4),
-        ))
-    }
-}
-
-impl Write for Tee {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(tail) = &mut self.tail {
-            tail.extend_from_slice(bytes);
-            return Ok(bytes.len());
-        }
-        if let Some(captured) = &mut self.captured
-            && captured.len() < METADATA
-        {
-            captured.extend_from_slice(bytes);
-        }
-        self.crcs.update(bytes);
-        self.put(bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// What Arrow could not write.
 struct Failed(ArrowError);
 
 impl Failed {
-    fn at(self, path: &std::path::Path) -> Error {
+    fn at(self, path: &Path) -> Error {
         match self.0 {
             ArrowError::IoError(_, error) => Error::write(path, CHUNK)(error),
             error => Error::cache(path, error.to_string()),

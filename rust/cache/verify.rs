@@ -84,7 +84,7 @@ impl Cache {
             .extend(whole.iter().map(|source| self.part(source)));
         report.parts.sort_by_key(|part| !part.sealed);
         report.leftovers = leftovers(&listing);
-        match merge::count(self.kind, &whole) {
+        match merge::count(self.agreement(), &whole) {
             Ok(keys) => report.distinct = Some(keys),
             Err(error) => report.problems.push(error.to_string()),
         }

@@ -87,9 +87,6 @@ impl CacheWriter {
             let reason = format!("{keys} keys, {tokens} token counts and {sums} sums differ");
             return Err(Error::Invalid(reason));
         }
-        if let Some(at) = tokens.iter().position(|&tokens| tokens == 0) {
-            return Err(Error::Invalid(format!("record {at} has no token")));
-        }
         self.append_block(Kind::Sums, keys, tokens, bytemuck::cast_slice(sums))
     }
 

@@ -21,6 +21,14 @@ pub fn folder(folder: PathBuf, fingerprint: [u8; 32], sums: bool) -> Cache {
     Cache::new(folder, fingerprint).with_kind(kind)
 }
 
+/// Records of one key may be `tolerance` apart: nats a token.
+pub fn tolerant(cache: Cache, tolerance: Option<f32>) -> Cache {
+    match tolerance {
+        Some(tolerance) => cache.with_tolerance(tolerance),
+        None => cache,
+    }
+}
+
 /// Append log-probs to a new journal of its own in `folder`, which is created if need be.
 ///
 /// Any number of writers may share a folder. `fingerprint` is 32 bytes that name the reference.
@@ -115,22 +123,25 @@ impl CacheReader {
     /// Journals are checked whole, shards by their seal now and block by block as they are read. A
     /// torn last block is skipped and counted. Damage, another fingerprint and impossible values
     /// are a CorruptCacheError. With `pread`, shards are not mapped: one that is cut while it is
-    /// open is an error instead of a SIGBUS.
+    /// open is an error instead of a SIGBUS. Two records of one key may be `tolerance` nats a token
+    /// apart (1e-3 where none is given), or they contradict each other.
     #[staticmethod]
-    #[pyo3(signature = (folder, fingerprint, *, sums=false, pread=false))]
+    #[pyo3(signature = (folder, fingerprint, *, sums=false, pread=false, tolerance=None))]
     fn open(
         py: Python<'_>,
         folder: PathBuf,
         fingerprint: [u8; 32],
         sums: bool,
         pread: bool,
+        tolerance: Option<f32>,
     ) -> PyResult<Self> {
         let mode = if pread {
             ReadMode::Pread
         } else {
             ReadMode::Map
         };
-        let open = || self::folder(folder, fingerprint, sums).open(mode);
+        let cache = tolerant(self::folder(folder, fingerprint, sums), tolerance);
+        let open = || cache.open(mode);
         Ok(Self(py.detach(open)?))
     }
 

@@ -4,27 +4,31 @@ use std::path::PathBuf;
 
 use pyo3::{prelude::*, types::PyDict};
 
-use super::cache::folder;
+use super::cache::{folder, tolerant};
 use crate::cache::{Cache, Compacted, Part, Report};
 
 /// The folder of one reference: `fingerprint` is the 32 bytes that name it.
+///
+/// Two records of one key may be `tolerance` nats a token apart (1e-3 where none is given).
 #[pyclass(frozen, module = "logratio._rust")]
 pub struct CacheFolder {
     cache: Cache,
     fingerprint: [u8; 32],
     sums: bool,
+    tolerance: Option<f32>,
 }
 
 #[pymethods]
 impl CacheFolder {
     #[new]
-    #[pyo3(signature = (folder, fingerprint, *, sums=false))]
-    fn new(folder: PathBuf, fingerprint: [u8; 32], sums: bool) -> Self {
-        let cache = self::folder(folder, fingerprint, sums);
+    #[pyo3(signature = (folder, fingerprint, *, sums=false, tolerance=None))]
+    fn new(folder: PathBuf, fingerprint: [u8; 32], sums: bool, tolerance: Option<f32>) -> Self {
+        let cache = tolerant(self::folder(folder, fingerprint, sums), tolerance);
         Self {
             cache,
             fingerprint,
             sums,
+            tolerance,
         }
     }
 
@@ -47,11 +51,17 @@ impl CacheFolder {
         compacted(py, py.detach(|| self.cache.compact(other_hosts))?)
     }
 
+    /// Turn journals whose writers are gone into shards; other shards stay as they are.
+    #[pyo3(signature = (*, other_hosts=false))]
+    fn seal_idle<'py>(&self, py: Python<'py>, other_hosts: bool) -> PyResult<Bound<'py, PyDict>> {
+        compacted(py, py.detach(|| self.cache.seal_idle(other_hosts))?)
+    }
+
     /// Add the records of other folders of the same reference that this one lacks.
     fn merge<'py>(&self, py: Python<'py>, folders: Vec<PathBuf>) -> PyResult<Bound<'py, PyDict>> {
         let others: Vec<Cache> = folders
             .into_iter()
-            .map(|path| folder(path, self.fingerprint, self.sums))
+            .map(|path| tolerant(folder(path, self.fingerprint, self.sums), self.tolerance))
             .collect();
         compacted(py, py.detach(|| self.cache.merge(&others))?)
     }
