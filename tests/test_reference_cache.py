@@ -78,7 +78,7 @@ def test_references_are_found_and_told(tmp_path: Path) -> None:
         (sums, "sums", digest(0)),
     }
     assert found[0].describe() == (
-        "llama, 2 layers, hidden size 32, vocabulary 1,200, compute dtype float32"
+        "llama, 2 layers, hidden size 32, vocabulary 1,200, weights 00000000, compute dtype float32"
     )
     assert all(reference.proper_name == reference.name for reference in found)
     assert [r.path for r in ReferenceCache(sums).references()] == [sums]
@@ -104,7 +104,9 @@ def test_a_name_chooses_and_a_wrong_one_says_which_there_are(tmp_path: Path) -> 
     write_sums(tmp_path / "cache", {1: (3, -4.5)})
     assert len(cache.references(folder.name[:5])) == 2
     assert [r.path for r in cache.references(folder.name)] == [folder]
-    with pytest.raises(NoReferenceError, match=rf"named nothing; there are {folder.name} \(per-t"):
+    with pytest.raises(
+        NoReferenceError, match=rf"named nothing; name one of\n  {folder.name} \(per-t"
+    ):
         cache.references("nothing")
     with pytest.raises(NoReferenceError, match="2 references fit, and one is wanted"):
         cache.reference()

@@ -15,6 +15,8 @@ FINGERPRINTS = "fingerprint*.json"
 SUMS = ".sums"
 """What the name of a folder that keeps sums ends with."""
 NAME_DIGITS = 16
+SHOWN_DIGITS = 8
+"""Of the weights' hash: tells models of one architecture apart."""
 JOURNAL_HEADER = 64
 JOURNAL_MAGIC = b"LRJOURN1"
 KINDS: tuple[Kind, Kind] = ("per-token", "sums")
@@ -89,6 +91,8 @@ def _described(hard: Mapping[str, Any]) -> Iterator[str]:
     if adapter := hard.get("adapter"):
         settings = adapter.get("config", {})
         yield f"adapter {settings.get('peft_type', '')} r={settings.get('r', '?')}"
+    if isinstance(weights := hard.get("weights"), str):
+        yield f"weights {weights[:SHOWN_DIGITS]}"
     for field in sorted(hard.keys() - {"version", "config", "weights", "adapter"}):
         if hard[field] is not None:
             yield f"{field.replace('_', ' ')} {hard[field]}"

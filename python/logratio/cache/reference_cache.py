@@ -211,5 +211,5 @@ def _misnamed(reference: StoredReference) -> list[str]:
 
 
 def _listed(references: Sequence[StoredReference]) -> str:
-    named = [f"{r.name} ({r.kind}: {r.describe()})" for r in references]
-    return f"there are {'; '.join(named)}" if named else "there are none"
+    named = [f"\n  {r.name} ({r.kind}: {r.describe()})" for r in references]
+    return f"name one of{''.join(named)}"

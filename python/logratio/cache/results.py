@@ -137,8 +137,10 @@ class ReferenceReport:
         return lines + [f"  {line}" for line in self.complaints()]
 
     def _holdings(self) -> str:
-        count = "?" if self.completions is None else f"{self.completions:,}"
-        return f"{count} completions, {self.tokens:,} tokens, {size(self.bytes)}"
+        completions = "? completions"
+        if self.completions is not None:
+            completions = count(self.completions, "completion")
+        return f"{completions}, {count(self.tokens, 'token')}, {size(self.bytes)}"
 
     def _files(self) -> str:
         shards = sum(file.is_sealed for file in self.files)
@@ -177,7 +179,11 @@ class Change:
 
     def to_text(self) -> str:
         """Return a line for the terminal."""
-        parts = [f"{self.completions:,} completions written to {count(len(self.shards), 'shard')}"]
+        completions, shards = (
+            count(self.completions, "completion"),
+            count(len(self.shards), "shard"),
+        )
+        parts = [f"{completions} written to {shards}" if self.shards else "nothing to write"]
         parts += [f"{self.repeats:,} repeated ones left out"] * bool(self.repeats)
         parts += [f"{count(len(self.removed), 'file')} removed"] * bool(self.removed)
         if self.in_use:

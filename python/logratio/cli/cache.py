@@ -90,8 +90,9 @@ def _verdict(report: "ReferenceReport") -> str:
 
     path = report.reference.path
     if report.is_whole:
+        completions = count(report.completions or 0, "completion")
         files = count(len(report.files), "file")
-        return f"{path}: sound, {report.completions:,} completions in {files}, {size(report.bytes)}"
+        return f"{path}: sound, {completions} in {files}, {size(report.bytes)}"
     return "\n".join([f"{path}: not sound", *(f"  {line}" for line in report.complaints())])
 
 
