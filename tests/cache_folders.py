@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from logratio._rust import CacheWriter
+from logratio._rust import CacheReader, CacheWriter
 
 Records = dict[int, list[float]]
 
@@ -32,7 +36,8 @@ def fingerprint(seed: int = 0, **soft: str) -> dict[str, Any]:
 def folder_of(root: Path, seed: int = 0, *, sums: bool = False) -> Path:
     """The folder of one reference below a root, with its fingerprint."""
     told = fingerprint(seed)
-    folder = root / (told["digest"][:16] + (".sums" if sums else ""))
+    name = str(told["digest"])[:16]
+    folder = root / (f"{name}.sums" if sums else name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fingerprint.json").write_text(json.dumps(told, indent=1))
     return folder
@@ -78,3 +83,33 @@ def random_records(numbers: range, seed: int = 0) -> Records:
         number: (-draw.exponential(2.0, length)).astype(np.float32).tolist()
         for number, length in zip(numbers, lengths, strict=True)
     }
+
+
+def contents(folder: Path, seed: int = 0) -> Records:
+    """Everything in a folder of log-probs, by the numbers of the keys, read by the core alone."""
+    found, tokens, logps, _ = CacheReader.open(folder, digest(seed)).slice(None, 10**6)
+    ends = np.cumsum(tokens)
+    parts = [part.tolist() for part in np.split(logps, ends[:-1])]
+    numbers = [int.from_bytes(key.tobytes()) for key in found]
+    return dict(zip(numbers, parts, strict=True)) if numbers else {}
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip one bit of a file."""
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(damaged)
+
+
+@contextmanager
+def disk_of_128_kib(folder: Path) -> Iterator[Path]:
+    """A file system of 128 KiB below a folder, or a skip where nobody may mount one."""
+    place = folder / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs the right to mount a small file system: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
