@@ -171,6 +171,10 @@ def test_verifying_names_the_damaged_file_and_what_to_do(tmp_path: Path, what: s
 def test_a_flipped_bit_in_a_value_is_seen_by_verify(tmp_path: Path) -> None:
     folder = write(tmp_path, random_records(range(2000)), seal=True)
     (shard,) = folder.glob("*.arrow")
+    flip(shard, 500)  # in a key: the seal, which is all of a shard that inspect reads, is whole
+    (report,) = ReferenceCache(tmp_path).inspect()
+    assert "what to do: `logratio cache verify` names each damaged file" in report.to_text()
+    flip(shard, 500)
     for at in range(500, shard.stat().st_size, shard.stat().st_size // 20):
         flip(shard, at)
         (report,) = ReferenceCache(tmp_path).verify()
@@ -195,6 +199,7 @@ def test_records_that_contradict_each_other_are_a_problem(tmp_path: Path) -> Non
     assert (report.is_whole, report.completions) == (False, None)
     assert all(journal.name in report.problems[0] for journal in folder.glob("*.journal"))
     assert "? completions" in report.to_text()
+    assert "what to do: remove the one of the two files" in report.to_text()
 
 
 def test_a_forged_fingerprint_is_named_and_its_log_probs_are_not_given_away(tmp_path: Path) -> None:

@@ -153,7 +153,16 @@ class ReferenceReport:
             for file in self.damaged
             for line in (f"problem: {file.problem}", f"  what to do: {file.remedy}")
         ]
-        return [*files, *(f"problem: {problem}" for problem in self.problems)]
+        return [*files, *(line for problem in self.problems for line in _with_advice(problem))]
+
+
+def _with_advice(problem: str) -> list[str]:
+    line = f"problem: {problem}"
+    if "contradicts the record" in problem:
+        return [line, "  what to do: remove the one of the two files that is not to be trusted"]
+    if problem.startswith("corrupt reference cache"):
+        return [line, "  what to do: `logratio cache verify` names each damaged file"]
+    return [line]
 
 
 @dataclass(frozen=True)
