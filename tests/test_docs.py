@@ -46,7 +46,7 @@ def test_python_blocks_run_one_after_the_other(
 @pytest.mark.parametrize("call", commands("logratio"), ids=" ".join)
 def test_command_takes_the_options_that_readme_gives_it(call: list[str]) -> None:
     words = [word for word in call if re.fullmatch("[a-z]+", word)]
-    depth = 2 if words[0] == "data" else 1
+    depth = 2 if words[0] in {"cache", "data"} else 1
     done = subprocess.run(
         [sys.executable, "-m", "logratio", *words[:depth], "--help"],
         env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},

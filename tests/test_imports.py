@@ -18,6 +18,10 @@ HEAVY = TORCH | GRAPHS | SERVER | {"numpy", "tokenizers", "jinja2", "matplotlib"
 FORBIDDEN = {
     "data": {*TORCH, *GRAPHS, *SERVER}
     | {f"logratio.{folder}" for folder in ("training", "scoring", "serving", "cli", "demo")},
+    "cache": {*TORCH, *GRAPHS, *SERVER, "tokenizers", "jinja2"}
+    | {
+        f"logratio.{folder}" for folder in ("data", "training", "scoring", "serving", "cli", "demo")
+    },
     "training": {*GRAPHS, *SERVER}
     | {f"logratio.{folder}" for folder in ("scoring", "serving", "cli", "demo")},
     "scoring": {*SERVER} | {f"logratio.{folder}" for folder in ("serving", "cli", "demo")},
@@ -30,7 +34,7 @@ FORBIDDEN = {
     "extras": {*HEAVY, "logratio"},
 }
 # The compiled module has a face: what stands above the folders below takes their word for it.
-MAY_NAME_RUST = {"data", "integrations", "training", "scoring", "serving"}
+MAY_NAME_RUST = {"cache", "data", "integrations", "training", "scoring", "serving"}
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -95,6 +99,7 @@ def test_importing_the_package_is_free() -> None:
     ("folder", "never"),
     [
         ("data", TORCH | GRAPHS | SERVER),
+        ("cache", TORCH | GRAPHS | SERVER | {"tokenizers", "pyarrow"}),
         ("serving", TORCH | {"onnx", "onnxscript"}),
         ("training", GRAPHS | SERVER),
     ],
@@ -127,7 +132,9 @@ def test_pyarrow_waits_for_a_container_that_needs_it() -> None:
     assert "pyarrow" not in loaded_by("import logratio.data.containers")
 
 
-@pytest.mark.parametrize("command", [[], ["rank"], ["serve"], ["train"], ["export"]])
+@pytest.mark.parametrize(
+    "command", [[], ["rank"], ["serve"], ["train"], ["export"], ["cache"], ["cache", "export"]]
+)
 def test_help_works_without_torch_and_without_the_extras(command: list[str]) -> None:
     absent = sorted((HEAVY | {"logratio._rust"}) - {"jinja2"})
     code = (

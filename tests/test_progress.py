@@ -1,12 +1,13 @@
 """Progress and forecasts: said in time, in plain numbers, and out of the way when not wanted."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from logratio import progress as module
 from logratio.forecast import Forecast, OutputError, check_writable, duration, size
-from logratio.progress import progress
+from logratio.progress import awaited, progress
 
 
 def test_lines_where_there_is_no_terminal(
@@ -69,3 +70,16 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     check_writable(tmp_path, 1)
     with pytest.raises(OutputError, match="are free"):
         check_writable(tmp_path, 1e18)
+
+
+def test_a_long_call_is_awaited_and_shows_that_it_lives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert awaited("adding", lambda: 2 + 3) == 5
+    with pytest.raises(TimeoutError, match="the call's own"):
+        awaited("failing", lambda: exec("raise TimeoutError('the call\\'s own')"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr(module, "LINE_EVERY", 0.01)
+    assert awaited("sleeping", lambda: time.sleep(0.2)) is None
+    assert "sleeping: 0 s so far\n" in capsys.readouterr().err

@@ -4,7 +4,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
+from threading import Thread
+from typing import TypeVar
 
 PATIENCE = 2.0
 """Seconds before anything is shown."""
@@ -12,6 +15,7 @@ LINE_EVERY = 10.0
 """Seconds between lines where standard error is no terminal."""
 
 Advance = Callable[..., None]
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -111,3 +115,43 @@ class _Lines:
             f"{left:,.0f} s left {note}\n"
         )
         sys.stderr.flush()
+
+
+def awaited(what: str, act: Callable[[], Result]) -> Result:
+    """Run one long call of which nobody knows how far it is, and show that it lives.
+
+    It runs on a thread: Ctrl-C reaches compiled code only when it returns, and here it ends the
+    wait at once. The call itself ends with the process.
+
+    Args:
+        what: A few words on what is done.
+        act: The call; what it raises is raised here.
+    """
+    future: Future[Result] = Future()
+    Thread(target=_settle, args=(future, act), daemon=True).start()
+    wait([future], PATIENCE)
+    if not future.done():
+        (_spin if sys.stderr.isatty() else _report_alive)(what, future)
+    return future.result()
+
+
+def _settle(future: "Future[Result]", act: Callable[[], Result]) -> None:
+    try:
+        future.set_result(act())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _spin(what: str, future: "Future[Result]") -> None:
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        wait([future])
+
+
+def _report_alive(what: str, future: "Future[Result]") -> None:
+    start = time.monotonic() - PATIENCE
+    while not future.done():
+        sys.stderr.write(f"{what}: {time.monotonic() - start:,.0f} s so far\n")
+        sys.stderr.flush()
+        wait([future], LINE_EVERY)

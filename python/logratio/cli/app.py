@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from logratio.cli import data, evaluation, scoring, training
+from logratio.cli import cache, data, evaluation, scoring, training
 
 app = typer.Typer(
     name="logratio",
@@ -20,7 +20,7 @@ app = typer.Typer(
     "`precompute` caches the reference's half, `train` moves the policy's half, and β times it is "
     "the reward that `export`, `rank` and `serve` carry to production. Start with `logratio demo`.",
 )
-BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX"}
+BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX", "pyarrow"}
 """What a server leaves out: it installs the wheel alone."""
 
 for command in (
@@ -34,6 +34,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,139 @@
+"""A reference's log-probs as a Parquet file, for anything that reads tables."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from logratio._rust import CacheReader
+from logratio.cache.identity import StoredReference
+from logratio.cache.merging import entry_bytes
+from logratio.cache.results import Exported
+from logratio.durable import sync
+from logratio.forecast import check_writable
+
+GROUP_TOKENS = 2**21
+"""Log-probs of a row group, about: 8 MB, which with its packed copy is all that memory holds."""
+GROUP_ROWS = 2**16
+SUM_BYTES = 12
+
+Advance = Callable[[int, int], object]
+
+
+def export(
+    reference: StoredReference, path: Path, advance: Advance = lambda rows, total: None
+) -> Exported:
+    """Write every completion of a reference once, ascending by key; the file comes whole or not.
+
+    Columns: `key` (fixed-size binary of 32), `tokens` (uint32), `sum` (float64: of the log-probs of
+    all tokens; of those that count, from a folder of sums) and, from a folder of log-probs,
+    `logps` (list of float32, natural logarithms). The file's metadata names the reference:
+    `logratio.fingerprint`, `logratio.kind`, and its fields as JSON in `logratio.reference`.
+
+    Args:
+        reference: What to write.
+        path: The file; one that is there is replaced once the new one is whole.
+        advance: Called after each piece, with its rows and the number of records in all.
+
+    Raises:
+        DamagedFingerprintError: The folder's fingerprint was altered.
+        CorruptCacheError: A file is damaged, or two records of one key contradict each other.
+        OSError: The disk is full, or the place cannot be written; nothing of the file remains.
+    """
+    reference.check()
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a folder; name a file to write", str(path))
+    reader = CacheReader.open(reference.path, reference.digest, sums=reference.keeps_sums)
+    needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)
+    check_writable(path.parent, needed)
+    with _published(path) as file:
+        rows, tokens = _write(reference, reader, file, advance)
+    return Exported(path, reference, rows, tokens, path.stat().st_size)
+
+
+@contextmanager
+def _published(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside `path` that gets its name when the block ends well, or goes."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def _write(
+    reference: StoredReference, reader: CacheReader, file: IO[bytes], advance: Advance
+) -> tuple[int, int]:
+    import pyarrow.parquet
+
+    schema = _schema(reference)
+    writer = pyarrow.parquet.ParquetWriter(
+        file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+    )
+    rows = tokens = 0
+    try:
+        for table in _tables(reader, schema):
+            writer.write_table(table)
+            rows += table.num_rows
+            tokens += int(np.sum(table["tokens"].to_numpy(), dtype=np.int64))
+            advance(table.num_rows, len(reader))
+        writer.close()
+    except BaseException:
+        writer.is_open = False  # or it would write its end once more, to a file that is gone
+        raise
+    return rows, tokens
+
+
+def _schema(reference: StoredReference) -> Any:
+    import pyarrow
+
+    fields = [
+        pyarrow.field("key", pyarrow.binary(32), nullable=False),
+        pyarrow.field("tokens", pyarrow.uint32(), nullable=False),
+        pyarrow.field("sum", pyarrow.float64(), nullable=False),
+    ]
+    if not reference.keeps_sums:
+        logps = pyarrow.list_(pyarrow.field("element", pyarrow.float32(), nullable=False))
+        fields.append(pyarrow.field("logps", logps, nullable=False))
+    told = {"hard": dict(reference.hard), "soft": [dict(soft) for soft in reference.soft]}
+    metadata = {
+        "logratio.fingerprint": reference.digest.hex(),
+        "logratio.kind": reference.kind,
+        "logratio.reference": json.dumps(told),
+    }
+    return pyarrow.schema(fields, metadata)
+
+
+def _tables(reader: CacheReader, schema: Any) -> Iterator[Any]:
+    """Yield the completions in pieces of bounded size, ascending by key."""
+    import pyarrow
+
+    mean = max(1, reader.tokens // max(1, len(reader)))
+    limit = max(1, min(GROUP_ROWS, GROUP_TOKENS // mean))
+    after = None
+    while True:
+        keys, tokens, logps, sums = reader.slice(after, limit)
+        if not len(keys):
+            return
+        after = keys[-1].tobytes()
+        key = pyarrow.FixedSizeBinaryArray.from_buffers(
+            pyarrow.binary(32), len(keys), [None, pyarrow.py_buffer(keys)]
+        )
+        columns = [key, tokens]
+        if "logps" in schema.names:
+            offsets = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
+            columns.append(np.add.reduceat(logps, offsets[:-1], dtype=np.float64))
+            kind = schema.field("logps").type
+            columns.append(pyarrow.ListArray.from_arrays(offsets.astype(np.int32), logps, kind))
+        else:
+            columns.append(sums)
+        yield pyarrow.table([pyarrow.array(column) for column in columns], schema=schema)
