@@ -55,14 +55,21 @@ impl Kind {
     }
 
     /// Whether two records of one key may come from two batches of one reference.
-    pub(crate) fn agree(self, one: &[u8], other: &[u8]) -> bool {
+    pub(crate) fn agree(self, one: &[u8], other: &[u8], tokens: u32) -> bool {
+        let (one_value, tolerance) = (
+            f64::from(TOLERANCE),
+            f64::from(TOLERANCE) * f64::from(tokens),
+        );
         let same = one.len() == other.len();
         same && match self {
             Self::PerToken => {
                 let value = |bytes| f64::from(f32::from_le_bytes(bytes));
-                close(one.as_chunks().0, other.as_chunks().0, value)
+                close(one.as_chunks().0, other.as_chunks().0, value, one_value)
             }
-            Self::Sums => close(one.as_chunks().0, other.as_chunks().0, f64::from_le_bytes),
+            Self::Sums => {
+                let value = f64::from_le_bytes;
+                close(one.as_chunks().0, other.as_chunks().0, value, tolerance)
+            }
         }
     }
 }
@@ -94,8 +101,9 @@ fn close<const N: usize>(
     one: &[[u8; N]],
     other: &[[u8; N]],
     value: impl Fn([u8; N]) -> f64,
+    tolerance: f64,
 ) -> bool {
     one.iter()
         .zip(other)
-        .all(|(&one, &other)| (value(one) - value(other)).abs() <= f64::from(TOLERANCE))
+        .all(|(&one, &other)| (value(one) - value(other)).abs() <= tolerance)
 }

@@ -101,7 +101,7 @@ fn skip(source: &Source, key: &Key) -> Result<u64> {
 /// Two batches of one model round differently; anything beyond that is a contradiction.
 pub fn agree(kind: Kind, one: (&Source, u64), other: (&Source, u64)) -> Result<()> {
     let (first, second) = (values(kind, one)?, values(kind, other)?);
-    if first.0 == second.0 && kind.agree(&first.1, &second.1) {
+    if first.0 == second.0 && kind.agree(&first.1, &second.1, first.0) {
         return Ok(());
     }
     let reason = format!(

@@ -24,6 +24,7 @@ use super::{
     Cache, Kind,
     disk::DiskFile,
     shard::{Batch, EXTENSION, Seal, TAIL},
+    snapshot::PARTIAL,
     source::Source,
     writer::writer_name,
 };
@@ -53,8 +54,8 @@ pub struct Written {
     pub bytes: u64,
     /// CRC32C of the tail.
     pub seal: u32,
-    /// Says, until the shard is in a manifest, that its writer lives.
-    _lock: Box<dyn DiskFile>,
+    /// Holds the file's lock until the shard is in a manifest: its writer lives, it is no leftover.
+    _lock: Arc<dyn DiskFile>,
 }
 
 /// Rows on their way into one record batch.
@@ -157,8 +158,9 @@ pub struct ShardWriter<'a> {
 impl<'a> ShardWriter<'a> {
     pub fn new(cache: &'a Cache) -> Result<Self> {
         let id = RandomState::new().hash_one(process::id());
-        let partial = cache.path(&format!("{}.partial", writer_name(id)));
-        let file = cache.disk.create(&partial).map_err(Error::io(&partial))?;
+        let partial = cache.path(&format!("{}.{PARTIAL}", writer_name(id)));
+        let file = cache.disk.create(&partial);
+        let file = file.map_err(Error::write(&partial, CHUNK))?;
         let _ = file.lock(); // tells `compact` that the writer lives, where there are locks
         let schema = schema(cache);
         let options =
@@ -230,8 +232,6 @@ impl<'a> ShardWriter<'a> {
         let bytes = self.arrow.get_ref().at as u64;
         let name = format!("{}.{EXTENSION}", &hash[..NAME]);
         self.publish(&name)?;
-        let path = self.cache.path(&name);
-        let lock = self.cache.disk.open(&path).map_err(Error::io(&path))?;
         Ok(Written {
             name,
             sha256: hash,
@@ -239,18 +239,18 @@ impl<'a> ShardWriter<'a> {
             tokens: self.tokens,
             bytes,
             seal,
-            _lock: lock,
+            _lock: Arc::clone(&self.arrow.get_ref().file),
         })
     }
 
     fn publish(&mut self, name: &str) -> Result<()> {
         let path = self.cache.path(name);
         let renamed = self.cache.disk.rename(&self.partial, &path);
-        renamed.map_err(Error::io(&path))?;
+        renamed.map_err(Error::write(&path, CHUNK))?;
         self.published = true;
         let folder = self.cache.folder();
         let synced = self.cache.disk.sync_folder(folder);
-        synced.map_err(Error::io(folder))
+        synced.map_err(Error::write(folder, CHUNK))
     }
 }
 
@@ -287,7 +287,7 @@ fn locate(kind: Kind, message: &[u8], start: usize, rows: usize) -> Batch {
 
 /// A file on its way to the disk, hashed as it goes.
 struct Tee {
-    file: Box<dyn DiskFile>,
+    file: Arc<dyn DiskFile>,
     pending: Vec<u8>,
     at: usize,
     crcs: BlockCrcs,
@@ -301,7 +301,7 @@ struct Tee {
 impl Tee {
     fn new(file: Box<dyn DiskFile>) -> Self {
         Self {
-            file,
+            file: Arc::from(file),
             pending: Vec::new(),
             at: 0,
             crcs: BlockCrcs::new(0),
