@@ -25,11 +25,10 @@ pub enum Bytes {
 }
 
 impl Bytes {
-    pub fn new(file: Box<dyn DiskFile>, mode: ReadMode) -> io::Result<Self> {
-        match mode {
-            ReadMode::Map => file.map().map(Self::Map),
-            ReadMode::Pread => Ok(Self::File(file)),
-        }
+    /// A file that cannot be mapped (not every network file system can) is read by calls.
+    pub fn new(file: Box<dyn DiskFile>, mode: ReadMode) -> Self {
+        let map = (mode == ReadMode::Map).then(|| file.map().ok()).flatten();
+        map.map_or(Self::File(file), Self::Map)
     }
 
     /// Fills `out` from byte `at` on.

@@ -1,14 +1,19 @@
 //! Many files become few; leftovers go.
 
-use std::{collections::BTreeSet, io::ErrorKind, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::ErrorKind,
+    path::Path,
+};
 
 use super::{
     Cache, ReadMode,
     disk::DiskFile,
     journal_table::JournalTable,
+    manifest::manifest_name,
     seal::{Counts, SHARD_BYTES},
     shard_writer::Written,
-    snapshot::{Listing, open_shard, open_sources, read_manifests},
+    snapshot::{Listing, open_shard, open_sources, read_manifests, until_still},
     source::Source,
     writer::host,
 };
@@ -29,8 +34,8 @@ pub struct Compacted {
     pub in_use: Vec<String>,
 }
 
-/// A journal, and the lock that says that nobody writes it.
-type Idle = (JournalTable, Box<dyn DiskFile>);
+/// What a folder had, the sources that nobody writes, and the names of those that somebody does.
+type Idle = (Listing, Vec<Source>, Compacted);
 
 impl Cache {
     /// Rewrites all shards and idle journals as shards of about a gigabyte, each key once, and
@@ -39,14 +44,7 @@ impl Cache {
     /// Journals of other hosts are left alone unless `other_hosts` says that nobody writes there:
     /// some network file systems do not show a lock to other hosts.
     pub fn compact(&self, other_hosts: bool) -> Result<Compacted> {
-        let listing = Listing::stable(self)?;
-        let manifests = read_manifests(self, &listing)?;
-        let mut sources = Vec::new();
-        for manifest in manifests.values() {
-            let shard = open_shard(self, manifest, &listing, ReadMode::default())?;
-            sources.push(Source::Shard(shard));
-        }
-        let mut done = self.rewrite(sources, &listing, other_hosts)?;
+        let (listing, mut done) = self.rewrite(true, other_hosts)?;
         self.remove_leftovers(&listing, other_hosts, &mut done)?;
         Ok(done)
     }
@@ -54,39 +52,31 @@ impl Cache {
     /// Turns idle journals into shards and leaves the shards that are there alone: what the end of
     /// a pass does for those whose writers died.
     pub fn seal_idle(&self, other_hosts: bool) -> Result<Compacted> {
-        self.rewrite(Vec::new(), &Listing::stable(self)?, other_hosts)
+        self.rewrite(false, other_hosts).map(|(_, done)| done)
     }
 
-    /// Writes these shards and all idle journals anew, and removes what was written.
-    fn rewrite(
-        &self,
-        mut sources: Vec<Source>,
-        listing: &Listing,
-        other_hosts: bool,
-    ) -> Result<Compacted> {
-        let mut done = Compacted::default();
-        let mut locks = Vec::new(); // until the journals are gone
-        for name in &listing.journals {
-            match self.idle_journal(name, other_hosts)? {
-                None => done.in_use.push(name.clone()),
-                Some((table, lock)) => {
-                    sources.push(Source::Journal(table));
-                    locks.push(lock);
-                }
-            }
-        }
-        if sources.len() > 1 || !locks.is_empty() {
+    /// Writes all idle journals, and the shards if asked, anew; removes what was written.
+    fn rewrite(&self, shards: bool, other_hosts: bool) -> Result<(Listing, Compacted)> {
+        let idle = |listing: &Listing| self.idle_sources(listing, shards, other_hosts);
+        let (listing, sources, mut done) = until_still(self, idle)?;
+        let all_sealed = !sources.iter().any(Source::is_journal);
+        if sources.len() > 1 || !all_sealed {
             let (written, counts) = self.write_shards(&sources, SHARD_BYTES, |_| true)?;
             self.publish(&written)?;
             done.note(&written, counts);
             self.remove_sources(&sources, &mut done)?;
         }
-        Ok(done)
+        Ok((listing, done))
     }
 
     /// Adds the records of `others`, of the same reference, that this cache lacks. They stay where
     /// they are.
     pub fn merge(&self, others: &[Self]) -> Result<Compacted> {
+        if let Some(other) = others.iter().find(|other| !self.is_alike(other)) {
+            let folder = other.folder.display();
+            let reason = format!("{folder} keeps values of another reference or kind");
+            return Err(Error::Invalid(reason));
+        }
         let made = self.disk.create_folder(&self.folder);
         made.map_err(Error::io(&self.folder))?;
         let mut sources = open_sources(self, ReadMode::default())?;
@@ -102,18 +92,40 @@ impl Cache {
         Ok(done)
     }
 
-    /// Locks a journal that nobody writes.
-    fn idle_journal(&self, name: &str, other_hosts: bool) -> Result<Option<Idle>> {
-        let path = self.path(name);
-        let opened = match self.disk.open(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            opened => opened.map_err(Error::io(&path))?,
+    fn is_alike(&self, other: &Self) -> bool {
+        (self.fingerprint, self.kind) == (other.fingerprint, other.kind)
+    }
+
+    /// Everything that nobody writes; the shards only if asked.
+    fn idle_sources(&self, listing: &Listing, shards: bool, other_hosts: bool) -> Result<Idle> {
+        let mut sources = Vec::new();
+        let manifests = if shards {
+            read_manifests(self, listing)?
+        } else {
+            BTreeMap::new()
         };
+        for manifest in manifests.values() {
+            let shard = open_shard(self, manifest, listing, ReadMode::default())?;
+            sources.push(Source::Shard(shard));
+        }
+        let mut done = Compacted::default();
+        for name in &listing.journals {
+            match self.idle_journal(name, other_hosts)? {
+                None => done.in_use.push(name.clone()),
+                Some(table) => sources.push(Source::Journal(table)),
+            }
+        }
+        Ok((listing.clone(), sources, done))
+    }
+
+    /// Locks a journal that nobody writes: the table holds the lock.
+    fn idle_journal(&self, name: &str, other_hosts: bool) -> Result<Option<JournalTable>> {
+        let path = self.path(name);
+        let opened = self.disk.open(&path).map_err(Error::io(&path))?;
         if !is_idle(name, &*opened, other_hosts) {
             return Ok(None);
         }
-        let table = JournalTable::open(self, path)?;
-        Ok(Some((table, opened)))
+        JournalTable::of(self, path, opened).map(Some)
     }
 
     /// Removes what the new shards hold. A shard's manifest goes first and for good, so that none
@@ -125,13 +137,16 @@ impl Cache {
                 .iter()
                 .filter(|source| !kept.contains(source.name()))
         };
-        for source in gone().filter(|source| matches!(source, Source::Shard(_))) {
-            let stem = source.name().split('.').next().unwrap_or_default();
-            self.remove(&format!("{stem}.{}", super::manifest::EXTENSION))?;
+        for source in gone().filter(|source| !source.is_journal()) {
+            self.remove(&manifest_name(source.name()))?;
         }
         self.sync_names()?;
         for source in gone() {
             self.remove(source.name())?;
+            if !source.is_journal() {
+                // Another sealer of the same bytes may have listed them again meanwhile.
+                self.remove(&manifest_name(source.name()))?;
+            }
             done.removed.push(source.name().into());
         }
         Ok(())
@@ -145,11 +160,7 @@ impl Cache {
         done: &mut Compacted,
     ) -> Result<()> {
         let now = Listing::stable(self)?;
-        let unlisted = |name: &&String| {
-            let stem = name.split('.').next().unwrap_or_default();
-            !now.manifests
-                .contains(&format!("{stem}.{}", super::manifest::EXTENSION))
-        };
+        let unlisted = |name: &&String| !now.manifests.contains(&manifest_name(name));
         let shards = before.shards.intersection(&now.shards).filter(unlisted);
         let partials = before.partials.intersection(&now.partials);
         for name in shards.chain(partials) {
@@ -168,9 +179,7 @@ impl Cache {
     }
 
     fn is_listed_now(&self, name: &str) -> bool {
-        let stem = name.split('.').next().unwrap_or_default();
-        let manifest = self.path(&format!("{stem}.{}", super::manifest::EXTENSION));
-        self.disk.open(&manifest).is_ok()
+        self.disk.open(&self.path(&manifest_name(name))).is_ok()
     }
 
     fn sync_names(&self) -> Result<()> {

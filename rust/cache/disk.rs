@@ -45,7 +45,8 @@ pub trait DiskFile: Debug + Send + Sync {
     ///
     /// `Unsupported` where the file system has no locks.
     fn lock(&self) -> io::Result<bool>;
-    /// Maps the file, which nobody may change from now on.
+    /// Maps the file, which nobody may change from now on. Where this fails, the file is read by
+    /// [`Self::read_at`].
     fn map(&self) -> io::Result<Map>;
 }
 
@@ -55,10 +56,16 @@ pub struct Os;
 
 impl Disk for Os {
     fn create_folder(&self, folder: &Path) -> io::Result<()> {
-        if folder.is_dir() || folder.as_os_str().is_empty() {
-            return Ok(());
+        let Some(parent) = folder.parent() else {
+            return Ok(()); // nothing, or the root
+        };
+        if folder.is_dir() {
+            // Whoever made it may not have synced its name yet.
+            return match self.sync_folder(parent) {
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
+                synced => synced,
+            };
         }
-        let parent = folder.parent().unwrap_or(Path::new(""));
         self.create_folder(parent)?;
         match fs::create_dir(folder) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),

@@ -48,6 +48,12 @@ pub fn join(agreement: Agreement, sources: &[Source], keys: &[Key]) -> Result<Ve
             } else {
                 agreement.check(place(sources, *found)?, (source, at))?;
             }
+            // Keys of shards stand once; a journal has them as they came.
+            let mut next = at + 1;
+            while source.is_journal() && next < source.rows() && source.key(next)? == *key {
+                agreement.check(place(sources, *found)?, (source, next))?;
+                next += 1;
+            }
         }
     }
     Ok(rows)

@@ -32,6 +32,13 @@ pub struct Manifest {
     pub seal: u32,
 }
 
+/// What every version of a manifest has, whatever else it lacks.
+#[derive(Deserialize)]
+struct Version {
+    format: String,
+    version: u32,
+}
+
 impl Manifest {
     pub fn new(cache: &Cache, written: &Written) -> Self {
         Self {
@@ -51,8 +58,7 @@ impl Manifest {
     /// The manifest's file name: the shard's, with another ending. No two writers share one unless
     /// they wrote the same bytes.
     pub fn name(&self) -> String {
-        let stem = self.shard.split('.').next().unwrap_or_default();
-        format!("{stem}.{EXTENSION}")
+        manifest_name(&self.shard)
     }
 
     /// As JSON whose last field is the CRC32C of everything before it.
@@ -69,17 +75,16 @@ impl Manifest {
         let Some(body) = checked(bytes) else {
             return Err(refuse("the manifest's checksum does not match".into()));
         };
-        let manifest: Self = serde_json::from_str(&format!("{body}\n}}"))
-            .map_err(|error| refuse(format!("no manifest that this library reads: {error}")))?;
+        let json = format!("{body}\n}}");
+        let no_manifest = |error| refuse(format!("no manifest that this library reads: {error}"));
+        let Version { format, version } = serde_json::from_str(&json).map_err(no_manifest)?;
+        if format != FORMAT || version != VERSION {
+            let reason = format!("{format} version {version}, this library reads {VERSION}");
+            return Err(refuse(reason));
+        }
+        let manifest: Self = serde_json::from_str(&json).map_err(no_manifest)?;
         let wanted = Hex(&cache.fingerprint).to_string();
-        if manifest.format != FORMAT || manifest.version > VERSION {
-            let Self {
-                format, version, ..
-            } = &manifest;
-            Err(refuse(format!(
-                "{format} version {version}, this library reads {VERSION}"
-            )))
-        } else if manifest.fingerprint != wanted {
+        if manifest.fingerprint != wanted {
             let found = &manifest.fingerprint;
             Err(refuse(format!(
                 "it belongs to reference {found}, not to {wanted}"
@@ -93,6 +98,12 @@ impl Manifest {
             Ok(manifest)
         }
     }
+}
+
+/// The file name of the manifest of a shard with this one.
+pub fn manifest_name(shard: &str) -> String {
+    let stem = shard.split('.').next().unwrap_or_default();
+    format!("{stem}.{EXTENSION}")
 }
 
 /// Whether this can only name a file of the folder.

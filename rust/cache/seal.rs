@@ -2,6 +2,7 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
+    io::{self, ErrorKind},
     path::Path,
     process,
 };
@@ -9,9 +10,10 @@ use std::{
 use super::{
     Cache,
     journal_table::JournalTable,
-    manifest::Manifest,
+    manifest::{Manifest, manifest_name},
     merge::{Found, Merged},
     shard_writer::{ShardWriter, Written},
+    snapshot::PARTIAL,
     source::Source,
     writer::writer_name,
 };
@@ -19,6 +21,9 @@ use crate::{Error, Result};
 
 /// A shard of this many bytes is full.
 pub const SHARD_BYTES: usize = 1 << 30;
+
+/// What a folder grows by for new names.
+const NAMES: usize = 4096;
 
 /// What was written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,21 +88,31 @@ impl Cache {
             self.write_manifest(&Manifest::new(self, written))?;
         }
         let folder = self.folder();
-        self.disk.sync_folder(folder).map_err(Error::io(folder))?;
-        for written in shards {
-            // Somebody who tidied up may have taken an unlisted shard for a leftover.
-            let path = self.path(&written.name);
-            self.disk.open(&path).map_err(Error::io(&path))?;
+        let synced = self.disk.sync_folder(folder);
+        synced.map_err(Error::write(folder, NAMES))?;
+        shards
+            .iter()
+            .try_for_each(|written| self.check_kept(written))
+    }
+
+    /// Somebody who tidied up may have taken an unlisted shard for a leftover, or have removed one
+    /// of the same bytes because its records were somewhere else: no manifest may name it then.
+    fn check_kept(&self, written: &Written) -> Result<()> {
+        let path = self.path(&written.name);
+        let opened = self.disk.open(&path).map(drop);
+        if opened.as_ref().is_err_and(is_not_found) {
+            let _ = self.disk.remove(&self.path(&manifest_name(&written.name)));
         }
-        Ok(())
+        opened.map_err(Error::io(&path))
     }
 
     fn write_manifest(&self, manifest: &Manifest) -> Result<()> {
         let id = RandomState::new().hash_one(process::id());
-        let partial = self.path(&format!("{}.partial", writer_name(id)));
+        let partial = self.path(&format!("{}.{PARTIAL}", writer_name(id)));
         let (path, bytes) = (self.path(&manifest.name()), manifest.encode());
         let write = || {
             let file = self.disk.create(&partial)?;
+            let _ = file.lock(); // as shards do
             file.append(&bytes)?;
             file.sync()?;
             self.disk.rename(&partial, &path)
@@ -108,4 +123,8 @@ impl Cache {
         }
         written.map_err(Error::write(&path, bytes.len()))
     }
+}
+
+fn is_not_found(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::NotFound
 }

@@ -36,7 +36,7 @@ impl Shard {
         let bytes = if length == 0 {
             return Err(Error::cache(&path, "it is empty"));
         } else {
-            Bytes::new(file, mode).map_err(Error::io(&path))?
+            Bytes::new(file, mode)
         };
         let found = shard_seal::read(cache, &path, &bytes, length as usize)?;
         Ok(Self {

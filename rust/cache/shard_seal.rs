@@ -55,6 +55,24 @@ impl Batch {
         bytes.as_flattened().try_into().expect("five of eight")
     }
 
+    /// Whether all columns lie in the first `data` bytes.
+    fn fits(&self, kind: Kind, data: u64) -> bool {
+        let (tokens, values) = match kind {
+            Kind::PerToken => (self.rows.saturating_add(1), self.values),
+            Kind::Sums => (self.rows, self.rows),
+        };
+        let columns = [
+            (self.keys_at, self.rows, 32),
+            (self.tokens_at, tokens, 4),
+            (self.values_at, values, kind.width() as u64),
+        ];
+        let ends = columns.map(|(at, items, width)| {
+            let bytes = items.checked_mul(width)?;
+            at.checked_add(bytes)
+        });
+        values == self.values && ends.iter().all(|end| end.is_some_and(|end| end <= data))
+    }
+
     fn from_bytes(bytes: &[u8]) -> Self {
         let [rows, keys_at, tokens_at, values_at, values] =
             [0, 8, 16, 24, 32].map(|at| u64_at(bytes, at));
@@ -134,7 +152,7 @@ pub fn read(cache: &Cache, path: &Path, bytes: &Bytes, length: usize) -> Result<
     open.check_footer(&tail, footer)?;
     let (batches, crcs) = open.tables(&tail, footer)?;
     Ok(Found {
-        starts: open.starts(&tail, &batches)?,
+        starts: open.starts(&tail, &batches, cache.kind)?,
         batches,
         tokens: u64_at(&tail, TOKENS_AT),
         data: u64_at(&tail, DATA_AT) as usize,
@@ -234,12 +252,23 @@ impl Opening<'_> {
         ))
     }
 
-    fn starts(&self, tail: &[u8], batches: &[Batch]) -> Result<Vec<u64>> {
+    /// Number of the first row of each batch, and of all rows. Every column lies in the data, so
+    /// that no place in a column can overflow.
+    fn starts(&self, tail: &[u8], batches: &[Batch], kind: Kind) -> Result<Vec<u64>> {
+        let data = u64_at(tail, DATA_AT);
+        if !batches.iter().all(|batch| batch.fits(kind, data)) {
+            return Err(self.refuse("a batch lies outside its data"));
+        }
         let mut starts = vec![0_u64];
         for batch in batches {
             starts.push(starts[starts.len() - 1].saturating_add(batch.rows));
         }
-        if starts[batches.len()] != u64_at(tail, ROWS_AT) {
+        let (rows, tokens) = (starts[batches.len()], u64_at(tail, TOKENS_AT));
+        let possible = match kind {
+            Kind::PerToken => data / 4,
+            Kind::Sums => rows.saturating_mul(u32::MAX.into()),
+        };
+        if rows != u64_at(tail, ROWS_AT) || tokens > possible {
             return Err(self.refuse("its batches do not have the rows of the whole"));
         }
         Ok(starts)

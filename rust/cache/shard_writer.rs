@@ -19,6 +19,7 @@ use super::{
     disk::DiskFile,
     shard::EXTENSION,
     shard_seal::{Batch, Seal},
+    snapshot::PARTIAL,
     source::Source,
     tee::{CHUNK, Tee},
     writer::writer_name,
@@ -38,7 +39,7 @@ pub struct Written {
     pub bytes: u64,
     /// CRC32C of the tail.
     pub seal: u32,
-    /// Says, until the shard is in a manifest, that its writer lives.
+    /// Holds the file's lock until the shard is in a manifest: its writer lives, it is no leftover.
     _lock: Arc<dyn DiskFile>,
 }
 
@@ -58,8 +59,9 @@ pub struct ShardWriter<'a> {
 impl<'a> ShardWriter<'a> {
     pub fn new(cache: &'a Cache) -> Result<Self> {
         let id = RandomState::new().hash_one(process::id());
-        let partial = cache.path(&format!("{}.partial", writer_name(id)));
-        let file = cache.disk.create(&partial).map_err(Error::io(&partial))?;
+        let partial = cache.path(&format!("{}.{PARTIAL}", writer_name(id)));
+        let file = cache.disk.create(&partial);
+        let file = file.map_err(Error::write(&partial, CHUNK))?;
         let _ = file.lock(); // tells `compact` that the writer lives, where there are locks
         let schema = schema(cache);
         let options =
@@ -145,11 +147,11 @@ impl<'a> ShardWriter<'a> {
     fn publish(&mut self, name: &str) -> Result<()> {
         let path = self.cache.path(name);
         let renamed = self.cache.disk.rename(&self.partial, &path);
-        renamed.map_err(Error::io(&path))?;
+        renamed.map_err(Error::write(&path, CHUNK))?;
         self.published = true;
         let folder = self.cache.folder();
         let synced = self.cache.disk.sync_folder(folder);
-        synced.map_err(Error::io(folder))
+        synced.map_err(Error::write(folder, CHUNK))
     }
 }
 

@@ -18,8 +18,13 @@ use super::{
 use crate::{Error, Result};
 
 /// How often the folder may change while it is opened.
-const TRIES: u32 = 200;
-const PAUSE: Duration = Duration::from_millis(5);
+pub const TRIES: u32 = 200;
+pub const PAUSE: Duration = Duration::from_millis(5);
+
+/// The ending of files that are not finished.
+pub const PARTIAL: &str = "partial";
+/// More bytes than any manifest has, with fields of later versions: what is read of one at most.
+const LARGEST_MANIFEST: u64 = 1 << 20;
 
 /// The names of a folder at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,7 +47,7 @@ impl Listing {
                 manifest::EXTENSION => listing.manifests.insert(name),
                 shard::EXTENSION => listing.shards.insert(name),
                 journal::EXTENSION => listing.journals.insert(name),
-                "partial" => listing.partials.insert(name),
+                PARTIAL => listing.partials.insert(name),
                 _ => false,
             };
         }
@@ -63,26 +68,30 @@ impl Listing {
             before = now;
             thread::sleep(PAUSE);
         }
-        Err(busy(cache))
+        Err(busy(cache.folder()))
     }
 }
 
-fn busy(cache: &Cache) -> Error {
+pub fn busy(folder: &Path) -> Error {
     let error = std::io::Error::new(ErrorKind::TimedOut, "the folder never stood still");
-    Error::io(cache.folder())(error)
+    Error::io(folder)(error)
 }
 
 /// All records of a folder as it stands now: shards first, then journals, each by name.
 pub fn open_sources(cache: &Cache, mode: ReadMode) -> Result<Vec<Source>> {
+    until_still(cache, |listing| open_all(cache, listing, mode))
+}
+
+/// Lists the folder and opens what is in it, again if a file is gone before it is open.
+pub fn until_still<T>(cache: &Cache, open: impl Fn(&Listing) -> Result<T>) -> Result<T> {
     for _ in 0..TRIES {
-        let listing = Listing::stable(cache)?;
-        match open_all(cache, &listing, mode) {
+        match open(&Listing::stable(cache)?) {
             // It went after it was listed, because its records are somewhere else now.
             Err(error) if is_gone(&error) => thread::sleep(PAUSE),
             opened => return opened,
         }
     }
-    Err(busy(cache))
+    Err(busy(cache.folder()))
 }
 
 fn is_gone(error: &Error) -> bool {
@@ -114,7 +123,7 @@ pub fn read_manifests(cache: &Cache, listing: &Listing) -> Result<BTreeMap<Strin
 pub fn read_manifest(cache: &Cache, path: &Path) -> Result<Manifest> {
     let read = || {
         let file = cache.disk.open(path)?;
-        let mut bytes = vec![0; file.length()? as usize];
+        let mut bytes = vec![0; file.length()?.min(LARGEST_MANIFEST) as usize];
         file.read_at(&mut bytes, 0)?;
         Ok(bytes)
     };

@@ -29,6 +29,10 @@ impl Source {
         }
     }
 
+    pub fn is_journal(&self) -> bool {
+        matches!(self, Self::Journal(_))
+    }
+
     /// Its name in the folder.
     pub fn name(&self) -> &str {
         let name = self.path().file_name().and_then(|name| name.to_str());

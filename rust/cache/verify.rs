@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::{
     Cache, Kind, ReadMode,
     journal_table::JournalTable,
-    manifest::{self, Manifest},
+    manifest::{Manifest, manifest_name},
     merge,
     snapshot::{Listing, open_shard, read_manifest},
     source::Source,
@@ -198,12 +198,7 @@ fn check_rows(kind: Kind, shard: &Source, manifest: &Manifest) -> Result<()> {
 }
 
 fn leftovers(listing: &Listing) -> Vec<String> {
-    let unlisted = |name: &&String| {
-        let stem = name.split('.').next().unwrap_or_default();
-        !listing
-            .manifests
-            .contains(&format!("{stem}.{}", manifest::EXTENSION))
-    };
+    let unlisted = |name: &&String| !listing.manifests.contains(&manifest_name(name));
     let shards = listing.shards.iter().filter(unlisted);
     shards.chain(&listing.partials).cloned().collect()
 }

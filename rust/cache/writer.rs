@@ -12,6 +12,7 @@ use super::{
     Cache, Fingerprint, Kind,
     disk::DiskFile,
     journal::{self, Chain, EXTENSION},
+    snapshot::{PARTIAL, TRIES, busy},
 };
 use crate::{Error, Result, fingerprint::Key};
 
@@ -42,10 +43,9 @@ impl CacheWriter {
         let folder = cache.folder();
         let made = cache.disk.create_folder(folder);
         made.map_err(Error::io(folder))?;
-        let id = RandomState::new().hash_one(process::id());
-        let path = cache.path(&format!("{}.{EXTENSION}", writer_name(id)));
-        let header = journal::header(&cache.fingerprint, cache.kind, id);
-        let file = create(&cache, &path, &header).map_err(Error::io(&path))?;
+        let (path, file, header) = (0..TRIES)
+            .find_map(|_| create(&cache).transpose())
+            .unwrap_or_else(|| Err(busy(folder)))?;
         Ok(Self {
             path,
             file,
@@ -173,18 +173,53 @@ pub fn host() -> String {
         .replace(|letter: char| !letter.is_ascii_alphanumeric(), "_")
 }
 
-/// Creates the file for this process alone, and makes it and its header durable.
-fn create(cache: &Cache, path: &Path, header: &[u8]) -> io::Result<Box<dyn DiskFile>> {
-    let file = cache.disk.create(path)?;
+type Created = (PathBuf, Box<dyn DiskFile>, Vec<u8>);
+
+/// Creates a journal for this process alone, and makes it and its header durable.
+///
+/// It gets its name once it is locked: else `compact` could take a journal between its creation and
+/// its lock for a dead writer's, and remove the name of a file that is then written. `None` where
+/// `compact` took the unfinished file for such a one.
+fn create(cache: &Cache) -> Result<Option<Created>> {
+    let id = RandomState::new().hash_one(process::id());
+    let name = writer_name(id);
+    let partial = cache.path(&format!("{name}.{PARTIAL}"));
+    let path = cache.path(&format!("{name}.{EXTENSION}"));
+    let header = journal::header(&cache.fingerprint, cache.kind, id);
+    let file = cache.disk.create(&partial);
+    let file = file.map_err(Error::write(&path, header.len()))?;
+    let named = name_journal(cache, &*file, &header, &partial, &path);
+    if !matches!(named, Ok(true)) {
+        let _ = cache.disk.remove(&partial); // `compact` tries again
+    }
+    let named = named.map_err(Error::write(&path, header.len()))?;
+    Ok(named.then_some((path, file, header)))
+}
+
+/// False where somebody else has the file's lock, or took its name away.
+fn name_journal(
+    cache: &Cache,
+    file: &dyn DiskFile,
+    header: &[u8],
+    partial: &Path,
+    path: &Path,
+) -> io::Result<bool> {
     match file.lock() {
-        // The name is new, so the lock only tells others that the journal is alive.
+        Ok(false) => return Ok(false),
         Err(error) if error.kind() != ErrorKind::Unsupported => return Err(error),
         _ => {}
     }
     file.append(header)?;
     file.sync()?;
-    cache.disk.sync_folder(cache.folder())?;
-    Ok(file)
+    match cache.disk.rename(partial, path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        renamed => renamed?,
+    }
+    let synced = cache.disk.sync_folder(cache.folder());
+    if synced.is_err() {
+        let _ = cache.disk.remove(path); // empty, and harmless where it stays
+    }
+    synced.map(|()| true)
 }
 
 fn check_offsets(keys: &[Key], offsets: &[i64], logps: &[f32]) -> Result<()> {
