@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from logratio._rust import CacheReader, CacheWriter
 
+BF16 = 16
+"""The seed of a reference that computes in bfloat16."""
+
 Records = dict[int, list[float]]
 
 
@@ -25,7 +28,7 @@ def fingerprint(seed: int = 0, **soft: str) -> dict[str, Any]:
         "config": config,
         "weights": f"{seed:064x}",
         "adapter": None,
-        "compute_dtype": "float32",
+        "compute_dtype": "bfloat16 autocast over float32" if seed == BF16 else "float32",
     }
     # The rule of the fingerprint's digest, written once more.
     text = json.dumps(hard, sort_keys=True, separators=(",", ":"))

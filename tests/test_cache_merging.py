@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cache_folders import (
+    BF16,
     contents,
     disk_of_128_kib,
     fingerprint,
@@ -19,6 +20,7 @@ from cache_folders import (
 from logratio.cache import (
     CorruptCacheError,
     ReferenceCache,
+    record_tolerance,
 )
 from logratio.cache.merging import MergeError
 
@@ -79,6 +81,35 @@ def test_merging_what_contradicts_adds_nothing_and_names_both_files(tmp_path: Pa
         (journal,) = place.glob("*.journal")
         assert str(journal) in str(caught.value)
     assert contents(folder) == {1: [-1.0], 2: [-2.0]}
+
+
+def test_two_batches_of_a_coarse_reference_agree(tmp_path: Path) -> None:
+    for place, logp in (("into", -1.0), ("near", -1.5), ("far", -2.0)):
+        write(tmp_path / place, {1: [logp]}, seed=BF16)
+    into = ReferenceCache(tmp_path / "into")
+    (change,) = into.merge([tmp_path / "near"])
+    assert (change.completions, change.repeats) == (0, 1)
+    with pytest.raises(CorruptCacheError, match="contradicts"):
+        into.merge([tmp_path / "far"])
+    write(tmp_path / "into", {1: [-1.5]}, seed=BF16)
+    assert into.verify()[0].is_whole
+    assert into.open().logps(keys(1))[1].tolist() in ([-1.0], [-1.5])
+    assert into.export(tmp_path / "out.parquet").rows == 1
+    assert into.compact()[0].repeats == 1
+
+
+@pytest.mark.parametrize(
+    ("hard", "is_exact"),
+    [
+        ({"compute_dtype": "float32", "config": {}}, True),
+        ({}, True),
+        ({"compute_dtype": "bfloat16 autocast over float32", "config": {}}, False),
+        ({"compute_dtype": "float32", "quantization": "8 bits"}, False),
+        ({"compute_dtype": "float32", "config": {"quantization_config": {"bits": 4}}}, False),
+    ],
+)
+def test_what_rounds_coarsely_is_allowed_more(hard: dict[str, object], is_exact: bool) -> None:
+    assert record_tolerance(hard) == (1e-3 if is_exact else 0.75)
 
 
 def test_a_merge_that_makes_no_sense_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ SUMS = ".sums"
 NAME_DIGITS = 16
 SHOWN_DIGITS = 8
 """Of the weights' hash: tells models of one architecture apart."""
+FLOAT32_TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.75
+"""What training's check of a sample allows a token whose conditions differ."""
 JOURNAL_HEADER = 64
 JOURNAL_MAGIC = b"LRJOURN1"
 KINDS: tuple[Kind, Kind] = ("per-token", "sums")
@@ -63,6 +65,11 @@ class StoredReference:
         """Whether it keeps sums only."""
         return self.kind == "sums"
 
+    @property
+    def tolerance(self) -> float:
+        """Nats that two records of one completion may be apart: see `record_tolerance`."""
+        return record_tolerance(self.hard)
+
     def check(self) -> None:
         """Refuse a folder of which nobody can say what it holds.
 
@@ -96,6 +103,19 @@ def _described(hard: Mapping[str, Any]) -> Iterator[str]:
     for field in sorted(hard.keys() - {"version", "config", "weights", "adapter"}):
         if hard[field] is not None:
             yield f"{field.replace('_', ' ')} {hard[field]}"
+
+
+def record_tolerance(hard: Mapping[str, Any]) -> float:
+    """Return the nats a token within which two records are two batches of one reference.
+
+    Batches of other shapes round differently: in float32 hardly, in bfloat16 and in products of
+    few bits by much. What no fingerprint tells is taken for float32: a contradiction is then told
+    that may be none, and none is passed over.
+    """
+    config = hard.get("config") or {}
+    is_quantized = bool(hard.get("quantization") or config.get("quantization_config"))
+    is_exact = hard.get("compute_dtype", "float32") == "float32" and not is_quantized
+    return FLOAT32_TOLERANCE if is_exact else COARSE_TOLERANCE
 
 
 def fingerprint_digest(hard: Mapping[str, Any]) -> bytes:

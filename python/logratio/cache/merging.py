@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from logratio._rust import CacheFolder, CacheReader
+from logratio._rust import CacheFolder
 from logratio.cache.identity import StoredReference, find_references, read_reference
+from logratio.cache.reading import open_reader
 from logratio.cache.results import Change
 from logratio.durable import write_whole
 
@@ -46,8 +47,17 @@ class Merge:
         target = self.target
         target.path.mkdir(parents=True, exist_ok=True)
         _record_fingerprints(target.path, self.sources)
-        folder = CacheFolder(target.path, target.digest, sums=target.keeps_sums)
-        return change(target, folder.merge([source.path for source in self.sources]))
+        return change(target, open_folder(target).merge([source.path for source in self.sources]))
+
+
+def open_folder(reference: StoredReference) -> CacheFolder:
+    """Return what the core does to a reference's folder as a whole."""
+    return CacheFolder(
+        reference.path,
+        reference.digest,
+        sums=reference.keeps_sums,
+        tolerance=reference.tolerance,
+    )
 
 
 def change(reference: StoredReference, done: Mapping[str, Any]) -> Change:
@@ -84,7 +94,7 @@ def _plan(root: Path, own: Sequence[StoredReference], sources: list[StoredRefere
     target = _target(root, own, sources[0])
     if any(target.path.resolve() == source.path.resolve() for source in sources):
         raise MergeError(f"{target.path} would be merged into itself: name other caches")
-    readers = [CacheReader.open(s.path, s.digest, sums=s.keeps_sums) for s in sources]
+    readers = [open_reader(source) for source in sources]
     records = sum(len(reader) for reader in readers)
     tokens = sum(reader.tokens for reader in readers)
     return Merge(target, tuple(sources), records, entry_bytes(target, records, tokens))

@@ -12,6 +12,7 @@ import numpy as np
 from logratio._rust import CacheReader
 from logratio.cache.identity import StoredReference
 from logratio.cache.merging import entry_bytes
+from logratio.cache.reading import open_reader
 from logratio.cache.results import Exported
 from logratio.durable import sync
 from logratio.forecast import check_writable
@@ -47,7 +48,7 @@ def export(
     reference.check()
     if path.is_dir():
         raise IsADirectoryError(21, "is a folder; name a file to write", str(path))
-    reader = CacheReader.open(reference.path, reference.digest, sums=reference.keeps_sums)
+    reader = open_reader(reference)
     needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)
     check_writable(path.parent, needed)
     with _published(path) as file:

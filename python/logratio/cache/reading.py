@@ -11,6 +11,17 @@ class MissingCompletionsError(LookupError):
     """The cache lacks completions that were asked for."""
 
 
+def open_reader(reference: StoredReference, *, pread: bool = False) -> CacheReader:
+    """Open a reference's folder as the core does; raises what `ReferenceLogps` does."""
+    return CacheReader.open(
+        reference.path,
+        reference.digest,
+        sums=reference.keeps_sums,
+        pread=pread,
+        tolerance=reference.tolerance,
+    )
+
+
 class ReferenceLogps:
     """What one reference says of completions, as its folder stood when it was opened.
 
@@ -33,8 +44,7 @@ class ReferenceLogps:
             CorruptCacheError: A journal or the seal of a shard is damaged.
         """
         self.reference = reference
-        sums = reference.keeps_sums
-        self._reader = CacheReader.open(reference.path, reference.digest, sums=sums, pread=pread)
+        self._reader = open_reader(reference, pread=pread)
 
     def __len__(self) -> int:
         """Return the number of records, those that repeat a completion included."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from logratio._rust import CacheFolder
 from logratio.cache import merging, parquet
 from logratio.cache.identity import StoredReference, find_references
 from logratio.cache.reading import ReferenceLogps
@@ -100,7 +99,9 @@ class ReferenceCache:
         for reference in chosen:
             reference.check()
         return [
-            merging.change(reference, _folder(reference).compact(other_hosts=other_hosts))
+            merging.change(
+                reference, merging.open_folder(reference).compact(other_hosts=other_hosts)
+            )
             for reference in chosen
         ]
 
@@ -175,12 +176,8 @@ class ReferenceCache:
         )
 
 
-def _folder(reference: StoredReference) -> CacheFolder:
-    return CacheFolder(reference.path, reference.digest, sums=reference.keeps_sums)
-
-
 def _report(reference: StoredReference, *, every_byte: bool) -> ReferenceReport:
-    folder = _folder(reference)
+    folder = merging.open_folder(reference)
     told = folder.verify() if every_byte else folder.inspect()
     files = [
         CacheFile(
