@@ -77,7 +77,7 @@ def test_sums_agree_with_those_that_training_makes() -> None:
 def test_groups_of_the_wanted_completions() -> None:
     store = store_of((3, [4, 5]), (2, [6]), (1, [2, 3, 4]))
     rows = np.array([1, 3, 5])
-    work = Work(store, store.keys(), rows, folder=None, digest=b"")  # type: ignore[arg-type]
+    work = Work(store, store.keys(), rows, folder=None, fingerprint=None)  # type: ignore[arg-type]
     assert work.groups.tolist() == [0, 2]
     assert np.flatnonzero(work.wanted).tolist() == [1, 3, 5]
     assert work.tokens == 5 + 2 + 4

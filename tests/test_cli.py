@@ -283,6 +283,10 @@ class FullDisk:
         self.writer = self.real(*arguments)
         return self
 
+    @property
+    def file_bytes(self) -> int:
+        return int(self.writer.file_bytes)
+
     def append(self, *arguments: Sequence[object]) -> None:
         if self.left == 0:
             raise OSError(28, "No space left on device", "x.journal")

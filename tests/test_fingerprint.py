@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 
+from logratio.cache import DamagedFingerprintError
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -20,7 +21,6 @@ from logratio.training import (
 from logratio.training.cache_entries import write_fingerprint
 from logratio.training.canonical import model_settings
 from logratio.training.fingerprint import (
-    DamagedFingerprintError,
     Fingerprint,
     model_fingerprint,
     parameter_count,

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 DATA, LIMITS, MACHINE = "Data", "How records become tokens", "Machine"
 
 
+class ReadMode(StrEnum):
+    """How sealed shards of a cache are read."""
+
+    MAP = "map"
+    PREAD = "pread"
+
+
 class Precision(StrEnum):
     """What is computed in; weights are float32 in both."""
 
@@ -103,6 +110,11 @@ TokenBudget = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+ReadModeOption = Annotated[
+    ReadMode,
+    typer.Option(help="How the cache is read. pread is for network file systems: a file that is "
+                 "cut meanwhile is then an error, not a crash.", rich_help_panel=MACHINE),
+]  # fmt: skip
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="bf16 is autocast over float32 weights.",
                             rich_help_panel=MACHINE),

@@ -15,7 +15,7 @@ from logratio.cli.formats import (
     ListsWanted,
     read_settings,
 )
-from logratio.cli.options import Precision, PromptTruncation
+from logratio.cli.options import Precision, PromptTruncation, ReadMode
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
@@ -93,6 +93,7 @@ def precompute(
         typer.Option(help="Load the weights in 8 or 4 bits: another reference, with a folder of "
                      "its own.", rich_help_panel=options.MACHINE),
     ] = None,
+    read_mode: options.ReadModeOption = ReadMode.MAP,
     device: options.Device = None,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
@@ -110,6 +111,7 @@ def precompute(
             model,
             data,
             cache,
+            read_mode=read_mode.value,
             token_budget=token_budget,
             sums_only=sums_only,
             share=share,
@@ -214,6 +216,7 @@ def train(
     max_bad_fraction: options.MaxBad = 0.0,
     token_budget: options.TokenBudget = 8192,
     precision: options.PrecisionOption = Precision.FP32,
+    read_mode: options.ReadModeOption = ReadMode.MAP,
     device: options.Device = None,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
@@ -232,6 +235,7 @@ def train(
             data,
             output,
             cache=cache,
+            read_mode=read_mode.value,
             precompute=precompute,
             reference=reference,
             loss=loss.value,

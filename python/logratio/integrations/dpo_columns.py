@@ -16,6 +16,7 @@ from logratio.training.fingerprint import Fingerprint, model_fingerprint
 from logratio.training.reference import StaleCacheError, open_cache
 from logratio.training.reference_pass import Precompute
 from logratio.training.setup import Dataset
+from logratio.training.shares import Share
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
@@ -85,7 +86,8 @@ def _batches(dataset: Any) -> Iterator[list[dict[str, Any]]]:
 def _fill(store: Store, settings: PrecomputeConfig) -> None:
     """Score what is missing, with the pass of `logratio precompute`."""
     if len(store):
-        Precompute(settings, Dataset(store, None, None), show_progress=True).run()  # type: ignore[arg-type]
+        data = Dataset(store, None, None)  # type: ignore[arg-type]  # neither is used
+        Precompute(settings, data, Share(), show_progress=True).run()
 
 
 def _cached(store: Store, cache: PathLike, fingerprint: Fingerprint) -> CachedLogps:

@@ -1,6 +1,5 @@
 """A store's completions and their cached log-probs, stretch by stretch; no torch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import CacheReader, SharedLayout, Store
+from logratio.cache import record_tolerance
+from logratio.cache.identity import SUMS, read_reference
 
 STRETCH_TOKENS = 2**20
 """Tokens looked up together: some 20 MB of ids and log-probs."""
 FINGERPRINT_FILE = "fingerprint.json"
-SUMS = ".sums"
-"""What the folder of a cache that holds sums only ends with."""
 
 FIELDS = (
     *("input_ids", "target_ids", "completion_mask", "completion_offsets", "prompt_lengths"),
@@ -38,7 +37,7 @@ def open_reference(
 
     Raises:
         MissingLogpsError: No reference is named so, or several are.
-        CorruptCacheError: The cache was altered.
+        DamagedFingerprintError, CorruptCacheError: The cache was altered.
     """
     root = Path(cache)
     names = [path.parent.name for path in sorted(root.glob(f"*/{FINGERPRINT_FILE}"))]
@@ -50,8 +49,11 @@ def open_reference(
             f"{', '.join(names) or 'none: run `logratio precompute` first'}"
         )
     folder = root / fitting[0]
-    digest = bytes.fromhex(json.loads((folder / FINGERPRINT_FILE).read_text())["digest"])
-    return CacheReader.open(folder, digest, sums=True) if sums else CacheReader.open(folder, digest)
+    stored = read_reference(folder)
+    assert stored is not None  # it has a fingerprint
+    stored.check()
+    tolerance = record_tolerance(stored.hard)
+    return CacheReader.open(folder, stored.digest, sums=sums, tolerance=tolerance)
 
 
 class CachedLogps:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,8 @@ import numpy as np
 from logratio._rust import CacheReader, CacheWriter, PaddedLayout, SharedLayout, Store
 from logratio.durable import write_whole
 from logratio.training.fingerprint import Fingerprint
-from logratio.training.reference import FINGERPRINT_FILE, cache_folder
+from logratio.training.journals import Journals
+from logratio.training.reference import FINGERPRINT_FILE, cache_folder, open_folder
 
 Layout = SharedLayout | PaddedLayout
 
@@ -35,11 +36,11 @@ class Entries(Protocol):
         """Count the bytes that they take on the disk."""
         ...
 
-    def reader(self, folder: Path, digest: bytes) -> CacheReader:
+    def reader(self, folder: Path, fingerprint: Fingerprint, *, pread: bool = False) -> CacheReader:
         """Open a folder of such entries."""
         ...
 
-    def writer(self, folder: Path, digest: bytes) -> CacheWriter:
+    def writer(self, folder: Path, fingerprint: Fingerprint) -> CacheWriter:
         """Open a journal of such entries."""
         ...
 
@@ -80,13 +81,13 @@ class TokenEntries:
         """Count 4 bytes a token, the key and the length."""
         return 4 * tokens + (KEY_BYTES + 4) * completions
 
-    def reader(self, folder: Path, digest: bytes) -> CacheReader:
+    def reader(self, folder: Path, fingerprint: Fingerprint, *, pread: bool = False) -> CacheReader:
         """Open a folder of such entries."""
-        return CacheReader.open(folder, digest)
+        return open_folder(folder, fingerprint, pread=pread)
 
-    def writer(self, folder: Path, digest: bytes) -> CacheWriter:
+    def writer(self, folder: Path, fingerprint: Fingerprint) -> CacheWriter:
         """Open a journal of such entries."""
-        return CacheWriter(folder, digest)
+        return CacheWriter(folder, fingerprint.digest)
 
     def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[Taken]) -> None:
         """Write a durable block."""
@@ -111,13 +112,13 @@ class SumEntries:
         """Count a key, a count and a sum for each."""
         return (KEY_BYTES + 4 + 8) * completions
 
-    def reader(self, folder: Path, digest: bytes) -> CacheReader:
+    def reader(self, folder: Path, fingerprint: Fingerprint, *, pread: bool = False) -> CacheReader:
         """Open a folder of such entries."""
-        return CacheReader.open(folder, digest, sums=True)
+        return open_folder(folder, fingerprint, sums=True, pread=pread)
 
-    def writer(self, folder: Path, digest: bytes) -> CacheWriter:
+    def writer(self, folder: Path, fingerprint: Fingerprint) -> CacheWriter:
         """Open a journal of such entries."""
-        return CacheWriter(folder, digest, sums=True)
+        return CacheWriter(folder, fingerprint.digest, sums=True)
 
     def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[Taken]) -> None:
         """Write a durable block."""
@@ -148,14 +149,14 @@ class Work:
         keys: uint8 `[N, 32]`, of all completions of the store.
         rows: int64, completions that are wanted.
         folder: of the cache, of this reference and kind of entries.
-        digest: the reference's fingerprint.
+        fingerprint: of the reference.
     """
 
     store: Store
     keys: np.ndarray
     rows: np.ndarray
     folder: Path
-    digest: bytes
+    fingerprint: Fingerprint
 
     @cached_property
     def wanted(self) -> np.ndarray:
@@ -187,8 +188,8 @@ class Block:
         completions, tokens: taken so far, durable or not.
     """
 
-    def __init__(self, entries: Entries, writer: CacheWriter, keys: np.ndarray) -> None:
-        self._entries, self._writer, self._keys = entries, writer, keys
+    def __init__(self, entries: Entries, journals: Journals, keys: np.ndarray) -> None:
+        self._entries, self._journals, self._keys = entries, journals, keys
         self._taken: list[Taken] = []
         self._pending = self.completions = self.tokens = 0
 
@@ -206,8 +207,11 @@ class Block:
         """Make everything taken so far durable."""
         rows = np.concatenate([part.rows for part in self._taken] or [np.empty(0, np.int64)])
         if len(rows):
-            self._entries.append(self._writer, self._keys[rows], self._taken)
+            self._journals.append(partial(self._append, keys=self._keys[rows]))
         self._taken, self._pending = [], 0
+
+    def _append(self, writer: CacheWriter, keys: np.ndarray) -> None:
+        self._entries.append(writer, keys, self._taken)
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
@@ -218,7 +222,13 @@ def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
 
 
 def missing_rows(
-    entries: Entries, keys: np.ndarray, rows: np.ndarray, folder: Path, digest: bytes
+    entries: Entries,
+    keys: np.ndarray,
+    rows: np.ndarray,
+    folder: Path,
+    fingerprint: Fingerprint,
+    *,
+    pread: bool = False,
 ) -> np.ndarray:
     """Return those of `rows`, int64, whose keys the cache in `folder` lacks.
 
@@ -227,7 +237,7 @@ def missing_rows(
     """
     if not folder.is_dir():
         return rows
-    return rows[entries.reader(folder, digest).join(keys[rows]) < 0]
+    return rows[entries.reader(folder, fingerprint, pread=pread).join(keys[rows]) < 0]
 
 
 def first_rows(keys: np.ndarray) -> np.ndarray:

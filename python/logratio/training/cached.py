@@ -105,10 +105,11 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     if config.cache is None:
         return None
     fingerprint = model_fingerprint(config.reference or config.model, config.precision)
+    pread = config.read_mode == "pread"
     if holds_sums_only(config.cache, fingerprint):
-        reader = open_cache(config.cache, fingerprint, sums=True)
+        reader = open_cache(config.cache, fingerprint, sums=True, pread=pread)
         return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
-    reader = open_cache(config.cache, fingerprint)
+    reader = open_cache(config.cache, fingerprint, pread=pread)
     return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
 
 

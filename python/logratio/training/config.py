@@ -11,6 +11,7 @@ from logratio.data.containers import Input
 Precision = Literal["fp32", "bf16"]
 Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
+ReadMode = Literal["map", "pread"]
 PathLike = str | Path
 
 
@@ -42,6 +43,8 @@ class TrainConfig:
         output: folder for the trained model, metrics and checkpoints.
         cache: root of a reference cache made by `precompute`; then no reference model is held.
         precompute: score what the cache lacks first, in this process, and then train.
+        read_mode: how sealed shards of the cache are read: "map" is the fastest; "pread" is for
+            network file systems, where a shard that somebody cuts is then an error, not a crash.
         reference: folder of the reference model; `model` itself where none is given.
         loss: one of `losses.LOSSES`.
         beta: weight of the KL term; the loss's own default where None.
@@ -69,6 +72,7 @@ class TrainConfig:
     output: PathLike
     cache: PathLike | None = None
     precompute: bool = False
+    read_mode: ReadMode = "map"
     reference: PathLike | None = None
     loss: str = "dpo"
     beta: float | None = None
@@ -119,6 +123,7 @@ class PrecomputeConfig:
     workers: int | None = None
     precision: Precision = "fp32"
     quantization: Quantization | None = None
+    read_mode: ReadMode = "map"
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 import transformers
 
+from logratio.cache.identity import (
+    DamagedFingerprintError,
+    fingerprint_digest,
+    read_fingerprint,
+)
 from logratio.training.canonical import adapter_settings, model_settings
 from logratio.training.config import Precision, Quantization
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
@@ -24,10 +29,6 @@ VERSION = 2
 CHUNK = 2**24
 SHOWN_CHARACTERS = 40
 """A longer value of a field, or a hash, is named and not shown."""
-
-
-class DamagedFingerprintError(ValueError):
-    """A stored fingerprint is not what its own digest, or its folder's name, says it is."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Fingerprint:
     @property
     def digest(self) -> bytes:
         """32 bytes: the hash of the hard fields."""
-        return hashlib.sha256(_canonical(self.hard)).digest()
+        return fingerprint_digest(self.hard)
 
     @property
     def name(self) -> str:
@@ -74,16 +75,12 @@ def stored_fingerprint(path: Path) -> Fingerprint:
     Raises:
         DamagedFingerprintError: its fields do not hash to its digest or to the folder's name.
     """
-    try:
-        fields = json.loads(path.read_text())
-        found = Fingerprint(dict(fields["hard"]), dict(fields["soft"]))
-        same = fields["digest"] == found.digest.hex()
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFingerprintError(f"{path}: no readable fingerprint ({error})") from error
-    if not same or path.parent.name.split(".")[0] != found.name:
+    fields = read_fingerprint(path)
+    found = Fingerprint(fields["hard"], fields["soft"])
+    if path.parent.name.split(".")[0] != found.name:
         raise DamagedFingerprintError(
-            f"{path}: its fields are not those that its digest and its folder's name were made "
-            "from; the file was altered, so what the cache holds is unknown"
+            f"{path}: its folder's name is not that of its fields; the file was altered, or the "
+            "folder renamed, so what the cache holds is unknown"
         )
     return found
 
@@ -150,7 +147,7 @@ def weights_digest(folder: Path, pattern: str) -> str:
     for path in sorted(folder.glob(pattern)):
         for name, entry in _tensors(path):
             tensors.setdefault(name, []).append(entry)
-    return hashlib.sha256(_canonical(tensors)).hexdigest()
+    return fingerprint_digest(tensors).hex()
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, list[Any]]]:
@@ -195,7 +192,3 @@ def _elements(path: Path) -> int:
     with path.open("rb") as file:
         header, _ = _header(file, path)
     return sum(int(torch.Size(entry["shape"]).numel()) for entry in header.values())
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

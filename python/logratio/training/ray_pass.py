@@ -24,6 +24,7 @@ from logratio.training import demand
 from logratio.training.budget import GroupQueue
 from logratio.training.cache_entries import Work, entries_of, first_rows, missing_rows
 from logratio.training.config import PrecomputeConfig
+from logratio.training.fingerprint import Fingerprint
 from logratio.training.loop import say
 from logratio.training.models import default_device
 from logratio.training.reference_scorer import ReferenceScorer
@@ -85,13 +86,17 @@ def place(
 class Worker:
     """An actor: the reference in memory, a journal of its own, and the groups to choose from."""
 
-    def __init__(self, config: PrecomputeConfig, store: Path, folder: Path, digest: bytes) -> None:
+    def __init__(
+        self, config: PrecomputeConfig, store: Path, folder: Path, fingerprint: Fingerprint
+    ) -> None:
         groups, entries = Store.open(store), entries_of(config.sums_only)
         keys = entries.keys(groups)
         # One that takes a dead one's place does not score again what that one made durable.
-        rows = missing_rows(entries, keys, first_rows(keys), folder, digest)
+        rows = missing_rows(
+            entries, keys, first_rows(keys), folder, fingerprint, pread=config.read_mode == "pread"
+        )
         self._notes: list[str] = []
-        self._work = Work(groups, keys, rows, folder, digest)
+        self._work = Work(groups, keys, rows, folder, fingerprint)
         device = default_device(config.device)
         self._scorer = ReferenceScorer(config, self._work, device, tell=self._notes.append)
 
@@ -168,7 +173,7 @@ def _dataset(config: PrecomputeConfig, path: Path, work: Work, places: Placement
     ]
     return data.from_arrow(blocks).map_batches(
         Worker,
-        fn_constructor_args=(config, path, work.folder.absolute(), work.digest),
+        fn_constructor_args=(config, path, work.folder.absolute(), work.fingerprint),
         compute=data.ActorPoolStrategy(size=min(places.workers, len(blocks))),
         batch_size=None,
         batch_format="pyarrow",

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import CacheReader
+from logratio.cache import DamagedFingerprintError, record_tolerance
 from logratio.durable import write_whole
 from logratio.training.attention import shared_prompts
-from logratio.training.fingerprint import (
-    DamagedFingerprintError,
-    Fingerprint,
-    stored_fingerprint,
-)
+from logratio.training.fingerprint import Fingerprint, stored_fingerprint
 from logratio.training.logps import completion_logps, transformer
 from logratio.training.tensors import Batch, SharedBatch
 
@@ -116,7 +113,9 @@ def cache_folder(root: str | Path, fingerprint: Fingerprint) -> Path:
     return Path(root) / fingerprint.name
 
 
-def open_cache(root: str | Path, fingerprint: Fingerprint, *, sums: bool = False) -> CacheReader:
+def open_cache(
+    root: str | Path, fingerprint: Fingerprint, *, sums: bool = False, pread: bool = False
+) -> CacheReader:
     """Open the log-probs, or the `sums`, of one reference.
 
     Raises:
@@ -128,9 +127,15 @@ def open_cache(root: str | Path, fingerprint: Fingerprint, *, sums: bool = False
     if not folder.is_dir():
         raise StaleCacheError(_explain_miss(Path(root), fingerprint))
     stored_conditions(folder)
-    if sums:
-        return CacheReader.open(folder, fingerprint.digest, sums=True)
-    return CacheReader.open(folder, fingerprint.digest)
+    return open_folder(folder, fingerprint, sums=sums, pread=pread)
+
+
+def open_folder(
+    folder: Path, fingerprint: Fingerprint, *, sums: bool = False, pread: bool = False
+) -> CacheReader:
+    """Open a folder that is this reference's, with the tolerance that its precision asks for."""
+    tolerance = record_tolerance(fingerprint.hard)
+    return CacheReader.open(folder, fingerprint.digest, sums=sums, pread=pread, tolerance=tolerance)
 
 
 def sums_folder(root: str | Path, fingerprint: Fingerprint) -> Path:

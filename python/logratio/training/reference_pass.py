@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from logratio._rust import CacheFolder
+from logratio.cache import record_tolerance
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, duration, size
 from logratio.progress import progress
@@ -158,15 +160,21 @@ class Precompute:
     @cached_property
     def missing(self) -> np.ndarray:
         """Rows of the completions that the cache lacks, of all shares, int64."""
-        digest = self.fingerprint.digest
-        return missing_rows(self.entries, self.keys, self.different, self.folder, digest)
+        return missing_rows(
+            self.entries,
+            self.keys,
+            self.different,
+            self.folder,
+            self.fingerprint,
+            pread=self.config.read_mode == "pread",
+        )
 
     @cached_property
     def work(self) -> Work:
         """What this process has to score: the missing completions of its share's groups."""
         first = self.store.completion_offsets()[owners(self.store, self.missing)]
         rows = self.missing[self.share.holds(self.keys[first])]
-        return Work(self.store, self.keys, rows, self.folder, self.fingerprint.digest)
+        return Work(self.store, self.keys, rows, self.folder, self.fingerprint)
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -218,7 +226,17 @@ class Precompute:
                 written += nbytes
                 if signal := interrupted():
                     raise RunInterruptedError(signal, RESUME)
+        self._seal_what_others_left()
         return written
+
+    def _seal_what_others_left(self) -> None:
+        """Make shards of the journals whose writers are gone: killed, or actors of Ray."""
+        CacheFolder(
+            self.folder,
+            self.fingerprint.digest,
+            sums=self.config.sums_only,
+            tolerance=record_tolerance(self.fingerprint.hard),
+        ).seal_idle()
 
     def _batches(self) -> Generator[tuple[int, int], None, None]:
         """Score; yield tokens scored and bytes written, as they come in; at the end all is safe."""

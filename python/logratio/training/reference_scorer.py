@@ -17,6 +17,7 @@ from logratio.training.cache_entries import Block, Layout, Taken, Work, entries_
 from logratio.training.cached import check_possible
 from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig
+from logratio.training.journals import Journals
 from logratio.training.loop import say
 from logratio.training.models import autocast, load_model
 from logratio.training.reference import record_conditions, score
@@ -51,6 +52,7 @@ class ReferenceScorer:
         entries = entries_of(config.sums_only)
         self.store, self.wanted, self.device = work.store, work.wanted, device
         self._precision, self._tell = config.precision, tell
+        self._pread = config.read_mode == "pread"
         self.model = load_model(
             config.model,
             device=device,
@@ -65,11 +67,11 @@ class ReferenceScorer:
         self._buffers = buffers_for(device)
         self._check_hits(work, config.sums_only)
         record_conditions(work.folder, conditions(self.model, self.layout))
-        self._writer = entries.writer(work.folder, work.digest)
-        self.block = Block(entries, self._writer, work.keys)
+        self._journals = Journals(lambda: entries.writer(work.folder, work.fingerprint))
+        self.block = Block(entries, self._journals, work.keys)
 
     def _check_hits(self, work: Work, sums: bool) -> None:
-        reader = entries_of(sums).reader(work.folder, work.digest)
+        reader = entries_of(sums).reader(work.folder, work.fingerprint, pread=self._pread)
         told = check_hits(
             self.model, self.store, reader, work.folder, self.layout, self._precision, sums=sums
         )
@@ -95,16 +97,16 @@ class ReferenceScorer:
     def seal(self) -> None:
         """Make the journal a sealed shard, which opens faster; nothing can be scored after."""
         self.flush()
-        self._writer.seal()
+        self._journals.seal()
 
     def close(self) -> None:
         """Let go of the journal, sealed or not."""
-        self._writer.close()
+        self._journals.close()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the journal."""
-        return self._writer.file_bytes
+        """Bytes written so far."""
+        return self._journals.nbytes
 
     def _until_it_does_not_fit(self, queue: GroupQueue) -> Iterator[int]:
         done = queue.position

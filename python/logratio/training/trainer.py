@@ -139,6 +139,7 @@ class Training:
             config.data,
             str(config.cache),
             sums_only=self._has_sums_only,
+            read_mode=config.read_mode,
             precision=config.precision,
             device=config.device,
             rules=config.rules,
