@@ -57,7 +57,7 @@ $(BUILT): $(PINNED) Cargo.toml Cargo.lock pyproject.toml $(shell find rust -type
 	@touch $@
 
 $(PINNED): .venv/created .ci/constraints.txt .ci/tools.txt .ci/$(RUNTIME).txt
-	@echo "Installing the pinned dependencies. On Linux: about 3.2 GB to download, 6.5 GB on disk."
+	@echo "Installing the pinned dependencies. On Linux: about 3.3 GB to download, 6.9 GB on disk."
 	@rm -f .venv/pinned-*
 	$(BIN)/python -m pip uninstall -qq --yes $(filter-out $(RUNTIME),onnxruntime onnxruntime-gpu)
 	$(BIN)/python -m pip install --require-hashes --only-binary :all: \
