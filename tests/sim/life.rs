@@ -1,0 +1,293 @@
+//! Two caches of one reference on one disk, what is done to them, and what they must hold.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
+
+use logratio::{
+    Error, Result,
+    cache::{Cache, CacheReader, CacheWriter, Kind, ReadMode},
+    fingerprint::Key,
+};
+
+use super::{SimDisk, chance::Chance};
+
+pub const FOLDERS: [&str; 2] = ["/cache/here", "/cache/there"];
+const NUMBERS: usize = 1 << 13;
+
+/// The key of record `number`.
+pub fn key(number: usize) -> Key {
+    static KEYS: OnceLock<Vec<Key>> = OnceLock::new();
+    let hash = |number: u64| *blake3::hash(&number.to_le_bytes()).as_bytes();
+    KEYS.get_or_init(|| (0..NUMBERS as u64).map(hash).collect())[number]
+}
+
+/// The log-probs of record `number`.
+pub fn logps(number: usize) -> Vec<f32> {
+    let value = |at| -0.25 * ((7 * number + at) % 4096) as f32;
+    (0..=number % 5).map(value).collect()
+}
+
+pub fn sum(number: usize) -> f64 {
+    logps(number).into_iter().map(f64::from).sum()
+}
+
+pub fn append(writer: &mut CacheWriter, kind: Kind, numbers: &[usize]) -> Result<()> {
+    let keys: Vec<Key> = numbers.iter().copied().map(key).collect();
+    let all = || numbers.iter().copied();
+    match kind {
+        Kind::PerToken => {
+            let values: Vec<f32> = all().flat_map(logps).collect();
+            let mut offsets = vec![0];
+            for number in all() {
+                offsets.push(offsets[offsets.len() - 1] + logps(number).len() as i64);
+            }
+            writer.append(&keys, &offsets, &values)
+        }
+        Kind::Sums => {
+            let tokens: Vec<u32> = all().map(|number| logps(number).len() as u32).collect();
+            let sums: Vec<f64> = all().map(sum).collect();
+            writer.append_sums(&keys, &tokens, &sums)
+        }
+    }
+}
+
+/// Asserts that each row holds its record.
+pub fn assert_values(reader: &CacheReader, numbers: &[usize], rows: &[i64]) {
+    let (tokens, sums) = reader.read_sums(rows).expect("reads");
+    for (at, &number) in numbers.iter().enumerate() {
+        assert_eq!(tokens[at] as usize, logps(number).len(), "record {number}");
+        assert_eq!(sums[at].to_bits(), sum(number).to_bits(), "record {number}");
+    }
+    if reader.kind() == Kind::PerToken {
+        let wanted: Vec<f32> = numbers.iter().copied().flat_map(logps).collect();
+        assert_eq!(reader.read(rows).expect("reads").1, wanted, "a wrong value");
+    }
+}
+
+/// What happens to the caches, in an order that chance decides.
+#[derive(Debug)]
+pub struct Life {
+    pub disk: SimDisk,
+    pub chance: Chance,
+    kind: Kind,
+    writers: Vec<(usize, CacheWriter)>,
+    /// Records of each cache in the order of their acknowledgement.
+    acknowledged: [Vec<usize>; 2],
+    /// Records that somebody tried to write.
+    tried: usize,
+}
+
+impl Life {
+    pub fn new(disk: SimDisk, seed: u64) -> Self {
+        let kind = if seed % 3 == 2 {
+            Kind::Sums
+        } else {
+            Kind::PerToken
+        };
+        Self {
+            disk,
+            chance: Chance(seed),
+            kind,
+            writers: Vec::new(),
+            acknowledged: [Vec::new(), Vec::new()],
+            tried: 0,
+        }
+    }
+
+    /// Goes on upon another disk, where so many records are acknowledged.
+    pub fn resume(&self, disk: SimDisk, acknowledged: [usize; 2], seed: u64) -> Self {
+        let known = |cache: usize| self.acknowledged[cache][..acknowledged[cache]].to_vec();
+        Self {
+            disk,
+            chance: Chance(seed),
+            kind: self.kind,
+            writers: Vec::new(),
+            acknowledged: [known(0), known(1)],
+            tried: self.tried,
+        }
+    }
+
+    pub fn cache(&self, cache: usize) -> Cache {
+        let cache = Cache::new(FOLDERS[cache], [7; 32]).with_kind(self.kind);
+        cache.on(Arc::new(self.disk.clone()))
+    }
+
+    /// So many steps; the first error ends them.
+    pub fn steps(&mut self, steps: usize) -> Result<()> {
+        (0..steps).try_for_each(|_| self.step())
+    }
+
+    pub fn step(&mut self) -> Result<()> {
+        match self.chance.below(20) {
+            _ if self.writers.is_empty() => self.start_writer(),
+            0 | 1 if self.writers.len() < 4 => self.start_writer(),
+            2 => {
+                let at = self.chance.below(self.writers.len());
+                drop(self.writers.swap_remove(at));
+                Ok(())
+            }
+            3 | 4 => {
+                let at = self.chance.below(self.writers.len());
+                self.writers.swap_remove(at).1.seal().map(drop)
+            }
+            5 => {
+                let cache = self.chance.below(2);
+                self.compact(cache)
+            }
+            6 => self.merge(),
+            _ => self.append(),
+        }
+    }
+
+    pub fn start_writer(&mut self) -> Result<()> {
+        let cache = usize::from(self.chance.below(4) == 0);
+        self.writers.push((cache, self.cache(cache).writer()?));
+        Ok(())
+    }
+
+    /// One block, of new records or (one in five) of ones that somebody tried before.
+    pub fn append(&mut self) -> Result<()> {
+        let records = [1, 2, 3, 40][self.chance.below(4)];
+        let again = self.tried > records && self.chance.below(5) == 0;
+        let first = if again {
+            self.chance.below(self.tried - records)
+        } else {
+            self.tried
+        };
+        let numbers: Vec<usize> = (first..first + records).collect();
+        self.tried = self.tried.max(first + records);
+        let at = self.chance.below(self.writers.len());
+        let (cache, writer) = &mut self.writers[at];
+        if let Err(error) = append(writer, self.kind, &numbers) {
+            let again =
+                append(writer, self.kind, &numbers).expect_err("nobody knows what is there");
+            assert!(matches!(again, Error::Closed { .. }), "{again:?}");
+            self.writers.swap_remove(at);
+            return Err(error);
+        }
+        let cache = *cache;
+        self.acknowledge(cache, numbers);
+        Ok(())
+    }
+
+    pub fn compact(&mut self, cache: usize) -> Result<()> {
+        let folder = self.cache(cache).folder().to_owned();
+        let compacted = self.cache(cache).compact(false);
+        match compacted {
+            // A cache begins with its first writer.
+            Err(Error::Io { path, .. })
+                if path == folder && self.acknowledged[cache].is_empty() =>
+            {
+                Ok(())
+            }
+            compacted => compacted.map(drop),
+        }
+    }
+
+    /// Everything from there comes here too.
+    pub fn merge(&mut self) -> Result<()> {
+        if self.acknowledged[1].is_empty() {
+            return Ok(());
+        }
+        self.cache(0).merge(&[self.cache(1)])?;
+        self.acknowledge(0, self.acknowledged[1].clone());
+        Ok(())
+    }
+
+    fn acknowledge(&mut self, cache: usize, numbers: Vec<usize>) {
+        self.acknowledged[cache].extend(numbers);
+        self.disk.acknowledge(cache, self.acknowledged[cache].len());
+    }
+
+    pub fn drop_writers(&mut self) {
+        self.writers.clear();
+    }
+
+    pub fn writers(&mut self) -> &mut Vec<(usize, CacheWriter)> {
+        &mut self.writers
+    }
+
+    /// Both caches, as another disk has them, hold what was acknowledged when that was this one,
+    /// with its values, and nothing that nobody wrote.
+    pub fn check(&self, disk: &SimDisk, acknowledged: [usize; 2]) {
+        let all: Vec<usize> = (0..self.tried).collect();
+        let keys: Vec<Key> = all.iter().copied().map(key).collect();
+        for cache in 0..2 {
+            let known = &self.acknowledged[cache][..acknowledged[cache]];
+            let reader = match self
+                .cache(cache)
+                .on(Arc::new(disk.clone()))
+                .open(ReadMode::Pread)
+            {
+                Err(Error::Io { .. }) if known.is_empty() => continue,
+                opened => opened.expect("opens after a loss of power"),
+            };
+            let rows = reader.join(&keys).expect("joins");
+            for &number in known {
+                assert!(
+                    rows[number] >= 0,
+                    "record {number} of cache {cache} is lost"
+                );
+            }
+            let (found, rows): (Vec<usize>, Vec<i64>) =
+                all.iter().zip(rows).filter(|(_, row)| *row >= 0).unzip();
+            assert_values(&reader, &found, &rows);
+            let distinct = reader.distinct().expect("no contradiction");
+            assert_eq!(distinct, found.len() as u64, "a key that nobody wrote");
+        }
+    }
+
+    /// Both caches hold what was acknowledged.
+    pub fn check_all(&self) {
+        self.check(&self.disk, self.counts());
+    }
+
+    pub fn counts(&self) -> [usize; 2] {
+        [0, 1].map(|cache| self.acknowledged[cache].len())
+    }
+
+    /// Writes on, seals, merges, compacts: nothing of the loss of power is left behind.
+    pub fn recover(&mut self) {
+        self.start_writer().expect("a new writer");
+        self.append().expect("appends");
+        let (_, writer) = self.writers.pop().expect("just now");
+        if self.chance.flip() {
+            writer.seal().expect("seals");
+        } else {
+            drop(writer);
+        }
+        self.merge().expect("merges");
+        for cache in 0..2 {
+            self.compact(cache).expect("compacts");
+        }
+    }
+
+    /// After compaction without a living writer there is one shard with its manifest and no more.
+    pub fn check_tidy(&self) {
+        for cache in 0..2 {
+            let files = self.disk.files(FOLDERS[cache].as_ref());
+            let mut endings: BTreeMap<String, usize> = BTreeMap::new();
+            for (path, _) in &files {
+                let name = path.file_name().expect("a name").to_string_lossy();
+                *endings
+                    .entry(name.split_once('.').expect("an ending").1.into())
+                    .or_default() += 1;
+            }
+            let one = |ending: &str| endings.remove(ending).unwrap_or(0);
+            let mut one = one;
+            let (shards, manifests) = (one("arrow"), one("manifest.json"));
+            assert_eq!(shards, manifests);
+            assert!(shards <= 1 && endings.is_empty(), "left behind: {files:?}");
+            let verified = self.cache(cache).verify();
+            if shards == 1 {
+                let report = verified.expect("verifies");
+                assert!(
+                    report.is_whole() && report.leftovers.is_empty(),
+                    "{report:?}"
+                );
+            }
+        }
+    }
+}
