@@ -53,9 +53,10 @@ fn for_every_call(
     unreachable!("every life ends")
 }
 
-/// Nothing acknowledged is lost, now or when power goes too; a new writer goes on, and what the
+/// From here on nothing fails. Nothing acknowledged is lost, now or when power goes too; a new writer goes on, and what the
 /// failure left behind is tidied up.
 fn check(mut life: Life) {
+    life.disk.fail(Plan::default());
     life.check_all();
     let state = life.disk.state();
     let mut chance = life.chance.clone();
@@ -97,7 +98,6 @@ fn a_disk_that_fails_for_ever_loses_nothing() {
         };
         for_every_call(seed, plan, |mut life, _, _| {
             life.drop_writers();
-            life.disk.fail(Plan::default()); // the disk is mounted again
             check(life);
         })
     });
@@ -144,7 +144,6 @@ fn every_size_of_a_full_disk_loses_nothing() {
                 assert_no_space(error);
                 life.check_all(); // while it is full
             }
-            life.disk.fail(Plan::default());
             check(life);
             if !is_full {
                 return size as u64 / 61;
@@ -187,7 +186,6 @@ fn what_is_not_permitted_is_named() {
                 named += 1;
             }
             life.drop_writers();
-            life.disk.fail(Plan::default());
             check(life);
         }
         assert!(named > 0, "nothing needs {call:?}");

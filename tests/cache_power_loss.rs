@@ -11,8 +11,8 @@ use sim::{
     life::Life,
 };
 
-const LIVES: usize = 450;
-const STEPS: usize = 40;
+const LIVES: usize = 620;
+const STEPS: usize = 30;
 /// Images of the disk behind each change.
 const IMAGES: usize = 15;
 

@@ -49,6 +49,7 @@ impl Cache {
             done.note(&written, counts);
             self.remove_sources(&sources, &mut done)?;
         }
+        drop(sources); // and their locks: what was renamed may have its old name too
         self.remove_leftovers(&listing, other_hosts, &mut done)?;
         Ok(done)
     }
