@@ -6,7 +6,7 @@ mod journals;
 mod killed;
 mod sim;
 
-use std::{collections::BTreeSet, path::Path, thread, time::Duration};
+use std::{collections::BTreeSet, ops::Range, path::Path, thread, time::Duration};
 
 use journals::{FINGERPRINT, block, open};
 use killed::{BLOCKS, Task, Writer, be_a_child, folder};
@@ -26,35 +26,33 @@ fn start(folder: &Path, seed: u64, task: Task) -> Writer {
     Writer::start("writes_until_it_is_killed", folder, seed, task)
 }
 
-/// Every acknowledged block is there with its values, and nothing that nobody wrote.
-fn check(reader: &CacheReader, acknowledged: &[u64]) {
+/// Every acknowledged block is there with its values, and nothing that nobody wrote. `started` are
+/// the children's seeds.
+fn check(reader: &CacheReader, started: Range<u64>, acknowledged: &[u64]) {
     let known: BTreeSet<u64> = acknowledged.iter().copied().collect();
-    // A block that was written and not acknowledged is the next of its writer's.
-    let next = known.iter().map(|number| number + 1);
+    // A block that was written and not acknowledged is the first of its writer's, or the next.
+    let first = started.map(|seed| seed * BLOCKS);
+    let next = known.iter().map(|number| number + 1).chain(first);
     let tried: BTreeSet<u64> = known.iter().copied().chain(next).collect();
-    let mut found = 0;
-    for number in tried {
-        let records = block(number);
-        let keys: Vec<Key> = records.iter().map(|(key, _)| *key).collect();
-        let rows = reader.join(&keys).expect("joins");
-        if rows.contains(&-1) {
-            assert!(!known.contains(&number), "block {number} is lost");
-            assert_eq!(rows, [-1, -1], "half of block {number}");
-            continue;
-        }
-        let values: Vec<f32> = records.into_iter().flat_map(|(_, values)| values).collect();
-        assert_eq!(
-            reader.read(&rows).expect("reads").1,
-            values,
-            "block {number}"
+    let records: Vec<_> = tried.iter().copied().flat_map(block).collect();
+    let keys: Vec<Key> = records.iter().map(|(key, _)| *key).collect();
+    let rows = reader.join(&keys).expect("joins");
+    for (number, pair) in tried.iter().zip(rows.chunks(2)) {
+        let there = pair.iter().filter(|row| **row >= 0).count();
+        assert!(
+            there == 2 || !known.contains(number),
+            "block {number} is lost"
         );
-        found += rows.len() as u64;
+        assert!(there != 1, "half of block {number}");
     }
-    assert_eq!(
-        reader.distinct().expect("agrees"),
-        found,
-        "a key that nobody wrote"
-    );
+    let (rows, values): (Vec<i64>, Vec<Vec<f32>>) = rows
+        .into_iter()
+        .zip(records.into_iter().map(|(_, values)| values))
+        .filter(|(row, _)| *row >= 0)
+        .unzip();
+    assert_eq!(reader.read(&rows).expect("reads").1, values.concat());
+    let distinct = reader.distinct().expect("agrees") as usize;
+    assert_eq!(distinct, rows.len(), "a key that nobody wrote");
 }
 
 /// As many kills in one folder; the blocks that were acknowledged.
@@ -67,14 +65,11 @@ fn kills(seed: u64, kills: u64) -> u64 {
         let number = seed * kills + kill;
         let mut child = start(folder.path(), number, task);
         child.hear("writer ");
-        acknowledged.push(number * BLOCKS - 1); // the block before its first: never written
         thread::sleep(Duration::from_micros(chance.below(15_000) as u64));
         acknowledged.extend(child.kill());
     }
-    let never = |number: &u64| (number + 1) % BLOCKS == 0;
-    let firsts: Vec<u64> = acknowledged.iter().copied().filter(never).collect();
-    acknowledged.retain(|number| !never(number));
-    let check = |reader: &CacheReader| check_with(reader, &acknowledged, &firsts);
+    let started = seed * kills..(seed + 1) * kills;
+    let check = |reader: &CacheReader| check(reader, started.clone(), &acknowledged);
     check(&open(folder.path()).expect("at most torn tails"));
     let cache = Cache::new(folder.path(), FINGERPRINT);
     let compacted = cache.compact(false).expect("compacts");
@@ -92,23 +87,10 @@ fn kills(seed: u64, kills: u64) -> u64 {
     acknowledged.len() as u64
 }
 
-/// The first block of a child may be there, though none of its blocks was acknowledged.
-fn check_with(reader: &CacheReader, acknowledged: &[u64], before: &[u64]) {
-    let known: BTreeSet<u64> = acknowledged.iter().copied().collect();
-    let first = before.iter().map(|number| number + 1);
-    let there = first.filter(|number| {
-        let keys: Vec<Key> = block(*number).iter().map(|(key, _)| *key).collect();
-        let rows = reader.join(&keys).expect("joins");
-        !known.contains(number) && rows.iter().all(|row| *row >= 0)
-    });
-    let all: Vec<u64> = known.iter().copied().chain(there).collect();
-    check(reader, &all);
-}
-
 #[test]
 fn kill_minus_nine_loses_nothing_that_was_acknowledged() {
-    let rounds = 40 * times("LOGRATIO_KILLS", 1);
-    let acknowledged = for_seeds(1..1 + rounds, |seed| kills(seed, 50));
+    let rounds = 80 * times("LOGRATIO_KILLS", 1);
+    let acknowledged = for_seeds(1..1 + rounds, |seed| kills(seed, 25));
     assert!(
         acknowledged > 10 * rounds as u64,
         "the children came to write"
@@ -135,10 +117,15 @@ fn thirty_two_killed_writers_leave_their_union() {
         }
         let [here, there] = [0, 1].map(|folder| Cache::new(folders[folder].path(), FINGERPRINT));
         here.merge(&[there]).expect("merges");
-        check(&open(here.folder()).expect("opens"), &acknowledged);
+        let started = round * 32..(round + 1) * 32;
+        check(
+            &open(here.folder()).expect("opens"),
+            started.clone(),
+            &acknowledged,
+        );
         here.compact(false).expect("compacts");
         let reader = open(here.folder()).expect("opens");
-        check(&reader, &acknowledged);
+        check(&reader, started, &acknowledged);
         assert_eq!(reader.len() as u64, reader.distinct().expect("agrees"));
         assert!(here.verify().expect("verifies").is_whole());
     }
