@@ -16,7 +16,8 @@ use logratio::{
 use proptest::{collection::vec, option, prelude::*};
 use sim::{
     SimDisk,
-    life::{FOLDERS, append, assert_values, key, logps, sum},
+    life::FOLDERS,
+    records::{append, assert_values, key, logps, sum},
 };
 
 /// So few records that they meet again.

@@ -1,7 +1,6 @@
 //! F01, F03: power is lost behind every change of the disk, and again while that is recovered from.
 //!
 //! Run longer with `LOGRATIO_POWER_LOSSES=100`, which is how many times as many.
-#![allow(clippy::cast_precision_loss)] // values are made from small numbers
 
 mod sim;
 

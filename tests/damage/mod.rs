@@ -14,7 +14,7 @@ use logratio::{
 
 use crate::sim::{
     SimDisk,
-    life::{append, assert_values, key},
+    records::{append, assert_values, key},
 };
 
 pub const FOLDER: &str = "/cache/here";

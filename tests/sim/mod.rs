@@ -12,24 +12,24 @@
 
 pub mod chance;
 pub mod failing;
+mod file;
 pub mod life;
+mod power;
+pub mod records;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use logratio::{
-    cache::{Disk, DiskFile},
-    map::Map,
-};
+use logratio::cache::{Disk, DiskFile};
 
 use chance::Chance;
 use failing::{Call, Plan};
-
-const SECTOR: usize = 512;
+use file::SimFile;
 
 #[derive(Clone, Debug, Default)]
 struct Inode {
@@ -67,6 +67,16 @@ struct Inner {
     /// The state behind every change, where that is recorded.
     history: Option<Vec<State>>,
     plan: Plan,
+    interrupt: Option<Interrupt>,
+}
+
+/// What somebody else does at the moment of a call, and how many calls there are before it.
+struct Interrupt(usize, Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for Interrupt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "in {} calls", self.0)
+    }
 }
 
 /// The disk. Clones are the same one.
@@ -145,6 +155,27 @@ impl SimDisk {
             .collect()
     }
 
+    /// Somebody else does something at the moment of a call, before it has an effect.
+    pub fn interrupt(&self, calls: usize, other: impl FnOnce() + Send + 'static) {
+        self.inner().interrupt = Some(Interrupt(calls, Box::new(other)));
+    }
+
+    /// Whether the interruption is still to come; it does not come any more.
+    pub fn forget_interrupt(&self) -> bool {
+        self.inner().interrupt.take().is_some()
+    }
+
+    fn run_interrupt(&self) {
+        let due = self.inner().interrupt.take_if(|interrupt| {
+            let now = interrupt.0 == 0;
+            interrupt.0 = interrupt.0.saturating_sub(1);
+            now
+        });
+        if let Some(Interrupt(_, other)) = due {
+            other(); // which calls the disk itself
+        }
+    }
+
     pub fn fail(&self, plan: Plan) {
         self.inner().plan = plan;
     }
@@ -172,6 +203,7 @@ impl SimDisk {
         call: Call,
         act: impl FnOnce(&mut State, &Plan) -> io::Result<T>,
     ) -> io::Result<T> {
+        self.run_interrupt();
         let mut inner = self.inner();
         let inner = &mut *inner;
         let failure = inner.plan.next(call);
@@ -189,33 +221,6 @@ impl SimDisk {
 }
 
 impl State {
-    fn lose_power(&self, chance: &mut Chance) -> Self {
-        let mut names = self.durable.clone();
-        let all = chance.below(4); // all, none, or each for itself
-        for change in &self.changes {
-            let kept = all == 0 || (all > 1 && chance.flip());
-            let both_names = kept && change.sets.len() > 1 && chance.below(4) == 0;
-            for (path, inode) in change.sets.iter().filter(|_| kept) {
-                match inode {
-                    Some(inode) => names.insert(path.clone(), *inode),
-                    None if both_names => None,
-                    None => names.remove(path),
-                };
-            }
-        }
-        let used: BTreeSet<u64> = names.values().copied().collect();
-        let found = |inode: u64| (inode, self.inodes[&inode].lose_power(chance));
-        Self {
-            inodes: used.into_iter().map(found).collect(),
-            folders: self.folders.clone(),
-            durable: names.clone(),
-            names,
-            acknowledged: self.acknowledged,
-            handles: self.handles,
-            ..Self::default()
-        }
-    }
-
     fn change(&mut self, folder: &Path, sets: Vec<(PathBuf, Option<u64>)>) {
         for (path, inode) in &sets {
             match inode {
@@ -229,36 +234,6 @@ impl State {
 
     fn find(&self, path: &Path) -> io::Result<u64> {
         self.names.get(path).copied().ok_or(missing())
-    }
-}
-
-impl Inode {
-    fn lose_power(&self, chance: &mut Chance) -> Self {
-        let length = self.bytes.len();
-        let mut bytes = self.bytes.to_vec();
-        let (all, cut) = (chance.below(8), chance.below(4));
-        for start in (self.synced / SECTOR * SECTOR..length).step_by(SECTOR) {
-            let sector = &mut bytes[start.max(self.synced)..length.min(start + SECTOR)];
-            match if all == 0 { 0 } else { chance.below(3) } {
-                0 => {}
-                1 => sector.fill(0),
-                _ => sector.fill_with(|| chance.next() as u8),
-            }
-        }
-        if cut < 2 {
-            let longest = length - self.synced;
-            let kept = if cut == 0 {
-                0
-            } else {
-                chance.below(longest + 1)
-            };
-            bytes.truncate(self.synced + kept);
-        }
-        Self {
-            synced: bytes.len(),
-            bytes: Arc::new(bytes),
-            forgotten: false,
-        }
     }
 }
 
@@ -342,85 +317,5 @@ impl Disk for SimDisk {
             }
             Ok(())
         })
-    }
-}
-
-#[derive(Debug)]
-struct SimFile {
-    disk: SimDisk,
-    inode: u64,
-    handle: u64,
-}
-
-impl SimFile {
-    fn call<T>(
-        &self,
-        call: Call,
-        act: impl FnOnce(&mut Inode, &Plan) -> io::Result<T>,
-    ) -> io::Result<T> {
-        self.disk.call(call, |state, plan| {
-            act(state.inodes.get_mut(&self.inode).expect("open"), plan)
-        })
-    }
-}
-
-impl DiskFile for SimFile {
-    fn append(&self, bytes: &[u8]) -> io::Result<()> {
-        let room = self.disk.inner().plan.take_room(bytes.len());
-        self.call(Call::Append, |inode, _| {
-            Arc::make_mut(&mut inode.bytes).extend_from_slice(&bytes[..room]);
-            if room < bytes.len() {
-                return Err(ErrorKind::StorageFull.into());
-            }
-            Ok(())
-        })
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        let synced = self.call(Call::Sync, |inode, _| {
-            if !inode.forgotten {
-                inode.synced = inode.bytes.len();
-            }
-            Ok(())
-        });
-        if synced.is_err() {
-            let mut inner = self.disk.inner();
-            let inode = inner.state.inodes.get_mut(&self.inode).expect("open");
-            inode.forgotten = true;
-        }
-        synced
-    }
-
-    fn length(&self) -> io::Result<u64> {
-        self.call(Call::Length, |inode, _| Ok(inode.bytes.len() as u64))
-    }
-
-    fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
-        self.call(Call::Read, |inode, _| {
-            let found = inode.bytes.get(at as usize..at as usize + bytes.len());
-            bytes.copy_from_slice(found.ok_or(ErrorKind::UnexpectedEof)?);
-            Ok(())
-        })
-    }
-
-    fn lock(&self) -> io::Result<bool> {
-        self.disk.call(Call::Lock, |state, _| {
-            let holder = state.locks.entry(self.inode).or_insert(self.handle);
-            Ok(*holder == self.handle)
-        })
-    }
-
-    fn map(&self) -> io::Result<Map> {
-        Err(ErrorKind::Unsupported.into())
-    }
-}
-
-impl Drop for SimFile {
-    fn drop(&mut self) {
-        let mut inner = self.disk.inner();
-        let locks = &mut inner.state.locks;
-        if locks.get(&self.inode) == Some(&self.handle) {
-            locks.remove(&self.inode);
-        }
     }
 }
