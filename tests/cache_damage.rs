@@ -25,7 +25,7 @@ fn every_flipped_bit_is_noticed() {
         for bit in 0..8 * bytes.len() {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            damaged.assert_noticed(path, flipped, &format!("bit {bit} of {}", path.display()));
+            damaged.assert_noticed(path, &flipped, &format!("bit {bit} of {}", path.display()));
         }
         8 * bytes.len() as u64
     });
@@ -39,7 +39,7 @@ fn every_length_is_noticed() {
         for (path, bytes) in &damaged.files {
             for length in 0..bytes.len() {
                 let what = format!("{length} bytes of {}", path.display());
-                damaged.assert_noticed(path, bytes[..length].to_vec(), &what);
+                damaged.assert_noticed(path, &bytes[..length], &what);
             }
         }
     }
@@ -66,8 +66,8 @@ fn bytes_behind_the_end_are_noticed() {
             let zero = [&bytes[..], &garbage].concat();
             garbage.fill_with(|| chance.next() as u8);
             let what = format!("{length} bytes behind {}", path.display());
-            damaged.assert_noticed(path, zero, &what);
-            damaged.assert_noticed(path, [&bytes[..], &garbage].concat(), &what);
+            damaged.assert_noticed(path, &zero, &what);
+            damaged.assert_noticed(path, &[&bytes[..], &garbage].concat(), &what);
         }
     }
 }
@@ -75,21 +75,21 @@ fn bytes_behind_the_end_are_noticed() {
 #[test]
 fn holes_are_noticed() {
     let damaged = Damaged::new(Kind::PerToken);
-    let mut holes = 0;
+    let mut noticed = 0;
     for (path, bytes) in &damaged.files {
         for (length, step) in [(64, 64), (512, 512), (4096, 512)] {
             for start in (0..bytes.len()).step_by(step) {
-                let mut holed = bytes.clone();
-                holed[start..bytes.len().min(start + length)].fill(0);
-                if holed != *bytes {
+                let mut hole = bytes.clone();
+                hole[start..bytes.len().min(start + length)].fill(0);
+                if hole != *bytes {
                     let what = format!("a hole of {length} at {start} in {}", path.display());
-                    damaged.assert_noticed(path, holed, &what);
-                    holes += 1;
+                    damaged.assert_noticed(path, &hole, &what);
+                    noticed += 1;
                 }
             }
         }
     }
-    assert!(holes > 200);
+    assert!(noticed > 200);
 }
 
 #[test]
@@ -113,10 +113,10 @@ fn files_of_another_cache_are_refused() {
     let damaged = Damaged::new(Kind::PerToken);
     let sums = Damaged::new(Kind::Sums);
     for (at, (path, bytes)) in damaged.files.iter().enumerate() {
-        damaged.assert_noticed(path, sums.files[at].1.clone(), "a file of sums");
+        damaged.assert_noticed(path, &sums.files[at].1, "a file of sums");
         if bytes.starts_with(b"ARROW1") {
             let other = damaged.ending(".arrow")[usize::from(at == 0)].1.clone();
-            damaged.assert_noticed(path, other, "another shard");
+            damaged.assert_noticed(path, &other, "another shard");
         }
     }
     let other = damaged.cache();

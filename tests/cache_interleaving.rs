@@ -16,6 +16,7 @@ use logratio::{
 };
 use sim::{
     SimDisk,
+    chance::for_seeds,
     life::FOLDERS,
     records::{append, assert_values, key},
 };
@@ -65,13 +66,14 @@ fn write(
     Ok(writer)
 }
 
-/// Whoever writes writes these records: two that do seal the same bytes.
-const NEW: [usize; 2] = [8, 9];
+/// Whoever writes writes these records, so that two that do seal the same bytes: new ones, or those
+/// of the shard that is there.
+const WRITTEN: [[usize; 2]; 2] = [[8, 9], [0, 1]];
 
-fn act(disk: &SimDisk, act: Act, acknowledged: &Acknowledged) -> Result<()> {
+fn act(disk: &SimDisk, act: Act, new: [usize; 2], acknowledged: &Acknowledged) -> Result<()> {
     match act {
-        Act::Write => write(disk, 0, &NEW, acknowledged).map(drop),
-        Act::Seal => write(disk, 0, &NEW, acknowledged)?.seal().map(drop),
+        Act::Write => write(disk, 0, &new, acknowledged).map(drop),
+        Act::Seal => write(disk, 0, &new, acknowledged)?.seal().map(drop),
         Act::Compact => cache(disk, 0).compact(false).map(drop),
         Act::Merge => {
             cache(disk, 0).merge(&[cache(disk, 1)])?;
@@ -109,16 +111,16 @@ fn assert_gone(result: &Result<()>) {
 }
 
 /// One act, and others at the moment of one of its calls; whether it had so many calls.
-fn interleave(one: Act, others: &[Act], at: usize) -> bool {
+fn interleave(new: [usize; 2], one: Act, others: &[Act], at: usize) -> bool {
     let disk = SimDisk::default();
     let (acknowledged, living) = start(&disk);
     let (known, there, all) = (acknowledged.clone(), disk.clone(), others.to_vec());
     disk.interrupt(at, move || {
         for other in all {
-            assert_gone(&act(&there, other, &known));
+            assert_gone(&act(&there, other, new, &known));
         }
     });
-    assert_gone(&act(&disk, one, &acknowledged));
+    assert_gone(&act(&disk, one, new, &acknowledged));
     let reached = !disk.forget_interrupt();
     let known = acknowledged.lock().expect("no panic").clone();
     check(&disk, &known);
@@ -136,18 +138,19 @@ fn interleave(one: Act, others: &[Act], at: usize) -> bool {
 
 #[test]
 fn whatever_somebody_else_does_meanwhile_nothing_is_lost() {
-    let mut moments = 0;
-    for one in ACTS {
-        for second in ACTS {
-            for third in [None, Some(Act::Compact), Some(Act::Seal), Some(Act::Write)] {
-                let others: Vec<Act> = [Some(second), third].into_iter().flatten().collect();
-                let mut at = 0;
-                while interleave(one, &others, at) {
-                    at += 1;
+    let moments = for_seeds(0..ACTS.len(), |one| {
+        let mut moments = 0;
+        for new in WRITTEN {
+            for second in ACTS {
+                for third in [None, Some(Act::Compact), Some(Act::Seal), Some(Act::Write)] {
+                    let others: Vec<Act> = [Some(second), third].into_iter().flatten().collect();
+                    let meets =
+                        |at: &u64| interleave(new, ACTS[one as usize], &others, *at as usize);
+                    moments += (0..).take_while(meets).count() as u64;
                 }
-                moments += at;
             }
         }
-    }
-    assert!(moments > 3_000, "only {moments} moments");
+        moments
+    });
+    assert!(moments > 5_000, "only {moments} moments");
 }

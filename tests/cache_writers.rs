@@ -106,10 +106,11 @@ fn readers_beside_sealing_and_compaction_find_everything() {
             let acknowledged = &acknowledged;
             scope.spawn(move || write_and_seal(path, thread * 1_000_000, writers, acknowledged))
         };
-        let writing = [0, 1, 2, 3].map(write);
-        let wrote = writing.map(thread::ScopedJoinHandle::join);
+        let ended = [0, 1, 2, 3].map(write).map(thread::ScopedJoinHandle::join);
         done.store(true, Ordering::Release);
-        wrote.into_iter().for_each(|wrote| wrote.expect("writes"));
+        for end in ended {
+            end.expect("writes");
+        }
         let opened: u64 = readers
             .into_iter()
             .map(|reader| reader.join().expect("reads"))

@@ -106,7 +106,7 @@ impl Damaged {
 
     /// Asserts that a change of one file is refused, or is a torn tail of a journal's last blocks,
     /// which is counted: no wrong value, nothing lost without a word.
-    pub fn assert_noticed(&self, path: &Path, bytes: Vec<u8>, what: &str) {
+    pub fn assert_noticed(&self, path: &Path, bytes: &[u8], what: &str) {
         let length = bytes.len();
         let own = &self
             .files
@@ -116,10 +116,10 @@ impl Damaged {
             .1;
         let same = own
             .iter()
-            .zip(&bytes)
+            .zip(bytes)
             .take_while(|(own, new)| own == new)
             .count();
-        match self.with(&[(path, bytes.clone())]) {
+        match self.with(&[(path, bytes.to_vec())]) {
             (Verdict::Refused(error), whole) => {
                 assert!(
                     matches!(error, Error::CorruptCache { .. }),

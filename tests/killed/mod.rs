@@ -23,7 +23,7 @@ const TASK: &str = "LOGRATIO_TEST_CACHE_TASK";
 /// More blocks than a child comes to write.
 pub const BLOCKS: u64 = 1 << 20;
 /// Journals that a child begins at most.
-const JOURNALS: usize = 8;
+const JOURNALS: usize = 24;
 
 /// What a child does behind its blocks.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,15 +61,15 @@ pub fn be_a_child() {
     let mut numbers = seed * BLOCKS..(seed + 1) * BLOCKS;
     for _ in 0..JOURNALS {
         let mut writer = create(&folder);
-        println!("\nwriter {}", writer.path().display());
-        let blocks = if task == 0 {
-            BLOCKS as usize
+        let mut out = std::io::stdout();
+        writeln!(out, "\nwriter {}", writer.path().display()).expect("the parent listens");
+        let blocks = if task == Task::Append as u64 {
+            1000
         } else {
             chance.below(6)
         };
         for number in numbers.by_ref().take(blocks) {
             append(&mut writer, &block(number)).expect("appends");
-            let mut out = std::io::stdout();
             writeln!(out, "acknowledged {number}").expect("the parent listens");
         }
         if task == Task::Append as u64 {

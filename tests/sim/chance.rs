@@ -47,7 +47,7 @@ pub fn for_seeds(seeds: std::ops::Range<usize>, one: impl Fn(u64) -> u64 + Sync)
         }
     };
     std::thread::scope(|scope| {
-        let other = scope.spawn(work.clone());
+        let other = scope.spawn(work);
         let sum = work();
         sum + other.join().expect("its panic is above")
     })

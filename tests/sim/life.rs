@@ -164,8 +164,8 @@ impl Life {
     /// Both caches, as another disk has them, hold what was acknowledged when that was this one,
     /// with its values, and nothing that nobody wrote.
     pub fn check(&self, disk: &SimDisk, acknowledged: [usize; 2]) {
-        for cache in 0..2 {
-            let known = &self.acknowledged[cache][..acknowledged[cache]];
+        for (cache, count) in acknowledged.into_iter().enumerate() {
+            let known = &self.acknowledged[cache][..count];
             let reader = match self
                 .cache(cache)
                 .on(Arc::new(disk.clone()))
@@ -222,8 +222,8 @@ impl Life {
 
     /// After compaction without a living writer there is one shard with its manifest and no more.
     pub fn check_tidy(&self) {
-        for cache in 0..2 {
-            let files = self.disk.files(FOLDERS[cache].as_ref());
+        for (cache, folder) in FOLDERS.into_iter().enumerate() {
+            let files = self.disk.files(folder.as_ref());
             let mut endings: BTreeMap<String, usize> = BTreeMap::new();
             for (path, _) in &files {
                 let name = path.file_name().expect("a name").to_string_lossy();

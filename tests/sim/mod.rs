@@ -207,8 +207,10 @@ impl SimDisk {
         let mut inner = self.inner();
         let inner = &mut *inner;
         let failure = inner.plan.next(call);
-        if failure.is_some() && !inner.plan.takes_effect {
-            return Err(failure.expect("some").into());
+        if let Some(kind) = failure
+            && !inner.plan.takes_effect
+        {
+            return Err(kind.into());
         }
         let done = act(&mut inner.state, &inner.plan);
         if call.changes()

@@ -26,7 +26,8 @@ pub fn key(number: usize) -> Key {
 /// The log-probs of record `number`.
 pub fn logps(number: usize) -> impl ExactSizeIterator<Item = f32> {
     let value = move |at| -0.25 * ((7 * number + at) % 4096) as f32;
-    (0..1 + number % 5).map(value)
+    let tokens = number % 5 + 1;
+    (0..tokens).map(value)
 }
 
 pub fn sum(number: usize) -> f64 {
@@ -60,7 +61,9 @@ pub fn assert_values(reader: &CacheReader, numbers: &[usize], rows: &[i64]) {
         Kind::PerToken => {
             let (offsets, values) = reader.read(rows).expect("reads");
             assert!(all().flat_map(logps).eq(values), "a wrong value");
-            let lengths = offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize);
+            let lengths = offsets
+                .windows(2)
+                .map(|pair| pair[1].abs_diff(pair[0]) as usize);
             assert!(
                 all().map(|number| logps(number).len()).eq(lengths),
                 "a wrong length"
