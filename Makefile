@@ -18,7 +18,7 @@ BUILT := .venv/built
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check setup pins bench-rust clean
+.PHONY: help demo test torture check setup pins bench-rust clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,10 @@ test: check ## every check and every test: what CI runs
 	cargo bench --locked --no-run
 	cargo test --locked
 	$(BIN)/python -m pytest
+
+torture: ## the reference cache under faults for an hour: 10,000 kills, 100 million losses of power
+	LOGRATIO_POWER_LOSSES=100 LOGRATIO_KILLS=5 LOGRATIO_FORGERIES=100 LOGRATIO_WRITERS=20 \
+		PROPTEST_CASES=1000000 cargo test --locked --test 'cache_*'
 
 check: $(BUILT) ## formatting, lints, types and documentation, without the tests
 	cargo fmt --check

@@ -11,7 +11,7 @@ use super::{
     disk::DiskFile,
     journal_table::JournalTable,
     manifest::manifest_name,
-    seal::{Counts, SHARD_BYTES},
+    seal::{Counts, NAMES, SHARD_BYTES},
     shard_writer::Written,
     snapshot::{Listing, open_shard, open_sources, read_manifests, until_still},
     source::Source,
@@ -78,7 +78,7 @@ impl Cache {
             return Err(Error::Invalid(reason));
         }
         let made = self.disk.create_folder(&self.folder);
-        made.map_err(Error::io(&self.folder))?;
+        made.map_err(Error::write(&self.folder, NAMES))?;
         let mut sources = open_sources(self, ReadMode::default())?;
         let own = sources.len();
         for other in others {
@@ -185,7 +185,7 @@ impl Cache {
     fn sync_names(&self) -> Result<()> {
         self.disk
             .sync_folder(&self.folder)
-            .map_err(Error::io(&self.folder))
+            .map_err(Error::write(&self.folder, NAMES))
     }
 
     fn remove(&self, name: &str) -> Result<()> {

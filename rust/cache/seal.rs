@@ -23,7 +23,7 @@ use crate::{Error, Result};
 pub const SHARD_BYTES: usize = 1 << 30;
 
 /// What a folder grows by for new names.
-const NAMES: usize = 4096;
+pub const NAMES: usize = 4096;
 
 /// What was written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

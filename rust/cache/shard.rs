@@ -28,16 +28,16 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// Opens a shard of this cache; the seal and the footer are checked now, blocks as they are
-    /// read.
-    pub fn open(cache: &Cache, path: PathBuf, mode: ReadMode) -> Result<Self> {
+    /// Opens a shard of this cache, which was written with `expected` bytes; the seal and the footer
+    /// are checked now, blocks as they are read.
+    pub fn open(cache: &Cache, path: PathBuf, expected: u64, mode: ReadMode) -> Result<Self> {
         let file = cache.disk.open(&path).map_err(Error::io(&path))?;
         let length = file.length().map_err(Error::io(&path))?;
-        let bytes = if length == 0 {
-            return Err(Error::cache(&path, "it is empty"));
-        } else {
-            Bytes::new(file, mode)
-        };
+        if length != expected {
+            let reason = format!("it has {length} bytes, and {expected} were written");
+            return Err(Error::cache(&path, reason));
+        }
+        let bytes = Bytes::new(file, mode);
         let found = shard_seal::read(cache, &path, &bytes, length as usize)?;
         Ok(Self {
             kind: cache.kind,

@@ -147,8 +147,8 @@ pub fn open_shard(
         );
         return Err(Error::cache(&path, reason));
     }
-    let shard = Shard::open(cache, path, mode)?;
-    if (shard.seal, shard.rows(), shard.length) != (manifest.seal, manifest.rows, manifest.bytes) {
+    let shard = Shard::open(cache, path, manifest.bytes, mode)?;
+    if (shard.seal, shard.rows()) != (manifest.seal, manifest.rows) {
         let reason = format!("it is another shard than {} names", manifest.name());
         return Err(Error::cache(shard.path(), reason));
     }

@@ -12,6 +12,7 @@ use super::{
     Cache, Fingerprint, Kind,
     disk::DiskFile,
     journal::{self, Chain, EXTENSION},
+    seal::NAMES,
     snapshot::{PARTIAL, TRIES, busy},
 };
 use crate::{Error, Result, fingerprint::Key};
@@ -42,7 +43,7 @@ impl CacheWriter {
     pub(super) fn new(cache: Cache) -> Result<Self> {
         let folder = cache.folder();
         let made = cache.disk.create_folder(folder);
-        made.map_err(Error::io(folder))?;
+        made.map_err(Error::write(folder, NAMES))?;
         let (path, file, header) = (0..TRIES)
             .find_map(|_| create(&cache).transpose())
             .unwrap_or_else(|| Err(busy(folder)))?;
