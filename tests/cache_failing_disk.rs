@@ -84,7 +84,7 @@ fn a_call_that_fails_once_loses_nothing() {
                 check(life);
             })
         });
-        assert!(calls > 1_000, "only {calls} calls");
+        assert!(calls > 800, "only {calls} calls");
     }
 }
 
@@ -101,7 +101,7 @@ fn a_disk_that_fails_for_ever_loses_nothing() {
             check(life);
         })
     });
-    assert!(calls > 1_000, "only {calls} calls");
+    assert!(calls > 800, "only {calls} calls");
 }
 
 /// Every call that needs room: what there was stays readable, the error says how much room is
