@@ -15,6 +15,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := .venv/bin
 PINNED := .venv/pinned-$(RUNTIME)
 BUILT := .venv/built
+# Apart from the rest: peft imports it wherever it finds it, which takes as long as torch itself.
+QUANTIZED := .venv/quantized
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -60,12 +62,14 @@ $(BUILT): $(PINNED) Cargo.toml Cargo.lock pyproject.toml $(shell find rust -type
 	PIP_NO_INDEX=1 PIP_QUIET=1 $(BIN)/maturin develop --release --locked
 	@touch $@
 
-$(PINNED): .venv/created .ci/constraints.txt .ci/tools.txt .ci/$(RUNTIME).txt
+$(PINNED): .venv/created .ci/constraints.txt .ci/tools.txt .ci/quantized.txt .ci/$(RUNTIME).txt
 	@echo "Installing the pinned dependencies. On Linux: about 3.3 GB to download, 6.9 GB on disk."
 	@rm -f .venv/pinned-*
 	$(BIN)/python -m pip uninstall -qq --yes $(filter-out $(RUNTIME),onnxruntime onnxruntime-gpu)
 	$(BIN)/python -m pip install --require-hashes --only-binary :all: \
 		-r .ci/constraints.txt -r .ci/$(RUNTIME).txt -r .ci/tools.txt
+	$(BIN)/python -m pip install --require-hashes --only-binary :all: --no-deps --upgrade \
+		--target $(QUANTIZED) -r .ci/quantized.txt
 	@touch $@
 
 .venv/created:
@@ -87,5 +91,6 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
 	echo onnxruntime | $(COMPILE) - --group server --no-emit-package onnxruntime \
 		-c .ci/constraints.txt -o .ci/server.txt
+	echo bitsandbytes | $(COMPILE) - --no-deps -o .ci/quantized.txt
 	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt
 	echo onnxruntime-gpu | $(COMPILE) - --no-deps -o .ci/onnxruntime-gpu.txt

@@ -19,7 +19,7 @@ from repository import ROOT, manifest, tracked
 from logratio.extras import ALONE
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-PINS = (".ci/constraints.txt", ".ci/server.txt", ".ci/tools.txt")
+PINS = (".ci/constraints.txt", ".ci/quantized.txt", ".ci/server.txt", ".ci/tools.txt")
 OFFLINE = {"CARGO_NET_OFFLINE": "true", "PIP_NO_INDEX": "1"}
 PIN = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+)(?P<marker> ; [^\\]+)? \\\n"
