@@ -22,8 +22,9 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Cache, Kind,
+    batch::Batch,
     disk::DiskFile,
-    shard::{Batch, EXTENSION, Seal, TAIL},
+    shard::{EXTENSION, Seal, TAIL},
     snapshot::PARTIAL,
     source::Source,
     writer::writer_name,
