@@ -19,7 +19,7 @@ use sim::{
     life::{FOLDERS, Life},
 };
 
-const STEPS: usize = 14;
+const STEPS: usize = 24;
 const SEEDS: std::ops::Range<usize> = 0..9;
 
 /// A cache with something in it, and the plan that its further life meets.

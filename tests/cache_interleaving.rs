@@ -144,9 +144,11 @@ fn whatever_somebody_else_does_meanwhile_nothing_is_lost() {
             for second in ACTS {
                 for third in [None, Some(Act::Compact), Some(Act::Seal), Some(Act::Write)] {
                     let others: Vec<Act> = [Some(second), third].into_iter().flatten().collect();
-                    let meets =
-                        |at: &u64| interleave(new, ACTS[one as usize], &others, *at as usize);
-                    moments += (0..).take_while(meets).count() as u64;
+                    let mut at = 0;
+                    while interleave(new, ACTS[one as usize], &others, at) {
+                        at += 1;
+                    }
+                    moments += at as u64;
                 }
             }
         }

@@ -115,7 +115,8 @@ impl Run {
         let [here, there] = &mut self.models;
         let merged = self.caches[0].merge(&self.caches[1..]).expect("merges");
         let new: BTreeSet<usize> = there.difference(here).copied().collect();
-        assert_eq!(merged.completions, new.len() as u64);
+        // Those of journals here are copied too: they may not be durable yet.
+        assert!((new.len()..=there.len()).contains(&(merged.completions as usize)));
         here.extend(new);
     }
 

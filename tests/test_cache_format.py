@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -252,7 +251,7 @@ def test_any_arrow_reader_opens_a_shard(tmp_path: Path, sums: bool) -> None:
     assert read_cache(tmp_path, sums=sums) == (wanted, 0)
     by_polars = pl.read_ipc(path).to_arrow()
     assert read_arrow(by_polars, sums=sums) == wanted
-    frame: pd.DataFrame = pd.read_feather(path)
+    frame = pytest.importorskip("pandas").read_feather(path)
     assert list(frame["key"]) == sorted(wanted)
     values: NDArray[Any] = np.concatenate([np.atleast_1d(v) for v in frame.iloc[:, -1]])
     assert values.tolist() == [v for key in sorted(wanted) for v in wanted[key][1]]

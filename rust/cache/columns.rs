@@ -9,7 +9,7 @@ use arrow_buffer::{Buffer, OffsetBuffer, ScalarBuffer};
 use arrow_ipc::root_as_message;
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 
-use super::{Cache, Kind, shard_seal::Batch, source::Source};
+use super::{Cache, Kind, batch::Batch, source::Source};
 use crate::{
     Result,
     wire::{Hex, u32_at},

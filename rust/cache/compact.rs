@@ -11,6 +11,7 @@ use super::{
     disk::DiskFile,
     journal_table::JournalTable,
     manifest::manifest_name,
+    merge::Found,
     seal::{Counts, NAMES, SHARD_BYTES},
     shard_writer::Written,
     snapshot::{Listing, open_shard, open_sources, read_manifests, until_still},
@@ -69,8 +70,8 @@ impl Cache {
         Ok((listing, done))
     }
 
-    /// Adds the records of `others`, of the same reference, that this cache lacks. They stay where
-    /// they are.
+    /// Adds the records of `others`, of the same reference, that no shard of this cache has. They
+    /// stay where they are.
     pub fn merge(&self, others: &[Self]) -> Result<Compacted> {
         if let Some(other) = others.iter().find(|other| !self.is_alike(other)) {
             let folder = other.folder.display();
@@ -81,10 +82,13 @@ impl Cache {
         made.map_err(Error::write(&self.folder, NAMES))?;
         let mut sources = open_sources(self, ReadMode::default())?;
         let own = sources.len();
+        let sealed = sources.iter().filter(|source| !source.is_journal()).count();
+        self.sync_names()?;
         for other in others {
             sources.extend(open_sources(other, ReadMode::default())?);
         }
-        let new = |found: &super::merge::Found| found.source >= own;
+        // A journal's last block can be read before it is durable, and may never be.
+        let new = |found: &Found| found.source >= sealed && found.last >= own;
         let (written, counts) = self.write_shards(&sources, SHARD_BYTES, new)?;
         self.publish(&written)?;
         let mut done = Compacted::default();

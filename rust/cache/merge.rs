@@ -11,6 +11,8 @@ pub struct Found {
     pub key: Key,
     pub source: usize,
     pub row: u64,
+    /// The last source that has this key.
+    pub last: usize,
     /// Further records of this key.
     pub repeats: u64,
 }
@@ -62,9 +64,10 @@ impl<'a> Merged<'a> {
         let Some((key, source, row)) = self.pop()? else {
             return Ok(None);
         };
-        let mut repeats = 0;
+        let (mut last, mut repeats) = (source, 0);
         while self.heads.peek().is_some_and(|head| head.0.0 == key) {
             if let Some((_, other, other_row)) = self.pop()? {
+                last = other;
                 let (one, other) = (&self.sources[source], &self.sources[other]);
                 self.agreement.check((one, row), (other, other_row))?;
             }
@@ -74,6 +77,7 @@ impl<'a> Merged<'a> {
             key,
             source,
             row,
+            last,
             repeats,
         }))
     }

@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+mod batch;
 mod checked;
 mod columns;
 mod compact;

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::{
     Cache, Kind, ReadMode,
+    batch::Batch,
     checked::{Bytes, CheckedFile},
-    shard_seal::{self, Batch},
+    shard_seal,
     source::Span,
 };
 use crate::{Error, Result, fingerprint::Key, wire::u32_at};

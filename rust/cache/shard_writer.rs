@@ -15,10 +15,11 @@ use arrow_schema::{ArrowError, SchemaRef};
 
 use super::{
     Cache,
+    batch::Batch,
     columns::{Columns, locate, schema},
     disk::DiskFile,
     shard::EXTENSION,
-    shard_seal::{Batch, Seal},
+    shard_seal::Seal,
     snapshot::PARTIAL,
     source::Source,
     tee::{CHUNK, Tee},

@@ -8,8 +8,9 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
+    batch::Batch,
     disk::DiskFile,
-    shard_seal::{Batch, Seal, TAIL},
+    shard_seal::{Seal, TAIL},
 };
 use crate::{
     store::blocks::BlockCrcs,
