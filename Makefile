@@ -31,7 +31,7 @@ demo: $(BUILT) ## train, export and rank on a small task with a known answer
 test: check ## every check and every test: what CI runs
 	cargo bench --locked --no-run
 	cargo test --locked
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power
 	LOGRATIO_POWER_LOSSES=100 LOGRATIO_KILLS=5 LOGRATIO_FORGERIES=100 LOGRATIO_WRITERS=5 \

@@ -247,7 +247,7 @@ def test_what_changes_no_id_is_found_without_a_model(
 ) -> None:
     """TRL scores everything anew for most of these, and serves ld_alpha the wrong sums."""
     cached(tmp_path, tiny_model, parts(peft_config=LORA))
-    monkeypatch.setattr("logratio.training.reference_pass.load_model", None)
+    monkeypatch.setattr("logratio.training.reference_scorer.load_model", None)
     monkeypatch.chdir(tmp_path)
     another = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     cached(tmp_path, tiny_model, parts(peft_config=another), **change)

@@ -13,13 +13,16 @@ import torch
 from oracle import in_float64, per_token_logps
 
 from logratio._rust import ROLES, CacheReader, CacheWriter, Store, StoreWriter
+from logratio.cache.identity import fingerprint_digest
 from logratio.data import PreferenceTokenizer, build_store
 from logratio.integrations import lookup
 from logratio.integrations.columns import ColumnsError, Shape, reference_table
 from logratio.integrations.lookup import MissingLogpsError
 from logratio.training import PrecomputeConfig, load_model, precompute
 
-FINGERPRINT = bytes(range(32))
+HARD = {"compute_dtype": "float32"}
+FINGERPRINT = fingerprint_digest(HARD)
+IDENTITY = json.dumps({"digest": FINGERPRINT.hex(), "hard": HARD, "soft": {}})
 NAME = FINGERPRINT.hex()[:16]
 
 
@@ -56,7 +59,7 @@ def make_cache(root: Path, store: Store, name: str = NAME) -> Path:
     writer = CacheWriter(folder, FINGERPRINT)
     writer.append(store.keys(), offsets, -random.random(int(offsets[-1]), np.float32) * 9)
     writer.close()
-    (folder / "fingerprint.json").write_text(json.dumps({"digest": FINGERPRINT.hex()}))
+    (folder / "fingerprint.json").write_text(IDENTITY)
     return root
 
 
@@ -235,9 +238,7 @@ def test_a_cache_of_sums_gives_the_same_sums(tmp_path: Path) -> None:
     writer = CacheWriter(root / f"{NAME}.sums", FINGERPRINT, sums=True)
     writer.append_sums(store.sum_keys(), store.counted_lengths(), expected["ref_logps"].to_numpy())
     writer.close()
-    (root / f"{NAME}.sums" / "fingerprint.json").write_text(
-        json.dumps({"digest": FINGERPRINT.hex()})
-    )
+    (root / f"{NAME}.sums" / "fingerprint.json").write_text(IDENTITY)
     found = polars.DataFrame(reference_table(store, root, shape="completions", sums=True))
     assert found.equals(expected)
     with pytest.raises(MissingLogpsError, match="holds sums only"):

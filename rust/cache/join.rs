@@ -30,39 +30,74 @@ pub fn place(sources: &[Source], number: i64) -> Result<(&Source, u64)> {
 ///
 /// A key that several sources hold must have one value.
 pub fn join(agreement: Agreement, sources: &[Source], keys: &[Key]) -> Result<Vec<i64>> {
-    let mut rows = vec![-1; keys.len()];
+    let mut join = Join {
+        agreement,
+        sources,
+        keys,
+        rows: vec![-1; keys.len()],
+    };
     let order = sorted(keys);
-    for (number_of_source, source) in sources.iter().enumerate() {
-        let mut at = 0;
-        for &(_, index) in &order {
-            let (key, found) = (&keys[index as usize], &mut rows[index as usize]);
-            at = source.lower_bound(at, key)?;
+    for source in 0..sources.len() {
+        join.walk(source, &order)?;
+    }
+    Ok(join.rows)
+}
+
+struct Join<'a> {
+    agreement: Agreement,
+    sources: &'a [Source],
+    keys: &'a [Key],
+    rows: Vec<i64>,
+}
+
+impl Join<'_> {
+    /// Finds the keys of one source. Heads of keys are compared, which lie in the order walked; a
+    /// whole key is a jump through memory, and looked at only where its head is there.
+    fn walk(&mut self, number: usize, order: &[(u64, u64)]) -> Result<()> {
+        let source = &self.sources[number];
+        let (mut at, mut current) = (0, 0);
+        if source.rows() > 0 {
+            current = head(&source.key(0)?);
+        }
+        for &(wanted, index) in order {
+            if wanted > current && at < source.rows() {
+                at = source.lower_bound(at, &first_key(wanted))?;
+                if at < source.rows() {
+                    current = head(&source.key(at)?);
+                }
+            }
             if at == source.rows() {
                 break;
             }
-            if source.key(at)? != *key {
-                continue;
-            }
-            if *found == -1 {
-                *found = number(number_of_source, at);
-            } else {
-                agreement.check(place(sources, *found)?, (source, at))?;
-            }
-            // Keys of shards stand once; a journal has them as they came.
-            let mut next = at + 1;
-            while source.is_journal() && next < source.rows() && source.key(next)? == *key {
-                agreement.check(place(sources, *found)?, (source, next))?;
-                next += 1;
+            if wanted == current {
+                self.take(number, at, index as usize)?;
             }
         }
+        Ok(())
     }
-    Ok(rows)
+
+    /// Looks for a key among the rows from `at` on.
+    fn take(&mut self, number: usize, at: u64, index: usize) -> Result<()> {
+        let (source, key) = (&self.sources[number], &self.keys[index]);
+        let mut row = source.lower_bound(at, key)?;
+        // Keys of shards stand once; a journal has them as they came.
+        while row < source.rows() && source.key(row)? == *key {
+            let found = &mut self.rows[index];
+            if *found == -1 {
+                *found = self::number(number, row);
+            } else {
+                let one = place(self.sources, *found)?;
+                self.agreement.check(one, (source, row))?;
+            }
+            row += 1;
+        }
+        Ok(())
+    }
 }
 
-/// The keys' first eight bytes and places, in the order of the keys.
+/// The keys' heads and places, in the order of the keys.
 fn sorted(keys: &[Key]) -> Vec<(u64, u64)> {
-    let prefix = |key: &Key| big_endian(*key.first_chunk().expect("32 bytes"));
-    let mut order: Vec<(u64, u64)> = keys.iter().map(prefix).zip(0..).collect();
+    let mut order: Vec<(u64, u64)> = keys.iter().map(head).zip(0..).collect();
     order.sort_unstable_by(|one, other| {
         let whole = || keys[one.1 as usize].cmp(&keys[other.1 as usize]);
         one.0.cmp(&other.0).then_with(whole)
@@ -70,7 +105,14 @@ fn sorted(keys: &[Key]) -> Vec<(u64, u64)> {
     order
 }
 
-/// Bytes compare as the number does whose first digit is the first byte.
-fn big_endian(bytes: [u8; 8]) -> u64 {
-    u64::from_le_bytes(bytes).swap_bytes()
+/// The first eight bytes as a number that compares as they do.
+fn head(key: &Key) -> u64 {
+    u64::from_le_bytes(*key.first_chunk().expect("32 bytes")).swap_bytes()
+}
+
+/// The smallest key with this head.
+fn first_key(head: u64) -> Key {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&head.swap_bytes().to_le_bytes());
+    key
 }
