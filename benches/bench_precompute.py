@@ -45,15 +45,16 @@ from logratio.training.reference_pass import prepare
 
 rows, model, cache = sys.argv[1:]
 config = PrecomputeConfig(model=model, data=[rows], cache=cache)
-seconds = []
+seconds, tokens = [], 0
 for _ in range(3):
     ready = prepare(config, show_progress=False)
     start = time.perf_counter()
     result = ready.run()
     seconds.append(time.perf_counter() - start)
+    tokens += result.tokens
 reader = CacheReader.open(result.folder, ready.fingerprint.digest)
 _, sums = reader.read_sums(reader.join(ready.store.keys()))
-print(json.dumps({"seconds": seconds[0], "again": min(seconds[1:]), "tokens": result.tokens,
+print(json.dumps({"seconds": seconds[0], "again": min(seconds[1:]), "tokens": tokens,
                   "sums": np.asarray(sums).reshape(-1, 2).tolist()}))
 """
 
@@ -165,9 +166,8 @@ def main() -> None:
             for row in bench(name, rival, options.pairs):
                 rows.append(row)
                 print(row, flush=True)
-    with RESULTS.open("a") as results:
-        for row in rows:
-            results.write(json.dumps({"date": date.today().isoformat()} | row) + "\n")
+                with RESULTS.open("a") as results:
+                    results.write(json.dumps({"date": date.today().isoformat()} | row) + "\n")
     summarize(rows)
 
 
