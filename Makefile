@@ -57,9 +57,11 @@ clean: ## remove what was built; .venv stays (delete it to start anew)
 	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
 
 # Python files need no rebuild: the package is installed editable. pip may not reach for anything
-# here, so a dependency that has no pin stops the build instead of slipping in.
+# here, so a dependency that has no pin stops the build instead of slipping in. maturin installs into
+# the environment that is active, whose ever it is, unless told.
 $(BUILT): $(PINNED) Cargo.toml Cargo.lock pyproject.toml $(shell find rust -type f)
-	PIP_NO_INDEX=1 PIP_QUIET=1 $(BIN)/maturin develop --release --locked
+	env -u CONDA_PREFIX VIRTUAL_ENV="$$PWD/.venv" PIP_NO_INDEX=1 PIP_QUIET=1 \
+		$(BIN)/maturin develop --release --locked
 	@touch $@
 
 $(PINNED): .venv/created .ci/constraints.txt .ci/tools.txt .ci/quantized.txt .ci/$(RUNTIME).txt
