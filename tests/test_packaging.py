@@ -181,11 +181,13 @@ def requirements() -> list[tuple[str, Requirement]]:
     """Each requirement of the manifest with the file that pins it."""
     project = manifest("pyproject.toml")["project"]
     groups = manifest("pyproject.toml")["dependency-groups"]
-    alone = [*chain(*(needs for name, needs in extras().items() if name in ALONE))]
+    apart = extras()["quantized"]
+    alone = [*chain(*(extras()[name] for name in sorted(ALONE - {"quantized"})))]
     served = [*chain(*(needs for name, needs in extras().items() if name not in ALONE))]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/server.txt": groups["server"],
+        ".ci/quantized.txt": apart,
         ".ci/tools.txt": [*groups["tools"], *alone],
     }
     return [

@@ -52,12 +52,14 @@ def make_store(
 
 
 def make_cache(root: Path, store: Store, name: str = NAME) -> Path:
-    """Write random log-probs of every completion."""
-    random, lengths = np.random.default_rng(1), store.completion_lengths()
+    """Write random log-probs of every completion, the same for the same completion."""
+    keys, lengths = store.keys(), store.completion_lengths()
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    random = [np.random.default_rng(key.view(np.uint64)) for key in keys]
+    logps = [own.random(n, np.float32) for own, n in zip(random, lengths, strict=True)]
     folder = root / name
     writer = CacheWriter(folder, FINGERPRINT)
-    writer.append(store.keys(), offsets, -random.random(int(offsets[-1]), np.float32) * 9)
+    writer.append(keys, offsets, -np.concatenate(logps) * 9)
     writer.close()
     (folder / "fingerprint.json").write_text(IDENTITY)
     return root
