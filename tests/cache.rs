@@ -11,7 +11,11 @@ use std::{
 use journals::{
     Model, Records, append, block, contents, create, folder_of, journal, key, model, open,
 };
-use logratio::{Error, fingerprint::Key};
+use logratio::{
+    Error,
+    cache::{Cache, Kind},
+    fingerprint::Key,
+};
 use proptest::{collection::vec, prelude::*};
 use tempfile::{TempDir, tempdir};
 
@@ -113,6 +117,30 @@ fn records_that_contradict_each_other_name_both_journals() {
         for error in [joined.to_string(), walked.to_string()] {
             assert_eq!(error.matches(".journal").count(), 2, "{error}");
         }
+    }
+}
+
+#[test]
+fn a_journal_that_contradicts_itself_is_refused_by_a_join() {
+    let folder = tempdir().expect("folder");
+    let mut writer = create(folder.path());
+    for value in [-1.0, -1.5] {
+        append(&mut writer, &[(key(1), vec![value])]).expect("appends");
+    }
+    let reader = open(folder.path()).expect("opens");
+    let error = reader.join(&[key(1)]).expect_err("contradiction");
+    assert!(error.to_string().contains("contradicts"), "{error}");
+}
+
+#[test]
+fn caches_of_another_reference_or_kind_are_not_merged() {
+    let folder = tempdir().expect("folder");
+    let cache = |name: &str, byte| Cache::new(folder.path().join(name), [byte; 32]);
+    let into = cache("into", 7);
+    let others = [cache("other", 8), cache("sums", 7).with_kind(Kind::Sums)];
+    for other in others {
+        let refused = into.merge(&[other]).expect_err("not alike");
+        assert!(matches!(refused, Error::Invalid(_)), "{refused:?}");
     }
 }
 
