@@ -22,6 +22,7 @@ from logratio.cache import (
     ReferenceCache,
     record_tolerance,
 )
+from logratio.cache.conditions import record_conditions
 from logratio.cache.merging import MergeError
 
 
@@ -63,13 +64,16 @@ def test_merging_takes_over_the_fingerprints_of_all_conditions(tmp_path: Path) -
     other = write(tmp_path / "b", {2: [-1.0]})
     told = fingerprint(torch="9.9", device="H100")
     (other / "fingerprint.json").write_text(json.dumps(told))
+    record_conditions(other, {"layout": "padded"})
     ReferenceCache(tmp_path / "new").merge([tmp_path / "a", tmp_path / "b"])
     (found,) = ReferenceCache(tmp_path / "new").references()
     assert found.name == other.name
     assert found.hard == told["hard"]
-    assert list(found.soft) == [{"torch": "2.11.0"}, told["soft"]]
+    assert found.soft[0] == {"torch": "2.11.0"}
+    assert all(soft in found.soft for soft in (told["soft"], {"layout": "padded"}))
     ReferenceCache(tmp_path / "new").merge([tmp_path / "b"])
-    assert len(list(found.path.glob("fingerprint*.json"))) == 2
+    assert len(list(found.path.glob("fingerprint*.json"))) == 1
+    assert len(list(found.path.glob("conditions-*.json"))) == 2
 
 
 def test_merging_what_contradicts_adds_nothing_and_names_both_files(tmp_path: Path) -> None:

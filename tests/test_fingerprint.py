@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 
 from logratio.cache import DamagedFingerprintError
+from logratio.cache.conditions import record_conditions
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -30,7 +31,6 @@ from logratio.training.models import ModelFolderError, with_lora
 from logratio.training.reference import (
     StaleCacheError,
     open_cache,
-    record_conditions,
     soft_differences,
     stored_conditions,
 )

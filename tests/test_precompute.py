@@ -17,6 +17,7 @@ from conftest import write_pairs
 from oracle import in_float64, per_token_logps
 
 from logratio._rust import CacheReader, CacheWriter, CorruptCacheError
+from logratio.cache import ReferenceCache
 from logratio.data import TokenizationRules
 from logratio.training import PrecomputeConfig, load_model, precompute
 from logratio.training.fingerprint import model_fingerprint
@@ -206,6 +207,18 @@ def test_the_summary_counts_what_was_written(config: PrecomputeConfig) -> None:
     assert result.tokens == int(store.completion_lengths().sum())
     assert result.nbytes >= 32 * 36 + 4 * result.tokens
     assert "32 completions scored" in result.to_text()
+
+
+def test_what_the_cache_was_made_under_is_shown_and_merged(
+    config: PrecomputeConfig, tmp_path: Path
+) -> None:
+    quiet(config)
+    merged = ReferenceCache(tmp_path / "merged")
+    merged.merge([config.cache])
+    for cache in (ReferenceCache(config.cache), merged):
+        (report,) = cache.inspect()
+        assert "layout shared" in report.to_text()
+        assert report.is_whole
 
 
 def test_the_forecast_counts_what_is_missing(config: PrecomputeConfig) -> None:

@@ -2,7 +2,7 @@
 
 from logratio._rust import CorruptCacheError as CorruptCacheError
 from logratio._rust import content_key as content_key
-from logratio.cache.identity import DamagedFingerprintError as DamagedFingerprintError
+from logratio.cache.conditions import DamagedFingerprintError as DamagedFingerprintError
 from logratio.cache.identity import StoredReference as StoredReference
 from logratio.cache.identity import record_tolerance as record_tolerance
 from logratio.cache.reading import MissingCompletionsError as MissingCompletionsError

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from logratio.cache.conditions import DamagedFingerprintError, read_conditions
+
 Kind = Literal["per-token", "sums"]
 
-FINGERPRINTS = "fingerprint*.json"
-"""`fingerprint.json`, and further ones of writers with other soft fields."""
+FINGERPRINT_FILE = "fingerprint.json"
+"""Says in each folder, readably, whose log-probs these are."""
 SUMS = ".sums"
 """What the name of a folder that keeps sums ends with."""
 NAME_DIGITS = 16
@@ -23,10 +25,6 @@ JOURNAL_HEADER = 64
 JOURNAL_MAGIC = b"LRJOURN1"
 KINDS: tuple[Kind, Kind] = ("per-token", "sums")
 """As the number in a journal's header has them."""
-
-
-class DamagedFingerprintError(ValueError):
-    """A stored fingerprint is not that of its own fields."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,9 @@ def find_references(root: Path) -> list[StoredReference]:
 
 def read_reference(folder: Path) -> StoredReference | None:
     """Say which reference a folder belongs to, or None where it is no folder of a cache."""
-    stored, problem = _read_fingerprints(folder)
+    stored, soft, problem = _read_words(folder)
     told = _told_by_files(folder)
-    digest = fingerprint_digest(stored[0]["hard"]) if stored else told and told[0]
+    digest = fingerprint_digest(stored["hard"]) if stored else told and told[0]
     if digest is None:
         if problem is None:
             return None
@@ -149,24 +147,23 @@ def read_reference(folder: Path) -> StoredReference | None:
         path=folder,
         kind=told[1] if told else KINDS[folder.name.endswith(SUMS)],
         digest=digest,
-        hard=stored[0]["hard"] if stored and problem is None else {},
-        soft=tuple(fields["soft"] for fields in stored) if problem is None else (),
+        hard=stored["hard"] if stored else {},
+        soft=soft,
         problem=problem,
     )
 
 
-def _read_fingerprints(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the fingerprints in a folder, `fingerprint.json` first, and what is wrong with one."""
-    found: list[dict[str, Any]] = []
-    for path in sorted(folder.glob(FINGERPRINTS), key=lambda path: (len(path.name), path.name)):
-        try:
-            fields = read_fingerprint(path)
-        except DamagedFingerprintError as error:
-            return found, str(error)
-        if found and fields["digest"] != found[0]["digest"]:
-            return found, f"{path}: it is of another reference than the fingerprint beside it"
-        found.append(fields)
-    return found, None
+def _read_words(
+    folder: Path,
+) -> tuple[dict[str, Any] | None, tuple[Mapping[str, Any], ...], str | None]:
+    """Return a folder's fingerprint, all its conditions, and what is wrong with them."""
+    path, stored = folder / FINGERPRINT_FILE, None
+    try:
+        stored = read_fingerprint(path) if path.exists() else None
+        own = [stored["soft"]] if stored else []
+        return stored, (*own, *read_conditions(folder)), None
+    except DamagedFingerprintError as error:
+        return stored, (), str(error)
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:

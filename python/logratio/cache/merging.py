@@ -1,6 +1,5 @@
 """One cache takes over what others have."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from logratio._rust import CacheFolder
-from logratio.cache.identity import StoredReference, find_references, read_reference
+from logratio.cache.conditions import record_conditions
+from logratio.cache.identity import (
+    FINGERPRINT_FILE,
+    StoredReference,
+    find_references,
+    read_reference,
+)
 from logratio.cache.reading import open_reader
 from logratio.cache.results import Change
 from logratio.durable import write_whole
@@ -120,20 +125,23 @@ def entry_bytes(reference: StoredReference, records: int, tokens: int) -> int:
 
 
 def _record_fingerprints(folder: Path, sources: Sequence[StoredReference]) -> None:
-    """Take over the readable fingerprints, one file for each set of conditions."""
+    """Take over the readable fingerprint, and the conditions of every kind of writer."""
     known = read_reference(folder)
-    conditions = list(known.soft) if known else []
+    seen = list(known.soft) if known else []
+    if not (folder / FINGERPRINT_FILE).exists():
+        seen += _write_fingerprint(folder, sources)
+    for soft in (soft for source in sources for soft in source.soft):
+        if soft not in seen:
+            seen.append(soft)
+            record_conditions(folder, soft)
+
+
+def _write_fingerprint(folder: Path, sources: Sequence[StoredReference]) -> list[Mapping[str, Any]]:
+    """Write the first source's fingerprint that is in words; return the conditions in it."""
     for source in sources:
-        for soft in source.soft:
-            if soft not in conditions:
-                conditions.append(soft)
-                _write_fingerprint(folder, source, soft)
-
-
-def _write_fingerprint(folder: Path, source: StoredReference, soft: Mapping[str, Any]) -> None:
-    path = folder / "fingerprint.json"
-    if path.exists():
-        mark = hashlib.sha256(json.dumps(soft, sort_keys=True).encode()).hexdigest()[:8]
-        path = folder / f"fingerprint-{mark}.json"
-    fields = {"digest": source.digest.hex(), "hard": source.hard, "soft": soft}
-    write_whole(path, json.dumps(fields, indent=1))
+        if source.hard:
+            soft = dict(next(iter(source.soft), {}))
+            fields = {"digest": source.digest.hex(), "hard": source.hard, "soft": soft}
+            write_whole(folder / FINGERPRINT_FILE, json.dumps(fields, indent=1))
+            return [soft]
+    return []

@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 
 from logratio._rust import CacheReader, CacheWriter, PaddedLayout, SharedLayout, Store
+from logratio.cache.identity import FINGERPRINT_FILE
 from logratio.durable import write_whole
 from logratio.training.fingerprint import Fingerprint
 from logratio.training.journals import Journals
-from logratio.training.reference import FINGERPRINT_FILE, cache_folder, open_folder
+from logratio.training.reference import cache_folder, open_folder, sums_folder
 
 Layout = SharedLayout | PaddedLayout
 
@@ -101,8 +102,7 @@ class SumEntries:
 
     def folder(self, root: str | Path, fingerprint: Fingerprint) -> Path:
         """Return `<root>/<fingerprint>.sums`."""
-        folder = cache_folder(root, fingerprint)
-        return folder.with_name(f"{folder.name}.sums")
+        return sums_folder(root, fingerprint)
 
     def keys(self, store: Store) -> np.ndarray:
         """Return hashes of the ids, of where scoring starts and of which tokens count."""

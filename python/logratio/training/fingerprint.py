@@ -15,11 +15,8 @@ from typing import Any
 import torch
 import transformers
 
-from logratio.cache.identity import (
-    DamagedFingerprintError,
-    fingerprint_digest,
-    read_fingerprint,
-)
+from logratio.cache.conditions import DamagedFingerprintError
+from logratio.cache.identity import fingerprint_digest, read_fingerprint
 from logratio.training.canonical import adapter_settings, model_settings
 from logratio.training.config import Precision, Quantization
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder

@@ -4,8 +4,6 @@
 those of `cached.py` hold no model: they read a folder of a cache, which is found here.
 """
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +15,12 @@ from torch import Tensor, nn
 
 from logratio._rust import CacheReader
 from logratio.cache import DamagedFingerprintError, record_tolerance
-from logratio.durable import write_whole
+from logratio.cache.conditions import read_conditions
+from logratio.cache.identity import FINGERPRINT_FILE
 from logratio.training.attention import shared_prompts
 from logratio.training.fingerprint import Fingerprint, stored_fingerprint
 from logratio.training.logps import completion_logps, transformer
 from logratio.training.tensors import Batch, SharedBatch
-
-FINGERPRINT_FILE = "fingerprint.json"
 
 
 class StaleCacheError(ValueError):
@@ -165,18 +162,6 @@ def _explain(path: Path, fingerprint: Fingerprint) -> str:
         return str(error)
 
 
-def record_conditions(folder: Path, soft: Mapping[str, str]) -> None:
-    """Store the soft fields under which a cache's folder is being filled.
-
-    Writers under the same conditions have one file, named after its content, so that no two
-    writers write different things to one.
-    """
-    text = json.dumps(soft, indent=1, sort_keys=True)
-    path = folder / f"conditions-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-    if not path.exists():
-        write_whole(path, text)
-
-
 def stored_conditions(folder: Path) -> list[Mapping[str, Any]]:
     """Return the soft fields that a cache's folder was filled under, one mapping a kind of writer.
 
@@ -186,12 +171,7 @@ def stored_conditions(folder: Path) -> list[Mapping[str, Any]]:
     """
     identity = folder / FINGERPRINT_FILE
     found = [stored_fingerprint(identity).soft] if identity.exists() else []
-    for path in sorted(folder.glob("conditions-*.json")):
-        try:
-            found.append(dict(json.loads(path.read_text())))
-        except (ValueError, TypeError) as error:
-            raise DamagedFingerprintError(f"{path}: no readable conditions ({error})") from error
-    return found
+    return [*found, *read_conditions(folder)]
 
 
 def soft_differences(folder: Path, soft: Mapping[str, str]) -> dict[str, str]:

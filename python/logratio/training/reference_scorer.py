@@ -6,6 +6,7 @@ from contextlib import closing
 import numpy as np
 import torch
 
+from logratio.cache.conditions import record_conditions
 from logratio.data import ahead, lay_out, source_names
 from logratio.training.budget import (
     GroupQueue,
@@ -20,7 +21,7 @@ from logratio.training.config import PrecomputeConfig
 from logratio.training.journals import Journals
 from logratio.training.loop import say
 from logratio.training.models import autocast, load_model
-from logratio.training.reference import record_conditions, score
+from logratio.training.reference import score
 from logratio.training.tensors import buffers_for, to_torch
 from logratio.training.trust import check_hits, conditions
 
