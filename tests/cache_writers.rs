@@ -86,7 +86,7 @@ fn a_hundred_writers_never_share_a_journal() {
 }
 
 /// Eight readers open the folder again and again while four writers append, seal and begin anew
-/// and two threads compact: each finds everything that was acknowledged before it looked, with its
+/// and two threads compact and one looks for damage: each finds everything that was acknowledged before it looked, with its
 /// values. The writers start and end all the time, which is when compaction could mistake a young
 /// journal for a dead one.
 #[test]
@@ -99,6 +99,7 @@ fn readers_beside_sealing_and_compaction_find_everything() {
     let writers = 120 * times("LOGRATIO_WRITERS", 1) as u64;
     thread::scope(|scope| {
         let compactions = [0, 1].map(|_| scope.spawn(|| compact_until(path, &done)));
+        scope.spawn(|| report_until(path, &done));
         let readers: Vec<_> = (0..8)
             .map(|_| scope.spawn(|| read_until(path, &acknowledged, &done)))
             .collect();
@@ -162,6 +163,17 @@ fn compact_until(path: &Path, done: &AtomicBool) -> u64 {
         times += 1;
     }
     times
+}
+
+/// A file that goes because its records are somewhere else now is no damage.
+fn report_until(path: &Path, done: &AtomicBool) {
+    let cache = Cache::new(path, FINGERPRINT);
+    while !done.load(Ordering::Acquire) {
+        for report in [cache.inspect(), cache.verify()] {
+            let report = report.expect("looks");
+            assert!(report.is_whole(), "{report:?}");
+        }
+    }
 }
 
 fn read_until(path: &Path, acknowledged: &Mutex<Vec<u64>>, done: &AtomicBool) -> u64 {

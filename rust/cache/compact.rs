@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::ErrorKind,
-    path::Path,
 };
 
 use super::{
@@ -173,8 +172,8 @@ impl Cache {
                 continue;
             };
             // A shard's name does not tell its host.
-            let of_here = is_idle(name, &*file, other_hosts || !name.contains('-'));
-            if of_here && !self.is_listed_now(name) {
+            let idle = is_idle(name, &*file, other_hosts || !name.contains('-'));
+            if idle && !self.is_listed_now(name) {
                 self.remove(name)?;
                 done.removed.push(name.clone());
             }
@@ -212,9 +211,6 @@ impl Compacted {
 /// Whether nobody writes this file: it is of this host (or that does not matter), and its lock is
 /// free.
 fn is_idle(name: &str, file: &dyn DiskFile, other_hosts: bool) -> bool {
-    let of_here = Path::new(name)
-        .file_name()
-        .and_then(|name| name.to_str())
-        .is_some_and(|name| name.starts_with(&format!("{}-", host())));
+    let of_here = name.starts_with(&format!("{}-", host()));
     (of_here || other_hosts) && matches!(file.lock(), Ok(true))
 }

@@ -94,7 +94,8 @@ pub fn until_still<T>(cache: &Cache, open: impl Fn(&Listing) -> Result<T>) -> Re
     Err(busy(cache.folder()))
 }
 
-fn is_gone(error: &Error) -> bool {
+/// Whether a file that was listed is not there any more.
+pub fn is_gone(error: &Error) -> bool {
     matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::NotFound)
 }
 

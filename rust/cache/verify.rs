@@ -9,7 +9,7 @@ use super::{
     journal_table::JournalTable,
     manifest::{Manifest, manifest_name},
     merge,
-    snapshot::{Listing, open_shard, read_manifest},
+    snapshot::{Listing, is_gone, open_shard, read_manifest, until_still},
     source::Source,
 };
 use crate::{Error, Result, fingerprint::Key, wire::Hex};
@@ -63,27 +63,31 @@ impl Cache {
         self.examine(true)
     }
 
+    /// Looks at everything; a file that goes meanwhile is no damage, but a reason to begin again.
     fn examine(&self, all: bool) -> Result<Report> {
-        let listing = Listing::stable(self)?;
+        until_still(self, |listing| self.examine_listed(listing, all))
+    }
+
+    fn examine_listed(&self, listing: &Listing, all: bool) -> Result<Report> {
         let mut report = Report::default();
         let mut whole = Vec::new();
         for name in &listing.manifests {
-            match self.examine_shard(name, &listing, all) {
+            match self.examine_shard(name, listing, all) {
                 Ok(shard) => whole.push(shard),
-                Err(error) => report.refuse(name, true, &error),
+                Err(error) => report.refuse(name, true, error)?,
             }
         }
         for name in &listing.journals {
             match JournalTable::open(self, self.path(name)) {
                 Ok(table) => whole.push(Source::Journal(table)),
-                Err(error) => report.refuse(name, false, &error),
+                Err(error) => report.refuse(name, false, error)?,
             }
         }
         report
             .parts
             .extend(whole.iter().map(|source| self.part(source)));
         report.parts.sort_by_key(|part| !part.sealed);
-        report.leftovers = leftovers(&listing);
+        report.leftovers = leftovers(listing);
         match merge::count(self.agreement(), &whole) {
             Ok(keys) => report.distinct = Some(keys),
             Err(error) => report.problems.push(error.to_string()),
@@ -140,7 +144,7 @@ impl Cache {
             let file = self.disk.open(source.path());
             file.and_then(|file| file.lock()).unwrap_or(true)
         };
-        let sealed = matches!(source, Source::Shard(_));
+        let sealed = !source.is_journal();
         Part {
             name: source.name().into(),
             sealed,
@@ -160,7 +164,10 @@ impl Report {
         self.problems.is_empty() && self.parts.iter().all(|part| part.problem.is_none())
     }
 
-    fn refuse(&mut self, name: &str, sealed: bool, error: &Error) {
+    fn refuse(&mut self, name: &str, sealed: bool, error: Error) -> Result<()> {
+        if is_gone(&error) {
+            return Err(error);
+        }
         self.parts.push(Part {
             name: name.into(),
             sealed,
@@ -171,10 +178,11 @@ impl Report {
             torn: 0,
             problem: Some(error.to_string()),
         });
+        Ok(())
     }
 }
 
-/// Every block, every key and every value of a shard.
+/// The order of a shard's keys, and every value.
 fn check_rows(kind: Kind, shard: &Source, manifest: &Manifest) -> Result<()> {
     let refuse = |reason: String| Error::cache(shard.path(), reason);
     let (mut before, mut tokens) = (None::<Key>, 0);
