@@ -2,6 +2,8 @@
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -14,11 +16,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its name and rename it: a crash leaves the old one or the new."""
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; it becomes `path` where nothing goes wrong, or goes.
+
+    A crash leaves the old file or the new one.
+    """
     # No number of the process: those of two hosts on one folder may be the same.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that comes whole or not at all."""
+    with published(path) as partial:
+        partial.write_text(text, encoding="utf-8")

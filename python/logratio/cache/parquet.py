@@ -1,9 +1,7 @@
 """A reference's log-probs as a Parquet file, for anything that reads tables."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +12,7 @@ from logratio.cache.identity import StoredReference
 from logratio.cache.merging import entry_bytes
 from logratio.cache.reading import open_reader
 from logratio.cache.results import Exported
-from logratio.durable import sync
+from logratio.durable import published
 from logratio.forecast import check_writable
 
 GROUP_TOKENS = 2**21
@@ -51,24 +49,9 @@ def export(
     reader = open_reader(reference)
     needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)
     check_writable(path.parent, needed)
-    with _published(path) as file:
+    with published(path) as partial, partial.open("wb") as file:
         rows, tokens = _write(reference, reader, file, advance)
     return Exported(path, reference, rows, tokens, path.stat().st_size)
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that gets its name when the block ends well, or goes."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def _write(

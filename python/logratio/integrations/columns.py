@@ -1,8 +1,6 @@
 """A store's groups with the reference's log-probs beside them, as a table for any trainer."""
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,7 +12,7 @@ from logratio.data import PreferenceTokenizer, build_store, is_store
 from logratio.data.arrays import PAIR
 from logratio.data.containers import Input
 from logratio.data.containers.arrow_library import arrow
-from logratio.durable import sync
+from logratio.durable import published
 from logratio.extras import require
 from logratio.integrations.lookup import CachedLogps, open_reference
 from logratio.integrations.stretch import Stretch, source_files
@@ -163,7 +161,7 @@ class ReferenceTable:
             OSError: It cannot be written.
         """
         pq, schema = arrow("Parquet").parquet, self.schema
-        with _whole(Path(path)) as partial, pq.ParquetWriter(partial, schema) as writer:
+        with published(Path(path)) as partial, pq.ParquetWriter(str(partial), schema) as writer:
             for batch in self.batches():
                 writer.write_batch(batch)
 
@@ -180,7 +178,7 @@ class ReferenceTable:
         datasets, pa, schema = require("datasets", "trl"), arrow("A dataset"), self.schema
         if path is None:
             return datasets.Dataset(pa.Table.from_batches(self.batches(), schema))
-        with _whole(Path(path)) as partial, pa.ipc.new_stream(partial, schema) as writer:
+        with published(Path(path)) as partial, pa.ipc.new_stream(str(partial), schema) as writer:
             for batch in self.batches():
                 writer.write_batch(batch)
         return datasets.Dataset.from_file(str(path))
@@ -194,16 +192,3 @@ class ReferenceTable:
 def reference_name(side: str) -> str:
     """Say what the columns of a side's reference begin with, as other trainers spell it."""
     return "ref" if side == "completion" else f"ref_{side}"
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[str]:
-    """Yield a name beside `path` to write to, which becomes `path` where nothing went wrong."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield str(partial)
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
