@@ -1,6 +1,7 @@
 """A store's groups with their reference log-probs: every row, by hand, from the cache itself."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def make_cache(root: Path, store: Store, name: str = NAME) -> Path:
     writer.close()
     (folder / "fingerprint.json").write_text(IDENTITY)
     return root
+
+
+def write_sums(folder: Path, store: Store, sums: np.ndarray) -> None:
+    """Make a folder one of sums."""
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = CacheWriter(folder, FINGERPRINT, sums=True)
+    writer.append_sums(store.sum_keys(), store.counted_lengths(), sums)
+    writer.close()
+    (folder / "fingerprint.json").write_text(IDENTITY)
 
 
 def expected_rows(store: Store, root: Path, shape: Shape, *, masks: bool) -> list[dict[str, Any]]:
@@ -192,11 +202,11 @@ def test_what_the_cache_lacks_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "asked", "reason"),
     [
-        ([], None, "0 references .* there are none: run `logratio precompute` first"),
-        (["aa", "ab"], None, "2 references .* are named anything; there are aa, ab"),
-        (["aa", "ab"], "a", "2 references .* are named a;"),
-        (["aa", "ab"], "b", "0 references .* are named b;"),
-        (["aa.sums"], None, "0 references with the log-prob of every token"),
+        ([], None, "no reference cache here; `logratio precompute --cache` makes one"),
+        (["aa", "ab"], None, r"(?s)2 references .* fit, and one is wanted.*\n  aa .*\n  ab "),
+        (["aa", "ab"], "a", "2 references .* fit, and one is wanted"),
+        (["aa", "ab"], "b", r"(?s)no reference is named b;.*\n  aa .*\n  ab "),
+        (["aa.sums"], None, "0 references with log-probs of every token fit"),
     ],
 )
 def test_reference_that_is_not_one_is_refused(
@@ -205,6 +215,8 @@ def test_reference_that_is_not_one_is_refused(
     store = make_store(2, (2,))
     for name in names:
         make_cache(tmp_path, store, name)
+        if name.endswith(".sums"):
+            write_sums(tmp_path / name, store, np.full(store.completions, -1.0))
     with pytest.raises(MissingLogpsError, match=reason):
         reference_table(store, tmp_path, reference=asked)
 
@@ -237,10 +249,7 @@ def test_a_cache_of_sums_gives_the_same_sums(tmp_path: Path) -> None:
     store = make_store(40, (1, 2, 5), masked=True)
     root = make_cache(tmp_path, store)
     expected = polars.DataFrame(reference_table(store, root, shape="completions"))
-    writer = CacheWriter(root / f"{NAME}.sums", FINGERPRINT, sums=True)
-    writer.append_sums(store.sum_keys(), store.counted_lengths(), expected["ref_logps"].to_numpy())
-    writer.close()
-    (root / f"{NAME}.sums" / "fingerprint.json").write_text(IDENTITY)
+    write_sums(root / f"{NAME}.sums", store, expected["ref_logps"].to_numpy())
     found = polars.DataFrame(reference_table(store, root, shape="completions", sums=True))
     assert found.equals(expected)
     with pytest.raises(MissingLogpsError, match="holds sums only"):

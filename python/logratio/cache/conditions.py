@@ -31,7 +31,7 @@ def read_conditions(folder: Path) -> list[Mapping[str, Any]]:
     Raises:
         DamagedFingerprintError: a file of conditions cannot be read.
     """
-    found = []
+    found: list[Mapping[str, Any]] = []
     for path in sorted(folder.glob("conditions-*.json")):
         try:
             found.append(dict(json.loads(path.read_text(encoding="utf-8"))))

@@ -7,12 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import CacheReader, SharedLayout, Store
-from logratio.cache import record_tolerance
-from logratio.cache.identity import SUMS, read_reference
+from logratio.cache import NoReferenceError, ReferenceCache
+from logratio.cache.reading import open_reader
 
 STRETCH_TOKENS = 2**20
 """Tokens looked up together: some 20 MB of ids and log-probs."""
-FINGERPRINT_FILE = "fingerprint.json"
 
 FIELDS = (
     *("input_ids", "target_ids", "completion_mask", "completion_offsets", "prompt_lengths"),
@@ -39,21 +38,12 @@ def open_reference(
         MissingLogpsError: No reference is named so, or several are.
         DamagedFingerprintError, CorruptCacheError: The cache was altered.
     """
-    root = Path(cache)
-    names = [path.parent.name for path in sorted(root.glob(f"*/{FINGERPRINT_FILE}"))]
-    fitting = [n for n in names if n.startswith(name or "") and n.endswith(SUMS) == sums]
-    if len(fitting) != 1:
-        kind = "with sums" if sums else "with the log-prob of every token"
-        raise MissingLogpsError(
-            f"{root}: {len(fitting)} references {kind} are named {name or 'anything'}; there are "
-            f"{', '.join(names) or 'none: run `logratio precompute` first'}"
-        )
-    folder = root / fitting[0]
-    stored = read_reference(folder)
-    assert stored is not None  # it has a fingerprint
+    try:
+        stored = ReferenceCache(cache).reference(name, sums=sums)
+    except NoReferenceError as error:
+        raise MissingLogpsError(str(error)) from error
     stored.check()
-    tolerance = record_tolerance(stored.hard)
-    return CacheReader.open(folder, stored.digest, sums=sums, tolerance=tolerance)
+    return open_reader(stored)
 
 
 class CachedLogps:
