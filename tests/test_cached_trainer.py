@@ -250,7 +250,9 @@ def test_what_changes_no_id_is_found_without_a_model(
     monkeypatch.setattr("logratio.training.reference_scorer.load_model", None)
     monkeypatch.chdir(tmp_path)
     another = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    cached(tmp_path, tiny_model, parts(peft_config=another), **change)
+    trainer = cached(tmp_path, tiny_model, parts(peft_config=another), **change)
+    assert trainer.ref_model is None
+    assert set(trainer.train_dataset.column_names) >= {"ref_chosen_logps", "ref_rejected_logps"}
 
 
 @pytest.mark.parametrize(

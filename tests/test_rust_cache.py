@@ -262,4 +262,5 @@ opening.join()
 def test_opening_lets_other_threads_run(tmp_path: Path) -> None:
     """Opening a pipe waits for its writer, here a second thread: with the GIL held, for ever."""
     os.mkfifo(tmp_path / "pipe.journal")
-    run_here(WAITS_FOR_A_PIPE, tmp_path / "pipe.journal")
+    done = run_here(WAITS_FOR_A_PIPE, tmp_path / "pipe.journal")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -174,7 +174,10 @@ def test_both_layouts_are_within_the_bounds(
     with monkeypatch.context() as patch:
         patch.setattr(scorer_module, "choose_layout", lambda _: ("padded", "asked for"))
         cache = fill(config)
-    train(with_(config, cache=cache), show_progress=False)
+    (path,) = cache.glob("*/conditions-*.json")
+    assert json.loads(path.read_text())["layout"] == "padded"
+    result = train(with_(config, cache=cache), show_progress=False)
+    assert result.steps == len(result.history) > 0
 
 
 def test_other_conditions_are_told_and_the_sample_is_named(
