@@ -53,9 +53,9 @@ def groups(seed: int) -> list[tuple[list[int], list[list[int]]]]:
 
 def ours() -> dict[str, list[float]]:
     """Compute the mean loss of each batch with this library."""
-    from logratio.training.checks import batch_of
+    from logratio.logps.checks import batch_of
+    from logratio.logps.completion import score
     from logratio.training.losses import PAIR_LOSSES, PairLogps
-    from logratio.training.reference import score
 
     found: dict[str, list[float]] = {name: [] for name in LOSSES}
     policy, reference = models()

@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 
 from logratio._rust import CacheReader
 from logratio.extras import MissingExtraError
+from logratio.logps.checks import choose_layout
 from logratio.training import PrecomputeConfig, load_model, precompute
-from logratio.training.checks import choose_layout
 from logratio.training.config import Quantization
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.models import quietly

@@ -6,6 +6,7 @@ import torch
 from test_budget import store_of
 
 from logratio.data import lay_out
+from logratio.logps.tensors import to_torch
 from logratio.training.cache_entries import (
     SumEntries,
     Taken,
@@ -14,7 +15,6 @@ from logratio.training.cache_entries import (
     counted_sums,
     first_rows,
 )
-from logratio.training.tensors import to_torch
 
 
 @pytest.mark.parametrize("crowded", [False, True])

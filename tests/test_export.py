@@ -22,11 +22,11 @@ from logratio.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 from logratio.data import TokenizationRules
 from logratio.extras import MissingExtraError
 from logratio.forecast import OutputError
+from logratio.logps.checks import UnsupportedModelError
 from logratio.scoring import ExportConfig, ExportError, export, export_bundle, graph, plan_export
 from logratio.scoring.graph import GraphError, feed
 from logratio.serving import Reranker
 from logratio.training import load_model
-from logratio.training.checks import UnsupportedModelError
 from logratio.training.models import ModelFolderError, quietly
 
 Group = tuple[list[int], list[list[int]]]

@@ -7,15 +7,15 @@ from oracle import Group, in_float64, per_token_logps
 from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
-from logratio.training import completion_logps
-from logratio.training.attention import SharedPromptError, shared_prompts
-from logratio.training.checks import (
+from logratio.logps.attention import SharedPromptError, shared_prompts
+from logratio.logps.checks import (
     UnsupportedModelError,
     batch_of,
     check_head,
     choose_layout,
 )
-from logratio.training.reference import score
+from logratio.logps.completion import score
+from logratio.training import completion_logps
 
 LAYOUTS = ("shared", "padded")
 
@@ -96,9 +96,9 @@ def test_a_model_with_a_running_state_gets_the_padded_layout() -> None:
 
 
 def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logratio.training import attention
+    from logratio.logps.attention import segments
 
-    monkeypatch.setattr(attention, "_owners", lambda *_: torch.zeros(()).expand(1))
+    monkeypatch.setattr(segments, "_owners", lambda *_: torch.zeros(()).expand(1))
     layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
     assert layout == "padded"
     assert "see each other" in reason
@@ -130,7 +130,7 @@ def check_head_or_shape(model: torch.nn.Module) -> None:
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logratio.training import logps as module
+    from logratio.logps import completion as module
 
     model, batch = tiny(FAMILIES["gemma3"]()), batch_of(random_groups(4), "padded")
     whole = completion_logps(model, batch)
@@ -147,7 +147,8 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_soft_capped_attention_is_refused_not_guessed() -> None:
-    from logratio.training.attention import SharedPrompt, shared_prompt_attention
+    from logratio.logps.attention import SharedPrompt
+    from logratio.logps.attention.interface import shared_prompt_attention
 
     batch = batch_of(random_groups(), "shared")
     heads = torch.zeros(1, 2, batch.input_ids.shape[1], 4)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from logratio._rust import CacheReader
-from logratio.training import PrecomputeConfig, precompute, reference
+from logratio.logps import completion
+from logratio.logps.tensors import Batch
+from logratio.training import PrecomputeConfig, precompute
 from logratio.training import reference_scorer as module
 from logratio.training.budget import MemoryShortageError
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.reference_pass import PrecomputeResult, prepare
-from logratio.training.tensors import Batch
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def short_of_memory(
         if not fits(number, batch.input_ids.numel()):
             raise error
         scored.append(batch.input_ids.numel())
-        return reference.score(model, batch)
+        return completion.score(model, batch)
 
     monkeypatch.setattr(module, "score", score)
     return scored

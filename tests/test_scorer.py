@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from logratio._rust import candidate_layout
+from logratio.logps.checks import UnsupportedModelError, batch_of
+from logratio.logps.completion import score
 from logratio.scoring.families import FAMILIES as EXPORTABLE
 from logratio.scoring.families import check_exportable
 from logratio.scoring.graph import feed, same_architecture
 from logratio.scoring.pair import join
 from logratio.scoring.scorer import HalfScorer, RewardScorer
-from logratio.training.checks import UnsupportedModelError, batch_of
 from logratio.training.models import quietly
-from logratio.training.reference import score
 
 Group = tuple[list[int], list[list[int]]]
 NO_HEAD_DIM = {name: value for name, value in GROUPED.items() if name != "head_dim"}

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.data import lay_out
+from logratio.logps.completion import score, transformer
+from logratio.logps.tensors import to_torch
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -35,7 +37,6 @@ from logratio.training.canary import (
 )
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
-from logratio.training.logps import transformer
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import with_lora
 from logratio.training.objective import make_objective
@@ -43,10 +44,8 @@ from logratio.training.reference import (
     FrozenReference,
     StaleCacheError,
     open_cache,
-    score,
 )
 from logratio.training.setup import load_dataset, starts_at_reference
-from logratio.training.tensors import to_torch
 from logratio.training.trainer import prepare
 from logratio.training.trust import check_start, conditions
 

@@ -11,6 +11,7 @@ from conftest import write_pairs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from logratio.logps.checks import batch_of
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -21,7 +22,6 @@ from logratio.training import (
 )
 from logratio.training import models as models_module
 from logratio.training import trainer as trainer_module
-from logratio.training.checks import batch_of
 from logratio.training.models import with_lora
 from logratio.training.reference import AdapterReference, FrozenReference, StaleCacheError
 from logratio.training.setup import ConfigError, build_policy

@@ -11,6 +11,7 @@ from logratio import bundle
 from logratio.bundle import CHUNK, GRAPH, GoldenGroup, GraphInfo, Manifest
 from logratio.extras import require
 from logratio.forecast import size
+from logratio.logps.completion import transformer
 from logratio.progress import progress
 from logratio.scoring.families import use_exportable_attention
 from logratio.scoring.folder import beside, copy_tokenizer, publish
@@ -30,7 +31,6 @@ from logratio.scoring.plan import ExportPlan, make_plan
 from logratio.scoring.plan import plan_export as plan_export
 from logratio.scoring.scorer import RewardScorer
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.logps import transformer
 from logratio.training.models import load_model
 
 VERSIONED = ("logratio", "torch", "transformers", "onnx", "onnxscript", "tokenizers")

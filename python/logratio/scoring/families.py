@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from logratio.training.checks import UnsupportedModelError
+from logratio.logps.checks import UnsupportedModelError
 
 FAMILIES = frozenset(
     {

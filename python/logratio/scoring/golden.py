@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from logratio.data import PreferenceTokenizer
-from logratio.training.checks import batch_of
-from logratio.training.reference import score
+from logratio.logps.checks import batch_of
+from logratio.logps.completion import score
 
 _LENGTHS = ((7, (1, 4, 9)), (3, (6, 2)), (23, (17, 30)))
 _LONG = (96, (48, 3))

@@ -15,11 +15,11 @@ from torch import Tensor
 from logratio._rust import candidate_layout
 from logratio.bundle import GRAPH, INPUTS, WEIGHTS
 from logratio.extras import require
+from logratio.logps.completion import transformer
 from logratio.scoring.joining import joined, open_weights
 from logratio.scoring.scorer import HalfScorer, RewardScorer
 from logratio.scoring.shrinking import smaller
 from logratio.training.canonical import IGNORED_CONFIG
-from logratio.training.logps import transformer
 
 OPSETS = (23, 20)
 """Tried in this order. 23 has attention, RMS norm and rotary embedding as operators of their own:

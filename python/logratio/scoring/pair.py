@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from logratio.training.logps import transformer
+from logratio.logps.completion import transformer
 
 TWO_MODELS, ADAPTER = "two_models", "adapter"
 

@@ -12,9 +12,9 @@ from logratio.bundle import TOKENIZER_FILES
 from logratio.data import PreferenceTokenizer, TokenizationRules
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
+from logratio.logps.checks import UnsupportedModelError
 from logratio.scoring.families import check_exportable, max_positions
 from logratio.scoring.graph import SINGLE_FILE_BYTES
-from logratio.training.checks import UnsupportedModelError
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
 from logratio.training.setup import SETTINGS_FILE

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from transformers import DynamicCache, PreTrainedModel
 
-from logratio.training.logps import head_logits, transformer
+from logratio.logps.completion import head_logits, transformer
 
 
 class CandidateInputs(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
 from logratio.data import source_names
+from logratio.logps.tensors import Batch
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.reference import (
@@ -18,7 +19,6 @@ from logratio.training.reference import (
     open_cache,
     sums_folder,
 )
-from logratio.training.tensors import Batch
 
 HIGHEST = 1e-3
 """A log-prob above 0 by more is no rounding: the cache refuses it too."""

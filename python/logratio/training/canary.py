@@ -13,10 +13,10 @@ from torch import Tensor
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import lay_out, source_names
+from logratio.logps.tensors import Batch, to_torch
 from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.config import Precision
 from logratio.training.reference import Reference
-from logratio.training.tensors import Batch, to_torch
 
 SAMPLE = 32
 """Completions that are scored again, evenly spread over the data: the same ones in every run."""

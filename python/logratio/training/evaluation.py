@@ -13,16 +13,16 @@ from torch import nn
 from logratio._rust import ROLES, Store
 from logratio.data import Feed, FeedSettings
 from logratio.forecast import Forecast
+from logratio.logps.checks import batch_of, choose_layout
+from logratio.logps.completion import score
+from logratio.logps.tensors import Batch, buffers_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
-from logratio.training.checks import batch_of, choose_layout
 from logratio.training.config import EvaluateConfig
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
-from logratio.training.reference import score
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
-from logratio.training.tensors import Batch, buffers_for, to_torch
 
 
 @dataclass(frozen=True)

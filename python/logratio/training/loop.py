@@ -23,18 +23,18 @@ from logratio.data import (
     lay_out,
     source_names,
 )
+from logratio.logps.completion import completion_logps
+from logratio.logps.tensors import Batch, buffers_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
-from logratio.training.logps import completion_logps
 from logratio.training.metrics import MetricsLog
 from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.reference import Reference
 from logratio.training.setup import beta_of
-from logratio.training.tensors import Batch, buffers_for, to_torch
 from logratio.training.trust import check_start
 
 CHECKPOINTS = "checkpoints"

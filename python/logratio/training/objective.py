@@ -6,10 +6,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from logratio._rust import ROLES
+from logratio.logps.tensors import TargetTokens
 from logratio.training.config import TrainConfig
 from logratio.training.losses import PAIR_LOSSES, PairLogps, sft_loss
 from logratio.training.metrics import demonstration_metrics, pair_metrics
-from logratio.training.tensors import TargetTokens
 
 CHOSEN, REJECTED = ROLES.index("chosen"), ROLES.index("rejected")
 

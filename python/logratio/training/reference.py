@@ -17,10 +17,9 @@ from logratio._rust import CacheReader
 from logratio.cache import DamagedFingerprintError, record_tolerance
 from logratio.cache.conditions import read_conditions
 from logratio.cache.identity import FINGERPRINT_FILE
-from logratio.training.attention import shared_prompts
+from logratio.logps.completion import score
+from logratio.logps.tensors import Batch
 from logratio.training.fingerprint import Fingerprint, stored_fingerprint
-from logratio.training.logps import completion_logps, transformer
-from logratio.training.tensors import Batch, SharedBatch
 
 
 class StaleCacheError(ValueError):
@@ -95,14 +94,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with evaluating(model), torch.random.fork_rng([*devices]):
         yield
-
-
-def score(model: nn.Module, batch: Batch) -> Tensor:
-    """Return `completion_logps`, in the attention that the batch's layout needs."""
-    if not isinstance(batch, SharedBatch):
-        return completion_logps(model, batch)
-    with shared_prompts(transformer(model)):
-        return completion_logps(model, batch)
 
 
 def cache_folder(root: str | Path, fingerprint: Fingerprint) -> Path:

@@ -8,6 +8,9 @@ import torch
 
 from logratio.cache.conditions import record_conditions
 from logratio.data import ahead, lay_out, source_names
+from logratio.logps.checks import choose_layout
+from logratio.logps.completion import score
+from logratio.logps.tensors import buffers_for, to_torch
 from logratio.training.budget import (
     GroupQueue,
     MemoryShortageError,
@@ -16,13 +19,10 @@ from logratio.training.budget import (
 )
 from logratio.training.cache_entries import Block, Layout, Taken, Work, entries_of
 from logratio.training.cached import check_possible
-from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig
 from logratio.training.journals import Journals
 from logratio.training.loop import say
 from logratio.training.models import autocast, load_model
-from logratio.training.reference import score
-from logratio.training.tensors import buffers_for, to_torch
 from logratio.training.trust import check_hits, conditions
 
 

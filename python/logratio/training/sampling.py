@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from logratio.training.logps import transformer
+from logratio.logps.completion import transformer
 from logratio.training.models import quietly
 
 SAMPLE_ROWS = 256

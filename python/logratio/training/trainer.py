@@ -15,14 +15,14 @@ from logratio import __version__
 from logratio.bundle import TOKENIZER_FILES
 from logratio.durable import sync
 from logratio.forecast import Forecast, check_writable
+from logratio.logps.attention import shared_prompts
+from logratio.logps.checks import choose_layout
+from logratio.logps.completion import transformer
 from logratio.training import checkpoint, threads
-from logratio.training.attention import shared_prompts
 from logratio.training.cached import cached_reference
-from logratio.training.checks import choose_layout
 from logratio.training.config import PrecomputeConfig, TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
-from logratio.training.logps import transformer
 from logratio.training.loop import CHECKPOINTS, Loop, say
 from logratio.training.models import ADAPTER_CONFIG, autocast, default_device, quietly
 from logratio.training.reference import holds_sums_only, undisturbed

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import CacheReader, Store
-from logratio.training.attention import NAME
+from logratio.logps.attention import NAME
+from logratio.logps.completion import score, transformer
+from logratio.logps.tensors import Batch
 from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.canary import (
     RELATIVE,
@@ -23,19 +25,16 @@ from logratio.training.canary import (
 )
 from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import versions
-from logratio.training.logps import transformer
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import autocast
 from logratio.training.objective import CHOSEN, Objective
 from logratio.training.reference import (
     AdapterReference,
     Reference,
-    score,
     soft_differences,
     undisturbed,
 )
 from logratio.training.setup import beta_of, starts_at_reference
-from logratio.training.tensors import Batch
 
 
 def conditions(model: nn.Module, layout: str) -> dict[str, str]:

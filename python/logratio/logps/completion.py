@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from logratio.training.attention import NAME, SharedPrompt, SharedPromptError
-from logratio.training.tensors import Batch, SharedBatch
+from logratio.logps.attention import NAME, SharedPrompt, SharedPromptError, shared_prompts
+from logratio.logps.tensors import Batch, SharedBatch
 
 TILE_ELEMENTS = 2**24
 """Logits held at a time: 64 MiB in float32, so `[T, V]` never exists whole."""
@@ -44,6 +44,14 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
     hidden = _hidden_states(inner, batch).flatten(0, 1)
     targets = batch.targets
     return _head_logps(inner, hidden.index_select(0, targets.logit_index), targets.target_ids)
+
+
+def score(model: nn.Module, batch: Batch) -> Tensor:
+    """Return `completion_logps`, in the attention that the batch's layout needs."""
+    if not isinstance(batch, SharedBatch):
+        return completion_logps(model, batch)
+    with shared_prompts(transformer(model)):
+        return completion_logps(model, batch)
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from logratio._rust import StoreWriter
 from logratio.data import lay_out
-from logratio.training.attention import SharedPromptError
-from logratio.training.logps import head_logits, transformer
-from logratio.training.reference import score
-from logratio.training.tensors import Batch, to_torch
+from logratio.logps.attention import SharedPromptError
+from logratio.logps.completion import head_logits, score, transformer
+from logratio.logps.tensors import Batch, to_torch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""

@@ -1,0 +1,6 @@
+"""Attention in which every completion sees its prompt and itself, for any transformers model."""
+
+from logratio.logps.attention.interface import NAME as NAME
+from logratio.logps.attention.interface import SharedPromptError as SharedPromptError
+from logratio.logps.attention.interface import shared_prompts as shared_prompts
+from logratio.logps.attention.segments import SharedPrompt as SharedPrompt
