@@ -21,6 +21,7 @@ from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.config import EvaluateConfig
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
+from logratio.training.pages import kept_pages
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 
@@ -142,6 +143,7 @@ class Evaluating:
         total = 2 * len(store)
         with (
             autocast(self.config.precision, self.device),
+            kept_pages(self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
             policy_logps = store_sums(policy, store, self.config.token_budget, advance)
