@@ -18,9 +18,9 @@ CPU = torch.device("cpu")
 def faults_of_taking_again() -> int:
     """Page faults of a block that was freed a moment before."""
     torch.ones(BYTES // 4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
     torch.ones(BYTES // 4)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
 
 def resident() -> int:
@@ -34,7 +34,7 @@ def test_memory_is_taken_again_without_the_kernel() -> None:
     if faults_of_taking_again() < pages_of_block // 2:
         pytest.skip("pages are larger here, or malloc was told to keep them")
     with kept_pages(CPU):
-        assert faults_of_taking_again() < pages_of_block // 100
+        assert faults_of_taking_again() < pages_of_block // 10
     assert faults_of_taking_again() > pages_of_block // 2
 
 
