@@ -24,7 +24,7 @@ from logratio.data import (
     source_names,
 )
 from logratio.logps.completion import completion_logps
-from logratio.logps.tensors import Batch, buffers_for, to_torch
+from logratio.logps.tensors import Batch, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
@@ -98,6 +98,7 @@ class Loop:
             seed=self.config.seed,
             weights=self.config.mix,
             datasets=datasets_of(self.store) if self.config.mix else None,
+            fields=fields_for(self.layout, self.device),
         )
         feed = Feed(
             self.store, settings, epochs=self.config.epochs, allocate=buffers_for(self.device)
@@ -135,7 +136,8 @@ class Loop:
         return sums
 
     def _batch(self, groups: np.ndarray) -> Batch:
-        return to_torch(lay_out(self.store, groups, self.layout), self.device)
+        fields = fields_for(self.layout, self.device)
+        return to_torch(lay_out(self.store, groups, self.layout, fields=fields), self.device)
 
     def _logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sums `[N]` under policy and reference (zeros where there is none)."""
