@@ -117,7 +117,7 @@ def test_what_flex_lacks_to_be_compiled_is_named(
 ) -> None:
     (tmp_path / "Python.h").touch()
     include = tmp_path / "empty" if lacking == "header" else tmp_path
-    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(include))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(include))
     monkeypatch.setattr(kernels, "find_spec", lambda _: None if lacking == "triton" else "there")
     monkeypatch.setattr(kernels, "which", lambda _: None if lacking == "compiler" else "/bin/gcc")
     monkeypatch.delenv("CC", raising=False)

@@ -88,5 +88,8 @@ def _capped(cap: Tensor) -> ScoreFunction:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for any length at once; a compilation for each new length takes many seconds."""
-    return torch.compile(function, dynamic=True)
+    """Compile for any length at once; a compilation for each new length takes many seconds.
+
+    Whole or not at all: where a part could not be compiled, scores would be made whole instead.
+    """
+    return torch.compile(function, dynamic=True, fullgraph=True)

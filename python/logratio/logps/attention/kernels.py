@@ -143,7 +143,10 @@ def _compiler_lacks() -> str | None:
         return "triton"
     if not (environ.get("CC") or which("gcc") or which("clang")):
         return "a C compiler"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's own Python, whose header is not where it installs to
+        scheme = "posix_prefix"
+    if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
         return "Python.h (the development files of Python)"
     return None
 
