@@ -18,7 +18,7 @@ from logratio.data import Arenas, lay_out
 from logratio.logps.attention import SharedPrompt
 from logratio.logps.attention.interface import shared_prompt_attention
 from logratio.logps.completion import score
-from logratio.logps.tensors import SharedBatch, _Tensors, pinned, to_torch
+from logratio.logps.tensors import SharedBatch, _Tensors, to_torch
 
 tokens = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=7)
 completions = st.builds(
@@ -178,20 +178,6 @@ def test_one_copy_of_the_buffer_holds_every_array(layout: str) -> None:
         own = getattr(arrays, name)
         assert str(tensors[name].dtype) == f"torch.{own.dtype}", name
         assert np.array_equal(tensors[name].numpy(), own), name
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_buffers_are_not_refilled_while_they_are_copied() -> None:
-    device = torch.device("cuda")
-    store, random = store_of(random_groups(3)), np.random.default_rng(0)
-    for _ in range(500):
-        numbers = random.integers(0, 5, 200)
-        arrays = lay_out(store, numbers, "padded", arena=pinned)
-        batch, expected = to_torch(arrays, device), arrays.input_ids.copy()
-        del arrays
-        lay_out(store, numbers[:9], "padded", arena=pinned)
-        assert np.array_equal(batch.input_ids.cpu().numpy(), expected)
 
 
 def test_a_buffer_comes_back_when_its_last_view_is_gone() -> None:

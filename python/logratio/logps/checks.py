@@ -13,7 +13,7 @@ from logratio.data import lay_out
 from logratio.logps.attention import SharedPromptError
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import head_logits
-from logratio.logps.tensors import Batch, to_torch
+from logratio.logps.tensors import Batch, fields_for, to_torch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""
@@ -94,7 +94,7 @@ def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu
         )
     store = writer.finish()
     rows = np.arange(len(groups), dtype=np.int64)
-    return to_torch(lay_out(store, rows, layout), device)
+    return to_torch(lay_out(store, rows, layout, fields=fields_for(layout, device)), device)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logratio._rust import PaddedLayout, SharedLayout
 from logratio.data import Arenas
+from logratio.logps.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class SharedBatch:
         prompt_lengths: prompt tokens of each group, on the host.
         completion_lengths: for each group, the tokens of each of its completions, on the host.
         targets: the scored tokens.
+        sequences: the row for variable-length kernels; None if they were not laid out, as on a CPU.
     """
 
     input_ids: Tensor
@@ -117,6 +119,7 @@ class SharedBatch:
     prompt_lengths: list[int]
     completion_lengths: list[list[int]]
     targets: TargetTokens
+    sequences: Sequences | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def to_torch(layout: SharedLayout | PaddedLayout, device: torch.device | str = "
             prompt_lengths=layout.prompt_lengths.tolist(),
             completion_lengths=_by_group(layout),
             targets=_targets(layout, tensors),
+            sequences=_sequences(layout, tensors),
         )
     return PaddedBatch(
         input_ids=tensors["input_ids"],
@@ -166,6 +170,26 @@ def pinned(nbytes: int) -> np.ndarray:
 def buffers_for(device: torch.device) -> Callable[[int], np.ndarray]:
     """Return what makes the buffers of batches that go to `device`."""
     return pinned if device.type == "cuda" else Arenas()
+
+
+SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "key_index", "max_seqlens")
+"""The arrays that variable-length kernels need beside the usual ones."""
+
+_USUAL = (
+    *("input_ids", "position_ids", "logit_index", "target_ids", "completion_mask"),
+    *("completion_of", "completion_offsets", "prompt_lengths", "completion_lengths"),
+    *("group_sizes", "roles", "groups", "completions"),
+)
+
+
+def fields_for(layout: str, device: torch.device | str) -> tuple[str, ...] | None:
+    """Name the arrays that `lay_out` should fill for a batch on `device`; None: its usual ones.
+
+    Variable-length kernels run on CUDA alone, so only there a shared row brings its sequences.
+    """
+    if layout != "shared" or torch.device(device).type != "cuda":
+        return None
+    return _USUAL + SEQUENCES
 
 
 class _Tensors:
@@ -198,6 +222,25 @@ def _targets(layout: SharedLayout | PaddedLayout, tensors: _Tensors) -> TargetTo
         groups=layout.groups,
         completion_offsets=layout.completion_offsets,
         group_offsets=np.concatenate([[0], np.cumsum(layout.group_sizes)]),
+    )
+
+
+def _sequences(layout: SharedLayout, tensors: _Tensors) -> Sequences | None:
+    if not set(SEQUENCES) <= set(layout.table):
+        return None
+    most_queries, most_keys = layout.max_seqlens.tolist()
+    return Sequences(
+        cu_seqlens_q=tensors["cu_seqlens_q"],
+        cu_seqlens_k=tensors["cu_seqlens_k"],
+        key_index=tensors["key_index"],
+        prompt_lengths=tensors["prompt_lengths"],
+        group_sizes=tensors["group_sizes"],
+        tokens=layout.input_ids.size,
+        max_queries=most_queries,
+        max_keys=most_keys,
+        prompt_tokens=int(layout.prompt_lengths.sum()),
+        most_completions=int(layout.group_sizes.max()),
+        fewest_completions=int(layout.group_sizes.min()),
     )
 
 

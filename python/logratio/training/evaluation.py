@@ -15,7 +15,7 @@ from logratio.data import Feed, FeedSettings
 from logratio.forecast import Forecast
 from logratio.logps.checks import batch_of, choose_layout
 from logratio.logps.completion import score
-from logratio.logps.tensors import Batch, buffers_for, to_torch
+from logratio.logps.tensors import Batch, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
@@ -192,7 +192,11 @@ def store_sums(
     sums = np.zeros(store.completions)
     device = next(model.parameters()).device
     settings = FeedSettings(
-        order="sorted", groups_per_update=len(store), token_budget=token_budget, layout=layout
+        order="sorted",
+        groups_per_update=len(store),
+        token_budget=token_budget,
+        layout=layout,
+        fields=fields_for(layout, device),
     )
     with closing(iter(Feed(store, settings, allocate=buffers_for(device)))) as feed:
         for micro in feed:

@@ -24,7 +24,7 @@ from logratio.data import (
     source_names,
 )
 from logratio.logps.completion import completion_logps, completion_loss
-from logratio.logps.tensors import Batch, Part, buffers_for, to_torch
+from logratio.logps.tensors import Batch, Part, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
@@ -98,6 +98,7 @@ class Loop:
             seed=self.config.seed,
             weights=self.config.mix,
             datasets=datasets_of(self.store) if self.config.mix else None,
+            fields=fields_for(self.layout, self.device),
         )
         feed = Feed(
             self.store, settings, epochs=self.config.epochs, allocate=buffers_for(self.device)
@@ -145,7 +146,8 @@ class Loop:
         return added(parts)
 
     def _batch(self, groups: np.ndarray) -> Batch:
-        return to_torch(lay_out(self.store, groups, self.layout), self.device)
+        fields = fields_for(self.layout, self.device)
+        return to_torch(lay_out(self.store, groups, self.layout, fields=fields), self.device)
 
     def _reference_sums(self, batch: Batch) -> Tensor:
         """Return the sums `[N]` under the reference, zeros where there is none."""

@@ -3,4 +3,5 @@
 from logratio.logps.attention.interface import NAME as NAME
 from logratio.logps.attention.interface import SharedPromptError as SharedPromptError
 from logratio.logps.attention.interface import shared_prompts as shared_prompts
+from logratio.logps.attention.kernels import use_kernel as use_kernel
 from logratio.logps.attention.segments import SharedPrompt as SharedPrompt

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from logratio.logps.attention.fused import attend_fused
+from logratio.logps.attention.kernels import KernelError
 from logratio.logps.attention.sdpa import attend
 from logratio.logps.attention.segments import SharedPrompt
 
@@ -33,19 +35,27 @@ def shared_prompt_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Raises:
         SharedPromptError: the model did not pass `shared_prompt` on, or asks for something
-            (soft-capping, attention sinks) that this attention does not do.
+            (attention sinks, soft-capping without a kernel for it) that this attention does not do.
     """
     _refuse_unknown(shared_prompt, options)
     assert shared_prompt is not None
-    out = attend(
-        query, key, value, shared_prompt, scaling=scaling, dropout=dropout, window=sliding_window
-    )
+    window, states = sliding_window, (query, key, value, shared_prompt)
+    try:
+        out = attend_fused(
+            *states, scaling=scaling, dropout=dropout, window=window, softcap=softcap
+        )
+    except KernelError as error:
+        raise SharedPromptError(str(error)) from error
+    if out is None:
+        _refuse_unknown(shared_prompt, {"softcap": softcap})
+        out = attend(*states, scaling=scaling, dropout=dropout, window=window)
     return out, None
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from logratio.logps.attention.kernels import forced_kernel
 from logratio.logps.tensors import SharedBatch
 
 
@@ -20,6 +21,7 @@ class SharedPrompt:
         self.groups = [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
         self.queries = [n for pair in zip(self.prompts, self.answers, strict=True) for n in pair]
         self.positions = batch.position_ids[0].split(self.groups)
+        self.sequences, self.kernel = batch.sequences, forced_kernel()
         self._masks: dict[int | None, list[tuple[Tensor | None, Tensor]]] = {}
 
     def masks(self, window: int | None) -> list[tuple[Tensor | None, Tensor]]:

@@ -1,0 +1,96 @@
+"""Attention of all sequences of a batch in one variable-length call a layer: for CUDA."""
+
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from logratio.logps.attention.gathering import gather_keys
+from logratio.logps.attention.kernels import Kernel
+from logratio.logps.sequences import Sequences
+
+
+def attend_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    *,
+    kernel: Kernel,
+    scaling: float | None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`.
+
+    Args:
+        query: float16 or bfloat16 `[1, H, T, D]`.
+        key: `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: as `key`.
+        sequences: who sees whom.
+        kernel: "varlen" or "flash_attn", as `kernel_for` chose.
+        scaling: factor of the scores; one over the root of `D` where None.
+        softcap: scores are capped at this; "flash_attn" alone has it.
+        dropout: share of the weights to drop; "flash_attn" alone has it.
+        window: a token sees itself and the `window - 1` before it in its sequence.
+    """
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    keys, values = gather_keys(keys, sequences), gather_keys(values, sequences)
+    # Both kernels align causal attention and windows at the end of unequal lengths.
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    if kernel == "varlen":
+        out = _torch_varlen(queries, keys, values, sequences, scale=scaling, **options)
+    else:
+        options |= {"softcap": softcap or 0.0, "dropout_p": dropout, "softmax_scale": scaling}
+        out = _flash_varlen(queries, keys, values, sequences, causal=True, **options)
+    return out[None]
+
+
+def _torch_varlen(
+    queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, **options: Any
+) -> Tensor:
+    """Call torch's kernel, FlashAttention-2 inside.
+
+    cuDNN's, its other one, aligns causal attention of unequal lengths at the start: torch does not
+    choose it for them, and here it is barred as well.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    call: Callable[..., Any] = varlen_attn
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out: Tensor = call(queries, keys, values, *_bounds(sequences), **options, **_grouping())
+    return out
+
+
+@cache
+def _grouping() -> dict[str, bool]:
+    """Say that keys may have fewer heads; torch 2.11 has them too, and does not ask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+def _flash_varlen(
+    queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, **options: Any
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    out: Tensor = flash_attn_varlen_func(
+        queries, keys, values, *_bounds(sequences), deterministic=deterministic, **options
+    )
+    return out
+
+
+def _bounds(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
+    return (
+        sequences.cu_seqlens_q,
+        sequences.cu_seqlens_k,
+        sequences.max_queries,
+        sequences.max_keys,
+    )
