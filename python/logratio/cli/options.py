@@ -26,6 +26,14 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class ActivationCheckpointing(StrEnum):
+    """Which layers are computed twice to save memory."""
+
+    AUTO = "auto"
+    OFF = "off"
+    ALL = "all"
+
+
 class PromptTruncation(StrEnum):
     """What becomes of a prompt above the limit."""
 
@@ -107,6 +115,24 @@ TokenBudget = Annotated[
     int,
     typer.Option(
         help="Tokens computed at a time. Lower it when memory is short: no result changes.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Checkpointing = Annotated[
+    ActivationCheckpointing,
+    typer.Option(
+        "--activation-checkpointing",
+        help="Layers that keep their input only and are computed twice: as many as would not fit, "
+        "none or all. No result changes.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload-activations",
+        help="Keep activations in host memory until the backward pass: less GPU memory for two "
+        "copies over the bus. No result changes.",
         rich_help_panel=MACHINE,
     ),
 ]

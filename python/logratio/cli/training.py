@@ -15,7 +15,7 @@ from logratio.cli.formats import (
     ListsWanted,
     read_settings,
 )
-from logratio.cli.options import Precision, PromptTruncation, ReadMode
+from logratio.cli.options import ActivationCheckpointing, Precision, PromptTruncation, ReadMode
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
@@ -215,6 +215,8 @@ def train(
     lists: ListsWanted = ListsOption.PAIRS,
     max_bad_fraction: options.MaxBad = 0.0,
     token_budget: options.TokenBudget = 8192,
+    activation_checkpointing: options.Checkpointing = ActivationCheckpointing.AUTO,
+    offload_activations: options.Offload = False,
     precision: options.PrecisionOption = Precision.FP32,
     read_mode: options.ReadModeOption = ReadMode.MAP,
     device: options.Device = None,
@@ -249,6 +251,8 @@ def train(
             epochs=epochs,
             mix=tuple(mix) if mix else None,
             token_budget=token_budget,
+            activation_checkpointing=activation_checkpointing.value,
+            offload_activations=offload_activations,
             precision=precision.value,
             seed=seed,
             save_every=save_every,

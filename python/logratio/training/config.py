@@ -9,6 +9,7 @@ from logratio.data import FormatSettings, TokenizationRules
 from logratio.data.containers import Input
 
 Precision = Literal["fp32", "bf16"]
+ActivationCheckpointing = Literal["auto", "off", "all"]
 Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
@@ -56,6 +57,10 @@ class TrainConfig:
         batch_size: groups (pairs, demonstrations) per update, whatever the micro-batches.
         epochs: passes over the data.
         token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
+        activation_checkpointing: which decoder layers keep their input only and are computed twice:
+            "auto", the share of them that would not fit; "off", none; "all". Changes no result.
+        offload_activations: keep activations in host memory until the backward pass: two copies
+            over the bus a micro-batch, which the GPU waits for. Changes no result.
         precision: fp32, or bf16 autocast over fp32 weights.
         seed: of the order of the data and the adapters; dropout is off.
         save_every: updates between checkpoints; 0 for none but the one at an interrupt.
@@ -85,6 +90,8 @@ class TrainConfig:
     epochs: int = 1
     mix: tuple[float, ...] | None = None
     token_budget: int = 8192
+    activation_checkpointing: ActivationCheckpointing = "auto"
+    offload_activations: bool = False
     precision: Precision = "fp32"
     seed: int = 0
     save_every: int = 200

@@ -88,10 +88,22 @@ def _reclaimable() -> float:
     return float(found[1]) if found else 0.0
 
 
-def kept_bytes(model: str | Path) -> float:
-    """Estimate the bytes that one token's activations take until the backward pass, in float32."""
+def free_on(device: torch.device) -> float:
+    """Return what this process may still take on `device`, with what its allocator holds unused."""
+    if device.type != "cuda":
+        return free_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(free + unused)
+
+
+def kept_bytes(model: str | Path, *, twice: bool = False) -> float:
+    """Estimate the bytes that one token's activations take until the backward pass, in float32.
+
+    With all layers computed `twice`, that is their inputs, and what one of them keeps.
+    """
     layers, width = _shape(model)
-    return 4.0 * KEPT * layers * width
+    return 4.0 * width * (layers + KEPT if twice else KEPT * layers)
 
 
 def _shape(model: str | Path) -> tuple[int, int]:

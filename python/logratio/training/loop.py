@@ -63,6 +63,11 @@ class Loop:
         self.device = self.parameters[0].device
         self.objective = make_objective(config, self.beta)
 
+    @property
+    def state_bytes(self) -> float:
+        """What the optimizer takes on the policy's device: two float32 numbers a weight."""
+        return 8.0 * sum(p.numel() for p in self.parameters)
+
     def run(self, updates: int, show_progress: bool) -> tuple[int, list[dict[str, float]]]:
         """Do all updates that a checkpoint has not done yet."""
         output = Path(self.config.output)

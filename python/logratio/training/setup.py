@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from torch import nn
@@ -25,7 +26,7 @@ from logratio.data.containers import Input
 from logratio.forecast import Forecast, check_writable
 from logratio.progress import reading_progress
 from logratio.training import demand
-from logratio.training.config import PathLike, TrainConfig
+from logratio.training.config import ActivationCheckpointing, PathLike, TrainConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
@@ -171,7 +172,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError("label_smoothing must be in [0, 0.5)")
     _check_options(config)
-    default_device(config.device)
+    _check_memory(config)
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
@@ -205,6 +206,16 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError("precompute fills a cache: name one with --cache")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
+
+
+def _check_memory(config: TrainConfig) -> None:
+    """Refuse settings of memory that do not exist, or that would do nothing on the device."""
+    device = default_device(config.device)
+    if config.activation_checkpointing not in get_args(ActivationCheckpointing):
+        names = ", ".join(get_args(ActivationCheckpointing))
+        raise ConfigError(f"activation_checkpointing must be one of {names}")
+    if config.offload_activations and device.type == "cpu":
+        raise ConfigError("offload_activations: on a CPU they lie in host memory already")
 
 
 def beta_of(config: TrainConfig) -> float:
@@ -270,11 +281,15 @@ def forecast(config: TrainConfig, store: Store) -> Forecast:
     tokens = float(lengths.sum()) * config.epochs
     longest = int(lengths.max())
     at_once = min(max(config.token_budget, longest), config.batch_size * longest)
+    twice = config.activation_checkpointing == "all"
     work = demand.seconds(config.model, tokens, demand.TRAIN, config.device)
+    if twice:
+        work += demand.seconds(config.model, tokens, demand.FORWARD, config.device)
     if kind in ("adapter", "frozen"):
         work += demand.seconds(frozen or config.model, tokens, demand.FORWARD, config.device)
+    memory = demand.PROCESS_BYTES + model + at_once * demand.kept_bytes(config.model, twice=twice)
     return Forecast(
-        memory_bytes=demand.PROCESS_BYTES + model + at_once * demand.kept_bytes(config.model),
+        memory_bytes=memory,
         disk_bytes=weights * (1 + (9 if config.save_every else 0)),
         disk_path=Path(config.output),
         seconds=work,
