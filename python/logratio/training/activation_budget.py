@@ -197,5 +197,5 @@ def settle(
         with autocast(config.precision, _device(policy)):
             return completion_logps(policy, batch)
 
-    estimate = demand.kept_bytes(config.model) * tokens
+    estimate = demand.kept_bytes(config.model, config.precision) * tokens
     return choose(policy, forward, estimate=estimate, states=states)

@@ -23,6 +23,7 @@ from logratio.training.activation_budget import settle
 from logratio.training.activations import Kept, keeping
 from logratio.training.cached import cached_reference
 from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.demand import training_forecast
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.loop import CHECKPOINTS, Loop, say
@@ -38,7 +39,6 @@ from logratio.training.setup import (
     check_config,
     check_groups,
     check_mix,
-    forecast,
     load_dataset,
 )
 from logratio.training.shares import share_of
@@ -118,7 +118,7 @@ class Training:
     @cached_property
     def forecast(self) -> Forecast:
         """What the run will need, with the pass that fills the cache if one is asked for."""
-        run = forecast(self.config, self.store)
+        run = training_forecast(self.config, self.store)
         if self._pass is None:
             return run
         before = self._pass.forecast
