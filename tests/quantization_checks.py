@@ -1,4 +1,4 @@
-"""References in 8 and 4 bits: other weights, so another fingerprint; near what float32 gives."""
+"""Few bits: references, which are other ones and near those of float32; an optimizer's moments."""
 
 import json
 import sys
@@ -9,16 +9,20 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_trainer import stop_after
 from tiny_models import GROUPED, WORDS, tiny, word_tokenizer
 from transformers import LlamaConfig
 
 from logratio._rust import CacheReader
 from logratio.extras import MissingExtraError
 from logratio.logps.checks import choose_layout
-from logratio.training import PrecomputeConfig, load_model, precompute
+from logratio.training import PrecomputeConfig, TrainConfig, load_model, precompute, train
 from logratio.training.config import Quantization
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.interrupt import RunInterruptedError
 from logratio.training.models import quietly
+from logratio.training.optimizers import make_optimizer, state_bytes
 from logratio.training.quantization import QuantizationError, is_quantized
 from logratio.training.reference_pass import prepare
 
@@ -119,3 +123,54 @@ def test_a_missing_library_names_its_extra(
 def test_plain_weights_are_no_quantised_ones(tiny_model: Path) -> None:
     assert not is_quantized(tiny_model)
     assert "quantization_config" not in json.loads((tiny_model / "config.json").read_text())
+
+
+@pytest.fixture
+def training(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        tiny_model,
+        [pairs_file],
+        tmp_path / "out",
+        lr=3e-3,
+        batch_size=4,
+        epochs=4,
+        save_every=0,
+        optimizer="adamw8bit",
+    )
+
+
+def test_moments_in_8_bits_train_nearly_as_exact_ones(
+    training: TrainConfig, tmp_path: Path
+) -> None:
+    exact = replace(training, optimizer="adamw", output=tmp_path / "exact")
+    few, whole = (
+        [row["loss"] for row in train(config, show_progress=False).history]
+        for config in (training, exact)
+    )
+    assert few != whole
+    assert few[-1] < 0.8 * few[0]
+    assert few == pytest.approx(whole, abs=0.05)
+
+
+def test_their_bytes_are_those_that_are_told(tiny_model: Path) -> None:
+    """Blocks of 256 share a float32 scale; small tensors stay in float32."""
+    weight = torch.nn.Parameter(torch.randn(256, 256))
+    optimizer = make_optimizer("adamw8bit", [weight], 1e-3)
+    weight.grad = torch.randn(256, 256)
+    optimizer.step()
+    state = optimizer.state[weight]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    told = state_bytes("adamw8bit", torch.float32, weight.device) * weight.numel()
+    held = sum(state[n].nbytes for n in ("state1", "state2", "absmax1", "absmax2"))
+    assert told <= held <= 1.05 * told
+
+
+def test_resume_is_bitwise_in_8_bits(training: TrainConfig, tmp_path: Path) -> None:
+    straight = replace(training, output=tmp_path / "straight")
+    train(straight, show_progress=False)
+    with pytest.raises(RunInterruptedError), stop_after(5):
+        train(training, show_progress=False)
+    train(replace(training, resume=True), show_progress=False)
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("straight", "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -12,6 +12,7 @@ import pytest
 
 from logratio._rust import CacheWriter
 from logratio.cli import evaluation
+from logratio.cli import precompute as precomputing
 from logratio.cli import training as commands
 from logratio.cli.app import main, spread
 from logratio.data import FormatSettings, TokenizationRules
@@ -57,7 +58,7 @@ def fields(config: type) -> set[str]:
     ("command", "config"),
     [
         (commands.train, TrainConfig),
-        (commands.precompute, PrecomputeConfig),
+        (precomputing.precompute, PrecomputeConfig),
         (evaluation.evaluate, EvaluateConfig),
     ],
 )
@@ -69,7 +70,7 @@ def test_every_flag_is_a_field_and_every_field_a_flag(
     assert flags(command) == expected
 
 
-@pytest.mark.parametrize("command", [commands.train, commands.precompute, evaluation.evaluate])
+@pytest.mark.parametrize("command", [commands.train, precomputing.precompute, evaluation.evaluate])
 def test_defaults_agree_with_the_python_call(command: Callable[..., None]) -> None:
     config = {"train": TrainConfig, "precompute": PrecomputeConfig, "evaluate": EvaluateConfig}[
         command.__name__

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from logratio.training.canary import (
     sample_groups,
     sample_rows,
 )
+from logratio.training.config import Precision
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
 from logratio.training.losses import PAIR_LOSSES
@@ -157,7 +159,7 @@ def test_the_sample_is_even_and_always_the_same(store: Store, tmp_path: Path) ->
 
 
 def test_a_tight_bound_is_stated_for_each_dtype_and_layout() -> None:
-    for precision in ("fp32", "bf16"):
+    for precision in get_args(Precision):
         same, other = TOLERANCES[precision, True], TOLERANCES[precision, False]
         assert same.token <= other.token
         assert same.sequence <= other.sequence
@@ -165,9 +167,9 @@ def test_a_tight_bound_is_stated_for_each_dtype_and_layout() -> None:
         assert same.of_sums(lengths).tolist() == [same.sequence] * 2 + [2 * same.sequence]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_both_layouts_are_within_the_bounds(
-    config: TrainConfig, store: Store, precision: str, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, store: Store, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_(config, precision=precision)
     with monkeypatch.context() as patch:
@@ -218,14 +220,15 @@ def offset_loss(change: float) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_the_first_loss_is_the_known_one(
-    config: TrainConfig, store: Store, loss: str, precision: str
+    config: TrainConfig, store: Store, loss: str, precision: Precision
 ) -> None:
     config = with_(config, loss=loss, precision=precision, beta=0.3)
-    policy = load_model(config.model)
+    policy = load_model(config.model, precision=config.precision)
     assert starts_at_reference(config)
-    reference, objective = FrozenReference(load_model(config.model)), make_objective(config, 0.3)
+    reference = FrozenReference(load_model(config.model, precision=config.precision))
+    objective = make_objective(config, 0.3)
     assert check_start(config, store, policy, reference, "shared", objective) is None
 
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluation, scoring, training
+from logratio.cli import cache, data, evaluation, precompute, scoring, training
 
 app = typer.Typer(
     name="logratio",
@@ -24,7 +24,7 @@ BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX", "pyarrow
 """What a server leaves out: it installs the wheel alone."""
 
 for command in (
-    training.precompute,
+    precompute.precompute,
     training.train,
     evaluation.evaluate,
     scoring.export,

@@ -20,10 +20,27 @@ class ReadMode(StrEnum):
 
 
 class Precision(StrEnum):
-    """What is computed in; weights are float32 in both."""
+    """What is computed in; weights are float32 in the first two."""
 
     FP32 = "fp32"
     BF16 = "bf16"
+    BF16_WEIGHTS = "bf16-weights"
+
+
+class OptimizerName(StrEnum):
+    """Where the optimizer keeps its numbers, and how many bits they have."""
+
+    ADAMW = "adamw"
+    EIGHT = "adamw8bit"
+    HOST = "adamw-host"
+
+
+class ActivationCheckpointing(StrEnum):
+    """Which layers are computed twice to save memory."""
+
+    AUTO = "auto"
+    OFF = "off"
+    ALL = "all"
 
 
 class PromptTruncation(StrEnum):
@@ -110,15 +127,43 @@ TokenBudget = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Checkpointing = Annotated[
+    ActivationCheckpointing,
+    typer.Option(
+        "--activation-checkpointing",
+        help="Layers that keep their input only and are computed twice: as many as would not fit, "
+        "none or all. No result changes.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload-activations",
+        help="Keep activations in host memory until the backward pass: less GPU memory for two "
+        "copies over the bus. No result changes.",
+        rich_help_panel=MACHINE,
+    ),
+]
 ReadModeOption = Annotated[
     ReadMode,
     typer.Option(help="How the cache is read. pread is for network file systems: a file that is "
                  "cut meanwhile is then an error, not a crash.", rich_help_panel=MACHINE),
 ]  # fmt: skip
 PrecisionOption = Annotated[
-    Precision, typer.Option("--precision", help="bf16 is autocast over float32 weights.",
-                            rich_help_panel=MACHINE),
+    Precision,
+    typer.Option("--precision", help="bf16 is autocast over float32 weights; bf16-weights rounds "
+                 "the weights too.", rich_help_panel=MACHINE),
 ]  # fmt: skip
+Optimizer = Annotated[
+    OptimizerName,
+    typer.Option(
+        "--optimizer",
+        help="adamw8bit keeps moments in 8 bits (bitsandbytes), inexact; adamw-host is exact, in "
+        "host memory, slower by two copies of the weights an update.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",

@@ -1,4 +1,4 @@
-"""`logratio precompute` and `train`."""
+"""`logratio train`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,13 @@ from logratio.cli.formats import (
     ListsWanted,
     read_settings,
 )
-from logratio.cli.options import Precision, PromptTruncation, ReadMode
+from logratio.cli.options import (
+    ActivationCheckpointing,
+    OptimizerName,
+    Precision,
+    PromptTruncation,
+    ReadMode,
+)
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
@@ -25,20 +31,6 @@ if TYPE_CHECKING:
 LORA, UPDATE = "LoRA", "Update"
 
 
-class Engine(StrEnum):
-    """Where `precompute` computes."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
-class Quantization(StrEnum):
-    """How few bits a weight is loaded in."""
-
-    EIGHT = "8bit"
-    FOUR = "4bit"
-
-
 class Loss(StrEnum):
     """The losses of `logratio.training.losses`."""
 
@@ -46,93 +38,6 @@ class Loss(StrEnum):
     IPO = "ipo"
     SIMPO = "simpo"
     SFT = "sft"
-
-
-def precompute(
-    model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
-    data: options.Data,
-    cache: Annotated[Path, typer.Option(help="Root of the cache; made where it does not exist.")],
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    split_special_tokens: options.SplitSpecial = False,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
-    max_bad_fraction: options.MaxBad = 0.0,
-    sums_only: Annotated[
-        bool,
-        typer.Option("--sums-only", help="Keep one sum a completion, over the tokens that count: "
-                     "44 bytes, for billions. Losses that look at single tokens cannot read it."),
-    ] = False,
-    share: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Score only this part of the groups, told by content: "
-                     "for job arrays, 1/8 to 8/8. torchrun shares by itself.",
-                     rich_help_panel=options.MACHINE),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="ray: actors on an existing Ray cluster (RAY_ADDRESS) or a local "
-                             "one. All machines must see the model and the cache.",
-                             rich_help_panel=options.MACHINE),
-    ] = Engine.LOCAL,
-    workers: Annotated[
-        int | None, typer.Option(help="Actors of Ray. Default: one a GPU, or one a CPU but one.",
-                                 rich_help_panel=options.MACHINE),
-    ] = None,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens computed at a time. Default: found by trying. No result changes "
-                     "beyond rounding.", rich_help_panel=options.MACHINE),
-    ] = None,
-    precision: options.PrecisionOption = Precision.FP32,
-    quantization: Annotated[
-        Quantization | None,
-        typer.Option(help="Load the weights in 8 or 4 bits: another reference, with a folder of "
-                     "its own.", rich_help_panel=options.MACHINE),
-    ] = None,
-    read_mode: options.ReadModeOption = ReadMode.MAP,
-    device: options.Device = None,
-    dry_run: options.DryRun = False,
-) -> None:  # fmt: skip
-    """Score every completion with the reference model, once, into a cache.
-
-    `train --cache` then holds no reference model. Kill it at any moment and run it again: it goes
-    on where it was. Learning rate, β, loss and order never make an entry stale. Any number of
-    processes and hosts may fill one cache: start it under torchrun, or with --share, or on Ray.
-    """
-    from logratio.training import PrecomputeConfig
-    from logratio.training.reference_pass import prepare
-
-    ready = prepare(
-        PrecomputeConfig(
-            model,
-            data,
-            cache,
-            read_mode=read_mode.value,
-            token_budget=token_budget,
-            sums_only=sums_only,
-            share=share,
-            engine=engine.value,
-            workers=workers,
-            precision=precision.value,
-            quantization=quantization.value if quantization else None,
-            device=device,
-            rules=options.rules(
-                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
-            ),
-            formats=read_settings(format_name, columns, label, lists.value),
-            max_bad_fraction=max_bad_fraction,
-        )
-    )
-    if ready.share.rank == 0:
-        announce(ready.dataset, ready.forecast)
-    if not dry_run:
-        result = ready.run()
-        part = f"share {result.share}: " if ready.share.count > 1 else ""
-        typer.echo(f"{part}{result.to_text()}")
 
 
 def train(
@@ -215,7 +120,10 @@ def train(
     lists: ListsWanted = ListsOption.PAIRS,
     max_bad_fraction: options.MaxBad = 0.0,
     token_budget: options.TokenBudget = 8192,
+    activation_checkpointing: options.Checkpointing = ActivationCheckpointing.AUTO,
+    offload_activations: options.Offload = False,
     precision: options.PrecisionOption = Precision.FP32,
+    optimizer: options.Optimizer = OptimizerName.ADAMW,
     read_mode: options.ReadModeOption = ReadMode.MAP,
     device: options.Device = None,
     dry_run: options.DryRun = False,
@@ -249,7 +157,10 @@ def train(
             epochs=epochs,
             mix=tuple(mix) if mix else None,
             token_budget=token_budget,
+            activation_checkpointing=activation_checkpointing.value,
+            offload_activations=offload_activations,
             precision=precision.value,
+            optimizer=optimizer.value,
             seed=seed,
             save_every=save_every,
             resume=resume,
@@ -292,4 +203,4 @@ def announce(dataset: "Dataset", forecast: "Forecast") -> None:
     typer.echo(f"{report}\n{forecast.to_text()}", err=True)
 
 
-__all__ = ["precompute", "train"]
+__all__ = ["announce", "train"]

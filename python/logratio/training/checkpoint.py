@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from logratio.durable import sync
+from logratio.training.optimizers import FUSED, MasterAdamW
 
 MANIFEST = "manifest.json"
 KEPT = 2
@@ -142,11 +143,15 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}:{key}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """Return the state as tensors of their own: what parameters share is stored with each."""
+    tensors, seen = {}, set()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = torch.as_tensor(value).contiguous()  # bitsandbytes counts steps in an int
+            place = tensor.device, tensor.data_ptr()
+            tensors[f"{name}:{key}"] = tensor.clone() if place in seen else tensor
+            seen.add(place)
+    return tensors
 
 
 def _restore_optimizer(
@@ -156,8 +161,16 @@ def _restore_optimizer(
     for label, value in tensors.items():
         name, key = label.rsplit(":", 1)
         parameter = parameters[name]
-        moved = value.to(parameter.device) if value.dim() else value
-        optimizer.state[parameter][key] = moved
+        optimizer.state[parameter][key] = _placed(optimizer, parameter, value)
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor | int:
+    """Return a part of the state as the optimizer itself would hold it."""
+    if value.dim() == 0 and not value.dtype.is_floating_point:
+        return int(value)
+    home = optimizer.home_of(parameter) if isinstance(optimizer, MasterAdamW) else parameter.device
+    is_counter = value.dim() == 0 and home.type not in FUSED
+    return value if is_counter else value.to(home)
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -8,7 +8,9 @@ from typing import Literal
 from logratio.data import FormatSettings, TokenizationRules
 from logratio.data.containers import Input
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "bf16-weights"]
+OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
+ActivationCheckpointing = Literal["auto", "off", "all"]
 Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
@@ -56,7 +58,14 @@ class TrainConfig:
         batch_size: groups (pairs, demonstrations) per update, whatever the micro-batches.
         epochs: passes over the data.
         token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
-        precision: fp32, or bf16 autocast over fp32 weights.
+        activation_checkpointing: which decoder layers keep their input only and are computed twice:
+            "auto", the share of them that would not fit; "off", none; "all". Changes no result.
+        offload_activations: keep activations in host memory until the backward pass: two copies
+            over the bus a micro-batch, which the GPU waits for. Changes no result.
+        precision: "fp32"; "bf16", autocast over fp32 weights; or "bf16-weights": weights, gradients
+            and activations in bf16, adapters in fp32. Log-probs are added up in fp32 in all three.
+        optimizer: "adamw"; "adamw8bit", its moments in 8 bits; or "adamw-host", its state in host
+            memory. bf16 weights have an exact fp32 copy in the optimizer: see `optimizers`.
         seed: of the order of the data and the adapters; dropout is off.
         save_every: updates between checkpoints; 0 for none but the one at an interrupt.
         resume: go on from the newest valid checkpoint in `output`.
@@ -85,7 +94,10 @@ class TrainConfig:
     epochs: int = 1
     mix: tuple[float, ...] | None = None
     token_budget: int = 8192
+    activation_checkpointing: ActivationCheckpointing = "auto"
+    offload_activations: bool = False
     precision: Precision = "fp32"
+    optimizer: OptimizerName = "adamw"
     seed: int = 0
     save_every: int = 200
     resume: bool = False

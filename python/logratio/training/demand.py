@@ -9,9 +9,13 @@ from pathlib import Path
 
 import torch
 
-from logratio.training.config import Quantization
+from logratio._rust import Store
+from logratio.forecast import Forecast
+from logratio.training.config import Precision, Quantization, TrainConfig
 from logratio.training.fingerprint import parameter_count
-from logratio.training.models import base_folder, default_device
+from logratio.training.models import base_folder, default_device, weights_dtype
+from logratio.training.optimizers import state_bytes
+from logratio.training.setup import reference_kind
 
 FORWARD, TRAIN = 2, 6
 """FLOPs per parameter and token, of scoring and of training (Kaplan et al. 2020, section 2.1)."""
@@ -44,18 +48,68 @@ def seconds(model: str | Path, tokens: float, per_parameter: int, device: str | 
     return flops / (EFFICIENCY * flops_per_second(device))
 
 
-def training_bytes(model: str | Path, frozen: str | Path | None, trainable_share: float) -> float:
-    """Estimate a run's model memory: float32 weights, gradients, two moments, and a reference."""
-    count = parameter_count(model)
-    reference = 4 * parameter_count(frozen) if frozen else 0
-    return count * (4 + 12 * trainable_share) + reference
+def training_forecast(config: TrainConfig, store: Store) -> Forecast:
+    """Estimate what a training run needs; its memory is that of the device."""
+    kind = reference_kind(config)
+    frozen = (config.reference or config.model) if kind == "frozen" else None
+    lengths = store.shared_lengths()
+    tokens = float(lengths.sum()) * config.epochs
+    longest = int(lengths.max())
+    at_once = min(max(config.token_budget, longest), config.batch_size * longest)
+    twice = config.activation_checkpointing == "all"
+    work = seconds(config.model, tokens, TRAIN + FORWARD * twice, config.device)
+    if kind in ("adapter", "frozen"):
+        work += seconds(frozen or config.model, tokens, FORWARD, config.device)
+    weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
+    kept = kept_bytes(config.model, config.precision, twice=twice)
+    return Forecast(
+        memory_bytes=PROCESS_BYTES + training_bytes(config, frozen) + at_once * kept,
+        disk_bytes=weights + (_checkpoint_bytes(config) if config.save_every else 0),
+        disk_path=Path(config.output),
+        seconds=work,
+        notes=f"reference {kind}, {tokens:,.0f} tokens",
+    )
+
+
+def training_bytes(config: TrainConfig, frozen: str | Path | None) -> float:
+    """Estimate what a run's models take on its device: weights, gradients, states, a reference.
+
+    Args:
+        config: of the run: precision, optimizer and adapters decide the bytes a weight.
+        frozen: folder of a reference that is held beside the policy.
+    """
+    count, each = parameter_count(config.model), _weight_bytes(config)
+    dtype = torch.float32 if config.lora else weights_dtype(config.precision)
+    states = state_bytes(config.optimizer, dtype, default_device(config.device))
+    reference = each * parameter_count(frozen) if frozen else 0
+    return count * (each + (dtype.itemsize + states) * _trained(config)) + reference
+
+
+def _weight_bytes(config: TrainConfig) -> float:
+    return float(weights_dtype(config.precision).itemsize)
+
+
+def _trained(config: TrainConfig) -> float:
+    """Return the share of the weights that train, roughly."""
+    return 0.01 if config.lora else 1.0
+
+
+def _checkpoint_bytes(config: TrainConfig) -> float:
+    """Estimate the two checkpoints that are kept and the one being written: weights and states."""
+    dtype = torch.float32 if config.lora else weights_dtype(config.precision)
+    each = dtype.itemsize + state_bytes(config.optimizer, dtype, torch.device("cpu"))
+    return 3 * each * parameter_count(config.model) * _trained(config)
 
 
 def scoring_bytes(
-    models: Sequence[str | Path], tokens: int, quantization: Quantization | None = None
+    models: Sequence[str | Path],
+    tokens: int,
+    quantization: Quantization | None = None,
+    precision: Precision = "fp32",
 ) -> float:
     """Estimate a scoring pass's memory: weights, the process, one layer of `tokens` positions."""
-    weight_bytes = {None: 4.0, "8bit": 1.0, "4bit": 0.5}[quantization]
+    unrounded = float(weights_dtype(precision).itemsize)
+    weight_bytes = {None: unrounded, "8bit": 1.0, "4bit": 0.5}[quantization]
     weights = weight_bytes * sum(parameter_count(model) for model in models)
     return PROCESS_BYTES + weights + position_bytes(models[0]) * tokens
 
@@ -88,10 +142,23 @@ def _reclaimable() -> float:
     return float(found[1]) if found else 0.0
 
 
-def kept_bytes(model: str | Path) -> float:
-    """Estimate the bytes that one token's activations take until the backward pass, in float32."""
+def free_on(device: torch.device) -> float:
+    """Return what this process may still take on `device`, with what its allocator holds unused."""
+    if device.type != "cuda":
+        return free_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(free + unused)
+
+
+def kept_bytes(model: str | Path, precision: Precision = "fp32", *, twice: bool = False) -> float:
+    """Estimate the bytes that one token's activations take until the backward pass.
+
+    With all layers computed `twice`, that is their inputs, and what one of them keeps. Autocast is
+    counted as float32: it keeps some of each, and copies of the weights.
+    """
     layers, width = _shape(model)
-    return 4.0 * KEPT * layers * width
+    return weights_dtype(precision).itemsize * width * (layers + KEPT if twice else KEPT * layers)
 
 
 def _shape(model: str | Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from logratio.logps.tensors import Batch, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
-from logratio.training.config import EvaluateConfig
+from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
 from logratio.training.pages import kept_pages
 from logratio.training.sampling import sample_completions
@@ -128,7 +128,11 @@ class Evaluating:
         tokens = float(self.dataset.store.shared_lengths().sum())
         work = [demand.seconds(m, tokens, demand.FORWARD, self.config.device) for m in models]
         return Forecast(
-            memory_bytes=demand.scoring_bytes(models, min(self.config.token_budget, int(tokens))),
+            memory_bytes=demand.scoring_bytes(
+                models,
+                min(self.config.token_budget, int(tokens)),
+                precision=self.config.precision,
+            ),
             disk_bytes=0,
             disk_path=Path(),
             seconds=sum(work),
@@ -137,8 +141,8 @@ class Evaluating:
 
     def run(self) -> Evaluation:
         """Score the pairs, draw samples if asked, and sum up."""
-        policy = load_model(self.config.policy, device=self.device)
-        reference = load_model(self.config.reference, device=self.device)
+        policy = self._load(self.config.policy)
+        reference = self._load(self.config.reference)
         store = self.dataset.store
         total = 2 * len(store)
         with (
@@ -150,6 +154,9 @@ class Evaluating:
             reference_logps = store_sums(reference, store, self.config.token_budget, advance)
             kl = self._kl(policy, reference) if self.config.samples else None
         return summarize(store, policy_logps - reference_logps, self.config.beta, kl)
+
+    def _load(self, folder: PathLike) -> nn.Module:
+        return load_model(folder, device=self.device, precision=self.config.precision)
 
     def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:
         """Estimate the KL from completions that the policy draws for held-out prompts."""

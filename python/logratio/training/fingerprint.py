@@ -23,6 +23,12 @@ from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_fo
 from logratio.training.quantization import SCHEMES
 
 VERSION = 2
+COMPUTES_IN: Mapping[Precision, str] = {
+    "fp32": "float32",
+    "bf16": "bfloat16 autocast over float32",
+    "bf16-weights": "bfloat16",
+}
+"""How a fingerprint states the precision; bfloat16 alone: the weights too are rounded to it."""
 CHUNK = 2**24
 SHOWN_CHARACTERS = 40
 """A longer value of a field, or a hash, is named and not shown."""
@@ -116,7 +122,7 @@ def model_fingerprint(
         "config": model_settings(base),
         "weights": weights_digest(base, "*.safetensors"),
         "adapter": _adapter(folder) if base != folder else None,
-        "compute_dtype": {"fp32": "float32", "bf16": "bfloat16 autocast over float32"}[precision],
+        "compute_dtype": COMPUTES_IN[precision],
     }
     if quantization:
         hard["quantization"] = SCHEMES[quantization]

@@ -33,6 +33,7 @@ from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.metrics import MetricsLog, added
 from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
+from logratio.training.optimizers import clip_gradients, make_optimizer, state_bytes
 from logratio.training.reference import Reference
 from logratio.training.setup import beta_of
 from logratio.training.trust import check_start
@@ -59,9 +60,15 @@ class Loop:
         self.reference, self.layout = reference, layout
         self.beta = beta_of(config)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=0.0)
+        self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr)
         self.device = self.parameters[0].device
         self.objective = make_objective(config, self.beta)
+
+    @property
+    def state_bytes(self) -> float:
+        """What the optimizer takes on the policy's device."""
+        name = self.config.optimizer
+        return sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in self.parameters)
 
     def run(self, updates: int, show_progress: bool) -> tuple[int, list[dict[str, float]]]:
         """Do all updates that a checkpoint has not done yet."""
@@ -121,7 +128,7 @@ class Loop:
             del micro  # or its buffer would wait here for the next one
         count = sum(map(len, groups))
         sums = added(parts)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = clip_gradients(self.parameters, self.config.max_grad_norm)
         means = torch.stack([*sums.values()]) / count
         values = dict(zip(sums, means.tolist(), strict=True))
         values |= {"grad_norm": float(norm), "lr": rate}
@@ -217,7 +224,7 @@ class Loop:
         """What must be equal for a resumed run to be the same run."""
         names = (
             "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs token_budget "
-            "precision seed mix"
+            "precision optimizer seed mix"
         )
         fields = {name: getattr(self.config, name) for name in names.split()}
         lora = asdict(self.config.lora) if self.config.lora else None

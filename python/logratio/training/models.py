@@ -62,9 +62,10 @@ def load_model(
     Args:
         folder: the model's, or the adapter's.
         device: where its weights are to be.
-        quantization: load its weights in 8 or 4 bits; None: in float32, and a checkpoint that is
+        quantization: load its weights in 8 or 4 bits; None: unrounded, and a checkpoint that is
             quantised as it is.
-        precision: what 4-bit weights are multiplied in.
+        precision: "bf16-weights" rounds weights to bfloat16 and leaves adapters in float32; for
+            weights of 4 bits, what they are multiplied in.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
@@ -88,7 +89,7 @@ def load_model(
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=torch.float32,
+                dtype=weights_dtype(precision),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -180,9 +181,17 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
     return wrapped
 
 
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of a model's weights."""
+    return torch.bfloat16 if precision == "bf16-weights" else torch.float32
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in bfloat16 inside the block where `precision` is bf16; weights stay float32."""
-    if precision == "fp32":
+    """Compute in bfloat16 inside the block where `precision` is bf16; weights stay float32.
+
+    Weights in bfloat16 need no block: what is computed has their dtype.
+    """
+    if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -64,6 +64,6 @@ def loading_arguments(
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            bnb_4bit_compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         )
     return {"quantization_config": config, "device_map": {"": torch.device(device)}}

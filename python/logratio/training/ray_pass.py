@@ -185,7 +185,9 @@ def _dataset(config: PrecomputeConfig, path: Path, work: Work, places: Placement
 def _places(config: PrecomputeConfig, ray: Any) -> Placement:
     free = ray.available_resources()
     gpus = 0.0 if (config.device or "cuda").startswith("cpu") else free.get("GPU", 0.0)
-    needed = demand.scoring_bytes([config.model], config.token_budget or 0, config.quantization)
+    needed = demand.scoring_bytes(
+        [config.model], config.token_budget or 0, config.quantization, config.precision
+    )
     return place(config.workers, free.get("CPU", 0.0), gpus, free.get("memory", 0.0), needed)
 
 

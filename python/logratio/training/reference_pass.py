@@ -187,7 +187,10 @@ class Precompute:
         part = "" if self.share.count == 1 else f"share {self.share}: "
         return Forecast(
             memory_bytes=demand.scoring_bytes(
-                [config.model], min(at_once.tokens, int(read)), config.quantization
+                [config.model],
+                min(at_once.tokens, int(read)),
+                config.quantization,
+                config.precision,
             ),
             disk_bytes=self.entries.nbytes(len(work.rows), work.tokens),
             disk_path=Path(config.cache),

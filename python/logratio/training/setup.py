@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from torch import nn
@@ -22,11 +23,17 @@ from logratio.data import (
     source_names,
 )
 from logratio.data.containers import Input
-from logratio.forecast import Forecast, check_writable
+from logratio.extras import require
+from logratio.forecast import check_writable
 from logratio.progress import reading_progress
-from logratio.training import demand
-from logratio.training.config import PathLike, TrainConfig
-from logratio.training.fingerprint import Fingerprint, model_fingerprint, parameter_count
+from logratio.training.config import (
+    ActivationCheckpointing,
+    OptimizerName,
+    PathLike,
+    Precision,
+    TrainConfig,
+)
+from logratio.training.fingerprint import Fingerprint, model_fingerprint
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -171,7 +178,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError("label_smoothing must be in [0, 0.5)")
     _check_options(config)
-    default_device(config.device)
+    _check_memory(config)
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
@@ -207,6 +214,33 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
 
 
+def _check_memory(config: TrainConfig) -> None:
+    """Refuse settings of memory that do not exist, or that would do nothing on the device."""
+    device = default_device(config.device)
+    if config.activation_checkpointing not in get_args(ActivationCheckpointing):
+        names = ", ".join(get_args(ActivationCheckpointing))
+        raise ConfigError(f"activation_checkpointing must be one of {names}")
+    if config.offload_activations and device.type == "cpu":
+        raise ConfigError("offload_activations: on a CPU they lie in host memory already")
+    _check_optimizer(config)
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimizer that is not there, or that would round updates away."""
+    if config.optimizer not in get_args(OptimizerName):
+        raise ConfigError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}")
+    if config.precision not in get_args(Precision):
+        raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}")
+    if config.optimizer != "adamw8bit":
+        return
+    if config.precision == "bf16-weights" and not config.lora:
+        raise ConfigError(
+            "adamw8bit keeps no float32 copy of the weights, and bfloat16 weights would lose most "
+            "of its updates: use adamw or adamw-host, or precision bf16, which takes as many bytes"
+        )
+    require("bitsandbytes", "quantized")
+
+
 def beta_of(config: TrainConfig) -> float:
     """Return β: the given one, or the loss's default (1 for sft, which has none)."""
     if config.beta is not None:
@@ -230,7 +264,7 @@ def reference_kind(config: TrainConfig) -> str:
 
 def build_policy(config: TrainConfig, device: str) -> nn.Module:
     """Load the policy, with fresh adapters if asked; only what trains requires gradients."""
-    model = load_model(config.model, device=device)
+    model = load_model(config.model, device=device, precision=config.precision)
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         merged = model.merge_and_unload()  # type: ignore[operator]  # peft's
         assert isinstance(merged, nn.Module)
@@ -245,7 +279,7 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
         return AdapterReference(policy)
     if kind == "frozen":
         device = next(policy.parameters()).device
-        return FrozenReference(load_model(source, device=device))
+        return FrozenReference(load_model(source, device=device, precision=config.precision))
     return None
 
 
@@ -257,26 +291,3 @@ def starts_at_reference(config: TrainConfig) -> bool:
         return True
     start: Fingerprint = model_fingerprint(config.model, config.precision)
     return start.digest == model_fingerprint(config.reference, config.precision).digest
-
-
-def forecast(config: TrainConfig, store: Store) -> Forecast:
-    """Estimate what the run needs."""
-    kind = reference_kind(config)
-    frozen = (config.reference or config.model) if kind == "frozen" else None
-    share = 0.01 if config.lora else 1.0
-    model = demand.training_bytes(config.model, frozen, share)
-    weights = 4 * parameter_count(config.model) * share
-    lengths = store.shared_lengths()
-    tokens = float(lengths.sum()) * config.epochs
-    longest = int(lengths.max())
-    at_once = min(max(config.token_budget, longest), config.batch_size * longest)
-    work = demand.seconds(config.model, tokens, demand.TRAIN, config.device)
-    if kind in ("adapter", "frozen"):
-        work += demand.seconds(frozen or config.model, tokens, demand.FORWARD, config.device)
-    return Forecast(
-        memory_bytes=demand.PROCESS_BYTES + model + at_once * demand.kept_bytes(config.model),
-        disk_bytes=weights * (1 + (9 if config.save_every else 0)),
-        disk_path=Path(config.output),
-        seconds=work,
-        notes=f"reference {kind}, {tokens:,.0f} tokens",
-    )

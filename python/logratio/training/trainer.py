@@ -19,8 +19,11 @@ from logratio.logps.attention import shared_prompts
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import transformer
 from logratio.training import checkpoint, threads
+from logratio.training.activation_budget import settle
+from logratio.training.activations import Kept, keeping
 from logratio.training.cached import cached_reference
 from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.demand import training_forecast
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.loop import CHECKPOINTS, Loop, say
@@ -37,7 +40,6 @@ from logratio.training.setup import (
     check_config,
     check_groups,
     check_mix,
-    forecast,
     load_dataset,
 )
 from logratio.training.shares import share_of
@@ -117,7 +119,7 @@ class Training:
     @cached_property
     def forecast(self) -> Forecast:
         """What the run will need, with the pass that fills the cache if one is asked for."""
-        run = forecast(self.config, self.store)
+        run = training_forecast(self.config, self.store)
         if self._pass is None:
             return run
         before = self._pass.forecast
@@ -172,12 +174,23 @@ class Training:
         if layout == "padded":
             say(f"padded layout (slower, never wrong): {reason}")
         loop = Loop(self.config, self.store, policy, reference, layout)
-        with _attention(policy, layout), kept_pages(self.device):
+        with (
+            _attention(policy, layout),
+            kept_pages(self.device),
+            keeping(policy, self._kept(loop)),
+        ):
             steps, history = loop.run(self.updates, self.show_progress)
         with interrupts():  # what was trained is saved first
             save_policy(policy, self.config, self.dataset)
             shutil.rmtree(Path(self.config.output) / CHECKPOINTS, ignore_errors=True)
         return TrainResult(Path(self.config.output), steps, history)
+
+    def _kept(self, loop: Loop) -> Kept:
+        """Return what the policy's layers keep; says so where some are computed twice."""
+        choice = settle(self.config, self.store, loop.policy, loop.layout, loop.state_bytes)
+        if choice.reason:
+            say(choice.reason)
+        return Kept(choice.layers, self.config.offload_activations)
 
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:

@@ -1,0 +1,123 @@
+"""`logratio precompute`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logratio.cli import options
+from logratio.cli.formats import (
+    Columns,
+    FormatOption,
+    LabelOption,
+    ListsOption,
+    ListsWanted,
+    read_settings,
+)
+from logratio.cli.options import Precision, PromptTruncation, ReadMode
+from logratio.cli.training import announce
+
+
+class Engine(StrEnum):
+    """Where `precompute` computes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class Quantization(StrEnum):
+    """How few bits a weight is loaded in."""
+
+    EIGHT = "8bit"
+    FOUR = "4bit"
+
+
+def precompute(
+    model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
+    data: options.Data,
+    cache: Annotated[Path, typer.Option(help="Root of the cache; made where it does not exist.")],
+    max_length: options.MaxLength = 1024,
+    max_prompt_length: options.MaxPromptLength = None,
+    prompt_truncation: options.Truncation = PromptTruncation.DROP,
+    eos: options.Eos = True,
+    split_special_tokens: options.SplitSpecial = False,
+    format_name: FormatOption = None,
+    columns: Columns = None,
+    label: LabelOption = None,
+    lists: ListsWanted = ListsOption.PAIRS,
+    max_bad_fraction: options.MaxBad = 0.0,
+    sums_only: Annotated[
+        bool,
+        typer.Option("--sums-only", help="Keep one sum a completion, over the tokens that count: "
+                     "44 bytes, for billions. Losses that look at single tokens cannot read it."),
+    ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Score only this part of the groups, told by content: "
+                     "for job arrays, 1/8 to 8/8. torchrun shares by itself.",
+                     rich_help_panel=options.MACHINE),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: actors on an existing Ray cluster (RAY_ADDRESS) or a local "
+                             "one. All machines must see the model and the cache.",
+                             rich_help_panel=options.MACHINE),
+    ] = Engine.LOCAL,
+    workers: Annotated[
+        int | None, typer.Option(help="Actors of Ray. Default: one a GPU, or one a CPU but one.",
+                                 rich_help_panel=options.MACHINE),
+    ] = None,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens computed at a time. Default: found by trying. No result changes "
+                     "beyond rounding.", rich_help_panel=options.MACHINE),
+    ] = None,
+    precision: options.PrecisionOption = Precision.FP32,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Load the weights in 8 or 4 bits: another reference, with a folder of "
+                     "its own.", rich_help_panel=options.MACHINE),
+    ] = None,
+    read_mode: options.ReadModeOption = ReadMode.MAP,
+    device: options.Device = None,
+    dry_run: options.DryRun = False,
+) -> None:  # fmt: skip
+    """Score every completion with the reference model, once, into a cache.
+
+    `train --cache` then holds no reference model. Kill it at any moment and run it again: it goes
+    on where it was. Learning rate, β, loss and order never make an entry stale. Any number of
+    processes and hosts may fill one cache: start it under torchrun, or with --share, or on Ray.
+    """
+    from logratio.training import PrecomputeConfig
+    from logratio.training.reference_pass import prepare
+
+    ready = prepare(
+        PrecomputeConfig(
+            model,
+            data,
+            cache,
+            read_mode=read_mode.value,
+            token_budget=token_budget,
+            sums_only=sums_only,
+            share=share,
+            engine=engine.value,
+            workers=workers,
+            precision=precision.value,
+            quantization=quantization.value if quantization else None,
+            device=device,
+            rules=options.rules(
+                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
+            ),
+            formats=read_settings(format_name, columns, label, lists.value),
+            max_bad_fraction=max_bad_fraction,
+        )
+    )
+    if ready.share.rank == 0:
+        announce(ready.dataset, ready.forecast)
+    if not dry_run:
+        result = ready.run()
+        part = f"share {result.share}: " if ready.share.count > 1 else ""
+        typer.echo(f"{part}{result.to_text()}")
+
+
+__all__ = ["precompute"]

@@ -1,0 +1,217 @@
+"""Optimizers: AdamW as it is written down, wherever its state lies, and saved bit for bit."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import stop_after
+from torch import Tensor, nn
+
+from logratio.extras import MissingExtraError
+from logratio.training import LoraSettings, TrainConfig, demand, train
+from logratio.training.config import OptimizerName, Precision
+from logratio.training.fingerprint import parameter_count
+from logratio.training.interrupt import RunInterruptedError
+from logratio.training.optimizers import MasterAdamW, clip_gradients, make_optimizer, state_bytes
+from logratio.training.setup import ConfigError
+
+STEPS, LR = 7, 3e-3
+EXACT: tuple[OptimizerName, ...] = ("adamw", "adamw-host")
+
+
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(*shape).to(dtype)) for shape in [(5, 4), (3,), (1, 9, 2)]]
+
+
+def gradients(step: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(100 + step)
+    scale = 10.0 ** (step % 3 - 2)
+    return [(scale * torch.randn(p.shape)).to(dtype) for p in parameters(dtype)]
+
+
+def oracle(start: Sequence[Tensor], steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Algorithm 2 of arXiv 1711.05101 without decay, in float64, one number after the other."""
+    result = []
+    for number, weight in enumerate(start):
+        theta = weight.detach().double().clone()
+        m = v = torch.zeros_like(theta)
+        for t, grads in enumerate(steps, 1):
+            g = grads[number].double()
+            m = 0.9 * m + 0.1 * g
+            v = 0.999 * v + 0.001 * g * g
+            theta = theta - LR * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        result.append(theta)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXACT)
+def test_a_step_is_that_of_the_paper(name: OptimizerName, dtype: torch.dtype) -> None:
+    weights = parameters(dtype)
+    expected = oracle(weights, [gradients(step, dtype) for step in range(STEPS)])
+    optimizer = make_optimizer(name, weights, LR)
+    for step in range(STEPS):
+        for weight, gradient in zip(weights, gradients(step, dtype), strict=True):
+            weight.grad = gradient
+        optimizer.step()
+    for weight, truth in zip(weights, expected, strict=True):
+        exact = optimizer.state[weight].get("master", weight.detach())
+        assert exact.dtype == torch.float32
+        assert torch.allclose(exact.double(), truth, rtol=0, atol=1e-6)
+        assert torch.equal(weight, exact.to(dtype))
+
+
+def test_float32_on_the_host_is_torch_s_own_to_the_bit() -> None:
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    one, other = make_optimizer("adamw-host", ours, LR), make_optimizer("adamw", theirs, LR)
+    assert isinstance(one, MasterAdamW)
+    assert isinstance(other, torch.optim.AdamW)
+    for step in range(STEPS):
+        for weights, optimizer in ((ours, one), (theirs, other)):
+            for weight, gradient in zip(weights, gradients(step, torch.float32), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_updates_that_bfloat16_cannot_hold_are_not_lost() -> None:
+    """1 + 1e-5 is 1 in bfloat16; a thousand such updates are 1.01."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = make_optimizer("adamw", [weight], 1e-5)
+    for _ in range(1000):
+        weight.grad = torch.full((1,), -0.5, dtype=torch.bfloat16)
+        optimizer.step()
+    assert float(optimizer.state[weight]["master"]) == pytest.approx(1.01, abs=1e-4)
+    assert float(weight.detach()) == pytest.approx(1.01, abs=2**-8)
+    assert float(weight.detach()) > 1
+
+
+def test_a_weight_without_a_gradient_stays_and_a_closure_is_refused() -> None:
+    first, second, _ = parameters(torch.bfloat16)
+    optimizer, before = MasterAdamW([first, second], LR), first.detach().clone()
+    second.grad = torch.ones_like(second)
+    optimizer.step()
+    assert torch.equal(first, before)
+    assert first not in optimizer.state
+    with pytest.raises(ValueError, match="no closure"):
+        optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXACT)
+def test_the_bytes_that_are_told_are_those_it_holds(
+    name: OptimizerName, dtype: torch.dtype
+) -> None:
+    weights = parameters(dtype)
+    optimizer = make_optimizer(name, weights, LR)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.dim()
+    )
+    told = state_bytes(name, dtype, torch.device("cpu"))
+    assert held == told * sum(weight.numel() for weight in weights)
+    assert state_bytes(name, dtype, torch.device("cuda")) == (0 if name == "adamw-host" else told)
+
+
+def test_gradients_are_clipped_by_their_norm_in_float32() -> None:
+    for dtype, exactness in ((torch.float32, 1e-6), (torch.bfloat16, 1e-5)):
+        weights = parameters(dtype)
+        for weight, gradient in zip(weights, gradients(2, dtype), strict=True):
+            weight.grad = gradient
+        truth = torch.cat([g.double().flatten() for g in gradients(2, dtype)]).norm()
+        assert float(clip_gradients(weights, 0.25)) == pytest.approx(float(truth), rel=exactness)
+        now = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None]).norm()
+        assert float(now) == pytest.approx(0.25, rel=2**-8)
+        assert float(clip_gradients(weights, 10.0)) == pytest.approx(float(now), rel=exactness)
+        unchanged = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None])
+        assert float(unchanged.norm()) == float(now)
+
+
+@pytest.fixture
+def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        tiny_model, [pairs_file], tmp_path / "out", lr=1e-3, batch_size=4, epochs=2, save_every=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "lora"),
+    [
+        ("adamw", "bf16-weights", None),
+        ("adamw-host", "fp32", None),
+        ("adamw-host", "bf16-weights", None),
+        ("adamw-host", "bf16-weights", LoraSettings(rank=4)),
+    ],
+)
+def test_resume_is_bitwise(
+    config: TrainConfig,
+    tmp_path: Path,
+    name: OptimizerName,
+    precision: Precision,
+    lora: LoraSettings | None,
+) -> None:
+    config = dataclasses.replace(config, optimizer=name, precision=precision, lora=lora)
+    straight = dataclasses.replace(config, output=tmp_path / "straight")
+    train(straight, show_progress=False)
+    with pytest.raises(RunInterruptedError), stop_after(3):
+        train(config, show_progress=False)
+    train(dataclasses.replace(config, resume=True), show_progress=False)
+    one, other = (
+        load_file(next((tmp_path / out).glob("*model.safetensors"))) for out in ("straight", "out")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    logs = [(tmp_path / out / "metrics.jsonl").read_text() for out in ("straight", "out")]
+    assert logs[0] == logs[1]
+    low = torch.bfloat16 if precision == "bf16-weights" and lora is None else torch.float32
+    assert {value.dtype for value in one.values()} == {low}
+
+
+def test_a_run_is_not_resumed_with_another_optimizer(config: TrainConfig) -> None:
+    with pytest.raises(RunInterruptedError), stop_after(2):
+        train(config, show_progress=False)
+    with pytest.raises(ValueError, match="differs in optimizer"):
+        train(dataclasses.replace(config, resume=True, optimizer="adamw-host"), show_progress=False)
+
+
+def test_what_cannot_be_is_refused_before_anything_long(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="must be one of adamw, adamw8bit, adamw-host"):
+        train(dataclasses.replace(config, optimizer="sgd"))  # type: ignore[arg-type]
+    few = dataclasses.replace(config, optimizer="adamw8bit")
+    with pytest.raises(ConfigError, match="would lose most of its updates"):
+        train(dataclasses.replace(few, precision="bf16-weights"))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(MissingExtraError, match=r"logratio\[quantized\]"):
+            train(few)
+
+
+@pytest.mark.parametrize(
+    ("changes", "each"),
+    [
+        ({}, 4 + 4 + 8),
+        ({"precision": "bf16"}, 4 + 4 + 8),
+        ({"precision": "bf16-weights"}, 2 + 2 + 12),
+        ({"optimizer": "adamw8bit"}, 4 + 4 + 2),
+        ({"optimizer": "adamw-host"}, 4 + 4 + 8),
+        ({"lora": LoraSettings(), "precision": "bf16-weights"}, 2 + 0.01 * 12),
+    ],
+)
+def test_the_forecast_knows_the_bytes_of_a_weight(
+    config: TrainConfig, changes: dict[str, object], each: float
+) -> None:
+    changed = dataclasses.replace(config, device="cpu", **changes)  # type: ignore[arg-type]
+    count = parameter_count(config.model)
+    assert demand.training_bytes(changed, None) == pytest.approx(each * count)
+    reference = 2 if changed.precision == "bf16-weights" else 4
+    both = demand.training_bytes(changed, config.model)
+    assert both == pytest.approx((each + reference) * count)
