@@ -31,7 +31,7 @@ from transformers import (
 
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, SharedPromptError, flex, kernels, use_kernel
-from logratio.logps.attention.interface import shared_prompt_attention
+from logratio.logps.attention.interface import _no_mask, shared_prompt_attention
 from logratio.logps.attention.kernels import KERNELS, Kernel
 from logratio.logps.checks import batch_of, choose_layout
 from logratio.logps.completion import score
@@ -164,7 +164,7 @@ def attend(kernel: Kernel, case: Case, states: list[Tensor], batch: SharedBatch)
             query,
             key,
             value,
-            None,
+            _no_mask(local_size=case.window, device=DEVICE),  # as a model asks for it
             shared_prompt=shared_prompt,
             scaling=case.scaling,
             sliding_window=case.window,

@@ -21,7 +21,7 @@ from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, fused, varlen
 from logratio.logps.attention.flex import attend_row, visible
 from logratio.logps.attention.gathering import gather_keys
-from logratio.logps.attention.interface import shared_prompt_attention
+from logratio.logps.attention.interface import _no_mask, shared_prompt_attention
 from logratio.logps.attention.kernels import Choice, Kernel
 from logratio.logps.attention.varlen import attend_sequences
 from logratio.logps.completion import score
@@ -202,7 +202,7 @@ def test_varlen_attention_is_attention_group_by_group(
     expected, _ = shared_prompt_attention(
         torch.nn.Identity(),
         *states,
-        None,
+        _no_mask(local_size=window, device="cpu"),  # as a model asks for it
         shared_prompt=SharedPrompt(batch),
         sliding_window=window,
         scaling=0.3,
