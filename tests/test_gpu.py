@@ -28,10 +28,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, SharedPromptError, flex, kernels, use_kernel
-from logratio.logps.attention.interface import shared_prompt_attention
+from logratio.logps.attention.interface import NAME, shared_prompt_attention
 from logratio.logps.attention.kernels import KERNELS, Kernel
 from logratio.logps.checks import batch_of, choose_layout
 from logratio.logps.completion import score
@@ -164,7 +165,9 @@ def attend(kernel: Kernel, case: Case, states: list[Tensor], batch: SharedBatch)
             query,
             key,
             value,
-            None,
+            ALL_MASK_ATTENTION_FUNCTIONS[NAME](
+                local_size=case.window, device=DEVICE
+            ),  # as a model asks
             shared_prompt=shared_prompt,
             scaling=case.scaling,
             sliding_window=case.window,

@@ -16,12 +16,13 @@ from test_layouts import random_groups
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
 from torch.nn.attention import flex_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, fused, varlen
 from logratio.logps.attention.flex import attend_row, visible
 from logratio.logps.attention.gathering import gather_keys
-from logratio.logps.attention.interface import shared_prompt_attention
+from logratio.logps.attention.interface import NAME, shared_prompt_attention
 from logratio.logps.attention.kernels import Choice, Kernel
 from logratio.logps.attention.varlen import attend_sequences
 from logratio.logps.completion import score
@@ -202,7 +203,7 @@ def test_varlen_attention_is_attention_group_by_group(
     expected, _ = shared_prompt_attention(
         torch.nn.Identity(),
         *states,
-        None,
+        ALL_MASK_ATTENTION_FUNCTIONS[NAME](local_size=window, device="cpu"),  # as a model asks
         shared_prompt=SharedPrompt(batch),
         sliding_window=window,
         scaling=0.3,
