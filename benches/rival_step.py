@@ -2,9 +2,9 @@
 
     python rival_step.py SPEC.json
 
-The trainer gets the same ids (its own tokenization is left out), takes them in the file's order, and
-makes its reference log-probs itself, before training (`precompute_ref_log_probs`). Everything that
-is not named here is TRL's default; `config` in the arm's settings are fields of DPOConfig, and
+The trainer gets the same ids (its own tokenization is left out), takes them in the file's order,
+and makes its reference log-probs itself, before training (`precompute_ref_log_probs`). Everything
+that is not named here is TRL's default; `config` in the arm's settings are fields of DPOConfig, and
 `micro_batch` is its batch per device, whose default of 8 holds where an update has more pairs.
 """
 
@@ -66,7 +66,7 @@ class Watched(DPOTrainer):  # type: ignore[misc]
         self._losses.clear()
 
 
-class Stamps(TrainerCallback):  # type: ignore[misc]
+class Stamps(TrainerCallback):
     """Tells the record where training and each update begin and end."""
 
     trainer: Watched
@@ -124,7 +124,8 @@ def main() -> None:
     folder = Path(spec.material) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)  # EOS may be beyond a vocabulary
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(spec.device)
+    policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = policy.to(spec.device)
     record.loaded(policy)
     with tempfile.TemporaryDirectory() as output:
         stamps = Stamps()

@@ -2,11 +2,11 @@
 
     python step_material.py WANTED.json
 
-In a folder it leaves `model/`, the sealed `pairs.store`, the reference's `cache/`, and for each order
-of the pairs a file `ORDER.jsonl` with one update a line, exactly the updates that our planner makes
-of the store, so that every arm can be given the same. `hh` are real HH pairs in GPT-2's tokens
-(LOGRATIO_SHARED, default ../shared), where a model has a smaller vocabulary modulo its size, so that
-they are no text any more; the other shapes are random ids of drawn lengths.
+In a folder it leaves `model/`, the sealed `pairs.store`, the reference's `cache/`, and for each
+order of the pairs a file `ORDER.jsonl` with one update a line, exactly the updates that our planner
+makes of the store, so that every arm can be given the same. `hh` are real HH pairs in GPT-2's
+tokens (LOGRATIO_SHARED, default ../shared); where a model's vocabulary is smaller the ids are taken
+modulo its size, and are no text any more. The other shapes are random ids of drawn lengths.
 """
 
 import json

@@ -2,26 +2,28 @@
 
     python step_ours.py SPEC.json
 
-`logratio.training.prepare(TrainConfig(…)).run()` with the sealed store and the cache of the material.
-What is particular to an arm is in its settings: `config` are fields of TrainConfig, `cache` False
-holds the reference as a second model, `precompute` fills a fresh cache first, in this process, and
-`patches` are names in `step_patches.PATCHES`. The run is left after its last update, before it saves.
+`logratio.training.prepare(TrainConfig(…)).run()` with the material's sealed store and cache. What
+is particular to an arm is in its settings: `config` are fields of TrainConfig, `cache` False holds
+the reference as a second model, `precompute` fills a fresh cache first, in this process, `patches`
+are names in `step_patches.PATCHES`. The run is left after its last update, before it saves.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
 
-from step_patches import PATCHES
+from step_patches import LOOP, PATCHES, TRAINER, replace
 from step_record import Ids, Pair, Recorder, Spec
 from torch import nn
 
 from logratio._rust import PaddedLayout, SharedLayout
 from logratio.data import FeedSettings, MicroBatch
-from logratio.training import TrainConfig, loop, trainer
+from logratio.training import TrainConfig
+from logratio.training.trainer import prepare
 
 
 class AllUpdatesDone(Exception):  # noqa: N818
@@ -37,7 +39,7 @@ def pairs_of(layout: SharedLayout | PaddedLayout) -> Callable[[], list[Pair]]:
         at = 0
         for prompt, (chosen, rejected) in zip(prompts, sides.tolist(), strict=True):
             cuts = [at, at + prompt, at + prompt + chosen, at + prompt + chosen + rejected]
-            parts: list[Ids] = [ids[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts: list[Ids] = [ids[a:b] for a, b in pairwise(cuts)]
             yield parts[0], parts[1], parts[2]
             at = cuts[-1]
 
@@ -54,37 +56,37 @@ def pairs_of(layout: SharedLayout | PaddedLayout) -> Callable[[], list[Pair]]:
 
 def watch(spec: Spec, record: Recorder) -> None:
     """Put the recorder into the trainer: at the policy, the feed and each update."""
-    build, update, feed = trainer.build_policy, loop.Loop._update, loop.Loop._feed
+    build, update, feed = TRAINER.build_policy, LOOP.Loop._update, LOOP.Loop._feed
 
     def built(*given: Any) -> nn.Module:
-        policy = build(*given)
+        policy: nn.Module = build(*given)
         record.loaded(policy)
         return policy
 
-    def began(self: loop.Loop, start: int) -> Any:
+    def began(self: Any, start: int) -> Any:
         record.begin()
         return feed(self, start)
 
-    def updated(self: loop.Loop, *given: Any) -> Any:
-        def seen(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-            for micro in batches:
-                record.fed(pairs_of(micro.layout))
-                yield micro
-                del micro
+    def seen(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for micro in batches:
+            record.fed(pairs_of(micro.layout))
+            yield micro
+            del micro  # or its buffer would wait here for the next one
 
+    def updated(self: Any, *given: Any) -> Any:
         *before, batches = given
         values, count = update(self, *before, seen(batches))
         names = ("loss", "logps/chosen", "logps/rejected", "grad_norm")
-        record.updated(*(values[name] for name in names))
+        record.updated(*[values[name] for name in names])
         if record.is_over:
             raise AllUpdatesDone
         return values, count
 
-    trainer.build_policy = built
-    loop.Loop._feed = began  # type: ignore[method-assign]
-    loop.Loop._update = updated  # type: ignore[method-assign]
+    replace(TRAINER, "build_policy", built)
+    replace(LOOP.Loop, "_feed", began)
+    replace(LOOP.Loop, "_update", updated)
     if spec.order != FeedSettings.order:  # the loop has no setting for it
-        loop.FeedSettings = partial(FeedSettings, order=spec.order)  # type: ignore[misc, assignment]
+        replace(LOOP, "FeedSettings", partial(FeedSettings, order=spec.order))
 
 
 def configuration(spec: Spec, output: Path) -> TrainConfig:
@@ -115,15 +117,15 @@ def configuration(spec: Spec, output: Path) -> TrainConfig:
 
 def timed_pass(seconds: list[float]) -> None:
     """Time the reference's pass, if the run makes one."""
-    run = trainer.Precompute.run
+    run = TRAINER.Precompute.run
 
-    def timed(self: trainer.Precompute) -> Any:
+    def timed(self: Any) -> Any:
         start = perf_counter()
         result = run(self)
         seconds.append(perf_counter() - start)
         return result
 
-    trainer.Precompute.run = timed  # type: ignore[method-assign]
+    replace(TRAINER.Precompute, "run", timed)
 
 
 def main() -> None:
@@ -136,7 +138,7 @@ def main() -> None:
         PATCHES[name]()
     with tempfile.TemporaryDirectory() as output:
         try:
-            trainer.prepare(configuration(spec, Path(output)), show_progress=False).run()
+            prepare(configuration(spec, Path(output)), show_progress=False).run()
         except AllUpdatesDone:
             record.write(reference_seconds=sum(seconds) if seconds else None)
 

@@ -14,6 +14,9 @@ from logratio.logps import completion
 from logratio.logps.tensors import Batch
 from logratio.training import loop, trainer
 
+LOOP: Any = loop
+TRAINER: Any = trainer  # modules as what they are here: things whose parts are exchanged
+
 
 def replace(module: Any, name: str, new: Any) -> None:
     """Replace an attribute that must exist.
@@ -27,7 +30,7 @@ def replace(module: Any, name: str, new: Any) -> None:
 
 def separate_rows() -> None:
     """Two padded rows a pair, of our own collator, in place of shared prompts."""
-    replace(trainer, "choose_layout", lambda policy: ("padded", "the bench asks for it"))
+    replace(TRAINER, "choose_layout", lambda policy: ("padded", "the bench asks for it"))
 
 
 def gathered(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def whole_head() -> None:
         hidden = completion._hidden_states(inner, batch).flatten(0, 1)
         return gathered(inner, hidden.index_select(0, targets.logit_index), targets.target_ids)
 
-    replace(loop, "completion_logps", logps)
+    replace(LOOP, "completion_logps", logps)
 
 
 def head_everywhere() -> None:
@@ -56,20 +59,20 @@ def head_everywhere() -> None:
         tokens = completion.head_logits(inner, hidden).float().log_softmax(-1)
         return tokens[targets.logit_index, targets.target_ids]
 
-    replace(loop, "completion_logps", logps)
+    replace(LOOP, "completion_logps", logps)
 
 
 def recomputed_layers() -> None:
     """Transformers' own activation checkpointing, every layer."""
-    build = trainer.build_policy
+    build = TRAINER.build_policy
 
     def built(*given: Any) -> nn.Module:
-        policy = build(*given)
+        policy: nn.Module = build(*given)
         inner = completion.transformer(policy)
         inner.gradient_checkpointing_enable({"use_reentrant": False})
         return policy.train()  # it has no dropout, and only then recomputes
 
-    replace(trainer, "build_policy", built)
+    replace(TRAINER, "build_policy", built)
 
 
 PATCHES: Mapping[str, Callable[[], None]] = {

@@ -70,7 +70,8 @@ def sums(model: nn.Module, rows: Rows) -> Tensor:
     logits = output.logits[:, :-1].to(torch.float32)
     labels = rows.ids[:, 1:, None]
     tokens = logits.log_softmax(-1).gather(2, labels)[..., 0]
-    return (tokens * rows.completion_mask[:, 1:]).sum(-1)
+    completions: Tensor = tokens * rows.completion_mask[:, 1:]
+    return completions.sum(-1)
 
 
 def cosine(done: int, updates: int) -> float:
