@@ -3,8 +3,8 @@
     python step_sharing.py MATERIAL MODEL DEVICE THREADS ROUNDS
 
 The same log-probs and their gradient, by the same engine: once as groups of two completions, once
-as two groups of one. `time_ratio` is to be near `token_ratio`, the tokens of the body with and without
-sharing; `work_ratio` counts operations, with the head and attention, of which sharing saves less.
+as two groups of one. `time_ratio` is to be near `token_ratio`, the tokens with and without
+sharing; `work_ratio` counts operations, with those of head and attention, of which it saves less.
 """
 
 import json
