@@ -116,9 +116,8 @@ def rows(spec: Spec, output: str) -> datasets.Dataset:
     return datasets.load_from_disk(f"{output}/rows")
 
 
-def main() -> None:
-    """Train on the material."""
-    spec = Spec.from_command_line()
+def run(spec: Spec) -> None:
+    """Train on the material, and write the record."""
     record = Recorder(spec)
     datasets.disable_progress_bars()
     folder = Path(spec.material) / "model"
@@ -142,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Spec.from_command_line())

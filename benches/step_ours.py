@@ -128,9 +128,8 @@ def timed_pass(seconds: list[float]) -> None:
     replace(TRAINER.Precompute, "run", timed)
 
 
-def main() -> None:
-    """Train on the material."""
-    spec = Spec.from_command_line()
+def run(spec: Spec) -> None:
+    """Train on the material, and write the record."""
     record, seconds = Recorder(spec), list[float]()
     watch(spec, record)
     timed_pass(seconds)
@@ -144,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Spec.from_command_line())

@@ -122,9 +122,8 @@ class PlainTrainer:
             return sums(self.reference, rows)
 
 
-def main() -> None:
-    """Train on the material."""
-    spec = Spec.from_command_line()
+def run(spec: Spec) -> None:
+    """Train on the material, and write the record."""
     record = Recorder(spec)
     trainer = PlainTrainer(spec, record)
     lines = (Path(spec.material) / f"{spec.order}.jsonl").read_text().splitlines()
@@ -136,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Spec.from_command_line())

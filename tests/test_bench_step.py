@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import step_ours
+import step_plain
 import torch
 from step_arms import ARMS
 from step_flops import forward_flops, useful_flops
@@ -14,9 +16,9 @@ from step_gate import GateError, check
 from step_material import Wanted, drawn_pairs, make, plan_updates, write_store
 from step_models import MODELS
 from step_ours import pairs_of
+from step_patches import LOOP, TRAINER
 from step_plain import collate, cosine, padded_pairs, sums
 from step_record import Pair, Spec, pair_hash
-from step_rounds import Pythons, run_arm
 from step_summary import compare, control, interval
 from tiny_models import FAMILIES, VOCABULARY, tiny
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,13 +187,19 @@ def test_sharing_saves_the_second_prompt_and_nothing_of_the_head() -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.slow
-def test_ours_and_plain_pass_the_gate_in_processes_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "material.json").write_text(
-        json.dumps(make(Wanted(str(tmp_path), "toy", "hh", batch=3, updates=2)))
-    )
-    spec = Spec(str(tmp_path), "", "", batch=3, warmup=1, measured=1, threads=1)
-    ours, plain = (run_arm(name, ARMS[name], spec, Pythons("")) for name in ("ours", "plain"))
-    assert check(ours, plain, "fp32")["sums"] < 1e-5
-    assert len(plain["seconds"]) == 2
-    assert min(ours["memory"]["above_model"], plain["memory"]["above_model"]) > 0
+def test_ours_and_plain_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((TRAINER, "build_policy"), (TRAINER.Precompute, "run"), (LOOP, "Loop")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # the worker exchanges them
+    for name in ("_feed", "_update"):
+        monkeypatch.setattr(LOOP.Loop, name, getattr(LOOP.Loop, name))
+    monkeypatch.setattr(LOOP, "FeedSettings", LOOP.FeedSettings)
+    make(Wanted(str(tmp_path), "toy", "hh", batch=3, updates=2))
+    records = []
+    for name, worker in (("ours", step_ours), ("plain", step_plain)):
+        path = tmp_path / f"{name}.json"
+        settings = dict(ARMS[name].settings)
+        worker.run(Spec(str(tmp_path), str(path), name, settings, batch=3, warmup=1, measured=1))
+        records.append(json.loads(path.read_text()))
+    assert check(records[0], records[1], "fp32")["sums"] < 1e-5
+    assert [len(record["seconds"]) for record in records] == [2, 2]
+    assert min(record["memory"]["above_model"] for record in records) > 0
