@@ -129,23 +129,6 @@ def check_head_or_shape(model: torch.nn.Module) -> None:
         raise UnsupportedModelError(str(error)) from error
 
 
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logratio.logps import completion as module
-
-    model, batch = tiny(FAMILIES["gemma3"]()), batch_of(random_groups(4), "padded")
-    whole = completion_logps(model, batch)
-    whole.sum().backward()
-    gradient = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 7 * VOCABULARY)
-    tiled = completion_logps(model, batch)
-    tiled.sum().backward()
-    assert torch.allclose(whole, tiled, atol=1e-6)
-    again = [p.grad for p in model.parameters() if p.grad is not None]
-    for one, other in zip(gradient, again, strict=True):
-        assert torch.allclose(one, other, atol=1e-5, rtol=1e-4)
-
-
 def test_soft_capped_attention_is_refused_not_guessed() -> None:
     from logratio.logps.attention import SharedPrompt
     from logratio.logps.attention.interface import shared_prompt_attention

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from logratio._rust import CacheReader, CacheWriter
 from logratio.data import TokenizationRules
+from logratio.logps.completion import completion_loss
+from logratio.logps.head_loss import LossOf
+from logratio.logps.tensors import Batch, TargetTokens
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -240,14 +243,19 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
 ) -> None:
     from logratio.training import loop as module
 
-    real = completion_logps
+    real, real_loss = completion_logps, completion_loss
 
-    def poisoned(policy: torch.nn.Module, batch: object) -> Tensor:
-        logps = real(policy, batch)  # type: ignore[arg-type]
-        groups = batch.targets.groups  # type: ignore[attr-defined]
-        return logps * (float("nan") if 7 in groups.tolist() else 1.0)
+    def poison(logps: Tensor, targets: TargetTokens) -> Tensor:
+        return logps * (float("nan") if 7 in targets.groups.tolist() else 1.0)
+
+    def poisoned(policy: torch.nn.Module, batch: Batch) -> Tensor:
+        return poison(real(policy, batch), batch.targets)
+
+    def poisoned_loss(policy: torch.nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
+        return real_loss(policy, batch, lambda x, part: loss_of(poison(x, part.targets), part))
 
     monkeypatch.setattr(module, "completion_logps", poisoned)
+    monkeypatch.setattr(module, "completion_loss", poisoned_loss)
     monkeypatch.setattr(Loop, "_check_start", lambda *_, **__: None)  # it would stop earlier
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:8"):
         quiet(config)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from logratio._rust import StoreWriter
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPromptError
-from logratio.logps.completion import head_logits, score, transformer
+from logratio.logps.completion import score, transformer
+from logratio.logps.head import head_logits
 from logratio.logps.tensors import Batch, to_torch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}

@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from logratio.logps.attention import NAME, SharedPrompt, SharedPromptError, shared_prompts
+from logratio.logps.head import Head, head_logits
+from logratio.logps.head_logps import head_logps
+from logratio.logps.head_loss import LossOf, head_loss
 from logratio.logps.tensors import Batch, SharedBatch
-
-TILE_ELEMENTS = 2**24
-"""Logits held at a time: 64 MiB in float32, so `[T, V]` never exists whole."""
+from logratio.logps.tiles import TILE_ELEMENTS, tile_rows
 
 
 def transformer(model: nn.Module) -> PreTrainedModel:
@@ -40,10 +41,11 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         SharedPromptError: the batch is shared and the model is not ready for it.
     """
-    inner = transformer(model)
-    hidden = _hidden_states(inner, batch).flatten(0, 1)
-    targets = batch.targets
-    return _head_logps(inner, hidden.index_select(0, targets.logit_index), targets.target_ids)
+    inner, target_ids = transformer(model), batch.targets.target_ids
+    hidden = _target_states(inner, batch)
+    if (head := Head.of(inner)) is None:
+        return _module_logps(inner, hidden, target_ids)
+    return head_logps(head, hidden, target_ids)
 
 
 def score(model: nn.Module, batch: Batch) -> Tensor:
@@ -52,6 +54,12 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
         return completion_logps(model, batch)
     with shared_prompts(transformer(model)):
         return completion_logps(model, batch)
+
+
+def _target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Run the body; return the states that predict the targets: `[S, H]`."""
+    states = _hidden_states(model, batch).flatten(0, 1)
+    return states.index_select(0, batch.targets.logit_index)
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -71,34 +79,39 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return hidden
 
 
-def _head_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
-    """Apply the head in tiles of positions, each recomputed in the backward pass."""
-    rows = max(1, TILE_ELEMENTS // model.config.get_text_config().vocab_size)
-    tiles = zip(hidden.split(rows), target_ids.split(rows), strict=True)
-    if torch.is_grad_enabled() and len(target_ids) > rows:
-        scored = [checkpoint(_tile_logps, model, h, t, use_reentrant=False) for h, t in tiles]
-    else:
-        scored = [_tile_logps(model, h, t) for h, t in tiles]
-    return torch.cat(scored)
+def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
+    """Make a loss of `batch`'s log-probs: the cheapest way to its gradients.
 
+    Args:
+        model: as in `completion_logps`.
+        batch: as in `completion_logps`.
+        loss_of: from the log-probs, float32 `[s]`, of a part of the batch (whole groups) to its
+            share of the loss, a scalar. It is called once for each part, while gradients of the
+            log-probs are recorded; what else it returns it may keep.
 
-def _tile_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
-    logits = head_logits(model, hidden).float()
-    return -cross_entropy(logits, target_ids, reduction="none")
+    Returns:
+        The sum over the parts, a scalar; differentiable.
 
-
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Apply the head as the model's own forward does: `[n, H]` to `[n, V]`.
-
-    Knows the scalings that model families put after the head; `checks.check_head` compares the
-    result with the model's own logits, so a family that is missing here is refused, not guessed.
+    Raises:
+        SharedPromptError: as in `completion_logps`.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    logits: Tensor = head(hidden)
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    return logits
+    inner, targets = transformer(model), batch.targets
+    hidden = _target_states(inner, batch)
+    head = Head.of(inner)
+    if head is None:
+        return loss_of(_module_logps(inner, hidden, targets.target_ids), targets.whole)
+    parts = targets.parts(tile_rows(head))
+    return head_loss(head, hidden, targets.target_ids, parts, loss_of)
+
+
+def _module_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
+    """Apply a head that is more than a matrix, in tiles that the backward pass makes again."""
+    rows = max(1, TILE_ELEMENTS["cpu"] // model.config.get_text_config().vocab_size)
+    tiles = zip(hidden.split(rows), target_ids.split(rows), strict=True)
+    return torch.cat(
+        [checkpoint(_module_tile_logps, model, h, t, use_reentrant=False) for h, t in tiles]
+    )
+
+
+def _module_tile_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
+    return -cross_entropy(head_logits(model, hidden).float(), target_ids, reduction="none")

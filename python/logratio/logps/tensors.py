@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class TargetTokens:
         roles: int64 `[N]`, index into `logratio._rust.ROLES`.
         rows: int64 numpy `[N]`, row of each completion in the store; on the host.
         groups: int64 numpy `[G]`, group numbers in the store.
+        completion_offsets: int64 numpy `[N + 1]`, where the targets of each completion begin.
+        group_offsets: int64 numpy `[G + 1]`, where the completions of each group begin.
     """
 
     logit_index: Tensor
@@ -34,6 +37,8 @@ class TargetTokens:
     roles: Tensor
     rows: np.ndarray
     groups: np.ndarray
+    completion_offsets: np.ndarray
+    group_offsets: np.ndarray
 
     def sums(self, per_token_logps: Tensor) -> Tensor:
         """Add up the tokens that count: float32 `[S]` to `[N]`."""
@@ -45,6 +50,54 @@ class TargetTokens:
     def lengths(self) -> Tensor:
         """Count the tokens that count, float32 `[N]`."""
         return self.sums(torch.ones_like(self.target_ids, dtype=torch.float32))
+
+    @property
+    def whole(self) -> "Part":
+        """All of it."""
+        return self.part(0, len(self.groups))
+
+    def parts(self, limit: int) -> "list[Part]":
+        """Cut the batch into runs of whole groups with at most `limit` targets, or one group."""
+        ends, first, cuts = self.completion_offsets[self.group_offsets], 0, [0]
+        while first < len(self.groups):
+            fits = int(np.searchsorted(ends, ends[first] + limit, side="right")) - 1
+            first = max(first + 1, fits)
+            cuts.append(first)
+        return [self.part(start, stop) for start, stop in pairwise(cuts)]
+
+    def part(self, first: int, last: int) -> "Part":
+        """Return groups `first` to `last` (exclusive), with their place in the batch."""
+        groups = slice(first, last)
+        completions = slice(*self.group_offsets[[first, last]].tolist())
+        at = slice(*self.completion_offsets[[completions.start, completions.stop]].tolist())
+        own = TargetTokens(
+            logit_index=self.logit_index[at],
+            target_ids=self.target_ids[at],
+            completion_mask=self.completion_mask[at],
+            completion_of=self.completion_of[at] - completions.start,
+            roles=self.roles[completions],
+            rows=self.rows[completions],
+            groups=self.groups[groups],
+            completion_offsets=self.completion_offsets[completions.start : completions.stop + 1]
+            - at.start,
+            group_offsets=self.group_offsets[first : last + 1] - completions.start,
+        )
+        return Part(own, completions, at)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive groups of a batch.
+
+    Attributes:
+        targets: their targets, numbered from 0 as if they were a batch.
+        completions: which of the batch's completions they have.
+        targets_at: which of the batch's targets.
+    """
+
+    targets: TargetTokens
+    completions: slice
+    targets_at: slice
 
 
 @dataclass(frozen=True)
@@ -143,6 +196,8 @@ def _targets(layout: SharedLayout | PaddedLayout, tensors: _Tensors) -> TargetTo
         roles=tensors["roles"].long(),
         rows=layout.completions,
         groups=layout.groups,
+        completion_offsets=layout.completion_offsets,
+        group_offsets=np.concatenate([[0], np.cumsum(layout.group_sizes)]),
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from transformers import DynamicCache, PreTrainedModel
 
-from logratio.logps.completion import head_logits, transformer
+from logratio.logps.completion import transformer
+from logratio.logps.head import head_logits
 
 
 class CandidateInputs(NamedTuple):

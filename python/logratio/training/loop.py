@@ -23,14 +23,14 @@ from logratio.data import (
     lay_out,
     source_names,
 )
-from logratio.logps.completion import completion_logps
-from logratio.logps.tensors import Batch, buffers_for, to_torch
+from logratio.logps.completion import completion_logps, completion_loss
+from logratio.logps.tensors import Batch, Part, buffers_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
-from logratio.training.metrics import MetricsLog
+from logratio.training.metrics import MetricsLog, added
 from logratio.training.models import autocast
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.reference import Reference
@@ -119,9 +119,10 @@ class Loop:
             parts.append(self._backward(to_torch(micro.layout, self.device), micro.groups))
             del micro  # or its buffer would wait here for the next one
         count = sum(map(len, groups))
-        sums = torch.stack([torch.stack([*part.values()]) for part in parts]).sum(0)
+        sums = added(parts)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        values = dict(zip(parts[0], (sums / count).tolist(), strict=True))
+        means = torch.stack([*sums.values()]) / count
+        values = dict(zip(sums, means.tolist(), strict=True))
         values |= {"grad_norm": float(norm), "lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._blame(step, values, groups))
@@ -130,21 +131,28 @@ class Loop:
 
     def _backward(self, batch: Batch, count: int) -> dict[str, Tensor]:
         """Add a micro-batch's share of the update's gradient; return its summed metrics."""
-        losses, sums = self.objective(*self._logps(batch), batch.targets)
-        (losses.sum() / count).backward()
-        return sums
+        reference, parts = self._reference_sums(batch), []
+
+        def share(logps: Tensor, part: Part) -> Tensor:
+            sums, targets = part.targets.sums(logps), part.targets
+            losses, metrics = self.objective(sums, reference[part.completions], targets)
+            parts.append(metrics)
+            return losses.sum() / count
+
+        with self._autocast():
+            loss = completion_loss(self.policy, batch, share)
+        loss.backward()
+        return added(parts)
 
     def _batch(self, groups: np.ndarray) -> Batch:
         return to_torch(lay_out(self.store, groups, self.layout), self.device)
 
-    def _logps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the sums `[N]` under policy and reference (zeros where there is none)."""
-        with self._autocast():
-            policy = batch.targets.sums(completion_logps(self.policy, batch))
+    def _reference_sums(self, batch: Batch) -> Tensor:
+        """Return the sums `[N]` under the reference, zeros where there is none."""
         if self.reference is None:
-            return policy, torch.zeros_like(policy)
+            return torch.zeros(len(batch.targets.roles), device=self.device)
         with self._autocast():
-            return policy, self.reference.sums(batch)
+            return self.reference.sums(batch)
 
     def _autocast(self) -> AbstractContextManager[None]:
         """Open autocast for one pass.
@@ -168,13 +176,17 @@ class Loop:
                 int(group)
                 for groups in batches
                 for group in groups
-                if not math.isfinite(float(self._logps(self._batch(group[None]))[0].sum()))
+                if not math.isfinite(self._policy_sum(self._batch(group[None])))
             ]
         names = ", ".join(source_names(self.store, culprits)) or "no single record"
         return (
             f"update {step}: {', '.join(bad)} not finite; stopped before the weights changed "
             f"(records: {names})"
         )
+
+    def _policy_sum(self, batch: Batch) -> float:
+        with self._autocast():
+            return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
 
     def _maybe_save(self, step: int, updates: int, signal: int | None) -> None:
         every = self.config.save_every

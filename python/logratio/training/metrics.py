@@ -1,6 +1,7 @@
 """What a run reports, under the names that dashboards know."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +48,11 @@ def demonstration_metrics(losses: Tensor, logps: Tensor, lengths: Tensor) -> dic
 
 def _sums(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: column.detach().float().sum() for name, column in columns.items()}
+
+
+def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up the sums of several parts of an update."""
+    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
 
 
 class MetricsLog:
