@@ -38,6 +38,7 @@ OURS: Mapping[str, Arm] = {
 LADDER: Mapping[str, Arm] = {
     "no-sharing": _ours(patches=["separate_rows"]),
     "frozen": _ours(cache=False),
+    "no-head-fusion": _ours(patches=["logps_first"]),
     "whole-head": _ours(patches=["whole_head"]),
     "head-everywhere": _ours(patches=["head_everywhere"]),
     "checkpointing": _ours(patches=["recomputed_layers"]),

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
 
-from step_patches import LOOP, PATCHES, TRAINER, replace
+from step_patches import LOOP, PATCHES, TRAINER, check_used, replace
 from step_record import Ids, Pair, Recorder, Spec
 from torch import nn
 
@@ -139,6 +139,7 @@ def run(spec: Spec) -> None:
         try:
             prepare(configuration(spec, Path(output)), show_progress=False).run()
         except AllUpdatesDone:
+            check_used(spec.settings.get("patches", []))
             record.write(reference_seconds=sum(seconds) if seconds else None)
 
 
