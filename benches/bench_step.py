@@ -28,6 +28,7 @@ from typing import Any
 from step_arms import ARMS, LADDER, RIVALS
 from step_flatness import BATCH, cost_per_pair, sharing
 from step_flops import useful_flops
+from step_gate import SUMS
 from step_material import SHAPES, Wanted
 from step_models import MODELS
 from step_record import Spec
@@ -230,7 +231,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=list(SUMS), default="fp32")
     parser.add_argument("--rival-python")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()

@@ -90,7 +90,7 @@ def arguments(spec: Spec, output: str) -> DPOConfig:
         "report_to": "none",
         "save_strategy": "no",
         "use_cpu": spec.device == "cpu",
-        "bf16": spec.precision == "bf16",
+        "bf16": spec.precision != "fp32",
         "max_length": 1024,
         "beta": spec.beta,
         "learning_rate": spec.lr,
@@ -123,7 +123,7 @@ def run(spec: Spec) -> None:
     folder = Path(spec.material) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)  # EOS may be beyond a vocabulary
-    policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=spec.weights)
     policy = policy.to(spec.device)
     record.loaded(policy)
     with tempfile.TemporaryDirectory() as output:

@@ -57,7 +57,7 @@ def useful_flops(config: Any, pairs: Iterable[tuple[int, int, int]]) -> float:
 
 def measured_peak(device: str, precision: str) -> float:
     """Time a square matrix product; operations a second of the best of some runs."""
-    size, kind = SIZE[device], torch.bfloat16 if precision == "bf16" else torch.float32
+    size, kind = SIZE[device], torch.float32 if precision == "fp32" else torch.bfloat16
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     best = float("inf")
     for _ in range(REPEATS):

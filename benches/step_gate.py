@@ -5,11 +5,11 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-SUMS = {"fp32": 1e-4, "bf16": 1e-2}
+SUMS = {"fp32": 1e-4, "bf16": 1e-2, "bf16-weights": 1e-2}
 """Relative; the policy's mean sums of the chosen and of the rejected at the first update."""
-NORM = {"fp32": 1e-3, "bf16": 5e-2}
+NORM = {"fp32": 1e-3, "bf16": 5e-2, "bf16-weights": 5e-2}
 """Relative; the gradient's norm at the first update, before it is clipped."""
-LOSSES = {"fp32": 1e-3, "bf16": 5e-2}
+LOSSES = {"fp32": 1e-3, "bf16": 5e-2, "bf16-weights": 5e-2}
 """Relative; each update's loss, which rounding moves more and more as the runs go apart."""
 
 

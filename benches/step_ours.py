@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 from step_patches import LOOP, PATCHES, TRAINER, check_used, replace
 from step_record import Ids, Pair, Recorder, Spec
@@ -23,6 +23,7 @@ from torch import nn
 from logratio._rust import PaddedLayout, SharedLayout
 from logratio.data import FeedSettings, MicroBatch
 from logratio.training import TrainConfig
+from logratio.training.config import Precision
 from logratio.training.trainer import prepare
 
 
@@ -92,6 +93,8 @@ def watch(spec: Spec, record: Recorder) -> None:
 def configuration(spec: Spec, output: Path) -> TrainConfig:
     """Return the settings of the run: those of every arm, and the arm's own."""
     folder, settings = Path(spec.material), spec.settings
+    if spec.precision not in get_args(Precision):
+        raise ValueError(f"we have no precision {spec.precision}")
     cache: Path | None = folder / "cache" if settings.get("cache", True) else None
     if settings.get("precompute"):
         cache = output / "cache"
@@ -106,7 +109,7 @@ def configuration(spec: Spec, output: Path) -> TrainConfig:
             "lr": spec.lr,
             "warmup": 0.0,
             "batch_size": spec.batch,
-            "precision": cast(Literal["fp32", "bf16"], spec.precision),
+            "precision": cast(Precision, spec.precision),
             "seed": spec.seed,
             "save_every": 0,
             "device": spec.device,

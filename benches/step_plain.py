@@ -95,7 +95,7 @@ class PlainTrainer:
 
     def _load(self) -> nn.Module:
         path = Path(self.spec.material) / "model"
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=self.spec.weights)
         return model.to(self.spec.device).eval()  # it has no dropout; eval makes sure
 
     def update(self, pairs: list[dict[str, Any]]) -> None:

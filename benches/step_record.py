@@ -39,7 +39,7 @@ class Spec:
         measured: updates that count.
         beta, lr, seed: of every arm alike; the rate falls from `lr` along a cosine, no warm-up.
         device: "cpu" or "cuda".
-        precision: "fp32", or "bf16" for autocast over float32 weights.
+        precision: "fp32"; "bf16", autocast over float32 weights; or "bf16-weights".
         threads: of torch.
     """
 
@@ -62,6 +62,11 @@ class Spec:
     def updates(self) -> int:
         """Updates of the whole run."""
         return self.warmup + self.measured
+
+    @property
+    def weights(self) -> torch.dtype:
+        """What the policy's weights are loaded in."""
+        return torch.bfloat16 if self.precision == "bf16-weights" else torch.float32
 
     def write(self, path: Path) -> None:
         """Write it for a worker's command line."""
