@@ -23,6 +23,7 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from step_arms import ARMS, LADDER, RIVALS
@@ -81,14 +82,13 @@ def session(
     rounds, failures, gaps = run_rounds([*own, *names], arms, spec, pythons, options.rounds)
     about = about | control(rounds, spec.warmup)
     flops, peak = measured_flops(spec, about["model"]), about["peak_flops"]
-    about["mfu"] = {
-        name: flops / steady_seconds(record, spec.warmup) / peak
-        for name, record in rounds[0].items()
+    typical = {
+        name: median(steady_seconds(found[name], spec.warmup) for found in rounds)
+        for name in rounds[0]
     }
-    about["pairs_per_second"] = {
-        name: spec.batch * spec.measured / steady_seconds(record, spec.warmup)
-        for name, record in rounds[0].items()
-    }
+    about["mfu"] = {name: flops / seconds / peak for name, seconds in typical.items()}
+    pairs = spec.batch * spec.measured
+    about["pairs_per_second"] = {name: pairs / seconds for name, seconds in typical.items()}
     about |= {"device": rounds[0]["ours"]["device"], "gate": gaps}
     for name in names:
         more = about | extra.get(name, {})

@@ -13,7 +13,16 @@ import torch
 from step_arms import ARMS
 from step_flops import forward_flops, useful_flops
 from step_gate import GateError, check
-from step_material import Wanted, drawn_pairs, make, plan_updates, write_store
+from step_material import (
+    LONGEST,
+    SHAPES,
+    Shape,
+    Wanted,
+    drawn_pairs,
+    make,
+    plan_updates,
+    write_store,
+)
 from step_models import MODELS
 from step_ours import pairs_of
 from step_patches import LOOP, TRAINER
@@ -33,8 +42,6 @@ from logratio.training.objective import learning_rate
 
 
 def some_pairs(count: int = 5, seed: int = 0) -> list[Pair]:
-    from step_material import Shape
-
     return drawn_pairs(Shape(9, 14, 0.8), count, VOCABULARY, seed)
 
 
@@ -75,6 +82,19 @@ def test_a_name_tells_pairs_apart_but_not_their_order() -> None:
     assert pair_hash([(prompt, chosen, rejected)]) != pair_hash([(prompt, rejected, chosen)])
     moved = [*np.asarray(prompt).tolist(), int(np.asarray(chosen)[0])]
     assert pair_hash([pairs[0]]) != pair_hash([(moved, np.asarray(chosen)[1:], rejected)])
+
+
+def test_shapes_are_what_their_names_say() -> None:
+    lengths = {
+        name: np.array([[len(ids) for ids in pair] for pair in drawn_pairs(shape, 200, 512, 0)])
+        for name, shape in SHAPES.items()
+    }
+    assert np.array_equal(np.unique(lengths["no-gain"], axis=0), [[1, 200, 200]])
+    assert 550 < np.median(lengths["long-prompt"][:, 0]) < 650
+    assert 25 < np.median(lengths["short-prompt"][:, 0]) < 35
+    assert 170 < np.median(lengths["short-prompt"][:, 1:]) < 230
+    for found in lengths.values():
+        assert (found[:, 0] + found[:, 1:].max(axis=1)).max() <= LONGEST
 
 
 def test_the_plan_gives_every_pair_once(tmp_path: Path) -> None:
