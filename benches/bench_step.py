@@ -1,0 +1,259 @@
+"""A training step of ours beside the plain recipe's and TRL's: pairs a second, and memory.
+
+    python benches/bench_step.py [--models small large] [--data hh …] [--arms plain trl …]
+        [--ladder] [--flatness] [--rounds 3] [--device cuda --precision bf16]
+
+The same pairs in the same updates for every arm, proved by hash; the same weights, AdamW, rate, β
+and clipping; fresh processes in turns; losses, sums and gradient norms compared before any time
+counts (`step_gate.py`); ours twice as a control. Arms are in `step_arms.py`, material in
+`step_material.py`, ratios in `step_summary.py`. One row a comparison goes to results/step-*.jsonl.
+Memory is the peak above the model (`step_memory.py`). Nothing of this has run on a GPU yet.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from step_arms import ARMS, LADDER, RIVALS
+from step_flatness import BATCH, cost_per_pair, sharing
+from step_flops import useful_flops
+from step_gate import SUMS
+from step_material import SHAPES, Wanted
+from step_models import MODELS
+from step_record import Spec
+from step_rounds import HERE, Pythons, run_arm, run_rounds, run_script, tuned_rival
+from step_summary import compare, control, steady_seconds
+
+RIVAL = ["trl==1.16.0"]
+DEFAULT_BATCH = {"large": 8, "0.5B": 8, "1.5B": 8}
+BESIDE = ("ours", "ours-again", "ours-fastest", "ours-cold")
+"""Of ours, what is compared with rivals; the first is the default, and the gate's measure."""
+
+SHOWN = (
+    *("arm", "against", "timed", "ratio", "interval", "memory_ratio", "flagged", "failure"),
+    *("measured_pairs", "seconds_per_pair", "microseconds_per_token"),
+    *("time_ratio", "token_ratio", "work_ratio"),
+)
+
+Row = dict[str, Any]
+
+
+def make_material(wanted: Wanted) -> Row:
+    """Fill a folder in a process of its own; return what it says about it."""
+    told = Path(wanted.folder) / "wanted.json"
+    told.write_text(json.dumps(asdict(wanted)))
+    run_script(sys.executable, "step_material.py", [str(told)], wanted.threads)
+    said: Row = json.loads((Path(wanted.folder) / "material.json").read_text())
+    return said
+
+
+def measured_flops(spec: Spec, model: str) -> float:
+    """Count the useful operations of the measured updates."""
+    lines = (Path(spec.material) / f"{spec.order}.jsonl").read_text().splitlines()
+    pairs = [
+        (len(row["prompt"]), len(row["chosen"]), len(row["rejected"]))
+        for line in lines[spec.warmup :]
+        for row in json.loads(line)
+    ]
+    return useful_flops(MODELS[model](), pairs)
+
+
+def session(
+    options: argparse.Namespace, spec: Spec, names: Sequence[str], pythons: Pythons, about: Row
+) -> Iterator[tuple[str, Row]]:
+    """Run the arms of one order; yield each comparison with the name of its file."""
+    arms, extra = dict(ARMS), dict[str, Row]()
+    if "trl-tuned" in names:
+        arms["trl-tuned"], tried = tuned_rival(spec, pythons)
+        extra["trl-tuned"] = {"tuning": tried, "settings": arms["trl-tuned"].settings}
+    own = [name for name in BESIDE if name in options.ours]
+    rounds, failures, gaps = run_rounds([*own, *names], arms, spec, pythons, options.rounds)
+    about = about | control(rounds, spec.warmup)
+    flops, peak = measured_flops(spec, about["model"]), about["peak_flops"]
+    typical = {
+        name: median(steady_seconds(found[name], spec.warmup) for found in rounds)
+        for name in rounds[0]
+    }
+    about["mfu"] = {name: flops / seconds / peak for name, seconds in typical.items()}
+    pairs = spec.batch * spec.measured
+    about["pairs_per_second"] = {name: pairs / seconds for name, seconds in typical.items()}
+    about |= {"device": rounds[0]["ours"]["device"], "gate": gaps}
+    for name in names:
+        more = about | extra.get(name, {})
+        is_rung = name in LADDER
+        file = "ladder" if is_rung else f"{about['model']}-{about['data']}-{name}"
+        sides = [(name, "ours")] if is_rung else [(o, name) for o in own if o != "ours-again"]
+        for arm, against in sides:
+            if failed := failures.get(arm) or failures.get(against):
+                found: Row = {"arm": arm, "against": against, "ratio": None, "failure": failed}
+            else:
+                found = compare(rounds, arm, against, spec.warmup)
+            yield file, more | found
+
+
+def common_spec(options: argparse.Namespace, batch: int) -> Spec:
+    """Return what every worker of a run is told, without its material and its arm."""
+    return Spec(
+        material="",
+        result="",
+        arm="",
+        batch=batch,
+        warmup=options.warmup,
+        measured=options.updates,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        threads=options.threads,
+    )
+
+
+def bench(options: argparse.Namespace, model: str, data: str, pythons: Pythons) -> None:
+    """Run all arms on one material, and keep every row."""
+    batch = options.batch or DEFAULT_BATCH.get(model, 16)
+    spec = common_spec(options, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Wanted(
+            folder, model, data, batch, spec.updates, spec.seed, spec.threads, spec.device
+        )
+        said = make_material(wanted)
+        about = described(options, spec, model, data) | {"material": said}
+        for order in ("shuffled", "length_grouped"):
+            names = [name for name in options.arms if ARMS[name].order == order]
+            if not names:
+                continue
+            told = replace(spec, material=folder, order=order)
+            for file, row in session(options, told, names, pythons, about | {"order": order}):
+                keep(options.results, file, row)
+
+
+def flatness(options: argparse.Namespace, model: str, data: str) -> None:
+    """Measure cost per pair and sharing's gain on one material, and keep every row."""
+    spec = common_spec(options, BATCH)
+    about = described(options, spec, model, data)
+    for pairs in options.pairs:
+        with tempfile.TemporaryDirectory() as folder:
+            updates = 1 + pairs // BATCH
+            wanted = Wanted(
+                folder, model, data, BATCH, updates, spec.seed, spec.threads, spec.device
+            )
+            said = make_material(wanted)
+            told = replace(spec, material=folder, warmup=1, measured=updates - 1)
+            record = run_arm("ours", ARMS["ours"], told, Pythons(""))
+            keep(options.results, "flatness", about | cost_per_pair(record, told, said))
+            if pairs == min(options.pairs):
+                keep(options.results, "sharing", about | sharing(told, model, options.rounds))
+
+
+def described(options: argparse.Namespace, spec: Spec, model: str, data: str) -> Row:
+    """Return what a row says of how it came about."""
+    peak = run_script(
+        sys.executable,
+        "step_flops.py",
+        [spec.device, spec.precision, str(spec.threads)],
+        spec.threads,
+    )
+    names = ("torch", "transformers", "trl", "logratio")
+    return {
+        "date": date.today().isoformat(),
+        "model": model,
+        "data": data,
+        "batch": spec.batch,
+        "updates": {"warmup": spec.warmup, "measured": spec.measured},
+        "threads": spec.threads,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "rounds": options.rounds,
+        "peak_flops": json.loads(peak),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {name: installed(name) for name in names}
+        | {"python": platform.python_version()},
+    }
+
+
+def installed(name: str) -> str:
+    """Return a package's version; TRL's is the one that is asked for where it lies elsewhere."""
+    if name == "trl" and find_spec("trl") is None:
+        return RIVAL[0].removeprefix("trl==")
+    if name == "logratio":
+        import logratio
+
+        return logratio.__version__
+    return version(name)
+
+
+def keep(folder: Path, name: str, row: Row) -> None:
+    """Append a row to a file of results, and print its ratios."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"step-{name}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = {field: row[field] for field in SHOWN if field in row}
+    print(json.dumps(shown), flush=True)
+
+
+def rival_python(given: str | None, folder: Path) -> str:
+    """Return an interpreter that has TRL, made anew beside this one's packages if need be."""
+    if given:
+        return given
+    if find_spec("trl"):
+        return sys.executable
+    venv.create(folder, with_pip=True, system_site_packages=True)
+    python = str(folder / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *RIVAL], check=True)
+    return python
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=["small", "large"])
+    parser.add_argument("--data", nargs="*", choices=["hh", *SHAPES], default=["hh"])
+    parser.add_argument("--arms", nargs="*", choices=[*RIVALS, *LADDER], default=list(RIVALS))
+    parser.add_argument("--ours", nargs="*", choices=BESIDE, default=list(BESIDE[:3]))
+    parser.add_argument("--ladder", action="store_true", help="the rungs, in place of --arms")
+    parser.add_argument("--flatness", action="store_true", help="cost per pair, in place of arms")
+    parser.add_argument("--pairs", nargs="*", type=int, default=[10, 100, 1_000])
+    parser.add_argument("--batch", type=int, help="pairs an update; 16, for larger models 8")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=8, help="measured ones")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=list(SUMS), default="fp32")
+    parser.add_argument("--rival-python")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    options.ours = ["ours", "ours-again", *options.ours]
+    if options.ladder:
+        options.arms, options.ours = list(LADDER), ["ours", "ours-again"]
+    return options
+
+
+def main() -> None:
+    """Run what is asked for."""
+    options = parsed()
+    with tempfile.TemporaryDirectory() as folder:
+        needs_rival = any(name.startswith("trl") for name in options.arms)
+        python = rival_python(options.rival_python, Path(folder)) if needs_rival else ""
+        for model in options.models:
+            for data in options.data:
+                if options.flatness:
+                    flatness(options, model, data)
+                else:
+                    bench(options, model, data, Pythons(python))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The arms of bench_step.py: a name, the worker that runs it, and what is particular to it.
+
+A new rung of the ladder is one line: `config` takes any field of TrainConfig, `patches` any name of
+`step_patches.PATCHES`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to do the same updates.
+
+    Attributes:
+        worker: the script, beside this file.
+        settings: as the worker reads them.
+        order: of the pairs, for it and for ours beside it.
+    """
+
+    worker: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    order: str = "shuffled"
+
+
+def _ours(**settings: Any) -> Arm:
+    return Arm("step_ours.py", settings)
+
+
+OURS: Mapping[str, Arm] = {
+    "ours": _ours(),
+    "ours-again": _ours(),
+    "ours-fastest": _ours(config={"token_budget": 1 << 16}),
+    "ours-cold": _ours(precompute=True),
+}
+
+LADDER: Mapping[str, Arm] = {
+    "no-sharing": _ours(patches=["separate_rows"]),
+    "frozen": _ours(cache=False),
+    "no-head-fusion": _ours(patches=["logps_first"]),
+    "whole-head": _ours(patches=["whole_head"]),
+    "head-everywhere": _ours(patches=["head_everywhere"]),
+    "checkpointing": _ours(patches=["recomputed_layers"]),
+    "all-undone": _ours(cache=False, patches=["separate_rows", "head_everywhere"]),
+}
+"""Ours with one thing undone each."""
+
+RIVALS: Mapping[str, Arm] = {
+    "plain": Arm("step_plain.py", {"reference": "frozen"}),
+    "plain-cached": Arm("step_plain.py", {"reference": "given"}),
+    "trl": Arm("rival_step.py"),
+    "trl-tuned": Arm(
+        "rival_step.py",
+        {"config": {"gradient_checkpointing": False, "logging_steps": 1_000}},
+        order="length_grouped",
+    ),
+}
+
+ARMS: Mapping[str, Arm] = {**OURS, **LADDER, **RIVALS}

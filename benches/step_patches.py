@@ -1,0 +1,120 @@
+"""Rungs of the ladder that no setting of ours reaches: one part is put back to what others do.
+
+Each patch is a function without arguments in `PATCHES`; it exchanges a part of ours in the worker
+that named it. That part must be there, and what it was exchanged for must have been called when all
+is over (`check_used`): a rung never measures what it is not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from logratio.logps import completion
+from logratio.logps.head import head_logits
+from logratio.logps.tensors import Batch
+from logratio.training import loop, trainer
+
+LOOP: Any = loop
+TRAINER: Any = trainer  # modules as what they are here: things whose parts are exchanged
+
+_CALLED: set[str] = set()
+Logps = Callable[[nn.Module, Batch], Tensor]
+
+
+def replace(module: Any, name: str, new: Any) -> None:
+    """Exchange a part that must exist.
+
+    Raises:
+        AttributeError: it does not: the patch has to be written anew.
+    """
+    getattr(module, name)
+    setattr(module, name, new)
+
+
+def check_used(names: Sequence[str]) -> None:
+    """Refuse a run in which a patch was put in and never called.
+
+    Raises:
+        RuntimeError: it names the patch.
+    """
+    if missing := [name for name in names if name not in _CALLED]:
+        raise RuntimeError(f"patches that were never called: {', '.join(missing)}")
+
+
+def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def called(*given: Any) -> Any:
+        _CALLED.add(name)
+        return function(*given)
+
+    return called
+
+
+def _with_logps(name: str, logps: Logps) -> None:
+    """Let the loop make its loss of these log-probs, and autograd the gradients."""
+
+    def loss(model: nn.Module, batch: Batch, loss_of: Any) -> Tensor:
+        whole: Tensor = loss_of(logps(model, batch), batch.targets.whole)
+        return whole
+
+    replace(LOOP, "completion_loss", _noted(name, loss))
+
+
+def separate_rows() -> None:
+    """Two padded rows a pair, of our own collator, in place of shared prompts."""
+    choice = _noted("separate_rows", lambda policy: ("padded", "the bench asks for it"))
+    replace(TRAINER, "choose_layout", choice)
+
+
+def logps_first() -> None:
+    """All log-probs, then the loss, then gradients: the head's tiles are made once more."""
+    _with_logps("logps_first", completion.completion_logps)
+
+
+def whole_head() -> None:
+    """Whole logits at the completions' positions, no tiles, nothing made again."""
+
+    def logps(model: nn.Module, batch: Batch) -> Tensor:
+        inner, targets = completion.transformer(model), batch.targets
+        states = completion._hidden_states(inner, batch).flatten(0, 1)
+        states = states.index_select(0, targets.logit_index)
+        tokens = head_logits(inner, states).float().log_softmax(-1)
+        return tokens.gather(-1, targets.target_ids[:, None])[:, 0]
+
+    _with_logps("whole_head", logps)
+
+
+def head_everywhere() -> None:
+    """Whole logits at every position, prompts included, as a model's own forward makes them."""
+
+    def logps(model: nn.Module, batch: Batch) -> Tensor:
+        inner, targets = completion.transformer(model), batch.targets
+        states = completion._hidden_states(inner, batch).flatten(0, 1)
+        tokens = head_logits(inner, states).float().log_softmax(-1)
+        return tokens[targets.logit_index, targets.target_ids]
+
+    _with_logps("head_everywhere", logps)
+
+
+def recomputed_layers() -> None:
+    """Transformers' own activation checkpointing, every layer."""
+    build = TRAINER.build_policy
+
+    def built(*given: Any) -> nn.Module:
+        policy: nn.Module = build(*given)
+        inner = completion.transformer(policy)
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        return policy.train()  # it has no dropout, and only then recomputes
+
+    replace(TRAINER, "build_policy", _noted("recomputed_layers", built))
+
+
+PATCHES: Mapping[str, Callable[[], None]] = {
+    "separate_rows": separate_rows,
+    "logps_first": logps_first,
+    "whole_head": whole_head,
+    "head_everywhere": head_everywhere,
+    "recomputed_layers": recomputed_layers,
+}

@@ -1,0 +1,140 @@
+"""Rounds of fresh processes: every arm once a round, another one first in each."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from step_arms import ARMS, Arm
+from step_gate import check
+from step_record import Spec
+from step_summary import steady_seconds
+
+HERE = Path(__file__).resolve().parent
+Record = dict[str, Any]
+
+
+class WorkerError(RuntimeError):
+    """A worker ended without a record."""
+
+
+@dataclass(frozen=True)
+class Pythons:
+    """Which interpreter runs which worker: `rival` is the one that has TRL."""
+
+    rival: str
+    own: str = sys.executable
+
+    def of(self, worker: str) -> str:
+        """Return the interpreter for a worker's script."""
+        return self.rival if worker.startswith("rival_") else self.own
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment of every worker: so many threads, nothing downloaded."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | counts | quiet
+
+
+def run_script(python: str, script: str, arguments: Sequence[str], threads: int) -> str:
+    """Run a script of this folder; return what it printed last.
+
+    Raises:
+        WorkerError: it failed; the end of what it said goes to the terminal.
+    """
+    command = [python, str(HERE / script), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(threads), check=False
+    )
+    if done.returncode:
+        print(done.stdout[-2_000:], done.stderr[-4_000:], file=sys.stderr)
+        raise WorkerError(f"exit status {done.returncode}")
+    return (done.stdout.splitlines() or [""])[-1]
+
+
+def run_arm(name: str, arm: Arm, spec: Spec, pythons: Pythons) -> Record:
+    """Run one arm in a fresh process; return its record.
+
+    Raises:
+        WorkerError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result, told = Path(folder) / "record.json", Path(folder) / "spec.json"
+        replace(spec, result=str(result), arm=name, settings=dict(arm.settings)).write(told)
+        run_script(pythons.of(arm.worker), arm.worker, [str(told)], spec.threads)
+        record: Record = json.loads(result.read_text())
+    return record
+
+
+def run_rounds(
+    names: Sequence[str], arms: Mapping[str, Arm], spec: Spec, pythons: Pythons, rounds: int
+) -> tuple[list[dict[str, Record]], dict[str, str], dict[str, dict[str, float]]]:
+    """Run every arm in every round, the first of `names` being "ours".
+
+    Returns:
+        The records of each round by arm, without arms that failed; why those failed; and the gaps
+        of the gate for each arm.
+
+    Raises:
+        GateError: an arm did other work than ours.
+        WorkerError: ours failed.
+    """
+    found: list[dict[str, Record]] = []
+    failures: dict[str, str] = {}
+    gaps: dict[str, dict[str, float]] = {}
+    first: Record | None = None
+    for turn in range(rounds):
+        found.append({})
+        at = turn % len(names)
+        for name in (*names[at:], *names[:at]):
+            if name in failures:
+                continue
+            try:
+                record = run_arm(name, arms[name], spec, pythons)
+            except WorkerError as error:
+                if name in ("ours", "ours-again"):
+                    raise
+                failures[name] = str(error)
+                print(f"{name}: {error}", flush=True)
+                continue
+            first = first or record
+            gaps[name] = check(first, record, spec.precision)
+            found[-1][name] = record
+            _tell(turn, name, record, spec)
+    complete = [{n: r for n, r in each.items() if n not in failures} for each in found]
+    return complete, failures, gaps
+
+
+def _tell(turn: int, name: str, record: Record, spec: Spec) -> None:
+    seconds = steady_seconds(record, spec.warmup) / spec.measured
+    above = record["memory"]["above_model"] / 1e6
+    print(f"round {turn + 1}, {name}: {seconds:.3f} s an update, {above:,.0f} MB", flush=True)
+
+
+def tuned_rival(spec: Spec, pythons: Pythons) -> tuple[Arm, dict[str, float | str]]:
+    """Choose TRL's micro-batch by trying: the update whole, in halves, in quarters.
+
+    Returns:
+        The arm with the fastest, and the seconds of each that was tried, or why it failed.
+    """
+    arm, tried = ARMS["trl-tuned"], dict[str, float | str]()
+    sizes = [spec.batch // parts for parts in (1, 2, 4) if spec.batch % parts == 0]
+    candidates = {n: replace(arm, settings={**arm.settings, "micro_batch": n}) for n in sizes}
+    best: tuple[float, Arm] = float("inf"), arm
+    for size, candidate in candidates.items():
+        try:
+            record = run_arm("trl-tuned", candidate, spec, pythons)
+        except WorkerError as error:
+            tried[str(size)] = str(error)
+            continue
+        seconds = steady_seconds(record, spec.warmup)
+        tried[str(size)] = seconds
+        best = min(best, (seconds, candidate), key=lambda pair: pair[0])
+    print(f"trl-tuned, seconds by micro-batch: {tried}", flush=True)
+    return best[1], tried

@@ -1,0 +1,104 @@
+"""Time of pairs that share their prompt beside the time of their rows apart; no padding in either.
+
+    python step_sharing.py MATERIAL MODEL DEVICE THREADS ROUNDS
+
+The same log-probs and their gradient, by the same engine: once as groups of two completions, once
+as two groups of one. `time_ratio` is to be near `token_ratio`, the tokens with and without
+sharing; `work_ratio` counts operations, with those of head and attention, of which it saves less.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from step_flops import forward_flops
+from step_models import MODELS
+from torch import nn
+
+from logratio._rust import ROLES, Store, StoreWriter
+from logratio.data import lay_out
+from logratio.logps.attention import shared_prompts
+from logratio.logps.completion import completion_logps, transformer
+from logratio.logps.tensors import Batch, to_torch
+from logratio.training import load_model
+
+CANDIDATE = ROLES.index("candidate")
+
+
+def apart(store: Store) -> Store:
+    """Make each completion a group of its own, behind its own copy of the prompt."""
+    writer = StoreWriter()
+    for group in range(len(store)):
+        prompt, completions, masks, _ = store.group(group)
+        for ids, mask in zip(completions, masks, strict=True):
+            lengths, roles = np.array([len(ids)], np.uint32), np.array([CANDIDATE], np.uint8)
+            writer.push(prompt, ids, mask, lengths, roles, 0, group)
+    return writer.finish()
+
+
+def seconds(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """Do one forward and backward pass; return the seconds and the sum of the log-probs."""
+    model.zero_grad(set_to_none=True)
+    start = perf_counter()
+    total = completion_logps(model, batch).sum()
+    total.backward()
+    value = float(total)  # waits for a GPU
+    if batch.input_ids.is_cuda:
+        torch.cuda.synchronize()
+    return perf_counter() - start, value
+
+
+def flops(config: Any, store: Store, *, shared: bool) -> float:
+    """Count a forward pass over a store's groups."""
+    groups = (store.group(group) for group in range(len(store)))
+    return sum(forward_flops(config, len(p), [*map(len, c)], shared=shared) for p, c, *_ in groups)
+
+
+def measure(model: nn.Module, batches: Iterable[Batch], rounds: int) -> list[list[float]]:
+    """Return the seconds of each batch in turns, `[rounds][batches]`, after one turn unseen.
+
+    Raises:
+        RuntimeError: their log-probs differ.
+    """
+    both, found = list(batches), []
+    for turn in range(rounds + 1):
+        timed, sums = zip(*(seconds(model, batch) for batch in both), strict=True)
+        if abs(sums[0] - sums[1]) > 1e-4 * abs(sums[0]):
+            raise RuntimeError(f"shared {sums[0]}, apart {sums[1]}: not the same work")
+        if turn:
+            found.append([*timed])
+    return found
+
+
+def main() -> None:
+    """Print the row."""
+    material, name, device, threads, rounds = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    model = load_model(Path(material) / "model", device=device)
+    together = Store.open(Path(material) / "pairs.store")
+    stores = together, apart(together)
+    batches = [to_torch(lay_out(store, np.arange(len(store))), device) for store in stores]
+    with shared_prompts(transformer(model)):
+        found = measure(model, batches, int(rounds))
+    tokens = [int(store.shared_lengths().sum()) for store in stores]
+    work = [flops(MODELS[name](), together, shared=shared) for shared in (True, False)]
+    row = {
+        "arm": "ours",
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "measured_pairs": len(together),
+        "time_ratio": median(shared / separate for shared, separate in found),
+        "token_ratio": tokens[0] / tokens[1],
+        "work_ratio": work[0] / work[1],
+        "seconds": found,
+    }
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
