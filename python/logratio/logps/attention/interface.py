@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from logratio.logps.attention.sdpa import attend
+from logratio.logps.attention.sdpa import Scoring, attend
 from logratio.logps.attention.segments import SharedPrompt
 
 NAME = "logratio_shared_prompt"
@@ -33,32 +34,51 @@ def shared_prompt_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Raises:
         SharedPromptError: the model did not pass `shared_prompt` on, or asks for something
-            (soft-capping, attention sinks) that this attention does not do.
+            (a position bias, a window that only its mask has) that this attention does not do.
     """
     _refuse_unknown(shared_prompt, options)
+    _refuse_mask(attention_mask, sliding_window)
     assert shared_prompt is not None
-    out = attend(
-        query, key, value, shared_prompt, scaling=scaling, dropout=dropout, window=sliding_window
-    )
-    return out, None
+    scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux)
+    return attend(query, key, value, shared_prompt, scoring), None
 
 
 def _refuse_unknown(shared_prompt: SharedPrompt | None, options: dict[str, Any]) -> None:
     if shared_prompt is None:
         raise SharedPromptError("the model does not pass keywords on to its attention")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise SharedPromptError(f"the model's attention uses {name}")
+    if options.get("position_bias") is not None:
+        raise SharedPromptError("the model's attention uses position_bias")
 
 
-def _no_mask(*_args: Any, **_options: Any) -> None:
-    """Answer transformers' request for a mask: `SharedPrompt` builds its own."""
+def _refuse_mask(asked: Tensor | None, window: int | None) -> None:
+    """Refuse a layer whose mask is to say something that its attention does not say itself.
+
+    The probe of the leak check is shorter than most windows, so that it would not see this.
+    """
+    if asked is not None and asked.numel():
+        raise SharedPromptError("the model makes masks of its own")
+    reach = None if asked is None else asked.shape[0]
+    if reach != window:
+        raise SharedPromptError(f"its mask has a window of {reach}, its attention one of {window}")
+
+
+def _no_mask(
+    *_args: Any, local_size: int | None = None, device: Any = None, **_options: Any
+) -> Tensor | None:
+    """Answer transformers' request for a mask with its window alone: `SharedPrompt` masks.
+
+    Models hand masks on as tensors, so a window travels as the shape of one that holds nothing:
+    `[window, 1, 1, 0]`, which no device has to be waited for to read.
+    """
+    return None if local_size is None else torch.empty(local_size, 1, 1, 0, device=device)
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)
