@@ -14,10 +14,11 @@ Group = tuple[list[int], list[list[int]]]
 
 
 def in_float64(model: nn.Module) -> PreTrainedModel:
-    """Copy a model into float64 with eager attention."""
+    """Copy a model into float64 with eager attention, and experts one after the other."""
     twin = copy.deepcopy(model).double()
     assert isinstance(twin, PreTrainedModel)
     twin.set_attn_implementation("eager")
+    twin.set_experts_implementation("eager")
     twin.eval()
     return twin
 

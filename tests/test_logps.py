@@ -1,5 +1,7 @@
 """One log-prob function: shared = padded = the fp64 oracle, and no completion sees another."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from logratio.logps.checks import (
     choose_layout,
 )
 from logratio.logps.completion import score
+from logratio.logps.tensors import SharedBatch
 from logratio.training import completion_logps
 
 LAYOUTS = ("shared", "padded")
@@ -96,9 +99,13 @@ def test_a_model_with_a_running_state_gets_the_padded_layout() -> None:
 
 
 def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logratio.logps.attention import segments
+    from logratio.logps.attention import calls
 
-    monkeypatch.setattr(segments, "_owners", lambda *_: torch.zeros(()).expand(1))
+    def without_owners(positions: Tensor, _: Tensor, window: int | None, start: int = 0) -> Tensor:
+        return unseen(positions, torch.zeros_like(positions), window, start)
+
+    unseen = calls.unseen
+    monkeypatch.setattr(calls, "unseen", without_owners)
     layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
     assert layout == "padded"
     assert "see each other" in reason
@@ -129,22 +136,28 @@ def check_head_or_shape(model: torch.nn.Module) -> None:
         raise UnsupportedModelError(str(error)) from error
 
 
-def test_soft_capped_attention_is_refused_not_guessed() -> None:
+@pytest.mark.parametrize(
+    ("asks", "sentence"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"sliding_window": 5}, "a window of None, its attention one of 5"),
+        ({"attention_mask": torch.empty(5, 1, 1, 0)}, "a window of 5, its attention one of None"),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "masks of its own"),
+        ({"shared_prompt": None}, "does not pass keywords on"),
+    ],
+)
+def test_attention_that_asks_for_more_is_refused_not_guessed(
+    asks: dict[str, Any], sentence: str
+) -> None:
     from logratio.logps.attention import SharedPrompt
     from logratio.logps.attention.interface import shared_prompt_attention
 
     batch = batch_of(random_groups(), "shared")
     heads = torch.zeros(1, 2, batch.input_ids.shape[1], 4)
-    with pytest.raises(SharedPromptError, match="softcap"):
-        shared_prompt_attention(
-            torch.nn.Identity(),
-            heads,
-            heads,
-            heads,
-            None,
-            shared_prompt=SharedPrompt(batch),  # type: ignore[arg-type]
-            softcap=30.0,
-        )
+    assert isinstance(batch, SharedBatch)
+    asked = {"attention_mask": None, "shared_prompt": SharedPrompt(batch), **asks}
+    with pytest.raises(SharedPromptError, match=sentence):
+        shared_prompt_attention(torch.nn.Identity(), heads, heads, heads, **asked)
 
 
 def test_the_models_own_attention_comes_back() -> None:

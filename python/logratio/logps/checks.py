@@ -51,9 +51,11 @@ def check_head(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: they differ: the family scales its logits in a way we do not know;
-            or they are not finite.
+            or they are not finite; or transformers knows no body apart from the head.
     """
     inner = transformer(model)
+    if inner.base_model is inner:
+        raise UnsupportedModelError(f"{_name(model)}: its body cannot be told from its head")
     prompt, completions = _probe(model, seed=0)[0]
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():

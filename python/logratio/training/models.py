@@ -153,6 +153,26 @@ def check_model_folder(folder: Path) -> None:
         check_model_folder(base_folder(folder))
 
 
+def check_router_loss(folder: str | Path) -> None:
+    """Refuse to train a mixture of experts that asks for a loss beside the preference's.
+
+    The log-prob engine runs a model's body, where transformers adds no such loss: it would be left
+    out in silence.
+
+    Raises:
+        ModelFolderError: with what to set.
+    """
+    path = base_folder(folder) / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config.get("text_config") or {}):
+        if part.get("output_router_logits"):
+            raise ModelFolderError(
+                f"{path} has output_router_logits, which asks for the router's load-balancing loss "
+                f"(router_aux_loss_coef {part.get('router_aux_loss_coef', 'unset')}) in training; "
+                "preferences are trained without it: set output_router_logits to false"
+            )
+
+
 def without_dropout(model: Model) -> Model:
     """Set every dropout of `model` to 0: two passes over a pair must see the same network."""
     for module in model.modules():

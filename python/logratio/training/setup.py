@@ -39,6 +39,7 @@ from logratio.training.models import (
     ADAPTER_CONFIG,
     base_folder,
     check_model_folder,
+    check_router_loss,
     default_device,
     load_model,
     with_lora,
@@ -162,7 +163,7 @@ def check_config(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: with the setting's name.
-        ModelFolderError: a folder holds no model.
+        ModelFolderError: a folder holds no model, or one that asks for its router's loss.
         OutputError: the output folder cannot be written to.
     """
     if config.loss not in LOSSES:
@@ -181,6 +182,7 @@ def check_config(config: TrainConfig) -> None:
     _check_memory(config)
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
+    check_router_loss(config.model)
     if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
         raise ConfigError(
             f"{config.model} is itself an adapter: merge it first "

@@ -5,21 +5,13 @@ from torch import Tensor
 
 from logratio.logps.attention.flex import attend_row
 from logratio.logps.attention.kernels import Wanted, kernel_for, missing_kernels, tell
+from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.segments import SharedPrompt
 from logratio.logps.attention.varlen import attend_sequences
 
 
 def attend_fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared_prompt: SharedPrompt,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, shared_prompt: SharedPrompt, scoring: Scoring
 ) -> Tensor | None:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 
@@ -30,14 +22,10 @@ def attend_fused(
         key: `[1, Hk, T, D]`; `Hk` divides `H`.
         value: `[1, Hk, T, Dv]`.
         shared_prompt: where prompts and completions lie.
-        scaling: factor of the scores; one over the root of `D` where None.
-        dropout: share of the attention weights to drop.
-        window: a token sees itself and the `window - 1` before it in its sequence; None: all.
-        softcap: scores are capped at this; None: they are not.
-        sinks: `[H]`, scores beside the keys' that have no value; None: there are none.
+        scoring: what becomes of the scores.
 
     Returns:
-        None where "sdpa" is the kernel: attention group by group, as on a CPU.
+        None where "sdpa" is the kernel: attention in several calls, as on a CPU.
 
     Raises:
         KernelError: the kernel that `use_kernel` names cannot do it.
@@ -47,9 +35,9 @@ def attend_fused(
         dtype=_dtype(query),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
-        softcap=softcap,
-        dropout=dropout,
-        sinks=sinks is not None,
+        softcap=scoring.softcap,
+        dropout=scoring.dropout,
+        sinks=scoring.sinks is not None,
         sequences=shared_prompt.sequences is not None,
     )
     choice = kernel_for(wanted, missing_kernels(), shared_prompt.kernel)
@@ -60,17 +48,19 @@ def attend_fused(
         return None
     query, key, value = (states.to(wanted.dtype) for states in (query, key, value))
     if choice.name == "flex":
-        return attend_row(query, key, value, sequences, scaling, window, softcap)
+        return attend_row(
+            query, key, value, sequences, scoring.scaling, scoring.window, scoring.softcap
+        )
     return attend_sequences(
         query,
         key,
         value,
         sequences,
         kernel=choice.name,
-        scaling=scaling,
-        softcap=softcap,
-        dropout=dropout,
-        window=window,
+        scaling=scoring.scaling,
+        softcap=scoring.softcap,
+        dropout=scoring.dropout,
+        window=scoring.window,
     )
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from logratio.logps.attention.fused import attend_fused
 from logratio.logps.attention.kernels import KernelError
-from logratio.logps.attention.sdpa import attend
+from logratio.logps.attention.sdpa import Scoring, attend
 from logratio.logps.attention.segments import SharedPrompt
 
 NAME = "logratio_shared_prompt"
@@ -36,39 +37,56 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Raises:
         SharedPromptError: the model did not pass `shared_prompt` on, or asks for something
-            (attention sinks, soft-capping without a kernel for it) that this attention does not do.
+            (a position bias, a window that only its mask has) that this attention does not do.
     """
     _refuse_unknown(shared_prompt, options)
+    _refuse_mask(attention_mask, sliding_window)
     assert shared_prompt is not None
-    window, states = sliding_window, (query, key, value, shared_prompt)
+    scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux)
     try:
-        out = attend_fused(
-            *states, scaling=scaling, dropout=dropout, window=window, softcap=softcap
-        )
+        out = attend_fused(query, key, value, shared_prompt, scoring)
     except KernelError as error:
         raise SharedPromptError(str(error)) from error
     if out is None:
-        _refuse_unknown(shared_prompt, {"softcap": softcap})
-        out = attend(*states, scaling=scaling, dropout=dropout, window=window)
+        out = attend(query, key, value, shared_prompt, scoring)
     return out, None
 
 
 def _refuse_unknown(shared_prompt: SharedPrompt | None, options: dict[str, Any]) -> None:
     if shared_prompt is None:
         raise SharedPromptError("the model does not pass keywords on to its attention")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise SharedPromptError(f"the model's attention uses {name}")
+    if options.get("position_bias") is not None:
+        raise SharedPromptError("the model's attention uses position_bias")
 
 
-def _no_mask(*_args: Any, **_options: Any) -> None:
-    """Answer transformers' request for a mask: `SharedPrompt` builds its own."""
+def _refuse_mask(asked: Tensor | None, window: int | None) -> None:
+    """Refuse a layer whose mask is to say something that its attention does not say itself.
+
+    The probe of the leak check is shorter than most windows, so that it would not see this.
+    """
+    if asked is not None and asked.numel():
+        raise SharedPromptError("the model makes masks of its own")
+    reach = None if asked is None else asked.shape[0]
+    if reach != window:
+        raise SharedPromptError(f"its mask has a window of {reach}, its attention one of {window}")
+
+
+def _no_mask(
+    *_args: Any, local_size: int | None = None, device: Any = None, **_options: Any
+) -> Tensor | None:
+    """Answer transformers' request for a mask with its window alone: `SharedPrompt` masks.
+
+    Models hand masks on as tensors, so a window travels as the shape of one that holds nothing:
+    `[window, 1, 1, 0]`, which no device has to be waited for to read.
+    """
+    return None if local_size is None else torch.empty(local_size, 1, 1, 0, device=device)
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)

@@ -1,14 +1,22 @@
 """Where the prompts and completions of a shared-prompt row lie, and who sees whom."""
 
 import torch
-from torch import Tensor
 
+from logratio.logps.attention.calls import Plan, Shape, make_plan
 from logratio.logps.attention.kernels import forced_kernel
 from logratio.logps.tensors import SharedBatch
 
 
 class SharedPrompt:
-    """Where each prompt and completion lies in the row, and the masks that follow from it."""
+    """Where each prompt and completion lies in the row, and the attention calls that follow.
+
+    Attributes:
+        prompts: prompt tokens of each group.
+        completions: for each group, the tokens of each of its completions.
+        answers: tokens of all completions of each group.
+        groups: tokens of each group.
+        position_ids: int64 `[T]`, restarting at the prompt's length for each completion.
+    """
 
     def __init__(self, batch: SharedBatch) -> None:
         tokens = sum(batch.prompt_lengths) + sum(map(sum, batch.completion_lengths))
@@ -19,33 +27,25 @@ class SharedPrompt:
         self.completions = batch.completion_lengths + [[]] * (filler > 0)
         self.answers = [sum(lengths) for lengths in self.completions]
         self.groups = [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
-        self.queries = [n for pair in zip(self.prompts, self.answers, strict=True) for n in pair]
-        self.positions = batch.position_ids[0].split(self.groups)
+        self.position_ids = batch.position_ids[0]
         self.sequences, self.kernel = batch.sequences, forced_kernel()
-        self._masks: dict[int | None, list[tuple[Tensor | None, Tensor]]] = {}
+        self._plans: dict[tuple[int | None, torch.dtype, bool], Plan] = {}
 
-    def masks(self, window: int | None) -> list[tuple[Tensor | None, Tensor]]:
-        """Return each group's (prompt mask, answer mask) for a sliding `window`, or none.
+    def plan(self, window: int | None, dtype: torch.dtype, *, masked: bool = False) -> Plan:
+        """Return the calls that attend for this row, made once and used by every layer alike.
 
-        Bool, True where a query (row) may see a key (column): `[P, P]`, or None where plain
-        causal attention says the same, and `[C, P + C]` with `C` the tokens of all completions.
+        Args:
+            window: tokens that a query looks back on, itself included; None: all.
+            dtype: of the queries, and so of the masks.
+            masked: give a mask also where plain causal attention says the same.
         """
-        if window not in self._masks:
-            self._masks[window] = [self._group_masks(g, window) for g in range(len(self.groups))]
-        return self._masks[window]
-
-    def _group_masks(self, group: int, window: int | None) -> tuple[Tensor | None, Tensor]:
-        positions, prompt = self.positions[group], self.prompts[group]
-        visible = positions[:, None] >= positions[None]
-        if window is not None:
-            visible &= positions[:, None] - positions[None] < window
-        owner = _owners(prompt, self.completions[group], positions.device)
-        visible &= (owner[None] == 0) | (owner[:, None] == owner[None])
-        causal = window is None or window >= prompt
-        return (None if causal else visible[:prompt, :prompt]), visible[prompt:]
-
-
-def _owners(prompt: int, completions: list[int], device: torch.device) -> Tensor:
-    """Number the parts of a group's tokens: 0 for the prompt, k for completion k."""
-    lengths = torch.tensor([prompt, *completions], device=device)
-    return torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        key = (window, dtype, masked)
+        if key not in self._plans:
+            self._plans[key] = make_plan(
+                list(map(Shape, self.prompts, self.completions)),
+                self.position_ids,
+                window=window,
+                dtype=dtype,
+                masked=masked,
+            )
+        return self._plans[key]
