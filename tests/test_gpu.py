@@ -180,7 +180,8 @@ def attend(kernel: Kernel, case: Case, states: list[Tensor], batch: SharedBatch)
 
 def gap(found: Tensor, truth: Tensor) -> float:
     """The distance of two tensors, relative to the second."""
-    return float((found.double() - truth.double()).norm() / truth.double().norm())
+    truth = truth.detach().double()
+    return float((found.detach().double() - truth).norm() / truth.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
