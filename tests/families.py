@@ -134,13 +134,17 @@ FAMILIES: Mapping[str, Family] = {
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
 """Those with routed experts."""
 
-UNKNOWN_HEADS: Mapping[str, Family] = {
+SCALED_HEADS: Mapping[str, Family] = {
     "falcon-h1": Family("falcon_h1", GROUPED | MAMBA | {"lm_head_multiplier": 0.5}),
     "hyperclovax": Family("hyperclovax", GROUPED | {"logits_scaling": 0.5}),
     "recurrent-gemma": Family(
         "recurrent_gemma",
         GROUPED | {"lru_width": 64, "logits_soft_cap": 2.0, "attention_window_size": WINDOW},
     ),
+}
+"""Heads that scale or cap logits under names of their own."""
+
+UNKNOWN_HEADS: Mapping[str, Family] = {
     "modernbert-decoder": Family("modernbert-decoder", SIZES),
     "llama4": Family("llama4_text", GROUPED | LOCAL_EXPERTS | {"intermediate_size_mlp": 96}),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, MIXTURES, UNKNOWN_HEADS, VOCABULARY, WINDOW
+from families import FAMILIES, MIXTURES, SCALED_HEADS, UNKNOWN_HEADS, VOCABULARY, WINDOW
 from oracle import Group, in_float64, per_token_logps
 from tiny_models import tiny, word_tokenizer
 from torch import Tensor
@@ -226,9 +226,9 @@ def test_a_window_that_only_the_mask_knows_of_is_found_by_a_short_probe(
     assert "its mask has a window of 64, its attention one of None" in reason
 
 
-@pytest.mark.parametrize("family", UNKNOWN_HEADS)
+@pytest.mark.parametrize("family", SCALED_HEADS)
 def test_every_head_is_known(family: str) -> None:
-    model = tiny(UNKNOWN_HEADS[family].config(), scale=4.0)
+    model = tiny(SCALED_HEADS[family].config(), scale=4.0)
     check_head(model)
     groups = ragged_groups()
     with torch.no_grad():

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """How configs name a factor on the logits: Cohere, MPT; Muse; Falcon-H1."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""How configs name a cap on the logits: Gemma; RecurrentGemma."""
 SCALING_MULTIPLIES = ("hyperclovax",)
 """Families that multiply by `logits_scaling`, by which Granite and MiniCPM3 divide."""
 
@@ -28,8 +30,8 @@ class Transform:
     def of(cls, model: PreTrainedModel) -> "Transform":
         """Read it in a model's config."""
         config = model.config.get_text_config()
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cls(_scale(config), None if cap is None else float(cap))
+        caps = (getattr(config, name, None) for name in CAPS)
+        return cls(_scale(config), next((float(cap) for cap in caps if cap is not None), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Apply it to `[n, V]`."""
