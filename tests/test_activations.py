@@ -299,5 +299,6 @@ def test_settings_that_cannot_be_are_refused(
     with pytest.raises(ConfigError, match="lie in host memory already"):
         trained(config, "x", offload_activations=True, device="cpu")
     monkeypatch.setattr(activation_budget, "decoder_layers", lambda _: [])
-    with pytest.raises(ConfigError, match="no layers that could be computed twice"):
-        trained(config, "x", activation_checkpointing="all")
+    for wanted in ({"activation_checkpointing": "all"}, {"compile_layers": True}):
+        with pytest.raises(ConfigError, match="LlamaForCausalLM has none"):
+            trained(config, "x", **wanted)

@@ -136,6 +136,15 @@ Checkpointing = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile-layers",
+        help="Compile the layers (torch.compile): up to a minute at the start, worth a measurement "
+        "on a GPU.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Offload = Annotated[
     bool,
     typer.Option(

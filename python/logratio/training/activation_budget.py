@@ -178,13 +178,14 @@ def settle(
         states: bytes that the optimizer will take on that device.
 
     Raises:
-        ConfigError: all layers should be computed twice, and the model's cannot be.
+        ConfigError: something is asked of the layers, and the model's are not transformers' own.
     """
     wanted, layers = config.activation_checkpointing, len(decoder_layers(policy))
-    if wanted == "all" and not layers:
+    asked = wanted == "all" or config.offload_activations or config.compile_layers
+    if asked and not layers:
         raise ConfigError(
-            f"activation_checkpointing all: {type(policy).__name__} has no layers that could be "
-            "computed twice"
+            "activation_checkpointing all, offload_activations and compile_layers need transformers' "
+            f"own layers, and {type(policy).__name__} has none"
         )
     if wanted != "auto":
         return Choice(layers if wanted == "all" else 0)

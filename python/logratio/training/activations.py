@@ -1,4 +1,4 @@
-"""What decoder layers keep for the backward pass: all they made, their input, or copies elsewhere.
+"""How decoder layers are run: what they keep for the backward pass, and whether they are compiled.
 
 A layer is wrapped on the instance, around its `forward`: transformers' own switch for checkpointing
 (`GradientCheckpointingLayer`) works in training mode only, and policies train in eval mode, where
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from logratio.logps.attention import NAME
 from logratio.logps.completion import transformer
 
 WORTH_MOVING = 2**20
 """Bytes of a tensor below which a copy costs more than it frees."""
+
+COMPILER = "inductor"
+"""What makes kernels of graphs: torch's own."""
 
 Forward = Callable[..., Any]
 
@@ -33,12 +39,15 @@ class Kept:
         checkpointed: so many layers, from the first on, keep their input only and are computed a
             second time in the backward pass, one after the other. The first are the best: they are
             computed again when the others have already let go of what they kept.
+        compiled: layers are compiled for any width, all alike ones together (torch.compile). It
+            costs up to a minute at the start. Results change by rounding.
         offload: what is kept lies in host memory until the backward pass. Costs two copies of it
             over the bus for each micro-batch, which the device waits for.
     """
 
     checkpointed: int = 0
     offload: bool = False
+    compiled: bool = False
 
 
 class RecomputationError(ValueError):
@@ -60,8 +69,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def keeping(model: nn.Module, kept: Kept) -> Iterator[None]:
     """Let the layers of `model` keep what `kept` says inside the block, and everything after it.
 
-    Gradients are those of the plain model, bit for bit where its kernels are deterministic. Passes
-    without gradients are not touched.
+    Gradients are those of the plain model, bit for bit where its kernels are deterministic and the
+    same. Passes without gradients are not touched.
     """
     if kept == Kept():
         yield
@@ -69,30 +78,48 @@ def keeping(model: nn.Module, kept: Kept) -> Iterator[None]:
     layers = decoder_layers(model)
     before = [vars(layer).get("forward") for layer in layers]
     shapes = {_sorted(p.shape) for p in model.parameters() if p.dim() > 1}
+    attention = ALL_ATTENTION_FUNCTIONS[NAME]
     try:
+        if kept.compiled:  # it goes from group to group: no two micro-batches would share a graph
+            AttentionInterface.register(NAME, torch.compiler.disable(attention))
         for number, layer in enumerate(layers):
             twice = number < kept.checkpointed
-            wrapped = _Layer(layer.forward, twice=twice, weights=shapes if kept.offload else None)
-            layer.forward = wrapped
+            weights = shapes if kept.offload else None
+            layer.forward = _Layer(
+                layer.forward, twice=twice, weights=weights, compiled=kept.compiled
+            )
         yield
     finally:
+        AttentionInterface.register(NAME, attention)
         for layer, own in zip(layers, before, strict=True):
-            del layer.forward
+            vars(layer).pop("forward", None)
             if own is not None:
                 layer.forward = own
+
+
+def _compiled(forward: Forward) -> Forward:
+    """Compile for any number of rows and tokens: a new one finds the graphs of the first."""
+    made: Forward = torch.compile(forward, dynamic=True, backend=COMPILER)
+    return made
 
 
 class _Layer:
     """A layer's forward that keeps less; `weights` are the shapes of what offloading leaves."""
 
     def __init__(
-        self, forward: Forward, *, twice: bool, weights: set[tuple[int, ...]] | None
+        self,
+        forward: Forward,
+        *,
+        twice: bool,
+        weights: set[tuple[int, ...]] | None,
+        compiled: bool,
     ) -> None:
-        self._forward, self._twice, self._weights = forward, twice, weights
+        self._plain, self._twice, self._weights = forward, twice, weights
+        self._forward = _compiled(forward) if compiled else forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
+            return self._plain(*args, **kwargs)
         with self._hooks():
             if not self._twice:
                 return self._forward(*args, **kwargs)

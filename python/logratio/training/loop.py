@@ -224,7 +224,7 @@ class Loop:
         """What must be equal for a resumed run to be the same run."""
         names = (
             "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs token_budget "
-            "precision optimizer seed mix"
+            "precision optimizer compile_layers seed mix"
         )
         fields = {name: getattr(self.config, name) for name in names.split()}
         lora = asdict(self.config.lora) if self.config.lora else None

@@ -190,7 +190,8 @@ class Training:
         choice = settle(self.config, self.store, loop.policy, loop.layout, loop.state_bytes)
         if choice.reason:
             say(choice.reason)
-        return Kept(choice.layers, self.config.offload_activations)
+        config = self.config
+        return Kept(choice.layers, config.offload_activations, config.compile_layers)
 
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
