@@ -184,8 +184,8 @@ def settle(
     asked = wanted == "all" or config.offload_activations or config.compile_layers
     if asked and not layers:
         raise ConfigError(
-            "activation_checkpointing all, offload_activations and compile_layers need transformers' "
-            f"own layers, and {type(policy).__name__} has none"
+            "activation_checkpointing all, offload_activations and compile_layers need layers of "
+            f"transformers' own kind, and {type(policy).__name__} has none"
         )
     if wanted != "auto":
         return Choice(layers if wanted == "all" else 0)
