@@ -1,8 +1,8 @@
 """Which calls of attention a shared-prompt row is cut into, and their masks.
 
 A group is one call or two, and many short groups are one call together. What is faster was measured
-on a shared, busy CPU: least CPU time of one thread over 30 rounds, forward and backward of one layer
-of 6 heads of 32 to 48, two completions a group, in ms; the same arm run twice differs by up to 8%.
+on a shared, busy CPU: least CPU time of one thread over 30 rounds, forward and backward of one
+layer of 6 heads of 32 to 48, two completions a group, in ms; one arm run twice differs by up to 8%.
 
 - **Two calls**, the prompt (plain causal, which needs no mask) and the completions: they spare the
   scores of the prompt's queries that nobody sees. Limits of 4,000 and 16,000 spared scores in three
@@ -12,8 +12,8 @@ of 6 heads of 32 to 48, two completions a group, in ms; the same arm run twice d
 - **Rows.** Groups of like width lie below one another, filled up to a multiple of `ROW_STEP`
   tokens, for which all tokens of the batch are moved. 256 groups of 12 take 19 in rows and 29 to 31
   in a call each; 64 of 24 take 7.4 to 8.7 and 8.0 to 9.7; 64 of 48 take 19 to 20 and 20 to 22. Of
-  equal groups, 32 of 96 take 33 and 27: hence `ROW_TOKENS`. `TOKENS_PER_ROW` is a line through
-  these by eye: about 0.05 ms spared a group, 0.8 us paid a token.
+  equal groups, 32 of 96 take 33 and 27 (wall time): hence `ROW_TOKENS`. `TOKENS_PER_ROW` is a
+  line through these by eye: about 0.05 ms spared a group, 0.8 us paid a token.
 
 No choice changes a result beyond rounding. Masks are of the queries' dtype, 0 or -inf: torch turns
 a bool mask into such a one at each call, and keeps one a layer until the backward pass.
