@@ -1,21 +1,22 @@
 """Which calls of attention a shared-prompt row is cut into, and their masks.
 
 A group is one call or two, and many short groups are one call together. What is faster was measured
-on a CPU (CPU time of one thread, forward and backward of one layer of 6 heads of 32 to 48):
+on a shared, busy CPU: least CPU time of one thread over 30 rounds, forward and backward of one
+layer of 6 heads of 32 to 48, two completions a group, in ms; one arm run twice differs by up to 8%.
 
 - **Two calls**, the prompt (plain causal, which needs no mask) and the completions: they spare the
-  scores of the prompt's queries that nobody sees. Prompt + completions of 120 + 100 tokens take 2.9
-  ms in two calls and 3.1 in one, 200 + 50 take 3.7 and 4.2; but 120 + 30 take 1.7 and 1.5, and 20 +
-  28 take 0.34 and 0.23. Hence `SPLIT_CELLS`.
+  scores of the prompt's queries that nobody sees. Limits of 4,000 and 16,000 spared scores in three
+  runs: 16 groups of 150 tokens take 30 to 33 and 32 to 36, 8 of 220 take 23 and 24 to 25; below 100
+  tokens, and where the prompt is most of 150, they are alike within the noise. Always two calls
+  take 33 to 35 for 64 groups of 64, and 31 with the limit.
 - **Rows.** Groups of like width lie below one another, filled up to a multiple of `ROW_STEP`
-  tokens. This spares each group about 0.05 ms of calling, and costs about 0.8 us a token of the
-  batch, since all of it is moved: 256 groups of 12 tokens take 19 ms and not 31 (44 in two calls
-  each), 64 of 24 take 7.4 and not 8.0 (13), 64 of 48 take 18.6 and not 20 (22); 16 of 150 were 25%
-  slower. Hence `ROW_TOKENS` and `TOKENS_PER_ROW`.
+  tokens, for which all tokens of the batch are moved. 256 groups of 12 take 19 in rows and 29 to 31
+  in a call each; 64 of 24 take 7.4 to 8.7 and 8.0 to 9.7; 64 of 48 take 19 to 20 and 20 to 22. Of
+  equal groups, 32 of 96 take 33 and 27 (wall time): hence `ROW_TOKENS`. `TOKENS_PER_ROW` is a
+  line through these by eye: about 0.05 ms spared a group, 0.8 us paid a token.
 
 No choice changes a result beyond rounding. Masks are of the queries' dtype, 0 or -inf: torch turns
-a bool mask into such a one at each call (2 to 4% of the time), and keeps one a layer until the
-backward pass.
+a bool mask into such a one at each call, and keeps one a layer until the backward pass.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-SPLIT_CELLS = 16_000
+SPLIT_CELLS = 4_000
 """Scores of a head that a second call must spare a group."""
 ROW_TOKENS = 48
 """Tokens of the longest group that is put in a row with others."""
