@@ -31,7 +31,7 @@ def _ours(**settings: Any) -> Arm:
 OURS: Mapping[str, Arm] = {
     "ours": _ours(),
     "ours-again": _ours(),
-    "ours-fastest": _ours(config={"token_budget": 1 << 16}),
+    "ours-fastest": _ours(config={"token_budget": 1 << 16, "activation_checkpointing": "off"}),
     "ours-cold": _ours(precompute=True),
 }
 
@@ -41,7 +41,10 @@ LADDER: Mapping[str, Arm] = {
     "no-head-fusion": _ours(patches=["logps_first"]),
     "whole-head": _ours(patches=["whole_head"]),
     "head-everywhere": _ours(patches=["head_everywhere"]),
-    "checkpointing": _ours(patches=["recomputed_layers"]),
+    "checkpointing": _ours(config={"activation_checkpointing": "all"}),
+    "small-batches": _ours(config={"token_budget": 1 << 10}),
+    "large-batches": _ours(config={"token_budget": 1 << 12}),
+    "new-pages": _ours(patches=["new_pages"]),
     "all-undone": _ours(cache=False, patches=["separate_rows", "head_everywhere"]),
 }
 """Ours with one thing undone each."""

@@ -6,6 +6,7 @@ is over (`check_used`): a rung never measures what it is not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -98,17 +99,9 @@ def head_everywhere() -> None:
     _with_logps("head_everywhere", logps)
 
 
-def recomputed_layers() -> None:
-    """Transformers' own activation checkpointing, every layer."""
-    build = TRAINER.build_policy
-
-    def built(*given: Any) -> nn.Module:
-        policy: nn.Module = build(*given)
-        inner = completion.transformer(policy)
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
-        return policy.train()  # it has no dropout, and only then recomputes
-
-    replace(TRAINER, "build_policy", _noted("recomputed_layers", built))
+def new_pages() -> None:
+    """Freed memory goes back to the kernel, as malloc has it."""
+    replace(TRAINER, "kept_pages", _noted("new_pages", lambda _device: nullcontext()))
 
 
 PATCHES: Mapping[str, Callable[[], None]] = {
@@ -116,5 +109,5 @@ PATCHES: Mapping[str, Callable[[], None]] = {
     "logps_first": logps_first,
     "whole_head": whole_head,
     "head_everywhere": head_everywhere,
-    "recomputed_layers": recomputed_layers,
+    "new_pages": new_pages,
 }
