@@ -56,7 +56,11 @@ def attend(
             k, v = k[:, :, : call.keys], v[:, :, : call.keys]
         out.append(_one_row(run(q, k, v, call, scoring)))
     attended = torch.cat(out, dim=2).transpose(1, 2)
-    return _BackAgain.apply(attended[0], plan.moves)[None] if plan.moves else attended.contiguous()
+    # Both are views of a tensor without the first axis: compiled layers guard on that.
+    if plan.moves is None:
+        return attended[0].contiguous()[None]
+    tokens: Tensor = _BackAgain.apply(attended[0], plan.moves)
+    return tokens[None]
 
 
 def _torch_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scoring: Scoring) -> Tensor:
