@@ -1,5 +1,6 @@
 """What every container of rows can do."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class Rows(Protocol):
         """Let the next iteration go on at a mark of the same data, under whatever name."""
 
 
-class TextRows:
+class TextRows(ABC):
     """Base of the containers that are read as text, each row with its own keys.
 
     A subclass yields from `_records`, and keeps the state in `_offset` (unpacked bytes before the
@@ -146,8 +147,8 @@ class TextRows:
         self._is_empty = bool(self._first.get("is_empty", True))
         self._is_done = bool(self._first.get("is_done", False))
 
-    def _records(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _records(self) -> Iterator[tuple[Source, Row | Refusal]]: ...
 
     def _refused(self, code: str, reason: str, *, line: int) -> tuple[Source, Refusal]:
         source = Source(self.name, line)

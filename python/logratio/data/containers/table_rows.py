@@ -1,5 +1,6 @@
 """Columns instead of rows: what Parquet, Arrow files and streams, and tables in memory share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ OpenTable = tuple[tuple[str, ...], Iterator[tuple[int, Any]]]
 """The columns' names, and the record batches, each with the number of the part it belongs to."""
 
 
-class TableRows:
+class TableRows(ABC):
     """Base of the containers that hold columns.
 
     A container has parts from 0, which can be gone to or at least be counted: row groups, batches.
@@ -34,14 +35,14 @@ class TableRows:
         self._restart()
 
     @property
+    @abstractmethod
     def size(self) -> int | None:
         """Bytes on disk, or rows of a table; None: not known."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def position(self) -> int:
         """How much of `size` was read."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[Source, Row | Refusal]]:
         """Yield each row's source, and the row or what is wrong with it."""
@@ -102,8 +103,8 @@ class TableRows:
         self._part_row = int(self._first.get("part_row", 0))
         self._is_done = bool(self._first.get("is_done", False))
 
-    def _opened(self, part: int) -> AbstractContextManager[OpenTable]:
-        raise NotImplementedError
+    @abstractmethod
+    def _opened(self, part: int) -> AbstractContextManager[OpenTable]: ...
 
     @contextmanager
     def _told(self) -> Iterator[None]:
