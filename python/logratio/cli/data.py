@@ -6,14 +6,8 @@ from typing import Annotated
 import typer
 
 from logratio.cli import data_report, data_store, options
-from logratio.cli.formats import (
-    Columns,
-    FormatOption,
-    LabelOption,
-    ListsOption,
-    ListsWanted,
-    read_settings,
-)
+from logratio.cli.flags import takes_flags
+from logratio.cli.reading import FORMATS, Formats
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,16 +22,14 @@ def data() -> None:
     """Look at preference data, account for it, and make a store of it."""
 
 
+@takes_flags
 def inspect(
     files: options.Rows,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="A model's folder: shows the tokens that it will read."),
     ] = None,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
+    formats: Formats = FORMATS,
     rows: Annotated[int, typer.Option(min=1, help="Rows to look at, from the first.")] = 100,
 ) -> None:
     """Say of each file what it is and why, and show a record with what counts in colour.
@@ -52,7 +44,7 @@ def inspect(
     from logratio.data.tokenization import PreferenceTokenizer
 
     loaded = PreferenceTokenizer.load(tokenizer) if tokenizer else None
-    found = look(files, read_settings(format_name, columns, label, lists.value), loaded, rows)
+    found = look(files, formats.settings(), loaded, rows)
     console = Console(highlight=False, soft_wrap=True)
     if console.color_system is None:
         typer.echo(found.to_text(), nl=False)

@@ -8,26 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.formats import (
-    Columns,
-    FormatOption,
-    LabelOption,
-    ListsOption,
-    ListsWanted,
-    read_settings,
-)
-from logratio.cli.options import PromptTruncation
+from logratio.cli.flags import takes_flags
+from logratio.cli.reading import Reading
 
 if TYPE_CHECKING:
     from logratio.data.analysis import Analysis
 
 _OUTPUT = "What is written"
+_ALL_MAY_BE_BAD = Reading(max_bad_fraction=1.0)
 
 
 class RequestError(ValueError):
     """The command's arguments cannot be followed together."""
 
 
+@takes_flags
 def report(
     files: options.Files,
     tokenizer: Annotated[
@@ -54,17 +49,8 @@ def report(
         typer.Option(min=0, max=1, help="Name groups whose windows of 5 tokens have this Jaccard "
                      "index. 0: do not look."),
     ] = 0.8,
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    split_special_tokens: options.SplitSpecial = False,
     demonstrations: options.Demonstrations = False,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
-    max_bad_fraction: options.MaxBad = 1.0,
+    reading: Reading = _ALL_MAY_BE_BAD,
 ) -> None:  # fmt: skip
     """Account for every row, and say what the pairs are like.
 
@@ -88,19 +74,15 @@ def report(
             "lengths are in tokens: name the model's tokenizer with --tokenizer DIR, a folder that "
             "holds tokenizer.json"
         )
-    rules = options.rules(
-        max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
-    )
-    reader = PreferenceTokenizer.load(tokenizer, rules)
-    formats = read_settings(format_name, columns, label, lists.value, demonstrations=demonstrations)
+    reader = PreferenceTokenizer.load(tokenizer, reading.rules)
     # The store lies on the disk, so that memory stays small however large the data are.
     with TemporaryDirectory(prefix="logratio-") as folder, reading_progress() as tell:
         store, account = build_store(
             files,
             reader,
             Path(folder) / "report.store",
-            formats=formats,
-            max_bad_fraction=max_bad_fraction,
+            formats=reading.settings(demonstrations=demonstrations),
+            max_bad_fraction=reading.max_bad_fraction,
             progress=tell,
             refused=refused,
         )

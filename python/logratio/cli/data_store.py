@@ -9,15 +9,8 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.formats import (
-    Columns,
-    FormatOption,
-    LabelOption,
-    ListsOption,
-    ListsWanted,
-    read_settings,
-)
-from logratio.cli.options import PromptTruncation
+from logratio.cli.flags import takes_flags
+from logratio.cli.reading import READING, Reading
 
 
 class ConflictsOption(StrEnum):
@@ -28,6 +21,7 @@ class ConflictsOption(StrEnum):
     MAJORITY = "majority"
 
 
+@takes_flags
 def build(
     files: options.Rows,
     tokenizer: Annotated[
@@ -49,16 +43,7 @@ def build(
         bool, typer.Option("--fresh", help="Begin anew, even if an earlier run was cut off.")
     ] = False,
     demonstrations: options.Demonstrations = False,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    split_special_tokens: options.SplitSpecial = False,
-    max_bad_fraction: options.MaxBad = 0.0,
+    reading: Reading = READING,
 ) -> None:  # fmt: skip
     """Tokenize once, for any number of runs: `train --data pairs.store` opens it in no time.
 
@@ -68,17 +53,13 @@ def build(
     from logratio.data import PreferenceTokenizer, build_store
     from logratio.progress import reading_progress
 
-    rules = options.rules(
-        max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
-    )
-    formats = read_settings(format_name, columns, label, lists.value, demonstrations=demonstrations)
     with _told_what_is_kept(output), reading_progress() as progress:
         store, report = build_store(
             files,
-            PreferenceTokenizer.load(tokenizer, rules),
+            PreferenceTokenizer.load(tokenizer, reading.rules),
             output,
-            formats=formats,
-            max_bad_fraction=max_bad_fraction,
+            formats=reading.settings(demonstrations=demonstrations),
+            max_bad_fraction=reading.max_bad_fraction,
             deduplicate=deduplicate,
             conflicts=conflicts.value,
             resume=not fresh,

@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.formats import (
-    Columns,
-    FormatOption,
-    LabelOption,
-    ListsOption,
-    ListsWanted,
-    read_settings,
-)
-from logratio.cli.options import Precision, PromptTruncation
+from logratio.cli.flags import takes_flags
+from logratio.cli.options import Precision
+from logratio.cli.reading import READING, Reading
 from logratio.cli.training import announce
 
 if TYPE_CHECKING:
     from logratio.training.evaluation import Evaluation
 
 
+@takes_flags
 def evaluate(
     policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
     reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
@@ -37,16 +32,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results there as JSON.")
     ] = None,
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    split_special_tokens: options.SplitSpecial = False,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
-    max_bad_fraction: options.MaxBad = 0.0,
+    reading: Reading = READING,
     token_budget: options.TokenBudget = 16384,
     precision: options.PrecisionOption = Precision.FP32,
     device: options.Device = None,
@@ -68,11 +54,9 @@ def evaluate(
             token_budget=token_budget,
             precision=precision.value,
             device=device,
-            rules=options.rules(
-                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
-            ),
-            formats=read_settings(format_name, columns, label, lists.value),
-            max_bad_fraction=max_bad_fraction,
+            rules=reading.rules,
+            formats=reading.settings(),
+            max_bad_fraction=reading.max_bad_fraction,
         )
     )
     announce(ready.dataset, ready.forecast)

@@ -2,14 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from logratio.data import TokenizationRules
-
-DATA, LIMITS, MACHINE = "Data", "How records become tokens", "Machine"
+DATA, MACHINE = "Data", "Machine"
 
 
 class ReadMode(StrEnum):
@@ -43,15 +40,6 @@ class ActivationCheckpointing(StrEnum):
     ALL = "all"
 
 
-class PromptTruncation(StrEnum):
-    """What becomes of a prompt above the limit."""
-
-    DROP = "drop"
-    ERROR = "error"
-    KEEP_START = "keep_start"
-    KEEP_END = "keep_end"
-
-
 Files = Annotated[
     list[Path],
     typer.Argument(
@@ -67,14 +55,6 @@ Demonstrations = Annotated[
     bool,
     typer.Option("--demonstrations", help="Read as `train --loss sft` does.", rich_help_panel=DATA),
 ]
-SplitSpecial = Annotated[
-    bool,
-    typer.Option(
-        "--split-special-tokens",
-        help="Read special tokens that are spelled in plain text as text.",
-        rich_help_panel=LIMITS,
-    ),
-]
 Data = Annotated[
     list[Path],
     typer.Option(
@@ -84,40 +64,6 @@ Data = Annotated[
         "folders; - for standard input; or one sealed store. `logratio data inspect` says what is "
         "recognised. Several may follow.",
         rich_help_panel=DATA,
-    ),
-]
-MaxBad = Annotated[
-    float,
-    typer.Option(
-        "--max-bad-fraction",
-        help="Share of malformed rows to go on with; each is counted and named. 0 stops at any.",
-        rich_help_panel=DATA,
-    ),
-]
-MaxLength = Annotated[
-    int,
-    typer.Option(help="Tokens of prompt + completion; completions are cut, and counted.",
-                 rich_help_panel=LIMITS),
-]  # fmt: skip
-MaxPromptLength = Annotated[
-    int | None,
-    typer.Option(help="Tokens of a prompt. Default: max-length − 1.", rich_help_panel=LIMITS),
-]
-Truncation = Annotated[
-    PromptTruncation,
-    typer.Option(
-        help="A prompt above the limit: drop the record (counted), stop with an error, or keep "
-        "its start or end.",
-        rich_help_panel=LIMITS,
-    ),
-]
-Eos = Annotated[
-    bool,
-    typer.Option(
-        "--eos/--no-eos",
-        help="End text completions with EOS. --no-eos when completions were cut short. A chat "
-        "template decides by itself.",
-        rich_help_panel=LIMITS,
     ),
 ]
 TokenBudget = Annotated[
@@ -182,22 +128,3 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, say what it will need, and stop there."),
 ]
-
-
-def rules(
-    max_length: int,
-    max_prompt_length: int | None,
-    prompt_truncation: PromptTruncation,
-    eos: bool,
-    split_special_tokens: bool = False,
-) -> "TokenizationRules":
-    """Gather the options that decide how records become tokens."""
-    from logratio.data import TokenizationRules
-
-    return TokenizationRules(
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        prompt_truncation=prompt_truncation.value,
-        append_eos=eos,
-        split_special_tokens=split_special_tokens,
-    )

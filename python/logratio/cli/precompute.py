@@ -7,15 +7,9 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.formats import (
-    Columns,
-    FormatOption,
-    LabelOption,
-    ListsOption,
-    ListsWanted,
-    read_settings,
-)
-from logratio.cli.options import Precision, PromptTruncation, ReadMode
+from logratio.cli.flags import takes_flags
+from logratio.cli.options import Precision, ReadMode
+from logratio.cli.reading import READING, Reading
 from logratio.cli.training import announce
 
 
@@ -33,20 +27,12 @@ class Quantization(StrEnum):
     FOUR = "4bit"
 
 
+@takes_flags
 def precompute(
     model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
     data: options.Data,
     cache: Annotated[Path, typer.Option(help="Root of the cache; made where it does not exist.")],
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    split_special_tokens: options.SplitSpecial = False,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
-    max_bad_fraction: options.MaxBad = 0.0,
+    reading: Reading = READING,
     sums_only: Annotated[
         bool,
         typer.Option("--sums-only", help="Keep one sum a completion, over the tokens that count: "
@@ -105,11 +91,9 @@ def precompute(
             precision=precision.value,
             quantization=quantization.value if quantization else None,
             device=device,
-            rules=options.rules(
-                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
-            ),
-            formats=read_settings(format_name, columns, label, lists.value),
-            max_bad_fraction=max_bad_fraction,
+            rules=reading.rules,
+            formats=reading.settings(),
+            max_bad_fraction=reading.max_bad_fraction,
         )
     )
     if ready.share.rank == 0:

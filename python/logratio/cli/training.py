@@ -7,21 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from logratio.cli import options
-from logratio.cli.formats import (
-    Columns,
-    FormatOption,
-    LabelOption,
-    ListsOption,
-    ListsWanted,
-    read_settings,
-)
+from logratio.cli.flags import takes_flags
 from logratio.cli.options import (
     ActivationCheckpointing,
     OptimizerName,
     Precision,
-    PromptTruncation,
     ReadMode,
 )
+from logratio.cli.reading import READING, Reading
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
@@ -40,6 +33,7 @@ class Loss(StrEnum):
     SFT = "sft"
 
 
+@takes_flags
 def train(
     model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
     data: options.Data,
@@ -109,16 +103,7 @@ def train(
         typer.Option(help="A module's name; repeat it. Default: every linear layer but the head.",
                      rich_help_panel=LORA),
     ] = None,
-    max_length: options.MaxLength = 1024,
-    max_prompt_length: options.MaxPromptLength = None,
-    prompt_truncation: options.Truncation = PromptTruncation.DROP,
-    eos: options.Eos = True,
-    split_special_tokens: options.SplitSpecial = False,
-    format_name: FormatOption = None,
-    columns: Columns = None,
-    label: LabelOption = None,
-    lists: ListsWanted = ListsOption.PAIRS,
-    max_bad_fraction: options.MaxBad = 0.0,
+    reading: Reading = READING,
     token_budget: options.TokenBudget = 8192,
     activation_checkpointing: options.Checkpointing = ActivationCheckpointing.AUTO,
     offload_activations: options.Offload = False,
@@ -168,11 +153,9 @@ def train(
             resume=resume,
             device=device,
             lora=settings,
-            rules=options.rules(
-                max_length, max_prompt_length, prompt_truncation, eos, split_special_tokens
-            ),
-            formats=read_settings(format_name, columns, label, lists.value),
-            max_bad_fraction=max_bad_fraction,
+            rules=reading.rules,
+            formats=reading.settings(),
+            max_bad_fraction=reading.max_bad_fraction,
         )
     )
     announce(ready.dataset, ready.forecast)

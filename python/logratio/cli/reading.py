@@ -1,0 +1,163 @@
+"""Flags that say how preference data is read: its format, its limits, what may be wrong with it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from logratio.cli.options import DATA
+
+if TYPE_CHECKING:
+    from logratio.data import TokenizationRules
+    from logratio.data.formats import FormatSettings
+
+LIMITS = "How records become tokens"
+
+
+class Lists(StrEnum):
+    """What becomes of a ranked or scored list."""
+
+    PAIRS = "pairs"
+    BEST_WORST = "best_worst"
+    GROUPS = "groups"
+
+
+class PromptTruncation(StrEnum):
+    """What becomes of a prompt above the limit."""
+
+    DROP = "drop"
+    ERROR = "error"
+    KEEP_START = "keep_start"
+    KEEP_END = "keep_end"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What the data does not say about itself."""
+
+    format_name: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Read this format only, as `trl`, `orca`, `openai`. Default: detected.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--columns",
+            metavar="NAME=KEY",
+            help="The data's key for a name that formats "
+            "know, as prompt=query. Repeat it, or put commas between.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    label: Annotated[
+        str | None,
+        typer.Option(
+            "--label",
+            metavar="'KEY: VALUE=OUTPUT …'",
+            help="What a label's values mean, "
+            "as 'preference: 1=output_1 2=output_2 0=tie'; for one completion alone "
+            "'label: 1=good 0=bad'.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    lists: Annotated[
+        Lists, typer.Option("--lists", help="What becomes of a ranked or scored list.",
+                            rich_help_panel=DATA),
+    ] = Lists.PAIRS  # fmt: skip
+
+    def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
+        """Read them.
+
+        Raises:
+            FormatSettingsError: They cannot be followed.
+        """
+        from logratio.data.formats import FormatSettings
+
+        return FormatSettings(
+            demonstrations,
+            format=self.format_name,
+            columns=self._mapped(),
+            label=self.label,
+            lists=self.lists.value,
+        )
+
+    def _mapped(self) -> dict[str, str]:
+        from logratio.data.formats import FormatSettingsError
+
+        mapped = {}
+        for word in (word for words in self.columns or [] for word in words.split(",")):
+            name, equals, key = word.partition("=")
+            if not (name and equals and key):
+                raise FormatSettingsError(f"--columns {word!r}: write it as prompt=query")
+            mapped[name] = key
+        return mapped
+
+
+@dataclass(frozen=True)
+class Reading(Formats):
+    """How records are read and become tokens."""
+
+    max_length: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of prompt + completion; completions are cut, and counted.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 1024
+    max_prompt_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a prompt. Default: max-length − 1.", rich_help_panel=LIMITS),
+    ] = None
+    prompt_truncation: Annotated[
+        PromptTruncation,
+        typer.Option(
+            help="A prompt above the limit: drop the record (counted), stop with an "
+            "error, or keep its start or end.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = PromptTruncation.DROP
+    eos: Annotated[
+        bool,
+        typer.Option(
+            "--eos/--no-eos",
+            help="End text completions with EOS. --no-eos when "
+            "completions were cut short. A chat template decides by itself.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = True
+    split_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--split-special-tokens",
+            help="Read special tokens that are spelled in plain text as text.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = False
+    max_bad_fraction: Annotated[
+        float,
+        typer.Option("--max-bad-fraction", help="Share of malformed rows to go on with; each is "
+                     "counted and named. 0 stops at any.", rich_help_panel=DATA),
+    ] = 0.0  # fmt: skip
+
+    @property
+    def rules(self) -> "TokenizationRules":
+        """How records become tokens."""
+        from logratio.data import TokenizationRules
+
+        return TokenizationRules(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            prompt_truncation=self.prompt_truncation.value,
+            append_eos=self.eos,
+            split_special_tokens=self.split_special_tokens,
+        )
+
+
+FORMATS, READING = Formats(), Reading()
+"""The defaults."""
