@@ -45,6 +45,10 @@ LADDER: Mapping[str, Arm] = {
     "small-batches": _ours(config={"token_budget": 1 << 10}),
     "large-batches": _ours(config={"token_budget": 1 << 12}),
     "new-pages": _ours(patches=["new_pages"]),
+    "compiled": _ours(config={"compile_layers": True}),
+    "compiled-static": _ours(
+        config={"compile_layers": True, "token_budget": 1 << 10}, patches=["one_width"]
+    ),
     "all-undone": _ours(cache=False, patches=["separate_rows", "head_everywhere"]),
 }
 """Ours with one thing undone each."""

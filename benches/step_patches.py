@@ -7,15 +7,16 @@ is over (`check_used`): a rung never measures what it is not.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from logratio.logps import completion
 from logratio.logps.head import head_logits
 from logratio.logps.tensors import Batch
-from logratio.training import loop, trainer
+from logratio.training import activations, loop, trainer
 
 LOOP: Any = loop
 TRAINER: Any = trainer  # modules as what they are here: things whose parts are exchanged
@@ -104,10 +105,22 @@ def new_pages() -> None:
     replace(TRAINER, "kept_pages", _noted("new_pages", lambda _device: nullcontext()))
 
 
+def one_width() -> None:
+    """Rows filled up to the token budget, and layers compiled for that width alone."""
+    settings, compiled = LOOP.FeedSettings, partial(torch.compile, dynamic=False)
+
+    def filled(**given: Any) -> Any:
+        return settings(**given, width=given["token_budget"])
+
+    replace(LOOP, "FeedSettings", filled)
+    replace(activations, "_compiled", _noted("one_width", compiled))
+
+
 PATCHES: Mapping[str, Callable[[], None]] = {
     "separate_rows": separate_rows,
     "logps_first": logps_first,
     "whole_head": whole_head,
     "head_everywhere": head_everywhere,
     "new_pages": new_pages,
+    "one_width": one_width,
 }

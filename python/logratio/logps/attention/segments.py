@@ -20,9 +20,8 @@ class SharedPrompt:
 
     def __init__(self, batch: SharedBatch) -> None:
         tokens = sum(batch.prompt_lengths) + sum(map(sum, batch.completion_lengths))
-        filler = (
-            batch.input_ids.shape[1] - tokens
-        )  # up to a fixed width: a prompt that none answers
+        # What fills the row up to a fixed width is a prompt that none answers.
+        filler = batch.input_ids.shape[1] - tokens
         self.prompts = batch.prompt_lengths + [filler] * (filler > 0)
         self.completions = batch.completion_lengths + [[]] * (filler > 0)
         self.answers = [sum(lengths) for lengths in self.completions]
