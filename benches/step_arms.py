@@ -43,7 +43,7 @@ LADDER: Mapping[str, Arm] = {
     "head-everywhere": _ours(patches=["head_everywhere"]),
     "checkpointing": _ours(config={"activation_checkpointing": "all"}),
     "small-batches": _ours(config={"token_budget": 1 << 10}),
-    "large-batches": _ours(config={"token_budget": 1 << 12}),
+    "large-batches": _ours(config={"token_budget": 1 << 13}),
     "new-pages": _ours(patches=["new_pages"]),
     "compiled": _ours(config={"compile_layers": True}),
     "compiled-static": _ours(

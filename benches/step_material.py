@@ -29,6 +29,7 @@ from logratio.data.batches import micro_batches
 from logratio.logps.tensors import to_torch
 from logratio.training import PrecomputeConfig, TrainConfig, precompute
 from logratio.training.cached import cached_reference
+from logratio.training.models import AT_ONCE
 
 SHARED = Path(os.environ.get("LOGRATIO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 LONGEST = 1024
@@ -141,7 +142,7 @@ def write_store(path: Path, pairs: list[Pair], tokenizer: PreferenceTokenizer) -
 
 def plan_updates(store: Store, order: str, batch: int, seed: int) -> list[np.ndarray]:
     """Return the groups of each update, in our planner's order."""
-    budget = TrainConfig.token_budget
+    budget = AT_ONCE["cpu"]  # an update has the same groups whatever the budget
     settings = FeedSettings(groups_per_update=batch, token_budget=budget, order=order, seed=seed)
     plan = settings.plan(store, epoch=0)
     updates = -(-len(store) // batch)

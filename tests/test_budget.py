@@ -1,5 +1,6 @@
 """The token budget: found by trying, halved where memory ends, and nothing lost by either."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from logratio._rust import Store, StoreWriter
-from logratio.training import demand
+from logratio.training import TrainConfig, demand, models
 from logratio.training.budget import (
     CEILING,
     FIRST,
@@ -16,6 +17,7 @@ from logratio.training.budget import (
     is_out_of_memory,
     token_budget,
 )
+from logratio.training.models import AT_ONCE, training_budget
 
 
 def store_of(*groups: tuple[int, list[int]]) -> Store:
@@ -109,6 +111,14 @@ def test_where_it_begins(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert token_budget(None, tiny_model, torch.device("cpu")).tokens == 100
     monkeypatch.setattr(demand, "free_bytes", lambda: 0.0)
     assert token_budget(None, tiny_model, torch.device("cpu")).tokens == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_training_has_a_budget_by_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "default_device", lambda _name: torch.device(device))
+    config = TrainConfig("model", [], "output")
+    assert training_budget(config) == AT_ONCE["cuda" if device == "cuda" else "cpu"]
+    assert training_budget(replace(config, token_budget=5)) == 5
 
 
 def test_free_memory_is_what_the_container_allows(

@@ -33,7 +33,11 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write the results there as JSON.")
     ] = None,
     reading: Reading = READING,
-    token_budget: options.TokenBudget = 16384,
+    token_budget: Annotated[
+        int,
+        typer.Option(help="Tokens computed at a time. Lower it when memory is short: no result "
+                     "changes.", rich_help_panel=options.MACHINE),
+    ] = 16384,
     precision: options.PrecisionOption = Precision.FP32,
     device: options.Device = None,
     dry_run: options.DryRun = False,

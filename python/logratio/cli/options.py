@@ -66,13 +66,6 @@ Data = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-TokenBudget = Annotated[
-    int,
-    typer.Option(
-        help="Tokens computed at a time. Lower it when memory is short: no result changes.",
-        rich_help_panel=MACHINE,
-    ),
-]
 Checkpointing = Annotated[
     ActivationCheckpointing,
     typer.Option(

@@ -19,7 +19,7 @@ from logratio.training import demand
 from logratio.training.activations import Kept, decoder_layers, keeping
 from logratio.training.budget import GroupQueue
 from logratio.training.config import TrainConfig
-from logratio.training.models import autocast
+from logratio.training.models import autocast, training_budget
 from logratio.training.setup import ConfigError
 
 SHARE = 0.8
@@ -189,7 +189,7 @@ def settle(
         )
     if wanted != "auto":
         return Choice(layers if wanted == "all" else 0)
-    groups = GroupQueue(store, np.arange(len(store)), layout).take(config.token_budget)
+    groups = GroupQueue(store, np.arange(len(store)), layout).take(training_budget(config))
     groups = groups[: config.batch_size]
     tokens = lay_out(store, groups, layout).input_ids.size
 

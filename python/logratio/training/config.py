@@ -58,6 +58,7 @@ class TrainConfig:
         batch_size: groups (pairs, demonstrations) per update, whatever the micro-batches.
         epochs: passes over the data.
         token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
+            None: 2,048 on a CPU, 8,192 on a GPU.
         activation_checkpointing: which decoder layers keep their input only and are computed twice:
             "auto", the share of them that would not fit; "off", none; "all". Changes no result.
         offload_activations: keep activations in host memory until the backward pass: two copies
@@ -95,7 +96,7 @@ class TrainConfig:
     batch_size: int = 32
     epochs: int = 1
     mix: tuple[float, ...] | None = None
-    token_budget: int = 8192
+    token_budget: int | None = None
     activation_checkpointing: ActivationCheckpointing = "auto"
     offload_activations: bool = False
     compile_layers: bool = False

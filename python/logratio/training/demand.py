@@ -13,7 +13,12 @@ from logratio._rust import Store
 from logratio.forecast import Forecast
 from logratio.training.config import Precision, Quantization, TrainConfig
 from logratio.training.fingerprint import parameter_count
-from logratio.training.models import base_folder, default_device, weights_dtype
+from logratio.training.models import (
+    base_folder,
+    default_device,
+    training_budget,
+    weights_dtype,
+)
 from logratio.training.optimizers import state_bytes
 from logratio.training.setup import reference_kind
 
@@ -55,7 +60,7 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     lengths = store.shared_lengths()
     tokens = float(lengths.sum()) * config.epochs
     longest = int(lengths.max())
-    at_once = min(max(config.token_budget, longest), config.batch_size * longest)
+    at_once = min(max(training_budget(config), longest), config.batch_size * longest)
     twice = config.activation_checkpointing == "all"
     work = seconds(config.model, tokens, TRAIN + FORWARD * twice, config.device)
     if kind in ("adapter", "frozen"):

@@ -31,7 +31,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.metrics import MetricsLog, added
-from logratio.training.models import autocast
+from logratio.training.models import autocast, training_budget
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.optimizers import clip_gradients, make_optimizer, state_bytes
 from logratio.training.reference import Reference
@@ -100,7 +100,7 @@ class Loop:
         """Return the micro-batches after update `start`."""
         settings = FeedSettings(
             groups_per_update=self.config.batch_size,
-            token_budget=self.config.token_budget,
+            token_budget=training_budget(self.config),
             layout=self.layout,
             seed=self.config.seed,
             weights=self.config.mix,
@@ -223,7 +223,7 @@ class Loop:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
         names = (
-            "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs token_budget "
+            "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs "
             "precision optimizer compile_layers seed mix"
         )
         fields = {name: getattr(self.config, name) for name in names.split()}
@@ -237,7 +237,8 @@ class Loop:
                 ("reference", self.config.reference or self.config.model),
             )
         }
-        return fields | models | {"beta": self.beta, "lora": lora, "data": self.store.digest}
+        own = {"token_budget": training_budget(self.config), "beta": self.beta, "lora": lora}
+        return fields | models | own | {"data": self.store.digest}
 
 
 def _place(micro: MicroBatch) -> tuple[int, int]:

@@ -13,10 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from logratio.training.config import LoraSettings, Precision, Quantization
+from logratio.training.config import LoraSettings, Precision, Quantization, TrainConfig
 from logratio.training.quantization import check_quantization, loading_arguments
 
 ADAPTER_CONFIG = "adapter_config.json"
+AT_ONCE = {"cpu": 2**11, "cuda": 2**13}
+"""Tokens of a micro-batch in training where nothing is said. On a CPU larger ones gain nothing and
+cost memory; smaller ones add up gradients more often. A GPU needs more to be busy."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -26,6 +29,14 @@ class ModelFolderError(ValueError):
 
 class DeviceError(ValueError):
     """There is no such device here."""
+
+
+def training_budget(config: TrainConfig) -> int:
+    """Return how many tokens a micro-batch has."""
+    if config.token_budget is not None:
+        return config.token_budget
+    kind = default_device(config.device).type
+    return AT_ONCE.get(kind, AT_ONCE["cpu"])
 
 
 def default_device(device: str | None) -> torch.device:

@@ -168,7 +168,8 @@ def check_config(config: TrainConfig) -> None:
     """
     if config.loss not in LOSSES:
         raise ConfigError(f"loss {config.loss!r} is unknown; there are {', '.join(LOSSES)}")
-    if config.batch_size < 1 or config.epochs < 1 or config.token_budget < 1:
+    counts = (config.batch_size, config.epochs, config.token_budget)
+    if any(count is not None and count < 1 for count in counts):
         raise ConfigError("batch_size, epochs and token_budget must be at least 1")
     if not (math.isfinite(config.lr) and config.lr > 0 and 0 <= config.warmup < 1):
         raise ConfigError("lr must be above 0 and warmup in [0, 1)")

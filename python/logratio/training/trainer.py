@@ -97,9 +97,8 @@ def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
     )
-    path.unlink(
-        missing_ok=True
-    )  # the map keeps it while the run needs it, and nothing can leave it behind
+    # The map keeps it while the run needs it, and nothing can leave it behind.
+    path.unlink(missing_ok=True)
     roles = ("demonstration",) if is_sft else ("chosen", "rejected")
     check_groups(dataset.store, roles, f"the loss {config.loss}")
     check_mix(config.mix, dataset.store)
