@@ -118,13 +118,13 @@ def _tell(turn: int, name: str, record: Record, spec: Spec) -> None:
 
 
 def tuned_rival(spec: Spec, pythons: Pythons) -> tuple[Arm, dict[str, float | str]]:
-    """Choose TRL's micro-batch by trying: the update whole, in halves, in quarters.
+    """Choose TRL's micro-batch by trying: the update whole, in halves, quarters and eighths.
 
     Returns:
         The arm with the fastest, and the seconds of each that was tried, or why it failed.
     """
     arm, tried = ARMS["trl-tuned"], dict[str, float | str]()
-    sizes = [spec.batch // parts for parts in (1, 2, 4) if spec.batch % parts == 0]
+    sizes = [spec.batch // parts for parts in (1, 2, 4, 8) if spec.batch % parts == 0]
     candidates = {n: replace(arm, settings={**arm.settings, "micro_batch": n}) for n in sizes}
     best: tuple[float, Arm] = float("inf"), arm
     for size, candidate in candidates.items():
