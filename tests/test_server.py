@@ -418,6 +418,7 @@ def test_client_that_leaves_frees_its_place(folder: Path) -> None:
             connection.request("POST", "/v1/rerank", body, JSON)
             connection.close()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        statuses: list[int] = []
 
         def answered() -> bool:
             connection.request(
@@ -425,10 +426,13 @@ def test_client_that_leaves_frees_its_place(folder: Path) -> None:
             )
             response = connection.getresponse()
             response.read()
+            statuses.append(response.status)
             return response.status == 200
 
         wait_for(answered)
         connection.close()
+        assert statuses[-1] == 200
+        assert set(statuses) <= {200, 503}
 
 
 def test_address_in_use_is_told_before_the_bundle_is_loaded(tmp_path: Path) -> None:
