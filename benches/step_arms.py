@@ -51,7 +51,7 @@ LADDER: Mapping[str, Arm] = {
     ),
     "all-undone": _ours(cache=False, patches=["separate_rows", "head_everywhere"]),
 }
-"""Ours with one thing undone each."""
+"""Ours with one thing undone each, or put in: the layers compiled."""
 
 RIVALS: Mapping[str, Arm] = {
     "plain": Arm("step_plain.py", {"reference": "frozen"}),
