@@ -7,10 +7,11 @@ import torch
 
 from logratio._rust import Store
 from logratio.training import demand
+from logratio.training.models import AT_ONCE
 
 FIRST = 2**12
 """What a GPU begins with: there is room for it beside any model that fits; the rest is found."""
-CEILING = {"cpu": 2**11, "cuda": 2**18}
+CEILING = {"cpu": AT_ONCE["cpu"], "cuda": 2**18}
 """Where larger stops paying. On a CPU the caches are full: two small models were fastest from 1,024
 to 4,096 tokens, and a fifth slower at 16,384."""
 MEMORY_SHARE = 0.5
