@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
 from functools import wraps
 from typing import Any, get_type_hints
 
@@ -41,3 +42,18 @@ def _flags(parameter: inspect.Parameter) -> list[inspect.Parameter]:
         )
         for field in fields(given)
     ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags that are called as the fields of a command's config that they fill."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as the config takes them: words, and tuples of what was repeated."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StrEnum):
+        return value.value
+    return (tuple(value) or None) if isinstance(value, list) else value

@@ -24,22 +24,6 @@ class Precision(StrEnum):
     BF16_WEIGHTS = "bf16-weights"
 
 
-class OptimizerName(StrEnum):
-    """Where the optimizer keeps its numbers, and how many bits they have."""
-
-    ADAMW = "adamw"
-    EIGHT = "adamw8bit"
-    HOST = "adamw-host"
-
-
-class ActivationCheckpointing(StrEnum):
-    """Which layers are computed twice to save memory."""
-
-    AUTO = "auto"
-    OFF = "off"
-    ALL = "all"
-
-
 Files = Annotated[
     list[Path],
     typer.Argument(
@@ -66,33 +50,6 @@ Data = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-Checkpointing = Annotated[
-    ActivationCheckpointing,
-    typer.Option(
-        "--activation-checkpointing",
-        help="Layers that keep their input only and are computed twice: as many as would not fit, "
-        "none or all. No result changes.",
-        rich_help_panel=MACHINE,
-    ),
-]
-Compile = Annotated[
-    bool,
-    typer.Option(
-        "--compile-layers",
-        help="Compile the layers (torch.compile): up to a minute at the start, worth a measurement "
-        "on a GPU.",
-        rich_help_panel=MACHINE,
-    ),
-]
-Offload = Annotated[
-    bool,
-    typer.Option(
-        "--offload-activations",
-        help="Keep activations in host memory until the backward pass: less GPU memory for two "
-        "copies over the bus. No result changes.",
-        rich_help_panel=MACHINE,
-    ),
-]
 ReadModeOption = Annotated[
     ReadMode,
     typer.Option(help="How the cache is read. pread is for network file systems: a file that is "
@@ -103,15 +60,6 @@ PrecisionOption = Annotated[
     typer.Option("--precision", help="bf16 is autocast over float32 weights; bf16-weights rounds "
                  "the weights too.", rich_help_panel=MACHINE),
 ]  # fmt: skip
-Optimizer = Annotated[
-    OptimizerName,
-    typer.Option(
-        "--optimizer",
-        help="adamw8bit keeps moments in 8 bits (bitsandbytes), inexact; adamw-host is exact, in "
-        "host memory, slower by two copies of the weights an update.",
-        rich_help_panel=MACHINE,
-    ),
-]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",

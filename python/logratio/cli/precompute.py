@@ -1,5 +1,6 @@
 """`logratio precompute`."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.flags import takes_flags
+from logratio.cli.flags import Settings, takes_flags
 from logratio.cli.options import Precision, ReadMode
 from logratio.cli.reading import READING, Reading
 from logratio.cli.training import announce
@@ -27,6 +28,58 @@ class Quantization(StrEnum):
     FOUR = "4bit"
 
 
+@dataclass(frozen=True)
+class Machine(Settings):
+    """What is computed on, in how many bits, and by how many."""
+
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Score only this part of the groups, told by content: "
+            "for job arrays, 1/8 to 8/8. torchrun shares by itself.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="ray: actors on an existing Ray cluster (RAY_ADDRESS) or a local "
+            "one. All machines must see the model and the cache.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = Engine.LOCAL
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Actors of Ray. Default: one a GPU, or one a CPU but one.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
+    token_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens computed at a time. Default: found by trying. No result changes "
+            "beyond rounding.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
+    precision: options.PrecisionOption = Precision.FP32
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(
+            help="Load the weights in 8 or 4 bits: another reference, with a folder of its own.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
+    read_mode: options.ReadModeOption = ReadMode.MAP
+    device: options.Device = None
+
+
+MACHINE = Machine()
+"""The defaults."""
+
+
 @takes_flags
 def precompute(
     model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
@@ -38,34 +91,7 @@ def precompute(
         typer.Option("--sums-only", help="Keep one sum a completion, over the tokens that count: "
                      "44 bytes, for billions. Losses that look at single tokens cannot read it."),
     ] = False,
-    share: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Score only this part of the groups, told by content: "
-                     "for job arrays, 1/8 to 8/8. torchrun shares by itself.",
-                     rich_help_panel=options.MACHINE),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="ray: actors on an existing Ray cluster (RAY_ADDRESS) or a local "
-                             "one. All machines must see the model and the cache.",
-                             rich_help_panel=options.MACHINE),
-    ] = Engine.LOCAL,
-    workers: Annotated[
-        int | None, typer.Option(help="Actors of Ray. Default: one a GPU, or one a CPU but one.",
-                                 rich_help_panel=options.MACHINE),
-    ] = None,
-    token_budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens computed at a time. Default: found by trying. No result changes "
-                     "beyond rounding.", rich_help_panel=options.MACHINE),
-    ] = None,
-    precision: options.PrecisionOption = Precision.FP32,
-    quantization: Annotated[
-        Quantization | None,
-        typer.Option(help="Load the weights in 8 or 4 bits: another reference, with a folder of "
-                     "its own.", rich_help_panel=options.MACHINE),
-    ] = None,
-    read_mode: options.ReadModeOption = ReadMode.MAP,
-    device: options.Device = None,
+    machine: Machine = MACHINE,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
     """Score every completion with the reference model, once, into a cache.
@@ -82,15 +108,8 @@ def precompute(
             model,
             data,
             cache,
-            read_mode=read_mode.value,
-            token_budget=token_budget,
             sums_only=sums_only,
-            share=share,
-            engine=engine.value,
-            workers=workers,
-            precision=precision.value,
-            quantization=quantization.value if quantization else None,
-            device=device,
+            **machine.settings(),
             rules=reading.rules,
             formats=reading.settings(),
             max_bad_fraction=reading.max_bad_fraction,
