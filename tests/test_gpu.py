@@ -1,7 +1,9 @@
 """What only a GPU can show: each kernel, memory, time, and a run from cache to trained policy.
 
 `pytest tests/test_gpu.py -s` on a machine with CUDA; needs the wheel, torch, transformers, numpy
-and pytest. Skipped elsewhere. Kernels that are not installed are skipped with the reason.
+and pytest, and tensorboardX for runs of `train`. Skipped elsewhere. Kernels that are not installed
+are skipped with the reason. Flex is compiled anew for each test: `-k flex` and `-k "not flex"` are
+parts of some minutes each.
 """
 
 import math
@@ -33,7 +35,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, SharedPromptError, flex, kernels, use_kernel
 from logratio.logps.attention.interface import NAME, shared_prompt_attention
-from logratio.logps.attention.kernels import KERNELS, Kernel
+from logratio.logps.attention.kernels import (
+    KERNELS,
+    Kernel,
+    KernelError,
+    Wanted,
+    kernel_for,
+    missing_kernels,
+)
+from logratio.logps.attention.trial import failure
 from logratio.logps.checks import batch_of, choose_layout
 from logratio.logps.completion import score
 from logratio.logps.tensors import SharedBatch, fields_for, pinned, to_torch
@@ -54,6 +64,7 @@ WINDOW = 37
 HEADS: dict[str, Any] = {**SIZES, "hidden_size": 128, "num_key_value_heads": 2, "head_dim": 32}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**HEADS),
+    "llama3": lambda: LlamaConfig(**{**HEADS, "num_key_value_heads": 1}),
     "mistral": lambda: MistralConfig(**HEADS, sliding_window=WINDOW),
     "gemma2": lambda: Gemma2Config(
         **HEADS, sliding_window=WINDOW, query_pre_attn_scalar=32, attn_logit_softcapping=5.0
@@ -77,7 +88,11 @@ class Case:
     scaling: float | None = None
 
 
+SHORT = 20
+"""Tokens of a prompt or completion of which a row stays below 128, one tile of FlexAttention."""
+
 CASES = {
+    "llama3": Case(8, 1, 64),
     "llama": Case(8, 2, 64),
     "mistral": Case(8, 2, 128, window=WINDOW),
     "gemma2": Case(4, 2, 256, window=WINDOW, softcap=5.0, scaling=1 / 12),
@@ -87,10 +102,11 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Compile anew in each test: torch gives up on a function after eight variants of it."""
+    """Compile anew in each test, so that none depends on another."""
     yield
     torch.compiler.reset()
     flex._compiled.cache_clear()
+    failure.cache_clear()
     torch.cuda.empty_cache()
 
 
@@ -191,8 +207,8 @@ def test_a_kernel_is_attention_forward_and_backward(
     family: str, kernel: Kernel, dtype: torch.dtype
 ) -> None:
     case = CASES[family]
-    for seed, completions in ((0, 2), (1, 1), (2, 3)):
-        batch = batch_on_gpu(random_groups(seed, completions))
+    for seed, completions, longest in ((0, 2, 300), (1, 1, 300), (2, 3, 300), (3, 1, SHORT)):
+        batch = batch_on_gpu(random_groups(seed, completions, longest))
         states = states_of(case, batch.input_ids.shape[1], dtype)
         out = attend(kernel, case, states, batch)
         truth = in_words(case, states, batch)
@@ -272,28 +288,44 @@ def logps_and_gradient(model: PreTrainedModel, logps: Tensor) -> tuple[Tensor, T
     return logps.detach().double().cpu(), torch.cat(parts)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_is_padded_is_the_oracle(family: str, kernel: Kernel) -> None:
+def test_shared_is_padded_is_the_oracle(family: str, kernel: Kernel, dtype: torch.dtype) -> None:
     """In bfloat16 shared rows may be as wrong as padded ones are, and half as much again."""
     groups = random_groups(4)
     model = rounded(family)
     double = in_float64(model)
     truth, slope = logps_and_gradient(double, per_token_logps(double, groups))
-    for dtype in DTYPES:
-        on_gpu = moved(model, DEVICE, dtype)
-        padded = logps_and_gradient(on_gpu, score(on_gpu, batch_of(groups, "padded", DEVICE)))
-        try:
-            with use_kernel(kernel):
-                logps = score(on_gpu, batch_of(groups, "shared", DEVICE))
-        except SharedPromptError as error:
-            if dtype == torch.float32:
-                pytest.skip(str(error))
-            continue
-        shared = logps_and_gradient(on_gpu, logps)
-        for own, other, exact in zip(shared, padded, (truth, slope), strict=True):
-            floor = 2e-3 if dtype == torch.bfloat16 else 1e-5
-            assert gap(own, exact) <= 1.5 * gap(other, exact) + floor
+    on_gpu = moved(model, DEVICE, dtype)
+    padded = logps_and_gradient(on_gpu, score(on_gpu, batch_of(groups, "padded", DEVICE)))
+    try:
+        with use_kernel(kernel):
+            logps = score(on_gpu, batch_of(groups, "shared", DEVICE))
+    except SharedPromptError as error:
+        pytest.skip(str(error))
+    shared = logps_and_gradient(on_gpu, logps)
+    for own, other, exact in zip(shared, padded, (truth, slope), strict=True):
+        floor = 2e-3 if dtype == torch.bfloat16 else 1e-5
+        assert gap(own, exact) <= 1.5 * gap(other, exact) + floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", CASES)
+def test_a_kernel_passes_its_trial_or_is_refused(
+    family: str, kernel: Kernel, dtype: torch.dtype
+) -> None:
+    """What a run tries before the first use of a kernel, and why it would pass one over here."""
+    case = CASES[family]
+    heads: dict[str, Any] = {"heads": case.heads, "key_heads": case.kv}
+    wanted = Wanted(DEVICE, dtype, case.size, case.size, softcap=case.softcap, **heads)
+    try:
+        kernel_for(wanted, missing_kernels(), kernel)
+    except KernelError as error:
+        pytest.skip(str(error))
+    if kernel != "sdpa":
+        assert failure(kernel, wanted, torch.device(DEVICE)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -325,6 +357,7 @@ def test_no_completion_sees_another(
 def test_dpo_learns_the_preference_from_a_cache(
     precision: str, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("tensorboardX")
     same: dict[str, Any] = {"precision": precision, "device": DEVICE}
     cache = tmp_path / "cache"
     first = PrecomputeConfig(tiny_model, [pairs_file], cache, **same)
@@ -342,6 +375,7 @@ def test_training_twice_gives_the_same_weights(
     tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, where torch is asked for deterministic algorithms."""
+    pytest.importorskip("tensorboardX")
     from safetensors.torch import load_file
 
     trained = []

@@ -1,7 +1,9 @@
 """Which attention kernel is chosen for what, why not a faster one, and how one is forced."""
 
+import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -119,13 +121,28 @@ def test_what_flex_lacks_to_be_compiled_is_named(
     include = tmp_path / "empty" if lacking == "header" else tmp_path
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(include))
     monkeypatch.setattr(kernels, "find_spec", lambda _: None if lacking == "triton" else "there")
+    monkeypatch.setattr(kernels, "_flash_lacks", lambda: None)
     monkeypatch.setattr(kernels, "which", lambda _: None if lacking == "compiler" else "/bin/gcc")
     monkeypatch.delenv("CC", raising=False)
     kernels.missing_kernels.cache_clear()
     found = dict(kernels.missing_kernels())
     kernels.missing_kernels.cache_clear()
     assert reason in found["flex"]
-    assert ("flash_attn" in found) == (lacking == "triton")
+    assert "flash_attn" not in found
+
+
+@pytest.mark.parametrize("has_function", [True, False])
+def test_flash_attn_is_what_has_its_function(
+    has_function: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fourth version is a package of the same name without it."""
+    module = ModuleType("flash_attn")
+    if has_function:
+        module.flash_attn_varlen_func = print  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: "there")
+    reason = kernels._flash_lacks()
+    assert reason is None if has_function else "cannot be imported" in str(reason)
 
 
 def test_a_kernel_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

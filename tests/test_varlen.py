@@ -191,6 +191,15 @@ def test_the_gradient_of_keys_is_rounded_once() -> None:
     assert gradient.flatten().tolist() == [1.0 + 2.0**-7, 0.0, 0.0]
 
 
+def test_keys_have_gradients_of_their_own_dtype_under_autocast() -> None:
+    sequences = sequences_of(batch_of_sequences(0, None, None))
+    states = torch.randn(sequences.tokens, 3, 4, dtype=torch.bfloat16, requires_grad=True)
+    gathered = gather_keys(states, sequences)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (gradient,) = torch.autograd.grad(gathered, states, torch.ones_like(gathered))
+    assert gradient.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("kv", [4, 2, 1])
 @pytest.mark.parametrize("seed", range(2))
@@ -323,7 +332,7 @@ def test_a_model_scores_the_same_through_sequences(
         used.append("varlen")
         return Choice("varlen", ())
 
-    monkeypatch.setattr(fused, "kernel_for", choose)
+    monkeypatch.setattr(fused, "choose", choose)
     found, gradient = score_and_gradient(model, batch)
     assert len(used) == 2  # layers
     assert torch.allclose(found, expected, atol=1e-5)

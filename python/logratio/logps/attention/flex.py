@@ -5,7 +5,7 @@ gathered; soft-capping is a function of the scores. Compiled on a GPU, at its fi
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -18,6 +18,14 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Whether the query (third) may see the key (fourth), both int positions in the row."""
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+"""For rows of fewer than 128 tokens torch has a kernel meant for decoding, which fails where they
+and the queries' heads a key's head has make more than its tile holds."""
+
+VARIANTS = 64
+"""A model has some four to seven (with gradients and without, one tile and several, dtypes), and a
+process may have several models; torch gives up after eight."""
 
 
 def attend_row(
@@ -36,16 +44,18 @@ def attend_row(
     if window not in sequences.masks:
         sequences.masks[window] = block_mask(sequences, window)
     attend: Callable[..., Any] = flex_attention
+    options: dict[str, Any] = {}
     if query.is_cuda:
-        attend = _compiled(flex_attention)
+        attend, options = _compiled(flex_attention), {"kernel_options": OPTIONS}
     out: Tensor = attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _capped(query.new_tensor(softcap)),
+        score_mod=None if softcap is None else _capped(softcap, query.device),
         block_mask=sequences.masks[window],
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return out.transpose(1, 2)
 
@@ -79,7 +89,11 @@ def visible(sequences: Sequences, window: int | None) -> MaskFunction:
     return sees
 
 
-def _capped(cap: Tensor) -> ScoreFunction:
+def _capped(softcap: float, device: torch.device) -> ScoreFunction:
+    """Return what caps scores, which are float32 there."""
+    # Filled on the device: a copy would wait for it.
+    cap = torch.full((), softcap, dtype=torch.float32, device=device)
+
     def capped(score: Tensor, _b: Tensor, _h: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
@@ -92,4 +106,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Whole or not at all: where a part could not be compiled, scores would be made whole instead.
     """
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @wraps(function)
+    def called(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            return compiled(*args, **options)
+
+    return called

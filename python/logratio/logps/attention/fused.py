@@ -1,13 +1,22 @@
 """Attention of shared prompts in few calls a layer, where a kernel for that is at hand: on CUDA."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from logratio.logps.attention.flex import attend_row
-from logratio.logps.attention.kernels import Wanted, kernel_for, missing_kernels, tell
+from logratio.logps.attention.kernels import (
+    Choice,
+    Kernel,
+    Wanted,
+    kernel_for,
+    missing_kernels,
+    tell,
+)
+from logratio.logps.attention.one_call import attend_in_one_call
 from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.segments import SharedPrompt
-from logratio.logps.attention.varlen import attend_sequences
+from logratio.logps.attention.trial import failure
 
 
 def attend_fused(
@@ -35,33 +44,31 @@ def attend_fused(
         dtype=_dtype(query),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
+        heads=query.shape[1],
+        key_heads=key.shape[1],
         softcap=scoring.softcap,
         dropout=scoring.dropout,
         sinks=scoring.sinks is not None,
         sequences=shared_prompt.sequences is not None,
     )
-    choice = kernel_for(wanted, missing_kernels(), shared_prompt.kernel)
+    choice = choose(wanted, query.device, shared_prompt.kernel)
     if query.is_cuda:
         tell(choice)
     sequences = shared_prompt.sequences
     if choice.name == "sdpa" or sequences is None:
         return None
     query, key, value = (states.to(wanted.dtype) for states in (query, key, value))
-    if choice.name == "flex":
-        return attend_row(
-            query, key, value, sequences, scoring.scaling, scoring.window, scoring.softcap
-        )
-    return attend_sequences(
-        query,
-        key,
-        value,
-        sequences,
-        kernel=choice.name,
-        scaling=scoring.scaling,
-        softcap=scoring.softcap,
-        dropout=scoring.dropout,
-        window=scoring.window,
-    )
+    return attend_in_one_call(choice.name, query, key, value, sequences, scoring)
+
+
+@cache
+def choose(wanted: Wanted, device: torch.device, forced: Kernel | None) -> Choice:
+    """Return the fastest kernel that does what is wanted and is seen to work here, or `forced`."""
+    choice = kernel_for(wanted, missing := missing_kernels(), forced)
+    while not forced and choice.name != "sdpa" and (why := failure(choice.name, wanted, device)):
+        missing += ((choice.name, why),)
+        choice = kernel_for(wanted, missing)
+    return choice
 
 
 def _dtype(states: Tensor) -> torch.dtype:

@@ -34,4 +34,5 @@ class _Gather(torch.autograd.Function):
         parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
         if counted is not None:
             parts = parts.masked_fill_(~counted[:, :, None, None], 0)
-        return total.index_copy_(0, tokens, parts.sum(1)), None  # each token once: no atomics
+        summed = parts.sum(1, dtype=gradient.dtype)  # which autocast would make float32
+        return total.index_copy_(0, tokens, summed), None  # each token once: no atomics

@@ -36,6 +36,8 @@ class Wanted:
         dtype: of queries, keys and values.
         head_dim: of queries and keys.
         value_dim: of values.
+        heads: of queries.
+        key_heads: of keys and values; divides `heads`.
         softcap: scores are capped at this (Gemma 2), or None.
         dropout: share of the attention weights to drop.
         sinks: whether there are scores that have no value (gpt-oss).
@@ -46,6 +48,8 @@ class Wanted:
     dtype: torch.dtype
     head_dim: int
     value_dim: int
+    heads: int = 1
+    key_heads: int = 1
     softcap: float | None = None
     dropout: float = 0.0
     sinks: bool = False
@@ -130,11 +134,22 @@ def _flex_refusal(wanted: Wanted) -> str | None:
 def missing_kernels() -> Missing:
     """Return which kernels are not installed here, and what each of them lacks."""
     missing: list[tuple[Kernel, str]] = []
-    if find_spec("flash_attn") is None:
-        missing.append(("flash_attn", "flash-attn is not installed"))
+    if lacking := _flash_lacks():
+        missing.append(("flash_attn", lacking))
     if lacking := _compiler_lacks():
         missing.append(("flex", f"it is compiled on its first use, which needs {lacking}"))
     return tuple(missing)
+
+
+def _flash_lacks() -> str | None:
+    """Say what is wrong with flash-attn 2, or return None: later ones share its name alone."""
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn cannot be imported: {error}"
+    return None
 
 
 def _compiler_lacks() -> str | None:
