@@ -128,6 +128,15 @@ def test_what_several_operations_save_is_moved_once_and_weights_stay() -> None:
     assert activations.unpack(again) is restored  # as long as one of them uses it
 
 
+def test_what_is_moved_comes_back_with_its_strides() -> None:
+    """Compiled layers count on them."""
+    turned = torch.randn(3, 5, 7).transpose(0, 2)
+    assert HostCopy(turned).restore().stride() == turned.stride()
+    assert torch.equal(HostCopy(turned).restore(), turned)
+    part = torch.randn(8, 9)[::2, 1:4]
+    assert torch.equal(HostCopy(part).restore(), part)
+
+
 def test_the_first_layers_are_computed_twice_and_passes_without_gradients_are_not() -> None:
     model = tiny(LlamaConfig(**{**SIZES, "num_hidden_layers": 5}))
     calls = [0] * 5

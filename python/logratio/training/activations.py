@@ -167,7 +167,8 @@ class HostCopy:
     def __init__(self, tensor: Tensor) -> None:
         pinned = tensor.device.type == "cuda"
         self._device = tensor.device
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        # With its strides, which compiled layers count on.
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         self._host.copy_(tensor, non_blocking=pinned)
         self._back: weakref.ref[Tensor] | None = None
 
