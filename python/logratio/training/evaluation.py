@@ -21,7 +21,6 @@ from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
-from logratio.training.pages import kept_pages
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 
@@ -147,7 +146,6 @@ class Evaluating:
         total = 2 * len(store)
         with (
             autocast(self.config.precision, self.device),
-            kept_pages(self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
             policy_logps = store_sums(policy, store, self.config.token_budget, advance)
@@ -156,7 +154,8 @@ class Evaluating:
         return summarize(store, policy_logps - reference_logps, self.config.beta, kl)
 
     def _load(self, folder: PathLike) -> nn.Module:
-        return load_model(folder, device=self.device, precision=self.config.precision)
+        model = load_model(folder, device=self.device, precision=self.config.precision)
+        return model.requires_grad_(False)  # autocast would keep its copies of weights that do
 
     def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:
         """Estimate the KL from completions that the policy draws for held-out prompts."""

@@ -29,7 +29,6 @@ from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.loop import say
 from logratio.training.models import base_folder, check_model_folder, default_device
-from logratio.training.pages import kept_pages
 from logratio.training.quantization import check_quantization
 from logratio.training.reference_scorer import ReferenceScorer
 from logratio.training.setup import ConfigError, Dataset, load_dataset
@@ -254,7 +253,7 @@ class Precompute:
         device = default_device(self.config.device)
         if slow := threads.advice(device):
             say(slow)
-        with kept_pages(device), closing(ReferenceScorer(self.config, self.work, device)) as scorer:
+        with closing(ReferenceScorer(self.config, self.work, device)) as scorer:
             try:
                 for tokens in scorer.score(self.work.groups):
                     yield tokens, 0

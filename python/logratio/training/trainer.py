@@ -28,7 +28,6 @@ from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.loop import CHECKPOINTS, Loop, say
 from logratio.training.models import ADAPTER_CONFIG, autocast, default_device, quietly
-from logratio.training.pages import kept_pages
 from logratio.training.reference import holds_sums_only, undisturbed
 from logratio.training.reference_pass import Precompute
 from logratio.training.setup import (
@@ -173,11 +172,7 @@ class Training:
         if layout == "padded":
             say(f"padded layout (slower, never wrong): {reason}")
         loop = Loop(self.config, self.store, policy, reference, layout)
-        with (
-            _attention(policy, layout),
-            kept_pages(self.device),
-            keeping(policy, self._kept(loop)),
-        ):
+        with _attention(policy, layout), keeping(policy, self._kept(loop)):
             steps, history = loop.run(self.updates, self.show_progress)
         with interrupts():  # what was trained is saved first
             save_policy(policy, self.config, self.dataset)
