@@ -20,7 +20,7 @@ from logratio.logps.checks import UnsupportedModelError, batch_of, check_head, c
 from logratio.logps.completion import score
 from logratio.logps.tensors import SharedBatch
 from logratio.training import TrainConfig, train
-from logratio.training.models import ModelFolderError, load_model
+from logratio.training.models import ModelFolderError, load_model, with_softcap
 
 SHARED = [name for name, family in FAMILIES.items() if family.layout == "shared"]
 LAYOUTS = [
@@ -264,3 +264,15 @@ def test_a_mixture_of_experts_trains_without_its_router_loss(
     train(TrainConfig(model=model, data=[pairs_file], output=output, lr=1e-4))
     before, after = (load_model(folder).state_dict() for folder in (model, output))
     assert any(not torch.equal(before[name], after[name]) for name in before if "gate" in name)
+
+
+def test_a_cap_is_not_left_to_an_attention_that_has_none(tmp_path: Path) -> None:
+    capped, plain = (tiny(FAMILIES[name].config()) for name in ("gemma2", "llama"))
+    for model in (capped, plain):
+        model.config._attn_implementation = "sdpa"  # as some releases choose
+        with_softcap(model)
+    assert capped.config._attn_implementation == "eager"
+    assert plain.config._attn_implementation == "sdpa"
+    capped.save_pretrained(tmp_path)
+    loaded: Any = load_model(tmp_path)
+    assert loaded.config._attn_implementation == "eager"

@@ -18,8 +18,9 @@ from logratio.training.quantization import check_quantization, loading_arguments
 
 ADAPTER_CONFIG = "adapter_config.json"
 AT_ONCE = {"cpu": 2**11, "cuda": 2**13}
-"""Tokens of a micro-batch in training where nothing is said. On a CPU larger ones gain nothing and
-cost memory; smaller ones add up gradients more often. A GPU needs more to be busy."""
+"""Tokens of a micro-batch in training where nothing is said. On a CPU 8,192 took 2.3 times the
+memory and gained nothing on a model of 6 layers of 288, and about a tenth on one of 12 of 768;
+smaller ones add up gradients more often. A GPU needs more to be busy: how many is not measured."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -111,7 +112,7 @@ def load_model(
         raise ModelFolderError(f"{folder}: its weights need another library: {error}") from error
     model: nn.Module = loaded[0]
     _check_whole(folder, loaded[1]["missing_keys"])
-    model = without_dropout(model).eval()
+    model = with_softcap(without_dropout(model)).eval()
     return model if special else model.to(device)
 
 
@@ -191,6 +192,18 @@ def without_dropout(model: Model) -> Model:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model
+
+
+def with_softcap(model: Model) -> Model:
+    """Let a model that caps its attention's scores (Gemma 2) do so: torch's own attention cannot.
+
+    Some releases of transformers 5 choose that one all the same, and leave the cap out in silence.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # type: ignore[operator]
     return model
 
 
