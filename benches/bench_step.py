@@ -33,8 +33,9 @@ from step_gate import SUMS
 from step_material import SHAPES, Wanted
 from step_models import MODELS
 from step_record import Spec
-from step_rounds import HERE, Pythons, run_arm, run_rounds, run_script, tuned_rival
+from step_rounds import HERE, Pythons, run_arm, run_rounds, run_script
 from step_summary import compare, control, steady_seconds
+from step_tuning import CANDIDATES, tuned
 
 RIVAL = ["trl==1.16.0"]
 DEFAULT_BATCH = {"large": 8, "0.5B": 8, "1.5B": 8}
@@ -74,11 +75,12 @@ def session(
     options: argparse.Namespace, spec: Spec, names: Sequence[str], pythons: Pythons, about: Row
 ) -> Iterator[tuple[str, Row]]:
     """Run the arms of one order; yield each comparison with the name of its file."""
-    arms, extra = dict(ARMS), dict[str, Row]()
-    if "trl-tuned" in names:
-        arms["trl-tuned"], tried = tuned_rival(spec, pythons)
-        extra["trl-tuned"] = {"tuning": tried, "settings": arms["trl-tuned"].settings}
+    arms, tuning = dict(ARMS), Row()
     own = [name for name in BESIDE if name in options.ours]
+    for name in [name for name in CANDIDATES if name in {*own, *names}]:
+        arms[name], tried = tuned(name, spec, pythons)
+        tuning[name] = {"seconds": tried, "settings": arms[name].settings}
+    about["tuning"] = tuning
     rounds, failures, gaps = run_rounds([*own, *names], arms, spec, pythons, options.rounds)
     about = about | control(rounds, spec.warmup)
     flops, peak = measured_flops(spec, about["model"]), about["peak_flops"]
@@ -91,7 +93,6 @@ def session(
     about["pairs_per_second"] = {name: pairs / seconds for name, seconds in typical.items()}
     about |= {"device": rounds[0]["ours"]["device"], "gate": gaps}
     for name in names:
-        more = about | extra.get(name, {})
         is_rung = name in LADDER
         file = "ladder" if is_rung else f"{about['model']}-{about['data']}-{name}"
         sides = [(name, "ours")] if is_rung else [(o, name) for o in own if o != "ours-again"]
@@ -100,7 +101,7 @@ def session(
                 found: Row = {"arm": arm, "against": against, "ratio": None, "failure": failed}
             else:
                 found = compare(rounds, arm, against, spec.warmup)
-            yield file, more | found
+            yield file, about | found
 
 
 def common_spec(options: argparse.Namespace, batch: int) -> Spec:

@@ -31,7 +31,7 @@ def _ours(**settings: Any) -> Arm:
 OURS: Mapping[str, Arm] = {
     "ours": _ours(),
     "ours-again": _ours(),
-    "ours-fastest": _ours(config={"token_budget": 1 << 16, "activation_checkpointing": "off"}),
+    "ours-fastest": _ours(config={"activation_checkpointing": "off"}),
     "ours-cold": _ours(precompute=True),
 }
 
@@ -44,7 +44,6 @@ LADDER: Mapping[str, Arm] = {
     "checkpointing": _ours(config={"activation_checkpointing": "all"}),
     "small-batches": _ours(config={"token_budget": 1 << 10}),
     "large-batches": _ours(config={"token_budget": 1 << 13}),
-    "new-pages": _ours(patches=["new_pages"]),
     "compiled": _ours(config={"compile_layers": True}),
     "compiled-static": _ours(
         config={"compile_layers": True, "token_budget": 1 << 10}, patches=["one_width"]

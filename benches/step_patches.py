@@ -6,7 +6,6 @@ is over (`check_used`): a rung never measures what it is not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -100,11 +99,6 @@ def head_everywhere() -> None:
     _with_logps("head_everywhere", logps)
 
 
-def new_pages() -> None:
-    """Freed memory goes back to the kernel, as malloc has it."""
-    replace(TRAINER, "kept_pages", _noted("new_pages", lambda _device: nullcontext()))
-
-
 def one_width() -> None:
     """Rows filled up to the token budget, and layers compiled for that width alone."""
     settings, compiled = LOOP.FeedSettings, partial(torch.compile, dynamic=False)
@@ -121,6 +115,5 @@ PATCHES: Mapping[str, Callable[[], None]] = {
     "logps_first": logps_first,
     "whole_head": whole_head,
     "head_everywhere": head_everywhere,
-    "new_pages": new_pages,
     "one_width": one_width,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from step_arms import ARMS, Arm
+from step_arms import Arm
 from step_gate import check
 from step_record import Spec
 from step_summary import steady_seconds
@@ -115,26 +115,3 @@ def _tell(turn: int, name: str, record: Record, spec: Spec) -> None:
     seconds = steady_seconds(record, spec.warmup) / spec.measured
     above = record["memory"]["above_model"] / 1e6
     print(f"round {turn + 1}, {name}: {seconds:.3f} s an update, {above:,.0f} MB", flush=True)
-
-
-def tuned_rival(spec: Spec, pythons: Pythons) -> tuple[Arm, dict[str, float | str]]:
-    """Choose TRL's micro-batch by trying: the update whole, in halves, quarters and eighths.
-
-    Returns:
-        The arm with the fastest, and the seconds of each that was tried, or why it failed.
-    """
-    arm, tried = ARMS["trl-tuned"], dict[str, float | str]()
-    sizes = [spec.batch // parts for parts in (1, 2, 4, 8) if spec.batch % parts == 0]
-    candidates = {n: replace(arm, settings={**arm.settings, "micro_batch": n}) for n in sizes}
-    best: tuple[float, Arm] = float("inf"), arm
-    for size, candidate in candidates.items():
-        try:
-            record = run_arm("trl-tuned", candidate, spec, pythons)
-        except WorkerError as error:
-            tried[str(size)] = str(error)
-            continue
-        seconds = steady_seconds(record, spec.warmup)
-        tried[str(size)] = seconds
-        best = min(best, (seconds, candidate), key=lambda pair: pair[0])
-    print(f"trl-tuned, seconds by micro-batch: {tried}", flush=True)
-    return best[1], tried

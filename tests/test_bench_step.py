@@ -29,6 +29,7 @@ from step_patches import LOOP, TRAINER
 from step_plain import collate, cosine, padded_pairs, sums
 from step_record import Pair, Spec, pair_hash
 from step_summary import compare, control, interval
+from step_tuning import CANDIDATES, fastest
 from tiny_models import FAMILIES, VOCABULARY, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -223,3 +224,19 @@ def test_ours_and_plain_pass_the_gate(tmp_path: Path, monkeypatch: pytest.Monkey
     assert check(records[0], records[1], "fp32")["sums"] < 1e-5
     assert [len(record["seconds"]) for record in records] == [2, 2]
     assert min(record["memory"]["above_model"] for record in records) > 0
+
+
+def test_both_sides_are_tuned() -> None:
+    spec = Spec("material", "result", "arm", batch=12)
+    rival, own = (CANDIDATES[name](spec) for name in ("trl-tuned", "ours-fastest"))
+    assert [arm.settings["micro_batch"] for arm in rival.values()] == [12, 6, 3]
+    configs = [arm.settings["config"] for arm in own.values()]
+    assert len({json.dumps(config, sort_keys=True) for config in configs}) == 6
+    for config in configs:
+        TrainConfig("model", [], "output", **config)
+    assert {config["activation_checkpointing"] for config in configs} == {"off"}
+
+
+def test_the_fastest_that_ended_is_taken() -> None:
+    assert fastest({"a": 3.0, "b": "exit status 1", "c": 2.0}) == "c"
+    assert fastest({"a": "exit status 1", "b": "exit status 1"}) == "a"
