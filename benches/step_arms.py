@@ -36,6 +36,7 @@ OURS: Mapping[str, Arm] = {
 }
 
 LADDER: Mapping[str, Arm] = {
+    "own-prompts": _ours(patches=["own_prompts"]),
     "no-sharing": _ours(patches=["separate_rows"]),
     "frozen": _ours(cache=False),
     "no-head-fusion": _ours(patches=["logps_first"]),

@@ -5,6 +5,7 @@ that named it. That part must be there, and what it was exchanged for must have 
 is over (`check_used`): a rung never measures what it is not.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from logratio.logps import completion
+from logratio.logps.attention.trial import row_of
 from logratio.logps.head import head_logits
-from logratio.logps.tensors import Batch
+from logratio.logps.tensors import Batch, SharedBatch
 from logratio.training import activations, loop, trainer
 
 LOOP: Any = loop
@@ -69,6 +71,43 @@ def separate_rows() -> None:
     replace(TRAINER, "choose_layout", choice)
 
 
+def own_prompts() -> None:
+    """Each completion behind its own copy of the prompt, end to end: nothing shared or padded."""
+
+    def loss(model: nn.Module, batch: Batch, loss_of: Any) -> Tensor:
+        whole: Tensor = completion.completion_loss(model, apart(batch), loss_of)
+        return whole
+
+    replace(LOOP, "completion_loss", _noted("own_prompts", loss))
+
+
+def apart(batch: Batch) -> SharedBatch:
+    """Lay the same targets out in a row in which a prompt is there once for each completion."""
+    assert isinstance(batch, SharedBatch)
+    index, logits, lengths = list[int](), list[int](), list[tuple[int, int]]()
+    at = 0
+    for prompt, answers in zip(batch.prompt_lengths, batch.completion_lengths, strict=True):
+        shared, at = range(at, at + prompt), at + prompt
+        for length in answers:
+            first = len(index) + prompt - 1
+            logits += range(first, first + length)
+            index += [*shared, *range(at, at + length)]
+            lengths.append((prompt, length))
+            at += length
+    device = batch.input_ids.device
+    place = torch.tensor(index, device=device)
+    laid = row_of([(prompt, (length,)) for prompt, length in lengths], device)
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids[:, place],
+        position_ids=batch.position_ids[:, place],
+        prompt_lengths=[prompt for prompt, _ in lengths],
+        completion_lengths=[[length] for _, length in lengths],
+        targets=dataclasses.replace(batch.targets, logit_index=torch.tensor(logits, device=device)),
+        sequences=laid if batch.sequences else None,
+    )
+
+
 def logps_first() -> None:
     """All log-probs, then the loss, then gradients: the head's tiles are made once more."""
     _with_logps("logps_first", completion.completion_logps)
@@ -111,6 +150,7 @@ def one_width() -> None:
 
 
 PATCHES: Mapping[str, Callable[[], None]] = {
+    "own_prompts": own_prompts,
     "separate_rows": separate_rows,
     "logps_first": logps_first,
     "whole_head": whole_head,

@@ -25,7 +25,7 @@ from step_material import (
 )
 from step_models import MODELS
 from step_ours import pairs_of
-from step_patches import LOOP, TRAINER
+from step_patches import LOOP, TRAINER, apart
 from step_plain import collate, cosine, padded_pairs, sums
 from step_record import Pair, Spec, pair_hash
 from step_summary import compare, control, interval
@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from logratio._rust import Store
 from logratio.data import TokenizationRules, lay_out
+from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
 from logratio.logps.tensors import to_torch
 from logratio.training import TrainConfig
@@ -224,6 +225,18 @@ def test_ours_and_plain_pass_the_gate(tmp_path: Path, monkeypatch: pytest.Monkey
     assert check(records[0], records[1], "fp32")["sums"] < 1e-5
     assert [len(record["seconds"]) for record in records] == [2, 2]
     assert min(record["memory"]["above_model"] for record in records) > 0
+
+
+def test_prompts_apart_are_the_same_targets() -> None:
+    model, groups = tiny(FAMILIES["llama"]()), [(p, [c, r]) for p, c, r in some_pairs()]
+    batch = batch_of([(list(p), [list(c) for c in both]) for p, both in groups], "shared")
+    row = apart(batch)
+    assert row.input_ids.shape[1] == sum(2 * len(p) + len(c) + len(r) for p, (c, r) in groups)
+    assert torch.equal(
+        row.input_ids.flatten()[row.targets.logit_index[0]],
+        batch.input_ids[0, len(groups[0][0]) - 1],
+    )
+    assert torch.allclose(score(model, row), score(model, batch), atol=1e-5)
 
 
 def test_both_sides_are_tuned() -> None:
