@@ -9,9 +9,10 @@ use std::{
     path::Path,
     sync::{
         Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use journals::{FINGERPRINT, append, block, create, open};
@@ -96,30 +97,34 @@ fn readers_beside_sealing_and_compaction_find_everything() {
     create(path); // makes the folder a cache
     let acknowledged = Mutex::new(Vec::new());
     let done = AtomicBool::new(false);
+    let (compacted, opened) = (AtomicU64::new(0), AtomicU64::new(0));
     let writers = 120 * times("LOGRATIO_WRITERS", 1) as u64;
     thread::scope(|scope| {
-        let compactions = [0, 1].map(|_| scope.spawn(|| compact_until(path, &done)));
+        let compactions = [0, 1].map(|_| scope.spawn(|| compact_until(path, &done, &compacted)));
         scope.spawn(|| report_until(path, &done));
         let readers: Vec<_> = (0..8)
-            .map(|_| scope.spawn(|| read_until(path, &acknowledged, &done)))
+            .map(|_| scope.spawn(|| read_until(path, &acknowledged, &done, &opened)))
             .collect();
         let write = |thread: u64| {
-            let acknowledged = &acknowledged;
-            scope.spawn(move || write_and_seal(path, thread * 1_000_000, writers, acknowledged))
+            let (acknowledged, compacted, opened) = (&acknowledged, &compacted, &opened);
+            let rounds = (0..writers).inspect(move |round| {
+                wait_for(compacted, 4 * round / writers);
+                wait_for(opened, 12 * round / writers);
+            });
+            scope.spawn(move || write_and_seal(path, thread * 1_000_000, rounds, acknowledged))
         };
         let ended = [0, 1, 2, 3].map(write).map(thread::ScopedJoinHandle::join);
         done.store(true, Ordering::Release);
         for end in ended {
             end.expect("writes");
         }
-        let opened: u64 = readers
-            .into_iter()
-            .map(|reader| reader.join().expect("reads"))
-            .sum();
-        let compacted: u64 = compactions
-            .into_iter()
-            .map(|thread| thread.join().expect("compacts"))
-            .sum();
+        for reader in readers {
+            reader.join().expect("reads");
+        }
+        for thread in compactions {
+            thread.join().expect("compacts");
+        }
+        let [opened, compacted] = [&opened, &compacted].map(|times| times.load(Ordering::Acquire));
         assert!(
             opened > 8 && compacted > 2,
             "{opened} opened, {compacted} compacted"
@@ -139,10 +144,15 @@ fn readers_beside_sealing_and_compaction_find_everything() {
     );
 }
 
-fn write_and_seal(path: &Path, first: u64, writers: u64, acknowledged: &Mutex<Vec<u64>>) {
+fn write_and_seal(
+    path: &Path,
+    first: u64,
+    rounds: impl Iterator<Item = u64>,
+    acknowledged: &Mutex<Vec<u64>>,
+) {
     let mut chance = Chance(first);
     let mut numbers = first..;
-    for _ in 0..writers {
+    for _ in rounds {
         let mut writer = create(path);
         for number in numbers.by_ref().take(1 + chance.below(3)) {
             append(&mut writer, &block(number)).expect("appends");
@@ -154,15 +164,22 @@ fn write_and_seal(path: &Path, first: u64, writers: u64, acknowledged: &Mutex<Ve
     }
 }
 
-fn compact_until(path: &Path, done: &AtomicBool) -> u64 {
-    let mut times = 0;
+/// Lets others keep up: where compaction gets no turn, files become too many to be open at once.
+fn wait_for(counted: &AtomicU64, times: u64) {
+    let start = Instant::now();
+    while counted.load(Ordering::Acquire) < times {
+        assert!(start.elapsed().as_secs() < 60, "no turn in a minute");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn compact_until(path: &Path, done: &AtomicBool, times: &AtomicU64) {
     while !done.load(Ordering::Acquire) {
         Cache::new(path, FINGERPRINT)
             .compact(false)
             .expect("compacts");
-        times += 1;
+        times.fetch_add(1, Ordering::AcqRel);
     }
-    times
 }
 
 /// A file that goes because its records are somewhere else now is no damage.
@@ -176,7 +193,7 @@ fn report_until(path: &Path, done: &AtomicBool) {
     }
 }
 
-fn read_until(path: &Path, acknowledged: &Mutex<Vec<u64>>, done: &AtomicBool) -> u64 {
+fn read_until(path: &Path, acknowledged: &Mutex<Vec<u64>>, done: &AtomicBool, opened: &AtomicU64) {
     let mut times = 0;
     while !done.load(Ordering::Acquire) {
         let known = acknowledged.lock().expect("no panic").clone();
@@ -187,8 +204,8 @@ fn read_until(path: &Path, acknowledged: &Mutex<Vec<u64>>, done: &AtomicBool) ->
         };
         check(path, &known, mode);
         times += 1;
+        opened.fetch_add(1, Ordering::AcqRel);
     }
-    times
 }
 
 /// Whatever was acknowledged is there, with its values.

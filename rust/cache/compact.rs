@@ -11,7 +11,7 @@ use super::{
     journal_table::JournalTable,
     manifest::manifest_name,
     merge::Found,
-    seal::{Counts, NAMES, SHARD_BYTES},
+    seal::{Counts, NAMES},
     shard_writer::Written,
     snapshot::{Listing, open_shard, open_sources, read_manifests, until_still},
     source::Source,
@@ -61,8 +61,7 @@ impl Cache {
         let (listing, sources, mut done) = until_still(self, idle)?;
         let all_sealed = !sources.iter().any(Source::is_journal);
         if sources.len() > 1 || !all_sealed {
-            let (written, counts) = self.write_shards(&sources, SHARD_BYTES, |_| true)?;
-            self.publish(&written)?;
+            let (written, counts) = self.add_shards(&sources, |_| true)?;
             done.note(&written, counts);
             self.remove_sources(&sources, &mut done)?;
         }
@@ -88,8 +87,7 @@ impl Cache {
         }
         // A journal's last block can be read before it is durable, and may never be.
         let new = |found: &Found| found.source >= sealed && found.last >= own;
-        let (written, counts) = self.write_shards(&sources, SHARD_BYTES, new)?;
-        self.publish(&written)?;
+        let (written, counts) = self.add_shards(&sources, new)?;
         let mut done = Compacted::default();
         done.note(&written, counts);
         Ok(done)

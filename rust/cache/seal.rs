@@ -4,7 +4,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io::{self, ErrorKind},
     path::Path,
-    process,
+    process, thread,
 };
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     manifest::{Manifest, manifest_name},
     merge::{Found, Merged},
     shard_writer::{ShardWriter, Written},
-    snapshot::PARTIAL,
+    snapshot::{PARTIAL, PAUSE, TRIES, is_gone},
     source::Source,
     writer::writer_name,
 };
@@ -41,18 +41,39 @@ impl Cache {
     pub(super) fn seal(&self, journal: &Path) -> Result<Option<String>> {
         let table = JournalTable::open(self, journal.into())?;
         let sources = [Source::Journal(table)];
-        let (shards, _) = self.write_shards(&sources, SHARD_BYTES, |_| true)?;
+        let (shards, _) = self.add_shards(&sources, |_| true)?;
         let first = shards.first().map(|written| written.name.clone());
-        self.publish(&shards)?;
         self.disk.remove(journal).map_err(Error::io(journal))?;
         Ok(first)
     }
 
-    /// Writes the wanted keys of `sources`, each once, to shards of about `full` bytes.
-    pub(super) fn write_shards(
+    /// Writes the wanted keys of `sources` to shards that are part of the cache when this returns.
+    ///
+    /// Whoever compacts may take a file for a leftover before it is locked, or take a new shard in
+    /// and remove it before it is seen to be kept. Then all are written once more: `sources` are
+    /// open, and compaction leaves out what is there twice.
+    pub(super) fn add_shards(
         &self,
         sources: &[Source],
-        full: usize,
+        wanted: impl Fn(&Found) -> bool,
+    ) -> Result<(Vec<Written>, Counts)> {
+        let add = || {
+            let (shards, counts) = self.write_shards(sources, &wanted)?;
+            self.publish(&shards).map(|()| (shards, counts))
+        };
+        for _ in 1..TRIES {
+            match add() {
+                Err(error) if is_gone(&error) => thread::sleep(PAUSE),
+                added => return added,
+            }
+        }
+        add()
+    }
+
+    /// Writes the wanted keys of `sources`, each once, to shards of about `SHARD_BYTES`.
+    fn write_shards(
+        &self,
+        sources: &[Source],
         wanted: impl Fn(&Found) -> bool,
     ) -> Result<(Vec<Written>, Counts)> {
         let mut merged = Merged::new(self.agreement(), sources, None)?;
@@ -69,7 +90,7 @@ impl Cache {
                 None => ShardWriter::new(self)?,
             };
             writer.push(&sources[found.source], found.row)?;
-            if writer.bytes() < full {
+            if writer.bytes() < SHARD_BYTES {
                 open = Some(writer);
             } else {
                 shards.push(writer.finish()?);
@@ -83,7 +104,7 @@ impl Cache {
 
     /// Makes shards part of the cache: when this returns, their manifests are durable and the
     /// records may go from where they were.
-    pub(super) fn publish(&self, shards: &[Written]) -> Result<()> {
+    fn publish(&self, shards: &[Written]) -> Result<()> {
         for written in shards {
             self.write_manifest(&Manifest::new(self, written))?;
         }
