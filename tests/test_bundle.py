@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from logratio.bundle import (
     MANIFEST,
     WEIGHTS,
     BundleError,
+    Manifest,
     describe_file,
     read_manifest,
     verify_files,
@@ -109,8 +110,16 @@ def test_linked_manifest_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_newer_format_is_refused_by_name(bundle: Path) -> None:
-    rewrite_manifest(bundle, format_version=2)
-    assert "bundle format 2, and this logratio reads 1" in refusal(bundle)
+    rewrite_manifest(bundle, format_version=3)
+    assert "bundle format 3, and this logratio reads up to 2" in refusal(bundle)
+
+
+def test_an_older_format_is_read(bundle: Path) -> None:
+    content = json.loads((bundle / MANIFEST).read_text())
+    optional = {field.name for field in fields(Manifest) if field.default is not MISSING}
+    older = {name: value for name, value in content.items() if name not in optional}
+    (bundle / MANIFEST).write_text(json.dumps({**older, "format_version": 1}))
+    assert read_manifest(bundle).beta == content["beta"]
 
 
 def test_what_is_no_bundle_is_told_apart(bundle: Path, tmp_path: Path) -> None:

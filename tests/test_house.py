@@ -36,7 +36,7 @@ def test_no_file_is_named_after_nothing() -> None:
 @pytest.mark.parametrize("path", python_sources(), ids=relative)
 def test_python_file_and_its_functions_are_short(path: Path) -> None:
     source = path.read_text()
-    assert source.count("\n") <= 300, "split it by noun"
+    assert source.count("\n") <= 600, "is it still one idea?"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.body[0].lineno < 60, node.name
@@ -45,7 +45,7 @@ def test_python_file_and_its_functions_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", rust_sources(), ids=relative)
 def test_rust_file_is_short_and_keeps_to_its_side(path: Path) -> None:
     code = path.read_text().split("\n#[cfg(test)]\nmod tests {")[0]
-    assert code.count("\n") <= 350, "split it by noun"
+    assert code.count("\n") <= 600, "is it still one idea?"
     spoken = re.sub(r"//.*", "", code)
     if relative(path) != "rust/map.rs":
         assert not re.search(r"\bunsafe\b|\bunsafe_code\b", spoken)

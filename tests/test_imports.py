@@ -71,7 +71,8 @@ def loaded_by(code: str) -> set[str]:
 def test_module_names_only_what_its_folder_may(path: Path) -> None:
     package = ".".join(["logratio", *path.relative_to(PACKAGE).parent.parts])
     names = list(imported(path.read_text(), package))
-    assert not breaches(iter(names), FORBIDDEN.get(room(path), set()))
+    named = (name for name in names if not name.startswith("logratio.errors"))
+    assert not breaches(named, FORBIDDEN.get(room(path), set()))
     if room(path) not in MAY_NAME_RUST:
         assert not breaches(iter(names), {"logratio._rust"})
 
@@ -147,3 +148,18 @@ def test_help_works_without_torch_and_without_the_extras(command: list[str]) -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def exceptions_of_the_package() -> Iterator[tuple[str, ast.ClassDef]]:
+    for path in python_sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
+                yield f"{relative(path)}:{node.name}", node
+
+
+def test_every_exception_derives_from_the_one_base_class() -> None:
+    found = dict(exceptions_of_the_package())
+    own = {node.name for node in found.values()} | {"Exception"}
+    bases = {name: {ast.unparse(base) for base in node.bases} for name, node in found.items()}
+    assert len(found) > 30
+    assert not [name for name, its in bases.items() if not its & own]

@@ -15,12 +15,16 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-FORMAT_VERSION = 1
+from logratio.errors import LogratioError
+
+FORMAT_VERSION = 2
+"""Version 2 added fields with defaults; a bundle of version 1 has none of them, and is read."""
+_READABLE = (1, FORMAT_VERSION)
 MANIFEST = "bundle.json"
 GRAPH = "scorer.onnx"
 WEIGHTS = "scorer.onnx.data"
@@ -56,7 +60,7 @@ _MANIFEST_LIMIT = 16 * 2**20
 _BLOCK = 2**20
 
 
-class BundleError(ValueError):
+class BundleError(LogratioError, ValueError):
     """The folder is not a bundle, was altered, or is of a newer format."""
 
 
@@ -121,6 +125,7 @@ class Manifest:
         golden: Groups with known answers, replayed at every load.
         parity: Largest differences in nats that the export measured, by check.
         versions: Of the libraries that made the bundle.
+        format_version: Of this description; see `FORMAT_VERSION`.
     """
 
     beta: float
@@ -133,6 +138,7 @@ class Manifest:
     golden: list[GoldenGroup]
     parity: dict[str, float]
     versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
 
     @property
     def name(self) -> str:
@@ -141,15 +147,18 @@ class Manifest:
 
     def to_json(self) -> str:
         """Write the manifest as it stands in the folder."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def graph_properties(
-    beta: float, policy: Mapping[str, Any], reference: Mapping[str, Any]
+    beta: float,
+    policy: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    format_version: int = FORMAT_VERSION,
 ) -> dict[str, str]:
     """Return what the graph repeats of the manifest, so that the two cannot be mixed up."""
     return {
-        "logratio.format_version": str(FORMAT_VERSION),
+        "logratio.format_version": str(format_version),
         "logratio.beta": repr(beta),
         "logratio.policy": str(policy.get("digest", "")),
         "logratio.reference": str(reference.get("digest", "")),
@@ -185,10 +194,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise BundleError(f"{folder / MANIFEST}: not JSON ({error})") from error
     if not isinstance(values, dict):
         raise BundleError(f"{folder / MANIFEST}: not a JSON object")
-    version = values.pop("format_version", None)
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    version = values.get("format_version")
+    if type(version) is not int or version not in _READABLE:
         raise BundleError(
-            f"{folder}: bundle format {version!r}, and this logratio reads {FORMAT_VERSION}; "
+            f"{folder}: bundle format {version!r}, and this logratio reads up to {FORMAT_VERSION}; "
             "install a version of logratio that knows it, or export again"
         )
     return _manifest(values, str(folder / MANIFEST))
@@ -272,14 +281,19 @@ def _check_golden(group: GoldenGroup, vocabulary_size: int, where: str) -> None:
 
 
 def _build(kind: Any, values: object, where: str) -> Any:
-    """Make a dataclass of a JSON object: every field, no other, each of its declared type."""
+    """Make a dataclass of a JSON object: every field without a default, no unknown one."""
     if not isinstance(values, Mapping):
         raise BundleError(f"{where}: {kind.__name__} is not an object")
     declared = {field.name: field.type for field in fields(kind)}
-    for name in sorted(declared.keys() ^ values.keys()):
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}
+    for name in sorted((declared.keys() - optional) ^ (values.keys() - optional)):
         raise BundleError(f"{where}: {name} is {'missing' if name in declared else 'unknown'}")
-    return kind(**{name: _typed(declared[name], values[name], f"{where}: {name}")
-                   for name in declared})  # fmt: skip
+    return kind(
+        **{
+            name: _typed(declared[name], value, f"{where}: {name}")
+            for name, value in values.items()
+        }
+    )
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:

@@ -3,11 +3,13 @@
 import importlib
 from types import ModuleType
 
+from logratio.errors import LogratioError
+
 ALONE = {"quantized", "ray", "trl"}
 """Extras without a `-cpu` twin: they run no graph."""
 
 
-class MissingExtraError(ImportError):
+class MissingExtraError(LogratioError, ImportError):
     """A library is missing that an optional part of logratio needs."""
 
 

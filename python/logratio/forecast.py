@@ -4,6 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from logratio.errors import LogratioError
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -33,7 +35,7 @@ class Forecast:
         )
 
 
-class OutputError(OSError):
+class OutputError(LogratioError, OSError):
     """The output folder cannot be used."""
 
 

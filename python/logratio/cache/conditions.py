@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from logratio.durable import write_whole
+from logratio.errors import LogratioError
 
 
-class DamagedFingerprintError(ValueError):
+class DamagedFingerprintError(LogratioError, ValueError):
     """What a folder says of itself cannot be read, or is not what its digest was made from."""
 
 

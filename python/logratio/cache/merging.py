@@ -17,11 +17,12 @@ from logratio.cache.identity import (
 from logratio.cache.reading import open_reader
 from logratio.cache.results import Change
 from logratio.durable import write_whole
+from logratio.errors import LogratioError
 
 KEY_BYTES, COUNT_BYTES, SUM_BYTES, LOGP_BYTES = 32, 4, 8, 4
 
 
-class MergeError(ValueError):
+class MergeError(LogratioError, ValueError):
     """Folders cannot become one."""
 
 

@@ -5,9 +5,10 @@ from numpy.typing import NDArray
 
 from logratio._rust import CacheReader
 from logratio.cache.identity import StoredReference
+from logratio.errors import LogratioError
 
 
-class MissingCompletionsError(LookupError):
+class MissingCompletionsError(LogratioError, LookupError):
     """The cache lacks completions that were asked for."""
 
 

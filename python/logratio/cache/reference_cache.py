@@ -7,9 +7,10 @@ from logratio.cache import merging, parquet
 from logratio.cache.identity import StoredReference, find_references
 from logratio.cache.reading import ReferenceLogps
 from logratio.cache.results import CacheFile, Change, Exported, ReferenceReport
+from logratio.errors import LogratioError
 
 
-class NoReferenceError(LookupError):
+class NoReferenceError(LogratioError, LookupError):
     """There is no cache here, or not the reference that was asked for."""
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from logratio.cli import cache, data, evaluation, precompute, scoring, training
+from logratio.errors import LogratioError
 
 app = typer.Typer(
     name="logratio",
@@ -87,7 +88,7 @@ def spread(arguments: Sequence[str]) -> list[str]:
 
 def _is_told(error: Exception) -> bool:
     """Tell an error that speaks to the user from a fault of the program."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("logratio")
+    return isinstance(error, OSError | LogratioError) or type(error).__module__ == "logratio._rust"
 
 
 def _sentence(error: Exception) -> str:

@@ -10,6 +10,7 @@ import typer
 from logratio.cli import options
 from logratio.cli.flags import takes_flags
 from logratio.cli.reading import Reading
+from logratio.errors import LogratioError
 
 if TYPE_CHECKING:
     from logratio.data.analysis import Analysis
@@ -18,7 +19,7 @@ _OUTPUT = "What is written"
 _ALL_MAY_BE_BAD = Reading(max_bad_fraction=1.0)
 
 
-class RequestError(ValueError):
+class RequestError(LogratioError, ValueError):
     """The command's arguments cannot be followed together."""
 
 

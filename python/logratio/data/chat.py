@@ -14,11 +14,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from logratio.data.records import Message
+from logratio.errors import LogratioError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(LogratioError, ValueError):
     """A chat template is malformed, or refuses or fails on these messages."""
 
 

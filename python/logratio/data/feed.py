@@ -13,9 +13,10 @@ from logratio._rust import PaddedLayout, Plan, SharedLayout, Store
 from logratio.data.ahead import ahead
 from logratio.data.arenas import Arenas
 from logratio.data.batches import lay_out, micro_batches
+from logratio.errors import LogratioError
 
 
-class FeedStateError(ValueError):
+class FeedStateError(LogratioError, ValueError):
     """A saved position belongs to another order of the data."""
 
 

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from typing import Any
 
 from logratio.data.codes import stops
+from logratio.errors import LogratioError
 
 Message = Mapping[str, Any]
 """One turn of a chat: ``{"role": …, "content": …}``, and what else its template reads."""
@@ -122,7 +123,7 @@ class Refusal:
         return f"{self.source}{column} [{self.code}] {self.reason}"
 
 
-class InvalidRecordError(ValueError):
+class InvalidRecordError(LogratioError, ValueError):
     """A row, or a prompt and completion, cannot be taken.
 
     Attributes:

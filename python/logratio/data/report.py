@@ -9,6 +9,7 @@ from typing import IO, Any
 from logratio.data.codes import CODES, Cut, stops
 from logratio.data.groups import TokenizedGroup
 from logratio.data.records import Refusal, Source
+from logratio.errors import LogratioError
 
 LISTED = 20
 """Most places that are named for one cause; every one is counted."""
@@ -17,7 +18,7 @@ _SHOWN = 3  # of them in the text
 _LONGEST_ROW = 1 << 20  # characters of JSON up to which a refused row is written down
 
 
-class BadDataError(ValueError):
+class BadDataError(LogratioError, ValueError):
     """The data is broken beyond what was allowed, or nothing of it is left.
 
     Attributes:

@@ -10,9 +10,10 @@ from logratio.data.containers import Input
 from logratio.data.containers.recognition import STORE_MAGIC
 from logratio.data.report import DataReport
 from logratio.data.tokenization import PreferenceTokenizer
+from logratio.errors import LogratioError
 
 
-class StoreMismatchError(ValueError):
+class StoreMismatchError(LogratioError, ValueError):
     """A store was made with another tokenizer or other rules, or is named beside other inputs."""
 
 

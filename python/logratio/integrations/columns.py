@@ -13,6 +13,7 @@ from logratio.data.arrays import PAIR
 from logratio.data.containers import Input
 from logratio.data.containers.arrow_library import arrow
 from logratio.durable import published
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.integrations.lookup import CachedLogps, open_reference
 from logratio.integrations.stretch import Stretch, source_files
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Shape = Literal["pairs", "completions"]
 
 
-class ColumnsError(ValueError):
+class ColumnsError(LogratioError, ValueError):
     """The data cannot be written as the table that is asked for."""
 
 

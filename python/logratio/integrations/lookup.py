@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from logratio._rust import CacheReader, SharedLayout, Store
 from logratio.cache import NoReferenceError, ReferenceCache
 from logratio.cache.reading import open_reader
+from logratio.errors import LogratioError
 
 STRETCH_TOKENS = 2**20
 """Tokens looked up together: some 20 MB of ids and log-probs."""
@@ -19,7 +20,7 @@ FIELDS = (
 )
 
 
-class MissingLogpsError(ValueError):
+class MissingLogpsError(LogratioError, ValueError):
     """There is no such reference in the cache, or it lacks log-probs of the data."""
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from logratio._rust import Store, StoreWriter
 from logratio.data.arrays import PAIR, GroupArrays
+from logratio.errors import LogratioError
 
 FED = {"input_ids", "attention_mask", "completion_mask"}
 """What a collator may feed to a model: anything else could move a log-prob, and is in no key."""
@@ -17,7 +18,7 @@ FED = {"input_ids", "attention_mask", "completion_mask"}
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
-class ForeignRowsError(ValueError):
+class ForeignRowsError(LogratioError, ValueError):
     """Rows are fed to the model in a way that a cache of token ids knows nothing of."""
 
 

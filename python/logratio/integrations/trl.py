@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.integrations.dpo_columns import COLUMNS, IDS
 from logratio.integrations.dpo_columns import reference_columns as reference_columns
@@ -30,7 +31,7 @@ NATS = {"fp32": 1e-3, "bf16": 2.0}
 """What rounding may move a sequence's sum by, beyond 1e-5 of it."""
 
 
-class TrlError(ValueError):
+class TrlError(LogratioError, ValueError):
     """TRL is another than the tested one, or its settings ask for what no cache can give."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from logratio._rust import StoreWriter
 from logratio.data import lay_out
+from logratio.errors import LogratioError
 from logratio.logps.attention import SharedPromptError
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import head_logits
@@ -21,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 Group = tuple[list[int], list[list[int]]]
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(LogratioError, ValueError):
     """The model's log-probs cannot be computed rightly."""
 
 

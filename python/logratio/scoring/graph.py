@@ -14,6 +14,7 @@ from torch import Tensor
 
 from logratio._rust import candidate_layout
 from logratio.bundle import GRAPH, INPUTS, WEIGHTS
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.logps.completion import transformer
 from logratio.scoring.joining import joined, open_weights
@@ -40,7 +41,7 @@ _CHATTY = (
 )
 
 
-class GraphError(RuntimeError):
+class GraphError(LogratioError, RuntimeError):
     """The model cannot be written as an ONNX graph."""
 
 

@@ -8,13 +8,14 @@ import numpy as np
 
 from logratio._rust import candidate_layout
 from logratio.bundle import CHUNK, OUTPUTS, PARITY, tolerance
+from logratio.errors import LogratioError
 from logratio.scoring.golden import GoldenInput
 from logratio.scoring.graph import feed
 
 _OTHER_CHUNK = 32
 
 
-class ParityError(RuntimeError):
+class ParityError(LogratioError, RuntimeError):
     """The graph does not give torch's log-probs."""
 
 

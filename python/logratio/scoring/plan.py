@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from logratio.bundle import TOKENIZER_FILES
 from logratio.data import PreferenceTokenizer, TokenizationRules
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
 from logratio.logps.checks import UnsupportedModelError
@@ -27,7 +28,7 @@ _COPIES, _COPIES_APART = 4.0, 2.0
 _SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 3.5, 2e8
 
 
-class ExportError(ValueError):
+class ExportError(LogratioError, ValueError):
     """The export cannot be made as asked; nothing was left in the output folder."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+from logratio.errors import LogratioError
 from logratio.serving.limits import Limits
 from logratio.serving.refusals import RefusedError
 
@@ -15,7 +16,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
-class ClientGoneError(Exception):
+class ClientGoneError(LogratioError):
     """The client closed the connection before its request was complete."""
 
 

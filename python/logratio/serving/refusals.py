@@ -3,11 +3,12 @@
 import re
 
 from logratio.data import CODES
+from logratio.errors import LogratioError
 
 _CODE = re.compile(r"\[(\w+)\]")
 
 
-class RefusedError(Exception):
+class RefusedError(LogratioError):
     """A request gets no ranking.
 
     Attributes:

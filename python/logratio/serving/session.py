@@ -16,6 +16,7 @@ from logratio.bundle import (
     Manifest,
     graph_properties,
 )
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.serving.external_data import check_external_data
 
@@ -24,7 +25,7 @@ _OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 keeps 10 bits: golden rewards would
 _ERRORS_ONLY = 3
 
 
-class ProviderError(RuntimeError):
+class ProviderError(LogratioError, RuntimeError):
     """The execution provider that was asked for cannot be used here."""
 
 
@@ -105,7 +106,9 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     if outputs != dict.fromkeys(OUTPUTS, ("tensor(float)", 1)):
         raise BundleError(f"{where}: its outputs are not a scorer's")
     properties = session.get_modelmeta().custom_metadata_map
-    stated = graph_properties(manifest.beta, manifest.policy, manifest.reference)
+    stated = graph_properties(
+        manifest.beta, manifest.policy, manifest.reference, manifest.format_version
+    )
     for name, value in stated.items():
         if properties.get(name) != value:
             raise BundleError(f"{where}: its {name} is not the one in the manifest")

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from logratio.errors import LogratioError
 from logratio.logps.attention import NAME
 from logratio.logps.completion import transformer
 
@@ -50,7 +51,7 @@ class Kept:
     compiled: bool = False
 
 
-class RecomputationError(ValueError):
+class RecomputationError(LogratioError, ValueError):
     """A layer that cannot be computed twice was asked to be."""
 
 

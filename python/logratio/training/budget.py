@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from logratio._rust import Store
+from logratio.errors import LogratioError
 from logratio.training import demand
 from logratio.training.models import AT_ONCE
 
@@ -20,7 +21,7 @@ PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 """How torch says so where the error's type does not."""
 
 
-class MemoryShortageError(RuntimeError):
+class MemoryShortageError(LogratioError, RuntimeError):
     """Not even one group fits in memory."""
 
 

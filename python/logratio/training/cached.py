@@ -8,6 +8,7 @@ from torch import Tensor
 
 from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
 from logratio.data import source_names
+from logratio.errors import LogratioError
 from logratio.logps.tensors import Batch
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
@@ -24,7 +25,7 @@ HIGHEST = 1e-3
 """A log-prob above 0 by more is no rounding: the cache refuses it too."""
 
 
-class ImpossibleLogpError(ArithmeticError):
+class ImpossibleLogpError(LogratioError, ArithmeticError):
     """A log-prob that no model can mean: not finite, or above 0."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import lay_out, source_names
+from logratio.errors import LogratioError
 from logratio.logps.tensors import Batch, fields_for, to_torch
 from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.config import Precision
@@ -76,7 +77,7 @@ A GPU chooses kernels by the batch's shape, and larger models round more often, 
 room: 3 to 40 times what was seen. Another model is nats away."""
 
 
-class UntrustedReferenceError(ValueError):
+class UntrustedReferenceError(LogratioError, ValueError):
     """Log-probs that should be equal are further apart than rounding explains."""
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from logratio.durable import sync
+from logratio.errors import LogratioError
 from logratio.training.optimizers import FUSED, MasterAdamW
 
 MANIFEST = "manifest.json"
@@ -74,7 +75,7 @@ def refuse_leftovers(folder: Path) -> None:
         )
 
 
-class ResumeError(ValueError):
+class ResumeError(LogratioError, ValueError):
     """There is nothing valid to resume, or it is of another run."""
 
 

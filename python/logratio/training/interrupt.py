@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from logratio.errors import LogratioError
 
-class RunInterruptedError(Exception):
+
+class RunInterruptedError(LogratioError):
     """A run was stopped by a signal; its state is saved.
 
     Attributes:

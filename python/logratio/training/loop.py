@@ -23,6 +23,7 @@ from logratio.data import (
     lay_out,
     source_names,
 )
+from logratio.errors import LogratioError
 from logratio.logps.completion import completion_logps, completion_loss
 from logratio.logps.tensors import Batch, Part, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
@@ -41,7 +42,7 @@ from logratio.training.trust import check_start
 CHECKPOINTS = "checkpoints"
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(LogratioError, ArithmeticError):
     """A loss or gradient is NaN or infinite; no weight was touched by it."""
 
 

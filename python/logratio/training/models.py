@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from logratio.errors import LogratioError
 from logratio.training.config import LoraSettings, Precision, Quantization, TrainConfig
 from logratio.training.quantization import check_quantization, loading_arguments
 
@@ -24,11 +25,11 @@ smaller ones add up gradients more often. A GPU needs more to be busy: how many 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(LogratioError, ValueError):
     """The folder holds no model that can be loaded safely."""
 
 
-class DeviceError(ValueError):
+class DeviceError(LogratioError, ValueError):
     """There is no such device here."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.training.config import Precision, Quantization
 
@@ -17,7 +18,7 @@ SCHEMES: dict[Quantization, str] = {
 """How weights are rounded (arXiv 2208.07339, 2305.14314), as a fingerprint states it."""
 
 
-class QuantizationError(ValueError):
+class QuantizationError(LogratioError, ValueError):
     """The model cannot be loaded with so few bits."""
 
 

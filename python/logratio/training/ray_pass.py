@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from logratio._rust import Store
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.training import demand
 from logratio.training.budget import GroupQueue
@@ -37,7 +38,7 @@ SMALLEST_SHARE = 0.05
 """Of a CPU, for one actor."""
 
 
-class RayPassError(RuntimeError):
+class RayPassError(LogratioError, RuntimeError):
     """The cluster cannot do the pass, or a worker failed for good."""
 
 

@@ -17,12 +17,13 @@ from logratio._rust import CacheReader
 from logratio.cache import DamagedFingerprintError, record_tolerance
 from logratio.cache.conditions import read_conditions
 from logratio.cache.identity import FINGERPRINT_FILE
+from logratio.errors import LogratioError
 from logratio.logps.completion import score
 from logratio.logps.tensors import Batch
 from logratio.training.fingerprint import Fingerprint, stored_fingerprint
 
 
-class StaleCacheError(ValueError):
+class StaleCacheError(LogratioError, ValueError):
     """The cache holds no log-probs, or not all, of the reference that is asked for."""
 
 

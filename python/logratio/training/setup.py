@@ -23,6 +23,7 @@ from logratio.data import (
     source_names,
 )
 from logratio.data.containers import Input
+from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.progress import reading_progress
@@ -54,7 +55,7 @@ SETTINGS_FILE = "training.json"
 """Beside every model that a run leaves."""
 
 
-class ConfigError(ValueError):
+class ConfigError(LogratioError, ValueError):
     """The settings contradict each other or name something that does not exist."""
 
 

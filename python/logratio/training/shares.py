@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logratio.errors import LogratioError
 
-class ShareError(ValueError):
+
+class ShareError(LogratioError, ValueError):
     """The share is not one of any division."""
 
 

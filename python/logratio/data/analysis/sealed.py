@@ -7,9 +7,10 @@ from logratio._rust import Store
 from logratio.data.analysis.whole import Analysis, analyse
 from logratio.data.tokenization import PreferenceTokenizer
 from logratio.data.truncation import TokenizationRules
+from logratio.errors import LogratioError
 
 
-class OtherTokenizerError(ValueError):
+class OtherTokenizerError(LogratioError, ValueError):
     """A store was made with another tokenizer than the one that is to name its tokens."""
 
 

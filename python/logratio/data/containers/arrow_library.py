@@ -2,8 +2,10 @@
 
 from types import ModuleType
 
+from logratio.errors import LogratioError
 
-class MissingArrowError(ImportError):
+
+class MissingArrowError(LogratioError, ImportError):
     """pyarrow is not installed, and what was asked for needs it."""
 
 

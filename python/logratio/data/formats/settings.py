@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from logratio.errors import LogratioError
+
 Lists = Literal["pairs", "best_worst", "groups"]
 Kind = Literal["pair", "unpaired", "group", "demonstration"]
 """What one record says: this is better than that; this is good (or bad); this is the order of
@@ -13,7 +15,7 @@ these; do it like this."""
 TIE, GOOD, BAD = "tie", "good", "bad"
 
 
-class FormatSettingsError(ValueError):
+class FormatSettingsError(LogratioError, ValueError):
     """Settings that cannot be followed."""
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from logratio.errors import LogratioError
 from logratio.logps.attention.fused import attend_fused
 from logratio.logps.attention.kernels import KernelError
 from logratio.logps.attention.sdpa import Scoring, attend
@@ -21,7 +22,7 @@ from logratio.logps.attention.segments import SharedPrompt
 NAME = "logratio_shared_prompt"
 
 
-class SharedPromptError(ValueError):
+class SharedPromptError(LogratioError, ValueError):
     """The model's attention cannot keep the completions of a group apart."""
 
 

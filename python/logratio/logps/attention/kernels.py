@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from logratio.errors import LogratioError
+
 Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 """Fastest first: torch's variable-length attention, flash-attn's, FlexAttention, and
@@ -23,7 +25,7 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 HALF = (torch.float16, torch.bfloat16)
 
 
-class KernelError(ValueError):
+class KernelError(LogratioError, ValueError):
     """A kernel that was asked for cannot do what the model needs."""
 
 
