@@ -1,5 +1,7 @@
 """One log-prob function: shared = padded = the fp64 oracle, and no completion sees another."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from oracle import Group, in_float64, per_token_logps
 from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
+from logratio._rust import ROLES
 from logratio.logps.attention import SharedPromptError, shared_prompts
 from logratio.logps.checks import (
     UnsupportedModelError,
@@ -17,8 +20,10 @@ from logratio.logps.checks import (
     choose_layout,
 )
 from logratio.logps.completion import score
-from logratio.logps.tensors import SharedBatch
-from logratio.training import completion_logps
+from logratio.logps.tensors import Batch, SharedBatch
+from logratio.training import TrainConfig, completion_logps
+from logratio.training.objective import make_objective
+from logratio.training.reference import PerToken
 
 LAYOUTS = ("shared", "padded")
 
@@ -181,3 +186,61 @@ def test_sums_leave_out_what_does_not_count() -> None:
     per_token = torch.tensor([-1.0, -2.0, -4.0, -8.0])
     assert targets.sums(per_token).tolist() == [-6.0, -8.0]
     assert targets.lengths.tolist() == [2.0, 1.0]
+
+
+def long_batch(tokens: int = 40_000) -> tuple[Batch, Tensor]:
+    """A pair whose completions are long, and its log-probs, of which every fifth is large."""
+    random = np.random.default_rng(0)
+    ids = [random.integers(1, VOCABULARY, length).tolist() for length in (tokens, tokens - 999)]
+    logps = -random.exponential(1.5, 2 * tokens - 999) - 9.0 * (
+        np.arange(2 * tokens - 999) % 5 == 0
+    )
+    batch = batch_of([([1, 2], ids)], "padded")
+    batch.targets.roles[:] = torch.tensor([ROLES.index("chosen"), ROLES.index("rejected")])
+    return batch, torch.from_numpy(logps.astype(np.float32))
+
+
+def test_sums_of_long_completions_lose_no_digits() -> None:
+    batch, logps = long_batch()
+    sums = batch.targets.sums(logps.requires_grad_())
+    exact = [math.fsum(part) for part in logps.detach().double().split([40_000, 39_001])]
+    assert sums.dtype == torch.float64
+    assert sums.tolist() == pytest.approx(exact, rel=1e-14)
+    (sums * torch.tensor([1.0, -2.0])).sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.dtype == torch.float32
+    assert torch.equal(logps.grad[[0, 39_999, 40_000, -1]], torch.tensor([1.0, 1.0, -2.0, -2.0]))
+    assert batch.targets.lengths.tolist() == [40_000, 39_001]
+
+
+class Told(PerToken):
+    """A reference that repeats given log-probs."""
+
+    def __init__(self, known: Tensor) -> None:
+        self.known = known
+
+    def logps(self, batch: Batch) -> Tensor:
+        return self.known
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
+def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_path: Path) -> None:
+    """Policy and reference differ in the last digits of tokens, which float32 sums swallow."""
+    batch, logps = long_batch()
+    policy = logps * (1 + 1e-6 * torch.linspace(-1, 1, len(logps)))
+    config = TrainConfig(model=tmp_path, data=[], output=tmp_path, lr=1e-4, loss=loss)
+    objective = make_objective(config, beta := 0.5)
+    losses, metrics = objective(batch.targets.sums(policy), Told(logps).sums(batch), batch.targets)
+    parts = [
+        [math.fsum(part) for part in of.double().split([40_000, 39_001])] for of in (policy, logps)
+    ]
+    (chosen, rejected), (was_chosen, was_rejected) = parts
+    margin = beta * ((chosen - was_chosen) - (rejected - was_rejected))
+    expected = {
+        "dpo": math.log1p(math.exp(-margin)),
+        "ipo": ((chosen - was_chosen) / 40_000 - (rejected - was_rejected) / 39_001 - 1) ** 2,
+        "simpo": math.log1p(math.exp(1 - beta * (chosen / 40_000 - rejected / 39_001))),
+    }[loss]
+    assert float(losses[0]) == pytest.approx(expected, rel=1e-9)
+    assert float(metrics["logps/chosen"]) == pytest.approx(chosen, rel=1e-14)
+    assert {value.dtype for value in metrics.values()} == {torch.float64}

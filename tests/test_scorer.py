@@ -122,7 +122,7 @@ def test_scorer_agrees_with_what_training_computes() -> None:
     with torch.no_grad():
         trained = batch.targets.sums(score(policy, batch))
     _, policy_logps, _ = run(RewardScorer(policy, reference, 0.1), groups)
-    torch.testing.assert_close(policy_logps, trained, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy_logps, trained.float(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])

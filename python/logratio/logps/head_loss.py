@@ -26,7 +26,7 @@ LossOf = Callable[[Tensor, Part], Tensor]
 def head_loss(
     head: Head, hidden: Tensor, target_ids: Tensor, parts: list[Part], loss_of: LossOf
 ) -> Tensor:
-    """Add up `loss_of` over the parts of a batch, from `hidden`, `[S, H]`: a float32 scalar."""
+    """Add up `loss_of` over the parts of a batch, from `hidden`, `[S, H]`: a scalar."""
     loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, target_ids, head, parts, loss_of)
     return loss
 

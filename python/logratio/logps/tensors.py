@@ -42,14 +42,17 @@ class TargetTokens:
     group_offsets: np.ndarray
 
     def sums(self, per_token_logps: Tensor) -> Tensor:
-        """Add up the tokens that count: float32 `[S]` to `[N]`."""
-        counted = torch.where(self.completion_mask, per_token_logps, 0.0)
+        """Add up the tokens that count: `[S]` to float64 `[N]`; differentiable.
+
+        In float32 each addition rounds to a unit of the whole sum: at 32,000 tokens 0.4 nats went.
+        """
+        counted = torch.where(self.completion_mask, per_token_logps, 0.0).double()
         zeros = counted.new_zeros(len(self.roles))
         return zeros.index_add(0, self.completion_of, counted)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Count the tokens that count, float32 `[N]`."""
+        """Count the tokens that count, float64 `[N]`."""
         return self.sums(torch.ones_like(self.target_ids, dtype=torch.float32))
 
     @property

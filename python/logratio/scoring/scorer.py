@@ -111,8 +111,10 @@ def candidate_logps(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:
     hidden = _predicting_states(model, inputs).flatten(0, 1)
     target_ids = inputs.candidate_ids.flatten()[inputs.token_index]
     per_token_logps = _scan_head(model, hidden[inputs.token_index], target_ids)
-    sums = torch.zeros(inputs.candidate_ids.shape[0] + 1)  # the last row takes the padding
-    return sums.scatter_add(0, inputs.token_row.flatten(), per_token_logps.flatten())[:-1]
+    # The last row takes the padding. float64: in float32 each addition rounds to a unit of the sum.
+    sums = torch.zeros(inputs.candidate_ids.shape[0] + 1, dtype=torch.float64)
+    added = sums.scatter_add(0, inputs.token_row.flatten(), per_token_logps.flatten().double())
+    return added[:-1].float()
 
 
 def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:

@@ -73,8 +73,8 @@ class CachedSums:
             "asked for; run `logratio precompute` without --sums-only"
         )
 
-    def sums(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return `[N]` as they were written."""
+    def sums(self, batch: Batch) -> Tensor:
+        """Return float64 `[N]` as they were written."""
         targets = batch.targets
         counts, sums = self._reader.read_sums(self._rows[targets.rows])
         lengths = targets.lengths.cpu().numpy().astype(np.int64)
@@ -83,7 +83,7 @@ class CachedSums:
                 f"[E604] the cache holds sums of {counts.tolist()} tokens where the batch has "
                 f"{lengths.tolist()}"
             )
-        return torch.from_numpy(sums).to(targets.target_ids.device, dtype)
+        return torch.from_numpy(sums).to(targets.target_ids.device)
 
 
 def _found(rows: np.ndarray, folder: Path) -> np.ndarray:

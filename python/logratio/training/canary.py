@@ -27,7 +27,7 @@ WALK_TOKENS = 64
 does, with the square root of their number."""
 
 RELATIVE = 1e-5
-"""Of a sequence's sum, what adding it up in float32 may move it by besides."""
+"""Of a sequence's sum, what the rounding of its tokens to float32 may move it by besides."""
 
 Scorer = Callable[[Batch], Tensor]
 """What makes log-probs of a batch: float32 `[S]`."""
@@ -153,17 +153,17 @@ def recheck(
         rows = np.array([group], dtype=np.int64)
         batch = to_torch(lay_out(sample, rows, layout, fields=fields), device)
         (place,) = source_names(sample, [group])
-        now, sums = scorer(batch), stored.sums(batch, torch.float64)
+        now, sums = scorer(batch), stored.sums(batch)
         worst = max(worst, _compare(now, sums, stored, batch, bound, place))
         if inspect:
-            inspect(batch, batch.targets.sums(now.double()), sums)
+            inspect(batch, batch.targets.sums(now), sums)
     return worst
 
 
 def _compare(
     now: Tensor, sums: Tensor, stored: Reference, batch: Batch, bound: Tolerance, place: str
 ) -> float:
-    gap = (batch.targets.sums(now.double()) - sums).abs()
+    gap = (batch.targets.sums(now) - sums).abs()
     what = f"of a completion of {place} under the model and {type(stored).__name__}"
     _refuse(gap, bound.of_sums(batch.targets.lengths) + RELATIVE * sums.abs(), what)
     if not isinstance(stored, CachedSums):

@@ -214,7 +214,7 @@ def store_sums(
 
 @torch.no_grad()
 def _sums(model: nn.Module, batch: Batch) -> np.ndarray:
-    return batch.targets.sums(score(model, batch)).cpu().double().numpy()
+    return batch.targets.sums(score(model, batch)).cpu().numpy()
 
 
 def summarize(

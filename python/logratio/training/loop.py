@@ -160,7 +160,7 @@ class Loop:
     def _reference_sums(self, batch: Batch) -> Tensor:
         """Return the sums `[N]` under the reference, zeros where there is none."""
         if self.reference is None:
-            return torch.zeros(len(batch.targets.roles), device=self.device)
+            return torch.zeros(len(batch.targets.roles), dtype=torch.float64, device=self.device)
         with self._autocast():
             return self.reference.sums(batch)
 

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What a pair loss may look at, each float32 `[B]`, in nats and tokens.
+    """What a pair loss may look at, each float64 `[B]`, in nats and tokens.
 
     The reference's log-probs are zeros for a loss that has none.
     """
@@ -85,7 +85,7 @@ def sft_loss(policy_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 PairRewards = tuple[Tensor, Tensor]
-"""Rewards of the chosen and of the rejected completions, float32 `[B]` each."""
+"""Rewards of the chosen and of the rejected completions, `[B]` each."""
 
 
 def implicit_rewards(pairs: PairLogps, beta: float) -> PairRewards:

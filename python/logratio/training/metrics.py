@@ -12,7 +12,7 @@ from logratio.training.losses import PairLogps, PairRewards, gradient_weight
 
 
 def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
-    """Add up each metric over the pairs, on their device: float32 scalars by name.
+    """Add up each metric over the pairs, on their device: float64 scalars by name.
 
     A tie counts half towards the accuracy: at the start, when every margin is 0, it is 0.5.
     Log-ratios are left out where there is no reference.
@@ -37,17 +37,17 @@ def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict
 
 
 def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return 1 where chosen is above rejected, 0.5 where they tie, else 0: float32 `[B]`."""
+    """Return 1 where chosen is above rejected, 0.5 where they tie, else 0: `[B]`."""
     return (torch.sign(chosen - rejected) + 1) / 2
 
 
 def demonstration_metrics(losses: Tensor, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Add up each metric over the demonstrations: float32 scalars by name."""
+    """Add up each metric over the demonstrations: float64 scalars by name."""
     return _sums({"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths})
 
 
 def _sums(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: column.detach().float().sum() for name, column in columns.items()}
+    return {name: column.detach().double().sum() for name, column in columns.items()}
 
 
 def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

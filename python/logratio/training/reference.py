@@ -34,8 +34,8 @@ class Reference(Protocol):
         """Return float32 `[S]`, detached, aligned with `batch.targets`."""
         ...
 
-    def sums(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the tokens that count of each completion, added up in `dtype`: `[N]`."""
+    def sums(self, batch: Batch) -> Tensor:
+        """Return the tokens that count of each completion, added up: float64 `[N]`."""
         ...
 
 
@@ -46,9 +46,9 @@ class PerToken(ABC):
     def logps(self, batch: Batch) -> Tensor:
         """Return float32 `[S]`, detached."""
 
-    def sums(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the tokens that count of each completion, added up in `dtype`: `[N]`."""
-        return batch.targets.sums(self.logps(batch).to(dtype))
+    def sums(self, batch: Batch) -> Tensor:
+        """Return the tokens that count of each completion, added up: float64 `[N]`."""
+        return batch.targets.sums(self.logps(batch))
 
 
 class FrozenReference(PerToken):
