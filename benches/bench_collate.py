@@ -25,16 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared_material import GPT2, HH, LLAMA_FACTORY, RIVAL, SHARED, check_shared
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import Arenas, Feed, FeedSettings, PreferenceTokenizer, build_store, lay_out
 
 HERE = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("LOGRATIO_SHARED", HERE.parent.parent / "shared"))
 RESULTS = HERE / "results" / "collate.jsonl"
-RIVAL = ["trl==1.16.0"]
-HH = "hh/harmless-base.test.jsonl.gz"
-LONGER = "llamafactory/dpo_en_demo.json"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,8 +45,8 @@ Row = dict[str, Any]
 
 def real_store(name: str = HH) -> Store:
     """Tokenize real pairs."""
-    tokenizer = PreferenceTokenizer.load(SHARED / "models" / "gpt2-tokenizer", chat_template=CHATML)
-    store, _ = build_store([SHARED / "data" / name], tokenizer)
+    tokenizer = PreferenceTokenizer.load((SHARED / GPT2).parent, chat_template=CHATML)
+    store, _ = build_store([SHARED / name], tokenizer)
     return store
 
 
@@ -96,7 +93,7 @@ def best(work: Callable[[], object], least: float = 0.3, times: int = 3) -> floa
 
 def fullness() -> Iterator[Row]:
     """Measure how full micro-batches of updates of 64 real pairs are, and how full they can be."""
-    for name, order in product((HH, LONGER), ("length_grouped", "shuffled")):
+    for name, order in product((HH, LLAMA_FACTORY), ("length_grouped", "shuffled")):
         store = real_store(name)
         lengths = store.shared_lengths().astype(np.int64)
         for budget in BUDGETS:
@@ -127,7 +124,7 @@ def rival(python: str | None, rows: Path) -> Iterator[Callable[..., Any]]:
         if python is None:
             venv.create(Path(folder) / "venv", with_pip=True)
             python = str(Path(folder) / "venv" / "bin" / "python")
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *RIVAL], check=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", RIVAL], check=True)
         command = [python, str(HERE / "rival_collate.py")]
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         with subprocess.Popen(
@@ -302,6 +299,7 @@ def main() -> None:
     names = ("fullness", "collation", "bandwidth", "feeding", "scaling")
     parser.add_argument("--only", nargs="*", choices=names, default=names)
     options = parser.parse_args()
+    check_shared(GPT2, HH, *[LLAMA_FACTORY] * ("fullness" in options.only))
     torch.set_num_threads(1)
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "fullness": fullness,

@@ -26,13 +26,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from shared_material import GPT2, HH, RIVAL, SHARED, check_shared
 
 HERE = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("LOGRATIO_SHARED", HERE.parent.parent / "shared"))
 RESULTS = HERE / "results" / "data.jsonl"
-RIVAL = ["trl==1.16.0"]
-TOKENIZER = SHARED / "models" / "gpt2-tokenizer"
-HH = SHARED / "data" / "hh" / "harmless-base.test.jsonl.gz"
+TOKENIZER = (SHARED / GPT2).parent
 ROUNDS = 5
 IDS_A_FILE = 1_000_000
 
@@ -99,7 +97,7 @@ def real_rows() -> list[dict[str, str]]:
     from logratio.data.formats import Decoder
 
     decoder, rows = Decoder(), []
-    for source, row in next(iter(open_inputs([HH]))):
+    for source, row in next(iter(open_inputs([SHARED / HH]))):
         try:
             (record,) = decoder.decode(row, source).records  # type: ignore[arg-type]
         except ValueError:
@@ -200,13 +198,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10_000_000, help="pairs of token ids")
     options = parser.parse_args()
     wanted = options.only or ["prepare", "ids", "text"]
+    if wanted != ["ids"]:
+        check_shared(GPT2, HH)
     with ExitStack() as stack, RESULTS.open("a") as results:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         python = options.rival_python
         if "prepare" in wanted and python is None:
             venv.create(folder / "venv", with_pip=True)
             python = str(folder / "venv" / "bin" / "python")
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *RIVAL], check=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", RIVAL], check=True)
         sizes = [size for size in (10**4, 10**5, 10**6, 10**7) if size <= options.most]
         work = {
             "prepare": lambda: prepare(python, folder),

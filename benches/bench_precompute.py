@@ -12,11 +12,9 @@ results/precompute.jsonl.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -25,12 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from shared_material import GPT2, HH, SHARED, STORIES, STORIES3M, check_shared, rival_python
 from transformers import GPT2Config, GPT2LMHeadModel
 
 HERE = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("LOGRATIO_SHARED", HERE.parent.parent / "shared"))
 RESULTS = HERE / "results" / "precompute.jsonl"
-RIVAL = ["trl==1.16.0"]
 ROUNDS = 3
 BATCHES = (8, 32)
 
@@ -66,11 +63,11 @@ def hh_material(folder: Path, pairs: int) -> tuple[Path, Path]:
     model = folder / "model"
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=256, n_head=4)).save_pretrained(model)
-    for file in (SHARED / "models" / "gpt2-tokenizer").glob("*.json"):
+    for file in (SHARED / GPT2).parent.glob("*.json"):
         if file.name != "config.json":
             (model / file.name).write_bytes(file.read_bytes())
     tokenizer = PreferenceTokenizer.load(model)
-    store, _ = build_store([SHARED / "data" / "hh" / "harmless-base.test.jsonl.gz"], tokenizer)
+    store, _ = build_store([SHARED / HH], tokenizer)
     return model, decoded(store, tokenizer, folder / "rows.jsonl", pairs)
 
 
@@ -89,14 +86,16 @@ def decoded(store: Any, tokenizer: Any, path: Path, pairs: int) -> Path:
 def stories_material(folder: Path, pairs: int) -> tuple[Path, Path]:
     """Take the first pairs of stories, and the model trained on such."""
     path = folder / "rows.jsonl"
-    lines = (SHARED / "data" / "story_prefs.jsonl").read_text().splitlines()[:pairs]
+    lines = (SHARED / STORIES).read_text().splitlines()[:pairs]
     rows = [json.loads(line) for line in lines]
     kept = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return SHARED / "models" / "stories3M", path
+    return (SHARED / STORIES3M).parent, path
 
 
 MATERIAL = {"hh": hh_material, "stories": stories_material}
+NEEDED = {"hh": (GPT2, HH), "stories": (STORIES, STORIES3M)}
+"""Of the shared folder."""
 
 
 def run(command: list[str]) -> Row:
@@ -144,14 +143,6 @@ def summarize(rows: list[Row]) -> None:
             print(f"{name}: {side} {value:.2f} s, {value / seconds:.2f} times ours, {gap:.2g} nats")
 
 
-def rival_python(folder: Path) -> str:
-    """Make an environment with TRL beside this one's packages."""
-    venv.create(folder, with_pip=True, system_site_packages=True)
-    python = str(folder / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", *RIVAL], check=True)
-    return python
-
-
 def main() -> None:
     """Run the benches that are asked for, and keep every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -159,9 +150,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=MATERIAL, default=list(MATERIAL))
     parser.add_argument("--pairs", type=int, default=400)
     options = parser.parse_args()
+    check_shared(*(file for name in options.only for file in NEEDED[name]))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        rival = options.rival_python or rival_python(Path(folder))
+        rival = rival_python(options.rival_python, Path(folder), install=True)
+        assert rival is not None
         for name in options.only:
             for row in bench(name, rival, options.pairs):
                 rows.append(row)

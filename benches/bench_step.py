@@ -1,22 +1,23 @@
 """A training step of ours beside the plain recipe's and TRL's: pairs a second, and memory.
 
     python benches/bench_step.py [--models small large] [--data hh …] [--arms plain trl …]
-        [--ladder] [--flatness] [--rounds 3] [--device cuda --precision bf16]
+        [--ladder] [--flatness] [--rounds 3] [--device cuda] [--install-rival]
 
 The same pairs in the same updates for every arm, proved by hash; the same weights, AdamW, rate, β
 and clipping; fresh processes in turns; losses, sums and gradient norms compared before any time
 counts (`step_gate.py`); ours twice as a control. Arms are in `step_arms.py`, material in
 `step_material.py`, ratios in `step_summary.py`. One row a comparison goes to results/step-*.jsonl.
-Memory is the peak above the model (`step_memory.py`). Nothing of this has run on a GPU yet.
+Memory is the peak above the model (`step_memory.py`). With `--device cuda` the defaults are a plan
+of some five processes on one model of 0.5B (`PLANS`), which is to fit in minutes. Where TRL is not
+installed its arms are left out; `--install-rival` downloads it. Each worker's record is kept as
+soon as it ends (step-records.jsonl). Nothing of this has run on a GPU yet.
 """
 
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
@@ -26,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from shared_material import GPT2, HH, RIVAL, check_shared, rival_python
 from step_arms import ARMS, LADDER, RIVALS
 from step_flatness import BATCH, cost_per_pair, sharing
 from step_flops import useful_flops
@@ -37,10 +39,30 @@ from step_rounds import HERE, Pythons, run_arm, run_rounds, run_script
 from step_summary import compare, control, steady_seconds
 from step_tuning import CANDIDATES, tuned
 
-RIVAL = ["trl==1.16.0"]
 DEFAULT_BATCH = {"large": 8, "0.5B": 8, "1.5B": 8}
 BESIDE = ("ours", "ours-again", "ours-fastest", "ours-cold")
 """Of ours, what is compared with rivals; the first is the default, and the gate's measure."""
+PLANS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "models": ["small", "large"],
+        "arms": list(RIVALS),
+        "ours": list(BESIDE[:3]),
+        "rounds": 3,
+        "threads": 2,
+        "precision": "fp32",
+    },
+    "cuda": {
+        "models": ["0.5B"],
+        "arms": ["plain-cached", "trl"],
+        "ours": [],
+        "rounds": 1,
+        "threads": 8,
+        "precision": "bf16-weights",
+        "batch": 32,
+    },
+}
+"""What is measured on a device where the command line asks for nothing else. Tuned arms (trl-tuned,
+ours-fastest) take a process a candidate, which is more than minutes on a GPU hold."""
 
 SHOWN = (
     *("arm", "against", "timed", "ratio", "interval", "memory_ratio", "flagged", "failure"),
@@ -81,7 +103,14 @@ def session(
         arms[name], tried = tuned(name, spec, pythons)
         tuning[name] = {"seconds": tried, "settings": arms[name].settings}
     about["tuning"] = tuning
-    rounds, failures, gaps = run_rounds([*own, *names], arms, spec, pythons, options.rounds)
+
+    def record_ended(record: Row) -> None:
+        short = {field: record[field] for field in ("arm", "seconds", "memory", "device")}
+        keep(options.results, "records", about | short)
+
+    rounds, failures, gaps = run_rounds(
+        [*own, *names], arms, spec, pythons, options.rounds, record_ended
+    )
     about = about | control(rounds, spec.warmup)
     flops, peak = measured_flops(spec, about["model"]), about["peak_flops"]
     typical = {
@@ -126,7 +155,8 @@ def bench(options: argparse.Namespace, model: str, data: str, pythons: Pythons) 
     spec = common_spec(options, batch)
     with tempfile.TemporaryDirectory() as folder:
         wanted = Wanted(
-            folder, model, data, batch, spec.updates, spec.seed, spec.threads, spec.device
+            *(folder, model, data, batch, spec.updates),
+            *(spec.seed, spec.threads, spec.device, spec.precision),
         )
         said = make_material(wanted)
         about = described(options, spec, model, data) | {"material": said}
@@ -147,11 +177,12 @@ def flatness(options: argparse.Namespace, model: str, data: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             updates = 1 + pairs // BATCH
             wanted = Wanted(
-                folder, model, data, BATCH, updates, spec.seed, spec.threads, spec.device
+                *(folder, model, data, BATCH, updates),
+                *(spec.seed, spec.threads, spec.device, spec.precision),
             )
             said = make_material(wanted)
             told = replace(spec, material=folder, warmup=1, measured=updates - 1)
-            record = run_arm("ours", ARMS["ours"], told, Pythons(""))
+            record = run_arm("ours", ARMS["ours"], told, Pythons(None))
             keep(options.results, "flatness", about | cost_per_pair(record, told, said))
             if pairs == min(options.pairs):
                 keep(options.results, "sharing", about | sharing(told, model, options.rounds))
@@ -186,7 +217,7 @@ def described(options: argparse.Namespace, spec: Spec, model: str, data: str) ->
 def installed(name: str) -> str:
     """Return a package's version; TRL's is the one that is asked for where it lies elsewhere."""
     if name == "trl" and find_spec("trl") is None:
-        return RIVAL[0].removeprefix("trl==")
+        return RIVAL.removeprefix("trl==")
     if name == "logratio":
         import logratio
 
@@ -203,39 +234,47 @@ def keep(folder: Path, name: str, row: Row) -> None:
     print(json.dumps(shown), flush=True)
 
 
-def rival_python(given: str | None, folder: Path) -> str:
-    """Return an interpreter that has TRL, made anew beside this one's packages if need be."""
-    if given:
-        return given
-    if find_spec("trl"):
-        return sys.executable
-    venv.create(folder, with_pip=True, system_site_packages=True)
-    python = str(folder / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", *RIVAL], check=True)
+def with_rival(options: argparse.Namespace, folder: Path) -> str | None:
+    """Return the interpreter of TRL's arms; where there is none, say so and leave them out."""
+    rivals = [name for name in options.arms if name.startswith("trl")]
+    if options.flatness or not rivals:
+        return None
+    python = rival_python(options.rival_python, folder, install=options.install_rival)
+    if python is None:
+        options.arms = [name for name in options.arms if name not in rivals]
+        print(
+            f"TRL is not installed: {' and '.join(rivals)} left out; give --install-rival to "
+            "download it, or --rival-python",
+            flush=True,
+        )
     return python
 
 
-def parsed() -> argparse.Namespace:
-    """Read the command line."""
+def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and fill in the plan of its device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=["small", "large"])
+    parser.add_argument("--models", nargs="*", choices=MODELS)
     parser.add_argument("--data", nargs="*", choices=["hh", *SHAPES], default=["hh"])
-    parser.add_argument("--arms", nargs="*", choices=[*RIVALS, *LADDER], default=list(RIVALS))
-    parser.add_argument("--ours", nargs="*", choices=BESIDE, default=list(BESIDE[:3]))
+    parser.add_argument("--arms", nargs="*", choices=[*RIVALS, *LADDER])
+    parser.add_argument("--ours", nargs="*", choices=BESIDE)
     parser.add_argument("--ladder", action="store_true", help="the rungs, in place of --arms")
     parser.add_argument("--flatness", action="store_true", help="cost per pair, in place of arms")
     parser.add_argument("--pairs", nargs="*", type=int, default=[10, 100, 1_000])
     parser.add_argument("--batch", type=int, help="pairs an update; 16, for larger models 8")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--updates", type=int, default=8, help="measured ones")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=list(SUMS), default="fp32")
-    parser.add_argument("--rival-python")
+    parser.add_argument("--precision", choices=list(SUMS))
+    parser.add_argument("--rival-python", help="an interpreter that has TRL")
+    parser.add_argument("--install-rival", action="store_true", help="download TRL where it is not")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
+    for name, value in PLANS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     options.ours = ["ours", "ours-again", *options.ours]
     if options.ladder:
         options.arms, options.ours = list(LADDER), ["ours", "ours-again"]
@@ -245,9 +284,10 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Run what is asked for."""
     options = parsed()
+    if "hh" in options.data:
+        check_shared(GPT2, HH)
     with tempfile.TemporaryDirectory() as folder:
-        needs_rival = any(name.startswith("trl") for name in options.arms)
-        python = rival_python(options.rival_python, Path(folder)) if needs_rival else ""
+        python = with_rival(options, Path(folder))
         for model in options.models:
             for data in options.data:
                 if options.flatness:

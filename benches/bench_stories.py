@@ -9,7 +9,6 @@ words (its README has it); generations and best-of-8 are judged by the rule, nev
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from shared_material import SHARED, STORIES, STORIES3M, check_shared
 from tokenizers import Tokenizer
 
 from logratio.data import TokenizationRules
@@ -169,11 +169,9 @@ def interval(values: list[float]) -> str:
 
 def main() -> None:
     """Run three seeds, print the table and keep the raw rows."""
-    shared = Path(os.environ.get("LOGRATIO_SHARED", "../shared")).resolve()
-    if not (shared / "data").is_dir():
-        sys.exit("set LOGRATIO_SHARED to the folder of real data and models")
+    check_shared(STORIES, STORIES3M)
     with tempfile.TemporaryDirectory() as folder:
-        results = run_seeds(range(3), shared, Path(folder))
+        results = run_seeds(range(3), SHARED.resolve(), Path(folder))
     print(*results, sep="\n")
     for name in ("accuracy", "kl", "positive_before", "positive_after", "recovered"):
         print(f"{name:16} {interval([getattr(result, name) for result in results])}")

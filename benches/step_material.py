@@ -6,22 +6,24 @@ In a folder it leaves `model/`, the sealed `pairs.store`, the reference's `cache
 order of the pairs a file `ORDER.jsonl` with one update a line, exactly the updates that our planner
 makes of the store, so that every arm can be given the same. `hh` are real HH pairs in GPT-2's
 tokens (LOGRATIO_SHARED, default ../shared); where a model's vocabulary is smaller the ids are taken
-modulo its size, and are no text any more. The other shapes are random ids of drawn lengths.
+modulo its size, and are no text any more. The other shapes are random ids of drawn lengths, which
+need nothing of that folder. The cache is made in the precision that the arms train in.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from shared_material import GPT2, HH, SHARED
 from step_models import MODELS
 from step_record import Pair
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data import DataReport, FeedSettings, PreferenceTokenizer, build_store, lay_out
@@ -29,9 +31,9 @@ from logratio.data.batches import micro_batches
 from logratio.logps.tensors import to_torch
 from logratio.training import PrecomputeConfig, TrainConfig, precompute
 from logratio.training.cached import cached_reference
+from logratio.training.config import Precision
 from logratio.training.models import AT_ONCE
 
-SHARED = Path(os.environ.get("LOGRATIO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 LONGEST = 1024
 ORDERS = ("shuffled", "length_grouped")
 
@@ -49,6 +51,7 @@ class Wanted:
         seed: of the weights, the choice of the pairs and their order.
         threads: of torch.
         device: where the reference pass runs.
+        precision: of the reference pass, as the arms train; a cache serves one precision only.
     """
 
     folder: str
@@ -59,6 +62,7 @@ class Wanted:
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def real_pairs(
     tokenizer: PreferenceTokenizer, count: int, vocabulary: int, seed: int
 ) -> list[Pair]:
     """Take HH pairs by a seeded permutation."""
-    store, _ = build_store([SHARED / "data" / "hh" / "harmless-base.test.jsonl.gz"], tokenizer)
+    store, _ = build_store([SHARED / HH], tokenizer)
     if count > len(store):
         raise ValueError(f"{count} pairs are wanted, and there are {len(store)}")
     chosen = np.random.default_rng(seed).permutation(len(store))[:count]
@@ -111,11 +115,20 @@ def real_pairs(
     return pairs
 
 
-def write_model(folder: Path, name: str, seed: int) -> None:
-    """Save a model of random weights with GPT-2's tokenizer beside it."""
+def write_model(folder: Path, name: str, data: str, seed: int) -> None:
+    """Save a model of random weights: with GPT-2's tokenizer for `hh`, else with one of no words.
+
+    Drawn pairs are ids already, so their tokenizer only has to have a name.
+    """
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).save_pretrained(folder)
-    for file in (SHARED / "models" / "gpt2-tokenizer").glob("*.json"):
+    if data != "hh":
+        words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+        wordless = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        named = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
+        PreTrainedTokenizerFast(tokenizer_object=wordless, **named).save_pretrained(folder)
+        return
+    for file in (SHARED / GPT2).parent.glob("*.json"):
         if file.name != "config.json":
             (folder / file.name).write_bytes(file.read_bytes())
 
@@ -168,10 +181,15 @@ def reference_sums(wanted: Wanted, store: Store) -> tuple[np.ndarray, float]:
     """Fill the cache; return the reference's sums, `[G, 2]`, and the seconds it took."""
     folder = Path(wanted.folder)
     model, data, cache = (str(folder / name) for name in ("model", "pairs.store", "cache"))
+    precision = cast(Precision, wanted.precision)
     start = perf_counter()
-    precompute(PrecomputeConfig(model, [data], cache, device=wanted.device), show_progress=False)
+    precompute(
+        PrecomputeConfig(model, [data], cache, device=wanted.device, precision=precision),
+        show_progress=False,
+    )
     seconds = perf_counter() - start
-    reference = cached_reference(TrainConfig(model, [data], folder / "none", cache=cache), store)
+    config = TrainConfig(model, [data], folder / "none", cache=cache, precision=precision)
+    reference = cached_reference(config, store)
     assert reference is not None
     batch = to_torch(lay_out(store, np.arange(len(store))))
     return reference.sums(batch).numpy().reshape(-1, 2), seconds
@@ -180,7 +198,7 @@ def reference_sums(wanted: Wanted, store: Store) -> tuple[np.ndarray, float]:
 def make(wanted: Wanted) -> dict[str, Any]:
     """Fill the folder; return what is worth a line: lengths, and how long the reference took."""
     folder = Path(wanted.folder)
-    write_model(folder / "model", wanted.model, wanted.seed)
+    write_model(folder / "model", wanted.model, wanted.data, wanted.seed)
     tokenizer = PreferenceTokenizer.load(folder / "model")
     vocabulary, count = MODELS[wanted.model]().vocab_size, wanted.batch * wanted.updates
     if wanted.data == "hh":

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,16 @@ class WorkerError(RuntimeError):
 class Pythons:
     """Which interpreter runs which worker: `rival` is the one that has TRL."""
 
-    rival: str
+    rival: str | None
     own: str = sys.executable
 
     def of(self, worker: str) -> str:
         """Return the interpreter for a worker's script."""
-        return self.rival if worker.startswith("rival_") else self.own
+        if not worker.startswith("rival_"):
+            return self.own
+        if self.rival is None:
+            raise WorkerError("TRL is not installed")
+        return self.rival
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -73,9 +77,16 @@ def run_arm(name: str, arm: Arm, spec: Spec, pythons: Pythons) -> Record:
 
 
 def run_rounds(
-    names: Sequence[str], arms: Mapping[str, Arm], spec: Spec, pythons: Pythons, rounds: int
+    names: Sequence[str],
+    arms: Mapping[str, Arm],
+    spec: Spec,
+    pythons: Pythons,
+    rounds: int,
+    ended: Callable[[Record], None] = lambda _: None,
 ) -> tuple[list[dict[str, Record]], dict[str, str], dict[str, dict[str, float]]]:
     """Run every arm in every round, the first of `names` being "ours".
+
+    `ended` is called with each record that passed the gate, as soon as it is there.
 
     Returns:
         The records of each round by arm, without arms that failed; why those failed; and the gaps
@@ -107,6 +118,7 @@ def run_rounds(
             gaps[name] = check(first, record, spec.precision)
             found[-1][name] = record
             _tell(turn, name, record, spec)
+            ended(record)
     complete = [{n: r for n, r in each.items() if n not in failures} for each in found]
     return complete, failures, gaps
 

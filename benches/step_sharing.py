@@ -1,6 +1,6 @@
 """Time of pairs that share their prompt beside the time of their rows apart; no padding in either.
 
-    python step_sharing.py MATERIAL MODEL DEVICE THREADS ROUNDS
+    python step_sharing.py MATERIAL MODEL DEVICE PRECISION THREADS ROUNDS
 
 The same log-probs and their gradient, by the same engine: once as groups of two completions, once
 as two groups of one. `time_ratio` is to be near `token_ratio`, the tokens with and without
@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from step_flops import forward_flops
+from step_gate import SUMS
 from step_models import MODELS
 from torch import nn
 
@@ -25,8 +26,10 @@ from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data import lay_out
 from logratio.logps.attention import shared_prompts
 from logratio.logps.completion import completion_logps, transformer
-from logratio.logps.tensors import Batch, to_torch
+from logratio.logps.tensors import Batch, fields_for, to_torch
 from logratio.training import load_model
+from logratio.training.config import Precision
+from logratio.training.models import autocast
 
 CANDIDATE = ROLES.index("candidate")
 
@@ -42,11 +45,12 @@ def apart(store: Store) -> Store:
     return writer.finish()
 
 
-def seconds(model: nn.Module, batch: Batch) -> tuple[float, float]:
+def seconds(model: nn.Module, batch: Batch, precision: Precision) -> tuple[float, float]:
     """Do one forward and backward pass; return the seconds and the sum of the log-probs."""
     model.zero_grad(set_to_none=True)
     start = perf_counter()
-    total = completion_logps(model, batch).sum()
+    with autocast(precision, batch.input_ids.device):
+        total = completion_logps(model, batch).sum()
     total.backward()
     value = float(total)  # waits for a GPU
     if batch.input_ids.is_cuda:
@@ -60,7 +64,9 @@ def flops(config: Any, store: Store, *, shared: bool) -> float:
     return sum(forward_flops(config, len(p), [*map(len, c)], shared=shared) for p, c, *_ in groups)
 
 
-def measure(model: nn.Module, batches: Iterable[Batch], rounds: int) -> list[list[float]]:
+def measure(
+    model: nn.Module, batches: Iterable[Batch], rounds: int, precision: Precision
+) -> list[list[float]]:
     """Return the seconds of each batch in turns, `[rounds][batches]`, after one turn unseen.
 
     Raises:
@@ -68,8 +74,8 @@ def measure(model: nn.Module, batches: Iterable[Batch], rounds: int) -> list[lis
     """
     both, found = list(batches), []
     for turn in range(rounds + 1):
-        timed, sums = zip(*(seconds(model, batch) for batch in both), strict=True)
-        if abs(sums[0] - sums[1]) > 1e-4 * abs(sums[0]):
+        timed, sums = zip(*(seconds(model, batch, precision) for batch in both), strict=True)
+        if abs(sums[0] - sums[1]) > SUMS[precision] * abs(sums[0]):
             raise RuntimeError(f"shared {sums[0]}, apart {sums[1]}: not the same work")
         if turn:
             found.append([*timed])
@@ -78,14 +84,18 @@ def measure(model: nn.Module, batches: Iterable[Batch], rounds: int) -> list[lis
 
 def main() -> None:
     """Print the row."""
-    material, name, device, threads, rounds = sys.argv[1:]
+    material, name, device, precision, threads, rounds = sys.argv[1:]
+    kept = cast(Precision, precision)
     torch.set_num_threads(int(threads))
-    model = load_model(Path(material) / "model", device=device)
+    model = load_model(Path(material) / "model", device=device, precision=kept)
     together = Store.open(Path(material) / "pairs.store")
     stores = together, apart(together)
-    batches = [to_torch(lay_out(store, np.arange(len(store))), device) for store in stores]
+    fields = fields_for("shared", device)
+    batches = [
+        to_torch(lay_out(store, np.arange(len(store)), fields=fields), device) for store in stores
+    ]
     with shared_prompts(transformer(model)):
-        found = measure(model, batches, int(rounds))
+        found = measure(model, batches, int(rounds), kept)
     tokens = [int(store.shared_lengths().sum()) for store in stores]
     work = [flops(MODELS[name](), together, shared=shared) for shared in (True, False)]
     row = {

@@ -1,12 +1,17 @@
 """What bench_step.py claims: the same pairs, the same numbers, ratios of what was measured."""
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_step
 import numpy as np
 import pytest
+import shared_material
+import step_material
 import step_ours
 import step_plain
 import torch
@@ -40,7 +45,9 @@ from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
 from logratio.logps.tensors import to_torch
 from logratio.training import TrainConfig
+from logratio.training.cached import cached_reference
 from logratio.training.objective import learning_rate
+from logratio.training.reference import StaleCacheError
 
 
 def some_pairs(count: int = 5, seed: int = 0) -> list[Pair]:
@@ -253,3 +260,56 @@ def test_both_sides_are_tuned() -> None:
 def test_the_fastest_that_ended_is_taken() -> None:
     assert fastest({"a": 3.0, "b": "exit status 1", "c": 2.0}) == "c"
     assert fastest({"a": "exit status 1", "b": "exit status 1"}) == "a"
+
+
+def test_the_cache_is_made_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    """A cache serves one precision: made in another, ours would refuse to start."""
+    made = Wanted(str(tmp_path), "toy", "long-prompt", batch=2, updates=1, precision="bf16-weights")
+    make(made)
+    settings = {"model": tmp_path / "model", "data": [], "output": tmp_path / "none"}
+    store = Store.open(tmp_path / "pairs.store")
+    for precision, fits in (("bf16-weights", True), ("fp32", False)):
+        config = TrainConfig(**settings, cache=tmp_path / "cache", precision=precision)  # type: ignore[arg-type]
+        with nullcontext() if fits else pytest.raises(StaleCacheError):
+            cached_reference(config, store)
+
+
+def test_drawn_shapes_need_no_shared_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_material, "SHARED", tmp_path / "absent")
+    material = make(Wanted(str(tmp_path), "toy", "no-gain", batch=1, updates=1))
+    assert material["completion_tokens"] == [[200, 200]]
+
+
+def test_a_missing_folder_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_material, "SHARED", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--models", "toy"])
+    monkeypatch.setattr(bench_step, "bench", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit, match="LOGRATIO_SHARED"):
+        bench_step.main()
+
+
+def test_the_plan_of_a_gpu_fits_in_minutes() -> None:
+    given = ["--device", "cuda"]
+    options = bench_step.parsed(given)
+    assert options.models == ["0.5B"]
+    assert (options.precision, options.batch, options.rounds) == ("bf16-weights", 32, 1)
+    names = [*options.ours, *options.arms]
+    assert not set(names) & set(CANDIDATES)  # a process for each candidate
+    assert len(names) <= 4
+    asked = bench_step.parsed([*given, "--models", "toy", "--precision", "fp32", "--rounds", "2"])
+    assert (asked.models, asked.precision, asked.rounds) == (["toy"], "fp32", 2)
+
+
+def test_trl_is_left_out_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared_material, "find_spec", lambda _: None)
+    monkeypatch.setattr("venv.create", lambda *_, **__: pytest.fail("downloads"))
+    options = bench_step.parsed(["--device", "cuda"])
+    assert bench_step.with_rival(options, tmp_path) is None
+    assert options.arms == ["plain-cached"]
+    assert "TRL is not installed: trl left out; give --install-rival" in capsys.readouterr().out

@@ -10,9 +10,10 @@ import pytest
 import torch
 from families import FAMILIES, MIXTURES, SCALED_HEADS, UNKNOWN_HEADS, VOCABULARY, WINDOW
 from oracle import Group, in_float64, per_token_logps
+from test_gpu import FAMILIES as ON_GPU
 from tiny_models import tiny, word_tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma2PreTrainedModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logratio.logps.attention import calls
@@ -276,3 +277,15 @@ def test_a_cap_is_not_left_to_an_attention_that_has_none(tmp_path: Path) -> None
     capped.save_pretrained(tmp_path)
     loaded: Any = load_model(tmp_path)
     assert loaded.config._attn_implementation == "eager"
+
+
+def test_a_capped_model_of_the_tests_caps_its_attention_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Transformers 5.17 chooses sdpa for Gemma 2 and leaves the cap out in silence."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    model = tiny(ON_GPU["gemma2"](), scale=3.0)
+    assert model.config._attn_implementation == "eager"
+    groups: list[Group] = [([5, 6, 7], [[8, 9], [10]])]
+    padded = score(model, batch_of(groups, "padded")).double()
+    assert torch.allclose(padded, per_token_logps(in_float64(model), groups), atol=1e-4)

@@ -65,8 +65,8 @@ def mamba_config() -> MambaConfig:
 
 
 def tiny(config: PreTrainedConfig, seed: int = 0, scale: float = 8.0) -> PreTrainedModel:
-    """Build a random model whose log-probs are far from uniform, without dropout."""
-    from logratio.training.models import without_dropout
+    """Build a random model whose log-probs are far from uniform, as `load_model` leaves one."""
+    from logratio.training.models import with_softcap, without_dropout
 
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -74,7 +74,7 @@ def tiny(config: PreTrainedConfig, seed: int = 0, scale: float = 8.0) -> PreTrai
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
-    without_dropout(model).eval()
+    with_softcap(without_dropout(model)).eval()
     return model
 
 
