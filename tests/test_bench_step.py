@@ -121,7 +121,7 @@ def test_the_plain_recipe_computes_what_ours_does(tmp_path: Path) -> None:
     ours.tanh().sum().backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
     model.zero_grad()
-    plain = sums(model, collate(rows_of(pairs), "cpu")).reshape(2, -1).T
+    plain = sums(model, collate(rows_of(pairs), "cpu")).reshape(2, -1).T.double()
     plain.tanh().sum().backward()
     torch.testing.assert_close(plain, ours, rtol=1e-5, atol=1e-4)
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
