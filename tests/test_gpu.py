@@ -319,7 +319,8 @@ def test_a_kernel_passes_its_trial_or_is_refused(
     """What a run tries before the first use of a kernel, and why it would pass one over here."""
     case = CASES[family]
     heads: dict[str, Any] = {"heads": case.heads, "key_heads": case.kv}
-    wanted = Wanted(DEVICE, dtype, case.size, case.size, softcap=case.softcap, **heads)
+    heads |= {"softcap": case.softcap, "windowed": case.window is not None}
+    wanted = Wanted(DEVICE, dtype, case.size, case.size, **heads)
     try:
         kernel_for(wanted, missing_kernels(), kernel)
     except KernelError as error:

@@ -111,6 +111,23 @@ def test_a_cap_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     assert "numbers are wrong" in str(tried(uncapped, monkeypatch, wanted))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("off", [-1, 1])
+def test_a_window_that_is_off_by_one_is_seen(
+    off: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shifted(name: str, q: Tensor, k: Tensor, v: Tensor, at: Any, scoring: Scoring) -> Tensor:
+        window = scoring.window and scoring.window + off
+        return right(name, q, k, v, at, dataclasses.replace(scoring, window=window))
+
+    windowed = dataclasses.replace(WANTED, dtype=dtype, windowed=True)
+    assert tried(right, monkeypatch, windowed) is None
+    trial.failure.cache_clear()
+    assert "numbers are wrong" in str(tried(shifted, monkeypatch, windowed))
+    plain = dataclasses.replace(windowed, windowed=False)
+    assert tried(shifted, monkeypatch, plain) is None
+
+
 def test_memory_that_is_short_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_arguments: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -50,6 +50,7 @@ def attend_fused(
         dropout=scoring.dropout,
         sinks=scoring.sinks is not None,
         sequences=shared_prompt.sequences is not None,
+        windowed=scoring.window is not None,
     )
     choice = choose(wanted, query.device, shared_prompt.kernel)
     if query.is_cuda:

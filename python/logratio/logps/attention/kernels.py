@@ -44,6 +44,7 @@ class Wanted:
         dropout: share of the attention weights to drop.
         sinks: whether there are scores that have no value (gpt-oss).
         sequences: whether the batch brings its `Sequences`.
+        windowed: whether a token sees the tokens of a window only; how many is no criterion.
     """
 
     device: str
@@ -56,6 +57,7 @@ class Wanted:
     dropout: float = 0.0
     sinks: bool = False
     sequences: bool = True
+    windowed: bool = False
 
 
 class Choice(NamedTuple):
@@ -76,7 +78,7 @@ Missing = tuple[tuple[Kernel, str], ...]
 def kernel_for(wanted: Wanted, missing: Missing = (), forced: Kernel | None = None) -> Choice:
     """Return the fastest kernel that does what is wanted, or `forced`.
 
-    A sliding window is no criterion: all of them have it.
+    A sliding window is no criterion: all of them have it, and `trial` tries it.
 
     Raises:
         KernelError: the forced one cannot do it; says why.
