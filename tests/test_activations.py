@@ -249,10 +249,10 @@ def test_the_choice_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(activation_budget, "TILES", 1000.0)
 
     def chosen(free: float, estimate: float = 1e12) -> Choice:
-        monkeypatch.setattr(demand, "free_on", lambda _: free / 0.8)
+        monkeypatch.setattr(demand, "free_on", lambda _: 3 * weights + free / 0.8)
         return choose(model, forward, estimate=estimate, states=2 * weights)
 
-    base = 3 * weights + 1000 + layer  # gradients, moments, tiles, one layer's second pass
+    base = 1000 + layer  # tiles, one layer's second pass; gradients and moments come off whole
     before = next(passes)
     assert chosen(base + 100 * layer, estimate=layer) == Choice(0)
     assert next(passes) == before + 1  # a forecast that fits three times over is believed
@@ -261,7 +261,7 @@ def test_the_choice_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert some.layers == 2
     assert some.reason is not None
     assert "2 of 6 layers are computed twice" in some.reason
-    assert chosen(0.0).layers == 6
+    assert chosen(-3 * weights / 0.8).layers == 6
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -23,7 +23,8 @@ from logratio.training.models import autocast, training_budget
 from logratio.training.setup import ConfigError
 
 SHARE = 0.8
-"""Of the free memory, what a run may count on: allocators leave gaps, and batches differ."""
+"""Of the memory that states and gradients leave, what activations may count on: allocators leave
+gaps, and batches differ. States and gradients are known to the byte, so they come off before."""
 CLEAR = 3
 """A forecast that fits so many times over needs no measurement."""
 TILES = 2e8
@@ -129,15 +130,15 @@ def choose(
         estimate: bytes that its activations take, roughly.
         states: bytes that the optimizer will take on that device.
     """
-    room = SHARE * demand.free_on(_device(model)) - states
     gradients = sum(float(p.nbytes) for p in model.parameters() if p.requires_grad)
-    if not decoder_layers(model) or CLEAR * estimate <= room - gradients:
+    room = SHARE * max(0.0, demand.free_on(_device(model)) - states - gradients)
+    if not decoder_layers(model) or CLEAR * estimate <= room:
         return Choice(0)
     layers = measure_layers(model, forward)
     if _device(model).type == "cuda":
         room -= _peak(model, forward, len(layers))
     else:
-        room -= gradients + TILES + max(layer.everything for layer in layers)
+        room -= TILES + max(layer.everything for layer in layers)
     count = layers_that_do_not_fit(layers, room)
     if count == 0:
         return Choice(0)
@@ -150,11 +151,15 @@ def choose(
 
 
 def _peak(model: nn.Module, forward: Callable[[], Tensor], layers: int) -> float:
-    """Return what a pass and its backward take on CUDA with all layers checkpointed, in bytes."""
+    """Return what a pass and its backward take on CUDA with all layers checkpointed, in bytes.
+
+    Gradients are there already, as in every micro-batch but the first: they are not counted.
+    """
     device = _device(model)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     with keeping(model, Kept(checkpointed=layers)):
+        forward().sum().backward()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         forward().sum().backward()
     model.zero_grad(set_to_none=True)
     return float(torch.cuda.max_memory_allocated(device) - before)
