@@ -24,6 +24,9 @@ from logratio.training.setup import reference_kind
 
 FORWARD, TRAIN = 2, 6
 """FLOPs per parameter and token, of scoring and of training (Kaplan et al. 2020, section 2.1)."""
+PRODUCT = {"cpu": 768, "cuda": 8_192}
+"""Rows of the square matrices that are multiplied to measure a device: enough to be busy. On a GPU
+a product of 768 takes as long as its launch."""
 EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a whole model reaches, roughly."""
 PROCESS_BYTES = 0.95e9
@@ -34,23 +37,31 @@ LIVE, KEPT = 12, 34
 (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1)."""
 
 
-def flops_per_second(device: str | None) -> float:
-    """Measure a matrix product on `device` for a moment."""
+def flops_per_second(device: str | None, precision: Precision = "fp32") -> float:
+    """Measure a matrix product on `device` for a moment, in the dtype of the run's products."""
     where = default_device(device)
-    left = torch.ones(768, 768, device=where)  # random ones would move the seed
-    product = left @ left
+    size = PRODUCT.get(where.type, PRODUCT["cpu"])
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    left = torch.ones(size, size, device=where, dtype=dtype)  # random ones would move the seed
+    float((left @ left)[0, 0])  # a GPU waits for its library to start
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.1:
-        product = left @ left
+        # Each product waits: a queue that is not waited for would be as long as the GPU is slow.
+        float((left @ left)[0, 0])
         count += 1
-    float(product[0, 0])  # waits for a GPU
-    return 2 * 768**3 * count / (time.perf_counter() - start)
+    return 2 * size**3 * count / (time.perf_counter() - start)
 
 
-def seconds(model: str | Path, tokens: float, per_parameter: int, device: str | None) -> float:
+def seconds(
+    model: str | Path,
+    tokens: float,
+    per_parameter: int,
+    device: str | None,
+    precision: Precision = "fp32",
+) -> float:
     """Estimate the time to pass `tokens` through the model in `folder`."""
     flops = per_parameter * parameter_count(model) * tokens
-    return flops / (EFFICIENCY * flops_per_second(device))
+    return flops / (EFFICIENCY * flops_per_second(device, precision))
 
 
 def training_forecast(config: TrainConfig, store: Store) -> Forecast:
@@ -62,9 +73,10 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     longest = int(lengths.max())
     at_once = min(max(training_budget(config), longest), config.batch_size * longest)
     twice = config.activation_checkpointing == "all"
-    work = seconds(config.model, tokens, TRAIN + FORWARD * twice, config.device)
+    work = seconds(config.model, tokens, TRAIN + FORWARD * twice, config.device, config.precision)
     if kind in ("adapter", "frozen"):
-        work += seconds(frozen or config.model, tokens, FORWARD, config.device)
+        other = frozen or config.model
+        work += seconds(other, tokens, FORWARD, config.device, config.precision)
     weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
     kept = kept_bytes(config.model, config.precision, twice=twice)
     return Forecast(

@@ -125,7 +125,8 @@ class Evaluating:
         """What the evaluation will need."""
         models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
-        work = [demand.seconds(m, tokens, demand.FORWARD, self.config.device) for m in models]
+        device, precision = self.config.device, self.config.precision
+        work = [demand.seconds(m, tokens, demand.FORWARD, device, precision) for m in models]
         return Forecast(
             memory_bytes=demand.scoring_bytes(
                 models,

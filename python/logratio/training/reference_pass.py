@@ -193,7 +193,7 @@ class Precompute:
             ),
             disk_bytes=self.entries.nbytes(len(work.rows), work.tokens),
             disk_path=Path(config.cache),
-            seconds=demand.seconds(config.model, read, demand.FORWARD, device),
+            seconds=demand.seconds(config.model, read, demand.FORWARD, device, config.precision),
             notes=f"{part}{len(work.rows):,} completions to score, {work.tokens:,} tokens",
         )
 
