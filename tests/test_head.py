@@ -9,6 +9,7 @@ from oracle import Group, in_float64, per_token_logps
 from test_logps import random_groups
 from tiny_models import FAMILIES, GROUPED, VOCABULARY, tiny
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -27,6 +28,7 @@ from logratio.logps.completion import completion_logps, completion_loss, score
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_logps import head_logps
 from logratio.logps.tensors import Batch, Part
+from logratio.logps.tiles import Tile
 from logratio.training.models import quietly
 
 HEADS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -259,3 +261,31 @@ def test_parts_are_whole_groups_in_order(limit: int) -> None:
     for part in parts:
         size = part.targets_at.stop - part.targets_at.start
         assert size <= limit or len(part.targets.groups) == 1
+
+
+def test_on_cuda_the_head_s_gradient_goes_straight_into_its_float32_sum() -> None:
+    """On fake tensors: no product in bfloat16 is made first, rounded and then added."""
+    with FakeTensorMode():
+        weight = torch.empty(512, 64, device="cuda", dtype=torch.bfloat16)
+        hidden = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
+        total = torch.empty(512, 64, device="cuda")
+        targets = torch.zeros(16, dtype=torch.int64, device="cuda")
+        with Tile(Head(weight, None, Transform()), hidden, targets) as tile:
+            tile._slopes  # noqa: B018
+            with _Called() as called:
+                tile.add_head_gradient(torch.empty(16, device="cuda"), total, None)
+    assert called.names.count("aten::addmm") == 1
+    assert "aten::mm" not in called.names
+    assert "aten::add_" not in called.names
+
+
+class _Called(TorchDispatchMode):
+    """Notes the name of each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))

@@ -143,5 +143,7 @@ class Tile:
         weighted = (self._hidden * factor).to(slopes.dtype)
         if weight.dtype == slopes.dtype:
             weight.addmm_(slopes.t(), weighted)
+        elif weight.device.type == "cuda":  # no rounded product between: exact, and one pass less
+            torch.addmm(weight, slopes.t(), weighted, out_dtype=weight.dtype, out=weight)
         else:
             weight.add_(slopes.t() @ weighted)
