@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import stop_after
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.extras import MissingExtraError
 from logratio.training import LoraSettings, TrainConfig, demand, train
@@ -215,3 +217,36 @@ def test_the_forecast_knows_the_bytes_of_a_weight(
     reference = 2 if changed.precision == "bf16-weights" else 4
     both = demand.training_bytes(changed, config.model)
     assert both == pytest.approx((each + reference) * count)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_is_over_lists_and_to_the_bit_what_one_by_one_gives(dtype: torch.dtype) -> None:
+    for most in (0.25, 1e6):
+        weights, alone = parameters(dtype), gradients(2, dtype)
+        for weight, gradient in zip(weights, gradients(2, dtype), strict=True):
+            weight.grad = gradient
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in alone]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        for gradient in alone:
+            gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+        with Operations() as seen:
+            assert torch.equal(clip_gradients(weights, most), norm)
+        assert all(
+            torch.equal(w.grad, g)
+            for w, g in zip(weights, alone, strict=True)
+            if w.grad is not None
+        )
+        assert ("aten::_foreach_mul_" in seen.names) == (most < 1)
+        assert "aten::mul_" not in seen.names

@@ -179,12 +179,27 @@ def _round_into(parameter: Tensor, master: Tensor) -> None:
 def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     """Scale all gradients down to the norm `most` together; return their norm, float32.
 
-    As `torch.nn.utils.clip_grad_norm_`, with the norm of bfloat16 gradients added up in float32.
+    As `torch.nn.utils.clip_grad_norm_`, with the norm of bfloat16 gradients added up in float32. On
+    a CPU, where the norm is at hand, gradients that are short enough are not touched; elsewhere a
+    list of gradients is one operation, and nothing waits for the device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    lists = _by_place(gradients)
+    norms: list[Tensor] = []
+    for each in lists:
+        norms += torch._foreach_norm(each, 2, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale)
+    if scale.device.type == "cpu" and float(scale) == 1.0:
+        return norm
+    for each in lists:
+        torch._foreach_mul_(each, scale)
     return norm
+
+
+def _by_place(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Part tensors into lists of one device and dtype, as operations on lists want them."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(found.values())
