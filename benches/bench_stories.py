@@ -97,7 +97,7 @@ def run_seed(seed: int, shared: Path, folder: Path) -> StoryResult:
     lines = held_out.read_text().splitlines()[:PROMPTS]
     prompts = [json.loads(line)["prompt"] for line in lines]
     drawn = [texts(model, prompts, seed + n) for n in range(CANDIDATES)]
-    export_bundle(ExportConfig(policy, model, BETA, bundle))
+    export_bundle(ExportConfig(policy, model, bundle, BETA))
     reward, random, oracle = best_of(bundle, prompts, drawn)
     return StoryResult(
         seed=seed,

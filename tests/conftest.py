@@ -13,6 +13,8 @@ from tiny_models import WORDS, save_tiny_model
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+Run = Callable[..., tuple[int, str, str]]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first, so that no worker is left alone with one at the end."""
@@ -45,6 +47,20 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 def pairs_file(tmp_path: Path) -> Path:
     """Sixteen preference pairs in the tiny tokenizer's words."""
     return write_pairs(tmp_path / "pairs.jsonl", 16)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; return its exit code, standard output and standard error."""
+    from logratio.cli.app import main
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return command
 
 
 def write_pairs(path: Path, count: int) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from conftest import Run
 
 from logratio._rust import CacheWriter
 from logratio.cli import evaluation
@@ -23,21 +24,6 @@ from logratio.training import (
     TrainConfig,
     precompute,
 )
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; return its exit code, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return command
 
 
 def flags(command: Callable[..., None]) -> set[str]:
@@ -124,9 +110,14 @@ def test_dry_run_writes_nothing_but_the_forecast(
     code, out, err = run("train", *arguments, "--output", tmp_path / "out")
     assert (code, out) == (0, "")
     assert "needs about" in err
-    assert list((tmp_path / "out").iterdir()) == []
     assert run("precompute", *arguments, "--cache", tmp_path / "cache")[0] == 0
-    assert list((tmp_path / "cache").iterdir()) == []
+    evaluated = ("--policy", tiny_model, "--reference", tiny_model, "--beta", "0.1", "--json")
+    code, _, err = run("evaluate", *evaluated, tmp_path / "e.json", *arguments[2:])
+    assert code == 0, err
+    exported = ("--policy", tiny_model, "--reference", tiny_model, "--beta", "0.1", "--output")
+    code, _, err = run("export", *exported, tmp_path / "deep" / "bundle", "--dry-run")
+    assert code == 0, err
+    assert list(tmp_path.iterdir()) == [pairs_file]
 
 
 GOOD = {"prompt": "the cat", "chosen": " sits", "rejected": " runs"}

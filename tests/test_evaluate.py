@@ -16,7 +16,7 @@ from logratio.training.setup import ConfigError
 
 
 def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:
-    result = evaluate(EvaluateConfig(tiny_model, tiny_model, [pairs_file], samples=8))
+    result = evaluate(EvaluateConfig(tiny_model, tiny_model, [pairs_file], beta=0.1, samples=8))
     assert result.pairs == 16
     assert result.accuracy == 0.5  # every pair ties, and a tie counts half
     assert result.margin == 0.0
@@ -32,7 +32,7 @@ def test_a_trained_policy_is_seen_to_prefer(
         TrainConfig(tiny_model, [pairs_file], out, lr=3e-3, batch_size=4, epochs=8),
         show_progress=False,
     )
-    result = evaluate(EvaluateConfig(out, tiny_model, [pairs_file], beta=0.1))
+    result = evaluate(EvaluateConfig(out, tiny_model, [pairs_file]))
     assert result.accuracy == 1.0
     assert result.margin == pytest.approx(
         0.1 * (result.logratio_chosen - result.logratio_rejected), rel=1e-6
@@ -94,7 +94,9 @@ def test_a_folders_generation_settings_do_not_bend_the_samples(tiny_model: Path)
 
 
 def test_a_drawing_that_cannot_fit_is_refused_first(tiny_model: Path, pairs_file: Path) -> None:
-    config = EvaluateConfig(tiny_model, tiny_model, [pairs_file], samples=4, max_new_tokens=600)
+    config = EvaluateConfig(
+        tiny_model, tiny_model, [pairs_file], beta=0.1, samples=4, max_new_tokens=600
+    )
     with pytest.raises(ConfigError, match="positions"):
         evaluate(config)
 

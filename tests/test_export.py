@@ -151,9 +151,9 @@ def test_adapter_is_exported_beside_one_base_in_silence(
     adapter = adapter_of(base, tmp_path / "adapter")
     (tmp_path / "bundle").mkdir()  # an empty folder may be there
     capfd.readouterr()
-    forecast = plan_export(ExportConfig(adapter, base, BETA, tmp_path / "bundle"))
+    forecast = plan_export(ExportConfig(adapter, base, tmp_path / "bundle", BETA))
     result = export_bundle(
-        ExportConfig(adapter, base, BETA, tmp_path / "bundle"), show_progress=False
+        ExportConfig(adapter, base, tmp_path / "bundle", BETA), show_progress=False
     )
     assert capfd.readouterr() == ("", "")
     assert result.manifest.graph.kind == "adapter"
@@ -181,7 +181,7 @@ def test_family_gives_torchs_rewards(
         save_family(tmp_path / name, config, seed) for seed, name in enumerate("pr")
     )
     result = export_bundle(
-        ExportConfig(policy, reference, BETA, tmp_path / "bundle"), show_progress=False
+        ExportConfig(policy, reference, tmp_path / "bundle", BETA), show_progress=False
     )
     assert result.manifest.graph.opset == (20 if family == "gpt2" else 23)
     check_against_torch(tmp_path / "bundle", policy, reference, vocabulary=config.vocab_size)
@@ -296,7 +296,7 @@ def test_short_limits_are_exported_too(tiny_folder: Path, tmp_path: Path, length
 
 def test_plan_says_what_is_needed_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "bundle"
-    config = ExportConfig(tiny_folder / "policy", tiny_folder / "reference", BETA, output)
+    config = ExportConfig(tiny_folder / "policy", tiny_folder / "reference", output, BETA)
     forecast = plan_export(config)
     actual = sum(path.stat().st_size for path in (tiny_folder / "bundle").iterdir())
     assert 0.5 * actual < forecast.disk_bytes < 2 * actual
@@ -357,7 +357,7 @@ def test_tokenizer_may_stand_with_the_reference(
 ) -> None:
     policy = make_model("bare")
     (policy / "tokenizer.json").unlink()
-    config = ExportConfig(policy, tiny_folder / "reference", BETA, tmp_path / "b")
+    config = ExportConfig(policy, tiny_folder / "reference", tmp_path / "b", BETA)
     assert plan_export(config).disk_bytes > 0
 
 

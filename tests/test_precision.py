@@ -153,7 +153,8 @@ def test_every_precision_is_a_reference_of_its_own(tiny_model: Path) -> None:
 def test_evaluation_computes_in_it(config: TrainConfig, precision: Precision) -> None:
     model = str(config.model)
     result = evaluate(
-        EvaluateConfig(model, model, config.data, precision=precision), show_progress=False
+        EvaluateConfig(model, model, config.data, beta=0.1, precision=precision),
+        show_progress=False,
     )
     assert result.margin == 0.0
     assert result.logratio_chosen == 0.0

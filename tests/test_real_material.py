@@ -59,7 +59,7 @@ def test_a_thousand_real_dialogues_through_the_whole_path(shared: Path, tmp_path
     few = first_dialogues(shared, tmp_path / "few.jsonl.gz", 200)
     measured = evaluate(EvaluateConfig(policy, model, [few], rules=rules))
     assert measured.accuracy > 0.6  # on pairs that it was trained on
-    export_bundle(ExportConfig(policy, model, 0.1, bundle))
+    export_bundle(ExportConfig(policy, model, bundle, 0.1))
     scores = Reranker.load(bundle).score(
         "\n\nHuman: Hello there\n\nAssistant:", [" Hi!", " Go away.", " How are you?"]
     )

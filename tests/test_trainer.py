@@ -169,7 +169,7 @@ def test_an_unfinished_run_is_not_started_over(config: TrainConfig) -> None:
         quiet(config)
     quiet(with_(config, resume=True))
     assert not (Path(config.output) / "checkpoints").exists()
-    assert len(quiet(config)) == 8
+    assert len(quiet(with_(config, overwrite=True))) == 8
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(config: TrainConfig) -> None:
@@ -353,11 +353,11 @@ def test_a_model_is_never_written_over(
 
 def test_a_second_run_leaves_nothing_of_the_first(config: TrainConfig) -> None:
     quiet(with_(config, lora=LoraSettings(rank=2)))
-    quiet(config)
+    quiet(with_(config, overwrite=True))
     names = {path.name for path in Path(config.output).iterdir()}
     assert "model.safetensors" in names
     assert not {name for name in names if name.startswith("adapter")}
-    quiet(with_(config, lora=LoraSettings(rank=2)))
+    quiet(with_(config, overwrite=True, lora=LoraSettings(rank=2)))
     assert not (Path(config.output) / "model.safetensors").exists()
 
 

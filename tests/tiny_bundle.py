@@ -27,7 +27,7 @@ def tiny_bundle(factory: pytest.TempPathFactory) -> Path:
             save_tiny_model(folder / "policy", 0),
             save_tiny_model(folder / "reference", 1),
         )
-        export_bundle(ExportConfig(policy, reference, BETA, folder / "bundle"), show_progress=False)
+        export_bundle(ExportConfig(policy, reference, folder / "bundle", BETA), show_progress=False)
         _folder.append(folder)
     return _folder[0]
 

@@ -1,5 +1,6 @@
 """What a command will need, said before it starts."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,17 @@ class OutputError(LogratioError, OSError):
 def check_writable(folder: Path, needed_bytes: float = 0) -> None:
     """Refuse an output folder that cannot be written to or is too full, before anything long.
 
+    Creates nothing: a folder that does not exist is judged by the nearest one that does.
+
     Raises:
         OutputError: with the path and the reason.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".logratio-write-test"
-        probe.write_bytes(b"\0")
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write here ({error.strerror or error})") from error
-    if (free := shutil.disk_usage(folder).free) < needed_bytes:
+    parent = existing_parent(folder)
+    if not parent.is_dir():
+        raise OutputError(f"{folder}: cannot write here ({parent} is a file)")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: cannot write here (no permission to write to {parent})")
+    if (free := shutil.disk_usage(parent).free) < needed_bytes:
         raise OutputError(f"{folder}: needs {size(needed_bytes)}, and {size(free)} are free")
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread
 from typing import TypeVar
 
@@ -16,6 +16,13 @@ LINE_EVERY = 10.0
 
 Advance = Callable[..., None]
 Result = TypeVar("Result")
+
+
+def say(sentence: str) -> None:
+    """Write a line to standard error, or nothing where that is closed or on a full disk."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(sentence + "\n")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -110,11 +117,10 @@ class _Lines:
         self.last = now
         rate = self.done / (now - self.start)
         left = (self.total - self.done) / rate if rate else float("inf")
-        sys.stderr.write(
+        say(
             f"{self.what}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate:,.1f}/s, "
-            f"{left:,.0f} s left {note}\n"
+            f"{left:,.0f} s left {note}"
         )
-        sys.stderr.flush()
 
 
 def awaited(what: str, act: Callable[[], Result]) -> Result:
@@ -152,6 +158,5 @@ def _spin(what: str, future: "Future[Result]") -> None:
 def _report_alive(what: str, future: "Future[Result]") -> None:
     start = time.monotonic() - PATIENCE
     while not future.done():
-        sys.stderr.write(f"{what}: {time.monotonic() - start:,.0f} s so far\n")
-        sys.stderr.flush()
+        say(f"{what}: {time.monotonic() - start:,.0f} s so far")
         wait([future], LINE_EVERY)

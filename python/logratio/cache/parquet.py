@@ -49,6 +49,7 @@ def export(
     reader = open_reader(reference)
     needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)
     check_writable(path.parent, needed)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with published(path) as partial, partial.open("wb") as file:
         rows, tokens = _write(reference, reader, file, advance)
     return Exported(path, reference, rows, tokens, path.stat().st_size)

@@ -21,7 +21,10 @@ def evaluate(
     policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
     reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
     data: options.Data,
-    beta: Annotated[float, typer.Option(help="Reward per nat of log-ratio.")] = 0.1,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Reward per nat of log-ratio. Default: β of the policy's training."),
+    ] = None,
     samples: Annotated[
         int,
         typer.Option(help="Completions to draw from the policy for its KL to the reference, "
@@ -78,7 +81,7 @@ def _print_evaluation(result: "Evaluation") -> None:
     table = Table("held-out", f"{result.pairs:,} pairs")
     error = 1.96 * result.accuracy_standard_error
     table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
-    table.add_row("reward margin", f"{result.margin:.4f}")
+    table.add_row(f"reward margin (β {result.beta:g})", f"{result.margin:.4f}")
     table.add_row("log-ratio chosen", f"{result.logratio_chosen:.3f} nats")
     table.add_row("log-ratio rejected", f"{result.logratio_rejected:.3f} nats")
     table.add_row("length chosen", f"{result.length_chosen:.1f} tokens")

@@ -24,10 +24,13 @@ Provider = Annotated[
 def export(
     policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
     reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
-    beta: Annotated[
-        float, typer.Option(help="β of the training: the reward is β·(log π − log π_ref).")
-    ],
     output: Annotated[Path, typer.Option(help="Folder of the bundle; must be new or empty.")],
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="The reward is β·(log π − log π_ref). Default: β of the policy's training."
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Package policy and reference as one ONNX graph that scores N candidates of a prompt.
@@ -37,7 +40,7 @@ def export(
     """
     from logratio.scoring.export import ExportConfig, export_bundle, plan_export
 
-    config = ExportConfig(policy, reference, beta, output)
+    config = ExportConfig(policy, reference, output, beta)
     typer.echo(plan_export(config).to_text(), err=True)
     if not dry_run:
         typer.echo(export_bundle(config).to_text())

@@ -70,10 +70,12 @@ def train(
             rules=reading.rules,
             formats=reading.settings(),
             max_bad_fraction=reading.max_bad_fraction,
-        )
+        ),
+        dry_run=dry_run,
     )
-    announce(ready.dataset, ready.forecast)
-    if not dry_run:
+    if not ready.finished:
+        announce(ready.dataset, ready.forecast)
+    if ready.finished or not dry_run:
         _tell(ready.run())
 
 
@@ -81,7 +83,8 @@ def _tell(result: "TrainResult") -> None:
     last = result.history[-1] if result.history else {}
     shown = ("loss", "rewards/accuracies", "rewards/margins")
     typer.echo(", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last))
-    typer.echo(f"{result.steps} updates; model, metrics and settings: {result.output}")
+    begin = "already finished: " if result.was_finished else ""
+    typer.echo(f"{begin}{result.steps} updates; model, metrics and settings: {result.output}")
 
 
 def announce(dataset: "Dataset", forecast: "Forecast") -> None:

@@ -110,6 +110,15 @@ class Update(Settings):
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = False
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a run in --output by this one. Without it, a finished run with the same "
+            "settings ends at once with 0, and any other run is an error.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

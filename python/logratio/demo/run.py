@@ -110,7 +110,7 @@ class Demo:
             sft = _judge(draw(self._sft_model, held_out, 1, seed + 4))
             dpo = _judge(draw(self._policy, held_out, 1, seed + 4))
         with self._step("export", "policy and reference as one ONNX graph, checked against torch"):
-            export_bundle(ExportConfig(self._policy, self._sft_model, BETA, self._bundle))
+            export_bundle(ExportConfig(self._policy, self._sft_model, self._bundle))
         with self._step("best-of-N", "the exported reward picks among the SFT model's stories"):
             ranked = best_of(self._bundle, draw(self._sft_model, held_out, 16, seed + 5))
         return DemoResult(sft, dpo, evaluation, ranked, self.seconds)

@@ -1,6 +1,5 @@
 """What an export is told, and everything that can be refused before weights are loaded."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ from logratio.scoring.families import check_exportable, max_positions
 from logratio.scoring.graph import SINGLE_FILE_BYTES
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
-from logratio.training.setup import SETTINGS_FILE
+from logratio.training.run_folder import SETTINGS_FILE, reward_beta, settings_of
+from logratio.training.shares import refuse_several
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -39,16 +39,17 @@ class ExportConfig:
     Attributes:
         policy: Folder of the trained model or adapter.
         reference: Folder of the model (or adapter) it was kept close to.
-        beta: That of the training: the reward is beta times the log-ratio, in nats.
         output: Folder of the bundle; new, or empty.
+        beta: The reward is beta times the log-ratio, in nats; that of the policy's training
+            (its ``training.json``) where None.
         rules: How text becomes ids; None: as the policy was trained (its ``training.json``), else
             the defaults, both cut to the positions that the models have.
     """
 
     policy: str | Path
     reference: str | Path
-    beta: float
     output: str | Path
+    beta: float | None = None
     rules: TokenizationRules | None = None
 
 
@@ -111,8 +112,8 @@ def plan_export(config: ExportConfig) -> Forecast:
     """Check everything that can be checked without the weights, and say what the export needs.
 
     Raises:
-        ExportError, ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: What
-            stands in the way.
+        ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
+            MissingExtraError: What stands in the way.
     """
     return make_plan(config).forecast
 
@@ -121,17 +122,19 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     """Check everything that can be checked without the weights.
 
     Raises:
-        ExportError, ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: What
-            stands in the way.
+        ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
+            MissingExtraError: What stands in the way.
     """
+    refuse_several("export")
     for library in LIBRARIES:
         require(library, "export")
-    if not (math.isfinite(config.beta) and config.beta > 0):
-        raise ExportError(f"beta is {config.beta}; it is that of the training, above 0")
     policy, reference, output = map(Path, (config.policy, config.reference, config.output))
     for folder in (policy, reference):
         check_model_folder(folder)
         _check_adapter(folder)
+    beta = reward_beta(policy, config.beta)
+    if not (math.isfinite(beta) and beta > 0):
+        raise ExportError(f"beta is {beta}; it is that of the training, above 0")
     _check_output(output)
     architecture = _architectures(policy, reference)
     folder = _tokenizer_folder(policy, reference)
@@ -142,7 +145,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
             f"{folder}: its tokenizer knows {tokenizer.vocabulary_size} ids, and the policy "
             f"{architecture.vocab_size}"
         )
-    plan = ExportPlan(policy, reference, config.beta, output, folder, tokenizer, architecture)
+    plan = ExportPlan(policy, reference, beta, output, folder, tokenizer, architecture)
     check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
     return plan
 
@@ -203,12 +206,13 @@ def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -
 
 def _trained_rules(policy: Path) -> TokenizationRules | None:
     """Read the rules that `logratio train` wrote beside the policy."""
-    path = policy / SETTINGS_FILE
-    if not path.exists():
+    settings = settings_of(policy)
+    if settings is None:
         return None
     try:
-        return TokenizationRules.from_dict(json.loads(path.read_text())["rules"])
+        return TokenizationRules.from_dict(settings["rules"])
     except (ValueError, KeyError, TypeError) as error:
+        path = policy / SETTINGS_FILE
         raise ExportError(f"{path}: its rules cannot be read ({error})") from error
 
 

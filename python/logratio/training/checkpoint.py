@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from logratio.durable import sync
+from logratio.durable import settle, sync, system_errors
 from logratio.errors import LogratioError
 from logratio.training.optimizers import FUSED, MasterAdamW
 
@@ -43,11 +43,12 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: P
     final = folder / f"checkpoint-{at.step:08d}"
     partial = folder / f".partial-{at.step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        save_file(_trainable(model), partial / "weights.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-        save_file(_random_states(), partial / "random.safetensors")
+        partial.mkdir(parents=True)
+        with system_errors(partial):
+            save_file(_trainable(model), partial / "weights.safetensors")
+            save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+            save_file(_random_states(), partial / "random.safetensors")
         state = {"step": at.step, "identity": at.identity, "python_random": random.getstate()}
         (partial / "state.json").write_text(json.dumps(state))
         _write_manifest(partial)
@@ -58,21 +59,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: P
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for old in _checkpoints(folder)[KEPT:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def refuse_leftovers(folder: Path) -> None:
-    """Refuse to start anew over the checkpoints of a run that did not end.
-
-    Raises:
-        FileExistsError: there are some; says what to do.
-    """
-    if left := _checkpoints(folder):
-        raise FileExistsError(
-            f"{folder} holds {left[0].name} of a run that did not end: go on with --resume, name "
-            "another --output, or delete the folder"
-        )
 
 
 class ResumeError(LogratioError, ValueError):
@@ -203,13 +191,18 @@ def _write_manifest(folder: Path) -> None:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=1))
     for path in folder.iterdir():
-        sync(path)
+        settle(path)
     sync(folder)
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest published checkpoint, whole or not; None where there is none."""
+    return next(iter(_checkpoints(folder)), None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from logratio.data import FormatSettings, TokenizationRules
 from logratio.data.containers import Input
+from logratio.errors import LogratioError
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
@@ -15,6 +16,10 @@ Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
 PathLike = str | Path
+
+
+class ConfigError(LogratioError, ValueError):
+    """The settings contradict each other or name something that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,9 @@ class TrainConfig:
         seed: of the order of the data and the adapters; dropout is off.
         save_every: updates between checkpoints; 0 for none but the one at an interrupt.
         resume: go on from the newest valid checkpoint in `output`.
+        overwrite: replace a run in `output`, finished or not, by this one. Without it, a finished
+            run with the same settings is returned as it is, and any other is an error. The earlier
+            model stays until the new one is saved.
         device: where to train; a GPU when there is one, where None.
         lora: adapters to train instead of all weights.
         rules: how records become token ids.
@@ -105,6 +113,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 200
     resume: bool = False
+    overwrite: bool = False
     device: str | None = None
     lora: LoraSettings | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
@@ -154,7 +163,7 @@ class EvaluateConfig:
         policy: folder of the trained model or adapter.
         reference: folder of the reference model.
         data: held-out preference files.
-        beta: reward per nat of log-ratio.
+        beta: reward per nat of log-ratio; that of the policy's training where None.
         samples: completions to draw from the policy for the KL to the reference; 0 for none.
         max_new_tokens: longest drawn completion.
         seed: of the drawing.
@@ -164,7 +173,7 @@ class EvaluateConfig:
     policy: PathLike
     reference: PathLike
     data: Sequence[Input]
-    beta: float = 0.1
+    beta: float | None = None
     samples: int = 0
     max_new_tokens: int = 128
     seed: int = 0

@@ -21,8 +21,10 @@ from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.models import autocast, check_model_folder, default_device, load_model
+from logratio.training.run_folder import reward_beta
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
+from logratio.training.shares import refuse_several
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Evaluation:
 
     Attributes:
         pairs: how many.
+        beta: that of the rewards.
         accuracy: share of pairs whose chosen reward is higher; a tie counts half.
         accuracy_standard_error: binomial.
         margin: mean chosen reward − rejected reward.
@@ -58,6 +61,7 @@ class Evaluation:
     """
 
     pairs: int
+    beta: float
     accuracy: float
     accuracy_standard_error: float
     margin: float
@@ -84,9 +88,11 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
 
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
     """Check the folders and tokenize the data; nothing long has started."""
+    refuse_several("evaluate")
     default_device(config.device)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
+    beta = reward_beta(config.policy, config.beta)
     dataset = load_dataset(
         config.policy,
         config.data,
@@ -97,7 +103,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     )
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     _check_samples(config, dataset.store)
-    return Evaluating(config, dataset, show_progress)
+    return Evaluating(config, dataset, beta, show_progress)
 
 
 def _check_samples(config: EvaluateConfig, store: Store) -> None:
@@ -114,10 +120,13 @@ def _check_samples(config: EvaluateConfig, store: Store) -> None:
 
 
 class Evaluating:
-    """An evaluation that is ready to start."""
+    """An evaluation that is ready to start; `beta` is given, or that of the policy's training."""
 
-    def __init__(self, config: EvaluateConfig, dataset: Dataset, show_progress: bool) -> None:
+    def __init__(
+        self, config: EvaluateConfig, dataset: Dataset, beta: float, show_progress: bool
+    ) -> None:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
+        self.beta = beta
         self.device = default_device(config.device)
 
     @cached_property
@@ -152,7 +161,7 @@ class Evaluating:
             policy_logps = store_sums(policy, store, self.config.token_budget, advance)
             reference_logps = store_sums(reference, store, self.config.token_budget, advance)
             kl = self._kl(policy, reference) if self.config.samples else None
-        return summarize(store, policy_logps - reference_logps, self.config.beta, kl)
+        return summarize(store, policy_logps - reference_logps, self.beta, kl)
 
     def _load(self, folder: PathLike) -> nn.Module:
         model = load_model(folder, device=self.device, precision=self.config.precision)
@@ -228,6 +237,7 @@ def summarize(
     accuracy = float(((np.sign(margins) + 1) / 2).mean())
     return Evaluation(
         pairs=len(margins),
+        beta=beta,
         accuracy=accuracy,
         accuracy_standard_error=float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
         margin=float(margins.mean()),

@@ -1,14 +1,11 @@
 """The training loop: one update is a fixed number of groups, whatever the micro-batches."""
 
 import math
-import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,24 +23,26 @@ from logratio.data import (
 from logratio.errors import LogratioError
 from logratio.logps.completion import completion_logps, completion_loss
 from logratio.logps.tensors import Batch, Part, buffers_for, fields_for, to_torch
-from logratio.progress import Advance, progress
+from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
-from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.metrics import MetricsLog, added
 from logratio.training.models import autocast, training_budget
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.optimizers import clip_gradients, make_optimizer, state_bytes
 from logratio.training.reference import Reference
+from logratio.training.run_folder import CHECKPOINTS, identity
 from logratio.training.setup import beta_of
 from logratio.training.trust import check_start
-
-CHECKPOINTS = "checkpoints"
 
 
 class NonFiniteError(LogratioError, ArithmeticError):
     """A loss or gradient is NaN or infinite; no weight was touched by it."""
+
+
+class SaveError(LogratioError, OSError):
+    """A model or checkpoint could not be written; what was saved before is as it was."""
 
 
 class Loop:
@@ -60,10 +59,12 @@ class Loop:
         self.config, self.store, self.policy = config, store, policy
         self.reference, self.layout = reference, layout
         self.beta = beta_of(config)
+        self.identity = identity(config, store)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr)
         self.device = self.parameters[0].device
         self.objective = make_objective(config, self.beta)
+        self.recent: deque[dict[str, float]] = deque(maxlen=5)
 
     @property
     def state_bytes(self) -> float:
@@ -74,7 +75,7 @@ class Loop:
     def run(self, updates: int, show_progress: bool) -> tuple[int, list[dict[str, float]]]:
         """Do all updates that a checkpoint has not done yet."""
         output = Path(self.config.output)
-        start = self._resume(output / CHECKPOINTS) if self.config.resume else 0
+        start = self._resume() if self.config.resume else 0
         if self.reference is not None:
             self._check_start(self.reference, is_first=start == 0)
         history = []
@@ -93,6 +94,7 @@ class Loop:
                     values["epoch"] = step / feed.updates_per_epoch
                     log.write(step, values)
                     history.append(values)
+                    self.recent.append(values)
                     _report(advance, groups, values)
                     self._maybe_save(step, updates, interrupted())
         return updates, history
@@ -179,19 +181,39 @@ class Loop:
         if told:
             say(told)
 
-    def _blame(self, step: int, values: dict[str, float], batches: list[np.ndarray]) -> str:
+    def _blame(
+        self,
+        step: int,
+        values: dict[str, float],
+        batches: list[np.ndarray],
+    ) -> str:
+        """Say what was not finite, for which records, and what most likely caused it."""
         bad = [name for name, value in values.items() if not math.isfinite(value)]
+        groups = np.concatenate(batches)
         with torch.no_grad():
             culprits = [
                 int(group)
-                for groups in batches
                 for group in groups
                 if not math.isfinite(self._policy_sum(self._batch(group[None])))
             ]
-        names = ", ".join(source_names(self.store, culprits)) or "no single record"
+        if len(culprits) == len(groups) > 1:
+            names = f"all {len(groups)} of the update"
+        else:
+            names = ", ".join(source_names(self.store, culprits)) or "no single record"
         return (
             f"update {step}: {', '.join(bad)} not finite; stopped before the weights changed "
-            f"(records: {names})"
+            f"(records: {names}). {self._likely_cause(values['lr'])}"
+        )
+
+    def _likely_cause(self, rate: float) -> str:
+        if not self.recent:
+            return "No update was done yet, so the model or these records cause it"
+        before = ", ".join(f"{row['grad_norm']:.3g}" for row in self.recent)
+        losses = ", ".join(f"{row['loss']:.3g}" for row in self.recent)
+        return (
+            f"The last updates had gradient norms {before} and losses {losses} at learning rates "
+            f"up to {max(row['lr'] for row in self.recent):.3g} (now {rate:.3g}): the usual cause "
+            f"is a learning rate that is too high, so try --lr {self.config.lr / 10:.3g}"
         )
 
     def _policy_sum(self, batch: Batch) -> float:
@@ -201,45 +223,46 @@ class Loop:
     def _maybe_save(self, step: int, updates: int, signal: int | None) -> None:
         every = self.config.save_every
         due = every > 0 and step % every == 0 and step < updates
-        folder = Path(self.config.output) / CHECKPOINTS
         if due or (signal and step < updates):
-            at = checkpoint.Position(step, self._identity)
-            checkpoint.save(folder, self.policy, self.optimizer, at)
+            self.save(step)
         if signal and step < updates:
             raise RunInterruptedError(
-                signal, f"saved update {step} in {folder}; --resume goes on from it"
+                signal, f"saved update {step} in {self._checkpoints}; --resume goes on from it"
             )
 
-    def _resume(self, folder: Path) -> int:
-        identity = self._identity
-        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer, identity)
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.output) / CHECKPOINTS
+
+    def save(self, step: int) -> Path:
+        """Publish a checkpoint after update `step`.
+
+        Raises:
+            SaveError: it cannot be written; earlier ones are as they were.
+        """
+        at = checkpoint.Position(step, self.identity)
+        try:
+            return checkpoint.save(self._checkpoints, self.policy, self.optimizer, at)
+        except OSError as error:
+            last = checkpoint.newest(self._checkpoints)
+            kept = (
+                f"{last} is whole: make room, then --resume goes on from it"
+                if last
+                else "there is none before it"
+            )
+            raise SaveError(
+                f"the checkpoint of update {step} could not be saved ({error}); {kept}"
+            ) from error
+
+    def _resume(self) -> int:
+        folder = self._checkpoints
+        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer, self.identity)
         for sentence in refused:
             say(f"passed over a damaged checkpoint: {sentence}")
         if at is None:
             say(f"{folder}: no checkpoint yet, so the run begins at its beginning")
             return 0
         return at.step
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run."""
-        names = (
-            "loss label_smoothing gamma lr warmup max_grad_norm batch_size epochs "
-            "precision optimizer compile_layers seed mix"
-        )
-        fields = {name: getattr(self.config, name) for name in names.split()}
-        lora = asdict(self.config.lora) if self.config.lora else None
-        if lora:
-            lora["targets"] = list(lora["targets"])
-        models = {
-            name: model_fingerprint(folder, self.config.precision).digest.hex()
-            for name, folder in (
-                ("model", self.config.model),
-                ("reference", self.config.reference or self.config.model),
-            )
-        }
-        own = {"token_budget": training_budget(self.config), "beta": self.beta, "lora": lora}
-        return fields | models | own | {"data": self.store.digest}
 
 
 def _place(micro: MicroBatch) -> tuple[int, int]:
@@ -251,8 +274,3 @@ def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
     if "rewards/accuracies" in values:
         note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
     advance(groups, note)
-
-
-def say(sentence: str) -> None:
-    """Write a sentence that the user should see, whatever becomes of the results."""
-    sys.stderr.write(sentence + "\n")

@@ -1,14 +1,26 @@
 """What a run reports, under the names that dashboards know."""
 
+import errno
 import json
+import os
+import socket
+import struct
+import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from torch import Tensor
 
-from logratio.durable import write_whole
+from logratio.progress import say
 from logratio.training.losses import PairLogps, PairRewards, gradient_weight
+
+METRICS_FILE = "metrics.jsonl"
 
 
 def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
@@ -56,37 +68,114 @@ def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard's events in the output folder, one row an update."""
+    """`metrics.jsonl` and TensorBoard's events in the output folder, one row an update.
+
+    A log never stops a run: what cannot be written is reported once, waits in memory, and is
+    written as soon as there is room.
+    """
 
     def __init__(self, output: Path, resume_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self.path = output / "metrics.jsonl"
-        kept = _rows_up_to(self.path, resume_step)
-        write_whole(self.path, "".join(kept))
-        self._file = self.path.open("a")
-        self._board: SummaryWriter = SummaryWriter(
-            str(output / "tensorboard"), purge_step=resume_step + 1
+        self._reported = False
+        rows = output / METRICS_FILE
+        # No thread and no queue: tensorboardX's own writer blocks for ever once its thread dies.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        self._rows = _Appended(rows, _size_up_to(rows, resume_step))
+        self._events = _Appended(output / "tensorboard" / name, 0)
+        self._events.add(_framed(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        started = SessionLog(status=SessionLog.START)
+        self._events.add(
+            _framed(Event(wall_time=time.time(), step=resume_step + 1, session_log=started))
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; every number is finite or the trainer has stopped before."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._rows.add((json.dumps({"step": step, **values}) + "\n").encode())
+        now, summary = time.time(), Summary()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            summary.value.add(tag=name, simple_value=value)
+        self._events.add(_framed(Event(wall_time=now, step=step, summary=summary)))
+        for file in (self._rows, self._events):
+            if (failure := file.failure) and not self._reported:
+                self._reported = True
+                reason = failure.strerror or failure
+                say(
+                    f"{file.path}: cannot be written ({reason}); the run goes on, and metrics are "
+                    "written once there is room"
+                )
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        for file in (self._rows, self._events):
+            file.close()
+            if file.waiting:
+                say(f"{file.path}: incomplete, its last {len(file.waiting):,} records are missing")
 
 
-def _rows_up_to(path: Path, step: int) -> list[str]:
-    """Return the rows that a resumed run keeps: those of the updates it will not repeat."""
-    if step == 0 or not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+class _Appended:
+    """A file that grows by whole records; one that cannot be written waits for the next try.
+
+    Attributes:
+        failure: why the last try failed, if it did.
+        waiting: records that are not in the file yet.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self._size = path, size
+        self.failure: OSError | None = None
+        self.waiting: deque[bytes] = deque()
+        self._file: int | None = None
+
+    def add(self, record: bytes) -> None:
+        """Append a record, after those that wait."""
+        self.waiting.append(record)
+        try:
+            self._append()
+            self.failure = None
+        except OSError as error:
+            self.failure = error
+
+    def _append(self) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, self._size)
+        while self.waiting:
+            record = self.waiting[0]
+            if os.pwrite(self._file, record, self._size) < len(record):
+                with suppress(OSError):
+                    os.ftruncate(self._file, self._size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._size += len(record)
+            self.waiting.popleft()
+
+    def close(self) -> None:
+        """Try once more, and close the file."""
+        with suppress(OSError):
+            self._append()
+        if self._file is not None:
+            with suppress(OSError):
+                os.close(self._file)
+
+
+def _framed(event: Event) -> bytes:
+    """Return an event as a record of TensorBoard's files."""
+    data: bytes = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    return length + checks[0] + data + checks[1]
+
+
+def _size_up_to(path: Path, step: int) -> int:
+    """Return the bytes of the rows that a resumed run keeps: the updates it will not repeat."""
+    size = 0
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if step else []
+        for line in lines:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            size += len(line)
+    except (OSError, ValueError, KeyError, TypeError):  # what follows a damaged row is made anew
+        return size
+    return size

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError
-from logratio.training.config import LoraSettings, Precision, Quantization, TrainConfig
+from logratio.training.config import ConfigError, LoraSettings, Precision, Quantization, TrainConfig
 from logratio.training.quantization import check_quantization, loading_arguments
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -150,11 +151,17 @@ def check_model_folder(folder: Path) -> None:
     """Refuse a folder that holds no loadable model, before anything long.
 
     Raises:
-        ModelFolderError: with what is missing.
+        ModelFolderError: with what is missing, or what there is too much.
     """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder")
     adapter = (folder / ADAPTER_CONFIG).exists()
+    if adapter and (whole := _whole_weights(folder)):
+        raise ModelFolderError(
+            f"{folder} holds a whole model ({whole.name}) and an adapter ({ADAPTER_CONFIG}), and "
+            f"nothing says which is meant: delete {ADAPTER_CONFIG} if the adapter was merged, or "
+            "move the adapter_* files to a folder of their own"
+        )
     if not adapter and not (folder / "config.json").exists():
         raise ModelFolderError(f"{folder}: no config.json, so this is not a model folder")
     if not any(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
@@ -164,6 +171,12 @@ def check_model_folder(folder: Path) -> None:
         )
     if adapter:
         check_model_folder(base_folder(folder))
+
+
+def _whole_weights(folder: Path) -> Path | None:
+    """Return a file with a whole model's weights, or None where there are an adapter's only."""
+    files = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return next((file for file in files if not file.name.startswith("adapter_")), None)
 
 
 def check_router_loss(folder: str | Path) -> None:
@@ -224,6 +237,30 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
     # The base is found again from any working directory.
     wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     return wrapped
+
+
+def check_lora_targets(settings: LoraSettings, folder: str | Path) -> None:
+    """Refuse names of modules that the model of `folder` does not have, or that take no adapter.
+
+    peft refuses only when no name fits at all, and passes over the others in silence.
+
+    Raises:
+        ConfigError: names the one, and those that exist.
+    """
+    if not settings.targets:
+        return
+    with quietly(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    paths = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    for target in settings.targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            names = sorted({path.rpartition(".")[2] for path in paths})
+            raise ConfigError(
+                f"lora target {target!r} is no layer of {folder} that takes an adapter; there are "
+                f"{', '.join(names)}"
+            )
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:

@@ -21,12 +21,12 @@ import pyarrow as pa
 from logratio._rust import Store
 from logratio.errors import LogratioError
 from logratio.extras import require
+from logratio.progress import say
 from logratio.training import demand
 from logratio.training.budget import GroupQueue
 from logratio.training.cache_entries import Work, entries_of, first_rows, missing_rows
 from logratio.training.config import PrecomputeConfig
 from logratio.training.fingerprint import Fingerprint
-from logratio.training.loop import say
 from logratio.training.models import default_device
 from logratio.training.reference_scorer import ReferenceScorer
 

@@ -13,7 +13,7 @@ from logratio._rust import CacheFolder
 from logratio.cache import record_tolerance
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, duration, size
-from logratio.progress import progress
+from logratio.progress import progress, say
 from logratio.training import demand, threads
 from logratio.training.budget import token_budget
 from logratio.training.cache_entries import (
@@ -27,7 +27,6 @@ from logratio.training.cache_entries import (
 from logratio.training.config import PrecomputeConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
-from logratio.training.loop import say
 from logratio.training.models import base_folder, check_model_folder, default_device
 from logratio.training.quantization import check_quantization
 from logratio.training.reference_scorer import ReferenceScorer
@@ -217,6 +216,7 @@ class Precompute:
     def _score(self) -> int:
         """Score what is missing, and return how many bytes were written."""
         check_writable(self.folder, self.forecast.disk_bytes)
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_fingerprint(self.folder, self.fingerprint)
         written = 0
         with (

@@ -11,6 +11,7 @@ from logratio.data import ahead, lay_out, source_names
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import score
 from logratio.logps.tensors import buffers_for, fields_for, to_torch
+from logratio.progress import say
 from logratio.training.budget import (
     GroupQueue,
     MemoryShortageError,
@@ -21,7 +22,6 @@ from logratio.training.cache_entries import Block, Layout, Taken, Work, entries_
 from logratio.training.cached import check_possible
 from logratio.training.config import PrecomputeConfig
 from logratio.training.journals import Journals
-from logratio.training.loop import say
 from logratio.training.models import autocast, load_model
 from logratio.training.trust import check_hits, conditions
 

@@ -23,7 +23,6 @@ from logratio.data import (
     source_names,
 )
 from logratio.data.containers import Input
-from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.progress import reading_progress
@@ -34,11 +33,13 @@ from logratio.training.config import (
     Precision,
     TrainConfig,
 )
+from logratio.training.config import ConfigError as ConfigError
 from logratio.training.fingerprint import Fingerprint, model_fingerprint
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
     ADAPTER_CONFIG,
     base_folder,
+    check_lora_targets,
     check_model_folder,
     check_router_loss,
     default_device,
@@ -50,13 +51,6 @@ from logratio.training.reference import (
     FrozenReference,
     Reference,
 )
-
-SETTINGS_FILE = "training.json"
-"""Beside every model that a run leaves."""
-
-
-class ConfigError(LogratioError, ValueError):
-    """The settings contradict each other or name something that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +184,9 @@ def check_config(config: TrainConfig) -> None:
             f"{config.model} is itself an adapter: merge it first "
             "(merge_and_unload() and save_pretrained() of peft), then add a new one"
         )
-    _check_output(Path(config.output), config)
-
-
-def _check_output(output: Path, config: TrainConfig) -> None:
-    """Refuse to write over a model that is no earlier run's result."""
-    for folder in (config.model, config.reference or config.model):
-        if output.resolve() == Path(folder).resolve():
-            raise ConfigError(f"output {output} is the model's own folder; name another")
-    if any(output.glob("*.safetensors")) and not (output / SETTINGS_FILE).exists():
-        raise ConfigError(f"output {output} holds a model that was not made here; name another")
-    check_writable(output)
+    if config.lora:
+        check_lora_targets(config.lora, config.model)
+    check_writable(Path(config.output))
 
 
 def _check_options(config: TrainConfig) -> None:
@@ -212,6 +198,8 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError(f"loss {config.loss} has no gamma")
     if config.loss == "sft" and config.beta is not None:
         raise ConfigError("loss sft has no beta")
+    if config.resume and config.overwrite:
+        raise ConfigError("resume continues a run and overwrite replaces it: give one of them")
     if config.precompute and not config.cache:
         raise ConfigError("precompute fills a cache: name one with --cache")
     if not needs_reference(config) and (config.cache or config.reference):

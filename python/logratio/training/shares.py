@@ -68,6 +68,21 @@ def share_of(given: str | None, environment: Mapping[str, str] = os.environ) -> 
     return Share(index * beside + rank, count * beside, rank, beside)
 
 
+def refuse_several(command: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to do the same work in each process of a launcher, over the same output.
+
+    Raises:
+        ShareError: torchrun started more than one process.
+    """
+    count = share_of(None, environment).beside
+    if count > 1:
+        raise ShareError(
+            f"{command} runs in one process, and torchrun started {count} (WORLD_SIZE): each would "
+            f"do the whole work. Start it without torchrun; `logratio precompute` is the command "
+            "that divides its work among processes"
+        )
+
+
 def _parse(given: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", given)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,39 +1,44 @@
 """From a configuration to a trained model on disk."""
 
-import json
 import math
 import shutil
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from logratio import __version__
-from logratio.bundle import TOKENIZER_FILES
-from logratio.durable import sync
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention import shared_prompts
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import transformer
-from logratio.training import checkpoint, threads
+from logratio.progress import say
+from logratio.training import threads
 from logratio.training.activation_budget import settle
 from logratio.training.activations import Kept, keeping
 from logratio.training.cached import cached_reference
-from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.config import ConfigError, PrecomputeConfig, TrainConfig
 from logratio.training.demand import training_forecast
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
-from logratio.training.loop import CHECKPOINTS, Loop, say
-from logratio.training.models import ADAPTER_CONFIG, autocast, default_device, quietly
+from logratio.training.loop import Loop, SaveError
+from logratio.training.models import autocast, default_device
 from logratio.training.reference import holds_sums_only, undisturbed
 from logratio.training.reference_pass import Precompute
+from logratio.training.run_folder import (
+    CHECKPOINTS,
+    claimed,
+    finished_run,
+    history_of,
+    identity,
+    refuse_another,
+    save_run,
+    scratch,
+)
 from logratio.training.setup import (
-    SETTINGS_FILE,
     Dataset,
-    beta_of,
     build_policy,
     build_reference,
     check_config,
@@ -41,11 +46,10 @@ from logratio.training.setup import (
     check_mix,
     load_dataset,
 )
-from logratio.training.shares import share_of
+from logratio.training.shares import refuse_several, share_of
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
-MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,15 @@ class TrainResult:
     Attributes:
         output: folder of the trained model, which `from_pretrained` opens.
         steps: updates done.
-        history: one row of metrics per update of this process.
+        history: one row of metrics per update of this process; of all updates where the run had
+            finished before.
+        was_finished: an earlier run with the same settings had made it, and nothing was done.
     """
 
     output: Path
     steps: int
     history: list[dict[str, float]] = field(default_factory=list)
+    was_finished: bool = False
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
@@ -71,47 +78,90 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
 
     Raises:
         ConfigError, ModelFolderError, OutputError, BadDataError: before anything long.
+        RunExistsError: the output folder holds another run, and `overwrite` is not set.
         StaleCacheError: the cache does not hold this reference's log-probs of this data.
         UntrustedReferenceError: the reference is not what its fingerprint says.
         NonFiniteError: a loss was not finite; names the records.
         RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
+        SaveError: the model or a checkpoint could not be written; what was saved before is as it
+            was.
     """
     return prepare(config, show_progress=show_progress).run()
 
 
-def prepare(config: TrainConfig, *, show_progress: bool = True) -> "Training":
-    """Check the settings and tokenize the data; nothing long has started."""
+def prepare(
+    config: TrainConfig, *, show_progress: bool = True, dry_run: bool = False
+) -> "Training":
+    """Check the settings and tokenize the data; nothing long has started.
+
+    Until the run has ended, no other process can train into the output folder.
+
+    Args:
+        config: of the run.
+        show_progress: draw a bar.
+        dry_run: create nothing; what is returned has a forecast and cannot run.
+    """
+    refuse_several("train")
     check_config(config)
-    if not config.resume:
-        checkpoint.refuse_leftovers(Path(config.output) / CHECKPOINTS)
-    path = Path(config.output) / STORE_FILE
+    with ExitStack() as held:
+        if not dry_run:
+            held.enter_context(claimed(Path(config.output)))
+        finished = finished_run(config)
+        if finished:
+            refuse_another(config, finished, identity(config))
+        dataset = _read(config, show_progress, keeps=not (dry_run or finished))
+        if finished:
+            refuse_another(config, finished, identity(config, dataset.store))
+            steps, output = int(finished["steps"]), Path(config.output)
+            done = TrainResult(output, steps, history_of(output, steps), was_finished=True)
+            return Training(config, dataset, show_progress, None, done)
+        return Training(config, dataset, show_progress, None if dry_run else held.pop_all())
+
+
+def _read(config: TrainConfig, show_progress: bool, *, keeps: bool) -> Dataset:
+    """Tokenize the data; `keeps`: list the refused rows in the output folder."""
     is_sft = config.loss == "sft"
-    dataset = load_dataset(
-        config.model,
-        config.data,
-        config.rules,
-        replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",)),
-        path=path,
-        refused=path.with_name(REFUSED_FILE),
-        max_bad_fraction=config.max_bad_fraction,
-        show_progress=show_progress,
-    )
-    # The map keeps it while the run needs it, and nothing can leave it behind.
-    path.unlink(missing_ok=True)
+    with nullcontext(Path(config.output)) if keeps else scratch() as folder:
+        path = folder / STORE_FILE
+        dataset = load_dataset(
+            config.model,
+            config.data,
+            config.rules,
+            replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",)),
+            path=path,
+            refused=folder / REFUSED_FILE,
+            max_bad_fraction=config.max_bad_fraction,
+            show_progress=show_progress,
+        )
+        # The map keeps it while the run needs it, and nothing can leave it behind.
+        path.unlink(missing_ok=True)
     roles = ("demonstration",) if is_sft else ("chosen", "rejected")
     check_groups(dataset.store, roles, f"the loss {config.loss}")
     check_mix(config.mix, dataset.store)
-    return Training(config, dataset, show_progress)
+    return dataset
 
 
 class Training:
-    """A run that is ready to start."""
+    """A run that is ready to start.
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, show_progress: bool) -> None:
+    Attributes:
+        finished: what an earlier run with the same settings left, where there is one.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        show_progress: bool,
+        held: ExitStack | None,
+        finished: "TrainResult | None" = None,
+    ) -> None:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
-        self.store = dataset.store
+        self.store, self.finished, self._held = dataset.store, finished, held
         self.device = default_device(config.device)
-        self.cached = None if config.precompute else cached_reference(config, dataset.store)
+        self.cached = (
+            None if config.precompute or finished else cached_reference(config, dataset.store)
+        )
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
 
     @cached_property
@@ -157,8 +207,20 @@ class Training:
         return holds_sums_only(str(self.config.cache), fingerprint)
 
     def run(self) -> TrainResult:
-        """Train, save, and return what was reached."""
-        check_writable(Path(self.config.output), self.forecast.disk_bytes)
+        """Train, save, and return what was reached; at once where an earlier run had finished."""
+        if self.finished:
+            say(f"{self.finished.output}: already finished with these settings")
+            return self.finished
+        if self._held is None:
+            raise ConfigError("this was prepared as a dry run, which never runs")
+        with self._held:
+            return self._run()
+
+    def _run(self) -> TrainResult:
+        output = Path(self.config.output)
+        check_writable(output, self.forecast.disk_bytes)
+        if self.config.overwrite:
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         if slow := threads.advice(self.device):
             say(slow)
         if self._pass is not None:
@@ -175,9 +237,24 @@ class Training:
         with _attention(policy, layout), keeping(policy, self._kept(loop)):
             steps, history = loop.run(self.updates, self.show_progress)
         with interrupts():  # what was trained is saved first
-            save_policy(policy, self.config, self.dataset)
-            shutil.rmtree(Path(self.config.output) / CHECKPOINTS, ignore_errors=True)
-        return TrainResult(Path(self.config.output), steps, history)
+            self._save(loop, steps)
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        return TrainResult(output, steps, history)
+
+    def _save(self, loop: Loop, steps: int) -> None:
+        """Save the model; where that fails, a checkpoint from which it can be saved later."""
+        try:
+            save_run(loop.policy, self.config, self.dataset, loop.identity, steps)
+        except OSError as error:
+            what = f"the model could not be saved ({error})"
+            try:
+                saved = loop.save(steps)
+            except SaveError as worse:
+                raise SaveError(f"{what}, and {worse}") from error
+            raise SaveError(
+                f"{what}; {saved} holds all that was trained: make room, then --resume saves the "
+                "model"
+            ) from error
 
     def _kept(self, loop: Loop) -> Kept:
         """Return what the policy's layers keep; says so where some are computed twice."""
@@ -190,36 +267,3 @@ class Training:
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
     return shared_prompts(transformer(policy)) if layout == "shared" else nullcontext()
-
-
-def save_policy(policy: nn.Module, config: TrainConfig, dataset: Dataset) -> None:
-    """Write the model (or adapter), its tokenizer and the settings to the output folder.
-
-    Everything is written beside the final files first and then renamed, so that a full disk
-    leaves no half model.
-    """
-    output = Path(config.output)
-    partial = output / ".saving"
-    shutil.rmtree(partial, ignore_errors=True)
-    with quietly():
-        policy.save_pretrained(partial)  # type: ignore[operator]
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source := Path(config.model) / name).exists():
-            shutil.copyfile(source, partial / name)
-    settings = {"version": __version__, **asdict(config), "beta": beta_of(config)}
-    (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
-    (partial / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))
-    _publish(partial, output)
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Move the files into `output`, where no weights of an earlier run stay behind."""
-    names = {path.name for path in partial.iterdir()}
-    for name in names:
-        sync(partial / name)
-        (partial / name).replace(output / name)
-    for stale in (*output.glob("*.safetensors"), *(output / name for name in MODEL_FILES)):
-        if stale.name not in names:
-            stale.unlink(missing_ok=True)
-    partial.rmdir()
-    sync(output)

@@ -1,0 +1,449 @@
+"""A run's folder: what is replaced, what is kept, who may write, and what a full disk leaves."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cache_folders import disk_of_128_kib
+from conftest import Run, write_pairs
+from safetensors.torch import load_file, save_file
+
+from logratio.durable import locked
+from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
+from logratio.training import checkpoint as checkpoints
+from logratio.training.loop import NonFiniteError, SaveError
+from logratio.training.metrics import MetricsLog
+from logratio.training.run_folder import RunExistsError, reward_beta
+from logratio.training.setup import ConfigError
+from logratio.training.trainer import prepare
+
+
+@pytest.fixture
+def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        tiny_model, [pairs_file], tmp_path / "out", lr=1e-3, batch_size=8, epochs=1, save_every=0
+    )
+
+
+def with_(config: TrainConfig, **changes: object) -> TrainConfig:
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def quiet(config: TrainConfig) -> list[dict[str, float]]:
+    return train(config, show_progress=False).history
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder, with its inode and content."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_ino, path.read_bytes()) for path in files}
+
+
+def command(config: TrainConfig, *more: object) -> tuple[object, ...]:
+    return (
+        *("train", "--model", config.model, "--data", *config.data, "--output", config.output),
+        *("--lr", config.lr, "--batch-size", config.batch_size, *more),
+    )
+
+
+class TestFinished:
+    """A finished run is returned, or replaced when that is asked for, and never in silence."""
+
+    @pytest.mark.parametrize("more", [(), ("--resume",), ("--dry-run",)])
+    def test_the_same_settings_end_at_once(
+        self, run: Run, config: TrainConfig, more: tuple[str, ...]
+    ) -> None:
+        first = quiet(config)
+        before = state(Path(config.output))
+        code, out, err = run(*command(config, *more))
+        assert code == 0, err
+        assert out.splitlines()[-1].startswith("already finished: 2 updates")
+        assert f"loss {first[-1]['loss']:.4f}" in out
+        assert state(Path(config.output)) == before
+        assert quiet(with_(config, resume=bool(more))) == first
+
+    @pytest.mark.parametrize(
+        ("changes", "names"),
+        [
+            ({"lr": 2e-3}, "lr"),
+            ({"loss": "ipo", "seed": 3}, "loss, seed"),
+            ({"beta": 0.3, "resume": True}, "beta"),
+            ({"lora": LoraSettings(rank=2, targets=("q_proj",))}, "lora"),
+            ({"data": ["OTHER"]}, "data"),
+            ({"token_budget": 64}, "token_budget"),
+        ],
+    )
+    def test_other_settings_need_to_be_asked_for(
+        self, config: TrainConfig, tmp_path: Path, changes: dict[str, object], names: str
+    ) -> None:
+        quiet(config)
+        if "data" in changes:
+            other = write_pairs(tmp_path / "other.jsonl", 9)
+            bad = {"prompt": "a", "chosen": "", "rejected": "b"}
+            other.write_text(other.read_text() + json.dumps(bad) + "\n")
+            changes = {"data": [other]}
+        before = state(Path(config.output))
+        with pytest.raises(RunExistsError, match=rf"differs in {names}: .*--overwrite"):
+            quiet(with_(config, **changes))
+        assert state(Path(config.output)) == before
+
+    def test_the_same_adapters_and_mixture_are_the_same_run(
+        self, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        """Tuples come back from JSON as lists."""
+        mixed = with_(
+            config,
+            lora=LoraSettings(rank=2, targets=("q_proj", "v_proj")),
+            data=[*config.data, write_pairs(tmp_path / "more.jsonl", 25)],
+            mix=(0.5, 0.5),
+        )
+        assert not train(mixed, show_progress=False).was_finished
+        assert train(mixed, show_progress=False).was_finished
+
+    def test_overwrite_replaces_it_and_keeps_the_old_model_until_then(
+        self, run: Run, config: TrainConfig
+    ) -> None:
+        quiet(config)
+        output = Path(config.output)
+        old = (output / "model.safetensors").read_bytes()
+        with pytest.raises(NonFiniteError):
+            quiet(with_(config, lr=1e30, max_grad_norm=1e30, warmup=0.0, overwrite=True))
+        assert (output / "model.safetensors").read_bytes() == old
+        code, _, err = run(*command(with_(config, lr=2e-3), "--overwrite"))
+        assert code == 0, err
+        assert (output / "model.safetensors").read_bytes() != old
+        assert json.loads((output / "training.json").read_text())["lr"] == 2e-3
+        assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+
+    def test_resume_and_overwrite_contradict_each_other(
+        self, run: Run, config: TrainConfig
+    ) -> None:
+        code, _, err = run(*command(config, "--resume", "--overwrite"))
+        assert code == 2
+        assert "give one of them" in err
+
+    def test_a_run_of_an_older_version_is_not_replaced_either(self, config: TrainConfig) -> None:
+        quiet(config)
+        path = Path(config.output) / "training.json"
+        settings = json.loads(path.read_text())
+        del settings["identity"]
+        path.write_text(json.dumps(settings))
+        with pytest.raises(RunExistsError, match="did not record"):
+            quiet(config)
+
+    def test_damaged_settings_are_named(self, config: TrainConfig) -> None:
+        quiet(config)
+        (Path(config.output) / "training.json").write_text("{")
+        with pytest.raises(ConfigError, match=r"training\.json is not JSON"):
+            quiet(config)
+
+    def test_a_model_that_no_run_made_stays_even_with_overwrite(
+        self, config: TrainConfig, make_model: Callable[..., Path]
+    ) -> None:
+        with pytest.raises(ConfigError, match="not made here"):
+            quiet(with_(config, output=make_model("precious"), overwrite=True))
+
+
+class TestOneAtATime:
+    """Two processes never train into one folder."""
+
+    def test_a_second_process_is_refused(self, run: Run, config: TrainConfig) -> None:
+        Path(config.output).mkdir()
+        with locked(Path(config.output)):
+            code, _, err = run(*command(config))
+            assert code == 2
+            assert "another process is training into this folder" in err
+            assert run(*command(config, "--dry-run"))[0] == 0
+        assert run(*command(config))[0] == 0
+
+    def test_the_lock_is_held_from_the_start_to_the_end(self, config: TrainConfig) -> None:
+        ready = prepare(config, show_progress=False)
+        with pytest.raises(RunExistsError):
+            prepare(config, show_progress=False)
+        ready.run()
+        assert train(config, show_progress=False).was_finished
+
+    @pytest.mark.parametrize("name", ["train", "evaluate", "export"])
+    def test_torchrun_with_two_processes_is_refused(
+        self, run: Run, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        policy = ("--policy", config.model, "--reference", config.model, "--beta", 0.1)
+        given = {
+            "train": command(config)[1:],
+            "evaluate": (*policy, "--data", *config.data),
+            "export": (*policy, "--output", config.output),
+        }
+        code, _, err = run(name, *given[name])
+        assert code == 2
+        assert f"{name} runs in one process, and torchrun started 2" in err
+        assert not Path(config.output).exists()
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        monkeypatch.setenv("RANK", "0")
+        assert run(name, *given[name], "--dry-run")[0] == 0
+
+
+class TestFullDisk:
+    """Metrics never stop a run; a failed save leaves what was there, and ends with a sentence."""
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Iterator[Path]:
+        with disk_of_128_kib(tmp_path) as place:
+            yield place
+
+    def test_a_run_ends_in_time_and_leaves_the_last_model(
+        self, tiny_model: Path, pairs_file: Path, disk: Path
+    ) -> None:
+        """A child, so that a hang ends this test and not the session."""
+        out = disk / "out"
+        config = TrainConfig(tiny_model, [pairs_file], out, batch_size=1, epochs=2)
+        quiet(with_(config, batch_size=16, epochs=1, lora=LoraSettings(rank=1)))
+        kept = {p: p.read_bytes() for p in out.iterdir() if p.suffix in (".safetensors", ".json")}
+        arguments = [*map(str, command(config, "--epochs", 2, "--overwrite"))]
+        code = FILLS_THE_DISK.format(filler=str(disk / "filler"), arguments=arguments)
+        ended = subprocess.run(
+            [sys.executable, "-c", code], timeout=90, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.count("cannot be written (No space left on device)") == 1
+        (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+        assert "the model could not be saved" in line
+        assert "--resume" in line or "there is none before it" in line
+        assert "Traceback" not in ended.stderr
+        assert {path: path.read_bytes() for path in kept} == kept
+        assert not (out / ".saving").exists()
+
+    def test_metrics_that_find_room_again_are_whole(
+        self, disk: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        filler = disk / "filler"
+        with MetricsLog(disk, 0) as log:
+            log.write(1, {"loss": 1.0})
+            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(b"x" * 512)
+            for step in range(2, 400):
+                log.write(step, {"loss": 1.0 / step, "x": 0.123456789})
+            assert log._rows.waiting
+            filler.unlink()
+            log.write(400, {"loss": 0.0})
+        rows = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [*range(1, 401)]
+        assert capsys.readouterr().err.count("cannot be written") == 1
+        assert events(disk / "tensorboard")[-1] == (400, "loss", 0.0)
+
+    def test_what_is_missing_in_the_end_is_reported(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "tensorboard").write_text("a file where the folder would be")
+        with MetricsLog(tmp_path, 0) as log:
+            log.write(1, {"loss": 1.0})
+        err = capsys.readouterr().err
+        assert err.count("cannot be written") == 1
+        assert "its last 3 records are missing" in err
+        assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+    def test_a_failed_checkpoint_leaves_the_one_before(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(checkpoints, "save_file", fails_from(4, save_file))
+        with pytest.raises(SaveError, match=r"update 2 .*checkpoint-00000001 is whole") as ended:
+            quiet(with_(config, batch_size=4, save_every=1))
+        assert "No space left on device" in str(ended.value)
+        monkeypatch.undo()
+        assert len(quiet(with_(config, batch_size=4, save_every=1, resume=True))) == 3
+
+    def test_a_model_that_cannot_be_saved_is_kept_as_a_checkpoint(
+        self, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        quiet(with_(config, output=tmp_path / "straight"))
+        from transformers import PreTrainedModel
+
+        real = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails_from(0, real))
+        with pytest.raises(SaveError, match=r"checkpoint-00000002 holds all that was trained"):
+            quiet(config)
+        monkeypatch.undo()
+        assert quiet(with_(config, resume=True)) == []
+        one, other = (
+            load_file(tmp_path / name / "model.safetensors") for name in ("straight", "out")
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert train(config, show_progress=False).was_finished
+
+    def test_standard_error_on_a_full_disk_stops_nothing(
+        self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        full = Path("/dev/full").open("w")  # noqa: SIM115 - to close it fails
+        monkeypatch.setattr(sys, "stderr", full)
+        monkeypatch.setattr("logratio.progress.LINE_EVERY", 0.0)
+        result = train(config)
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+        assert result.steps == 2
+
+
+FILLS_THE_DISK = """
+from logratio.cli.app import main
+from logratio.training import trainer
+from logratio.training.loop import Loop
+
+trainer.check_writable = lambda *_: None  # it would refuse so small a disk before the run
+real = Loop.run
+
+def run(loop, *given):
+    with open({filler!r}, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 512)
+        except OSError:
+            pass
+    return real(loop, *given)
+
+Loop.run = run
+main({arguments!r})
+"""
+"""Another process fills the disk once the updates begin."""
+
+
+def fails_from(count: int, real: Callable[..., object]) -> Callable[..., object]:
+    """Return a function that finds the disk full after `count` calls, as safetensors says it."""
+    calls = iter(range(10**6))
+
+    def act(*given: object, **named: object) -> object:
+        if next(calls) >= count:
+            raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+        return real(*given, **named)
+
+    return act
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """Read TensorBoard's files with the framing that they have."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+class TestBeta:
+    """β comes from the policy's training; another one is reported."""
+
+    def test_it_is_the_runs_own(self, run: Run, config: TrainConfig, tmp_path: Path) -> None:
+        quiet(with_(config, beta=0.3))
+        given = ("--policy", config.output, "--reference", config.model)
+        result = tmp_path / "r.json"
+        code, _, err = run("evaluate", *given, "--data", *config.data, "--json", result)
+        assert (code, json.loads(result.read_text())["beta"]) == (0, 0.3)
+        assert "was trained with" not in err
+        for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
+            code, _, err = run(name, *given, *rest, "--beta", "0.5", "--dry-run")
+            assert code == 0, err
+            assert "beta is 0.5 as given; the policy was trained with 0.3" in err
+        assert reward_beta(config.output, None) == 0.3
+
+    def test_without_a_run_it_must_be_given(
+        self, run: Run, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        given = ("--policy", config.model, "--reference", config.model)
+        for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
+            code, _, err = run(name, *given, *rest)
+            assert code == 2
+            assert "give --beta, that of the policy's training: there is no" in err
+
+    @pytest.mark.parametrize("loss", ["sft", "simpo"])
+    def test_a_loss_without_a_reference_has_none(self, config: TrainConfig, loss: str) -> None:
+        quiet(with_(config, loss=loss))
+        with pytest.raises(ConfigError, match="names no β against a reference"):
+            evaluate(EvaluateConfig(config.output, config.model, config.data))
+        assert reward_beta(config.output, 0.2) == 0.2
+
+
+def OUTPUT(tmp_path: Path) -> tuple[object, ...]:  # noqa: N802
+    return ("--output", tmp_path / "bundle")
+
+
+class TestFolders:
+    """What a folder holds is decided once, for every command that loads one."""
+
+    def test_a_model_with_an_adapter_in_it_is_refused_everywhere(
+        self, run: Run, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        lora = with_(config, lora=LoraSettings(rank=2), output=tmp_path / "adapter")
+        quiet(lora)
+        folder = tmp_path / "both"
+        subprocess.run(["cp", "-r", str(config.model), str(folder)], check=True)
+        for path in (tmp_path / "adapter").glob("adapter_*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        rest = ("--data", *config.data)
+        pair = ("--policy", config.model, "--reference", folder, "--beta", 0.1)
+        commands = [
+            ("train", "--model", folder, *rest, "--output", tmp_path / "o"),
+            ("train", "--model", config.model, "--reference", folder, *rest, *OUTPUT(tmp_path)),
+            ("precompute", "--model", folder, *rest, "--cache", tmp_path / "cache"),
+            ("evaluate", *pair, *rest),
+            ("export", *pair, *OUTPUT(tmp_path)),
+        ]
+        for given in commands:
+            code, _, err = run(*given)
+            assert code == 2
+            assert "holds a whole model (model.safetensors) and an adapter" in err
+        (folder / "adapter_config.json").unlink()
+        assert run(*commands[0], "--dry-run")[0] == 0
+
+    def test_an_adapter_with_a_config_beside_it_is_an_adapter(
+        self, run: Run, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        quiet(with_(config, lora=LoraSettings(rank=2)))
+        settings = (Path(config.model) / "config.json").read_text()
+        (Path(config.output) / "config.json").write_text(settings)
+        given = ("--policy", config.output, "--reference", config.model, "--dry-run")
+        assert run("evaluate", *given, "--data", *config.data)[0] == 0
+
+    @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+    def test_files_have_the_mode_that_the_umask_allows(
+        self, config: TrainConfig, umask: int
+    ) -> None:
+        before = os.umask(umask)
+        try:
+            quiet(config)
+            quiet(with_(config, lora=LoraSettings(rank=2), overwrite=True))
+        finally:
+            os.umask(before)
+        files = [path for path in Path(config.output).rglob("*") if path.is_file()]
+        assert len(files) > 5
+        assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
+
+    @pytest.mark.parametrize("more", [(), ("--lora-target", "q_proj")])
+    def test_an_adapter_for_a_layer_that_is_not_there(
+        self, run: Run, config: TrainConfig, more: tuple[str, ...]
+    ) -> None:
+        given = command(config, "--lora", "--lora-target", "nonsense", *more, "--dry-run")
+        code, _, err = run(*given)
+        assert code == 2
+        assert "lora target 'nonsense' is no layer of" in err
+        assert "k_proj" in err
+        assert "Traceback" not in err
+
+    def test_a_rate_that_is_too_high_is_named_as_the_cause(
+        self, run: Run, config: TrainConfig
+    ) -> None:
+        wild = with_(config, lr=1e30)
+        code, _, err = run(*command(wild, "--max-grad-norm", "1e30", "--warmup", "0"))
+        assert code == 2
+        assert "a learning rate that is too high, so try --lr 1e+29" in err
+        assert "gradient norms" in err
