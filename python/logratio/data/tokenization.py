@@ -53,6 +53,7 @@ class PreferenceTokenizer:
 
     Attributes:
         rules: Lengths, what to cut, whether to append EOS.
+        files: What the tokenizer's folder holds.
         chat_template: The template's text, or None.
         digest: Hex; equal digests and rules give equal ids.
         bos_id: The beginning-of-text token, if the folder names one.
@@ -71,6 +72,7 @@ class PreferenceTokenizer:
                 tokenizer does not have.
         """
         self.rules = rules
+        self.files = files
         self.chat_template = files.chat_template
         self.digest = files.digest
         self.bos_id = files.id_of("bos_token")

@@ -9,12 +9,13 @@ from typing import Any
 
 from logratio import bundle
 from logratio.bundle import CHUNK, GRAPH, GoldenGroup, GraphInfo, Manifest
+from logratio.data.tokenizer_files import write_tokenizer
 from logratio.extras import require
 from logratio.forecast import size
 from logratio.logps.completion import transformer
 from logratio.progress import progress
 from logratio.scoring.families import use_exportable_attention
-from logratio.scoring.folder import beside, copy_tokenizer, publish
+from logratio.scoring.folder import beside, publish
 from logratio.scoring.golden import (
     GoldenInput,
     golden_inputs,
@@ -110,7 +111,7 @@ class _Export:
         except ParityError as error:
             raise ExportError(f"the graph is not exact enough to be served: {error}") from error
         report("graph equals torch")
-        files += copy_tokenizer(self._plan.tokenizer_folder, self._folder)
+        files += write_tokenizer(self._plan.tokenizer.files, self._folder)
         return Manifest(
             beta=self._plan.beta,
             policy=self._policy,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from logratio.bundle import MANIFEST, TOKENIZER_FILES, Manifest, read_manifest, verify_files
+from logratio.bundle import MANIFEST, Manifest, read_manifest, verify_files
 from logratio.durable import sync
 
 
@@ -25,14 +25,6 @@ def beside(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> list[str]:
-    """Copy a tokenizer's files and return their names."""
-    names = [name for name in TOKENIZER_FILES if (source / name).exists()]
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    return names
 
 
 def publish(folder: Path, manifest: Manifest, output: Path) -> None:

@@ -62,7 +62,6 @@ class ExportPlan:
         reference: The reference's folder.
         beta: Reward per nat.
         output: The bundle's folder.
-        tokenizer_folder: Where the tokenizer comes from.
         tokenizer: Loaded, with the bundle's rules.
         config: The policy's.
     """
@@ -71,7 +70,6 @@ class ExportPlan:
     reference: Path
     beta: float
     output: Path
-    tokenizer_folder: Path
     tokenizer: PreferenceTokenizer
     config: PreTrainedConfig
 
@@ -145,7 +143,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
             f"{folder}: its tokenizer knows {tokenizer.vocabulary_size} ids, and the policy "
             f"{architecture.vocab_size}"
         )
-    plan = ExportPlan(policy, reference, beta, output, folder, tokenizer, architecture)
+    plan = ExportPlan(policy, reference, beta, output, tokenizer, architecture)
     check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
     return plan
 

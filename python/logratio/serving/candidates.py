@@ -15,6 +15,7 @@ from logratio.data import (
 )
 from logratio.data.conversations import prompt as check_turns
 from logratio.data.records import Text
+from logratio.data.tokenizer_files import read_tokenizer
 
 Prompt = str | Sequence[Message]
 """Plain text, or the turns of a chat, which the bundle's chat template renders."""
@@ -75,7 +76,7 @@ class CandidateEncoder:
         self._max_length = rules.max_length
         self._truncate = truncate
         uncut = replace(rules, max_length=_UNCUT, max_prompt_length=rules.prompt_budget)
-        self.tokenizer = PreferenceTokenizer.load(folder, uncut)
+        self.tokenizer = PreferenceTokenizer(read_tokenizer(folder, as_written=True), uncut)
 
     def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
         """Encode a prompt and candidates of it.

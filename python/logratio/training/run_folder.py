@@ -183,7 +183,7 @@ def save_run(
     try:
         with quietly(), system_errors(output):
             policy.save_pretrained(partial)  # type: ignore[operator]
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
+        for name in (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json"):
             if (source := Path(config.model) / name).exists():
                 shutil.copyfile(source, partial / name)
         settings = {
