@@ -25,6 +25,7 @@ from logratio.training.run_folder import reward_beta
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 from logratio.training.shares import refuse_several
+from logratio.training.vocabulary import check_reference
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         show_progress=show_progress,
     )
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
+    check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
     _check_samples(config, dataset.store)
     return Evaluating(config, dataset, beta, show_progress)
 

@@ -192,6 +192,11 @@ def parameter_count(folder: str | Path) -> int:
 
 
 def _elements(path: Path) -> int:
+    return sum(int(torch.Size(shape).numel()) for _, shape in tensor_shapes(path))
+
+
+def tensor_shapes(path: Path) -> list[tuple[str, list[int]]]:
+    """Return the name and shape of each tensor of a safetensors file, from its header."""
     with path.open("rb") as file:
         header, _ = _header(file, path)
-    return sum(int(torch.Size(entry["shape"]).numel()) for entry in header.values())
+    return [(name, entry["shape"]) for name, entry in header.items()]

@@ -51,6 +51,7 @@ from logratio.training.reference import (
     FrozenReference,
     Reference,
 )
+from logratio.training.vocabulary import check_embedding, check_ids
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,12 @@ def load_dataset(
     Raises:
         BadDataError: malformed rows, each named by file:line and code.
         StoreMismatchError: the store was made with another tokenizer or other rules.
+        VocabularyError: the model has no embedding for the data's ids, or transformers reads
+            the tokenizer's folder otherwise.
         ConfigError: nothing is left to work on.
     """
     tokenizer = PreferenceTokenizer.load(Path(model), rules)
+    check_ids(model, tokenizer)
     if is_store(data):
         store, report = load_store(data[0], tokenizer)
     else:
@@ -99,6 +103,7 @@ def load_dataset(
     if len(store) == 0:
         raise ConfigError("no record is left to work on:\n" + report.to_text())
     _check_positions(model, store)
+    check_embedding(model, tokenizer, store)
     return Dataset(store, report, tokenizer)
 
 

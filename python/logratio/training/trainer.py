@@ -47,6 +47,7 @@ from logratio.training.setup import (
     load_dataset,
 )
 from logratio.training.shares import refuse_several, share_of
+from logratio.training.vocabulary import check_reference
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
@@ -138,6 +139,8 @@ def _read(config: TrainConfig, show_progress: bool, *, keeps: bool) -> Dataset:
     roles = ("demonstration",) if is_sft else ("chosen", "rejected")
     check_groups(dataset.store, roles, f"the loss {config.loss}")
     check_mix(config.mix, dataset.store)
+    if config.reference:
+        check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
     return dataset
 
 

@@ -1,0 +1,128 @@
+"""Ids that a model has no embedding for are refused at the start, by every command."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_pairs
+from tiny_models import WORDS, save_tiny_model
+
+from logratio.data import PreferenceTokenizer
+from logratio.scoring import ExportConfig, plan_export
+from logratio.scoring.plan import ExportError
+from logratio.training import (
+    EvaluateConfig,
+    PrecomputeConfig,
+    TrainConfig,
+    evaluation,
+    reference_pass,
+    trainer,
+    vocabulary,
+)
+from logratio.training.vocabulary import VocabularyError, check_ids, embedding_rows
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has words that it has no embedding for."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("larger"))
+    _add(folder, {"<new>": len(WORDS)})
+    return folder
+
+
+def _add(folder: Path, tokens: dict[str, int]) -> None:
+    (folder / "added_tokens.json").write_text(json.dumps(tokens))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Pairs of which the last uses the new word."""
+    path = write_pairs(tmp_path / "pairs.jsonl", 3)
+    row = {"prompt": "the cat", "chosen": " sits <new>", "rejected": " runs"}
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    return path
+
+
+COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
+    "train": lambda model, data, out: trainer.prepare(
+        TrainConfig(model, [data], out, device="cpu"), show_progress=False
+    ),
+    "precompute": lambda model, data, out: reference_pass.prepare(
+        PrecomputeConfig(model, [data], out, device="cpu"), show_progress=False
+    ),
+    "evaluate": lambda model, data, _: evaluation.prepare(
+        EvaluateConfig(model, model, [data], device="cpu"), show_progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_id_beyond_the_embedding_is_refused(
+    command: str, larger: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyError, match=r"embedding for 20 ids.*the id 20 \('<new>'\)"):
+        COMMANDS[command](larger, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ids_that_the_data_does_not_use_are_no_matter(
+    command: str, larger: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    COMMANDS[command](larger, pairs_file, tmp_path / "out")
+
+
+def test_export_refuses_it_too(larger: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="its tokenizer knows 21 ids, and the policy 20"):
+        plan_export(ExportConfig(larger, tiny_model, 0.1, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def other(tmp_path: Path, tiny_model: Path) -> Path:
+    """A model with the same words under other ids."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_reference_with_another_vocabulary_is_refused(
+    tiny_model: Path, other: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(VocabularyError, match="is the id 6 there and 5 here"):
+        evaluation.prepare(EvaluateConfig(tiny_model, other, [pairs_file], device="cpu"))
+    with pytest.raises(VocabularyError, match="cannot be compared"):
+        trainer.prepare(
+            TrainConfig(tiny_model, [pairs_file], tmp_path / "out", reference=other, device="cpu")
+        )
+
+
+def test_a_reference_with_a_smaller_embedding_is_refused(
+    larger: Path, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    padded = Path(shutil.copytree(larger, tmp_path / "padded"))
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    assert embedding_rows(padded) == 64
+    with pytest.raises(VocabularyError, match="embedding for 20 ids"):
+        evaluation.prepare(EvaluateConfig(padded, tiny_model, [data], device="cpu"))
+
+
+def test_a_folder_that_transformers_reads_otherwise_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, other: Path
+) -> None:
+    check_ids(tiny_model, PreferenceTokenizer.load(tiny_model))
+    with pytest.raises(VocabularyError, match="transformers reads 'a <"):
+        check_ids(other, _with_token(tiny_model, other))
+    monkeypatch.setattr(vocabulary, "AutoTokenizer", None)  # it cannot be read: not compared
+    check_ids(other, PreferenceTokenizer.load(tiny_model))
+
+
+def _with_token(tiny_model: Path, other: Path) -> PreferenceTokenizer:
+    tokenizer = PreferenceTokenizer.load(tiny_model)
+    tokenizer.files.tokenizer.add_tokens(["<late>"])
+    return tokenizer
