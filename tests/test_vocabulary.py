@@ -54,7 +54,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
         PrecomputeConfig(model, [data], out, device="cpu"), show_progress=False
     ),
     "evaluate": lambda model, data, _: evaluation.prepare(
-        EvaluateConfig(model, model, [data], device="cpu"), show_progress=False
+        EvaluateConfig(model, model, [data], device="cpu", beta=0.1), show_progress=False
     ),
 }
 
@@ -76,7 +76,7 @@ def test_ids_that_the_data_does_not_use_are_no_matter(
 
 def test_export_refuses_it_too(larger: Path, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="its tokenizer knows 21 ids, and the policy 20"):
-        plan_export(ExportConfig(larger, tiny_model, 0.1, tmp_path / "bundle"))
+        plan_export(ExportConfig(larger, tiny_model, tmp_path / "bundle", 0.1))
 
 
 @pytest.fixture
@@ -94,10 +94,12 @@ def test_a_reference_with_another_vocabulary_is_refused(
     tiny_model: Path, other: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(VocabularyError, match="is the id 6 there and 5 here"):
-        evaluation.prepare(EvaluateConfig(tiny_model, other, [pairs_file], device="cpu"))
+        evaluation.prepare(EvaluateConfig(tiny_model, other, [pairs_file], device="cpu", beta=0.1))
     with pytest.raises(VocabularyError, match="cannot be compared"):
         trainer.prepare(
-            TrainConfig(tiny_model, [pairs_file], tmp_path / "out", reference=other, device="cpu")
+            TrainConfig(
+                tiny_model, [pairs_file], tmp_path / "out", reference=other, device="cpu", beta=0.1
+            )
         )
 
 
@@ -109,7 +111,7 @@ def test_a_reference_with_a_smaller_embedding_is_refused(
     (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
     assert embedding_rows(padded) == 64
     with pytest.raises(VocabularyError, match="embedding for 20 ids"):
-        evaluation.prepare(EvaluateConfig(padded, tiny_model, [data], device="cpu"))
+        evaluation.prepare(EvaluateConfig(padded, tiny_model, [data], device="cpu", beta=0.1))
 
 
 def test_a_folder_that_transformers_reads_otherwise_is_refused(

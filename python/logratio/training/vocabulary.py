@@ -91,7 +91,7 @@ def check_reference(
     if theirs.digest == tokenizer.digest:
         return
     ours, other = tokenizer.files.tokenizer.get_vocab(), theirs.tokenizer.get_vocab()
-    for token, number in ours.items():
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if (elsewhere := other.get(token)) not in (number, None):
             raise VocabularyError(
                 f"{own}: its tokenizer is another one than that of {model}: {token!r} is the id "
