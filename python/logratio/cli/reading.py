@@ -61,8 +61,9 @@ class Formats:
             "--label",
             metavar="'KEY: VALUE=OUTPUT …'",
             help="What a label's values mean, "
-            "as 'preference: 1=output_1 2=output_2 0=tie'; for one completion alone "
-            "'label: 1=good 0=bad'.",
+            "as 'preference: 1=output_1 2=output_2 0=tie'. Ranges: 'score: <0=a >0=b 0=tie', "
+            "'score: 1..3=a 4=tie 5..7=b'; one-hot columns: 'winner_*: a=output_a b=output_b'; "
+            "for one completion alone 'label: 1=good 0=bad'.",
             rich_help_panel=DATA,
         ),
     ] = None

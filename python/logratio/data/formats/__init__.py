@@ -6,7 +6,8 @@
 from logratio.data.formats.catalogue import FORMATS, KNOWN_SHAPES, Format, near_formats
 from logratio.data.formats.decoder import Decoded, Decoder
 from logratio.data.formats.detection import Detection, detect
-from logratio.data.formats.settings import FormatSettings, FormatSettingsError, Kind, Label, Lists
+from logratio.data.formats.labels import FormatSettingsError, Label
+from logratio.data.formats.settings import FormatSettings, Kind, Lists
 
 __all__ = [
     "FORMATS",

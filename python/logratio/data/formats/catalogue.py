@@ -135,6 +135,31 @@ CATALOGUE = (
         "labelled",
     ),
     Format(
+        "helpsteer3",
+        "HelpSteer3: a negative `overall_preference` means that `response1` is better",
+        (("context",), ("response1",), ("response2",), ("overall_preference",)),
+        "labelled",
+    ),
+    Format(
+        "helpsteer2",
+        "HelpSteer2's preferences: a negative `preference_strength` means that `response_1` is "
+        "better",
+        (("prompt",), ("response_1",), ("response_2",), ("preference_strength",)),
+        "labelled",
+    ),
+    Format(
+        "ppe",
+        "PPE's human preferences: `winner` is `model_a` where `response_1` is better",
+        (("prompt",), ("response_1",), ("response_2",), ("model_a",), ("model_b",), ("winner",)),
+        "labelled",
+    ),
+    Format(
+        "arena-chat",
+        "Chatbot Arena: `winner` is `model_a` where `conversation_a` is better",
+        (("conversation_a",), ("conversation_b",), ("model_a",), ("model_b",), ("winner",)),
+        "labelled",
+    ),
+    Format(
         "ab",
         "two outputs, and a label whose meaning was told",
         (

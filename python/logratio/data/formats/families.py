@@ -92,6 +92,8 @@ def find_family(view: View, settings: FormatSettings) -> Family:
     ]
     if found and found[0].name == "steps":  # which are pairs, too
         found = [family for family in found if family.name != "pairs"]
+    if not found and (labelled.might_claim(view) or (told and labelled.outputs(view))):
+        return _BY_NAME["labelled"]  # which says what is not known of the label
     if not found and pairs.half(view):
         return _BY_NAME["pairs"]  # which says what is missing
     if not found and _DEMONSTRATIONS.claims(view, settings):

@@ -1,30 +1,94 @@
-"""Two outputs and a label that says which is better: its meaning has to be told."""
+"""Two outputs and a label that says which is better: what it means is told, or published."""
 
 import re
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from logratio.data.containers import Row
 from logratio.data.formats.answers import read_answers
 from logratio.data.formats.catalogue import LABELS
+from logratio.data.formats.labels import STAR, TIE, Label, is_set, spelled
 from logratio.data.formats.meaning import Meaning, pair
-from logratio.data.formats.settings import TIE, FormatSettings, Label, spelled
+from logratio.data.formats.settings import FormatSettings
+from logratio.data.formats.suggestions import Vote, advice
 from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError
 
-SIGNS = frozenset((*LABELS, "human_ref_A"))
-_SHP = Label("labels", {"1": "human_ref_A", "0": "human_ref_B"})
-_OUTPUT = re.compile(r"(?P<stem>.+?)[ _]?(?P<mark>[12ABab01])")
-_MARKS = (("1", "2"), ("A", "B"), ("a", "b"), ("0", "1"))
-_SHOWN = 4  # values of a label
-_NO_OUTPUTS = {"score", "rank", "rating", "reward", "id", "annotator", "model", "label"}
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A public data set with a label, known by its columns; its card says what the label means.
+
+    Attributes:
+        keys: Columns that such a row has, all of them.
+        label: What the label's values mean.
+    """
+
+    keys: frozenset[str]
+    label: Label
+
+
+_SIGNED = {"<0": "{0}1", ">0": "{0}2", "0": TIE}
+_ARENA = dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both_bad"), TIE)
+
+
+def _signed(key: str, stem: str) -> Label:
+    """A negative number: the first is better; a positive one: the second."""
+    return Label(key, {value: meaning.format(stem) for value, meaning in _SIGNED.items()})
+
+
+def _arena(stem: str, marks: str) -> Label:
+    named = {f"model_{model}": f"{stem}_{mark}" for model, mark in zip("ab", marks, strict=True)}
+    return Label("winner", named | _ARENA)
+
+
+PUBLISHED = {
+    "shp": Published(
+        frozenset(("human_ref_A", "human_ref_B")),
+        Label("labels", {"1": "human_ref_A", "0": "human_ref_B"}),
+    ),
+    "helpsteer3": Published(
+        frozenset(("context", "response1", "response2", "overall_preference")),
+        _signed("overall_preference", "response"),
+    ),
+    "helpsteer2": Published(
+        frozenset(("prompt", "response_1", "response_2", "preference_strength")),
+        _signed("preference_strength", "response_"),
+    ),
+    "ppe": Published(
+        frozenset(("prompt", "response_1", "response_2", "model_a", "model_b", "winner")),
+        _arena("response", "12"),
+    ),
+    "arena-chat": Published(
+        frozenset(("conversation_a", "conversation_b", "model_a", "model_b", "winner")),
+        _arena("conversation", "ab"),
+    ),
+}
+"""Data sets whose label needs no flag."""
+
+SIGNS = frozenset((*LABELS, "human_ref_A", "preference_strength"))
+_OUTPUT = re.compile(r"(?P<stem>.+?)[ _-]?(?P<mark>[12ABab01]|left|right)")
+_MARKS = (("1", "2"), ("A", "B"), ("a", "b"), ("0", "1"), ("left", "right"))
+_LABEL = re.compile(
+    r"(?i)prefer|winner|better|best|choice|chosen|label|vote|verdict|comparison|pairwise"
+)
+_NO_OUTPUTS = {
+    *("score", "rank", "rating", "reward", "id", "annotator", "model", "label", "winner"),
+    *("tokens", "quotes", "chosen", "rejected", "score_chosen", "turn"),
+}
 
 
 def claims(view: View, settings: FormatSettings) -> bool:
     """Say whether a row has two outputs and a label."""
-    if _speaks_of(view, settings.told) or _is_shp(view):
+    if _speaks_of(view, settings.told) or published(view):
         return True
-    return bool(_label(view)) and bool(outputs(view))
+    return bool(_named_label(view)) and bool(outputs(view))
+
+
+def might_claim(view: View) -> bool:
+    """Say whether a row that no family claims has two outputs and some label, whatever its name."""
+    return bool(outputs(view)) and bool(_label(view))
 
 
 def read(view: View, settings: FormatSettings) -> Meaning:
@@ -36,19 +100,25 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     """
     label = settings.told
     if label and _speaks_of(view, label):
-        return pair("ab", read_answers(view, _order(view, label)))
-    if not _is_shp(view):
-        raise _untold(view)
-    return pair("shp", read_answers(view, _order(view, _SHP)))
+        return pair("ab", read_answers(view, order(view, label)))
+    name = published(view)
+    if name is None:
+        raise _untold(view, settings)
+    return pair(name, read_answers(view, order(view, PUBLISHED[name].label)))
+
+
+def published(view: View) -> str | None:
+    """Name the public data set that a row with a label comes from."""
+    return next((n for n, known in PUBLISHED.items() if all(map(view.has, known.keys))), None)
 
 
 def outputs(view: View) -> tuple[str, str] | None:
-    """Find two names that differ in their last letter or number only, and hold answers."""
+    """Find two names that differ in their last letter, number or side only, and hold answers."""
     stems: dict[str, dict[str, str]] = {}
     for name in view.names():
         match = _OUTPUT.fullmatch(name)
         if match and isinstance(view.peek(name), str | list | dict):
-            stem = match["stem"].rstrip("_ ")
+            stem = match["stem"].rstrip("_- ")
             if stem.lower() not in _NO_OUTPUTS:
                 stems.setdefault(stem, {})[match["mark"]] = name
     for marks in stems.values():
@@ -58,105 +128,151 @@ def outputs(view: View) -> tuple[str, str] | None:
     return None
 
 
-def suggestion(names: tuple[str, str], key: str, values: Collection[str]) -> str:
-    """Write the flag that would tell a label's meaning, were it the usual one.
-
-    Args:
-        names: The keys of the outputs.
-        key: The label's.
-        values: Of the label, as far as they were seen.
-    """
-    first, second = names
-    one, two = first[-1], second[-1]
-    if any(sign in value for value in values for sign in "<>"):
-        one, two = f"{one}>{two}", f"{two}>{one}"
-    elif any(value.startswith("model_") for value in values):
-        one, two = f"model_{one}", f"model_{two}"
-    elif "2" in values:
-        one, two = "1", "2"
-    elif "0" in values or ("1" in values and one not in "12"):
-        one, two = "0", "1"
-    meanings = {one: first, two: second}
-    ties = [value for value in values if value not in meanings and _is_tie(value)]
-    meanings |= dict.fromkeys(ties, TIE)
-    words = " ".join(f"{_quoted(value)}={_quoted(name)}" for value, name in meanings.items())
-    return f"--label '{key}: {words}'"
-
-
 def untold(rows: Sequence[Row], settings: FormatSettings) -> str | None:
     """Say what is not known of a label, looking at all its values.
 
     Returns:
-        A sentence with the flag that tells it; None where the rows have not the same two outputs
-        and label.
+        A sentence with the flags that can tell it, each of which was tried on the rows; None where
+        the rows have not the same two outputs and label.
     """
     views = [View(row, settings.columns) for row in rows]
     found = {(outputs(view), _label(view)) for view in views}
     ((names, label),) = found if len(found) == 1 else ((None, None),)
     if names is None or label is None:
         return None
-    values = Counter(spelled(view.peek(label)) for view in views)
-    return _sentence(views[0], names, label, values)
+    return _sentence(views, rows, names, label, settings)
 
 
-def _sentence(view: View, names: tuple[str, str], label: str, values: Counter[str]) -> str:
-    first, second = keys = view.key(names[0]), view.key(names[1])
-    key = view.key(label)
-    seen = ", ".join(f"{value:.40}" for value, _ in values.most_common(_SHOWN))
-    flag = suggestion(keys, key, values)
-    return (
-        f"`{first}` and `{second}` with `{key}` = {seen}: which of them that means differs from "
-        f"set to set. Say it, as in {flag}"
-    )
+def order(view: View, label: Label) -> tuple[str, str]:
+    """Read the label: which name is the better answer's, which the worse one's.
 
-
-def _is_tie(value: str) -> bool:
-    return value == "0" or value.lower().startswith("tie")
-
-
-def _quoted(word: str) -> str:
-    """Hold a word's blanks together inside a flag that stands in single quotes."""
-    return f'"{word}"' if " " in word else word
-
-
-def _speaks_of(view: View, label: Label | None) -> bool:
-    """Say whether a label that was told is of this row: others may stand beside it in a set."""
-    if label is None or label.key not in view or not label.answers():
-        return False
-    return all(map(view.has, label.answers()))
-
-
-def _is_shp(view: View) -> bool:
-    return view.has("human_ref_A") and view.has("human_ref_B")
-
-
-def _label(view: View) -> str | None:
-    return next((n for n in LABELS if isinstance(view.peek(n), str | int | float)), None)
-
-
-def _untold(view: View) -> InvalidRecordError:
-    names, label = outputs(view), _label(view)
-    if names is None or label is None:
-        reason = "a label of two outputs is wanted: --label 'KEY: VALUE=OUTPUT VALUE=OUTPUT'"
-        return InvalidRecordError("E209", reason)
-    values = Counter([spelled(view.peek(label))])
-    return InvalidRecordError("E209", _sentence(view, names, label, values))
-
-
-def _order(view: View, label: Label) -> tuple[str, str]:
-    """Read the label: which name is the better answer's, which the worse one's."""
+    Raises:
+        InvalidRecordError: E212 for a label that chooses between other than two answers, or a
+            value without a meaning; R310 for a tie.
+    """
     answers = label.answers()
     if len(answers) != 2:
         reason = f"the label chooses between {len(answers)} answers, and a pair has two"
         raise InvalidRecordError("E212", reason)
-    value = spelled(view.take(label.key))
-    meaning = label.meanings.get(value)
+    value = _value(view, label)
+    meaning = label.meaning(value)
+    key, shown = view.key(label.key), f"{spelled(value):.40}"
     if meaning == TIE:
         for name in answers:
             view.take(name)
-        raise InvalidRecordError("R310", f"{view.key(label.key)!r} is {value:.40}: a tie")
+        raise InvalidRecordError("R310", f"{key!r} is {shown}: a tie")
     if meaning not in answers:
         told = ", ".join(label.meanings)
-        reason = f"{view.key(label.key)!r} is {value:.40}, and a meaning was told of {told} only"
+        reason = f"{key!r} is {shown}, and a meaning was told of {told} only"
         raise InvalidRecordError("E212", reason)
     return (answers[0], answers[1]) if meaning == answers[0] else (answers[1], answers[0])
+
+
+def _value(view: View, label: Label) -> object:
+    """Read a label's value; of one-hot columns, what the one that is set stands for."""
+    if STAR not in label.key:
+        return view.take(label.key)
+    columns = label.columns(view.every())
+    found = {name: is_set(view.peek(name)) for name in columns}
+    wrong = [name for name, state in found.items() if state is None]
+    if wrong:
+        reason = f"{wrong[0]!r} is {spelled(view.peek(wrong[0])):.40}, neither 0 nor 1"
+        raise InvalidRecordError("E212", reason)
+    for name in columns:
+        view.note(name)
+    chosen = [name for name, state in found.items() if state]
+    if len(chosen) != 1:
+        reason = f"{len(chosen)} of the columns {label.key} are set, and exactly one should be"
+        raise InvalidRecordError("E212", reason)
+    return columns[chosen[0]]
+
+
+def _sentence(
+    views: Sequence[View],
+    rows: Sequence[Row],
+    names: tuple[str, str],
+    label: str,
+    settings: FormatSettings,
+) -> str:
+    """Say which flags could tell a label, after each was tried on the rows."""
+    votes = [_seen(view, label) for view in views]
+    return advice(names, label, votes, lambda told: _fault(rows, replace(settings, label=told)))
+
+
+def _seen(view: View, label: str) -> Vote:
+    if STAR not in label:
+        return view.peek(label)
+    columns = Label(label, {}).columns(view.every())
+    return next((part for name, part in columns.items() if is_set(view.peek(name))), "")
+
+
+def _fault(rows: Sequence[Row], settings: FormatSettings) -> str | None:
+    """Return why a row cannot be read with a label; a tie or an empty answer is read."""
+    for row in rows:
+        try:
+            read(View(row, settings.columns), settings)
+        except InvalidRecordError as error:
+            if error.code.startswith("E"):
+                return str(error)
+    return None
+
+
+def _speaks_of(view: View, label: Label | None) -> bool:
+    """Say whether a label that was told is of this row: others may stand beside it in a set."""
+    if label is None or not label.answers():
+        return False
+    is_there = bool(label.columns(view.every())) if STAR in label.key else label.key in view
+    return is_there and all(map(view.has, label.answers()))
+
+
+def _named_label(view: View) -> str | None:
+    return next((n for n in LABELS if isinstance(view.peek(n), str | int | float | list)), None)
+
+
+def _label(view: View) -> str | None:
+    """Find the label: a usual name, else one-hot columns, else the only name that sounds so."""
+    if (named := _named_label(view)) or (named := _one_hot(view)):
+        return named
+    outs = outputs(view) or ()
+    sounding = [
+        name
+        for name in view.names()
+        if _LABEL.search(name)
+        and name not in outs
+        and isinstance(view.peek(name), str | int | float | list)
+    ]
+    return sounding[0] if len(sounding) == 1 else None
+
+
+def _one_hot(view: View) -> str | None:
+    """Find columns of one beginning of which exactly one is set."""
+    groups: dict[str, list[str]] = {}
+    for name in view.names():
+        if _LABEL.match(name) and "_" in name and is_set(view.peek(name)) is not None:
+            groups.setdefault(name.split("_")[0] + "_", []).append(name)
+    for start, names in groups.items():
+        if len(names) > 1 and sum(bool(is_set(view.peek(name))) for name in names) == 1:
+            return start + STAR
+    return None
+
+
+def _untold(view: View, settings: FormatSettings) -> InvalidRecordError:
+    label, told = _label(view), settings.told
+    if told and told.answers():
+        return InvalidRecordError("E209", _not_spoken_of(view, told))
+    names = outputs(view)
+    if names is None or label is None:
+        reason = "a label of two outputs is wanted: --label 'KEY: VALUE=OUTPUT VALUE=OUTPUT'"
+        return InvalidRecordError("E209", reason)
+    return InvalidRecordError("E209", _sentence([view], [view.row], names, label, settings))
+
+
+def _not_spoken_of(view: View, label: Label) -> str:
+    """Say which key of a label that was told is not in the row, and which is nearest to it."""
+    there = view.names()
+    wanted = [*([] if STAR in label.key else [label.key]), *label.answers()]
+    missing = next((name for name in wanted if name not in there), label.key)
+    by_case = {name.casefold(): name for name in there}
+    near = get_close_matches(missing.casefold(), by_case, 1, 0.6)
+    meant = f": did you mean {by_case[near[0]]!r}?" if near else ""
+    return f"--label names {missing!r}, and the row has no such key{meant}"

@@ -1,72 +1,15 @@
 """What a user says about the data where the data does not say it."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from logratio.errors import LogratioError
+from logratio.data.formats.labels import FormatSettingsError, Label
 
 Lists = Literal["pairs", "best_worst", "groups"]
 Kind = Literal["pair", "unpaired", "group", "demonstration"]
 """What one record says: this is better than that; this is good (or bad); this is the order of
 these; do it like this."""
-
-TIE, GOOD, BAD = "tie", "good", "bad"
-
-
-class FormatSettingsError(LogratioError, ValueError):
-    """Settings that cannot be followed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """What the values of a label mean.
-
-    Attributes:
-        key: Where the label stands.
-        meanings: For each value, as text: the key of the better answer, ``tie``, or, for one
-            completion alone, ``good`` or ``bad``.
-    """
-
-    key: str
-    meanings: Mapping[str, str]
-
-    @classmethod
-    def parse(cls, text: str) -> "Label":
-        """Read ``"preference: 1=output_1 2=output_2"``; quotes hold blanks together.
-
-        Raises:
-            FormatSettingsError: The text has another shape.
-        """
-        wanted = "write it as 'preference: 1=output_1 2=output_2'"
-        key, colon, rest = text.partition(":")
-        try:
-            words = shlex.split(rest)
-        except ValueError as error:
-            raise FormatSettingsError(f"the label {text!r} is not understood: {error}") from None
-        pairs = [word.rpartition("=") for word in words]
-        if not (colon and key.strip() and pairs) or not all(v and m for v, _, m in pairs):
-            raise FormatSettingsError(f"the label {text!r} is not understood: {wanted}")
-        return cls(key.strip(), {value: meaning for value, _, meaning in pairs})
-
-    def answers(self) -> tuple[str, ...]:
-        """Return the keys of the answers that it chooses between."""
-        ours = (TIE, GOOD, BAD)
-        return tuple(dict.fromkeys(m for m in self.meanings.values() if m not in ours))
-
-    def is_thumb(self) -> bool:
-        """Say whether it judges one completion alone."""
-        return not self.answers() and bool({GOOD, BAD} & set(self.meanings.values()))
-
-
-def spelled(value: Any) -> str:
-    """Write a label's value as settings spell it: 1 and 1.0 are ``1``, true is ``true``."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 @dataclass(frozen=True, slots=True)

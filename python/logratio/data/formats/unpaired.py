@@ -3,9 +3,10 @@
 from logratio.data import conversations
 from logratio.data.formats.answers import read_answers
 from logratio.data.formats.catalogue import COMPLETIONS, THUMBS
+from logratio.data.formats.labels import BAD, GOOD, Label, spelled
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.questions import Question, read_tools, with_system
-from logratio.data.formats.settings import BAD, GOOD, FormatSettings, Label, spelled
+from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import View
 from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
 
@@ -63,7 +64,7 @@ def _is_good(view: View, name: str, label: Label | None) -> bool:
     value = view.take(name)
     key = view.key(name)
     if label and label.is_thumb() and label.key == name:
-        meaning = label.meanings.get(spelled(value))
+        meaning = label.meaning(value)
         if meaning not in (GOOD, BAD):
             told = ", ".join(label.meanings)
             reason = f"{key!r} is {spelled(value):.40}, and a meaning was told of {told} only"

@@ -57,6 +57,19 @@ class View:
         """Say whether none of some names is there."""
         return names.isdisjoint(self._values)
 
+    @property
+    def row(self) -> Row:
+        """The row under its own keys."""
+        return self._row
+
+    def every(self) -> list[str]:
+        """Return all names, those without a value too."""
+        return list(self._values)
+
+    def note(self, name: str) -> None:
+        """Count a value as read."""
+        self._read.add(self.key(name))
+
     def names(self) -> list[str]:
         """Return the names that have a value."""
         return [name for name, value in self._values.items() if value is not None]
