@@ -127,6 +127,11 @@ def test_columns_for_other_trainers_need_no_torch() -> None:
     assert not loaded & (TORCH | GRAPHS | SERVER | {"datasets", "pyarrow", "trl"})
 
 
+def test_training_loads_the_writer_of_metrics_in_a_run_only() -> None:
+    """A machine that only precomputes or evaluates need not have it."""
+    assert "tensorboardX" not in loaded_by("import logratio.training")
+
+
 def test_command_line_loads_nothing_heavy_before_a_command_runs() -> None:
     assert not loaded_by("import logratio.cli") & HEAVY
 

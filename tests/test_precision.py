@@ -131,7 +131,7 @@ def test_a_reference_is_computed_as_the_policy_is(
     config: TrainConfig, precision: Precision
 ) -> None:
     cache = Path(config.output).with_name("cache")
-    settings: dict[str, Any] = {"precision": precision, "epochs": 1}
+    settings: dict[str, Any] = {"precision": precision, "epochs": 1, "overwrite": True}
     precompute(PrecomputeConfig(config.model, config.data, cache, precision=precision))
     changed = dataclasses.replace(config, cache=cache, **settings)
     cached = train(changed, show_progress=False).history
@@ -174,7 +174,7 @@ def test_a_loss_curve_lies_within_the_spread_of_padded_reruns(
 
         monkeypatch.setattr(trainer_module, "build_policy", build)
         monkeypatch.setattr(trainer_module, "choose_layout", lambda _: (layout, "asked for"))
-        changed = dataclasses.replace(config, precision=precision, **changes)
+        changed = dataclasses.replace(config, precision=precision, overwrite=True, **changes)
         return np.array([row["loss"] for row in train(changed, show_progress=False).history])
 
     def far(one: np.ndarray, other: np.ndarray) -> float:

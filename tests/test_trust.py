@@ -111,7 +111,7 @@ def test_a_sample_is_scored_again_before_training(
     train(with_(config, cache=cache), show_progress=False)
     cache = rewritten(cache, config, store, edit)
     with pytest.raises(UntrustedReferenceError, match=rf"{what} of .*pairs\.jsonl:\d+ "):
-        train(with_(config, cache=cache), show_progress=False)
+        train(with_(config, cache=cache, overwrite=True), show_progress=False)
 
 
 def test_hits_are_scored_again_before_others_are_added(
@@ -189,14 +189,16 @@ def test_other_conditions_are_told_and_the_sample_is_named(
     stored = json.loads(path.read_text())
     known = {"layout": "shared", "device": "cpu", "attention": "logratio_shared_prompt"}
     assert stored | known == stored
-    train(with_(config, cache=cache), show_progress=False)
+    train(with_(config, cache=cache, overwrite=True), show_progress=False)
     assert "made under" not in capsys.readouterr().err
     path.write_text(json.dumps(stored | {"transformers": "4.0", "layout": "padded"}))
-    train(with_(config, cache=cache), show_progress=False)
+    train(with_(config, cache=cache, overwrite=True), show_progress=False)
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "made under" in line]
     assert "layout padded (here shared), transformers 4.0 (here " in told
     assert "32 completions scored again" in told
-    other = with_(config, cache=cache, model=make_model("b", 5), reference=config.model)
+    other = with_(
+        config, cache=cache, overwrite=True, model=make_model("b", 5), reference=config.model
+    )
     train(other, show_progress=False)
     assert "reference is not in memory" in capsys.readouterr().err
 
@@ -321,7 +323,7 @@ def a_bit_less(_counts: np.ndarray, sums: np.ndarray) -> None:
     "loss", [name for name in PAIR_LOSSES if PAIR_LOSSES[name].needs_reference]
 )
 def test_sums_serve_every_loss_as_tokens_do(config: TrainConfig, loss: str) -> None:
-    config = with_(config, loss=loss, cache=fill_sums(config, nothing))
+    config = with_(config, loss=loss, cache=fill_sums(config, nothing), overwrite=True)
     sums = train(config, show_progress=False).history
     assert isinstance(prepare(config, show_progress=False).cached, CachedSums)
     config = with_(config, cache=fill(config))

@@ -10,11 +10,9 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 from torch import Tensor
 
 from logratio.progress import say
@@ -75,25 +73,23 @@ class MetricsLog:
     """
 
     def __init__(self, output: Path, resume_step: int) -> None:
+        from tensorboardX.proto.event_pb2 import SessionLog
+
         self._reported = False
         rows = output / METRICS_FILE
         # No thread and no queue: tensorboardX's own writer blocks for ever once its thread dies.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._rows = _Appended(rows, _size_up_to(rows, resume_step))
         self._events = _Appended(output / "tensorboard" / name, 0)
-        self._events.add(_framed(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        self._events.add(_event(file_version="brain.Event:2"))
         started = SessionLog(status=SessionLog.START)
-        self._events.add(
-            _framed(Event(wall_time=time.time(), step=resume_step + 1, session_log=started))
-        )
+        self._events.add(_event(step=resume_step + 1, session_log=started))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; every number is finite or the trainer has stopped before."""
         self._rows.add((json.dumps({"step": step, **values}) + "\n").encode())
-        now, summary = time.time(), Summary()
-        for name, value in values.items():
-            summary.value.add(tag=name, simple_value=value)
-        self._events.add(_framed(Event(wall_time=now, step=step, summary=summary)))
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._events.add(_event(step=step, summary={"value": scalars}))
         for file in (self._rows, self._events):
             if (failure := file.failure) and not self._reported:
                 self._reported = True
@@ -159,9 +155,12 @@ class _Appended:
                 os.close(self._file)
 
 
-def _framed(event: Event) -> bytes:
-    """Return an event as a record of TensorBoard's files."""
-    data: bytes = event.SerializeToString()
+def _event(**fields: Any) -> bytes:
+    """Return an event as a record of TensorBoard's files: length and data, each checksummed."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack("<Q", len(data))
     checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
     return length + checks[0] + data + checks[1]
