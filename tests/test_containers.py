@@ -123,7 +123,8 @@ def test_every_container_holds_the_rows(
     read = list(opened)
     expected = rows
     if kind == "csv" and rows is CHAT:
-        expected = [row | {"chosen": []} for row in rows]
+        texts = ("prompt", "chosen", "score")
+        expected = [row | {name: json.dumps(row[name]) for name in texts} for row in rows]
     assert [row for _, row in read] == expected
     assert {source.file for source, _ in read} == {path.as_posix()}
     assert opened.position == opened.size == path.stat().st_size
@@ -421,10 +422,11 @@ def records(tmp_path: Path, text: str | bytes) -> list[tuple[int, Any]]:
         (b"a,\xff\n1,2\n", [(1, "E111")]),
         (
             'a,b\n"[1, ""x""]","{""k"": {}}"\n"[not, JSON]",{1}\n',
-            [(2, {"a": [1, "x"], "b": {"k": {}}}), (3, {"a": "[not, JSON]", "b": "{1}"})],
+            [
+                (2, {"a": '[1, "x"]', "b": '{"k": {}}'}),
+                (3, {"a": "[not, JSON]", "b": "{1}"}),
+            ],
         ),
-        ('a,b\n"{""k"": 1, ""k"": 2}",1\n', [(2, "E205")]),
-        ('a,b\n"[""\\ud800""]",1\n', [(2, "E104")]),
     ],
 )
 def test_csv(tmp_path: Path, text: str | bytes, expected: list[tuple[int, Any]]) -> None:

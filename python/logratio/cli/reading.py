@@ -23,6 +23,13 @@ class Lists(StrEnum):
     GROUPS = "groups"
 
 
+class Strings(StrEnum):
+    """What a string is that spells a list of messages."""
+
+    MESSAGES = "messages"
+    TEXT = "text"
+
+
 class PromptTruncation(StrEnum):
     """What becomes of a prompt above the limit."""
 
@@ -71,6 +78,12 @@ class Formats:
         Lists, typer.Option("--lists", help="What becomes of a ranked or scored list.",
                             rich_help_panel=DATA),
     ] = Lists.PAIRS  # fmt: skip
+    strings: Annotated[
+        Strings | None,
+        typer.Option("--strings", help="What a string is that spells a list of messages, as JSON "
+                     "or Python's repr. Default: a chat where all parts of a row are such strings, "
+                     "text where none is.", rich_help_panel=DATA),
+    ] = None  # fmt: skip
 
     def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
         """Read them.
@@ -86,6 +99,7 @@ class Formats:
             columns=self._mapped(),
             label=self.label,
             lists=self.lists.value,
+            strings=self.strings.value if self.strings else None,
         )
 
     def _mapped(self) -> dict[str, str]:

@@ -32,6 +32,7 @@ CODES: dict[str, str] = {
     "E212": "a label, rank or score that cannot be read",
     "E213": "a row that is not of the format that was named",
     "E214": "steps that do not fit together",
+    "E215": "a string that could be text or a chat that was written as text",
     "E304": "a prompt longer than its limit, where the rules say that this is an error",
     "E401": "messages, but no chat template",
     "E402": "two beginning-of-text or two end-of-text tokens",
@@ -58,6 +59,7 @@ CODES: dict[str, str] = {
     "W509": "repeated judgements contradict each other",
     "W510": "many groups are nearly the same",
     "W511": "many completions were cut at the limit",
+    "W522": "a chat that was written as text, read as a chat (else: --strings text)",
     "W530": "a pair of a list was left out",
 }
 """W502 and W503 are counted per completion, W508 to W511 once a data set, all others per record."""

@@ -1,10 +1,11 @@
 """What files of preference data are, and why: the first rows, read and shown."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from logratio.data.codes import CODES
 from logratio.data.containers import Input, Row, Rows, open_inputs
 from logratio.data.formats import Decoded, Decoder, Detection, FormatSettings
 from logratio.data.formats.detection import Result, summarize, try_row
@@ -30,6 +31,7 @@ class FileInspection:
         keys_read: Keys that were read.
         keys_unread: Keys that were not.
         refusals: Rows that were not taken.
+        warnings: How many rows are kept with each warning.
         example: The first record.
         shown: That record, as segments.
     """
@@ -41,6 +43,7 @@ class FileInspection:
     keys_read: tuple[str, ...]
     keys_unread: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    warnings: Mapping[str, int]
     example: PreferenceRecord | None
     shown: tuple[Segment, ...]
 
@@ -64,6 +67,8 @@ class FileInspection:
             yield Segment(f"  not read   {', '.join(self.keys_unread)}\n")
         for name, lacking in known.near.items():
             yield Segment(f"  near       {name}, for which it lacks {', '.join(lacking)}\n")
+        for code, count in self.warnings.items():
+            yield Segment(f"  warning    [{code}] {count:,} × {CODES[code]}\n")
         yield from self._refused()
         yield from self.shown
 
@@ -154,6 +159,7 @@ def _file(
         keys_read=_without(taken, unread),
         keys_unread=tuple(unread),
         refusals=tuple(refusals),
+        warnings=Counter(code for one in decoded for code in one.warnings),
         example=example,
         shown=_shown(example, tokenizer),
     )

@@ -14,6 +14,7 @@ from logratio.data.codes import CODES
 from logratio.data.columns import FORMAT as IDS_FORMAT
 from logratio.data.columns import NAMES, parts, row_group
 from logratio.data.formats import Decoder
+from logratio.data.formats.cells import opens
 from logratio.data.groups import TokenizedGroup
 from logratio.data.ledger import Ledger, Written
 from logratio.data.plain import COLUMNS, FORMAT, PlainRows, PlainTable, holds_texts, stretches
@@ -76,7 +77,7 @@ class Intake:
         if isinstance(row, Refusal):
             self.ledger.refuse(row)
             return False
-        if self._takes_texts(source.file, row) and holds_texts(row):
+        if self._takes_texts(source.file, row) and holds_texts(row) and not self._may_spell(row):
             return self._wait(_Waiting(source, row), sum(len(row[name]) for name in COLUMNS))
         waiting = self._decoded(source, row)
         return waiting is not None and self._wait(waiting, waiting.characters())
@@ -87,6 +88,12 @@ class Intake:
             and not self.ledger.is_lost
             and self.decoder.holds_pairs_of_text(file, names)
         )
+
+    def _may_spell(self, row: Row) -> bool:
+        """Say whether a text may spell a chat, which the decoder has to look at."""
+        if self.decoder.settings.strings == "text":
+            return False
+        return any(opens(row[name]) for name in COLUMNS)
 
     def _decoded(self, source: Source, row: Row | Refusal) -> "_Waiting | None":
         """Read a row; None where it is refused."""
@@ -105,6 +112,8 @@ class Intake:
         self.report.extra_keys.update(decoded.extra_keys)
         for code in decoded.left_out:
             self.report.warn("W530", source, f" {CODES[code]}")
+        for code in decoded.warnings:
+            self.report.warn(code, source)
         if decoded.records[0].is_chat and self.tokenizer.chat_template is None:
             self.ledger.refuse(Refusal(source, "E401", NO_TEMPLATE))
         return _Waiting(source, row, decoded.records)
@@ -116,18 +125,19 @@ class Intake:
     def take_texts(self, batch: "pyarrow.RecordBatch", first: int, name: str) -> None:
         """Take the rows of a table that has `COLUMNS`; `first` is the number of its first one."""
         whole = PlainTable(batch, Source(name, first))
-        for table in whole.slices(BATCH_ROWS):
-            rest = self._take_singly(table)
+        is_settled = self.decoder.settings.strings == "text"
+        for table, may_spell in whole.slices(BATCH_ROWS, is_text=is_settled):
+            rest = self._take_singly(table, every=may_spell)
             self.flush()
             self.report.read += rest.batch.num_rows
             self._take_plain(rest)
 
-    def _take_singly(self, table: PlainTable) -> PlainTable:
-        """Take rows one by one until the rest can be taken in bulk; return the rest."""
+    def _take_singly(self, table: PlainTable, *, every: bool) -> PlainTable:
+        """Take rows one by one, every one or until the rest can be taken in bulk; return it."""
         names, is_text = table.batch.schema.names, table.columns() is not None
         number = 0
         while number < table.batch.num_rows:
-            if is_text and self._takes_texts(table.first.file, names):
+            if is_text and not every and self._takes_texts(table.first.file, names):
                 break
             self.take(*table.row(number))
             number += 1

@@ -17,6 +17,7 @@ from logratio._rust import EncodedPairs
 from logratio.data.arrays import PAIR, GroupArrays
 from logratio.data.containers import Row
 from logratio.data.containers.table_rows import rows_of
+from logratio.data.formats.cells import opens
 from logratio.data.records import Refusal, Source
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 COLUMNS = ("prompt", "chosen", "rejected")
 FORMAT = "trl"
 """What the formats' catalogue calls such a row."""
+
+_BRACKETS = np.frombuffer(b"[{", np.uint8)
+_SPACES = np.frombuffer(b" \t\r\n", np.uint8)
 
 TextColumn = list[str] | tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Strings, or a string array's UTF-8 bytes and where each text begins."""
@@ -100,10 +104,24 @@ class PlainTable:
         extra = set(self.batch.schema.names) - set(COLUMNS)
         return Counter(dict.fromkeys(extra, len(numbers)))
 
-    def slices(self, rows: int) -> Iterator["PlainTable"]:
-        """Cut it into tables of so many rows."""
-        for start in range(0, self.batch.num_rows, rows):
-            yield PlainTable(self.batch.slice(start, rows), self._place(start))
+    def slices(self, rows: int, *, is_text: bool) -> Iterator[tuple["PlainTable", bool]]:
+        """Cut it into tables of at most so many rows, and say whether they may spell chats.
+
+        Args:
+            rows: Most rows of a table.
+            is_text: No text spells a chat, however it begins.
+        """
+        columns = None if is_text else self.columns()
+        odd = np.zeros(self.batch.num_rows, np.bool_)
+        for column in columns or ():
+            odd |= opens_brackets(column)
+        ends = np.arange(rows, len(odd), rows)
+        changes = np.flatnonzero(odd[1:] != odd[:-1]) + 1
+        borders = [0, *np.union1d(ends, changes).tolist(), len(odd)]
+        for start, stop in pairwise(borders):
+            if start < stop:
+                part = PlainTable(self.batch.slice(start, stop - start), self._place(start))
+                yield part, bool(odd[start])
 
     def behind(self, rows: int) -> "PlainTable":
         """Leave out its first rows."""
@@ -180,6 +198,23 @@ def _groups(
 def _stretch(lengths: NDArray[np.uint32], first: int, last: int) -> slice:
     start = int(lengths[:first].sum())
     return slice(start, start + int(lengths[first:last].sum()))
+
+
+def opens_brackets(column: TextColumn) -> NDArray[np.bool_]:
+    """Say which texts begin with a bracket or a brace, as lists and objects do; see `opens`."""
+    if isinstance(column, list):
+        return np.array([opens(text) for text in column], np.bool_)
+    data, offsets = column
+    at, ends = offsets[:-1].copy(), offsets[1:]
+    found = np.zeros(len(at), np.bool_)
+    rows = np.flatnonzero(at < ends)
+    while len(rows):
+        first = data[at[rows]]
+        found[rows[np.isin(first, _BRACKETS)]] = True
+        rows = rows[np.isin(first, _SPACES)]
+        at[rows] += 1
+        rows = rows[at[rows] < ends[rows]]
+    return found
 
 
 def _view(column: "pyarrow.Array") -> TextColumn:

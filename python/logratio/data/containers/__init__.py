@@ -4,7 +4,7 @@ pyarrow is loaded when a container needs it (.zst, Parquet, Arrow, tables), and 
 """
 
 from logratio.data.containers.json_lines import JsonLines
-from logratio.data.containers.json_text import json_type
+from logratio.data.containers.json_text import json_type, parse_value
 from logratio.data.containers.opening import Input, Opened, open_file, open_inputs
 from logratio.data.containers.rows import MAX_RECORD_BYTES, Row, Rows
 
@@ -18,4 +18,5 @@ __all__ = [
     "json_type",
     "open_file",
     "open_inputs",
+    "parse_value",
 ]

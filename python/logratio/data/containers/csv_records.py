@@ -6,7 +6,6 @@ from io import BufferedReader
 from itertools import chain
 from typing import Any
 
-from logratio.data.containers.json_text import parse_value
 from logratio.data.containers.rows import Row, TextRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
@@ -20,8 +19,7 @@ class CsvRecords(TextRows):
     """The records of a CSV file, each with the physical line on which it begins.
 
     The first record names the columns; commas stand between cells, or what `delimiter_of` tells.
-    Cells are text: an empty one is "". A cell that begins with "[" or "{" and is sound JSON
-    becomes that list or object, as messages are written into tables.
+    Cells are text, also where they spell JSON: formats decide what it is. An empty one is "".
 
     A record with another number of cells is refused (E110). Where quotes do not fit, or a record
     is longer than it may be, the file ends (E111): the next record's start cannot be known.
@@ -106,20 +104,7 @@ class CsvRecords(TextRows):
             if self._is_cut and len(cells) < len(self._header):
                 return Refusal(source, "E102", f"the file ends inside a record: {reason}")
             return Refusal(source, "E110", reason)
-        try:
-            return {name: _value(cell) for name, cell in zip(self._header, cells, strict=True)}
-        except InvalidRecordError as error:
-            return Refusal(source, error.code, error.reason)
-
-
-def _value(cell: str) -> Any:
-    if cell[:1] in ("[", "{"):
-        try:
-            return parse_value(cell)
-        except ValueError as error:
-            if isinstance(error, InvalidRecordError):
-                raise
-    return cell
+        return dict(zip(self._header, cells, strict=True))
 
 
 def _malformed(error: csv.Error) -> InvalidRecordError:

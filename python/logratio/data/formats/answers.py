@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from logratio.data import conversations, transcripts
-from logratio.data.formats.questions import find_main, read_question, read_tools, with_system
+from logratio.data.formats.cells import chat, opens
+from logratio.data.formats.questions import (
+    MAINS,
+    find_main,
+    read_question,
+    read_tools,
+    with_system,
+)
 from logratio.data.formats.view import Shape, View, called
 from logratio.data.messages import ASSISTANT, Turns, bare, read_messages
 from logratio.data.records import InvalidRecordError, Message, Text
@@ -53,6 +60,14 @@ def put_together(view: View, values: Mapping[str, Any], shapes: Sequence[Shape])
         InvalidRecordError: E2xx where the answers are of different kinds or do not go with the
             question, E403 where turns do not fit.
     """
+    if _may_spell_chats(view, values):
+        values = view.chats(values, _asked(view, values))
+        shapes = [
+            _shape_of_chat(value) or shape
+            for value, shape in zip(values.values(), shapes, strict=True)
+        ]
+    elif set(shapes) == {"text"}:
+        view.is_spelled = False
     kinds = {"messages" if shape in ("message", "empty") else shape for shape in shapes}
     if kinds == {"text"}:
         return _texts(view, values)
@@ -63,6 +78,25 @@ def put_together(view: View, values: Mapping[str, Any], shapes: Sequence[Shape])
         f"`{name}` is {called(shape)}" for name, shape in zip(values, shapes, strict=True)
     )
     raise InvalidRecordError("E206", f"the answers are not of one kind: {named}")
+
+
+def _may_spell_chats(view: View, answers: Mapping[str, Any]) -> bool:
+    cells = (*answers.values(), *map(view.peek, MAINS))
+    return any(isinstance(cell, str) and opens(cell) for cell in cells)
+
+
+def _asked(view: View, answers: Mapping[str, Any]) -> str | None:
+    """Find the name of the question; answers that are whole chats hold it, and may repeat it."""
+    chats = {n: chat(a) if isinstance(a, str) else a for n, a in answers.items()}
+    if all(isinstance(turns, list) and _is_whole(turns, name) for name, turns in chats.items()):
+        return _beside(view)
+    return find_main(view)
+
+
+def _shape_of_chat(value: Any) -> Shape | None:
+    if isinstance(value, dict):
+        return "message"
+    return ("messages" if value else "empty") if isinstance(value, list) else None
 
 
 def _shape(view: View, name: str) -> Shape:
@@ -120,7 +154,7 @@ def _is_whole(chat: list[Any], name: str) -> bool:
 def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:
     prompt, parts = conversations.split(chats)
     turns = {name: tuple(map(bare, read_messages(chat, name))) for name, chat in chats.items()}
-    main = next((name for name in _BESIDE if view.has(name)), None)
+    main = _beside(view)
     if main is not None:
         _check_repeats(view, main, turns)
     for name in ("messages", "conversations"):
@@ -128,7 +162,9 @@ def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:
     return Answered(main, with_system(view, prompt), parts, read_tools(view), is_whole=True)
 
 
-_BESIDE = ("prompt", "question", "instruction", "query")
+def _beside(view: View) -> str | None:
+    names = ("prompt", "question", "instruction", "query")
+    return next((name for name in names if view.has(name)), None)
 
 
 def _check_repeats(view: View, main: str, chats: dict[str, Turns]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.data.containers import Row
+from logratio.data.formats.cells import FLAGS
 from logratio.data.formats.choices import records_of
 from logratio.data.formats.families import SAID, read_row
 from logratio.data.formats.meaning import Meaning
@@ -33,12 +34,14 @@ class Decoded:
         extra_keys: Keys that were not read.
         left_out: For each pair of a list that was not made, or completion that was not taken, the
             code of the reason: R310 for a tie, R301, R302.
+        warnings: Codes of what is kept and counted of the row.
     """
 
     records: tuple[PreferenceRecord, ...]
     format: str
     extra_keys: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Decoder:
@@ -56,8 +59,9 @@ class Decoder:
         self.settings = settings or FormatSettings()
         self._first: dict[str, tuple[Kind, Source]] = {}
         self._plain: dict[str, tuple[bool, Source]] = {}
+        self._spelled: dict[str, tuple[bool, Source]] = {}
         kinds, lists = self.settings.kinds, self.settings.lists
-        told = replace(self.settings, kinds=None)
+        told = replace(self.settings, kinds=None, strings=None)
         self._is_untold = told == FormatSettings(lists=lists) and (not kinds or "pair" in kinds)
 
     def decode(self, row: Row, source: Source) -> Decoded:
@@ -72,14 +76,16 @@ class Decoder:
                 fit, R301, R302 and R310 where the content is of no use.
         """
         settings = self.settings
-        view = View(row, settings.columns)
+        view = View(row, settings.columns, settings.strings)
         meaning = read_row(view, settings)
         check_unread(view)
         self._check_kind(meaning, source)
         if view.is_plain is not None:
             self._check_plain(view.is_plain, source)
+        warnings = ("W522",) if self._is_spelled(view, source) else ()
         records, left_out = records_of(meaning, source, settings)
-        return Decoded(tuple(records), meaning.format, view.extra_keys(), tuple(left_out))
+        extra = view.extra_keys()
+        return Decoded(tuple(records), meaning.format, extra, tuple(left_out), warnings)
 
     def holds_pairs_of_text(self, file: str, names: Iterable[str]) -> bool:
         """Say what rows of a file can only be, if their prompt, chosen and rejected are strings.
@@ -104,11 +110,14 @@ class Decoder:
         return {
             "first": {file: (kind, at.line) for file, (kind, at) in self._first.items()},
             "plain": {file: (is_plain, at.line) for file, (is_plain, at) in self._plain.items()},
+            "spelled": {file: (said, at.line) for file, (said, at) in self._spelled.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Remember what `state` returned."""
-        for memory, values in ((self._first, state["first"]), (self._plain, state["plain"])):
+        memories = {"first": self._first, "plain": self._plain, "spelled": self._spelled}
+        for name, memory in memories.items():
+            values = state.get(name, {})
             memory.update({file: (said, Source(file, at)) for file, (said, at) in values.items()})
 
     def _check_kind(self, meaning: Meaning, source: Source) -> None:
@@ -133,6 +142,18 @@ class Decoder:
             this, that = names if is_plain else reversed(names)
             reason = f"the prompt is {this}, and that of {place} is {that}"
             raise InvalidRecordError("E204", f"{reason}: give every row the same keys")
+
+    def _is_spelled(self, view: View, source: Source) -> bool:
+        """Say whether strings spelled a row's chats; refuse a file where others were text."""
+        if view.is_spelled is None or self.settings.strings:
+            return False
+        first, place = self._spelled.setdefault(source.file, (view.is_spelled, source))
+        if view.is_spelled != first:
+            names = "text", "lists of messages that were written as text"
+            this, that = reversed(names) if view.is_spelled else names
+            reason = f"the row's strings are {this}, and those of {place} are {that}"
+            raise InvalidRecordError("E215", f"{reason}: {FLAGS}")
+        return first
 
     def _makes_pairs(self, meaning: Meaning) -> bool:
         return meaning.kind == "group" and self.settings.lists != "groups"

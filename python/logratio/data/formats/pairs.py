@@ -88,7 +88,9 @@ def read_swift(view: View, settings: FormatSettings) -> Meaning:
     if not view.has("rejected_messages"):
         if view.shape("rejected_response") not in ("text", "message", "messages"):
             raise view.wrong("rejected_response", "a string or messages")
-        return pair("ms-swift", _against(view, chosen, view.take("rejected_response")))
+        key = view.key("rejected_response")
+        worse = view.chats({key: view.take("rejected_response")}, "messages")[key]
+        return pair("ms-swift", _against(view, chosen, worse))
     rejected = view.take("rejected_messages")
     if view.shape("rejected_messages") != "messages":
         raise view.wrong("rejected_messages", "a list of messages")

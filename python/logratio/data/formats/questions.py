@@ -6,11 +6,11 @@ question, an instruction, a system prompt, a history): those become messages, wh
 template writes out. So does ``prompt`` where a system prompt or a history stands beside it.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from logratio.data import conversations
+from logratio.data.formats.cells import parsed
 from logratio.data.formats.view import View
 from logratio.data.messages import Turns, read_messages
 from logratio.data.records import InvalidRecordError, Message, Text
@@ -188,10 +188,10 @@ def _is_exchange(item: Any) -> bool:
 
 def _tools(value: Any, key: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise InvalidRecordError("E203", f"{key!r} is a string and not JSON") from None
+        spelled = parsed(value)
+        if spelled is None:
+            raise InvalidRecordError("E203", f"{key!r} is a string and not JSON")
+        value = spelled
     if not value or (isinstance(value, str) and not value.strip()):
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from logratio.data.formats.cells import Strings
 from logratio.data.formats.labels import FormatSettingsError, Label
 
 Lists = Literal["pairs", "best_worst", "groups"]
@@ -27,6 +28,9 @@ class FormatSettings:
         label: What a label's values mean; text is read by `Label.parse`.
         kinds: What records may say; others are refused (E206). None: anything, but all rows of a
             file the same.
+        strings: What a string is that spells a list of messages, as JSON or Python's ``repr``:
+            ``messages`` or ``text``. None: messages where all parts of a row that could be
+            messages are (counted, W522), text where none is; refused otherwise (E215).
 
     Raises:
         FormatSettingsError: A value is not possible.
@@ -38,6 +42,7 @@ class FormatSettings:
     columns: Mapping[str, str] = field(default_factory=dict)
     label: Label | str | None = None
     kinds: tuple[Kind, ...] | None = None
+    strings: Strings | None = None
 
     def __post_init__(self) -> None:
         from logratio.data.formats.catalogue import KNOWN_NAMES, names_of_formats
@@ -45,6 +50,9 @@ class FormatSettings:
         if self.lists not in get_args(Lists):
             known = ", ".join(get_args(Lists))
             raise FormatSettingsError(f"lists is {self.lists!r}, not one of {known}")
+        if self.strings not in (None, *get_args(Strings)):
+            known = ", ".join(get_args(Strings))
+            raise FormatSettingsError(f"strings is {self.strings!r}, not one of {known}")
         if self.format is not None and self.format not in names_of_formats():
             known = ", ".join(names_of_formats())
             raise FormatSettingsError(f"the format {self.format!r} is not one of {known}")

@@ -38,6 +38,7 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     main = find_main(view)
     if main is None:
         view.take("prompt")
+    view.chats({}, main)
     question = read_question(view, str(main))
     if view.has(_BEFORE) and settings.format != "prmbench":
         name = "step-dpo"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from logratio.data.containers import Row, json_type
+from logratio.data.formats.cells import Strings, chats_of, lists_of
 from logratio.data.records import InvalidRecordError
 
 Shape = Literal["absent", "text", "message", "messages", "strings", "empty", "flag", "number"]
@@ -33,22 +34,55 @@ class View:
         mapped: Names that settings gave a key of the row.
         is_plain: Whether a string under ``prompt`` was read as plain text (else as a user's turn);
             None where there was none.
+        is_spelled: Whether strings spelled the chats that were read; None where nothing that was
+            read could be text.
     """
 
-    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
-        """Look at a row; ``columns`` gives its keys for names that formats know."""
+    def __init__(
+        self, row: Row, columns: Mapping[str, str], strings: Strings | None = None
+    ) -> None:
+        """Look at a row.
+
+        Args:
+            row: The row.
+            columns: Its keys for names that formats know.
+            strings: What a string is that spells a list of messages.
+        """
         self._row = row
+        self._strings = strings
         self._columns = columns
         self._read: set[str] = set()
         self._inner: dict[str, None] = {}
         self.mapped = columns.keys()
         self.is_plain: bool | None = None
+        self.is_spelled: bool | None = None
         self._values: Mapping[str, Any] = row
         if columns:
             taken = {*columns, *columns.values()}
             values = {name: value for name, value in row.items() if name not in taken}
             values |= {name: row[key] for name, key in columns.items() if key in row}
             self._values = values
+        if lists := lists_of(self._values):
+            self._values = {**self._values, **lists}
+
+    def chats(self, answers: Mapping[str, Any], main: str | None) -> dict[str, Any]:
+        """Return the answers; those that spell chats, and the question, become these.
+
+        Args:
+            answers: By the names that errors call them by.
+            main: The name of the question.
+
+        Raises:
+            InvalidRecordError: E215 where they could be chats or text.
+        """
+        asked = None if main is None else self.key(main)
+        question = {} if main is None else {self.key(main): self._values.get(main)}
+        found = chats_of({**question, **answers}, self._strings, asked)
+        if main is not None and asked in found:
+            self._values = {**self._values, main: found[asked]}
+        if all(isinstance(answer, str) for answer in answers.values()):
+            self.is_spelled = bool(found)
+        return {name: found.get(name, answer) for name, answer in answers.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
