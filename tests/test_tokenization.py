@@ -491,7 +491,7 @@ def test_vocabulary_size_bounds_every_id(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No such folder"):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         PreferenceTokenizer.load(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
         PreferenceTokenizer.load(tmp_path)

@@ -1,4 +1,16 @@
-"""The base class of every exception that logratio defines."""
+"""The base class of every exception that logratio defines, and those that every part raises."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+_HUB_ID = re.compile(
+    r"(?:(?:https?:/+)?(?:huggingface\.co|hf\.co)/+|hf:/+)?(?:datasets/)?"
+    r"(\w[\w.-]*(?:/\w[\w.-]*)?)"
+)
+_DATA_SUFFIXES = (
+    *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".store", ".txt"),
+)
 
 
 class LogratioError(Exception):
@@ -6,3 +18,32 @@ class LogratioError(Exception):
 
     Each exception also derives from the built-in class that fits it (`ValueError`, `OSError` …).
     """
+
+
+class MissingInputError(LogratioError, FileNotFoundError):
+    """A file or folder that is to be read does not exist."""
+
+
+def fetching_advice(
+    given: object, kind: Literal["model", "dataset"], place: Path | None = None
+) -> str:
+    """Return how to fetch what looks like an id of the Hugging Face hub, or nothing.
+
+    Args:
+        given: the name of a folder or file that does not exist.
+        kind: what was to be there.
+        place: where it has to be; a folder of its last name where None.
+    """
+    found = _HUB_ID.fullmatch(str(given))
+    if not found or Path(found[1]).parts[0] in ("data", ".."):
+        return ""
+    name = found[1]
+    is_path = "/" in name and Path(name).parent.exists() and name == str(given)
+    if is_path or (kind == "dataset" and ("/" not in name or name.endswith(_DATA_SUFFIXES))):
+        return ""
+    target = place or Path(name).name
+    option = "--repo-type dataset " if kind == "dataset" else ""
+    return (
+        f". If it is a {kind} of the Hugging Face hub, fetch it first: `hf download {name} "
+        f"{option}--local-dir {target}`" + ("" if place else f", and give {target}")
+    )

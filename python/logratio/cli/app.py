@@ -1,14 +1,17 @@
 """The command `logratio`: its commands, and how errors and signals end it."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from logratio.cli import cache, data, evaluation, precompute, scoring, training
+from logratio.cli.synonyms import translated
 from logratio.errors import LogratioError
+from logratio.progress import say
 
 app = typer.Typer(
     name="logratio",
@@ -19,7 +22,10 @@ app = typer.Typer(
     help="Preference optimisation from records to a served ranking.\n\n"
     "One number runs through everything: the log-ratio log π(y|x) − log π_ref(y|x). "
     "`precompute` caches the reference's half, `train` moves the policy's half, and β times it is "
-    "the reward that `export`, `rank` and `serve` carry to production. Start with `logratio demo`.",
+    "the reward that `export`, `rank` and `serve` carry to production. Start with "
+    "`logratio demo`.\n\n"
+    "Exit codes: 0 done; 1 a check (`inspect`, `verify`) found something; 2 the request cannot be "
+    "done, with the reason; 128 + n after signal n (130: Ctrl-C).",
 )
 BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX", "pyarrow"}
 """What a server leaves out: it installs the wheel alone."""
@@ -53,23 +59,47 @@ def version(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process: 0, 2 for a wrong request, 128 + n for signal n."""
-    arguments = spread(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and end the process.
+
+    With 0 where all was done; 1 where a check found something (`inspect`, `verify`); 2 where the
+    request cannot be done, with a sentence; 128 + n after signal n, as 130 after Ctrl-C. A fault of
+    the program ends with a traceback, and 1.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
     try:
-        app(args=arguments, standalone_mode=True)
+        arguments = spread(translated(arguments, flags_of(command, arguments)))
+        command.main(args=arguments, prog_name="logratio", standalone_mode=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in BASE:
             raise
-        sys.stderr.write(f"error: this command needs {error.name}: pip install logratio\n")
-        sys.exit(2)
+        end(2, f"this command needs {error.name}: pip install logratio")
     except Exception as error:
         if os.environ.get("LOGRATIO_TRACEBACK") or not _is_told(error):
             raise
-        sys.stderr.write(f"error: {_sentence(error)}\n")
-        sys.exit(getattr(error, "exit_code", 2))
+        end(getattr(error, "exit_code", 2), _sentence(error))
     raise AssertionError("typer ends the process")
+
+
+def end(code: int, sentence: str) -> NoReturn:
+    """End the process with a sentence, whatever becomes of standard error."""
+    say(f"error: {sentence}")
+    sys.exit(code)
+
+
+def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
+    """Return the flags of the command that the arguments name; of all above it too."""
+    flags = {"--help"}
+    for argument in (None, *arguments):
+        inner = getattr(command, "commands", {})
+        if argument is None or argument in inner:
+            command = inner[argument] if argument else command
+            flags |= {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        elif not argument.startswith("-"):
+            break
+    return flags
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
@@ -92,6 +122,6 @@ def _is_told(error: Exception) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == 28:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}; what was written before is kept, make room and go on"
     return str(error) or type(error).__name__

@@ -87,9 +87,17 @@ def _told_what_is_kept(output: Path) -> Iterator[None]:
 def verify(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE…", help="Sealed stores.")],
 ) -> None:
-    """Read every byte of stores and compare it with their checksums. Ends with 2 at damage."""
-    from logratio.data.sealed import verified
+    """Read every byte of stores and compare it with their checksums. Ends with 1 at damage."""
+    from logratio.data.sealed import CorruptStoreError, verified
 
+    damaged = False
     for path in stores:
-        store = verified(path)
-        typer.echo(f"{path}: sound, {len(store):,} groups, digest {store.digest}")
+        try:
+            store = verified(path)
+        except CorruptStoreError as error:
+            damaged = True
+            typer.echo(f"not sound: {error}")
+        else:
+            typer.echo(f"{path}: sound, {len(store):,} groups, digest {store.digest}")
+    if damaged:
+        raise typer.Exit(1)

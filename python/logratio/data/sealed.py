@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from logratio._rust import CorruptStoreError as CorruptStoreError
 from logratio._rust import Store
 from logratio.data.containers import Input
 from logratio.data.containers.recognition import STORE_MAGIC

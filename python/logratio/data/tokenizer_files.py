@@ -1,6 +1,5 @@
 """A tokenizer's folder: tokenizer.json, its special tokens, its chat template; no transformers."""
 
-import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from logratio.data.tokenizer_classes import (
     heads,
     rebuilt,
 )
+from logratio.errors import MissingInputError, fetching_advice
 
 Json = dict[str, Any]
 
@@ -202,13 +202,11 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def _tokenizer_json(folder: Path) -> bytes:
     path = folder / "tokenizer.json"
     if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "No such folder", str(folder))
+        raise MissingInputError(f"{folder}: no such folder{fetching_advice(folder, 'model')}")
     if not path.exists():
-        raise FileNotFoundError(
-            errno.ENOENT,
-            "The folder holds no tokenizer.json. Make one with transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
-            str(folder),
+        raise MissingInputError(
+            f"{folder}: the folder holds no tokenizer.json. Make one with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return path.read_bytes()
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from logratio.errors import LogratioError
+from logratio.errors import LogratioError, fetching_advice
 from logratio.training.config import ConfigError, LoraSettings, Precision, Quantization, TrainConfig
 from logratio.training.quantization import check_quantization, loading_arguments
 
@@ -154,7 +154,7 @@ def check_model_folder(folder: Path) -> None:
         ModelFolderError: with what is missing, or what there is too much.
     """
     if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: no such model folder")
+        raise ModelFolderError(f"{folder}: no such model folder{fetching_advice(folder, 'model')}")
     adapter = (folder / ADAPTER_CONFIG).exists()
     if adapter and (whole := _whole_weights(folder)):
         raise ModelFolderError(
@@ -170,7 +170,19 @@ def check_model_folder(folder: Path) -> None:
             "convert with model.save_pretrained(folder) of transformers"
         )
     if adapter:
-        check_model_folder(base_folder(folder))
+        _check_base(folder)
+
+
+def _check_base(adapter: Path) -> None:
+    """Refuse an adapter whose base is not here: by default peft names it by its id on the hub."""
+    base = base_folder(adapter)
+    if not base.is_dir():
+        place = base if base.is_absolute() else adapter / base
+        raise ModelFolderError(
+            f"{adapter}: no such folder as its base model {base}"
+            + fetching_advice(base, "model", place)
+        )
+    check_model_folder(base)
 
 
 def _whole_weights(folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ from typing import cast
 
 from logratio.data.containers.packing import packing, unpacked
 from logratio.data.records import InvalidRecordError
+from logratio.errors import MissingInputError, fetching_advice
 
 BLOCK = 1 << 17
 HEAD = 1 << 12
@@ -50,7 +51,12 @@ class ByteSource:
     @classmethod
     def of_file(cls, path: Path) -> "ByteSource":
         """Look into a file; a named pipe is read as stdin is."""
-        file = path.open("rb", buffering=0)
+        try:
+            file = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise MissingInputError(
+                f"{path}: no such file or folder{fetching_advice(path, 'dataset')}"
+            ) from error
         if not path.is_file():
             return cls(path.as_posix(), None, None, file)
         return cls(path.as_posix(), path, path.stat().st_size, file)

@@ -1,0 +1,215 @@
+"""Words from elsewhere: other trainers' flags and ids of the hub, answered with what works here."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from conftest import Run
+
+from logratio.cli.app import app, flags_of
+from logratio.cli.synonyms import INSTEAD, SAME, ForeignFlagError, translated
+from logratio.errors import fetching_advice
+
+COMMAND: Any = typer.main.get_command(app)
+TRAIN = flags_of(COMMAND, ["train", "--model", "m"])
+
+
+def test_the_same_meaning_is_accepted(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(
+        *("train", "--model_name_or_path", tiny_model, "--train-file", pairs_file),
+        *("--output_dir", tmp_path / "out", "--learning-rate", "1e-3", "--num-train-epochs=2"),
+        *("--loss-type", "sigmoid", "--batch_size", "8", "--use-peft", "--lora-r", "2"),
+    )
+    assert code == 0, err
+    assert "4 updates" in out
+    settings = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert (settings["lr"], settings["loss"], settings["lora"]["rank"]) == (1e-3, "dpo", 2)
+
+
+def test_the_table_names_flags_that_exist_and_none_that_is_ours() -> None:
+    every = TRAIN | flags_of(COMMAND, ["export"]) | flags_of(COMMAND, ["precompute"])
+    assert set(SAME.values()) <= every
+    assert not (SAME.keys() | INSTEAD.keys()) & TRAIN
+    assert not SAME.keys() & INSTEAD.keys()
+    named = {word for text in INSTEAD.values() for word in text.split() if word.startswith("--")}
+    assert {word.strip("`,;)") for word in named} <= every | {
+        *("--policy", "--repo-type", "--local-dir", "--quantization")
+    }
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--bf16", "--precision bf16"),
+        ("--per_device_train_batch_size", "--batch-size"),
+        ("--gradient-accumulation-steps=4", "--batch-size"),
+        ("--gradient_checkpointing", "--activation-checkpointing"),
+        ("--dataset-name", "--repo-type dataset"),
+        ("--max-steps", "--epochs"),
+        ("--trust-remote-code", "never run"),
+        ("--lora-target-modules", "--lora-target NAME"),
+        ("--deepspeed", "one process"),
+    ],
+)
+def test_another_tools_flag_is_answered(run: Run, flag: str, answer: str) -> None:
+    code, _, err = run("train", flag, "x")
+    assert code == 2
+    assert f"error: there is no {flag.partition('=')[0]}; use instead: " in err
+    assert answer in err
+
+
+def test_a_flag_means_what_the_command_says_it_means() -> None:
+    assert translated(["--max_length", "5"], TRAIN) == ["--max-length", "5"]
+    assert (
+        translated(["rank", "--output", "--learning-rate"], {"--output"})[-1] == "--learning-rate"
+    )
+    assert translated(["--label", "a_b: 1=x"], TRAIN) == ["--label", "a_b: 1=x"]
+    assert translated(["--loss", "sigmoid"], TRAIN) == ["--loss", "sigmoid"]
+    assert translated(["--fp16", "x"], {"--fp16"}) == ["--fp16", "x"]
+    with pytest.raises(ForeignFlagError, match="there is no --fp16"):
+        translated(["--fp16"], TRAIN)
+
+
+def test_a_flag_that_nobody_knows_stays_an_error(run: Run) -> None:
+    code, _, err = run("train", "--learnin-rate", "1")
+    assert code == 2
+    assert "No such option" in err
+
+
+HUB = [
+    ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+    ("https://huggingface.co/Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir"),
+    ("distilgpt2", "hf download distilgpt2 --local-dir distilgpt2"),
+]
+
+
+@pytest.mark.parametrize(("name", "advice"), HUB)
+def test_a_models_id_where_a_folder_is_expected(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path, name: str, advice: str
+) -> None:
+    data = ("--data", pairs_file)
+    pair = ("--policy", name, "--reference", tiny_model, "--beta", "0.1")
+    for given in (
+        ("train", "--model", name, *data, "--output", tmp_path / "o"),
+        ("train", "--model", tiny_model, "--reference", name, *data, "--output", tmp_path / "o"),
+        ("precompute", "--model", name, *data, "--cache", tmp_path / "c"),
+        ("evaluate", *pair, *data),
+        ("export", *pair, "--output", tmp_path / "b"),
+        ("data", "build", pairs_file, "--tokenizer", name, "--output", tmp_path / "s"),
+        ("data", "inspect", pairs_file, "--tokenizer", name),
+    ):
+        code, _, err = run(*given)
+        assert code == 2
+        assert advice in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_data_sets_id_where_files_are_expected(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    name = "trl-lib/ultrafeedback_binarized"
+    advice = f"hf download {name} --repo-type dataset --local-dir ultrafeedback_binarized"
+    for given in (
+        ("train", "--model", tiny_model, "--data", name, "--output", tmp_path / "o"),
+        ("data", "inspect", name),
+        ("data", "build", name, "--tokenizer", tiny_model, "--output", tmp_path / "s"),
+    ):
+        code, _, err = run(*given)
+        assert code == 2
+        assert advice in err
+
+
+def test_an_adapter_whose_base_is_on_the_hub(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    settings = {"base_model_name_or_path": "Org/Base-1B", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    given = ("--data", pairs_file, "--output", tmp_path / "o")
+    code, _, err = run("train", "--model", folder, *given)
+    assert code == 2
+    assert f"hf download Org/Base-1B --local-dir {folder}/Org/Base-1B`" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("data/train.jsonl", "dataset"), ("pairs.jsonl", "dataset"), ("a/b/c", "model")),
+        *(("org/x.jsonl", "dataset"), ("/tmp/model", "model"), ("../model", "model")),
+        *(("data/model", "model"), ("", "model")),
+    ],
+)
+def test_a_plain_path_is_no_id(name: str, kind: Any) -> None:
+    assert fetching_advice(name, kind) == ""
+
+
+def test_a_folder_that_is_there_makes_it_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fetching_advice("models/tiny", "model")
+    (tmp_path / "models").mkdir()
+    assert not fetching_advice("models/tiny", "model")
+
+
+class TestExitCodes:
+    """0 done, 1 a check found something, 2 not possible, 128 + n after a signal."""
+
+    def test_help_states_them(self, run: Run) -> None:
+        code, out, _ = run("--help")
+        assert code == 0
+        assert "Exit codes: 0 done; 1 a check" in " ".join(out.replace("│", " ").split())
+
+    def test_damage_is_1_and_the_sound_stores_are_still_named(
+        self, run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
+    ) -> None:
+        stores = [tmp_path / "a.store", tmp_path / "b.store"]
+        for store in stores:
+            given = (pairs_file, "--tokenizer", tiny_model, "--output", store)
+            assert run("data", "build", *given)[0] == 0
+        data = bytearray(stores[0].read_bytes())
+        data[len(data) // 2] ^= 1
+        stores[0].write_bytes(data)
+        code, out, _ = run("data", "verify", *stores)
+        assert code == 1
+        assert "not sound: " in out
+        assert f"{stores[1]}: sound" in out
+        assert run("data", "verify", stores[1])[0] == 0
+        assert run("data", "verify", tmp_path / "nothing.store")[0] == 2
+
+    def test_unknown_data_is_1(self, run: Run, tmp_path: Path) -> None:
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"question": "q"}\n')
+        assert run("data", "inspect", path)[0] == 1
+
+    @pytest.mark.parametrize(
+        "arguments", [("train",), ("train", "--lr", "fast"), ("nonsense",), ("--nonsense",)]
+    )
+    def test_a_request_that_cannot_be_read_is_2(self, run: Run, arguments: tuple[str, ...]) -> None:
+        assert run(*arguments)[0] == 2
+
+    def test_the_process_itself(self, tmp_path: Path) -> None:
+        """A few as real processes; the others are called here."""
+
+        def ended(*arguments: str) -> tuple[int, str]:
+            command = [sys.executable, "-m", "logratio", *arguments]
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False
+            )
+            return done.returncode, done.stderr
+
+        assert ended("--version") == (0, "")
+        code, err = ended("data", "inspect", "nothing.jsonl")
+        assert (code, err) == (2, "error: nothing.jsonl: no such file or folder\n")
+        code, err = ended("train", "--bf16")
+        assert code == 2
+        assert err.startswith("error: there is no --bf16; use instead: --precision bf16")
