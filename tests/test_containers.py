@@ -448,8 +448,8 @@ def test_csv(tmp_path: Path, text: str | bytes, expected: list[tuple[int, Any]])
         (b"\xff\xfea\0", "data.csv", "E112"),
         (b"LRSTORE2", "pairs.store", "E112"),
         (b"version https://git-lfs.github.com/spec/v1\n", "data.parquet", "E112"),
-        (gzip.compress(gzip.compress(b"{}")), "data.jsonl.gz", "E112"),
-        (gzip.compress(parquet(ROWS)), "data.parquet.gz", "E112"),
+        (gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "data.jsonl.gz", "E112"),
+        (gzip.compress(parquet(ROWS), mtime=0), "data.parquet.gz", "E112"),
     ],
 )
 def test_containers_are_told_by_content(
