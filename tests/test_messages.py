@@ -182,7 +182,7 @@ def test_a_step_goes_on_from_what_asks_for_it_and_does_not_end() -> None:
     found = script([user("u")], Completion("chosen", "2. b", "1. a\n"), ends=False)
     assert found.prompt.endswith("<|im_start|>assistant\n")
     assert marked(found) == "1. a\n[2. b]"
-    assert not any(found.moved)
+    assert found.notes == ()
     assert marked(script([user("u")], Completion("chosen", "1. a"), ends=False)) == "[1. a]"
 
 
@@ -191,5 +191,5 @@ def test_tools_reach_the_template_before_and_behind_the_answer() -> None:
     found = script([user("u")], Completion("chosen", answer, ()), tools=({"name": "f"},))
     assert found.prompt.startswith("<tools>f</tools>")
     assert marked(found) == "[a<|im_end|>\n]"
-    assert not any(found.moved)
+    assert found.notes == ()
     assert script([user("u")], Completion("chosen", answer, ())).prompt.startswith("<|im_start|>")

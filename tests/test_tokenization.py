@@ -390,13 +390,21 @@ def test_only_answers_count_in_a_chat_of_many_turns() -> None:
 
 
 def test_template_that_asks_otherwise_than_it_tells() -> None:
-    """A thinking model's template asks with <think> and leaves it out when the answer is there."""
+    """A thinking model's template asks with <think> and leaves it out when the answer is there.
+
+    The prompt and the answer are together what the template writes, whatever the answer begins
+    with, unless it begins with all that the template asks with.
+    """
     tokenizer = load("bytes", THINKING)
-    for content in ("fine", "<think", "<t", "assistant", "<assistant>", "how"):
+    for content in ("fine", "<think", "<t", "assistant", "<assistant>", "how", "<think>fine"):
         group = encoded(tokenizer, chat(turn("assistant", content)))
-        assert tokenizer.decode(group.prompt_ids) == "<user>how<assistant><think>\n"
+        assert tokenizer.decode(group.prompt_ids) == "<user>how<assistant>"
         assert tokenizer.decode(group.completions[0].ids) == content + "</s>"
-        assert group.notes == ["W502"]
+        assert group.notes == ["W512"]
+    group = encoded(tokenizer, chat(turn("assistant", "<think>\nso")))
+    assert tokenizer.decode(group.prompt_ids) == "<user>how<assistant><think>\n"
+    assert tokenizer.decode(group.completions[0].ids) == "so</s>"
+    assert group.notes == []
 
 
 def test_template_that_writes_the_last_turn_otherwise() -> None:
@@ -411,11 +419,12 @@ def test_chats_that_cannot_be_written() -> None:
     record = chat(turn("assistant", "fine"))
     assert refused(load("bytes"), record) == "E401"
     assert refused(load("bytes", HIDING), record) == "E404"
-    assert refused(load("bytes", COUNTING), record) == "E404"
     long = chat(turn("assistant", "a"), turn("user", "b"), turn("assistant", "c"))
     assert refused(load("bytes", STRICT), long) == "E403"
     assert refused(load("bytes", BACKWARDS), long) == "E404"
+    assert refused(load("bytes", BACKWARDS), record) == "E404"
     encoded(load("bytes", STRICT), record)
+    assert counted(load("bytes"), encoded(load("bytes", COUNTING), record)) == ["4:fine"]
     twice = "{{ bos_token }}{{ bos_token }}" + CHATML
     assert refused(load("bytes", twice), record) == "E402"
 

@@ -14,7 +14,7 @@ class Tail:
     Attributes:
         ids: Every token.
         mask: 1 where a token counts.
-        moved: Whether what stands before changes, as text or as ids, when the text goes on.
+        moved: Whether the ids before it change when the text goes on.
     """
 
     ids: list[int]
@@ -39,7 +39,8 @@ def tails_of(
     """
     prompt, *rest = running
     texts = iter(rest)
-    for pieces, moved in zip(script.completions, script.moved, strict=True):
+    for pieces in script.completions:
+        moved = False
         ids: list[int] = []
         mask: list[int] = []
         before = prompt

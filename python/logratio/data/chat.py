@@ -16,7 +16,10 @@ from jinja2.utils import Namespace
 from logratio.data.records import Message
 from logratio.errors import LogratioError
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning, as transformers knows them; the first that is given counts."""
+MARK = "\ue000answer\ue001"
+"""Of private use: no template and no text holds it."""
 
 
 class ChatTemplateError(LogratioError, ValueError):
@@ -84,7 +87,7 @@ class ChatTemplate:
 def _with_reasoning(message: Message) -> dict[str, Any]:
     """Offer a message's reasoning under every name that templates read; leave out null values."""
     plain = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    reasoning = next((plain[key] for key in REASONING if key in plain), None)
     if reasoning is None:
         return plain
     return {"thinking": reasoning, **plain, "reasoning_content": reasoning}

@@ -48,6 +48,7 @@ CODES: dict[str, str] = {
     "R307": "a special token is spelled in a message, where the rules split special tokens",
     "R308": "the opposite is said too, as often or more",
     "R310": "a tie: nothing is better than anything else",
+    "R311": "the chat template writes nothing of an answer",
     "W501": "a special token is spelled in the text",
     "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
     "W503": "a completion was cut at the limit",
@@ -60,6 +61,10 @@ CODES: dict[str, str] = {
     "W510": "many groups are nearly the same",
     "W511": "many completions were cut at the limit",
     "W522": "a chat that was written as text, read as a chat (else: --strings text)",
+    "W512": "the chat template asks with text that it does not write before an answer: "
+    "the prompt ends before it",
+    "W513": "the chat template leaves out a part of the row",
+    "W514": "the chat template leaves out the reasoning of turns before the answer",
     "W530": "a pair of a list was left out",
 }
 """W502 and W503 are counted per completion, W508 to W511 once a data set, all others per record."""
@@ -79,6 +84,22 @@ class Cut(str):
         cut = super().__new__(cls, code)
         cut.tokens = tokens
         return cut
+
+
+class Omitted(str):
+    """The code of something that was left out (W513) that also names it.
+
+    Attributes:
+        what: What is missing, in words.
+    """
+
+    what: str
+
+    def __new__(cls, code: str, what: str) -> "Omitted":
+        """Join a code and words; equal to the bare code."""
+        omitted = super().__new__(cls, code)
+        omitted.what = what
+        return omitted
 
 
 def stops(code: str) -> bool:

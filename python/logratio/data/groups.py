@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from logratio.data.codes import Omitted
 from logratio.data.records import CHOSEN, REJECTED, InvalidRecordError, Source
 
 
@@ -48,4 +49,6 @@ def check_different(completions: list[TokenizedCompletion], notes: list[str]) ->
     chosen, rejected = completions
     if (chosen.ids, chosen.mask) == (rejected.ids, rejected.mask):
         code, when = ("R303", "once truncated") if "W503" in notes else ("R302", "as tokens")
-        raise InvalidRecordError(code, f"chosen and rejected are identical {when}")
+        left_out = next((note.what for note in notes if isinstance(note, Omitted)), None)
+        why = f": the chat template leaves out {left_out}" if left_out else ""
+        raise InvalidRecordError(code, f"chosen and rejected are identical {when}{why}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from logratio.data.codes import CODES, Cut, stops
+from logratio.data.codes import CODES, Cut, Omitted, stops
 from logratio.data.groups import TokenizedGroup
 from logratio.data.records import Refusal, Source
 from logratio.errors import LogratioError
@@ -101,7 +101,8 @@ class DataReport:
         self.keep_many(1, prompts, sum(len(completion.ids) for completion in completions))
         for group in groups:
             for code in group.notes:
-                self.warn(str(code), group.source)
+                detail = f": {code.what}" if isinstance(code, Omitted) else ""
+                self.warn(str(code), group.source, detail)
                 if isinstance(code, Cut):
                     self.cuts.setdefault(str(code), Counter())[code.tokens.bit_length()] += 1
 

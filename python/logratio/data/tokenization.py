@@ -240,6 +240,7 @@ class PreferenceTokenizer:
         encode = self._chats.encode if record.is_chat else self._plain.encode
         ends_itself = record.is_chat or not record.ends  # a step has not ended
         notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
+        notes += script.notes
         try:
             prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
             completions = [

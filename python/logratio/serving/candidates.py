@@ -12,6 +12,7 @@ from logratio.data import (
     Refusal,
     Source,
     TokenizationRules,
+    TokenizedGroup,
 )
 from logratio.data.conversations import prompt as check_turns
 from logratio.data.records import Text
@@ -90,32 +91,52 @@ class CandidateEncoder:
         opening = self.tokenizer.encode_record(PreferenceRecord(text, (), _HERE))
         if isinstance(opening, Refusal):
             raise InvalidRecordError(opening.code, opening.reason)
-        room = self._max_length - len(opening.prompt_ids)
-        rows = self._encode(text, candidates)
+        group, errors = self._encode(text, candidates)
+        # A chat template may ask with more than it writes before these answers.
+        prompt_ids = group.prompt_ids if group else opening.prompt_ids
+        room = self._max_length - len(prompt_ids)
+        ids = iter([completion.ids for completion in group.completions] if group else [])
         return CandidateGroup(
-            tuple(opening.prompt_ids),
-            "W506" in opening.notes,
-            tuple(row if isinstance(row, Candidate) else self._fit(row, room) for row in rows),
+            tuple(prompt_ids),
+            "W506" in (group or opening).notes,
+            tuple(
+                Candidate((), error=errors[index])
+                if index in errors
+                else self._fit(next(ids), room)
+                for index in range(len(candidates))
+            ),
         )
 
-    def _encode(self, text: Text, candidates: Sequence[str]) -> list[list[int] | Candidate]:
-        """Encode all candidates at once or, if one cannot be taken, each on its own."""
-        if all(map(_is_sound, candidates)) and candidates:
-            try:
-                group = self.tokenizer.encode_completions(text, candidates)
-                return [completion.ids for completion in group.completions]
-            except InvalidRecordError as error:
-                if len(candidates) == 1:
-                    return [Candidate((), error=str(error))]
-        return [self._encode_one(text, candidate) for candidate in candidates]
+    def _encode(
+        self, text: Text, candidates: Sequence[str]
+    ) -> tuple[TokenizedGroup | None, dict[int, str]]:
+        """Encode together all candidates that can be taken: they share one prompt.
 
-    def _encode_one(self, text: Text, candidate: str) -> list[int] | Candidate:
-        if not _is_sound(candidate):
-            return Candidate((), error="[E104] half a character (a lone surrogate)")
+        Returns:
+            Their group, None if there is none, and the error of each other candidate by its index.
+        """
+        errors = {
+            index: "[E104] half a character (a lone surrogate)"
+            for index, candidate in enumerate(candidates)
+            if not _is_sound(candidate)
+        }
+        while sound := [i for i in range(len(candidates)) if i not in errors]:
+            try:
+                taken = [candidates[index] for index in sound]
+                return self.tokenizer.encode_completions(text, taken), errors
+            except InvalidRecordError as error:
+                alone = {index: self._error(text, candidates[index]) for index in sound}
+                found = {index: own for index, own in alone.items() if own}
+                errors |= found or dict.fromkeys(sound, str(error))
+        return None, errors
+
+    def _error(self, text: Text, candidate: str) -> str | None:
+        """Say why a candidate cannot be taken, if it cannot."""
         try:
-            return self.tokenizer.encode_completion(text, candidate)
+            self.tokenizer.encode_completion(text, candidate)
         except InvalidRecordError as error:
-            return Candidate((), error=str(error))
+            return str(error)
+        return None
 
     def _fit(self, ids: list[int], room: int) -> Candidate:
         if len(ids) <= room:
