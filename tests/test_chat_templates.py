@@ -15,7 +15,12 @@ Chat = tuple[tuple[Turn, ...], tuple[Turn, ...], tuple[Turn, ...], tuple[Turn, .
 
 FOLDER = files("trl") / "chat_templates"
 TEMPLATES = sorted(f.name[:-6] for f in FOLDER.iterdir() if f.name.endswith(".jinja"))
-TOKENS = {"bos_token": "<BOS>", "eos_token": "<EOS>", "pad_token": "<PAD>", "unk_token": "<UNK>"}
+TOKENS: dict[str, Any] = {
+    "bos_token": "<BOS>",
+    "eos_token": "<EOS>",
+    "pad_token": "<PAD>",
+    "unk_token": "<UNK>",
+}
 EOS = TOKENS["eos_token"]
 R1_EOS = "<\uff5cend▁of▁sentence\uff5c>"  # R1's template writes it by name
 HERE = Source("data.jsonl", 1)
@@ -82,7 +87,7 @@ def template(name: str) -> ChatTemplate:
 def theirs(name: str, turns: tuple[Turn, ...], tools: tuple[Turn, ...], ask: bool) -> str | None:
     """Render as transformers does; None where the template refuses."""
     try:
-        texts, _ = render_jinja_template(
+        texts = render_jinja_template(
             [list(turns)],
             tools=list(tools) or None,
             chat_template=(FOLDER / f"{name}.jinja").read_text(),
@@ -91,7 +96,7 @@ def theirs(name: str, turns: tuple[Turn, ...], tools: tuple[Turn, ...], ask: boo
         )
     except Exception:
         return None
-    return str(texts[0])
+    return str(texts[0][0])
 
 
 def script(name: str, chat: Chat) -> Script:

@@ -177,7 +177,9 @@ def chats_of(
     rest = {name: texts[name] for name, value in found.items() if value is None}
     for name, text in rest.items():
         _check_whole(name, text)
-    empty = {name: [] for name, text in rest.items() if chats and text.strip() == "[]"}
+    empty: dict[str, list[Any]] = {
+        name: [] for name, text in rest.items() if chats and text.strip() == "[]"
+    }
     plain = [name for name, text in rest.items() if name not in empty and text.strip()]
     if chats and plain and strings is None and not _repeats(cells, chats, asked, plain):
         raise InvalidRecordError("E215", _sentence(list(chats), plain))

@@ -115,7 +115,11 @@ class Decoder:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Remember what `state` returned."""
-        memories = {"first": self._first, "plain": self._plain, "spelled": self._spelled}
+        memories: dict[str, dict[str, Any]] = {
+            "first": self._first,
+            "plain": self._plain,
+            "spelled": self._spelled,
+        }
         for name, memory in memories.items():
             values = state.get(name, {})
             memory.update({file: (said, Source(file, at)) for file, (said, at) in values.items()})
