@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
+from logratio.errors import CorruptCacheError as CorruptCacheError
+from logratio.errors import CorruptStoreError as CorruptStoreError
+
 __all__ = [
     "ROLES",
     "CacheFolder",
@@ -31,9 +34,6 @@ __all__ = [
 ]
 
 ROLES: tuple[str, ...]
-
-class CorruptStoreError(ValueError): ...
-class CorruptCacheError(ValueError): ...
 
 @final
 class StoreWriter:

@@ -20,8 +20,36 @@ class LogratioError(Exception):
     """
 
 
+class ConfigError(LogratioError, ValueError):
+    """The settings contradict each other or name something that does not exist."""
+
+
+class SettingTypeError(LogratioError, TypeError):
+    """A setting or an argument has the wrong type."""
+
+
+class ArgumentError(LogratioError, ValueError):
+    """An argument of the compiled module is not possible."""
+
+
+class CorruptStoreError(LogratioError, ValueError):
+    """The file is not a store, or part of it is missing or altered."""
+
+
+class CorruptCacheError(LogratioError, ValueError):
+    """A file of a cache is damaged, holds impossible values, or belongs to another reference."""
+
+
+class InputError(LogratioError, OSError):
+    """A file or folder cannot be used as asked."""
+
+
 class MissingInputError(LogratioError, FileNotFoundError):
     """A file or folder that is to be read does not exist."""
+
+
+class IsFolderError(LogratioError, IsADirectoryError):
+    """A folder is named where a file is expected."""
 
 
 def fetching_advice(

@@ -6,7 +6,7 @@ use std::{
 };
 
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
-use pyo3::{exceptions::PyValueError, prelude::*, types::PyBytes};
+use pyo3::{prelude::*, types::PyBytes};
 
 use super::{array, matrix};
 use crate::{
@@ -250,7 +250,7 @@ pub fn content_key<'py>(
 fn rows<'a>(keys: &'a PyReadonlyArray2<'_, u8>) -> PyResult<&'a [Key]> {
     if keys.shape()[1] != size_of::<Key>() {
         let shape = keys.shape();
-        return Err(PyValueError::new_err(format!(
+        return Err(super::ArgumentError::new_err(format!(
             "keys must be [n, 32], not {shape:?}"
         )));
     }

@@ -15,26 +15,17 @@ use std::io;
 
 use numpy::{Element, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::{
-    create_exception,
-    exceptions::{PyIndexError, PyOSError, PyValueError},
+    exceptions::{PyIndexError, PyOSError},
+    import_exception,
     prelude::*,
 };
 
 use crate::{Error, group::ROLES};
 
-create_exception!(
-    logratio._rust,
-    CorruptStoreError,
-    PyValueError,
-    "The file is not a store, or part of it is missing or altered."
-);
-
-create_exception!(
-    logratio._rust,
-    CorruptCacheError,
-    PyValueError,
-    "A file of a cache is damaged, holds impossible values, or belongs to another reference."
-);
+// They are defined in Python, where they derive from the base class of all of the library's own.
+import_exception!(logratio.errors, CorruptStoreError);
+import_exception!(logratio.errors, CorruptCacheError);
+import_exception!(logratio.errors, ArgumentError);
 
 /// The one place where errors change language.
 impl From<Error> for PyErr {
@@ -57,7 +48,7 @@ impl From<Error> for PyErr {
             Error::CorruptStore { .. } => CorruptStoreError::new_err(text),
             Error::CorruptCache { .. } => CorruptCacheError::new_err(text),
             Error::OutOfRange { .. } => PyIndexError::new_err(text),
-            Error::Invalid(_) | Error::Closed { .. } => PyValueError::new_err(text),
+            Error::Invalid(_) | Error::Closed { .. } => ArgumentError::new_err(text),
         }
     }
 }
@@ -90,7 +81,6 @@ mod _rust {
     use super::ROLES;
     #[pymodule_export]
     use super::{
-        CorruptCacheError, CorruptStoreError,
         cache::{CacheReader, CacheWriter, content_key},
         cache_folder::CacheFolder,
         layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
@@ -103,6 +93,15 @@ mod _rust {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        module.add("ROLES", PyTuple::new(module.py(), ROLES)?)
+        let py = module.py();
+        module.add(
+            "CorruptStoreError",
+            py.get_type::<super::CorruptStoreError>(),
+        )?;
+        module.add(
+            "CorruptCacheError",
+            py.get_type::<super::CorruptCacheError>(),
+        )?;
+        module.add("ROLES", PyTuple::new(py, ROLES)?)
     }
 }

@@ -13,6 +13,7 @@ from logratio.cache.merging import entry_bytes
 from logratio.cache.reading import open_reader
 from logratio.cache.results import Exported
 from logratio.durable import published
+from logratio.errors import IsFolderError
 from logratio.forecast import check_writable
 
 GROUP_TOKENS = 2**21
@@ -45,7 +46,7 @@ def export(
     """
     reference.check()
     if path.is_dir():
-        raise IsADirectoryError(21, "is a folder; name a file to write", str(path))
+        raise IsFolderError(21, "is a folder; name a file to write", str(path))
     reader = open_reader(reference)
     needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)
     check_writable(path.parent, needed)

@@ -7,6 +7,8 @@ from threading import Semaphore, Thread
 from typing import Generic, TypeVar
 from weakref import WeakSet
 
+from logratio.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -81,7 +83,7 @@ def ahead(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
         BaseException: what making an item raised, at its place in the order.
     """
     if depth < 0:
-        raise ValueError(f"depth must be at least 0, not {depth}")
+        raise ConfigError(f"depth must be at least 0, not {depth}")
     return _read(items, depth) if depth else _make_here(items)
 
 

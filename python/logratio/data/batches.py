@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import PaddedLayout, Plan, SharedLayout, Store
+from logratio.errors import ConfigError
 
 Buffer = NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]]
 """A buffer to fill, uint8, or what makes one of the bytes it is called with."""
@@ -65,7 +66,7 @@ def lay_out(
             pad_id=pad_id,
         )
     if layout != "padded":
-        raise ValueError(f"layout must be shared or padded, not {layout!r}")
+        raise ConfigError(f"layout must be shared or padded, not {layout!r}")
     return store.padded_layout(
         groups,
         arena=arena,

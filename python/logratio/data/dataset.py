@@ -2,15 +2,15 @@
 
 import errno
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from logratio._rust import Store, StoreWriter
 from logratio.data.columns import NAMES
-from logratio.data.containers import Input, Opened, open_inputs
+from logratio.data.containers import Inputs, Opened, open_inputs
 from logratio.data.contradictions import losers, settle
 from logratio.data.formats import Decoder, FormatSettings
 from logratio.data.intake import Intake
@@ -19,6 +19,8 @@ from logratio.data.records import Refusal
 from logratio.data.report import DataReport
 from logratio.data.resume import Checkpoints, Position, open_log, resumed
 from logratio.data.tokenization import PreferenceTokenizer
+from logratio.errors import ConfigError, InputError
+from logratio.validation import check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,9 +42,7 @@ class IngestSettings:
     resume: bool
 
     def __post_init__(self) -> None:
-        if self.conflicts not in get_args(Conflicts):
-            known = ", ".join(get_args(Conflicts))
-            raise ValueError(f"conflicts is {self.conflicts!r}, not one of {known}")
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the store depends on."""
@@ -50,7 +50,7 @@ class IngestSettings:
 
 
 def build_store(
-    inputs: Sequence[Input],
+    inputs: Inputs,
     tokenizer: PreferenceTokenizer,
     path: Path | str | None = None,
     *,
@@ -68,8 +68,8 @@ def build_store(
     Rows are streamed; memory grows by some 40 bytes a row, by which duplicates are known.
 
     Args:
-        inputs: Files, folders, "-" for standard input, or tables in memory, of any known shape;
-            shapes may be mixed. Each input is one dataset of a mixture.
+        inputs: One, or several: files, folders, "-" for standard input, or tables in memory, of any
+            known shape; shapes may be mixed. Each input is one dataset of a mixture.
         tokenizer: What turns text into ids.
         path: Where the store is to be; None: in memory.
         formats: How rows are read; None: every format, detected.
@@ -89,10 +89,11 @@ def build_store(
     Raises:
         BadDataError: Too many rows are broken, or none is left; nothing is written.
         OSError: A file cannot be read, or the store cannot be written, or would be over the data.
-        ValueError: The settings contradict each other.
+        ConfigError: The settings contradict each other.
+        SettingTypeError: A setting has the wrong type.
     """
     if resume and path is None:
-        raise ValueError("resume needs a path: a store in memory is lost with its process")
+        raise ConfigError("resume needs a path: a store in memory is lost with its process")
     settings = IngestSettings(
         formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
     )
@@ -242,11 +243,13 @@ def _check_outputs(readers: Opened, path: Path | str | None, refused: Path | str
     outputs = [Path(output) for output in (path, refused) if output is not None]
     if len({output.absolute() for output in outputs}) < len(outputs):
         reason = "Cannot hold both the store and the list of refused rows"
-        raise OSError(errno.EINVAL, reason, str(path))
+        raise InputError(errno.EINVAL, reason, str(path))
     for output in filter(Path.exists, outputs):
         for reader in readers:
             if Path(reader.name).is_file() and output.samefile(reader.name):
-                raise OSError(errno.EINVAL, "Is data to read: write to another file", str(output))
+                raise InputError(
+                    errno.EINVAL, "Is data to read: write to another file", str(output)
+                )
 
 
 def _taker(

@@ -13,7 +13,8 @@ from logratio._rust import PaddedLayout, Plan, SharedLayout, Store
 from logratio.data.ahead import ahead
 from logratio.data.arenas import Arenas
 from logratio.data.batches import lay_out, micro_batches
-from logratio.errors import LogratioError
+from logratio.errors import ConfigError, LogratioError
+from logratio.validation import check_fields
 
 
 class FeedStateError(LogratioError, ValueError):
@@ -52,10 +53,11 @@ class FeedSettings:
     fields: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.groups_per_update < 1:  # the rest is for the planner and the layouts to say
-            raise ValueError(f"groups_per_update must be at least 1, not {self.groups_per_update}")
+            raise ConfigError(f"groups_per_update must be at least 1, not {self.groups_per_update}")
         if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed must be in 0 … 2^64 - 1, not {self.seed}")
+            raise ConfigError(f"seed must be in 0 … 2^64 - 1, not {self.seed}")
 
     def plan(self, store: Store, epoch: int, rank: int = 0, world_size: int = 1) -> Plan:
         """Plan one rank's share of an epoch."""

@@ -1,12 +1,12 @@
 """What files of preference data are, and why: the first rows, read and shown."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 from logratio.data.codes import CODES
-from logratio.data.containers import Input, Row, Rows, open_inputs
+from logratio.data.containers import Inputs, Row, Rows, open_inputs
 from logratio.data.formats import Decoded, Decoder, Detection, FormatSettings
 from logratio.data.formats.detection import Result, summarize, try_row
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal
@@ -111,7 +111,7 @@ class Inspection:
 
 
 def inspect(
-    inputs: Sequence[Input],
+    inputs: Inputs,
     settings: FormatSettings | None = None,
     tokenizer: PreferenceTokenizer | None = None,
     rows: int = ROWS,

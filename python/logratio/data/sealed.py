@@ -7,23 +7,24 @@ from pathlib import Path
 
 from logratio._rust import CorruptStoreError as CorruptStoreError
 from logratio._rust import Store
-from logratio.data.containers import Input
+from logratio.data.containers import Inputs, as_inputs
 from logratio.data.containers.recognition import STORE_MAGIC
 from logratio.data.report import DataReport
 from logratio.data.tokenization import PreferenceTokenizer
-from logratio.errors import LogratioError
+from logratio.errors import IsFolderError, LogratioError
 
 
 class StoreMismatchError(LogratioError, ValueError):
     """A store was made with another tokenizer or other rules, or is named beside other inputs."""
 
 
-def is_store(inputs: Sequence[Input]) -> bool:
+def is_store(inputs: Inputs) -> bool:
     """Say whether the inputs are one sealed store, told by how it begins.
 
     Raises:
         ValueError: A store stands among other inputs.
     """
+    inputs = as_inputs(inputs)
     found = [given for given in inputs if isinstance(given, str | Path) and _begins_as_store(given)]
     if found and len(inputs) > 1:
         raise StoreMismatchError(
@@ -82,7 +83,7 @@ def verified(path: Path | str) -> Store:
         OSError: The file cannot be read.
     """
     if Path(path).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "Is a folder; name a store in it", str(path))
+        raise IsFolderError(errno.EISDIR, "Is a folder; name a store in it", str(path))
     store = Store.open(path)
     store.verify()
     return store

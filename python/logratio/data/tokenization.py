@@ -30,6 +30,7 @@ from logratio.data.records import (
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
 from logratio.data.truncation import TokenizationRules
+from logratio.errors import ConfigError
 
 __all__ = [
     "PreferenceTokenizer",
@@ -94,7 +95,9 @@ class PreferenceTokenizer:
         self._ending: list[int] = []
         if rules.append_eos:
             if self.eos_id is None:
-                raise ValueError("the tokenizer names no eos_token: set append_eos to False")
+                raise ConfigError(
+                    "the tokenizer names no eos_token: set append_eos to False (--no-eos)"
+                )
             self._ending = [self.eos_id]
         self.takes_pairs = self._plain.is_exact and are_seen_as_ids(files.tokenizer)
         self._pair_rules = PairRules(

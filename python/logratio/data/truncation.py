@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from logratio.errors import ConfigError
+from logratio.validation import check_fields
 
 PromptTruncation = Literal["drop", "error", "keep_start", "keep_end"]
 
@@ -23,7 +26,8 @@ class TokenizationRules:
             tokens could not be told from it.
 
     Raises:
-        ValueError: A length or policy is not possible.
+        ConfigError: A length or policy is not possible.
+        SettingTypeError: A field has the wrong type.
     """
 
     max_length: int = 1024
@@ -33,14 +37,12 @@ class TokenizationRules:
     split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}: a prompt and an answer need 2")
+            raise ConfigError(f"max_length is {self.max_length}: a prompt and an answer need 2")
         if not 1 <= self.prompt_budget < self.max_length:
             longest = self.max_length - 1
-            raise ValueError(f"max_prompt_length is {self.prompt_budget}, not in 1 … {longest}")
-        if self.prompt_truncation not in get_args(PromptTruncation):
-            known = ", ".join(get_args(PromptTruncation))
-            raise ValueError(f"prompt_truncation is {self.prompt_truncation!r}, not one of {known}")
+            raise ConfigError(f"max_prompt_length is {self.prompt_budget}, not in 1 … {longest}")
 
     @property
     def prompt_budget(self) -> int:

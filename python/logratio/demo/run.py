@@ -26,6 +26,8 @@ from logratio.training import (
     train,
 )
 from logratio.training.evaluation import Evaluation
+from logratio.training.run_folder import RunExistsError
+from logratio.validation import check_fields
 
 MARKER = "logratio-demo.json"
 BETA = 0.1
@@ -49,6 +51,9 @@ class DemoConfig:
     demonstrations: int = 4000
     preference_prompts: int = 1500
     held_out_prompts: int = 200
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _replace(folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise FileExistsError(f"{folder} is not empty and not an earlier demo; name another")
+            raise RunExistsError(f"{folder} is not empty and not an earlier demo; name another")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text(json.dumps({"made_by": "logratio demo"}))

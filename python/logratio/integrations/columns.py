@@ -1,6 +1,6 @@
 """A store's groups with the reference's log-probs beside them, as a table for any trainer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -10,7 +10,7 @@ import numpy as np
 from logratio._rust import Store
 from logratio.data import PreferenceTokenizer, build_store, is_store
 from logratio.data.arrays import PAIR
-from logratio.data.containers import Input
+from logratio.data.containers import Inputs, as_inputs
 from logratio.data.containers.arrow_library import arrow
 from logratio.durable import published
 from logratio.errors import LogratioError
@@ -29,7 +29,7 @@ class ColumnsError(LogratioError, ValueError):
 
 
 def reference_table(
-    data: Store | str | Path | Sequence[Input],
+    data: Store | Inputs,
     cache: str | Path,
     *,
     reference: str | None = None,
@@ -75,12 +75,10 @@ def reference_table(
     return ReferenceTable(logps, shape, per_token)
 
 
-def _store_of(
-    data: Store | str | Path | Sequence[Input], tokenizer: PreferenceTokenizer | None
-) -> Store:
+def _store_of(data: Store | Inputs, tokenizer: PreferenceTokenizer | None) -> Store:
     if isinstance(data, Store):
         return data
-    inputs = [data] if isinstance(data, str | Path) else list(data)
+    inputs = as_inputs(data)
     if is_store(inputs):
         return Store.open(inputs[0])
     if tokenizer is None:

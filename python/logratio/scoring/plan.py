@@ -19,6 +19,7 @@ from logratio.training.fingerprint import parameter_count
 from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
 from logratio.training.run_folder import SETTINGS_FILE, reward_beta, settings_of
 from logratio.training.shares import refuse_several
+from logratio.validation import check_fields
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -51,6 +52,9 @@ class ExportConfig:
     output: str | Path
     beta: float | None = None
     rules: TokenizationRules | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import IO, Any
 from logratio.data import BadDataError, InvalidRecordError, Refusal, Source
 from logratio.data.containers import Row, Rows, json_type, open_file
 from logratio.data.conversations import prompt as check_turns
+from logratio.errors import IsFolderError
 from logratio.serving.candidates import CandidateGroup
 from logratio.serving.reranker import Reranker, Score, ranked
 
@@ -195,7 +196,7 @@ def _open_output(path: Path | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "Is a folder; name a file", str(path))
+        raise IsFolderError(errno.EISDIR, "Is a folder; name a file", str(path))
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

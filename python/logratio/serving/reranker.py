@@ -25,6 +25,7 @@ from logratio.bundle import (
     verify_files,
 )
 from logratio.data import TokenizationRules
+from logratio.errors import LogratioError, SettingTypeError
 from logratio.serving.candidates import (
     Candidate,
     CandidateEncoder,
@@ -64,6 +65,10 @@ class Score:
     tokens: int
     truncated: bool = False
     error: str | None = None
+
+
+class NoCandidateError(LogratioError, ValueError):
+    """Of several candidates none can be scored."""
 
 
 class Reranker:
@@ -147,20 +152,23 @@ class Reranker:
         """Return the best candidate.
 
         Raises:
-            ValueError: No candidate can be scored.
+            NoCandidateError: No candidate can be scored.
         """
         order = self.rank(prompt, candidates)
         if not order or order[0].error is not None:
             reason = order[0].error if order else "there is none"
-            raise ValueError(f"no candidate can be scored: {reason}")
+            raise NoCandidateError(f"no candidate can be scored: {reason}")
         return order[0]
 
     def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
         """Turn text into ids, to look at lengths and errors before scoring.
 
         Raises:
+            SettingTypeError: The candidates are no list of strings, but one string, say.
             InvalidRecordError: The prompt cannot be taken.
         """
+        if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
+            raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
         return self._encoder.encode(prompt, candidates)
 
     def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:

@@ -1,13 +1,13 @@
 """What each command is told: one frozen dataclass per command, one field per flag."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from logratio.data import FormatSettings, TokenizationRules
-from logratio.data.containers import Input
-from logratio.errors import LogratioError
+from logratio.data.containers import Inputs
+from logratio.errors import ConfigError as ConfigError
+from logratio.validation import check_fields
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
@@ -16,10 +16,6 @@ Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
 PathLike = str | Path
-
-
-class ConfigError(LogratioError, ValueError):
-    """The settings contradict each other or name something that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,9 @@ class LoraSettings:
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class TrainConfig:
     """
 
     model: PathLike
-    data: Sequence[Input]
+    data: Inputs
     output: PathLike
     cache: PathLike | None = None
     precompute: bool = False
@@ -120,6 +119,9 @@ class TrainConfig:
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class PrecomputeConfig:
@@ -139,7 +141,7 @@ class PrecomputeConfig:
     """
 
     model: PathLike
-    data: Sequence[Input]
+    data: Inputs
     cache: PathLike
     token_budget: int | None = None
     sums_only: bool = False
@@ -153,6 +155,9 @@ class PrecomputeConfig:
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class EvaluateConfig:
 
     policy: PathLike
     reference: PathLike
-    data: Sequence[Input]
+    data: Inputs
     beta: float | None = None
     samples: int = 0
     max_new_tokens: int = 128
@@ -183,3 +188,6 @@ class EvaluateConfig:
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)

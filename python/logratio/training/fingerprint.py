@@ -19,7 +19,12 @@ from logratio.cache.conditions import DamagedFingerprintError
 from logratio.cache.identity import fingerprint_digest, read_fingerprint
 from logratio.training.canonical import adapter_settings, model_settings
 from logratio.training.config import Precision, Quantization
-from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    ModelFolderError,
+    base_folder,
+    check_model_folder,
+)
 from logratio.training.quantization import SCHEMES
 
 VERSION = 2
@@ -167,7 +172,7 @@ def _header(file: Any, path: Path) -> tuple[dict[str, Any], int]:
     prefix = file.read(8)
     size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 0 < size <= path.stat().st_size - 8:
-        raise ValueError(f"{path}: not a safetensors file")
+        raise ModelFolderError(f"{path}: not a safetensors file")
     header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return header, 8 + size
@@ -178,7 +183,7 @@ def _sha256(file: Any, size: int) -> str:
     while size > 0:
         chunk = file.read(min(size, CHUNK))
         if not chunk:
-            raise ValueError("a safetensors file ends inside a tensor")
+            raise ModelFolderError("a safetensors file ends inside a tensor")
         digest.update(chunk)
         size -= len(chunk)
     return digest.hexdigest()

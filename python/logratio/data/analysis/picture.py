@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from logratio.data.analysis.panels import caption, panels
 from logratio.data.analysis.plot import plot
 from logratio.data.analysis.svg import svg
+from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
     from logratio.data.analysis.whole import Analysis
@@ -20,7 +21,7 @@ def draw(analysis: "Analysis", path: Path) -> None:
         OSError: The file cannot be written.
     """
     if not analysis.groups:
-        raise ValueError("there is no group to draw")
+        raise ConfigError("there is no group to draw")
     title = f"{analysis.groups:,} preference groups"
     if analysis.are_pairs:
         title = f"{analysis.groups:,} preference pairs"
@@ -30,4 +31,4 @@ def draw(analysis: "Analysis", path: Path) -> None:
     elif path.suffix == ".png":
         plot(path, title, caption(analysis), shown)
     else:
-        raise ValueError(f"{path}: a picture is .svg or .png")
+        raise ConfigError(f"{path}: a picture is .svg or .png")

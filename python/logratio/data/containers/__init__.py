@@ -5,16 +5,25 @@ pyarrow is loaded when a container needs it (.zst, Parquet, Arrow, tables), and 
 
 from logratio.data.containers.json_lines import JsonLines
 from logratio.data.containers.json_text import json_type, parse_value
-from logratio.data.containers.opening import Input, Opened, open_file, open_inputs
+from logratio.data.containers.opening import (
+    Input,
+    Inputs,
+    Opened,
+    as_inputs,
+    open_file,
+    open_inputs,
+)
 from logratio.data.containers.rows import MAX_RECORD_BYTES, Row, Rows
 
 __all__ = [
     "MAX_RECORD_BYTES",
     "Input",
+    "Inputs",
     "JsonLines",
     "Opened",
     "Row",
     "Rows",
+    "as_inputs",
     "json_type",
     "open_file",
     "open_inputs",

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from logratio.data.containers.recognition import KIND_OF_SUFFIX, suffix
+from logratio.errors import InputError
 
 _BESIDE_DATA = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
 _BESIDE_STEMS = {"readme", "license", "licence", "notice", "citation", "changelog"}
@@ -30,9 +31,9 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         names = ", ".join(path.relative_to(folder).as_posix() for path in unknown[:5])
         more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
         reason = f"Holds files of no known kind ({names}{more}); name those to read"
-        raise OSError(errno.EINVAL, reason, str(folder))
+        raise InputError(errno.EINVAL, reason, str(folder))
     if not files:
-        raise OSError(errno.ENOENT, "Holds no data file", str(folder))
+        raise InputError(errno.ENOENT, "Holds no data file", str(folder))
     return files, beside
 
 
@@ -55,4 +56,4 @@ def _check_splits(folder: Path) -> None:
     if len(splits) > 1:
         names = ", ".join(map(str, splits[:8]))
         reason = f"Holds several splits ({names}): name the folder of one"
-        raise OSError(errno.EINVAL, reason, str(folder))
+        raise InputError(errno.EINVAL, reason, str(folder))

@@ -6,6 +6,7 @@ from typing import Any
 
 from logratio.data.containers.arrow_library import arrow
 from logratio.data.containers.table_rows import OpenTable, TableRows
+from logratio.errors import SettingTypeError
 
 _SET_ROWS = 1000  # as `datasets` writes and reads them
 
@@ -41,7 +42,7 @@ class StreamRows(TableRows):
             try:
                 self._reader = self._library.RecordBatchReader.from_stream(self._table)
             except self._library.ArrowInvalid:  # a Series, a ChunkedArray
-                raise TypeError(f"{self.kind} has no columns: give a table") from None
+                raise SettingTypeError(f"{self.kind} has no columns: give a table") from None
         return tuple(self._reader.schema.names)
 
     @contextmanager

@@ -1,9 +1,9 @@
 """What a user names as data to containers of rows."""
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from logratio.data.containers import recognition
 from logratio.data.containers.arrow_rows import ArrowFileRows, ArrowStreamRows
@@ -16,12 +16,40 @@ from logratio.data.containers.parquet_rows import ParquetRows
 from logratio.data.containers.rows import MAX_RECORD_BYTES, Rows, TextRows
 from logratio.data.containers.sources import ByteSource
 from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.errors import InputError, IsFolderError, SettingTypeError
+from logratio.validation import Converted
 
 Input: TypeAlias = Any
 """A path (`str` or `Path`) of a file or folder, "-" for stdin, a `datasets.Dataset`, or anything
 with ``__arrow_c_stream__``: tables and readers of pyarrow, polars, duckdb."""
 
 STDIN = "-"
+
+
+def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
+    """Return what a user names as data as a list: one input alone is a list of one.
+
+    Raises:
+        SettingTypeError: it is neither a path, nor a table, nor several of these.
+    """
+    if isinstance(given, str | Path) or _is_table(given):
+        return [given]
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise SettingTypeError(f"a {type(given).__name__} is no data: {_WANTED}")
+    return list(given)
+
+
+def _is_table(given: Any) -> bool:
+    is_set = type(given).__module__.partition(".")[0] == "datasets"
+    return is_set or hasattr(given, "__arrow_c_stream__")
+
+
+_WANTED = (
+    "give paths, '-' for stdin, a datasets.Dataset, or a table with __arrow_c_stream__ (pyarrow, "
+    "polars' collected frames, duckdb)"
+)
+Inputs: TypeAlias = Annotated[Input | Sequence[Input], Converted(as_inputs)]
+"""One input, or several."""
 
 _READERS: dict[str, Callable[[ByteSource, str, int], Rows]] = {
     recognition.JSON_LINES: JsonLines,
@@ -47,20 +75,21 @@ class Opened(list[Rows]):
         self.left_out = tuple(left_out)
 
 
-def open_inputs(inputs: Sequence[Input], *, max_line_bytes: int = MAX_RECORD_BYTES) -> Opened:
+def open_inputs(inputs: Inputs, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Opened:
     """Recognise every input; a folder is the data files in it, in the order of their paths.
 
     Args:
-        inputs: Paths, "-" for stdin, tables.
+        inputs: Paths, "-" for stdin, tables; one alone, or several.
         max_line_bytes: Most bytes of a line, an element, a record, a row.
 
     Raises:
         OSError: A file or folder cannot be read, or a folder holds what is not known.
-        TypeError: An input is neither a path nor a table, or has several splits.
+        SettingTypeError: An input is neither a path nor a table, or has several splits.
         MissingArrowError: pyarrow is needed and not installed.
     """
+    inputs = as_inputs(inputs)
     if sum(isinstance(given, str | Path) and str(given) == STDIN for given in inputs) > 1:
-        raise OSError(errno.EINVAL, "Can be read only once", "stdin")
+        raise InputError(errno.EINVAL, "Can be read only once", "stdin")
     opened, tables = Opened(), 0
     left_out: list[Path] = []
     for number, given in enumerate(inputs):
@@ -75,7 +104,9 @@ def open_inputs(inputs: Sequence[Input], *, max_line_bytes: int = MAX_RECORD_BYT
     opened.left_out = tuple(left_out)
     names = [rows.name for rows in opened]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise OSError(errno.EINVAL, "Named twice; name it once (--mix draws it more often)", twice)
+        raise InputError(
+            errno.EINVAL, "Named twice; name it once (--mix draws it more often)", twice
+        )
     return opened
 
 
@@ -89,7 +120,7 @@ def open_file(path: Path, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Rows:
     if str(path) == STDIN:
         source = ByteSource.of_stdin()
     elif path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "Is a folder; name the files in it", str(path))
+        raise IsFolderError(errno.EISDIR, "Is a folder; name the files in it", str(path))
     else:
         source = ByteSource.of_file(path)
     try:
@@ -112,16 +143,15 @@ def _open_table(table: Any, name: str, limit: int) -> Rows:
     if is_set and isinstance(table, dict):
         if len(table) != 1:
             names = ", ".join(map(repr, table))
-            raise TypeError(f"a {type(table).__name__} of the splits {names}: give one of them")
+            raise SettingTypeError(
+                f"a {type(table).__name__} of the splits {names}: give one of them"
+            )
         (table,) = table.values()
     if is_set:
         return DatasetRows(table, name, limit)
     if hasattr(table, "__arrow_c_stream__"):
         return StreamRows(table, name, limit)
-    raise TypeError(
-        f"a {type(table).__name__} is no data: give paths, '-' for stdin, a datasets.Dataset, or "
-        "a table with __arrow_c_stream__ (pyarrow, polars' collected frames, duckdb)"
-    )
+    raise SettingTypeError(f"a {type(table).__name__} is no data: {_WANTED}")
 
 
 class _Unread(TextRows):

@@ -9,7 +9,7 @@ from typing import cast
 
 from logratio.data.containers.packing import packing, unpacked
 from logratio.data.records import InvalidRecordError
-from logratio.errors import MissingInputError, fetching_advice
+from logratio.errors import InputError, MissingInputError, fetching_advice
 
 BLOCK = 1 << 17
 HEAD = 1 << 12
@@ -81,7 +81,7 @@ class ByteSource:
         if self.path is None:
             stream, self._once = self._once, None
             if stream is None:
-                raise OSError(errno.EINVAL, "Can be read only once", self.name)
+                raise InputError(errno.EINVAL, "Can be read only once", self.name)
         else:
             file = self.path.open("rb", buffering=0)
             if not self.packing and file.seekable():

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from logratio.data.formats.cells import Strings
 from logratio.data.formats.labels import FormatSettingsError, Label
+from logratio.validation import check_fields
 
 Lists = Literal["pairs", "best_worst", "groups"]
 Kind = Literal["pair", "unpaired", "group", "demonstration"]
@@ -58,6 +59,7 @@ class FormatSettings:
             raise FormatSettingsError(f"the format {self.format!r} is not one of {known}")
         if isinstance(self.label, str):
             object.__setattr__(self, "label", Label.parse(self.label))
+        check_fields(self)
         for name in self.columns:
             if name not in KNOWN_NAMES:
                 known = ", ".join(sorted(KNOWN_NAMES))

@@ -1,0 +1,157 @@
+"""Settings checked against their own annotations: a wrong type names its field.
+
+`check_fields` is the one mechanism. A dataclass calls it in its ``__post_init__``; what a field may
+hold is in its annotation and nowhere else.
+"""
+
+import types
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from logratio.errors import ConfigError, SettingTypeError
+
+_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a Path",
+    type(None): "None",
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """In an annotation, ``Annotated[T, Converted(f)]``: the field holds ``f(value)``."""
+
+    by: Callable[[Any], Any]
+
+
+class _MisfitError(Exception):
+    """A value is not of a kind."""
+
+
+def check_fields(settings: Any) -> None:
+    """Compare every field of a dataclass with its annotation.
+
+    Whole numbers serve as numbers, lists as tuples, and numpy's scalars as Python's: the field then
+    holds what its annotation says. Nothing else is converted: "1e-4" is no number, True no whole
+    number, and a string no list.
+
+    Raises:
+        SettingTypeError: names the field, what it takes, and what was given.
+        ConfigError: a word is not one of those that the field knows.
+    """
+    hints = _hints(cast(Hashable, type(settings)))
+    for field in fields(settings):
+        given = getattr(settings, field.name)
+        hint = hints[field.name]
+        try:
+            fitted = _fitted(hint, given)
+        except _MisfitError:
+            raise _refusal(field.name, hint, given) from None
+        except SettingTypeError as error:  # of what the annotation converts by
+            raise SettingTypeError(f"{field.name}: {error}") from None
+        if fitted is not given:
+            object.__setattr__(settings, field.name, fitted)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _refusal(name: str, hint: Any, given: Any) -> SettingTypeError | ConfigError:
+    taken = f"{name} must be {_words(hint)}, not {given!r}"
+    if isinstance(given, str) and any(get_origin(kind) is Literal for kind in _choices(hint)):
+        return ConfigError(taken)
+    return SettingTypeError(f"{taken} ({_article(type(given).__name__)})")
+
+
+def _fitted(hint: Any, given: Any) -> Any:
+    """Return a value as its annotation wants it, or raise `_MisfitError`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return given
+    if origin is Annotated:
+        converted = [extra.by(given) for extra in arguments[1:] if isinstance(extra, Converted)]
+        return converted[0] if converted else _fitted(arguments[0], given)
+    if origin in (Union, types.UnionType):
+        return _fitted_to_one(arguments, given)
+    if origin is Literal:
+        return _fitting(given, any(given == word and type(given) is type(word)
+                                   for word in arguments))  # fmt: skip
+    if origin in (tuple, list, Sequence):
+        return _fitted_items(origin, arguments, given)
+    if origin in (Mapping, dict):
+        return _fitting(given, isinstance(given, Mapping))
+    return _fitted_scalar(origin or hint, given)
+
+
+def _fitted_to_one(hints: Sequence[Any], given: Any) -> Any:
+    for hint in hints:
+        try:
+            return _fitted(hint, given)
+        except _MisfitError:
+            continue
+    raise _MisfitError
+
+
+def _fitted_items(origin: Any, arguments: tuple[Any, ...], given: Any) -> Any:
+    """Return a list or tuple whose items fit; a string is neither."""
+    _fitting(given, isinstance(given, list | tuple))
+    kinds = arguments[:1] * len(given) if origin is not tuple or ... in arguments else arguments
+    _fitting(given, len(kinds) == len(given))
+    items = [_fitted(kind, item) for kind, item in zip(kinds, given, strict=True)]
+    if origin is tuple:
+        return tuple(items)
+    return given if items == given else items
+
+
+def _fitted_scalar(kind: Any, given: Any) -> Any:
+    is_bool = isinstance(given, bool)
+    if kind is float and isinstance(given, Real) and not is_bool:
+        return given if isinstance(given, float) else float(given)
+    if kind is int and isinstance(given, Integral) and not is_bool:
+        return given if isinstance(given, int) else int(given)
+    if kind in (int, float):
+        raise _MisfitError
+    return _fitting(given, isinstance(given, kind))
+
+
+def _fitting(given: Any, fits: bool) -> Any:
+    if not fits:
+        raise _MisfitError
+    return given
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the kind itself."""
+    if get_origin(hint) is Annotated:
+        return _choices(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _words(hint: Any) -> str:
+    """Say what a field takes."""
+    kinds = _choices(hint)
+    if len(kinds) > 1:
+        *first, last = [_words(kind) for kind in kinds]
+        return f"{', '.join(first)} or {last}"
+    (kind,) = kinds
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (tuple, list, Sequence):
+        return f"a list, each item {_words(arguments[0])}"
+    if origin in (Mapping, dict):
+        return "a dict"
+    return _WORDS.get(kind) or _article(getattr(kind, "__name__", str(kind)))
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

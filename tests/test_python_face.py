@@ -1,0 +1,217 @@
+"""The Python face: a wrong type names its field, one input is a list of one, one base class."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow
+import pytest
+
+from logratio.data import (
+    FeedSettings,
+    FormatSettings,
+    PreferenceTokenizer,
+    TokenizationRules,
+    build_store,
+)
+from logratio.data.containers import as_inputs
+from logratio.data.inspection import inspect
+from logratio.demo.run import DemoConfig
+from logratio.errors import ConfigError, LogratioError, SettingTypeError
+from logratio.scoring.export import ExportConfig
+from logratio.training import (
+    EvaluateConfig,
+    LoraSettings,
+    PrecomputeConfig,
+    TrainConfig,
+    precompute,
+    train,
+)
+from logratio.validation import check_fields
+
+RUN: dict[str, Any] = {"model": "m", "data": ["d"], "output": "o"}
+PAIR: dict[str, Any] = {"policy": "p", "reference": "r"}
+FEED: dict[str, Any] = {"groups_per_update": 1, "token_budget": 1}
+EXPORT: dict[str, Any] = {**PAIR, "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "wrong", "words"),
+    [
+        (TrainConfig, RUN, {"lr": "1e-4"}, "lr must be a number, not '1e-4' (a str)"),
+        (TrainConfig, RUN, {"batch_size": 8.0}, "batch_size must be a whole number, not 8.0"),
+        (TrainConfig, RUN, {"epochs": True}, "epochs must be a whole number, not True (a bool)"),
+        (TrainConfig, RUN, {"lora": True}, "lora must be a LoraSettings or None, not True"),
+        (TrainConfig, RUN, {"resume": "yes"}, "resume must be True or False"),
+        (TrainConfig, RUN, {"mix": 0.5}, "mix must be a list, each item a number or None"),
+        (TrainConfig, RUN, {"mix": ["a"]}, "mix must be"),
+        (TrainConfig, RUN, {"model": 3}, "model must be a string or a Path"),
+        (TrainConfig, RUN, {"data": 3}, "data: a int is no data"),
+        (TrainConfig, RUN, {"data": {"train": "x"}}, "data: a dict is no data"),
+        (TrainConfig, RUN, {"rules": {"max_length": 8}}, "rules must be a TokenizationRules"),
+        (TrainConfig, RUN, {"beta": "0.1"}, "beta must be a number or None"),
+        (PrecomputeConfig, {"model": "m", "data": "d", "cache": "c"}, {"workers": "2"}, "workers"),
+        (EvaluateConfig, {**PAIR, "data": "d"}, {"samples": 1.5}, "samples must be a whole"),
+        (LoraSettings, {}, {"targets": "q_proj"}, "targets must be a list, each item a string"),
+        (LoraSettings, {}, {"rank": "16"}, "rank must be a whole number"),
+        (TokenizationRules, {}, {"max_length": "512"}, "max_length must be a whole number"),
+        (FormatSettings, {}, {"columns": ["prompt=q"]}, "columns must be a dict"),
+        (FeedSettings, FEED, {"seed": 1.0}, "seed must be a whole number"),
+        (ExportConfig, EXPORT, {"output": 0.1}, "output must be a string or a Path, not 0.1"),
+        (DemoConfig, {}, {"output": "demo"}, "output must be a Path, not 'demo'"),
+    ],
+)
+def test_a_wrong_type_names_its_field(
+    kind: Callable[..., object], given: dict[str, Any], wrong: dict[str, Any], words: str
+) -> None:
+    kind(**given)
+    with pytest.raises(SettingTypeError) as told:
+        kind(**{**given, **wrong})
+    assert words in str(told.value)
+    assert isinstance(told.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit, adamw-host, not 'sgd'"),
+        ({"precision": "fp16"}, "precision must be one of fp32, bf16, bf16-weights"),
+        ({"read_mode": "mmap"}, "read_mode must be one of map, pread"),
+    ],
+)
+def test_a_word_that_no_setting_knows_is_answered_with_those_it_knows(
+    wrong: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        TrainConfig(**RUN, **wrong)
+    assert words in str(told.value)
+
+
+def test_what_means_the_same_is_taken() -> None:
+    same: dict[str, Any] = {"batch_size": np.int64(4), "label_smoothing": np.float32(0.25)}
+    same["mix"] = [1, 2]
+    config = TrainConfig(**RUN, lr=1, **same)
+    assert (type(config.lr), config.lr) == (float, 1.0)
+    assert (type(config.batch_size), config.batch_size) == (int, 4)
+    assert (type(config.label_smoothing), config.label_smoothing) == (float, 0.25)
+    assert config.mix == (1.0, 2.0)
+    assert LoraSettings(targets=["q", "v"]).targets == ("q", "v")  # type: ignore[arg-type]
+
+
+def test_every_settings_class_is_checked() -> None:
+    """A new one that does not call `check_fields` is found here."""
+    import logratio.data.dataset as dataset
+    import logratio.training.config as config
+
+    found = [
+        kind
+        for module in (config, dataset)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        and kind.__name__.endswith(("Config", "Settings", "Rules"))
+    ]  # fmt: skip
+    assert len(found) >= 6
+    for kind in found:
+        check: Any = vars(kind)["__post_init__"]
+        assert "check_fields" in check.__code__.co_names, kind
+
+
+@dataclasses.dataclass
+class Odd:
+    """Annotations of other shapes."""
+
+    pair: tuple[int, str] = (1, "a")
+    table: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    word: Literal["a", "b"] | int = "a"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_other_annotations() -> None:
+    assert Odd(**{"pair": [2, "b"]}).pair == (2, "b")
+    assert Odd(word=3).word == 3
+    for wrong in ({"pair": (1, 2)}, {"pair": (1,)}, {"table": 1}, {"word": 1.5}):
+        with pytest.raises(SettingTypeError):
+            Odd(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        Odd(word="c")  # type: ignore[arg-type]
+
+
+class TestOneInput:
+    """A path or a table alone is a list of one, wherever data is named."""
+
+    def test_in_every_call(self, tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
+        tokenizer = PreferenceTokenizer.load(tiny_model)
+        store, report = build_store(str(pairs_file), tokenizer)
+        assert report.kept == len(store) == 16
+        assert len(inspect(pairs_file).files) == 1
+        done = precompute(
+            PrecomputeConfig(tiny_model, str(pairs_file), tmp_path / "c"), show_progress=False
+        )
+        assert done.new == 32
+        config = TrainConfig(tiny_model, pairs_file, tmp_path / "o", tmp_path / "c", batch_size=16)
+        assert config.data == [pairs_file]
+        assert train(config, show_progress=False).steps == 1
+
+    def test_a_path_with_a_dash_is_no_standard_input(self) -> None:
+        assert "-" not in PrecomputeConfig("m", "a-b.jsonl", "c").data
+
+    def test_tables_are_not_taken_apart(self) -> None:
+        table = pyarrow.table({"prompt": ["a"]})
+        assert as_inputs(table) == [table]
+        assert as_inputs((table, "x")) == [table, "x"]
+        assert as_inputs(path for path in ("a", "b")) == ["a", "b"]
+
+
+def test_one_string_is_no_list_of_candidates(tmp_path: Path) -> None:
+    from logratio.serving.reranker import Reranker
+
+    reranker = object.__new__(Reranker)  # the check comes before anything of the bundle
+    for wrong in ("one string", [1], [b"x"]):
+        with pytest.raises(TypeError, match="candidates must be a list of strings"):
+            reranker.rank("x", wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda folder, pairs: PreferenceTokenizer.load(folder / "nowhere"),
+        lambda folder, pairs: build_store("nothing.jsonl", PreferenceTokenizer.load(folder)),
+        lambda folder, pairs: build_store([], PreferenceTokenizer.load(folder)),
+        lambda folder, pairs: build_store([pairs, pairs], PreferenceTokenizer.load(folder)),
+        lambda folder, pairs: build_store(pairs, PreferenceTokenizer.load(folder), resume=True),
+        lambda folder, pairs: build_store(
+            pairs,
+            PreferenceTokenizer.load(folder),
+            conflicts="best",  # type: ignore[arg-type]
+        ),
+        lambda folder, pairs: TokenizationRules(max_length=1),
+        lambda folder, pairs: TokenizationRules(max_prompt_length=0),
+        lambda folder, pairs: FeedSettings(groups_per_update=0, token_budget=1),
+    ],
+)
+def test_a_users_mistake_is_one_of_ours(
+    tiny_model: Path, pairs_file: Path, act: Callable[[Path, Path], object]
+) -> None:
+    with pytest.raises(LogratioError):
+        act(tiny_model, pairs_file)
+
+
+def test_exceptions_of_the_compiled_module_are_ours_too(tmp_path: Path) -> None:
+    from logratio import _rust
+    from logratio.errors import ArgumentError, CorruptCacheError, CorruptStoreError
+
+    assert _rust.CorruptStoreError is CorruptStoreError
+    assert _rust.CorruptCacheError is CorruptCacheError
+    (tmp_path / "x.store").write_bytes(b"no store" * 100)
+    with pytest.raises(LogratioError) as found:
+        _rust.Store.open(tmp_path / "x.store")
+    assert type(found.value) is CorruptStoreError
+    assert isinstance(found.value, ValueError)
+    writer = _rust.StoreWriter()
+    writer.close()
+    with pytest.raises(ArgumentError):
+        writer.finish()
