@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+from conftest import Run
 from piped import piped
 from tokenizers_for_tests import CHATML, byte_level, save, with_bos, word_level
 
@@ -280,3 +281,51 @@ def test_faults_of_csv(
         build_store(ask(), tokenizers["words"])
     (error,) = caught.value.errors
     assert error.startswith(f"{file}:{place + 2} [{code}] ")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tuple[str, ...]]]:
+    """The tokenizers as folders, with the flags that give them their rules."""
+    folder = tmp_path_factory.mktemp("folders")
+    words = save(folder / "words", with_bos(word_level()))
+    chat = save(folder / "chat", with_bos(word_level()))
+    (chat / "chat_template.jinja").write_text(CHATML)
+    bare = save(folder / "bare", word_level(), bos_token=None)
+    letters = save(folder / "bytes", with_bos(byte_level()))
+    short = ("--max-length", "16")
+    return {
+        "words": (chat, short),
+        "plain": (words, short),
+        "strict": (words, (*short, "--prompt-truncation", "error")),
+        "keep end": (words, (*short, "--prompt-truncation", "keep_end")),
+        "no BOS": (bare, short),
+        "bytes": (letters, ("--max-length", "64")),
+    }
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_command_line_ends_as_the_matrix_says(
+    run: Run, folders: dict[str, tuple[Path, tuple[str, ...]]], tmp_path: Path, name: str
+) -> None:
+    """2 and nothing written where a fault stops it; otherwise 0, and the row named or counted."""
+    fault = FAULTS[name]
+    content = lines([*SOUND, fault.row])
+    path, store = tmp_path / "rows.jsonl", tmp_path / "pairs.store"
+    path.write_bytes(content[:-1] if fault.only_last else content)
+    tokenizer, limits = folders[fault.tokenizer]
+    given = ("data", "build", path, "--tokenizer", tokenizer, "--output", store, *limits)
+    code, out, err = run(*given)
+    assert "Traceback" not in err
+    at = f"{path}:3" + (f":{fault.column}" if fault.column else "")
+    if stops(fault.code):
+        assert (code, store.exists()) == (2, False)
+        assert f"{at} [{fault.code}] " in err
+        if fault.code == "E401":
+            return
+        code, out, err = run(*given, "--max-bad-fraction", "0.4")
+    assert (code, store.exists()) == (0, True), err
+    assert "3 rows read: " in out
+    if fault.code[:1] in ("E", "R", "W"):
+        assert fault.code in out
+        assert f"{path}:3" in out
+    assert not run("data", "verify", store)[0]

@@ -428,6 +428,47 @@ class TestFolders:
         assert len(files) > 5
         assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
 
+    def test_so_have_stores_caches_and_reports(
+        self, run: Run, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        pairs = Path(str(config.data[0]))
+        pairs.write_text(pairs.read_text() + '{"prompt": "a", "chosen": "", "rejected": "b"}\n')
+        made = tmp_path / "made"
+        before = os.umask(0o027)
+        try:
+            tokenizer = ("--tokenizer", config.model)
+            assert run("data", "build", pairs, *tokenizer, "--output", made / "p.store")[0] == 0
+            given = ("--model", config.model, "--data", pairs, "--cache", made / "cache")
+            assert run("precompute", *given)[0] == 0
+            assert run("cache", "export", made / "cache", made / "l.parquet")[0] == 0
+            pair = ("--policy", config.model, "--reference", config.model, "--beta", 1)
+            given = (*pair, "--data", pairs, "--json", made / "deep" / "e.json")
+            assert run("evaluate", *given)[0] == 0
+            report = ("--json", made / "r.json", "--picture", made / "r.svg")
+            assert run("data", "report", pairs, *tokenizer, *report)[0] == 0
+        finally:
+            os.umask(before)
+        files = [path for path in made.rglob("*") if path.is_file()]
+        assert len(files) >= 8
+        modes = {path.name: path.stat().st_mode & 0o777 for path in files}
+        assert set(modes.values()) <= {0o640, 0o440}, modes
+
+    def test_a_store_that_is_there_stays_until_it_may_go(
+        self, run: Run, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        store = tmp_path / "p.store"
+        given = ("data", "build", *config.data, "--tokenizer", config.model, "--output", store)
+        assert run(*given)[0] == 0
+        before = store.read_bytes()
+        few = write_pairs(tmp_path / "few.jsonl", 3)
+        other = ("data", "build", few, *given[3:])
+        code, _, err = run(*other)
+        assert code == 2
+        assert "--overwrite" in err
+        assert store.read_bytes() == before
+        assert run(*other, "--overwrite")[0] == 0
+        assert store.read_bytes() != before
+
     @pytest.mark.parametrize("more", [(), ("--lora-target", "q_proj")])
     def test_an_adapter_for_a_layer_that_is_not_there(
         self, run: Run, config: TrainConfig, more: tuple[str, ...]

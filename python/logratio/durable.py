@@ -59,7 +59,8 @@ def published(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that comes whole or not at all."""
+    """Write a text file that comes whole or not at all, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with published(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

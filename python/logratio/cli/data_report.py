@@ -10,7 +10,9 @@ import typer
 from logratio.cli import options
 from logratio.cli.flags import takes_flags
 from logratio.cli.reading import Reading
+from logratio.durable import write_whole
 from logratio.errors import LogratioError
+from logratio.forecast import check_writable
 
 if TYPE_CHECKING:
     from logratio.data.analysis import Analysis
@@ -65,6 +67,8 @@ def report(
     from logratio.progress import reading_progress
 
     _check_picture(picture)
+    for path in filter(None, (json_file, picture)):
+        check_writable(path.parent)
     threshold = near_duplicates or None
     if is_store(files):
         analysis = analyse_store(files[0], tokenizer=tokenizer, threshold=threshold)
@@ -104,7 +108,7 @@ def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) 
     """Print the report and write what was asked for."""
     typer.echo(analysis.to_text())
     if json_file:
-        json_file.write_text(json.dumps(analysis.to_dict(), indent=1) + "\n", "utf-8")
+        write_whole(json_file, json.dumps(analysis.to_dict(), indent=1) + "\n")
     if picture:
         from logratio.data.analysis.picture import draw
 

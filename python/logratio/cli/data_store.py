@@ -11,6 +11,7 @@ import typer
 from logratio.cli import options
 from logratio.cli.flags import takes_flags
 from logratio.cli.reading import READING, Reading
+from logratio.errors import InputError
 
 
 class ConflictsOption(StrEnum):
@@ -42,6 +43,10 @@ def build(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew, even if an earlier run was cut off.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a store that is there, once the new one is "
+                           "whole.")
+    ] = False,
     demonstrations: options.Demonstrations = False,
     reading: Reading = READING,
 ) -> None:  # fmt: skip
@@ -51,8 +56,15 @@ def build(
     it was. Memory stays bounded whatever the size of the data.
     """
     from logratio.data import PreferenceTokenizer, build_store
+    from logratio.forecast import check_writable
     from logratio.progress import reading_progress
 
+    if output.exists() and not overwrite:
+        raise InputError(
+            f"{output}: there is a file of this name; replace it with --overwrite, or name another"
+        )
+    check_writable(output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with _told_what_is_kept(output), reading_progress() as progress:
         store, report = build_store(
             files,

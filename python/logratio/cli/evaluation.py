@@ -46,6 +46,8 @@ def evaluate(
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
     """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
+    from logratio.durable import write_whole
+    from logratio.forecast import check_writable
     from logratio.training import EvaluateConfig
     from logratio.training.evaluation import prepare
 
@@ -66,12 +68,14 @@ def evaluate(
             max_bad_fraction=reading.max_bad_fraction,
         )
     )
+    if json_file:
+        check_writable(json_file.parent)
     announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
         _print_evaluation(result)
         if json_file:
-            json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+            write_whole(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 def _print_evaluation(result: "Evaluation") -> None:
