@@ -8,18 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logratio._rust import StoreWriter
-from logratio.data import lay_out
 from logratio.errors import LogratioError
+from logratio.logps.apart import Group, limits_of
+from logratio.logps.apart import batch_of as batch_of
 from logratio.logps.attention import SharedPromptError
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import head_logits
-from logratio.logps.tensors import Batch, fields_for, to_torch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""
-
-Group = tuple[list[int], list[list[int]]]
 
 
 class UnsupportedModelError(LogratioError, ValueError):
@@ -33,18 +30,34 @@ def choose_layout(model: nn.Module) -> tuple[str, str]:
     and both layouts must agree. A model that fails gets the padded layout.
     """
     check_head(model)
+    if reason := _sees_padding(model):
+        return "padded", reason
     first, second = _probe(model, seed=0), _probe(model, seed=1)
     changed = [(first[0][0], [first[0][1][0], second[0][1][1]]), first[1]]
     try:
         shared, leaked = _scores(model, first, "shared"), _scores(model, changed, "shared")
-    except (SharedPromptError, TypeError) as error:
+    except SharedPromptError as error:
         return "padded", f"{_name(model)} cannot share prompts: {error}"
+    except TypeError:  # of Python, about a keyword or a mask that the model's code has not
+        why = "its attention cannot be replaced by that of shared prompts"
+        return "padded", f"{_name(model)} cannot share prompts: {why}"
     kept = slice(0, len(first[0][1][0]))
     if not (moved := _gap(shared[kept], leaked[kept])) <= _tolerance(model):  # NaN too
         return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
     if not (gap := _gap(shared, _scores(model, first, "padded"))) <= _tolerance(model):
         return "padded", f"{_name(model)}: shared and padded log-probs differ ({gap:.2g} nats)"
     return "shared", "leak check passed"
+
+
+def _sees_padding(model: nn.Module) -> str | None:
+    """Say which part of a model chooses among all keys of a row, or return None."""
+    for limit in limits_of(transformer(model).config):
+        if limit.is_padding_seen:
+            return (
+                f"{_name(model)} has {limit.what}, which chooses among all tokens of a row: longer "
+                f"sequences than {limit.tokens} tokens are scored one length at a time, unpadded"
+            )
+    return None
 
 
 def check_head(model: nn.Module) -> None:
@@ -79,25 +92,6 @@ def _probe(model: nn.Module, seed: int) -> list[Group]:
         return random.integers(0, vocabulary, length).tolist()  # type: ignore[no-any-return]
 
     return [(ids(7), [ids(5), ids(9)]), (ids(11), [ids(6), ids(4)])]
-
-
-def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu") -> Batch:
-    """Lay out groups of token ids that are in no file: for checks and small scoring jobs."""
-    writer = StoreWriter()
-    for prompt, completions in groups:
-        ids = np.array([i for completion in completions for i in completion], dtype=np.int32)
-        writer.push(
-            np.array(prompt, dtype=np.int32),
-            ids,
-            np.ones(len(ids), dtype=np.uint8),
-            np.array([len(completion) for completion in completions], dtype=np.uint32),
-            np.full(len(completions), 2, dtype=np.uint8),
-            0,
-            0,
-        )
-    store = writer.finish()
-    rows = np.arange(len(groups), dtype=np.int64)
-    return to_torch(lay_out(store, rows, layout, fields=fields_for(layout, device)), device)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from logratio.logps.apart import apart, in_order, limits_of, with_fresh_rope
 from logratio.logps.attention import NAME, SharedPrompt, SharedPromptError, shared_prompts
 from logratio.logps.head import Head, head_logits
 from logratio.logps.head_logps import head_logps
@@ -57,7 +58,15 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run the body; return the states that predict the targets: `[S, H]`."""
+    """Run the body, in as many calls as it needs; return the states that predict the targets."""
+    limits = limits_of(model.config)
+    calls, is_kept = apart(batch, limits), any(limit.is_kept for limit in limits)
+    return in_order([_states_of_call(model, call.batch, is_kept) for call in calls], calls)
+
+
+def _states_of_call(model: PreTrainedModel, batch: Batch, is_kept: bool) -> Tensor:
+    if is_kept:
+        with_fresh_rope(model)
     states = _hidden_states(model, batch).flatten(0, 1)
     return states.index_select(0, batch.targets.logit_index)
 

@@ -1,10 +1,10 @@
 """Which models can be exported: one list, and a sentence for each that is not on it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from logratio.logps.apart import ropes
 from logratio.logps.checks import UnsupportedModelError
 
 FAMILIES = frozenset(
@@ -48,7 +48,7 @@ def check_exportable(config: PreTrainedConfig, max_length: int) -> None:
         raise UnsupportedModelError(
             f"{name} with {max_positions(config)} positions cannot score {max_length} tokens"
         )
-    for rope in _ropes(config):
+    for rope in ropes(config):
         _check_rope(rope, name, config, max_length)
 
 
@@ -72,13 +72,6 @@ def _why_not(config: PreTrainedConfig) -> str:
     if any("expert" in key for key in config.to_dict()):
         return "mixtures of experts have no exact ONNX form yet"
     return f"the families that were checked are {', '.join(sorted(FAMILIES))}"
-
-
-def _ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """Yield the settings of each rotary embedding; families with several keep them by layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    yield from nested or [parameters]
 
 
 def _check_rope(rope: dict[str, Any], name: str, config: PreTrainedConfig, length: int) -> None:

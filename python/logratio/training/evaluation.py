@@ -9,18 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from logratio._rust import ROLES, Store
 from logratio.data import Feed, FeedSettings
 from logratio.forecast import Forecast
-from logratio.logps.checks import batch_of, choose_layout
+from logratio.logps.apart import batch_of, limits_of
+from logratio.logps.checks import choose_layout
 from logratio.logps.completion import score
 from logratio.logps.tensors import Batch, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.config import EvaluateConfig, PathLike
-from logratio.training.models import autocast, check_model_folder, default_device, load_model
+from logratio.training.models import (
+    autocast,
+    base_folder,
+    check_model_folder,
+    default_device,
+    load_model,
+)
 from logratio.training.run_folder import reward_beta
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
@@ -119,6 +127,21 @@ def _check_samples(config: EvaluateConfig, store: Store) -> None:
             f"a prompt and max_new_tokens need {needed} positions and the model has {positions}: "
             "lower max_new_tokens or max_prompt_length"
         )
+    _check_company(config, needed)
+
+
+def _check_company(config: EvaluateConfig, needed: int) -> None:
+    """Refuse to draw where batch-mates or a growing length would bend the distribution."""
+    for folder in (config.policy, config.reference) if config.samples else ():
+        model = AutoConfig.from_pretrained(base_folder(folder), local_files_only=True)
+        for limit in limits_of(model):
+            if needed > limit.tokens:
+                raise ConfigError(
+                    f"{folder}: samples of up to {needed} tokens cannot be drawn from its "
+                    f"distribution, because its {limit.what} computes with other factors or keys "
+                    f"beyond {limit.tokens} tokens: lower max_new_tokens or max_prompt_length "
+                    "until both fit, or set samples to 0"
+                )
 
 
 class Evaluating:
