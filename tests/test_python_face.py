@@ -131,11 +131,12 @@ class Odd:
 
 
 def test_other_annotations() -> None:
-    assert Odd(**{"pair": [2, "b"]}).pair == (2, "b")
+    listed: Any = [2, "b"]
+    assert Odd(pair=listed).pair == (2, "b")
     assert Odd(word=3).word == 3
     for wrong in ({"pair": (1, 2)}, {"pair": (1,)}, {"table": 1}, {"word": 1.5}):
         with pytest.raises(SettingTypeError):
-            Odd(**wrong)  # type: ignore[arg-type]
+            Odd(**wrong)
     with pytest.raises(ConfigError):
         Odd(word="c")  # type: ignore[arg-type]
 

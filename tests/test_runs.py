@@ -442,8 +442,8 @@ class TestFolders:
             assert run("precompute", *given)[0] == 0
             assert run("cache", "export", made / "cache", made / "l.parquet")[0] == 0
             pair = ("--policy", config.model, "--reference", config.model, "--beta", 1)
-            given = (*pair, "--data", pairs, "--json", made / "deep" / "e.json")
-            assert run("evaluate", *given)[0] == 0
+            result = ("--json", made / "deep" / "e.json")
+            assert run("evaluate", *pair, "--data", pairs, *result)[0] == 0
             report = ("--json", made / "r.json", "--picture", made / "r.svg")
             assert run("data", "report", pairs, *tokenizer, *report)[0] == 0
         finally:
