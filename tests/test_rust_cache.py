@@ -185,7 +185,7 @@ write(folder, {2: [-2.0] * 100})
 def test_a_failed_write_poisons_the_writer_and_loses_nothing(tmp_path: Path) -> None:
     """The system's limit on a file's size cuts a real write short, as a full disk does."""
     done = run_here(HITS_A_LIMIT, tmp_path)
-    assert done.stdout.split() == ["OSError", str(errno.EFBIG), "ValueError", "None"]
+    assert done.stdout.split() == ["OSError", str(errno.EFBIG), "ArgumentError", "None"]
     reader = CacheReader.open(tmp_path, FINGERPRINT)
     assert reader.torn_bytes > 0
     assert (reader.join(keys(1, 2, 3)) >= 0).tolist() == [True, True, False]
