@@ -13,7 +13,7 @@ from tiny_models import WORDS, save_tiny_model
 # Two threads on a crowded machine made small models 200 times slower; children inherit it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-# A job in the background of a script ignores Ctrl-C, and the tests that send it would wait for ever.
+# A background job of a script ignores Ctrl-C; tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., tuple[int, str, str]]
