@@ -103,7 +103,7 @@ def test_nothing_may_be_left(tmp_path: Path, tokenizer: PreferenceTokenizer) -> 
 def test_an_unknown_way_to_settle_is_refused(
     tmp_path: Path, tokenizer: PreferenceTokenizer
 ) -> None:
-    with pytest.raises(ValueError, match="conflicts must be one of keep.*, not 'all'"):
+    with pytest.raises(ValueError, match=r"conflicts must be one of keep.*, not 'all'"):
         build_store([tmp_path], tokenizer, conflicts="all")  # type: ignore[arg-type]
 
 
