@@ -1,5 +1,6 @@
 """The chat templates that TRL ships: what is trained is what transformers writes, or is named."""
 
+import json
 from importlib.resources import files
 from typing import Any
 
@@ -8,6 +9,7 @@ from chats_for_tests import assistant, system, user
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from logratio.data import ChatTemplate, Completion, InvalidRecordError, PreferenceRecord, Source
+from logratio.data.formats import Decoder
 from logratio.data.scripts import Script, chat_script
 
 Turn = dict[str, Any]
@@ -25,7 +27,10 @@ EOS = TOKENS["eos_token"]
 R1_EOS = "<\uff5cend▁of▁sentence\uff5c>"  # R1's template writes it by name
 HERE = Source("data.jsonl", 1)
 
-CALL = {"type": "function", "function": {"name": "mul", "arguments": {"a": 3, "b": 18}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "mul", "arguments": {"a": 3, "b": 18}},
+}
 TOOLS = (
     {
         "type": "function",
@@ -85,7 +90,22 @@ def template(name: str) -> ChatTemplate:
 
 
 def theirs(name: str, turns: tuple[Turn, ...], tools: tuple[Turn, ...], ask: bool) -> str | None:
-    """Render as transformers does; None where the template refuses."""
+    """Render as transformers does; None where the template refuses.
+
+    Templates that join arguments to strings get JSON, which their models' authors pass them.
+    """
+    text = rendered(name, turns, tools, ask)
+    return rendered(name, tuple(map(with_json, turns)), tools, ask) if text is None else text
+
+
+def with_json(turn: Turn) -> Turn:
+    if turn.get("tool_calls") != [CALL]:
+        return turn
+    arguments = json.dumps(CALL["function"]["arguments"])
+    return turn | {"tool_calls": [CALL | {"function": CALL["function"] | {"arguments": arguments}}]}
+
+
+def rendered(name: str, turns: tuple[Turn, ...], tools: tuple[Turn, ...], ask: bool) -> str | None:
     try:
         texts = render_jinja_template(
             [list(turns)],
@@ -236,3 +256,47 @@ def test_reasoning_alone_is_no_answer_where_it_is_not_written() -> None:
     with pytest.raises(InvalidRecordError, match="R311"):
         script("qwen2_5", ((user("Q?"),), (thought,), (BAD,), ()))
     assert "3*18=54" in counted(script("qwen3", ((user("Q?"),), (thought,), (BAD,), ())), 0)
+
+
+CALL_TEMPLATES = ("llama3_1", "qwen2_5", "qwen3", "deepseekv3", "gemma4", "glm4moe", "qwen3_6")
+
+
+@pytest.mark.parametrize("name", CALL_TEMPLATES)
+def test_calls_in_every_spelling_have_one_text(name: str) -> None:
+    """Templates that encode arguments, join them to strings, or list them, with and without."""
+    function = {"name": "mul", "arguments": '{"a": 3, "b": 18}'}
+    spellings: list[list[Turn]] = [
+        [CALLS],
+        [assistant("", tool_calls=[{"type": "function", "function": function}])],
+        [assistant("", tool_calls=[function])],
+        [assistant("", tool_calls=json.dumps([function]))],
+        [assistant("", function_call=function)],
+        [{"role": "assistant", "content": None, "function_call": function}],
+        [{"from": "function_call", "value": json.dumps(function)}],
+    ]
+    texts = set()
+    for spelling in spellings:
+        row = {"prompt": [user("Q?")], "chosen": spelling, "rejected": [BAD], "tools": [*TOOLS]}
+        (record,) = Decoder().decode(row, HERE).records
+        found = chat_script(record, template(name), EOS)
+        assert not any("tool calls" in getattr(note, "what", "") for note in found.notes)
+        texts.add(counted(found, 0).replace(" \n", "\n"))
+    (text,) = texts
+    assert "mul" in text and "18" in text and "\\" not in text
+    assert ('"{' not in text) and ("{'" not in text)
+
+
+def test_a_template_that_writes_arguments_as_they_are_is_given_json() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %};{% endfor %}"
+    )
+    for arguments in ({"a": "it's"}, {"a": None, "b": [True]}, {}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        text = ChatTemplate(source, {}).render([user("Q?"), assistant("", tool_calls=[call])])
+        assert text == f"user: Q?;assistant: {json.dumps(arguments)};"
+    # Where it encodes them, words that happen to look like Python change nothing.
+    source = source.replace("c.function.arguments", "c.function.arguments | tojson")
+    turns = [user("{'a': 1}"), assistant("", tool_calls=[{"name": "f", "arguments": {"a": 1}}])]
+    source = source.replace("c.function", "c")
+    assert ChatTemplate(source, {}).render(turns).endswith('assistant: {"a": 1};')

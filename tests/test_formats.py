@@ -119,8 +119,13 @@ def test_calls_of_tools_are_answers() -> None:
         "rejected": [call, tool, assistant("b")],
     }
     _, chosen, rejected = parts(row)
-    assert chosen[2] == (call, tool, assistant("a"))
-    assert rejected[2] == (call, tool, assistant("b"))
+    read = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    assert chosen[2] == (read, tool, assistant("a"))
+    assert rejected[2] == (read, tool, assistant("b"))
 
 
 def test_transcripts_split_between_turns() -> None:

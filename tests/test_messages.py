@@ -50,15 +50,42 @@ SPELLINGS: dict[str, tuple[Row, Row]] = {
     ),
     "a call without words": (
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "assistant", "tool_calls": [CALL]},
+        assistant("", tool_calls=[{"type": "function", "function": CALL}]),
+    ),
+    "an empty list of calls": (assistant("a", tool_calls=[], function_call=None), assistant("a")),
+    "a call that keeps its id": (
+        {"role": "assistant", "tool_calls": [{"id": "c", "name": "f", "arguments": "{}"}]},
+        assistant(
+            "",
+            tool_calls=[
+                {"type": "function", "id": "c", "function": {"name": "f", "arguments": {}}}
+            ],
+        ),
+    ),
+    "blank arguments": (
+        {"role": "assistant", "function_call": {"name": "f", "arguments": " \n"}},
+        assistant(
+            "", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}]
+        ),
+    ),
+    "a null inside arguments": (
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": null}'}},
+        assistant(
+            "",
+            tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {"a": None}}}],
+        ),
+    ),
+    "one call under two names": (
+        assistant("a", tool_calls=[CALL], function_call=CALL),
+        assistant("a", tool_calls=[{"type": "function", "function": CALL}]),
     ),
     "ShareGPT's call": (
         {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
-        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]},
+        assistant("", tool_calls=[{"type": "function", "function": CALL}]),
     ),
     "ShareGPT's calls": (
         {"from": "function_call", "value": [CALL, CALL]},
-        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}] * 2},
+        assistant("", tool_calls=[{"type": "function", "function": CALL}] * 2),
     ),
     "weight": (assistant("a", weight=0), assistant("a", weight=0)),
     "loss_weight": (assistant("a", loss_weight=1.0), assistant("a", weight=1)),
@@ -86,6 +113,17 @@ BAD: dict[str, tuple[str, Row | str]] = {
     "value of null": ("E202", {"from": "human", "value": None}),
     "call without a name": ("E203", {"from": "function_call", "value": "{}"}),
     "call that is no JSON": ("E203", {"from": "function_call", "value": "f()"}),
+    "no call": ("E203", {"from": "function_call", "value": "[]"}),
+    "calls that are no objects": ("E203", assistant("a", tool_calls=["f"])),
+    "a call that has no name": ("E203", assistant("a", tool_calls=[{"function": {}}])),
+    "two calls": ("E210", assistant("a", tool_calls=[CALL], function_call={"name": "g"})),
+    **{
+        f"arguments {arguments!r}": (
+            "R312",
+            assistant("a", tool_calls=[{"function": {"name": "f", "arguments": arguments}}]),
+        )
+        for arguments in ("{", "[1]", "3", "null", [1], 3, '{"a": 1, "a": 2}', "a=1")
+    },
     "half a weight": ("E208", assistant("a", weight=0.5)),
     "weight of text": ("E208", assistant("a", weight="1")),
     "weights that differ": ("E208", assistant("a", weight=1, train=False)),
@@ -193,3 +231,13 @@ def test_tools_reach_the_template_before_and_behind_the_answer() -> None:
     assert marked(found) == "[a<|im_end|>\n]"
     assert found.notes == ()
     assert script([user("u")], Completion("chosen", answer, ())).prompt.startswith("<|im_start|>")
+
+
+def test_a_refused_call_is_named() -> None:
+    with pytest.raises(InvalidRecordError) as caught:
+        read(
+            user("u"), {"from": "function_call", "value": [CALL, {"name": "g", "arguments": "{a"}]}
+        )
+    assert caught.value.reason.startswith(
+        "the arguments of the call of 'g' in message 2 of 'chat' are no JSON object: {a ("
+    )

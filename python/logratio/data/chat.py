@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -72,16 +73,76 @@ class ChatTemplate:
             ChatTemplateError: The template refuses the messages (roles that do not alternate, say)
                 or fails on them.
         """
+        shown = [_with_reasoning(message) for message in messages]
+        rest = (list(tools) or None, add_generation_prompt)
+        calls = [call for message in shown for call in _functions(message)]
+        if not calls:
+            return self._write(shown, *rest)
+        return self._write_calls(shown, calls, rest)
+
+    def _write(self, messages: list[dict[str, Any]], tools: Any, ask: bool) -> str:
         try:
             return self._template.render(
-                messages=[_with_reasoning(message) for message in messages],
-                tools=list(tools) or None,
+                messages=messages,
+                tools=tools,
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=ask,
                 **self._special_tokens,
             )
         except Exception as error:  # a template is a program: whatever it raises, it is at fault
             raise ChatTemplateError(f"the chat template fails: {error}") from error
+
+    def _write_calls(
+        self,
+        messages: list[dict[str, Any]],
+        calls: list[Mapping[str, Any]],
+        rest: tuple[Any, bool],
+    ) -> str:
+        """Write messages with tool calls; their arguments as JSON if the template wants strings.
+
+        Such a template fails on an object (it joins strings), or writes Python's `repr` of it.
+        """
+        try:
+            text = self._write(messages, *rest)
+        except ChatTemplateError as error:
+            with suppress(ChatTemplateError):
+                return self._write([_with_json(message) for message in messages], *rest)
+            raise error
+        if any(call["arguments"] and repr(call["arguments"]) in text for call in calls):
+            with suppress(ChatTemplateError):
+                written = self._write([_with_json(message) for message in messages], *rest)
+                if all(_tojson(call["arguments"]) in written for call in calls):
+                    return written
+        return text
+
+
+def _functions(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a message calls with arguments that are an object."""
+    calls = message.get("tool_calls")
+    functions = [_function(call) for call in calls] if isinstance(calls, list | tuple) else []
+    return [call for call in functions if isinstance(call.get("arguments"), dict)]
+
+
+def _function(call: Any) -> Mapping[str, Any]:
+    if not isinstance(call, Mapping):
+        return {}
+    function = call.get("function", call)
+    return function if isinstance(function, Mapping) else {}
+
+
+def _with_json(message: dict[str, Any]) -> dict[str, Any]:
+    """Write the arguments of a message's calls as JSON."""
+    if not _functions(message):
+        return message
+    return {**message, "tool_calls": [_call_with_json(call) for call in message["tool_calls"]]}
+
+
+def _call_with_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call_with_json(call["function"])}
+    if not isinstance(call.get("arguments"), dict):
+        return dict(call)
+    return {**call, "arguments": _tojson(call["arguments"])}
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:

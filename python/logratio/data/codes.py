@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "R308": "the opposite is said too, as often or more",
     "R310": "a tie: nothing is better than anything else",
     "R311": "the chat template writes nothing of an answer",
+    "R312": "a tool call whose arguments are no JSON object",
     "W501": "a special token is spelled in the text",
     "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
     "W503": "a completion was cut at the limit",

@@ -1,9 +1,9 @@
 """One message of a chat: read from any spelling into ``{"role", "content", …}``, checked."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from logratio.data.calls import read_calls, with_calls
 from logratio.data.containers import json_type
 from logratio.data.records import InvalidRecordError, Message
 
@@ -35,7 +35,8 @@ def read_messages(value: Sequence[Any], name: str) -> Turns:
 
     Raises:
         InvalidRecordError: E201 to E203 for malformed messages, E207 for content that is no text,
-            E208 for a weight that cannot be, E403 for a speaker that is not known.
+            E208 for a weight that cannot be, E403 for a speaker that is not known, R312 for a call
+            whose arguments are no JSON object.
     """
     return tuple(
         message if _is_plain(message) else _message(message, f"message {index + 1} of {name!r}")
@@ -65,6 +66,8 @@ def _message(message: object, name: str) -> Message:
         message = _from_value(message, name)
     elif isinstance(message.get("content"), list):
         message = {**message, "content": _joined(message["content"], name)}
+    if "tool_calls" in message or "function_call" in message:
+        message = with_calls(message, name)
     _check(message, name)
     weight = _weight(message, name)
     # As transformers does: an absent key renders well where a null one would read "None".
@@ -81,20 +84,11 @@ def _from_value(message: dict[str, Any], name: str) -> dict[str, Any]:
         raise InvalidRecordError("E403", f"{name} is from {speaker!r}; known are {known}")
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
     if speaker.lower() == "function_call":
-        return {**rest, "role": role, "tool_calls": _calls(value, name)}
+        calls = read_calls(value, name)
+        if not calls:
+            raise InvalidRecordError("E203", f"the function call of {name} is empty")
+        return {**rest, "role": role, "content": "", "tool_calls": calls}
     return {**rest, "role": role, "content": value}
-
-
-def _calls(value: object, name: str) -> list[dict[str, Any]]:
-    """Read calls that are written as JSON: ``{"name", "arguments"}``, or a list of them."""
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        raise InvalidRecordError("E203", f"the function call of {name} is not JSON") from None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise InvalidRecordError("E203", f"the function call of {name} has no 'name'")
-    return [{"type": "function", "function": call} for call in calls]
 
 
 def _joined(parts: list[Any], name: str) -> str:
@@ -118,17 +112,14 @@ def _joined(parts: list[Any], name: str) -> str:
 
 
 def _check(message: dict[str, Any], name: str) -> None:
-    # A call of a tool may say nothing.
-    keys = ("role",) if message.get("tool_calls") else ("role", "content")
-    for key in keys:
+    for key in ("role", "content"):
         if key not in message:
             raise InvalidRecordError("E201", f"{name} has no {key!r}")
         if message[key] is None:
             raise InvalidRecordError("E202", f"the {key} of {name} is null")
     for key in ("role", "content"):
-        value = message.get(key)
-        if value is not None and not isinstance(value, str):
-            is_a = json_type(value)
+        if not isinstance(message[key], str):
+            is_a = json_type(message[key])
             raise InvalidRecordError("E203", f"the {key} of {name} is {is_a}, not a string")
 
 

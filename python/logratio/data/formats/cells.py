@@ -107,7 +107,7 @@ def _is_message(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     if "role" in value:
-        return "content" in value or "tool_calls" in value
+        return not value.keys().isdisjoint(("content", "tool_calls", "function_call"))
     return "from" in value and "value" in value
 
 
