@@ -248,7 +248,17 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "empty prompt": ("E403", CHAT | {"prompt": []}),
     "prompt ends with an answer": ("E403", CHAT | {"prompt": [user("u"), assistant("a")]}),
     "user answers": ("E403", CHAT | {"chosen": [user("a")]}),
-    "answer ends with a user": ("E403", CHAT | {"chosen": [assistant("a"), user("u")]}),
+    "answer begins with a user": ("E403", CHAT | {"chosen": [user("u"), assistant("a")]}),
+    "answer begins with a tool": (
+        "E403",
+        CHAT | {"chosen": [{"role": "tool", "content": "4"}, assistant("a")]},
+    ),
+    "prompt ends with the assistant": ("E403", CHAT | {"prompt": [user("u"), assistant("S")]}),
+    "unknown role": ("E403", CHAT | {"chosen": [{"role": "asistant", "content": "a"}]}),
+    "answers that differ in what follows": (
+        "R302",
+        CHAT | {"chosen": [assistant("b"), user("u")], "rejected": [assistant("b"), user("v")]},
+    ),
     "chat ends with a user": ("E403", {"chosen": [user("u")], "rejected": [assistant("a")]}),
     "nothing shared": (
         "E403",

@@ -32,6 +32,18 @@ SPELLINGS: dict[str, tuple[Row, Row]] = {
     "ShareGPT's assistant": (gpt("a"), assistant("a")),
     "ShareGPT's tool": ({"from": "observation", "value": "4"}, {"role": "tool", "content": "4"}),
     "capitals": ({"from": "Human", "value": "u"}, user("u")),
+    "capitals of a role": ({"role": "Assistant", "content": "a"}, assistant("a")),
+    "OASST's user": ({"role": "prompter", "content": "u"}, user("u")),
+    "Gemma's assistant": ({"role": "model", "content": "a"}, assistant("a")),
+    "OpenAI's older tool": (
+        {"role": "function", "name": "f", "content": "4"},
+        {"role": "tool", "name": "f", "content": "4"},
+    ),
+    "a developer": ({"role": "Developer", "content": "d"}, {"role": "developer", "content": "d"}),
+    "ms-swift's call": (
+        {"role": "tool_call", "content": '{"name": "f", "arguments": "{\\"a\\": 1}"}'},
+        assistant("", tool_calls=[{"type": "function", "function": CALL}]),
+    ),
     "parts": (
         {
             "role": "user",
@@ -109,6 +121,10 @@ BAD: dict[str, tuple[str, Row | str]] = {
     "part with two texts": ("E203", {"role": "user", "content": [{"text": "a", "value": "b"}]}),
     "part of a number": ("E203", {"role": "user", "content": [{"text": 1}]}),
     "speaker": ("E403", {"from": "narrator", "value": "u"}),
+    "unknown role": ("E403", {"role": "asistant", "content": "a"}),
+    "blank role": ("E403", {"role": "", "content": "a"}),
+    "role of a number": ("E203", {"role": 1, "content": "a"}),
+    "null role": ("E202", {"role": None, "content": "a"}),
     "value of a number": ("E203", {"from": "human", "value": 1}),
     "value of null": ("E202", {"from": "human", "value": None}),
     "call without a name": ("E203", {"from": "function_call", "value": "{}"}),
@@ -241,3 +257,45 @@ def test_a_refused_call_is_named() -> None:
     assert caught.value.reason.startswith(
         "the arguments of the call of 'g' in message 2 of 'chat' are no JSON object: {a ("
     )
+
+
+def test_an_unknown_role_is_named_with_the_known_ones() -> None:
+    with pytest.raises(
+        InvalidRecordError, match=r"message 2 of 'chat' has .* role 'critic'.* user,"
+    ):
+        read(user("u"), {"role": "critic", "content": "Hm."})
+
+
+def pair(chosen: list[Row], rejected: list[Row]) -> Script:
+    (record,) = Decoder().decode({"chosen": chosen, "rejected": rejected}, HERE).records
+    return chat_script(record, ChatTemplate(CHATML, {}), None)
+
+
+def test_turns_behind_the_last_answer_are_left_out_and_noted() -> None:
+    tool = {"role": "tool", "content": "4"}
+    chosen, rejected = [user("u"), assistant("a")], [user("u"), assistant("b")]
+    plain = pair(chosen, rejected)
+    assert plain.notes == ()
+    for more in ([user("v")], [tool], [tool, user("v")]):
+        for sides in ((chosen + more, rejected + more), (chosen + more, rejected)):
+            found = pair(*sides)
+            assert (found.prompt, found.completions) == (plain.prompt, plain.completions)
+            assert found.notes == ("W515",)
+
+
+def test_a_tool_may_speak_inside_an_answer() -> None:
+    call = {"role": "function_call", "content": '{"name": "f", "arguments": {}}'}
+    answer = [call, {"role": "ipython", "content": "4"}, {"role": "gpt", "content": "It is 4."}]
+    found = pair([user("u"), *answer], [user("u"), assistant("b")])
+    text = "".join(piece.text for piece in found.completions[0] if piece.counts)
+    assert "It is 4." in text and "ipython" not in text and "tool" not in text
+
+
+def test_roles_in_other_words_are_read() -> None:
+    row = {
+        side: [{"role": "Human", "content": "hi"}, {"role": "Assistant", "content": text}]
+        for side, text in (("chosen", "Hello!"), ("rejected", "No."))
+    }
+    found = pair(row["chosen"], row["rejected"])
+    assert found.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert marked(found) == "[Hello!<|im_end|>\n]"

@@ -66,6 +66,7 @@ CODES: dict[str, str] = {
     "the prompt ends before it",
     "W513": "the chat template leaves out a part of the row",
     "W514": "the chat template leaves out the reasoning of turns before the answer",
+    "W515": "turns that follow the last assistant turn were left out",
     "W530": "a pair of a list was left out",
 }
 """W502 and W503 are counted per completion, W508 to W511 once a data set, all others per record."""

@@ -1,4 +1,8 @@
-"""Chat messages: are they sound, where does the prompt end, what of the rest is an answer."""
+"""Chat messages: are they sound, where does the prompt end, what of the rest is an answer.
+
+Turns that follow the assistant's last stay at the end of the answer: they make no difference to it,
+so that `logratio.data.scripts` leaves them out and notes it (W515).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +22,7 @@ def prompt(value: Sequence[Any], name: str) -> Turns:
 
 
 def answer(value: Sequence[Any], name: str) -> Turns:
-    """Check the turns of an answer: the assistant begins and ends; tools may stand between.
+    """Check the turns of an answer: the assistant begins; others may speak in between.
 
     Every turn of the assistant counts but those of weight 0.
 
@@ -41,15 +45,12 @@ def split(sides: Mapping[str, Sequence[Any]]) -> tuple[Turns, list[tuple[Turns, 
 
     Raises:
         InvalidRecordError: E2xx for malformed messages; E403 where no user turn is shared or a
-            chat does not end with the assistant.
+            chat holds no turn of the assistant.
     """
     chats = [read_messages(value, name) for name, value in sides.items()]
     for name, chat in zip(sides, chats, strict=True):
-        if not chat or chat[-1]["role"] != ASSISTANT:
-            raise InvalidRecordError(
-                "E403", f"the chat in {name!r} does not end with an assistant turn"
-            )
-    plain = [tuple(map(bare, chat)) for chat in chats]
+        _check_answered(chat, name)
+    plain = [tuple(map(bare, ended(chat))) for chat in chats]
     end = _shared(plain)
     while end and not _asks(plain, end):
         end -= 1
@@ -84,8 +85,7 @@ def split_last(value: Sequence[Any], name: str) -> tuple[Turns, Turns]:
         InvalidRecordError: As `split` does.
     """
     turns = read_messages(value, name)
-    if not turns or turns[-1]["role"] != ASSISTANT:
-        raise InvalidRecordError("E403", f"{name!r} does not end with an assistant turn")
+    _check_answered(turns, name)
     history, own = _history_and_answer(turns)
     return _asking(tuple(map(bare, history)), name), _answer(own, name)
 
@@ -102,19 +102,37 @@ def counts(turn: Mapping[str, Any]) -> bool:
     return turn["role"] == ASSISTANT and turn.get("weight") != 0
 
 
+def ended(turns: Turns) -> Turns:
+    """Leave out the turns that follow the assistant's last."""
+    spoken = [index for index, turn in enumerate(turns) if turn["role"] == ASSISTANT]
+    return turns[: spoken[-1] + 1] if spoken else ()
+
+
+def _check_answered(chat: Turns, name: str) -> None:
+    if not ended(chat):
+        raise InvalidRecordError("E403", f"the chat in {name!r} holds no assistant turn")
+
+
 def _asking(turns: Turns, name: str) -> Turns:
     if not any(turn["role"] == "user" for turn in turns):
         raise InvalidRecordError("E403", f"{name!r} holds no user turn")
     if turns[-1]["role"] == ASSISTANT:
         raise InvalidRecordError(
-            "E403", f"{name!r} ends with an assistant turn, so nothing asks for another"
+            "E403",
+            f"{name!r} ends with an assistant turn, so nothing asks for another: if the answers "
+            "continue its text, move that text to the start of each answer",
         )
     return tuple(map(bare, turns))
 
 
 def _answer(turns: Turns, name: str) -> Turns:
-    if not turns or turns[0]["role"] != ASSISTANT or turns[-1]["role"] != ASSISTANT:
-        raise InvalidRecordError("E403", f"{name!r} must begin and end with an assistant turn")
+    if not turns or turns[0]["role"] != ASSISTANT:
+        begins = f"begins with a {turns[0]['role']} turn" if turns else "holds no assistant turn"
+        raise InvalidRecordError(
+            "E403",
+            f"{name!r} {begins}, and an answer begins with an assistant turn: move what stands "
+            "before it to the end of the prompt",
+        )
     if not any(map(counts, turns)):
         raise InvalidRecordError("E208", f"no turn of {name!r} counts: all weights are 0")
     # That a turn counts goes without saying.
@@ -137,11 +155,12 @@ def _asks(chats: list[Turns], end: int) -> bool:
     return is_next and chats[0][end - 1]["role"] != ASSISTANT
 
 
-def _history_and_answer(turns: Turns) -> tuple[Turns, Turns]:
+def _history_and_answer(chat: Turns) -> tuple[Turns, Turns]:
+    turns = ended(chat)
     if any("weight" in turn for turn in turns):
         counted = [index for index, turn in enumerate(turns) if counts(turn)]
         end = counted[0] if counted else len(turns) - 1
     else:
         users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
         end = users[-1] + 1 if users else 0
-    return turns[:end], turns[end:]
+    return turns[:end], chat[end:]

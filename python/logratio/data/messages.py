@@ -14,18 +14,35 @@ WEIGHTS = ("weight", "loss_weight", "train")
 """Keys by which a message says whether its words count, here as OpenAI, LLaMA-Factory, axolotl."""
 
 _SPEAKERS = {
-    "human": "user",
     "user": "user",
-    "gpt": ASSISTANT,
+    "human": "user",
+    "prompter": "user",
     "assistant": ASSISTANT,
+    "gpt": ASSISTANT,
     "chatgpt": ASSISTANT,
     "bot": ASSISTANT,
+    "chatbot": ASSISTANT,
     "model": ASSISTANT,
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
     "observation": "tool",
+    "tool_response": "tool",
     "function_call": ASSISTANT,
+    "tool_call": ASSISTANT,
+    "document": "document",
+    "control": "control",
 }
+"""Who speaks, in any letter case, and the role that templates know; the last two are Granite's."""
+
+_CALLING = ("function_call", "tool_call")
+"""Speakers whose words are a call of a function, as JSON."""
+
+_SHAREGPT = ("from", "value", "role", "content")
+
+_ROLES = frozenset(_SPEAKERS.values())
 
 
 def read_messages(value: Sequence[Any], name: str) -> Turns:
@@ -35,7 +52,7 @@ def read_messages(value: Sequence[Any], name: str) -> Turns:
 
     Raises:
         InvalidRecordError: E201 to E203 for malformed messages, E207 for content that is no text,
-            E208 for a weight that cannot be, E403 for a speaker that is not known, R312 for a call
+            E208 for a weight that cannot be, E403 for a role that is not known, R312 for a call
             whose arguments are no JSON object.
     """
     return tuple(
@@ -55,7 +72,8 @@ def _is_plain(message: Any) -> bool:
     """Say whether nothing has to be read into a message: most are like this."""
     if not isinstance(message, dict) or len(message) != 2:
         return False
-    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    role = message.get("role")
+    return isinstance(role, str) and role in _ROLES and isinstance(message.get("content"), str)
 
 
 def _message(message: object, name: str) -> Message:
@@ -63,8 +81,11 @@ def _message(message: object, name: str) -> Message:
         is_a = json_type(message)
         raise InvalidRecordError("E203", f"{name} is {is_a}, not an object {{role, content}}")
     if "from" in message and "value" in message and "role" not in message:
-        message = _from_value(message, name)
-    elif isinstance(message.get("content"), list):
+        said = {"role": message["from"], "content": message["value"]}  # ShareGPT's spelling
+        message = {**said, **{k: v for k, v in message.items() if k not in _SHAREGPT}}
+    if message.get("role") is not None:
+        message = _with_role(message, name)
+    if isinstance(message.get("content"), list):
         message = {**message, "content": _joined(message["content"], name)}
     if "tool_calls" in message or "function_call" in message:
         message = with_calls(message, name)
@@ -75,20 +96,21 @@ def _message(message: object, name: str) -> Message:
     return plain if weight is None else {**plain, "weight": weight}
 
 
-def _from_value(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """Read a message in ShareGPT's spelling."""
-    speaker, value = message["from"], message["value"]
-    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
-    if role is None:
+def _with_role(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """Give a message the role that templates know; the words of a call become the call."""
+    said = message["role"]
+    speaker = said.strip().lower() if isinstance(said, str) else ""
+    role = _SPEAKERS.get(speaker)
+    if role is None and isinstance(said, str):
         known = ", ".join(_SPEAKERS)
-        raise InvalidRecordError("E403", f"{name} is from {speaker!r}; known are {known}")
-    rest = {key: item for key, item in message.items() if key not in ("from", "value")}
-    if speaker.lower() == "function_call":
-        calls = read_calls(value, name)
-        if not calls:
-            raise InvalidRecordError("E203", f"the function call of {name} is empty")
-        return {**rest, "role": role, "content": "", "tool_calls": calls}
-    return {**rest, "role": role, "content": value}
+        reason = f"{name} has the unknown role {said!r}: rename it to one of {known}"
+        raise InvalidRecordError("E403", reason)
+    if speaker not in _CALLING:
+        return {**message, "role": role or said}
+    calls = read_calls(message.get("content"), name)
+    if not calls:
+        raise InvalidRecordError("E203", f"the function call of {name} is empty")
+    return {**message, "role": role, "content": "", "tool_calls": calls}
 
 
 def _joined(parts: list[Any], name: str) -> str:

@@ -32,6 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from logratio.data.chat import MARK, ChatTemplate, ChatTemplateError
+from logratio.data.conversations import ended
 from logratio.data.messages import Turns, bare
 from logratio.data.omissions import check_written, omissions
 from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Text
@@ -55,7 +56,7 @@ class Script:
     Attributes:
         prompt: What the model reads before it answers.
         completions: The pieces of each completion, in order.
-        notes: Codes of warnings: W512 to W514.
+        notes: Codes of warnings: W512 to W515.
     """
 
     prompt: str
@@ -118,6 +119,8 @@ def _chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | No
         begins = None
     completions = tuple(_chat_pieces(chat, shared, begins) for chat in chats)
     notes = omissions(record, asked, chats, template)
+    if any(ended(_turns(own.answer)) != _turns(own.answer) for own in record.completions):
+        notes.append("W515")
     return Script(shared, completions, (*["W512"] * (shared != asked), *notes))
 
 
@@ -218,7 +221,7 @@ class _Chat:
         completion: Completion,
     ) -> None:
         before = (*_turns(record.prompt), *_turns(completion.context))
-        answer = _turns(completion.answer)
+        answer = ended(_turns(completion.answer))
         self.completion = completion
         self._template = template
         self._tools = record.tools

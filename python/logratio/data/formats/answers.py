@@ -147,8 +147,8 @@ def _chats(view: View, chats: dict[str, list[Any]]) -> Answered:
 
 
 def _is_whole(chat: list[Any], name: str) -> bool:
-    """Say whether a chat holds its question, too: someone else than the assistant begins it."""
-    return bool(chat) and read_messages(chat[:1], name)[0]["role"] != ASSISTANT
+    """Say whether a chat holds its question, too: neither the assistant nor a tool begins it."""
+    return bool(chat) and read_messages(chat[:1], name)[0]["role"] not in (ASSISTANT, "tool")
 
 
 def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:

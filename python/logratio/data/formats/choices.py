@@ -137,7 +137,8 @@ def _some(records: list[PreferenceRecord], left_out: list[str]) -> Chosen:
 
 
 def _said(completion: Completion) -> tuple[object, object]:
-    return completion.context, completion.answer
+    answer = completion.answer
+    return completion.context, answer if isinstance(answer, str) else conversations.ended(answer)
 
 
 def _check_not_empty(completion: Completion) -> None:

@@ -122,7 +122,10 @@ def _name(view: View, names: tuple[str, str], answered: Answered) -> str:
 
 def _against(view: View, chat: list[object], worse: object) -> Answered:
     """Put a worse answer in place of the one that ends a chat."""
-    prompt, _ = conversations.split_last(chat, view.key("messages"))
+    key = view.key("messages")
+    prompt, answer = conversations.split_last(chat, key)
+    if answer[-1]["role"] != ASSISTANT:  # what the worse answer replaces is not certain
+        raise InvalidRecordError("E403", f"{key!r} does not end with an assistant turn")
     if isinstance(worse, str):
         worse = [{"role": ASSISTANT, "content": worse}]
     ends = worse if isinstance(worse, list) else [worse]
