@@ -135,7 +135,7 @@ def texts(model: Path, prompts: list[str], seed: int) -> list[str]:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(prompts)]
     drawn = sample_completions(
-        load_model(model), ids, max_new_tokens=NEW_TOKENS, eos_id=2, seed=seed
+        load_model(model), ids, max_new_tokens=NEW_TOKENS, stop_ids=[2], seed=seed
     )
     starts = tokenizer.decode_batch(ids)
     wholes = tokenizer.decode_batch([a + b for a, b in zip(ids, drawn, strict=True)])

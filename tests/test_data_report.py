@@ -138,7 +138,7 @@ computing: 64 tokens in rows of prompt and completion, 40.6 % of them prompt
 
 vocabulary: 11 of 47 ids are used (23.4 %)
   special tokens: </s> 9
-  9 of 10 completions end with EOS (90.0 %)
+  9 of 10 completions end with </s> (90.0 %)
   all completions begin with one token in 0.0 % of the groups
 
 near-duplicates: 1 of 5 groups resemble an earlier one, whoever is chosen
@@ -182,7 +182,7 @@ def test_a_sealed_store_gives_the_same_report(run: Run, file: Path, folder: Path
     code, out, _ = run("data", "report", "rows.store")
     assert code == 0
     assert "[R301] 1 × an empty completion" in out
-    assert "end with EOS" not in out  # only a tokenizer knows which token that is
+    assert "completions end with" not in out  # only a tokenizer knows which token that is
 
 
 def test_what_cannot_be_done_is_said(run: Run, file: Path, folder: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_kl_estimate_covers_the_exact_kl(
         ]
     exact = float((logps[0].exp() * (logps[0] - logps[1])).sum())
     prompts = [prompt] * 4000
-    drawn = sample_completions(policy, prompts, max_new_tokens=1, eos_id=2, seed=0)
+    drawn = sample_completions(policy, prompts, max_new_tokens=1, stop_ids=[2], seed=0)
     ratios = drawn_logratios(policy, reference, prompts, drawn)
     error = ratios.std(ddof=1) / math.sqrt(len(ratios))
     assert abs(ratios.mean() - exact) < 4 * error
@@ -65,7 +65,7 @@ def test_sampling_draws_from_the_models_distribution(tiny_model: Path) -> None:
     model, prompt = load_model(tiny_model), [1, 5, 6]
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1).numpy()
-    drawn = sample_completions(model, [prompt] * 5000, max_new_tokens=1, eos_id=2)
+    drawn = sample_completions(model, [prompt] * 5000, max_new_tokens=1, stop_ids=[2])
     counts = np.bincount([ids[0] for ids in drawn], minlength=len(expected)) / 5000
     assert np.abs(counts - expected).max() < 0.03
 
@@ -77,20 +77,20 @@ def test_sampling_is_reproducible_and_leaves_the_callers_randomness_alone(
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=3)
+    first = sample_completions(model, prompts, max_new_tokens=7, stop_ids=[2], seed=3)
     assert torch.equal(torch.rand(3), expected)
-    assert first == sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=3)
-    assert first != sample_completions(model, prompts, max_new_tokens=7, eos_id=2, seed=4)
+    assert first == sample_completions(model, prompts, max_new_tokens=7, stop_ids=[2], seed=3)
+    assert first != sample_completions(model, prompts, max_new_tokens=7, stop_ids=[2], seed=4)
     assert all(1 <= len(ids) <= 7 for ids in first)
     assert all(2 not in ids[:-1] for ids in first)
 
 
 def test_a_folders_generation_settings_do_not_bend_the_samples(tiny_model: Path) -> None:
     model, prompts = load_model(tiny_model), [[1, 5, 6]] * 50
-    free = sample_completions(model, prompts, max_new_tokens=5, eos_id=2)
+    free = sample_completions(model, prompts, max_new_tokens=5, stop_ids=[2])
     model.generation_config.suppress_tokens = list(range(3, 12))  # type: ignore[union-attr]
     model.generation_config.repetition_penalty = 5.0  # type: ignore[union-attr]
-    assert sample_completions(model, prompts, max_new_tokens=5, eos_id=2) == free
+    assert sample_completions(model, prompts, max_new_tokens=5, stop_ids=[2]) == free
 
 
 def test_a_drawing_that_cannot_fit_is_refused_first(tiny_model: Path, pairs_file: Path) -> None:

@@ -93,7 +93,7 @@ def test_known_text_of_a_real_model(shared: Path) -> None:
     start = tokenizer.encode("Once upon a time").ids
     with torch.no_grad():
         (ids,) = sample_completions(
-            load_model(folder), [start], max_new_tokens=60, eos_id=2, greedy=True
+            load_model(folder), [start], max_new_tokens=60, stop_ids=[2], greedy=True
         )
     text = tokenizer.decode(start + ids)
     assert text.startswith("Once upon a time, there was a little girl named Lily.")

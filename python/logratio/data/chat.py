@@ -92,6 +92,14 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: whatever it raises, it is at fault
             raise ChatTemplateError(f"the chat template fails: {error}") from error
 
+    def closing(self) -> str:
+        """Return what the template writes after an answer: "" where it refuses a plain chat."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        try:
+            return self.render(turns).rpartition(MARK)[2]
+        except ChatTemplateError:
+            return ""
+
     def _write_calls(
         self,
         messages: list[dict[str, Any]],

@@ -61,15 +61,17 @@ CODES: dict[str, str] = {
     "W509": "repeated judgements contradict each other",
     "W510": "many groups are nearly the same",
     "W511": "many completions were cut at the limit",
-    "W522": "a chat that was written as text, read as a chat (else: --strings text)",
     "W512": "the chat template asks with text that it does not write before an answer: "
     "the prompt ends before it",
     "W513": "the chat template leaves out a part of the row",
     "W514": "the chat template leaves out the reasoning of turns before the answer",
     "W515": "turns that follow the last assistant turn were left out",
+    "W517": "no completion ends with a token that ends an answer",
+    "W522": "a chat that was written as text, read as a chat (else: --strings text)",
     "W530": "a pair of a list was left out",
 }
-"""W502 and W503 are counted per completion, W508 to W511 once a data set, all others per record."""
+"""W502 and W503 are counted per completion, W508 to W511 and W517 once a data set, all others per
+record."""
 
 
 class Cut(str):

@@ -59,6 +59,11 @@ class PreferenceTokenizer:
         digest: Hex; equal digests and rules give equal ids.
         bos_id: The beginning-of-text token, if the folder names one.
         eos_id: The end-of-text token, if the folder names one.
+        stop_ids: Tokens that end an answer, in ascending order: the tokenizer's EOS, those that
+            generation_config.json and config.json list, and the one that the chat template writes
+            after an answer.
+        closing_ids: What the chat template writes after an answer, from the stop token on: it may
+            end with white space. Empty where it writes no such token.
         pad_id: The padding token; EOS, else 0, where the folder names none.
         vocabulary_size: The largest id plus one.
         fitting: Checks and cuts ids by the rules.
@@ -91,6 +96,9 @@ class PreferenceTokenizer:
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
             self._template = ChatTemplate(files.chat_template, files.special_tokens)
+        self.closing_ids = self._closing_ids()
+        own = () if self.eos_id is None else (self.eos_id,)
+        self.stop_ids = tuple(sorted({*files.stop_ids, *own, *self.closing_ids[:1]}))
         self.fitting = Fitting(rules, self.bos_id, self.vocabulary_size)
         self._ending: list[int] = []
         if rules.append_eos:
@@ -206,6 +214,14 @@ class PreferenceTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids back into text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _closing_ids(self) -> tuple[int, ...]:
+        """Find what the chat template writes after an answer, from the token that ends it."""
+        closing = self._template.closing() if self._template else ""
+        added = self._tokenizer.get_added_tokens_decoder()
+        ids = self._tokenizer.encode(closing, add_special_tokens=False).ids if closing else []
+        start = next((place for place, number in enumerate(ids) if number in added), len(ids))
+        return tuple(ids[start:])
 
     def _encode_one(self, record: PreferenceRecord) -> TokenizedGroup:
         """Encode what a caller, and no file, brought."""

@@ -41,7 +41,7 @@ def draw(model_folder: Path, prompts: list[str], count: int, seed: int) -> Candi
         load_model(model_folder),
         [one for one in ids for _ in range(count)],
         max_new_tokens=MAX_NEW_TOKENS,
-        eos_id=task.EOS,
+        stop_ids=[task.EOS],
         seed=seed,
     )
     texts = [" " + text for text in tokenizer.decode_batch(drawn)]

@@ -200,7 +200,7 @@ class Evaluating:
             policy,
             prompts,
             max_new_tokens=self.config.max_new_tokens,
-            eos_id=self.dataset.tokenizer.eos_id,
+            stop_ids=self.dataset.tokenizer.stop_ids,
             seed=self.config.seed,
         )
         ratios = drawn_logratios(policy, reference, prompts, drawn)

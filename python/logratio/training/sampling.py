@@ -19,7 +19,7 @@ def sample_completions(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    stop_ids: Sequence[int],
     seed: int = 0,
     greedy: bool = False,
 ) -> list[list[int]]:
@@ -28,13 +28,14 @@ def sample_completions(
     Args:
         model: the policy, in eval mode.
         prompts: token ids.
-        max_new_tokens: a completion that has no EOS by then is cut there.
-        eos_id: ends a completion, and is its last token; None if nothing does.
+        max_new_tokens: a completion that has not ended by then is cut there.
+        stop_ids: tokens of which the first that is drawn ends a completion, and is its last
+            token; empty: nothing ends one.
         seed: same seed, same completions; the caller's random state is untouched.
         greedy: take the most likely token instead of drawing.
 
     Returns:
-        Token ids of each completion, EOS included.
+        Token ids of each completion, with the token that ends it.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     drawn: list[list[int]] = [[] for _ in prompts]
@@ -42,9 +43,9 @@ def sample_completions(
         torch.manual_seed(seed)
         for start in range(0, len(order), SAMPLE_ROWS):
             rows = order[start : start + SAMPLE_ROWS]
-            ids = _generate(model, [prompts[i] for i in rows], max_new_tokens, eos_id, greedy)
+            ids = _generate(model, [prompts[i] for i in rows], max_new_tokens, stop_ids, greedy)
             for row, completion in zip(rows, ids, strict=True):
-                drawn[row] = _until_eos(completion, eos_id)
+                drawn[row] = _until_stop(completion, stop_ids)
     return drawn
 
 
@@ -52,7 +53,7 @@ def _generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_id: int | None,
+    stop_ids: Sequence[int],
     greedy: bool,
 ) -> list[list[int]]:
     inner = transformer(model)
@@ -67,8 +68,8 @@ def _generate(
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=not greedy,
-                eos_token_id=eos_id,
-                pad_token_id=0 if eos_id is None else eos_id,
+                eos_token_id=list(stop_ids) or None,
+                pad_token_id=next(iter(stop_ids), 0),
                 **how,
             )
     finally:
@@ -86,7 +87,6 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     return ids.to(device), mask.to(device)
 
 
-def _until_eos(completion: list[int], eos_id: int | None) -> list[int]:
-    if eos_id is None or eos_id not in completion:
-        return completion
-    return completion[: completion.index(eos_id) + 1]
+def _until_stop(completion: list[int], stop_ids: Sequence[int]) -> list[int]:
+    ends = (place for place, token in enumerate(completion, 1) if token in stop_ids)
+    return completion[: next(ends, None)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from logratio.data.analysis.lengths import LengthBias
 from logratio.data.analysis.noise import FlipEstimate
 from logratio.data.analysis.similarity import Similarity
+from logratio.data.analysis.tokens import TokenUse
 from logratio.data.codes import CODES
 
 NOTABLE_SIMILAR = 0.01
@@ -63,6 +64,18 @@ def similarity_finding(found: Similarity | None, groups: int) -> list[Finding]:
         "training, and a random split puts them on both sides"
     )
     return [Finding("W510", text)]
+
+
+def stop_finding(use: TokenUse) -> list[Finding]:
+    """Warn where no completion ends with a token that ends an answer (W517)."""
+    if use.ended != 0 or not use.completions:
+        return []
+    text = (
+        f"none of {use.completions:,} completions ends with {' or '.join(use.stops)}: a model "
+        "that is trained on them does not learn to stop. Compare the chat template with "
+        "eos_token_id in generation_config.json"
+    )
+    return [Finding("W517", text)]
 
 
 def cut_finding(cut: int, completions: int) -> list[Finding]:

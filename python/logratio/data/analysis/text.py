@@ -130,7 +130,7 @@ def _tokens(use: TokenUse) -> list[str]:
         lines.append(f"special tokens: {named}")
     if use.ended is not None:
         lines.append(
-            f"{use.ended:,} of {use.completions:,} completions end with EOS "
+            f"{use.ended:,} of {use.completions:,} completions end with {' or '.join(use.stops)} "
             f"({_percent(use.ended / use.completions)})"
         )
     if use.unknown:

@@ -26,7 +26,9 @@ class TokenUse:
         top: The ids used most, as (id, count).
         top_texts: What these ids are, in the same order; empty without a tokenizer.
         special: How often each special token stands in the data: those that do.
-        ended: Completions that end with the tokenizer's EOS; None where there is none.
+        ended: Completions that end with one of the tokenizer's stop tokens, or as the chat
+            template ends an answer, where white space follows that token; None without any.
+        stops: These tokens, as text.
         completions: All of them.
         compared: Groups of two completions or more.
         same_start: Of these, groups whose completions all begin with one token.
@@ -41,6 +43,7 @@ class TokenUse:
     top_texts: tuple[str, ...]
     special: Mapping[str, int]
     ended: int | None
+    stops: tuple[str, ...]
     completions: int
     compared: int
     same_start: int
@@ -63,6 +66,7 @@ def token_use(store: Store, tokenizer: "PreferenceTokenizer | None" = None) -> T
     top = np.argsort(-uses, kind="stable")[:_TOP]
     top = top[uses[top] > 0]
     special, vocabulary, ended, unknown = {}, None, None, 0
+    stops: list[int] = []
     if tokenizer is not None:
         vocabulary = tokenizer.vocabulary_size
         unknown = int(uses[vocabulary:].sum()) + census.beyond
@@ -72,8 +76,10 @@ def token_use(store: Store, tokenizer: "PreferenceTokenizer | None" = None) -> T
             for text, number in named.items()
             if number < len(uses) and uses[number]
         }
-        if tokenizer.eos_id is not None:
-            ended = int(ends[tokenizer.eos_id : tokenizer.eos_id + 1].sum())
+        stops = [number for number in tokenizer.stop_ids if number < vocabulary]
+        if stops:
+            last = {*stops, *tokenizer.closing_ids[-1:]}
+            ended = sum(int(ends[number]) for number in last if number < len(ends))
     return TokenUse(
         tokens=store.tokens,
         used=int(np.count_nonzero(uses)),
@@ -83,6 +89,7 @@ def token_use(store: Store, tokenizer: "PreferenceTokenizer | None" = None) -> T
         top_texts=tuple(tokenizer.decode([int(number)]) for number in top) if tokenizer else (),
         special=special,
         ended=ended,
+        stops=tuple(tokenizer.decode([number]) for number in stops) if tokenizer else (),
         completions=store.completions,
         compared=census.compared,
         same_start=census.same_start,

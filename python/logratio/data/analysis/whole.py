@@ -15,6 +15,7 @@ from logratio.data.analysis.padding import Padding, padding
 from logratio.data.analysis.places import Places
 from logratio.data.analysis.similarity import Similarity, similarity
 from logratio.data.analysis.tokens import TokenUse, token_use
+from logratio.data.formats.catalogue import STEPS
 from logratio.data.report import DataReport
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def analyse(
     if are_pairs:
         flips = estimate_flips(votes_of(account.deduplicated, account.warnings_by_code["W507"]))
     similar = None if threshold is None else similarity(store, Places(store), threshold)
-    cut = account.warnings_by_code["W503"]
+    cut, use = account.warnings_by_code["W503"], token_use(store, tokenizer)
     return Analysis(
         account,
         columns.groups,
@@ -110,15 +111,22 @@ def analyse(
         bias,
         flips,
         padding(columns),
-        token_use(store, tokenizer),
+        use,
         similar,
         (
             *findings.length_finding(bias),
             *findings.noise_finding(flips),
             *findings.similarity_finding(similar, columns.groups),
             *findings.cut_finding(cut, store.completions),
+            *([] if _go_on(account, tokenizer) else findings.stop_finding(use)),
         ),
     )
+
+
+def _go_on(account: DataReport, tokenizer: "PreferenceTokenizer | None") -> bool:
+    """Say whether nothing is expected to end: single steps, or text under rules without EOS."""
+    is_without = tokenizer is not None and not tokenizer.rules.append_eos
+    return is_without or (bool(account.formats) and set(account.formats) <= STEPS)
 
 
 def _account(store: Store) -> DataReport:

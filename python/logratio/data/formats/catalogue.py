@@ -235,6 +235,8 @@ CATALOGUE = (
 )
 
 FORMATS = {known.name: known for known in CATALOGUE}
+STEPS = frozenset(known.name for known in CATALOGUE if known.family == "steps")
+"""Formats whose answers are single steps, which no token ends."""
 KNOWN_NAMES = frozenset(
     {name for known in CATALOGUE for need in known.needs for name in need}
     | {*MAINS, *SYSTEM, HISTORY, TOOLS, *LABELS, *THUMBS}
