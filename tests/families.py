@@ -73,7 +73,7 @@ class Family:
         return made
 
 
-CROSSTALK = r"see each other|log-probs differ"
+CROSSTALK = r"state runs through"
 OWN_ATTENTION = "inside shared_prompts"
 
 FAMILIES: Mapping[str, Family] = {

@@ -341,14 +341,14 @@ def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -
             load_model(tiny_folder / "reference"),
             peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
         ).save_pretrained(str(tuned))
-    with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING adapters cannot be exported"):
+    with pytest.raises(ModelFolderError, match="an adapter of type PROMPT_TUNING"):
         exported(tiny_folder, tmp_path / "b", policy=tuned)
     bare = save_tiny_model(tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(ExportError, match=re.escape("tokenizer.json")):
         exported(tiny_folder, tmp_path / "b", policy=bare, reference=bare)
     (bare / "config.json").write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(UnsupportedModelError, match="knows no such model"):
+    with pytest.raises(ModelFolderError, match="knows no such model"):
         exported(tiny_folder, tmp_path / "b", policy=bare)
 
 

@@ -4,6 +4,8 @@ Each takes well under a second on a small model and refuses, or falls back with 
 where a rival would train on wrong numbers.
 """
 
+import re
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,12 @@ from logratio.logps.head import head_logits
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""
+SAME_CALLS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+"""Nats per token by which two calls of the same shapes may differ: only where the place among
+others chooses how a token is rounded."""
+_STATEFUL = re.compile("linear|conv|hybrid|mamba|ssm|recurrent|rwkv")
+"""In names of layer types: a state runs through the tokens."""
+_STATE_MODULES = re.compile("mamba|delta|rwkv|lightning|recurrent|linearattention", re.I)
 
 
 class UnsupportedModelError(LogratioError, ValueError):
@@ -30,23 +38,54 @@ def choose_layout(model: nn.Module) -> tuple[str, str]:
     and both layouts must agree. A model that fails gets the padded layout.
     """
     check_head(model)
-    if reason := _sees_padding(model):
+    check_causality(model)
+    if reason := _sees_padding(model) or _has_state(model):
         return "padded", reason
-    first, second = _probe(model, seed=0), _probe(model, seed=1)
-    changed = [(first[0][0], [first[0][1][0], second[0][1][1]]), first[1]]
+    first = _probe(model, seed=0)
     try:
-        shared, leaked = _scores(model, first, "shared"), _scores(model, changed, "shared")
+        shared = _scores(model, first, "shared")
+        moved = max(_leak(model, first, shared, changed) for changed in (0, 1))
     except SharedPromptError as error:
         return "padded", f"{_name(model)} cannot share prompts: {error}"
     except TypeError:  # of Python, about a keyword or a mask that the model's code has not
         why = "its attention cannot be replaced by that of shared prompts"
         return "padded", f"{_name(model)} cannot share prompts: {why}"
-    kept = slice(0, len(first[0][1][0]))
-    if not (moved := _gap(shared[kept], leaked[kept])) <= _tolerance(model):  # NaN too
+    if not moved <= _tolerance(model, SAME_CALLS):  # NaN too
         return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
     if not (gap := _gap(shared, _scores(model, first, "padded"))) <= _tolerance(model):
         return "padded", f"{_name(model)}: shared and padded log-probs differ ({gap:.2g} nats)"
     return "shared", "leak check passed"
+
+
+def _leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) -> float:
+    """Return how far one completion of the first group moves when the other one changes."""
+    prompt, completions = groups[0]
+    others = [*completions]
+    others[changed] = _probe(model, seed=1)[0][1][changed]
+    leaked = _scores(model, [(prompt, others), *groups[1:]], "shared")
+    length = len(completions[0])
+    kept = slice(0, length) if changed else slice(length, length + len(completions[1]))
+    return _gap(logps[kept], leaked[kept])
+
+
+def _has_state(model: nn.Module) -> str | None:
+    """Say which layers of a model pass a state from token to token, or return None.
+
+    A leak of theirs may be too small for a probe in low precision, and is a leak all the same.
+    """
+    inner = transformer(model)
+    types = {*(getattr(inner.config.get_text_config(), "layer_types", None) or ())}
+    found = sorted(name for name in types if _STATEFUL.search(name))
+    parts = [module for module in inner.base_model.modules() if module is not inner.base_model]
+    found = found or sorted({type(module).__name__ for module in parts if _keeps_state(module)})[:1]
+    if not found:
+        return None
+    return f"{_name(model)} has layers whose state runs through the tokens ({', '.join(found)})"
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    is_convolution = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
+    return is_convolution or bool(_STATE_MODULES.search(type(module).__name__))
 
 
 def _sees_padding(model: nn.Module) -> str | None:
@@ -73,13 +112,34 @@ def check_head(model: nn.Module) -> None:
     prompt, completions = _probe(model, seed=0)[0]
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():
-        own = inner(input_ids=ids, use_cache=False).logits[0].float()
+        own = model(input_ids=ids, use_cache=False).logits[0].float()  # with all that wraps it
         ours = head_logits(inner, inner.base_model(input_ids=ids, use_cache=False)[0][0]).float()
     if not bool(own.isfinite().all()):
         raise UnsupportedModelError(f"{_name(model)}: its logits are not finite")
     if not (gap := _gap(own, ours)) <= _tolerance(model):
         raise UnsupportedModelError(
             f"{_name(model)}: its head scales logits in an unknown way (they differ by {gap:.2g})"
+        )
+
+
+@torch.no_grad()
+def check_causality(model: nn.Module) -> None:
+    """Make sure that a token's log-probs do not depend on the tokens that follow.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
+    prompt, completions = _probe(model, seed=0)[0]
+    ids = torch.tensor([prompt + completions[0]], device=transformer(model).device)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % transformer(model).config.get_text_config().vocab_size
+    first, second = (
+        torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
+        for row in (ids, changed)
+    )
+    if not (moved := _gap(first, second)) <= _tolerance(model, SAME_CALLS):
+        raise UnsupportedModelError(
+            f"{_name(model)} is not causal: a token moves log-probs before it by {moved:.2g} nats"
         )
 
 
@@ -103,14 +163,21 @@ def _gap(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().max())
 
 
-def _tolerance(model: nn.Module) -> float:
-    if getattr(transformer(model), "is_quantized", False):
+def _tolerance(model: nn.Module, limits: dict[torch.dtype, float] = TOLERANCE) -> float:
+    if getattr(transformer(model), "is_quantized", False) or _has_experts(model):
         # 8-bit products pick their outliers from all rows, so batch-mates move one another
-        # (0.07 nats on the probe of a small model); 4-bit ones have two kernels.
+        # (0.07 nats on the probe of a small model); 4-bit ones have two kernels. Experts multiply
+        # as many rows as chose them.
         return TOLERANCE[torch.bfloat16]
     if torch.is_autocast_enabled(transformer(model).device.type):
-        return TOLERANCE[torch.bfloat16]
-    return TOLERANCE[transformer(model).dtype]
+        return limits[torch.bfloat16]
+    return limits[transformer(model).dtype]
+
+
+def _has_experts(model: nn.Module) -> bool:
+    inner = transformer(model)
+    is_low = inner.dtype != torch.float32 or torch.is_autocast_enabled(inner.device.type)
+    return is_low and any("expert" in key for key in inner.config.get_text_config().to_dict())
 
 
 def _name(model: nn.Module) -> str:

@@ -1,8 +1,6 @@
 """Policy and reference, loaded; sharing their base where the policy is a plain adapter on it."""
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -11,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from logratio.logps.completion import transformer
+from logratio.training.models import merged
 
 TWO_MODELS, ADAPTER = "two_models", "adapter"
 
@@ -93,26 +92,3 @@ def has_weights_of(policy: nn.Module, reference: nn.Module) -> bool:
         tensor.shape == weights[name].shape and torch.equal(tensor, weights[name])
         for name, tensor in base.items()
     )
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """Add a model's adapter, if any, to its weights, in place."""
-    if not isinstance(model, PeftModel):
-        return model
-    _untie_head(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # peft's on ties, which were just cut
-        whole = model.merge_and_unload()
-    assert isinstance(whole, nn.Module)
-    return whole
-
-
-def _untie_head(model: nn.Module) -> None:
-    """Give the head its own weight, or merging its adapter would change the embeddings too."""
-    inner: Any = transformer(model)
-    head, embeddings = (
-        getattr(end, "base_layer", end)
-        for end in (inner.get_output_embeddings(), inner.get_input_embeddings())
-    )
-    if head.weight is embeddings.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)

@@ -4,19 +4,22 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from logratio.bundle import TOKENIZER_FILES
 from logratio.data import PreferenceTokenizer, TokenizationRules
 from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
-from logratio.logps.checks import UnsupportedModelError
 from logratio.scoring.families import check_exportable, max_positions
 from logratio.scoring.graph import SINGLE_FILE_BYTES
 from logratio.training.fingerprint import parameter_count
-from logratio.training.models import ADAPTER_CONFIG, base_folder, check_model_folder
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    architecture,
+    base_folder,
+    check_model_folder,
+)
 from logratio.training.run_folder import SETTINGS_FILE, reward_beta, settings_of
 from logratio.training.shares import refuse_several
 from logratio.validation import check_fields
@@ -133,7 +136,6 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     policy, reference, output = map(Path, (config.policy, config.reference, config.output))
     for folder in (policy, reference):
         check_model_folder(folder)
-        _check_adapter(folder)
     beta = reward_beta(policy, config.beta)
     if not (math.isfinite(beta) and beta > 0):
         raise ExportError(f"beta is {beta}; it is that of the training, above 0")
@@ -152,15 +154,6 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     return plan
 
 
-def _check_adapter(folder: Path) -> None:
-    """Refuse adapters that are no weights: a graph has no place for tuned prompts."""
-    if not (folder / ADAPTER_CONFIG).exists():
-        return
-    kind = PeftConfig.from_pretrained(str(folder))
-    if kind.is_prompt_learning:
-        raise UnsupportedModelError(f"{folder}: {kind.peft_type} adapters cannot be exported")
-
-
 def _check_output(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise ExportError(f"{output}: not empty, and a bundle never overwrites anything")
@@ -170,7 +163,7 @@ def _check_output(output: Path) -> None:
 
 def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
     """Return the policy's configuration; the reference may differ in all but the vocabulary."""
-    own, other = _architecture(policy), _architecture(reference)
+    own, other = (architecture(base_folder(folder)) for folder in (policy, reference))
     check_exportable(own, 0)
     check_exportable(other, 0)
     if own.vocab_size != other.vocab_size:
@@ -179,18 +172,6 @@ def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
             f"{other.vocab_size} ids), so their log-probs cannot be compared"
         )
     return own
-
-
-def _architecture(folder: Path) -> PreTrainedConfig:
-    base = base_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModelError(
-            f"{base}: transformers knows no such model without running its code"
-        ) from error
-    assert isinstance(config, PreTrainedConfig)
-    return config
 
 
 def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -> TokenizationRules:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -136,6 +137,38 @@ def _with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> 
     return model if getattr(base, "is_quantized", False) else model.to(device)
 
 
+def merged(model: nn.Module) -> nn.Module:
+    """Add a model's adapter, if any, to its weights, in place.
+
+    Where a head that is tied to the embeddings is adapted, or they are, the tie is cut, also in the
+    config: it would else give the one the adapter of the other, now or when the model is loaded.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    _untie(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft's on ties, which were just cut
+        whole = model.merge_and_unload()  # type: ignore[operator]
+    assert isinstance(whole, nn.Module)
+    return whole
+
+
+def _untie(model: Any) -> None:
+    inner = model.get_base_model()
+    ends = (inner.get_output_embeddings(), inner.get_input_embeddings())
+    head, embeddings = map(_own, ends)
+    if head is None or head.weight is not embeddings.weight or ends == (head, embeddings):
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    inner.config.get_text_config().tie_word_embeddings = False
+    inner.config.tie_word_embeddings = False
+
+
+def _own(end: Any) -> Any:
+    """Return the module that an adapter of peft, or its copy to train, was put around."""
+    return getattr(end, "base_layer", getattr(end, "original_module", end))
+
+
 def base_folder(folder: str | Path) -> Path:
     """Return the folder of the base model of an adapter, or `folder` if it is no adapter."""
     config = Path(folder) / ADAPTER_CONFIG
@@ -170,7 +203,64 @@ def check_model_folder(folder: Path) -> None:
             "convert with model.save_pretrained(folder) of transformers"
         )
     if adapter:
+        _check_adapter(folder)
         _check_base(folder)
+    else:
+        architecture(folder)
+
+
+def architecture(folder: Path) -> PreTrainedConfig:
+    """Read the config of a model's folder, before its weights.
+
+    Raises:
+        ModelFolderError: transformers knows no such model, or it is no causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelFolderError(
+            f"{folder}: the installed transformers knows no such model without running code that "
+            f"comes with it: {str(error).partition(chr(10))[0]}"
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    name = f"{folder} is a model of type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise ModelFolderError(f"{name}, an encoder-decoder: only causal models are scored")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelFolderError(f"{name}, which transformers has no causal language model for")
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None):
+        raise ModelFolderError(
+            f"{name} with use_bidirectional_attention: its tokens see those that follow, so it "
+            "gives no log-probs of what follows"
+        )
+    return config
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse adapters that change more than layers: the log-prob engine calls the inner model."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFolderError(
+            f"{folder}: peft cannot read its adapter_config.json: {error}"
+        ) from error
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    is_layers = isinstance(tuner, type) and issubclass(tuner, BaseTuner)
+    if not is_layers or tuner.forward is not BaseTuner.forward or config.is_prompt_learning:
+        raise ModelFolderError(
+            f"{folder} is an adapter of type {kind}, which acts outside of the model's layers: it "
+            "cannot be scored with prompts shared. LoRA and its kind can"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelFolderError(
+            f"{folder} is an activated LoRA (alora_invocation_tokens), which is on behind certain "
+            "tokens only: it is not supported"
+        )
 
 
 def _check_base(adapter: Path) -> None:

@@ -39,6 +39,7 @@ from logratio.training.models import (
     check_router_loss,
     default_device,
     load_model,
+    merged,
     with_lora,
 )
 from logratio.training.reference import (
@@ -252,9 +253,7 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
     """Load the policy, with fresh adapters if asked; only what trains requires gradients."""
     model = load_model(config.model, device=device, precision=config.precision)
     if (Path(config.model) / ADAPTER_CONFIG).exists():
-        merged = model.merge_and_unload()  # type: ignore[operator]  # peft's
-        assert isinstance(merged, nn.Module)
-        return merged.requires_grad_(True)
+        return merged(model).requires_grad_(True)
     return with_lora(model, config.lora, Path(config.model)) if config.lora else model
 
 

@@ -25,7 +25,7 @@ from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.loop import Loop, SaveError
 from logratio.training.models import autocast, default_device
-from logratio.training.reference import holds_sums_only, undisturbed
+from logratio.training.reference import FrozenReference, holds_sums_only, undisturbed
 from logratio.training.reference_pass import Precompute
 from logratio.training.run_folder import (
     CHECKPOINTS,
@@ -234,6 +234,8 @@ class Training:
         reference = self.cached or build_reference(self.config, policy)
         with autocast(self.config.precision, self.device), undisturbed(policy):
             layout, reason = choose_layout(policy)
+            if layout == "shared" and isinstance(reference, FrozenReference):
+                layout, reason = choose_layout(reference.model)
         if layout == "padded":
             say(f"padded layout (slower, never wrong): {reason}")
         loop = Loop(self.config, self.store, policy, reference, layout)
