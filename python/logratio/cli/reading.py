@@ -154,6 +154,15 @@ class Reading(Formats):
             rich_help_panel=LIMITS,
         ),
     ] = False
+    date: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2026-11-29",
+            help="The date that the chat template writes, where it has a clock. Default: that of "
+            "the store, the run, the policy or the cache; else today's, which is recorded.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None
     max_bad_fraction: Annotated[
         float,
         typer.Option("--max-bad-fraction", help="Share of malformed rows to go on with; each is "
@@ -171,6 +180,7 @@ class Reading(Formats):
             prompt_truncation=self.prompt_truncation.value,
             append_eos=self.eos,
             split_special_tokens=self.split_special_tokens,
+            date=self.date,
         )
 
 

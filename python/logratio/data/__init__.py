@@ -23,6 +23,7 @@ from logratio.data.sealed import (
     datasets_of,
     is_store,
     load_store,
+    rules_of,
     source_names,
 )
 from logratio.data.tokenization import PreferenceTokenizer
@@ -58,5 +59,6 @@ __all__ = [
     "lay_out",
     "load_store",
     "micro_batches",
+    "rules_of",
     "source_names",
 ]

@@ -19,6 +19,7 @@ from logratio.errors import LogratioError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning, as transformers knows them; the first that is given counts."""
+_DATE_STRING = "%d %b %Y"  # as Llama's templates write their own
 MARK = "\ue000answer\ue001"
 """Of private use: no template and no text holds it."""
 
@@ -35,25 +36,44 @@ class ChatTemplate:
 
     Attributes:
         source: The template's text.
+        reads_date: Whether it has a clock or a ``date_string``.
+        date: What it writes as the date, as 2026-11-29; None where it has its own, or none.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], date: str | None = None
+    ) -> None:
         """Compile a template.
 
         Args:
             source: The template's text.
             special_tokens: What the template reads as ``bos_token``, ``eos_token`` and so on.
+            date: What its clock (``strftime_now``) reads, or, where it has none, its
+                ``date_string``. None: the clock stays at today, ``date_string`` is the template's.
 
         Raises:
             ChatTemplateError: The template is malformed.
         """
         self.source = source
         self._special_tokens = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            names = {name.name for name in environment.parse(source).find_all(nodes.Name)}
         except jinja2.TemplateSyntaxError as error:
             reason = f"the chat template is malformed at line {error.lineno}: {error.message}"
             raise ChatTemplateError(reason) from error
+        has_clock = "strftime_now" in names
+        self.reads_date = has_clock or "date_string" in names
+        self.date = (date or (today() if has_clock else None)) if self.reads_date else None
+        self._dates: dict[str, Any] = {}
+        if self.date is not None:
+            at = datetime.fromisoformat(self.date)
+            self._dates = (
+                {"strftime_now": at.strftime}
+                if has_clock
+                else {"date_string": at.strftime(_DATE_STRING)}
+            )
 
     def render(
         self,
@@ -87,6 +107,7 @@ class ChatTemplate:
                 tools=tools,
                 documents=None,
                 add_generation_prompt=ask,
+                **self._dates,
                 **self._special_tokens,
             )
         except Exception as error:  # a template is a program: whatever it raises, it is at fault
@@ -215,7 +236,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
@@ -239,5 +259,6 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+def today() -> str:
+    """Read the clock: the date here, as 2026-11-29."""
+    return datetime.now().date().isoformat()

@@ -142,6 +142,7 @@ class _Ingest:
             if at and number == at.input:
                 self._readers[number].go_on(dict(at.mark))
             self._read(number, intake)
+        intake.report.date = self._tokenizer.rules.date
         intake.report.left_out = [path.as_posix() for path in self._readers.left_out]
         intake.close()
         store = self._seal(intake)

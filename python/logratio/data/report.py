@@ -52,6 +52,7 @@ class DataReport:
         left_out: Files of folders that are no data: README, LICENSE, hidden ones.
         places: For each code, and for "duplicate", the first places.
         cuts: For each code of a cut, how often 2^(k-1) to 2^k - 1 tokens were lost, by k.
+        date: What the chat template writes as the date.
     """
 
     read: int = 0
@@ -67,6 +68,7 @@ class DataReport:
     left_out: list[str] = field(default_factory=list)
     places: dict[str, list[str]] = field(default_factory=dict)
     cuts: dict[str, Counter[int]] = field(default_factory=dict)
+    date: str | None = None
 
     @property
     def refused(self) -> int:
@@ -155,6 +157,7 @@ class DataReport:
                 code: {str(k): count for k, count in sorted(counts.items())}
                 for code, counts in self.cuts.items()
             },
+            "date": self.date,
         }
 
     @classmethod
@@ -167,6 +170,7 @@ class DataReport:
         for name in ("refused_by_code", "warnings_by_code", "formats", "extra_keys"):
             getattr(report, name).update(values.get(name, {}))
         report.left_out = list(values.get("left_out", ()))
+        report.date = values.get("date")
         report.places.update(values.get("places", {}))
         for code, counts in values.get("cuts", {}).items():
             report.cuts[code] = Counter({int(k): count for k, count in counts.items()})
@@ -179,6 +183,8 @@ class DataReport:
             tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion"
             lines.append(f"{tokens} tokens")
         lines += [f"{count:,} rows of {name}" for name, count in self.formats.items()]
+        if self.date:
+            lines.append(f"the chat template writes the date: {self.date} (--date)")
         if self.blank_lines:
             lines.append(f"{self.blank_lines:,} blank lines")
         if self.extra_keys:

@@ -3,6 +3,7 @@
 import errno
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from logratio._rust import CorruptStoreError as CorruptStoreError
@@ -11,6 +12,7 @@ from logratio.data.containers import Inputs, as_inputs
 from logratio.data.containers.recognition import STORE_MAGIC
 from logratio.data.report import DataReport
 from logratio.data.tokenization import PreferenceTokenizer
+from logratio.data.truncation import TokenizationRules
 from logratio.errors import IsFolderError, LogratioError
 
 
@@ -55,6 +57,9 @@ def datasets_of(store: Store) -> tuple[int, ...]:
 def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store, DataReport]:
     """Open a store that `build_store` made, if it was made with this tokenizer and its rules.
 
+    Rules that a store does not name, which an older version made, had their defaults. The date
+    that a template writes is the store's where the tokenizer was given none.
+
     Returns:
         The store, and what became of every row when it was made.
 
@@ -65,14 +70,33 @@ def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store,
     """
     store = Store.open(path)
     metadata = json.loads(store.metadata)
-    here = {"tokenizer": tokenizer.digest, "rules": tokenizer.rules.to_dict()}
-    for name, value in here.items():
-        if metadata.get(name) != value:
-            raise StoreMismatchError(
-                f"{path} was made with {name} {metadata.get(name)}, and here it is {value}: build "
-                "it again, or give the same"
-            )
+    if metadata.get("tokenizer") != tokenizer.digest:
+        raise StoreMismatchError(
+            f"{path} was made with tokenizer {metadata.get('tokenizer')}, and here it is "
+            f"{tokenizer.digest}: build it again, or give the same"
+        )
+    made, here = rules_of(store), tokenizer.rules
+    if not tokenizer.has_given_date:
+        here = replace(here, date=made.date)
+    _check_rules(path, made, here)
     return store, DataReport.from_dict(metadata["report"])
+
+
+def rules_of(store: Store) -> TokenizationRules:
+    """Return the rules under which a store was made."""
+    return TokenizationRules.from_dict(json.loads(store.metadata)["rules"])
+
+
+def _check_rules(path: Path | str, made: TokenizationRules, here: TokenizationRules) -> None:
+    others = here.to_dict()
+    differing = {name: value for name, value in made.to_dict().items() if value != others[name]}
+    if differing:
+        then = ", ".join(f"{name} {value}" for name, value in differing.items())
+        now = ", ".join(f"{name} {others[name]}" for name in differing)
+        raise StoreMismatchError(
+            f"{path} was made with the rules {then}, and here they are {now}: build it again, or "
+            "give the same"
+        )
 
 
 def verified(path: Path | str) -> Store:

@@ -5,6 +5,7 @@ wherever it is scored.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class PreferenceTokenizer:
     """Turns records into ids under one set of rules.
 
     Attributes:
-        rules: Lengths, what to cut, whether to append EOS.
+        rules: Lengths, what to cut, whether to append EOS; with the date that a template writes.
+        reads_date: Whether the ids depend on the rules' date.
+        has_given_date: Whether the rules named the date; else it is today's, or there is none.
         files: What the tokenizer's folder holds.
         chat_template: The template's text, or None.
         digest: Hex; equal digests and rules give equal ids.
@@ -77,7 +80,12 @@ class PreferenceTokenizer:
             ValueError: The chat template is malformed, or the rules append a token that the
                 tokenizer does not have.
         """
-        self.rules = rules
+        self._template: ChatTemplate | None = None
+        if files.chat_template is not None:
+            self._template = ChatTemplate(files.chat_template, files.special_tokens, rules.date)
+        self.has_given_date = rules.date is not None
+        self.reads_date = self._template is not None and self._template.reads_date
+        self.rules = rules = replace(rules, date=self._template.date if self._template else None)
         self.files = files
         self.chat_template = files.chat_template
         self.digest = files.digest
@@ -93,9 +101,6 @@ class PreferenceTokenizer:
         self._opening_ids = list(files.opening_ids)
         self._eos_token = files.special_tokens.get("eos_token")
         self._spelled = special_pattern(files.tokenizer)
-        self._template: ChatTemplate | None = None
-        if files.chat_template is not None:
-            self._template = ChatTemplate(files.chat_template, files.special_tokens)
         self.closing_ids = self._closing_ids()
         own = () if self.eos_id is None else (self.eos_id,)
         self.stop_ids = tuple(sorted({*files.stop_ids, *own, *self.closing_ids[:1]}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any, Literal
 
 from logratio.errors import ConfigError
@@ -24,6 +25,10 @@ class TokenizationRules:
         split_special_tokens: Read a special token that is spelled in a text of strings as plain
             text. A message that spells one is then refused (R307): a template's own special
             tokens could not be told from it.
+        date: The date that the chat template writes, as 2026-11-29. None: today's, if the template
+            has a clock (``strftime_now``); `PreferenceTokenizer.rules` holds the one in use, so
+            that it is recorded. A template that reads ``date_string`` gets it only where it is
+            given, and the rules of a template without any date hold none.
 
     Raises:
         ConfigError: A length or policy is not possible.
@@ -35,6 +40,7 @@ class TokenizationRules:
     prompt_truncation: PromptTruncation = "drop"
     append_eos: bool = True
     split_special_tokens: bool = False
+    date: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -43,6 +49,8 @@ class TokenizationRules:
         if not 1 <= self.prompt_budget < self.max_length:
             longest = self.max_length - 1
             raise ConfigError(f"max_prompt_length is {self.prompt_budget}, not in 1 … {longest}")
+        if self.date is not None:
+            _check_date(self.date)
 
     @property
     def prompt_budget(self) -> int:
@@ -57,6 +65,15 @@ class TokenizationRules:
     def from_dict(cls, values: Mapping[str, Any]) -> "TokenizationRules":
         """Read what `to_dict` returned."""
         return cls(**values)
+
+
+def _check_date(text: str) -> None:
+    try:
+        is_iso = date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        is_iso = False
+    if not is_iso:
+        raise ConfigError(f"date is {text!r}: write it as 2026-11-29")
 
 
 def cut_prompt(ids: list[int], rules: TokenizationRules, bos_id: int | None) -> list[int] | None:

@@ -10,6 +10,7 @@ from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
 from logratio.data import source_names
 from logratio.errors import LogratioError
 from logratio.logps.tensors import Batch
+from logratio.training import dates
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.reference import (
@@ -34,7 +35,7 @@ class CachedReference(PerToken):
 
     def __init__(self, store: Store, reader: CacheReader, folder: Path) -> None:
         self._reader, self.folder = reader, folder
-        self._rows = _found(reader.join(store.keys()), folder)
+        self._rows = _found(reader.join(store.keys()), store, folder)
 
     def over(self, store: Store) -> "CachedReference":
         """Return the same cache's log-probs of another store."""
@@ -56,7 +57,7 @@ class CachedSums:
 
     def __init__(self, store: Store, reader: CacheReader, folder: Path) -> None:
         self._reader, self.folder = reader, folder
-        self._rows = _found(reader.join(store.sum_keys()), folder)
+        self._rows = _found(reader.join(store.sum_keys()), store, folder)
 
     def over(self, store: Store) -> "CachedSums":
         """Return the same cache's sums of another store."""
@@ -86,12 +87,12 @@ class CachedSums:
         return torch.from_numpy(sums).to(targets.target_ids.device)
 
 
-def _found(rows: np.ndarray, folder: Path) -> np.ndarray:
+def _found(rows: np.ndarray, store: Store, folder: Path) -> np.ndarray:
     if missing := int((rows < 0).sum()):
         raise StaleCacheError(
             f"{folder}: {missing:,} of {len(rows):,} completions are not in the cache; run "
             "`logratio precompute` with the same --model, --data and limits, or give --precompute, "
-            "to add them"
+            f"to add them{dates.miss(folder, dates.of_store(store))}"
         )
     return rows
 

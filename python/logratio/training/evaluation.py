@@ -19,7 +19,7 @@ from logratio.logps.checks import choose_layout
 from logratio.logps.completion import score
 from logratio.logps.tensors import Batch, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress
-from logratio.training import demand
+from logratio.training import dates, demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.models import (
@@ -109,6 +109,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         replace(config.formats, kinds=("pair",)),
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
+        recorded_date=lambda: dates.of_policy(config.policy),
     )
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)

@@ -14,7 +14,7 @@ from logratio.cache import record_tolerance
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, duration, size
 from logratio.progress import progress, say
-from logratio.training import demand, threads
+from logratio.training import dates, demand, threads
 from logratio.training.budget import token_budget
 from logratio.training.cache_entries import (
     Work,
@@ -100,8 +100,14 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
         config.formats,
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
+        recorded_date=lambda: _date_of_cache(config),
     )
     return Precompute(config, dataset, share, show_progress)
+
+
+def _date_of_cache(config: PrecomputeConfig) -> str | None:
+    fingerprint = model_fingerprint(config.model, config.precision, config.quantization)
+    return dates.of_cache(entries_of(config.sums_only).folder(config.cache, fingerprint))
 
 
 def check_config(config: PrecomputeConfig, share: Share) -> None:
@@ -218,6 +224,7 @@ class Precompute:
         check_writable(self.folder, self.forecast.disk_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_fingerprint(self.folder, self.fingerprint)
+        dates.record(self.folder, dates.of_store(self.store))
         written = 0
         with (
             interrupts() as interrupted,

@@ -58,6 +58,7 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
         )
     }
     own = {
+        "date": config.rules.date,
         "token_budget": training_budget(config),
         "beta": beta_of(config),
         "lora": asdict(config.lora) if config.lora else None,

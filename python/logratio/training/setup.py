@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from logratio.data import (
     datasets_of,
     is_store,
     load_store,
+    rules_of,
     source_names,
 )
 from logratio.data.containers import Inputs, as_inputs
@@ -69,8 +71,12 @@ def load_dataset(
     refused: Path | None = None,
     max_bad_fraction: float = 0.0,
     show_progress: bool = True,
+    recorded_date: Callable[[], str | None] | None = None,
 ) -> Dataset:
     """Tokenize `data` with the tokenizer in `model`, or open the sealed store that `data` names.
+
+    Where the rules name no date and the chat template reads one, it is that of the store, else
+    what `recorded_date` finds, else today's.
 
     Raises:
         BadDataError: malformed rows, each named by file:line and code.
@@ -82,6 +88,11 @@ def load_dataset(
     tokenizer = PreferenceTokenizer.load(Path(model), rules)
     check_ids(model, tokenizer)
     data = as_inputs(data)
+    if rules.date is None and tokenizer.reads_date:
+        is_sealed = is_store(data)
+        date = rules_of(Store.open(data[0])).date if is_sealed else None
+        date = date or (recorded_date() if recorded_date and not is_sealed else None)
+        tokenizer = PreferenceTokenizer(tokenizer.files, replace(rules, date=date))
     if is_store(data):
         store, report = load_store(data[0], tokenizer)
     else:

@@ -15,7 +15,7 @@ from logratio.logps.attention import shared_prompts
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import transformer
 from logratio.progress import say
-from logratio.training import threads
+from logratio.training import dates, threads
 from logratio.training.activation_budget import settle
 from logratio.training.activations import Kept, keeping
 from logratio.training.cached import cached_reference
@@ -25,7 +25,13 @@ from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.loop import Loop, SaveError
 from logratio.training.models import autocast, default_device
-from logratio.training.reference import FrozenReference, holds_sums_only, undisturbed
+from logratio.training.reference import (
+    FrozenReference,
+    cache_folder,
+    holds_sums_only,
+    sums_folder,
+    undisturbed,
+)
 from logratio.training.reference_pass import Precompute
 from logratio.training.run_folder import (
     CHECKPOINTS,
@@ -104,6 +110,8 @@ def prepare(
     """
     refuse_several("train")
     check_config(config)
+    if config.rules.date is None:
+        config = replace(config, rules=replace(config.rules, date=dates.of_run(config)))
     with ExitStack() as held:
         if not dry_run:
             held.enter_context(claimed(Path(config.output)))
@@ -111,6 +119,7 @@ def prepare(
         if finished:
             refuse_another(config, finished, identity(config))
         dataset = _read(config, show_progress, keeps=not (dry_run or finished))
+        config = replace(config, rules=dataset.tokenizer.rules)
         if finished:
             refuse_another(config, finished, identity(config, dataset.store))
             steps, output = int(finished["steps"]), Path(config.output)
@@ -133,6 +142,7 @@ def _read(config: TrainConfig, show_progress: bool, *, keeps: bool) -> Dataset:
             refused=folder / REFUSED_FILE,
             max_bad_fraction=config.max_bad_fraction,
             show_progress=show_progress,
+            recorded_date=lambda: _date_of_cache(config),
         )
         # The map keeps it while the run needs it, and nothing can leave it behind.
         path.unlink(missing_ok=True)
@@ -142,6 +152,14 @@ def _read(config: TrainConfig, show_progress: bool, *, keeps: bool) -> Dataset:
     if config.reference:
         check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
     return dataset
+
+
+def _date_of_cache(config: TrainConfig) -> str | None:
+    if config.cache is None:
+        return None
+    reference = model_fingerprint(config.reference or config.model, config.precision)
+    folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
+    return max(filter(None, map(dates.of_cache, folders)), default=None)
 
 
 class Training:
