@@ -485,7 +485,9 @@ def test_folders_without_data_or_with_several_splits(tmp_path: Path) -> None:
         train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS)
     )
     splits.save_to_disk(tmp_path / "sets")
-    with pytest.raises(OSError, match=r"several splits \(train, test\): name the folder of one"):
+    with pytest.raises(
+        OSError, match=r"several splits; choose one with --split train, or name its files"
+    ):
         open_inputs([tmp_path / "sets"])
     opened = open_inputs([tmp_path / "sets" / "train"])
     assert [row for rows in opened for _, row in rows] == ROWS

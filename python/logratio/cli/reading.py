@@ -85,6 +85,12 @@ class Formats:
                      "text where none is.", rich_help_panel=DATA),
     ] = None  # fmt: skip
 
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="NAME", help="The split to read of folders that hold "
+                     "several, as train. Default: the only one.", rich_help_panel=DATA),
+    ] = None  # fmt: skip
+
     def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
         """Read them.
 
@@ -100,6 +106,7 @@ class Formats:
             label=self.label,
             lists=self.lists.value,
             strings=self.strings.value if self.strings else None,
+            split=self.split,
         )
 
     def _mapped(self) -> dict[str, str]:

@@ -97,7 +97,7 @@ def build_store(
     settings = IngestSettings(
         formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
     )
-    readers = open_inputs(inputs)
+    readers = open_inputs(inputs, split=settings.formats.split)
     _check_outputs(readers, path, refused)
     ingest = _Ingest(readers, tokenizer, None if path is None else Path(path), settings, progress)
     with ExitStack() as stack:

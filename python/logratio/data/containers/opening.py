@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 from logratio.data.containers import recognition
 from logratio.data.containers.arrow_rows import ArrowFileRows, ArrowStreamRows
 from logratio.data.containers.csv_records import CsvRecords
-from logratio.data.containers.folders import data_files
+from logratio.data.containers.folders import chosen_split, data_files
 from logratio.data.containers.json_array import JsonArray
 from logratio.data.containers.json_lines import JsonLines
 from logratio.data.containers.memory_tables import DatasetRows, StreamRows
@@ -40,8 +40,7 @@ def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
 
 
 def _is_table(given: Any) -> bool:
-    is_set = type(given).__module__.partition(".")[0] == "datasets"
-    return is_set or hasattr(given, "__arrow_c_stream__")
+    return _is_set(given) or hasattr(given, "__arrow_c_stream__")
 
 
 _WANTED = (
@@ -75,11 +74,15 @@ class Opened(list[Rows]):
         self.left_out = tuple(left_out)
 
 
-def open_inputs(inputs: Inputs, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Opened:
+def open_inputs(
+    inputs: Inputs, *, split: str | None = None, max_line_bytes: int = MAX_RECORD_BYTES
+) -> Opened:
     """Recognise every input; a folder is the data files in it, in the order of their paths.
 
     Args:
         inputs: Paths, "-" for stdin, tables; one alone, or several.
+        split: Which split of folders and of a `DatasetDict` is read, as ``train``; a file that is
+            named is read whatever its name. None: the only one.
         max_line_bytes: Most bytes of a line, an element, a record, a row.
 
     Raises:
@@ -94,11 +97,12 @@ def open_inputs(inputs: Inputs, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Op
     left_out: list[Path] = []
     for number, given in enumerate(inputs):
         if not isinstance(given, str | Path):
-            opened.append(_open_table(given, f"<table {tables}>", max_line_bytes))
+            table = _one_split(given, split)
+            opened.append(_open_table(table, f"<table {tables}>", max_line_bytes))
             opened.inputs.append(number)
             tables += 1
             continue
-        for path in _files(Path(given), left_out):
+        for path in _files(Path(given), split, left_out):
             opened.append(open_file(path, max_line_bytes=max_line_bytes))
             opened.inputs.append(number)
     opened.left_out = tuple(left_out)
@@ -130,24 +134,35 @@ def open_file(path: Path, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Rows:
     return _READERS[kind](source, kind, max_line_bytes)
 
 
-def _files(path: Path, left_out: list[Path]) -> list[Path]:
+def _files(path: Path, split: str | None, left_out: list[Path]) -> list[Path]:
     if str(path) == STDIN or not path.is_dir():
         return [path]
-    files, beside = data_files(path)
+    files, beside = data_files(path, split)
     left_out += beside
     return files
 
 
+def _one_split(table: Any, split: str | None) -> Any:
+    """Take one split of a `datasets.DatasetDict`; anything else is itself."""
+    if not (_is_set(table) and isinstance(table, dict)):
+        return table
+    name = chosen_split(table, split)
+    if name is None:
+        names = ", ".join(map(repr, table))
+        missing = "" if split is None else f", and {split!r} is none of them"
+        raise SettingTypeError(
+            f"a {type(table).__name__} of the splits {names}{missing}: give one of them, or name "
+            "it with split"
+        )
+    return table[name]
+
+
+def _is_set(table: Any) -> bool:
+    return type(table).__module__.partition(".")[0] == "datasets"
+
+
 def _open_table(table: Any, name: str, limit: int) -> Rows:
-    is_set = type(table).__module__.partition(".")[0] == "datasets"
-    if is_set and isinstance(table, dict):
-        if len(table) != 1:
-            names = ", ".join(map(repr, table))
-            raise SettingTypeError(
-                f"a {type(table).__name__} of the splits {names}: give one of them"
-            )
-        (table,) = table.values()
-    if is_set:
+    if _is_set(table):
         return DatasetRows(table, name, limit)
     if hasattr(table, "__arrow_c_stream__"):
         return StreamRows(table, name, limit)

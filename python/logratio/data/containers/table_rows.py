@@ -182,10 +182,32 @@ def _size(batch: Any) -> int:
     return int(batch.nbytes)
 
 
+def _has_structs(kind: Any) -> bool:
+    # By name, as pyarrow is not imported here.
+    is_struct = type(kind).__name__ == "StructType"
+    fields = range(getattr(kind, "num_fields", 0))
+    return is_struct or any(_has_structs(kind.field(number).type) for number in fields)
+
+
+def _filled(value: Any) -> Any:
+    """Leave the null fields of objects out."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
+
+
 def rows_of(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
-    """Make Python objects of a batch's rows; an error in the place of one that is no text."""
+    """Make Python objects of a batch's rows; an error in the place of one that is no text.
+
+    A column of structs has every field in every row: those that a row does not have are null in the
+    table, and are left out here, at any depth. So a row is the same from JSON and from a table.
+    """
+    structs = [field.name for field in batch.schema if _has_structs(field.type)]
     try:
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            for name in structs:
+                row[name] = _filled(row[name])
+            yield row
     except UnicodeDecodeError as error:
         if len(batch) == 1:
             yield error

@@ -61,7 +61,7 @@ class Decoder:
         self._plain: dict[str, tuple[bool, Source]] = {}
         self._spelled: dict[str, tuple[bool, Source]] = {}
         kinds, lists = self.settings.kinds, self.settings.lists
-        told = replace(self.settings, kinds=None, strings=None)
+        told = replace(self.settings, kinds=None, strings=None, split=None)
         self._is_untold = told == FormatSettings(lists=lists) and (not kinds or "pair" in kinds)
 
     def decode(self, row: Row, source: Source) -> Decoded:

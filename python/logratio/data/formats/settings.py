@@ -32,6 +32,8 @@ class FormatSettings:
         strings: What a string is that spells a list of messages, as JSON or Python's ``repr``:
             ``messages`` or ``text``. None: messages where all parts of a row that could be
             messages are (counted, W522), text where none is; refused otherwise (E215).
+        split: The split to read of folders and of a `datasets.DatasetDict` that hold several, as
+            ``train``. None: the only one.
 
     Raises:
         FormatSettingsError: A value is not possible.
@@ -44,6 +46,7 @@ class FormatSettings:
     label: Label | str | None = None
     kinds: tuple[Kind, ...] | None = None
     strings: Strings | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         from logratio.data.formats.catalogue import KNOWN_NAMES, names_of_formats
