@@ -14,9 +14,10 @@ from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data.analysis import analyse
 from logratio.data.analysis.columns import Columns
 from logratio.data.analysis.distribution import Distribution
+from logratio.data.analysis.findings import length_finding
 from logratio.data.analysis.histograms import bars, binned, histogram, side_by_side
 from logratio.data.analysis.intervals import wilson, written
-from logratio.data.analysis.lengths import length_bias, unpaired_bias
+from logratio.data.analysis.lengths import LengthBias, length_bias, unpaired_bias
 from logratio.data.analysis.noise import estimate_flips, votes_of
 from logratio.data.analysis.padding import padding
 from logratio.data.report import DataReport
@@ -352,3 +353,40 @@ def as_array(*votes: Any) -> NDArray[np.int64]:
 def test_no_judgement_twice_is_no_estimate() -> None:
     assert estimate_flips(as_array([1, 0], [0, 1])) is None
     assert estimate_flips(np.zeros((0, 2), np.uint32)) is None
+
+
+def one_longer(*differences: int) -> LengthBias:
+    bias = length_bias(Columns.of(make(pairs(*((1, 50 + d, 50) for d in differences)))))
+    assert bias is not None
+    return bias
+
+
+def test_the_warning_names_the_effect_that_is_large() -> None:
+    """A constant difference has no deviation, and a few far values no mean: d is 0.00 there."""
+    for bias in (one_longer(*[1] * 40), one_longer(*[1] * 36, *[-9] * 4)):
+        assert (bias.effect, bias.strength) == (0, "large")
+        (found,) = length_finding(bias)
+        assert "d =" not in found.text
+        assert (
+            f"“the longer wins” is right for {100 * bias.superiority:.1f} %, a large" in found.text
+        )
+    (found,) = length_finding(one_longer(*[-1] * 40))
+    assert "“the shorter wins” is right for 100.0 %" in found.text
+    assert not length_finding(one_longer(*[0] * 40))
+    assert not length_finding(one_longer(1, 1))
+
+
+def test_the_accuracy_is_that_of_the_rule_which_is_named() -> None:
+    """Chosen is shorter more often, and much longer where it is longer: the mean decides."""
+    bias = one_longer(*[-1] * 52, *range(40, 88))
+    assert bias.is_of_means and bias.effect > 0.5 > bias.superiority
+    (found,) = length_finding(bias)
+    assert f"d = {bias.effect:.2f}" in found.text
+    assert "“the longer wins” is right for 48.0 %" in found.text
+
+
+def test_lengths_that_do_not_vary_have_no_effect_size() -> None:
+    assert not one_longer(1, 1, 1).varies
+    assert one_longer(1, 2, 1).varies
+    same = unpaired_bias(Distribution.of(np.array([5, 5])), Distribution.of(np.array([1, 1])))
+    assert not same.varies

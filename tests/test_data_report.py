@@ -80,7 +80,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 GOLDEN = """\
 7 rows read: 5 kept, 1 refused, 1 duplicates left out
 13 prompt and 38 completion tokens
-6 rows of trl
+7 rows of trl
 [R301] 1 × an empty completion
   rows.jsonl:5 the chosen completion is empty
 [W503] 1 × a completion was cut at the limit

@@ -68,7 +68,7 @@ CODES: dict[str, str] = {
     "W515": "turns that follow the last assistant turn were left out",
     "W517": "no completion ends with a token that ends an answer",
     "W522": "a chat that was written as text, read as a chat (else: --strings text)",
-    "W530": "a pair of a list was left out",
+    "W530": "a pair or an answer of a list was left out",
 }
 """W502 and W503 are counted per completion, W508 to W511 and W517 once a data set, all others per
 record."""

@@ -138,7 +138,9 @@ def _file(
     rows: list[Row] = []
     results: list[Result] = []
     refusals: list[Refusal] = []
+    looked_at = 0
     for source, row in islice(reader, limit):
+        looked_at += source.line > 0  # else it is no row, but something about the file
         if isinstance(row, Refusal):
             refusals.append(row)
             continue
@@ -154,7 +156,7 @@ def _file(
     return FileInspection(
         name=reader.name,
         container=reader.kind,
-        rows=len(rows),
+        rows=looked_at,
         detection=summarize(rows, results, decoder.settings),
         keys_read=_without(taken, unread),
         keys_unread=tuple(unread),

@@ -106,6 +106,8 @@ class Intake:
         try:
             decoded = self.decoder.decode(row, source)
         except InvalidRecordError as error:
+            if error.format:
+                self.report.formats[error.format] += 1
             self.ledger.refuse(Refusal(source, error.code, error.reason), row)
             return None
         self.report.formats[decoded.format] += 1

@@ -129,12 +129,14 @@ class InvalidRecordError(LogratioError, ValueError):
     Attributes:
         code: One of `logratio.data.codes.CODES`.
         reason: A sentence for the person who has to repair it.
+        format: The name of the row's format, where that was known before the fault was found.
     """
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: str, reason: str, format: str | None = None) -> None:
         super().__init__(code, reason)
         self.code = code
         self.reason = reason
+        self.format = format
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.reason}"

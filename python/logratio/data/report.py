@@ -45,7 +45,7 @@ class DataReport:
         refused_by_code: Rows refused for each cause.
         warnings_by_code: How often each warning was given (see `logratio.data.codes`).
         blank_lines: Lines without a row.
-        formats: Rows of each shape.
+        formats: Rows of each shape, kept or not; rows of no known shape are in none.
         extra_keys: Rows in which each key that was not read stands.
         prompt_tokens: Of kept rows, each prompt once.
         completion_tokens: Of kept rows, all completions.
@@ -213,7 +213,8 @@ class DataReport:
 
     def _shown(self, code: str, count: int) -> list[str]:
         lines = [f"  {place}" for place in self.places[code][:_SHOWN]]
-        more = count - len(lines)
+        listed = len(self.places[code])  # which names a row once, whatever it has of one kind
+        more = (listed if listed < LISTED else count) - len(lines)
         return lines + ([f"  … and {more:,} more"] if more else [])
 
 

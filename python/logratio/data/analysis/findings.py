@@ -35,12 +35,17 @@ def length_finding(bias: LengthBias | None) -> list[Finding]:
     """Warn where length alone tells chosen from rejected (W508)."""
     if bias is None or bias.strength is None:
         return []
-    direction = "longer" if bias.superiority + bias.effect > 0.5 else "shorter"
-    text = (
-        f"a {bias.strength} effect, d = {bias.effect:.2f}; “the {direction} wins” is right for "
-        f"{100 * bias.best_accuracy:.1f} %. Compare the policy's accuracy with that, or use a loss "
-        "that divides by length"
-    )
+    is_longer = bias.effect > 0 if bias.is_of_means else bias.superiority > 0.5
+    direction = "longer" if is_longer else "shorter"
+    accuracy = bias.superiority if is_longer else 1 - bias.superiority
+    rule = f"“the {direction} wins” is right for {100 * accuracy:.1f} %"
+    if bias.is_of_means:
+        found = (
+            f"the mean lengths differ by a {bias.strength} effect, d = {bias.effect:.2f}; {rule}"
+        )
+    else:
+        found = f"{rule}, a {bias.strength} effect"
+    text = f"{found}. Compare the policy's accuracy with that, or use a loss that divides by length"
     return [Finding("W508", text)]
 
 

@@ -1,5 +1,6 @@
 """Are the better answers simply the longer ones? Effect sizes, and when to warn."""
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,10 @@ SMALL_SUPERIORITY = 0.58
 
 MEDIUM_EFFECT, LARGE_EFFECT = 0.5, 0.8
 MEDIUM_SUPERIORITY, LARGE_SUPERIORITY = 0.69, 0.79  # Φ of the above
+
+_EFFECTS = (SMALL_EFFECT, MEDIUM_EFFECT, LARGE_EFFECT)
+_SUPERIORITIES = (SMALL_SUPERIORITY, MEDIUM_SUPERIORITY, LARGE_SUPERIORITY)
+_SIZES = (None, "small", "medium", "large")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,22 +66,32 @@ class LengthBias:
         return max(self.superiority, 1 - self.superiority)
 
     @property
+    def varies(self) -> bool:
+        """Whether there is a deviation, without which Cohen's d is not defined."""
+        if self.difference is not None:
+            return len(self.difference.values) > 1
+        return bool(self.chosen.deviation or self.rejected.deviation)
+
+    @property
     def strength(self) -> str | None:
         """How strong the bias is, None where there is nothing to warn of.
 
         "small", "medium" or "large": the larger of both effect sizes, each only where its interval
         leaves out "no effect", so that few pairs do not warn by chance.
         """
+        return _SIZES[max(self._sizes())]
+
+    @property
+    def is_of_means(self) -> bool:
+        """Whether Cohen's d alone makes the bias as strong as it is."""
+        effect, superiority = self._sizes()
+        return effect > superiority
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the size of the effect and of the superiority, as places in `_SIZES`."""
         effect = abs(self.effect) if _excludes(self.effect_interval, 0.0) else 0.0
         superiority = self.best_accuracy if _excludes(self.superiority_interval, 0.5) else 0.5
-        for name, least, likely in (
-            ("large", LARGE_EFFECT, LARGE_SUPERIORITY),
-            ("medium", MEDIUM_EFFECT, MEDIUM_SUPERIORITY),
-            ("small", SMALL_EFFECT, SMALL_SUPERIORITY),
-        ):
-            if effect >= least or superiority >= likely:
-                return name
-        return None
+        return bisect_right(_EFFECTS, effect), bisect_right(_SUPERIORITIES, superiority)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""

@@ -140,7 +140,9 @@ def _difference(bias: LengthBias, difference: Distribution) -> HistogramPanel:
     low, high = (written(end, 2) for end in bias.effect_interval)
     least, most = bias.superiority_interval
     notes = (
-        f"Cohen's d = {written(bias.effect, 2)} (95 %: {low} … {high})",
+        f"Cohen's d = {written(bias.effect, 2)} (95 %: {low} … {high})"
+        if bias.varies
+        else "Cohen's d is not defined: the lengths do not vary",
         f"P(chosen longer) = {bias.superiority:.3f} (95 %: {least:.3f} … {most:.3f})",
     )
     series = (Series("difference", GREEN, histogram(difference, _BINS)),)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from logratio.data.analysis.histograms import bars, histogram, side_by_side
 from logratio.data.analysis.intervals import Interval, written
 from logratio.data.analysis.lengths import SMALL_EFFECT, SMALL_SUPERIORITY, LengthBias
-from logratio.data.analysis.noise import FlipEstimate
 from logratio.data.analysis.padding import BATCH, Padding
 from logratio.data.analysis.similarity import Similarity
 from logratio.data.analysis.tokens import TokenUse
@@ -28,7 +27,7 @@ def to_text(analysis: "Analysis") -> str:
             _histograms(analysis),
             _cuts(analysis),
             _wrapped(_bias(analysis.bias)),
-            _wrapped(_noise(analysis.flips, are_pairs=analysis.are_pairs)),
+            _wrapped(_noise(analysis)),
             _wrapped(_padding(analysis.padding)),
             _wrapped(_tokens(analysis.tokens)),
             _similarity(analysis.similarity, analysis.groups),
@@ -44,7 +43,9 @@ def _table(analysis: "Analysis") -> list[str]:
         f"{numbers.largest:>10,}{numbers.total:>16,}"
         for name, numbers in analysis.lengths.items()
     ]
-    return [head, *rows]
+    kept = analysis.account.kept
+    made = [] if analysis.groups == kept else [f"{kept:,} rows make {analysis.groups:,} groups", ""]
+    return [*made, head, *rows]
 
 
 def _histograms(analysis: "Analysis") -> list[str]:
@@ -74,7 +75,9 @@ def _bias(bias: LengthBias | None) -> list[str]:
         f"{_percent(bias.equal)}, shorter in {_percent(bias.shorter)} of {_compared(bias)}",
         f"chosen − rejected = {difference} tokens on average"
         + (f", median {written(bias.difference.median, 0, sign=True)}" if bias.difference else ""),
-        f"Cohen's {measured} = {written(bias.effect, 3)} ({_interval(bias.effect_interval)})",
+        f"Cohen's {measured} = {written(bias.effect, 3)} ({_interval(bias.effect_interval)})"
+        if bias.varies
+        else f"Cohen's {measured} is not defined: the lengths do not vary",
         f"P(chosen longer) = {bias.superiority:.3f} ({_interval(bias.superiority_interval)}), ties "
         "as one half: so often is “the longer wins” right",
     ]
@@ -92,9 +95,12 @@ def _compared(bias: LengthBias) -> str:
     return f"{bias.chosen.count:,} up × {bias.rejected.count:,} down"
 
 
-def _noise(flips: FlipEstimate | None, *, are_pairs: bool) -> list[str]:
-    if not are_pairs:
+def _noise(analysis: "Analysis") -> list[str]:
+    flips = analysis.flips
+    if not analysis.are_pairs:
         return ["label noise: cannot be estimated: not all groups are pairs"]
+    if analysis.groups != analysis.account.kept:
+        return ["label noise: cannot be estimated: a row holds several pairs"]
     if flips is None:
         return ["label noise: cannot be estimated: no pair was judged twice"]
     low, high = flips.interval

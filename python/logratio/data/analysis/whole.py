@@ -36,7 +36,8 @@ class Analysis:
             "chosen" and "rejected" where such are compared, else "completion"; completions by the
             tokens that count.
         bias: Lengths of chosen against rejected; None where nothing is compared.
-        flips: The label-noise estimate; None where no pair was judged twice.
+        flips: The label-noise estimate; None where no pair was judged twice, and where a row
+            holds several pairs, for the account counts rows.
         padding: What padding costs and sharing saves; None for an empty store.
         tokens: Use of the vocabulary.
         similarity: Near-duplicates; None where they were not looked for.
@@ -99,7 +100,7 @@ def analyse(
     columns = Columns.of(store)
     bias, are_pairs = length_bias(columns), columns.are_pairs()
     flips = None
-    if are_pairs:
+    if are_pairs and columns.groups == account.kept:
         flips = estimate_flips(votes_of(account.deduplicated, account.warnings_by_code["W507"]))
     similar = None if threshold is None else similarity(store, Places(store), threshold)
     cut, use = account.warnings_by_code["W503"], token_use(store, tokenizer)

@@ -83,7 +83,11 @@ class Decoder:
         if view.is_plain is not None:
             self._check_plain(view.is_plain, source)
         warnings = ("W522",) if self._is_spelled(view, source) else ()
-        records, left_out = records_of(meaning, source, settings)
+        try:
+            records, left_out = records_of(meaning, source, settings)
+        except InvalidRecordError as error:
+            error.format = meaning.format
+            raise
         extra = view.extra_keys()
         return Decoded(tuple(records), meaning.format, extra, tuple(left_out), warnings)
 

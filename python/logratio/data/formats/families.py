@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from logratio.data.containers import Row
 from logratio.data.formats import demonstrations, labelled, lists, pairs, steps, unpaired
 from logratio.data.formats.catalogue import FORMATS, KNOWN_NAMES, near_formats
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.questions import BEFORE
+from logratio.data.formats.renaming import renamed
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError
 
+_RENAMED = ("E201", "E206")  # which another name for a key may mend
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -68,6 +71,20 @@ def read_row(view: View, settings: FormatSettings) -> Meaning:
         InvalidRecordError: E201 and E206 where it is nothing known, E210 where it is two things,
             E213 where it is not what it was said to be; whatever else is wrong with it.
     """
+    try:
+        return _read(view, settings)
+    except InvalidRecordError as error:
+        if error.code not in _RENAMED:
+            raise
+        hint = renamed(view.row, settings, _try)
+        raise InvalidRecordError(error.code, f"{error.reason}{hint}") from None
+
+
+def _try(row: Row, settings: FormatSettings) -> None:
+    _read(View(row, settings.columns, settings.strings), settings)
+
+
+def _read(view: View, settings: FormatSettings) -> Meaning:
     if settings.format is None:
         return find_family(view, settings).read(view, settings)
     named = FORMATS[settings.format]

@@ -23,10 +23,9 @@ MAINS = (
 
 SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), "history", "tools"
 
-BEFORE = (
-    *(*SYSTEM, HISTORY, TOOLS, "context", "input", "initial_reason_steps"),
-    *("images", "image", "videos", "video", "audios", "audio"),
-)
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+BEFORE = (*SYSTEM, HISTORY, TOOLS, "context", "input", "initial_reason_steps", *_MEDIA)
 """Names of what the model has to see before it answers: never left out in silence."""
 
 _BEFORE = frozenset(BEFORE)
@@ -133,11 +132,20 @@ def check_unread(view: View) -> None:
         return
     for name in BEFORE:
         if view.peek(name) and not view.was_read(name) and name not in view.mapped:
-            key = view.key(name)
-            raise InvalidRecordError(
-                "E206",
-                f"{key!r} belongs before the answer and is not read: move it into the prompt",
-            )
+            raise InvalidRecordError("E206", _unread(view, name))
+
+
+def _unread(view: View, name: str) -> str:
+    """Say what to do with a part of the prompt that is not read."""
+    if name in _MEDIA:
+        return (
+            f"{view.key(name)!r} belongs before the answer, and only text is read: leave out such "
+            "rows, or this key where the text is enough without it"
+        )
+    reason = f"{view.key(name)!r} belongs before the answer and is not read"
+    if name == TOOLS:
+        return f"{reason}: with tools, write prompt and answers as lists of messages"
+    return f"{reason}: move it into the prompt"
 
 
 def _can_ask(view: View, name: str) -> bool:

@@ -1,0 +1,131 @@
+"""Advice in errors works when it is followed, and the counts of one report agree."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers_for_tests import save, word_level
+
+from logratio.data import FormatSettings, PreferenceTokenizer, TokenizationRules, build_store
+from logratio.data.analysis import analyse
+from logratio.data.formats import Decoder
+from logratio.data.inspection import inspect
+from logratio.data.records import InvalidRecordError, Source
+
+HERE = Source("rows.jsonl", 1)
+ANSWERS = {"chosen": "good", "rejected": "bad"}
+
+
+def refusal(row: dict[str, Any]) -> str:
+    with pytest.raises(InvalidRecordError) as error:
+        Decoder().decode(row, HERE)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"Prompt": "q", "Chosen": "good", "Rejected": "bad"},
+        {"prompt": "q", "Chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "choosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": "good", "rejeted": "bad"},
+        {"Question": "q", "chosen-response": "good", "rejected-response": "bad"},
+        {"prompt": "q", "my chosen": "x", "CHOSEN": "good", "rejected": "bad"},
+    ],
+    ids=lambda row: ",".join(row),
+)
+def test_a_key_of_another_case_or_with_a_slip_is_named(row: dict[str, Any]) -> None:
+    found = re.search(r"did you mean --columns '?([^'?]+)'?\?", refusal(row))
+    assert found
+    columns = dict(word.split("=") for word in found[1].split(","))
+    (record,) = Decoder(FormatSettings(columns=columns)).decode(row, HERE).records
+    assert [c.role for c in record.completions] == ["chosen", "rejected"]
+    assert "good" in str(record.completions[0].answer)
+    assert "bad" in str(record.completions[1].answer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "good": "a", "bad": "b"},
+        {"prompt": "q", "Chosen": 1, "rejected": "b"},  # would be refused all the same
+        {"prompt": "q", "chosen": "a", "id": 7},
+    ],
+    ids=lambda row: ",".join(row),
+)
+def test_a_key_that_would_not_help_is_not_named(row: dict[str, Any]) -> None:
+    assert "did you mean" not in refusal(row)
+
+
+@pytest.mark.parametrize("key", ["images", "image", "videos", "audio"])
+def test_pictures_are_not_to_be_moved_into_a_text(key: str) -> None:
+    reason = refusal({"prompt": "q", **ANSWERS, key: ["a.png"]})
+    assert "move it into the prompt" not in reason
+    assert "only text is read" in reason
+
+
+def test_tools_need_messages() -> None:
+    reason = refusal({"prompt": "q", **ANSWERS, "tools": [{"name": "f"}]})
+    assert "as lists of messages" in reason
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def report(tmp_path: Path, rows: list[Any], limit: int = 64, **settings: Any) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = save(tmp_path / "model", word_level())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = PreferenceTokenizer.load(folder, TokenizationRules(max_length=limit))
+    store, account = build_store([path], tokenizer, **settings)
+    return analyse(store, account).to_text()
+
+
+def scored(scores: list[int], *answers: str) -> dict[str, Any]:
+    return {"question": "the cat", "answers": answers, "scores": scores}
+
+
+def text(prompt: str, chosen: str, rejected: str | int) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_rows_of_a_format_are_all_rows_that_were_read_as_it(tmp_path: Path) -> None:
+    """Whether a row is refused before it becomes ids or behind: it was a row of that format."""
+    rows = [
+        text("the cat", " ran", " sat"),
+        text("the cat", "", " sat"),  # R301
+        text("the cat", " ran", " ran"),  # R302
+        text("the cat", " ran on the mat", " ran on the house"),  # R303
+        text("the cat and the dog ran", " ran", " sat"),  # R304
+        text("the cat", " ran", " sat"),  # a duplicate
+        text("the dog", " ran", 1),  # E203
+    ]
+    told = report(tmp_path, rows, 5, max_bad_fraction=0.5)
+    assert "7 rows read: 1 kept, 5 refused, 1 duplicates" in told
+    assert "6 rows of trl" in told
+
+
+def test_rows_and_the_groups_that_they_make_are_both_said(tmp_path: Path) -> None:
+    rows = [scored([3, 2, 1], "sat", "ran", "the"), scored([2, 1], "sat", "ran")]
+    told = report(tmp_path, rows)
+    assert "2 rows read: 1 kept" in told
+    assert "1 rows make 3 groups" in told
+    assert "label noise: cannot be estimated: a row holds several pairs" in told
+    assert "rows make" not in report(tmp_path, [text("the cat", " ran", " sat")])
+
+
+def test_a_place_is_not_said_to_have_more_than_is_there(tmp_path: Path) -> None:
+    """Both sides of one row were cut: one place, and no other."""
+    row = text("the cat", " ran on the mat", " sat on the mat")
+    told = report(tmp_path, [row, text("the dog", " ran", " sat")], 5)
+    assert "[W503] 2 × a completion was cut" in told
+    assert "more" not in told.split("[W503]")[1].split("\n\n")[0]
+
+
+def test_rows_that_no_container_could_read_were_looked_at_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(text("q", "a", "b")) + "\n{broken\n")
+    assert "2 rows looked at" in inspect([path]).to_text()
