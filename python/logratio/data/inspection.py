@@ -1,15 +1,15 @@
 """What files of preference data are, and why: the first rows, read and shown."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from logratio.data.codes import CODES
 from logratio.data.containers import Inputs, Row, Rows, open_inputs
-from logratio.data.formats import Decoded, Decoder, Detection, FormatSettings
+from logratio.data.formats import FORMATS, Decoded, Decoder, Detection, FormatSettings
 from logratio.data.formats.detection import Result, summarize, try_row
-from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal
+from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
 from logratio.data.showing import Segment, plain, show_record, show_tokens
 from logratio.data.tokenization import PreferenceTokenizer
 
@@ -34,6 +34,7 @@ class FileInspection:
         warnings: How many rows are kept with each warning.
         example: The first record.
         shown: That record, as segments.
+        imitated: What ``train --loss sft`` would read of the rows, in words.
     """
 
     name: str
@@ -46,6 +47,7 @@ class FileInspection:
     warnings: Mapping[str, int]
     example: PreferenceRecord | None
     shown: tuple[Segment, ...]
+    imitated: str = ""
 
     @property
     def is_known(self) -> bool:
@@ -61,6 +63,8 @@ class FileInspection:
         yield Segment(f"  why        {known.reason}\n")
         if self.example:
             yield Segment(f"  becomes    {_becomes(self.example)}\n")
+        if self.imitated:
+            yield Segment(f"  --loss sft {self.imitated}\n")
         if self.keys_read:
             yield Segment(f"  read       {', '.join(self.keys_read)}\n")
         if self.keys_unread:
@@ -134,37 +138,69 @@ def inspect(
 def _file(
     reader: Rows, settings: FormatSettings | None, tokenizer: PreferenceTokenizer | None, limit: int
 ) -> FileInspection:
-    decoder = Decoder(settings)
-    rows: list[Row] = []
-    results: list[Result] = []
+    settings = settings or FormatSettings()
+    rows: list[tuple[Source, Row]] = []
     refusals: list[Refusal] = []
     looked_at = 0
     for source, row in islice(reader, limit):
         looked_at += source.line > 0  # else it is no row, but something about the file
         if isinstance(row, Refusal):
             refusals.append(row)
-            continue
-        rows.append(row)
-        result = try_row(decoder, row, source)
-        results.append(result)
-        if isinstance(result, InvalidRecordError):
-            refusals.append(Refusal(source, result.code, result.reason))
+        else:
+            rows.append((source, row))
+    results, imitated = _tried(rows, settings), _tried(rows, replace(settings, demonstrations=True))
+    is_imitated = not any(map(_is_read, results)) and any(map(_is_read, imitated))
+    if is_imitated:
+        results = imitated
+    refusals += [
+        Refusal(source, result.code, result.reason)
+        for (source, _), result in zip(rows, results, strict=True)
+        if isinstance(result, InvalidRecordError)
+    ]
     decoded = [result for result in results if isinstance(result, Decoded)]
     unread = dict.fromkeys(key for one in decoded for key in one.extra_keys)
-    taken = (row for row, one in zip(rows, results, strict=True) if isinstance(one, Decoded))
+    taken = (row for (_, row), one in zip(rows, results, strict=True) if _is_read(one))
     example = next((record for one in decoded for record in one.records), None)
     return FileInspection(
         name=reader.name,
         container=reader.kind,
         rows=looked_at,
-        detection=summarize(rows, results, decoder.settings),
+        detection=summarize([row for _, row in rows], results, settings),
         keys_read=_without(taken, unread),
         keys_unread=tuple(unread),
         refusals=tuple(refusals),
         warnings=Counter(code for one in decoded for code in one.warnings),
         example=example,
         shown=_shown(example, tokenizer),
+        imitated=_imitated(imitated, is_only=is_imitated),
     )
+
+
+def _tried(rows: Iterable[tuple[Source, Row]], settings: FormatSettings) -> list[Result]:
+    decoder = Decoder(settings)
+    return [try_row(decoder, row, source) for source, row in rows]
+
+
+def _is_read(result: Result) -> bool:
+    return isinstance(result, Decoded)
+
+
+def _imitated(results: Sequence[Result], *, is_only: bool) -> str:
+    """Say what ``train --loss sft`` reads of rows: nothing where there is none to read."""
+    read = [one for one in results if isinstance(one, Decoded) and one.records]
+    if not read:
+        return "reads none of these rows" if results else ""
+    answers = Counter(_imitates(one.format) for one in read)
+    what = " and ".join(answers)
+    only = "; losses of pairs cannot use it" if is_only else ""
+    return f"reads {len(read):,} of {len(results):,} rows: {what}{only}"
+
+
+def _imitates(name: str) -> str:
+    """Name what is imitated of a row of a format."""
+    if FORMATS[name].demonstrates:
+        return "every answer of the chat" if name == "chat" else "the answer"
+    return "the best answer" if FORMATS[name].family == "lists" else "the better answer"
 
 
 def _without(rows: Iterable[Row], unread: Iterable[str]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ _QUESTION = ("question", "input", "query", "prompt", "instruction", "messages", 
 _ASKED = ("prompt", "question", "instruction")
 _C, _R = ("chosen",), ("rejected",)
 COMPLETIONS = ("completion", "output", "response")
+ANSWERS = ("output", "answer", "response")
 LABELS = ("label", "labels", "preference", "winner", "overall_preference", "choice", "better")
 THUMBS = ("label", "kto_tag")
 LISTED = ("completions", "answers", "responses")
@@ -222,6 +223,14 @@ CATALOGUE = (
         "completion",
         "`prompt` and `completion`, to imitate",
         (("prompt",), ("completion",)),
+        "demonstrations",
+        True,
+    ),
+    Format(
+        "instruction",
+        "a question and its answer to imitate: alpaca's `instruction`, `input`, `output`, or a "
+        "question with an `answer`, `output` or `response`",
+        (("instruction", "question", "query", "input", "prompt"), ANSWERS),
         "demonstrations",
         True,
     ),

@@ -14,6 +14,10 @@ from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError
 
 _RENAMED = ("E201", "E206")  # which another name for a key may mend
+_IMITATED = (
+    "the row is an answer to imitate, with nothing to compare it with: train it with --loss sft, "
+    "or add a worse answer under `rejected`, or a thumb under `label`"
+)
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -123,7 +127,8 @@ def find_family(view: View, settings: FormatSettings) -> Family:
             "NAME what it is",
         )
     if not found:
-        raise InvalidRecordError("E206", _unknown(view))
+        reason = _IMITATED if demonstrations.can_be_imitated(view) else _unknown(view)
+        raise InvalidRecordError("E206", reason)
     return found[0]
 
 
