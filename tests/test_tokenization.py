@@ -333,7 +333,7 @@ def test_odd_text_is_kept_and_noted() -> None:
     tokenizer = load("bytes", CHATML)
     assert encoded(tokenizer, pair("say </s> now", "a", "b")).notes == ["W501"]
     assert encoded(tokenizer, pair("say", "a\0", "b")).notes == ["W505"]
-    assert encoded(tokenizer, chat(turn("assistant", "<|im_end|>"))).notes == ["W501"]
+    assert encoded(tokenizer, chat(turn("assistant", "say <|im_end|> so"))).notes == ["W501"]
     assert encoded(tokenizer, chat(turn("assistant", "fine"))).notes == []
 
 
@@ -396,7 +396,7 @@ def test_template_that_asks_otherwise_than_it_tells() -> None:
     with, unless it begins with all that the template asks with.
     """
     tokenizer = load("bytes", THINKING)
-    for content in ("fine", "<think", "<t", "assistant", "<assistant>", "how", "<think>fine"):
+    for content in ("fine", "<think", "<t", "assistant", "<assistan", "how", "<think>fine"):
         group = encoded(tokenizer, chat(turn("assistant", content)))
         assert tokenizer.decode(group.prompt_ids) == "<user>how<assistant>"
         assert tokenizer.decode(group.completions[0].ids) == content + "</s>"

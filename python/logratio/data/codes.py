@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "E402": "two beginning-of-text or two end-of-text tokens",
     "E403": "turns whose roles make no prompt and answer",
     "E404": "the chat template does not repeat the prompt when the answer follows",
+    "E405": "a message that the chat template has already written",
     "E601": "a token id outside the vocabulary",
     "R301": "an empty completion",
     "R302": "identical completions",

@@ -161,11 +161,11 @@ def _shared(asked: str, texts: Sequence[str], neutral: Callable[[], str]) -> str
     with suppress(ChatTemplateError):  # it may look for what no neutral answer has
         texts = [*texts, neutral()]
     for text in texts:
-        asked = _common(asked, text)
+        asked = common_start(asked, text)
     return asked
 
 
-def _common(one: str, other: str) -> str:
+def common_start(one: str, other: str) -> str:
     """Return the longest common beginning that ends inside no token of either text."""
     if other.startswith(one):
         return one
@@ -247,7 +247,7 @@ class _Chat:
         _, mark, asking = self._render(self._marked(index - 1)[:index], ask=True).rpartition(MARK)
         _, same, behind = self._render(self._marked(index - 1)).rpartition(MARK)
         if mark and same and self.text.endswith(behind):
-            return len(self.text) - len(behind) + len(_common(asking, behind))
+            return len(self.text) - len(behind) + len(common_start(asking, behind))
         return self._around(index)[0]
 
     def end_of(self, index: int, start: int) -> int:
@@ -264,7 +264,7 @@ class _Chat:
         closing = self._closing(index)
         if not self.turns[index].get("tool_calls"):
             end = self._around(index)[1]
-            return end + len(_common(closing, self.text[end:]).rstrip())
+            return end + len(common_start(closing, self.text[end:]).rstrip())
         later = range(index + 1, len(self.turns))
         texts = (self._render(self._marked(other)) for other in later)
         behind = next((text.rpartition(MARK)[2] for text in texts if MARK in text), None)
@@ -272,7 +272,7 @@ class _Chat:
         if mark and behind is not None and self.text.endswith(behind):
             end = self.text.rfind(mark, start, len(self.text) - len(behind))
             if end >= 0:
-                return end + len(_common(closing, self.text[end:]).rstrip())
+                return end + len(common_start(closing, self.text[end:]).rstrip())
         raise self.not_found()
 
     def _closing(self, index: int) -> str:

@@ -6,6 +6,7 @@ wherever it is scored.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from logratio.data.records import (
     Refusal,
     Source,
 )
+from logratio.data.rendered import Markers
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
 from logratio.data.truncation import TokenizationRules
@@ -247,9 +249,16 @@ class PreferenceTokenizer:
                 raise InvalidRecordError("R307", CODES["R307"])
             if self._template is None:
                 raise InvalidRecordError("E401", NO_TEMPLATE)
+            self._markers.check(record.texts())
             return chat_script(record, self._template, self._eos_token)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)
+
+    @cached_property
+    def _markers(self) -> Markers:
+        assert self._template is not None
+        tokens = self.files.special_tokens
+        return Markers(self._template, [tokens.get(f"{name}_token", "") for name in ("bos", "eos")])
 
     def _group(
         self, record: PreferenceRecord, script: Script, running: list[list[int]]
