@@ -51,7 +51,12 @@ def fields(config: type) -> set[str]:
 def test_every_flag_is_a_field_and_every_field_a_flag(
     command: Callable[..., None], config: type
 ) -> None:
-    renamed = {"append_eos": "eos", "lora_targets": "lora_target", "format": "format_name"}
+    renamed = {
+        "append_eos": "eos",
+        "text_as": "chat",
+        "lora_targets": "lora_target",
+        "format": "format_name",
+    }
     expected = {renamed.get(name, name) for name in fields(config)}
     assert flags(command) == expected
 

@@ -294,7 +294,8 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
     )
     assert report.kept == len(store) == store.completions == 4
     assert {ROLES[role] for role in store.roles()} == {"demonstration"}
-    assert not report.warnings_by_code
+    assert report.warnings_by_code == Counter(W518=report.text_rows)
+    assert (report.text_rows, report.chat_rows) == (3, 1)
     assert store.counted_lengths()[3] < store.completion_lengths()[3]
     assert sum(report.formats.values()) == 4
     with pytest.raises(BadDataError, match="E206"):
@@ -352,7 +353,7 @@ def test_warnings_blanks_formats_and_extra_keys_are_counted(
     ]
     _, report = build_store([write(rows)], tokenizer)
     assert (report.read, report.kept, report.blank_lines) == (3, 3, 2)
-    assert report.warnings_by_code == Counter(W501=1, W503=1, W504=1, W505=1)
+    assert report.warnings_by_code == Counter(W501=1, W503=1, W504=1, W505=1, W518=3)
     assert report.extra_keys == Counter(id=2, score=1)
     assert report.formats == Counter({"trl": 3})
     shown = report.to_text()

@@ -11,6 +11,7 @@ from logratio.cli.options import DATA
 if TYPE_CHECKING:
     from logratio.data import TokenizationRules
     from logratio.data.formats import FormatSettings
+    from logratio.data.truncation import TextAs
 
 LIMITS = "How records become tokens"
 
@@ -161,6 +162,16 @@ class Reading(Formats):
             rich_help_panel=LIMITS,
         ),
     ] = False
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--text",
+            help="Where the tokenizer has a chat template: wrap plain text as the turns of user "
+            "and assistant, or read it as it stands. Default: as it stands, with a warning.",
+            rich_help_panel=LIMITS,
+            show_default=False,
+        ),
+    ] = None
     date: Annotated[
         str | None,
         typer.Option(
@@ -187,8 +198,14 @@ class Reading(Formats):
             prompt_truncation=self.prompt_truncation.value,
             append_eos=self.eos,
             split_special_tokens=self.split_special_tokens,
+            text_as=read_text_as(self.chat),
             date=self.date,
         )
+
+
+def read_text_as(chat: bool | None) -> "TextAs | None":
+    """Read --chat and --text."""
+    return None if chat is None else "chat" if chat else "text"
 
 
 FORMATS, READING = Formats(), Reading()

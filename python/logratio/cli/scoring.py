@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from logratio.cli.options import DryRun
+from logratio.cli.reading import read_text_as
 
 Bundle = Annotated[Path, typer.Option(help="Folder that `logratio export` wrote.")]
 Fallback = Annotated[
@@ -31,6 +32,15 @@ def export(
             help="The reward is β·(log π − log π_ref). Default: β of the policy's training."
         ),
     ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--text",
+            help="What a prompt that is a string is: a user's turn, which the chat template "
+            "writes, or text as it stands. Default: as the policy was trained.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Package policy and reference as one ONNX graph that scores N candidates of a prompt.
@@ -40,7 +50,8 @@ def export(
     """
     from logratio.scoring.export import ExportConfig, export_bundle, plan_export
 
-    config = ExportConfig(policy, reference, output, beta)
+    text_as = read_text_as(chat)
+    config = ExportConfig(policy, reference, output, beta, text_as=text_as)
     typer.echo(plan_export(config).to_text(), err=True)
     if not dry_run:
         typer.echo(export_bundle(config).to_text())

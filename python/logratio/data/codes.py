@@ -68,11 +68,14 @@ CODES: dict[str, str] = {
     "W514": "the chat template leaves out the reasoning of turns before the answer",
     "W515": "turns that follow the last assistant turn were left out",
     "W517": "no completion ends with a token that ends an answer",
+    "W518": "plain text, which passes by the tokenizer's chat template (--chat: as the turns of a "
+    "chat; --text: as it stands, without this warning)",
+    "W519": "part of the data went through the chat template, and part did not",
     "W522": "a chat that was written as text, read as a chat (else: --strings text)",
     "W530": "a pair or an answer of a list was left out",
 }
-"""W502 and W503 are counted per completion, W508 to W511 and W517 once a data set, all others per
-record."""
+"""W502 and W503 are counted per completion, W508 to W511, W517 and W519 once a data set, all
+others per record."""
 
 
 class Cut(str):

@@ -158,6 +158,11 @@ def _file(
         if isinstance(result, InvalidRecordError)
     ]
     decoded = [result for result in results if isinstance(result, Decoded)]
+
+    def by(one: Decoded) -> Iterator[str]:
+        if tokenizer and tokenizer.passes_template_by and not one.is_chat:
+            yield "W518"
+
     unread = dict.fromkeys(key for one in decoded for key in one.extra_keys)
     taken = (row for (_, row), one in zip(rows, results, strict=True) if _is_read(one))
     example = next((record for one in decoded for record in one.records), None)
@@ -169,7 +174,7 @@ def _file(
         keys_read=_without(taken, unread),
         keys_unread=tuple(unread),
         refusals=tuple(refusals),
-        warnings=Counter(code for one in decoded for code in one.warnings),
+        warnings=Counter(code for one in decoded for code in (*one.warnings, *by(one))),
         example=example,
         shown=_shown(example, tokenizer),
         imitated=_imitated(imitated, is_only=is_imitated),

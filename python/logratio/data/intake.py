@@ -116,9 +116,20 @@ class Intake:
             self.report.warn("W530", source, f" {CODES[code]}")
         for code in decoded.warnings:
             self.report.warn(code, source)
-        if decoded.records[0].is_chat and self.tokenizer.chat_template is None:
+        is_chat = decoded.records[0].is_chat or self.tokenizer.wraps_text
+        if is_chat and self.tokenizer.chat_template is None:
             self.ledger.refuse(Refusal(source, "E401", NO_TEMPLATE))
+        self._count_kind(source, 1, is_chat=is_chat)
         return _Waiting(source, row, decoded.records)
+
+    def _count_kind(self, first: Source, rows: int, *, is_chat: bool) -> None:
+        """Count rows that are written by the chat template, or read as they stand."""
+        if is_chat:
+            self.report.chat_rows += rows
+            return
+        self.report.text_rows += rows
+        if self.tokenizer.passes_template_by:
+            self.report.warn("W518", first, rows=rows)
 
     def reads_texts(self, columns: Iterable[str]) -> bool:
         """Say whether `take_texts` can take a table."""
@@ -157,6 +168,8 @@ class Intake:
                 self._encode([waiting for waiting in decoded if waiting is not None])
             elif not self.ledger.is_lost:
                 self.report.formats[FORMAT] += len(stretch.rows)
+                first = plain.source(stretch.rows[0])
+                self._count_kind(first, len(stretch.rows), is_chat=False)
                 self.report.extra_keys.update(plain.extra_keys(stretch.rows))
                 self._write_arrays(stretch.groups, stretch.moved)
 

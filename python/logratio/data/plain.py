@@ -57,6 +57,10 @@ class PlainRows:
         lines = [source.line for source, _ in self.rows]
         return np.array(files, np.uint32), np.array(lines, np.uint64)
 
+    def source(self, number: int) -> Source:
+        """Return the place of one row."""
+        return self.rows[number][0]
+
     def row(self, number: int) -> tuple[Source, Row | Refusal]:
         """Return one row."""
         return self.rows[number]
@@ -93,7 +97,7 @@ class PlainTable:
 
     def row(self, number: int) -> tuple[Source, Row | Refusal]:
         """Make one row of it."""
-        source = self._place(number)
+        source = self.source(number)
         (row,) = rows_of(self.batch.slice(number, 1))
         if isinstance(row, UnicodeDecodeError):
             return source, Refusal(source, "E103", f"a text is not UTF-8 ({row.reason})")
@@ -120,14 +124,15 @@ class PlainTable:
         borders = [0, *np.union1d(ends, changes).tolist(), len(odd)]
         for start, stop in pairwise(borders):
             if start < stop:
-                part = PlainTable(self.batch.slice(start, stop - start), self._place(start))
+                part = PlainTable(self.batch.slice(start, stop - start), self.source(start))
                 yield part, bool(odd[start])
 
     def behind(self, rows: int) -> "PlainTable":
         """Leave out its first rows."""
-        return PlainTable(self.batch.slice(rows), self._place(rows))
+        return PlainTable(self.batch.slice(rows), self.source(rows))
 
-    def _place(self, number: int) -> Source:
+    def source(self, number: int) -> Source:
+        """Return the place of one row."""
         return Source(self.first.file, self.first.line + number)
 
 

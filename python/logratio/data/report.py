@@ -46,6 +46,8 @@ class DataReport:
         warnings_by_code: How often each warning was given (see `logratio.data.codes`).
         blank_lines: Lines without a row.
         formats: Rows of each shape, kept or not; rows of no known shape are in none.
+        text_rows: Rows of plain text, read as it stands.
+        chat_rows: Rows that the chat template wrote.
         extra_keys: Rows in which each key that was not read stands.
         prompt_tokens: Of kept rows, each prompt once.
         completion_tokens: Of kept rows, all completions.
@@ -63,6 +65,8 @@ class DataReport:
     blank_lines: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     extra_keys: Counter[str] = field(default_factory=Counter)
+    text_rows: int = 0
+    chat_rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     left_out: list[str] = field(default_factory=list)
@@ -86,9 +90,9 @@ class DataReport:
         column = "" if refusal.column is None else f":{refusal.column}"
         self._list(refusal.code, f"{refusal.source}{column} {refusal.reason}")
 
-    def warn(self, code: str, source: Source, detail: str = "") -> None:
-        """Count a warning about a row that is kept."""
-        self.warnings_by_code[code] += 1
+    def warn(self, code: str, source: Source, detail: str = "", *, rows: int = 1) -> None:
+        """Count a warning about a row that is kept, or about so many from it on."""
+        self.warnings_by_code[code] += rows
         self._list(code, f"{source}{detail}")
 
     def drop_duplicate(self, source: Source, first: Source) -> None:
@@ -148,6 +152,8 @@ class DataReport:
             "warnings_by_code": dict(sorted(self.warnings_by_code.items())),
             "blank_lines": self.blank_lines,
             "formats": dict(self.formats),
+            "text_rows": self.text_rows,
+            "chat_rows": self.chat_rows,
             "extra_keys": dict(self.extra_keys),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -164,7 +170,7 @@ class DataReport:
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
         """Read what `to_dict` returned, for example from a store's metadata."""
         report = cls()
-        numbers = ("read", "kept", "deduplicated", "blank_lines")
+        numbers = ("read", "kept", "deduplicated", "blank_lines", "text_rows", "chat_rows")
         for name in (*numbers, "prompt_tokens", "completion_tokens"):
             setattr(report, name, values.get(name, 0))
         for name in ("refused_by_code", "warnings_by_code", "formats", "extra_keys"):

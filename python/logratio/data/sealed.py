@@ -78,6 +78,8 @@ def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store,
     made, here = rules_of(store), tokenizer.rules
     if not tokenizer.has_given_date:
         here = replace(here, date=made.date)
+    if {made.text_as, here.text_as} == {None, "text"}:  # the same ids
+        here = replace(here, text_as=made.text_as)
     _check_rules(path, made, here)
     return store, DataReport.from_dict(metadata["report"])
 

@@ -32,6 +32,7 @@ from logratio.data.records import (
 from logratio.data.rendered import Markers
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
+from logratio.data.transcripts import as_chat
 from logratio.data.truncation import TokenizationRules
 from logratio.errors import ConfigError
 
@@ -114,7 +115,8 @@ class PreferenceTokenizer:
                     "the tokenizer names no eos_token: set append_eos to False (--no-eos)"
                 )
             self._ending = [self.eos_id]
-        self.takes_pairs = self._plain.is_exact and are_seen_as_ids(files.tokenizer)
+        exact = self._plain.is_exact and are_seen_as_ids(files.tokenizer)
+        self.takes_pairs = exact and not self.wraps_text
         self._pair_rules = PairRules(
             opening=self._opening_ids,
             ending=self.eos_id if self._ending else None,
@@ -186,6 +188,7 @@ class PreferenceTokenizer:
         Returns:
             For each record its group, or why it is refused: E401 to E404, R301 to R306.
         """
+        records = [self._as_read(record) for record in records]
         scripts = [self._script(record) for record in records]
         texts = [
             list(script.running_texts()) if isinstance(script, Script) else [] for script in scripts
@@ -240,6 +243,19 @@ class PreferenceTokenizer:
         if isinstance(group, Refusal):
             raise InvalidRecordError(group.code, group.reason)
         return group
+
+    @property
+    def wraps_text(self) -> bool:
+        """Whether plain text goes through the chat template."""
+        return self.rules.text_as == "chat"
+
+    @property
+    def passes_template_by(self) -> bool:
+        """Whether plain text passes by a chat template, and nobody said that it should."""
+        return self.chat_template is not None and self.rules.text_as is None
+
+    def _as_read(self, record: PreferenceRecord) -> PreferenceRecord:
+        return as_chat(record) if self.wraps_text and not record.is_chat else record
 
     def _script(self, record: PreferenceRecord) -> Script | Refusal:
         try:

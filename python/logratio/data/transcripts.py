@@ -1,9 +1,12 @@
-r"""Anthropic-HH transcripts: raw text whose turns begin with "\n\nHuman:" or "\n\nAssistant:"."""
+r"""Anthropic-HH transcripts, whose turns begin with "\n\nHuman:" or "\n\nAssistant:".
+
+Also plain text as the turns of a chat (`as_chat`), for which a transcript is read turn by turn.
+"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from logratio.data.records import InvalidRecordError
+from logratio.data.records import Completion, InvalidRecordError, Message, PreferenceRecord
 
 _HEADER = re.compile(r"\n\n(Human|Assistant):")
 _ASSISTANT = "Assistant"
@@ -46,6 +49,40 @@ def split(texts: dict[str, str]) -> tuple[str, list[tuple[str, str]]]:
         answer = own[-1].start
         parts.append((text[start:answer], text[answer:]))
     return next(iter(texts.values()))[:start], parts
+
+
+def as_chat(record: PreferenceRecord) -> PreferenceRecord:
+    """Read a record of plain text as a chat: the user asks with the prompt, the assistant answers.
+
+    What only begins an answer (a step of a solution) stays text behind the turns.
+    """
+    text = str(record.prompt)
+    prompt = _messages(text, "user") if is_transcript(text) else (_message("user", text),)
+    if not record.ends:
+        return replace(record, prompt=prompt)
+    completions = tuple(
+        Completion(
+            completion.role,
+            (_message("assistant", str(completion.answer).strip()),),
+            _messages(str(completion.context), "assistant"),
+        )
+        for completion in record.completions
+    )
+    return replace(record, prompt=prompt, completions=completions)
+
+
+def _messages(text: str, first: str) -> tuple[Message, ...]:
+    """Read the turns of a transcript; words before its first header are of the role `first`."""
+    before, *rest = _HEADER.split(text)
+    spoken = [(first, before)] + [
+        ("assistant" if speaker == _ASSISTANT else "user", words)
+        for speaker, words in zip(rest[::2], rest[1::2], strict=True)
+    ]
+    return tuple(_message(role, words.strip()) for role, words in spoken if words.strip())
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 def _turns(name: str, text: str) -> list[Turn]:

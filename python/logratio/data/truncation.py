@@ -9,6 +9,7 @@ from logratio.errors import ConfigError
 from logratio.validation import check_fields
 
 PromptTruncation = Literal["drop", "error", "keep_start", "keep_end"]
+TextAs = Literal["text", "chat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,9 @@ class TokenizationRules:
         split_special_tokens: Read a special token that is spelled in a text of strings as plain
             text. A message that spells one is then refused (R307): a template's own special
             tokens could not be told from it.
+        text_as: What plain text is to a tokenizer that has a chat template: ``chat`` wraps a prompt
+            as the user's turn and a completion as the assistant's (transcripts turn by turn), and
+            ``text`` reads them as they stand. None: as they stand, with a warning (W518).
         date: The date that the chat template writes, as 2026-11-29. None: today's, if the template
             has a clock (``strftime_now``); `PreferenceTokenizer.rules` holds the one in use, so
             that it is recorded. A template that reads ``date_string`` gets it only where it is
@@ -40,6 +44,7 @@ class TokenizationRules:
     prompt_truncation: PromptTruncation = "drop"
     append_eos: bool = True
     split_special_tokens: bool = False
+    text_as: TextAs | None = None
     date: str | None = None
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """What an export is told, and everything that can be refused before weights are loaded."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from logratio.bundle import TOKENIZER_FILES
-from logratio.data import PreferenceTokenizer, TokenizationRules
+from logratio.data import DataReport, PreferenceTokenizer, TokenizationRules
+from logratio.data.truncation import TextAs
 from logratio.errors import LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
+from logratio.progress import say
 from logratio.scoring.families import check_exportable, max_positions
 from logratio.scoring.graph import SINGLE_FILE_BYTES
 from logratio.training.fingerprint import parameter_count
@@ -20,7 +23,12 @@ from logratio.training.models import (
     base_folder,
     check_model_folder,
 )
-from logratio.training.run_folder import SETTINGS_FILE, reward_beta, settings_of
+from logratio.training.run_folder import (
+    DATA_REPORT_FILE,
+    SETTINGS_FILE,
+    reward_beta,
+    settings_of,
+)
 from logratio.training.shares import refuse_several
 from logratio.validation import check_fields
 
@@ -48,6 +56,8 @@ class ExportConfig:
             (its ``training.json``) where None.
         rules: How text becomes ids; None: as the policy was trained (its ``training.json``), else
             the defaults, both cut to the positions that the models have.
+        text_as: What a prompt that is a string is: ``chat``, the turn of a user that the chat
+            template writes, or ``text``, as it stands. None: as the policy was trained.
     """
 
     policy: str | Path
@@ -55,6 +65,7 @@ class ExportConfig:
     output: str | Path
     beta: float | None = None
     rules: TokenizationRules | None = None
+    text_as: TextAs | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -142,7 +153,10 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     _check_output(output)
     architecture = _architectures(policy, reference)
     folder = _tokenizer_folder(policy, reference)
-    tokenizer = _tokenizer(folder, _rules(config, policy, architecture))
+    rules = _rules(config, policy, architecture)
+    if config.rules is None:
+        rules = _settled(rules, _tokenizer(folder, rules))
+    tokenizer = _tokenizer(folder, rules)
     check_exportable(architecture, tokenizer.rules.max_length)
     if tokenizer.vocabulary_size > architecture.vocab_size:
         raise ExportError(
@@ -176,8 +190,9 @@ def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
 
 def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -> TokenizationRules:
     if config.rules is not None:
-        return config.rules
+        return replace(config.rules, text_as=config.text_as or config.rules.text_as)
     rules = _trained_rules(policy) or TokenizationRules()
+    rules = replace(rules, text_as=config.text_as or rules.text_as or _trained_as(policy))
     length = min(rules.max_length, max_positions(architecture))
     prompt = rules.max_prompt_length
     return replace(
@@ -185,6 +200,40 @@ def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -
         max_length=length,
         max_prompt_length=None if prompt is None else min(prompt, length - 1),
     )
+
+
+def _trained_as(policy: Path) -> TextAs | None:
+    """Tell from the policy's training what a string is; None where the training does not tell.
+
+    A policy that was trained on chats alone gets strings as a user's turn: nobody would want them
+    as they stand.
+    """
+    report = policy / DATA_REPORT_FILE
+    try:
+        counts = DataReport.from_dict(json.loads(report.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if counts.text_rows and counts.chat_rows:
+        say(
+            f"{report}: {counts.text_rows:,} rows were trained as plain text and "
+            f"{counts.chat_rows:,} through the chat template; the bundle reads strings as plain "
+            "text (--chat: as a user's turn)"
+        )
+        return "text"
+    if counts.chat_rows:
+        return "chat"
+    return "text" if counts.text_rows else None
+
+
+def _settled(rules: TokenizationRules, tokenizer: PreferenceTokenizer) -> TokenizationRules:
+    """Choose what a string is where neither the user nor the training tells: say so."""
+    if rules.text_as is not None or tokenizer.chat_template is None:
+        return rules
+    say(
+        "nothing records how the policy was trained: strings are read as a user's turn, which the "
+        "chat template writes (--text: as they stand)"
+    )
+    return replace(rules, text_as="chat")
 
 
 def _trained_rules(policy: Path) -> TokenizationRules | None:

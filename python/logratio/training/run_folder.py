@@ -31,6 +31,7 @@ from logratio.training.models import ADAPTER_CONFIG, quietly, training_budget
 from logratio.training.setup import Dataset, beta_of
 
 SETTINGS_FILE = "training.json"
+DATA_REPORT_FILE = "data_report.json"
 CHECKPOINTS = "checkpoints"
 SAVING = ".saving"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
@@ -195,7 +196,7 @@ def save_run(
             "identity": ran,
         }
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
-        (partial / "data_report.json").write_text(json.dumps(dataset.report.to_dict(), indent=1))
+        (partial / DATA_REPORT_FILE).write_text(json.dumps(dataset.report.to_dict(), indent=1))
         for path in partial.iterdir():
             settle(path)
     except BaseException:

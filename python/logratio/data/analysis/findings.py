@@ -7,6 +7,7 @@ from logratio.data.analysis.noise import FlipEstimate
 from logratio.data.analysis.similarity import Similarity
 from logratio.data.analysis.tokens import TokenUse
 from logratio.data.codes import CODES
+from logratio.data.report import DataReport
 
 NOTABLE_SIMILAR = 0.01
 """There is a warning where this share of the groups resembles an earlier one."""
@@ -81,6 +82,17 @@ def stop_finding(use: TokenUse) -> list[Finding]:
         "eos_token_id in generation_config.json"
     )
     return [Finding("W517", text)]
+
+
+def mixture_finding(account: DataReport) -> list[Finding]:
+    """Warn where some rows went through the chat template and others did not (W519)."""
+    if not (account.text_rows and account.chat_rows):
+        return []
+    text = (
+        f"{account.text_rows:,} rows of plain text as it stands, and {account.chat_rows:,} rows "
+        "that the chat template wrote; --chat lets it write all of them"
+    )
+    return [Finding("W519", text)]
 
 
 def cut_finding(cut: int, completions: int) -> list[Finding]:

@@ -119,6 +119,7 @@ def analyse(
             *findings.noise_finding(flips),
             *findings.similarity_finding(similar, columns.groups),
             *findings.cut_finding(cut, store.completions),
+            *findings.mixture_finding(account),
             *([] if _go_on(account, tokenizer) else findings.stop_finding(use)),
         ),
     )

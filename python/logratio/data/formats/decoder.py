@@ -43,6 +43,11 @@ class Decoded:
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template writes the records."""
+        return any(record.is_chat for record in self.records)
+
 
 class Decoder:
     """Reads rows of any known format, each as what it is.
