@@ -92,6 +92,13 @@ class Formats:
                      "several, as train. Default: the only one.", rich_help_panel=DATA),
     ] = None  # fmt: skip
 
+    score: Annotated[
+        str | None,
+        typer.Option("--score", metavar="NAME", help="The score that ranks a list of answers, "
+                     "where there are several: a key, with dots into objects.",
+                     rich_help_panel=DATA),
+    ] = None  # fmt: skip
+
     def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
         """Read them.
 
@@ -107,6 +114,7 @@ class Formats:
             label=self.label,
             lists=self.lists.value,
             strings=self.strings.value if self.strings else None,
+            score=self.score,
             split=self.split,
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from logratio.data.codes import CODES
+from logratio.data.codes import CODES, Omitted
 from logratio.data.containers import Inputs, Row, Rows, open_inputs
 from logratio.data.formats import FORMATS, Decoded, Decoder, Detection, FormatSettings
 from logratio.data.formats.detection import Result, summarize, try_row
@@ -72,7 +72,8 @@ class FileInspection:
         for name, lacking in known.near.items():
             yield Segment(f"  near       {name}, for which it lacks {', '.join(lacking)}\n")
         for code, count in self.warnings.items():
-            yield Segment(f"  warning    [{code}] {count:,} × {CODES[code]}\n")
+            said = f": {code.what}" if isinstance(code, Omitted) else ""
+            yield Segment(f"  warning    [{code}] {count:,} × {CODES[code]}{said}\n")
         yield from self._refused()
         yield from self.shown
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from logratio._rust import StoreWriter
 from logratio.data.arrays import GroupArrays
-from logratio.data.codes import CODES
+from logratio.data.codes import CODES, Omitted
 from logratio.data.columns import FORMAT as IDS_FORMAT
 from logratio.data.columns import NAMES, parts, row_group
 from logratio.data.formats import Decoder
@@ -115,7 +115,8 @@ class Intake:
         for code in decoded.left_out:
             self.report.warn("W530", source, f" {CODES[code]}")
         for code in decoded.warnings:
-            self.report.warn(code, source)
+            detail = f": {code.what}" if isinstance(code, Omitted) else ""
+            self.report.warn(str(code), source, detail)
         is_chat = decoded.records[0].is_chat or self.tokenizer.wraps_text
         if is_chat and self.tokenizer.chat_template is None:
             self.ledger.refuse(Refusal(source, "E401", NO_TEMPLATE))

@@ -87,7 +87,8 @@ class Decoder:
         self._check_kind(meaning, source)
         if view.is_plain is not None:
             self._check_plain(view.is_plain, source)
-        warnings = ("W522",) if self._is_spelled(view, source) else ()
+        spelled = ("W522",) if self._is_spelled(view, source) else ()
+        warnings = (*spelled, *meaning.warnings)
         try:
             records, left_out = records_of(meaning, source, settings)
         except InvalidRecordError as error:

@@ -7,6 +7,7 @@ from typing import Any
 from logratio.data.formats.answers import put_together
 from logratio.data.formats.catalogue import LISTED, VALUES
 from logratio.data.formats.meaning import Meaning
+from logratio.data.formats.scores import named, others, scores_in
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import Shape, View
 from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
@@ -31,7 +32,7 @@ def claims(view: View, settings: FormatSettings) -> bool:
     first = value[0]
     if isinstance(first, dict) and any(key in first for key in _ITEM_VALUES):
         return True
-    return _beside(view) is not None
+    return _beside(view, settings.score) is not None or any(scores_in(first))
 
 
 def read(view: View, settings: FormatSettings) -> Meaning:
@@ -45,26 +46,38 @@ def read(view: View, settings: FormatSettings) -> Meaning:
         raise InvalidRecordError("E201", f"the key {view.key(LISTED[0])!r} is missing")
     items = view.take(name)
     key = view.key(name)
-    beside = _beside(view)
-    if beside is not None and not _carries_value(items[0]):
+    beside = _beside(view, settings.score)
+    if beside is not None and (beside == settings.score or not _carries_value(items[0])):
         numbers = view.take(beside)
         if not isinstance(numbers, list) or len(numbers) != len(items):
             reason = f"{key!r} has {len(items)} answers, and {view.key(beside)!r} not as many"
             raise InvalidRecordError("E212", reason)
         answers, sort = [_answer_of(item) for item in items], beside
+    elif settings.score is not None:
+        answers, sort = [_answer_of(item) for item in items], settings.score
+        numbers = named(items, sort, key)
     else:
         answers, numbers, sort = _carried(items, key)
     _leave(view, name, items, sort)
     shapes = [_shape(answer, f"answer {i + 1} of {key!r}") for i, answer in enumerate(answers)]
-    named = {f"answer {i + 1} of {key!r}": answer for i, answer in enumerate(answers)}
-    answered = put_together(view, named, shapes)
-    is_rank = sort in _RANKS
+    by_name = {f"answer {i + 1} of {key!r}": answer for i, answer in enumerate(answers)}
+    answered = put_together(view, by_name, shapes)
+    is_rank = sort.rpartition(".")[2].casefold() in _RANKS
+    warnings = () if settings.score else others(view, items, sort)
     values = tuple(_number(number, sort, is_rank) for number in numbers)
     completions = tuple(
         Completion(CANDIDATE, answer, context) for context, answer in answered.parts
     )
     form = "text-score" if name == "text" else "ranked" if is_rank else "scored"
-    return Meaning(form, "group", answered.prompt, completions, answered.tools, values=values)
+    return Meaning(
+        form,
+        "group",
+        answered.prompt,
+        completions,
+        answered.tools,
+        values=values,
+        warnings=warnings,
+    )
 
 
 def _is_text_score(view: View) -> bool:
@@ -76,8 +89,10 @@ def _listed(view: View) -> str | None:
     return next((n for n in LISTED if isinstance(view.peek(n), list) and view.peek(n)), None)
 
 
-def _beside(view: View) -> str | None:
+def _beside(view: View, score: str | None) -> str | None:
     """Find a list of numbers that stands beside the answers."""
+    if score is not None:
+        return score if isinstance(view.peek(score), list) else None
     return next((name for name in VALUES if isinstance(view.peek(name), list)), None)
 
 
@@ -90,7 +105,9 @@ def _carried(items: Sequence[Any], key: str) -> tuple[list[Any], list[Any], str]
     first = items[0]
     sort = next((name for name in _ITEM_VALUES if isinstance(first, dict) and name in first), None)
     if sort is None:
-        raise InvalidRecordError("E212", f"the answers in {key!r} have no rank and no score")
+        flags = " or ".join(f"--score {name}" for name in scores_in(first))
+        reason = f"the answers in {key!r} have no rank and no score"
+        raise InvalidRecordError("E212", f"{reason}: choose {flags}" if flags else reason)
     for index, item in enumerate(items):
         if not isinstance(item, dict) or sort not in item:
             raise InvalidRecordError("E212", f"answer {index + 1} of {key!r} has no {sort!r}")
@@ -113,7 +130,14 @@ def _leave(view: View, name: str, items: Sequence[Any], sort: str) -> None:
     """Note what of the items is not read."""
     for item in items:
         if key := _answer_key(item):
-            view.leave(name, [k for k, v in item.items() if k not in (key, sort) and v is not None])
+            view.leave(
+                name,
+                [
+                    k
+                    for k, v in item.items()
+                    if k not in (key, sort, sort.split(".")[0]) and v is not None
+                ],
+            )
 
 
 def _shape(answer: Any, name: str) -> Shape:

@@ -19,6 +19,7 @@ class Meaning:
         tools: What the assistant may call.
         ends: Whether the completions come to their end.
         values: Of a group, how good each completion is; larger is better.
+        warnings: Codes of what is to be counted of the row, which is kept.
     """
 
     format: str
@@ -28,6 +29,7 @@ class Meaning:
     tools: tuple[Message, ...] = ()
     ends: bool = True
     values: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def pair(format_name: str, answered: Answered) -> Meaning:

@@ -35,6 +35,10 @@ class FormatSettings:
         split: The split to read of folders and of a `datasets.DatasetDict` that hold several, as
             ``train``. None: the only one.
 
+        score: The score that ranks a list: a key of its answers, with dots into objects
+            (``annotations.honesty.Rating``), or of a list of numbers beside them. None: the first
+            known one; where others could rank the list too, that is counted (W525).
+
     Raises:
         FormatSettingsError: A value is not possible.
     """
@@ -46,6 +50,7 @@ class FormatSettings:
     label: Label | str | None = None
     kinds: tuple[Kind, ...] | None = None
     strings: Strings | None = None
+    score: str | None = None
     split: str | None = None
 
     def __post_init__(self) -> None:
