@@ -317,7 +317,17 @@ def test_near_formats_lack_least_first_and_hold_preferences() -> None:
 
 def test_every_format_has_its_case() -> None:
     tested = {name for name, *_ in PAIRS.values()}
-    others = {"kto", "kto-chat", "step-dpo", "prmbench", "completion", "instruction", "chat", "ids"}
+    others = {
+        "kto",
+        "kto-chat",
+        "step-dpo",
+        "prmbench",
+        "completion",
+        "instruction",
+        "chat",
+        "ids",
+        "several",
+    }
     published = {"helpsteer2", "helpsteer3", "ppe", "arena-chat"}  # in test_labels
     assert tested | others | published == FORMATS.keys()
     assert all(name in KNOWN_SHAPES for name in FORMATS)

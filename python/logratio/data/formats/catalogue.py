@@ -184,6 +184,13 @@ CATALOGUE = (
         "lists",
     ),
     Format(
+        "several",
+        "`rejected` is a list of strings, each worse than `chosen` (RewardBench 2: each of its "
+        "`chosen`)",
+        (_ASKED, _C, _R),
+        "several",
+    ),
+    Format(
         "text-score",
         "`text` is a list of whole transcripts with a `score` each; a higher one is better",
         (("text",), ("score",)),

@@ -1,6 +1,6 @@
 """What a row says, as the records that a user wants of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 
 from logratio.data import conversations
@@ -46,7 +46,10 @@ def records_of(meaning: Meaning, source: Source, settings: FormatSettings) -> Ch
     if len(meaning.values) > MOST:
         reason = f"a list of {len(meaning.values):,} answers makes too many pairs (most: {MOST})"
         raise InvalidRecordError("E212", f"{reason}: take --lists best_worst or groups")
-    return _pairs(meaning, source, list(combinations(range(len(meaning.values)), 2)))
+    places: Iterable[tuple[int, int]] = combinations(range(len(meaning.values)), 2)
+    if meaning.is_sided:
+        places = ((a, b) for a, b in places if meaning.values[a] != meaning.values[b])
+    return _pairs(meaning, source, list(places))
 
 
 def is_empty(completion: Completion) -> bool:

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from logratio.data.containers import Row
-from logratio.data.formats import demonstrations, labelled, lists, pairs, steps, unpaired
+from logratio.data.formats import (
+    demonstrations,
+    labelled,
+    lists,
+    pairs,
+    several,
+    steps,
+    unpaired,
+)
 from logratio.data.formats.catalogue import FORMATS, KNOWN_NAMES, near_formats
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.questions import BEFORE
@@ -54,6 +62,7 @@ def _read_ids(view: View, settings: FormatSettings) -> Meaning:
 
 FAMILIES = (
     Family("steps", steps.SIGNS, steps.claims, steps.read),
+    Family("several", several.SIGNS, several.claims, several.read),
     Family("pairs", pairs.SIGNS, pairs.claims, pairs.read),
     Family("swift", pairs.SIGNS_SWIFT, pairs.claims_swift, pairs.read_swift),
     Family("labelled", labelled.SIGNS, labelled.claims, labelled.read),
@@ -111,7 +120,7 @@ def find_family(view: View, settings: FormatSettings) -> Family:
         for family in FAMILIES
         if (told or not view.lacks(family.signs)) and family.claims(view, settings)
     ]
-    if found and found[0].name == "steps":  # which are pairs, too
+    if found and found[0].name in ("steps", "several"):  # which are pairs, too
         found = [family for family in found if family.name != "pairs"]
     if not found and (labelled.might_claim(view) or (told and labelled.outputs(view))):
         return _BY_NAME["labelled"]  # which says what is not known of the label

@@ -19,6 +19,7 @@ class Meaning:
         tools: What the assistant may call.
         ends: Whether the completions come to their end.
         values: Of a group, how good each completion is; larger is better.
+        is_sided: Whether the values only tell good from bad: equal ones are then no tie.
         warnings: Codes of what is to be counted of the row, which is kept.
     """
 
@@ -30,6 +31,7 @@ class Meaning:
     ends: bool = True
     values: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
+    is_sided: bool = False
 
 
 def pair(format_name: str, answered: Answered) -> Meaning:
