@@ -327,6 +327,7 @@ def test_every_format_has_its_case() -> None:
         "chat",
         "ids",
         "several",
+        "rated",
     }
     published = {"helpsteer2", "helpsteer3", "ppe", "arena-chat"}  # in test_labels
     assert tested | others | published == FORMATS.keys()

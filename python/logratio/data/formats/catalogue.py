@@ -191,6 +191,18 @@ CATALOGUE = (
         "several",
     ),
     Format(
+        "rated",
+        "two answers with a score each, as WebGPT's `answer_0`, `answer_1`, `score_0`, `score_1`",
+        (
+            _QUESTION,
+            ("answer_0", "answer_1", "answer_a", "answer_A"),
+            ("answer_1", "answer_2", "answer_b", "answer_B"),
+            ("score_0", "score_1", "score_a", "score_A"),
+            ("score_1", "score_2", "score_b", "score_B"),
+        ),
+        "rated",
+    ),
+    Format(
         "text-score",
         "`text` is a list of whole transcripts with a `score` each; a higher one is better",
         (("text",), ("score",)),

@@ -80,6 +80,9 @@ def read_question(view: View, main: str) -> Question:
     value = view.take(main)
     if main == "input" and isinstance(value, dict):
         return _openai(view, value)
+    if isinstance(value, dict) and isinstance(value.get("full_text"), str):  # WebGPT's
+        view.leave(main, [key for key in value if key != "full_text"])
+        value = value["full_text"]
     if isinstance(value, list):
         turns = conversations.prompt(value, view.key(main))
         return Question(main, with_system(view, turns), read_tools(view))
