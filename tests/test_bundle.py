@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiny_bundle import (
     rewrite_manifest,
     tiny_bundle,
     tiny_graph,
+    with_template,
 )
 
 from logratio.bundle import (
@@ -27,6 +29,7 @@ from logratio.bundle import (
     BundleError,
     Manifest,
     describe_file,
+    digest_of,
     read_manifest,
     verify_files,
 )
@@ -348,3 +351,70 @@ def test_unaltered_bundle_is_verified(bundle: Path) -> None:
     (bundle / "more").write_bytes(b"")
     with pytest.raises(BundleError, match="not listed"):
         verify_files(bundle, manifest)
+
+
+def test_fewer_golden_groups_than_an_export_writes_are_refused(
+    bundle: Path, content: dict[str, Any]
+) -> None:
+    rewrite_manifest(bundle, golden=content["golden"][:1])
+    assert "1 golden groups, and an export writes at least 3" in refusal(bundle)
+
+
+def test_a_length_beyond_the_models_positions_is_refused(
+    bundle: Path, content: dict[str, Any]
+) -> None:
+    assert content["graph"]["max_positions"] == 512
+    rewrite_manifest(bundle, tokenization=content["tokenization"] | {"max_length": 513})
+    assert "its rules allow 513 tokens, and its models 512" in refusal(bundle)
+
+
+def test_a_chat_template_needs_a_golden_chat(bundle: Path) -> None:
+    with_template(bundle, "{% for m in messages %}{{ m.content }} {% endfor %}")
+    assert Reranker.load(bundle).manifest.golden[-1].messages
+    golden = json.loads((bundle / MANIFEST).read_text())["golden"]
+    rewrite_manifest(bundle, golden=golden[:-1])
+    assert "no golden group is a chat" in refusal(bundle)
+    rewrite_manifest(bundle, golden=golden)
+    (bundle / "chat_template.jinja").write_text("{% for m in messages %}a {% endfor %}")
+    accept_files(bundle)
+    assert "the tokenizer gives other ids here" in refusal(bundle)
+
+
+def test_the_expected_digest_names_one_bundle(bundle: Path) -> None:
+    digest = digest_of(bundle)
+    assert Reranker.load(bundle, digest=digest.upper()).manifest.beta
+    rewrite_manifest(bundle, parity={})
+    with pytest.raises(BundleError, match=f"its digest is [0-9a-f]{{64}}, not {digest}"):
+        Reranker.load(bundle, digest=digest)
+
+
+class Session:
+    """A session whose rewards are not what they should be, or which never ends."""
+
+    def __init__(self, session: Any, act: str) -> None:
+        self.session, self.act = session, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def run(self, names: Any, feed: Any, options: Any = None) -> Any:
+        if self.act == "loop":
+            while not options.terminate:
+                time.sleep(0.01)
+            raise RuntimeError("terminated")
+        reward, policy, reference = self.session.run(names, feed, options)
+        return reward + np.float32(0.01), policy, reference
+
+
+def test_rewards_are_compared_with_the_other_two_outputs(bundle: Path) -> None:
+    reranker = Reranker.load(bundle)
+    reranker._session = Session(reranker._session, "shift")
+    with pytest.raises(BundleError, match="rewards that are not beta times the log-ratio"):
+        reranker.score("the cat", ["sad"])
+
+
+def test_a_graph_that_never_ends_is_given_up(bundle: Path) -> None:
+    reranker = Reranker.load(bundle)
+    reranker._session = Session(reranker._session, "loop")
+    with pytest.raises(BundleError, match=r"the graph did not end within 0\.2 s"):
+        reranker.replay(0.2)

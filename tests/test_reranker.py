@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundle import BETA, accept_files, copy_bundle, plain_sums, rewrite_manifest, tiny_bundle
+from tiny_bundle import (
+    BETA,
+    copy_bundle,
+    plain_sums,
+    rewrite_manifest,
+    tiny_bundle,
+    with_template,
+)
 
 from logratio.bundle import read_manifest
 from logratio.data import BadDataError, InvalidRecordError, PreferenceTokenizer, TokenizationRules
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker, Score, rank_file
-from logratio.serving.candidates import Candidate, CandidateGroup, plan_runs
+from logratio.serving.candidates import Candidate, CandidateGroup
 from logratio.serving.reranker import ranked
+from logratio.serving.runs import plan_runs
 from logratio.serving.session import ProviderError, default_threads
 from logratio.training import load_model
 
@@ -142,9 +150,7 @@ def test_chats_go_through_the_bundles_template(bundle: Path) -> None:
     messages = [{"role": "user", "content": "the cat"}]
     with pytest.raises(InvalidRecordError, match="E401"):
         Reranker.load(bundle).score(messages, ["sad"])
-    (bundle / "chat_template.jinja").write_text(CHAT)
-    accept_files(bundle)
-    reranker = Reranker.load(bundle)
+    reranker = Reranker.load(with_template(bundle, CHAT))
     score = reranker.score(messages, ["sad"])[0]
     tokenizer = PreferenceTokenizer.load(bundle, TokenizationRules())
     assert list(reranker.encode(messages, ["sad"]).prompt_ids) == tokenizer.encode_prompt(
@@ -195,11 +201,11 @@ def test_runs_hold_every_candidate_once_within_the_budget() -> None:
     seen: list[set[tuple[int, ...]]] = [set() for _ in groups]
     runs = list(plan_runs(groups, 2000))
     for run in runs:
-        prompts = [len(groups[number].prompt_ids) for number, _ in run]
-        lengths = [len(ids) for _, candidates in run for ids in candidates]
-        cost = len(run) * max(prompts) + len(lengths) * (max(prompts) + max(lengths))
-        assert cost <= 2000
-        for number, candidates in run:
+        prompts = [len(groups[number].prompt_ids) for number, _ in run.pieces]
+        lengths = [len(ids) for _, candidates in run.pieces for ids in candidates]
+        assert run.tokens == len(prompts) * max(prompts) + len(lengths) * max(lengths)
+        assert run.tokens + len(lengths) * max(prompts) <= 2000
+        for number, candidates in run.pieces:
             assert not seen[number] & set(candidates)
             seen[number] |= set(candidates)
     assert seen == [set(group.different()) for group in groups]

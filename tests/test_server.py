@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
-from tiny_bundle import BETA, accept_files, copy_bundle, tiny_bundle
+from tiny_bundle import BETA, copy_bundle, tiny_bundle, with_template
 
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker
@@ -113,9 +113,7 @@ def test_chat_turns_need_and_use_the_bundles_template(
         "{% for m in messages %}{% if 'xyzzy' in m['content'] %}{{ raise_exception(m['content']) }}"
         "{% endif %}{{ m['content'] }} {% endfor %}"
     )
-    (bundle / "chat_template.jinja").write_text(template)
-    accept_files(bundle)
-    with client_of(Reranker.load(bundle)) as chats:
+    with client_of(Reranker.load(with_template(bundle, template))) as chats:
         assert chats.post("/v1/rerank", json=request).status_code == 200
         # A template may quote what was said: its own words do not reach the answer.
         request = {"query": [{"role": "user", "content": CANARY}], "documents": ["sad"]}
@@ -212,19 +210,28 @@ def test_documents_at_the_limits_are_taken_and_more_are_not(reranker: Reranker) 
         assert status("the cat", ["a", "b", "c", "d"]) == (422, "too_many_documents")
         assert status("the cat", []) == (422, "no_documents")
         assert status("the cat", ["12345678"]) == (200, "")
-        assert status("the cat", ["sad", "123456789"]) == (422, "document")
+        assert status("the cat", ["123456789"]) == (422, "document")
         assert status("the cats", ["sad"]) == (422, "query")
         assert status([{"role": "user", "content": "the cats"}], ["sad"]) == (422, "query")
         assert status("the cat", ["a b"]) == (200, "")  # with EOS
         assert status("the cat", ["a b c"]) == (422, "document")
 
 
-def test_document_that_cannot_be_scored_is_named(client: TestClient) -> None:
-    long = {"query": QUERY, "documents": ["sad", "sad " * 600]}
-    message = refused(client, 422, "document", json=long)
-    assert message == "document 1: 601 tokens, and 508 are left of 512"
-    empty = {"query": QUERY, "documents": ["sad", "happy", " "]}
-    assert "document 2: [R301]" in refused(client, 422, "document", json=empty)
+def test_a_document_that_cannot_be_scored_has_its_own_error(
+    client: TestClient, reranker: Reranker
+) -> None:
+    documents = ["sad", " ", "happy", "sad " * 600]
+    answer = client.post("/v1/rerank", json={"query": QUERY, "documents": documents}).json()
+    expected = [(s.index, s.reward) for s in reranker.rank(QUERY, documents) if s.error is None]
+    found = [(result["index"], result["relevance_score"]) for result in answer["results"]]
+    assert found == expected
+    assert answer["errors"] == [
+        {"index": 1, "code": "document", "message": "[R301] an empty completion"},
+        {"index": 3, "code": "document", "message": "601 tokens, and 508 are left of 512"},
+    ]
+    none = {"query": QUERY, "documents": ["", " "]}
+    message = refused(client, 422, "document", json=none)
+    assert message == "no document can be scored; document 0: [R301] an empty completion"
     prompt = {"query": "sad " * 600, "documents": ["sad"]}
     assert "[R304]" in refused(client, 422, "query", json=prompt)
 
@@ -284,8 +291,8 @@ def test_late_request_is_given_up_and_never_computed(held: HeldReranker) -> None
             return sorted(future.result().status_code for future in asked)
 
         assert ask_two() == [504, 504]
-        assert len(held.seen) == 1  # the thread is still busy with it, and its place is taken
-        assert ask_two() == [429, 504]
+        assert len(held.seen) == 1  # the thread is still busy with it
+        assert ask_two() == [504, 504]
         held.released.set()
         wait_for(lambda: ask(client, "dog").status_code == 200)
         assert [prompt for prompt in held.seen if prompt != "dog"] == held.seen[:1]

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundle import accept_files, copy_bundle
+from tiny_bundle import copy_bundle, with_template
 from tokenizers_for_tests import CHATML, byte_level, save
 
 from logratio._rust import Store
-from logratio.bundle import MANIFEST
 from logratio.data import (
     DataReport,
     PreferenceTokenizer,
@@ -155,14 +154,7 @@ def test_a_bundle_reads_strings_as_training_did(
         "{% for m in messages %}{{ 'sings ' if m.role == 'user' else 'sits ' }}{{ m.content }}"
     )
     template += "{{ ' loud ' }}{% endfor %}{% if add_generation_prompt %}sits {% endif %}"
-    (bundle / "chat_template.jinja").write_text(template)
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["tokenization"]["text_as"] = text_as
-    for group in manifest["golden"]:
-        group |= {"prompt": None, "completions": None}
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
-    accept_files(bundle)
-    reranker = Reranker.load(bundle)
+    reranker = Reranker.load(with_template(bundle, template, text_as=text_as))
     candidates = ["runs happy", "under a tree"]
     text = [score.reward for score in reranker.rank("the cat", candidates)]
     chat = [score.reward for score in reranker.rank([turn("user", "the cat")], candidates)]

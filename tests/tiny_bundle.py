@@ -14,6 +14,7 @@ from torch import nn
 
 from logratio.bundle import GRAPH, MANIFEST, describe_file
 from logratio.scoring import ExportConfig, export_bundle
+from logratio.serving import Reranker
 
 BETA = 0.25
 _folder: list[Path] = []
@@ -50,6 +51,35 @@ def rewrite_manifest(folder: Path, **values: object) -> None:
     """Replace values of a bundle's manifest."""
     path = folder / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def with_template(folder: Path, template: str, **rules: object) -> Path:
+    """Give a bundle a chat template, with a golden chat as an export writes one."""
+    (folder / "chat_template.jinja").write_text(template)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    rewrite_manifest(
+        folder,
+        tokenization=manifest["tokenization"] | rules,
+        golden=[group for group in manifest["golden"] if group["prompt"] is None],
+    )
+    accept_files(folder)
+    messages, completions = [{"role": "user", "content": "the cat"}], ["sits on", "runs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reranker, "_check_chat", lambda self: None)
+        reranker = Reranker.load(folder)
+    group = reranker.encode(messages, completions)
+    scores = reranker.score(messages, completions)
+    chat = {
+        "prompt_ids": list(group.prompt_ids),
+        "candidates": [list(candidate.ids) for candidate in group.candidates],
+        "policy_logps": [score.policy_logps for score in scores],
+        "reference_logps": [score.reference_logps for score in scores],
+        "completions": completions,
+        "messages": messages,
+    }
+    golden = json.loads((folder / MANIFEST).read_text())["golden"]
+    rewrite_manifest(folder, golden=[*golden, chat])
+    return folder
 
 
 def accept_files(folder: Path) -> None:

@@ -48,6 +48,8 @@ INPUTS = {
 """Names and ranks of the graph's inputs, all int64: what `_rust.candidate_layout` fills."""
 OUTPUTS = ("reward", "policy_logps", "reference_logps")
 """Names of the graph's outputs, all float32 `[N]`: one number per candidate."""
+GOLDEN_GROUPS = 3
+"""Least golden groups of a bundle: those of token ids. Those of text come on top."""
 CHUNK = 128
 """Completion tokens that the head scores at a time: `chunk` logits rows are held, never all."""
 
@@ -81,12 +83,14 @@ class GraphInfo:
         kind: ``two_models``, or ``adapter``: one base whose adapter is on for the policy.
         chunk: Completion tokens that the head scores at a time.
         vocabulary_size: Ids are below it.
+        max_positions: The longest sequence that the models were made for; None: not recorded.
     """
 
     opset: int
     kind: str
     chunk: int
     vocabulary_size: int
+    max_positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class GoldenGroup:
         reference_logps: The same under the reference.
         prompt: The prompt's text where the ids come from text: encoding it must give these ids.
         completions: The candidates' texts, likewise.
+        messages: In the place of a prompt's text, the turns of a chat.
     """
 
     prompt_ids: list[int]
@@ -108,6 +113,7 @@ class GoldenGroup:
     reference_logps: list[float]
     prompt: str | None = None
     completions: list[str] | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,20 @@ def graph_properties(
 def tolerance(logps: float, limits: tuple[float, float]) -> float:
     """Return the nats by which a sum of `logps` may be off under `PARITY` or `REPLAY`."""
     return limits[0] + limits[1] * abs(logps)
+
+
+def digest_of(folder: str | Path) -> str:
+    """Return the SHA-256 of ``bundle.json``, in hexadecimal: it names the bundle and all its files.
+
+    Raises:
+        BundleError: There is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder")
+    if not (folder / MANIFEST).exists():
+        raise BundleError(f"{folder}: no {MANIFEST}, so this is not a bundle")
+    return hashlib.sha256(_read_plainly(folder, MANIFEST, _MANIFEST_LIMIT)).hexdigest()
 
 
 def describe_file(path: Path) -> FileEntry:
@@ -258,6 +278,12 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
         raise BundleError(f"{where}: beta is {manifest.beta}, not above 0")
     if not manifest.golden:
         raise BundleError(f"{where}: no golden group, so nothing shows that it scores rightly")
+    if manifest.format_version > 1 and len(manifest.golden) < GOLDEN_GROUPS:
+        raise BundleError(
+            f"{where}: {len(manifest.golden)} golden groups, and an export writes at least "
+            f"{GOLDEN_GROUPS}"
+        )
+    _check_length(manifest, where)
     if not (1 <= manifest.graph.chunk <= 2**16 and manifest.graph.vocabulary_size < 2**31):
         raise BundleError(f"{where}: its graph cannot be")
     for name in manifest.files:
@@ -269,6 +295,14 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
     for group in manifest.golden:
         _check_golden(group, manifest.graph.vocabulary_size, where)
     return manifest
+
+
+def _check_length(manifest: Manifest, where: str) -> None:
+    length, positions = manifest.tokenization.get("max_length"), manifest.graph.max_positions
+    if positions is not None and isinstance(length, int) and length > positions:
+        raise BundleError(
+            f"{where}: its rules allow {length:,} tokens, and its models {positions:,}"
+        )
 
 
 def _check_golden(group: GoldenGroup, vocabulary_size: int, where: str) -> None:

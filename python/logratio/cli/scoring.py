@@ -1,5 +1,6 @@
 """`logratio export`, `rank`, `serve` and `demo`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,13 @@ Fallback = Annotated[
     typer.Option(
         "--allow-fallback",
         help="Go on with the CPU where the requested execution provider cannot be used.",
+    ),
+]
+Digest = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHA256",
+        help="Refuse any bundle but the one of this digest, which `logratio export` prints.",
     ),
 ]
 Provider = Annotated[
@@ -72,6 +80,7 @@ def rank(
     ] = None,
     provider: Provider = None,
     allow_fallback: Fallback = False,
+    digest: Digest = None,
     dry_run: DryRun = False,
 ) -> None:
     """Order candidates by their implicit reward, without torch.
@@ -86,7 +95,9 @@ def rank(
     if dry_run:
         return
     providers = [provider] if provider else None
-    reranker = Reranker.load(bundle, providers=providers, allow_fallback=allow_fallback)
+    reranker = Reranker.load(
+        bundle, providers=providers, allow_fallback=allow_fallback, digest=digest
+    )
     with progress("ranking", input_file.stat().st_size, "B") as advance:
         done = 0
 
@@ -107,12 +118,35 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     provider: Provider = None,
     allow_fallback: Fallback = False,
+    digest: Digest = None,
+    max_request_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens computed for one request. Default: 131,072."),
+    ] = None,
+    request_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Most seconds from a request to its answer. Default: 30."),
+    ] = None,
 ) -> None:
     """Serve `POST /v1/rerank` in the Cohere/Jina shape: query = prompt, documents = candidates."""
+    from logratio.serving.limits import Limits
     from logratio.serving.server import serve as run
 
     providers = [provider] if provider else None
-    run(bundle, host, port, providers=providers, allow_fallback=allow_fallback)
+    limits = Limits()
+    if max_request_tokens is not None:
+        limits = replace(limits, request_tokens=max_request_tokens)
+    if request_seconds is not None:
+        limits = replace(limits, seconds=request_seconds)
+    run(
+        bundle,
+        host,
+        port,
+        providers=providers,
+        allow_fallback=allow_fallback,
+        limits=limits,
+        digest=digest,
+    )
 
 
 def demo(

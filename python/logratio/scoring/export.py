@@ -14,7 +14,7 @@ from logratio.extras import require
 from logratio.forecast import size
 from logratio.logps.completion import transformer
 from logratio.progress import progress
-from logratio.scoring.families import use_exportable_attention
+from logratio.scoring.families import max_positions, use_exportable_attention
 from logratio.scoring.folder import beside, publish
 from logratio.scoring.golden import (
     GoldenInput,
@@ -61,7 +61,7 @@ class ExportResult:
         return (
             f"{self.output}: {kind}, {size(sum(entry.size for entry in files.values()))}, opset "
             f"{graph.opset}; differs from torch by at most {worst:.1e} nats per sequence; "
-            f"{self.seconds:.0f} s"
+            f"{self.seconds:.0f} s; digest {bundle.digest_of(self.output)}"
         )
 
 
@@ -118,7 +118,13 @@ class _Export:
             reference=self._reference,
             tokenization=self._plan.rules.to_dict(),
             special_ids=_special_ids(self._plan),
-            graph=GraphInfo(opset, pair.kind, CHUNK, self._plan.vocabulary_size),
+            graph=GraphInfo(
+                opset,
+                pair.kind,
+                CHUNK,
+                self._plan.vocabulary_size,
+                max_positions(self._plan.config),
+            ),
             files={name: bundle.describe_file(self._folder / name) for name in files},
             golden=_golden(self._carried, expected),
             parity=parity,

@@ -29,15 +29,16 @@ class GoldenInput:
     candidates: list[Ids]
     prompt: str | None = None
     completions: list[str] | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 def golden_inputs(
     tokenizer: PreferenceTokenizer, vocabulary_size: int, max_length: int
 ) -> list[GoldenInput]:
-    """Choose the groups that a bundle carries: random ids of many lengths, and one text."""
+    """Choose the groups that a bundle carries: random ids of many lengths, a text and a chat."""
     lengths = [_fitted(prompt, candidates, max_length) for prompt, candidates in _LENGTHS]
     chosen = [_random_group(*group, vocabulary_size) for group in lengths]
-    return chosen + list(_text_group(tokenizer, max_length))
+    return chosen + list(_text_groups(tokenizer, max_length))
 
 
 def probing_inputs(
@@ -62,15 +63,27 @@ def _random_group(prompt: int, candidates: Sequence[int], vocabulary_size: int) 
     return GoldenInput(draw[0], draw[1:])
 
 
-def _text_group(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[GoldenInput]:
-    """Yield a group made from text, unless the tokenizer or the limit has no room for it."""
+def _text_groups(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[GoldenInput]:
+    """Yield groups made from text and from a chat, as far as the tokenizer can write them."""
+    completions = list(_COMPLETIONS)
+    if group := _encoded(tokenizer, _PROMPT, max_length):
+        yield GoldenInput(*group, _PROMPT, completions)
+    messages = [{"role": "user", "content": _PROMPT}]
+    if tokenizer.chat_template and (group := _encoded(tokenizer, messages, max_length)):
+        yield GoldenInput(*group, None, completions, messages)
+
+
+def _encoded(
+    tokenizer: PreferenceTokenizer, prompt: str | list[dict[str, str]], max_length: int
+) -> tuple[Ids, list[Ids]] | None:
+    """Encode a prompt and its completions; None where the tokenizer or the limit has no room."""
     try:
-        group = tokenizer.encode_completions(_PROMPT, _COMPLETIONS)
+        group = tokenizer.encode_completions(prompt, _COMPLETIONS)
     except Exception:  # what tokenizers raises for words it does not know has no type of its own
-        return
+        return None
     candidates = [completion.ids for completion in group.completions]
-    if max(map(len, candidates)) + len(group.prompt_ids) < max_length:
-        yield GoldenInput(group.prompt_ids, candidates, _PROMPT, list(_COMPLETIONS))
+    longest = max(map(len, candidates)) + len(group.prompt_ids)
+    return (group.prompt_ids, candidates) if longest < max_length else None
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """The HTTP application: requests checked, queued, scored, answered. Needs fastapi."""
 
+import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,11 +15,12 @@ from starlette.exceptions import HTTPException
 
 from logratio.data import InvalidRecordError
 from logratio.serving.body import BoundedBody
-from logratio.serving.candidates import CandidateGroup
+from logratio.serving.candidates import Candidate, CandidateGroup
 from logratio.serving.limits import Limits
 from logratio.serving.protocol import (
     SCORES,
     Document,
+    DocumentFault,
     ErrorResponse,
     Health,
     Meta,
@@ -28,8 +30,8 @@ from logratio.serving.protocol import (
     Usage,
 )
 from logratio.serving.refusals import RefusedError, public_reason
-from logratio.serving.reranker import Reranker, Score, ranked
-from logratio.serving.worker import Worker
+from logratio.serving.reranker import Reranker, Score, Scoring, ranked
+from logratio.serving.scheduler import Scheduler
 
 PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 _DESCRIPTION = (
@@ -50,13 +52,15 @@ class State:
 
 def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
     """Make the application; ``app.state.server`` is its `State`."""
-    worker, state = Worker(limits), State()
+    scheduler, state = Scheduler(limits), State()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        for tokens, seconds in await asyncio.to_thread(reranker.timings):
+            scheduler.pace.learn(tokens, seconds)
         yield
         state.draining = True
-        worker.close()
+        scheduler.close()
 
     # No pages with scripts from elsewhere: /openapi.json is all there is to read.
     app = FastAPI(
@@ -67,7 +71,7 @@ def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
     app.add_middleware(BoundedBody, limits=limits)
     _add_refusals(app)
     _add_health(app, state)
-    service = RerankService(reranker, limits, worker, state)
+    service = RerankService(reranker, limits, scheduler, state)
     for path in PATHS:
         app.post(
             path, responses=_REFUSALS, response_model_exclude_none=True, description=SCORES,
@@ -79,56 +83,66 @@ def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
 class RerankService:
     """Answers rerank requests."""
 
-    def __init__(self, reranker: Reranker, limits: Limits, worker: Worker, state: State) -> None:
+    def __init__(
+        self, reranker: Reranker, limits: Limits, scheduler: Scheduler, state: State
+    ) -> None:
         self._reranker, self._limits = reranker, limits
-        self._worker, self._state = worker, state
+        self._scheduler, self._state = scheduler, state
 
     async def rerank(self, request: RerankRequest) -> RerankResponse:
-        """Check, wait for the worker, answer."""
+        """Check, have it computed, answer."""
         if self._state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
-        check_size(request, self._limits)
+        texts = request.texts()
+        characters = check_size(request, texts, self._limits)
         number = uuid.uuid4().hex
         try:
-            group, scores = await self._worker.run(lambda: self._score(request))
+            scoring = await self._scheduler.run(characters, lambda: self._encode(request, texts))
         except RefusedError:
             raise
         except Exception as error:
             # No traceback and no message: either could hold the request's text.
             _log.error("request %s failed: %s", number, type(error).__name__)
             raise RefusedError(500, "internal", "the request could not be scored") from None
-        return self._response(number, request, group, scores)
+        return self._response(number, request, texts, scoring)
 
-    def _score(self, request: RerankRequest) -> tuple[CandidateGroup, list[Score]]:
-        """Encode and score; runs in the worker's thread."""
+    def _encode(self, request: RerankRequest, texts: Sequence[str]) -> Scoring:
+        """Turn text into runs of the graph; called in the scheduler's encoding thread."""
+        # What is too long never reaches the tokenizer: an empty text takes its place.
+        longest = self._limits.document_characters
+        short = [text if len(text) <= longest else "" for text in texts]
         try:
-            group = self._reranker.encode(request.prompt(), request.texts())
+            group = self._reranker.encode(request.prompt(), short)
         except InvalidRecordError as error:
             raise RefusedError(422, "query", public_reason(str(error))) from None
-        check_tokens(group, self._limits)
-        scores = self._reranker.score_groups([group])[0]
-        if any(score.error is not None for score in scores):
-            raise RefusedError(500, "not_finite", "the model gives no finite score")
-        return group, scores
+        group = with_limits(group, texts, self._limits)
+        if all(candidate.error is not None for candidate in group.candidates):
+            reason = public_reason(str(group.candidates[0].error))
+            raise RefusedError(422, "document", f"no document can be scored; document 0: {reason}")
+        return self._reranker.scoring(group, self._limits.run_tokens)
 
     def _response(
-        self, number: str, request: RerankRequest, group: CandidateGroup, scores: list[Score]
+        self, number: str, request: RerankRequest, texts: Sequence[str], scoring: Scoring
     ) -> RerankResponse:
-        texts = request.texts()
+        scores, group, manifest = scoring.scores(), scoring.group, self._reranker.manifest
+        errors = [_error(score) for score in scores if score.error is not None]
+        if len(errors) == len(scores):
+            raise RefusedError(500, "not_finite", "the model gives no finite score")
+        scored = [score for score in ranked(scores) if score.error is None]
         results = [
             Result(
                 index=score.index,
                 relevance_score=score.reward,
                 document=Document(text=texts[score.index]) if request.return_documents else None,
             )
-            for score in ranked(scores)[: request.top_n]
+            for score in scored[: request.top_n]
         ]
         prompt, completion = len(group.prompt_ids), sum(score.tokens for score in scores)
-        manifest = self._reranker.manifest
         return RerankResponse(
             id=number,
             model=manifest.name,
             results=results,
+            errors=errors or None,
             meta=Meta(beta=manifest.beta, truncated_query=group.prompt_truncated),
             usage=Usage(
                 prompt_tokens=prompt,
@@ -138,43 +152,51 @@ class RerankService:
         )
 
 
-def check_size(request: RerankRequest, limits: Limits) -> None:
+def _error(score: Score) -> DocumentFault:
+    assert score.error is not None
+    code = "not_finite" if score.tokens else "document"
+    return DocumentFault(index=score.index, code=code, message=public_reason(score.error))
+
+
+def check_size(request: RerankRequest, texts: Sequence[str], limits: Limits) -> int:
     """Refuse a request that is too large before its text is read by a tokenizer.
+
+    Returns:
+        Characters of all that will be encoded.
 
     Raises:
         RefusedError: 422.
     """
-    if not request.documents:
+    if not texts:
         raise RefusedError(422, "no_documents", "there is no document to score")
-    if len(request.documents) > limits.documents:
+    if len(texts) > limits.documents:
         raise RefusedError(
             422, "too_many_documents", f"at most {limits.documents} documents a query"
         )
-    longest = limits.document_characters
-    for index, text in enumerate(request.texts()):
-        if len(text) > longest:
-            raise RefusedError(422, "document", f"document {index}: above {longest:,} characters")
     query = request.query
     length = len(query) if isinstance(query, str) else sum(len(turn.content) for turn in query)
     if length > limits.query_characters:
         raise RefusedError(422, "query", f"the query is above {limits.query_characters:,} "
                                          "characters")  # fmt: skip
+    longest = limits.document_characters
+    return length + sum(len(text) for text in texts if len(text) <= longest)
 
 
-def check_tokens(group: CandidateGroup, limits: Limits) -> None:
-    """Refuse a group with a document that cannot be scored: cutting it would change its meaning.
+def with_limits(group: CandidateGroup, texts: Sequence[str], limits: Limits) -> CandidateGroup:
+    """Give each document above a limit its error: cutting it would change its meaning."""
+    candidates = [
+        _limited(candidate, text, limits)
+        for candidate, text in zip(group.candidates, texts, strict=True)
+    ]
+    return replace(group, candidates=tuple(candidates))
 
-    Raises:
-        RefusedError: 422; names the first such document.
-    """
-    for index, candidate in enumerate(group.candidates):
-        if candidate.error is not None:
-            reason = public_reason(candidate.error)
-            raise RefusedError(422, "document", f"document {index}: {reason}")
-        if limits.document_tokens is not None and len(candidate.ids) > limits.document_tokens:
-            raise RefusedError(
-                422, "document", f"document {index}: above {limits.document_tokens:,} tokens"
-            )
+
+def _limited(candidate: Candidate, text: str, limits: Limits) -> Candidate:
+    if len(text) > limits.document_characters:
+        return Candidate((), error=f"above {limits.document_characters:,} characters")
+    if limits.document_tokens is not None and len(candidate.ids) > limits.document_tokens:
+        return Candidate((), error=f"above {limits.document_tokens:,} tokens")
+    return candidate
 
 
 def _add_health(app: FastAPI, state: State) -> None:

@@ -37,9 +37,9 @@ class BoundedBody:
         except ClientGoneError:
             return
         except TimeoutError:
-            await _refuse(send, RefusedError(408, "slow_body", "the request took too long"))
+            await refuse(send, RefusedError(408, "slow_body", "the request took too long"))
         except RefusedError as error:
-            await _refuse(send, error)
+            await refuse(send, error)
         else:
             await _answer(self._app, scope, body, receive, send)
 
@@ -95,12 +95,14 @@ async def _disconnect(receive: Receive) -> Message:
             return message
 
 
-async def _refuse(send: Send, error: RefusedError) -> None:
+async def refuse(send: Send, error: RefusedError) -> None:
+    """Answer before the body was read; what is left of it ends the connection."""
     content = json.dumps(error.body()).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(content)).encode()),
         (b"connection", b"close"),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers().items()),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -1,6 +1,6 @@
-"""Prompts and candidates as ids, and which of them go through the graph together."""
+"""Prompts and candidates as ids."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,11 +115,8 @@ class CandidateEncoder:
         Returns:
             Their group, None if there is none, and the error of each other candidate by its index.
         """
-        errors = {
-            index: "[E104] half a character (a lone surrogate)"
-            for index, candidate in enumerate(candidates)
-            if not _is_sound(candidate)
-        }
+        faults = {index: _fault(candidate) for index, candidate in enumerate(candidates)}
+        errors = {index: fault for index, fault in faults.items() if fault}
         while sound := [i for i in range(len(candidates)) if i not in errors]:
             try:
                 taken = [candidates[index] for index in sound]
@@ -165,60 +162,8 @@ def _is_sound(text: str) -> bool:
     return True
 
 
-Piece = tuple[int, list[tuple[int, ...]]]
-"""Number of a group, and ids of some of its candidates."""
-
-
-def plan_runs(groups: Sequence[CandidateGroup], token_budget: int) -> Iterator[list[Piece]]:
-    """Cut groups into runs of the graph, similar lengths together.
-
-    A run of `G` prompts up to `P` tokens and `N` candidates up to `C` holds `G·P + N·(P + C)`
-    positions: each prompt once, and for each candidate its own view of a prompt's keys and values.
-    A run stays below the budget unless a single candidate is above it; a group too large for one
-    is spread over several.
-
-    Args:
-        groups: What is to be scored.
-        token_budget: Most positions in a run.
-    """
-    run: list[Piece] = []
-    size = _RunSize()
-    by_length = sorted(range(len(groups)), key=lambda g: -len(groups[g].prompt_ids))
-    for number in by_length:
-        group = groups[number]
-        for ids in sorted(group.different(), key=len, reverse=True):
-            is_new = not run or run[-1][0] != number
-            grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
-            if run and grown.cost > token_budget:
-                yield run
-                run, size = [], _RunSize()
-                grown = size.plus(len(group.prompt_ids), len(ids))
-                is_new = True
-            if is_new:
-                run.append((number, []))
-            run[-1][1].append(ids)
-            size = grown
-    if run:
-        yield run
-
-
-@dataclass(frozen=True, slots=True)
-class _RunSize:
-    prompts: int = 0
-    longest_prompt: int = 0
-    candidates: int = 0
-    longest_candidate: int = 0
-
-    @property
-    def cost(self) -> int:
-        view = self.longest_prompt + self.longest_candidate
-        return self.prompts * self.longest_prompt + self.candidates * view
-
-    def plus(self, prompt: int, candidate: int) -> "_RunSize":
-        """Add a candidate, and its prompt where `prompt` is not 0."""
-        return _RunSize(
-            self.prompts + bool(prompt),
-            max(self.longest_prompt, prompt),
-            self.candidates + 1,
-            max(self.longest_candidate, candidate),
-        )
+def _fault(candidate: str) -> str | None:
+    """Say what is wrong with a candidate that no tokenizer need look at."""
+    if not _is_sound(candidate):
+        return "[E104] half a character (a lone surrogate)"
+    return None if candidate.strip() else "[R301] a completion is empty"

@@ -59,6 +59,16 @@ class Result(BaseModel):
     document: Document | None = None
 
 
+class DocumentFault(BaseModel):
+    """Why one document has no score; the others are not affected."""
+
+    index: Annotated[int, Field(description="Where the document stood in the request.")]
+    code: Annotated[
+        str, Field(description="`document`: it cannot be scored; `not_finite`: the model fails.")
+    ]
+    message: str
+
+
 class Usage(BaseModel):
     """Tokens the model saw."""
 
@@ -81,7 +91,13 @@ class RerankResponse(BaseModel):
 
     id: str
     model: str
-    results: list[Result]
+    results: Annotated[
+        list[Result], Field(description="Every document that has a score; `top_n` of them.")
+    ]
+    errors: Annotated[
+        list[DocumentFault] | None,
+        Field(description="Every document that has none, by index; absent where all have one."),
+    ] = None
     meta: Meta
     usage: Usage
 

@@ -15,11 +15,13 @@ class RefusedError(LogratioError):
         status: Of HTTP.
         code: Stable, for programs.
         message: For people; holds no prompt, no path.
+        retry_after: Seconds after which it would be taken, for 429 and 503.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, retry_after: int = 1) -> None:
         super().__init__(status, code, message)
         self.status, self.code, self.message = status, code, message
+        self.retry_after = retry_after
 
     def body(self) -> dict[str, dict[str, str]]:
         """Return the JSON to answer with."""
@@ -27,7 +29,7 @@ class RefusedError(LogratioError):
 
     def headers(self) -> dict[str, str]:
         """Return the headers that go with it."""
-        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+        return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 
 def public_reason(reason: str) -> str:

@@ -4,6 +4,8 @@ Needs numpy, tokenizers, jinja2 and ONNX Runtime; never torch, never transformer
 """
 
 import math
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +22,21 @@ from logratio.bundle import (
     BundleError,
     GoldenGroup,
     Manifest,
+    digest_of,
     read_manifest,
     tolerance,
     verify_files,
 )
-from logratio.data import TokenizationRules
+from logratio.data import InvalidRecordError, TokenizationRules
 from logratio.errors import LogratioError, SettingTypeError
-from logratio.serving.candidates import (
-    Candidate,
-    CandidateEncoder,
-    CandidateGroup,
-    Piece,
-    Prompt,
-    plan_runs,
-)
-from logratio.serving.session import open_session
+from logratio.serving.candidates import Candidate, CandidateEncoder, CandidateGroup, Prompt
+from logratio.serving.runs import Run, plan_runs
+from logratio.serving.session import Stop, open_session, stopped_after
 
+LOAD_SECONDS = 300.0
+"""Most that the golden groups may take at load."""
 TOKEN_BUDGET = 16384
-"""Positions in one run of the graph, which bounds its memory; see `candidates.plan_runs`."""
+"""Positions in one run of the graph, which bounds its memory; see `runs.plan_runs`."""
 
 Sums = tuple[float, float, float]
 
@@ -100,6 +99,8 @@ class Reranker:
         threads: int | None = None,
         token_budget: int = TOKEN_BUDGET,
         truncate_completions: bool = False,
+        digest: str | None = None,
+        load_seconds: float = LOAD_SECONDS,
     ) -> "Reranker":
         """Load a bundle: every file's hash is checked, and its golden groups are scored again.
 
@@ -111,6 +112,10 @@ class Reranker:
             token_budget: Positions in one run of the graph: bounds memory, changes no result.
             truncate_completions: Cut candidates that are too long and mark them, instead of an
                 error for each. A cut candidate's reward is that of its beginning.
+            digest: The SHA-256 of ``bundle.json``, as `logratio export` prints it: another bundle
+                is refused. None: any bundle.
+            load_seconds: Most seconds for the golden groups: a graph is a program, and may never
+                end.
 
         Raises:
             BundleError: The folder is no bundle, was altered, or does not score as it should.
@@ -118,6 +123,8 @@ class Reranker:
             MissingExtraError: ONNX Runtime is not installed.
         """
         folder = Path(folder)
+        if digest is not None and digest_of(folder) != digest.lower():
+            raise BundleError(f"{folder}: its digest is {digest_of(folder)}, not {digest}")
         manifest = read_manifest(folder)
         verify_files(folder, manifest)
         encoder = _encoder(folder, manifest, truncate_completions)
@@ -125,7 +132,7 @@ class Reranker:
             folder, manifest, providers=providers, allow_fallback=allow_fallback, threads=threads
         )
         reranker = cls(session, manifest, encoder, token_budget)
-        reranker.replay()
+        reranker.replay(load_seconds)
         return reranker
 
     def score(self, prompt: Prompt, candidates: Sequence[str]) -> list[Score]:
@@ -173,46 +180,110 @@ class Reranker:
 
     def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:
         """Score what `encode` returned: one list per group, in the candidates' order."""
+        return self._score_groups(groups, None)
+
+    def scoring(self, group: CandidateGroup, run_tokens: int) -> "Scoring":
+        """Cut the scoring of what `encode` returned into short runs of the graph.
+
+        Args:
+            group: The prompt and its candidates.
+            run_tokens: Most tokens in a run; see `runs.plan_runs`.
+        """
+        return Scoring(self, group, list(plan_runs([group], self._token_budget, run_tokens)))
+
+    def timings(self) -> list[tuple[int, float]]:
+        """Score each golden group and return the tokens and the seconds of each run.
+
+        A server warms up so, and learns how long a request will take.
+        """
+        found = []
+        for known in self.manifest.golden:
+            group = _golden_group(known)
+            for run in plan_runs([group], self._token_budget):
+                start = time.perf_counter()
+                self.compute([group], run)
+                found.append((run.tokens, time.perf_counter() - start))
+        return found
+
+    def _score_groups(
+        self, groups: Sequence[CandidateGroup], stop: Stop | None
+    ) -> list[list[Score]]:
         sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
         for run in plan_runs(groups, self._token_budget):
-            rows = iter(self._run(groups, run))
-            for number, candidates in run:
+            rows = iter(self.compute(groups, run, stop))
+            for number, candidates in run.pieces:
                 sums[number].update((ids, next(rows)) for ids in candidates)
-        return [
-            [_score(group, index, found) for index in range(len(group.candidates))]
-            for group, found in zip(groups, sums, strict=True)
-        ]
+        return [scores_of(group, found) for group, found in zip(groups, sums, strict=True)]
 
-    def _run(self, groups: Sequence[CandidateGroup], run: list[Piece]) -> list[Sums]:
+    def compute(
+        self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None = None
+    ) -> list[Sums]:
         """Run the graph once: reward, policy and reference sums, candidate after candidate."""
         layout = candidate_layout(
-            [_array(groups[number].prompt_ids) for number, _ in run],
-            [[_array(ids) for ids in candidates] for _, candidates in run],
+            [_array(groups[number].prompt_ids) for number, _ in run.pieces],
+            [[_array(ids) for ids in candidates] for _, candidates in run.pieces],
             self.manifest.graph.chunk,
         )
         feed = {name: getattr(layout, name) for name in INPUTS}
-        columns = self._session.run(list(OUTPUTS), feed)
+        columns = self._session.run(list(OUTPUTS), feed, stop.options if stop else None)
+        self._check_rewards(*columns)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def replay(self) -> None:
+    def _check_rewards(self, *columns: NDArray[np.float32]) -> None:
+        """Make sure that each reward is β times the other two outputs' difference."""
+        reward, policy, reference = (column.astype(np.float64) for column in columns)
+        slack = REPLAY[0] + REPLAY[1] * (abs(policy) + abs(reference))
+        beta = self.manifest.beta
+        apart = abs(reward - beta * (policy - reference)) > beta * slack
+        if apart.any():  # not where one is no number: that candidate gets an error
+            raise BundleError("the graph gives rewards that are not beta times the log-ratio")
+
+    def replay(self, seconds: float = LOAD_SECONDS) -> None:
         """Score the bundle's golden groups: the same text, ids and rewards as at the export.
 
+        Args:
+            seconds: Most that the graph may take.
+
         Raises:
-            BundleError: Something on this machine gives other ids or rewards.
+            BundleError: Something on this machine gives other ids or rewards, or takes longer.
         """
         golden = self.manifest.golden
         groups = [_golden_group(group) for group in golden]
-        try:
-            scored = self.score_groups(groups)
-        except Exception as error:  # the library raises a dozen unrelated kinds
-            raise BundleError("the graph fails on a golden group") from error
+        with stopped_after(seconds) as stop:
+            try:
+                scored = self._score_groups(groups, stop)
+            except BundleError:
+                raise
+            except Exception as error:  # the library raises a dozen unrelated kinds
+                if stop.asked:
+                    raise BundleError(
+                        f"the graph did not end within {seconds:g} s on the golden groups"
+                    ) from error
+                raise BundleError("the graph fails on a golden group") from error
         for known, group, scores in zip(golden, groups, scored, strict=True):
+            prompt = known.prompt if known.messages is None else known.messages
             if (
-                known.prompt is not None
-                and self._encoder.encode(known.prompt, known.completions or []) != group
+                prompt is not None
+                and self._encoder.encode(prompt, known.completions or []) != group
             ):
                 raise BundleError("the tokenizer gives other ids here than at the export")
             self._compare(known, scores)
+        self._check_chat()
+
+    def _check_chat(self) -> None:
+        """Refuse a bundle with a chat template of which no golden group shows that it is right."""
+        tokenizer = self._encoder.tokenizer
+        is_shown = any(
+            group.messages is not None or (group.prompt is not None and tokenizer.wraps_text)
+            for group in self.manifest.golden
+        )
+        if self.manifest.format_version == 1 or tokenizer.chat_template is None or is_shown:
+            return
+        try:
+            self._encoder.encode([{"role": "user", "content": "a"}], ["a"])
+        except InvalidRecordError:
+            return  # an export cannot write one either
+        raise BundleError("no golden group is a chat, so nothing shows that its template is right")
 
     def _compare(self, known: GoldenGroup, scores: list[Score]) -> None:
         pairs = zip(known.policy_logps, known.reference_logps, strict=True)
@@ -229,6 +300,36 @@ class Reranker:
                     f"{self.provider} gives a golden candidate the reward {score.reward:.6g}, "
                     f"and torch gave {reward:.6g} at the export"
                 )
+
+
+class Scoring:
+    """One prompt's candidates on their way through the graph, run by run.
+
+    Attributes:
+        group: The prompt and its candidates.
+        costs: Tokens of each run, in the order in which `step` takes them.
+    """
+
+    def __init__(self, reranker: Reranker, group: CandidateGroup, runs: Sequence[Run]) -> None:
+        self.group = group
+        self.costs = [run.tokens for run in runs]
+        self._reranker, self._runs, self._stop = reranker, deque(runs), Stop()
+        self._sums: dict[tuple[int, ...], Sums] = {}
+
+    def step(self) -> None:
+        """Compute the next run."""
+        run = self._runs.popleft()
+        rows = self._reranker.compute([self.group], run, self._stop)
+        ((_, candidates),) = run.pieces
+        self._sums.update(zip(candidates, rows, strict=True))
+
+    def stop(self) -> None:
+        """End the run that another thread computes; `step` raises there."""
+        self._stop.now()
+
+    def scores(self) -> list[Score]:
+        """Return the scores in the candidates' order, once every run is done."""
+        return scores_of(self.group, self._sums)
 
 
 def ranked(scores: Sequence[Score]) -> list[Score]:
@@ -262,6 +363,11 @@ def _golden_group(known: GoldenGroup) -> CandidateGroup:
 
 def _array(ids: Sequence[int]) -> NDArray[np.int32]:
     return np.array(ids, dtype=np.int32)
+
+
+def scores_of(group: CandidateGroup, sums: dict[tuple[int, ...], Sums]) -> list[Score]:
+    """Give each candidate of a group what its ids got, or its error."""
+    return [_score(group, index, sums) for index in range(len(group.candidates))]
 
 
 def _score(group: CandidateGroup, index: int, sums: dict[tuple[int, ...], Sums]) -> Score:

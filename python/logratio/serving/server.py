@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 _KEEP_ALIVE_SECONDS = 60
 _HEADER_BYTES = 16 * 2**10
-_CONNECTIONS = 1024
+_BACKLOG = 2048
+_OTHER_FILES = 64
+"""Files that the process needs for anything but connections."""
 
 
 def create_app(reranker: Reranker, limits: Limits | None = None) -> "FastAPI":
@@ -43,6 +46,7 @@ def serve(
     allow_fallback: bool = False,
     threads: int | None = None,
     limits: Limits | None = None,
+    digest: str | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C; requests in flight are answered first.
 
@@ -56,6 +60,7 @@ def serve(
         allow_fallback: See there.
         threads: See there.
         limits: What requests may ask for.
+        digest: See `Reranker.load`.
 
     Raises:
         OSError: The address cannot be listened on.
@@ -63,18 +68,36 @@ def serve(
     """
     uvicorn = require("uvicorn", "serve")
     require("fastapi", "serve")
-    limits = limits or Limits()
+    limits = within_open_files(limits or Limits())
     with _listen(host, port) as listener:
         reranker = Reranker.load(
-            bundle, providers=providers, allow_fallback=allow_fallback, threads=threads
+            bundle,
+            providers=providers,
+            allow_fallback=allow_fallback,
+            threads=threads,
+            digest=digest,
         )
         app = create_app(reranker, limits)
         _announce(reranker, host, listener.getsockname()[1])
         with _stopping_quietly():
-            _server(uvicorn, app, limits).run(sockets=[listener])
+            make_server(uvicorn, app, limits).run(sockets=[listener])
 
 
-def _server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
+def within_open_files(limits: Limits) -> Limits:
+    """Lower the bound on connections to what the process may open: beyond it none is accepted."""
+    import resource
+
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = allowed - _OTHER_FILES - limits.probe_connections
+    if allowed == resource.RLIM_INFINITY or room >= limits.connections:
+        return limits
+    return replace(limits, connections=max(1, room))
+
+
+def make_server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
+    """Make uvicorn's server; its ``run`` takes the listening sockets."""
+    from logratio.serving.connections import protocol
+
     class Server(uvicorn.Server):  # type: ignore[misc]  # known at run time only
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             app.state.server.draining = True
@@ -83,13 +106,13 @@ def _server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
     return Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=protocol(limits),
             ws="none",
             lifespan="on",
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=_CONNECTIONS,
+            backlog=_BACKLOG,
             h11_max_incomplete_event_size=_HEADER_BYTES,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=limits.shutdown_seconds,

@@ -1,8 +1,10 @@
 """An ONNX Runtime session on a bundle's graph, and proof that it is the one asked for."""
 
 import os
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,43 @@ from logratio.serving.external_data import check_external_data
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 keeps 10 bits: golden rewards would not be met
-_ERRORS_ONLY = 3
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
 
 
 class ProviderError(LogratioError, RuntimeError):
     """The execution provider that was asked for cannot be used here."""
+
+
+class Stop:
+    """Ends a run of the graph from another thread, once the node being computed is done.
+
+    Attributes:
+        asked: Whether `now` was called.
+        options: What the run takes as its ONNX Runtime options.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.options = require("onnxruntime", "rank").RunOptions()
+        self.options.log_severity_level = _FATAL_ONLY  # an end that was asked for is no error
+
+    def now(self) -> None:
+        """End the run, and every later one that takes these options."""
+        self.asked = True
+        self.options.terminate = True
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[Stop]:
+    """Give runs of the graph a time limit: a graph is a program, and may never end."""
+    stop = Stop()
+    watchdog = threading.Timer(seconds, stop.now)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield stop
+    finally:
+        watchdog.cancel()
 
 
 def open_session(
