@@ -150,7 +150,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Preference
     letters = save(folder / "bytes", with_bos(byte_level()))
     load, rules = PreferenceTokenizer.load, TokenizationRules
     return {
-        "words": load(words, rules(max_length=16), CHATML),
+        "words": load(words, rules(max_length=16, text_as="text"), CHATML),
         "plain": load(words, rules(max_length=16)),
         "strict": load(words, rules(max_length=16, prompt_truncation="error")),
         "keep end": load(words, rules(max_length=16, prompt_truncation="keep_end")),

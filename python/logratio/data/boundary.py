@@ -1,9 +1,14 @@
-"""Where the prompt's ids end and a completion's begin."""
+"""Where the prompt's ids end and a completion's begin.
 
-from collections.abc import Callable, Iterator, Sequence
+Equal ids are not enough: a token for unknown text stands for as much text as there is. Where the
+last token before a completion would take in the beginning of it, that beginning would vanish.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from logratio.data.pieces import PieceEncoder
 from logratio.data.scripts import Script
 
 
@@ -25,7 +30,7 @@ class Tail:
 def tails_of(
     script: Script,
     running: Sequence[list[int]],
-    encode: Callable[[list[str]], list[list[int]]],
+    encoder: PieceEncoder,
 ) -> Iterator[Tail]:
     """Cut each completion's ids out of the ids of the whole text.
 
@@ -34,8 +39,8 @@ def tails_of(
 
     Args:
         script: The record as text.
-        running: Ids of each of the script's running texts.
-        encode: Texts to ids, without added special tokens.
+        running: Ids of each of the script's running texts, without added special tokens.
+        encoder: What made them.
     """
     prompt, *rest = running
     texts = iter(rest)
@@ -43,14 +48,25 @@ def tails_of(
         moved = False
         ids: list[int] = []
         mask: list[int] = []
-        before = prompt
+        before, text = prompt, script.prompt
         for piece, whole in zip(pieces, islice(texts, len(pieces)), strict=True):
-            if whole[: len(before)] == before:
+            if _goes_on(before, whole, text, piece.text, encoder):
                 own = whole[len(before) :]
             else:
-                own = encode([piece.text])[0]
+                own = encoder.encode([piece.text])[0]
                 moved = True
             ids += own
             mask += [int(piece.counts)] * len(own)
-            before = whole
+            before, text = whole, text + piece.text
         yield Tail(ids, mask, moved)
+
+
+def _goes_on(
+    before: list[int], whole: list[int], text: str, more: str, encoder: PieceEncoder
+) -> bool:
+    """Say whether the tokens of a text stand for the same text when more follows."""
+    if whole[: len(before)] != before:
+        return False
+    if not before or before[-1] != encoder.unknown_id:
+        return True
+    return encoder.end_of(text + more, len(before)) <= len(text)

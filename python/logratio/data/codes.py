@@ -71,11 +71,12 @@ CODES: dict[str, str] = {
     "W518": "plain text, which passes by the tokenizer's chat template (--chat: as the turns of a "
     "chat; --text: as it stands, without this warning)",
     "W519": "part of the data went through the chat template, and part did not",
+    "W520": "the answer follows the prompt without white space",
     "W522": "a chat that was written as text, read as a chat (else: --strings text)",
     "W525": "a list that another score could rank",
     "W530": "a pair or an answer of a list was left out",
 }
-"""W502 and W503 are counted per completion, W508 to W511, W517 and W519 once a data set, all
+"""W502 and W503 are counted per completion, W508 to W511, W517, W519 and W520 once a data set, all
 others per record."""
 
 

@@ -17,7 +17,16 @@ from logratio.data.formats import Decoder
 from logratio.data.formats.cells import opens
 from logratio.data.groups import TokenizedGroup
 from logratio.data.ledger import Ledger, Written
-from logratio.data.plain import COLUMNS, FORMAT, PlainRows, PlainTable, holds_texts, stretches
+from logratio.data.plain import (
+    COLUMNS,
+    FORMAT,
+    PlainRows,
+    PlainTable,
+    holds_texts,
+    stretches,
+    touch,
+    touching,
+)
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
 from logratio.data.report import DataReport
 from logratio.data.tokenization import NO_TEMPLATE, PreferenceTokenizer
@@ -121,6 +130,8 @@ class Intake:
         if is_chat and self.tokenizer.chat_template is None:
             self.ledger.refuse(Refusal(source, "E401", NO_TEMPLATE))
         self._count_kind(source, 1, is_chat=is_chat)
+        if not is_chat:
+            self.report.touching_rows += _touches(decoded.records[0])
         return _Waiting(source, row, decoded.records)
 
     def _count_kind(self, first: Source, rows: int, *, is_chat: bool) -> None:
@@ -163,6 +174,7 @@ class Intake:
         if not columns:
             return
         encoded = self.tokenizer.encode_pairs(columns)
+        touches = touching(columns[0], columns[1])
         for stretch in stretches(encoded, *plain.places(self.ledger.file_number)):
             if stretch.groups is None:
                 decoded = [self._decoded(*plain.row(number)) for number in stretch.rows]
@@ -171,6 +183,8 @@ class Intake:
                 self.report.formats[FORMAT] += len(stretch.rows)
                 first = plain.source(stretch.rows[0])
                 self._count_kind(first, len(stretch.rows), is_chat=False)
+                rows = slice(stretch.rows.start, stretch.rows.stop)
+                self.report.touching_rows += int(np.count_nonzero(touches[rows]))
                 self.report.extra_keys.update(plain.extra_keys(stretch.rows))
                 self._write_arrays(stretch.groups, stretch.moved)
 
@@ -236,3 +250,8 @@ class Intake:
         """Take what is waiting and check the account; see `Ledger.close`."""
         self.flush()
         self.ledger.close()
+
+
+def _touches(record: PreferenceRecord) -> bool:
+    first = record.completions[0]
+    return touch(str(record.prompt), str(first.context or first.answer))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from logratio._rust import EncodedPairs, PairRules, PieceTable
 
@@ -46,6 +46,8 @@ class PieceEncoder:
 
     Attributes:
         is_exact: Whether pieces may be looked up; else every text goes through the tokenizer.
+        unknown_id: The token for what the tokenizer does not know: it may stand for text of any
+            length. None: any text has tokens of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
@@ -57,6 +59,7 @@ class PieceEncoder:
         """
         self._tokenizer = tokenizer
         self._table = PieceTable(CAPACITY)
+        self.unknown_id = _unknown_id(tokenizer, settings["model"])
         self.is_exact = _is_local(settings) and self._agrees(_PROBE)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -66,6 +69,11 @@ class PieceEncoder:
         ids, offsets = self._table.encode(texts, self._whole)
         flat = ids.tolist()
         return [flat[start:end] for start, end in pairwise(offsets.tolist())]
+
+    def end_of(self, text: str, tokens: int) -> int:
+        """Return how many characters of a text its first so many tokens stand for."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return int(encoding.offsets[tokens - 1][1])
 
     def encode_pairs(self, columns: Sequence[Any], rules: PairRules) -> EncodedPairs:
         """Encode rows of prompt, chosen and rejected, but for the odd ones; only where `is_exact`.
@@ -92,10 +100,25 @@ def _is_local(settings: Mapping[str, Any]) -> bool:
     return (
         model.get("type") == "BPE"
         and not model.get("dropout")
+        and (model.get("unk_token") is None or _knows_all_bytes(model))
         and _keeps_spaces(settings.get("normalizer"))
         and _splits_at_spaces(settings.get("pre_tokenizer"))
         and all(_is_word(token) for token in settings.get("added_tokens", ()))
     )
+
+
+def _unknown_id(tokenizer: Tokenizer, model: Mapping[str, Any]) -> int | None:
+    if model.get("type") == "Unigram":
+        return model.get("unk_id")
+    token = model.get("unk_token")
+    if token is None or _knows_all_bytes(model):
+        return None
+    return tokenizer.token_to_id(token)
+
+
+def _knows_all_bytes(model: Mapping[str, Any]) -> bool:
+    """Say whether a byte-level vocabulary has every byte, so that no text is unknown to it."""
+    return set(model["vocab"]) >= set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _keeps_spaces(normalizer: Mapping[str, Any] | None) -> bool:

@@ -30,6 +30,9 @@ FORMAT = "trl"
 _BRACKETS = np.frombuffer(b"[{", np.uint8)
 _SPACES = np.frombuffer(b" \t\r\n", np.uint8)
 
+_ALNUM = np.array([chr(byte).isalnum() and byte < 128 for byte in range(256)])
+_VISIBLE = np.array([ord("!") <= byte <= ord("~") for byte in range(256)])
+
 TextColumn = list[str] | tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Strings, or a string array's UTF-8 bytes and where each text begins."""
 
@@ -219,6 +222,27 @@ def opens_brackets(column: TextColumn) -> NDArray[np.bool_]:
         rows = rows[np.isin(first, _SPACES)]
         at[rows] += 1
         rows = rows[at[rows] < ends[rows]]
+    return found
+
+
+def touch(prompt: str, answer: str) -> bool:
+    """Say whether a word of an answer follows its prompt without white space.
+
+    Letters other than ASCII do not count: some scripts have no spaces.
+    """
+    end, start = prompt[-1:], answer[:1]
+    return "!" <= end <= "~" and start.isascii() and start.isalnum()
+
+
+def touching(prompts: TextColumn, answers: TextColumn) -> NDArray[np.bool_]:
+    """Say of each row what `touch` says."""
+    if isinstance(prompts, list) or isinstance(answers, list):
+        pairs = zip(prompts, answers, strict=True)
+        return np.array([touch(str(prompt), str(answer)) for prompt, answer in pairs], np.bool_)
+    (data, ends), (more, starts) = prompts, answers
+    rows = np.flatnonzero((np.diff(ends) > 0) & (np.diff(starts) > 0))
+    found = np.zeros(len(ends) - 1, np.bool_)
+    found[rows] = _VISIBLE[data[ends[1:][rows] - 1]] & _ALNUM[more[starts[:-1][rows]]]
     return found
 
 

@@ -48,6 +48,7 @@ class DataReport:
         formats: Rows of each shape, kept or not; rows of no known shape are in none.
         text_rows: Rows of plain text, read as it stands.
         chat_rows: Rows that the chat template wrote.
+        touching_rows: Rows of plain text whose answer begins with a word right after the prompt.
         extra_keys: Rows in which each key that was not read stands.
         prompt_tokens: Of kept rows, each prompt once.
         completion_tokens: Of kept rows, all completions.
@@ -67,6 +68,7 @@ class DataReport:
     extra_keys: Counter[str] = field(default_factory=Counter)
     text_rows: int = 0
     chat_rows: int = 0
+    touching_rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     left_out: list[str] = field(default_factory=list)
@@ -154,6 +156,7 @@ class DataReport:
             "formats": dict(self.formats),
             "text_rows": self.text_rows,
             "chat_rows": self.chat_rows,
+            "touching_rows": self.touching_rows,
             "extra_keys": dict(self.extra_keys),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -170,7 +173,15 @@ class DataReport:
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
         """Read what `to_dict` returned, for example from a store's metadata."""
         report = cls()
-        numbers = ("read", "kept", "deduplicated", "blank_lines", "text_rows", "chat_rows")
+        numbers = (
+            "read",
+            "kept",
+            "deduplicated",
+            "blank_lines",
+            "text_rows",
+            "chat_rows",
+            "touching_rows",
+        )
         for name in (*numbers, "prompt_tokens", "completion_tokens"):
             setattr(report, name, values.get(name, 0))
         for name in ("refused_by_code", "warnings_by_code", "formats", "extra_keys"):

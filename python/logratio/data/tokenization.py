@@ -286,7 +286,7 @@ class PreferenceTokenizer:
             script: Its text.
             running: Ids of each of the script's running texts.
         """
-        encode = self._chats.encode if record.is_chat else self._plain.encode
+        encoder = self._chats if record.is_chat else self._plain
         ends_itself = record.is_chat or not record.ends  # a step has not ended
         notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
         notes += script.notes
@@ -295,7 +295,7 @@ class PreferenceTokenizer:
             completions = [
                 self._completion(completion.role, tail, prompt_ids, notes, ends_itself)
                 for completion, tail in zip(
-                    record.completions, tails_of(script, running, encode), strict=True
+                    record.completions, tails_of(script, running, encoder), strict=True
                 )
             ]
             check_different(completions, notes)

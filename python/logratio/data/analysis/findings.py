@@ -12,6 +12,9 @@ from logratio.data.report import DataReport
 NOTABLE_SIMILAR = 0.01
 """There is a warning where this share of the groups resembles an earlier one."""
 
+NOTABLE_TOUCHING = 0.5
+"""There is a warning where more than this share of plain prompts runs into the answer."""
+
 NOTABLE_CUT = 0.05
 """There is a warning where this share of the completions was cut."""
 
@@ -93,6 +96,17 @@ def mixture_finding(account: DataReport) -> list[Finding]:
         "that the chat template wrote; --chat lets it write all of them"
     )
     return [Finding("W519", text)]
+
+
+def space_finding(account: DataReport) -> list[Finding]:
+    """Warn where most prompts and answers meet without white space (W520)."""
+    if account.touching_rows <= NOTABLE_TOUCHING * account.text_rows:
+        return []
+    text = (
+        f"in {account.touching_rows:,} of {account.text_rows:,} rows of plain text; the model "
+        "reads them as one word: end the prompts, or begin the answers, with a space or a line end"
+    )
+    return [Finding("W520", text)]
 
 
 def cut_finding(cut: int, completions: int) -> list[Finding]:

@@ -120,6 +120,7 @@ def analyse(
             *findings.similarity_finding(similar, columns.groups),
             *findings.cut_finding(cut, store.completions),
             *findings.mixture_finding(account),
+            *findings.space_finding(account),
             *([] if _go_on(account, tokenizer) else findings.stop_finding(use)),
         ),
     )
