@@ -526,3 +526,59 @@ def test_pyarrow_is_asked_for_only_where_it_is_needed(
     for path in (packed, table):
         with pytest.raises(ImportError, match="cannot be read without pyarrow: pip install pyarr"):
             open_file(path)
+
+
+HELD = [{"prompt": f"p{n}", "chosen": "a", "rejected": ["b", {"c": n}]} for n in range(3)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("key", ["data", "rows", "train"])
+@pytest.mark.parametrize("padding", [0, 10_000], ids=["short", "beyond the head"])
+def test_an_object_that_holds_the_rows_is_read(
+    tmp_path: Path, indent: int | None, key: str, padding: int
+) -> None:
+    rows = [{**row, "chosen": "a" * (padding + 1)} for row in HELD]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({key: rows}, indent=indent) + "\n")
+    (opened,) = open_inputs([path])
+    assert opened.kind == "JSON array"
+    assert [row for _, row in opened] == rows
+    (opened,) = open_inputs([path])
+    iterator = iter(opened)
+    next(iterator)
+    mark = opened.mark()
+    (again,) = open_inputs([path])
+    again.go_on(mark)
+    assert [row for _, row in again] == rows[1:]
+
+
+@pytest.mark.parametrize("padding", [0, 10_000], ids=["short", "beyond the head"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_that_begin_like_such_an_object_stay_rows(
+    tmp_path: Path, count: int, padding: int
+) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "a" * padding}],
+        "chosen": [{"role": "assistant", "content": "b"}],
+    }
+    others = [
+        row,
+        {"steps": [{"text": "a" * padding}], "label": True},
+        {"data": [{"a": 1}], "b": 2},
+    ]
+    for number, one in enumerate(others):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for _ in range(count)))
+        (opened,) = open_inputs([path])
+        assert [found for _, found in opened] == [one] * count
+
+
+def test_what_follows_the_rows_in_their_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": HELD, "version": "1"}, indent=1))
+    (opened,) = open_inputs([path])
+    *rows, (_, fault) = opened
+    assert len(rows) == 3
+    assert isinstance(fault, Refusal)
+    assert fault.code == "E109"
+    assert "something follows the list of rows" in fault.reason

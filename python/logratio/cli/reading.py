@@ -59,7 +59,8 @@ class Formats:
             "--columns",
             metavar="NAME=KEY",
             help="The data's key for a name that formats "
-            "know, as prompt=query. Repeat it, or put commas between.",
+            "know, as prompt=query, or a path to it, as prompt=info.post or chosen=answers.0.text. "
+            "Repeat it, or put commas between.",
             rich_help_panel=DATA,
         ),
     ] = None

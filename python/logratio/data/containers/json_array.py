@@ -8,6 +8,7 @@ from typing import Any
 from logratio.data.containers.json_lines import BOM
 from logratio.data.containers.json_text import parse_record
 from logratio.data.containers.rows import SPACE, Row, TextRows
+from logratio.data.containers.sources import HEAD
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
 MAX_DEPTH = 10_000
@@ -23,8 +24,17 @@ _OPENED_BY = {ord("]"): ord("["), ord("}"): ord("{")}
 _BLOCK = 1 << 17
 
 
+_KEY = rb'"(?P<%s>[^"\\]{1,64})"[ \t\r\n]*:[ \t\r\n]*'
+HOLDS_ROWS = re.compile(
+    rb"(\{[ \t\r\n]*" + _KEY % b"key" + rb"\[)[ \t\r\n]*\{[ \t\r\n]*" + _KEY % b"inner"
+)
+"""The beginning of an object whose first key holds a list of objects: ``{"data": [{``."""
+
+
 class JsonArray(TextRows):
     """The elements of one JSON array, each with the line on which it begins.
+
+    The array may be all that an object holds, under whatever key: ``{"data": [{…}, {…}]}``.
 
     An element that is no sound record is refused like a line; the array ends (E109) where its
     brackets do not fit, or an element is longer than a record may be: what is one element and
@@ -36,10 +46,15 @@ class JsonArray(TextRows):
         self._line = int(self._first.get("line", 1))
         self._line_start = int(self._first.get("line_start", 0))
         self._is_open = bool(self._first.get("is_open", False))
+        self._is_held = bool(self._first.get("is_held", False))
 
     def mark(self) -> dict[str, Any]:
         """Return the place behind the element that was yielded last."""
-        return super().mark() | {"line_start": self._line_start, "is_open": self._is_open}
+        return super().mark() | {
+            "line_start": self._line_start,
+            "is_open": self._is_open,
+            "is_held": self._is_held,
+        }
 
     def _records(self) -> Iterator[tuple[Source, Row | Refusal]]:
         try:
@@ -58,13 +73,16 @@ class JsonArray(TextRows):
             yield self._last(error, line=self._line)
 
     def _open(self, text: "_Text") -> None:
-        """Step over the bracket that opens the array, once."""
+        """Step over what opens the array, once: its bracket, and the key of an object around it."""
         self._is_first = not self._is_open
         if not self._is_open:
             if text.peek(len(BOM)) == BOM:
                 self._pass(text, len(BOM))
             self._skip_space(text)
-            self._pass(text, text.start + 1)
+            text.peek(HEAD)
+            held = HOLDS_ROWS.match(text.buffer, text.start)
+            self._is_held = held is not None
+            self._pass(text, held.end(1) if held else text.start + 1)
             self._is_open = True
 
     def _next_element(self, text: "_Text") -> bool | None:
@@ -87,6 +105,12 @@ class JsonArray(TextRows):
 
     def _check_end(self, text: "_Text") -> None:
         self._skip_space(text)
+        if self._is_held:
+            if text.peek(1) != b"}":
+                reason = "something follows the list of rows in the object that holds it"
+                raise InvalidRecordError("E109", reason)
+            self._pass(text, text.start + 1)
+            self._skip_space(text)
         if text.peek(1):
             raise InvalidRecordError("E109", "something stands behind the end of the JSON array")
 

@@ -1,11 +1,13 @@
 """What a file holds: told by its first bytes, and by its name only where bytes cannot tell."""
 
 import csv
+import json
 import re
 from pathlib import PurePath
 
 from logratio.data.containers.arrow_rows import ARROW_MAGIC, STREAM_MAGIC
 from logratio.data.containers.csv_records import delimiter_of
+from logratio.data.containers.json_array import HOLDS_ROWS
 from logratio.data.containers.parquet_rows import PARQUET_MAGIC
 from logratio.data.containers.rows import SPACE
 from logratio.data.containers.sources import ByteSource
@@ -49,6 +51,12 @@ _STORE_USES = (
     "ids and no rows: `logratio data report` and `data verify` say what is in it, and train, "
     "precompute and evaluate read it alone"
 )
+_OF_MESSAGES = {b"role", b"content", b"from", b"value", b"name", b"type"}
+"""First keys of a message, and of other objects inside of a row."""
+_HOLDERS = {
+    *(b"data", b"rows", b"examples", b"instances", b"items", b"records", b"entries", b"samples"),
+    *(b"train", b"validation", b"test", b"dataset"),
+}
 _TABLES = {PARQUET, ARROW_FILE, ARROW_STREAM}
 _COLUMN_NAME = re.compile(r"[\w .-]{0,64}")
 
@@ -97,9 +105,38 @@ def _text_kind(head: bytes, named: str | None) -> str:
     if named == CSV:
         return CSV
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip(SPACE)
-    if text.startswith(b"["):
+    if text.startswith(b"[") or _holds_rows(text):
         return JSON_ARRAY
     return CSV if named is None and _is_header(text) else JSON_LINES
+
+
+def _holds_rows(text: bytes) -> bool:
+    """Say whether a file is one object around a list of rows, as ``{"data": [{…}, …]}``.
+
+    A row of JSON lines may begin alike (``{"messages": [{``). Its list holds messages, it has other
+    keys, and it ends with its line.
+
+    Args:
+        text: The first `HEAD` bytes, or all of a shorter file.
+    """
+    found = HOLDS_ROWS.match(text)
+    if not found or found["inner"] in _OF_MESSAGES:
+        return False
+    try:
+        (rows,) = json.loads(text).values()
+    except ValueError:  # it goes on behind the head, or has other keys or lines
+        line = text.partition(b"\n")[0]
+        return _is_cut(line) and found["key"] in _HOLDERS
+    return all(isinstance(row, dict) for row in rows)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Say whether a line is the beginning of an object only."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
 
 
 def _is_header(text: bytes) -> bool:

@@ -25,7 +25,8 @@ class FormatSettings:
             else; ties are left out and counted), ``best_worst`` (one pair), ``groups`` (one group,
             best first).
         format: The name of the only format that is read; None: what each row is.
-        columns: A key of the data for a name that formats know: ``{"prompt": "question"}``.
+        columns: A key of the data for a name that formats know: ``{"prompt": "question"}``, or a
+            path into objects and lists: ``{"prompt": "info.post"}``.
         label: What a label's values mean; text is read by `Label.parse`.
         kinds: What records may say; others are refused (E206). None: anything, but all rows of a
             file the same.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from logratio.data.containers import Row, json_type
-from logratio.data.formats.cells import Strings, chats_of, lists_of
+from logratio.data.formats.cells import Strings, chats_of, lists_of, parsed
 from logratio.data.records import InvalidRecordError
 
 Shape = Literal["absent", "text", "message", "messages", "strings", "empty", "flag", "number"]
@@ -25,6 +25,30 @@ _CALLED = {
 def called(shape: Shape) -> str:
     """Name a shape as a person does."""
     return _CALLED[shape]
+
+
+ABSENT: Any = object()
+"""What `value_at` finds where there is nothing."""
+
+
+def value_at(row: Row, key: str) -> Any:
+    """Find a value by its key, or by a path into objects and lists: ``summaries.0.text``.
+
+    A key that is there as it is written comes first. An object or a list on the way may be written
+    as JSON in a string.
+    """
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        value = parsed(value) if isinstance(value, str) else value
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return ABSENT
+    return value
 
 
 class View:
@@ -60,8 +84,8 @@ class View:
         if columns:
             taken = {*columns, *columns.values()}
             values = {name: value for name, value in row.items() if name not in taken}
-            values |= {name: row[key] for name, key in columns.items() if key in row}
-            self._values = values
+            found = {name: value_at(row, key) for name, key in columns.items()}
+            self._values = values | {n: value for n, value in found.items() if value is not ABSENT}
         if lists := lists_of(self._values):
             self._values = {**self._values, **lists}
 
@@ -196,4 +220,5 @@ class View:
 
     def extra_keys(self) -> tuple[str, ...]:
         """Return the row's keys that were not read, and such keys inside of read ones."""
-        return (*(key for key in self._row if key not in self._read), *self._inner)
+        read = {key if key in self._row else key.partition(".")[0] for key in self._read}
+        return (*(key for key in self._row if key not in read), *self._inner)
