@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_bad_input import account, pair
 from test_containers import ENCODE, FILES, PACK, TABLES
@@ -140,6 +140,7 @@ def same(one: Any, other: Any) -> bool:
 @given(
     st.lists(st.dictionaries(st.text(), VALUES, max_size=5), min_size=1, max_size=4), st.booleans()
 )
+@example(rows=[{"data": [{"prompt": None}]}], is_escaped=False)
 def test_any_json_comes_back(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], is_escaped: bool
 ) -> None:

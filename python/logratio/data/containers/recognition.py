@@ -31,6 +31,8 @@ KIND_OF_SUFFIX = {
 }
 """By the last suffix of a name that tells what is in a file, once that of a packer is off."""
 
+_ROW_A_LINE = {".jsonl", ".ndjson"}
+
 _MAGIC = {PARQUET_MAGIC: PARQUET, ARROW_MAGIC: ARROW_FILE, STREAM_MAGIC: ARROW_STREAM}
 _UNREAD = {
     b"PK\x03\x04": "a ZIP archive",
@@ -93,7 +95,7 @@ def recognised(source: ByteSource) -> str:
         raise InvalidRecordError("E108", f"it is named as {named}, and does not begin like one")
     if _is_packed_and_damaged(source):
         raise InvalidRecordError("E108", "it is named as packed, and does not begin like that")
-    return _text_kind(head, named)
+    return _text_kind(head, suffix(source.name))
 
 
 def _is_packed_and_damaged(source: ByteSource) -> bool:
@@ -101,13 +103,13 @@ def _is_packed_and_damaged(source: ByteSource) -> bool:
     return is_named and not source.packing and b"\0" in source.head[:64]
 
 
-def _text_kind(head: bytes, named: str | None) -> str:
-    if named == CSV:
+def _text_kind(head: bytes, ending: str) -> str:
+    if KIND_OF_SUFFIX.get(ending) == CSV:
         return CSV
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip(SPACE)
-    if text.startswith(b"[") or _holds_rows(text):
+    if text.startswith(b"[") or (ending not in _ROW_A_LINE and _holds_rows(text)):
         return JSON_ARRAY
-    return CSV if named is None and _is_header(text) else JSON_LINES
+    return CSV if ending not in KIND_OF_SUFFIX and _is_header(text) else JSON_LINES
 
 
 def _holds_rows(text: bytes) -> bool:
