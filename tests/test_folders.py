@@ -13,6 +13,7 @@ import pytest
 from pyarrow import feather, parquet
 
 from logratio.data.containers import open_inputs
+from logratio.data.containers.opening import Reading
 from logratio.data.formats import FormatSettings
 from logratio.data.inspection import inspect
 
@@ -34,7 +35,7 @@ def layout(folder: Path, *names: str) -> Path:
 
 def read(folder: Path, split: str | None = None) -> list[str]:
     """Names of the files that are read."""
-    return [Path(rows.name).name for rows in open_inputs([folder], split=split)]
+    return [Path(rows.name).name for rows in open_inputs([folder], Reading(split))]
 
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
@@ -113,11 +114,11 @@ def test_a_saved_dict_of_splits(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"test_hard: test_hard/data-00000-of-00001\.arrow"):
         read(tmp_path / "sets")
     for split in ("train", "test_hard"):
-        (rows,) = open_inputs([tmp_path / "sets"], split=split)
+        (rows,) = open_inputs([tmp_path / "sets"], Reading(split))
         assert f"/{split}/" in rows.name
     with pytest.raises(TypeError, match="'train', 'test_hard', and 'golden' is none of them"):
-        open_inputs([datasets.DatasetDict(train=part, test_hard=part)], split="golden")
-    (rows,) = open_inputs([datasets.DatasetDict(train=part, test=part)], split="train")
+        open_inputs([datasets.DatasetDict(train=part, test_hard=part)], Reading("golden"))
+    (rows,) = open_inputs([datasets.DatasetDict(train=part, test=part)], Reading("train"))
     assert rows.size == 1
 
 
@@ -133,7 +134,7 @@ def test_a_data_set_in_the_hubs_cache(tmp_path: Path) -> None:
         read(folder, "train")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("2c3d")
-    (rows,) = open_inputs([folder], split="train")
+    (rows,) = open_inputs([folder], Reading("train"))
     assert "2c3d" in rows.name
     assert [row["prompt"] for _, row in rows if isinstance(row, dict)] == ["2c3d-train"]
     with pytest.raises(OSError, match="several splits"):

@@ -195,7 +195,7 @@ def test_command(
     code, out, _ = run(capsys, renamed, "--columns", "prompt=q,chosen=a", "--columns", "rejected=b")
     assert (code, "format     trl" in out) == (0, True)
     listed = write([{"prompt": "u", "completions": ["x", "y"], "scores": [1, 2]}], "list.jsonl")
-    code, out, _ = run(capsys, listed, "--lists", "groups", "--format", "scored", "--rows", "1")
+    code, out, _ = run(capsys, listed, "--lists", "groups", "--format", "scored", "--first", "1")
     assert (code, "candidate (score 2)" in out) == (0, True)
 
 

@@ -30,7 +30,7 @@ def inspect(
         typer.Option(help="A model's folder: shows the tokens that it will read."),
     ] = None,
     formats: Formats = FORMATS,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to look at, from the first.")] = 100,
+    first: Annotated[int, typer.Option(min=1, help="Rows to look at, from the first.")] = 100,
 ) -> None:
     """Say of each file what it is and why, and show a record with what counts in colour.
 
@@ -44,7 +44,7 @@ def inspect(
     from logratio.data.tokenization import PreferenceTokenizer
 
     loaded = PreferenceTokenizer.load(tokenizer) if tokenizer else None
-    found = look(files, formats.settings(), loaded, rows)
+    found = look(files, formats.settings(), loaded, first)
     console = Console(highlight=False, soft_wrap=True)
     if console.color_system is None:
         typer.echo(found.to_text(), nl=False)

@@ -100,6 +100,19 @@ class Formats:
                      rich_help_panel=DATA),
     ] = None  # fmt: skip
 
+    encoding: Annotated[
+        str | None,
+        typer.Option("--encoding", metavar="NAME", help="Of files of text, as cp1252 or utf-16. "
+                     "Default: UTF-8.", rich_help_panel=DATA),
+    ] = None  # fmt: skip
+
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", metavar="MODULE:FUNCTION", help="A Python function that every row "
+                     "goes through first: from a dict to a dict, a list of them, or None to leave "
+                     "the row out.", rich_help_panel=DATA),
+    ] = None  # fmt: skip
+
     def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
         """Read them.
 
@@ -117,6 +130,8 @@ class Formats:
             strings=self.strings.value if self.strings else None,
             score=self.score,
             split=self.split,
+            encoding=self.encoding,
+            rows=self.rows,
         )
 
     def _mapped(self) -> dict[str, str]:

@@ -45,8 +45,10 @@ class IngestSettings:
         check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the store depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "resume"}
+        """Return what the store depends on, as JSON values."""
+        values = {name: value for name, value in asdict(self).items() if name != "resume"}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plain
 
 
 def build_store(
@@ -97,7 +99,7 @@ def build_store(
     settings = IngestSettings(
         formats or FormatSettings(), max_bad_fraction, deduplicate, conflicts, resume
     )
-    readers = open_inputs(inputs, split=settings.formats.split)
+    readers = open_inputs(inputs, settings.formats.reading)
     _check_outputs(readers, path, refused)
     ingest = _Ingest(readers, tokenizer, None if path is None else Path(path), settings, progress)
     with ExitStack() as stack:
@@ -170,7 +172,7 @@ class _Ingest:
             ],
             "tokenizer": self._tokenizer.digest,
             "rules": self._tokenizer.rules.to_dict(),
-            "settings": json.loads(json.dumps(settings)),
+            "settings": settings,
             "list of refused rows": self._log,
         }
 

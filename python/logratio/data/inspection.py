@@ -132,7 +132,7 @@ def inspect(
     Raises:
         OSError: A file cannot be read.
     """
-    opened = open_inputs(inputs, split=settings.split if settings else None)
+    opened = open_inputs(inputs, settings.reading if settings else None)
     return Inspection(tuple(_file(reader, settings, tokenizer, rows) for reader in opened))
 
 

@@ -6,7 +6,7 @@ from io import BufferedReader
 from itertools import chain
 from typing import Any
 
-from logratio.data.containers.rows import Row, TextRows
+from logratio.data.containers.rows import OTHER_ENCODING, Row, TextRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
 
@@ -88,7 +88,8 @@ class CsvRecords(TextRows):
         lines = chain([text], texts)
         cells = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
         if self._fault:
-            raise InvalidRecordError("E111", f"the header is not UTF-8 ({self._fault.reason})")
+            reason = f"the header is not UTF-8 ({self._fault.reason}): {OTHER_ENCODING}"
+            raise InvalidRecordError("E111", reason)
         names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -97,7 +98,8 @@ class CsvRecords(TextRows):
 
     def _row(self, source: Source, cells: list[str]) -> Row | Refusal:
         if self._fault:
-            reason = f"byte {self._fault.start + 1} of a line is not UTF-8 ({self._fault.reason})"
+            what = f"byte {self._fault.start + 1} of a line is not UTF-8 ({self._fault.reason})"
+            reason = f"{what}: {OTHER_ENCODING}"
             return Refusal(source, "E103", reason)
         if len(cells) != len(self._header):
             reason = f"{len(cells)} cells, and the header names {len(self._header)} columns"

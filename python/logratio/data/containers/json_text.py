@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from logratio.data.containers.rows import OTHER_ENCODING
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -30,7 +31,9 @@ def parse_record(
     except UnicodeDecodeError as error:
         if is_cut and error.end == len(content) and "unexpected end" in error.reason:
             return Refusal(source, "E102", "the file ends inside a character")
-        reason = f"byte {error.start + 1} of the record is not UTF-8 ({error.reason})"
+        reason = (
+            f"byte {error.start + 1} of the record is not UTF-8 ({error.reason}): {OTHER_ENCODING}"
+        )
         return Refusal(source, "E103", reason, column and column + error.start)
     except json.JSONDecodeError as error:
         return _malformed(source, error, column, is_cut)

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -11,6 +12,7 @@ from logratio.data.containers.csv_records import CsvRecords
 from logratio.data.containers.folders import chosen_split, data_files
 from logratio.data.containers.json_array import JsonArray
 from logratio.data.containers.json_lines import JsonLines
+from logratio.data.containers.mapped_rows import MappedRows, RowFunction
 from logratio.data.containers.memory_tables import DatasetRows, StreamRows
 from logratio.data.containers.parquet_rows import ParquetRows
 from logratio.data.containers.rows import MAX_RECORD_BYTES, Rows, TextRows
@@ -74,15 +76,30 @@ class Opened(list[Rows]):
         self.left_out = tuple(left_out)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is said about the containers.
+
+    Attributes:
+        split: Which split of folders and of a `DatasetDict` is read, as ``train``; a file that is
+            named is read whatever its name. None: the only one.
+        encoding: Of files of text (JSON, CSV), as Python names it; None: UTF-8.
+        function: What each row goes through first.
+    """
+
+    split: str | None = None
+    encoding: str | None = None
+    function: RowFunction | None = None
+
+
 def open_inputs(
-    inputs: Inputs, *, split: str | None = None, max_line_bytes: int = MAX_RECORD_BYTES
+    inputs: Inputs, reading: Reading | None = None, *, max_line_bytes: int = MAX_RECORD_BYTES
 ) -> Opened:
     """Recognise every input; a folder is the data files in it, in the order of their paths.
 
     Args:
         inputs: Paths, "-" for stdin, tables; one alone, or several.
-        split: Which split of folders and of a `DatasetDict` is read, as ``train``; a file that is
-            named is read whatever its name. None: the only one.
+        reading: What is said about them.
         max_line_bytes: Most bytes of a line, an element, a record, a row.
 
     Raises:
@@ -93,17 +110,20 @@ def open_inputs(
     inputs = as_inputs(inputs)
     if sum(isinstance(given, str | Path) and str(given) == STDIN for given in inputs) > 1:
         raise InputError(errno.EINVAL, "Can be read only once", "stdin")
+    reading = reading or Reading()
     opened, tables = Opened(), 0
     left_out: list[Path] = []
     for number, given in enumerate(inputs):
         if not isinstance(given, str | Path):
-            table = _one_split(given, split)
-            opened.append(_open_table(table, f"<table {tables}>", max_line_bytes))
+            table = _one_split(given, reading.split)
+            rows = _open_table(table, f"<table {tables}>", max_line_bytes)
+            opened.append(_mapped(rows, reading.function))
             opened.inputs.append(number)
             tables += 1
             continue
-        for path in _files(Path(given), split, left_out):
-            opened.append(open_file(path, max_line_bytes=max_line_bytes))
+        for path in _files(Path(given), reading.split, left_out):
+            rows = open_file(path, encoding=reading.encoding, max_line_bytes=max_line_bytes)
+            opened.append(_mapped(rows, reading.function))
             opened.inputs.append(number)
     opened.left_out = tuple(left_out)
     names = [rows.name for rows in opened]
@@ -114,7 +134,13 @@ def open_inputs(
     return opened
 
 
-def open_file(path: Path, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Rows:
+def _mapped(rows: Rows, function: RowFunction | None) -> Rows:
+    return rows if function is None else MappedRows(rows, function)
+
+
+def open_file(
+    path: Path, *, encoding: str | None = None, max_line_bytes: int = MAX_RECORD_BYTES
+) -> Rows:
     """Recognise one file, or stdin where the path is "-".
 
     Raises:
@@ -128,6 +154,8 @@ def open_file(path: Path, *, max_line_bytes: int = MAX_RECORD_BYTES) -> Rows:
     else:
         source = ByteSource.of_file(path)
     try:
+        if encoding and not recognition.is_table(source):
+            source.read_as(encoding)
         kind = recognition.recognised(source)
     except InvalidRecordError as error:
         return _Unread(source, error)

@@ -1,9 +1,12 @@
-"""gzip and zstd: several members in one file, and one sentence for each way to be broken.
+"""gzip, zstd and text encodings: streams of bytes to streams of UTF-8.
+
+gzip and zstd may have several members in one file, and each way to be broken has one sentence.
 
 Memory: 32 KiB for gzip; for zstd the window that a frame asks for, at most 128 MiB (the format's
 own advice), above which the frame is refused.
 """
 
+import codecs
 import gzip
 import io
 import zlib
@@ -14,6 +17,7 @@ from logratio.data.records import InvalidRecordError
 
 GZIP, ZSTD = "gzip", "zstd"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_BLOCK = 1 << 16
 _CUT = "the file ends inside its compressed data"
 
 
@@ -30,6 +34,50 @@ def unpacked(packed: io.RawIOBase, kind: str) -> io.RawIOBase:
     if kind == GZIP:
         return _Gzip(packed)
     return _Zstd(packed) if kind == ZSTD else packed
+
+
+def transcoded(stream: io.RawIOBase, encoding: str) -> io.RawIOBase:
+    """Return a raw stream of UTF-8, of text in another encoding.
+
+    Where bytes spell nothing in that encoding, a byte stands that is no UTF-8: the record that they
+    are in is then refused, and no other.
+    """
+    return _Transcoded(stream, encoding)
+
+
+class _Transcoded(io.RawIOBase):
+    def __init__(self, stream: io.RawIOBase, encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(_NO_TEXT)
+        self._ready = b""
+        self._is_at_end = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready and not self._is_at_end:
+            content = self._stream.read(_BLOCK)
+            self._is_at_end = not content
+            text = self._decoder.decode(content or b"", final=self._is_at_end)
+            self._ready = text.encode("utf-8", "surrogateescape")
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _no_text(error: UnicodeError) -> tuple[str, int]:
+    """Put what `surrogateescape` writes as the byte 0x80 in the place of bytes that are no text."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
+
+
+_NO_TEXT = "logratio-no-text"
+codecs.register_error(_NO_TEXT, _no_text)
 
 
 class _Gzip(io.RawIOBase):

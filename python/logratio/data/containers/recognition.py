@@ -1,5 +1,6 @@
 """What a file holds: told by its first bytes, and by its name only where bytes cannot tell."""
 
+import codecs
 import csv
 import json
 import re
@@ -45,8 +46,6 @@ _UNREAD = {
     b"SQLite format 3\x00": "an SQLite database",
     b"\x89HDF": "an HDF5 file",
     b"version https://git-lfs": "a Git LFS pointer, and not the file itself (git lfs pull)",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
 }
 STORE_MAGIC = b"LRSTORE"
 _STORE_USES = (
@@ -71,6 +70,11 @@ def suffix(name: str) -> str:
     return path.suffix.lower()
 
 
+def is_table(source: ByteSource) -> bool:
+    """Say whether a source holds columns of Parquet or Arrow, and no text."""
+    return any(source.head.startswith(magic) for magic in _MAGIC)
+
+
 def recognised(source: ByteSource) -> str:
     """Return the kind of a source's container.
 
@@ -84,18 +88,25 @@ def recognised(source: ByteSource) -> str:
             if kind == PARQUET and source.packing:
                 raise InvalidRecordError("E112", f"Parquet inside {source.packing}: unpack it")
             return kind
-    for magic, what in _UNREAD.items():
-        if head.startswith(magic):
-            raise InvalidRecordError("E112", f"it is {what}, which is not read")
-    if head[257:262] == b"ustar":
-        raise InvalidRecordError("E112", "it is a tar archive, which is not read: unpack it")
-    if head.startswith(STORE_MAGIC):
-        raise InvalidRecordError("E112", f"it is a sealed store, {_STORE_USES}")
+    if unread := _unread(head):
+        raise InvalidRecordError("E112", f"it is {unread}")
     if named in _TABLES and head:
         raise InvalidRecordError("E108", f"it is named as {named}, and does not begin like one")
     if _is_packed_and_damaged(source):
         raise InvalidRecordError("E108", "it is named as packed, and does not begin like that")
     return _text_kind(head, suffix(source.name))
+
+
+def _unread(head: bytes) -> str | None:
+    """Say what a file is of which no rows are read, and what to do."""
+    for magic, what in _UNREAD.items():
+        if head.startswith(magic):
+            return f"{what}, which is not read"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "text in UTF-16: give --encoding utf-16"
+    if head[257:262] == b"ustar":
+        return "a tar archive, which is not read: unpack it"
+    return f"a sealed store, {_STORE_USES}" if head.startswith(STORE_MAGIC) else None
 
 
 def _is_packed_and_damaged(source: ByteSource) -> bool:

@@ -13,6 +13,8 @@ MAX_RECORD_BYTES = 64 << 20
 SPACE = b" \t\r\n"
 NO_ROW = "the file is empty, or holds no record"
 
+OTHER_ENCODING = "save the file as UTF-8, or name its encoding, as --encoding cp1252"
+
 Row = dict[str, Any]
 
 
@@ -24,11 +26,13 @@ class Rows(Protocol):
 
     Attributes:
         kind: What it was recognised as, for people: "JSON lines, gzip".
-        blank_lines: Blank lines met so far.
     """
 
     kind: str
-    blank_lines: int
+
+    @property
+    def blank_lines(self) -> int:
+        """Blank lines met so far."""
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
-from logratio.data.containers.packing import packing, unpacked
+from logratio.data.containers.packing import packing, transcoded, unpacked
 from logratio.data.records import InvalidRecordError
 from logratio.errors import InputError, MissingInputError, fetching_advice
 
@@ -42,6 +42,7 @@ class ByteSource:
         self.packing = packing(first)
         stream = unpacked(_Replay(first, self._packed), self.packing)
         self.head, fault = _take(stream, HEAD)
+        self._encoding: str | None = None
         self._once: io.RawIOBase | None = None
         if path is None:
             self._once = _Replay(self.head, stream, fault)
@@ -84,16 +85,29 @@ class ByteSource:
                 raise InputError(errno.EINVAL, "Can be read only once", self.name)
         else:
             file = self.path.open("rb", buffering=0)
-            if not self.packing and file.seekable():
+            if not (self.packing or self._encoding) and file.seekable():
                 file.seek(offset)
                 self._packed, offset = _Replay(b"", file, None, offset), 0
             else:
                 self._packed = _Replay(b"", file)
             stream = unpacked(self._packed, self.packing)
+            if self._encoding:
+                stream = transcoded(stream, self._encoding)
         reader: BufferedReader = io.BufferedReader(stream, BLOCK)
         while offset > 0 and (skipped := len(reader.read(min(offset, BLOCK)))):
             offset -= skipped
         return reader
+
+    def read_as(self, encoding: str) -> None:
+        """Take the unpacked bytes for text in `encoding`: from now on they are read as UTF-8."""
+        self._encoding = encoding
+        if self._once is not None:
+            text = transcoded(self._once, encoding)
+            self.head, fault = _take(text, HEAD)
+            self._once = _Replay(self.head, text, fault)
+            return
+        with self.open() as content:
+            self.head, _ = _take(content, HEAD)
 
     def close(self, *, is_done: bool) -> None:
         """Close the file; `is_done`: nothing behind this is wanted."""
@@ -137,7 +151,9 @@ class _Replay(io.RawIOBase):
         super().close()
 
 
-def _take(stream: io.RawIOBase, count: int) -> tuple[bytes, InvalidRecordError | None]:
+def _take(
+    stream: io.RawIOBase | BufferedReader, count: int
+) -> tuple[bytes, InvalidRecordError | None]:
     """Read so many bytes, or fewer at the end or where a fault stands."""
     taken = b""
     try:

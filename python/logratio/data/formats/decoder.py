@@ -66,7 +66,9 @@ class Decoder:
         self._plain: dict[str, tuple[bool, Source]] = {}
         self._spelled: dict[str, tuple[bool, Source]] = {}
         kinds, lists = self.settings.kinds, self.settings.lists
-        told = replace(self.settings, kinds=None, strings=None, split=None)
+        told = replace(
+            self.settings, kinds=None, strings=None, split=None, encoding=None, rows=None
+        )
         self._is_untold = told == FormatSettings(lists=lists) and (not kinds or "pair" in kinds)
 
     def decode(self, row: Row, source: Source) -> Decoded:

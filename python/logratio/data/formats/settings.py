@@ -1,12 +1,16 @@
 """What a user says about the data where the data does not say it."""
 
-from collections.abc import Mapping
+import codecs
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from logratio.data.containers.mapped_rows import RowFunction, as_row_function
+from logratio.data.containers.opening import Reading
+from logratio.data.containers.rows import Row
 from logratio.data.formats.cells import Strings
 from logratio.data.formats.labels import FormatSettingsError, Label
-from logratio.validation import check_fields
+from logratio.validation import Converted, check_fields
 
 Lists = Literal["pairs", "best_worst", "groups"]
 Kind = Literal["pair", "unpaired", "group", "demonstration"]
@@ -35,7 +39,9 @@ class FormatSettings:
             messages are (counted, W522), text where none is; refused otherwise (E215).
         split: The split to read of folders and of a `datasets.DatasetDict` that hold several, as
             ``train``. None: the only one.
-
+        encoding: Of files of text, as ``cp1252`` or ``utf-16``. None: UTF-8.
+        rows: A function that every row goes through first, or its name, ``module:function``. It
+            gets a dict, and returns one, a list of them, or None to leave the row out (R316).
         score: The score that ranks a list: a key of its answers, with dots into objects
             (``annotations.honesty.Rating``), or of a list of numbers beside them. None: the first
             known one; where others could rank the list too, that is counted (W525).
@@ -53,6 +59,10 @@ class FormatSettings:
     strings: Strings | None = None
     score: str | None = None
     split: str | None = None
+    encoding: str | None = None
+    rows: Annotated[RowFunction | Callable[[Row], Any] | str | None, Converted(as_row_function)] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         from logratio.data.formats.catalogue import KNOWN_NAMES, names_of_formats
@@ -69,12 +79,33 @@ class FormatSettings:
         if isinstance(self.label, str):
             object.__setattr__(self, "label", Label.parse(self.label))
         check_fields(self)
+        if self.encoding is not None:
+            _check_encoding(self.encoding)
         for name in self.columns:
             if name not in KNOWN_NAMES:
                 known = ", ".join(sorted(KNOWN_NAMES))
                 raise FormatSettingsError(f"columns: no format reads {name!r}; known are {known}")
 
     @property
+    def reading(self) -> Reading:
+        """What is said about containers."""
+        encoding = self.encoding
+        if encoding and codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
+            encoding = None
+        function = self.rows if isinstance(self.rows, RowFunction) else None
+        return Reading(self.split, encoding, function)
+
+    @property
     def told(self) -> Label | None:
         """The label, read."""
         return self.label if isinstance(self.label, Label) else None
+
+
+def _check_encoding(name: str) -> None:
+    """Refuse what is no encoding of text."""
+    try:
+        "".encode(name)
+    except LookupError:
+        raise FormatSettingsError(
+            f"encoding: Python knows no text in {name!r}; it knows cp1252, utf-16, gb18030 …"
+        ) from None
