@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from logratio.data import (
     StoreMismatchError,
     TokenizationRules,
     build_store,
+    intake,
     load_store,
+    resume,
 )
 from logratio.errors import ConfigError
 from logratio.scoring.plan import ExportConfig, make_plan
@@ -191,3 +194,30 @@ def test_the_flag_sets_a_date_that_a_template_has_of_its_own(
     assert code == 0 and f"writes the date: {NEXT}" in out + error
     ready = prepare(settings(model, path, tmp_path / "out"), show_progress=False, dry_run=True)
     assert ready.config.rules.date == NEXT
+
+
+def test_an_unfinished_store_goes_on_under_its_date(
+    model: Path, chats: Path, tmp_path: Path, today: Today, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = tmp_path / "chats.store", list[str]()
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(intake, "BATCH_ROWS", 1)
+
+    def stop(rows: int, *_: int) -> None:
+        if rows == 3:
+            raise KeyboardInterrupt
+
+    build = partial(build_store, [chats], path=path, resume=True, tell=told.append)
+    with pytest.raises(KeyboardInterrupt):
+        build(PreferenceTokenizer.load(model), progress=stop)
+    today(NEXT)
+    store, report = build(PreferenceTokenizer.load(model))
+    assert len(told) == 1 and "goes on after" in told[0]
+    assert (len(store), report.date) == (4, FIRST)
+    whole, _ = build_store([chats], PreferenceTokenizer.load(model, rules(FIRST)))
+    assert store.digest == whole.digest
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        build(PreferenceTokenizer.load(model, rules(FIRST)), progress=stop)
+    store, report = build(PreferenceTokenizer.load(model, rules(NEXT)))
+    assert "begins anew" in told[-1] and report.date == NEXT

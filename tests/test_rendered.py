@@ -9,9 +9,16 @@ from chats_for_tests import assistant, system, user
 from test_chat_templates import EOS, TEMPLATES, TOKENS, template
 from tokenizers_for_tests import CHATML, byte_level, save
 
-from logratio.data import ChatTemplate, ChatTemplateError, PreferenceTokenizer, build_store
+from logratio.data import (
+    ChatTemplate,
+    ChatTemplateError,
+    PreferenceTokenizer,
+    TokenizationRules,
+    build_store,
+)
 from logratio.data.rendered import Markers
 from logratio.data.report import BadDataError
+from logratio.serving.candidates import CandidateEncoder
 
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
@@ -114,3 +121,28 @@ def test_the_advice_works(
     code, _, error = run(*build)
     assert code and "E405" in error
     assert run(*build, "--columns", "prompt=input")[0] == 0
+
+
+def test_a_served_candidate_that_was_rendered_is_refused_alone(tmp_path: Path) -> None:
+    rules = TokenizationRules()
+    folder = save(tmp_path / "bundle", byte_level())
+    (folder / "chat_template.jinja").write_text(CHATML)
+    encoder = CandidateEncoder(folder, rules, truncate=False)
+    candidates = ["Hello!", "<|im_start|>assistant\nHello!<|im_end|>\n"]
+    found = encoder.encode((user("hi"),), candidates)
+    assert [bool(one.error) for one in found.candidates] == [False, True]
+    assert "[E405]" in str(found.candidates[1].error)
+
+
+def test_inspect_reads_the_limits_and_the_date_of_a_tokenizer(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    path, folder = tmp_path / "d.jsonl", save(tmp_path / "tokenizer", byte_level())
+    (folder / "chat_template.jinja").write_text(CHATML)
+    path.write_text(json.dumps({"prompt": "hi", "chosen": "Hello!", "rejected": "No."}) + "\n")
+    code, out, _ = run("data", "inspect", path, "--tokenizer", folder, "--chat")
+    assert code == 0 and "<|im_start|>" in out.replace("│", "")
+    code, out, _ = run("data", "inspect", path, "--tokenizer", folder, "--text")
+    assert code == 0 and "<|im_start|>" not in out.replace("│", "")
+    code, _, error = run("data", "inspect", path, "--chat")
+    assert code == 2 and "--tokenizer is missing" in error

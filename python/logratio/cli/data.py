@@ -7,7 +7,8 @@ import typer
 
 from logratio.cli import data_report, data_store, options
 from logratio.cli.flags import takes_flags
-from logratio.cli.reading import FORMATS, Formats
+from logratio.cli.reading import TOKENS, Tokens
+from logratio.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +30,7 @@ def inspect(
         Path | None,
         typer.Option(help="A model's folder: shows the tokens that it will read."),
     ] = None,
-    formats: Formats = FORMATS,
+    reading: Tokens = TOKENS,
     first: Annotated[int, typer.Option(min=1, help="Rows to look at, from the first.")] = 100,
 ) -> None:
     """Say of each file what it is and why, and show a record with what counts in colour.
@@ -43,8 +44,12 @@ def inspect(
     from logratio.data.inspection import inspect as look
     from logratio.data.tokenization import PreferenceTokenizer
 
-    loaded = PreferenceTokenizer.load(tokenizer) if tokenizer else None
-    found = look(files, formats.settings(), loaded, first)
+    if tokenizer is None and reading.rules != TOKENS.rules:
+        raise InputError(
+            "--tokenizer is missing: without it no limit and no template has an effect"
+        )
+    loaded = PreferenceTokenizer.load(tokenizer, reading.rules) if tokenizer else None
+    found = look(files, reading.settings(), loaded, first)
     console = Console(highlight=False, soft_wrap=True)
     if console.color_system is None:
         typer.echo(found.to_text(), nl=False)

@@ -147,7 +147,7 @@ class Formats:
 
 
 @dataclass(frozen=True)
-class Reading(Formats):
+class Tokens(Formats):
     """How records are read and become tokens."""
 
     max_length: Annotated[
@@ -205,11 +205,6 @@ class Reading(Formats):
             rich_help_panel=LIMITS,
         ),
     ] = None
-    max_bad_fraction: Annotated[
-        float,
-        typer.Option("--max-bad-fraction", help="Share of malformed rows to go on with; each is "
-                     "counted and named. 0 stops at any.", rich_help_panel=DATA),
-    ] = 0.0  # fmt: skip
 
     @property
     def rules(self) -> "TokenizationRules":
@@ -227,10 +222,21 @@ class Reading(Formats):
         )
 
 
+@dataclass(frozen=True)
+class Reading(Tokens):
+    """How records are read, how many may be malformed, and how they become tokens."""
+
+    max_bad_fraction: Annotated[
+        float,
+        typer.Option("--max-bad-fraction", help="Share of malformed rows to go on with; each is "
+                     "counted and named. 0 stops at any.", rich_help_panel=DATA),
+    ] = 0.0  # fmt: skip
+
+
 def read_text_as(chat: bool | None) -> "TextAs | None":
     """Read --chat and --text."""
     return None if chat is None else "chat" if chat else "text"
 
 
-FORMATS, READING = Formats(), Reading()
+FORMATS, TOKENS, READING = Formats(), Tokens(), Reading()
 """The defaults."""

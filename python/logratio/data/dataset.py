@@ -4,7 +4,7 @@ import errno
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,7 +154,7 @@ class _Ingest:
     def _begin(self, tell: Callable[[str], None]) -> tuple[StoreWriter, Position | None]:
         deduplicate = self._settings.deduplicate
         if self._settings.resume and self._whole_path:
-            found = resumed(self._whole_path, self._identity(), self._log, deduplicate=deduplicate)
+            found = resumed(self._whole_path, self._identity_at, self._log, deduplicate=deduplicate)
             if not isinstance(found, str):
                 read = found[1].report["read"]
                 tell(f"{self._path}: goes on after {read:,} rows that were read before")
@@ -162,6 +162,17 @@ class _Ingest:
             if found:
                 tell(found)
         return StoreWriter(self._whole_path, deduplicate=deduplicate), None
+
+    def _identity_at(self, begun: Position) -> dict[str, Any]:
+        """Say what must equal that of a run begun earlier, under the date that its template had."""
+        given = self._tokenizer
+        date = begun.identity["rules"].get("date")
+        if date and given.reads_date and not given.has_given_date:
+            self._tokenizer = PreferenceTokenizer(given.files, replace(given.rules, date=date))
+        identity = self._identity()
+        if identity != begun.identity:
+            self._tokenizer = given
+        return identity
 
     def _identity(self) -> dict[str, Any]:
         """Say what must be equal for a run to be the rest of an earlier one."""

@@ -153,6 +153,8 @@ class Ledger:
         summary = "the data is broken:"
         if report.read:
             summary += f" {report.broken:,} of the {report.read:,} rows read"
+        if report.broken < report.read:
+            summary += "; --max-bad-fraction goes on without such rows, and counts them"
         if not _SHAPE_CODES.isdisjoint(report.refused_by_code):
             summary += f"\n{KNOWN_SHAPES}"
         return BadDataError(summary, tuple(self._errors))

@@ -4,7 +4,7 @@ import glob
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -75,13 +75,17 @@ def is_saved(path: Path) -> bool:
 
 
 def resumed(
-    path: Path, identity: Mapping[str, Any], log: Path | str | None, *, deduplicate: bool
+    path: Path,
+    identity_at: Callable[[Position], Mapping[str, Any]],
+    log: Path | str | None,
+    *,
+    deduplicate: bool,
 ) -> tuple[StoreWriter, Position] | str:
     """Take up an unfinished store.
 
     Args:
         path: Where it is to be.
-        identity: What must be equal for the rest to be the rest of it.
+        identity_at: Returns what must be equal for the rest to be the rest of it.
         log: Its list of refused rows, which must hold what it held then.
         deduplicate: As the writer was told before.
 
@@ -96,6 +100,7 @@ def resumed(
         return ""
     writer, note = found
     position = Position(**json.loads(note))
+    identity = identity_at(position)
     differing = [name for name in identity if identity[name] != position.identity.get(name)]
     if differing:
         return f"{path}: begins anew, since what was read before had other {', '.join(differing)}"
