@@ -328,8 +328,10 @@ def test_every_format_has_its_case() -> None:
         "ids",
         "several",
         "rated",
+        "best-of-k",
+        "step-list",
     }
-    published = {"helpsteer2", "helpsteer3", "ppe", "arena-chat"}  # in test_labels
+    published = {"helpsteer2", "helpsteer3", "ppe", "arena-chat", "arena-55k"}  # in test_labels
     assert tested | others | published == FORMATS.keys()
     assert all(name in KNOWN_SHAPES for name in FORMATS)
 

@@ -1,10 +1,10 @@
-"""Two answers with a score each: WebGPT's comparisons."""
+"""Answers with a score each: WebGPT's comparisons, PPE's best of k."""
 
 from typing import Any
 
 import pytest
 
-from logratio.data.formats import Decoder
+from logratio.data.formats import Decoder, FormatSettings
 from logratio.data.records import InvalidRecordError, Source
 
 HERE = Source("rows.jsonl", 1)
@@ -49,3 +49,60 @@ def test_a_label_beside_the_scores_decides() -> None:
     assert Decoder().decode(row, HERE).format == "rated"
     with pytest.raises(InvalidRecordError, match="E209"):
         Decoder().decode(row | {"preference": "1"}, HERE)
+
+
+def best_of_k(*scores: Any, **more: Any) -> dict[str, Any]:
+    """PPE's row: the bare question stands beside the prompt that was asked."""
+    count = len(scores)
+    return {
+        "question_id": "1",
+        "question": "bare",
+        "model_name": "m",
+        "parsed_outputs": ["A"] * count,
+        "scores": list(scores),
+        "mean_score": 0.5,
+        "prompt": "q",
+        **{f"response_{number}": f"r{number}" for number in range(1, count + 1)},
+        "conflict_pairs": [[0, 1]],
+    } | more
+
+
+def sides(row: dict[str, Any], **settings: Any) -> list[tuple[Any, ...]]:
+    decoded = Decoder(FormatSettings(**settings)).decode(row, HERE)
+    assert decoded.format == "best-of-k"
+    assert {record.prompt for record in decoded.records} == {"q"}
+    return [tuple(one.answer for one in record.completions) for record in decoded.records]
+
+
+def test_best_of_k_is_every_right_answer_against_every_wrong_one() -> None:
+    row = best_of_k(True, False, True, *[False] * 9)
+    pairs = sides(row)
+    assert sorted(pairs) == sorted(
+        (f"r{good}", f"r{bad}") for good in (1, 3) for bad in (2, *range(4, 13))
+    )
+    assert sides(row, lists="best_worst") == [("r1", "r2")]
+    assert not Decoder().decode(row, HERE).left_out
+
+
+def test_scores_that_are_numbers_may_tie() -> None:
+    decoded = Decoder().decode(best_of_k(0.5, 1, 0.5), HERE)
+    assert [one.answer for one in decoded.records[0].completions] == ["r2", "r1"]
+    assert (len(decoded.records), decoded.left_out) == (2, ("R310",))
+    with pytest.raises(InvalidRecordError, match="R310"):
+        Decoder().decode(best_of_k(True, True), HERE)
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        (best_of_k(True, False, scores=[True]), "E212"),
+        (best_of_k(True, False, response_4="r4"), "E212"),
+        (best_of_k(True, None), "E212"),
+        (best_of_k(True, False, response_2=None), "E202"),
+        (best_of_k(True, False, prompt=None, question=None), "E202"),
+    ],
+)
+def test_answers_and_scores_have_to_go_together(row: dict[str, Any], code: str) -> None:
+    with pytest.raises(InvalidRecordError) as caught:
+        Decoder().decode(row, HERE)
+    assert caught.value.code == code

@@ -67,3 +67,37 @@ def test_an_empty_and_an_equal_answer_are_left_out_and_counted() -> None:
 def test_a_question_is_needed() -> None:
     with pytest.raises(InvalidRecordError, match="E201"):
         Decoder().decode({"chosen": "a", "rejected": ["b", "c"]}, HERE)
+
+
+RM_BENCH = {
+    "id": "1",
+    "prompt": "q",
+    "chosen": ["a", "b", "c"],
+    "rejected": ["d", "e", "f"],
+    "domain": "safety-refuse",
+}
+
+
+def test_rm_bench() -> None:
+    assert sides(decode(RM_BENCH)) == [(good, bad) for good in "abc" for bad in "def"]
+    assert sides(decode(RM_BENCH, lists="best_worst")) == [("a", "d")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"domain": None},
+        {"domain": 3},
+        {"chosen": ["a", "b"]},
+        {"rejected": ["d", "e", "f", "g"]},
+        {"rejected": ["a", "e", "f"]},  # as solutions with one first step
+    ],
+)
+def test_what_only_looks_like_rm_bench_could_be_steps(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRecordError, match=r"--format prmbench.*--format several"):
+        decode(RM_BENCH | change)
+
+
+def test_steps_in_a_domain_stay_steps() -> None:
+    row = RM_BENCH | {"first_diff": 0}
+    assert Decoder().decode(row, HERE).format == "prmbench"

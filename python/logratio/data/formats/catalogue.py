@@ -36,7 +36,8 @@ ANSWERS = ("output", "answer", "response")
 LABELS = ("label", "labels", "preference", "winner", "overall_preference", "choice", "better")
 THUMBS = ("label", "kto_tag")
 LISTED = ("completions", "answers", "responses")
-VALUES = ("ranks", "rank", "scores", "score", "rewards")
+SINGLY = ("completion", *ANSWERS)
+VALUES = ("ranks", "rank", "scores", "score", "rewards", "reward")
 
 CATALOGUE = (
     Format(
@@ -161,6 +162,20 @@ CATALOGUE = (
         "labelled",
     ),
     Format(
+        "arena-55k",
+        "Chatbot Arena's 55k: `prompt`, `response_a` and `response_b` are lists of turns, as JSON; "
+        "of `winner_model_a`, `winner_model_b` and `winner_tie` one is 1",
+        (
+            ("prompt",),
+            ("response_a",),
+            ("response_b",),
+            ("winner_model_a",),
+            ("winner_model_b",),
+            ("winner_tie",),
+        ),
+        "labelled",
+    ),
+    Format(
         "ab",
         "two outputs, and a label whose meaning was told",
         (
@@ -185,8 +200,8 @@ CATALOGUE = (
     ),
     Format(
         "several",
-        "`rejected` is a list of strings, each worse than `chosen` (RewardBench 2: each of its "
-        "`chosen`)",
+        "`rejected` is a list of strings, each worse than `chosen` (RewardBench 2 and RM-Bench: "
+        "than each of its `chosen`)",
         (_ASKED, _C, _R),
         "several",
     ),
@@ -200,6 +215,12 @@ CATALOGUE = (
             ("score_0", "score_1", "score_a", "score_A"),
             ("score_1", "score_2", "score_b", "score_B"),
         ),
+        "rated",
+    ),
+    Format(
+        "best-of-k",
+        "PPE's best of k: `response_1`, `response_2` … and `scores`, true where one is right",
+        (("prompt",), ("response_1",), ("response_2",), ("scores",)),
         "rated",
     ),
     Format(
@@ -230,6 +251,13 @@ CATALOGUE = (
         "prmbench",
         "`chosen` and `rejected` are lists of steps, alike up to `first_diff`; those two count",
         (_ASKED, _C, _R, ("first_diff", "error_steps")),
+        "steps",
+    ),
+    Format(
+        "step-list",
+        "`initial_reason_steps` are right and do not count; `completions` with a score each could "
+        "be the next step",
+        (_ASKED, ("initial_reason_steps",), LISTED, ("score", "scores", "rank", "ranks")),
         "steps",
     ),
     Format(

@@ -37,6 +37,9 @@ def records_of(meaning: Meaning, source: Source, settings: FormatSettings) -> Ch
         if meaning.kind == "pair":
             _check_different(*meaning.completions)
         return [_record(meaning, meaning.completions, source)], []
+    if len(meaning.values) == 1:
+        reason = "the list has one answer, and nothing to compare it with"
+        raise InvalidRecordError("R310", reason)
     if settings.lists == "groups":
         return _group(meaning, source)
     if settings.lists == "best_worst":

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from logratio.data.containers import Row
-from logratio.data.formats.answers import read_answers
+from logratio.data.formats.answers import Answered, read_answers
 from logratio.data.formats.catalogue import LABELS
 from logratio.data.formats.labels import STAR, TIE, Label, is_set, spelled
 from logratio.data.formats.meaning import Meaning, pair
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.suggestions import Vote, advice
+from logratio.data.formats.turns import read_turns
 from logratio.data.formats.view import View
 from logratio.data.records import InvalidRecordError
 
@@ -29,6 +30,8 @@ class Published:
     label: Label
 
 
+_TURNS = "arena-55k"
+_ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 _SIGNED = {"<0": "{0}1", ">0": "{0}2", "0": TIE}
 _ARENA = dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both_bad"), TIE)
 
@@ -64,10 +67,14 @@ PUBLISHED = {
         frozenset(("conversation_a", "conversation_b", "model_a", "model_b", "winner")),
         _arena("conversation", "ab"),
     ),
+    _TURNS: Published(
+        frozenset(("prompt", "response_a", "response_b", *_ONE_HOT)),
+        Label("winner_*", {"model_a": "response_a", "model_b": "response_b", "tie": TIE}),
+    ),
 }
 """Data sets whose label needs no flag."""
 
-SIGNS = frozenset((*LABELS, "human_ref_A", "preference_strength"))
+SIGNS = frozenset((*LABELS, "human_ref_A", "preference_strength", *_ONE_HOT))
 _OUTPUT = re.compile(r"(?P<stem>.+?)[ _-]?(?P<mark>[12ABab01]|left|right)")
 _MARKS = (("1", "2"), ("A", "B"), ("a", "b"), ("0", "1"), ("left", "right"))
 _LABEL = re.compile(
@@ -100,11 +107,16 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     """
     label = settings.told
     if label and _speaks_of(view, label):
-        return pair("ab", read_answers(view, order(view, label)))
+        return pair("ab", _answered(view, order(view, label), settings))
     name = published(view)
     if name is None:
         raise _untold(view, settings)
-    return pair(name, read_answers(view, order(view, PUBLISHED[name].label)))
+    return pair(name, _answered(view, order(view, PUBLISHED[name].label), settings))
+
+
+def _answered(view: View, names: tuple[str, str], settings: FormatSettings) -> Answered:
+    turns = read_turns(view, names, settings) if published(view) == _TURNS else None
+    return turns or read_answers(view, names)
 
 
 def published(view: View) -> str | None:

@@ -2,23 +2,48 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from logratio.data.formats.answers import put_together
-from logratio.data.formats.catalogue import LISTED, VALUES
+from logratio.data.formats.catalogue import LISTED, SINGLY, THUMBS, VALUES
 from logratio.data.formats.meaning import Meaning
 from logratio.data.formats.scores import named, others, scores_in
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import Shape, View
 from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
 
-SIGNS = frozenset((*LISTED, "text"))
+SIGNS = frozenset((*LISTED, *SINGLY, "text"))
 MOST = 256
 """Most answers in a list that becomes pairs: their number grows with its square."""
 
 _ITEM_ANSWERS = ("completion", "answer", "response", "text", "output", "content", "messages")
 _ITEM_VALUES = ("rank", "score", "overall_score", "reward")
 _RANKS = ("rank", "ranks")  # where lower is better
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """Answers of a list, and how good each is.
+
+    Attributes:
+        answers: By the names that errors call them by.
+        values: Larger is better.
+        sort: The name of the rank or score.
+        is_sided: Whether they are verdicts, true or false, and no numbers.
+        warnings: Codes of what is to be counted of the row.
+    """
+
+    answers: Mapping[str, Any]
+    values: tuple[float, ...]
+    sort: str
+    is_sided: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether a lower number was better in the row."""
+        return _is_rank(self.sort)
 
 
 def claims(view: View, settings: FormatSettings) -> bool:
@@ -28,11 +53,10 @@ def claims(view: View, settings: FormatSettings) -> bool:
     name = _listed(view)
     if name is None:
         return False
-    value = view.peek(name)
-    first = value[0]
+    first = view.peek(name)[0]
     if isinstance(first, dict) and any(key in first for key in _ITEM_VALUES):
         return True
-    return _beside(view, settings.score) is not None or any(scores_in(first))
+    return _beside(view, name, settings.score) is not None or any(scores_in(first))
 
 
 def read(view: View, settings: FormatSettings) -> Meaning:
@@ -41,12 +65,37 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     Raises:
         InvalidRecordError: E212 for a rank or score that is no finite number, or is missing.
     """
+    rated = read_rated(view, settings)
+    shapes = [_shape(answer, name) for name, answer in rated.answers.items()]
+    answered = put_together(view, rated.answers, shapes)
+    completions = tuple(
+        Completion(CANDIDATE, answer, context) for context, answer in answered.parts
+    )
+    form = "ranked" if rated.is_rank else "scored"
+    return Meaning(
+        "text-score" if _is_text_score(view) else form,
+        "group",
+        answered.prompt,
+        completions,
+        answered.tools,
+        values=rated.values,
+        warnings=rated.warnings,
+        is_sided=rated.is_sided,
+    )
+
+
+def read_rated(view: View, settings: FormatSettings) -> Rated:
+    """Read the answers of a list, of whatever shape, and their numbers.
+
+    Raises:
+        InvalidRecordError: As `read`.
+    """
     name = "text" if _is_text_score(view) else _listed(view)
     if name is None:
         raise InvalidRecordError("E201", f"the key {view.key(LISTED[0])!r} is missing")
     items = view.take(name)
     key = view.key(name)
-    beside = _beside(view, settings.score)
+    beside = _beside(view, name, settings.score)
     if beside is not None and (beside == settings.score or not _carries_value(items[0])):
         numbers = view.take(beside)
         if not isinstance(numbers, list) or len(numbers) != len(items):
@@ -59,25 +108,32 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     else:
         answers, numbers, sort = _carried(items, key)
     _leave(view, name, items, sort)
-    shapes = [_shape(answer, f"answer {i + 1} of {key!r}") for i, answer in enumerate(answers)]
-    by_name = {f"answer {i + 1} of {key!r}": answer for i, answer in enumerate(answers)}
-    answered = put_together(view, by_name, shapes)
-    is_rank = sort.rpartition(".")[2].casefold() in _RANKS
-    warnings = () if settings.score else others(view, items, sort)
-    values = tuple(_number(number, sort, is_rank) for number in numbers)
-    completions = tuple(
-        Completion(CANDIDATE, answer, context) for context, answer in answered.parts
+    values, is_sided = values_of(numbers, sort)
+    return Rated(
+        {f"answer {number} of {key!r}": answer for number, answer in enumerate(answers, 1)},
+        values,
+        sort,
+        is_sided,
+        () if settings.score else others(view, items, sort),
     )
-    form = "text-score" if name == "text" else "ranked" if is_rank else "scored"
-    return Meaning(
-        form,
-        "group",
-        answered.prompt,
-        completions,
-        answered.tools,
-        values=values,
-        warnings=warnings,
-    )
+
+
+def values_of(numbers: Sequence[object], sort: str) -> tuple[tuple[float, ...], bool]:
+    """Read numbers, or verdicts that are all true or false: larger is better.
+
+    Returns:
+        Them, and whether they are verdicts.
+
+    Raises:
+        InvalidRecordError: E212 for anything else.
+    """
+    if all(isinstance(number, bool) for number in numbers):
+        return tuple(float(bool(number)) for number in numbers), True
+    return tuple(_number(number, sort, _is_rank(sort)) for number in numbers), False
+
+
+def _is_rank(sort: str) -> bool:
+    return sort.rpartition(".")[2].casefold() in _RANKS
 
 
 def _is_text_score(view: View) -> bool:
@@ -86,14 +142,30 @@ def _is_text_score(view: View) -> bool:
 
 
 def _listed(view: View) -> str | None:
-    return next((n for n in LISTED if isinstance(view.peek(n), list) and view.peek(n)), None)
+    """Find the answers; under the name of one, as rows that were put together have them."""
+    named = (name for name in LISTED if isinstance(view.peek(name), list) and view.peek(name))
+    return next(named, None) or next((n for n in SINGLY if _is_several(view.peek(n))), None)
 
 
-def _beside(view: View, score: str | None) -> str | None:
-    """Find a list of numbers that stands beside the answers."""
+def _is_several(value: object) -> bool:
+    """Say whether a list holds answers: of objects it is one, a chat."""
+    if not isinstance(value, list) or not value:
+        return False
+    return any(all(isinstance(item, kind) for item in value) for kind in (str, list))
+
+
+def _beside(view: View, listed: str, score: str | None) -> str | None:
+    """Find a list of numbers that stands beside the answers; of thumbs, where each had its own."""
     if score is not None:
         return score if isinstance(view.peek(score), list) else None
-    return next((name for name in VALUES if isinstance(view.peek(name), list)), None)
+    found = next((name for name in VALUES if isinstance(view.peek(name), list)), None)
+    if found or listed in LISTED:
+        return found
+    return next((name for name in THUMBS if _is_verdicts(view.peek(name))), None)
+
+
+def _is_verdicts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, bool) for item in value)
 
 
 def _carries_value(item: object) -> bool:

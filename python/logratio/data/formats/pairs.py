@@ -54,7 +54,8 @@ def read(view: View, settings: FormatSettings) -> Meaning:
         raise InvalidRecordError(
             "E210",
             f"{names} are lists of strings, which could be steps or different answers: if they "
-            "are the steps of two solutions, add --format prmbench",
+            "are the steps of two solutions, add --format prmbench; if each is an answer, add "
+            "--format several",
         )
     answered = read_answers(view, found[0])
     return pair(_name(view, found[0], answered), answered)

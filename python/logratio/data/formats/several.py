@@ -9,14 +9,27 @@ from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
 SIDES = ("chosen", "rejected")
 SIGNS = frozenset(("rejected",))
 _COUNTED = "num_correct"  # which RewardBench 2 has, and no list of steps
+_STYLES = 3  # in which RM-Bench has each answer
 
 
 def claims(view: View, settings: FormatSettings) -> bool:
-    """Say whether `rejected` lists answers: two lists could be steps, unless they are counted."""
+    """Say whether `rejected` lists answers.
+
+    Two lists could be steps, unless they are counted, or are three styles of an answer in a domain.
+    """
     if not _is_strings(view.peek("rejected")) or view.has("first_diff") or view.has("error_steps"):
         return False
     chosen = view.peek("chosen")
-    return isinstance(chosen, str) or (_is_strings(chosen) and view.has(_COUNTED))
+    if not _is_strings(chosen):
+        return isinstance(chosen, str)
+    return view.has(_COUNTED) or _is_rm_bench(view)
+
+
+def _is_rm_bench(view: View) -> bool:
+    """Say whether a row has RM-Bench's keys and three answers a side, none of them on both."""
+    sides = [view.peek(name) for name in SIDES]
+    is_three = all(len(side) == _STYLES for side in sides)
+    return is_three and isinstance(view.peek("domain"), str) and set(sides[0]).isdisjoint(sides[1])
 
 
 def read(view: View, settings: FormatSettings) -> Meaning:

@@ -1,4 +1,4 @@
-"""Solutions step by step: right steps that do not count, then one good and one bad step.
+"""Solutions step by step: right steps that do not count, then a good and a bad step, or several.
 
 The question becomes a user's turn and the steps the beginning of the assistant's: a step does not
 end its turn, so no end-of-text token follows it.
@@ -6,11 +6,18 @@ end its turn, so no end-of-text token follows it.
 
 from collections.abc import Sequence
 
+from logratio.data.formats import lists
 from logratio.data.formats.meaning import Meaning
-from logratio.data.formats.questions import find_main, read_question
+from logratio.data.formats.questions import Question, find_main, read_question
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import View
-from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
+from logratio.data.records import (
+    CANDIDATE,
+    CHOSEN,
+    REJECTED,
+    Completion,
+    InvalidRecordError,
+)
 
 _BEFORE = "initial_reason_steps"
 SIGNS = frozenset((_BEFORE, "first_diff", "error_steps"))
@@ -18,8 +25,8 @@ SIGNS = frozenset((_BEFORE, "first_diff", "error_steps"))
 
 def claims(view: View, settings: FormatSettings) -> bool:
     """Say whether a row has steps of which one is better than another."""
-    if not (view.has("chosen") and view.has("rejected")):
-        return False
+    if not _is_pair(view):
+        return view.has(_BEFORE) and lists.claims(view, settings)
     if view.has(_BEFORE):
         return True
     sides = view.peek("chosen"), view.peek("rejected")
@@ -33,13 +40,15 @@ def read(view: View, settings: FormatSettings) -> Meaning:
 
     Raises:
         InvalidRecordError: E214 where the steps do not fit together, R301 where a side has no step
-            of its own.
+            of its own, E212 for a score of several steps that cannot be read.
     """
     main = find_main(view)
     if main is None:
         view.take("prompt")
     view.chats({}, main)
     question = read_question(view, str(main))
+    if view.has(_BEFORE) and not _is_pair(view):
+        return _read_list(view, question, settings)
     if view.has(_BEFORE) and settings.format != "prmbench":
         name = "step-dpo"
         before, good, bad = (view.text(key) for key in (_BEFORE, "chosen", "rejected"))
@@ -49,6 +58,31 @@ def read(view: View, settings: FormatSettings) -> Meaning:
         before, good, bad = _first_difference(view)
     completions = (Completion(CHOSEN, good, before), Completion(REJECTED, bad, before))
     return Meaning(name, "pair", question.turns(), completions, question.tools, ends=False)
+
+
+def _is_pair(view: View) -> bool:
+    return view.has("chosen") and view.has("rejected")
+
+
+def _read_list(view: View, question: Question, settings: FormatSettings) -> Meaning:
+    """Read several steps that could come next, and how good each is."""
+    before, rated = view.text(_BEFORE), lists.read_rated(view, settings)
+    for name, step in rated.answers.items():
+        if not isinstance(step, str):
+            raise InvalidRecordError("E203", f"{name} is no string, as a step is")
+    if before:
+        before += _seam(view, before, next(iter(rated.answers.values())))
+    return Meaning(
+        "step-list",
+        "group",
+        question.turns(),
+        tuple(Completion(CANDIDATE, step, before) for step in rated.answers.values()),
+        question.tools,
+        ends=False,
+        values=rated.values,
+        warnings=rated.warnings,
+        is_sided=rated.is_sided,
+    )
 
 
 def _seam(view: View, before: str, step: str) -> str:

@@ -24,6 +24,7 @@ Words = dict[str, str]
 _SHOWN = 4  # values of a label
 _NAMED = ("model", "assistant", "response", "answer", "output", "option", "completion", "candidate")
 _FIRST = {"first": 0, "left": 0, "second": 1, "right": 1}
+_OPPOSITE = {"left": "right", "right": "left", "first": "second", "second": "first"}
 _TIES = {"equal", "same", "draw", "both", "bothbad", "bothgood", "neither", "none", "equallygood"}
 _SIGNED = re.compile(r"\W*(?P<one>\w+?)\s*(?P<sign>[<>=]+)\s*(?P<other>\w+)\W*")
 
@@ -162,7 +163,7 @@ def _completed(names: tuple[str, str], words: Words) -> Words:
     for own, other in (names, reversed(names)):
         if own in words.values() and other not in words.values():
             for value in [value for value, meaning in words.items() if meaning == own]:
-                swapped = _swapped(value, own, other)
+                swapped = _OPPOSITE.get(value) or _swapped(value, own, other)
                 if swapped and _named(names, swapped) == other:
                     return {**words, swapped: other}
     return words

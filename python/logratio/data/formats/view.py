@@ -1,6 +1,6 @@
 """A row under the names that formats know, and which of its keys were read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal
 
 from logratio.data.containers import Row, json_type
@@ -55,7 +55,7 @@ class View:
     """A row as formats read it.
 
     Attributes:
-        mapped: Names that settings gave a key of the row.
+        mapped: Names that settings gave a key of the row, or a format settled.
         is_plain: Whether a string under ``prompt`` was read as plain text (else as a user's turn);
             None where there was none.
         is_spelled: Whether strings spelled the chats that were read; None where nothing that was
@@ -77,7 +77,7 @@ class View:
         self._columns = columns
         self._read: set[str] = set()
         self._inner: dict[str, None] = {}
-        self.mapped = columns.keys()
+        self.mapped: Set[str] = columns.keys()
         self.is_plain: bool | None = None
         self.is_spelled: bool | None = None
         self._values: Mapping[str, Any] = row
@@ -123,6 +123,10 @@ class View:
     def every(self) -> list[str]:
         """Return all names, those without a value too."""
         return list(self._values)
+
+    def settle(self, name: str) -> None:
+        """Say that a name is what it is called, whatever else could be that."""
+        self.mapped = {*self.mapped, name}
 
     def note(self, name: str) -> None:
         """Count a value as read."""
