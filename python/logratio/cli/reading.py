@@ -108,9 +108,17 @@ class Formats:
 
     rows: Annotated[
         str | None,
-        typer.Option("--rows", metavar="MODULE:FUNCTION", help="A Python function that every row "
-                     "goes through first: from a dict to a dict, a list of them, or None to leave "
-                     "the row out.", rich_help_panel=DATA),
+        typer.Option("--rows", metavar="LAYOUT", help="What every row goes through first: argilla, "
+                     "label-studio, math-shepherd, oasst, prm800k, or a Python function of yours, "
+                     "MODULE:FUNCTION, from a dict to a dict, a list of them, or None to leave the "
+                     "row out.", rich_help_panel=DATA),
+    ] = None  # fmt: skip
+
+    group_by: Annotated[
+        str | None,
+        typer.Option("--group-by", metavar="KEY", help="Neighbours that say the same under a key, "
+                     "as prompt, become one row, with a list under every other key.",
+                     rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
@@ -132,6 +140,7 @@ class Formats:
             split=self.split,
             encoding=self.encoding,
             rows=self.rows,
+            group_by=self.group_by,
         )
 
     def _mapped(self) -> dict[str, str]:

@@ -53,6 +53,7 @@ CODES: dict[str, str] = {
     "R311": "the chat template writes nothing of an answer",
     "R312": "a tool call whose arguments are no JSON object",
     "R316": "the row function left the row out",
+    "R317": "an answer, or a row, that nobody rated, ranked or labelled",
     "W501": "a special token is spelled in the text",
     "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
     "W503": "a completion was cut at the limit",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from logratio.data import layouts
 from logratio.data.codes import CODES, Omitted
 from logratio.data.containers import Inputs, Row, Rows, open_inputs
 from logratio.data.formats import FORMATS, Decoded, Decoder, Detection, FormatSettings
@@ -178,7 +179,7 @@ def _file(
         warnings=Counter(code for one in decoded for code in (*one.warnings, *by(one))),
         example=example,
         shown=_shown(example, tokenizer),
-        imitated=_imitated(imitated, is_only=is_imitated),
+        imitated=_imitated(imitated, rows[0][1] if is_imitated else None),
     )
 
 
@@ -191,14 +192,21 @@ def _is_read(result: Result) -> bool:
     return isinstance(result, Decoded)
 
 
-def _imitated(results: Sequence[Result], *, is_only: bool) -> str:
-    """Say what ``train --loss sft`` reads of rows: nothing where there is none to read."""
+def _imitated(results: Sequence[Result], first: Row | None) -> str:
+    """Say what ``train --loss sft`` reads of rows: nothing where there is none to read.
+
+    Args:
+        results: What demonstrations the rows are.
+        first: The first row, where they are nothing else.
+    """
     read = [one for one in results if isinstance(one, Decoded) and one.records]
     if not read:
         return "reads none of these rows" if results else ""
     answers = Counter(_imitates(one.format) for one in read)
     what = " and ".join(answers)
-    only = "; losses of pairs cannot use it" if is_only else ""
+    only = ""
+    if first is not None:
+        only = f"; losses of pairs cannot use it{layouts.advice(first)}"
     return f"reads {len(read):,} of {len(results):,} rows: {what}{only}"
 
 

@@ -6,24 +6,29 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from logratio.data.containers.remade_rows import Made, RemadeRows
 from logratio.data.containers.rows import Row, Rows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.errors import ConfigError, SettingTypeError
 
-_RESULTS = "a row function returns a dict, a list of dicts, or None to leave the row out"
+_RESULTS = "a row function returns a dict, several in a list, or None to leave the row out"
 
 
 class RowFunction:
-    """A function from a row to a row, to several (a list), or to none (None).
+    """A function from a row to a row, to several (a list or a generator), or to none (None).
+
+    It may raise an `InvalidRecordError`, or return some among the rows: what is left out is then
+    refused under that error's code.
 
     Attributes:
-        name: Where it is, as ``module:function``.
+        name: Where it is, as ``module:function``; a layout's name.
     """
 
-    def __init__(self, function: Callable[[Row], Any]) -> None:
+    def __init__(self, function: Callable[[Row], Any], name: str | None = None) -> None:
         self._function = function
         module = getattr(function, "__module__", "?")
-        self.name = f"{module}:{getattr(function, '__qualname__', type(function).__name__)}"
+        where = f"{module}:{getattr(function, '__qualname__', type(function).__name__)}"
+        self.name = name or where
 
     def __str__(self) -> str:
         return self.name
@@ -34,29 +39,31 @@ class RowFunction:
     def __hash__(self) -> int:
         return hash(self._function)
 
-    def __call__(self, row: Row) -> list[Row]:
+    def __call__(self, row: Row) -> list[Row | InvalidRecordError]:
         """Return what it makes of a row.
 
         Raises:
             InvalidRecordError: E217 where it fails or returns something else, R316 where it
-                returns nothing.
+                returns nothing; what it raises itself.
         """
         try:
             made = self._function(row)
+            rows = list(made) if isinstance(made, list | Iterator) else [made]
+        except InvalidRecordError:
+            raise
         except Exception as error:
             reason = f"{self} failed: {type(error).__name__}: {error}"
             raise InvalidRecordError("E217", reason) from error
-        rows = made if isinstance(made, list) else [made]
         if made is None or not rows:
             raise InvalidRecordError("R316", f"{self} left the row out")
-        if wrong := [one for one in rows if not isinstance(one, Mapping)]:
+        if wrong := [one for one in rows if not isinstance(one, Mapping | InvalidRecordError)]:
             got = type(wrong[0]).__name__
             raise InvalidRecordError("E217", f"{self} returned a {got}: {_RESULTS}")
-        return [dict(one) for one in rows]
+        return [dict(one) if isinstance(one, Mapping) else one for one in rows]
 
 
 def as_row_function(given: Any) -> RowFunction | None:
-    """Return the function that is meant: itself, or by its name, ``module:function``.
+    """Return the function that is meant: itself, a layout's by its name, or ``module:function``.
 
     Modules are also looked for in the working directory, as ``python -m`` does.
 
@@ -69,14 +76,21 @@ def as_row_function(given: Any) -> RowFunction | None:
     if callable(given):
         return RowFunction(given)
     if isinstance(given, str):
+        from logratio.data.layouts import LAYOUTS
+
+        if layout := LAYOUTS.get(given):
+            return RowFunction(layout.function, given)
         return RowFunction(_imported(given))
     raise SettingTypeError(f"a {type(given).__name__} is no function, and no 'module:function'")
 
 
 def _imported(name: str) -> Callable[[Row], Any]:
+    from logratio.data.layouts import LAYOUTS
+
     module, colon, path = name.partition(":")
     if not (module and colon and path):
-        raise ConfigError(f"rows {name!r}: name a function as module:function")
+        known = ", ".join(LAYOUTS)
+        raise ConfigError(f"rows {name!r}: name a function as module:function, or one of {known}")
     found: Any = _module(module, name)
     for part in path.split("."):
         found = getattr(found, part, None)
@@ -105,75 +119,31 @@ def _module(module: str, name: str) -> Any:
         sys.path.remove(here)
 
 
-class MappedRows:
+class MappedRows(RemadeRows):
     """Rows of a container, each as what a function makes of it; see `Rows`.
 
     A row that the function refuses, or leaves out, comes as a refusal in its place.
     """
 
     def __init__(self, rows: Rows, function: RowFunction) -> None:
-        self.kind = f"{rows.kind}, through {function}"
-        self._rows = rows
+        super().__init__(rows, f"through {function}")
         self._function = function
-        self._skip = 0
-        self._mark: dict[str, Any] | None = None
 
-    @property
-    def name(self) -> str:
-        """The container's name."""
-        return self._rows.name
-
-    @property
-    def size(self) -> int | None:
-        """The container's size."""
-        return self._rows.size
-
-    @property
-    def position(self) -> int:
-        """How much of the container was read."""
-        return self._rows.position
-
-    @property
-    def blank_lines(self) -> int:
-        """Blank lines met so far."""
-        return self._rows.blank_lines
-
-    def __iter__(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        """Yield what the function makes of each row, under the row's own source."""
-        skip, self._skip = self._skip, 0
-        before = self._rows.mark()
+    def _remade(self) -> Iterator[tuple[dict[str, Any], Made, dict[str, Any]]]:
+        before = self._begin
         for source, row in self._rows:
             behind = self._rows.mark()
-            made = self._made(source, row)
-            for done, one in enumerate(made, 1):
-                self._mark = behind if done == len(made) else before | {"made": done}
-                if done > skip:
-                    yield source, one
-            before, skip = behind, 0
+            yield before, [(source, one) for one in self._made(source, row)], behind
+            before = behind
 
     def _made(self, source: Source, row: Row | Refusal) -> list[Row | Refusal]:
         if isinstance(row, Refusal):
             return [row]
         try:
-            return [*self._function(row)]
+            made = self._function(row)
         except InvalidRecordError as error:
-            return [Refusal(source, error.code, error.reason)]
-
-    def columns(self) -> None:
-        """Return None: the function may give each row its own keys."""
-        return None
-
-    def batches(self) -> Iterator[tuple[int, Any]]:
-        """Refuse: there are no columns."""
-        raise TypeError(f"{self.kind} has rows and no columns")
-
-    def mark(self) -> dict[str, Any]:
-        """Return the place behind the row that was yielded last."""
-        return self._rows.mark() if self._mark is None else self._mark
-
-    def go_on(self, mark: dict[str, Any]) -> None:
-        """Let the next iteration go on at a mark."""
-        own = dict(mark)
-        self._skip = int(own.pop("made", 0))
-        self._mark = None
-        self._rows.go_on(own)
+            made = [error]
+        return [
+            Refusal(source, one.code, one.reason) if isinstance(one, InvalidRecordError) else one
+            for one in made
+        ]

@@ -10,6 +10,7 @@ from logratio.data.containers import recognition
 from logratio.data.containers.arrow_rows import ArrowFileRows, ArrowStreamRows
 from logratio.data.containers.csv_records import CsvRecords
 from logratio.data.containers.folders import chosen_split, data_files
+from logratio.data.containers.grouped_rows import GroupedRows
 from logratio.data.containers.json_array import JsonArray
 from logratio.data.containers.json_lines import JsonLines
 from logratio.data.containers.mapped_rows import MappedRows, RowFunction
@@ -85,11 +86,13 @@ class Reading:
             named is read whatever its name. None: the only one.
         encoding: Of files of text (JSON, CSV), as Python names it; None: UTF-8.
         function: What each row goes through first.
+        group_by: A key: neighbours with one value there become one row, after the function.
     """
 
     split: str | None = None
     encoding: str | None = None
     function: RowFunction | None = None
+    group_by: str | None = None
 
 
 def open_inputs(
@@ -117,13 +120,13 @@ def open_inputs(
         if not isinstance(given, str | Path):
             table = _one_split(given, reading.split)
             rows = _open_table(table, f"<table {tables}>", max_line_bytes)
-            opened.append(_mapped(rows, reading.function))
+            opened.append(_remade(rows, reading))
             opened.inputs.append(number)
             tables += 1
             continue
         for path in _files(Path(given), reading.split, left_out):
             rows = open_file(path, encoding=reading.encoding, max_line_bytes=max_line_bytes)
-            opened.append(_mapped(rows, reading.function))
+            opened.append(_remade(rows, reading))
             opened.inputs.append(number)
     opened.left_out = tuple(left_out)
     names = [rows.name for rows in opened]
@@ -134,8 +137,10 @@ def open_inputs(
     return opened
 
 
-def _mapped(rows: Rows, function: RowFunction | None) -> Rows:
-    return rows if function is None else MappedRows(rows, function)
+def _remade(rows: Rows, reading: Reading) -> Rows:
+    if reading.function:
+        rows = MappedRows(rows, reading.function)
+    return GroupedRows(rows, reading.group_by) if reading.group_by else rows
 
 
 def open_file(

@@ -67,7 +67,13 @@ class Decoder:
         self._spelled: dict[str, tuple[bool, Source]] = {}
         kinds, lists = self.settings.kinds, self.settings.lists
         told = replace(
-            self.settings, kinds=None, strings=None, split=None, encoding=None, rows=None
+            self.settings,
+            kinds=None,
+            strings=None,
+            split=None,
+            encoding=None,
+            rows=None,
+            group_by=None,
         )
         self._is_untold = told == FormatSettings(lists=lists) and (not kinds or "pair" in kinds)
 

@@ -12,6 +12,7 @@ from logratio.data.formats.families import holds_ids
 from logratio.data.formats.labelled import untold
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.formats.view import View
+from logratio.data.layouts import advice
 from logratio.data.records import InvalidRecordError, Source
 
 Result = Decoded | InvalidRecordError
@@ -100,5 +101,7 @@ def _why(name: str, rows: Sequence[Row], results: Sequence[Result]) -> str:
 
 
 def _near(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+    if any(map(advice, rows)):
+        return {}
     names = list(dict.fromkeys(key for row in rows for key in row if row[key] is not None))
     return {known.name: lacking for known, lacking in islice(near_formats(names), _NEAR)}

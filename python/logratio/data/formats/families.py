@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from logratio.data import layouts
 from logratio.data.containers import Row
 from logratio.data.formats import (
     demonstrations,
@@ -27,6 +28,9 @@ _IMITATED = (
     "the row is an answer to imitate, with nothing to compare it with: train it with --loss sft, "
     "or add a worse answer under `rejected`, or a thumb under `label`"
 )
+_ALSO = {"steps": ("pairs", "lists"), "several": ("pairs",)}
+"""Families that claim a row, too, if one claims it."""
+
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -91,7 +95,7 @@ def read_row(view: View, settings: FormatSettings) -> Meaning:
     except InvalidRecordError as error:
         if error.code not in _RENAMED:
             raise
-        hint = renamed(view.row, settings, _try)
+        hint = layouts.advice(view.row) or renamed(view.row, settings, _try)
         raise InvalidRecordError(error.code, f"{error.reason}{hint}") from None
 
 
@@ -122,8 +126,8 @@ def find_family(view: View, settings: FormatSettings) -> Family:
         for family in FAMILIES
         if (told or not view.lacks(family.signs)) and family.claims(view, settings)
     ]
-    if found and found[0].name in ("steps", "several"):  # which are pairs, too
-        found = [family for family in found if family.name != "pairs"]
+    if found and (also := _ALSO.get(found[0].name)):
+        found = [family for family in found if family.name not in also]
     if not found and (labelled.might_claim(view) or (told and labelled.outputs(view))):
         return _BY_NAME["labelled"]  # which says what is not known of the label
     if not found and pairs.half(view):
@@ -151,7 +155,7 @@ def _unknown(view: View) -> str:
     keys = ", ".join(f"`{name:.40}`" for name in names[:8])
     told = f"keys {keys}{', …' if len(names) > 8 else ''}" if names else "no keys"
     near = next(near_formats(names), None)
-    if near is None:
+    if near is None or layouts.advice(view.row):
         return told
     known, lacking = near
     return f"{told}; for {known.name!r} it lacks {', '.join(lacking)}"

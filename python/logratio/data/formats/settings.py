@@ -40,8 +40,11 @@ class FormatSettings:
         split: The split to read of folders and of a `datasets.DatasetDict` that hold several, as
             ``train``. None: the only one.
         encoding: Of files of text, as ``cp1252`` or ``utf-16``. None: UTF-8.
-        rows: A function that every row goes through first, or its name, ``module:function``. It
-            gets a dict, and returns one, a list of them, or None to leave the row out (R316).
+        rows: A function that every row goes through first, or its name, ``module:function``, or
+            that of a layout (`logratio.data.layouts`). It gets a dict, and returns one, a list of
+            them, or None to leave the row out (R316).
+        group_by: A key: neighbours that say the same there become one row, with a list under every
+            other key. None: each row is a row.
         score: The score that ranks a list: a key of its answers, with dots into objects
             (``annotations.honesty.Rating``), or of a list of numbers beside them. None: the first
             known one; where others could rank the list too, that is counted (W525).
@@ -63,6 +66,7 @@ class FormatSettings:
     rows: Annotated[RowFunction | Callable[[Row], Any] | str | None, Converted(as_row_function)] = (
         None
     )
+    group_by: str | None = None
 
     def __post_init__(self) -> None:
         from logratio.data.formats.catalogue import KNOWN_NAMES, names_of_formats
@@ -93,7 +97,7 @@ class FormatSettings:
         if encoding and codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
             encoding = None
         function = self.rows if isinstance(self.rows, RowFunction) else None
-        return Reading(self.split, encoding, function)
+        return Reading(self.split, encoding, function, self.group_by)
 
     @property
     def told(self) -> Label | None:
