@@ -20,7 +20,7 @@ QUANTIZED := .venv/quantized
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture check setup pins bench-rust gpu clean
+.PHONY: help demo test families torture check setup pins bench-rust gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ test: check ## every check and every test: what CI runs
 	cargo bench --locked --no-run
 	cargo test --locked
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+families: $(BUILT) ## score every causal language model of the installed transformers, for minutes
+	$(BIN)/python -m pytest -m families tests/test_families.py tests/test_every_family.py \
+		-n auto --maxprocesses 4
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power
 	LOGRATIO_POWER_LOSSES=100 LOGRATIO_KILLS=5 LOGRATIO_FORGERIES=100 LOGRATIO_WRITERS=5 \

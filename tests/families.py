@@ -74,7 +74,7 @@ class Family:
 
 
 CROSSTALK = r"state runs through"
-OWN_ATTENTION = "inside shared_prompts"
+OWN_ATTENTION = "code of its own"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", SIZES),
@@ -126,6 +126,13 @@ FAMILIES: Mapping[str, Family] = {
         "bloom",
         {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
         OWN_ATTENTION,
+    ),
+    "bart-decoder": Family(
+        "bart",
+        {"vocab_size": VOCABULARY, "d_model": 64, "decoder_layers": 2, "decoder_ffn_dim": 96}
+        | {"decoder_attention_heads": 4, "max_position_embeddings": 128}
+        | {"is_decoder": True, "is_encoder_decoder": False},
+        "numbers the tokens of a row itself",
     ),
     "stablelm": Family("stablelm", SIZES | {"num_key_value_heads": 4}, "does not pass keywords on"),
 }

@@ -15,14 +15,22 @@ from transformers import (
     BartConfig,
     BertConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
+    ReformerConfig,
     ViTConfig,
 )
 
 from logratio.logps.checks import UnsupportedModelError, check_causality
 from logratio.training import TrainConfig
-from logratio.training.models import ModelFolderError, check_model_folder, load_model, merged
+from logratio.training.models import (
+    ModelFolderError,
+    architecture,
+    check_model_folder,
+    load_model,
+    merged,
+)
 from logratio.training.setup import check_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers, on ties
@@ -40,6 +48,7 @@ def folder_of(config: PreTrainedConfig, folder: Path) -> Path:
     [
         (BartConfig(), "type bart, an encoder-decoder"),
         (ViTConfig(), "type vit, which transformers has no causal language model for"),
+        (ReformerConfig(is_decoder=True), "hashes tokens at random"),
         (Gemma3TextConfig(use_bidirectional_attention=True), "tokens see those that follow"),
     ],
 )
@@ -53,6 +62,12 @@ def test_kinds_that_give_no_log_probs_of_what_follows(
     data = tmp_path / "none.jsonl"
     with pytest.raises(ModelFolderError, match=reason):
         check_config(TrainConfig(folder, [data], tmp_path / "out", device="cpu"))
+
+
+def test_a_model_whose_images_alone_see_what_follows_is_taken(tmp_path: Path) -> None:
+    """Gemma 4 says "vision", and text of it is causal."""
+    Gemma4TextConfig(use_bidirectional_attention="vision").save_pretrained(tmp_path)
+    assert architecture(tmp_path).use_bidirectional_attention == "vision"
 
 
 @pytest.mark.parametrize("content", [{"model_type": "never-heard-of"}, {"hidden_size": 4}])

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from logratio.errors import LogratioError
 from logratio.logps.apart import Group, limits_of
@@ -34,8 +35,9 @@ class UnsupportedModelError(LogratioError, ValueError):
 def choose_layout(model: nn.Module) -> tuple[str, str]:
     """Return the layout `model` gets, "shared" or "padded", and why.
 
-    The leak check: one completion is perturbed, and the log-probs of the other must not move;
-    and both layouts must agree. A model that fails gets the padded layout.
+    The leak check: one completion is perturbed, and the log-probs of the other must not move; they
+    must have no gradient in its tokens; and both layouts must agree. A model that fails gets the
+    padded layout.
     """
     check_head(model)
     check_causality(model)
@@ -45,6 +47,7 @@ def choose_layout(model: nn.Module) -> tuple[str, str]:
     try:
         shared = _scores(model, first, "shared")
         moved = max(_leak(model, first, shared, changed) for changed in (0, 1))
+        crosstalk = _crosstalk(model, first)
     except SharedPromptError as error:
         return "padded", f"{_name(model)} cannot share prompts: {error}"
     except TypeError:  # of Python, about a keyword or a mask that the model's code has not
@@ -52,6 +55,8 @@ def choose_layout(model: nn.Module) -> tuple[str, str]:
         return "padded", f"{_name(model)} cannot share prompts: {why}"
     if not moved <= _tolerance(model, SAME_CALLS):  # NaN too
         return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
+    if crosstalk != 0:  # NaN too
+        return "padded", f"{_name(model)} lets completions see each other (by their gradients)"
     if not (gap := _gap(shared, _scores(model, first, "padded"))) <= _tolerance(model):
         return "padded", f"{_name(model)}: shared and padded log-probs differ ({gap:.2g} nats)"
     return "shared", "leak check passed"
@@ -66,6 +71,35 @@ def _leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) ->
     length = len(completions[0])
     kept = slice(0, length) if changed else slice(length, length + len(completions[1]))
     return _gap(logps[kept], leaked[kept])
+
+
+def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
+    """Return the largest gradient that log-probs have in tokens that they may not depend on.
+
+    Where no path leads from a token to a log-prob it is exactly 0, in every precision; where one
+    does it is not, however little of it a log-prob in bfloat16 shows.
+    """
+    inner = transformer(model)
+    if getattr(inner, "is_quantized", False):  # such products may have no backward pass
+        return 0.0
+    (prompt, (first, _)), embedded = groups[0], list[Tensor]()
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # which a model may change in place
+
+    handle = inner.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logps = score(model, batch_of(groups, "shared", inner.device))
+    finally:
+        handle.remove()
+    start, stop = len(prompt), len(prompt) + len(first)
+    of_first, of_others = (
+        torch.autograd.grad(part.sum(), embedded[0], retain_graph=True)[0][0]
+        for part in (logps[: len(first)], logps[len(first) :])
+    )
+    return max(float(of_first[stop:].abs().max()), float(of_others[start:stop].abs().max()))
 
 
 def _has_state(model: nn.Module) -> str | None:
@@ -103,8 +137,8 @@ def check_head(model: nn.Module) -> None:
     """Compare our head with the model's own logits.
 
     Raises:
-        UnsupportedModelError: they differ: the family scales its logits in a way we do not know;
-            or they are not finite; or transformers knows no body apart from the head.
+        UnsupportedModelError: they differ: the family makes its logits in a way we do not know; or
+            they are not finite; or transformers knows no body apart from the head.
     """
     inner = transformer(model)
     if inner.base_model is inner:
@@ -113,13 +147,23 @@ def check_head(model: nn.Module) -> None:
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits[0].float()  # with all that wraps it
-        ours = head_logits(inner, inner.base_model(input_ids=ids, use_cache=False)[0][0]).float()
+        hidden = inner.base_model(input_ids=ids, use_cache=False)[0][0]
     if not bool(own.isfinite().all()):
         raise UnsupportedModelError(f"{_name(model)}: its logits are not finite")
-    if not (gap := _gap(own, ours)) <= _tolerance(model):
+    if not (gap := _head_gap(inner, hidden, own)) <= _tolerance(model):
         raise UnsupportedModelError(
-            f"{_name(model)}: its head scales logits in an unknown way (they differ by {gap:.2g})"
+            f"{_name(model)}: its head does more than multiply by a matrix, scale and cap, or does "
+            f"so in an unknown way (logits differ by {gap:.2g})"
         )
+
+
+@torch.no_grad()
+def _head_gap(model: PreTrainedModel, hidden: Tensor, own: Tensor) -> float:
+    """Return how far our head's logits are from the model's own, `[n, V]`."""
+    try:
+        return _gap(own, head_logits(model, hidden).float())
+    except RuntimeError:  # of widths that do not fit: there are layers before or behind the matrix
+        return float("inf")
 
 
 @torch.no_grad()

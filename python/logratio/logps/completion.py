@@ -74,14 +74,17 @@ def _states_of_call(model: PreTrainedModel, batch: Batch, is_kept: bool) -> Tens
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Run the body, without its head: `[rows, T, H]`."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    takes_positions = "position_ids" in signature(model.base_model.forward).parameters
     if isinstance(batch, SharedBatch):
+        if not takes_positions:
+            raise SharedPromptError("it numbers the tokens of a row itself, and takes no positions")
         if model.config._attn_implementation != NAME:
             raise SharedPromptError("a shared batch needs the model inside shared_prompts(model)")
         inputs["shared_prompt"] = SharedPrompt(batch)
         inputs["position_ids"] = batch.position_ids
     else:
         inputs["attention_mask"] = batch.attention_mask
-        if "position_ids" in signature(model.base_model.forward).parameters:
+        if takes_positions:
             inputs["position_ids"] = batch.position_ids
     hidden = model.base_model(**inputs)[0]
     assert isinstance(hidden, Tensor)

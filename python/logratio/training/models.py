@@ -228,7 +228,12 @@ def architecture(folder: Path) -> PreTrainedConfig:
         raise ModelFolderError(f"{name}, an encoder-decoder: only causal models are scored")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelFolderError(f"{name}, which transformers has no causal language model for")
-    if getattr(config.get_text_config(), "use_bidirectional_attention", None):
+    if config.model_type == "reformer":
+        raise ModelFolderError(
+            f"{name}, whose attention hashes tokens at random: no two calls give the same log-probs"
+        )
+    # "vision": only tokens of an image see one another, and there are none here.
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
         raise ModelFolderError(
             f"{name} with use_bidirectional_attention: its tokens see those that follow, so it "
             "gives no log-probs of what follows"

@@ -20,6 +20,8 @@ from logratio.logps.attention.sdpa import Scoring, attend
 from logratio.logps.attention.segments import SharedPrompt
 
 NAME = "logratio_shared_prompt"
+HARMLESS = ("position_ids", "cache_position")
+"""Tensors that models hand to every attention, and that change no score."""
 
 
 class SharedPromptError(LogratioError, ValueError):
@@ -45,7 +47,8 @@ def shared_prompt_attention(
 
     Raises:
         SharedPromptError: the model did not pass `shared_prompt` on, or asks for something
-            (a position bias, a window that only its mask has) that this attention does not do.
+            (a position bias, a choice of keys, a window that only its mask has) that this attention
+            does not do.
     """
     _refuse_unknown(shared_prompt, options)
     _refuse_mask(attention_mask, sliding_window)
@@ -63,8 +66,11 @@ def shared_prompt_attention(
 def _refuse_unknown(shared_prompt: SharedPrompt | None, options: dict[str, Any]) -> None:
     if shared_prompt is None:
         raise SharedPromptError("the model does not pass keywords on to its attention")
-    if options.get("position_bias") is not None:
-        raise SharedPromptError("the model's attention uses position_bias")
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name not in HARMLESS:
+            raise SharedPromptError(
+                f"its attention takes {name}, which that of shared prompts does not know"
+            )
 
 
 def _refuse_mask(asked: Tensor | None, window: int | None) -> None:
@@ -110,6 +116,8 @@ def shared_prompts(model: PreTrainedModel) -> Iterator[None]:
     except (AttributeError, ValueError) as error:
         raise SharedPromptError(f"its attention cannot be replaced ({error})") from error
     try:
+        if model.config._attn_implementation != NAME:  # transformers logs that, and raises nothing
+            raise SharedPromptError("its attention is code of its own, which cannot be replaced")
         yield
     finally:
         model.set_attn_implementation(before)

@@ -1,0 +1,149 @@
+"""Every causal language model of the installed transformers is scored rightly, or refused.
+
+For minutes: `make families` runs it, and `make test` leaves it out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import Group, in_float64
+from small_configs import VOCABULARY, WINDOW, kinds, small_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from logratio.logps.apart import with_fresh_rope
+from logratio.logps.checks import UnsupportedModelError, _crosstalk, batch_of, choose_layout
+from logratio.logps.completion import score
+from logratio.training.config import Precision
+from logratio.training.models import (
+    ModelFolderError,
+    architecture,
+    autocast,
+    quietly,
+    with_softcap,
+    without_dropout,
+)
+
+pytestmark = [pytest.mark.families, pytest.mark.filterwarnings("default")]
+
+CPU = torch.device("cpu")
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "an encoder-decoder": (
+        "an encoder-decoder",
+        "bart bigbird_pegasus blenderbot blenderbot-small git marian mbart mvp pegasus plbart "
+        "prophetnet whisper",
+    ),
+    "head": (
+        "its head does more than multiply by a matrix",
+        "bert big_bird camembert data2vec-text electra ernie inkling_text megatron-bert "
+        "modernbert-decoder rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta "
+        "xlm-roberta-xl xlstm",
+    ),
+    "body": ("its body cannot be told from its head", "llama4 llama4_text mllama"),
+    "future": ("is not causal", "bert-generation cpmant xlm xlnet"),
+    "hashes": ("hashes tokens at random", "reformer"),
+}
+REASONS = {kind: reason for reason, names in REFUSED.values() for kind in names.split()}
+
+
+def small_model(kind: str, seed: int) -> PreTrainedModel:
+    """A model in which no weight is 0 or 1 as most biases, gates and norms are at first."""
+    torch.manual_seed(seed)
+    with quietly():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            small_config(kind), dtype=torch.float32
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                is_matrix = parameter.dim() > 1
+                parameter.mul_(6.0 if is_matrix else 1.0)
+                parameter.add_(torch.randn_like(parameter) * (0.02 if is_matrix else 0.1))
+    return with_softcap(without_dropout(model)).eval()
+
+
+def groups_of(seed: int) -> list[Group]:
+    """One to five completions, most of them longer than windows, blocks and numbers of keys."""
+    random = np.random.default_rng(seed)
+
+    def ids(length: int) -> list[int]:
+        return [int(token) for token in random.integers(3, VOCABULARY, length)]
+
+    shapes = [
+        (3 * WINDOW, [2 * WINDOW, 40]),
+        (1, [5]),
+        (21, [1, 13, 4]),
+        (9, [70, 3, 8, 20]),
+        (2, [30, 12, 1, 7, 22]),
+    ]
+    return [(ids(prompt), [ids(length) for length in lengths]) for prompt, lengths in shapes]
+
+
+def alone(model: PreTrainedModel, groups: list[Group]) -> Tensor:
+    """Score each completion by the model's own forward pass, unpadded: float64 `[S]`."""
+    scored = []
+    for prompt, completions in groups:
+        for completion in completions:
+            with_fresh_rope(model)
+            logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits
+            logps = torch.log_softmax(logits[0, len(prompt) - 1 : -1].double(), -1)
+            scored.append(logps.gather(-1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(scored)
+
+
+def gaps(logps: Tensor, truth: Tensor) -> Tensor:
+    return (logps.double() - truth).abs()
+
+
+def layout_of(kind: str, model: PreTrainedModel, folder: Path) -> str | None:
+    """Return the layout that a model gets; None where it is refused, for the reason above."""
+    small_config(kind).save_pretrained(folder)
+    try:
+        architecture(folder)
+        with quietly():
+            return choose_layout(model)[0]
+    except (ModelFolderError, UnsupportedModelError) as error:
+        assert REASONS[kind] in str(error)
+        return None
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", kinds())
+def test_each_is_what_it_is_alone_or_refused(kind: str, seed: int, tmp_path: Path) -> None:
+    model, groups = small_model(kind, seed), groups_of(seed)
+    layout = layout_of(kind, model, tmp_path)
+    assert (layout is None) == (kind in REASONS)
+    if layout is None:
+        return
+    with torch.no_grad():
+        truth = alone(in_float64(model), groups)
+        rounding = gaps(alone(model, groups), truth)
+        logps = score(model, batch_of(groups, layout))
+        padded = score(model, batch_of(groups, "padded"))
+    assert float(truth.std()) > 0.3
+    for own in (logps, padded):
+        assert float(gaps(own, truth).max()) <= 5e-6 + 5 * float(rounding.max())
+
+
+LOW: tuple[Precision, ...] = ("bf16", "bf16-weights")
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("kind", [kind for kind in kinds() if kind not in REASONS])
+def test_in_low_precision_company_adds_nothing_to_rounding(kind: str, precision: Precision) -> None:
+    model, groups = small_model(kind, 0), groups_of(0)
+    layout = choose_layout(model)[0]
+    if precision == "bf16-weights":
+        model.bfloat16()
+    with torch.no_grad():
+        truth = alone(in_float64(model), groups)
+        with autocast(precision, CPU):
+            assert choose_layout(model)[0] == layout
+            rounding = gaps(alone(model, groups), truth)
+            gap = gaps(score(model, batch_of(groups, layout)), truth)
+            if layout == "shared":
+                assert _crosstalk(model, groups) == 0
+    assert float(gap.mean()) <= 1e-3 + 1.5 * float(rounding.mean())
