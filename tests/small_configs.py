@@ -60,6 +60,7 @@ NEEDS: Mapping[str, dict[str, Any]] = {
     "bamba": {"layer_types": OWN, "num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5},
+    "cohere2_moe": {"logit_scale": 0.5},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _PLAIN_ROPE),

@@ -123,7 +123,7 @@ def test_each_is_what_it_is_alone_or_refused(kind: str, seed: int, tmp_path: Pat
         rounding = gaps(alone(model, groups), truth)
         logps = score(model, batch_of(groups, layout))
         padded = score(model, batch_of(groups, "padded"))
-    assert float(truth.std()) > 0.3
+    assert float(truth.std()) > 0.2
     for own in (logps, padded):
         assert float(gaps(own, truth).max()) <= 5e-6 + 5 * float(rounding.max())
 
