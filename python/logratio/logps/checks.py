@@ -92,12 +92,12 @@ def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
     try:
         with torch.enable_grad():
             logps = score(model, batch_of(groups, "shared", inner.device))
+            parts = logps[: len(first)].sum(), logps[len(first) :].sum()
     finally:
         handle.remove()
     start, stop = len(prompt), len(prompt) + len(first)
     of_first, of_others = (
-        torch.autograd.grad(part.sum(), embedded[0], retain_graph=True)[0][0]
-        for part in (logps[: len(first)], logps[len(first) :])
+        torch.autograd.grad(part, embedded[0], retain_graph=True)[0][0] for part in parts
     )
     return max(float(of_first[stop:].abs().max()), float(of_others[start:stop].abs().max()))
 
