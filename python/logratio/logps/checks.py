@@ -95,9 +95,12 @@ def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
             parts = logps[: len(first)].sum(), logps[len(first) :].sum()
     finally:
         handle.remove()
+    if not embedded:  # the model looks its tokens up elsewhere: values alone can tell
+        return 0.0
     start, stop = len(prompt), len(prompt) + len(first)
     of_first, of_others = (
-        torch.autograd.grad(part, embedded[0], retain_graph=True)[0][0] for part in parts
+        torch.autograd.grad(part, embedded[0], retain_graph=True, materialize_grads=True)[0][0]
+        for part in parts
     )
     return max(float(of_first[stop:].abs().max()), float(of_others[start:stop].abs().max()))
 
