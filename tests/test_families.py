@@ -214,8 +214,8 @@ def test_each_way_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert [call.rows for call in plan.calls] == {
         "one call a group": [1] * 5,
-        "two calls a group": [1] * 8,  # two groups have one completion: plain causal attention
-        "short groups in rows": [1] * 4 + [2],
+        "two calls a group": [1] * 9,  # one group has one completion: plain causal attention
+        "short groups in rows": [1] * 5 + [2],
         "all in rows": [5],
     }[way]
     assert (plan.moves is None) == ("rows" not in way)
