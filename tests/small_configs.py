@@ -50,7 +50,11 @@ _LINEAR = _TWO | {"layer_types": ["linear_attention", "full_attention"]}
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _COMPRESSED = ["heavily_compressed_attention", "compressed_sparse_attention"]
 _RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
-_HYBRID = {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_expand": 2}
+_HYBRID: dict[str, Any] = {
+    "attention_hidden_size": 128,
+    "attention_head_dim": 32,
+    "mamba_expand": 2,
+}
 _HYBRID |= {"num_key_value_heads": 4, "head_dim": OWN, "layer_types": OWN}
 
 NEEDS: Mapping[str, dict[str, Any]] = {

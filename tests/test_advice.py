@@ -59,6 +59,54 @@ def test_a_key_that_would_not_help_is_not_named(row: dict[str, Any]) -> None:
     assert "did you mean" not in refusal(row)
 
 
+@pytest.mark.parametrize(
+    ("names", "flag"),
+    [
+        (("response_a", "response_b", "rating_a", "rating_b"), "score_a=rating_a"),
+        (("response_1", "response_2", "rating_1", "rating_2"), "score_1=rating_1"),
+        (("response_1", "response_2"), None),
+        (("response_A", "response_B"), None),
+        (("responsea", "responseb", "kind"), None),
+    ],
+)
+def test_no_advice_says_which_of_two_answers_is_better(
+    names: tuple[str, ...], flag: str | None
+) -> None:
+    """`response_j` is the better one in StackExchange's pairs: `response_b` is none of its kind."""
+    values = ("good", "bad", 5, 2)
+    reason = refusal({"prompt": "q", **dict(zip(names, values, strict=False))})
+    assert "response_j" not in reason and "response_k" not in reason
+    assert (flag or "did you mean") in reason if flag else "did you mean" not in reason
+
+
+def test_ratings_are_scores() -> None:
+    assert "=ratings" in refusal({"prompt": "q", "responses": ["a", "b"], "ratings": [5, 2]})
+
+
+def test_a_label_is_explained_once_for_all_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "output_1": "a", "output_2": "b", "preference": n} for n in (1, 2)]
+    path = tmp_path / "ab.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = inspect([path]).to_text()
+    assert "1=output_1 2=output_2" in shown and "0=output_1" not in shown
+    assert "(and 1 more)" in shown
+
+
+def test_inspect_refuses_what_the_tokenizer_does(tmp_path: Path) -> None:
+    path, folder = tmp_path / "chat.jsonl", save(tmp_path / "model", word_level())
+    chat = [{"role": "user", "content": "the cat"}]
+    row = {"prompt": chat, **{k: [{"role": "assistant", "content": v}] for k, v in ANSWERS.items()}}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    found = inspect([path], None, PreferenceTokenizer.load(folder))
+    assert not found.is_known
+    assert "[E401]" in found.to_text() and "(and 1 more)" in found.to_text()
+
+
+def test_a_report_says_that_training_would_stop(tmp_path: Path) -> None:
+    rows = [text("the cat", "sat", "ran"), text("the dog", "ran", 3), text("a", "the", "mat")]
+    assert "--max-bad-fraction 0.334" in report(tmp_path, rows, max_bad_fraction=1.0)
+
+
 @pytest.mark.parametrize("key", ["images", "image", "videos", "audio"])
 def test_pictures_are_not_to_be_moved_into_a_text(key: str) -> None:
     reason = refusal({"prompt": "q", **ANSWERS, key: ["a.png"]})

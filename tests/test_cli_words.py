@@ -12,8 +12,8 @@ import typer
 from conftest import Run
 
 from logratio.cli.app import app, flags_of
-from logratio.cli.synonyms import INSTEAD, SAME, ForeignFlagError, translated
 from logratio.errors import fetching_advice
+from logratio.synonyms import INSTEAD, SAME, ForeignFlagError, translated
 
 COMMAND: Any = typer.main.get_command(app)
 TRAIN = flags_of(COMMAND, ["train", "--model", "m"])

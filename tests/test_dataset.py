@@ -159,7 +159,7 @@ def test_messages_without_a_template_stop_before_tokenizing(
         build_store([path], tokenizer, max_bad_fraction=0.9)
 
 
-def test_twenty_errors_are_collected_and_known_shapes_are_told_once(
+def test_twenty_errors_are_collected_and_known_formats_are_named_once(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer
 ) -> None:
     path = write([pair(0), *[{"question": i} for i in range(500)]])
@@ -167,7 +167,7 @@ def test_twenty_errors_are_collected_and_known_shapes_are_told_once(
         build_store([path], tokenizer)
     assert len(caught.value.errors) == 20
     assert [f"{path.as_posix()}:{i + 2} [E206]" in e for i, e in enumerate(caught.value.errors)]
-    assert str(caught.value).count("known shapes") == 1
+    assert str(caught.value).count("known formats") == 1
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.errors, str(again)) == (caught.value.errors, str(caught.value))
 

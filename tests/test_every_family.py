@@ -62,7 +62,8 @@ def small_model(kind: str, seed: int) -> PreTrainedModel:
                 is_matrix = parameter.dim() > 1
                 parameter.mul_(6.0 if is_matrix else 1.0)
                 parameter.add_(torch.randn_like(parameter) * (0.02 if is_matrix else 0.1))
-    return with_softcap(without_dropout(model)).eval()
+    ready: PreTrainedModel = with_softcap(without_dropout(model)).eval()
+    return ready
 
 
 def groups_of(seed: int) -> list[Group]:

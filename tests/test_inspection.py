@@ -73,7 +73,7 @@ def test_what_a_label_lacks_is_said_in_a_flag(write: Callable[..., Path]) -> Non
     assert "--label 'preference: 1=output_1 2=output_2'" in found.detection.reason
     shown = inspect([path]).to_text()
     assert "format     not known" in shown
-    assert shown.count("refused ") == 2 and "(and 1 more)" in shown
+    assert shown.count("refused ") == 1 and "(and 2 more)" in shown
     assert "`preference` = 2, 1:" in found.detection.reason
     assert look(path, label="preference: 1=output_1 2=output_2").is_known
 

@@ -20,12 +20,13 @@ from logratio.data.containers import as_inputs
 from logratio.data.inspection import inspect
 from logratio.demo.run import DemoConfig
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
-from logratio.scoring.export import ExportConfig
+from logratio.scoring.export import ExportConfig, export_bundle
 from logratio.training import (
     EvaluateConfig,
     LoraSettings,
     PrecomputeConfig,
     TrainConfig,
+    evaluate,
     precompute,
     train,
 )
@@ -216,3 +217,37 @@ def test_exceptions_of_the_compiled_module_are_ours_too(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ArgumentError):
         writer.finish()
+
+
+def test_names_of_other_trainers_are_fields() -> None:
+    lora: dict[str, Any] = {"r": 4, "lora_alpha": 8}
+    run: dict[str, Any] = {"model": "m", "train_dataset": "d", "output_dir": "o"}
+    run |= {"learning_rate": 1e-4, "num_train_epochs": 2, "loss_type": "sigmoid", "ref_model": "r"}
+    assert TrainConfig(**run, lora=LoraSettings(**lora)) == TrainConfig(
+        "m", "d", "o", lr=1e-4, epochs=2, loss="dpo", reference="r", lora=LoraSettings(4, 8.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"columns": {"prompt": "q"}}, "write formats=FormatSettings(columns=…)"),
+        ({"max_length": 8}, "write rules=TokenizationRules(max_length=…)"),
+        ({"lora_rank": 8}, "write lora=LoraSettings(rank=…)"),
+        ({"bf16": True}, "use instead: precision bf16"),
+        ({"per_device_train_batch_size": 8}, "batch_size is the number of pairs in an update"),
+        ({"learning_rte": 1e-4}, "has no learning_rte"),
+        ({"batchsize": 8}, "did you mean batch_size?"),
+        ({"learning_rate": 1e-4, "lr": 1e-5}, "learning_rate is lr, which is given too"),
+    ],
+)
+def test_an_unknown_name_says_what_to_write(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises((SettingTypeError, ConfigError)) as told:
+        TrainConfig(**RUN, **wrong)
+    assert words in str(told.value)
+
+
+@pytest.mark.parametrize("call", [train, precompute, evaluate, export_bundle])
+def test_settings_of_another_class_are_refused(call: Callable[..., object]) -> None:
+    with pytest.raises(SettingTypeError, match=r"Config is wanted, not a dict: write \w+\(\*\*"):
+        call(dict(RUN))

@@ -31,6 +31,18 @@ class Converted:
     by: Callable[[Any], Any]
 
 
+def check_kind(settings: object, kind: type) -> None:
+    """Refuse settings of another class, as a dict.
+
+    Raises:
+        SettingTypeError: names both.
+    """
+    if not isinstance(settings, kind):
+        name, given = kind.__name__, type(settings).__name__
+        hint = f": write {name}(**settings)" if isinstance(settings, Mapping) else ""
+        raise SettingTypeError(f"a {name} is wanted, not a {given}{hint}")
+
+
 class _MisfitError(Exception):
     """A value is not of a kind."""
 

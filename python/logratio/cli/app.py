@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import typer
 
 from logratio.cli import cache, data, evaluation, precompute, scoring, training
-from logratio.cli.synonyms import translated
 from logratio.errors import LogratioError
 from logratio.progress import say
+from logratio.synonyms import translated
 
 app = typer.Typer(
     name="logratio",
@@ -124,4 +124,7 @@ def _is_told(error: Exception) -> bool:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}; what was written before is kept, make room and go on"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
     return str(error) or type(error).__name__

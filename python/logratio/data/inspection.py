@@ -10,6 +10,7 @@ from logratio.data.codes import CODES, Omitted
 from logratio.data.containers import Inputs, Row, Rows, open_inputs
 from logratio.data.formats import FORMATS, Decoded, Decoder, Detection, FormatSettings
 from logratio.data.formats.detection import Result, summarize, try_row
+from logratio.data.groups import TokenizedGroup
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Refusal, Source
 from logratio.data.showing import Segment, plain, show_record, show_tokens
 from logratio.data.tokenization import PreferenceTokenizer
@@ -17,6 +18,7 @@ from logratio.data.tokenization import PreferenceTokenizer
 ROWS = 100
 """Rows that are looked at."""
 
+_UNTOLD = "[E209] "
 _SHOWN = 3  # reasons to refuse a row
 
 
@@ -36,6 +38,7 @@ class FileInspection:
         example: The first record.
         shown: That record, as segments.
         imitated: What ``train --loss sft`` would read of the rows, in words.
+        is_wrapped: Whether plain text becomes the turns of a chat.
     """
 
     name: str
@@ -49,6 +52,7 @@ class FileInspection:
     example: PreferenceRecord | None
     shown: tuple[Segment, ...]
     imitated: str = ""
+    is_wrapped: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -63,7 +67,7 @@ class FileInspection:
         yield Segment(f"  format     {' and '.join(known.counts) or 'not known'}\n")
         yield Segment(f"  why        {known.reason}\n")
         if self.example:
-            yield Segment(f"  becomes    {_becomes(self.example)}\n")
+            yield Segment(f"  becomes    {_becomes(self.example, self.is_wrapped)}\n")
         if self.imitated:
             yield Segment(f"  --loss sft {self.imitated}\n")
         if self.keys_read:
@@ -160,6 +164,8 @@ def _file(
         if isinstance(result, InvalidRecordError)
     ]
     decoded = [result for result in results if isinstance(result, Decoded)]
+    encoded = _encoded(decoded, tokenizer)
+    refusals += [group for group in encoded if isinstance(group, Refusal)]
 
     def by(one: Decoded) -> Iterator[str]:
         if tokenizer and tokenizer.passes_template_by and not one.is_chat:
@@ -168,17 +174,22 @@ def _file(
     unread = dict.fromkeys(key for one in decoded for key in one.extra_keys)
     taken = (row for (_, row), one in zip(rows, results, strict=True) if _is_read(one))
     example = next((record for one in decoded for record in one.records), None)
+    detection = summarize([row for _, row in rows], results, settings)
+    if detection.reason.startswith(_UNTOLD):  # what all values show holds for each row
+        whole = detection.reason.removeprefix(_UNTOLD)
+        refusals = [replace(one, reason=whole) if one.code == "E209" else one for one in refusals]
     return FileInspection(
         name=reader.name,
         container=reader.kind,
         rows=looked_at,
-        detection=summarize([row for _, row in rows], results, settings),
+        detection=detection,
         keys_read=_without(taken, unread),
         keys_unread=tuple(unread),
         refusals=tuple(refusals),
         warnings=Counter(code for one in decoded for code in (*one.warnings, *by(one))),
         example=example,
-        shown=_shown(example, tokenizer),
+        shown=_shown(example, encoded, tokenizer),
+        is_wrapped=tokenizer is not None and tokenizer.wraps_text,
         imitated=_imitated(imitated, rows[0][1] if is_imitated else None),
     )
 
@@ -222,24 +233,34 @@ def _without(rows: Iterable[Row], unread: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in set(unread))
 
 
+def _encoded(
+    decoded: Iterable[Decoded], tokenizer: PreferenceTokenizer | None
+) -> list[TokenizedGroup | Refusal]:
+    """Turn the records of all rows into ids: none without a tokenizer."""
+    if tokenizer is None:
+        return []
+    return [*tokenizer.encode_records([record for one in decoded for record in one.records])]
+
+
 def _shown(
-    record: PreferenceRecord | None, tokenizer: PreferenceTokenizer | None
+    record: PreferenceRecord | None,
+    encoded: Sequence[TokenizedGroup | Refusal],
+    tokenizer: PreferenceTokenizer | None,
 ) -> tuple[Segment, ...]:
+    """Show the first record, as tokens where it has any."""
     if record is None:
         return ()
-    if tokenizer is None:
+    if tokenizer is None or isinstance(encoded[0], Refusal):
         return tuple(show_record(record))
-    (group,) = tokenizer.encode_records([record])
-    if isinstance(group, Refusal):
-        refused = Segment(f"  refused    {group}\n", "fault")
-        return (refused, *show_record(record))
-    return tuple(show_tokens(group, tokenizer.decode))
+    return tuple(show_tokens(encoded[0], tokenizer.decode))
 
 
-def _becomes(record: PreferenceRecord) -> str:
+def _becomes(record: PreferenceRecord, is_wrapped: bool) -> str:
     roles = [completion.role for completion in record.completions]
     text = "messages, which the model's chat template writes out"
-    if not record.is_chat:
+    if is_wrapped and not record.is_chat:
+        text = f"text, wrapped as the turns of user and assistant: {text}"
+    elif not record.is_chat:
         text = "plain text, read as it stands; an end-of-text token follows each answer"
     if not record.ends:
         text += "; the answer goes on, so no end-of-text token follows"

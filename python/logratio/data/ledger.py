@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from logratio._rust import StoreWriter
 from logratio.data.arrays import CONFLICT, DUPLICATE, GroupArrays
 from logratio.data.containers import Row
-from logratio.data.formats import KNOWN_SHAPES
+from logratio.data.formats import INSPECT, KNOWN_SHAPES
 from logratio.data.groups import TokenizedGroup
 from logratio.data.records import Refusal, Source
 from logratio.data.report import LISTED, BadDataError, DataReport, write_refusal
 
 _ALWAYS_STOPS = {"E105", "E106", "E108", "E109", "E111", "E112", "E113", "E401"}
 """No fraction of the rows is bad: all are, or nobody knows how many."""
-_SHAPE_CODES = {"E201", "E203", "E206"}  # mended by knowing which shapes are read
+_KEY_CODES = {"E201", "E203"}  # of rows whose format is known, or nearly
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,10 @@ class Ledger:
             summary += f" {report.broken:,} of the {report.read:,} rows read"
         if report.broken < report.read:
             summary += "; --max-bad-fraction goes on without such rows, and counts them"
-        if not _SHAPE_CODES.isdisjoint(report.refused_by_code):
+        if "E206" in report.refused_by_code:
             summary += f"\n{KNOWN_SHAPES}"
+        elif not _KEY_CODES.isdisjoint(report.refused_by_code):
+            summary += f"\n{INSPECT}"
         return BadDataError(summary, tuple(self._errors))
 
 

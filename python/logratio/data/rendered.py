@@ -20,6 +20,13 @@ _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _ROLES = ("user", "assistant", "user", "assistant")
 _SYSTEM, *_SAID = (f"\ue000{number}\ue001" for number in range(1 + len(_ROLES)))
 
+AS_TEXT = (
+    "give text that was already rendered as a plain `prompt` (as with --columns prompt=input) and "
+    "plain answers"
+)
+UNWRAPPED = "read text that was already rendered with --text in place of --chat"
+"""What to do about a rendered text: where messages are wanted, and where text is wrapped."""
+
 
 @dataclass(frozen=True, slots=True)
 class Headers:
@@ -66,8 +73,8 @@ class Markers:
             return self._words[0]
         return None
 
-    def check(self, texts: Iterable[str]) -> None:
-        """Refuse texts that were already rendered.
+    def check(self, texts: Iterable[str], advice: str = AS_TEXT) -> None:
+        """Refuse texts that were already rendered, with what to do.
 
         Raises:
             InvalidRecordError: E405.
@@ -77,9 +84,8 @@ class Markers:
             if marker is not None:
                 raise InvalidRecordError(
                     "E405",
-                    f"a message holds {marker!r}, which the chat template writes itself: give text "
-                    "that was already rendered as a plain `prompt` (as with --columns "
-                    "prompt=input) and plain answers, or remove the markers from the messages",
+                    f"a message holds {marker!r}, which the chat template writes itself: {advice}, "
+                    "or remove the markers from it",
                 )
 
 

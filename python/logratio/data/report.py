@@ -1,6 +1,7 @@
 """What became of every row: kept, refused or left out as a duplicate, and why."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,12 @@ class DataReport:
     def to_text(self) -> str:
         """Tell it to a person."""
         lines = [self._counts()]
+        if self.broken:
+            share = math.ceil(self.broken / self.read * 1000) / 1000 if self.read else 1
+            lines.append(
+                f"{self.broken:,} rows are broken (E…): training stops, or goes on without them "
+                f"with --max-bad-fraction {share:g}"
+            )
         if self.kept:
             tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion"
             lines.append(f"{tokens} tokens")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from logratio.data.codes import CODES
 from logratio.data.conversations import counts
 from logratio.data.groups import TokenizedGroup
 from logratio.data.messages import Turns
@@ -59,7 +60,8 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
         yield Segment(f"  {completion.role}, {counted}\n", "title")
         yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
     if group.notes:
-        yield Segment(f"  warnings   {', '.join(group.notes)}\n", "fault")
+        told = "; ".join(f"[{code}] {CODES[code]}" for code in dict.fromkeys(group.notes))
+        yield Segment(f"  warnings   {told}\n", "fault")
 
 
 def _completion(completion: Completion) -> Iterator[Segment]:

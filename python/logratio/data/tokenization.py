@@ -29,7 +29,7 @@ from logratio.data.records import (
     Refusal,
     Source,
 )
-from logratio.data.rendered import Markers
+from logratio.data.rendered import AS_TEXT, UNWRAPPED, Markers
 from logratio.data.scripts import Script, chat_script, plain_script
 from logratio.data.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
 from logratio.data.transcripts import as_chat
@@ -45,7 +45,7 @@ __all__ = [
 
 NO_TEMPLATE = (
     "the row holds messages and the tokenizer has no chat template: put chat_template.jinja into "
-    "its folder, or give one"
+    "its folder"
 )
 Prompt = str | Sequence[Message]
 """Text, or the turns of a chat that ask the assistant to speak."""
@@ -265,7 +265,7 @@ class PreferenceTokenizer:
                 raise InvalidRecordError("R307", CODES["R307"])
             if self._template is None:
                 raise InvalidRecordError("E401", NO_TEMPLATE)
-            self._markers.check(record.texts())
+            self._markers.check(record.texts(), UNWRAPPED if self.wraps_text else AS_TEXT)
             return chat_script(record, self._template, self._eos_token)
         except InvalidRecordError as error:
             return Refusal(record.source, error.code, error.reason)

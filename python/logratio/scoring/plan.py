@@ -16,6 +16,7 @@ from logratio.forecast import Forecast, check_writable, existing_parent
 from logratio.progress import say
 from logratio.scoring.families import check_exportable, max_positions
 from logratio.scoring.graph import SINGLE_FILE_BYTES
+from logratio.synonyms import takes_known_names
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -30,7 +31,7 @@ from logratio.training.run_folder import (
     settings_of,
 )
 from logratio.training.shares import refuse_several
-from logratio.validation import check_fields
+from logratio.validation import check_fields, check_kind
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -44,6 +45,7 @@ class ExportError(LogratioError, ValueError):
     """The export cannot be made as asked; nothing was left in the output folder."""
 
 
+@takes_known_names(ref_model="reference")
 @dataclass(frozen=True)
 class ExportConfig:
     """Settings of one export.
@@ -141,6 +143,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
         ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
             MissingExtraError: What stands in the way.
     """
+    check_kind(config, ExportConfig)
     refuse_several("export")
     for library in LIBRARIES:
         require(library, "export")

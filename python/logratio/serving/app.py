@@ -235,12 +235,28 @@ def _add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, other)
 
 
+_KINDS = {
+    "missing": "is missing",
+    "list_type": "must be a list",
+    "string_type": "must be a string",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "greater_than_equal": "must be at least 1",
+}
+"""Kinds of pydantic's errors, in words; what it says itself may quote the request."""
+
+
 def _where(error: RequestValidationError) -> str:
     """Name the fields that are wrong and how, without their values."""
     known = (*RerankRequest.model_fields, *Document.model_fields, "role", "content")
-    faults = {
-        f"{'.'.join(str(part) for part in fault['loc'] if part in known or isinstance(part, int))}"
-        f" ({fault['type']})"
-        for fault in error.errors()[:20]
-    }
-    return "wrong or missing: " + ", ".join(sorted(faults)[:5])
+    faults = set()
+    for fault in error.errors()[:20]:
+        if fault["type"] == "json_invalid":
+            return "the body is not JSON"
+        parts = [str(part) for part in fault["loc"] if part in known or isinstance(part, int)]
+        if not parts:
+            return "the body is no JSON object; is the header Content-Type: application/json set?"
+        faults.add(f"{'.'.join(parts)} {_KINDS.get(fault['type'], 'has another type')}")
+    return "; ".join(sorted(faults)[:5])

@@ -1,5 +1,7 @@
 """`logratio serve`: a bundle over HTTP, on uvicorn."""
 
+import asyncio
+import errno
 import ipaddress
 import signal
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from logratio.errors import InputError
 from logratio.extras import require
 from logratio.serving.limits import Limits
 from logratio.serving.reranker import Reranker
@@ -123,13 +126,21 @@ def make_server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the address before the bundle is loaded: it may be in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} of {host} is in use: choose another with --port"
+            raise InputError(errno.EADDRINUSE, reason) from error
+        raise
 
 
 def _announce(reranker: Reranker, host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     name, where = reranker.manifest.name, f"http://{shown}:{port}"
-    sys.stderr.write(f"{name} on {where} ({reranker.provider}): POST /v1/rerank\n")
+    sys.stderr.write(
+        f"{name} on {where} ({reranker.provider}): POST /v1/rerank, GET /livez, GET /readyz\n"
+    )
     if not _is_loopback(host):
         sys.stderr.write(
             f"{host} can be reached from other machines, and there is no authentication: put a "
@@ -147,9 +158,14 @@ def _is_loopback(host: str) -> bool:
 
 @contextmanager
 def _stopping_quietly() -> Iterator[None]:
-    """Let SIGTERM end the server and not the process: uvicorn raises it again when all is done."""
+    """Let SIGTERM end the server and not the process: uvicorn raises it again when all is done.
+
+    A second Ctrl-C ends asyncio in the middle of its own stopping: that needs no traceback either.
+    """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -7,6 +7,7 @@ from typing import Literal
 from logratio.data import FormatSettings, TokenizationRules
 from logratio.data.containers import Inputs
 from logratio.errors import ConfigError as ConfigError
+from logratio.synonyms import takes_known_names
 from logratio.validation import check_fields
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
@@ -18,6 +19,7 @@ ReadMode = Literal["map", "pread"]
 PathLike = str | Path
 
 
+@takes_known_names(r="rank", lora_alpha="alpha", target_modules="targets")
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685).
@@ -36,6 +38,7 @@ class LoraSettings:
         check_fields(self)
 
 
+@takes_known_names(train_dataset="data", ref_model="reference")
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run.
@@ -123,6 +126,7 @@ class TrainConfig:
         check_fields(self)
 
 
+@takes_known_names()
 @dataclass(frozen=True)
 class PrecomputeConfig:
     """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
@@ -160,6 +164,7 @@ class PrecomputeConfig:
         check_fields(self)
 
 
+@takes_known_names()
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of one evaluation.

@@ -34,6 +34,7 @@ from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 from logratio.training.shares import refuse_several
 from logratio.training.vocabulary import check_reference
+from logratio.validation import check_kind
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
 
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
     """Check the folders and tokenize the data; nothing long has started."""
+    check_kind(config, EvaluateConfig)
     refuse_several("evaluate")
     default_device(config.device)
     for folder in (config.policy, config.reference):

@@ -32,6 +32,7 @@ from logratio.training.quantization import check_quantization
 from logratio.training.reference_scorer import ReferenceScorer
 from logratio.training.setup import ConfigError, Dataset, load_dataset
 from logratio.training.shares import Share, share_of
+from logratio.validation import check_kind
 
 RESUME = "what was scored is in the cache; run again to go on"
 
@@ -90,6 +91,7 @@ def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> Preco
 
 def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precompute":
     """Check the folders and tokenize the data; nothing long has started."""
+    check_kind(config, PrecomputeConfig)
     share = share_of(config.share)
     check_config(config, share)
     show_progress = show_progress and share.rank == 0

@@ -54,6 +54,7 @@ from logratio.training.setup import (
 )
 from logratio.training.shares import refuse_several, share_of
 from logratio.training.vocabulary import check_reference
+from logratio.validation import check_kind
 
 STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
@@ -108,6 +109,7 @@ def prepare(
         show_progress: draw a bar.
         dry_run: create nothing; what is returned has a forecast and cannot run.
     """
+    check_kind(config, TrainConfig)
     refuse_several("train")
     check_config(config)
     if config.rules.date is None:

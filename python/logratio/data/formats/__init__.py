@@ -3,7 +3,7 @@
 `Decoder` reads a row at a time; `detect` says of some rows what they are and why.
 """
 
-from logratio.data.formats.catalogue import FORMATS, KNOWN_SHAPES, Format, near_formats
+from logratio.data.formats.catalogue import FORMATS, INSPECT, KNOWN_SHAPES, Format, near_formats
 from logratio.data.formats.decoder import Decoded, Decoder
 from logratio.data.formats.detection import Detection, detect
 from logratio.data.formats.labels import FormatSettingsError, Label
@@ -11,6 +11,7 @@ from logratio.data.formats.settings import FormatSettings, Kind, Lists
 
 __all__ = [
     "FORMATS",
+    "INSPECT",
     "KNOWN_SHAPES",
     "Decoded",
     "Decoder",

@@ -39,6 +39,12 @@ LISTED = ("completions", "answers", "responses")
 SINGLY = ("completion", *ANSWERS)
 VALUES = ("ranks", "rank", "scores", "score", "rewards", "reward")
 
+
+def _marked(stems: str, marks: str) -> Need:
+    """List the names of one of two answers: ``answer_0``, ``answer_1``, and so on."""
+    return tuple(f"{stem}_{mark}" for stem in stems.split() for mark in marks.split())
+
+
 CATALOGUE = (
     Format(
         "trl",
@@ -210,8 +216,8 @@ CATALOGUE = (
         "two answers with a score each, as WebGPT's `answer_0`, `answer_1`, `score_0`, `score_1`",
         (
             _QUESTION,
-            ("answer_0", "answer_1", "answer_a", "answer_A"),
-            ("answer_1", "answer_2", "answer_b", "answer_B"),
+            _marked("answer response output", "0 1 a A"),
+            _marked("answer response output", "1 2 b B"),
             ("score_0", "score_1", "score_a", "score_A"),
             ("score_1", "score_2", "score_b", "score_B"),
         ),
@@ -299,16 +305,16 @@ KNOWN_NAMES = frozenset(
 )
 """Names that formats read, for which ``columns`` may give a key of the data."""
 
-KNOWN_SHAPES = (
-    "known shapes: " + "; ".join(f"{known.name}: {known.title}" for known in CATALOGUE[:4]) + "; "
-    f"and {', '.join(known.name for known in CATALOGUE[4:])}. "
-    "`logratio data inspect FILE` says what a file is, and what it lacks to be one of them"
-)
+INSPECT = "`logratio data inspect FILE` says what a file is, and what it lacks"
+KNOWN_SHAPES = f"known formats: {', '.join(known.name for known in CATALOGUE)}; {INSPECT}"
 
 
 def names_of_formats() -> list[str]:
     """Return the name of every format."""
     return list(FORMATS)
+
+
+_NAMED = 3  # of the names that would do
 
 
 def near_formats(names: Sequence[str]) -> Iterator[tuple[Format, tuple[str, ...]]]:
@@ -323,7 +329,11 @@ def near_formats(names: Sequence[str]) -> Iterator[tuple[Format, tuple[str, ...]
     there = set(names)
     near = []
     for known in (known for known in CATALOGUE if not known.demonstrates):
-        lacking = tuple(" or ".join(need) for need in known.needs if not there & set(need))
+        lacking = tuple(
+            " or ".join((*need[:_NAMED], "the like") if len(need) > _NAMED + 1 else need)
+            for need in known.needs
+            if not there & set(need)
+        )
         if lacking and len(lacking) < len(known.needs):
             near.append((known, lacking))
     yield from sorted(near, key=lambda item: (len(item[1]), -len(item[0].needs)))

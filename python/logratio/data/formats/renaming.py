@@ -13,6 +13,8 @@ from logratio.data.formats.settings import FormatSettings
 from logratio.data.records import InvalidRecordError
 
 _ALIKE = 0.8  # of two keys, as difflib measures
+_MARK = re.compile(r"(?:[\W_]|(?<=[a-z]))([0-9]+|[A-Z])$|[\W_]([a-z]|left|right)$")
+_SYNONYMS = {"rating": "score", "ratings": "scores"}
 _MOST = 64  # keys of a row that are compared
 
 Read = Callable[[Row, FormatSettings], object]
@@ -69,12 +71,26 @@ def _columns(keys: Sequence[str], needs: Sequence[Need]) -> dict[str, str] | Non
 
 
 def _nearest(name: str, keys: Sequence[str]) -> str | None:
-    plain = {_plain(key): key for key in reversed(keys)}
+    plain = {_plain(key): key for key in reversed(keys) if _may_mean(name, key)}
     if found := plain.get(_plain(name)):
         return found
     near = get_close_matches(_plain(name), plain, 1, _ALIKE)
     return plain[near[0]] if near else None
 
 
+def _may_mean(name: str, key: str) -> bool:
+    """Say whether a key and a name have the same mark: `response_a` is not `response_j`.
+
+    The mark says which of two answers is meant, and in some formats which is the better one.
+    """
+    return _mark(name) == _mark(key)
+
+
+def _mark(name: str) -> str:
+    found = _MARK.search(name)
+    return (found[1] or found[2]).casefold() if found else ""
+
+
 def _plain(key: str) -> str:
-    return re.sub(r"[\W_]+", "", key).casefold()
+    words = (_SYNONYMS.get(word, word) for word in re.split(r"[\W_]+", key.casefold()))
+    return "".join(words)

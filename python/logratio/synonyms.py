@@ -1,13 +1,20 @@
-"""Flags of transformers, TRL and other trainers: what they are called here, or what to do instead.
+"""Names of transformers, TRL and other trainers: their names here, or what to use instead.
 
-The one table of them. A flag with exactly the same meaning is accepted; any other ends the command
-with the sentence that says what has its effect.
+The one table of them, for flags and for fields. A name with exactly the same meaning is accepted;
+any other is an error that says what has its effect.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from logratio.errors import LogratioError
+from logratio.errors import ConfigError, LogratioError, SettingTypeError
+
+Kind = TypeVar("Kind")
 
 
 class ForeignFlagError(LogratioError, ValueError):
@@ -131,3 +138,71 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
             raise ForeignFlagError(f"there is no {flag}; use instead: {INSTEAD[given]}")
         spelled.append(flag + equals + value)
     return spelled
+
+
+def takes_known_names(
+    **own: str,
+) -> Callable[[type[Kind]], type[Kind]]:
+    """Let a dataclass of settings take the names of other trainers for its fields.
+
+    Args:
+        own: Further names that mean a field, as ``r="rank"``.
+
+    Example:
+        ``TrainConfig(model="m", data="d", output_dir="o", learning_rate=1e-6)``
+    """
+
+    def decorated(kind: type[Kind]) -> type[Kind]:
+        plain = kind.__init__
+
+        @wraps(plain)
+        def init(self: Any, *arguments: Any, **settings: Any) -> None:
+            plain(self, *arguments, **_as_fields(kind, settings, own))
+
+        kind.__init__ = init  # type: ignore[method-assign]
+        return kind
+
+    return decorated
+
+
+def _as_fields(kind: Any, settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
+    """Name settings as the fields of a dataclass.
+
+    Raises:
+        ConfigError: A name of another trainer has no equal; says what to use.
+        SettingTypeError: A name is unknown, or a field is named twice.
+    """
+    known = {field.name for field in fields(kind)}
+    named: dict[str, Any] = {}
+    for given, value in settings.items():
+        flag = "--" + given.replace("_", "-")
+        name = own.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
+        if given in known:
+            name = given
+        elif name not in known:
+            raise _unknown(kind, given, flag)
+        elif name in settings or name in named:
+            raise SettingTypeError(f"{kind.__name__}: {given} is {name}, which is given too")
+        named[name] = VALUES.get((flag, value), value) if isinstance(value, str) else value
+    return named
+
+
+def _unknown(kind: Any, given: str, flag: str) -> LogratioError:
+    """Say what to write in place of a name that is no field."""
+    start = f"{kind.__name__} has no {given}"
+    if flag in INSTEAD:
+        advice = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), INSTEAD[flag])
+        return ConfigError(f"{start}; use instead: {advice}")
+    for field, inner in _nested(kind):
+        for name in (given, given.removeprefix(f"{field}_")):
+            if name in {one.name for one in fields(inner)}:
+                return SettingTypeError(f"{start}: write {field}={inner.__name__}({name}=…)")
+    near = get_close_matches(given, [field.name for field in fields(kind)], 1)
+    return SettingTypeError(f"{start}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def _nested(kind: Any) -> list[tuple[str, Any]]:
+    """List the fields of a dataclass that hold one themselves."""
+    hints = get_type_hints(kind)
+    inner = [(name, one) for name, hint in hints.items() for one in (hint, *get_args(hint))]
+    return [(name, one) for name, one in inner if isinstance(one, type) and is_dataclass(one)]
