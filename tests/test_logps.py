@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layout_oracle import store_of
 from oracle import Group, in_float64, per_token_logps
 from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
-from logratio._rust import ROLES
+from logratio.data import lay_out
 from logratio.logps.attention import SharedPromptError, shared_prompts
 from logratio.logps.checks import (
     UnsupportedModelError,
@@ -20,8 +21,9 @@ from logratio.logps.checks import (
     choose_layout,
 )
 from logratio.logps.completion import score
-from logratio.logps.tensors import Batch, SharedBatch
+from logratio.logps.tensors import Batch, SharedBatch, to_torch
 from logratio.training import TrainConfig, completion_logps
+from logratio.training.metrics import averages
 from logratio.training.objective import make_objective
 from logratio.training.reference import PerToken
 
@@ -173,11 +175,11 @@ def test_a_shared_batch_without_shared_attention_is_an_error() -> None:
 
 
 def test_sums_leave_out_what_does_not_count() -> None:
-    batch = batch_of([([1, 2], [[3, 4, 5], [6]])], "padded")
-    targets = batch.targets
-    targets.completion_mask[0] = False
+    store = store_of([([1, 2], [([3, 4, 5], [0, 1, 1], 0), ([6], [1], 1)])])
+    targets = to_torch(lay_out(store, np.array([0]))).targets
     per_token = torch.tensor([-1.0, -2.0, -4.0, -8.0])
     assert targets.sums(per_token).tolist() == [-6.0, -8.0]
+    assert targets.host_sums(per_token.numpy()).tolist() == [-6.0, -8.0]
     assert targets.lengths.tolist() == [2.0, 1.0]
 
 
@@ -189,7 +191,6 @@ def long_batch(tokens: int = 40_000) -> tuple[Batch, Tensor]:
         np.arange(2 * tokens - 999) % 5 == 0
     )
     batch = batch_of([([1, 2], ids)], "padded")
-    batch.targets.roles[:] = torch.tensor([ROLES.index("chosen"), ROLES.index("rejected")])
     return batch, torch.from_numpy(logps.astype(np.float32))
 
 
@@ -199,6 +200,7 @@ def test_sums_of_long_completions_lose_no_digits() -> None:
     exact = [math.fsum(part) for part in logps.detach().double().split([40_000, 39_001])]
     assert sums.dtype == torch.float64
     assert sums.tolist() == pytest.approx(exact, rel=1e-14)
+    assert batch.targets.host_sums(logps.detach().numpy()).tolist() == sums.tolist()
     (sums * torch.tensor([1.0, -2.0])).sum().backward()
     assert logps.grad is not None
     assert logps.grad.dtype == torch.float32
@@ -223,7 +225,9 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
     policy = logps * (1 + 1e-6 * torch.linspace(-1, 1, len(logps)))
     config = TrainConfig(model=tmp_path, data=[], output=tmp_path, lr=1e-4, loss=loss)
     objective = make_objective(config, beta := 0.5)
-    losses, metrics = objective(batch.targets.sums(policy), Told(logps).sums(batch), batch.targets)
+    scored = batch.targets.sums(policy), Told(logps).sums(batch), batch.targets.lengths
+    losses = objective.losses(*scored)
+    columns = objective.columns(losses, *scored)
     parts = [
         [math.fsum(part) for part in of.double().split([40_000, 39_001])] for of in (policy, logps)
     ]
@@ -235,5 +239,5 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
         "simpo": math.log1p(math.exp(1 - beta * (chosen / 40_000 - rejected / 39_001))),
     }[loss]
     assert float(losses[0]) == pytest.approx(expected, rel=1e-9)
-    assert float(metrics["logps/chosen"]) == pytest.approx(chosen, rel=1e-14)
-    assert {value.dtype for value in metrics.values()} == {torch.float64}
+    assert averages(columns)["logps/chosen"] == pytest.approx(chosen, rel=1e-14)
+    assert {column.dtype for column in columns.values()} == {torch.float64}

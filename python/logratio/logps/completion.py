@@ -82,6 +82,8 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
             raise SharedPromptError("a shared batch needs the model inside shared_prompts(model)")
         inputs["shared_prompt"] = SharedPrompt(batch)
         inputs["position_ids"] = batch.position_ids
+        # Without a mask, transformers reads positions to see whether sequences lie end to end.
+        inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
     else:
         inputs["attention_mask"] = batch.attention_mask
         if takes_positions:

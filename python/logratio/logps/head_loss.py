@@ -8,6 +8,7 @@ their logits are there, and the logits turn into gradients at once: 6 V H FLOPs 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,9 +61,20 @@ class _HeadLoss(torch.autograd.Function):
         return *own, None, None, None, None
 
 
+@cache
+def unit(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a loss by itself, 1: always the same tensor.
+
+    `loss.backward(unit(...))` says to `head_loss` that nothing is to be scaled, without a look at
+    the value, for which the host would wait.
+    """
+    return torch.ones((), device=device, dtype=dtype)
+
+
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by the gradient of the loss itself: where it is seen to be 1, nothing is to do."""
-    is_one = factor.device.type == "cpu" and float(factor) == 1.0
+    """Multiply by the gradient of the loss itself: where it is known to be 1, nothing is to do."""
+    is_one = factor is unit(factor.device, factor.dtype)
+    is_one |= factor.device.type == "cpu" and float(factor) == 1.0
     return gradient if is_one else gradient * factor.to(gradient.dtype)
 
 

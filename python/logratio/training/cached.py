@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
 from logratio.data import source_names
 from logratio.errors import LogratioError
-from logratio.logps.tensors import Batch
+from logratio.logps.tensors import Batch, TargetTokens, onto
 from logratio.training import dates
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
@@ -43,13 +42,21 @@ class CachedReference(PerToken):
 
     def logps(self, batch: Batch) -> Tensor:
         """Return float32 `[S]` as they were written."""
-        _, logps = self._reader.read(self._rows[batch.targets.rows])
-        if len(logps) != len(batch.targets.target_ids):
+        return onto(self._read(batch.targets), batch.targets.target_ids.device)
+
+    def sums(self, batch: Batch) -> Tensor:
+        """Return float64 `[N]`, added up on the host: a number a completion goes to the device."""
+        targets = batch.targets
+        return onto(targets.host_sums(self._read(targets)), targets.target_ids.device)
+
+    def _read(self, targets: TargetTokens) -> np.ndarray:
+        _, logps = self._reader.read(self._rows[targets.rows])
+        if len(logps) != len(targets.target_ids):
             raise StaleCacheError(
                 f"[E604] the cache holds {len(logps)} tokens where the batch has "
-                f"{len(batch.targets.target_ids)}"
+                f"{len(targets.target_ids)}"
             )
-        return torch.from_numpy(logps).to(batch.targets.target_ids.device)
+        return logps
 
 
 class CachedSums:
@@ -78,13 +85,13 @@ class CachedSums:
         """Return float64 `[N]` as they were written."""
         targets = batch.targets
         counts, sums = self._reader.read_sums(self._rows[targets.rows])
-        lengths = targets.lengths.cpu().numpy().astype(np.int64)
+        lengths = targets.host_sums(np.ones(len(targets.counted))).astype(np.int64)
         if not np.array_equal(counts, lengths):
             raise StaleCacheError(
                 f"[E604] the cache holds sums of {counts.tolist()} tokens where the batch has "
                 f"{lengths.tolist()}"
             )
-        return torch.from_numpy(sums).to(targets.target_ids.device)
+        return onto(sums, targets.target_ids.device)
 
 
 def _found(rows: np.ndarray, store: Store, folder: Path) -> np.ndarray:

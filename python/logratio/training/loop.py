@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ from logratio.data import (
 )
 from logratio.errors import LogratioError
 from logratio.logps.completion import completion_logps, completion_loss
+from logratio.logps.head_loss import unit
 from logratio.logps.tensors import Batch, Part, buffers_for, fields_for, to_torch
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
 from logratio.training.interrupt import RunInterruptedError, interrupts
-from logratio.training.metrics import MetricsLog, added
+from logratio.training.metrics import MetricsLog, averages
 from logratio.training.models import autocast, training_budget
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.optimizers import clip_gradients, make_optimizer, state_bytes
@@ -43,6 +45,15 @@ class NonFiniteError(LogratioError, ArithmeticError):
 
 class SaveError(LogratioError, OSError):
     """A model or checkpoint could not be written; what was saved before is as it was."""
+
+
+class _Scored(NamedTuple):
+    """What metrics are made of, of some groups: losses `[B]`, the rest `[N]`, on their device."""
+
+    losses: Tensor
+    policy: Tensor
+    reference: Tensor
+    lengths: Tensor
 
 
 class Loop:
@@ -124,36 +135,34 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        parts, groups = [], []
+        scored, groups = list[_Scored](), []
         for micro in batches:
             groups.append(micro.layout.groups.copy())
-            parts.append(self._backward(to_torch(micro.layout, self.device), micro.groups))
+            scored += self._backward(to_torch(micro.layout, self.device), micro.groups)
             del micro  # or its buffer would wait here for the next one
-        count = sum(map(len, groups))
-        sums = added(parts)
         norm = clip_gradients(self.parameters, self.config.max_grad_norm)
-        means = torch.stack([*sums.values()]) / count
-        values = dict(zip(sums, means.tolist(), strict=True))
-        values |= {"grad_norm": float(norm), "lr": rate}
+        columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
+        values = averages(columns, grad_norm=norm) | {"lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._blame(step, values, groups))
         self.optimizer.step()
-        return values, count
+        return values, sum(map(len, groups))
 
-    def _backward(self, batch: Batch, count: int) -> dict[str, Tensor]:
-        """Add a micro-batch's share of the update's gradient; return its summed metrics."""
-        reference, parts = self._reference_sums(batch), []
+    def _backward(self, batch: Batch, count: int) -> list[_Scored]:
+        """Add a micro-batch's share of the update's gradient; return what was scored, by parts."""
+        reference, scored = self._reference_sums(batch), list[_Scored]()
 
         def share(logps: Tensor, part: Part) -> Tensor:
-            sums, targets = part.targets.sums(logps), part.targets
-            losses, metrics = self.objective(sums, reference[part.completions], targets)
-            parts.append(metrics)
+            sums, lengths = part.targets.sums(logps), part.targets.lengths
+            references = reference[part.completions]
+            losses = self.objective.losses(sums, references, lengths)
+            scored.append(_Scored(losses.detach(), sums.detach(), references, lengths))
             return losses.sum() / count
 
         with self._autocast():
             loss = completion_loss(self.policy, batch, share)
-        loss.backward()
-        return added(parts)
+        loss.backward(unit(loss.device, loss.dtype))
+        return scored
 
     def _batch(self, groups: np.ndarray) -> Batch:
         fields = fields_for(self.layout, self.device)
@@ -162,7 +171,7 @@ class Loop:
     def _reference_sums(self, batch: Batch) -> Tensor:
         """Return the sums `[N]` under the reference, zeros where there is none."""
         if self.reference is None:
-            return torch.zeros(len(batch.targets.roles), dtype=torch.float64, device=self.device)
+            return torch.zeros(len(batch.targets.rows), dtype=torch.float64, device=self.device)
         with self._autocast():
             return self.reference.sums(batch)
 

@@ -7,7 +7,6 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from logratio.training.losses import PairLogps, PairRewards, gradient_weight
 METRICS_FILE = "metrics.jsonl"
 
 
-def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
-    """Add up each metric over the pairs, on their device: float64 scalars by name.
+def pair_columns(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
+    """Return what is reported of each pair, on its device: float64 `[B]` by name.
 
     A tie counts half towards the accuracy: at the start, when every margin is 0, it is 0.5.
     Log-ratios are left out where there is no reference.
@@ -43,7 +42,7 @@ def pair_metrics(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict
     if pairs.has_reference:
         columns["logratios/chosen"] = pairs.chosen_logratios
         columns["logratios/rejected"] = pairs.rejected_logratios
-    return _sums(columns)
+    return columns
 
 
 def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -51,18 +50,17 @@ def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (torch.sign(chosen - rejected) + 1) / 2
 
 
-def demonstration_metrics(losses: Tensor, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Add up each metric over the demonstrations: float64 scalars by name."""
-    return _sums({"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths})
+def demonstration_columns(losses: Tensor, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Return what is reported of each demonstration: float64 `[B]` by name."""
+    return {"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths}
 
 
-def _sums(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: column.detach().double().sum() for name, column in columns.items()}
-
-
-def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Add up the sums of several parts of an update."""
-    return {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+def averages(columns: dict[str, Tensor], **scalars: Tensor) -> dict[str, float]:
+    """Average columns, `[B]` each, and bring them to the host with `scalars`, all at once."""
+    means = torch.stack([*columns.values()]).mean(1, dtype=torch.float64)
+    alone = [scalar.to(torch.float64).view(1) for scalar in scalars.values()]
+    values = torch.cat([means, *alone]).tolist()  # here the host waits
+    return dict(zip([*columns, *scalars], values, strict=True))
 
 
 class MetricsLog:

@@ -1,59 +1,71 @@
 """From log-probs of a batch to its losses and metrics, and the learning rate's schedule."""
 
 import math
-from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from logratio._rust import ROLES
-from logratio.logps.tensors import TargetTokens
 from logratio.training.config import TrainConfig
 from logratio.training.losses import PAIR_LOSSES, PairLogps, sft_loss
-from logratio.training.metrics import demonstration_metrics, pair_metrics
+from logratio.training.metrics import demonstration_columns, pair_columns
 
-CHOSEN, REJECTED = ROLES.index("chosen"), ROLES.index("rejected")
 
-Objective = Callable[[Tensor, Tensor, TargetTokens], tuple[Tensor, dict[str, Tensor]]]
+class Objective(Protocol):
+    """A loss of completions' log-probs, float64 `[N]` each, and what a run reports of it.
+
+    Losses are made of one part of a micro-batch after the other, while a GPU has nothing else to
+    do, so metrics are no part of it: they are made once an update, of all its groups.
+    """
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        """Return the loss of each group, `[B]`, from sums and numbers of counted tokens, `[N]`."""
+        ...
+
+    def columns(
+        self, losses: Tensor, policy: Tensor, reference: Tensor, lengths: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what is reported of each group, by name: `[B]` each, to be averaged."""
+        ...
 
 
 def make_objective(config: TrainConfig, beta: float) -> Objective:
-    """Return a function of (policy sums, reference sums, targets): losses and summed metrics."""
-
-    def demonstrations(
-        policy: Tensor, _reference: Tensor, targets: TargetTokens
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = sft_loss(policy, targets.lengths)
-        return losses, demonstration_metrics(losses, policy, targets.lengths)
-
-    if config.loss == "sft":
-        return demonstrations
-    loss = PAIR_LOSSES[config.loss]
-    options = {name: getattr(config, name) for name in loss.options}
-
-    def preferences(
-        policy: Tensor, reference: Tensor, targets: TargetTokens
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        pairs = pair_logps(policy, reference, targets, loss.needs_reference)
-        losses = loss.function(pairs, beta=beta, **options)
-        return losses, pair_metrics(losses, pairs, loss.rewards(pairs, beta))
-
-    return preferences
+    """Return the objective that `config.loss` names."""
+    return _Demonstrations() if config.loss == "sft" else _Preferences(config, beta)
 
 
-def pair_logps(
-    policy: Tensor, reference: Tensor, targets: TargetTokens, has_reference: bool
-) -> PairLogps:
-    """Pick chosen and rejected out of `[N]` sums by their roles."""
-    chosen, rejected = targets.roles == CHOSEN, targets.roles == REJECTED
-    return PairLogps(
-        policy[chosen],
-        policy[rejected],
-        reference[chosen],
-        reference[rejected],
-        targets.lengths[chosen],
-        targets.lengths[rejected],
-        has_reference,
-    )
+class _Demonstrations:
+    """One completion a group, and no reference."""
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        return sft_loss(policy, lengths)
+
+    def columns(
+        self, losses: Tensor, policy: Tensor, reference: Tensor, lengths: Tensor
+    ) -> dict[str, Tensor]:
+        return demonstration_columns(losses, policy, lengths)
+
+
+class _Preferences:
+    """Two completions a group: the chosen one, then the rejected one (see `check_groups`)."""
+
+    def __init__(self, config: TrainConfig, beta: float) -> None:
+        self._loss, self._beta = PAIR_LOSSES[config.loss], beta
+        self._options: dict[str, Any] = {n: getattr(config, n) for n in self._loss.options}
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        pairs = self._pairs(policy, reference, lengths)
+        return self._loss.function(pairs, beta=self._beta, **self._options)
+
+    def columns(
+        self, losses: Tensor, policy: Tensor, reference: Tensor, lengths: Tensor
+    ) -> dict[str, Tensor]:
+        pairs = self._pairs(policy, reference, lengths)
+        return pair_columns(losses, pairs, self._loss.rewards(pairs, self._beta))
+
+    def _pairs(self, *columns: Tensor) -> PairLogps:
+        """Tell chosen from rejected by their order: a mask would wait for what is True in it."""
+        sides = [side for column in columns for side in column.view(-1, 2).unbind(1)]
+        return PairLogps(*sides, has_reference=self._loss.needs_reference)
 
 
 def learning_rate(config: TrainConfig, done: int, updates: int) -> float:

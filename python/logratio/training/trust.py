@@ -27,7 +27,7 @@ from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import versions
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import autocast
-from logratio.training.objective import CHOSEN, Objective
+from logratio.training.objective import Objective
 from logratio.training.reference import (
     AdapterReference,
     Reference,
@@ -191,14 +191,15 @@ class _InitialValue:
         """
         if self.expected is None:
             return
-        targets = batch.targets
-        shift = self.bound.of_sums(targets.lengths) + RELATIVE * stored.abs()
-        shift = torch.where(targets.roles == CHOSEN, shift, -shift)
+        lengths = batch.targets.lengths
+        shift = self.bound.of_sums(lengths) + RELATIVE * stored.abs()
+        shift[1::2] *= -1  # chosen up and rejected down, or the other way round
         level, up, down = (
-            self.objective(stored + by, stored, targets)[0] for by in (0.0, shift, -shift)
+            self.objective.losses(stored + by, stored, lengths)
+            for by in (torch.zeros_like(shift), shift, -shift)
         )
         most = torch.maximum((up - level).abs(), (down - level).abs()) + 1e-6 * self.expected
-        gap = (self.objective(now, stored, targets)[0] - self.expected).abs()
+        gap = (self.objective.losses(now, stored, lengths) - self.expected).abs()
         if not bool((gap <= most).all()):
             raise UntrustedReferenceError(
                 f"policy and reference are the same model, and the loss {self.loss} begins at "
