@@ -73,7 +73,7 @@ def oracle_loss(model: PreTrainedModel, groups: list[Group]) -> Tensor:
 
 
 def set_tile(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", {"cpu": positions * VOCABULARY})
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", positions * VOCABULARY)
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -113,6 +113,41 @@ def test_a_loss_made_tile_by_tile_equals_float64(
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
     assert distance(gradients(model), gradients(double)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_that_are_filled_up_give_the_same_numbers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where rows of a tile begin at multiples of 16 bytes."""
+    set_tile(monkeypatch, 40)
+    model, batch = with_bias(tiny(HEADS[name]())), batch_of(random_groups(5), "padded")
+    completion_loss(model, batch, dpo).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr(tiles, "ALIGNED", {"cpu": VOCABULARY - 1})
+    completion_loss(model, batch, dpo).backward()
+    assert distance(gradients(model), expected) <= 1e-6
+
+
+def test_rows_on_cuda_are_filled_up() -> None:
+    """On fake tensors: 50,257 bfloat16 would begin at odd places."""
+    with FakeTensorMode():
+        weight = torch.empty(50_257, 64, device="cuda", dtype=torch.bfloat16)
+        hidden = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
+        targets = torch.zeros(16, dtype=torch.int64, device="cuda")
+        with Tile(Head(weight, None, Transform()), hidden, targets) as tile:
+            assert tile._slopes.shape == (16, 50_257)
+            assert tile._slopes.stride() == (50_264, 1)
+
+
+@pytest.mark.parametrize(
+    ("gib", "elements"),
+    [(0.5, 2**26), (23, 2**26), (40, 2**27), (79, 2**28), (124, 2**28), (139, 2**29), (999, 2**29)],
+)
+def test_a_gpu_s_tile_follows_its_free_memory(gib: float, elements: int) -> None:
+    assert tiles.elements_for(gib * 2**30) == elements
+    assert tiles.BYTES * elements <= max(2**29, gib * 2**30 / 32)
 
 
 def test_a_factor_on_the_loss_reaches_the_gradients() -> None:

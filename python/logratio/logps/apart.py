@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 
 from logratio._rust import StoreWriter
 from logratio.data import lay_out
-from logratio.logps.tensors import Batch, PaddedBatch, SharedBatch, fields_for, to_torch
+from logratio.logps.tensors import Batch, PaddedBatch, SharedBatch, shape_for, to_torch
 
 Group = tuple[list[int], list[list[int]]]
 """Token ids of a prompt, and of each of its completions."""
@@ -195,7 +195,7 @@ def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu
         )
     store = writer.finish()
     rows = np.arange(len(groups), dtype=np.int64)
-    return to_torch(lay_out(store, rows, layout, fields=fields_for(layout, device)), device)
+    return to_torch(lay_out(store, rows, layout, **shape_for(layout, device)), device)
 
 
 def in_order(states: list[Tensor], calls: list[Call]) -> Tensor:

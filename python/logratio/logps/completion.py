@@ -120,7 +120,7 @@ def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
 
 def _module_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
     """Apply a head that is more than a matrix, in tiles that the backward pass makes again."""
-    rows = max(1, TILE_ELEMENTS["cpu"] // model.config.get_text_config().vocab_size)
+    rows = max(1, TILE_ELEMENTS // model.config.get_text_config().vocab_size)
     tiles = zip(hidden.split(rows), target_ids.split(rows), strict=True)
     return torch.cat(
         [checkpoint(_module_tile_logps, model, h, t, use_reentrant=False) for h, t in tiles]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -203,6 +204,24 @@ def fields_for(layout: str, device: torch.device | str) -> tuple[str, ...] | Non
     if layout != "shared" or torch.device(device).type != "cuda":
         return None
     return _USUAL + SEQUENCES
+
+
+ROW_STEP = 128
+"""Tokens that the length of a shared row on CUDA is a multiple of: an allocator that sees few sizes
+has its blocks used again, and this is the tile of attention kernels."""
+
+
+class Shape(TypedDict):
+    """What `lay_out` is told beside the groups: its `fields` and `multiple_of`."""
+
+    fields: tuple[str, ...] | None
+    multiple_of: int
+
+
+def shape_for(layout: str, device: torch.device | str) -> Shape:
+    """Return the shape of batches on `device`; a padded row is not filled up, as there are many."""
+    step = 1 if (fields := fields_for(layout, device)) is None else ROW_STEP
+    return Shape(fields=fields, multiple_of=step)
 
 
 class _Tensors:

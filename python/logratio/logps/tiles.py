@@ -8,15 +8,23 @@ each gradient of the head is one product: :math:`-g\,(p - 1_t) W` of the hidden 
 """
 
 import threading
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from logratio.logps.head import Head
 
-TILE_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits held at a time, in float32: 64 and 512 MiB. A GPU needs more positions to be busy."""
+TILE_ELEMENTS = 2**24
+"""Logits that a CPU holds at a time: 64 MiB in float32."""
+ON_GPU = (2**26, 2**29)
+"""The fewest and the most that a GPU holds: fewer products, and fewer of a group that must be made
+twice as it exceeds a tile. The most is 3,533 positions of 151,936 tokens."""
+BYTES, SHARE = 8, 1 / 32
+"""Of a logit with its copy in the dtype of products, and of the memory that is free, for them."""
+ALIGNED = {"cuda": 8}
+"""Logits that a row is filled up to a multiple of: products are slow on rows that begin at odd
+places, as those of 50,257 or 32,001 bfloat16 do."""
 COLUMNS = 512
 """Of the vocabulary, that a CPU multiplies at a time: with a few hundred positions, 512 rows of the
 head stay in the second-level cache (measured: 160 GFLOP/s on two cores, 115 with all at once)."""
@@ -26,8 +34,32 @@ _kept = threading.local()
 
 def tile_rows(head: Head) -> int:
     """Return how many positions a tile holds."""
-    elements = TILE_ELEMENTS.get(head.weight.device.type, TILE_ELEMENTS["cpu"])
+    device = head.weight.device
+    elements = _gpu_elements(device) if device.type == "cuda" else TILE_ELEMENTS
     return max(1, elements // len(head.weight))
+
+
+@cache
+def _gpu_elements(device: torch.device) -> int:
+    """Look once, when a model is there and nothing else: a run's tiles are all of one size."""
+    return elements_for(gpu_free_bytes(device))
+
+
+def elements_for(free: float) -> int:
+    """Return how many logits a GPU with so many bytes free holds at a time.
+
+    A power of two: a little more or less memory, as from one start to the next, changes nothing.
+    """
+    fewest, most = ON_GPU
+    fits = max(1, int(free * SHARE / BYTES))
+    return min(most, max(fewest, 2 ** (fits.bit_length() - 1)))
+
+
+def gpu_free_bytes(device: torch.device) -> float:
+    """Return what this process may still take on a GPU, with what its allocator holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(free + unused)
 
 
 class _Memory:
@@ -37,15 +69,16 @@ class _Memory:
     """
 
     def __init__(self, rows: int, head: Head) -> None:
-        """Take `[rows, V]`, in float32 or wider."""
-        vocabulary, device = len(head.weight), head.weight.device
+        """Take `[rows, V]`, in float32 or wider; each row filled up to a multiple of `ALIGNED`."""
+        device, step = head.weight.device, ALIGNED.get(head.weight.device.type, 1)
+        width = -(-len(head.weight) // step) * step
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
         self._flat = getattr(_kept, "flat", None) if device.type == "cpu" else None
         _kept.flat = None  # a loss that scores something else takes memory of its own
-        size = rows * vocabulary
+        size = rows * width
         if self._flat is None or self._flat.dtype != dtype or self._flat.numel() < size:
             self._flat = torch.empty(size, dtype=dtype, device=device)
-        self.logits = self._flat[:size].view(rows, vocabulary)
+        self.logits = self._flat[:size].view(rows, width)
 
     def give_back(self) -> None:
         """Keep it for the thread's next tile."""
@@ -65,7 +98,8 @@ class Tile:
         self._head, self._hidden, self._targets = head, hidden, target_ids
         self._slope: Tensor | None = None
         self._memory = _Memory(len(hidden), head)
-        self._residual = self._memory.logits
+        self._filled = self._memory.logits
+        self._residual = self._filled[:, : len(head.weight)]
         self._multiply()
         self._transform()
         self.logps = self._normalize()
@@ -110,7 +144,9 @@ class Tile:
 
         The largest probability is 1 / Σ exp(z − max): the log-sum-exp costs no pass of its own.
         """
-        logits, targets = self._residual, self._targets[:, None]
+        logits, targets = self._filled, self._targets[:, None]
+        if logits.shape[1] > (vocabulary := len(self._head.weight)):
+            logits[:, vocabulary:] = -torch.inf
         own, highest = logits.gather(1, targets)[:, 0], logits.amax(1)
         torch.softmax(logits, 1, out=logits)
         logps = own - highest + logits.amax(1).log()
@@ -122,8 +158,7 @@ class Tile:
         """P − 1_t as the gradients need it: through the cap, in the dtype of the products."""
         if self._slope is not None:
             self._residual.mul_(self._slope)
-        dtype = self._head.weight.dtype
-        return self._residual if dtype == self._residual.dtype else self._residual.to(dtype)
+        return self._filled.to(self._head.weight.dtype)[:, : len(self._head.weight)]
 
     def hidden_gradient(self, gradient: Tensor | None = None) -> Tensor:
         """Return d(Σ gradient · logps) / d hidden, `[n, H]`; with None, each row's own unscaled."""

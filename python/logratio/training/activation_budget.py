@@ -14,7 +14,7 @@ from logratio._rust import Store
 from logratio.data import lay_out
 from logratio.forecast import size
 from logratio.logps.completion import completion_logps
-from logratio.logps.tensors import fields_for, to_torch
+from logratio.logps.tensors import shape_for, to_torch
 from logratio.training import demand
 from logratio.training.activations import Kept, decoder_layers, keeping
 from logratio.training.budget import GroupQueue
@@ -200,8 +200,8 @@ def settle(
 
     def forward() -> Tensor:
         device = _device(policy)
-        fields = fields_for(layout, device)
-        batch = to_torch(lay_out(store, groups, layout, fields=fields), device)
+        shape = shape_for(layout, device)
+        batch = to_torch(lay_out(store, groups, layout, **shape), device)
         with autocast(config.precision, device):
             return completion_logps(policy, batch)
 

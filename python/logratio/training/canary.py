@@ -14,7 +14,7 @@ from torch import Tensor
 from logratio._rust import Store, StoreWriter
 from logratio.data import lay_out, source_names
 from logratio.errors import LogratioError
-from logratio.logps.tensors import Batch, fields_for, to_torch
+from logratio.logps.tensors import Batch, shape_for, to_torch
 from logratio.training.cached import CachedReference, CachedSums
 from logratio.training.config import Precision
 from logratio.training.reference import Reference
@@ -148,10 +148,10 @@ def recheck(
     if isinstance(stored, CachedReference | CachedSums):
         stored = stored.over(sample)
     worst = 0.0
-    fields = fields_for(layout, device)
+    shape = shape_for(layout, device)
     for group in range(len(sample)):
         rows = np.array([group], dtype=np.int64)
-        batch = to_torch(lay_out(sample, rows, layout, fields=fields), device)
+        batch = to_torch(lay_out(sample, rows, layout, **shape), device)
         (place,) = source_names(sample, [group])
         now, sums = scorer(batch), stored.sums(batch)
         worst = max(worst, _compare(now, sums, stored, batch, bound, place))

@@ -11,6 +11,7 @@ import torch
 
 from logratio._rust import Store
 from logratio.forecast import Forecast
+from logratio.logps.tiles import gpu_free_bytes
 from logratio.training.config import Precision, Quantization, TrainConfig
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import (
@@ -161,11 +162,7 @@ def _reclaimable() -> float:
 
 def free_on(device: torch.device) -> float:
     """Return what this process may still take on `device`, with what its allocator holds unused."""
-    if device.type != "cuda":
-        return free_bytes()
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(free + unused)
+    return gpu_free_bytes(device) if device.type == "cuda" else free_bytes()
 
 
 def kept_bytes(model: str | Path, precision: Precision = "fp32", *, twice: bool = False) -> float:

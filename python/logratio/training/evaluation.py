@@ -17,7 +17,7 @@ from logratio.forecast import Forecast
 from logratio.logps.apart import batch_of, limits_of
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import score
-from logratio.logps.tensors import Batch, buffers_for, fields_for, to_torch
+from logratio.logps.tensors import Batch, buffers_for, shape_for, to_torch
 from logratio.progress import Advance, progress
 from logratio.training import dates, demand
 from logratio.training.calibration import Calibration, calibration
@@ -240,7 +240,7 @@ def store_sums(
         groups_per_update=len(store),
         token_budget=token_budget,
         layout=layout,
-        fields=fields_for(layout, device),
+        **shape_for(layout, device),
     )
     with closing(iter(Feed(store, settings, allocate=buffers_for(device)))) as feed:
         for micro in feed:

@@ -24,7 +24,7 @@ from logratio.data import (
 from logratio.errors import LogratioError
 from logratio.logps.completion import completion_logps, completion_loss
 from logratio.logps.head_loss import unit
-from logratio.logps.tensors import Batch, Part, buffers_for, fields_for, to_torch
+from logratio.logps.tensors import Batch, Part, buffers_for, shape_for, to_torch
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
@@ -119,7 +119,7 @@ class Loop:
             seed=self.config.seed,
             weights=self.config.mix,
             datasets=datasets_of(self.store) if self.config.mix else None,
-            fields=fields_for(self.layout, self.device),
+            **shape_for(self.layout, self.device),
         )
         feed = Feed(
             self.store, settings, epochs=self.config.epochs, allocate=buffers_for(self.device)
@@ -165,8 +165,8 @@ class Loop:
         return scored
 
     def _batch(self, groups: np.ndarray) -> Batch:
-        fields = fields_for(self.layout, self.device)
-        return to_torch(lay_out(self.store, groups, self.layout, fields=fields), self.device)
+        shape = shape_for(self.layout, self.device)
+        return to_torch(lay_out(self.store, groups, self.layout, **shape), self.device)
 
     def _reference_sums(self, batch: Batch) -> Tensor:
         """Return the sums `[N]` under the reference, zeros where there is none."""

@@ -62,10 +62,16 @@ class _Preferences:
         pairs = self._pairs(policy, reference, lengths)
         return pair_columns(losses, pairs, self._loss.rewards(pairs, self._beta))
 
-    def _pairs(self, *columns: Tensor) -> PairLogps:
-        """Tell chosen from rejected by their order: a mask would wait for what is True in it."""
-        sides = [side for column in columns for side in column.view(-1, 2).unbind(1)]
-        return PairLogps(*sides, has_reference=self._loss.needs_reference)
+    def _pairs(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> PairLogps:
+        """Tell chosen from rejected by their order: with a mask, the host waits for its size."""
+        policies, references, counts = map(_sides, (policy, reference, lengths))
+        return PairLogps(*policies, *references, *counts, self._loss.needs_reference)
+
+
+def _sides(column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is of chosen completions and what is of rejected ones, `[N]` to `[B]` each."""
+    chosen, rejected = column.view(-1, 2).unbind(1)
+    return chosen, rejected
 
 
 def learning_rate(config: TrainConfig, done: int, updates: int) -> float:

@@ -10,7 +10,7 @@ from logratio.cache.conditions import record_conditions
 from logratio.data import ahead, lay_out, source_names
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import score
-from logratio.logps.tensors import buffers_for, fields_for, to_torch
+from logratio.logps.tensors import buffers_for, shape_for, to_torch
 from logratio.progress import say
 from logratio.training.budget import (
     GroupQueue,
@@ -122,10 +122,10 @@ class ReferenceScorer:
 
     def _batches(self, queue: GroupQueue) -> Iterator[Layout]:
         """Yield the groups to score, laid out."""
-        fields = fields_for(self.layout, self.device)
+        shape = shape_for(self.layout, self.device)
         while len(queue):
             groups = queue.take(self.budget.tokens)
-            yield lay_out(self.store, groups, self.layout, arena=self._buffers, fields=fields)
+            yield lay_out(self.store, groups, self.layout, arena=self._buffers, **shape)
 
     def _try(self, arrays: Layout) -> np.ndarray | None:
         """Return the log-probs of a batch, or None where it does not fit in memory."""
