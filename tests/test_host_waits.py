@@ -31,12 +31,12 @@ from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit
 from logratio.logps.tensors import Part, Shape, SharedBatch, shape_for, to_torch
-from logratio.training import PrecomputeConfig, TrainConfig, loop, precompute
+from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, loop, precompute
 from logratio.training.cached import cached_reference
 from logratio.training.loop import Loop
-from logratio.training.models import load_model
+from logratio.training.models import load_model, with_lora
 from logratio.training.optimizers import clip_gradients, make_optimizer
-from logratio.training.reference import FrozenReference, Reference
+from logratio.training.reference import AdapterReference, FrozenReference, Reference
 from logratio.training.setup import load_dataset
 
 READING = {"aten::_local_scalar_dense", "aten::equal"}
@@ -143,11 +143,13 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_torch_varlen", lambda q, k, v, *_, **__: q * k.sum() * v.sum())
 
 
-def reference_of(kind: str, config: TrainConfig, model: nn.Module) -> Reference | None:
+def reference_of(kind: str, config: TrainConfig, policy: nn.Module) -> Reference | None:
     if kind == "none":
         return None
     if kind == "frozen":
-        return FrozenReference(model)
+        return FrozenReference(load_model(config.model).to("meta"))
+    if kind == "adapter":
+        return AdapterReference(policy)
     assert config.cache is not None
     precompute(
         PrecomputeConfig(config.model, config.data, config.cache, sums_only=kind == "sums"),
@@ -159,7 +161,7 @@ def reference_of(kind: str, config: TrainConfig, model: nn.Module) -> Reference 
 
 @pytest.mark.parametrize(
     ("loss", "kind"),
-    [("dpo", "frozen"), ("dpo", "tokens"), ("ipo", "sums"), ("simpo", "none")],
+    [("dpo", "frozen"), ("dpo", "adapter"), ("dpo", "tokens"), ("ipo", "sums"), ("simpo", "none")],
 )
 def test_an_update_waits_once(
     config: Callable[..., TrainConfig], loss: str, kind: str, tmp_path: Path, request: Any
@@ -167,9 +169,12 @@ def test_an_update_waits_once(
     """For its metrics and the gradients' norm together, before any weight is touched."""
     cache = tmp_path / "cache" if kind in ("tokens", "sums") else None
     run = config(loss=loss, cache=cache)
-    reference = reference_of(kind, run, load_model(run.model).to("meta"))
+    policy = load_model(run.model)
+    if kind == "adapter":
+        policy = with_lora(policy, LoraSettings(rank=2), Path(run.model))
+    policy = policy.to("meta")
+    reference = reference_of(kind, run, policy)
     request.getfixturevalue("like_cuda")
-    policy = load_model(run.model).to("meta")
     store = load_dataset(run.model, run.data, run.rules, show_progress=False).store
     training = Loop(run, store, policy, reference, "shared")
     updates = groupby(list(training._feed(0)), lambda micro: micro.update)

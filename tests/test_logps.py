@@ -13,6 +13,7 @@ from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
 from logratio.data import lay_out
+from logratio.logps import apart
 from logratio.logps.attention import SharedPromptError, shared_prompts
 from logratio.logps.checks import (
     UnsupportedModelError,
@@ -21,7 +22,7 @@ from logratio.logps.checks import (
     choose_layout,
 )
 from logratio.logps.completion import score
-from logratio.logps.tensors import Batch, SharedBatch, to_torch
+from logratio.logps.tensors import Batch, Shape, SharedBatch, to_torch
 from logratio.training import TrainConfig, completion_logps
 from logratio.training.metrics import averages
 from logratio.training.objective import make_objective
@@ -172,6 +173,29 @@ def test_a_shared_batch_without_shared_attention_is_an_error() -> None:
     model, batch = tiny(FAMILIES["llama"]()), batch_of(random_groups(), "shared")
     with pytest.raises(SharedPromptError, match="inside shared_prompts"):
         completion_logps(model, batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_is_filled_up_changes_no_number(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where rows have multiples of 128 tokens."""
+    model, groups, found = tiny(FAMILIES[family]()), random_groups(), []
+    for step in (1, 128):
+        monkeypatch.setattr(
+            apart, "shape_for", lambda *_, n=step: Shape(fields=None, multiple_of=n)
+        )
+        batch = batch_of(groups, "shared")
+        assert isinstance(batch, SharedBatch)
+        assert (batch.input_ids.shape[1] % 128 == 0) == (step == 128)
+        model.zero_grad()
+        logps = score(model, batch)
+        (weights(len(logps)) * logps).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((logps.detach(), gradient))
+    (logps, gradient), (filled_logps, filled_gradient) = found
+    assert torch.allclose(logps, filled_logps, rtol=0, atol=1e-5)
+    assert float((gradient - filled_gradient).norm() / gradient.norm()) <= 1e-5
 
 
 def test_sums_leave_out_what_does_not_count() -> None:
