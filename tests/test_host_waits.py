@@ -195,7 +195,7 @@ def test_a_gradient_that_is_known_to_be_one_is_not_multiplied(like_cuda: None) -
     for factor, times in ((unit(hidden.device, torch.float64), 0), (None, 2)):
         head = Head(weight, None, Transform())
         loss = head_loss(head, hidden, targets, [part], lambda logps, _: logps.double().sum())
-        with Products() as products:
+        with Products() as products:  # type: ignore[no-untyped-call]
             loss.backward(factor)
         assert products.count == times
 

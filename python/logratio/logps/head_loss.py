@@ -73,9 +73,10 @@ def unit(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply by the gradient of the loss itself: where it is known to be 1, nothing is to do."""
-    is_one = factor is unit(factor.device, factor.dtype)
-    is_one |= factor.device.type == "cpu" and float(factor) == 1.0
-    return gradient if is_one else gradient * factor.to(gradient.dtype)
+    is_known = factor is unit(factor.device, factor.dtype)
+    if is_known or (factor.device.type == "cpu" and float(factor) == 1.0):
+        return gradient
+    return gradient * factor.to(gradient.dtype)
 
 
 def _add_part(

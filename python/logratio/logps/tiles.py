@@ -51,8 +51,8 @@ def elements_for(free: float) -> int:
     A power of two: a little more or less memory, as from one start to the next, changes nothing.
     """
     fewest, most = ON_GPU
-    fits = max(1, int(free * SHARE / BYTES))
-    return min(most, max(fewest, 2 ** (fits.bit_length() - 1)))
+    fits = int(free * SHARE / BYTES)
+    return min(most, max(fewest, 1 << max(0, fits.bit_length() - 1)))
 
 
 def gpu_free_bytes(device: torch.device) -> float:
