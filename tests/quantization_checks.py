@@ -21,7 +21,7 @@ from logratio.training import PrecomputeConfig, TrainConfig, load_model, precomp
 from logratio.training.config import Quantization
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
-from logratio.training.models import quietly
+from logratio.training.models import precision_of, quietly
 from logratio.training.optimizers import make_optimizer, state_bytes
 from logratio.training.quantization import QuantizationError, is_quantized
 from logratio.training.reference_pass import prepare
@@ -47,7 +47,7 @@ def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> PrecomputeConf
 
 def values(config: PrecomputeConfig) -> torch.Tensor:
     result = precompute(config, show_progress=False)
-    fingerprint = model_fingerprint(config.model, config.precision, config.quantization)
+    fingerprint = model_fingerprint(config.model, precision_of(config), config.quantization)
     reader = CacheReader.open(result.folder, fingerprint.digest)
     keys = prepare(config, show_progress=False).keys
     return torch.from_numpy(reader.read(reader.join(keys))[1])

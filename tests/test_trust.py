@@ -40,7 +40,7 @@ from logratio.training.config import Precision
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.models import with_lora
+from logratio.training.models import precision_of, with_lora
 from logratio.training.objective import make_objective
 from logratio.training.reference import (
     FrozenReference,
@@ -78,7 +78,7 @@ def fill(config: TrainConfig, **changes: object) -> Path:
 
 def rewritten(cache: Path, config: TrainConfig, store: Store, edit: Callable[..., None]) -> Path:
     """Write a cache anew beside it, with `edit` done to its offsets and log-probs."""
-    fingerprint = model_fingerprint(config.model, config.precision)
+    fingerprint = model_fingerprint(config.model, precision_of(config))
     reader = open_cache(cache, fingerprint)
     offsets, logps = reader.read(reader.join(store.keys()))
     logps = logps.copy()
@@ -227,9 +227,9 @@ def test_the_first_loss_is_the_known_one(
     config: TrainConfig, store: Store, loss: str, precision: Precision
 ) -> None:
     config = with_(config, loss=loss, precision=precision, beta=0.3)
-    policy = load_model(config.model, precision=config.precision)
+    policy = load_model(config.model, precision=precision)
     assert starts_at_reference(config)
-    reference = FrozenReference(load_model(config.model, precision=config.precision))
+    reference = FrozenReference(load_model(config.model, precision=precision))
     objective = make_objective(config, 0.3)
     assert check_start(config, store, policy, reference, "shared", objective) is None
 

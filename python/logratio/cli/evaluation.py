@@ -8,7 +8,6 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.flags import takes_flags
-from logratio.cli.options import Precision
 from logratio.cli.reading import READING, Reading
 from logratio.cli.training import announce
 
@@ -41,7 +40,7 @@ def evaluate(
         typer.Option(help="Tokens computed at a time. Lower it when memory is short: no result "
                      "changes.", rich_help_panel=options.MACHINE),
     ] = 16384,
-    precision: options.PrecisionOption = Precision.FP32,
+    precision: options.PrecisionOption = None,
     device: options.Device = None,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
@@ -61,7 +60,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             seed=seed,
             token_budget=token_budget,
-            precision=precision.value,
+            precision=precision.value if precision else None,
             device=device,
             rules=reading.rules,
             formats=reading.settings(),

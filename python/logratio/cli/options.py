@@ -56,9 +56,10 @@ ReadModeOption = Annotated[
                  "cut meanwhile is then an error, not a crash.", rich_help_panel=MACHINE),
 ]  # fmt: skip
 PrecisionOption = Annotated[
-    Precision,
+    Precision | None,
     typer.Option("--precision", help="bf16 is autocast over float32 weights; bf16-weights rounds "
-                 "the weights too.", rich_help_panel=MACHINE),
+                 "the weights too. Default: bf16 on a GPU, fp32 on a CPU.",
+                 rich_help_panel=MACHINE),
 ]  # fmt: skip
 Device = Annotated[
     str | None,

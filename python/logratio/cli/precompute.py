@@ -9,7 +9,7 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.flags import Settings, takes_flags
-from logratio.cli.options import Precision, ReadMode
+from logratio.cli.options import ReadMode
 from logratio.cli.reading import READING, Reading
 from logratio.cli.training import announce
 
@@ -64,7 +64,7 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = None
-    precision: options.PrecisionOption = Precision.FP32
+    precision: options.PrecisionOption = None
     quantization: Annotated[
         Quantization | None,
         typer.Option(

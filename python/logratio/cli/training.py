@@ -49,7 +49,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train a policy on preference pairs.
 
-    Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit. The output folder is
+    Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit on a CPU and, with
+    --deterministic, on a GPU. The output folder is
     a model folder for transformers, with metrics.jsonl and TensorBoard's events beside it.
     """
     from logratio.training import TrainConfig

@@ -8,7 +8,7 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.flags import Settings
-from logratio.cli.options import Precision, ReadMode
+from logratio.cli.options import ReadMode
 
 if TYPE_CHECKING:
     from logratio.training.config import LoraSettings
@@ -95,6 +95,15 @@ class Update(Settings):
         ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the order.", rich_help_panel=UPDATE_PANEL)] = 0
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="On a GPU, the same bits in every run on it: slower kernels that add in a fixed "
+            "order. A CPU gives the same bits in any case.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
+    ] = False
     save_every: Annotated[
         int,
         typer.Option(
@@ -204,7 +213,7 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = False
-    precision: options.PrecisionOption = Precision.FP32
+    precision: options.PrecisionOption = None
     optimizer: Annotated[
         OptimizerName,
         typer.Option(

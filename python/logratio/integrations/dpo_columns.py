@@ -13,6 +13,7 @@ from logratio.integrations.lookup import CachedLogps, counted_places
 from logratio.integrations.token_rows import Collate, TokenRows, token_rows
 from logratio.training.config import PathLike, Precision, PrecomputeConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.models import precision_of
 from logratio.training.reference import StaleCacheError, open_cache
 from logratio.training.reference_pass import Precompute
 from logratio.training.setup import Dataset
@@ -30,7 +31,7 @@ def reference_columns(
     *,
     cache: PathLike,
     reference: PathLike,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     ld_alpha: float | None = None,
     fill: bool = False,
     token_budget: int = 16384,
@@ -47,7 +48,7 @@ def reference_columns(
         collate: TRL's data collator, with its `max_length` and `truncation_mode`.
         cache: Root of the reference cache.
         reference: Folder of the reference model or adapter.
-        precision: What the reference computes in.
+        precision: What the reference computes in; None: bf16 on a GPU, fp32 on a CPU.
         ld_alpha: Weight of the tokens beyond the shorter side's length (LD-DPO, Liu et al. 2024,
             arXiv 2409.06411); None: 1.
         fill: Score what the cache lacks now, which loads the reference for as long as that takes.
@@ -61,13 +62,13 @@ def reference_columns(
         StaleCacheError: The cache is another reference's, or lacks completions.
         ForeignRowsError: The collator feeds more than token ids.
     """
-    fingerprint = model_fingerprint(reference, precision)
+    settings = PrecomputeConfig(
+        reference, [], cache, token_budget, precision=precision, device=device
+    )
+    fingerprint = model_fingerprint(reference, precision_of(settings))
     with tempfile.TemporaryDirectory(prefix="logratio-") as folder:
         rows = token_rows(_batches(dataset), collate, Path(folder) / "rows.store")
         if fill:
-            settings = PrecomputeConfig(
-                reference, [], cache, token_budget, precision=precision, device=device
-            )
             _fill(rows.store, settings)
         sums = _sums(rows, _cached(rows.store, cache, fingerprint), ld_alpha)
     bare = dataset.remove_columns([name for name in COLUMNS if name in dataset.column_names])

@@ -19,7 +19,7 @@ from logratio.training import demand
 from logratio.training.activations import Kept, decoder_layers, keeping
 from logratio.training.budget import GroupQueue
 from logratio.training.config import TrainConfig
-from logratio.training.models import autocast, training_budget
+from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.setup import ConfigError
 
 SHARE = 0.8
@@ -202,8 +202,8 @@ def settle(
         device = _device(policy)
         shape = shape_for(layout, device)
         batch = to_torch(lay_out(store, groups, layout, **shape), device)
-        with autocast(config.precision, device):
+        with autocast(precision_of(config), device):
             return completion_logps(policy, batch)
 
-    estimate = demand.kept_bytes(config.model, config.precision) * tokens
+    estimate = demand.kept_bytes(config.model, precision_of(config)) * tokens
     return choose(policy, forward, estimate=estimate, states=states)

@@ -12,6 +12,7 @@ from logratio.logps.tensors import Batch, TargetTokens, onto
 from logratio.training import dates
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.models import precision_of
 from logratio.training.reference import (
     PerToken,
     StaleCacheError,
@@ -113,7 +114,7 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     """
     if config.cache is None:
         return None
-    fingerprint = model_fingerprint(config.reference or config.model, config.precision)
+    fingerprint = model_fingerprint(config.reference or config.model, precision_of(config))
     pread = config.read_mode == "pread"
     if holds_sums_only(config.cache, fingerprint):
         reader = open_cache(config.cache, fingerprint, sums=True, pread=pread)

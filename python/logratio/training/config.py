@@ -72,11 +72,14 @@ class TrainConfig:
             over the bus a micro-batch, which the GPU waits for. Changes no result.
         compile_layers: compile the decoder layers (torch.compile), for any width: up to a minute at
             the start. Worth a measurement on a GPU; on a CPU it gave nothing.
-        precision: "fp32"; "bf16", autocast over fp32 weights; or "bf16-weights": weights, gradients
-            and activations in bf16, adapters in fp32. Log-probs are added up in fp32 in all three.
+        precision: "fp32"; "bf16", autocast over fp32 weights; or "bf16-weights": weights and
+            activations in bf16. Adapters keep fp32 weights, and log-probs and gradients are added
+            up in fp32, in all three. None: bf16 on a GPU, fp32 on a CPU; see `precision_of`.
         optimizer: "adamw"; "adamw8bit", its moments in 8 bits; or "adamw-host", its state in host
             memory. bf16 weights have an exact fp32 copy in the optimizer: see `optimizers`.
         seed: of the order of the data and the adapters; dropout is off.
+        deterministic: on a GPU, use kernels that add in a fixed order, so that the same settings
+            give the same bits on the same GPU and versions. Runs on a CPU do so in any case.
         save_every: updates between checkpoints; 0 for none but the one at an interrupt.
         resume: go on from the newest valid checkpoint in `output`.
         overwrite: replace a run in `output`, finished or not, by this one. Without it, a finished
@@ -110,9 +113,10 @@ class TrainConfig:
     activation_checkpointing: ActivationCheckpointing = "auto"
     offload_activations: bool = False
     compile_layers: bool = False
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     optimizer: OptimizerName = "adamw"
     seed: int = 0
+    deterministic: bool = False
     save_every: int = 200
     resume: bool = False
     overwrite: bool = False
@@ -141,6 +145,7 @@ class PrecomputeConfig:
             torchrun gives this process, where None.
         engine: "local", this process; or "ray", actors on a Ray cluster.
         workers: actors of Ray; as many as fit where None.
+        precision: as in `TrainConfig`; the default on Ray is that of the machine that starts it.
         quantization: load the weights in 8 or 4 bits (bitsandbytes).
     """
 
@@ -152,7 +157,7 @@ class PrecomputeConfig:
     share: str | None = None
     engine: Engine = "local"
     workers: int | None = None
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     quantization: Quantization | None = None
     read_mode: ReadMode = "map"
     device: str | None = None
@@ -188,7 +193,7 @@ class EvaluateConfig:
     max_new_tokens: int = 128
     seed: int = 0
     token_budget: int = 16384
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)

@@ -17,6 +17,8 @@ from logratio.training.fingerprint import parameter_count
 from logratio.training.models import (
     base_folder,
     default_device,
+    precision_note,
+    precision_of,
     training_budget,
     weights_dtype,
 )
@@ -74,18 +76,19 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     longest = int(lengths.max())
     at_once = min(max(training_budget(config), longest), config.batch_size * longest)
     twice = config.activation_checkpointing == "all"
-    work = seconds(config.model, tokens, TRAIN + FORWARD * twice, config.device, config.precision)
+    precision = precision_of(config)
+    work = seconds(config.model, tokens, TRAIN + FORWARD * twice, config.device, precision)
     if kind in ("adapter", "frozen"):
         other = frozen or config.model
-        work += seconds(other, tokens, FORWARD, config.device, config.precision)
+        work += seconds(other, tokens, FORWARD, config.device, precision)
     weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
-    kept = kept_bytes(config.model, config.precision, twice=twice)
+    kept = kept_bytes(config.model, precision, twice=twice)
     return Forecast(
         memory_bytes=PROCESS_BYTES + training_bytes(config, frozen) + at_once * kept,
         disk_bytes=weights + (_checkpoint_bytes(config) if config.save_every else 0),
         disk_path=Path(config.output),
         seconds=work,
-        notes=f"reference {kind}, {tokens:,.0f} tokens",
+        notes=f"reference {kind}, {tokens:,.0f} tokens, {precision_note(config)}",
     )
 
 
@@ -97,14 +100,14 @@ def training_bytes(config: TrainConfig, frozen: str | Path | None) -> float:
         frozen: folder of a reference that is held beside the policy.
     """
     count, each = parameter_count(config.model), _weight_bytes(config)
-    dtype = torch.float32 if config.lora else weights_dtype(config.precision)
+    dtype = torch.float32 if config.lora else weights_dtype(precision_of(config))
     states = state_bytes(config.optimizer, dtype, default_device(config.device))
     reference = each * parameter_count(frozen) if frozen else 0
     return count * (each + (dtype.itemsize + states) * _trained(config)) + reference
 
 
 def _weight_bytes(config: TrainConfig) -> float:
-    return float(weights_dtype(config.precision).itemsize)
+    return float(weights_dtype(precision_of(config)).itemsize)
 
 
 def _trained(config: TrainConfig) -> float:
@@ -114,7 +117,7 @@ def _trained(config: TrainConfig) -> float:
 
 def _checkpoint_bytes(config: TrainConfig) -> float:
     """Estimate the two checkpoints that are kept and the one being written: weights and states."""
-    dtype = torch.float32 if config.lora else weights_dtype(config.precision)
+    dtype = torch.float32 if config.lora else weights_dtype(precision_of(config))
     each = dtype.itemsize + state_bytes(config.optimizer, dtype, torch.device("cpu"))
     return 3 * each * parameter_count(config.model) * _trained(config)
 

@@ -18,7 +18,7 @@ from logratio.logps.apart import batch_of, limits_of
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import score
 from logratio.logps.tensors import Batch, buffers_for, shape_for, to_torch
-from logratio.progress import Advance, progress
+from logratio.progress import Advance, progress, say
 from logratio.training import dates, demand
 from logratio.training.calibration import Calibration, calibration
 from logratio.training.config import EvaluateConfig, PathLike
@@ -28,6 +28,8 @@ from logratio.training.models import (
     check_model_folder,
     default_device,
     load_model,
+    precision_note,
+    precision_of,
 )
 from logratio.training.run_folder import reward_beta
 from logratio.training.sampling import sample_completions
@@ -93,7 +95,10 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
     Raises:
         ModelFolderError, BadDataError, ConfigError: before anything long.
     """
-    return prepare(config, show_progress=show_progress).run()
+    ready = prepare(config, show_progress=show_progress)
+    if show_progress:
+        say(precision_note(config))
+    return ready.run()
 
 
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
@@ -155,25 +160,26 @@ class Evaluating:
     ) -> None:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
         self.beta = beta
-        self.device = default_device(config.device)
+        self.device, self.precision = default_device(config.device), precision_of(config)
 
     @cached_property
     def forecast(self) -> Forecast:
         """What the evaluation will need."""
         models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
-        device, precision = self.config.device, self.config.precision
+        device, precision = self.config.device, self.precision
         work = [demand.seconds(m, tokens, demand.FORWARD, device, precision) for m in models]
         return Forecast(
             memory_bytes=demand.scoring_bytes(
                 models,
                 min(self.config.token_budget, int(tokens)),
-                precision=self.config.precision,
+                precision=self.precision,
             ),
             disk_bytes=0,
             disk_path=Path(),
             seconds=sum(work),
-            notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples",
+            notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples, "
+            f"{precision_note(self.config)}",
         )
 
     def run(self) -> Evaluation:
@@ -183,7 +189,7 @@ class Evaluating:
         store = self.dataset.store
         total = 2 * len(store)
         with (
-            autocast(self.config.precision, self.device),
+            autocast(self.precision, self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
             policy_logps = store_sums(policy, store, self.config.token_budget, advance)
@@ -192,7 +198,7 @@ class Evaluating:
         return summarize(store, policy_logps - reference_logps, self.beta, kl)
 
     def _load(self, folder: PathLike) -> nn.Module:
-        model = load_model(folder, device=self.device, precision=self.config.precision)
+        model = load_model(folder, device=self.device, precision=self.precision)
         return model.requires_grad_(False)  # autocast would keep its copies of weights that do
 
     def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:

@@ -28,6 +28,8 @@ from logratio.training.models import (
 from logratio.training.quantization import SCHEMES
 
 VERSION = 2
+COMPUTE_DTYPE = "compute_dtype"
+"""The hard field that states the precision."""
 COMPUTES_IN: Mapping[Precision, str] = {
     "fp32": "float32",
     "bf16": "bfloat16 autocast over float32",
@@ -60,6 +62,12 @@ class Fingerprint:
     def name(self) -> str:
         """The cache folder's name: the first 16 hexadecimal digits of the digest."""
         return self.digest.hex()[:16]
+
+    @property
+    def precision(self) -> Precision | None:
+        """The `--precision` that makes this fingerprint; None where none does."""
+        stated = self.hard.get(COMPUTE_DTYPE)
+        return next((name for name, words in COMPUTES_IN.items() if words == stated), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it readable, for `fingerprint.json` and the bundle."""
@@ -127,7 +135,7 @@ def model_fingerprint(
         "config": model_settings(base),
         "weights": weights_digest(base, "*.safetensors"),
         "adapter": _adapter(folder) if base != folder else None,
-        "compute_dtype": COMPUTES_IN[precision],
+        COMPUTE_DTYPE: COMPUTES_IN[precision],
     }
     if quantization:
         hard["quantization"] = SCHEMES[quantization]

@@ -30,7 +30,7 @@ from logratio.training import checkpoint
 from logratio.training.config import TrainConfig
 from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.metrics import MetricsLog, averages
-from logratio.training.models import autocast, training_budget
+from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.objective import learning_rate, make_objective
 from logratio.training.optimizers import clip_gradients, make_optimizer, state_bytes
 from logratio.training.reference import Reference
@@ -69,7 +69,7 @@ class Loop:
     ) -> None:
         self.config, self.store, self.policy = config, store, policy
         self.reference, self.layout = reference, layout
-        self.beta = beta_of(config)
+        self.beta, self.precision = beta_of(config), precision_of(config)
         self.identity = identity(config, store)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr)
@@ -181,7 +181,7 @@ class Loop:
         It keeps its copies of the weights, and whether they have gradients, until it closes, so a
         block must neither outlive an update nor mix a pass with gradients and one without.
         """
-        return autocast(self.config.precision, self.device)
+        return autocast(self.precision, self.device)
 
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
         """Compare the reference with what should equal it, and say what it was made under."""

@@ -16,7 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
-from logratio.training.config import ConfigError, LoraSettings, Precision, Quantization, TrainConfig
+from logratio.training.config import (
+    ConfigError,
+    EvaluateConfig,
+    LoraSettings,
+    Precision,
+    PrecomputeConfig,
+    Quantization,
+    TrainConfig,
+)
 from logratio.training.quantization import check_quantization, loading_arguments
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,6 +49,34 @@ def training_budget(config: TrainConfig) -> int:
         return config.token_budget
     kind = default_device(config.device).type
     return AT_ONCE.get(kind, AT_ONCE["cpu"])
+
+
+def precision_of(config: TrainConfig | PrecomputeConfig | EvaluateConfig) -> Precision:
+    """Return what a command computes in: what was asked for, or the default of its device.
+
+    The default is bf16 on a GPU that multiplies in it, and fp32 elsewhere. Every fingerprint,
+    identity and pass takes the precision from here, so that `precompute` and `train` on the same
+    device agree.
+    """
+    if config.precision:
+        return config.precision
+    if isinstance(config, PrecomputeConfig) and config.engine == "ray" and config.device:
+        return default_precision(torch.device(config.device))  # only its workers may have it
+    return default_precision(default_device(config.device))
+
+
+def default_precision(device: torch.device) -> Precision:
+    """Return what is computed in on `device` where nothing is asked for."""
+    if device.type != "cuda":
+        return "fp32"
+    can = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if can else "fp32"
+
+
+def precision_note(config: TrainConfig | PrecomputeConfig | EvaluateConfig) -> str:
+    """Say what a command computes in, and that it is the default where nothing was asked for."""
+    precision = precision_of(config)
+    return f"precision {precision}" + ("" if config.precision else " (default on this device)")
 
 
 def default_device(device: str | None) -> torch.device:

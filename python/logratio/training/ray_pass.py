@@ -27,7 +27,7 @@ from logratio.training.budget import GroupQueue
 from logratio.training.cache_entries import Work, entries_of, first_rows, missing_rows
 from logratio.training.config import PrecomputeConfig
 from logratio.training.fingerprint import Fingerprint
-from logratio.training.models import default_device
+from logratio.training.models import default_device, precision_of
 from logratio.training.reference_scorer import ReferenceScorer
 
 CHUNK_TOKENS = 2**16
@@ -128,6 +128,7 @@ def score_on_ray(config: PrecomputeConfig, work: Work) -> Generator[tuple[int, i
             config,
             model=Path(config.model).absolute(),
             data=(),
+            precision=precision_of(config),
             device=config.device or (None if places.gpus else "cpu"),
         )
         results = _dataset(told, path, work, places).iter_batches(batch_size=None)
@@ -187,7 +188,7 @@ def _places(config: PrecomputeConfig, ray: Any) -> Placement:
     free = ray.available_resources()
     gpus = 0.0 if (config.device or "cuda").startswith("cpu") else free.get("GPU", 0.0)
     needed = demand.scoring_bytes(
-        [config.model], config.token_budget or 0, config.quantization, config.precision
+        [config.model], config.token_budget or 0, config.quantization, precision_of(config)
     )
     return place(config.workers, free.get("CPU", 0.0), gpus, free.get("memory", 0.0), needed)
 

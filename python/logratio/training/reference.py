@@ -5,8 +5,8 @@ those of `cached.py` hold no model: they read a folder of a cache, which is foun
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ from logratio.cache.identity import FINGERPRINT_FILE
 from logratio.errors import LogratioError
 from logratio.logps.completion import score
 from logratio.logps.tensors import Batch
-from logratio.training.fingerprint import Fingerprint, stored_fingerprint
+from logratio.training.config import Precision
+from logratio.training.fingerprint import COMPUTE_DTYPE, Fingerprint, stored_fingerprint
 
 
 class StaleCacheError(LogratioError, ValueError):
@@ -144,7 +145,23 @@ def _explain_miss(root: Path, fingerprint: Fingerprint) -> str:
     if not others:
         return f"{root}: no reference cache here; {advice}"
     found = "; ".join(_explain(path, fingerprint) for path in others)
+    if filled := _filled_in(others, fingerprint):
+        return (
+            f"{root}: this cache was filled with --precision {filled}, and this run computes in "
+            f"{fingerprint.precision} ({found}): give --precision {filled} here, or run "
+            f"`logratio precompute` with --precision {fingerprint.precision}"
+        )
     return f"{root}: this cache was made with another reference ({found}); {advice}"
+
+
+def _filled_in(paths: Sequence[Path], fingerprint: Fingerprint) -> Precision | None:
+    """Return the precision of a stored reference that differs from this one in nothing else."""
+    for path in paths:
+        with suppress(DamagedFingerprintError):
+            stored = stored_fingerprint(path)
+            if fingerprint.differences(stored.hard) == [COMPUTE_DTYPE]:
+                return stored.precision
+    return None
 
 
 def _explain(path: Path, fingerprint: Fingerprint) -> str:

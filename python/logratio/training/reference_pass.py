@@ -27,7 +27,13 @@ from logratio.training.cache_entries import (
 from logratio.training.config import PrecomputeConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import RunInterruptedError, interrupts
-from logratio.training.models import base_folder, check_model_folder, default_device
+from logratio.training.models import (
+    base_folder,
+    check_model_folder,
+    default_device,
+    precision_note,
+    precision_of,
+)
 from logratio.training.quantization import check_quantization
 from logratio.training.reference_scorer import ReferenceScorer
 from logratio.training.setup import ConfigError, Dataset, load_dataset
@@ -86,7 +92,10 @@ def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> Preco
         MemoryShortageError: a group does not fit; what was scored is in the cache.
         OSError: the disk is full; what was acknowledged is in the cache.
     """
-    return prepare(config, show_progress=show_progress).run()
+    ready = prepare(config, show_progress=show_progress)
+    if show_progress:
+        say(precision_note(config))
+    return ready.run()
 
 
 def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precompute":
@@ -108,7 +117,7 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
 
 
 def _date_of_cache(config: PrecomputeConfig) -> str | None:
-    fingerprint = model_fingerprint(config.model, config.precision, config.quantization)
+    fingerprint = model_fingerprint(config.model, precision_of(config), config.quantization)
     return dates.of_cache(entries_of(config.sums_only).folder(config.cache, fingerprint))
 
 
@@ -150,7 +159,8 @@ class Precompute:
     ) -> None:
         self.config, self.dataset, self.share = config, dataset, share
         self.store, self.show_progress = dataset.store, show_progress
-        self.fingerprint = model_fingerprint(config.model, config.precision, config.quantization)
+        self.precision = precision_of(config)
+        self.fingerprint = model_fingerprint(config.model, self.precision, config.quantization)
         self.entries = entries_of(config.sums_only)
         self.folder = self.entries.folder(config.cache, self.fingerprint)
 
@@ -196,12 +206,13 @@ class Precompute:
                 [config.model],
                 min(at_once.tokens, int(read)),
                 config.quantization,
-                config.precision,
+                self.precision,
             ),
             disk_bytes=self.entries.nbytes(len(work.rows), work.tokens),
             disk_path=Path(config.cache),
-            seconds=demand.seconds(config.model, read, demand.FORWARD, device, config.precision),
-            notes=f"{part}{len(work.rows):,} completions to score, {work.tokens:,} tokens",
+            seconds=demand.seconds(config.model, read, demand.FORWARD, device, self.precision),
+            notes=f"{part}{len(work.rows):,} completions to score, {work.tokens:,} tokens, "
+            f"{precision_note(config)}",
         )
 
     def run(self) -> PrecomputeResult:

@@ -22,7 +22,7 @@ from logratio.training.cache_entries import Block, Layout, Taken, Work, entries_
 from logratio.training.cached import check_possible
 from logratio.training.config import PrecomputeConfig
 from logratio.training.journals import Journals
-from logratio.training.models import autocast, load_model
+from logratio.training.models import autocast, load_model, precision_of
 from logratio.training.trust import check_hits, conditions
 
 
@@ -52,13 +52,13 @@ class ReferenceScorer:
         """
         entries = entries_of(config.sums_only)
         self.store, self.wanted, self.device = work.store, work.wanted, device
-        self._precision, self._tell = config.precision, tell
+        self._precision, self._tell = precision_of(config), tell
         self._pread = config.read_mode == "pread"
         self.model = load_model(
             config.model,
             device=device,
             quantization=config.quantization,
-            precision=config.precision,
+            precision=self._precision,
         ).requires_grad_(False)
         with autocast(self._precision, device):
             self.layout, reason = choose_layout(self.model)

@@ -27,7 +27,7 @@ from logratio.training.config import ConfigError, PathLike, TrainConfig
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.metrics import METRICS_FILE
-from logratio.training.models import ADAPTER_CONFIG, quietly, training_budget
+from logratio.training.models import ADAPTER_CONFIG, precision_of, quietly, training_budget
 from logratio.training.setup import Dataset, beta_of
 
 SETTINGS_FILE = "training.json"
@@ -37,7 +37,7 @@ SAVING = ".saving"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 _COMPARED = (
     *("loss", "label_smoothing", "gamma", "lr", "warmup", "max_grad_norm", "batch_size"),
-    *("epochs", "precision", "optimizer", "compile_layers", "seed", "mix"),
+    *("epochs", "optimizer", "compile_layers", "seed", "deterministic", "mix"),
 )
 
 
@@ -52,7 +52,7 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
     """
     fields = {name: getattr(config, name) for name in _COMPARED}
     models = {
-        name: model_fingerprint(folder, config.precision).digest.hex()
+        name: model_fingerprint(folder, precision_of(config)).digest.hex()
         for name, folder in (
             ("model", config.model),
             ("reference", config.reference or config.model),
@@ -62,6 +62,7 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
         "date": config.rules.date,
         "token_budget": training_budget(config),
         "beta": beta_of(config),
+        "precision": precision_of(config),
         "lora": asdict(config.lora) if config.lora else None,
     }
     data = {"data": store.digest} if store else {}
@@ -192,6 +193,7 @@ def save_run(
             "version": __version__,
             **asdict(config),
             "beta": beta_of(config),
+            "precision": precision_of(config),
             "steps": steps,
             "identity": ran,
         }

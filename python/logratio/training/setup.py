@@ -42,6 +42,7 @@ from logratio.training.models import (
     default_device,
     load_model,
     merged,
+    precision_of,
     with_lora,
 )
 from logratio.training.reference import (
@@ -262,7 +263,7 @@ def reference_kind(config: TrainConfig) -> str:
 
 def build_policy(config: TrainConfig, device: str) -> nn.Module:
     """Load the policy, with fresh adapters if asked; only what trains requires gradients."""
-    model = load_model(config.model, device=device, precision=config.precision)
+    model = load_model(config.model, device=device, precision=precision_of(config))
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         return merged(model).requires_grad_(True)
     return with_lora(model, config.lora, Path(config.model)) if config.lora else model
@@ -275,7 +276,7 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
         return AdapterReference(policy)
     if kind == "frozen":
         device = next(policy.parameters()).device
-        return FrozenReference(load_model(source, device=device, precision=config.precision))
+        return FrozenReference(load_model(source, device=device, precision=precision_of(config)))
     return None
 
 
@@ -285,5 +286,5 @@ def starts_at_reference(config: TrainConfig) -> bool:
         return False
     if config.reference is None:
         return True
-    start: Fingerprint = model_fingerprint(config.model, config.precision)
-    return start.digest == model_fingerprint(config.reference, config.precision).digest
+    start: Fingerprint = model_fingerprint(config.model, precision_of(config))
+    return start.digest == model_fingerprint(config.reference, precision_of(config)).digest

@@ -24,7 +24,7 @@ from logratio.training.demand import training_forecast
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.interrupt import interrupts
 from logratio.training.loop import Loop, SaveError
-from logratio.training.models import autocast, default_device
+from logratio.training.models import autocast, default_device, precision_note, precision_of
 from logratio.training.reference import (
     FrozenReference,
     cache_folder,
@@ -94,7 +94,10 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
         SaveError: the model or a checkpoint could not be written; what was saved before is as it
             was.
     """
-    return prepare(config, show_progress=show_progress).run()
+    ready = prepare(config, show_progress=show_progress)
+    if show_progress:
+        say(precision_note(config))
+    return ready.run()
 
 
 def prepare(
@@ -159,7 +162,7 @@ def _read(config: TrainConfig, show_progress: bool, *, keeps: bool) -> Dataset:
 def _date_of_cache(config: TrainConfig) -> str | None:
     if config.cache is None:
         return None
-    reference = model_fingerprint(config.reference or config.model, config.precision)
+    reference = model_fingerprint(config.reference or config.model, precision_of(config))
     folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
     return max(filter(None, map(dates.of_cache, folders)), default=None)
 
@@ -214,7 +217,7 @@ class Training:
             str(config.cache),
             sums_only=self._has_sums_only,
             read_mode=config.read_mode,
-            precision=config.precision,
+            precision=precision_of(config),
             device=config.device,
             rules=config.rules,
             formats=config.formats,
@@ -225,7 +228,7 @@ class Training:
     @property
     def _has_sums_only(self) -> bool:
         fingerprint = model_fingerprint(
-            self.config.reference or self.config.model, self.config.precision
+            self.config.reference or self.config.model, precision_of(self.config)
         )
         return holds_sums_only(str(self.config.cache), fingerprint)
 
@@ -252,7 +255,7 @@ class Training:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
-        with autocast(self.config.precision, self.device), undisturbed(policy):
+        with autocast(precision_of(self.config), self.device), undisturbed(policy):
             layout, reason = choose_layout(policy)
             if layout == "shared" and isinstance(reference, FrozenReference):
                 layout, reason = choose_layout(reference.model)

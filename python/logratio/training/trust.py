@@ -26,7 +26,7 @@ from logratio.training.canary import (
 from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import versions
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.models import autocast
+from logratio.training.models import autocast, precision_of
 from logratio.training.objective import Objective
 from logratio.training.reference import (
     AdapterReference,
@@ -121,10 +121,11 @@ def check_start(
     soft: dict[str, str] = {}
     if isinstance(reference, CachedReference | CachedSums):
         soft = soft_differences(reference.folder, conditions(policy, layout))
-    bound, sample, gap = _bound(policy, config.precision, soft), sample_groups(store), None
+    precision, sample, gap = precision_of(config), sample_groups(store), None
+    bound = _bound(policy, precision, soft)
     if scorer := _equal_in_memory(config, policy, is_first=objective is not None):
         inspect = _InitialValue(config, objective, bound) if objective else None
-        gap = _gap(policy, sample, layout, config.precision, reference, bound, scorer, inspect)
+        gap = _gap(policy, sample, layout, precision, reference, bound, scorer, inspect)
     if isinstance(reference, CachedReference | CachedSums):
         return _sentence(reference.folder, soft, gap, sample)
     return None
