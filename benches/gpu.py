@@ -4,10 +4,9 @@
     python benches/gpu.py --out DIR [--wheels DIR] [--minutes 11.5] [--device cpu --tiny]
 
 Needed: Python 3.11 or newer with torch, transformers, numpy, tokenizers and pytest; this package,
-installed or built in place (python/logratio/_rust*.so). A run of `train` needs tensorboardX; TRL's
-arms need trl, datasets, dill and multiprocess: `--wheels` names a folder of wheels, which are
-unpacked into DIR without an index; a step whose module is missing is skipped, the others run. No
-step downloads anything.
+installed or built in place (python/logratio/_rust*.so). TRL's arms need trl, datasets, dill and
+multiprocess: `--wheels` names a folder of wheels, which are unpacked into DIR without an index; a
+step whose module is missing is skipped, the others run. No step downloads anything.
 
 Each step has its own time limit, and all of them together end before `--minutes`. Logs go to
 DIR/NN-name.log, as they are written, and one JSON line for each step and finding to
@@ -66,8 +65,8 @@ def plan(device: str, *, tiny: bool, out: Path) -> list[Step]:
     return [
         Step("smoke", ("benches/gpu_steps.py", "smoke", *own), 60),
         Step("tests", (*tests, "-k", "not flex and not float32 and not time_follows"), 120),
-        Step("train", ("benches/gpu_steps.py", "train", *own), 120, ("tensorboardX",)),
-        Step("bench_step", (*bench, *arms), 210, ("tensorboardX",)),
+        Step("train", ("benches/gpu_steps.py", "train", *own), 120),
+        Step("bench_step", (*bench, *arms), 210),
         Step("tests_flex", (*tests, "-k", "flex and bfloat16 and gemma2"), 90),
         Step("tests_fp32", (*tests, "-k", "no_completion_sees and float32"), 60),
     ]

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -94,9 +93,6 @@ def _failure(kernel: kernels.Kernel, wanted: kernels.Wanted) -> str | None:
 
 def train(options: argparse.Namespace) -> None:
     """Train for a few updates, watched."""
-    if find_spec("tensorboardX") is None:
-        say(what="train", skipped="tensorboardX is not installed, and a run writes its events")
-        return
     real = not options.tiny and (SHARED / HH).exists() and (SHARED / GPT2).exists()
     model, batch = ("toy", 2) if options.tiny else ("0.5B", 16)
     precision = "bf16-weights"

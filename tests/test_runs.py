@@ -325,6 +325,42 @@ def fails_from(count: int, real: Callable[..., object]) -> Callable[..., object]
     return act
 
 
+FAULTS = (
+    ModuleNotFoundError("No module named 'tensorboardX'"),
+    TypeError("Descriptors cannot be created directly.\nMore"),  # made for another protobuf
+)
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=type)
+def test_a_missing_tracker_is_a_sentence(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """metrics.jsonl has everything, and the run goes on."""
+
+    class Failing:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.startswith("tensorboardX"):
+                raise error
+
+    for name in [name for name in sys.modules if name.startswith("tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
+    with MetricsLog(tmp_path, 0) as log:
+        for step in (1, 2):
+            log.write(step, {"loss": 0.5})
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+    assert not (tmp_path / "tensorboard").exists()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert (
+        said
+        == f"no TensorBoard events ({str(error).splitlines()[0]}); metrics.jsonl has every metric"
+    )
+
+
 def events(folder: Path) -> list[tuple[int, str, float]]:
     """Read TensorBoard's files with the framing that they have."""
     from tensorboardX.proto.event_pb2 import Event

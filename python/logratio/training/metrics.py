@@ -67,28 +67,26 @@ class MetricsLog:
     """`metrics.jsonl` and TensorBoard's events in the output folder, one row an update.
 
     A log never stops a run: what cannot be written is reported once, waits in memory, and is
-    written as soon as there is room.
+    written as soon as there is room. Without tensorboardX there are no events.
     """
 
     def __init__(self, output: Path, resume_step: int) -> None:
-        from tensorboardX.proto.event_pb2 import SessionLog
-
         self._reported = False
         rows = output / METRICS_FILE
-        # No thread and no queue: tensorboardX's own writer blocks for ever once its thread dies.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._rows = _Appended(rows, _size_up_to(rows, resume_step))
-        self._events = _Appended(output / "tensorboard" / name, 0)
-        self._events.add(_event(file_version="brain.Event:2"))
-        started = SessionLog(status=SessionLog.START)
-        self._events.add(_event(step=resume_step + 1, session_log=started))
+        self._events = _new_events(output / "tensorboard", resume_step)
+
+    @property
+    def _files(self) -> list["_Appended"]:
+        return [self._rows, self._events] if self._events else [self._rows]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; every number is finite or the trainer has stopped before."""
         self._rows.add((json.dumps({"step": step, **values}) + "\n").encode())
         scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
-        self._events.add(_event(step=step, summary={"value": scalars}))
-        for file in (self._rows, self._events):
+        if self._events:
+            self._events.add(_event(step=step, summary={"value": scalars}))
+        for file in self._files:
             if (failure := file.failure) and not self._reported:
                 self._reported = True
                 reason = failure.strerror or failure
@@ -101,7 +99,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._rows, self._events):
+        for file in self._files:
             file.close()
             if file.waiting:
                 say(f"{file.path}: incomplete, its last {len(file.waiting):,} records are missing")
@@ -151,6 +149,22 @@ class _Appended:
         if self._file is not None:
             with suppress(OSError):
                 os.close(self._file)
+
+
+def _new_events(folder: Path, resume_step: int) -> _Appended | None:
+    """Begin a file of TensorBoard's events; say so and return None where tensorboardX fails."""
+    try:
+        from tensorboardX.proto.event_pb2 import SessionLog
+    except Exception as error:  # a protobuf of another age raises errors of many types
+        reason = str(error).partition("\n")[0]
+        say(f"no TensorBoard events ({reason}); {METRICS_FILE} has every metric")
+        return None
+    # No thread and no queue: tensorboardX's own writer blocks for ever once its thread dies.
+    events = _Appended(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}", 0)
+    events.add(_event(file_version="brain.Event:2"))
+    started = SessionLog(status=SessionLog.START)
+    events.add(_event(step=resume_step + 1, session_log=started))
+    return events
 
 
 def _event(**fields: Any) -> bytes:
