@@ -279,7 +279,7 @@ def test_every_kind_of_writer_leaves_its_soft_fields(tmp_path: Path) -> None:
         record_conditions(tmp_path, {"torch": "2.15", "device": device})
     assert len(list(tmp_path.iterdir())) == 2
     assert soft_differences(tmp_path, {"device": "cpu"}) == {"device": "device a GPU (here cpu)"}
-    assert soft_differences(tmp_path, {"torch": "2.15", "matmul": "high"}) == {}
+    assert soft_differences(tmp_path, {"torch": "2.15", "layout": "shared"}) == {}
     assert soft_differences(tmp_path, {"torch": "3", "device": "a GPU"}) == {
         "device": "device cpu (here a GPU)",
         "torch": "torch 2.15 (here 3)",

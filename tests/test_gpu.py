@@ -1,9 +1,8 @@
 """What only a GPU can show: each kernel, memory, time, and a run from cache to trained policy.
 
 `pytest tests/test_gpu.py -s` on a machine with CUDA; needs the wheel, torch, transformers, numpy
-and pytest, and tensorboardX for runs of `train`. Skipped elsewhere. Kernels that are not installed
-are skipped with the reason. Flex is compiled anew for each test: `-k flex` and `-k "not flex"` are
-parts of some minutes each.
+and pytest. Skipped elsewhere. Kernels that are not installed are skipped with the reason. Flex is
+compiled anew for each test: `-k flex` and `-k "not flex"` are parts of some minutes each.
 """
 
 import math
@@ -358,7 +357,6 @@ def test_no_completion_sees_another(
 def test_dpo_learns_the_preference_from_a_cache(
     precision: str, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("tensorboardX")
     same: dict[str, Any] = {"precision": precision, "device": DEVICE}
     cache = tmp_path / "cache"
     first = PrecomputeConfig(tiny_model, [pairs_file], cache, **same)
@@ -375,25 +373,24 @@ def test_dpo_learns_the_preference_from_a_cache(
 def test_training_twice_gives_the_same_weights(
     tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, where torch is asked for deterministic algorithms."""
-    pytest.importorskip("tensorboardX")
+    """Bit for bit, where `deterministic` is set; the process is as before afterwards."""
     from safetensors.torch import load_file
 
     trained = []
-    with deterministic():
-        for name in ("once", "again"):
-            config = TrainConfig(
-                tiny_model,
-                [pairs_file],
-                tmp_path / name,
-                lr=1e-3,
-                batch_size=4,
-                save_every=0,
-                precision="bf16",
-                device=DEVICE,
-            )
-            train(config, show_progress=False)
-            trained.append(load_file(tmp_path / name / "model.safetensors"))
+    for name in ("once", "again"):
+        config = TrainConfig(
+            tiny_model,
+            [pairs_file],
+            tmp_path / name,
+            lr=1e-3,
+            batch_size=4,
+            save_every=0,
+            deterministic=True,
+            device=DEVICE,
+        )
+        train(config, show_progress=False)
+        trained.append(load_file(tmp_path / name / "model.safetensors"))
+    assert not torch.are_deterministic_algorithms_enabled()
     once, again = trained
     assert all(torch.equal(once[name], again[name]) for name in once)
 

@@ -174,7 +174,7 @@ def _compare(
 
 def tolerance(precision: Precision, soft: Collection[str]) -> Tolerance:
     """Return the bound for a cache whose conditions differ in these `soft` fields."""
-    return TOLERANCES[precision, not {"layout", "attention", "device", "matmul"} & set(soft)]
+    return TOLERANCES[precision, not {"layout", "attention", "device"} & set(soft)]
 
 
 def _refuse(gap: Tensor, most: Tensor, what: str) -> None:

@@ -35,6 +35,7 @@ from logratio.training.run_folder import reward_beta
 from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 from logratio.training.shares import refuse_several
+from logratio.training.switches import ask_for_expandable_segments, exact_products
 from logratio.training.vocabulary import check_reference
 from logratio.validation import check_kind
 
@@ -105,6 +106,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     """Check the folders and tokenize the data; nothing long has started."""
     check_kind(config, EvaluateConfig)
     refuse_several("evaluate")
+    ask_for_expandable_segments(config.device)
     default_device(config.device)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
@@ -189,6 +191,7 @@ class Evaluating:
         store = self.dataset.store
         total = 2 * len(store)
         with (
+            exact_products(),
             autocast(self.precision, self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):

@@ -29,6 +29,7 @@ from logratio.training.config import PrecomputeConfig
 from logratio.training.fingerprint import Fingerprint
 from logratio.training.models import default_device, precision_of
 from logratio.training.reference_scorer import ReferenceScorer
+from logratio.training.switches import ask_for_expandable_segments, exact_products
 
 CHUNK_TOKENS = 2**16
 """Positions that an actor makes durable together, and the most that are scored again if it dies."""
@@ -87,6 +88,7 @@ def place(
 class Worker:
     """An actor: the reference in memory, a journal of its own, and the groups to choose from."""
 
+    @exact_products()
     def __init__(
         self, config: PrecomputeConfig, store: Path, folder: Path, fingerprint: Fingerprint
     ) -> None:
@@ -98,9 +100,11 @@ class Worker:
         )
         self._notes: list[str] = []
         self._work = Work(groups, keys, rows, folder, fingerprint)
+        ask_for_expandable_segments(config.device)
         device = default_device(config.device)
         self._scorer = ReferenceScorer(config, self._work, device, tell=self._notes.append)
 
+    @exact_products()
     def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
         """Score the groups of each row, make them durable, and return what that came to."""
         tokens, before = 0, self._scorer.nbytes

@@ -38,6 +38,7 @@ from logratio.training.quantization import check_quantization
 from logratio.training.reference_scorer import ReferenceScorer
 from logratio.training.setup import ConfigError, Dataset, load_dataset
 from logratio.training.shares import Share, share_of
+from logratio.training.switches import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
 
 RESUME = "what was scored is in the cache; run again to go on"
@@ -102,6 +103,8 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
     """Check the folders and tokenize the data; nothing long has started."""
     check_kind(config, PrecomputeConfig)
     share = share_of(config.share)
+    if config.engine == "local":
+        ask_for_expandable_segments(config.device)
     check_config(config, share)
     show_progress = show_progress and share.rank == 0
     dataset = load_dataset(
@@ -240,6 +243,7 @@ class Precompute:
         dates.record(self.folder, dates.of_store(self.store))
         written = 0
         with (
+            exact_products(),
             interrupts() as interrupted,
             progress("scoring", self.work.tokens, "tokens", show=self.show_progress) as advance,
             closing(self._batches()) as batches,

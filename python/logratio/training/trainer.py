@@ -53,6 +53,7 @@ from logratio.training.setup import (
     load_dataset,
 )
 from logratio.training.shares import refuse_several, share_of
+from logratio.training.switches import ask_for_expandable_segments, exact_products, fixed_order
 from logratio.training.vocabulary import check_reference
 from logratio.validation import check_kind
 
@@ -114,6 +115,7 @@ def prepare(
     """
     check_kind(config, TrainConfig)
     refuse_several("train")
+    ask_for_expandable_segments(config.device)
     check_config(config)
     if config.rules.date is None:
         config = replace(config, rules=replace(config.rules, date=dates.of_run(config)))
@@ -239,7 +241,8 @@ class Training:
             return self.finished
         if self._held is None:
             raise ConfigError("this was prepared as a dry run, which never runs")
-        with self._held:
+        fixed = fixed_order(self.device, wanted=self.config.deterministic)
+        with self._held, exact_products(), fixed:
             return self._run()
 
     def _run(self) -> TrainResult:

@@ -45,7 +45,6 @@ def conditions(model: nn.Module, layout: str) -> dict[str, str]:
         "layout": layout,
         "attention": NAME if layout == "shared" else str(inner.config._attn_implementation),
         "device": torch.cuda.get_device_name(inner.device) if is_cuda else inner.device.type,
-        "matmul": torch.get_float32_matmul_precision() if is_cuda else "highest",
     }
 
 
