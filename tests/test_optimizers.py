@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.extras import MissingExtraError
-from logratio.training import LoraSettings, TrainConfig, demand, train
+from logratio.training import LoraSettings, TrainConfig, demand, optimizers, train
 from logratio.training.config import OptimizerName, Precision
 from logratio.training.fingerprint import parameter_count
 from logratio.training.interrupt import RunInterruptedError
-from logratio.training.optimizers import MasterAdamW, clip_gradients, make_optimizer, state_bytes
+from logratio.training.optimizers import (
+    MasterAdamW,
+    clip_gradients,
+    make_optimizer,
+    state_bytes,
+    widen_gradients,
+)
 from logratio.training.setup import ConfigError
 
 STEPS, LR = 7, 3e-3
@@ -126,17 +132,87 @@ def test_the_bytes_that_are_told_are_those_it_holds(
 
 
 def test_gradients_are_clipped_by_their_norm_in_float32() -> None:
-    for dtype, exactness in ((torch.float32, 1e-6), (torch.bfloat16, 1e-5)):
-        weights = parameters(dtype)
-        for weight, gradient in zip(weights, gradients(2, dtype), strict=True):
+    weights = parameters(torch.float32)
+    optimizer = make_optimizer("adamw", weights, LR)
+    for weight, gradient in zip(weights, gradients(2, torch.float32), strict=True):
+        weight.grad = gradient
+    truth = torch.cat([g.double().flatten() for g in gradients(2, torch.float32)]).norm()
+    assert float(clip_gradients(optimizer, 0.25)) == pytest.approx(float(truth), rel=1e-6)
+    now = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None]).norm()
+    assert float(now) == pytest.approx(0.25, rel=1e-6)
+    assert float(clip_gradients(optimizer, 10.0)) == pytest.approx(float(now), rel=1e-6)
+    unchanged = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None])
+    assert float(unchanged.norm()) == float(now)
+
+
+@pytest.mark.parametrize("most", [0.25, 1e6])
+@pytest.mark.parametrize("name", EXACT)
+def test_clipping_rounds_no_bfloat16_gradient_again(name: OptimizerName, most: float) -> None:
+    """The paper's update with gradients that are scaled in float64."""
+    weights, low = parameters(torch.bfloat16), torch.bfloat16
+    steps = [gradients(step, low) for step in range(STEPS)]
+    norms = [torch.cat([g.double().flatten() for g in step]).norm() for step in steps]
+    scales = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    clipped = [[g.double() * s for g in step] for step, s in zip(steps, scales, strict=True)]
+    expected = oracle(weights, clipped)
+    optimizer = make_optimizer(name, weights, LR)
+    for step, norm in zip(steps, norms, strict=True):
+        for weight, gradient in zip(weights, step, strict=True):
             weight.grad = gradient
-        truth = torch.cat([g.double().flatten() for g in gradients(2, dtype)]).norm()
-        assert float(clip_gradients(weights, 0.25)) == pytest.approx(float(truth), rel=exactness)
-        now = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None]).norm()
-        assert float(now) == pytest.approx(0.25, rel=2**-8)
-        assert float(clip_gradients(weights, 10.0)) == pytest.approx(float(now), rel=exactness)
-        unchanged = torch.cat([w.grad.double().flatten() for w in weights if w.grad is not None])
-        assert float(unchanged.norm()) == float(now)
+        assert float(clip_gradients(optimizer, most)) == pytest.approx(float(norm), rel=1e-5)
+        optimizer.step()
+    for weight, truth in zip(weights, expected, strict=True):
+        exact = optimizer.state[weight]["master"].double()
+        assert torch.allclose(exact, truth, rtol=0, atol=1e-6)
+
+
+def test_many_micro_batches_are_added_up_in_float32() -> None:
+    """256 shares of an update: the sum is exact, where bfloat16 stops growing."""
+    weight = nn.Parameter(torch.ones(64, 8, dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    inputs = (1 + 0.1 * torch.randn(256, 64, 8)).bfloat16()
+    rounded = torch.zeros(64, 8, dtype=torch.bfloat16)
+    for number, share in enumerate(inputs):
+        if number:
+            widen_gradients([weight])
+        (weight * share).sum().backward()
+        rounded += share
+        assert weight.grad is not None
+        assert weight.grad.dtype == (torch.float32 if number else torch.bfloat16)
+    truth = inputs.double().sum(0)
+    total = weight.grad
+    assert total is not None
+    assert float(((total.double() - truth).abs() / truth).max()) < 1e-6
+    assert float(((rounded.double() - truth).abs() / truth).max()) > 0.01  # what it was before
+    optimizer = make_optimizer("adamw", [weight], LR)
+    clip_gradients(optimizer, 1.0)
+    optimizer.step()
+    expected = oracle([torch.ones(64, 8)], [[truth / truth.norm()]])[0]
+    assert torch.allclose(optimizer.state[weight]["master"].double(), expected, rtol=0, atol=1e-6)
+    weight.grad = None
+    (weight * inputs[0]).sum().backward()  # the next update begins in the weights' dtype again
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_a_step_is_a_few_operations_over_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same to the bit, however the weights are parted into lists."""
+    trained = []
+    for most in (2**26, 23, 1):
+        monkeypatch.setattr(optimizers, "AT_ONCE", most)
+        weights = parameters(torch.bfloat16)
+        optimizer = make_optimizer("adamw", weights, LR)
+        for step in range(STEPS):
+            for weight, gradient in zip(weights, gradients(step, torch.bfloat16), strict=True):
+                weight.grad = gradient
+            with Operations() as seen:
+                optimizer.step()
+        lists = {2**26: 1, 23: 2, 1: 3}[most]
+        assert seen.names.count("aten::_fused_adamw_") == lists
+        assert seen.names.count("aten::_foreach_copy_") == 2 * lists
+        trained.append([optimizer.state[weight]["master"] for weight in weights])
+    assert all(map(torch.equal, trained[0], trained[1]))
+    assert all(map(torch.equal, trained[0], trained[2]))
 
 
 @pytest.fixture
@@ -202,7 +278,7 @@ def test_what_cannot_be_is_refused_before_anything_long(config: TrainConfig) -> 
     [
         ({}, 4 + 4 + 8),
         ({"precision": "bf16"}, 4 + 4 + 8),
-        ({"precision": "bf16-weights"}, 2 + 2 + 12),
+        ({"precision": "bf16-weights"}, 2 + 4 + 12),
         ({"optimizer": "adamw8bit"}, 4 + 4 + 2),
         ({"optimizer": "adamw-host"}, 4 + 4 + 8),
         ({"lora": LoraSettings(), "precision": "bf16-weights"}, 2 + 0.01 * 12),
@@ -231,10 +307,11 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_clipping_is_over_lists_and_to_the_bit_what_one_by_one_gives(dtype: torch.dtype) -> None:
+def test_clipping_is_over_lists_and_to_the_bit_what_one_by_one_gives() -> None:
+    dtype = torch.float32
     for most in (0.25, 1e6):
         weights, alone = parameters(dtype), gradients(2, dtype)
+        optimizer = make_optimizer("adamw", weights, LR)
         for weight, gradient in zip(weights, gradients(2, dtype), strict=True):
             weight.grad = gradient
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in alone]
@@ -242,7 +319,7 @@ def test_clipping_is_over_lists_and_to_the_bit_what_one_by_one_gives(dtype: torc
         for gradient in alone:
             gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0))
         with Operations() as seen:
-            assert torch.equal(clip_gradients(weights, most), norm)
+            assert torch.equal(clip_gradients(optimizer, most), norm)
         assert all(
             torch.equal(w.grad, g)
             for w, g in zip(weights, alone, strict=True)

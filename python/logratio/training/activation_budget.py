@@ -20,6 +20,7 @@ from logratio.training.activations import Kept, decoder_layers, keeping
 from logratio.training.budget import GroupQueue
 from logratio.training.config import TrainConfig
 from logratio.training.models import autocast, precision_of, training_budget
+from logratio.training.optimizers import gradient_bytes
 from logratio.training.setup import ConfigError
 
 SHARE = 0.8
@@ -120,7 +121,12 @@ def layers_that_do_not_fit(layers: Sequence[LayerMemory], room: float) -> int:
 
 
 def choose(
-    model: nn.Module, forward: Callable[[], Tensor], *, estimate: float, states: float
+    model: nn.Module,
+    forward: Callable[[], Tensor],
+    *,
+    estimate: float,
+    states: float,
+    added_up: bool = True,
 ) -> Choice:
     """Return how many layers must be computed twice.
 
@@ -129,8 +135,10 @@ def choose(
         forward: scores the run's largest micro-batch, with a result that is differentiable.
         estimate: bytes that its activations take, roughly.
         states: bytes that the optimizer will take on that device.
+        added_up: whether updates have several micro-batches, whose gradients are added up.
     """
-    gradients = sum(float(p.nbytes) for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * gradient_bytes(p.dtype, added_up=added_up) for p in trained)
     room = SHARE * max(0.0, demand.free_on(_device(model)) - states - gradients)
     if not decoder_layers(model) or CLEAR * estimate <= room:
         return Choice(0)
@@ -206,4 +214,5 @@ def settle(
             return completion_logps(policy, batch)
 
     estimate = demand.kept_bytes(config.model, precision_of(config)) * tokens
-    return choose(policy, forward, estimate=estimate, states=states)
+    added_up = len(groups) < min(config.batch_size, len(store))
+    return choose(policy, forward, estimate=estimate, states=states, added_up=added_up)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from logratio._rust import Store
@@ -22,7 +23,7 @@ from logratio.training.models import (
     training_budget,
     weights_dtype,
 )
-from logratio.training.optimizers import state_bytes
+from logratio.training.optimizers import gradient_bytes, state_bytes
 from logratio.training.setup import reference_kind
 
 FORWARD, TRAIN = 2, 6
@@ -84,7 +85,9 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
     kept = kept_bytes(config.model, precision, twice=twice)
     return Forecast(
-        memory_bytes=PROCESS_BYTES + training_bytes(config, frozen) + at_once * kept,
+        memory_bytes=PROCESS_BYTES
+        + training_bytes(config, frozen, added_up=not fits_at_once(config, store))
+        + at_once * kept,
         disk_bytes=weights + (_checkpoint_bytes(config) if config.save_every else 0),
         disk_path=Path(config.output),
         seconds=work,
@@ -92,18 +95,46 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     )
 
 
-def training_bytes(config: TrainConfig, frozen: str | Path | None) -> float:
+def fits_at_once(config: TrainConfig, store: Store) -> bool:
+    """Tell whether every update is one micro-batch: the longest groups of one fit together."""
+    lengths = np.sort(store.shared_lengths())[-config.batch_size :]
+    return int(lengths.sum()) <= training_budget(config)
+
+
+def training_bytes(
+    config: TrainConfig, frozen: str | Path | None, *, added_up: bool = True
+) -> float:
     """Estimate what a run's models take on its device: weights, gradients, states, a reference.
 
     Args:
         config: of the run: precision, optimizer and adapters decide the bytes a weight.
         frozen: folder of a reference that is held beside the policy.
+        added_up: whether updates have several micro-batches, whose gradients are added up.
     """
-    count, each = parameter_count(config.model), _weight_bytes(config)
-    dtype = torch.float32 if config.lora else weights_dtype(precision_of(config))
+    count, precision = parameter_count(config.model), precision_of(config)
+    dtype = torch.float32 if config.lora else weights_dtype(precision)
     states = state_bytes(config.optimizer, dtype, default_device(config.device))
-    reference = each * parameter_count(frozen) if frozen else 0
-    return count * (each + (dtype.itemsize + states) * _trained(config)) + reference
+    own = gradient_bytes(dtype, added_up=added_up) + states
+    weights = (
+        frozen_bytes(config.model, precision)
+        if config.lora
+        else count * weights_dtype(precision).itemsize
+    )
+    reference = frozen_bytes(frozen, precision) if frozen else 0
+    return weights + count * own * _trained(config) + reference
+
+
+def frozen_bytes(model: str | Path, precision: Precision) -> float:
+    """Estimate what the weights of a model that is not trained take, in bytes.
+
+    Under bf16 they are held in bfloat16, but for the embeddings: see `held_in_bfloat16`.
+    """
+    count = parameter_count(model)
+    if precision != "bf16":
+        return float(count * weights_dtype(precision).itemsize)
+    config = json.loads((base_folder(model) / "config.json").read_text())
+    embeddings = int(config.get("vocab_size", 0)) * _shape(model)[1]
+    return 2.0 * (count + min(count, embeddings))
 
 
 def _weight_bytes(config: TrainConfig) -> float:
@@ -129,9 +160,11 @@ def scoring_bytes(
     precision: Precision = "fp32",
 ) -> float:
     """Estimate a scoring pass's memory: weights, the process, one layer of `tokens` positions."""
-    unrounded = float(weights_dtype(precision).itemsize)
-    weight_bytes = {None: unrounded, "8bit": 1.0, "4bit": 0.5}[quantization]
-    weights = weight_bytes * sum(parameter_count(model) for model in models)
+    if quantization is None:
+        weights = sum(frozen_bytes(model, precision) for model in models)
+    else:
+        each = {"8bit": 1.0, "4bit": 0.5}[quantization]
+        weights = each * sum(parameter_count(model) for model in models)
     return PROCESS_BYTES + weights + position_bytes(models[0]) * tokens
 
 

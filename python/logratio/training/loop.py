@@ -32,7 +32,12 @@ from logratio.training.interrupt import RunInterruptedError, interrupts
 from logratio.training.metrics import MetricsLog, averages
 from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.objective import learning_rate, make_objective
-from logratio.training.optimizers import clip_gradients, make_optimizer, state_bytes
+from logratio.training.optimizers import (
+    clip_gradients,
+    make_optimizer,
+    state_bytes,
+    widen_gradients,
+)
 from logratio.training.reference import Reference
 from logratio.training.run_folder import CHECKPOINTS, identity
 from logratio.training.setup import beta_of
@@ -138,9 +143,11 @@ class Loop:
         scored, groups = list[_Scored](), []
         for micro in batches:
             groups.append(micro.layout.groups.copy())
+            if len(groups) > 1:
+                widen_gradients(self.parameters)
             scored += self._backward(to_torch(micro.layout, self.device), micro.groups)
             del micro  # or its buffer would wait here for the next one
-        norm = clip_gradients(self.parameters, self.config.max_grad_norm)
+        norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
         columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
         values = averages(columns, grad_norm=norm) | {"lr": rate}
         if not all(map(math.isfinite, values.values())):
