@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import gzip
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,21 @@ from logratio.training import (
     TrainConfig,
     evaluate,
     load_model,
+    models,
     precompute,
+    reference_pass,
     train,
 )
 from logratio.training import trainer as trainer_module
 from logratio.training.config import Precision
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.models import autocast
+from logratio.training.models import autocast, default_precision, precision_of
 from logratio.training.reference import AdapterReference, StaleCacheError
+from logratio.training.run_folder import identity, settings_of
 from logratio.training.setup import build_policy, build_reference
 
 LOW: tuple[Precision, ...] = ("bf16", "bf16-weights")
+CUDA = torch.device("cuda")
 low = pytest.mark.parametrize("precision", LOW)
 
 
@@ -187,3 +192,63 @@ def test_a_loss_curve_lies_within_the_spread_of_padded_reruns(
     wrong = curve("shared", lr=1.1 * config.lr)
     assert min(far(shared, one) for one in padded) <= spread
     assert min(far(wrong, one) for one in padded) > spread > 0
+
+
+@pytest.fixture
+def default_is_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose on this CPU as on a GPU."""
+    chosen = models.default_precision
+    monkeypatch.setattr(models, "default_precision", lambda _: chosen(CUDA))
+
+
+def test_it_depends_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_precision(torch.device("cpu")) == "fp32"
+    assert default_precision(CUDA) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: False)
+    assert default_precision(CUDA) == "fp32"  # before Ampere, bf16 is emulated
+
+
+def test_what_is_asked_for_is_taken(config: TrainConfig, default_is_bf16: None) -> None:
+    assert precision_of(config) == "bf16"
+    assert precision_of(dataclasses.replace(config, precision="fp32")) == "fp32"
+    remote = PrecomputeConfig(config.model, config.data, "cache", engine="ray", device="cuda")
+    assert precision_of(remote) == "bf16"  # without a GPU here
+
+
+def test_all_commands_agree_before_the_first_fingerprint(
+    config: TrainConfig, default_is_bf16: None, tmp_path: Path
+) -> None:
+    """A cache that `precompute` fills with the default is a hit for `train` with the default."""
+    cache = tmp_path / "cache"
+    wanted = PrecomputeConfig(config.model, config.data, cache, device="cpu")
+    scored = reference_pass.prepare(wanted, show_progress=False)
+    assert "precision bf16 (default on this device)" in scored.forecast.notes
+    assert scored.fingerprint.precision == "bf16"
+    assert scored.run().new > 0
+    assert identity(config) == identity(dataclasses.replace(config, precision="bf16"))
+    evaluated = EvaluateConfig(config.model, config.model, config.data, device="cpu")
+    assert precision_of(evaluated) == "bf16"
+    trained = train(dataclasses.replace(config, cache=cache, epochs=1), show_progress=False)
+    settings = settings_of(trained.output)
+    assert settings is not None
+    assert settings["precision"] == settings["identity"]["precision"] == "bf16"
+    assert settings["deterministic"] is False
+
+
+def test_a_miss_names_the_precision_as_its_cause(
+    config: TrainConfig,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = tmp_path / "cache"
+    reference_pass.prepare(PrecomputeConfig(config.model, config.data, cache, device="cpu")).run()
+    monkeypatch.setattr(models, "default_precision", lambda _: "bf16")
+    with pytest.raises(StaleCacheError) as missed:
+        trainer_module.prepare(dataclasses.replace(config, cache=cache), show_progress=False)
+    assert "was filled with --precision fp32, and this run computes in bf16" in str(missed.value)
+    assert "give --precision fp32 here" in str(missed.value)
+    other = dataclasses.replace(config, model=make_model("other", seed=1), cache=cache)
+    with pytest.raises(StaleCacheError, match="was made with another reference"):
+        trainer_module.prepare(other, show_progress=False)

@@ -201,8 +201,7 @@ class Evaluating:
         return summarize(store, policy_logps - reference_logps, self.beta, kl)
 
     def _load(self, folder: PathLike) -> nn.Module:
-        model = load_model(folder, device=self.device, precision=self.precision)
-        return model.requires_grad_(False)  # autocast would keep its copies of weights that do
+        return load_model(folder, device=self.device, precision=self.precision, frozen=True)
 
     def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:
         """Estimate the KL from completions that the policy draws for held-out prompts."""

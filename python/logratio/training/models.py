@@ -25,6 +25,7 @@ from logratio.training.config import (
     Quantization,
     TrainConfig,
 )
+from logratio.training.low_products import held_in_bfloat16, with_low_adapters
 from logratio.training.quantization import check_quantization, loading_arguments
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -107,6 +108,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quantization: Quantization | None = None,
     precision: Precision = "fp32",
+    frozen: bool = False,
 ) -> nn.Module:
     """Load a causal language model, or an adapter with its base, in eval mode.
 
@@ -117,6 +119,8 @@ def load_model(
             quantised as it is.
         precision: "bf16-weights" rounds weights to bfloat16 and leaves adapters in float32; for
             weights of 4 bits, what they are multiplied in.
+        frozen: its weights will not be trained: they then require no gradient, and under "bf16"
+            its matrices are held in bfloat16, to which autocast would round them at each use.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
@@ -131,9 +135,16 @@ def load_model(
     check_model_folder(folder)
     if (folder / ADAPTER_CONFIG).exists():
         base = load_model(
-            base_folder(folder), device=device, quantization=quantization, precision=precision
+            base_folder(folder),
+            device=device,
+            quantization=quantization,
+            precision=precision,
+            frozen=frozen,
         )
-        return _with_adapter(base, folder, device)
+        adapted = _with_adapter(base, folder, device)
+        if precision != "fp32":
+            adapted = with_low_adapters(adapted)
+        return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
     special = loading_arguments(folder, device, quantization, precision)
     try:
@@ -152,6 +163,10 @@ def load_model(
     model: nn.Module = loaded[0]
     _check_whole(folder, loaded[1]["missing_keys"])
     model = with_softcap(without_dropout(model)).eval()
+    if frozen:
+        model = model.requires_grad_(False)
+        if precision == "bf16" and not special:
+            model = held_in_bfloat16(model)
     return model if special else model.to(device)
 
 

@@ -59,7 +59,8 @@ class ReferenceScorer:
             device=device,
             quantization=config.quantization,
             precision=self._precision,
-        ).requires_grad_(False)
+            frozen=True,
+        )
         with autocast(self._precision, device):
             self.layout, reason = choose_layout(self.model)
         if self.layout == "padded":

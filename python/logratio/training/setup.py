@@ -33,6 +33,7 @@ from logratio.training.config import (
 )
 from logratio.training.fingerprint import Fingerprint, model_fingerprint
 from logratio.training.losses import LOSSES, PAIR_LOSSES
+from logratio.training.low_products import with_low_adapters
 from logratio.training.models import (
     ADAPTER_CONFIG,
     base_folder,
@@ -263,10 +264,14 @@ def reference_kind(config: TrainConfig) -> str:
 
 def build_policy(config: TrainConfig, device: str) -> nn.Module:
     """Load the policy, with fresh adapters if asked; only what trains requires gradients."""
-    model = load_model(config.model, device=device, precision=precision_of(config))
+    precision, adapts = precision_of(config), config.lora is not None
+    model = load_model(config.model, device=device, precision=precision, frozen=adapts)
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         return merged(model).requires_grad_(True)
-    return with_lora(model, config.lora, Path(config.model)) if config.lora else model
+    if config.lora is None:
+        return model
+    policy = with_lora(model, config.lora, Path(config.model))
+    return policy if precision == "fp32" else with_low_adapters(policy)
 
 
 def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
@@ -276,7 +281,9 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
         return AdapterReference(policy)
     if kind == "frozen":
         device = next(policy.parameters()).device
-        return FrozenReference(load_model(source, device=device, precision=precision_of(config)))
+        return FrozenReference(
+            load_model(source, device=device, precision=precision_of(config), frozen=True)
+        )
     return None
 
 
