@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.extras import MissingExtraError
 from logratio.training import LoraSettings, TrainConfig, demand, optimizers, train
+from logratio.training import loop as loop_module
 from logratio.training.config import OptimizerName, Precision
 from logratio.training.fingerprint import parameter_count
 from logratio.training.interrupt import RunInterruptedError
@@ -26,6 +27,7 @@ from logratio.training.optimizers import (
     widen_gradients,
 )
 from logratio.training.setup import ConfigError
+from logratio.training.trainer import prepare
 
 STEPS, LR = 7, 3e-3
 EXACT: tuple[OptimizerName, ...] = ("adamw", "adamw-host")
@@ -293,6 +295,34 @@ def test_the_forecast_knows_the_bytes_of_a_weight(
     reference = 2 if changed.precision == "bf16-weights" else 4
     both = demand.training_bytes(changed, config.model)
     assert both == pytest.approx((each + reference) * count)
+
+
+@pytest.mark.parametrize(
+    ("token_budget", "dtype", "each"),
+    [(8, torch.float32, 2 + 4 + 12), (10**6, torch.bfloat16, 2 + 2 + 12)],
+)
+def test_a_run_adds_up_in_float32_where_the_forecast_says_so(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    token_budget: int,
+    dtype: torch.dtype,
+    each: int,
+) -> None:
+    config = dataclasses.replace(config, precision="bf16-weights", token_budget=token_budget)
+    seen = set[torch.dtype]()
+
+    def noted(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+        for group in optimizer.param_groups:
+            seen.update(p.grad.dtype for p in group["params"])
+        return clip_gradients(optimizer, most)
+
+    monkeypatch.setattr(loop_module, "clip_gradients", noted)
+    ready = prepare(dataclasses.replace(config, epochs=1), show_progress=False)
+    added_up = not demand.fits_at_once(config, ready.store)
+    told = demand.training_bytes(config, None, added_up=added_up)
+    assert told == pytest.approx(each * parameter_count(config.model))
+    ready.run()
+    assert seen == {dtype}
 
 
 class Operations(TorchDispatchMode):
