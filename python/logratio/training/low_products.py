@@ -7,6 +7,7 @@ result of an adapted layer goes through float32.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,23 @@ def with_low_adapters(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if not isinstance(module, LoraLayer) or module.lora_variant:
             continue
-        module.cast_input_dtype_enabled = False
-        for matrix in (*module.lora_A.values(), *module.lora_B.values()):
-            if type(matrix) is nn.Linear:
-                matrix.__class__ = LowLinear
+        pairs = (*module.lora_A.values(), *module.lora_B.values())
+        for matrix in (matrix for matrix in pairs if type(matrix) is nn.Linear):
+            matrix.__class__ = LowLinear
+        if pairs:
+            module.cast_input_dtype_enabled = False
+            module.register_forward_pre_hook(_cast_once)
     return model
+
+
+def _cast_once(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let base and adapter of a layer share one copy of its input where autocast would make two."""
+    if not inputs or inputs[0].dtype != torch.float32:
+        return inputs
+    first, *others = inputs
+    if torch.is_autocast_enabled(kind := first.device.type):
+        first = first.to(torch.get_autocast_dtype(kind))
+    return first, *others
 
 
 class LowLinear(nn.Linear):
