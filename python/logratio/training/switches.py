@@ -31,7 +31,7 @@ def ask_for_expandable_segments(device: str | None) -> None:
     Args:
         device: of the command; None: a GPU where there is one.
     """
-    on_gpu = torch.device(device or "cuda").type == "cuda" and torch.cuda.is_available()
+    on_gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
     if on_gpu and not torch.cuda.is_initialized() and not any(map(os.environ.get, ALLOCATOR)):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
