@@ -252,6 +252,6 @@ def test_a_step_on_cuda_waits_for_nothing(dtype: torch.dtype, fake_cuda: FakeTen
         for _ in range(2):
             for weight in weights:
                 weight.grad = torch.empty_like(weight)
-            clip_gradients(weights, 1.0)
+            clip_gradients(optimizer, 1.0)
             optimizer.step()
     assert not waits.found
