@@ -11,12 +11,20 @@ from oracle import Group
 from tiny_models import FAMILIES, tiny
 
 from logratio.logps.attention import SharedPrompt, SharedPromptError, kernels, use_kernel
-from logratio.logps.attention.kernels import Kernel, KernelError, Missing, Wanted, kernel_for
+from logratio.logps.attention.kernels import (
+    FLASH3,
+    Kernel,
+    KernelError,
+    Missing,
+    Wanted,
+    kernel_for,
+)
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
 
 GROUPS: list[Group] = [([1, 2, 3], [[4, 5], [6]])]
-NO_FLASH: Missing = (("flash_attn", "flash-attn is not installed"),)
+NO_FLASH3: Missing = tuple((name, "FlashAttention-3 is not installed") for name in FLASH3)
+NO_FLASH: Missing = (*NO_FLASH3, ("flash_attn", "flash-attn is not installed"))
 NOTHING: Missing = (*NO_FLASH, ("flex", "no compiler"))
 
 
@@ -27,11 +35,20 @@ def wanted(dtype: torch.dtype = torch.bfloat16, size: int = 64, **more: object) 
 @pytest.mark.parametrize(
     ("what", "missing", "name"),
     [
-        (wanted(), (), "varlen"),
+        (wanted(), (), "flash3"),
+        (wanted(repeated=True), (), "flash3_merged"),
+        (wanted(repeated=True), NO_FLASH3, "merged"),
+        (wanted(repeated=True, windowed=True), (), "flash3"),
+        (wanted(repeated=True, windowed=True), NO_FLASH3, "varlen"),
+        (wanted(repeated=True, softcap=50.0), (), "flash3"),
+        (wanted(repeated=True, softcap=50.0), NO_FLASH3, "flash_attn"),
+        (wanted(torch.float32, repeated=True), (), "flex"),
+        (wanted(), NO_FLASH3, "varlen"),
         (wanted(torch.float16, 128), NOTHING, "varlen"),
-        (wanted(size=256), (), "varlen"),
-        (wanted(size=8), (), "varlen"),
-        (wanted(softcap=50.0), (), "flash_attn"),
+        (wanted(size=256), NO_FLASH3, "varlen"),
+        (wanted(size=8), NO_FLASH3, "varlen"),
+        (wanted(softcap=50.0), (), "flash3"),
+        (wanted(softcap=50.0), NO_FLASH3, "flash_attn"),
         (wanted(softcap=50.0), NO_FLASH, "flex"),
         (wanted(softcap=50.0), NOTHING, "sdpa"),
         (wanted(dropout=0.1), (), "flash_attn"),
@@ -62,16 +79,21 @@ def test_the_fastest_kernel_that_can_is_chosen(what: Wanted, missing: Missing, n
 
 
 def test_a_choice_reads_as_a_sentence() -> None:
-    assert str(kernel_for(wanted())) == "varlen"
-    assert str(kernel_for(wanted(torch.float32), NO_FLASH)) == (
-        "flex (not varlen: torch.float32 is neither float16 nor bfloat16; "
-        "not flash_attn: flash-attn is not installed)"
+    assert str(kernel_for(wanted(repeated=True))) == "flash3_merged"
+    assert str(kernel_for(wanted(windowed=True), NO_FLASH)) == (
+        "varlen (not flash3_merged: FlashAttention-3 is not installed; "
+        "not flash3: FlashAttention-3 is not installed; "
+        "not merged: a window reaches from a completion into its prompt)"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "what", "missing", "reason"),
     [
+        ("merged", wanted(windowed=True), (), "a window reaches"),
+        ("merged", wanted(softcap=30.0), (), "no soft-capping"),
+        ("flash3_merged", wanted(), NO_FLASH3, "not installed"),
+        ("flash3", wanted(dropout=0.5), (), "no dropout"),
         ("varlen", wanted(torch.float32), (), "neither float16 nor bfloat16"),
         ("varlen", wanted(softcap=30.0), (), "no soft-capping"),
         ("flash_attn", wanted(), NO_FLASH, "not installed"),
@@ -105,7 +127,7 @@ def test_a_forced_kernel_reaches_the_attention() -> None:
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    sentence = "no kernel is named 'cudnn': choose one of varlen, "
+    sentence = "no kernel is named 'cudnn': choose one of flash3_merged, "
     with pytest.raises(KernelError, match=sentence), use_kernel("cudnn"):  # type: ignore[arg-type]
         pass
 

@@ -156,15 +156,18 @@ def test_nothing_of_the_caller_reaches_the_trial(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_next_kernel_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {"varlen": "it fails here: RuntimeError: only Ampere GPUs"}
+    broken = {
+        "flash3_merged": "its numbers are wrong here, by 0.3",
+        "flash3": "it fails here: RuntimeError: only Hopper GPUs",
+        "merged": "its numbers are wrong here, by 0.3",
+        "varlen": "it fails here: RuntimeError: only Ampere GPUs",
+    }
     monkeypatch.setattr(fused, "failure", lambda kernel, *_: broken.get(kernel))
     monkeypatch.setattr(fused, "missing_kernels", lambda: (("flash_attn", "not installed"),))
-    choice = fused.choose(WANTED, torch.device("cuda"), None)
+    repeated = dataclasses.replace(WANTED, repeated=True)
+    choice = fused.choose(repeated, torch.device("cuda"), None)
     assert choice.name == "flex"
-    assert choice.passed_over == (
-        ("varlen", "it fails here: RuntimeError: only Ampere GPUs"),
-        ("flash_attn", "not installed"),
-    )
+    assert choice.passed_over == (*broken.items(), ("flash_attn", "not installed"))
 
 
 def test_where_all_fail_the_calls_of_a_cpu_are_left(monkeypatch: pytest.MonkeyPatch) -> None:

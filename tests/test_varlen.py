@@ -241,21 +241,27 @@ def test_filler_changes_nothing() -> None:
     assert torch.equal(found[:, :length], alone)
 
 
-def test_flash_attn_is_called_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "name", "more"),
+    [("flash_attn", "flash_attn", {"dropout_p": 0.0}), ("flash3", "flash_attn_interface", {})],
+)
+def test_flash_attn_is_called_by_its_own_names(
+    kernel: Kernel, name: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: dict[str, Any] = {}
 
     def flash_attn_varlen_func(q: Tensor, *rest: Any, **options: Any) -> Tensor:
         told.update(options, positional=len(rest))
         return q
 
-    module = type(torch)("flash_attn")
+    module = type(torch)(name)
     module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, "flash_attn", module)
+    monkeypatch.setitem(__import__("sys").modules, name, module)
     batch = batch_of_sequences(0)
     attend_sequences(
         *heads(batch, 2, 1),
         sequences_of(batch),
-        kernel="flash_attn",
+        kernel=kernel,
         scaling=0.5,
         softcap=30.0,
         window=7,
@@ -265,9 +271,9 @@ def test_flash_attn_is_called_by_its_own_names(monkeypatch: pytest.MonkeyPatch) 
         "causal": True,
         "window_size": (6, 0),
         "softcap": 30.0,
-        "dropout_p": 0.0,
         "softmax_scale": 0.5,
         "deterministic": False,
+        **more,
     }
 
 

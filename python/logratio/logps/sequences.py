@@ -13,6 +13,22 @@ import torch
 from torch import Tensor
 
 
+class Bounds(NamedTuple):
+    """Where the queries and the keys of `N` sequences begin in tensors that hold them end to end.
+
+    Attributes:
+        queries: int32 `[N + 1]`, and where the last one ends.
+        keys: int32 `[N + 1]`, likewise.
+        max_queries: most queries of a sequence, on the host.
+        max_keys: most keys of a sequence, on the host.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    max_queries: int
+    max_keys: int
+
+
 class SharedKeys(NamedTuple):
     """The tokens that several sequences have among their keys: those of the `P` prompt tokens.
 
@@ -44,6 +60,8 @@ class Sequences:
         tokens: `T`, on the host, as all numbers below.
         max_queries: most queries of a sequence.
         max_keys: most keys of a sequence.
+        max_prompt: most tokens of a prompt.
+        max_answers: most tokens of all completions of a group together.
         prompt_tokens: the sum of `prompt_lengths`.
         most_completions: the largest of `group_sizes`.
         fewest_completions: the smallest.
@@ -58,10 +76,48 @@ class Sequences:
     tokens: int
     max_queries: int
     max_keys: int
+    max_prompt: int
+    max_answers: int
     prompt_tokens: int
     most_completions: int
     fewest_completions: int
     masks: dict[int | None, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def with_prompts(self) -> Bounds:
+        """Each sequence, and its keys in `key_index`: its prompt's and its own."""
+        return Bounds(self.cu_seqlens_q, self.cu_seqlens_k, self.max_queries, self.max_keys)
+
+    @property
+    def on_themselves(self) -> Bounds:
+        """Each sequence, and its own tokens as keys: those of the row."""
+        return Bounds(self.cu_seqlens_q, self.cu_seqlens_q, self.max_queries, self.max_queries)
+
+    @cached_property
+    def on_prompts(self) -> Bounds:
+        """All completions of a group as one sequence, whose keys are those of `prompt_rows`.
+
+        The tokens between, of prompts and of what fills the row up, are sequences without keys.
+        """
+        ends = (self.group_sizes + 1).cumsum(0)
+        inside = torch.stack(
+            [self.cu_seqlens_q[self._first], self.cu_seqlens_q[self._first + 1]], 1
+        )
+        outside = (self.cu_seqlens_q[ends[-1:]], self.cu_seqlens_q[-1:])
+        after = self.prompt_lengths.cumsum(0)
+        keys = torch.stack([after - self.prompt_lengths, after], 1).flatten()
+        return Bounds(
+            torch.cat([inside.flatten(), *outside]),
+            torch.cat([keys[:1], keys, keys[-1:]]).to(self.cu_seqlens_q.dtype),
+            max(self.max_queries, self.max_answers),
+            self.max_prompt,
+        )
+
+    @cached_property
+    def prompt_rows(self) -> Tensor:
+        """Where each token of a prompt lies in the row, int64 `[P]`."""
+        group, offset = self._prompt_tokens
+        return self.cu_seqlens_q[self._first[group]] + offset
 
     @cached_property
     def of_token(self) -> Tensor:
@@ -92,17 +148,21 @@ class Sequences:
     @cached_property
     def shared_keys(self) -> SharedKeys:
         """The prompts' tokens, and each one's places among the keys."""
-        groups = torch.arange(len(self.group_sizes), device=self.key_index.device)
-        group = groups.repeat_interleave(self.prompt_lengths, output_size=self.prompt_tokens)
-        before = self.prompt_lengths.cumsum(0) - self.prompt_lengths
-        offset = torch.arange(self.prompt_tokens, device=group.device) - before[group]
+        group, offset = self._prompt_tokens
         number = torch.arange(self.most_completions + 1, device=group.device)
         counted = number <= self.group_sizes[group, None]
         sequence = self._first[group, None] + number * counted
         places = self.cu_seqlens_k[sequence] + offset[:, None]
-        tokens = self.cu_seqlens_q[self._first[group]] + offset
         same = self.most_completions == self.fewest_completions
-        return SharedKeys(tokens, places, None if same else counted)
+        return SharedKeys(self.prompt_rows, places, None if same else counted)
+
+    @cached_property
+    def _prompt_tokens(self) -> tuple[Tensor, Tensor]:
+        """The group of each token of a prompt, and its place in the prompt: int64 `[P]` each."""
+        groups = torch.arange(len(self.group_sizes), device=self.key_index.device)
+        group = groups.repeat_interleave(self.prompt_lengths, output_size=self.prompt_tokens)
+        before = self.prompt_lengths.cumsum(0) - self.prompt_lengths
+        return group, torch.arange(self.prompt_tokens, device=group.device) - before[group]
 
     @cached_property
     def _first(self) -> Tensor:

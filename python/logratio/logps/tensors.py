@@ -273,10 +273,18 @@ def _sequences(layout: SharedLayout, tensors: _Tensors) -> Sequences | None:
         tokens=layout.input_ids.size,
         max_queries=most_queries,
         max_keys=most_keys,
+        max_prompt=int(layout.prompt_lengths.max()),
+        max_answers=_most_answers(layout),
         prompt_tokens=int(layout.prompt_lengths.sum()),
         most_completions=int(layout.group_sizes.max()),
         fewest_completions=int(layout.group_sizes.min()),
     )
+
+
+def _most_answers(layout: SharedLayout) -> int:
+    """Return the tokens of the completions of the group that has most of them."""
+    before = np.concatenate([[0], np.cumsum(layout.completion_lengths)])
+    return int(np.diff(before[np.cumsum(layout.group_sizes)], prepend=0).max())
 
 
 def _by_group(layout: SharedLayout) -> list[list[int]]:

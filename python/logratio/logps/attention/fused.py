@@ -13,6 +13,7 @@ from logratio.logps.attention.kernels import (
     missing_kernels,
     tell,
 )
+from logratio.logps.attention.merged import merging_pays
 from logratio.logps.attention.one_call import attend_in_one_call
 from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.segments import SharedPrompt
@@ -39,6 +40,7 @@ def attend_fused(
     Raises:
         KernelError: the kernel that `use_kernel` names cannot do it.
     """
+    sequences = shared_prompt.sequences
     wanted = Wanted(
         device=query.device.type,
         dtype=_dtype(query),
@@ -49,13 +51,13 @@ def attend_fused(
         softcap=scoring.softcap,
         dropout=scoring.dropout,
         sinks=scoring.sinks is not None,
-        sequences=shared_prompt.sequences is not None,
+        sequences=sequences is not None,
         windowed=scoring.window is not None,
+        repeated=sequences is not None and merging_pays(sequences, query.shape[1], key.shape[1]),
     )
     choice = choose(wanted, query.device, shared_prompt.kernel)
     if query.is_cuda:
         tell(choice)
-    sequences = shared_prompt.sequences
     if choice.name == "sdpa" or sequences is None:
         return None
     query, key, value = (states.to(wanted.dtype) for states in (query, key, value))

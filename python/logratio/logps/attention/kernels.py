@@ -17,10 +17,14 @@ import torch
 
 from logratio.errors import LogratioError
 
-Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
+Kernel = Literal["flash3_merged", "flash3", "merged", "varlen", "flash_attn", "flex", "sdpa"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-"""Fastest first: torch's variable-length attention, flash-attn's, FlexAttention, and
-`scaled_dot_product_attention` group by group, which runs everywhere."""
+"""Fastest first: variable-length attention of FlashAttention-3, torch (FlashAttention-2) and
+flash-attn 2, FlexAttention, and `scaled_dot_product_attention` group by group, which runs
+everywhere. Those that are "merged" attend to prompts apart, the others to gathered keys."""
+
+MERGED: tuple[Kernel, ...] = ("flash3_merged", "merged")
+FLASH3: tuple[Kernel, ...] = ("flash3_merged", "flash3")
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -45,6 +49,8 @@ class Wanted:
         sinks: whether there are scores that have no value (gpt-oss).
         sequences: whether the batch brings its `Sequences`.
         windowed: whether a token sees the tokens of a window only; how many is no criterion.
+        repeated: whether a batch has its prompts' keys so often that gathering them costs more than
+            merging (`merged.merging_pays`).
     """
 
     device: str
@@ -58,6 +64,7 @@ class Wanted:
     sinks: bool = False
     sequences: bool = True
     windowed: bool = False
+    repeated: bool = False
 
 
 class Choice(NamedTuple):
@@ -78,14 +85,14 @@ Missing = tuple[tuple[Kernel, str], ...]
 def kernel_for(wanted: Wanted, missing: Missing = (), forced: Kernel | None = None) -> Choice:
     """Return the fastest kernel that does what is wanted, or `forced`.
 
-    A sliding window is no criterion: all of them have it, and `trial` tries it.
-
     Raises:
         KernelError: the forced one cannot do it; says why.
     """
     passed_over: list[tuple[Kernel, str]] = []
     for name in KERNELS if forced is None else (forced,):
         reason = dict(missing).get(name) or _refusal(name, wanted)
+        if forced is None and name in MERGED and not wanted.repeated:
+            reason = reason or "gathering these prompts' keys costs less"
         if reason is None:
             break
         passed_over.append((name, reason))
@@ -108,8 +115,10 @@ def _refusal(name: Kernel, wanted: Wanted) -> str | None:
         return "it has no dropout"
     if name == "flex":
         return _flex_refusal(wanted)
-    if name == "varlen" and wanted.softcap is not None:
+    if name not in ("flash3", "flash_attn") and wanted.softcap is not None:
         return "it has no soft-capping"
+    if name in MERGED and wanted.windowed:
+        return "a window reaches from a completion into its prompt"
     return _flash_refusal(wanted)
 
 
@@ -138,6 +147,8 @@ def _flex_refusal(wanted: Wanted) -> str | None:
 def missing_kernels() -> Missing:
     """Return which kernels are not installed here, and what each of them lacks."""
     missing: list[tuple[Kernel, str]] = []
+    if find_spec("flash_attn_interface") is None:
+        missing += [(name, "FlashAttention-3 is not installed") for name in FLASH3]
     if lacking := _flash_lacks():
         missing.append(("flash_attn", lacking))
     if lacking := _compiler_lacks():

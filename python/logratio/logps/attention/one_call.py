@@ -1,9 +1,11 @@
-"""Attention of a whole row in one call a layer, by the name of its kernel."""
+"""Attention of a whole row in a call or two a layer, by the name of its kernel."""
 
 from torch import Tensor
 
+from logratio.logps.attention.flash import flash_of
 from logratio.logps.attention.flex import attend_row
-from logratio.logps.attention.kernels import Kernel
+from logratio.logps.attention.kernels import MERGED, Kernel
+from logratio.logps.attention.merged import attend_merged
 from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.varlen import attend_sequences
 from logratio.logps.sequences import Sequences
@@ -31,6 +33,8 @@ def attend_in_one_call(
         return attend_row(
             query, key, value, sequences, scoring.scaling, scoring.window, scoring.softcap
         )
+    if kernel in MERGED:
+        return attend_merged(query, key, value, sequences, flash_of(kernel), scoring.scaling)
     return attend_sequences(
         query,
         key,

@@ -102,6 +102,8 @@ def row_of(groups: Iterable[tuple[int, tuple[int, ...]]], device: torch.device) 
         tokens=at,
         max_queries=max(b - a for a, b in pairwise(queries)),
         max_keys=max(b - a for a, b in pairwise(keys)),
+        max_prompt=max(prompts),
+        max_answers=max(sum(answers) for _, answers in groups),
         prompt_tokens=sum(prompts),
         most_completions=max(counts),
         fewest_completions=min(counts),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
@@ -33,21 +34,24 @@ def attend_sequences(
         key: `[1, Hk, T, D]`; `Hk` divides `H`.
         value: as `key`.
         sequences: who sees whom.
-        kernel: "varlen" or "flash_attn", as `kernel_for` chose.
+        kernel: "flash3", "varlen" or "flash_attn", as `kernel_for` chose.
         scaling: factor of the scores; one over the root of `D` where None.
-        softcap: scores are capped at this; "flash_attn" alone has it.
+        softcap: scores are capped at this; "varlen" has none.
         dropout: share of the weights to drop; "flash_attn" alone has it.
         window: a token sees itself and the `window - 1` before it in its sequence.
     """
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     keys, values = gather_keys(keys, sequences), gather_keys(values, sequences)
-    # Both kernels align causal attention and windows at the end of unequal lengths.
+    # All of them align causal attention and windows at the end of unequal lengths.
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
     if kernel == "varlen":
         out = _torch_varlen(queries, keys, values, sequences, scale=scaling, **options)
     else:
-        options |= {"softcap": softcap or 0.0, "dropout_p": dropout, "softmax_scale": scaling}
-        out = _flash_varlen(queries, keys, values, sequences, causal=True, **options)
+        options |= {"softcap": softcap or 0.0, "softmax_scale": scaling}
+        options |= {"dropout_p": dropout} if kernel == "flash_attn" else {}
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        call = _flash_function(kernel)
+        out = call(queries, keys, values, *sequences.with_prompts, causal=True, **options)
     return out[None]
 
 
@@ -63,7 +67,7 @@ def _torch_varlen(
 
     call: Callable[..., Any] = varlen_attn
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out: Tensor = call(queries, keys, values, *_bounds(sequences), **options, **_grouping())
+        out: Tensor = call(queries, keys, values, *sequences.with_prompts, **options, **_grouping())
     return out
 
 
@@ -75,22 +79,8 @@ def _grouping() -> dict[str, bool]:
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
-def _flash_varlen(
-    queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, **options: Any
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    out: Tensor = flash_attn_varlen_func(
-        queries, keys, values, *_bounds(sequences), deterministic=deterministic, **options
-    )
-    return out
-
-
-def _bounds(sequences: Sequences) -> tuple[Tensor, Tensor, int, int]:
-    return (
-        sequences.cu_seqlens_q,
-        sequences.cu_seqlens_k,
-        sequences.max_queries,
-        sequences.max_keys,
-    )
+def _flash_function(kernel: Kernel) -> Callable[..., Tensor]:
+    """Return a package's own function; those of FlashAttention 2 and 3 have one name."""
+    name = "flash_attn_interface" if kernel == "flash3" else "flash_attn"
+    function: Callable[..., Tensor] = import_module(name).flash_attn_varlen_func
+    return function
