@@ -61,6 +61,7 @@ _DROPOUT = "dropout is off in training, so that two passes see the same network;
 INSTEAD: Mapping[str, str] = {
     "--attn-implementation": "attention is chosen at the start; leave it out",
     "--bf16": "--precision bf16",
+    "--compile-layers": "--compile on, or auto",
     "--config": "flags are given on the command line; there is no configuration file",
     "--dataset": _HUB,
     "--dataset-config": _HUB,
@@ -102,6 +103,7 @@ INSTEAD: Mapping[str, str] = {
     "--save-strategy": "--save-every N, in updates; 0 for none",
     "--save-total-limit": "the last two checkpoints are kept; leave it out",
     "--tf32": "float32 products are never rounded; --precision bf16 is the fast one",
+    "--torch-compile": "--compile on, or auto",
     "--torch-dtype": _PRECISION,
     "--train-batch-size": _BATCH,
     "--trust-remote-code": "code from a model's folder is never run; leave it out",

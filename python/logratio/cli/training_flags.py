@@ -32,6 +32,14 @@ class ActivationCheckpointing(StrEnum):
     ALL = "all"
 
 
+class Compile(StrEnum):
+    """Whether decoder layers are compiled."""
+
+    OFF = "off"
+    ON = "on"
+    AUTO = "auto"
+
+
 class Loss(StrEnum):
     """The losses of `logratio.training.losses`."""
 
@@ -205,14 +213,14 @@ class Machine(Settings):
         ),
     ] = False
     compile_layers: Annotated[
-        bool,
+        Compile,
         typer.Option(
-            "--compile-layers",
-            help="Compile the layers (torch.compile): up to a minute at the start, worth a "
-            "measurement on a GPU.",
+            "--compile",
+            help="Compile the layers (torch.compile): up to a minute at the start. auto times both "
+            "ways first, and compiles where that is faster.",
             rich_help_panel=options.MACHINE,
         ),
-    ] = False
+    ] = Compile.OFF
     precision: options.PrecisionOption = None
     optimizer: Annotated[
         OptimizerName,

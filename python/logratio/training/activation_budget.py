@@ -194,7 +194,8 @@ def settle(
         ConfigError: something is asked of the layers, and the model's are not transformers' own.
     """
     wanted, layers = config.activation_checkpointing, len(decoder_layers(policy))
-    asked = wanted == "all" or config.offload_activations or config.compile_layers
+    compiled = config.compile_layers == "on"
+    asked = wanted == "all" or config.offload_activations or compiled
     if asked and not layers:
         raise ConfigError(
             "activation_checkpointing all, offload_activations and compile_layers need layers of "

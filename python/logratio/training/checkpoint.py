@@ -205,6 +205,16 @@ def newest(folder: Path) -> Path | None:
     return next(iter(_checkpoints(folder)), None)
 
 
+def recorded(folder: Path, name: str) -> Any:
+    """Return what the newest readable checkpoint's run recorded by a name; None where none did."""
+    for path in _checkpoints(folder):
+        try:
+            return json.loads((path / "state.json").read_text())["identity"].get(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """List the published checkpoints, newest first."""
     return sorted(folder.glob("checkpoint-*"), reverse=True)

@@ -13,6 +13,7 @@ from logratio.validation import check_fields
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
 ActivationCheckpointing = Literal["auto", "off", "all"]
+Compile = Literal["off", "on", "auto"]
 Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
@@ -70,8 +71,10 @@ class TrainConfig:
             "auto", the share of them that would not fit; "off", none; "all". Changes no result.
         offload_activations: keep activations in host memory until the backward pass: two copies
             over the bus a micro-batch, which the GPU waits for. Changes no result.
-        compile_layers: compile the decoder layers (torch.compile), for any width: up to a minute at
-            the start. Worth a measurement on a GPU; on a CPU it gave nothing.
+        compile_layers: "on" compiles the decoder layers (torch.compile), for any width: up to a
+            minute at the start; results move by rounding. "auto" times the first micro-batches both
+            ways, and compiles where that is faster and the run is long enough. True and False are
+            "on" and "off".
         precision: "fp32"; "bf16", autocast over fp32 weights; or "bf16-weights": weights and
             activations in bf16. Adapters keep fp32 weights, and log-probs and gradients are added
             up in fp32, in all three. None: bf16 on a GPU, fp32 on a CPU; see `precision_of`.
@@ -112,7 +115,7 @@ class TrainConfig:
     token_budget: int | None = None
     activation_checkpointing: ActivationCheckpointing = "auto"
     offload_activations: bool = False
-    compile_layers: bool = False
+    compile_layers: Compile | bool = "off"
     precision: Precision | None = None
     optimizer: OptimizerName = "adamw"
     seed: int = 0
@@ -128,6 +131,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.compile_layers, bool):
+            object.__setattr__(self, "compile_layers", "on" if self.compile_layers else "off")
 
 
 @takes_known_names()

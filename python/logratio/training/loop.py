@@ -21,6 +21,7 @@ from logratio.data import (
     lay_out,
     source_names,
 )
+from logratio.data.batches import micro_batches
 from logratio.errors import LogratioError
 from logratio.logps.completion import completion_logps, completion_loss
 from logratio.logps.head_loss import unit
@@ -117,7 +118,18 @@ class Loop:
 
     def _feed(self, start: int) -> Feed:
         """Return the micro-batches after update `start`."""
-        settings = FeedSettings(
+        feed = Feed(
+            self.store,
+            self._feed_settings,
+            epochs=self.config.epochs,
+            allocate=buffers_for(self.device),
+        )
+        feed.start_after(start)
+        return feed
+
+    @property
+    def _feed_settings(self) -> FeedSettings:
+        return FeedSettings(
             groups_per_update=self.config.batch_size,
             token_budget=training_budget(self.config),
             layout=self.layout,
@@ -126,11 +138,14 @@ class Loop:
             datasets=datasets_of(self.store) if self.config.mix else None,
             **shape_for(self.layout, self.device),
         )
-        feed = Feed(
-            self.store, settings, epochs=self.config.epochs, allocate=buffers_for(self.device)
-        )
-        feed.start_after(start)
-        return feed
+
+    def first_batches(self, count: int) -> list[np.ndarray]:
+        """Return the groups of each of the first micro-batches of the run, `count` at most."""
+        return micro_batches(self._feed_settings.plan(self.store, epoch=0))[:count]
+
+    def rehearse(self, groups: np.ndarray) -> None:
+        """Add the gradients of a micro-batch, as an update does; nothing else changes."""
+        self._backward(self._batch(groups), len(groups))
 
     def _update(
         self, step: int, updates: int, batches: Iterator[MicroBatch]

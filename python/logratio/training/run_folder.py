@@ -51,6 +51,8 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
     The values are as JSON gives them back: lists, no tuples.
     """
     fields = {name: getattr(config, name) for name in _COMPARED}
+    # As runs recorded it when there were two choices.
+    fields["compile_layers"] = {"off": False, "on": True}.get(config.compile_layers, "auto")
     models = {
         name: model_fingerprint(folder, precision_of(config)).digest.hex()
         for name, folder in (

@@ -19,6 +19,7 @@ from logratio.training import dates, threads
 from logratio.training.activation_budget import settle
 from logratio.training.activations import Kept, keeping
 from logratio.training.cached import cached_reference
+from logratio.training.compile_trial import settle_compiling
 from logratio.training.config import ConfigError, PrecomputeConfig, TrainConfig
 from logratio.training.demand import training_forecast
 from logratio.training.fingerprint import model_fingerprint
@@ -288,12 +289,13 @@ class Training:
             ) from error
 
     def _kept(self, loop: Loop) -> Kept:
-        """Return what the policy's layers keep; says so where some are computed twice."""
+        """Return how the policy's layers are run; says so where some are computed twice."""
         choice = settle(self.config, self.store, loop.policy, loop.layout, loop.state_bytes)
         if choice.reason:
             say(choice.reason)
-        config = self.config
-        return Kept(choice.layers, config.offload_activations, config.compile_layers)
+        wanted = self.config.compile_layers
+        kept = Kept(choice.layers, self.config.offload_activations, compiled=wanted == "on")
+        return settle_compiling(loop, kept, self.updates) if wanted == "auto" else kept
 
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
