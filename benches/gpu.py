@@ -62,13 +62,19 @@ def plan(device: str, *, tiny: bool, out: Path) -> list[Step]:
     if tiny:
         bench += (*quick, "--warmup", "1", "--rounds", "1", "--threads", "1", "--ours")
     arms = ("--arms", "plain-cached", *["trl"] * (not tiny))
+    parts = {
+        name: ("benches/gpu_parts.py", name, *own) for name in ("layers", "attention", "tiles")
+    }
     return [
         Step("smoke", ("benches/gpu_steps.py", "smoke", *own), 60),
-        Step("tests", (*tests, "-k", "not flex and not float32 and not time_follows"), 120),
-        Step("train", ("benches/gpu_steps.py", "train", *own), 120),
-        Step("bench_step", (*bench, *arms), 210),
-        Step("tests_flex", (*tests, "-k", "flex and bfloat16 and gemma2"), 90),
-        Step("tests_fp32", (*tests, "-k", "no_completion_sees and float32"), 60),
+        Step("tests", (*tests, "-k", "not flex and not float32 and not time_follows"), 100),
+        Step("train", ("benches/gpu_steps.py", "train", *own), 90),
+        Step("bench_step", (*bench, *arms), 180),
+        Step("layers", parts["layers"], 90, ("peft",)),
+        Step("tiles", parts["tiles"], 25),
+        Step("attention", parts["attention"], 50),
+        Step("tests_flex", (*tests, "-k", "flex and bfloat16 and gemma2"), 60),
+        Step("tests_fp32", (*tests, "-k", "no_completion_sees and float32"), 35),
     ]
 
 

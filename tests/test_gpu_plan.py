@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import gpu_parts
 import gpu_steps
 import pytest
 from gpu import Runner, Step, plan
 from repository import ROOT
+
+from logratio.logps.attention import kernels
+from logratio.training import activations
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -102,10 +106,34 @@ def test_a_part_says_what_it_found(part: str, capsys: pytest.CaptureFixture[str]
     if part == "smoke":
         assert kinds[:2] == ["versions", "device"]
         assert all(row["gap"] < 1e-5 for row in said if "gap" in row)
-        assert kinds.count("kernel") == 18
+        assert kinds.count("kernel") == 36
     else:
         assert kinds == ["material", "update", "update", "update", "profile"]
         assert said[-1]["top"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("part", gpu_parts.PARTS)
+def test_a_part_of_a_step_is_measured(
+    part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "COMPILER", "eager")
+    gpu_parts.main([part, "--device", "cpu", "--tiny"])
+    printed = capsys.readouterr().out.splitlines()
+    said = [json.loads(line) for line in printed if line.startswith('{"')]
+    if part == "layers":
+        arms = {row["arm"]: row for row in said if row["what"] == "layers"}
+        assert list(arms) == ["plain", "compiled", "lora"]
+        assert all(row["mfu"] > 0 and row["optimizer"] > 0 for row in arms.values())
+    elif part == "attention":
+        assert [row["kernel"] for row in said] == [*kernels.KERNELS] * 2
+        assert {row["tokens"] for row in said} == {20, 40}
+        for row in said:
+            assert ("both" in row) is (row["kernel"] == "sdpa"), row
+            assert row["kernel"] == "sdpa" or "cannot compute" in row["refused"]
+    else:
+        assert [row["rows"] for row in said] == [3, 6]
+        assert all(row["microseconds_a_row"] > 0 for row in said)
 
 
 @pytest.mark.slow
@@ -113,4 +141,4 @@ def test_every_step_is_rehearsed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny"])
     assert not ended.value.code
-    assert [row["status"] for row in rows(tmp_path) if "status" in row] == ["ok"] * 6
+    assert [row["status"] for row in rows(tmp_path) if "status" in row] == ["ok"] * 9
