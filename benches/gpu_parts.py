@@ -37,10 +37,11 @@ from logratio.logps.tensors import Part, SharedBatch
 from logratio.logps.tiles import Tile
 from logratio.training import LoraSettings
 from logratio.training.activations import Kept, keeping
+from logratio.training.config import Precision
 from logratio.training.models import autocast, with_lora
 from logratio.training.optimizers import make_optimizer
 
-PRECISION = "bf16-weights"
+PRECISION: Precision = "bf16-weights"
 PAIRS = 16
 BETA = 0.1
 

@@ -52,7 +52,8 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
     """
     fields = {name: getattr(config, name) for name in _COMPARED}
     # As runs recorded it when there were two choices.
-    fields["compile_layers"] = {"off": False, "on": True}.get(config.compile_layers, "auto")
+    compiled = config.compile_layers
+    fields["compile_layers"] = compiled if compiled == "auto" else compiled == "on"
     models = {
         name: model_fingerprint(folder, precision_of(config)).digest.hex()
         for name, folder in (
