@@ -70,7 +70,7 @@ def plan(device: str, *, tiny: bool, out: Path) -> list[Step]:
         Step("tests", (*tests, "-k", "not flex and not float32 and not time_follows"), 100),
         Step("train", ("benches/gpu_steps.py", "train", *own), 90),
         Step("bench_step", (*bench, *arms), 180),
-        Step("layers", parts["layers"], 90, ("peft",)),
+        Step("layers", parts["layers"], 90),
         Step("tiles", parts["tiles"], 25),
         Step("attention", parts["attention"], 50),
         Step("tests_flex", (*tests, "-k", "flex and bfloat16 and gemma2"), 60),

@@ -118,10 +118,8 @@ def layers(options: argparse.Namespace) -> None:
     peak = 1e12 if options.tiny else measured_peak(options.device, PRECISION)
     say(what="matrix product", tflops=peak / 1e12)
     for name in ("plain", "compiled", "lora"):
-        model: nn.Module = _made(config, options.device)
-        if name == "lora":
-            model = with_lora(model, LoraSettings(), Path(tempfile.gettempdir()))
         try:
+            model = _made(config, options.device, adapters=name == "lora")
             found = _update(model, groups, options.device, compiled=name == "compiled")
         except Exception as error:  # the others are worth having
             say(what="layers", arm=name, failure=f"{type(error).__name__}: {error}"[:300])
@@ -132,11 +130,12 @@ def layers(options: argparse.Namespace) -> None:
         del model
 
 
-def _made(config: LlamaConfig, device: str) -> nn.Module:
+def _made(config: LlamaConfig, device: str, *, adapters: bool) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.eval()
+    model.eval()
+    return with_lora(model, LoraSettings(), Path(tempfile.gettempdir())) if adapters else model
 
 
 def _update(
@@ -151,6 +150,7 @@ def _update(
         return -logsigmoid(BETA * (better - worse)).sum() / len(groups)
 
     def backward() -> None:
+        model.zero_grad(set_to_none=True)
         with autocast(PRECISION, torch.device(device)):
             loss = completion_loss(model, batch, loss_of)
         loss.backward()
