@@ -98,7 +98,7 @@ def test_the_trial_changes_nothing_of_the_run(
     monkeypatch.setattr(compile_trial, "GAIN", -1e6 if chosen else 1.0)
     tried = replace(config, output=Path(config.output).parent / "tried", compile_layers="auto")
     found, others = trained(tried)
-    assert graphs
+    assert 0 < len(graphs) <= 4, "the run finds the graphs of the trial"
     assert found == history
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert f"auto: layers are {'' if chosen else 'not '}compiled: " in capsys.readouterr().err
