@@ -20,7 +20,7 @@ QUANTIZED := .venv/quantized
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test families torture check setup pins bench-rust gpu clean
+.PHONY: help demo test families torture check setup pins bench-rust gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ bench-rust: $(BUILT) ## time the Rust half
 # what it needs; GPU_FLAGS="--device cpu --tiny" rehearses it.
 gpu: ## tests and benches on a GPU in under 12 minutes: make gpu OUT=folder PYTHON=python3
 	$(PYTHON) benches/gpu.py --out "$(or $(OUT),gpu-results)" $(GPU_FLAGS)
+
+docs: $(BUILT) ## the table of error codes, and the API reference in target/docs
+	$(BIN)/python python/docs/build.py target/docs
 
 clean: ## remove what was built; .venv stays (delete it to start anew)
 	rm -rf target dist python/logratio/_rust*.so $(BUILT)

@@ -1,26 +1,36 @@
-"""Documents that cannot lie: README's code runs, its map is the tree, its commands exist."""
+"""Documents that cannot lie: their code runs, their commands and files exist."""
 
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
-from repository import ROOT, manifest, tracked
+from repository import PACKAGE, ROOT, manifest, tracked
+
+import logratio
+from logratio.data.codes import CODES, CURES
 
 README = (ROOT / "README.md").read_text()
-PAGES = [name for name in tracked() if name.endswith(".md")]
+PAGES = sorted(name for name in tracked() if name.endswith(".md"))
+RUN = ["README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"]
+"""Pages whose Python runs, each on what the ones before it left."""
 
 
-def blocks(language: str) -> list[str]:
-    """Fenced blocks of README in `language`, in their order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+def blocks(language: str, pages: Sequence[str] = PAGES) -> list[str]:
+    """Fenced blocks in `language`, README's first, then the guides' in their order."""
+    texts = [(ROOT / name).read_text() for name in pages]
+    found = (re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S) for text in texts)
+    return [block for blocks in found for block in blocks]
 
 
 def commands(program: str) -> list[list[str]]:
-    """Arguments of each call of `program` in README's shell blocks."""
+    """Arguments of each call of `program` in the shell blocks of all pages."""
     lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
     return [
         shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")
@@ -33,69 +43,74 @@ def test_python_blocks_run_one_after_the_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # README speaks of a folder with a model in model/ and preferences in pairs.jsonl.
+    # The pages speak of a folder with a model in model/ and preferences in pairs.jsonl.
     assert make_model("model") == tmp_path / "model"
     assert pairs_file == tmp_path / "pairs.jsonl"
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    assert blocks("python"), "README shows no use of the library"
-    for number, block in enumerate(blocks("python"), 1):
-        exec(compile(block, f"README.md, block {number}", "exec"), names)
+    assert not [page for page in PAGES if page not in RUN and blocks("python", [page])]
+    for page in RUN:
+        assert blocks("python", [page])
+        for number, block in enumerate(blocks("python", [page]), 1):
+            shutil.rmtree("bundle", ignore_errors=True)
+            exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("call", commands("logratio"), ids=" ".join)
-def test_command_takes_the_options_that_readme_gives_it(call: list[str]) -> None:
-    words = [word for word in call if re.fullmatch("[a-z]+", word)]
-    depth = 2 if words[0] in {"cache", "data"} else 1
-    done = subprocess.run(
-        [sys.executable, "-m", "logratio", *words[:depth], "--help"],
+@cache
+def help_of(*words: str) -> str:
+    """Return what `logratio WORDS --help` prints."""
+    return subprocess.run(
+        [sys.executable, "-m", "logratio", *words, "--help"],
         env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
         capture_output=True,
         text=True,
         check=True,
-    )
-    options = [word.partition("=")[0] for word in call if word.startswith("--")]
-    assert not [option for option in options if not re.search(rf"{option}\b", done.stdout)]
+    ).stdout
+
+
+def test_commands_take_the_options_that_the_pages_give_them() -> None:
+    for call in commands("logratio"):
+        words = [word for word in call if re.fullmatch("[a-z]+", word)]
+        shown = help_of(*words[: 2 if words[0] in {"cache", "data"} else 1])
+        options = [word.partition("=")[0] for word in call if word.startswith("--")]
+        assert not [name for name in options if not re.search(rf"{name}\b", shown)], call
 
 
 @pytest.mark.parametrize("call", commands("make"), ids=" ".join)
-def test_make_has_the_target_that_readme_names(call: list[str]) -> None:
+def test_make_has_the_target_that_a_page_names(call: list[str]) -> None:
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert next(word for word in call if "=" not in word and not word.startswith("-")) in targets
 
 
-def mapped() -> Iterator[tuple[str, str]]:
-    """Paths of README's file map with the words beside them; a folder's path ends with a slash.
-
-    A line is a name, two spaces or more, and a phrase. Two spaces of indent lead into a folder.
-    """
-    section = README.partition("\n## File map\n")[2].partition("\n## ")[0]
-    (tree,) = re.findall(r"^```text\n(.*?)^```$", section, re.M | re.S)
-    folders: list[str] = []
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, _, phrase = line.strip().partition("  ")
-        path = "".join([*folders[:depth], name])
-        folders[depth:] = [name]
-        yield path, phrase.strip()
+@pytest.mark.parametrize("name", logratio.__all__)
+def test_a_public_name_can_be_imported(name: str) -> None:
+    assert getattr(logratio, name).__module__.startswith("logratio.")
+    assert name in dir(logratio)
 
 
-def test_file_map_has_a_phrase_for_every_line() -> None:
-    assert not [path for path, phrase in mapped() if not phrase]
+def test_readme_is_read_in_one_sitting() -> None:
+    assert README.count("\n") <= 200
 
 
-def test_file_map_is_the_tree() -> None:
-    paths = [path for path, _ in mapped()]
-    assert len(paths) == len(set(paths))
-    # A folder with no line below it stands for all it holds; a folder's line for its __init__.py.
-    parents = {
-        path for path in paths for other in paths if other != path and other.startswith(path)
-    }
-    whole = tuple(path for path in paths if path.endswith("/") and path not in parents)
-    files = {name for name in tracked() if Path(name).name != "__init__.py"}
-    missing = {name for name in files if name not in paths and not name.startswith(whole)}
-    gone = {path for path in paths if not any(name.startswith(path) for name in tracked())}
-    assert (missing, gone) == (set(), set())
+def test_every_guide_is_linked_from_readme() -> None:
+    guides = {name for name in PAGES if name.startswith("python/docs/")}
+    assert guides == set(re.findall(r"\]\((python/docs/[^)#]+)\)", README))
+
+
+def test_every_code_has_a_cure_and_the_page_has_them_all() -> None:
+    assert CODES.keys() == CURES.keys()
+    page = ROOT / "python" / "docs" / "troubleshooting.md"
+    build = runpy.run_path(str(page.with_name("build.py")))
+    assert page.read_text() == build["with_codes"](page.read_text()), "run `make docs`"
+
+
+def test_the_answers_of_the_architecture_page_are_files() -> None:
+    page = (ROOT / "python" / "docs" / "architecture.md").read_text()
+    table = page.partition("## Where to look\n")[2].partition("\n## ")[0]
+    paths = re.findall(r"`([\w/]+\.(?:py|rs))`", table)
+    assert len(paths) >= 10
+    places = (ROOT, PACKAGE)
+    assert not [path for path in paths if not any((place / path).is_file() for place in places)]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -117,8 +132,3 @@ def test_links_within_a_page_meet_a_heading(page: str) -> None:
 def test_changelog_begins_with_the_version_in_the_manifest() -> None:
     (first, *_) = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert first == manifest("Cargo.toml")["package"]["version"]
-
-
-@pytest.mark.parametrize("heading", ["File map", "Decisions"])
-def test_readme_has_its_sections(heading: str) -> None:
-    assert f"\n## {heading}\n" in README
