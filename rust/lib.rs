@@ -5,7 +5,8 @@
 //!   │ StoreWriter::push
 //! store        every group in flat, memory-mapped columns       store/
 //!   │ plan     seeded order, token budget, rank's share         plan.rs
-//!   │ layout   shared prompt, padded, or candidates             layout/
+//!   │ tree     groups that share a beginning, each token once   tree.rs
+//!   │ layout   shared prompt, tree, padded, or candidates       layout/
 //! batch        flat arrays, handed to numpy without a copy      python/
 //!   ┆
 //! key          content of one completion in its prompt          fingerprint.rs
@@ -27,6 +28,7 @@ pub mod pieces;
 pub mod plan;
 pub mod similar;
 pub mod store;
+pub mod tree;
 mod wire;
 
 pub use error::{Error, Result};

@@ -94,7 +94,7 @@ fn groups(update: &[Vec<usize>]) -> Vec<usize> {
 fn cost(shapes: &[Shape], layout: Layout, groups: &[usize]) -> usize {
     let shapes = || groups.iter().map(|&group| shapes[group]);
     match layout {
-        Layout::Shared => shapes().map(|shape| shape.tokens as usize).sum(),
+        Layout::Shared | Layout::Tree => shapes().map(|shape| shape.tokens as usize).sum(),
         Layout::Padded => {
             let rows: usize = shapes().map(|shape| shape.rows as usize).sum();
             rows * shapes().map(|shape| shape.longest).max().unwrap_or(0) as usize
@@ -106,7 +106,7 @@ fn cost(shapes: &[Shape], layout: Layout, groups: &[usize]) -> usize {
 fn work(shape: Shape, request: &Request<'_>) -> f64 {
     let (rows, longest) = (f64::from(shape.rows), f64::from(shape.longest));
     let (tokens, pairs) = match request.layout {
-        Layout::Shared => (f64::from(shape.tokens), shape.pairs as f64),
+        Layout::Shared | Layout::Tree => (f64::from(shape.tokens), shape.pairs as f64),
         Layout::Padded => (rows * longest, rows * longest * (longest + 1.0) / 2.0),
     };
     tokens + request.attention_cost * pairs

@@ -1,7 +1,7 @@
 """Statistics of a data set: small cases by hand, and an oracle that goes through the pairs."""
 
 import math
-from itertools import chain, combinations, product
+from itertools import chain, combinations, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from logratio.data.analysis.intervals import wilson, written
 from logratio.data.analysis.lengths import LengthBias, length_bias, unpaired_bias
 from logratio.data.analysis.noise import estimate_flips, votes_of
 from logratio.data.analysis.padding import padding
+from logratio.data.analysis.sharing import BUDGET, UPDATE, sharing
 from logratio.data.report import DataReport
 
 CHOSEN, REJECTED, CANDIDATE, DEMONSTRATION = range(4)
@@ -280,6 +281,64 @@ def test_padding_against_padding_rows(groups: list[Group]) -> None:
     assert found.in_length_order == padded(by_length)
     assert found.rows == sum(p + c for p, completions in groups for c, _, _ in completions)
     assert found.shared == sum(p + sum(c for c, _, _ in completions) for p, completions in groups)
+
+
+def turns(count: int, length: int = 30) -> Store:
+    """Conversations of three rated turns below one of three system prompts, in no order."""
+    random, writer, rows = np.random.default_rng(count), StoreWriter(), []
+
+    def ids(tokens: int) -> list[int]:
+        length = int(tokens * random.uniform(0.5, 1.5))
+        return [int(i) for i in random.integers(0, 9, length)]
+
+    systems = [[10 + number, *ids(20)] for number in range(3)]
+    for talk in range(count):
+        prompt = systems[talk % 3]
+        for _ in range(3):
+            prompt = prompt + ids(5)
+            answers = ids(length), ids(length)
+            rows.append((prompt, answers))
+            prompt = prompt + answers[0]
+    for at in random.permutation(len(rows)).tolist():
+        prompt, answers = rows[at]
+        flat = np.array(answers[0] + answers[1], np.int32)
+        lengths = np.array([*map(len, answers)], np.uint32)
+        mask, roles = np.ones(len(flat), np.uint8), np.array([CHOSEN, REJECTED], np.uint8)
+        writer.push(np.array(prompt, np.int32), flat, mask, lengths, roles, 0, at)
+    return writer.finish()
+
+
+def beginnings(store: Store, groups: list[int]) -> int:
+    """Every distinct beginning of these groups' sequences: the nodes of a tree of dictionaries."""
+    root: dict[int, Any] = {}
+    nodes = 0
+    for group in groups:
+        prompt, completions, _, _ = store.group(group)
+        for completion in completions:
+            at = root
+            for token in chain(prompt.tolist(), completion.tolist()):
+                nodes += token not in at
+                at = at.setdefault(token, {})
+    return nodes
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 30), (30, 30), (12, 300)])
+def test_sharing_against_a_tree_of_dictionaries(count: int, length: int) -> None:
+    """Prompts of 8 tokens and more that agree so far share; here, all that begin alike do."""
+    store, every = turns(count, length), list(range(3 * count))
+    assert (found := sharing(store))
+    assert found.grouped == store.tokens
+    assert found.alone == sum(beginnings(store, [group]) for group in every)
+    assert found.whole == beginnings(store, every)
+    plan = store.plan(order="length_grouped", groups_per_update=UPDATE, token_budget=BUDGET)
+    offsets = plan.micro_offsets[plan.update_offsets]
+    updates = [plan.order[a:b].tolist() for a, b in pairwise(offsets.tolist())]
+    assert found.updates == sum(beginnings(store, update) for update in updates)
+    assert found.whole <= found.one_pass <= found.micro_batches <= found.alone
+    assert found.updates <= found.micro_batches
+    assert found.saved("whole") == 1 - found.whole / found.grouped
+    assert found.to_dict()["saved_whole"] == found.saved("whole")
+    assert sharing(StoreWriter().finish()) is None
 
 
 @settings(deadline=None)

@@ -28,6 +28,7 @@ __all__ = [
     "SharedLayout",
     "Store",
     "StoreWriter",
+    "TreeLayout",
     "candidate_layout",
     "content_key",
     "near_duplicates",
@@ -135,6 +136,22 @@ class Store:
         width: int | None = None,
         pad_id: int = 0,
     ) -> SharedLayout: ...
+    def tree_layout(
+        self,
+        groups: NDArray[np.int64],
+        *,
+        arena: NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]] | None = None,
+        fields: Sequence[str] | None = None,
+        multiple_of: int = 1,
+        width: int | None = None,
+        pad_id: int = 0,
+    ) -> TreeLayout: ...
+    def tree_tokens(
+        self, groups: NDArray[np.int64], offsets: NDArray[np.int64]
+    ) -> NDArray[np.uint64]: ...
+    def tree_order(self, groups: NDArray[np.int64]) -> NDArray[np.int64]: ...
+    def tree_fit(self, groups: NDArray[np.int64], budget: int) -> int: ...
+    def tree_cuts(self, groups: NDArray[np.int64], budget: int) -> NDArray[np.int64]: ...
     def padded_layout(
         self,
         groups: NDArray[np.int64],
@@ -199,6 +216,17 @@ class Layout:
 
 @final
 class SharedLayout(Layout):
+    @property
+    def cu_seqlens_q(self) -> NDArray[np.int32]: ...
+    @property
+    def cu_seqlens_k(self) -> NDArray[np.int32]: ...
+    @property
+    def key_index(self) -> NDArray[np.int64]: ...
+    @property
+    def max_seqlens(self) -> NDArray[np.int64]: ...
+
+@final
+class TreeLayout(Layout):
     @property
     def cu_seqlens_q(self) -> NDArray[np.int32]: ...
     @property

@@ -2,7 +2,7 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::{Field, Options, Table, padded::Rows, shared, targets};
+use super::{Field, Options, Table, padded::Rows, shared, targets, tree::Tree};
 use crate::{
     Error, Result,
     plan::Layout,
@@ -19,6 +19,8 @@ pub struct Batch<'a> {
     pub(super) sizes: Sizes,
     /// `T`.
     pub(super) width: usize,
+    /// The groups as a tree, in that layout.
+    tree: Option<Tree<'a>>,
     options: Options<'a>,
     table: Table,
 }
@@ -67,9 +69,14 @@ impl<'a> Batch<'a> {
         let groups: Vec<_> = groups.collect::<Result<_>>()?;
         let completions = groups.iter().flat_map(|group| group.completions());
         let completions: Vec<_> = completions.collect();
-        let sizes = Sizes::of(&groups, &completions);
+        let mut sizes = Sizes::of(&groups, &completions);
+        let tree = (options.layout == Layout::Tree).then(|| Tree::of(&groups));
+        if let Some(tree) = &tree {
+            (sizes.tokens, sizes.keys) = (tree.tokens(), tree.keys());
+            sizes.most_queries = tree.most_queries();
+        }
         let width = options.width(match options.layout {
-            Layout::Shared => sizes.tokens,
+            Layout::Shared | Layout::Tree => sizes.tokens,
             Layout::Padded => sizes.longest,
         })?;
         let mut batch = Self {
@@ -78,6 +85,7 @@ impl<'a> Batch<'a> {
             completions,
             sizes,
             width,
+            tree,
             options,
             table: Table::default(),
         };
@@ -88,10 +96,14 @@ impl<'a> Batch<'a> {
     fn lay(&mut self) -> Result<()> {
         let Options { layout, fields, .. } = self.options;
         if let Some(field) = fields.iter().find(|field| !field.is_of(layout)) {
-            let reason = format!("the padded layout has no {}", field.name());
+            let name = match layout {
+                Layout::Tree => "tree",
+                Layout::Shared | Layout::Padded => "padded",
+            };
+            let reason = format!("the {name} layout has no {}", field.name());
             return Err(Error::Invalid(reason));
         }
-        if layout == Layout::Shared && self.sizes.keys + self.width > i32::MAX as usize {
+        if layout != Layout::Padded && self.sizes.keys + self.width > i32::MAX as usize {
             let reason = "a batch holds at most 2^31-1 tokens and keys";
             return Err(Error::Invalid(reason.into()));
         }
@@ -108,7 +120,7 @@ impl<'a> Batch<'a> {
     fn push(&mut self, field: Field) {
         let sizes = self.sizes;
         let rows = match self.options.layout {
-            Layout::Shared => None,
+            Layout::Shared | Layout::Tree => None,
             Layout::Padded => Some(sizes.completions),
         };
         match field {
@@ -129,11 +141,22 @@ impl<'a> Batch<'a> {
             Field::CompletionOffsets => self.table.push(field, None, sizes.completions + 1),
             Field::CuSeqlensQ | Field::CuSeqlensK => {
                 let filler = usize::from(self.filler() > 0);
-                let sequences = self.numbers.len() + sizes.completions + filler;
-                self.table.push(field, None, sequences + 1);
+                let sequences = match &self.tree {
+                    Some(tree) => tree.runs(),
+                    None => self.numbers.len() + sizes.completions,
+                };
+                self.table.push(field, None, sequences + filler + 1);
             }
             Field::KeyIndex => self.table.push(field, None, sizes.keys + self.filler()),
             Field::MaxSeqlens => self.table.push(field, None, 2),
+        }
+    }
+
+    /// Of each sequence of queries: tokens that it sees before its own, and its own.
+    pub(super) fn sequences(&self) -> Vec<(usize, usize)> {
+        match &self.tree {
+            Some(tree) => tree.sequences().collect(),
+            None => shared::sequences(self).collect(),
         }
     }
 
@@ -151,9 +174,12 @@ impl<'a> Batch<'a> {
     pub fn fill(&self, arena: &mut [u8]) -> Result<()> {
         let parts = self.table.split(arena)?;
         match self.options.layout {
-            Layout::Shared => {
+            Layout::Shared | Layout::Tree => {
                 for (field, bytes) in parts {
-                    self.fill_shared(field, bytes);
+                    match &self.tree {
+                        Some(tree) => self.fill_tree(tree, field, bytes),
+                        None => self.fill_shared(field, bytes),
+                    }
                 }
             }
             Layout::Padded => {
@@ -180,6 +206,17 @@ impl<'a> Batch<'a> {
             Field::KeyIndex => shared::key_index(self, cast_slice_mut(bytes)),
             Field::MaxSeqlens => shared::max_seqlens(self, cast_slice_mut(bytes)),
             _ => self.fill_targets(field, bytes),
+        }
+    }
+
+    fn fill_tree(&self, tree: &Tree<'_>, field: Field, bytes: &mut [u8]) {
+        let pad = i64::from(self.options.pad_id);
+        match field {
+            Field::InputIds => tree.input_ids(pad, cast_slice_mut(bytes)),
+            Field::PositionIds => tree.position_ids(cast_slice_mut(bytes)),
+            Field::LogitIndex => tree.logit_index(cast_slice_mut(bytes)),
+            Field::KeyIndex => tree.key_index(cast_slice_mut(bytes)),
+            _ => self.fill_shared(field, bytes), // as the sequences tell
         }
     }
 

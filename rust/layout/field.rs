@@ -28,7 +28,8 @@ pub enum Field {
     /// Position in the sequence, from the prompt's length on again for every completion, 0 in
     /// padding: `[T]` or `[N, T]`.
     PositionIds,
-    /// 1 on completion tokens that count: `[T]` or `[N, T]`.
+    /// 1 on completion tokens that count: `[T]` or `[N, T]`. Not of a tree, where a token may be one
+    /// group's prompt and another's completion.
     TokenMask,
     /// 0 in padding. Shared: the number of the token's sequence, from 1 on: `[T]`. Padded: 1 in the
     /// prompt, 2 in the completion: `[N, T]`.
@@ -56,14 +57,16 @@ pub enum Field {
     /// Row number of each completion in the store: `[N]`.
     Completions,
     /// Where the queries of each sequence begin in `T`, and `T`: `[Q+1]`. A prompt is a sequence,
-    /// each of its completions another, what fills up to a fixed width the last. Shared only.
+    /// each of its completions another, what fills up to a fixed width the last. In a tree: what each
+    /// sequence of a prompt and a completion adds to those before it. Not padded.
     CuSeqlensQ,
-    /// Where the keys of each sequence begin in `key_index`, and `K`: `[Q+1]`. Shared only.
+    /// Where the keys of each sequence begin in `key_index`, and `K`: `[Q+1]`. Not padded.
     CuSeqlensK,
     /// Token of each key: `[K]`. A prompt's own; a completion's: its prompt's, then its own, so that
-    /// causal attention aligned at the end is right. Shared only.
+    /// causal attention aligned at the end is right. In a tree: all that come before its own, then
+    /// its own. Not padded.
     KeyIndex,
-    /// Most queries and most keys of a sequence: `[2]`. Shared only.
+    /// Most queries and most keys of a sequence: `[2]`. Not padded.
     MaxSeqlens,
 }
 
@@ -130,19 +133,26 @@ impl Field {
 
     /// Whether a layout has it.
     pub fn is_of(self, layout: Layout) -> bool {
-        let shared = matches!(
+        match layout {
+            Layout::Shared => true,
+            Layout::Tree => self != Self::TokenMask,
+            Layout::Padded => !self.is_of_sequences(),
+        }
+    }
+
+    fn is_of_sequences(self) -> bool {
+        matches!(
             self,
             Self::CuSeqlensQ | Self::CuSeqlensK | Self::KeyIndex | Self::MaxSeqlens
-        );
-        layout == Layout::Shared || !shared
+        )
     }
 
     /// What is laid out if nothing is asked for: what training reads.
     pub fn usual(layout: Layout) -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(move |&field| match field {
-            Self::TokenMask | Self::SegmentIds => false,
+            Self::TokenMask | Self::SegmentIds | Self::MaxSeqlens => false,
             Self::AttentionMask => layout == Layout::Padded,
-            _ => field.is_of(Layout::Padded),
+            _ => layout == Layout::Tree || !field.is_of_sequences(),
         })
     }
 }

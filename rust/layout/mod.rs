@@ -1,6 +1,6 @@
 //! Groups as the flat arrays that a model reads, in one buffer of the caller.
 //!
-//! Both training layouts describe the same conditionals: target `s` is token `target_ids[s]`,
+//! All training layouts describe the same conditionals: target `s` is token `target_ids[s]`,
 //! predicted at `logit_index[s]`, and targets always come group by group, completion by completion,
 //! whatever the order of the rows.
 
@@ -11,6 +11,7 @@ mod padded;
 mod shared;
 mod table;
 mod targets;
+mod tree;
 
 use std::str::FromStr;
 
@@ -33,7 +34,7 @@ pub enum Side {
 /// How to lay out a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Options<'a> {
-    /// One row of groups end to end, or one row a completion.
+    /// One row of groups end to end, one row of their tree, or one row a completion.
     pub layout: Layout,
     /// Where the padding of the padded layout is.
     pub side: Side,

@@ -51,7 +51,7 @@ pub(super) fn token_mask(batch: &Batch<'_>, mut out: &mut [i64]) {
 }
 
 pub(super) fn segment_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for (number, (_, own)) in (1..).zip(sequences(batch)) {
+    for (number, (_, own)) in (1..).zip(batch.sequences()) {
         take(&mut out, own).fill(number);
     }
     out.fill(0);
@@ -73,12 +73,13 @@ pub(super) fn logit_index(batch: &Batch<'_>, mut out: &mut [i64]) {
 }
 
 pub(super) fn cu_seqlens_q(batch: &Batch<'_>, out: &mut [i32]) {
-    let lengths = sequences(batch).map(|(_, own)| own);
+    let lengths = batch.sequences().into_iter().map(|(_, own)| own);
     add_up(out, lengths.chain([batch.filler()]));
 }
 
 pub(super) fn cu_seqlens_k(batch: &Batch<'_>, out: &mut [i32]) {
-    let lengths = sequences(batch).map(|(before, own)| before + own);
+    let sequences = batch.sequences().into_iter();
+    let lengths = sequences.map(|(before, own)| before + own);
     add_up(out, lengths.chain([batch.filler()]));
 }
 
@@ -105,7 +106,7 @@ pub(super) fn max_seqlens(batch: &Batch<'_>, out: &mut [i64]) {
 }
 
 /// Of each prompt and each completion: tokens that it sees before its own, and its own.
-fn sequences(batch: &Batch<'_>) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn sequences(batch: &Batch<'_>) -> impl Iterator<Item = (usize, usize)> {
     batch.grouped().flat_map(|(group, completions)| {
         let prompt = group.prompt_length;
         let of_completions = completions

@@ -13,7 +13,7 @@ pub use mixture::{Mixture, dataset_of};
 use packing::Packer;
 pub use shape::Shape;
 
-use crate::{Error, Result};
+use crate::{Error, Result, store::Store};
 
 /// The order in which an epoch visits the groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +29,10 @@ pub enum Order {
 /// What a micro-batch pays for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// Every token once.
+    /// Every token once, prompts once a group.
     Shared,
+    /// Every beginning that groups share once: see [`crate::tree`].
+    Tree,
     /// Rows times the longest row.
     Padded,
 }
@@ -60,6 +62,8 @@ pub struct Request<'a> {
     /// balanced by tokens + `attention_cost` × pairs. With hidden size `h`, a layer's weights cost
     /// about 24·h² operations a token and attention 4·h a pair: 1/(6·h).
     pub attention_cost: f64,
+    /// Where the tokens of the groups are: [`Layout::Tree`] compares them.
+    pub store: Option<&'a Store>,
 }
 
 impl Request<'_> {
@@ -76,6 +80,7 @@ impl Request<'_> {
             world_size: 1,
             mixture: None,
             attention_cost: 0.0,
+            store: None,
         }
     }
 
@@ -95,6 +100,10 @@ impl Request<'_> {
             )
         } else if !attention_cost.is_finite() || attention_cost < 0.0 {
             format!("attention_cost must be at least 0, not {attention_cost}")
+        } else if self.layout == Layout::Tree
+            && self.store.is_none_or(|store| store.len() != groups)
+        {
+            "the tree layout needs the store of the groups".into()
         } else if u32::try_from(groups).is_err() {
             format!("{groups} groups are more than a plan can number (2^32-1)")
         } else {
@@ -140,8 +149,9 @@ pub fn plan(shapes: &[Shape], request: &Request<'_>) -> Result<Plan> {
     let size = request.groups_per_update.min(order.len().max(1));
     let parts = threads::map(&mut order, size, |part| {
         let mut packer = Packer::new(shapes, request);
-        part.chunks_mut(size).for_each(|update| packer.pack(update));
-        (packer.sizes, packer.counts)
+        let mut updates = part.chunks_mut(size);
+        updates.try_for_each(|update| packer.pack(update))?;
+        Ok((packer.sizes, packer.counts))
     });
     let mut plan = Plan {
         order: Vec::with_capacity(order.len().div_ceil(request.world_size)),
@@ -149,7 +159,8 @@ pub fn plan(shapes: &[Shape], request: &Request<'_>) -> Result<Plan> {
         update_offsets: vec![0],
     };
     let mut updates = order.chunks(size);
-    for (sizes, counts) in parts {
+    for part in parts {
+        let (sizes, counts): (Vec<u32>, Vec<u32>) = part?;
         let mut sizes = sizes.into_iter();
         for (count, update) in counts.into_iter().zip(&mut updates) {
             plan.push(update, sizes.by_ref().take(count as usize));
@@ -194,9 +205,10 @@ impl FromStr for Layout {
     fn from_str(name: &str) -> Result<Self> {
         match name {
             "shared" => Ok(Self::Shared),
+            "tree" => Ok(Self::Tree),
             "padded" => Ok(Self::Padded),
             _ => Err(Error::Invalid(format!(
-                "layout must be shared or padded, not {name:?}"
+                "layout must be shared, tree or padded, not {name:?}"
             ))),
         }
     }

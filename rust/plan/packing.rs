@@ -3,9 +3,11 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeSet, BinaryHeap},
+    iter::repeat_n,
 };
 
 use super::{Layout, Request, Shape};
+use crate::{Result, tree};
 
 /// Room of open micro-batches, and their numbers; the least room that is enough comes first.
 type Rooms = BTreeSet<(u64, u32)>;
@@ -16,6 +18,8 @@ pub(super) struct Packer<'a> {
     request: &'a Request<'a>,
     share: Vec<u32>,
     keys: Vec<u64>,
+    /// Groups, or bundles of them, that stay together, and their tokens: the largest first.
+    items: Vec<(u32, u64)>,
     bins: Vec<u32>,
     rooms: Rooms,
     /// Groups in each micro-batch.
@@ -31,6 +35,7 @@ impl<'a> Packer<'a> {
             request,
             share: Vec::new(),
             keys: Vec::new(),
+            items: Vec::new(),
             bins: Vec::new(),
             rooms: Rooms::new(),
             sizes: Vec::new(),
@@ -39,12 +44,19 @@ impl<'a> Packer<'a> {
     }
 
     /// Puts the rank's share to the front of `update`, micro-batch by micro-batch.
-    pub(super) fn pack(&mut self, update: &mut [u32]) {
+    pub(super) fn pack(&mut self, update: &mut [u32]) -> Result<()> {
         self.take_share(update);
         self.sort_share();
         let first = self.sizes.len();
         match self.request.layout {
-            Layout::Shared => self.best_fit(first),
+            Layout::Shared => {
+                self.take_single();
+                self.best_fit(first);
+            }
+            Layout::Tree => {
+                self.take_bundles()?;
+                self.best_fit(first);
+            }
             Layout::Padded => self.next_fit(first),
         }
         self.counts.push((self.sizes.len() - first) as u32);
@@ -60,6 +72,7 @@ impl<'a> Packer<'a> {
             update[next[bin as usize]] = group;
             next[bin as usize] += 1;
         }
+        Ok(())
     }
 
     /// The dearest group first, each to the rank that has least to do.
@@ -109,14 +122,42 @@ impl<'a> Packer<'a> {
         self.share = sorted;
     }
 
-    /// Each group into the fullest micro-batch that still holds it.
+    /// Every group by itself.
+    fn take_single(&mut self) {
+        let size = |&group: &u32| self.shapes[group as usize].size(Layout::Shared);
+        self.items.clear();
+        self.items
+            .extend(self.share.iter().map(|group| (1, size(group))));
+    }
+
+    /// Groups that share a beginning one after another, in bundles that fit in a micro-batch.
+    fn take_bundles(&mut self) -> Result<()> {
+        let store = self.request.store.expect("checked with the request");
+        let share: Vec<i64> = self.share.iter().map(|&group| i64::from(group)).collect();
+        let share = tree::order(store, &share)?;
+        let mut bundles = Vec::new();
+        let mut rest = &share[..];
+        for bundle in tree::bundles(store, &share, self.request.token_budget as u64)? {
+            let groups;
+            (groups, rest) = rest.split_at(bundle.groups as usize);
+            bundles.push((Reverse(bundle.tokens), groups));
+        }
+        bundles.sort_by_key(|&(tokens, _)| tokens);
+        self.share.clear();
+        self.items.clear();
+        for (Reverse(tokens), groups) in bundles {
+            self.share.extend(groups.iter().map(|&group| group as u32));
+            self.items.push((groups.len() as u32, tokens));
+        }
+        Ok(())
+    }
+
+    /// Each item into the fullest micro-batch that still holds it.
     fn best_fit(&mut self, first: usize) {
         self.bins.clear();
         self.rooms.clear();
-        let need = |&group: &u32| self.shapes[group as usize].size(Layout::Shared);
-        let least = self.share.last().map_or(0, need);
-        for group in &self.share {
-            let need = need(group);
+        let least = self.items.last().map_or(0, |&(_, need)| need);
+        for &(groups, need) in &self.items {
             let fullest = self.rooms.range((need, 0)..).next().copied();
             let (room, bin) = fullest.unwrap_or_else(|| {
                 self.sizes.push(0);
@@ -127,8 +168,8 @@ impl<'a> Packer<'a> {
             if room - need >= least {
                 self.rooms.insert((room - need, bin));
             }
-            self.sizes[first + bin as usize] += 1;
-            self.bins.push(bin);
+            self.sizes[first + bin as usize] += groups;
+            self.bins.extend(repeat_n(bin, groups as usize));
         }
     }
 

@@ -43,7 +43,7 @@ impl Shape {
     /// What of the token budget a group takes up alone.
     pub(super) fn size(self, layout: Layout) -> u64 {
         match layout {
-            Layout::Shared => u64::from(self.tokens),
+            Layout::Shared | Layout::Tree => u64::from(self.tokens),
             Layout::Padded => u64::from(self.rows) * u64::from(self.longest),
         }
     }
@@ -51,7 +51,7 @@ impl Shape {
     /// What groups of similar length have in common.
     pub(super) fn length(self, layout: Layout) -> u32 {
         match layout {
-            Layout::Shared => self.tokens,
+            Layout::Shared | Layout::Tree => self.tokens,
             Layout::Padded => self.longest,
         }
     }
@@ -66,7 +66,7 @@ impl Shape {
     pub(super) fn work(self, layout: Layout, attention_cost: f64) -> u64 {
         let longest = u64::from(self.longest);
         let pairs = match layout {
-            Layout::Shared => self.pairs,
+            Layout::Shared | Layout::Tree => self.pairs,
             Layout::Padded => u64::from(self.rows) * (longest * (longest + 1) / 2),
         };
         (PARTS * (self.size(layout) as f64 + attention_cost * pairs as f64)) as u64

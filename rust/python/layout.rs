@@ -1,4 +1,4 @@
-//! `SharedLayout`, `PaddedLayout` and `CandidateLayout`.
+//! `SharedLayout`, `TreeLayout`, `PaddedLayout` and `CandidateLayout`.
 
 use numpy::{PyArray1, PyArray2, PyArrayDescr, PyArrayMethods, PyReadonlyArray1};
 use pyo3::{
@@ -86,6 +86,14 @@ arrays! {
     max_seqlens: MaxSeqlens,
 }
 
+arrays! {
+    TreeLayout {}
+    cu_seqlens_q: CuSeqlensQ,
+    cu_seqlens_k: CuSeqlensK,
+    key_index: KeyIndex,
+    max_seqlens: MaxSeqlens,
+}
+
 /// The array of that field, if it was laid out.
 fn array<'py>(layout: &Bound<'py, Layout>, field: Field) -> PyResult<Bound<'py, PyAny>> {
     let this = layout.get();
@@ -123,6 +131,10 @@ fn descriptor(py: Python<'_>, dtype: Dtype) -> Bound<'_, PyArrayDescr> {
 /// Groups end to end in one row: prompt, completion 1, …, completion K, next group, ….
 #[pyclass(frozen, extends = Layout, module = "logratio._rust")]
 pub struct SharedLayout;
+
+/// Groups as a tree in one row: what they begin with alike is there once.
+#[pyclass(frozen, extends = Layout, module = "logratio._rust")]
+pub struct TreeLayout;
 
 /// One row a completion, completion-major: completion 0 of every group, then completion 1, ….
 #[pyclass(frozen, extends = Layout, module = "logratio._rust")]

@@ -83,7 +83,9 @@ mod _rust {
     use super::{
         cache::{CacheReader, CacheWriter, content_key},
         cache_folder::CacheFolder,
-        layout::{CandidateLayout, Layout, PaddedLayout, SharedLayout, candidate_layout},
+        layout::{
+            CandidateLayout, Layout, PaddedLayout, SharedLayout, TreeLayout, candidate_layout,
+        },
         pieces::{EncodedPairs, PairRules, PieceTable},
         plan::Plan,
         similar::{Census, near_duplicates},

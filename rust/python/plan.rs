@@ -64,6 +64,10 @@ fn planned(
     mixture: Option<(&[f64], &[u32])>,
 ) -> Result<plan::Plan> {
     let shapes = store.shapes()?;
+    let request = plan::Request {
+        store: Some(store),
+        ..request
+    };
     let Some((weights, datasets)) = mixture else {
         return plan::plan(&shapes, &request);
     };

@@ -7,11 +7,11 @@ use pyo3::prelude::*;
 
 use super::{
     array,
-    layout::{Layout, PaddedLayout, SharedLayout, fields as chosen},
+    layout::{Layout, PaddedLayout, SharedLayout, TreeLayout, fields as chosen},
     matrix,
     plan::{Plan, Weights},
 };
-use crate::{Error, Result, layout, plan, store, wire::Hex};
+use crate::{Error, Result, layout, plan, store, tree, wire::Hex};
 
 /// Every group of a dataset in flat, memory-mapped columns.
 ///
@@ -188,7 +188,8 @@ impl Store {
     ///
     /// `order` is "length_grouped" (random updates of similar lengths), "shuffled" or "sorted"
     /// (longest first, nothing random). A micro-batch holds at most `token_budget` tokens
-    /// ("shared"), or rows times its longest row ("padded"); a group above it stands alone.
+    /// ("shared"; "tree": what its groups begin with alike counts once, and such groups come
+    /// together), or rows times its longest row ("padded"); a group above it stands alone.
     /// With `weights` of datasets and the dataset of each file, an epoch mixes them by weight.
     /// Ranks are balanced by tokens + `attention_cost` × token pairs that attend; 1/(6 × hidden
     /// size) estimates operations.
@@ -223,6 +224,7 @@ impl Store {
             world_size,
             mixture: None,
             attention_cost,
+            store: None,
         };
         let mixture = Weights::new(weights, datasets)?;
         Plan::new(py, &self.0, request, mixture.as_ref())
@@ -253,6 +255,69 @@ impl Store {
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(SharedLayout);
         Bound::new(groups.py(), whole)
+    }
+
+    /// Lay out groups as a tree in one row: what they begin with alike is there once.
+    ///
+    /// Arguments as in `shared_layout`.
+    #[pyo3(signature = (groups, *, arena = None, fields = None, multiple_of = 1, width = None, pad_id = 0))]
+    fn tree_layout<'py>(
+        &self,
+        groups: PyReadonlyArray1<'py, i64>,
+        arena: Option<Bound<'py, PyAny>>,
+        fields: Option<Vec<String>>,
+        multiple_of: usize,
+        width: Option<usize>,
+        pad_id: i32,
+    ) -> PyResult<Bound<'py, TreeLayout>> {
+        let options = layout::Options {
+            multiple_of,
+            width,
+            pad_id,
+            fields: &chosen(fields)?,
+            ..layout::Options::new(plan::Layout::Tree)
+        };
+        let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
+        let whole = PyClassInitializer::from(base).add_subclass(TreeLayout);
+        Bound::new(groups.py(), whole)
+    }
+
+    /// Tokens of the tree of each list of groups.
+    ///
+    /// `groups` are the lists end to end, `offsets` (`[B+1]`) where each begins, and their end.
+    fn tree_tokens(
+        &self,
+        groups: PyReadonlyArray1<'_, i64>,
+        offsets: PyReadonlyArray1<'_, i64>,
+    ) -> PyResult<Py<PyArray1<u64>>> {
+        let (py, groups, offsets) = (groups.py(), groups.as_slice()?, offsets.as_slice()?);
+        Ok(array(
+            py,
+            py.detach(|| tree::count(&self.0, groups, offsets))?,
+        ))
+    }
+
+    /// The groups in an order in which those that share a beginning are neighbours.
+    fn tree_order(&self, groups: PyReadonlyArray1<'_, i64>) -> PyResult<Py<PyArray1<i64>>> {
+        let (py, groups) = (groups.py(), groups.as_slice()?);
+        Ok(array(py, py.detach(|| tree::order(&self.0, groups))?))
+    }
+
+    /// How many of the first `groups` make a tree of at most `budget` tokens, and one at least.
+    fn tree_fit(&self, groups: PyReadonlyArray1<'_, i64>, budget: u64) -> PyResult<usize> {
+        let (py, groups) = (groups.py(), groups.as_slice()?);
+        Ok(py.detach(|| tree::fit(&self.0, groups, budget))?)
+    }
+
+    /// Where micro-batches of at most `budget` tokens begin in groups in the order of the tree, and
+    /// their number: `[B+1]`.
+    fn tree_cuts(
+        &self,
+        groups: PyReadonlyArray1<'_, i64>,
+        budget: u64,
+    ) -> PyResult<Py<PyArray1<i64>>> {
+        let (py, groups) = (groups.py(), groups.as_slice()?);
+        Ok(array(py, py.detach(|| tree::cut(&self.0, groups, budget))?))
     }
 
     /// Lay out groups as padded rows, one a completion, completion-major.

@@ -7,6 +7,7 @@ from logratio.data.analysis.histograms import bars, histogram, side_by_side
 from logratio.data.analysis.intervals import Interval, written
 from logratio.data.analysis.lengths import SMALL_EFFECT, SMALL_SUPERIORITY, LengthBias
 from logratio.data.analysis.padding import BATCH, Padding
+from logratio.data.analysis.sharing import BUDGET, UPDATE, Sharing
 from logratio.data.analysis.similarity import Similarity
 from logratio.data.analysis.tokens import TokenUse
 
@@ -29,6 +30,7 @@ def to_text(analysis: "Analysis") -> str:
             _wrapped(_bias(analysis.bias)),
             _wrapped(_noise(analysis)),
             _wrapped(_padding(analysis.padding)),
+            _wrapped(_sharing(analysis.sharing)),
             _wrapped(_tokens(analysis.tokens)),
             _similarity(analysis.similarity, analysis.groups),
             _wrapped([str(one) for one in analysis.findings]),
@@ -126,6 +128,21 @@ def _padding(found: Padding | None) -> list[str]:
     ]
 
 
+def _sharing(found: Sharing | None) -> list[str]:
+    if found is None:
+        return []
+    saved = {name: _percent(found.saved(name)) for name in ("micro_batches", "one_pass")}
+    most = {name: _percent(found.saved(name)) for name in ("updates", "whole")}
+    return [
+        f"shared beginnings: of {found.grouped:,} tokens with each prompt once a group, "
+        f"`train --share-beginnings` computes {found.micro_batches:,}: {saved['micro_batches']} "
+        f"saved (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens)",
+        f"`precompute --share-beginnings` computes {found.one_pass:,}: {saved['one_pass']} saved",
+        f"the most that larger micro-batches can save: {most['updates']} in training, "
+        f"{most['whole']} in `precompute`",
+    ]
+
+
 def _tokens(use: TokenUse) -> list[str]:
     lines = [f"vocabulary: {use.used:,} ids are used"]
     if use.vocabulary is not None:
@@ -178,6 +195,11 @@ def _wrapped(sentences: list[str]) -> list[str]:
     for number, sentence in enumerate(sentences):
         first = "  " if number and not sentence.startswith("[") else ""
         lines += wrap(
-            sentence, WIDTH, initial_indent=first, subsequent_indent="    ", break_long_words=False
+            sentence,
+            WIDTH,
+            initial_indent=first,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
         )
     return lines

@@ -13,6 +13,7 @@ from logratio.data.analysis.lengths import LengthBias, length_bias
 from logratio.data.analysis.noise import FlipEstimate, estimate_flips, votes_of
 from logratio.data.analysis.padding import Padding, padding
 from logratio.data.analysis.places import Places
+from logratio.data.analysis.sharing import Sharing, sharing
 from logratio.data.analysis.similarity import Similarity, similarity
 from logratio.data.analysis.tokens import TokenUse, token_use
 from logratio.data.formats.catalogue import STEPS
@@ -38,7 +39,8 @@ class Analysis:
         bias: Lengths of chosen against rejected; None where nothing is compared.
         flips: The label-noise estimate; None where no pair was judged twice, and where a row
             holds several pairs, for the account counts rows.
-        padding: What padding costs and sharing saves; None for an empty store.
+        padding: What padding costs and sharing prompts saves; None for an empty store.
+        sharing: What sharing beginnings across groups saves; None for an empty store.
         tokens: Use of the vocabulary.
         similarity: Near-duplicates; None where they were not looked for.
         findings: Warnings about the data as a whole.
@@ -51,6 +53,7 @@ class Analysis:
     bias: LengthBias | None
     flips: FlipEstimate | None
     padding: Padding | None
+    sharing: Sharing | None
     tokens: TokenUse
     similarity: Similarity | None
     findings: tuple[findings.Finding, ...]
@@ -63,7 +66,7 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        parts = ("bias", "flips", "padding", "tokens", "similarity")
+        parts = ("bias", "flips", "padding", "sharing", "tokens", "similarity")
         found = {name: getattr(self, name) for name in parts}
         return {
             "account": self.account.to_dict(),
@@ -112,6 +115,7 @@ def analyse(
         bias,
         flips,
         padding(columns),
+        sharing(store),
         use,
         similar,
         (
