@@ -66,6 +66,15 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",
                  rich_help_panel=MACHINE),
 ]  # fmt: skip
+ShareBeginnings = Annotated[
+    bool,
+    typer.Option(
+        "--share-beginnings",
+        help="Compute what several groups begin with alike once: a system prompt, earlier turns of "
+        "a conversation. `data report` says what it saves. No result changes beyond rounding.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, say what it will need, and stop there."),

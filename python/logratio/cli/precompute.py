@@ -64,6 +64,7 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = None
+    share_beginnings: options.ShareBeginnings = False
     precision: options.PrecisionOption = None
     quantization: Annotated[
         Quantization | None,

@@ -212,6 +212,7 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = False
+    share_beginnings: options.ShareBeginnings = False
     compile_layers: Annotated[
         Compile,
         typer.Option(

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from logratio._rust import PaddedLayout, Plan, SharedLayout, Store
+from logratio._rust import PaddedLayout, Plan, SharedLayout, Store, TreeLayout
 from logratio.errors import ConfigError
 
 Buffer = NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]]
@@ -38,13 +38,14 @@ def lay_out(
     multiple_of: int = 1,
     width: int | None = None,
     pad_id: int = 0,
-) -> SharedLayout | PaddedLayout:
+) -> SharedLayout | TreeLayout | PaddedLayout:
     """Lay out `groups`, all arrays in one buffer.
 
     Args:
         store: where the groups are.
         groups: int64 `[G]`, their numbers.
-        layout: "shared" (one row of `T` tokens, each prompt once) or "padded" (`[N, T]`).
+        layout: "shared" (one row of `T` tokens, each prompt once), "tree" (likewise, what groups
+            begin with alike once) or "padded" (`[N, T]`).
         arena: the buffer to fill, or what makes it; None: a fresh one.
         fields: the arrays to lay out; None: those that training reads. See `rust/layout/field.rs`.
         side: where the padding of the padded layout is, "left" or "right".
@@ -56,8 +57,9 @@ def lay_out(
         ValueError: an argument is none of these, or the groups do not fit in `width` or `arena`.
         IndexError: there is no such group.
     """
-    if layout == "shared":
-        return store.shared_layout(
+    if layout in ("shared", "tree"):
+        lay = store.shared_layout if layout == "shared" else store.tree_layout
+        return lay(
             groups,
             arena=arena,
             fields=fields,
@@ -66,7 +68,7 @@ def lay_out(
             pad_id=pad_id,
         )
     if layout != "padded":
-        raise ConfigError(f"layout must be shared or padded, not {layout!r}")
+        raise ConfigError(f"layout must be shared, tree or padded, not {layout!r}")
     return store.padded_layout(
         groups,
         arena=arena,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logratio._rust import PaddedLayout, Plan, SharedLayout, Store
+from logratio._rust import PaddedLayout, Plan, SharedLayout, Store, TreeLayout
 from logratio.data.ahead import ahead
 from logratio.data.arenas import Arenas
 from logratio.data.batches import lay_out, micro_batches
@@ -28,7 +28,7 @@ class FeedSettings:
     Attributes:
         groups_per_update: groups of one optimizer step, over all ranks.
         token_budget: the most tokens of a micro-batch (padded: rows × longest row).
-        layout: "shared" or "padded".
+        layout: "shared", "tree" or "padded", as `lay_out` takes it.
         order: "length_grouped", "shuffled" or "sorted".
         seed: of every random choice.
         weights, datasets: the weight of each dataset, and the dataset of each file of the store: an
@@ -97,7 +97,7 @@ class MicroBatch:
         update_groups: groups of the step over all ranks.
     """
 
-    layout: SharedLayout | PaddedLayout
+    layout: SharedLayout | TreeLayout | PaddedLayout
     epoch: int
     update: int
     number: int
@@ -209,7 +209,7 @@ class Feed:
             yield MicroBatch(layout, epoch, update, number, len(parts), groups, whole)
             del layout
 
-    def _lay_out(self, groups: NDArray[np.int64]) -> SharedLayout | PaddedLayout:
+    def _lay_out(self, groups: NDArray[np.int64]) -> SharedLayout | TreeLayout | PaddedLayout:
         settings = self.settings
         return lay_out(
             self.store,

@@ -25,10 +25,19 @@ from transformers import PreTrainedConfig
 
 from logratio._rust import StoreWriter
 from logratio.data import lay_out
-from logratio.logps.tensors import Batch, PaddedBatch, SharedBatch, shape_for, to_torch
+from logratio.logps.tensors import (
+    Batch,
+    PaddedBatch,
+    SharedBatch,
+    TreeBatch,
+    shape_for,
+    to_torch,
+)
 
 Group = tuple[list[int], list[list[int]]]
 """Token ids of a prompt, and of each of its completions."""
+
+_LAYOUTS = {SharedBatch: "shared", TreeBatch: "tree", PaddedBatch: "padded"}
 
 TOP_K = ("index_topk", "keep_window_size")
 """How configs name the number of keys that attention chooses: DeepSeek and GLM; Doge."""
@@ -127,7 +136,7 @@ def apart(batch: Batch, limits: tuple[Limit, ...]) -> list[Call]:
 
 def _is_padded(batch: Batch, lengths: np.ndarray, limits: tuple[Limit, ...]) -> bool:
     """Tell whether a row is wider than a limit allows for the sequences that are in it."""
-    if isinstance(batch, SharedBatch):
+    if not isinstance(batch, PaddedBatch):
         return False
     width = batch.input_ids.shape[1]
     return width > lengths.max() and any(width > limit.tokens for limit in limits)
@@ -144,7 +153,7 @@ def _part(batch: Batch, groups: list[Group], wanted: np.ndarray) -> Call:
                 (prompt, [ids for ids, is_own in zip(completions, own, strict=True) if is_own])
             )
     tokens = np.repeat(wanted, np.diff(batch.targets.completion_offsets))
-    layout = "shared" if isinstance(batch, SharedBatch) else "padded"
+    layout = _LAYOUTS[type(batch)]
     return Call(batch_of(chosen, layout, batch.input_ids.device), np.flatnonzero(tokens))
 
 
@@ -152,11 +161,23 @@ def groups_of(batch: Batch) -> list[Group]:
     """Read the token ids of a batch's groups, on the host."""
     targets, ids = batch.targets, batch.targets.target_ids.tolist()
     ends, numbers = targets.completion_offsets.tolist(), targets.group_offsets.tolist()
-    prompts = _shared_prompts(batch) if isinstance(batch, SharedBatch) else _padded_prompts(batch)
     return [
         (prompt, [ids[ends[n] : ends[n + 1]] for n in range(first, last)])
-        for prompt, first, last in zip(prompts, numbers[:-1], numbers[1:], strict=True)
+        for prompt, first, last in zip(_prompts(batch), numbers[:-1], numbers[1:], strict=True)
     ]
+
+
+def _prompts(batch: Batch) -> list[list[int]]:
+    if isinstance(batch, SharedBatch):
+        return _shared_prompts(batch)
+    return _tree_prompts(batch) if isinstance(batch, TreeBatch) else _padded_prompts(batch)
+
+
+def _tree_prompts(batch: TreeBatch) -> list[list[int]]:
+    targets, row = batch.targets, batch.input_ids[0].cpu().numpy()
+    leads = targets.completion_offsets[targets.group_offsets[:-1]]  # each group's first target
+    ends = targets.logit_index.cpu().numpy()[leads]
+    return [row[batch.path(end)].tolist() for end in ends.tolist()]
 
 
 def _shared_prompts(batch: SharedBatch) -> list[list[int]]:

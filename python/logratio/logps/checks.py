@@ -5,6 +5,8 @@ where a rival would train on wrong numbers.
 """
 
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from logratio.logps.apart import batch_of as batch_of
 from logratio.logps.attention import SharedPromptError
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import head_logits
+from logratio.logps.tensors import Batch, TreeBatch
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""
@@ -32,13 +35,35 @@ class UnsupportedModelError(LogratioError, ValueError):
     """The model's log-probs cannot be computed rightly."""
 
 
-def choose_layout(model: nn.Module) -> tuple[str, str]:
-    """Return the layout `model` gets, "shared" or "padded", and why.
+LAYOUTS = ("padded", "shared", "tree")
+"""From what every model can have to what computes the fewest tokens."""
+
+
+def choose_layout(model: nn.Module, *, share_beginnings: bool = False) -> tuple[str, str]:
+    """Return the layout `model` gets, one of `LAYOUTS`, and why.
 
     The leak check: one completion is perturbed, and the log-probs of the other must not move; they
     must have no gradient in its tokens; and both layouts must agree. A model that fails gets the
-    padded layout.
+    padded layout. "tree", which shares beginnings across groups, is chosen only where it is asked
+    for, after a leak check of its own.
     """
+    layout, reason = _shared_or_padded(model)
+    if layout == "shared" and share_beginnings:
+        refusal = check_tree(model)
+        return ("shared", refusal) if refusal else ("tree", reason)
+    return layout, reason
+
+
+def layout_note(layout: str, reason: str, *, share_beginnings: bool) -> str | None:
+    """Return a sentence where a model got a slower layout than was asked for."""
+    if layout == "padded":
+        return f"padded layout (slower, never wrong): {reason}"
+    if share_beginnings and layout != "tree":
+        return f"beginnings are shared within groups, not across them: {reason}"
+    return None
+
+
+def _shared_or_padded(model: nn.Module) -> tuple[str, str]:
     check_head(model)
     check_causality(model)
     if reason := _sees_padding(model) or _has_state(model):
@@ -79,10 +104,25 @@ def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
     Where no path leads from a token to a log-prob it is exactly 0, in every precision; where one
     does it is not, however little of it a log-prob in bfloat16 shows.
     """
+    (prompt, (first, _)), device = groups[0], transformer(model).device
+    start, stop = len(prompt), len(prompt) + len(first)
+    cuts = [0, len(first), sum(len(ids) for _, answers in groups for ids in answers)]
+    if not (found := _token_gradients(model, batch_of(groups, "shared", device), cuts)):
+        return 0.0
+    of_first, of_others = found
+    return max(float(of_first[stop:].abs().max()), float(of_others[start:stop].abs().max()))
+
+
+def _token_gradients(model: nn.Module, batch: Batch, cuts: Sequence[int]) -> list[Tensor]:
+    """Return the gradients of the log-probs between cuts in the row's tokens, `[T, H]` each.
+
+    Empty where values alone can tell: the model has no backward pass, or looks its tokens up
+    elsewhere.
+    """
     inner = transformer(model)
     if getattr(inner, "is_quantized", False):  # such products may have no backward pass
-        return 0.0
-    (prompt, (first, _)), embedded = groups[0], list[Tensor]()
+        return []
+    embedded = list[Tensor]()
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
@@ -91,18 +131,83 @@ def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
     handle = inner.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            logps = score(model, batch_of(groups, "shared", inner.device))
-            parts = logps[: len(first)].sum(), logps[len(first) :].sum()
+            logps = score(model, batch)
+            parts = [logps[start:stop].sum() for start, stop in pairwise(cuts)]
     finally:
         handle.remove()
-    if not embedded:  # the model looks its tokens up elsewhere: values alone can tell
-        return 0.0
-    start, stop = len(prompt), len(prompt) + len(first)
-    of_first, of_others = (
+    if not embedded:
+        return []
+    return [
         torch.autograd.grad(part, embedded[0], retain_graph=True, materialize_grads=True)[0][0]
         for part in parts
-    )
-    return max(float(of_first[stop:].abs().max()), float(of_others[start:stop].abs().max()))
+    ]
+
+
+def check_tree(model: nn.Module) -> str | None:
+    """Say why beginnings must not be shared across groups, or return None.
+
+    For a model whose layout is "shared": the leak check in the tree layout. Groups that share a
+    system prompt, and one whose prompt goes on from another's answer, must be scored as they are in
+    the padded layout, and no completion may move by the tokens of another one's branch, or have
+    a gradient in them.
+    """
+    if transformer(model).device.type != "cpu":
+        return "attention in a tree has a fast form on a CPU only"
+    groups = _probe_tree(model)
+    try:
+        tree = _scores(model, groups, "tree")
+        moved = max(_tree_leak(model, groups, tree, group) for group in range(len(groups)))
+        crosstalk = _tree_crosstalk(model, groups)
+    except SharedPromptError as error:
+        return f"{_name(model)} cannot share beginnings: {error}"
+    if not moved <= _tolerance(model, SAME_CALLS):
+        return f"{_name(model)} lets branches see each other ({moved:.2g} nats)"
+    if crosstalk != 0:
+        return f"{_name(model)} lets branches see each other (by their gradients)"
+    if not (gap := _gap(tree, _scores(model, groups, "padded"))) <= _tolerance(model):
+        return f"{_name(model)}: log-probs in a tree and padded ones differ ({gap:.2g} nats)"
+    return None
+
+
+def _tree_leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) -> float:
+    """Return how far others move when the end of a group's last completion changes."""
+    vocabulary = transformer(model).config.get_text_config().vocab_size
+    prompt, (*others, last) = groups[changed]
+    last = [last[0], *((token + 1) % vocabulary for token in last[1:])]
+    altered = [*groups[:changed], (prompt, [*others, last]), *groups[changed + 1 :]]
+    leaked = _scores(model, altered, "tree")
+    before = sum(len(ids) for _, answers in groups[:changed] for ids in answers)
+    start = before + sum(map(len, others))
+    gaps = (logps - leaked).abs()
+    return float(torch.cat([gaps[: start + 1], gaps[start + len(last) :]]).max())
+
+
+def _tree_crosstalk(model: nn.Module, groups: list[Group]) -> float:
+    """Return the largest gradient that a completion has in a token that is not on its path."""
+    batch = batch_of(groups, "tree", transformer(model).device)
+    assert isinstance(batch, TreeBatch)
+    cuts = batch.targets.completion_offsets.tolist()
+    ends = batch.targets.logit_index[[cut - 1 for cut in cuts[1:]]].tolist()
+    worst = [0.0]
+    for gradient, end in zip(_token_gradients(model, batch, cuts), ends, strict=False):
+        outside = torch.ones(len(gradient), dtype=torch.bool)
+        outside[torch.from_numpy(batch.path(end))] = False
+        worst.append(float(gradient.cpu()[outside].abs().max()))
+    return max(worst)
+
+
+def _probe_tree(model: nn.Module) -> list[Group]:
+    """Make groups below one beginning, one of them a later turn of another."""
+    (start, (first, second)), (later, answers) = _probe(model, seed=0)
+    _, ((own, others), (end, last)) = zip(*_probe(model, seed=1), strict=True)
+    system = later  # of 11 tokens, more than groups must have in common
+    turn = system + start
+    return [
+        (turn, [first, second]),
+        (turn + first + end, [last, own]),
+        (system + others, [answers[0], answers[1]]),
+        (start, [own, others]),
+    ]
 
 
 def _has_state(model: nn.Module) -> str | None:

@@ -13,11 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from logratio.logps.apart import apart, in_order, limits_of, with_fresh_rope
-from logratio.logps.attention import NAME, SharedPrompt, SharedPromptError, shared_prompts
+from logratio.logps.attention import (
+    NAME,
+    SharedPrompt,
+    SharedPromptError,
+    SharedTree,
+    shared_prompts,
+)
 from logratio.logps.head import Head, head_logits
 from logratio.logps.head_logps import head_logps
 from logratio.logps.head_loss import LossOf, head_loss
-from logratio.logps.tensors import Batch, SharedBatch
+from logratio.logps.tensors import Batch, PaddedBatch, TreeBatch
 from logratio.logps.tiles import TILE_ELEMENTS, tile_rows
 
 
@@ -34,7 +40,7 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
     Args:
         model: a causal language model of transformers, or a peft wrapper around one. A shared
             batch needs it inside `attention.shared_prompts(model)`.
-        batch: `G` groups in either layout, `S` completion tokens.
+        batch: `G` groups in any layout, `S` completion tokens.
 
     Returns:
         float32 `[S]`, flat and group-major as `batch.targets`, in nats; differentiable.
@@ -51,7 +57,7 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
 
 def score(model: nn.Module, batch: Batch) -> Tensor:
     """Return `completion_logps`, in the attention that the batch's layout needs."""
-    if not isinstance(batch, SharedBatch):
+    if isinstance(batch, PaddedBatch):
         return completion_logps(model, batch)
     with shared_prompts(transformer(model)):
         return completion_logps(model, batch)
@@ -75,12 +81,13 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Run the body, without its head: `[rows, T, H]`."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     takes_positions = "position_ids" in signature(model.base_model.forward).parameters
-    if isinstance(batch, SharedBatch):
+    if not isinstance(batch, PaddedBatch):
         if not takes_positions:
             raise SharedPromptError("it numbers the tokens of a row itself, and takes no positions")
         if model.config._attn_implementation != NAME:
             raise SharedPromptError("a shared batch needs the model inside shared_prompts(model)")
-        inputs["shared_prompt"] = SharedPrompt(batch)
+        is_tree = isinstance(batch, TreeBatch)
+        inputs["shared_prompt"] = SharedTree(batch) if is_tree else SharedPrompt(batch)
         inputs["position_ids"] = batch.position_ids
         # Without a mask, transformers reads positions to see whether sequences lie end to end.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)

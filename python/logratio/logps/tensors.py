@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logratio._rust import PaddedLayout, SharedLayout
+from logratio._rust import PaddedLayout, SharedLayout, TreeLayout
 from logratio.data import Arenas
 from logratio.logps.sequences import Sequences
 
@@ -129,6 +129,36 @@ class SharedBatch:
 
 
 @dataclass(frozen=True)
+class TreeBatch:
+    """Groups as a tree in one row: what their sequences begin with alike is there once.
+
+    A run is what one sequence (a prompt with a completion) adds to those before it.
+
+    Attributes:
+        input_ids: int64 `[1, T]`.
+        position_ids: int64 `[1, T]`, of each token in its sequences.
+        targets: the scored tokens.
+        starts: int32 numpy `[Q + 1]`, the first token of each run, and `T`; on the host.
+        key_offsets: int32 numpy `[Q + 1]`, where each run begins in `key_index`, and `K`.
+        key_index: int64 numpy `[K]`, the tokens that each run goes on from, then its own.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: TargetTokens
+    starts: np.ndarray
+    key_offsets: np.ndarray
+    key_index: np.ndarray
+
+    def path(self, token: int) -> np.ndarray:
+        """Return the tokens of the row from a beginning to `token`, itself the last: int64."""
+        run = int(np.searchsorted(self.starts, token, side="right")) - 1
+        keys = self.key_index[self.key_offsets[run] : self.key_offsets[run + 1]]
+        found: np.ndarray = keys[keys <= token]
+        return found
+
+
+@dataclass(frozen=True)
 class PaddedBatch:
     """One right-padded row per completion: int64 `[N, T]` each, and the scored tokens."""
 
@@ -138,10 +168,12 @@ class PaddedBatch:
     targets: TargetTokens
 
 
-Batch = SharedBatch | PaddedBatch
+Batch = SharedBatch | TreeBatch | PaddedBatch
+
+Layout = SharedLayout | TreeLayout | PaddedLayout
 
 
-def to_torch(layout: SharedLayout | PaddedLayout, device: torch.device | str = "cpu") -> Batch:
+def to_torch(layout: Layout, device: torch.device | str = "cpu") -> Batch:
     """Wrap a layout's arrays as tensors on `device`.
 
     On the CPU they are the arrays. To another device all arrays go in one copy, which goes on while
@@ -156,6 +188,15 @@ def to_torch(layout: SharedLayout | PaddedLayout, device: torch.device | str = "
             completion_lengths=_by_group(layout),
             targets=_targets(layout, tensors),
             sequences=_sequences(layout, tensors),
+        )
+    if isinstance(layout, TreeLayout):
+        return TreeBatch(
+            input_ids=tensors["input_ids"][None],
+            position_ids=tensors["position_ids"][None],
+            targets=_targets(layout, tensors),
+            starts=layout.cu_seqlens_q,
+            key_offsets=layout.cu_seqlens_k,
+            key_index=layout.key_index,
         )
     return PaddedBatch(
         input_ids=tensors["input_ids"],
@@ -227,7 +268,7 @@ def shape_for(layout: str, device: torch.device | str) -> Shape:
 class _Tensors:
     """The arrays of a layout as tensors on a device, by name."""
 
-    def __init__(self, layout: SharedLayout | PaddedLayout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
         self._bytes: Tensor | None = None
         if device.type != "cpu":
@@ -243,7 +284,7 @@ class _Tensors:
         return self._bytes[start:stop].view(dtype).view(shape)
 
 
-def _targets(layout: SharedLayout | PaddedLayout, tensors: _Tensors) -> TargetTokens:
+def _targets(layout: Layout, tensors: _Tensors) -> TargetTokens:
     mask, owners = tensors["completion_mask"], tensors["completion_of"]
     zeros = torch.zeros(len(layout.completions), dtype=torch.float64, device=mask.device)
     return TargetTokens(

@@ -187,7 +187,7 @@ def settle(
         config: of the run.
         store: its data; the largest micro-batch is made of the longest groups.
         policy: on its device, ready for batches of `layout`.
-        layout: "shared" or "padded".
+        layout: "shared", "tree" or "padded". Micro-batches of a tree are as large as shared ones.
         states: bytes that the optimizer will take on that device.
 
     Raises:
@@ -203,6 +203,7 @@ def settle(
         )
     if wanted != "auto":
         return Choice(layers if wanted == "all" else 0)
+    layout = "shared" if layout == "tree" else layout
     groups = GroupQueue(store, np.arange(len(store)), layout).take(training_budget(config))
     groups = groups[: config.batch_size]
     tokens = lay_out(store, groups, layout).input_ids.size

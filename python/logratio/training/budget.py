@@ -64,8 +64,14 @@ def token_budget(given: int | None, model: str | Path, device: torch.device) -> 
     return TokenBudget(max(1, min(ceiling, fits)))
 
 
+TREE_AT_ONCE = 2**14
+"""Groups of which the first are tried for the next micro-batch of a tree."""
+
+
 class GroupQueue:
     """Groups that wait to be scored, the longest first: what does not fit shows at once.
+
+    In the tree layout those that share a beginning are neighbours, and short ones may come first.
 
     Attributes:
         groups: int64, in the order in which they are scored.
@@ -74,14 +80,16 @@ class GroupQueue:
 
     def __init__(self, store: Store, groups: np.ndarray, layout: str) -> None:
         """Queue `groups`, int64, for micro-batches in `layout`."""
+        self.position, self._store, self._layout = 0, store, layout
+        if layout == "tree":
+            self.groups = store.tree_order(groups)
+            return
         lengths = store.shared_lengths() if layout == "shared" else _padded_widths(store)
         lengths = lengths[groups].astype(np.int64)
         order = np.argsort(-lengths, kind="stable")
         self.groups, self._widths = groups[order], lengths[order]
         sizes = np.diff(store.completion_offsets())[self.groups]
-        self._shared = layout == "shared"
-        self._ends = np.cumsum(self._widths if self._shared else sizes)
-        self.position = 0
+        self._ends = np.cumsum(self._widths if layout == "shared" else sizes)
 
     def __len__(self) -> int:
         return len(self.groups) - self.position
@@ -89,9 +97,13 @@ class GroupQueue:
     def take(self, budget: int) -> np.ndarray:
         """Return the next groups that have `budget` tokens together, and one at least."""
         start = self.position
+        if self._layout == "tree":
+            waiting = self.groups[start : start + TREE_AT_ONCE]
+            self.position += self._store.tree_fit(waiting, budget)
+            return self.groups[start : self.position]
         before = self._ends[start - 1] if start else 0
         # The first row is the widest, and all rows are padded to it.
-        room = budget if self._shared else budget // self._widths[start]
+        room = budget if self._layout == "shared" else budget // self._widths[start]
         stop = int(np.searchsorted(self._ends, before + room, side="right"))
         self.position = max(start + 1, stop)
         return self.groups[start : self.position]

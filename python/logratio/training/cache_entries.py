@@ -8,14 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from logratio._rust import CacheReader, CacheWriter, PaddedLayout, SharedLayout, Store
+from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.cache.identity import FINGERPRINT_FILE
 from logratio.durable import write_whole
+from logratio.logps.tensors import Layout
 from logratio.training.fingerprint import Fingerprint
 from logratio.training.journals import Journals
 from logratio.training.reference import cache_folder, open_folder, sums_folder
-
-Layout = SharedLayout | PaddedLayout
 
 BLOCK_TOKENS = 2**16
 """Log-probs made durable together: 256 kB, at most a few seconds of work to lose."""

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from logratio._rust import CacheReader, PaddedLayout, SharedLayout, Store
+from logratio._rust import CacheReader, Store
 from logratio.data import source_names
 from logratio.errors import LogratioError
-from logratio.logps.tensors import Batch, TargetTokens, onto
+from logratio.logps.tensors import Batch, Layout, TargetTokens, onto
 from logratio.training import dates
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import model_fingerprint
@@ -123,7 +123,7 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
 
 
-def check_possible(logps: np.ndarray, store: Store, layout: SharedLayout | PaddedLayout) -> None:
+def check_possible(logps: np.ndarray, store: Store, layout: Layout) -> None:
     """Refuse log-probs, float32 `[S]`, that no model can mean, before they are written.
 
     Raises:

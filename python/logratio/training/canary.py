@@ -134,7 +134,7 @@ def recheck(
 
     Args:
         sample: groups, as `sample_rows` and `sample_groups` pick them.
-        layout: "shared" or "padded".
+        layout: "shared", "tree" or "padded".
         device: where `scorer` wants its batches.
         scorer: the model that should be the reference: a batch to float32 `[S]`.
         stored: what should be that model's log-probs; a cache is looked up for the sample.

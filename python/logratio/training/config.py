@@ -71,6 +71,9 @@ class TrainConfig:
             "auto", the share of them that would not fit; "off", none; "all". Changes no result.
         offload_activations: keep activations in host memory until the backward pass: two copies
             over the bus a micro-batch, which the GPU waits for. Changes no result.
+        share_beginnings: compute what groups of an update begin with alike once, not once a group:
+            for system prompts, and conversations with several rated turns. Changes no result beyond
+            rounding; `logratio data report` says what it saves.
         compile_layers: "on" compiles the decoder layers (torch.compile), for any width: up to a
             minute at the start; results move by rounding. "auto" times the first micro-batches both
             ways, and compiles where that is faster and the run is long enough. True and False are
@@ -115,6 +118,7 @@ class TrainConfig:
     token_budget: int | None = None
     activation_checkpointing: ActivationCheckpointing = "auto"
     offload_activations: bool = False
+    share_beginnings: bool = False
     compile_layers: Compile | bool = "off"
     precision: Precision | None = None
     optimizer: OptimizerName = "adamw"
@@ -145,6 +149,7 @@ class PrecomputeConfig:
         data: as in `TrainConfig`; any mixture of inputs.
         cache: root of the cache; every reference has a folder of its own in it.
         token_budget: tokens computed at a time; the largest that fits and pays where None.
+        share_beginnings: as in `TrainConfig`, over all groups of this process.
         sums_only: store one sum a completion, over the tokens that count, instead of all tokens.
         share: "2/4": score the second quarter of the groups, by content; all of them, or what
             torchrun gives this process, where None.
@@ -158,6 +163,7 @@ class PrecomputeConfig:
     data: Inputs
     cache: PathLike
     token_budget: int | None = None
+    share_beginnings: bool = False
     sums_only: bool = False
     share: str | None = None
     engine: Engine = "local"

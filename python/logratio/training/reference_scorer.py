@@ -8,9 +8,9 @@ import torch
 
 from logratio.cache.conditions import record_conditions
 from logratio.data import ahead, lay_out, source_names
-from logratio.logps.checks import choose_layout
+from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import score
-from logratio.logps.tensors import buffers_for, shape_for, to_torch
+from logratio.logps.tensors import Layout, buffers_for, shape_for, to_torch
 from logratio.progress import say
 from logratio.training.budget import (
     GroupQueue,
@@ -18,7 +18,7 @@ from logratio.training.budget import (
     is_out_of_memory,
     token_budget,
 )
-from logratio.training.cache_entries import Block, Layout, Taken, Work, entries_of
+from logratio.training.cache_entries import Block, Taken, Work, entries_of
 from logratio.training.cached import check_possible
 from logratio.training.config import PrecomputeConfig
 from logratio.training.journals import Journals
@@ -31,7 +31,7 @@ class ReferenceScorer:
 
     Attributes:
         block: what was scored, and what of it is not durable yet.
-        layout: "shared" or "padded", as the leak check allows.
+        layout: "tree", "shared" or "padded", as is asked for and the leak check allows.
         budget: tokens computed at a time; it learns from batches that do not fit.
     """
 
@@ -62,9 +62,10 @@ class ReferenceScorer:
             frozen=True,
         )
         with autocast(self._precision, device):
-            self.layout, reason = choose_layout(self.model)
-        if self.layout == "padded":
-            tell(f"padded layout (slower, never wrong): {reason}")
+            wanted = config.share_beginnings
+            self.layout, reason = choose_layout(self.model, share_beginnings=wanted)
+        if told := layout_note(self.layout, reason, share_beginnings=wanted):
+            tell(told)
         self.budget = token_budget(config.token_budget, config.model, device)
         self._buffers = buffers_for(device)
         self._check_hits(work, config.sums_only)

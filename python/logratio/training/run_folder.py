@@ -38,6 +38,7 @@ MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 _COMPARED = (
     *("loss", "label_smoothing", "gamma", "lr", "warmup", "max_grad_norm", "batch_size"),
     *("epochs", "optimizer", "compile_layers", "seed", "deterministic", "mix"),
+    "share_beginnings",
 )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention import shared_prompts
-from logratio.logps.checks import choose_layout
+from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
 from logratio.logps.completion import transformer
 from logratio.progress import say
 from logratio.training import dates, threads
@@ -28,6 +28,7 @@ from logratio.training.loop import Loop, SaveError
 from logratio.training.models import autocast, default_device, precision_note, precision_of
 from logratio.training.reference import (
     FrozenReference,
+    Reference,
     cache_folder,
     holds_sums_only,
     sums_folder,
@@ -219,6 +220,7 @@ class Training:
             config.data,
             str(config.cache),
             sums_only=self._has_sums_only,
+            share_beginnings=config.share_beginnings,
             read_mode=config.read_mode,
             precision=precision_of(config),
             device=config.device,
@@ -260,11 +262,7 @@ class Training:
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
         with autocast(precision_of(self.config), self.device), undisturbed(policy):
-            layout, reason = choose_layout(policy)
-            if layout == "shared" and isinstance(reference, FrozenReference):
-                layout, reason = choose_layout(reference.model)
-        if layout == "padded":
-            say(f"padded layout (slower, never wrong): {reason}")
+            layout = self._layout(policy, reference)
         loop = Loop(self.config, self.store, policy, reference, layout)
         with _attention(policy, layout), keeping(policy, self._kept(loop)):
             steps, history = loop.run(self.updates, self.show_progress)
@@ -272,6 +270,16 @@ class Training:
             self._save(loop, steps)
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         return TrainResult(output, steps, history)
+
+    def _layout(self, policy: nn.Module, reference: Reference | None) -> str:
+        """Return the layout that all models in memory can have; say so where it is slower."""
+        models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
+        wanted = self.config.share_beginnings
+        found = [choose_layout(model, share_beginnings=wanted) for model in models]
+        layout, reason = min(found, key=lambda one: LAYOUTS.index(one[0]))
+        if told := layout_note(layout, reason, share_beginnings=wanted):
+            say(told)
+        return layout
 
     def _save(self, loop: Loop, steps: int) -> None:
         """Save the model; where that fails, a checkpoint from which it can be saved later."""
@@ -299,4 +307,4 @@ class Training:
 
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
-    return shared_prompts(transformer(policy)) if layout == "shared" else nullcontext()
+    return nullcontext() if layout == "padded" else shared_prompts(transformer(policy))

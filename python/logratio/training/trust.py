@@ -43,7 +43,7 @@ def conditions(model: nn.Module, layout: str) -> dict[str, str]:
     is_cuda = inner.device.type == "cuda"
     return versions() | {
         "layout": layout,
-        "attention": NAME if layout == "shared" else str(inner.config._attn_implementation),
+        "attention": NAME if layout != "padded" else str(inner.config._attn_implementation),
         "device": torch.cuda.get_device_name(inner.device) if is_cuda else inner.device.type,
     }
 

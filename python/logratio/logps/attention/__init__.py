@@ -5,3 +5,4 @@ from logratio.logps.attention.interface import SharedPromptError as SharedPrompt
 from logratio.logps.attention.interface import shared_prompts as shared_prompts
 from logratio.logps.attention.kernels import use_kernel as use_kernel
 from logratio.logps.attention.segments import SharedPrompt as SharedPrompt
+from logratio.logps.attention.tree import SharedTree as SharedTree

@@ -17,11 +17,16 @@ from logratio.logps.attention.merged import merging_pays
 from logratio.logps.attention.one_call import attend_in_one_call
 from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.segments import SharedPrompt
+from logratio.logps.attention.tree import SharedTree
 from logratio.logps.attention.trial import failure
 
 
 def attend_fused(
-    query: Tensor, key: Tensor, value: Tensor, shared_prompt: SharedPrompt, scoring: Scoring
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_prompt: SharedPrompt | SharedTree,
+    scoring: Scoring,
 ) -> Tensor | None:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 

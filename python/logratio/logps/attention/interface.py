@@ -18,6 +18,7 @@ from logratio.logps.attention.fused import attend_fused
 from logratio.logps.attention.kernels import KernelError
 from logratio.logps.attention.sdpa import Scoring, attend
 from logratio.logps.attention.segments import SharedPrompt
+from logratio.logps.attention.tree import SharedTree, attend_tree
 
 NAME = "logratio_shared_prompt"
 HARMLESS = ("position_ids", "cache_position")
@@ -35,7 +36,7 @@ def shared_prompt_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompt: SharedPrompt | None = None,
+    shared_prompt: SharedPrompt | SharedTree | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,12 +59,17 @@ def shared_prompt_attention(
         out = attend_fused(query, key, value, shared_prompt, scoring)
     except KernelError as error:
         raise SharedPromptError(str(error)) from error
-    if out is None:
-        out = attend(query, key, value, shared_prompt, scoring)
-    return out, None
+    if out is not None:
+        return out, None
+    if isinstance(shared_prompt, SharedTree):
+        return attend_tree(query, key, value, shared_prompt, scoring), None
+    return attend(query, key, value, shared_prompt, scoring), None
 
 
-def _refuse_unknown(shared_prompt: SharedPrompt | None, options: dict[str, Any]) -> None:
+def _refuse_unknown(
+    shared_prompt: SharedPrompt | SharedTree | None,
+    options: dict[str, Any],
+) -> None:
     if shared_prompt is None:
         raise SharedPromptError("the model does not pass keywords on to its attention")
     for name, value in options.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
-from logratio.logps.attention.calls import Call, Moves
+from logratio.logps.attention.calls import Moves
 from logratio.logps.attention.segments import SharedPrompt
 
 
@@ -48,13 +48,12 @@ def attend(
         query, key, value = (_in_rows(x, plan.moves) for x in (query, key, value))
     queries = query.split([call.queries for call in plan.calls], dim=2)
     keys, values = key.split(plan.blocks, dim=2), value.split(plan.blocks, dim=2)
-    run = _torch_call if scoring.is_plain else _own_call
     out = []
     for call, q in zip(plan.calls, queries, strict=True):
         q, k, v = (_rows(x, call.rows) for x in (q, keys[call.block], values[call.block]))
         if call.keys < k.shape[2]:
             k, v = k[:, :, : call.keys], v[:, :, : call.keys]
-        out.append(_one_row(run(q, k, v, call, scoring)))
+        out.append(_one_row(attend_call(q, k, v, call.mask, scoring)))
     attended = torch.cat(out, dim=2).transpose(1, 2)
     # Both are views of a tensor without the first axis: compiled layers guard on that.
     if plan.moves is None:
@@ -63,7 +62,16 @@ def attend(
     return tokens[None]
 
 
-def _torch_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scoring: Scoring) -> Tensor:
+def attend_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Attend in one call: queries `[B, H, Lq, D]`, keys and values `[B, Hk, Lk, D]`.
+
+    The mask is `[B, 1, Lq, Lk]`, added to the scores; None: plain causal attention, which a scoring
+    that is not plain never asks for.
+    """
+    return (_torch_call if scoring.is_plain else _own_call)(q, k, v, mask, scoring)
+
+
+def _torch_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         k, v, options = _for_each_head(q, k, v)
@@ -71,9 +79,9 @@ def _torch_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scoring: Scoring) -
         q,
         k,
         v,
-        call.mask,
+        mask,
         dropout_p=scoring.dropout,
-        is_causal=call.mask is None,
+        is_causal=mask is None,
         scale=scoring.scaling,
         **options,
     )
@@ -90,9 +98,9 @@ def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dic
     return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1), {}
 
 
-def _own_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scoring: Scoring) -> Tensor:
+def _own_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     """Attend with scores that torch has no kernel for, softmax in float32 or wider."""
-    assert call.mask is not None
+    assert mask is not None
     rows, heads, length, depth = q.shape
     shape = (rows, k.shape[1], heads // k.shape[1], length)
     scale = depth**-0.5 if scoring.scaling is None else scoring.scaling
@@ -100,7 +108,7 @@ def _own_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scoring: Scoring) -> 
     scores = q.reshape(rows, k.shape[1], -1, depth) @ k.transpose(2, 3) * scale
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    scores = scores.view(*shape, -1) + call.mask[:, :, None]
+    scores = scores.view(*shape, -1) + mask[:, :, None]
     weights = _softmax(scores, scoring.sinks).to(v.dtype)
     weights = drop(weights, scoring.dropout, training=scoring.dropout > 0)
     return (weights.flatten(2, 3) @ v).reshape(rows, heads, length, -1)
