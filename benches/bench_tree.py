@@ -1,14 +1,14 @@
 """Beginnings shared across groups beside prompts shared in groups: tokens, and time of an update.
 
-    python benches/bench_tree.py [--model small] [--rounds 5] [--threads 2] [--shapes system …]
+    python benches/bench_tree.py [--model narrow] [--rounds 3] [--pairs 32] [--shapes system …]
 
 The same updates of the same drawn pairs in both layouts, in turns (A B B A …) in one process: the
 log-probs, a DPO-like loss and its gradients, and a pass without gradients in the order of
 `precompute`. Before anything is timed the log-probs of both must agree. One row a shape goes to
-results/tree.jsonl. Shapes, 256 pairs each:
+results/tree.jsonl. Seconds are CPU time of one thread, which a busy machine does not move. Shapes:
 
 - system: one system prompt of 500 tokens, then a question of 60 and two answers of 120 tokens;
-- turns: 64 conversations of 4 rated turns, a question of 40 and two answers of 100 tokens each;
+- turns: conversations of 4 rated turns, a question of 40 and two answers of 100 tokens each;
 - apart: a prompt of 150 and two answers of 80 tokens, nothing in common (what asking for it costs).
 """
 
@@ -17,17 +17,16 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from datetime import date
-from itertools import chain
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
 from step_models import MODELS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import Feed, FeedSettings, lay_out
@@ -36,26 +35,35 @@ from logratio.logps.completion import completion_logps, completion_loss, transfo
 from logratio.logps.tensors import Batch, Part, to_torch
 from logratio.training.budget import GroupQueue
 
-PAIRS = 256
-UPDATE = 32
+UPDATE = 16
 LAYOUTS = ("shared", "tree")
 RESULTS = Path(__file__).parent / "results" / "tree.jsonl"
+
+NARROW = LlamaConfig(
+    num_hidden_layers=4,
+    hidden_size=192,
+    intermediate_size=512,
+    num_attention_heads=6,
+    vocab_size=4096,
+    max_position_embeddings=1024,
+)
+"""The size of a story model: an update takes seconds."""
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
 Drawn = Callable[[int], np.ndarray]
 """From a number of tokens to their ids."""
 
 
-def system(ids: Drawn) -> Iterator[Pair]:
+def system(ids: Drawn, pairs: int) -> Iterator[Pair]:
     """Yield questions below one system prompt."""
     start = ids(500)
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         yield np.concatenate([start, ids(60)]), ids(120), ids(120)
 
 
-def turns(ids: Drawn) -> Iterator[Pair]:
+def turns(ids: Drawn, pairs: int) -> Iterator[Pair]:
     """Yield the turns of conversations that go on with the chosen answer."""
-    for _ in range(PAIRS // 4):
+    for _ in range(pairs // 4):
         prompt = ids(0)
         for _ in range(4):
             prompt = np.concatenate([prompt, ids(40)])
@@ -64,25 +72,28 @@ def turns(ids: Drawn) -> Iterator[Pair]:
             prompt = np.concatenate([prompt, chosen])
 
 
-def apart(ids: Drawn) -> Iterator[Pair]:
+def apart(ids: Drawn, pairs: int) -> Iterator[Pair]:
     """Yield pairs that have nothing in common."""
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         yield ids(150), ids(80), ids(80)
 
 
-SHAPES: dict[str, Callable[[Drawn], Iterator[Pair]]] = {
+SHAPES: dict[str, Callable[[Drawn, int], Iterator[Pair]]] = {
     "system": system,
     "turns": turns,
     "apart": apart,
 }
 
 
-def store_of(shape: str, vocabulary: int) -> Store:
+def store_of(shape: str, vocabulary: int, count: int) -> Store:
     """Draw the pairs of a shape."""
     random = np.random.default_rng(0)
     writer = StoreWriter()
-    pairs = SHAPES[shape](lambda length: random.integers(0, vocabulary, length).astype(np.int32))
-    for line, (prompt, chosen, rejected) in enumerate(pairs):
+
+    def ids(length: int) -> np.ndarray:
+        return random.integers(0, vocabulary, length).astype(np.int32)
+
+    for line, (prompt, chosen, rejected) in enumerate(SHAPES[shape](ids, count)):
         answers = np.concatenate([chosen, rejected])
         lengths = np.array([len(chosen), len(rejected)], np.uint32)
         mask, roles = np.ones(len(answers), np.uint8), np.array([0, 1], np.uint8)
@@ -119,19 +130,19 @@ def _share(logps: Tensor, part: Part) -> Tensor:
 def train(model: nn.Module, batches: list[Batch]) -> float:
     """Do an update's passes; return the seconds."""
     model.zero_grad(set_to_none=True)
-    start = perf_counter()
+    start = process_time()
     for batch in batches:
         completion_loss(model, batch, _share).backward()
-    return perf_counter() - start
+    return process_time() - start
 
 
 @torch.no_grad()
 def score(model: nn.Module, batches: list[Batch]) -> float:
     """Score batches; return the seconds."""
-    start = perf_counter()
+    start = process_time()
     for batch in batches:
         completion_logps(model, batch)
-    return perf_counter() - start
+    return process_time() - start
 
 
 @torch.no_grad()
@@ -161,18 +172,18 @@ def tokens(batches: list[Batch]) -> int:
 
 
 def measure(model: nn.Module, store: Store, rounds: int, budget: int, order: str) -> dict[str, Any]:
-    """Time two updates, and one pass over everything."""
-    trained = {layout: updates(store, layout, budget, order)[:2] for layout in LAYOUTS}
+    """Time one update, and one pass over everything."""
+    trained = {layout: updates(store, layout, budget, order)[0] for layout in LAYOUTS}
     passed = {layout: one_pass(store, layout, budget) for layout in LAYOUTS}
     sums = [by_row(model, passed[layout]) for layout in LAYOUTS]
     gap = max(abs(sums[0][row] - sums[1][row]) for row in sums[0])
     if gap > 1e-2:
         raise RuntimeError(f"the layouts differ by {gap} nats: not the same work")
-    step = in_turns(lambda layout: sum(train(model, one) for one in trained[layout]), rounds)
-    scoring = in_turns(lambda layout: score(model, passed[layout]), max(1, rounds // 2))
+    step = in_turns(lambda layout: train(model, trained[layout]), rounds)
+    scoring = in_turns(lambda layout: score(model, passed[layout]), rounds)
     row: dict[str, Any] = {"sums_differ": gap}
     for name, taken, batches in (
-        ("update", step, {layout: [*chain(*trained[layout])] for layout in LAYOUTS}),
+        ("update", step, trained),
         ("pass", scoring, passed),
     ):
         counts = [tokens(batches[layout]) for layout in LAYOUTS]
@@ -193,31 +204,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", default="small", choices=MODELS)
+    parser.add_argument("--model", default="narrow", choices=["narrow", *MODELS])
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES], choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--order", default="length_grouped", choices=["length_grouped", "shuffled"])
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = MODELS[options.model]()
+    config = NARROW if options.model == "narrow" else MODELS[options.model]()
     model = AutoModelForCausalLM.from_config(config).eval()
     with shared_prompts(transformer(model)), RESULTS.open("a") as results:
         for shape in options.shapes:
-            store = store_of(shape, config.vocab_size)
+            store = store_of(shape, config.vocab_size, options.pairs)
             row = {
                 "date": date.today().isoformat(),
                 "machine": platform.processor() or platform.machine(),
                 "torch": torch.__version__,
                 "shape": shape,
                 **vars(options),
-                "whole": int(store.tree_tokens(np.arange(PAIRS), np.array([0, PAIRS]))[0]),
+                "whole": int(
+                    store.tree_tokens(np.arange(len(store)), np.array([0, len(store)]))[0]
+                ),
                 **measure(model, store, options.rounds, options.budget, options.order),
             }
             del row["shapes"]
             results.write(json.dumps(row) + "\n")
+            results.flush()
             for name in ("update", "pass"):
                 part = row[name]
                 print(

@@ -1,0 +1,133 @@
+"""`share_beginnings` from end to end: fewer tokens, the same updates, the same numbers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import WORDS
+
+from logratio.logps.tensors import Layout
+from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
+from logratio.training.fingerprint import model_fingerprint
+from logratio.training.loop import Loop
+from logratio.training.reference import open_cache
+from logratio.training.reference_scorer import ReferenceScorer
+from logratio.training.setup import load_dataset
+from logratio.training.trainer import prepare
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    """Six conversations of three rated turns below one system prompt of twelve words."""
+    rows = []
+    for talk in range(6):
+        prompt = " ".join(WORDS[5 + i % 9] for i in range(12))
+        for turn in range(3):
+            prompt += f" {WORDS[5 + talk % 3]} {WORDS[8 + turn]}"
+            chosen = f" in the {WORDS[14 + talk % 3]} happy" + " happy" * (talk % 4)
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": " under a" + " sad" * 3})
+            prompt += chosen
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_training_takes_the_same_updates_with_fewer_tokens(
+    tiny_model: Path,
+    talks: Path,
+    tmp_path: Path,
+    budget: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apart = TrainConfig(
+        tiny_model,
+        [talks],
+        tmp_path / "apart",
+        lr=1e-3,
+        batch_size=9,
+        epochs=2,
+        token_budget=budget,
+    )
+    together = dataclasses.replace(apart, output=tmp_path / "together", share_beginnings=True)
+    seen: list[list[frozenset[int]]] = []
+    sizes: list[int] = []
+    update = Loop._update
+
+    def watched(self: Loop, step: int, updates: int, batches: object) -> object:
+        groups: list[int] = []
+
+        def each() -> object:
+            for micro in batches:  # type: ignore[attr-defined]
+                groups.extend(micro.layout.groups.tolist())
+                sizes.append(micro.layout.input_ids.size)
+                yield micro
+
+        done = update(self, step, updates, each())  # type: ignore[arg-type]
+        seen[-1].append(frozenset(groups))
+        return done
+
+    monkeypatch.setattr(Loop, "_update", watched)
+    history, computed = [], []
+    for config in (apart, together):
+        seen.append([])
+        sizes.clear()
+        history.append(train(config, show_progress=False).history)
+        computed.append(sum(sizes))
+        assert max(sizes) <= budget
+    assert seen[0] == seen[1]
+    assert computed[1] < computed[0] * 0.8
+    for one, other in zip(*history, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[name] == pytest.approx(other[name], abs=1e-4) for name in one)
+    first, second = (load_file(c.output / "model.safetensors") for c in (apart, together))
+    assert all(torch.allclose(first[name], second[name], atol=2e-4) for name in first)
+
+
+def test_precompute_scores_the_same_with_fewer_tokens(
+    tiny_model: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, tokens = [], [0, 0]
+    score = ReferenceScorer._logps
+
+    def counting(self: ReferenceScorer, arrays: Layout) -> np.ndarray:
+        tokens[self.layout == "tree"] += arrays.input_ids.size
+        return score(self, arrays)
+
+    monkeypatch.setattr(ReferenceScorer, "_logps", counting)
+    for share in (False, True):
+        config = PrecomputeConfig(
+            tiny_model, [talks], tmp_path / str(share), token_budget=256, share_beginnings=share
+        )
+        assert precompute(config, show_progress=False).new > 30
+        store = load_dataset(config.model, config.data, config.rules, show_progress=False).store
+        reader = open_cache(config.cache, model_fingerprint(config.model))
+        found.append(reader.read(reader.join(store.keys()))[1])
+    assert np.abs(found[0] - found[1]).max() <= 1e-5
+    assert 0 < tokens[True] < tokens[False] * 0.6
+
+
+def test_a_run_is_resumed_only_as_it_began(tiny_model: Path, talks: Path, tmp_path: Path) -> None:
+    """Sums in another order round otherwise: `--resume` goes on bit for bit, or not at all."""
+    config = TrainConfig(tiny_model, [talks], tmp_path / "out", lr=1e-3, share_beginnings=True)
+    train(config, show_progress=False)
+    with pytest.raises(FileExistsError, match="share_beginnings"):
+        prepare(dataclasses.replace(config, share_beginnings=False), show_progress=False)
+
+
+def test_a_model_that_cannot_share_beginnings_says_so(
+    tiny_model: Path,
+    talks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("logratio.logps.checks.check_tree", lambda _: "it must not")
+    config = PrecomputeConfig(tiny_model, [talks], tmp_path / "cache", share_beginnings=True)
+    assert precompute(config, show_progress=False).new > 30
+    told = capsys.readouterr()
+    assert "within groups, not across them: it must not" in told.out + told.err
