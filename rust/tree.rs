@@ -22,12 +22,16 @@
 use std::cmp::Ordering;
 
 use crate::{
-    Result,
+    Error, Result,
+    similar::{in_parallel, threads},
     store::{Store, StoredGroup},
 };
 
 /// Tokens at the beginning in which prompts must agree for their groups to share.
 pub const LEAST: usize = 8;
+
+/// Threads that count.
+const THREADS: usize = 8;
 
 /// A prompt with one completion, in the order of the tree.
 #[derive(Clone, Copy, Debug)]
@@ -167,30 +171,40 @@ fn tokens(sequences: &[Sequence<'_>]) -> u64 {
 ///
 /// `groups` are the lists end to end; `offsets` where each begins, and their end: `[B+1]`, rising.
 pub fn count(store: &Store, groups: &[i64], offsets: &[i64]) -> Result<Vec<u64>> {
-    let lists = offsets.windows(2).map(|pair| {
-        let list = groups.get(pair[0] as usize..pair[1] as usize);
-        let reason = || crate::Error::Invalid(format!("the offsets {pair:?} are impossible"));
-        let mut sequences = Vec::new();
-        for (number, &group) in list.ok_or_else(reason)?.iter().enumerate() {
-            sequences.extend(Sequence::all(store.group(group)?, number));
-        }
-        Ok(tokens(&sequences))
+    let lists: Vec<&[i64]> = offsets.windows(2).collect();
+    let share = lists.len().div_ceil(threads(THREADS)).max(1);
+    let parts = in_parallel(lists.chunks(share).collect(), |lists: &[&[i64]]| {
+        let counts = lists.iter().map(|pair| {
+            let list = groups.get(pair[0] as usize..pair[1] as usize);
+            let reason = || Error::Invalid(format!("the offsets {pair:?} are impossible"));
+            Ok(tokens(&sequences(store, list.ok_or_else(reason)?)?))
+        });
+        counts.collect::<Result<Vec<u64>>>()
     });
-    lists.collect()
+    Ok(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())
+}
+
+/// Every sequence of some groups.
+fn sequences<'a>(store: &'a Store, groups: &[i64]) -> Result<Vec<Sequence<'a>>> {
+    let mut sequences = Vec::new();
+    for (number, &group) in groups.iter().enumerate() {
+        sequences.extend(Sequence::all(store.group(group)?, number));
+    }
+    Ok(sequences)
 }
 
 /// Groups in the order of their prompts in the tree: those that share a beginning are neighbours.
 ///
 /// What has the same prompt, or shares with none, keeps its order.
 pub fn order(store: &Store, groups: &[i64]) -> Result<Vec<i64>> {
-    let prompt = |(number, &group)| Ok((Sequence::prompt(store.group(group)?, number), number));
-    let mut prompts: Vec<_> = groups
+    let prompt = |(number, &group)| Ok(Sequence::prompt(store.group(group)?, number));
+    let prompts: Vec<_> = groups
         .iter()
         .enumerate()
         .map(prompt)
         .collect::<Result<_>>()?;
-    prompts.sort_unstable_by(|one, other| one.0.order(other.0, 0).then(one.1.cmp(&other.1)));
-    Ok(prompts.into_iter().map(|(_, at)| groups[at]).collect())
+    let order = sorted(&prompts).into_iter();
+    Ok(order.map(|number| groups[number as usize]).collect())
 }
 
 /// A tree that grows group by group.

@@ -53,7 +53,7 @@ class Sharing:
 def sharing(store: Store) -> Sharing | None:
     """Count what sharing beginnings saves; None for an empty store.
 
-    Takes about 100 bytes a completion and some seconds a million.
+    Takes about 100 bytes a completion, and 10 to 20 seconds of one core a million pairs.
     """
     if not len(store):
         return None
