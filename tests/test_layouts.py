@@ -105,7 +105,7 @@ def test_an_array_that_was_not_laid_out_is_named() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"layout": "packed"}, "shared or padded"),
+        ({"layout": "packed"}, "shared, tree or padded"),
         ({"layout": "padded", "side": "middle"}, "left or right"),
         ({"width": 3}, "does not fit in a width of 3"),
         ({"multiple_of": 0}, "multiple_of must be at least 1"),
