@@ -188,12 +188,12 @@ def _tree_crosstalk(model: nn.Module, groups: list[Group]) -> float:
     assert isinstance(batch, TreeBatch)
     cuts = batch.targets.completion_offsets.tolist()
     ends = batch.targets.logit_index[[cut - 1 for cut in cuts[1:]]].tolist()
-    worst = [0.0]
+    worst = [torch.zeros(())]
     for gradient, end in zip(_token_gradients(model, batch, cuts), ends, strict=False):
         outside = torch.ones(len(gradient), dtype=torch.bool)
         outside[torch.from_numpy(batch.path(end))] = False
-        worst.append(float(gradient.cpu()[outside].abs().max()))
-    return max(worst)
+        worst.append(gradient.cpu()[outside].abs().max())
+    return float(torch.stack(worst).max())  # NaN too
 
 
 def _probe_tree(model: nn.Module) -> list[Group]:
