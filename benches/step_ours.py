@@ -20,8 +20,9 @@ from step_patches import LOOP, PATCHES, TRAINER, check_used, replace
 from step_record import Ids, Pair, Recorder, Spec
 from torch import nn
 
-from logratio._rust import PaddedLayout, SharedLayout
+from logratio._rust import SharedLayout
 from logratio.data import FeedSettings, MicroBatch
+from logratio.logps.tensors import Layout
 from logratio.training import TrainConfig
 from logratio.training.config import Precision
 from logratio.training.trainer import prepare
@@ -31,7 +32,7 @@ class AllUpdatesDone(Exception):  # noqa: N818
     """Ends the run where the measurement ends."""
 
 
-def pairs_of(layout: SharedLayout | PaddedLayout) -> Callable[[], list[Pair]]:
+def pairs_of(layout: Layout) -> Callable[[], list[Pair]]:
     """Copy what a micro-batch feeds, and return what reads the pairs out of it later."""
     prompts, sides = layout.prompt_lengths.tolist(), layout.completion_lengths.reshape(-1, 2)
     ids, is_shared = layout.input_ids.copy(), isinstance(layout, SharedLayout)

@@ -89,7 +89,7 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
     for one, other in zip(*history, strict=True):
         assert one.keys() == other.keys()
         assert all(one[name] == pytest.approx(other[name], abs=1e-4) for name in one)
-    first, second = (load_file(c.output / "model.safetensors") for c in (apart, together))
+    first, second = (load_file(Path(c.output) / "model.safetensors") for c in (apart, together))
     assert all(torch.allclose(first[name], second[name], atol=2e-4) for name in first)
 
 

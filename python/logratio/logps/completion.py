@@ -86,8 +86,9 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
             raise SharedPromptError("it numbers the tokens of a row itself, and takes no positions")
         if model.config._attn_implementation != NAME:
             raise SharedPromptError("a shared batch needs the model inside shared_prompts(model)")
-        is_tree = isinstance(batch, TreeBatch)
-        inputs["shared_prompt"] = SharedTree(batch) if is_tree else SharedPrompt(batch)
+        inputs["shared_prompt"] = (
+            SharedTree(batch) if isinstance(batch, TreeBatch) else SharedPrompt(batch)
+        )
         inputs["position_ids"] = batch.position_ids
         # Without a mask, transformers reads positions to see whether sequences lie end to end.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
