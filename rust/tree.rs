@@ -175,13 +175,18 @@ pub fn count(store: &Store, groups: &[i64], offsets: &[i64]) -> Result<Vec<u64>>
     let share = lists.len().div_ceil(threads(THREADS)).max(1);
     let parts = in_parallel(lists.chunks(share).collect(), |lists: &[&[i64]]| {
         let counts = lists.iter().map(|pair| {
-            let list = groups.get(pair[0] as usize..pair[1] as usize);
+            let list = groups.get(index(pair[0])..index(pair[1]));
             let reason = || Error::Invalid(format!("the offsets {pair:?} are impossible"));
             Ok(tokens(&sequences(store, list.ok_or_else(reason)?)?))
         });
         counts.collect::<Result<Vec<u64>>>()
     });
     Ok(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())
+}
+
+/// An offset as an index; one below 0 is beyond every list.
+fn index(offset: i64) -> usize {
+    offset.cast_unsigned() as usize
 }
 
 /// Every sequence of some groups.
@@ -272,21 +277,20 @@ pub fn bundles(store: &Store, groups: &[i64], budget: u64) -> Result<Vec<Bundle>
         let prompt = Sequence::prompt(group, number);
         let is_near = before.is_some_and(|before| prompt.shared(before) > 0);
         tree.add(group);
-        if !is_near || tree.tokens > budget {
-            tree = Tree::default();
-            tree.add(group);
-            bundles.push(Bundle {
-                groups: 0,
-                tokens: 0,
-            });
+        match bundles.last_mut() {
+            Some(bundle) if is_near && tree.tokens <= budget => {
+                bundle.groups += 1;
+                bundle.tokens = tree.tokens;
+            }
+            _ => {
+                tree = Tree::default();
+                tree.add(group);
+                bundles.push(Bundle {
+                    groups: 1,
+                    tokens: tree.tokens,
+                });
+            }
         }
-        let bundle = bundles
-            .last_mut()
-            .expect("the first group shares with none");
-        *bundle = Bundle {
-            groups: bundle.groups + 1,
-            tokens: tree.tokens,
-        };
         before = Some(prompt);
     }
     Ok(bundles)

@@ -42,7 +42,9 @@ fn related() -> impl Strategy<Value = Vec<Sample>> {
 }
 
 /// What a group may share with: others whose prompts begin alike, or nobody.
-fn class(sample: &Sample, number: usize) -> (usize, Vec<i32>) {
+type Class = (usize, Vec<i32>);
+
+fn class(sample: &Sample, number: usize) -> Class {
     match sample.prompt.get(..tree::LEAST) {
         Some(start) => (usize::MAX, start.to_vec()),
         None => (number, Vec::new()),
@@ -50,7 +52,7 @@ fn class(sample: &Sample, number: usize) -> (usize, Vec<i32>) {
 }
 
 /// Every distinct beginning of the sequences of some groups.
-fn prefixes(samples: &[Sample], groups: &[i64]) -> BTreeSet<((usize, Vec<i32>), Vec<i32>)> {
+fn prefixes(samples: &[Sample], groups: &[i64]) -> BTreeSet<(Class, Vec<i32>)> {
     let mut found = BTreeSet::new();
     for (number, &group) in groups.iter().enumerate() {
         let sample = &samples[group as usize];

@@ -146,7 +146,8 @@ impl<'a> Packer<'a> {
         self.share.clear();
         self.items.clear();
         for (Reverse(tokens), groups) in bundles {
-            self.share.extend(groups.iter().map(|&group| group as u32));
+            self.share
+                .extend(groups.iter().map(|group| group.cast_unsigned() as u32));
             self.items.push((groups.len() as u32, tokens));
         }
         Ok(())
