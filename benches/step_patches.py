@@ -67,7 +67,7 @@ def _with_logps(name: str, logps: Logps) -> None:
 
 def separate_rows() -> None:
     """Two padded rows a pair, of our own collator, in place of shared prompts."""
-    choice = _noted("separate_rows", lambda policy: ("padded", "the bench asks for it"))
+    choice = _noted("separate_rows", lambda *_, **__: ("padded", "the bench asks for it"))
     replace(TRAINER, "choose_layout", choice)
 
 

@@ -178,7 +178,7 @@ def test_a_loss_curve_lies_within_the_spread_of_padded_reruns(
             return policy
 
         monkeypatch.setattr(trainer_module, "build_policy", build)
-        monkeypatch.setattr(trainer_module, "choose_layout", lambda _: (layout, "asked for"))
+        monkeypatch.setattr(trainer_module, "choose_layout", lambda *_, **__: (layout, "asked for"))
         changed = dataclasses.replace(config, precision=precision, overwrite=True, **changes)
         return np.array([row["loss"] for row in train(changed, show_progress=False).history])
 

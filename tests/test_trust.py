@@ -173,7 +173,7 @@ def test_both_layouts_are_within_the_bounds(
 ) -> None:
     config = with_(config, precision=precision)
     with monkeypatch.context() as patch:
-        patch.setattr(scorer_module, "choose_layout", lambda _: ("padded", "asked for"))
+        patch.setattr(scorer_module, "choose_layout", lambda *_, **__: ("padded", "asked for"))
         cache = fill(config)
     (path,) = cache.glob("*/conditions-*.json")
     assert json.loads(path.read_text())["layout"] == "padded"
