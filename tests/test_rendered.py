@@ -109,6 +109,24 @@ def test_a_row_that_was_rendered_is_refused_with_what_to_do(
         build_store(path, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "is_foreign"),
+    [
+        ("<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>", True),
+        ("[INST] hi [/INST]", True),
+        ("<start_of_turn>user\nhi<end_of_turn>", True),
+        *((text, False) for text in ORDINARY if text.strip()),
+    ],
+)
+def test_markers_of_another_template_are_counted(
+    tmp_path: Path, tokenizer: PreferenceTokenizer, prompt: str, is_foreign: bool
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"input": prompt, "chosen": "Hello!", "rejected": "No."}) + "\n")
+    _, report = build_store(path, tokenizer)
+    assert ("W523" in report.warnings_by_code) == is_foreign
+
+
 def test_the_advice_works(
     tmp_path: Path, tokenizer: PreferenceTokenizer, run: Callable[..., tuple[int, str, str]]
 ) -> None:

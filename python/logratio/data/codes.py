@@ -76,6 +76,7 @@ CODES: dict[str, str] = {
     "W519": "part of the data went through the chat template, and part did not",
     "W520": "the answer follows the prompt without white space",
     "W522": "a chat that was written as text, read as a chat (else: --strings text)",
+    "W523": "a message that holds the markers of another chat template",
     "W525": "a list that another score could rank",
     "W530": "a pair or an answer of a list was left out",
 }
@@ -153,6 +154,7 @@ CURES: dict[str, str] = {
     "W519": "Use `--chat`, or put text and chats into separate runs.",
     "W520": "Begin answers with a space or a line break, if the prompt does not end with one.",
     "W522": "Nothing to do; `--strings text` keeps the strings as text.",
+    "W523": "Look for prompts that were rendered for another model; give the messages instead.",
     "W525": "Choose with `--score NAME`.",
     "W530": "See the codes counted beside it for the reason.",
 }

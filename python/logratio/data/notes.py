@@ -6,6 +6,12 @@ from tokenizers import Tokenizer
 
 from logratio.data.records import PreferenceRecord
 
+_HEADERS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[/?INST\]|<\|START_OF_TURN_TOKEN\|>"
+    r"|<\|(?:user|assistant|system|User|Assistant)\|>|<\uff5c(?:User|Assistant)\uff5c>"
+)
+"""What the usual chat templates write before a turn."""
+
 
 def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> list[str]:
     """Name what is odd about a record's text.
@@ -15,7 +21,7 @@ def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> lis
         spelled: Matches special tokens; see `special_pattern`.
 
     Returns:
-        W501, W504, W505 as they apply.
+        W501, W504, W505, W523 as they apply.
     """
     texts = list(record.texts())
     notes = []
@@ -25,6 +31,8 @@ def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> lis
         notes.append("W504")
     if any("\0" in text for text in texts):
         notes.append("W505")
+    if record.is_chat and any(map(_HEADERS.search, texts)):
+        notes.append("W523")
     return notes
 
 
