@@ -293,6 +293,7 @@ class Loop:
         if at is None:
             say(f"{folder}: no checkpoint yet, so the run begins at its beginning")
             return 0
+        say(f"{folder}: goes on after update {at.step:,}")
         return at.step
 
 

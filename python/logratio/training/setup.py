@@ -178,11 +178,14 @@ def check_config(config: TrainConfig) -> None:
     """
     if config.loss not in LOSSES:
         raise ConfigError(f"loss {config.loss!r} is unknown; there are {', '.join(LOSSES)}")
-    counts = (config.batch_size, config.epochs, config.token_budget)
-    if any(count is not None and count < 1 for count in counts):
-        raise ConfigError("batch_size, epochs and token_budget must be at least 1")
-    if not (math.isfinite(config.lr) and config.lr > 0 and 0 <= config.warmup < 1):
-        raise ConfigError("lr must be above 0 and warmup in [0, 1)")
+    for name in ("batch_size", "epochs", "token_budget"):
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+    if not (math.isfinite(config.lr) and config.lr > 0):
+        raise ConfigError(f"lr must be above 0, not {config.lr}")
+    if not 0 <= config.warmup < 1:
+        raise ConfigError(f"warmup is a share of the updates, in [0, 1), not {config.warmup}")
     if not (math.isfinite(config.max_grad_norm) and config.max_grad_norm > 0):
         raise ConfigError("max_grad_norm must be above 0: a gradient is scaled down to it")
     if not (math.isfinite(beta_of(config)) and beta_of(config) > 0):
