@@ -178,14 +178,7 @@ def check_config(config: TrainConfig) -> None:
     """
     if config.loss not in LOSSES:
         raise ConfigError(f"loss {config.loss!r} is unknown; there are {', '.join(LOSSES)}")
-    for name in ("batch_size", "epochs", "token_budget"):
-        count = getattr(config, name)
-        if count is not None and count < 1:
-            raise ConfigError(f"{name} must be at least 1, not {count}")
-    if not (math.isfinite(config.lr) and config.lr > 0):
-        raise ConfigError(f"lr must be above 0, not {config.lr}")
-    if not 0 <= config.warmup < 1:
-        raise ConfigError(f"warmup is a share of the updates, in [0, 1), not {config.warmup}")
+    _check_ranges(config)
     if not (math.isfinite(config.max_grad_norm) and config.max_grad_norm > 0):
         raise ConfigError("max_grad_norm must be above 0: a gradient is scaled down to it")
     if not (math.isfinite(beta_of(config)) and beta_of(config) > 0):
@@ -205,6 +198,18 @@ def check_config(config: TrainConfig) -> None:
     if config.lora:
         check_lora_targets(config.lora, config.model)
     check_writable(Path(config.output))
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    """Refuse numbers that are out of range, each by its name."""
+    for name in ("batch_size", "epochs", "token_budget"):
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+    if not (math.isfinite(config.lr) and config.lr > 0):
+        raise ConfigError(f"lr must be above 0, not {config.lr}")
+    if not 0 <= config.warmup < 1:
+        raise ConfigError(f"warmup is a share of the updates, in [0, 1), not {config.warmup}")
 
 
 def _check_options(config: TrainConfig) -> None:
