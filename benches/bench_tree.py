@@ -1,4 +1,4 @@
-"""Beginnings shared across groups beside prompts shared in groups: tokens, and time of an update.
+"""Beginnings shared across groups, against prompts shared in groups: tokens, and time of an update.
 
     python benches/bench_tree.py [--model narrow] [--rounds 3] [--pairs 32] [--shapes system …]
 

@@ -74,7 +74,7 @@ class Family:
 
 
 CROSSTALK = r"state runs through"
-OWN_ATTENTION = "code of its own"
+OWN_ATTENTION = "custom code"
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", SIZES),

@@ -8,33 +8,23 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from tokenizers_for_tests import SENTENCES, SPECIAL, byte_level, save, whole_text, word_level
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers_for_tests import (
+    SENTENCES,
+    SPECIAL,
+    byte_level,
+    save,
+    unigram,
+    whole_text,
+    word_level,
+    word_piece,
+)
 
 from logratio.data import DataReport, PreferenceTokenizer, TokenizationRules, build_store
 from logratio.data.analysis import analyse
 from logratio.data.plain import _view, touch, touching
 
 UNKNOWN = 0
-
-
-def word_piece() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return tokenizer
-
-
-def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return tokenizer
 
 
 def bytes_without_an_alphabet() -> Tokenizer:

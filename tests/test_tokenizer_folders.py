@@ -11,11 +11,19 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
-    normalizers,
     pre_tokenizers,
     trainers,
 )
-from tokenizers_for_tests import SENTENCES, SPECIAL, byte_level, save, whole_text, with_bos
+from tokenizers_for_tests import (
+    SENTENCES,
+    SPECIAL,
+    byte_level,
+    save,
+    unigram,
+    whole_text,
+    with_bos,
+    word_piece,
+)
 from tokenizers_for_tests import word_level as words
 from transformers import AutoTokenizer
 
@@ -33,28 +41,6 @@ TEXTS = (
     "dogs<turn>  ",
     "\n\nwhat\t is  it",
 )
-
-
-def word_piece() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return tokenizer
-
-
-def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return tokenizer
 
 
 def metaspace() -> Tokenizer:

@@ -71,7 +71,8 @@ def test_an_id_beyond_the_embedding_is_refused(
 def test_ids_that_the_data_does_not_use_are_no_matter(
     command: str, larger: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    COMMANDS[command](larger, pairs_file, tmp_path / "out")
+    ready = COMMANDS[command](larger, pairs_file, tmp_path / "out")
+    assert len(ready.dataset.store) == ready.dataset.report.read == 16
 
 
 def test_export_refuses_it_too(larger: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 //! Sequences (a prompt with a completion) are walked in lexicographic order, and each adds what no
 //! earlier one had: its run. So the row is the tree in depth-first order, and the tokens that a run
 //! sees before its own are a part of the sequence before it. A token is predicted at the place of the
-//! token before it, wherever that lies.
+//! token before it, wherever that is.
 
 use std::ops::Range;
 

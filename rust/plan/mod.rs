@@ -48,7 +48,7 @@ pub struct Request<'a> {
     pub epoch: u64,
     /// Groups of one update, over all ranks.
     pub groups_per_update: usize,
-    /// The most tokens a micro-batch may hold; a single group above it stands alone.
+    /// The most tokens a micro-batch may hold; a larger group has one for itself.
     pub token_budget: usize,
     /// What a micro-batch holds.
     pub layout: Layout,

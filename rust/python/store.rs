@@ -189,7 +189,7 @@ impl Store {
     /// `order` is "length_grouped" (random updates of similar lengths), "shuffled" or "sorted"
     /// (longest first, nothing random). A micro-batch holds at most `token_budget` tokens
     /// ("shared"; "tree": what its groups begin with alike counts once, and such groups come
-    /// together), or rows times its longest row ("padded"); a group above it stands alone.
+    /// together), or rows times its longest row ("padded"); a larger group has one for itself.
     /// With `weights` of datasets and the dataset of each file, an epoch mixes them by weight.
     /// Ranks are balanced by tokens + `attention_cost` × token pairs that attend; 1/(6 × hidden
     /// size) estimates operations.

@@ -16,6 +16,7 @@ from logratio.forecast import check_writable
 
 if TYPE_CHECKING:
     from logratio.data.analysis import Analysis
+    from logratio.data.formats import FormatSettings
 
 _OUTPUT = "What is written"
 _ALL_MAY_BE_BAD = Reading(max_bad_fraction=1.0)
@@ -61,10 +62,8 @@ def report(
     rejected and what “the longer wins” would reach; a label-noise estimate; what padding would
     cost. Malformed rows are counted and do not stop it, as they would stop `train`.
     """
-    from logratio.data import PreferenceTokenizer, build_store, is_store
-    from logratio.data.analysis import analyse
+    from logratio.data import is_store
     from logratio.data.analysis.sealed import analyse_store
-    from logratio.progress import reading_progress
 
     _check_picture(picture)
     for path in filter(None, (json_file, picture)):
@@ -72,26 +71,46 @@ def report(
     threshold = near_duplicates or None
     if is_store(files):
         analysis = analyse_store(files[0], tokenizer=tokenizer, threshold=threshold)
-        _finish(analysis, json_file, picture)
-        return
+    else:
+        formats = reading.settings(demonstrations=demonstrations)
+        analysis = _analysed(files, tokenizer, reading, formats, threshold, refused)
+    _finish(analysis, json_file, picture)
+
+
+def _analysed(
+    files: list[Path],
+    tokenizer: Path | None,
+    reading: Reading,
+    formats: "FormatSettings",
+    threshold: float | None,
+    refused: Path | None,
+) -> "Analysis":
+    """Read files into a store on the disk, so that memory stays small, and analyse it.
+
+    Raises:
+        RequestError: no tokenizer is named.
+    """
+    from logratio.data import PreferenceTokenizer, build_store
+    from logratio.data.analysis import analyse
+    from logratio.progress import reading_progress
+
     if tokenizer is None:
         raise RequestError(
             "lengths are in tokens: name the model's tokenizer with --tokenizer DIR, a folder that "
             "holds tokenizer.json"
         )
     reader = PreferenceTokenizer.load(tokenizer, reading.rules)
-    # The store lies on the disk, so that memory stays small however large the data are.
     with TemporaryDirectory(prefix="logratio-") as folder, reading_progress() as tell:
         store, account = build_store(
             files,
             reader,
             Path(folder) / "report.store",
-            formats=reading.settings(demonstrations=demonstrations),
+            formats=formats,
             max_bad_fraction=reading.max_bad_fraction,
             progress=tell,
             refused=refused,
         )
-        _finish(analyse(store, account, tokenizer=reader, threshold=threshold), json_file, picture)
+        return analyse(store, account, tokenizer=reader, threshold=threshold)
 
 
 def _check_picture(picture: Path | None) -> None:

@@ -83,8 +83,8 @@ def train(
 def _tell(result: "TrainResult") -> None:
     last = result.history[-1] if result.history else {}
     shown = ("loss", "rewards/accuracies", "rewards/margins")
-    told = ", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last)
-    typer.echo(f"last update, before its step: {told}")
+    metrics = ", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last)
+    typer.echo(f"last update, before its step: {metrics}")
     begin = "already finished: " if result.was_finished else ""
     updates = "1 update" if result.steps == 1 else f"{result.steps:,} updates"
     typer.echo(f"{begin}{updates}; model, metrics and settings: {result.output}")

@@ -1,6 +1,6 @@
 """Where the prompt's ids end and a completion's begin.
 
-Equal ids are not enough: a token for unknown text stands for as much text as there is. Where the
+Equal ids are not enough: a token for unknown text replaces any amount of text. Where the
 last token before a completion would take in the beginning of it, that beginning would vanish.
 """
 

@@ -22,11 +22,11 @@ CODES: dict[str, str] = {
     "E202": "a value is null",
     "E203": "a value has the wrong type",
     "E204": "a row that says another kind of thing than the rows before it in its file",
-    "E205": "a key stands twice in one object",
+    "E205": "a key that occurs twice in one object",
     "E206": "a shape that is not known",
     "E207": "content that is not text",
     "E208": "a turn's weight that is neither 0 nor 1, or weights by which no turn counts",
-    "E209": "a label whose meaning differs from set to set and was not told",
+    "E209": "a label whose meaning differs between data sets and was not given",
     "E210": "a row that could be read in two ways",
     "E211": "a prompt and whole answers that do not go together",
     "E212": "a label, rank or score that cannot be read",
@@ -71,8 +71,8 @@ CODES: dict[str, str] = {
     "W514": "the chat template leaves out the reasoning of turns before the answer",
     "W515": "turns that follow the last assistant turn were left out",
     "W517": "no completion ends with a token that ends an answer",
-    "W518": "plain text, which passes by the tokenizer's chat template (--chat: as the turns of a "
-    "chat; --text: as it stands, without this warning)",
+    "W518": "plain text, which bypasses the tokenizer's chat template (--chat wraps it as turns; "
+    "--text keeps it and removes this warning)",
     "W519": "part of the data went through the chat template, and part did not",
     "W520": "the answer follows the prompt without white space",
     "W522": "a chat that was written as text, read as a chat (else: --strings text)",
@@ -156,7 +156,7 @@ CURES: dict[str, str] = {
     "W522": "Nothing to do; `--strings text` keeps the strings as text.",
     "W523": "Look for prompts that were rendered for another model; give the messages instead.",
     "W525": "Choose with `--score NAME`.",
-    "W530": "See the codes counted beside it for the reason.",
+    "W530": "The codes that are counted with it give the reason.",
 }
 """What to do about each: for the page on troubleshooting."""
 

@@ -60,8 +60,8 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
         yield Segment(f"  {completion.role}, {counted}\n", "title")
         yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
     if group.notes:
-        told = "; ".join(f"[{code}] {CODES[code]}" for code in dict.fromkeys(group.notes))
-        yield Segment(f"  warnings   {told}\n", "fault")
+        warnings = "; ".join(f"[{code}] {CODES[code]}" for code in dict.fromkeys(group.notes))
+        yield Segment(f"  warnings   {warnings}\n", "fault")
 
 
 def _completion(completion: Completion) -> Iterator[Segment]:

@@ -44,8 +44,8 @@ def choose_layout(model: nn.Module, *, share_beginnings: bool = False) -> tuple[
 
     The leak check: one completion is perturbed, and the log-probs of the other must not move; they
     must have no gradient in its tokens; and both layouts must agree. A model that fails gets the
-    padded layout. "tree", which shares beginnings across groups, is chosen only where it is asked
-    for, after a leak check of its own.
+    padded layout. "tree", which shares beginnings across groups, is chosen only if it is asked
+    for and passes a second leak check.
     """
     layout, reason = _shared_or_padded(model)
     if layout == "shared" and share_beginnings:

@@ -115,7 +115,7 @@ class Sequences:
 
     @cached_property
     def prompt_rows(self) -> Tensor:
-        """Where each token of a prompt lies in the row, int64 `[P]`."""
+        """The place of each prompt token in the row, int64 `[P]`."""
         group, offset = self._prompt_tokens
         return self.cu_seqlens_q[self._first[group]] + offset
 

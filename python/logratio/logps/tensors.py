@@ -253,7 +253,7 @@ has its blocks used again, and this is the tile of attention kernels."""
 
 
 class Shape(TypedDict):
-    """What `lay_out` is told beside the groups: its `fields` and `multiple_of`."""
+    """The keywords of `lay_out`: `fields` and `multiple_of`."""
 
     fields: tuple[str, ...] | None
     multiple_of: int

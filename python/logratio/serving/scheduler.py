@@ -93,7 +93,7 @@ class Scheduler:
 
         Args:
             characters: Of the request, by which its cost is guessed until `prepare` has ended.
-            prepare: Called in a thread of its own.
+            prepare: Called in a separate thread.
 
         Raises:
             RefusedError: 429 or 503 where it cannot be computed in time, 413 where it never

@@ -160,7 +160,7 @@ def _is_loopback(host: str) -> bool:
 def _stopping_quietly() -> Iterator[None]:
     """Let SIGTERM end the server and not the process: uvicorn raises it again when all is done.
 
-    A second Ctrl-C ends asyncio in the middle of its own stopping: that needs no traceback either.
+    A second Ctrl-C interrupts asyncio while it stops: that needs no traceback either.
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,6 +147,16 @@ def load_model(
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
     special = loading_arguments(folder, device, quantization, precision)
+    model = with_softcap(without_dropout(_whole_model(folder, precision, special))).eval()
+    if frozen:
+        model = model.requires_grad_(False)
+        if precision == "bf16" and not special:
+            model = held_in_bfloat16(model)
+    return model if special else model.to(device)
+
+
+def _whole_model(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
+    """Load a model of which no weight is missing, with transformers' arguments `special`."""
     try:
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -162,12 +172,7 @@ def load_model(
         raise ModelFolderError(f"{folder}: its weights need another library: {error}") from error
     model: nn.Module = loaded[0]
     _check_whole(folder, loaded[1]["missing_keys"])
-    model = with_softcap(without_dropout(model)).eval()
-    if frozen:
-        model = model.requires_grad_(False)
-        if precision == "bf16" and not special:
-            model = held_in_bfloat16(model)
-    return model if special else model.to(device)
+    return model
 
 
 def _check_whole(folder: Path, missing: Collection[str]) -> None:

@@ -76,17 +76,17 @@ def gradient_bytes(dtype: torch.dtype, *, added_up: bool) -> float:
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW whose moments, and a copy of the weights, are float32 in a place of their own.
+    """AdamW whose moments, and a copy of the weights, are float32, on a device that may differ.
 
     The weights are that copy rounded to their dtype, so no update is lost to rounding. A float32
-    weight that lies in that place is its own copy. Weights are updated in lists of `AT_ONCE`. Where
-    the place is the host and the weights are on a GPU, a step moves the gradients of a list down,
+    weight on that device needs no copy. Weights are updated in lists of `AT_ONCE`. Where
+    that device is the host and the weights are on a GPU, a step moves the gradients of a list down,
     one list ahead of the step, and its weights up: gradients and weights cross the bus once an
     update, and the step itself takes as long as the host's memory needs to read and write 28 bytes
     a weight.
 
     Attributes:
-        home: where moments and copies are; None: beside each weight.
+        home: device of moments and copies; None: that of each weight.
         factor: what the gradients are multiplied by in the next step, in float32; None: nothing.
     """
 

@@ -8,7 +8,7 @@ import numpy as np
 from logratio._rust import Store
 
 UPDATE = 32
-"""Groups of an update, as `train` has them unless told otherwise."""
+"""Groups of an update, as `train` has them by default."""
 
 BUDGET = 2048
 """Tokens of a micro-batch, likewise on a CPU."""

@@ -16,8 +16,8 @@ class GroupedRows(RemadeRows):
 
     Only neighbours are compared, so that a file of any size is read in little memory. The row has
     the key with its value, and under every other key a list of what its rows have, null where one
-    has nothing. It is told by the source of its first row. What is refused in between comes behind
-    it, and does not end it.
+    has nothing. Its source is that of its first row. Rows that are refused in between follow it,
+    and do not end it.
     """
 
     def __init__(self, rows: Rows, key: str) -> None:

@@ -39,8 +39,8 @@ def unpacked(packed: io.RawIOBase, kind: str) -> io.RawIOBase:
 def transcoded(stream: io.RawIOBase, encoding: str) -> io.RawIOBase:
     """Return a raw stream of UTF-8, of text in another encoding.
 
-    Where bytes spell nothing in that encoding, a byte stands that is no UTF-8: the record that they
-    are in is then refused, and no other.
+    Bytes that are invalid in that encoding become a byte that is invalid in UTF-8, so that only
+    the record with them is refused.
     """
     return _Transcoded(stream, encoding)
 

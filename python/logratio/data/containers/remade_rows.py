@@ -8,7 +8,7 @@ from logratio.data.containers.rows import Row, Rows
 from logratio.data.records import Refusal, Source
 
 Made = Sequence[tuple[Source, Row | Refusal]]
-"""What was made of some rows, each with the source that it is told by."""
+"""What was made of some rows, each with its source."""
 
 
 class RemadeRows(ABC):

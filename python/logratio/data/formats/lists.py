@@ -155,7 +155,7 @@ def _is_several(value: object) -> bool:
 
 
 def _beside(view: View, listed: str, score: str | None) -> str | None:
-    """Find a list of numbers that stands beside the answers; of thumbs, where each had its own."""
+    """Find the list of numbers that scores the answers; of thumbs, where each answer had one."""
     if score is not None:
         return score if isinstance(view.peek(score), list) else None
     found = next((name for name in VALUES if isinstance(view.peek(name), list)), None)

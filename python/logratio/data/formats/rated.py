@@ -39,7 +39,9 @@ def read(view: View, settings: FormatSettings) -> Meaning:
             answers; whatever else is wrong with it.
     """
     if names := _numbered(view):
-        view.settle("prompt")  # which the answers were drawn of; a bare question may stand beside
+        view.settle(
+            "prompt"
+        )  # from which the answers were sampled; the row may also have a bare question
         return _meaning(view, "best-of-k", names, *_listed(view, names))
     outputs, scores = labelled.outputs(view), _scores(view)
     if outputs is None or scores is None:
@@ -71,7 +73,7 @@ def _meaning(
 
 
 def _numbered(view: View) -> list[str]:
-    """Find `response_1`, `response_2` and so on, beside a list of scores."""
+    """Find `response_1`, `response_2` and so on, where the row has a list of scores."""
     if not isinstance(view.peek(_ALL), list):
         return []
     numbers = sorted(int(found[1]) for name in view.every() if (found := _NUMBERED.fullmatch(name)))

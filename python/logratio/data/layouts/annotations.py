@@ -1,7 +1,7 @@
-"""Exports of annotation tools, Argilla and Label Studio: what people chose beside what they saw.
+"""Exports of annotation tools, Argilla and Label Studio: the data with what people chose.
 
-Labels come to stand beside the data under their question's name, a list of votes where several
-people gave one: the formats and ``--label`` read them as any other. A ranking becomes a list.
+Labels are added to the data under their question's name, as a list of votes where several people
+gave one: the formats and ``--label`` read them as any other. A ranking becomes a list.
 """
 
 import re
@@ -115,9 +115,9 @@ def looks_label_studio(row: Row) -> bool:
 def label_studio(row: Row) -> Iterator[Part]:
     """Make rows of a task of Label Studio: its data, and what people chose.
 
-    A comparison of two stands under ``pairwise``, as ``left`` or ``right`` (under their names where
-    there are several). An order of items becomes a list, one for each person; an item that they
-    left out is told (R317). Annotations that were skipped are no votes.
+    A comparison of two is under ``pairwise``, as ``left`` or ``right`` (under their names if there
+    are several). An order of items becomes a list, one for each person; an item that they left out
+    is counted (R317). Annotations that were skipped are no votes.
 
     Raises:
         InvalidRecordError: R317 where nothing was chosen; E212 for items in buckets, which are no
@@ -205,7 +205,7 @@ def _collected(answers: Iterable[tuple[str, Any]]) -> Votes:
 
 
 def _beside(data: Mapping[str, Any], votes: Votes) -> Row:
-    """Put what was answered beside the data: one answer as it is, several as a list."""
+    """Add the answers to the data: one answer as it is, several as a list."""
     if twice := data.keys() & votes.keys():
         reason = f"{min(twice)!r} is a part of the data and a question: rename one"
         raise InvalidRecordError("E210", reason)

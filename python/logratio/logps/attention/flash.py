@@ -1,7 +1,8 @@
 """FlashAttention over sequences of any length, its forward and backward passes apart.
 
-`merged` hands the backward pass more than its own forward pass made, which no function with
-gradients of its own can be told. Both kernels compute in float16 or bfloat16, on CUDA.
+`merged` gives the backward pass another output and log-sum-exp than the forward pass returned,
+which is impossible through functions that define their own gradients. Both kernels compute in
+float16 or bfloat16, on CUDA.
 """
 
 from collections.abc import Callable

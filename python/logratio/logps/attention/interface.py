@@ -123,7 +123,7 @@ def shared_prompts(model: PreTrainedModel) -> Iterator[None]:
         raise SharedPromptError(f"its attention cannot be replaced ({error})") from error
     try:
         if model.config._attn_implementation != NAME:  # transformers logs that, and raises nothing
-            raise SharedPromptError("its attention is code of its own, which cannot be replaced")
+            raise SharedPromptError("its attention is custom code, which cannot be replaced")
         yield
     finally:
         model.set_attn_implementation(before)

@@ -46,12 +46,12 @@ def attend_merged(
 def merging_pays(sequences: Sequences, heads: int, key_heads: int) -> bool:
     """Tell whether merging moves fewer numbers than gathering the keys does: an estimate.
 
-    Counted is what each moves beside the attention itself, forward and backward, in units of a
-    token's queries (`H * D`). Gathering: keys and values read and written, their gradients brought
-    back. Merging: a second output and gradient of the queries, the latter in float32, and the sums
-    with the first. Both: gradients of the keys, which FlashAttention-2 makes for each head of the
-    queries and then adds up. So pairs are gathered, and eight completions of a prompt that is a
-    third of the tokens are merged. The products are the same, and not counted.
+    Counted is what each moves besides the attention itself, forward and backward, in units of a
+    token's queries (`H * D`). Gathering: keys and values read and written, their gradients
+    brought back. Merging: a second output and gradient of the queries, the latter in float32,
+    and the sums with the first. Both: gradients of the keys, which FlashAttention-2 makes for
+    each head of the queries and then adds up. So pairs are gathered, and eight completions of a
+    prompt that is a third of the tokens are merged. The products are the same, and not counted.
     """
     share = key_heads / heads
     gradients = 2 if heads == key_heads else 4 + 2 * share
@@ -101,7 +101,7 @@ class _Merged(torch.autograd.Function):
 def _merge(own: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merge outputs `[T, H, D]` and log-sum-exps `[H, T]`; what has no keys in `theirs` is `own`.
 
-    Shares stay in float32, and outputs in their own dtype: each is read and written where it lies.
+    Shares stay in float32, and outputs in their own dtype: each is read and written in place.
     In bfloat16 the output is then 1.9e-3 from float64, that of one call 1.6e-3, and the gradient of
     the queries 2.4e-3 and 1.4e-3: a rounding more (relative norms, of random numbers).
     """
