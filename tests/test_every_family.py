@@ -130,6 +130,8 @@ def test_each_is_what_it_is_alone_or_refused(kind: str, seed: int, tmp_path: Pat
 
 
 LOW: tuple[Precision, ...] = ("bf16", "bf16-weights")
+FAIL_THEMSELVES = {("dbrx", "bf16")}
+"""transformers adds products of bfloat16 to float32 in a way that torch refuses."""
 
 
 @pytest.mark.parametrize("precision", LOW)
@@ -139,6 +141,10 @@ def test_in_low_precision_company_adds_nothing_to_rounding(kind: str, precision:
     layout = choose_layout(model)[0]
     if precision == "bf16-weights":
         model.bfloat16()
+    if (kind, precision) in FAIL_THEMSELVES:
+        with autocast(precision, CPU), pytest.raises(UnsupportedModelError, match="own code fails"):
+            choose_layout(model)
+        return
     with torch.no_grad():
         truth = alone(in_float64(model), groups)
         with autocast(precision, CPU):

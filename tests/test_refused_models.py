@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from small_configs import small_config
 from tiny_models import SIZES
 from torch import nn
 from transformers import (
@@ -17,12 +18,19 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     LlamaConfig,
+    MambaConfig,
     PreTrainedConfig,
     ReformerConfig,
     ViTConfig,
 )
 
-from logratio.logps.checks import UnsupportedModelError, check_causality
+from logratio.logps.checks import (
+    UnsupportedModelError,
+    batch_of,
+    check_causality,
+    choose_layout,
+)
+from logratio.logps.completion import score
 from logratio.training import TrainConfig
 from logratio.training.models import (
     ModelFolderError,
@@ -76,6 +84,32 @@ def test_an_unknown_type_is_a_sentence(content: dict[str, Any], tmp_path: Path) 
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelFolderError, match="the installed transformers knows no such model"):
         check_model_folder(tmp_path)
+
+
+def test_a_head_in_bfloat16_behind_a_body_in_float32_is_the_models_own() -> None:
+    """Mamba keeps its residuals in float32, and casts them before its head."""
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    assert choose_layout(model)[0] == "padded"
+    groups = [([3, 5, 7], [[4, 6], [9]])]
+    with torch.no_grad():
+        own = [
+            torch.log_softmax(model(torch.tensor([p + c]), use_cache=False).logits[0].double(), -1)
+            for p, completions in groups
+            for c in completions
+        ]
+        found = score(model, batch_of(groups, "padded"))
+    expected = [own[0][2, 4], own[0][3, 6], own[1][2, 9]]
+    assert found.tolist() == pytest.approx([float(e) for e in expected], abs=0.05)
+
+
+def test_what_fails_under_autocast_in_transformers_is_a_sentence() -> None:
+    model = AutoModelForCausalLM.from_config(small_config("dbrx"), dtype=torch.float32).eval()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UnsupportedModelError, match="own code fails under --precision bf16"),
+    ):
+        choose_layout(model)
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:

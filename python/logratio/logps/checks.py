@@ -246,7 +246,8 @@ def check_head(model: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: they differ: the family makes its logits in a way we do not know; or
-            they are not finite; or transformers knows no body apart from the head.
+            they are not finite; or transformers knows no body apart from the head, or its own code
+            fails under autocast.
     """
     inner = transformer(model)
     if inner.base_model is inner:
@@ -254,7 +255,7 @@ def check_head(model: nn.Module) -> None:
     prompt, completions = _probe(model, seed=0)[0]
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():
-        own = model(input_ids=ids, use_cache=False).logits[0].float()  # with all that wraps it
+        own = _own_logits(model, ids)
         hidden = inner.base_model(input_ids=ids, use_cache=False)[0][0]
     if not bool(own.isfinite().all()):
         raise UnsupportedModelError(f"{_name(model)}: its logits are not finite")
@@ -263,6 +264,23 @@ def check_head(model: nn.Module) -> None:
             f"{_name(model)}: its head does more than multiply by a matrix, scale and cap, or does "
             f"so in an unknown way (logits differ by {gap:.2g})"
         )
+
+
+def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the logits of the model with all that wraps it, float32 `[T, V]`, of ids `[1, T]`."""
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not torch.is_autocast_enabled(ids.device.type):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModelError(
+            f"{_name(model)}: transformers' own code fails under --precision bf16 ({reason}): use "
+            "bf16-weights or fp32"
+        ) from error
+    return logits
 
 
 @torch.no_grad()

@@ -90,6 +90,13 @@ def _whole(parameter: Any) -> Any:
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Apply the head as the model's own forward does: `[n, H]` to `[n, V]`."""
-    logits: Tensor = Transform.of(model)(model.get_output_embeddings()(hidden))
+    """Apply the head as the model's own forward does: `[n, H]` to `[n, V]`.
+
+    A body may return float32 for a head in bfloat16 (Mamba's residuals): the head's dtype counts.
+    """
+    head = model.get_output_embeddings()
+    dtype = getattr(getattr(head, "weight", None), "dtype", hidden.dtype)
+    if dtype.is_floating_point:  # else it is quantised, and takes any
+        hidden = hidden.to(dtype)
+    logits: Tensor = Transform.of(model)(head(hidden))
     return logits
