@@ -223,7 +223,7 @@ def bandwidth() -> Iterator[Row]:
 
 def feeding() -> Iterator[Row]:
     """Feed whole epochs of pairs of 600 tokens: plan, layout, hand-over, torch tensors."""
-    from logratio.logps.tensors import to_torch
+    from logratio.logps.batch import to_torch
 
     with tempfile.TemporaryDirectory() as folder:
         store = store_of_pairs(60_000, 300, 150, Path(folder))

@@ -93,8 +93,8 @@ def ours(folder: Path, files: list[Path]) -> Row:
 
 def real_rows() -> list[dict[str, str]]:
     """Return the HH pairs as strings."""
-    from logratio.data.containers import open_inputs
     from logratio.data.formats import Decoder
+    from logratio.data.readers import open_inputs
 
     decoder, rows = Decoder(), []
     for source, row in next(iter(open_inputs([SHARED / HH]))):

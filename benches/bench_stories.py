@@ -22,7 +22,7 @@ from shared_material import SHARED, STORIES, STORIES3M, check_shared
 from tokenizers import Tokenizer
 
 from logratio.data import TokenizationRules
-from logratio.scoring.export import ExportConfig, export_bundle
+from logratio.export.export import ExportConfig, export_bundle
 from logratio.serving import Reranker
 from logratio.training import (
     EvaluateConfig,
@@ -33,7 +33,7 @@ from logratio.training import (
     precompute,
     train,
 )
-from logratio.training.sampling import sample_completions
+from logratio.training.evaluation import sample_completions
 
 POSITIVE = re.compile(
     r"\b(happy|smil\w+|laugh\w*|fun|love\w*|hug\w*|glad|thank\w*|nice|kind|great|proud)\b", re.I

@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from logratio._rust import Store, StoreWriter
 from logratio.data import Feed, FeedSettings, lay_out
 from logratio.logps.attention import shared_prompts
+from logratio.logps.batch import Batch, Part, to_torch
 from logratio.logps.completion import completion_logps, completion_loss, transformer
-from logratio.logps.tensors import Batch, Part, to_torch
-from logratio.training.budget import GroupQueue
+from logratio.training.memory import GroupQueue
 
 UPDATE = 16
 LAYOUTS = ("shared", "tree")

@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from logratio.logps.apart import Group, batch_of
 from logratio.logps.attention import SharedPrompt, SharedPromptError, shared_prompts, use_kernel
 from logratio.logps.attention.interface import shared_prompt_attention
 from logratio.logps.attention.kernels import KERNELS, Kernel
+from logratio.logps.batch import Part, SharedBatch
 from logratio.logps.completion import completion_loss, transformer
-from logratio.logps.head import Head, Transform
-from logratio.logps.tensors import Part, SharedBatch
-from logratio.logps.tiles import Tile
+from logratio.logps.head import Head, Tile, Transform
+from logratio.logps.splitting import Group, batch_of
 from logratio.training import LoraSettings
 from logratio.training.activations import Kept, keeping
 from logratio.training.config import Precision

@@ -28,7 +28,7 @@ from step_material import Wanted, make
 from torch.profiler import ProfilerActivity, profile
 
 from logratio.logps.attention import kernels
-from logratio.logps.attention.trial import failure
+from logratio.logps.attention.fused import failure
 from logratio.training import TrainConfig
 from logratio.training.config import Precision
 from logratio.training.loop import Loop

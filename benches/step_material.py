@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data import DataReport, FeedSettings, PreferenceTokenizer, build_store, lay_out
-from logratio.data.batches import micro_batches
-from logratio.logps.tensors import to_torch
+from logratio.data.feed import micro_batches
+from logratio.logps.batch import to_torch
 from logratio.training import PrecomputeConfig, TrainConfig, precompute
-from logratio.training.cached import cached_reference
 from logratio.training.config import Precision
 from logratio.training.models import AT_ONCE
+from logratio.training.reference import cached_reference
 
 LONGEST = 1024
 ORDERS = ("shuffled", "length_grouped")

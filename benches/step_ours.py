@@ -22,7 +22,7 @@ from torch import nn
 
 from logratio._rust import SharedLayout
 from logratio.data import FeedSettings, MicroBatch
-from logratio.logps.tensors import Layout
+from logratio.logps.batch import Layout
 from logratio.training import TrainConfig
 from logratio.training.config import Precision
 from logratio.training.trainer import prepare

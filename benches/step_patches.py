@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from logratio.logps import completion
-from logratio.logps.attention.trial import row_of
+from logratio.logps.attention.fused import row_of
+from logratio.logps.batch import Batch, SharedBatch
 from logratio.logps.head import head_logits
-from logratio.logps.tensors import Batch, SharedBatch
 from logratio.training import activations, loop, trainer
 
 LOOP: Any = loop

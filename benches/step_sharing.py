@@ -25,8 +25,8 @@ from torch import nn
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data import lay_out
 from logratio.logps.attention import shared_prompts
+from logratio.logps.batch import Batch, fields_for, to_torch
 from logratio.logps.completion import completion_logps, transformer
-from logratio.logps.tensors import Batch, fields_for, to_torch
 from logratio.training import load_model
 from logratio.training.config import Precision
 from logratio.training.models import autocast

@@ -18,13 +18,12 @@ from logratio._rust import CacheReader
 from logratio.extras import MissingExtraError
 from logratio.logps.checks import choose_layout
 from logratio.training import PrecomputeConfig, TrainConfig, load_model, precompute, train
+from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Quantization
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.interrupt import RunInterruptedError
-from logratio.training.models import precision_of, quietly
+from logratio.training.models import QuantizationError, is_quantized, precision_of, quietly
 from logratio.training.optimizers import make_optimizer, state_bytes
-from logratio.training.quantization import QuantizationError, is_quantized
-from logratio.training.reference_pass import prepare
+from logratio.training.precomputation import prepare
 
 KINDS: dict[Quantization, type[torch.nn.Module]] = {"8bit": Linear8bitLt, "4bit": Linear4bit}
 both = pytest.mark.parametrize("bits", KINDS)

@@ -14,30 +14,21 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from logratio.logps.attention import shared_prompts
+from logratio.logps.batch import Batch
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
-from logratio.logps.tensors import Batch
-from logratio.training import (
-    LoraSettings,
-    TrainConfig,
-    activation_budget,
-    activations,
-    demand,
-    train,
-)
-from logratio.training.activation_budget import (
-    Choice,
-    LayerMemory,
-    choose,
-    layers_that_do_not_fit,
-    measure_layers,
-)
+from logratio.training import LoraSettings, TrainConfig, activations, memory, train
 from logratio.training.activations import (
+    Choice,
     HostCopy,
     Kept,
+    LayerMemory,
     RecomputationError,
+    choose,
     decoder_layers,
     keeping,
+    layers_that_do_not_fit,
+    measure_layers,
 )
 from logratio.training.models import with_lora
 from logratio.training.setup import ConfigError
@@ -246,10 +237,10 @@ def test_the_choice_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
     weights = 4.0 * sum(p.numel() for p in model.parameters())
     layer = measure_layers(model, forward)[0].everything
-    monkeypatch.setattr(activation_budget, "TILES", 1000.0)
+    monkeypatch.setattr(activations, "TILES", 1000.0)
 
     def chosen(free: float, estimate: float = 1e12) -> Choice:
-        monkeypatch.setattr(demand, "free_on", lambda _: 3 * weights + free / 0.8)
+        monkeypatch.setattr(memory, "free_on", lambda _: 3 * weights + free / 0.8)
         return choose(model, forward, estimate=estimate, states=2 * weights)
 
     base = 1000 + layer  # tiles, one layer's second pass; gradients and moments come off whole
@@ -292,7 +283,7 @@ def test_a_run_gives_the_same_weights(
     settings = {"lora": lora, "precision": precision}
     off = trained(config, "off", activation_checkpointing="off", **settings)
     every = trained(config, "all", activation_checkpointing="all", **settings)
-    monkeypatch.setattr(demand, "free_on", lambda _: 0.0)
+    monkeypatch.setattr(memory, "free_on", lambda _: 0.0)
     assert "computed twice" not in capsys.readouterr().err
     short = trained(config, "short", **settings)
     assert "2 of 2 layers are computed twice" in capsys.readouterr().err
@@ -307,7 +298,7 @@ def test_settings_that_cannot_be_are_refused(
         trained(config, "x", activation_checkpointing="some")
     with pytest.raises(ConfigError, match="lie in host memory already"):
         trained(config, "x", offload_activations=True, device="cpu")
-    monkeypatch.setattr(activation_budget, "decoder_layers", lambda _: [])
+    monkeypatch.setattr(activations, "decoder_layers", lambda _: [])
     for wanted in ({"activation_checkpointing": "all"}, {"compile_layers": True}):
         with pytest.raises(ConfigError, match="LlamaForCausalLM has none"):
             trained(config, "x", **wanted)

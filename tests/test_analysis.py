@@ -12,16 +12,21 @@ from numpy.typing import NDArray
 
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data.analysis import analyse
-from logratio.data.analysis.columns import Columns
-from logratio.data.analysis.distribution import Distribution
-from logratio.data.analysis.findings import length_finding
-from logratio.data.analysis.histograms import bars, binned, histogram, side_by_side
-from logratio.data.analysis.intervals import wilson, written
-from logratio.data.analysis.lengths import LengthBias, length_bias, unpaired_bias
-from logratio.data.analysis.noise import estimate_flips, votes_of
-from logratio.data.analysis.padding import padding
-from logratio.data.analysis.sharing import BUDGET, UPDATE, sharing
-from logratio.data.report import DataReport
+from logratio.data.analysis.label_noise import estimate_flips, votes_of
+from logratio.data.analysis.length_bias import LengthBias, length_bias, unpaired_bias
+from logratio.data.analysis.report import length_finding
+from logratio.data.analysis.statistics import (
+    Columns,
+    Distribution,
+    bars,
+    binned,
+    histogram,
+    side_by_side,
+    wilson,
+    written,
+)
+from logratio.data.analysis.token_use import BUDGET, UPDATE, padding, sharing
+from logratio.data.store.row_report import DataReport
 
 CHOSEN, REJECTED, CANDIDATE, DEMONSTRATION = range(4)
 

@@ -22,10 +22,10 @@ from logratio.data import (
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
-    dataset,
 )
-from logratio.data.codes import stops
-from logratio.data.containers import open_inputs
+from logratio.data.readers import open_inputs
+from logratio.data.records import stops
+from logratio.data.store import build
 
 Row = dict[str, Any]
 
@@ -161,7 +161,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Preference
 
 @pytest.fixture(autouse=True)
 def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "open_inputs", partial(open_inputs, max_line_bytes=LIMIT))
+    monkeypatch.setattr(build, "open_inputs", partial(open_inputs, max_line_bytes=LIMIT))
 
 
 def lines(rows: list[Row | bytes]) -> bytes:

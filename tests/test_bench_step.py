@@ -41,13 +41,12 @@ from transformers import AutoModelForCausalLM
 
 from logratio._rust import Store
 from logratio.data import TokenizationRules, lay_out
+from logratio.logps.batch import to_torch
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
-from logratio.logps.tensors import to_torch
 from logratio.training import TrainConfig
-from logratio.training.cached import cached_reference
-from logratio.training.objective import learning_rate
-from logratio.training.reference import StaleCacheError
+from logratio.training.losses import learning_rate
+from logratio.training.reference import StaleCacheError, cached_reference
 
 
 def some_pairs(count: int = 5, seed: int = 0) -> list[Pair]:

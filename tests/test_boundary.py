@@ -22,7 +22,7 @@ from tokenizers_for_tests import (
 
 from logratio.data import DataReport, PreferenceTokenizer, TokenizationRules, build_store
 from logratio.data.analysis import analyse
-from logratio.data.plain import _view, touch, touching
+from logratio.data.store.ingest import _view, touch, touching
 
 UNKNOWN = 0
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from logratio._rust import Store, StoreWriter
-from logratio.training import TrainConfig, demand, models
-from logratio.training.budget import (
+from logratio.training import TrainConfig, memory, models
+from logratio.training.memory import (
     CEILING,
     FIRST,
     GroupQueue,
@@ -104,12 +104,12 @@ def test_a_given_budget_does_not_grow(tiny_model: Path) -> None:
 
 def test_where_it_begins(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert token_budget(None, tiny_model, torch.device("cuda")).tokens == FIRST
-    monkeypatch.setattr(demand, "free_bytes", lambda: 64e9)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 64e9)
     assert token_budget(None, tiny_model, torch.device("cpu")).tokens == CEILING["cpu"]
     # 32 wide: 12 numbers a position and width, 4 bytes each; half of what is free.
-    monkeypatch.setattr(demand, "free_bytes", lambda: 2.0 * 100 * 12 * 4 * 32)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 2.0 * 100 * 12 * 4 * 32)
     assert token_budget(None, tiny_model, torch.device("cpu")).tokens == 100
-    monkeypatch.setattr(demand, "free_bytes", lambda: 0.0)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0.0)
     assert token_budget(None, tiny_model, torch.device("cpu")).tokens == 1
 
 
@@ -125,15 +125,15 @@ def test_free_memory_is_what_the_container_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    monkeypatch.setattr(demand, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(demand, "_CGROUP", tmp_path)
-    assert demand.free_bytes() == 8000 * 1024
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_bytes() == 8000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
-    assert demand.free_bytes() == 8000 * 1024
+    assert memory.free_bytes() == 8000 * 1024
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("4000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 300\n")
-    assert demand.free_bytes() == 1300
+    assert memory.free_bytes() == 1300
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from logratio.bundle import (
     verify_files,
 )
 from logratio.serving import Reranker
-from logratio.serving.external_data import external_locations
+from logratio.serving.session import external_locations
 
 GRAPH_INFO = {"opset": 23, "kind": "two_models", "chunk": 128, "vocabulary_size": 20}
 

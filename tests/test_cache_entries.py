@@ -6,8 +6,8 @@ import torch
 from test_budget import store_of
 
 from logratio.data import lay_out
-from logratio.logps.tensors import to_torch
-from logratio.training.cache_entries import (
+from logratio.logps.batch import to_torch
+from logratio.training.reference_scorer import (
     SumEntries,
     Taken,
     TokenEntries,

@@ -17,12 +17,8 @@ from cache_folders import (
     write_sums,
 )
 
-from logratio.cache import (
-    CorruptCacheError,
-    ReferenceCache,
-    record_tolerance,
-)
-from logratio.cache.conditions import record_conditions
+from logratio.cache import CorruptCacheError, ReferenceCache, record_tolerance
+from logratio.cache.identity import record_conditions
 from logratio.cache.merging import MergeError
 
 

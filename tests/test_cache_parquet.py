@@ -24,11 +24,7 @@ from cache_folders import (
     write_sums,
 )
 
-from logratio.cache import (
-    CorruptCacheError,
-    ReferenceCache,
-    parquet,
-)
+from logratio.cache import CorruptCacheError, ReferenceCache, parquet
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from logratio.integrations.dpo_columns import COLUMNS
-from logratio.integrations.trl import TESTED, CachedDPOTrainer, TrlError, check_trl
+from logratio.integrations.trl import COLUMNS, TESTED, CachedDPOTrainer, TrlError, check_trl
 from logratio.training.reference import StaleCacheError
 
 # TRL's and its dependencies' own advice is not what is tested.

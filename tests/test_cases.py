@@ -10,8 +10,8 @@ from test_chat_templates import template
 from tokenizers_for_tests import byte_level, save
 
 from logratio.data import BadDataError, DataReport, PreferenceTokenizer, build_store
-from logratio.data.containers import open_inputs
 from logratio.data.formats import Decoder
+from logratio.data.readers import open_inputs
 from logratio.data.records import PreferenceRecord, Refusal
 
 Build = Callable[[str, str], tuple[Any, DataReport]]

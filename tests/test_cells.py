@@ -16,9 +16,9 @@ from tokenizers_for_tests import byte_level, save
 
 from logratio.data import BadDataError, PreferenceTokenizer, build_store
 from logratio.data.formats import Decoder, FormatSettings
-from logratio.data.formats.cells import MAX_REPR, opens, parsed
-from logratio.data.plain import opens_brackets
+from logratio.data.formats.row import MAX_REPR, opens, parsed
 from logratio.data.records import InvalidRecordError, Source
+from logratio.data.store.ingest import opens_brackets
 
 HERE = Source("rows", 1)
 ASK = [{"role": "user", "content": 'it\'s "1"\n[2]'}]

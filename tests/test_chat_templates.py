@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from logratio.data import ChatTemplate, Completion, InvalidRecordError, PreferenceRecord, Source
 from logratio.data.formats import Decoder
-from logratio.data.scripts import Script, chat_script
+from logratio.data.tokenization.rendering import Script, chat_script
 
 Turn = dict[str, Any]
 Chat = tuple[tuple[Turn, ...], tuple[Turn, ...], tuple[Turn, ...], tuple[Turn, ...]]

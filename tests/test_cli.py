@@ -12,9 +12,9 @@ import pytest
 from conftest import Run
 
 from logratio._rust import CacheWriter
-from logratio.cli import evaluation
+from logratio.cli import evaluate
 from logratio.cli import precompute as precomputing
-from logratio.cli import training as commands
+from logratio.cli import train as commands
 from logratio.cli.app import main, spread
 from logratio.data import FormatSettings, TokenizationRules
 from logratio.training import (
@@ -45,7 +45,7 @@ def fields(config: type) -> set[str]:
     [
         (commands.train, TrainConfig),
         (precomputing.precompute, PrecomputeConfig),
-        (evaluation.evaluate, EvaluateConfig),
+        (evaluate.evaluate, EvaluateConfig),
     ],
 )
 def test_every_flag_is_a_field_and_every_field_a_flag(
@@ -61,7 +61,7 @@ def test_every_flag_is_a_field_and_every_field_a_flag(
     assert flags(command) == expected
 
 
-@pytest.mark.parametrize("command", [commands.train, precomputing.precompute, evaluation.evaluate])
+@pytest.mark.parametrize("command", [commands.train, precomputing.precompute, evaluate.evaluate])
 def test_defaults_agree_with_the_python_call(command: Callable[..., None]) -> None:
     config = {"train": TrainConfig, "precompute": PrecomputeConfig, "evaluate": EvaluateConfig}[
         command.__name__
@@ -253,17 +253,17 @@ def test_disk_full_during_precompute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was acknowledged before is kept, and the next run goes on from it."""
-    from logratio.training import cache_entries
+    from logratio.training import reference_scorer
 
-    monkeypatch.setattr(cache_entries, "BLOCK_TOKENS", 1)
+    monkeypatch.setattr(reference_scorer, "BLOCK_TOKENS", 1)
     real = CacheWriter
     full = FullDisk(real, blocks=2)
-    monkeypatch.setattr(cache_entries, "CacheWriter", full)
+    monkeypatch.setattr(reference_scorer, "CacheWriter", full)
     shared = ("--model", tiny_model, "--data", pairs_file, "--cache", tmp_path / "cache")
     ended, _, err = run("precompute", *shared, "--token-budget", "16")
     assert ended == 2
     assert "the disk is full" in one_line(err)
-    monkeypatch.setattr(cache_entries, "CacheWriter", real)
+    monkeypatch.setattr(reference_scorer, "CacheWriter", real)
     ended, out, _ = run("precompute", *shared)
     assert ended == 0
     scored = int(out.split()[0])

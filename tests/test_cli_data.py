@@ -11,8 +11,8 @@ import pytest
 from piped import piped
 
 from logratio.cli.app import main, spread
-from logratio.data import intake, resume
-from logratio.data.intake import Intake
+from logratio.data.store import ingest, resume
+from logratio.data.store.ingest import Intake
 
 Run = Callable[..., tuple[int, str]]
 
@@ -88,7 +88,7 @@ def test_ctrl_c_in_build_tells_what_is_kept(
     assert "nothing was saved yet" in err
     monkeypatch.undo()
     monkeypatch.setattr(resume, "EVERY", 0.0)
-    monkeypatch.setattr(intake, "BATCH_ROWS", 4)
+    monkeypatch.setattr(ingest, "BATCH_ROWS", 4)
     monkeypatch.setattr(Intake, "close", interrupted)
     code, err = run(*command)
     assert "goes on where the last save was" in err

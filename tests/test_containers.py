@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 from piped import piped
 
-from logratio.data.containers import Row, Rows, open_file, open_inputs
+from logratio.data.readers import Row, Rows, open_file, open_inputs
 from logratio.data.records import Refusal, Source
 
 ROWS: list[Row] = [

@@ -10,7 +10,7 @@ from tokenizers_for_tests import save, word_level
 
 from logratio._rust import Store
 from logratio.data import BadDataError, FormatSettings, PreferenceTokenizer, build_store
-from logratio.data.contradictions import losers
+from logratio.data.store.build import losers
 
 
 @pytest.fixture

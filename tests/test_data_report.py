@@ -24,11 +24,10 @@ from logratio.data import (
     build_store,
 )
 from logratio.data.analysis import Analysis, analyse
-from logratio.data.analysis.picture import draw
+from logratio.data.analysis.plots import draw
 from logratio.data.analysis.svg import short, ticks
-from logratio.data.codes import CODES, Cut
-from logratio.data.records import Refusal, Source
-from logratio.data.report import BadDataError, write_refusal
+from logratio.data.records import CODES, Cut, Refusal, Source
+from logratio.data.store.row_report import BadDataError, write_refusal
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -24,10 +24,10 @@ from logratio.data import (
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
-    intake,
     micro_batches,
 )
-from logratio.data.codes import CODES, stops
+from logratio.data.records import CODES, stops
+from logratio.data.store import ingest
 
 Row = dict[str, Any]
 
@@ -318,7 +318,7 @@ def test_duplicates_are_kept_once_and_name_the_first(
     rows = [pair(0), pair(1), pair(0) | {"id": 7}, pair(0)]
     files = [write(rows, "a.jsonl"), write([pair(1)], "b.jsonl")]
     for batch in (1, 2, 100):
-        monkeypatch.setattr(intake, "BATCH_ROWS", batch)
+        monkeypatch.setattr(ingest, "BATCH_ROWS", batch)
         store, report = build_store(files, tokenizer)
         assert (len(store), report.read, report.deduplicated) == (2, 5, 3)
         first, second = (file.as_posix() for file in files)
@@ -371,7 +371,7 @@ def test_report_that_does_not_add_up_is_a_fault() -> None:
 def test_progress_ends_at_the_end(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intake, "BATCH_ROWS", 10)
+    monkeypatch.setattr(ingest, "BATCH_ROWS", 10)
     files = [write([*map(pair, range(35))], "a.jsonl"), write([pair(40)], "b.jsonl")]
     calls: list[tuple[int, int, int]] = []
     build_store(files, tokenizer, progress=lambda *call: calls.append(call))
@@ -389,8 +389,8 @@ def test_batches_do_not_change_the_store(
     path = write([pair(i % 40) for i in range(60)])
     stores = []
     for rows, characters in ((1, 10**9), (7, 10**9), (1000, 100), (1000, 10**9)):
-        monkeypatch.setattr(intake, "BATCH_ROWS", rows)
-        monkeypatch.setattr(intake, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(ingest, "BATCH_ROWS", rows)
+        monkeypatch.setattr(ingest, "BATCH_CHARACTERS", characters)
         stores.append(build_store([path], tokenizer)[0])
     assert len({store.digest for store in stores}) == 1
 

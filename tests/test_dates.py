@@ -16,15 +16,14 @@ from logratio.data import (
     StoreMismatchError,
     TokenizationRules,
     build_store,
-    intake,
     load_store,
-    resume,
 )
+from logratio.data.store import ingest, resume
 from logratio.errors import ConfigError
-from logratio.scoring.plan import ExportConfig, make_plan
+from logratio.export.export import ExportConfig, make_plan
 from logratio.training import EvaluateConfig, PrecomputeConfig, TrainConfig, precompute, train
+from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.evaluation import prepare as prepare_evaluation
-from logratio.training.interrupt import RunInterruptedError
 from logratio.training.reference import StaleCacheError
 from logratio.training.run_folder import RunExistsError
 from logratio.training.trainer import prepare
@@ -40,7 +39,9 @@ Today = Callable[[str], None]
 @pytest.fixture
 def today(monkeypatch: pytest.MonkeyPatch) -> Today:
     """Set the clock."""
-    return lambda date: monkeypatch.setattr("logratio.data.chat.today", lambda: date)
+    return lambda date: monkeypatch.setattr(
+        "logratio.data.tokenization.chat_template.today", lambda: date
+    )
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_an_unfinished_store_goes_on_under_its_date(
 ) -> None:
     path, told = tmp_path / "chats.store", list[str]()
     monkeypatch.setattr(resume, "EVERY", 0.0)
-    monkeypatch.setattr(intake, "BATCH_ROWS", 1)
+    monkeypatch.setattr(ingest, "BATCH_ROWS", 1)
 
     def stop(rows: int, *_: int) -> None:
         if rows == 3:

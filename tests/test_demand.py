@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logratio.training import demand
+from logratio.training import memory
 from logratio.training.config import Precision
 
 
@@ -31,28 +31,28 @@ class Products(TorchDispatchMode):
 )
 def test_a_device_is_measured_in_the_run_s_dtype(precision: Precision, dtype: torch.dtype) -> None:
     with Products() as products:
-        assert demand.flops_per_second("cpu", precision) > 0
+        assert memory.flops_per_second("cpu", precision) > 0
     assert products.seen == {(dtype, 768)}
 
 
 def test_a_gpu_is_measured_at_a_size_that_keeps_it_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size is chosen by the device's kind; here a small one takes the place of 8,192."""
-    assert demand.PRODUCT["cuda"] == 8_192
-    monkeypatch.setitem(demand.PRODUCT, "cpu", 32)
+    assert memory.PRODUCT["cuda"] == 8_192
+    monkeypatch.setitem(memory.PRODUCT, "cpu", 32)
     with Products() as products:
-        demand.flops_per_second("cpu")
+        memory.flops_per_second("cpu")
     assert products.seen == {(torch.float32, 32)}
 
 
 def test_every_product_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that counts looks: three looks are two products after the first."""
     ticks = itertools.count()
-    monkeypatch.setattr(demand.time, "perf_counter", lambda: 0.06 * next(ticks))  # type: ignore[attr-defined]
-    assert demand.flops_per_second("cpu") == pytest.approx(2 * 768**3 / 0.18)
+    monkeypatch.setattr(memory.time, "perf_counter", lambda: 0.06 * next(ticks))  # type: ignore[attr-defined]
+    assert memory.flops_per_second("cpu") == pytest.approx(2 * 768**3 / 0.18)
 
 
 def test_a_forecast_takes_the_precision(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"fp32": 1.0, "bf16": 30.0}
-    monkeypatch.setattr(demand, "flops_per_second", lambda _device, precision: speeds[precision])
-    slow = demand.seconds(tiny_model, 10, demand.TRAIN, "cpu")
-    assert slow == pytest.approx(30 * demand.seconds(tiny_model, 10, demand.TRAIN, "cpu", "bf16"))
+    monkeypatch.setattr(memory, "flops_per_second", lambda _device, precision: speeds[precision])
+    slow = memory.seconds(tiny_model, 10, memory.TRAIN, "cpu")
+    assert slow == pytest.approx(30 * memory.seconds(tiny_model, 10, memory.TRAIN, "cpu", "bf16"))

@@ -9,10 +9,8 @@ import pytest
 from rich.console import Console
 
 from logratio.demo import task
-from logratio.demo.picture import draw_picture
-from logratio.demo.report import show
+from logratio.demo.report import best_of_rows, draw_picture, rows, show, summary
 from logratio.demo.run import Demo, DemoConfig
-from logratio.demo.tables import best_of_rows, rows, summary
 from logratio.extras import MissingExtraError
 
 

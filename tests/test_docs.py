@@ -14,7 +14,7 @@ import pytest
 from repository import PACKAGE, ROOT, manifest, tracked
 
 import logratio
-from logratio.data.codes import CODES, CURES
+from logratio.data.records import CODES, CURES
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(name for name in tracked() if name.endswith(".md"))

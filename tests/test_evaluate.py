@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
-from logratio.training.calibration import calibration
-from logratio.training.evaluation import drawn_logratios
-from logratio.training.sampling import sample_completions
+from logratio.training.evaluation import calibration, drawn_logratios, sample_completions
 from logratio.training.setup import ConfigError
 
 

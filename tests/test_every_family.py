@@ -14,9 +14,9 @@ from small_configs import VOCABULARY, WINDOW, kinds, small_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from logratio.logps.apart import with_fresh_rope
 from logratio.logps.checks import UnsupportedModelError, _crosstalk, batch_of, choose_layout
 from logratio.logps.completion import score
+from logratio.logps.splitting import with_fresh_rope
 from logratio.training.config import Precision
 from logratio.training.models import (
     ModelFolderError,

@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig
 from logratio._rust import candidate_layout
 from logratio.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 from logratio.data import TokenizationRules
+from logratio.export import ExportConfig, ExportError, export, export_bundle, graph, plan_export
+from logratio.export.graph import GraphError, feed
 from logratio.extras import MissingExtraError
 from logratio.forecast import OutputError
 from logratio.logps.checks import UnsupportedModelError
-from logratio.scoring import ExportConfig, ExportError, export, export_bundle, graph, plan_export
-from logratio.scoring.graph import GraphError, feed
 from logratio.serving import Reranker
 from logratio.training import load_model
 from logratio.training.models import ModelFolderError, quietly

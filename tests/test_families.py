@@ -18,7 +18,8 @@ from transformers import Gemma2PreTrainedModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logratio.logps import checks
-from logratio.logps.attention import calls
+from logratio.logps.attention import plan as calls
+from logratio.logps.batch import SharedBatch
 from logratio.logps.checks import (
     UnsupportedModelError,
     _crosstalk,
@@ -27,7 +28,6 @@ from logratio.logps.checks import (
     choose_layout,
 )
 from logratio.logps.completion import score
-from logratio.logps.tensors import SharedBatch
 from logratio.training import TrainConfig, train
 from logratio.training.config import Precision
 from logratio.training.models import ModelFolderError, autocast, load_model, with_softcap

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 
 from logratio.cache import DamagedFingerprintError
-from logratio.cache.conditions import record_conditions
+from logratio.cache.identity import record_conditions
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -19,22 +19,22 @@ from logratio.training import (
     precompute,
     train,
 )
-from logratio.training.cache_entries import write_fingerprint
-from logratio.training.canonical import model_settings
 from logratio.training.fingerprint import (
     Fingerprint,
     model_fingerprint,
+    model_settings,
     parameter_count,
     stored_fingerprint,
 )
 from logratio.training.models import ModelFolderError, with_lora
+from logratio.training.precomputation import prepare
 from logratio.training.reference import (
     StaleCacheError,
     open_cache,
     soft_differences,
     stored_conditions,
 )
-from logratio.training.reference_pass import prepare
+from logratio.training.reference_scorer import write_fingerprint
 
 Change = Callable[[Path], None]
 

@@ -12,10 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import feather, parquet
 
-from logratio.data.containers import open_inputs
-from logratio.data.containers.opening import Reading
 from logratio.data.formats import FormatSettings
 from logratio.data.inspection import inspect
+from logratio.data.readers import open_inputs
+from logratio.data.readers.inputs import Reading
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 

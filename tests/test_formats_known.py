@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from chats_for_tests import assistant, gpt, hh, human, system, user
 
-from logratio.data.codes import CODES
 from logratio.data.formats import (
     FORMATS,
     KNOWN_SHAPES,
@@ -17,7 +16,7 @@ from logratio.data.formats import (
     detect,
     near_formats,
 )
-from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Source
+from logratio.data.records import CODES, Completion, InvalidRecordError, PreferenceRecord, Source
 
 SOURCE = Source("data.jsonl", 1)
 TOOL = {"type": "function", "function": {"name": "f"}}

@@ -33,6 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, SharedPromptError, flex, kernels, use_kernel
+from logratio.logps.attention.fused import failure
 from logratio.logps.attention.interface import NAME, shared_prompt_attention
 from logratio.logps.attention.kernels import (
     KERNELS,
@@ -42,10 +43,9 @@ from logratio.logps.attention.kernels import (
     kernel_for,
     missing_kernels,
 )
-from logratio.logps.attention.trial import failure
+from logratio.logps.batch import SharedBatch, fields_for, pinned, to_torch
 from logratio.logps.checks import batch_of, choose_layout
 from logratio.logps.completion import score
-from logratio.logps.tensors import SharedBatch, fields_for, pinned, to_torch
 from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
 
 # Versions on machines with GPUs differ from the pinned ones, and warn of other things.

@@ -9,13 +9,14 @@ import pytest
 from conftest import Run
 from tokenizers_for_tests import save, with_bos, word_level
 
-from logratio.data import FormatSettings, PreferenceTokenizer, build_store, resume
-from logratio.data import intake as intake_module
-from logratio.data.containers import grouped_rows, open_inputs
-from logratio.data.containers.mapped_rows import RowFunction
-from logratio.data.containers.opening import Reading
+from logratio.data import FormatSettings, PreferenceTokenizer, build_store
 from logratio.data.formats import Decoder
+from logratio.data.readers import derived_rows, open_inputs
+from logratio.data.readers.derived_rows import RowFunction
+from logratio.data.readers.inputs import Reading
 from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.data.store import ingest as intake_module
+from logratio.data.store import resume
 
 Row = dict[str, Any]
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -65,7 +66,7 @@ def test_what_is_refused_does_not_part_neighbours(tmp_path: Path) -> None:
 def test_many_neighbours_are_refused_and_memory_stays_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped_rows, "MOST", 3)
+    monkeypatch.setattr(derived_rows, "MOST", 3)
     rows: list[Row | str] = [*[{"k": 1}] * 4, {"k": 2}, *["broken"] * 4, {"k": 2}, {"k": 2}]
     found = read(write(tmp_path / "rows.jsonl", rows), group_by="k")
     assert [one for _, one in found] == [

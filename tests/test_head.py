@@ -21,14 +21,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from logratio.logps import tiles
+from logratio.logps import head as tiles
 from logratio.logps.attention import shared_prompts
+from logratio.logps.batch import Batch, Part
 from logratio.logps.checks import batch_of, check_head
 from logratio.logps.completion import completion_logps, completion_loss, score
-from logratio.logps.head import Head, Transform
-from logratio.logps.head_logps import head_logps
-from logratio.logps.tensors import Batch, Part
-from logratio.logps.tiles import Tile
+from logratio.logps.head import Head, Tile, Transform
+from logratio.logps.head_loss import head_logps
 from logratio.training.models import quietly
 
 HEADS: dict[str, Callable[[], PreTrainedConfig]] = {

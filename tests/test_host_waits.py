@@ -24,19 +24,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from logratio.data import lay_out
-from logratio.logps import tiles
+from logratio.logps import head as tiles
 from logratio.logps.attention import fused, shared_prompts, varlen
 from logratio.logps.attention.kernels import Choice
+from logratio.logps.batch import Part, Shape, SharedBatch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit
-from logratio.logps.tensors import Part, Shape, SharedBatch, shape_for, to_torch
 from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, loop, precompute
-from logratio.training.cached import cached_reference
 from logratio.training.loop import Loop
 from logratio.training.models import load_model, with_lora
 from logratio.training.optimizers import clip_gradients, make_optimizer
-from logratio.training.reference import AdapterReference, FrozenReference, Reference
+from logratio.training.reference import (
+    AdapterReference,
+    FrozenReference,
+    Reference,
+    cached_reference,
+)
 from logratio.training.setup import load_dataset
 
 READING = {"aten::_local_scalar_dense", "aten::equal"}

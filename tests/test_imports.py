@@ -123,7 +123,7 @@ def test_importing_the_integrations_is_free() -> None:
 
 
 def test_columns_for_other_trainers_need_no_torch() -> None:
-    loaded = loaded_by("import logratio.integrations.columns")
+    loaded = loaded_by("import logratio.integrations.table")
     assert not loaded & (TORCH | GRAPHS | SERVER | {"datasets", "pyarrow", "trl"})
 
 
@@ -137,7 +137,7 @@ def test_command_line_loads_nothing_heavy_before_a_command_runs() -> None:
 
 
 def test_pyarrow_waits_for_a_container_that_needs_it() -> None:
-    assert "pyarrow" not in loaded_by("import logratio.data.containers")
+    assert "pyarrow" not in loaded_by("import logratio.data.readers")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import pytest
 from conftest import Run
 from tokenizers_for_tests import save, with_bos, word_level
 
-from logratio.data import BadDataError, FormatSettings, PreferenceTokenizer, build_store, resume
-from logratio.data import intake as intake_module
-from logratio.data.containers import open_inputs
-from logratio.data.containers.mapped_rows import RowFunction
-from logratio.data.containers.opening import Reading
+from logratio.data import BadDataError, FormatSettings, PreferenceTokenizer, build_store
 from logratio.data.formats import FormatSettingsError
+from logratio.data.readers import open_inputs
+from logratio.data.readers.derived_rows import RowFunction
+from logratio.data.readers.inputs import Reading
 from logratio.data.records import Refusal
+from logratio.data.store import ingest as intake_module
+from logratio.data.store import resume
 from logratio.errors import ConfigError, SettingTypeError
 
 ROW = {"prompt": "the naïve café — €5", "chosen": "“yes”", "rejected": "no…"}

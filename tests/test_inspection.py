@@ -15,9 +15,8 @@ from tokenizers_for_tests import CHATML, byte_level, save
 from logratio.cli.app import main
 from logratio.data import PreferenceTokenizer, TokenizationRules
 from logratio.data.formats import FormatSettings
-from logratio.data.inspection import FileInspection, inspect
+from logratio.data.inspection import CHARACTERS, TOKENS, FileInspection, inspect, plain, show_record
 from logratio.data.records import Completion, PreferenceRecord, Source
-from logratio.data.showing import CHARACTERS, TOKENS, plain, show_record
 
 Row = dict[str, Any]
 PAIR = {"prompt": "the cat", "chosen": " sat", "rejected": " ran", "id": 1}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from logratio._rust import CacheReader, CacheWriter
-from logratio.training.journals import Journals
+from logratio.training.reference_scorer import Journals
 
 FINGERPRINT = b"\x07" * 32
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logratio.data.codes import CODES
-from logratio.data.containers import open_file
-from logratio.data.records import Refusal, Source
+from logratio.data.readers import open_file
+from logratio.data.records import CODES, Refusal, Source
 
 GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}'
 BROKEN = {

@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from logratio.data import Arenas, lay_out
 from logratio.logps.attention import SharedPrompt
 from logratio.logps.attention.interface import shared_prompt_attention
+from logratio.logps.batch import SharedBatch, _Tensors, to_torch
 from logratio.logps.completion import score
-from logratio.logps.tensors import SharedBatch, _Tensors, to_torch
 
 tokens = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=7)
 completions = st.builds(

@@ -13,19 +13,14 @@ from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
 from logratio.data import lay_out
-from logratio.logps import apart
+from logratio.logps import splitting
 from logratio.logps.attention import SharedPromptError, shared_prompts
-from logratio.logps.checks import (
-    UnsupportedModelError,
-    batch_of,
-    check_head,
-    choose_layout,
-)
+from logratio.logps.batch import Batch, Shape, SharedBatch, to_torch
+from logratio.logps.checks import UnsupportedModelError, batch_of, check_head, choose_layout
 from logratio.logps.completion import score
-from logratio.logps.tensors import Batch, Shape, SharedBatch, to_torch
 from logratio.training import TrainConfig, completion_logps
+from logratio.training.losses import make_objective
 from logratio.training.metrics import averages
-from logratio.training.objective import make_objective
 from logratio.training.reference import PerToken
 
 LAYOUTS = ("shared", "padded")
@@ -107,13 +102,13 @@ def test_a_model_with_a_running_state_gets_the_padded_layout() -> None:
 
 
 def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logratio.logps.attention import calls
+    from logratio.logps.attention import plan
 
     def without_owners(positions: Tensor, _: Tensor, window: int | None, start: int = 0) -> Tensor:
         return unseen(positions, torch.zeros_like(positions), window, start)
 
-    unseen = calls.unseen
-    monkeypatch.setattr(calls, "unseen", without_owners)
+    unseen = plan.unseen
+    monkeypatch.setattr(plan, "unseen", without_owners)
     layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
     assert layout == "padded"
     assert "see each other" in reason
@@ -183,7 +178,7 @@ def test_a_row_that_is_filled_up_changes_no_number(
     model, groups, found = tiny(FAMILIES[family]()), random_groups(), []
     for step in (1, 128):
         monkeypatch.setattr(
-            apart, "shape_for", lambda *_, n=step: Shape(fields=None, multiple_of=n)
+            splitting, "shape_for", lambda *_, n=step: Shape(fields=None, multiple_of=n)
         )
         batch = batch_of(groups, "shared")
         assert isinstance(batch, SharedBatch)

@@ -16,8 +16,8 @@ from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings
 from logratio.training.config import Precision
-from logratio.training.demand import frozen_bytes
-from logratio.training.low_products import LowLinear, held_in_bfloat16, with_low_adapters
+from logratio.training.lora_bf16 import LowLinear, held_in_bfloat16, with_low_adapters
+from logratio.training.memory import frozen_bytes
 from logratio.training.models import autocast, load_model, with_lora
 
 CPU = torch.device("cpu")

@@ -22,11 +22,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logratio.logps.attention import flash, fused, trial
-from logratio.logps.attention.flash import TORCH, Flash, flash_of
+from logratio.logps.attention import flash, fused
+from logratio.logps.attention.flash import (
+    TORCH,
+    Flash,
+    _Merged,
+    attend_merged,
+    flash_of,
+    merging_pays,
+)
 from logratio.logps.attention.kernels import Choice, Wanted
-from logratio.logps.attention.merged import _Merged, attend_merged, merging_pays
-from logratio.logps.sequences import Bounds, Sequences
+from logratio.logps.batch import Bounds, Sequences
 
 CPU = torch.device("cpu")
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
@@ -41,10 +47,10 @@ ROWS: dict[str, Groups] = {
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    for remembered in (trial.failure, fused.choose, flash._flash3):
+    for remembered in (fused.failure, fused.choose, flash._flash3):
         remembered.cache_clear()
     yield
-    for remembered in (trial.failure, fused.choose, flash._flash3):
+    for remembered in (fused.failure, fused.choose, flash._flash3):
         remembered.cache_clear()
 
 
@@ -98,7 +104,7 @@ def assert_same(found: Tensor, truth: Tensor, states: States) -> None:
 @pytest.mark.parametrize("kv", [4, 2, 1])
 @pytest.mark.parametrize("groups", ROWS.values(), ids=ROWS)
 def test_merged_attention_is_attention_by_mask(groups: Groups, kv: int, nothing: float) -> None:
-    row = trial.row_of(groups, CPU)
+    row = fused.row_of(groups, CPU)
     states = drawn(row.tokens, 4, kv)
     plain = Flash(partial(plain_forward, nothing=nothing), plain_backward)
     found = attend_merged(*states, row, plain, 0.3)
@@ -117,7 +123,7 @@ def test_rows_of_the_planner_are_merged_and_filler_sees_itself(
 
 
 def test_prompts_are_the_keys_of_their_completions() -> None:
-    row = trial.row_of(((3, (2, 4)), (5, (1,))), CPU)
+    row = fused.row_of(((3, (2, 4)), (5, (1,))), CPU)
     queries, keys, *most = row.on_prompts
     assert queries.tolist() == [0, 3, 9, 14, 15, 15]
     assert keys.tolist() == [0, 0, 3, 3, 8, 8]
@@ -127,7 +133,7 @@ def test_prompts_are_the_keys_of_their_completions() -> None:
 
 def test_torchs_operators_are_called_twice_each_way() -> None:
     groups = ROWS["many"]
-    row = trial.row_of(groups, CPU)
+    row = fused.row_of(groups, CPU)
     states = drawn(row.tokens, 4, 2)
     with on_cpu() as ran:
         found = attend_merged(*states, row, TORCH, None)
@@ -152,7 +158,7 @@ class Names(TorchDispatchMode):
 def test_cuda_takes_the_arguments_and_is_not_waited_for() -> None:
     """On tensors of a device that is not there: the real schemas, and no value is read."""
     with FakeTensorMode(), Names() as names:
-        here = trial.row_of(ROWS["pairs"], torch.device("cpu"))
+        here = fused.row_of(ROWS["pairs"], torch.device("cpu"))
         moved: dict[str, Any] = {name: part.to("cuda") for name, part in tensors(here).items()}
         row = dataclasses.replace(here, **moved)
         shape: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -210,12 +216,12 @@ def lengthwise(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Ten
 )
 def test_the_trial_covers_both_passes(kernel: Flash, reason: str | None) -> None:
     with on_cpu(kernel):
-        found = trial.failure("merged", WANTED, CPU)
+        found = fused.failure("merged", WANTED, CPU)
     assert found is None if reason is None else str(found).startswith(reason)
 
 
 def test_where_the_operators_fail_the_next_kernel_is_taken() -> None:
-    reason = trial.failure("merged", WANTED, CPU)
+    reason = fused.failure("merged", WANTED, CPU)
     assert "NotImplementedError" in str(reason)
 
 
@@ -233,7 +239,7 @@ def test_where_the_operators_fail_the_next_kernel_is_taken() -> None:
 def test_many_completions_of_long_prompts_are_merged(
     groups: Groups, heads: tuple[int, int], pays: bool
 ) -> None:
-    assert merging_pays(trial.row_of(groups, CPU), *heads) is pays
+    assert merging_pays(fused.row_of(groups, CPU), *heads) is pays
 
 
 @pytest.mark.parametrize("pays", [True, False])
@@ -303,10 +309,10 @@ def flash3(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_flash_attention_3_merges_too(flash3: list[dict[str, Any]]) -> None:
     groups = ROWS["many"]
-    row = trial.row_of(groups, CPU)
+    row = fused.row_of(groups, CPU)
     states = drawn(row.tokens, 4, 2)
     found = attend_merged(*states, row, flash_of("flash3_merged"), None)
     assert_same(found, by_mask(states, visible(groups), 8**-0.5), states)
     assert [call.get("causal") for call in flash3[:2]] == [True, False]
     assert flash3[2:] == [{"deterministic": False, "softmax_scale": 8**-0.5}] * 2
-    assert trial.failure("flash3_merged", WANTED, CPU) is None
+    assert fused.failure("flash3_merged", WANTED, CPU) is None

@@ -7,11 +7,11 @@ from chats_for_tests import assistant, gpt, human, user
 from tokenizers_for_tests import CHATML
 
 from logratio.data import conversations
-from logratio.data.chat import ChatTemplate
 from logratio.data.formats import Decoder
 from logratio.data.messages import read_messages
 from logratio.data.records import Completion, InvalidRecordError, PreferenceRecord, Source
-from logratio.data.scripts import Script, chat_script
+from logratio.data.tokenization.chat_template import ChatTemplate
+from logratio.data.tokenization.rendering import Script, chat_script
 
 HERE = Source("f", 1)
 Row = dict[str, Any]

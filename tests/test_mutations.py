@@ -17,9 +17,8 @@ from test_containers import ENCODE, FILES, PACK, TABLES
 from tokenizers_for_tests import CHATML, save, with_bos, word_level
 
 from logratio.data import BadDataError, PreferenceTokenizer, TokenizationRules, build_store
-from logratio.data.codes import CODES
-from logratio.data.containers import open_file
-from logratio.data.records import Refusal
+from logratio.data.readers import open_file
+from logratio.data.records import CODES, Refusal
 
 ROWS = [pair(i, prompt=f"how {i}é") for i in range(8)]
 CHATS = [{"prompt": [{"role": "user", "content": f"how {i}é"}], "n": i} for i in range(8)]

@@ -5,8 +5,8 @@ import pytest
 from numpy.typing import NDArray
 
 from logratio._rust import Census, Store, StoreWriter, near_duplicates
-from logratio.data.analysis.places import Places
-from logratio.data.analysis.similarity import similarity
+from logratio.data.analysis.near_duplicates import similarity
+from logratio.data.analysis.statistics import Places
 
 SHINGLE = 4
 Document = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]

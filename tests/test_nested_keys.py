@@ -7,7 +7,7 @@ import pytest
 
 from logratio.data import PreferenceRecord
 from logratio.data.formats import Decoder, FormatSettings
-from logratio.data.formats.view import ABSENT, value_at
+from logratio.data.formats.row import ABSENT, value_at
 from logratio.data.records import InvalidRecordError, Source
 
 HERE = Source("rows", 1)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.extras import MissingExtraError
-from logratio.training import LoraSettings, TrainConfig, demand, optimizers, train
+from logratio.training import LoraSettings, TrainConfig, memory, optimizers, train
 from logratio.training import loop as loop_module
+from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import OptimizerName, Precision
 from logratio.training.fingerprint import parameter_count
-from logratio.training.interrupt import RunInterruptedError
 from logratio.training.optimizers import (
     MasterAdamW,
     clip_gradients,
@@ -291,11 +291,11 @@ def test_the_forecast_knows_the_bytes_of_a_weight(
 ) -> None:
     changed = dataclasses.replace(config, device="cpu", **changes)  # type: ignore[arg-type]
     count = parameter_count(config.model)
-    assert demand.training_bytes(changed, None) == pytest.approx(each * count)
+    assert memory.training_bytes(changed, None) == pytest.approx(each * count)
     embeddings = 20 * 32  # which a frozen model keeps in float32 under bf16
     low = {"bf16-weights": 2.0, "bf16": 2 + 2 * embeddings / count}
     reference = low.get(changed.precision or "", 4.0)
-    both = demand.training_bytes(changed, config.model)
+    both = memory.training_bytes(changed, config.model)
     assert both == pytest.approx((each + reference) * count)
 
 
@@ -320,8 +320,8 @@ def test_a_run_adds_up_in_float32_where_the_forecast_says_so(
 
     monkeypatch.setattr(loop_module, "clip_gradients", noted)
     ready = prepare(dataclasses.replace(config, epochs=1), show_progress=False)
-    added_up = not demand.fits_at_once(config, ready.store)
-    told = demand.training_bytes(config, None, added_up=added_up)
+    added_up = not memory.fits_at_once(config, ready.store)
+    told = memory.training_bytes(config, None, added_up=added_up)
     assert told == pytest.approx(each * parameter_count(config.model))
     ready.run()
     assert seen == {dtype}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from logratio._rust import PieceTable
-from logratio.data.pieces import PATTERNS, PieceEncoder
+from logratio.data.tokenization.word_cache import PATTERNS, PieceEncoder
 
 ODD = "a bc,.'\u2019(\n\r\t \u00a0\u3000\u0301\u200bé日ß\uff71\u0966\u21671297<>|_s/</s>😀"
 TEXTS = st.lists(

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from logratio._rust import Store
 from logratio.data import BadDataError, DataReport, PreferenceTokenizer, build_store
-from logratio.data.plain import PlainTable
-from logratio.data.truncation import TokenizationRules
+from logratio.data.store.ingest import PlainTable
+from logratio.data.tokenization.groups import TokenizationRules
 
 FOLDERS: dict[str, Callable[[], Tokenizer]] = {
     "plain": made.byte_level,

@@ -15,8 +15,8 @@ from tiny_models import FAMILIES, tiny
 from torch import Tensor, nn
 
 from logratio.data import PreferenceTokenizer, TokenizationRules, build_store, lay_out
+from logratio.logps.batch import to_torch
 from logratio.logps.completion import score, transformer
-from logratio.logps.tensors import to_torch
 from logratio.training import (
     EvaluateConfig,
     LoraSettings,
@@ -25,8 +25,8 @@ from logratio.training import (
     evaluate,
     load_model,
     models,
+    precomputation,
     precompute,
-    reference_pass,
     train,
 )
 from logratio.training import trainer as trainer_module
@@ -222,7 +222,7 @@ def test_all_commands_agree_before_the_first_fingerprint(
     """A cache that `precompute` fills with the default is a hit for `train` with the default."""
     cache = tmp_path / "cache"
     wanted = PrecomputeConfig(config.model, config.data, cache, device="cpu")
-    scored = reference_pass.prepare(wanted, show_progress=False)
+    scored = precomputation.prepare(wanted, show_progress=False)
     assert "precision bf16 (default on this device)" in scored.forecast.notes
     assert scored.fingerprint.precision == "bf16"
     assert scored.run().new > 0
@@ -243,7 +243,7 @@ def test_a_miss_names_the_precision_as_its_cause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = tmp_path / "cache"
-    reference_pass.prepare(PrecomputeConfig(config.model, config.data, cache, device="cpu")).run()
+    precomputation.prepare(PrecomputeConfig(config.model, config.data, cache, device="cpu")).run()
     monkeypatch.setattr(models, "default_precision", lambda _: "bf16")
     with pytest.raises(StaleCacheError) as missed:
         trainer_module.prepare(dataclasses.replace(config, cache=cache), show_progress=False)

@@ -21,8 +21,8 @@ from logratio.cache import ReferenceCache
 from logratio.data import TokenizationRules
 from logratio.training import PrecomputeConfig, load_model, precompute
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.precomputation import PrecomputeResult
 from logratio.training.reference import StaleCacheError, open_cache
-from logratio.training.reference_pass import PrecomputeResult
 from logratio.training.setup import load_dataset
 
 
@@ -222,7 +222,7 @@ def test_what_the_cache_was_made_under_is_shown_and_merged(
 
 
 def test_the_forecast_counts_what_is_missing(config: PrecomputeConfig) -> None:
-    from logratio.training.reference_pass import prepare
+    from logratio.training.precomputation import prepare
 
     ready = prepare(config, show_progress=False)
     assert "32 completions to score" in ready.forecast.to_text()

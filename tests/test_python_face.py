@@ -16,11 +16,11 @@ from logratio.data import (
     TokenizationRules,
     build_store,
 )
-from logratio.data.containers import as_inputs
 from logratio.data.inspection import inspect
+from logratio.data.readers import as_inputs
 from logratio.demo.run import DemoConfig
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
-from logratio.scoring.export import ExportConfig, export_bundle
+from logratio.export.export import ExportConfig, export_bundle
 from logratio.training import (
     EvaluateConfig,
     LoraSettings,
@@ -103,12 +103,12 @@ def test_what_means_the_same_is_taken() -> None:
 
 def test_every_settings_class_is_checked() -> None:
     """A new one that does not call `check_fields` is found here."""
-    import logratio.data.dataset as dataset
     import logratio.training.config as config
+    from logratio.data.store import build
 
     found = [
         kind
-        for module in (config, dataset)
+        for module in (config, build)
         for kind in vars(module).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
         and kind.__name__.endswith(("Config", "Settings", "Rules"))

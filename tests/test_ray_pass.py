@@ -17,8 +17,8 @@ from test_budget import store_of
 from logratio._rust import CacheReader
 from logratio.training import PrecomputeConfig, precompute
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.ray_pass import RayPassError, chunks, place
-from logratio.training.reference_pass import PrecomputeResult, prepare
+from logratio.training.precomputation import PrecomputeResult, prepare
+from logratio.training.precomputation_ray import RayPassError, chunks, place
 from logratio.training.setup import ConfigError
 
 PAIRS = 27

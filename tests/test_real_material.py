@@ -13,7 +13,7 @@ from tiny_models import tiny
 from transformers import GPT2Config
 
 from logratio.data import TokenizationRules
-from logratio.scoring.export import ExportConfig, export_bundle
+from logratio.export.export import ExportConfig, export_bundle
 from logratio.serving import Reranker
 from logratio.training import (
     EvaluateConfig,
@@ -24,7 +24,7 @@ from logratio.training import (
     precompute,
     train,
 )
-from logratio.training.sampling import sample_completions
+from logratio.training.evaluation import sample_completions
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 

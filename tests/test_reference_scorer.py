@@ -10,12 +10,12 @@ from torch import Tensor
 
 from logratio._rust import CacheReader
 from logratio.logps import completion
-from logratio.logps.tensors import Batch
+from logratio.logps.batch import Batch
 from logratio.training import PrecomputeConfig, precompute
 from logratio.training import reference_scorer as module
-from logratio.training.budget import MemoryShortageError
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.reference_pass import PrecomputeResult, prepare
+from logratio.training.memory import MemoryShortageError
+from logratio.training.precomputation import PrecomputeResult, prepare
 
 
 @pytest.fixture

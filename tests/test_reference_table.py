@@ -16,9 +16,8 @@ from oracle import in_float64, per_token_logps
 from logratio._rust import ROLES, CacheReader, CacheWriter, Store, StoreWriter
 from logratio.cache.identity import fingerprint_digest
 from logratio.data import PreferenceTokenizer, build_store
-from logratio.integrations import lookup
-from logratio.integrations.columns import ColumnsError, Shape, reference_table
-from logratio.integrations.lookup import MissingLogpsError
+from logratio.integrations import table as lookup
+from logratio.integrations.table import ColumnsError, MissingLogpsError, Shape, reference_table
 from logratio.training import PrecomputeConfig, load_model, precompute
 
 HARD = {"compute_dtype": "float32"}

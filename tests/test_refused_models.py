@@ -24,12 +24,7 @@ from transformers import (
     ViTConfig,
 )
 
-from logratio.logps.checks import (
-    UnsupportedModelError,
-    batch_of,
-    check_causality,
-    choose_layout,
-)
+from logratio.logps.checks import UnsupportedModelError, batch_of, check_causality, choose_layout
 from logratio.logps.completion import score
 from logratio.training import TrainConfig
 from logratio.training.models import (

@@ -16,8 +16,8 @@ from logratio.data import (
     TokenizationRules,
     build_store,
 )
-from logratio.data.rendered import Markers
-from logratio.data.report import BadDataError
+from logratio.data.store.row_report import BadDataError
+from logratio.data.tokenization.rendering import Markers
 from logratio.serving.candidates import CandidateEncoder
 
 LLAMA2 = (

@@ -25,8 +25,7 @@ from logratio.data import BadDataError, InvalidRecordError, PreferenceTokenizer,
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker, Score, rank_file
 from logratio.serving.candidates import Candidate, CandidateGroup
-from logratio.serving.reranker import ranked
-from logratio.serving.runs import plan_runs
+from logratio.serving.reranker import plan_runs, ranked
 from logratio.serving.session import ProviderError, default_threads
 from logratio.training import load_model
 

@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 from tokenizers_for_tests import byte_level, save, word_level
 
-from logratio.data import DataReport, PreferenceTokenizer, build_store, load_store, resume
+from logratio.data import DataReport, PreferenceTokenizer, build_store, load_store
+from logratio.data.store import resume
 
 WORDS = ["cat", "dog", "mat", "house", "thing", "yes", "no", "good", "bad", "great"]
 

@@ -8,9 +8,9 @@ import pytest
 from chats_for_tests import assistant, user
 from conftest import Run
 
-from logratio.data.containers.mapped_rows import RowFunction, as_row_function
 from logratio.data.formats import Decoded, Decoder, FormatSettings
 from logratio.data.layouts import LAYOUTS, advice
+from logratio.data.readers.derived_rows import RowFunction, as_row_function
 from logratio.data.records import InvalidRecordError, Source
 from logratio.errors import ConfigError
 

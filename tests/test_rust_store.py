@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from logratio._rust import (
-    ROLES,
-    Store,
-    StoreWriter,
-    candidate_layout,
-    content_key,
-)
+from logratio._rust import ROLES, Store, StoreWriter, candidate_layout, content_key
 
 
 def ids(*values: int) -> NDArray[np.int32]:

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from logratio.serving.limits import Limits
-from logratio.serving.pace import Pace
-from logratio.serving.refusals import RefusedError
-from logratio.serving.scheduler import Scheduler
+from logratio.serving.limits import Limits, RefusedError
+from logratio.serving.scheduler import Pace, Scheduler
 
 SECONDS_PER_TOKEN = 1e-4
 

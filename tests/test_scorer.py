@@ -25,13 +25,11 @@ from transformers import (
 )
 
 from logratio._rust import candidate_layout
+from logratio.export.graph import feed, same_architecture
+from logratio.export.scorer import FAMILIES as EXPORTABLE
+from logratio.export.scorer import HalfScorer, RewardScorer, check_exportable, join
 from logratio.logps.checks import UnsupportedModelError, batch_of
 from logratio.logps.completion import score
-from logratio.scoring.families import FAMILIES as EXPORTABLE
-from logratio.scoring.families import check_exportable
-from logratio.scoring.graph import feed, same_architecture
-from logratio.scoring.pair import join
-from logratio.scoring.scorer import HalfScorer, RewardScorer
 from logratio.training.models import quietly
 
 Group = tuple[list[int], list[list[int]]]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import WORDS
 
-from logratio.logps.tensors import Layout
+from logratio.logps.batch import Layout
 from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.loop import Loop

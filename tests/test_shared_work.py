@@ -12,7 +12,7 @@ from conftest import write_pairs
 from logratio._rust import CacheReader
 from logratio.training import PrecomputeConfig, precompute
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.reference_pass import prepare
+from logratio.training.precomputation import prepare
 from logratio.training.setup import ConfigError
 
 PAIRS = 27

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from logratio.training.shares import Share, ShareError, share_of
+from logratio.training.precomputation import Share, ShareError, share_of
 
 
 def keys(count: int, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from logratio.data import PreferenceTokenizer, TokenizationRules, build_store
 from logratio.data.analysis import analyse
 from logratio.training import load_model
-from logratio.training.sampling import sample_completions
+from logratio.training.evaluation import sample_completions
 
 EOS, IM_END = 2, 5
 GEMMA = CHATML.replace("<|im_end|>", "</s>")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
 from logratio.training import loop as loop_module
 from logratio.training import reference_scorer as scorer_module
-from logratio.training.switches import (
+from logratio.training.torch_settings import (
     ALLOCATOR,
     CUBLAS,
     ask_for_expandable_segments,

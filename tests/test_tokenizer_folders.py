@@ -28,8 +28,8 @@ from tokenizers_for_tests import word_level as words
 from transformers import AutoTokenizer
 
 from logratio.data import PreferenceTokenizer
-from logratio.data.tokenizer_classes import TokenizerError
-from logratio.data.tokenizer_files import read_tokenizer, write_tokenizer
+from logratio.data.tokenization.tokenizer_classes import TokenizerError
+from logratio.data.tokenization.tokenizer_files import read_tokenizer, write_tokenizer
 
 TEXTS = (
     "the cat sat on the mat",

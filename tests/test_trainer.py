@@ -17,9 +17,9 @@ from torch import Tensor
 
 from logratio._rust import CacheReader, CacheWriter
 from logratio.data import TokenizationRules
+from logratio.logps.batch import Batch, TargetTokens
 from logratio.logps.completion import completion_loss
 from logratio.logps.head_loss import LossOf
-from logratio.logps.tensors import Batch, TargetTokens
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -28,13 +28,12 @@ from logratio.training import (
     precompute,
     train,
 )
-from logratio.training.canary import UntrustedReferenceError
-from logratio.training.checkpoint import ResumeError
+from logratio.training.checkpoint import ResumeError, RunInterruptedError
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.interrupt import RunInterruptedError
 from logratio.training.loop import Loop, NonFiniteError
 from logratio.training.models import ModelFolderError, load_model
 from logratio.training.reference import StaleCacheError
+from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.setup import ConfigError, load_dataset, reference_kind
 from logratio.training.trainer import prepare
 
@@ -370,17 +369,17 @@ def test_bf16_stays_near_fp32(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_threads_that_hurt_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from logratio.training import threads
+    from logratio.training import torch_settings
 
     cpu, times = torch.device("cpu"), iter([0.4, 0.1, 0.1, 0.1])
-    monkeypatch.setattr(threads, "_seconds", lambda: next(times))
-    assert threads.advice(cpu) is None  # there is one thread
+    monkeypatch.setattr(torch_settings, "_seconds", lambda: next(times))
+    assert torch_settings.advice(cpu) is None  # there is one thread
     torch.set_num_threads(2)
     try:
-        told = threads.advice(cpu)
+        told = torch_settings.advice(cpu)
         assert told is not None
         assert "4.0 times" in told
-        assert threads.advice(cpu) is None
+        assert torch_settings.advice(cpu) is None
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -13,13 +13,13 @@ from tiny_models import FAMILIES, VOCABULARY, tiny
 from torch import Tensor
 
 from logratio._rust import Store
-from logratio.logps.apart import batch_of, groups_of, limits_of
 from logratio.logps.attention import shared_prompts, tree
 from logratio.logps.attention.tree import CALL, COPY, cut, gather
+from logratio.logps.batch import Part, TreeBatch
 from logratio.logps.checks import check_tree
 from logratio.logps.completion import completion_loss, score
-from logratio.logps.tensors import Part, TreeBatch
-from logratio.training.budget import GroupQueue
+from logratio.logps.splitting import batch_of, groups_of, limits_of
+from logratio.training.memory import GroupQueue
 
 
 def related_groups(seed: int, count: int = 7) -> list[Group]:

@@ -13,12 +13,11 @@ from oracle import Group
 from torch import Tensor
 
 from logratio.data import lay_out
-from logratio.logps.attention import SharedPrompt, fused, sdpa, trial
+from logratio.logps.attention import SharedPrompt, fused, sdpa
 from logratio.logps.attention.kernels import KernelError, Wanted
 from logratio.logps.attention.sdpa import Scoring
+from logratio.logps.batch import Sequences, SharedBatch, fields_for, to_torch
 from logratio.logps.checks import batch_of
-from logratio.logps.sequences import Sequences
-from logratio.logps.tensors import SharedBatch, fields_for, to_torch
 
 CPU = torch.device("cpu")
 WANTED = Wanted("cuda", torch.bfloat16, 16, 16, heads=4, key_heads=2)
@@ -27,10 +26,10 @@ Kernel = Callable[..., Tensor]
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    trial.failure.cache_clear()
+    fused.failure.cache_clear()
     fused.choose.cache_clear()
     yield
-    trial.failure.cache_clear()
+    fused.failure.cache_clear()
     fused.choose.cache_clear()
 
 
@@ -39,7 +38,7 @@ def groups() -> list[Group]:
     ids = count(3)
     return [
         ([next(ids) for _ in range(prompt)], [[next(ids) for _ in range(n)] for n in answers])
-        for prompt, answers in trial.GROUPS
+        for prompt, answers in fused.GROUPS
     ]
 
 
@@ -75,8 +74,8 @@ def failing(*_arguments: Any) -> Tensor:
 
 
 def tried(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, wanted: Wanted = WANTED) -> str | None:
-    monkeypatch.setattr(trial, "attend_in_one_call", kernel)
-    return trial.failure("flex", wanted, CPU)
+    monkeypatch.setattr(fused, "attend_in_one_call", kernel)
+    return fused.failure("flex", wanted, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -122,7 +121,7 @@ def test_a_window_that_is_off_by_one_is_seen(
 
     windowed = dataclasses.replace(WANTED, dtype=dtype, windowed=True)
     assert tried(right, monkeypatch, windowed) is None
-    trial.failure.cache_clear()
+    fused.failure.cache_clear()
     assert "numbers are wrong" in str(tried(shifted, monkeypatch, windowed))
     plain = dataclasses.replace(windowed, windowed=False)
     assert tried(shifted, monkeypatch, plain) is None
@@ -150,7 +149,7 @@ def test_nothing_of_the_caller_reaches_the_trial(monkeypatch: pytest.MonkeyPatch
     hooks = torch.autograd.graph.saved_tensors_hooks(refuse, refuse)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         assert tried(looking, monkeypatch) is None
-        assert trial.failure("flex", WANTED, CPU) is None
+        assert fused.failure("flex", WANTED, CPU) is None
     assert seen == [(True, False)]
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -184,11 +183,11 @@ def test_what_is_forced_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_laid_out_as_rust_lays_them_out() -> None:
     store = store_of([(p, [(c, [1] * len(c), 2) for c in answers]) for p, answers in groups()])
-    arrays = lay_out(store, np.arange(len(trial.GROUPS)), fields=fields_for("shared", "cuda"))
+    arrays = lay_out(store, np.arange(len(fused.GROUPS)), fields=fields_for("shared", "cuda"))
     batch = to_torch(arrays)
     assert isinstance(batch, SharedBatch)
     for field in dataclasses.fields(Sequences):
         own, other = (
-            getattr(row, field.name) for row in (trial.row_of(trial.GROUPS, CPU), batch.sequences)
+            getattr(row, field.name) for row in (fused.row_of(fused.GROUPS, CPU), batch.sequences)
         )
         assert torch.equal(own, other) if isinstance(own, Tensor) else own == other, field.name

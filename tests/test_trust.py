@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.data import lay_out
+from logratio.logps.batch import to_torch
 from logratio.logps.completion import score, transformer
-from logratio.logps.tensors import to_torch
 from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
@@ -28,28 +28,30 @@ from logratio.training import (
 )
 from logratio.training import loop as loop_module
 from logratio.training import reference_scorer as scorer_module
-from logratio.training.cached import CachedReference, CachedSums, ImpossibleLogpError
-from logratio.training.canary import (
-    SAMPLE,
-    TOLERANCES,
-    UntrustedReferenceError,
-    sample_groups,
-    sample_rows,
-)
+from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Precision
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.interrupt import RunInterruptedError
-from logratio.training.losses import PAIR_LOSSES
+from logratio.training.losses import PAIR_LOSSES, make_objective
 from logratio.training.models import precision_of, with_lora
-from logratio.training.objective import make_objective
 from logratio.training.reference import (
+    CachedReference,
+    CachedSums,
     FrozenReference,
+    ImpossibleLogpError,
     StaleCacheError,
     open_cache,
 )
+from logratio.training.reference_checks import (
+    SAMPLE,
+    TOLERANCES,
+    UntrustedReferenceError,
+    check_start,
+    conditions,
+    sample_groups,
+    sample_rows,
+)
 from logratio.training.setup import load_dataset, starts_at_reference
 from logratio.training.trainer import prepare
-from logratio.training.trust import check_start, conditions
 
 
 @pytest.fixture

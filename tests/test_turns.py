@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from chats_for_tests import assistant, user
 
-from logratio.data.containers import open_inputs
 from logratio.data.formats import Decoder, FormatSettings, detect
+from logratio.data.readers import open_inputs
 from logratio.data.records import InvalidRecordError, PreferenceRecord, Source
 
 HERE = Source("train.csv", 2)

@@ -21,13 +21,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from logratio.data import lay_out
 from logratio.logps.attention import SharedPrompt, fused, varlen
 from logratio.logps.attention.flex import attend_row, visible
-from logratio.logps.attention.gathering import gather_keys
 from logratio.logps.attention.interface import NAME, shared_prompt_attention
 from logratio.logps.attention.kernels import Choice, Kernel
-from logratio.logps.attention.varlen import attend_sequences
+from logratio.logps.attention.varlen import attend_sequences, gather_keys
+from logratio.logps.batch import SEQUENCES, Sequences, SharedBatch, fields_for, to_torch
 from logratio.logps.completion import score
-from logratio.logps.sequences import Sequences
-from logratio.logps.tensors import SEQUENCES, SharedBatch, fields_for, to_torch
 
 NUMBERS = np.array([3, 0, 4, 1, 2])
 FIELDS = fields_for("shared", "cuda")

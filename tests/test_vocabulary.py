@@ -11,14 +11,14 @@ from conftest import write_pairs
 from tiny_models import WORDS, save_tiny_model
 
 from logratio.data import PreferenceTokenizer
-from logratio.scoring import ExportConfig, plan_export
-from logratio.scoring.plan import ExportError
+from logratio.export import ExportConfig, plan_export
+from logratio.export.export import ExportError
 from logratio.training import (
     EvaluateConfig,
     PrecomputeConfig,
     TrainConfig,
     evaluation,
-    reference_pass,
+    precomputation,
     trainer,
     vocabulary,
 )
@@ -50,7 +50,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "train": lambda model, data, out: trainer.prepare(
         TrainConfig(model, [data], out, device="cpu"), show_progress=False
     ),
-    "precompute": lambda model, data, out: reference_pass.prepare(
+    "precompute": lambda model, data, out: precomputation.prepare(
         PrecomputeConfig(model, [data], out, device="cpu"), show_progress=False
     ),
     "evaluate": lambda model, data, _: evaluation.prepare(

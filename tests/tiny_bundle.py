@@ -13,7 +13,7 @@ from tiny_models import save_tiny_model
 from torch import nn
 
 from logratio.bundle import GRAPH, MANIFEST, describe_file
-from logratio.scoring import ExportConfig, export_bundle
+from logratio.export import ExportConfig, export_bundle
 from logratio.serving import Reranker
 
 BETA = 0.25

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from logratio.data.codes import CODES, CURES
+from logratio.data.records import CODES, CURES
 
 PAGE = Path(__file__).with_name("troubleshooting.md")
 _TABLE = re.compile(r"(<!-- codes:.*? -->\n).*?(<!-- /codes -->)", re.DOTALL)

@@ -3,7 +3,7 @@
 The library turns on one number, the log-ratio ``log π(y|x) - log π_ref(y|x)``: how much more likely
 a trained policy makes a completion ``y`` of a prompt ``x`` than the reference it started from.
 `logratio.training` moves it, the reference cache keeps its second half on disk, and ``beta`` times
-it is the reward that `logratio.scoring` exports and `logratio.serving` ranks with.
+it is the reward that `logratio.export` exports and `logratio.serving` ranks with.
 
 Importing this package is free: each name loads its module when it is first used.
 """
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from logratio.data import FormatSettings as FormatSettings
     from logratio.data import TokenizationRules as TokenizationRules
     from logratio.errors import LogratioError as LogratioError
-    from logratio.scoring import ExportConfig as ExportConfig
-    from logratio.scoring import export_bundle as export_bundle
+    from logratio.export import ExportConfig as ExportConfig
+    from logratio.export import export_bundle as export_bundle
     from logratio.serving import Reranker as Reranker
     from logratio.training import EvaluateConfig as EvaluateConfig
     from logratio.training import LoraSettings as LoraSettings

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from logratio._rust import CacheFolder
-from logratio.cache.conditions import record_conditions
 from logratio.cache.identity import (
     FINGERPRINT_FILE,
     StoredReference,
     find_references,
     read_reference,
+    record_conditions,
 )
-from logratio.cache.reading import open_reader
+from logratio.cache.logps import open_reader
 from logratio.cache.results import Change
 from logratio.durable import write_whole
 from logratio.errors import LogratioError

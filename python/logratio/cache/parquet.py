@@ -9,8 +9,8 @@ import numpy as np
 
 from logratio._rust import CacheReader
 from logratio.cache.identity import StoredReference
+from logratio.cache.logps import open_reader
 from logratio.cache.merging import entry_bytes
-from logratio.cache.reading import open_reader
 from logratio.cache.results import Exported
 from logratio.durable import published
 from logratio.errors import IsFolderError

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluation, precompute, scoring, training
+from logratio.cli import cache, data, evaluate, export, precompute, train
 from logratio.errors import LogratioError
 from logratio.progress import say
 from logratio.synonyms import translated
@@ -32,12 +32,12 @@ BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX", "pyarrow
 
 for command in (
     precompute.precompute,
-    training.train,
-    evaluation.evaluate,
-    scoring.export,
-    scoring.rank,
-    scoring.serve,
-    scoring.demo,
+    train.train,
+    evaluate.evaluate,
+    export.export,
+    export.rank,
+    export.serve,
+    export.demo,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from logratio.cache import ReferenceReport
+    from logratio.cache.results import ReferenceReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +53,7 @@ def inspect(
     Reads journals whole and of shards the seals; `verify` compares every byte. Ends with 1 where
     something is wrong.
     """
-    from logratio.cache import ReferenceCache
+    from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
 
     reports = awaited(f"inspecting {root}", lambda: ReferenceCache(root).inspect(reference))
@@ -72,7 +72,7 @@ def verify(root: Root, reference: Name = None) -> None:
     Checks checksums, SHA-256, the order of keys, every value, and that no two records contradict
     each other. Ends with 1 where something is wrong; each damaged file is named.
     """
-    from logratio.cache import ReferenceCache
+    from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
 
     cache = ReferenceCache(root)
@@ -119,7 +119,7 @@ def merge(
     folder. What is there already is compared, not doubled: two records of one completion that
     contradict each other stop it, with the names of both files. Merging twice changes nothing.
     """
-    from logratio.cache import ReferenceCache
+    from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
 
     cache = ReferenceCache(into)
@@ -159,7 +159,7 @@ def compact(
     Needs room for a second copy while it works. Journals in use are left alone. Cut it off at any
     moment: no record is ever in no file.
     """
-    from logratio.cache import ReferenceCache
+    from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
 
     cache = ReferenceCache(root)
@@ -198,7 +198,7 @@ def export(
     completion token. Pages carry checksums; the file's metadata names the reference. A file that
     is there is replaced once the new one is whole.
     """
-    from logratio.cache import ReferenceCache
+    from logratio.cache.cache import ReferenceCache
     from logratio.forecast import size
     from logratio.progress import Advance, progress
 

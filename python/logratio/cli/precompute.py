@@ -8,10 +8,8 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.flags import Settings, takes_flags
-from logratio.cli.options import ReadMode
-from logratio.cli.reading import READING, Reading
-from logratio.cli.training import announce
+from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
+from logratio.cli.train import announce
 
 
 class Engine(StrEnum):
@@ -101,8 +99,8 @@ def precompute(
     on where it was. Learning rate, β, loss and order never make an entry stale. Any number of
     processes and hosts may fill one cache: start it under torchrun, or with --share, or on Ray.
     """
-    from logratio.training import PrecomputeConfig
-    from logratio.training.reference_pass import prepare
+    from logratio.training.config import PrecomputeConfig
+    from logratio.training.precomputation import prepare
 
     ready = prepare(
         PrecomputeConfig(

@@ -1,15 +1,18 @@
 """Preference data: files to records to ids to a store. Loads neither torch nor transformers."""
 
-from logratio.data.ahead import ahead
-from logratio.data.arenas import Arenas
-from logratio.data.batches import lay_out, micro_batches
-from logratio.data.chat import ChatTemplate, ChatTemplateError
-from logratio.data.codes import CODES
-from logratio.data.dataset import build_store
-from logratio.data.feed import Feed, FeedSettings, FeedStateError, MicroBatch
+from logratio.data.feed import (
+    Arenas,
+    Feed,
+    FeedSettings,
+    FeedStateError,
+    MicroBatch,
+    lay_out,
+    micro_batches,
+)
 from logratio.data.formats import FormatSettings
-from logratio.data.groups import TokenizedCompletion, TokenizedGroup
+from logratio.data.prefetch import ahead
 from logratio.data.records import (
+    CODES,
     Completion,
     InvalidRecordError,
     Message,
@@ -17,8 +20,8 @@ from logratio.data.records import (
     Refusal,
     Source,
 )
-from logratio.data.report import BadDataError, DataReport
-from logratio.data.sealed import (
+from logratio.data.store.build import build_store
+from logratio.data.store.load import (
     StoreMismatchError,
     datasets_of,
     is_store,
@@ -26,8 +29,10 @@ from logratio.data.sealed import (
     rules_of,
     source_names,
 )
-from logratio.data.tokenization import PreferenceTokenizer
-from logratio.data.truncation import TokenizationRules
+from logratio.data.store.row_report import BadDataError, DataReport
+from logratio.data.tokenization.chat_template import ChatTemplate, ChatTemplateError
+from logratio.data.tokenization.groups import TokenizationRules, TokenizedCompletion, TokenizedGroup
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 
 __all__ = [
     "CODES",

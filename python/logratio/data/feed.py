@@ -1,20 +1,139 @@
-"""A store to laid-out micro-batches, one ahead: plan, buffers, and a position to go on from."""
+"""A store to micro-batches: plan, arrays in reused buffers, and a position to resume from."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
+from weakref import ref
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import PaddedLayout, Plan, SharedLayout, Store, TreeLayout
-from logratio.data.ahead import ahead
-from logratio.data.arenas import Arenas
-from logratio.data.batches import lay_out, micro_batches
+from logratio.data.prefetch import ahead
 from logratio.errors import ConfigError, LogratioError
 from logratio.validation import check_fields
+
+
+class _Loan(ref[NDArray[np.uint8]]):
+    """Knows which memory an array was lent, to the array's end and a moment longer."""
+
+    __slots__ = ("storage",)
+    __hash__ = object.__hash__
+    storage: NDArray[np.uint8]
+
+
+class Arenas:
+    """Buffers that come back by themselves when nothing refers to what is in them any more.
+
+    A batch that is kept (in a list, in an autograd graph) keeps its buffer, and another is made:
+    no batch is ever overwritten while someone can still read it. A reader who drops each batch
+    before the next but one needs three buffers in all.
+    """
+
+    def __init__(self) -> None:
+        self._loans: set[_Loan] = set()
+        # Loans that ended. Their callback is `append` itself: one written in Python could be where
+        # Ctrl-C strikes, and what a callback raises is lost.
+        self._ended: deque[ref[NDArray[np.uint8]]] = deque()
+
+    def __call__(self, nbytes: int) -> NDArray[np.uint8]:
+        """Lend a buffer of `nbytes` bytes, uint8 `[nbytes]`, with whatever was in it."""
+        storage = self._take(nbytes)
+        # Views of an array are views of its owner, but not through a memoryview: every view of
+        # `lent` keeps `lent` itself alive, and its end is the end of them all.
+        lent = np.frombuffer(storage.data, np.uint8, nbytes)
+        loan = _Loan(lent, self._ended.append)
+        loan.storage = storage
+        self._loans.add(loan)
+        return lent
+
+    def _take(self, nbytes: int) -> NDArray[np.uint8]:
+        while self._ended:
+            loan = self._ended.popleft()
+            assert isinstance(loan, _Loan)
+            self._loans.discard(loan)
+            if len(loan.storage) >= nbytes:
+                return loan.storage
+        return np.empty(nbytes + nbytes // 4, np.uint8)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process begins with no buffers."""
+        return Arenas, ()
+
+
+Buffer = NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]]
+"""A buffer to fill, uint8, or what makes one of the bytes it is called with."""
+
+
+def micro_batches(plan: Plan, update: int | None = None) -> list[NDArray[np.int64]]:
+    """Return the group numbers of each micro-batch, as views into the plan.
+
+    Args:
+        plan: This rank's share of an epoch.
+        update: Of which optimizer step, from 0; None: of all.
+    """
+    offsets = plan.micro_offsets
+    if update is not None:
+        first, last = plan.update_offsets[update : update + 2]
+        offsets = offsets[first : last + 1]
+    return [plan.order[start:stop] for start, stop in pairwise(offsets.tolist())]
+
+
+def lay_out(
+    store: Store,
+    groups: NDArray[np.int64],
+    layout: str = "shared",
+    *,
+    arena: Buffer | None = None,
+    fields: Sequence[str] | None = None,
+    side: str = "right",
+    multiple_of: int = 1,
+    width: int | None = None,
+    pad_id: int = 0,
+) -> SharedLayout | TreeLayout | PaddedLayout:
+    """Lay out `groups`, all arrays in one buffer.
+
+    Args:
+        store: where the groups are.
+        groups: int64 `[G]`, their numbers.
+        layout: "shared" (one row of `T` tokens, each prompt once), "tree" (likewise, what groups
+            begin with alike once) or "padded" (`[N, T]`).
+        arena: the buffer to fill, or what makes it; None: a fresh one.
+        fields: the arrays to lay out; None: those that training reads. See `rust/layout/field.rs`.
+        side: where the padding of the padded layout is, "left" or "right".
+        multiple_of: `T` is rounded up to a multiple of this.
+        width: `T` is this (rounded up likewise) whatever the groups need.
+        pad_id: the token id in padding.
+
+    Raises:
+        ValueError: an argument is none of these, or the groups do not fit in `width` or `arena`.
+        IndexError: there is no such group.
+    """
+    if layout in ("shared", "tree"):
+        lay = store.shared_layout if layout == "shared" else store.tree_layout
+        return lay(
+            groups,
+            arena=arena,
+            fields=fields,
+            multiple_of=multiple_of,
+            width=width,
+            pad_id=pad_id,
+        )
+    if layout != "padded":
+        raise ConfigError(f"layout must be shared, tree or padded, not {layout!r}")
+    return store.padded_layout(
+        groups,
+        arena=arena,
+        fields=fields,
+        side=side,
+        multiple_of=multiple_of,
+        width=width,
+        pad_id=pad_id,
+    )
 
 
 class FeedStateError(LogratioError, ValueError):

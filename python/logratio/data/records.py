@@ -1,12 +1,205 @@
-"""What a row of a data file means, as text: a prompt and its completions, or why it is refused."""
+"""A row of a data file as text: a prompt and its completions, or a code for its refusal."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from logratio.data.codes import stops
 from logratio.errors import LogratioError
+
+CODES: dict[str, str] = {
+    "E101": "malformed JSON",
+    "E102": "the file ends inside a record",
+    "E103": "not UTF-8",
+    "E104": "a lone surrogate, which no tokenizer can encode",
+    "E105": "a JSON array where a record a line was begun",
+    "E106": "the file holds no record",
+    "E107": "the line is too long",
+    "E108": "damaged data (gzip, zstd, Parquet, Arrow)",
+    "E109": "a JSON array that cannot be followed",
+    "E110": "a CSV record with another number of cells than the header",
+    "E111": "CSV whose quotes or header do not fit",
+    "E112": "a kind of file that is not read",
+    "E113": "two columns of one name",
+    "E201": "a key is missing",
+    "E202": "a value is null",
+    "E203": "a value has the wrong type",
+    "E204": "a row that says another kind of thing than the rows before it in its file",
+    "E205": "a key that occurs twice in one object",
+    "E206": "a shape that is not known",
+    "E207": "content that is not text",
+    "E208": "a turn's weight that is neither 0 nor 1, or weights by which no turn counts",
+    "E209": "a label whose meaning differs between data sets and was not given",
+    "E210": "a row that could be read in two ways",
+    "E211": "a prompt and whole answers that do not go together",
+    "E212": "a label, rank or score that cannot be read",
+    "E213": "a row that is not of the format that was named",
+    "E214": "steps that do not fit together",
+    "E215": "a string that could be text or a chat that was written as text",
+    "E217": "the row function failed, or returned no row",
+    "E304": "a prompt longer than its limit, where the rules say that this is an error",
+    "E401": "messages, but no chat template",
+    "E402": "two beginning-of-text or two end-of-text tokens",
+    "E403": "turns whose roles make no prompt and answer",
+    "E404": "the chat template does not repeat the prompt when the answer follows",
+    "E405": "a message that the chat template has already written",
+    "E601": "a token id outside the vocabulary",
+    "R301": "an empty completion",
+    "R302": "identical completions",
+    "R303": "completions that are identical once truncated",
+    "R304": "a prompt longer than its limit",
+    "R305": "an empty prompt, and the tokenizer adds no beginning-of-text token",
+    "R306": "the limit leaves no token of the answer",
+    "R307": "a special token is spelled in a message, where the rules split special tokens",
+    "R308": "the opposite is said too, as often or more",
+    "R310": "a tie: nothing is better than anything else",
+    "R311": "the chat template writes nothing of an answer",
+    "R312": "a tool call whose arguments are no JSON object",
+    "R316": "the row function left the row out",
+    "R317": "an answer, or a row, that nobody rated, ranked or labelled",
+    "W501": "a special token is spelled in the text",
+    "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
+    "W503": "a completion was cut at the limit",
+    "W504": "an empty prompt",
+    "W505": "a NUL character in the text",
+    "W506": "a prompt was cut at its limit",
+    "W507": "the same two completions stand elsewhere the other way round",
+    "W508": "length alone tells chosen from rejected",
+    "W509": "repeated judgements contradict each other",
+    "W510": "many groups are nearly the same",
+    "W511": "many completions were cut at the limit",
+    "W512": "the chat template asks with text that it does not write before an answer: "
+    "the prompt ends before it",
+    "W513": "the chat template leaves out a part of the row",
+    "W514": "the chat template leaves out the reasoning of turns before the answer",
+    "W515": "turns that follow the last assistant turn were left out",
+    "W517": "no completion ends with a token that ends an answer",
+    "W518": "plain text, which bypasses the tokenizer's chat template (--chat wraps it as turns; "
+    "--text keeps it and removes this warning)",
+    "W519": "part of the data went through the chat template, and part did not",
+    "W520": "the answer follows the prompt without white space",
+    "W522": "a chat that was written as text, read as a chat (else: --strings text)",
+    "W523": "a message that holds the markers of another chat template",
+    "W525": "a list that another score could rank",
+    "W530": "a pair or an answer of a list was left out",
+}
+"""W502 and W503 are counted per completion, W508 to W511, W517, W519 and W520 once a data set, all
+others per record."""
+
+
+CURES: dict[str, str] = {
+    "E101": "Correct the line; JSON lines need one object per line.",
+    "E102": "The file was cut off: copy or download it again.",
+    "E103": "Save the file as UTF-8, or name its encoding, as `--encoding cp1252`.",
+    "E104": "Remove the half character; it comes from text cut inside an emoji.",
+    "E105": "Write one record per line, or one array alone in the file.",
+    "E106": "Check the path, and that the export was complete.",
+    "E107": "Write one record per line; a record may have 64 MiB.",
+    "E108": "Download or write the file again; compare its checksum.",
+    "E109": "Close the array, and put nothing after it.",
+    "E110": "Quote cells that contain the separator or a line break.",
+    "E111": "Write the file with a CSV library; quotes inside a cell are doubled.",
+    "E112": "Unpack or convert the file; see the list of readable files.",
+    "E113": "Rename one of the columns.",
+    "E201": "Add the key, or name the data's key with `--columns prompt=question`.",
+    "E202": "Fill the value, or remove the row.",
+    "E203": "Convert the value to the type that the message names.",
+    "E204": "Put pairs, lists and unpaired feedback into files of their own.",
+    "E205": "Remove one of the two; parsers disagree on which one counts.",
+    "E206": "Rename keys with `--columns`, or convert rows with `--rows module:function`.",
+    "E207": "Keep the text; images and audio are not supported.",
+    "E208": "Weights of turns are 0 or 1, and at least one is 1.",
+    "E209": "Give `--label`; `data inspect` prints the flag where the values allow it.",
+    "E210": "Give the flag that the message names, or remove one of the keys.",
+    "E211": "Both answers must begin with the prompt, or hold the answer alone.",
+    "E212": "Correct the value, or describe it with `--label`.",
+    "E213": "Remove `--format`, or the row.",
+    "E214": "Both solutions must share the steps before they differ.",
+    "E215": "Give `--strings messages` or `--strings text`.",
+    "E217": "Correct the function that `--rows` names; the message has its exception.",
+    "E304": "Raise `--max-prompt-length`, or choose another `--prompt-truncation`.",
+    "E401": "Use an instruct model's tokenizer, or add `chat_template.jinja` to its folder.",
+    "E402": "Remove the token from the data or from the chat template.",
+    "E403": "A conversation ends with an answer, which begins with the assistant's turn.",
+    "E404": "Correct the template: it must not rewrite earlier turns.",
+    "E405": "Pass rendered text as a plain prompt, as with `--columns prompt=input`.",
+    "E601": "Use the tokenizer that belongs to the model.",
+    "R301": "Remove the row, or fill the answer.",
+    "R302": "Nothing to do: the pair says nothing.",
+    "R303": "Raise `--max-length`.",
+    "R304": "Raise `--max-prompt-length`, or choose another `--prompt-truncation`.",
+    "R305": "Add a prompt, or use a tokenizer with a beginning-of-text token.",
+    "R306": "Raise `--max-length`.",
+    "R307": "Remove the token from the message, or `--split-special-tokens`.",
+    "R308": "Keep the pairs with `--conflicts keep`.",
+    "R310": "Nothing to do: ties are left out.",
+    "R311": "Use a template that writes tool calls, or remove the row.",
+    "R312": "Correct the arguments of the call that the message names.",
+    "R316": "Nothing to do, if your row function meant it.",
+    "R317": "Nothing to do: there is no judgement to train on.",
+    "W501": "Use `--split-special-tokens` if the text only quotes the token.",
+    "W502": "Nothing to do; the completion was encoded on its own.",
+    "W503": "Raise `--max-length` if many completions are cut.",
+    "W504": "Check that the prompt is meant to be empty.",
+    "W505": "Remove the character; it usually comes from a faulty export.",
+    "W506": "Raise `--max-prompt-length` if many prompts are cut.",
+    "W507": "`--conflicts drop_both` or `majority` removes contradictions.",
+    "W508": "Balance the lengths, or compare with `--loss simpo` or `ipo`.",
+    "W509": "See the estimate of label noise; `--label-smoothing` takes its share.",
+    "W510": "Remove near-duplicates if they are not meant to weigh more.",
+    "W511": "Raise `--max-length`.",
+    "W512": "Nothing to do; the prompt ends where the template's text does.",
+    "W513": "Choose a template that writes the part, or accept the loss.",
+    "W514": "Nothing to do, if the model also drops earlier reasoning when it is used.",
+    "W515": "Nothing to do, if the turns after the last answer are not needed.",
+    "W517": "Check `--no-eos` and the template: such a policy never learns to stop.",
+    "W518": "`--chat` wraps the text as turns; `--text` says that it is meant.",
+    "W519": "Use `--chat`, or put text and chats into separate runs.",
+    "W520": "Begin answers with a space or a line break, if the prompt does not end with one.",
+    "W522": "Nothing to do; `--strings text` keeps the strings as text.",
+    "W523": "Look for prompts that were rendered for another model; give the messages instead.",
+    "W525": "Choose with `--score NAME`.",
+    "W530": "The codes that are counted with it give the reason.",
+}
+"""What to do about each: for the page on troubleshooting."""
+
+
+class Cut(str):
+    """The code of a cut (W503, W506) that also says how many tokens were lost.
+
+    Attributes:
+        tokens: At least one.
+    """
+
+    tokens: int
+
+    def __new__(cls, code: str, tokens: int) -> "Cut":
+        """Join a code and a number of tokens; equal to the bare code."""
+        cut = super().__new__(cls, code)
+        cut.tokens = tokens
+        return cut
+
+
+class Omitted(str):
+    """The code of something that was left out (W513) that also names it.
+
+    Attributes:
+        what: What is missing, in words.
+    """
+
+    what: str
+
+    def __new__(cls, code: str, what: str) -> "Omitted":
+        """Join a code and words; equal to the bare code."""
+        omitted = super().__new__(cls, code)
+        omitted.what = what
+        return omitted
+
+
+def stops(code: str) -> bool:
+    """Say whether a code means broken structure, which stops the run by default."""
+    return code.startswith("E")
+
 
 Message = Mapping[str, Any]
 """One turn of a chat: ``{"role": …, "content": …}``, and what else its template reads."""
@@ -103,7 +296,7 @@ class Refusal:
 
     Attributes:
         source: File and line.
-        code: One of `logratio.data.codes.CODES`.
+        code: One of `logratio.data.records.CODES`.
         reason: A sentence for the person who has to repair the row.
         column: Where in the line, in characters from 1, if known.
     """
@@ -127,7 +320,7 @@ class InvalidRecordError(LogratioError, ValueError):
     """A row, or a prompt and completion, cannot be taken.
 
     Attributes:
-        code: One of `logratio.data.codes.CODES`.
+        code: One of `logratio.data.records.CODES`.
         reason: A sentence for the person who has to repair it.
         format: The name of the row's format, where that was known before the fault was found.
     """

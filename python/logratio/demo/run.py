@@ -11,23 +11,102 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
-from logratio.data import TokenizationRules
+from logratio.data.tokenization.groups import TokenizationRules
 from logratio.demo import task
-from logratio.demo.best_of import BestOf, best_of
-from logratio.demo.candidates import Candidates, draw
-from logratio.scoring.export import ExportConfig, export_bundle
-from logratio.training import (
-    EvaluateConfig,
-    PrecomputeConfig,
-    TrainConfig,
-    evaluate,
-    precompute,
-    train,
-)
-from logratio.training.evaluation import Evaluation
+from logratio.export.export import ExportConfig, export_bundle
+from logratio.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
+from logratio.training.evaluation import Evaluation, evaluate
+from logratio.training.precomputation import precompute
 from logratio.training.run_folder import RunExistsError
+from logratio.training.trainer import train
 from logratio.validation import check_fields
+
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """For each prompt, the texts drawn for it."""
+
+    prompts: list[str]
+    texts: list[list[str]]
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        return zip(self.prompts, self.texts, strict=True)
+
+    def pairs(self) -> Iterator[dict[str, str]]:
+        """Yield the rule's best and worst text of each prompt, where they differ."""
+        for prompt, texts in self:
+            ranked = sorted(texts, key=lambda text: task.rule(prompt, text))
+            worst, best = ranked[0], ranked[-1]
+            if task.rule(prompt, best) > task.rule(prompt, worst):
+                yield {"prompt": prompt, "chosen": best, "rejected": worst}
+
+
+def draw(model_folder: Path, prompts: list[str], count: int, seed: int) -> Candidates:
+    """Draw `count` stories for each prompt from the model in `model_folder`."""
+    from logratio.training.evaluation import sample_completions
+    from logratio.training.models import load_model
+
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(prompts)]
+    drawn = sample_completions(
+        load_model(model_folder),
+        [one for one in ids for _ in range(count)],
+        max_new_tokens=MAX_NEW_TOKENS,
+        stop_ids=[task.EOS],
+        seed=seed,
+    )
+    texts = [" " + text for text in tokenizer.decode_batch(drawn)]
+    return Candidates(prompts, [texts[i : i + count] for i in range(0, len(texts), count)])
+
+
+SIZES = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The rule's mean score of the chosen story among the first `n`.
+
+    Attributes:
+        n: candidates to choose from.
+        reward: chosen by the exported implicit reward.
+        random: the mean of the candidates, which is what a random choice gets.
+        oracle: chosen by the rule itself.
+        standard_error: of `reward`, over prompts.
+    """
+
+    n: int
+    reward: float
+    random: float
+    oracle: float
+    standard_error: float
+
+
+def best_of(bundle: Path, candidates: Candidates) -> list[BestOf]:
+    """Let the bundle in `bundle` choose among each prompt's candidates."""
+    from logratio.serving.reranker import Reranker
+
+    reranker = Reranker.load(bundle)
+    truth = np.array([[task.rule(p, text) for text in texts] for p, texts in candidates])
+    rewards = np.array(
+        [[score.reward for score in reranker.score(p, texts)] for p, texts in candidates]
+    )
+    return [_best_of(n, rewards[:, :n], truth[:, :n]) for n in SIZES]
+
+
+def _best_of(n: int, rewards: np.ndarray, truth: np.ndarray) -> BestOf:
+    picked = np.take_along_axis(truth, rewards.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return BestOf(
+        n=n,
+        reward=float(picked.mean()),
+        random=float(truth.mean()),
+        oracle=float(truth.max(axis=1).mean()),
+        standard_error=float(picked.std(ddof=1) / np.sqrt(len(picked))),
+    )
+
 
 MARKER = "logratio-demo.json"
 BETA = 0.1

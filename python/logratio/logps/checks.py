@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logratio.errors import LogratioError
-from logratio.logps.apart import Group, limits_of
-from logratio.logps.apart import batch_of as batch_of
-from logratio.logps.attention import SharedPromptError
+from logratio.logps.attention.interface import SharedPromptError
+from logratio.logps.batch import Batch, TreeBatch
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import head_logits
-from logratio.logps.tensors import Batch, TreeBatch
+from logratio.logps.splitting import Group, limits_of
+from logratio.logps.splitting import batch_of as batch_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""

@@ -12,19 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from logratio.logps.apart import apart, in_order, limits_of, with_fresh_rope
-from logratio.logps.attention import (
-    NAME,
-    SharedPrompt,
-    SharedPromptError,
-    SharedTree,
-    shared_prompts,
-)
-from logratio.logps.head import Head, head_logits
-from logratio.logps.head_logps import head_logps
-from logratio.logps.head_loss import LossOf, head_loss
-from logratio.logps.tensors import Batch, PaddedBatch, TreeBatch
-from logratio.logps.tiles import TILE_ELEMENTS, tile_rows
+from logratio.logps.attention.interface import NAME, SharedPromptError, shared_prompts
+from logratio.logps.attention.plan import SharedPrompt
+from logratio.logps.attention.tree import SharedTree
+from logratio.logps.batch import Batch, PaddedBatch, TreeBatch
+from logratio.logps.head import TILE_ELEMENTS, Head, head_logits, tile_rows
+from logratio.logps.head_loss import LossOf, head_logps, head_loss
+from logratio.logps.splitting import apart, in_order, limits_of, with_fresh_rope
 
 
 def transformer(model: nn.Module) -> PreTrainedModel:

@@ -1,11 +1,4 @@
-r"""A loss of log-probs and its gradients with one product of the head per tile and direction.
-
-The gradient of a token's log-prob is known up to one factor,
-:math:`\partial L / \partial \log p_t`, and a pair's loss gives it as soon as the pair is scored.
-So whole groups are taken as long as they fit in a tile, their loss and its factors are made while
-their logits are there, and the logits turn into gradients at once: 6 V H FLOPs a target instead of
-8, and nothing kept for the backward pass.
-"""
+"""Log-probs and losses from hidden states, one tile of logits at a time."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,10 +8,97 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logratio.logps.head import Head
-from logratio.logps.head_logps import HeadGradients, product_dtype
-from logratio.logps.tensors import Part
-from logratio.logps.tiles import Tile, tile_rows
+from logratio.logps.batch import Part
+from logratio.logps.head import Head, Tile, tile_rows
+
+
+def head_logps(head: Head, hidden: Tensor, target_ids: Tensor) -> Tensor:
+    """Score `target_ids`, int64 `[S]`, from `hidden`, `[S, H]`: float32 `[S]`, in nats.
+
+    A head that is trained is multiplied again in the backward pass, as the gradient of its loss is
+    not known before; of a frozen head (LoRA) each position's gradient is made in the forward pass.
+    """
+    scored: Tensor = _HeadLogps.apply(hidden, head.weight, head.bias, target_ids, head)
+    return scored
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products here: autocast's where it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+class _HeadLogps(torch.autograd.Function):
+    """See `head_logps`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        head: Head,
+    ) -> Tensor:
+        dtype = product_dtype(hidden)
+        ctx.head, ctx.dtype, rows = head, dtype, tile_rows(head)
+        ctx.is_frozen = ctx.needs_input_grad[0] and not head.is_trained
+        logps, slopes = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            low, matrix = hidden.to(dtype), head.cast(dtype)
+            for h, t in zip(low.split(rows), target_ids.split(rows), strict=True):
+                with Tile(matrix, h, t) as tile:
+                    logps.append(tile.logps)
+                    if ctx.is_frozen:
+                        slopes.append(tile.hidden_gradient())
+        ctx.save_for_backward(hidden, target_ids, *([torch.cat(slopes)] if slopes else []))
+        return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, target_ids, *slopes = ctx.saved_tensors
+        if ctx.is_frozen:
+            return (slopes[0] * gradient[:, None]).to(hidden.dtype), None, None, None, None
+        sums, rows = HeadGradients(ctx.head, hidden, ctx.dtype), tile_rows(ctx.head)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), rows):
+                at = slice(start, start + rows)
+                with Tile(sums.matrix, sums.low[at], target_ids[at]) as tile:
+                    sums.add(start, tile, gradient[at])
+        return *sums.result(), None, None
+
+
+class HeadGradients:
+    """The gradients of a trained head and of the hidden states before it, tile by tile."""
+
+    def __init__(self, head: Head, hidden: Tensor, dtype: torch.dtype) -> None:
+        """Begin at zero; products are in `dtype`, sums over tiles in float32 or wider."""
+        self._head, self._dtype = head, hidden.dtype
+        self.low, self.matrix = hidden.to(dtype), head.cast(dtype)
+        self._hidden = torch.empty_like(self.low)
+        self._weight, self._bias = _zeros(head.weight), _zeros(head.bias)
+
+    def add(self, start: int, tile: Tile, gradient: Tensor) -> None:
+        """Add those of the tile that begins at position `start`."""
+        self._hidden[start : start + len(gradient)] = tile.hidden_gradient(gradient)
+        tile.add_head_gradient(gradient, self._weight, self._bias)
+
+    def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return those of hidden states, weight and bias, in their dtypes."""
+        weight = None if self._weight is None else self._weight.to(self._head.weight.dtype)
+        bias = self._bias
+        if bias is not None and self._head.bias is not None:
+            bias = bias.to(self._head.bias.dtype)
+        return self._hidden.to(self._dtype), weight, bias
+
+
+def _zeros(parameter: Tensor | None) -> Tensor | None:
+    """Return a sum's beginning, or None for what is not trained."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
 
 LossOf = Callable[[Tensor, Part], Tensor]
 """From the log-probs, float32 `[s]`, of a part of a batch to its share of the loss, a scalar."""

@@ -13,10 +13,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from logratio.data import InvalidRecordError
-from logratio.serving.body import BoundedBody
+from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import Candidate, CandidateGroup
-from logratio.serving.limits import Limits
+from logratio.serving.connections import BoundedBody
+from logratio.serving.limits import Limits, RefusedError, public_reason
 from logratio.serving.protocol import (
     SCORES,
     Document,
@@ -29,7 +29,6 @@ from logratio.serving.protocol import (
     Result,
     Usage,
 )
-from logratio.serving.refusals import RefusedError, public_reason
 from logratio.serving.reranker import Reranker, Score, Scoring, ranked
 from logratio.serving.scheduler import Scheduler
 

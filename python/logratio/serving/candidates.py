@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from logratio.data import (
+from logratio.data.conversations import prompt as check_turns
+from logratio.data.records import (
     InvalidRecordError,
     Message,
     PreferenceRecord,
-    PreferenceTokenizer,
     Refusal,
     Source,
-    TokenizationRules,
-    TokenizedGroup,
+    Text,
 )
-from logratio.data.conversations import prompt as check_turns
-from logratio.data.records import Text
-from logratio.data.tokenizer_files import read_tokenizer
+from logratio.data.tokenization.groups import TokenizationRules, TokenizedGroup
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.data.tokenization.tokenizer_files import read_tokenizer
 
 Prompt = str | Sequence[Message]
 """Plain text, or the turns of a chat, which the bundle's chat template renders."""

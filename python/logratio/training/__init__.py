@@ -15,5 +15,5 @@ from logratio.training.losses import ipo_loss as ipo_loss
 from logratio.training.losses import sft_loss as sft_loss
 from logratio.training.losses import simpo_loss as simpo_loss
 from logratio.training.models import load_model as load_model
-from logratio.training.reference_pass import precompute as precompute
+from logratio.training.precomputation import precompute as precompute
 from logratio.training.trainer import train as train

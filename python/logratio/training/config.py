@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from logratio.data import FormatSettings, TokenizationRules
-from logratio.data.containers import Inputs
+from logratio.data.formats import FormatSettings
+from logratio.data.readers.inputs import Inputs
+from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError as ConfigError
 from logratio.synonyms import takes_known_names
 from logratio.validation import check_fields

@@ -1,5 +1,6 @@
 """How a policy does on held-out preferences, and how far it has moved from the reference."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -8,19 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import ROLES, Store
-from logratio.data import Feed, FeedSettings
+from logratio.data.feed import Feed, FeedSettings
 from logratio.forecast import Forecast
-from logratio.logps.apart import batch_of, limits_of
+from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
-from logratio.logps.completion import score
-from logratio.logps.tensors import Batch, buffers_for, shape_for, to_torch
+from logratio.logps.completion import score, transformer
+from logratio.logps.splitting import batch_of, limits_of
 from logratio.progress import Advance, progress, say
-from logratio.training import dates, demand
-from logratio.training.calibration import Calibration, calibration
+from logratio.training import memory, template_date
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.models import (
     autocast,
@@ -30,14 +30,127 @@ from logratio.training.models import (
     load_model,
     precision_note,
     precision_of,
+    quietly,
 )
+from logratio.training.precomputation import refuse_several
 from logratio.training.run_folder import reward_beta
-from logratio.training.sampling import sample_completions
 from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
-from logratio.training.shares import refuse_several
-from logratio.training.switches import ask_for_expandable_segments, exact_products
+from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.training.vocabulary import check_reference
 from logratio.validation import check_kind
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Reliability by confidence, and its summary.
+
+    Attributes:
+        expected_error: mean |confidence − accuracy| over pairs (ECE; Guo et al. 2017, arXiv
+            1706.04599, eq. 3).
+        bins: for each non-empty tenth of [0.5, 1]: pairs, mean confidence, share right.
+    """
+
+    expected_error: float
+    bins: list[tuple[int, float, float]]
+
+
+def calibration(margins: np.ndarray) -> Calibration:
+    """Compare confidence max(σ(m), σ(−m)) with how often the sign of the margin `m` is right."""
+    confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -700, 700))))
+    right = (np.sign(margins) + 1) / 2
+    which = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    bins = [
+        (int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
+        for bin_number in range(BINS)
+        if (inside := which == bin_number).any()
+    ]
+    error = sum(n * abs(mean - share) for n, mean, share in bins) / len(margins)
+    return Calibration(float(error), bins)
+
+
+SAMPLE_ROWS = 256
+"""Completions drawn side by side."""
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    seed: int = 0,
+    greedy: bool = False,
+) -> list[list[int]]:
+    """Draw one completion of each prompt at temperature 1 from the whole distribution.
+
+    Args:
+        model: the policy, in eval mode.
+        prompts: token ids.
+        max_new_tokens: a completion that has not ended by then is cut there.
+        stop_ids: tokens of which the first that is drawn ends a completion, and is its last
+            token; empty: nothing ends one.
+        seed: same seed, same completions; the caller's random state is untouched.
+        greedy: take the most likely token instead of drawing.
+
+    Returns:
+        Token ids of each completion, with the token that ends it.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    drawn: list[list[int]] = [[] for _ in prompts]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), SAMPLE_ROWS):
+            rows = order[start : start + SAMPLE_ROWS]
+            ids = _generate(model, [prompts[i] for i in rows], max_new_tokens, stop_ids, greedy)
+            for row, completion in zip(rows, ids, strict=True):
+                drawn[row] = _until_stop(completion, stop_ids)
+    return drawn
+
+
+def _generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    greedy: bool,
+) -> list[list[int]]:
+    inner = transformer(model)
+    ids, mask = _left_padded(prompts, inner.device)
+    how = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()  # the folder's own would bend the distribution
+    try:
+        with quietly():
+            out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=not greedy,
+                eos_token_id=list(stop_ids) or None,
+                pad_token_id=next(iter(stop_ids), 0),
+                **how,
+            )
+    finally:
+        inner.generation_config = own
+    return out[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _until_stop(completion: list[int], stop_ids: Sequence[int]) -> list[int]:
+    ends = (place for place, token in enumerate(completion, 1) if token in stop_ids)
+    return completion[: next(ends, None)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +231,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         replace(config.formats, kinds=("pair",)),
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
-        recorded_date=lambda: dates.of_policy(config.policy),
+        recorded_date=lambda: template_date.of_policy(config.policy),
     )
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
@@ -170,9 +283,9 @@ class Evaluating:
         models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
         device, precision = self.config.device, self.precision
-        work = [demand.seconds(m, tokens, demand.FORWARD, device, precision) for m in models]
+        work = [memory.seconds(m, tokens, memory.FORWARD, device, precision) for m in models]
         return Forecast(
-            memory_bytes=demand.scoring_bytes(
+            memory_bytes=memory.scoring_bytes(
                 models,
                 min(self.config.token_budget, int(tokens)),
                 precision=self.precision,

@@ -13,26 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import Store
-from logratio.data import (
-    Feed,
-    FeedSettings,
-    MicroBatch,
-    datasets_of,
-    lay_out,
-    source_names,
-)
-from logratio.data.batches import micro_batches
+from logratio.data.feed import Feed, FeedSettings, MicroBatch, lay_out, micro_batches
+from logratio.data.store.load import datasets_of, source_names
 from logratio.errors import LogratioError
+from logratio.logps.batch import Batch, Part, buffers_for, shape_for, to_torch
 from logratio.logps.completion import completion_logps, completion_loss
 from logratio.logps.head_loss import unit
-from logratio.logps.tensors import Batch, Part, buffers_for, shape_for, to_torch
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint
+from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import TrainConfig
-from logratio.training.interrupt import RunInterruptedError, interrupts
+from logratio.training.losses import learning_rate, make_objective
 from logratio.training.metrics import MetricsLog, averages
 from logratio.training.models import autocast, precision_of, training_budget
-from logratio.training.objective import learning_rate, make_objective
 from logratio.training.optimizers import (
     clip_gradients,
     make_optimizer,
@@ -40,9 +33,9 @@ from logratio.training.optimizers import (
     widen_gradients,
 )
 from logratio.training.reference import Reference
+from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import CHECKPOINTS, identity
 from logratio.training.setup import beta_of
-from logratio.training.trust import check_start
 
 
 class NonFiniteError(LogratioError, ArithmeticError):

@@ -10,30 +10,21 @@ import numpy as np
 from torch import nn
 
 from logratio._rust import ROLES, Store
-from logratio.data import (
-    DataReport,
-    FormatSettings,
-    PreferenceTokenizer,
-    TokenizationRules,
-    build_store,
-    datasets_of,
-    is_store,
-    load_store,
-    rules_of,
-    source_names,
-)
-from logratio.data.containers import Inputs, as_inputs
+from logratio.data.formats import FormatSettings
+from logratio.data.readers.inputs import Inputs, as_inputs
+from logratio.data.store.build import build_store
+from logratio.data.store.load import datasets_of, is_store, load_store, rules_of, source_names
+from logratio.data.store.row_report import DataReport
+from logratio.data.tokenization.groups import TokenizationRules
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.progress import reading_progress
 from logratio.training.config import ConfigError as ConfigError
-from logratio.training.config import (
-    PathLike,
-    TrainConfig,
-)
+from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint
+from logratio.training.lora_bf16 import with_low_adapters
 from logratio.training.losses import LOSSES, PAIR_LOSSES
-from logratio.training.low_products import with_low_adapters
 from logratio.training.models import (
     ADAPTER_CONFIG,
     base_folder,
@@ -46,11 +37,7 @@ from logratio.training.models import (
     precision_of,
     with_lora,
 )
-from logratio.training.reference import (
-    AdapterReference,
-    FrozenReference,
-    Reference,
-)
+from logratio.training.reference import AdapterReference, FrozenReference, Reference
 from logratio.training.vocabulary import check_embedding, check_ids
 
 

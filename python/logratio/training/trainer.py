@@ -11,30 +11,29 @@ import torch
 from torch import nn
 
 from logratio.forecast import Forecast, check_writable
-from logratio.logps.attention import shared_prompts
+from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
 from logratio.logps.completion import transformer
 from logratio.progress import say
-from logratio.training import dates, threads
-from logratio.training.activation_budget import settle
-from logratio.training.activations import Kept, keeping
-from logratio.training.cached import cached_reference
+from logratio.training import template_date, torch_settings
+from logratio.training.activations import Kept, keeping, settle
+from logratio.training.checkpoint import interrupts
 from logratio.training.compile_trial import settle_compiling
 from logratio.training.config import ConfigError, PrecomputeConfig, TrainConfig
-from logratio.training.demand import training_forecast
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.interrupt import interrupts
 from logratio.training.loop import Loop, SaveError
+from logratio.training.memory import training_forecast
 from logratio.training.models import autocast, default_device, precision_note, precision_of
+from logratio.training.precomputation import Precompute, refuse_several, share_of
 from logratio.training.reference import (
     FrozenReference,
     Reference,
     cache_folder,
+    cached_reference,
     holds_sums_only,
     sums_folder,
     undisturbed,
 )
-from logratio.training.reference_pass import Precompute
 from logratio.training.run_folder import (
     CHECKPOINTS,
     claimed,
@@ -54,8 +53,11 @@ from logratio.training.setup import (
     check_mix,
     load_dataset,
 )
-from logratio.training.shares import refuse_several, share_of
-from logratio.training.switches import ask_for_expandable_segments, exact_products, fixed_order
+from logratio.training.torch_settings import (
+    ask_for_expandable_segments,
+    exact_products,
+    fixed_order,
+)
 from logratio.training.vocabulary import check_reference
 from logratio.validation import check_kind
 
@@ -120,7 +122,7 @@ def prepare(
     ask_for_expandable_segments(config.device)
     check_config(config)
     if config.rules.date is None:
-        config = replace(config, rules=replace(config.rules, date=dates.of_run(config)))
+        config = replace(config, rules=replace(config.rules, date=template_date.of_run(config)))
     with ExitStack() as held:
         if not dry_run:
             held.enter_context(claimed(Path(config.output)))
@@ -168,7 +170,7 @@ def _date_of_cache(config: TrainConfig) -> str | None:
         return None
     reference = model_fingerprint(config.reference or config.model, precision_of(config))
     folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
-    return max(filter(None, map(dates.of_cache, folders)), default=None)
+    return max(filter(None, map(template_date.of_cache, folders)), default=None)
 
 
 class Training:
@@ -253,7 +255,7 @@ class Training:
         check_writable(output, self.forecast.disk_bytes)
         if self.config.overwrite:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        if slow := threads.advice(self.device):
+        if slow := torch_settings.advice(self.device):
             say(slow)
         if self._pass is not None:
             self._pass.run()

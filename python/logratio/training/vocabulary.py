@@ -7,8 +7,8 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from logratio._rust import Census, Store
-from logratio.data import PreferenceTokenizer
-from logratio.data.tokenizer_files import read_tokenizer
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.data.tokenization.tokenizer_files import read_tokenizer
 from logratio.errors import LogratioError
 from logratio.training.config import PathLike
 from logratio.training.fingerprint import tensor_shapes

@@ -1,5 +1,5 @@
 """What a sealed store says about its data, computed from its columns."""
 
-from logratio.data.analysis.whole import Analysis, analyse
+from logratio.data.analysis.report import Analysis, analyse
 
 __all__ = ["Analysis", "analyse"]

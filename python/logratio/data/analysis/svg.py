@@ -5,8 +5,8 @@ from itertools import pairwise
 from math import ceil, floor, log10
 from xml.sax.saxutils import escape
 
-from logratio.data.analysis.histograms import Histogram
-from logratio.data.analysis.panels import HistogramPanel, Panel, Series, StackPanel
+from logratio.data.analysis.plots import HistogramPanel, Panel, Series, StackPanel
+from logratio.data.analysis.statistics import Histogram
 
 _PANEL = (400, 280)  # width and height
 _COLUMNS = 2

@@ -4,8 +4,7 @@
 """
 
 from logratio.data.formats.catalogue import FORMATS, INSPECT, KNOWN_SHAPES, Format, near_formats
-from logratio.data.formats.decoder import Decoded, Decoder
-from logratio.data.formats.detection import Detection, detect
+from logratio.data.formats.decoder import Decoded, Decoder, Detection, detect
 from logratio.data.formats.labels import FormatSettingsError, Label
 from logratio.data.formats.settings import FormatSettings, Kind, Lists
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from logratio.data.formats.questions import HISTORY, MAINS, SYSTEM, TOOLS
+from logratio.data.formats.prompts import HISTORY, MAINS, SYSTEM, TOOLS
 
 Need = tuple[str, ...]
 """Names of which a row has one."""

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from logratio.data.containers import Row
-from logratio.data.formats.answers import Answered, read_answers
 from logratio.data.formats.catalogue import LABELS
-from logratio.data.formats.labels import STAR, TIE, Label, is_set, spelled
-from logratio.data.formats.meaning import Meaning, pair
+from logratio.data.formats.labels import STAR, TIE, Label, Vote, advice, is_set, spelled
+from logratio.data.formats.responses import Answered, Meaning, pair, read_answers, read_turns
+from logratio.data.formats.row import View
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.formats.suggestions import Vote, advice
-from logratio.data.formats.turns import read_turns
-from logratio.data.formats.view import View
+from logratio.data.readers.rows import Row
 from logratio.data.records import InvalidRecordError
 
 

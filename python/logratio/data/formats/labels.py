@@ -1,11 +1,11 @@
-"""What the values of a label mean: exact values, ranges of numbers, votes, one-hot columns."""
+"""What the values of a label mean, and which flag says it where the data does not."""
 
 import json
 import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -189,3 +189,225 @@ def _majority(votes: Iterable[str]) -> str:
 
 def _folded(value: str) -> str:
     return value.strip().casefold()
+
+
+Vote = Any
+"""A label's value in one row."""
+Fault = Callable[[Label], str | None]
+"""Says why rows cannot be read with a label; None where all can."""
+Words = dict[str, str]
+"""A meaning for each value."""
+
+_SHOWN = 4  # values of a label
+_NAMED = ("model", "assistant", "response", "answer", "output", "option", "completion", "candidate")
+_FIRST = {"first": 0, "left": 0, "second": 1, "right": 1}
+_OPPOSITE = {"left": "right", "right": "left", "first": "second", "second": "first"}
+_TIES = {"equal", "same", "draw", "both", "bothbad", "bothgood", "neither", "none", "equallygood"}
+_SIGNED = re.compile(r"\W*(?P<one>\w+?)\s*(?P<sign>[<>=]+)\s*(?P<other>\w+)\W*")
+
+
+def advice(names: tuple[str, str], key: str, votes: Sequence[Vote], fault: Fault) -> str:
+    """Write a sentence about a label whose meaning was not told.
+
+    Args:
+        names: The keys of the outputs.
+        key: The label's; with a star, one-hot columns.
+        votes: The label's values, one a row.
+        fault: Tries a label on the rows.
+    """
+    first, second = names
+    counted = Counter(spelled(vote) for vote in votes)
+    seen = ", ".join(f"{value:.40}" for value, _ in counted.most_common(_SHOWN))
+    about = f"`{first}` and `{second}` with `{key}` = {seen}"
+    carried = _carried(names, votes)
+    if carried is not None:
+        flag, reason = _tried(key, carried, fault)
+        if reason is None:
+            return f"{about}: the values name the better one. Confirm it with {flag}"
+        return f"{about}: {flag} fits the values, but rows cannot be read with it: {reason}"
+    tried = [_tried(key, words, fault) for words in _forms(names, votes)]
+    forms = [flag for flag, reason in tried if reason is None] or [flag for flag, _ in tried]
+    if not forms:
+        forms = [_flag(key, {"VALUE": first, "OTHER": second, "THIRD": TIE})]
+    return (
+        f"{about}: the values do not say which output is better, and data sets differ. Look it up, "
+        f"then use {' or '.join(forms)}"
+    )
+
+
+def _flag(key: str, words: Words) -> str:
+    """Write the flag as a shell reads it."""
+    told = " ".join(f"{_quoted(value)}={_quoted(name)}" for value, name in words.items())
+    return f"--label {shlex.quote(f'{key}: {told}')}"
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if re.search(r"[\s']", word) else word
+
+
+def _tried(key: str, words: Words, fault: Fault) -> tuple[str, str | None]:
+    """Write a flag and read it back as the program will: what it says, and why it fails."""
+    flag = _flag(key, words)
+    try:
+        label = Label.parse(shlex.split(flag)[1])
+    except FormatSettingsError as error:
+        return flag, str(error)
+    return flag, fault(label)
+
+
+def _carried(names: tuple[str, str], votes: Sequence[Vote]) -> Words | None:
+    """Return the meanings that the values carry; None where one of them carries none."""
+    values = list(dict.fromkeys(_singly(votes)))
+    if hot := _positions(names, values):
+        return hot
+    texts = [spelled(value) for value in values]
+    if any(as_number(text) is not None for text in texts):
+        return _counted(names, texts)
+    words: Words = {}
+    for text in texts:
+        meaning = _named(names, text)
+        if meaning is None:
+            return None
+        words[text] = meaning
+    words = _completed(names, words)
+    words = {value: m for m in (*names, TIE) for value, of in words.items() if of == m}
+    return words if set(names) <= set(words.values()) else None
+
+
+def _singly(votes: Sequence[Vote]) -> Iterator[Any]:
+    """Yield values that can be compared; the votes of a list one by one, unless it is one-hot."""
+    for vote in votes:
+        if isinstance(vote, list) and not _is_hot(vote):
+            yield from map(spelled, vote)
+        else:
+            yield tuple(vote) if isinstance(vote, list) else spelled(vote)
+
+
+def _is_hot(vote: list[Any]) -> bool:
+    return len(vote) in (2, 3) and sorted(map(spelled, vote)) in (["0", "1"], ["0", "0", "1"])
+
+
+def _positions(names: tuple[str, str], values: Sequence[Any]) -> Words | None:
+    """Read lists of one 1 and else 0 by the place of the 1: first output, second, tie."""
+    if not values or not all(isinstance(value, tuple) for value in values):
+        return None
+    (width, *others) = {len(value) for value in values}
+    if others:
+        return None
+    meanings = (*names, TIE)
+    unit = [[int(place == at) for place in range(width)] for at in range(width)]
+    return {spelled(unit[at]): meanings[at] for at in range(width)}
+
+
+def _counted(names: tuple[str, str], texts: Sequence[str]) -> Words | None:
+    """Read numbers that are the outputs' own, where both were seen and nothing else was."""
+    marks = tuple(map(_mark, names))
+    if not all(mark.isdigit() for mark in marks) or set(texts) != set(marks):
+        return None
+    return dict(zip(marks, names, strict=True))
+
+
+def _named(names: tuple[str, str], text: str) -> str | None:
+    """Return the output that a value names, or a tie; None where it names neither."""
+    if (match := _SIGNED.fullmatch(text)) and _side(names, match["one"]) is not None:
+        sides = _side(names, match["one"]), _side(names, match["other"])
+        if sides not in ((0, 1), (1, 0)):
+            return None
+        better = {">": 0, "<": 1}.get(match["sign"][0])
+        return TIE if better is None else names[sides[better] or 0]
+    plain = _plain(text)
+    if plain.startswith("tie") or plain in _TIES:
+        return TIE
+    side = _side(names, text)
+    return None if side is None else names[side]
+
+
+def _side(names: tuple[str, str], text: str) -> int | None:
+    """Return which of two outputs a word names, in whatever case: 0 or 1."""
+    plain = _plain(text)
+    if plain in _FIRST:
+        return _FIRST[plain]
+    for side, name in enumerate(names):
+        mark = _mark(name)
+        spellings = {_plain(name), mark, *(f"{stem}{mark}" for stem in _NAMED)}
+        if plain in spellings:
+            return side
+    return None
+
+
+def _completed(names: tuple[str, str], words: Words) -> Words:
+    """Add the value of an output that was not seen, where it differs from the other by its mark."""
+    for own, other in (names, reversed(names)):
+        if own in words.values() and other not in words.values():
+            for value in [value for value, meaning in words.items() if meaning == own]:
+                swapped = _OPPOSITE.get(value) or _swapped(value, own, other)
+                if swapped and _named(names, swapped) == other:
+                    return {**words, swapped: other}
+    return words
+
+
+def _swapped(value: str, own: str, other: str) -> str | None:
+    """Write one output's value as that of the other."""
+    one, two = _mark(own), _mark(other)
+    if one == two or len(one) > 1 or not value:
+        return None
+    table = {one: two, two: one, one.upper(): two.upper(), two.upper(): one.upper()}
+    if _SIGNED.fullmatch(value):
+        return "".join(table.get(letter, letter) for letter in value)
+    last = max((value.rfind(mark) for mark in table), default=-1)
+    return None if last < 0 else value[:last] + table[value[last]] + value[last + 1 :]
+
+
+def _forms(names: tuple[str, str], votes: Sequence[Vote]) -> list[Words]:
+    """List the meanings that the values could have."""
+    texts = list(dict.fromkeys(map(spelled, _singly(votes))))
+    numbers = [as_number(text) for text in texts]
+    found: Iterable[Words]
+    if texts and None not in numbers:
+        found = _of_numbers(names, [number for number in numbers if number is not None], texts)
+    elif set(texts) <= {"true", "false"}:
+        found = _both_ways(names, ("true", "false"))
+    elif len(texts) == 2:
+        found = _both_ways(names, (texts[0], texts[1]))
+    else:
+        found = ()
+    return list(found)
+
+
+def _of_numbers(
+    names: tuple[str, str], numbers: Sequence[float], texts: Sequence[str]
+) -> Iterator[Words]:
+    first, second = names
+    if min(numbers) < 0:
+        yield {"<0": first, ">0": second, "0": TIE}
+        yield {">0": first, "<0": second, "0": TIE}
+    elif set(texts) <= {"0", "1"}:
+        yield from _both_ways(names, ("0", "1"))
+        yield {"1": first, "2": second, "0": TIE}
+    elif set(texts) <= {"0", "1", "2"}:
+        yield {"1": first, "2": second} | ({"0": TIE} if "0" in texts else {})
+        yield {"0": first, "1": second, "2": TIE}
+    elif all(number.is_integer() for number in numbers):
+        low, high = int(min(numbers)), int(max(numbers))
+        middle = (low + high) // 2 if (low + high) % 2 == 0 else None
+        below = middle - 1 if middle is not None else (low + high) // 2
+        above = (middle if middle is not None else below) + 1
+        tie = {} if middle is None else {str(middle): TIE}
+        for one, two in (names, (second, first)):
+            yield {f"{low}..{below}": one, f"{above}..{high}": two} | tie
+
+
+def _both_ways(names: tuple[str, str], values: tuple[str, str]) -> Iterator[Words]:
+    for one, two in (values, values[::-1]):
+        yield {one: names[0], two: names[1]}
+
+
+def _mark(name: str) -> str:
+    """Return what an output's name ends with: a letter, a digit, or a side."""
+    plain = _plain(name)
+    return next((side for side in ("left", "right") if plain.endswith(side)), plain[-1:])
+
+
+def _plain(text: str) -> str:
+    """Leave letters and digits, in small letters."""
+    return re.sub(r"[\W_]+", "", text).casefold()

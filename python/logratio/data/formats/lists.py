@@ -1,17 +1,86 @@
 """Several answers, each with a rank or a score."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logratio.data.formats.answers import put_together
+from logratio.data.formats import labelled
 from logratio.data.formats.catalogue import LISTED, SINGLY, THUMBS, VALUES
-from logratio.data.formats.meaning import Meaning
-from logratio.data.formats.scores import named, others, scores_in
+from logratio.data.formats.responses import Meaning, put_together, read_answers
+from logratio.data.formats.row import Shape, View
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.formats.view import Shape, View
-from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
+from logratio.data.records import CANDIDATE, Completion, InvalidRecordError, Omitted
+
+_SOUNDS = re.compile(r"(?i)(?:^|[\W_])(?:scores?|ratings?|ranks?|rewards?|grades?)(?:$|[\W_])")
+_DEEP = 3  # objects in objects that are looked into
+
+
+def scores_in(item: object, before: str = "", deep: int = _DEEP) -> Iterator[str]:
+    """Name the numbers of an answer that sound like a score; a dot goes into an object."""
+    if not isinstance(item, Mapping) or not deep:
+        return
+    for key, value in item.items():
+        if isinstance(value, Mapping):
+            yield from scores_in(value, f"{before}{key}.", deep - 1)
+        elif _SOUNDS.search(str(key)) and as_score(value) is not None:
+            yield f"{before}{key}"
+
+
+def as_score(value: object) -> float | int | None:
+    """Return a number, which may be written as a string; None for anything else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def score_at(item: Any, name: str) -> object:
+    """Return what stands under a name, which may have dots: keys that hold dots come first."""
+    if not isinstance(item, Mapping):
+        return None
+    if name in item:
+        return item[name]
+    key, dot, rest = name.partition(".")
+    return score_at(item.get(key), rest) if dot else None
+
+
+def named(items: Sequence[Any], name: str, key: str) -> list[float | int]:
+    """Read the score that ``--score`` names of every answer.
+
+    Raises:
+        InvalidRecordError: E212 where an answer has none.
+    """
+    numbers = []
+    for place, item in enumerate(items, 1):
+        number = as_score(score_at(item, name))
+        if number is None:
+            known = ", ".join(scores_in(item))
+            there = f"; its scores are {known}" if known else ""
+            reason = f"answer {place} of {key!r} has no number {name!r}{there}"
+            raise InvalidRecordError("E212", reason)
+        numbers.append(number)
+    return numbers
+
+
+def others(view: View, items: Sequence[Any], used: str) -> tuple[str, ...]:
+    """Warn where another score could rank the answers (W525), naming both and the flag."""
+    lists = (name for name in view.names() if _is_scores(view.peek(name), len(items), name))
+    inside: Iterable[str] = scores_in(items[0])
+    rest = [name for name in dict.fromkeys((*inside, *lists)) if name != used]
+    if not rest:
+        return ()
+    text = f"ranked by {used!r}; --score NAME ranks by another: {', '.join(rest)}"
+    return (Omitted("W525", text),)
+
+
+def _is_scores(value: object, count: int, name: str) -> bool:
+    is_list = isinstance(value, list) and len(value) == count and bool(_SOUNDS.search(name))
+    return is_list and all(as_score(item) is not None for item in value)  # type: ignore[attr-defined]
+
 
 SIGNS = frozenset((*LISTED, *SINGLY, "text"))
 MOST = 256
@@ -233,3 +302,89 @@ def _number(value: object, name: str, is_rank: bool) -> float:
     if not math.isfinite(number):
         raise InvalidRecordError("E212", f"a {name!r} is {value!s:.40}, no finite number")
     return -number if is_rank else number
+
+
+SCORES = (("score_0", "score_1"), ("score_1", "score_2"), ("score_a", "score_b"),
+          ("score_A", "score_B"))  # fmt: skip
+_ALL = "scores"
+SIGNS_SCORED = frozenset((_ALL, *(name for names in SCORES for name in names)))
+_NUMBERED = re.compile(r"response_([1-9]\d*)")
+
+
+def claims_scored(view: View, settings: FormatSettings) -> bool:
+    """Say whether a row has answers and a score for each, and no label that judges them."""
+    if labelled.claims(view, settings):
+        return False
+    if _numbered(view):
+        return True
+    return _scores(view) is not None and not labelled.might_claim(view)
+
+
+def read_scored(view: View, settings: FormatSettings) -> Meaning:
+    """Read all answers and their scores.
+
+    Raises:
+        InvalidRecordError: E212 for a score that is no number, or where there are not as many as
+            answers; whatever else is wrong with it.
+    """
+    if names := _numbered(view):
+        view.settle(
+            "prompt"
+        )  # from which the answers were sampled; the row may also have a bare question
+        return _meaning(view, "best-of-k", names, *_one_each(view, names))
+    outputs, scores = labelled.outputs(view), _scores(view)
+    if outputs is None or scores is None:
+        known = ", ".join(f"`{one}` and `{two}`" for one, two in SCORES)
+        raise InvalidRecordError("E201", f"two answers are wanted, with scores under {known}")
+    values = []
+    for name in scores:
+        value = as_score(view.take(name))
+        if value is None:
+            reason = f"{view.key(name)!r} is {view.peek(name)!s:.40}, no number"
+            raise InvalidRecordError("E212", reason)
+        values.append(float(value))
+    return _meaning(view, "rated", outputs, values, is_sided=False)
+
+
+def _meaning(
+    view: View, form: str, names: Sequence[str], values: Sequence[float], is_sided: bool
+) -> Meaning:
+    answered = read_answers(view, names)
+    return Meaning(
+        form,
+        "group",
+        answered.prompt,
+        tuple(Completion(CANDIDATE, answer, context) for context, answer in answered.parts),
+        answered.tools,
+        values=tuple(values),
+        is_sided=is_sided,
+    )
+
+
+def _numbered(view: View) -> list[str]:
+    """Find `response_1`, `response_2` and so on, where the row has a list of scores."""
+    if not isinstance(view.peek(_ALL), list):
+        return []
+    numbers = sorted(int(found[1]) for name in view.every() if (found := _NUMBERED.fullmatch(name)))
+    return [f"response_{number}" for number in numbers] if numbers[:2] == [1, 2] else []
+
+
+def _one_each(view: View, names: Sequence[str]) -> tuple[tuple[float, ...], bool]:
+    """Read one score for each answer."""
+    scores = view.take(_ALL)
+    is_whole = names[-1] == f"response_{len(names)}"
+    if not is_whole or len(scores) != len(names):
+        there = f"{len(names)} answers, up to {view.key(names[-1])!r}"
+        reason = f"the row has {there}, and {view.key(_ALL)!r} has {len(scores)}"
+        raise InvalidRecordError("E212", reason)
+    return values_of(scores, _ALL)
+
+
+def _scores(view: View) -> tuple[str, str] | None:
+    """Find the scores whose names end as those of the two answers do."""
+    names = labelled.outputs(view)
+    if names is None:
+        return None
+    marks = tuple(name[-1] for name in names)
+    fitting = (pair for pair in SCORES if tuple(name[-1] for name in pair) == marks)
+    return next((pair for pair in fitting if all(map(view.has, pair))), None)

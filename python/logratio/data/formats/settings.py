@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from logratio.data.containers.mapped_rows import RowFunction, as_row_function
-from logratio.data.containers.opening import Reading
-from logratio.data.containers.rows import Row
-from logratio.data.formats.cells import Strings
 from logratio.data.formats.labels import FormatSettingsError, Label
+from logratio.data.formats.row import Strings
+from logratio.data.readers.derived_rows import RowFunction, as_row_function
+from logratio.data.readers.inputs import Reading
+from logratio.data.readers.rows import Row
 from logratio.validation import Converted, check_fields
 
 Lists = Literal["pairs", "best_worst", "groups"]

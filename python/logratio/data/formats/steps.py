@@ -7,17 +7,11 @@ end its turn, so no end-of-text token follows it.
 from collections.abc import Sequence
 
 from logratio.data.formats import lists
-from logratio.data.formats.meaning import Meaning
-from logratio.data.formats.questions import Question, find_main, read_question
+from logratio.data.formats.prompts import Question, find_main, read_question
+from logratio.data.formats.responses import Meaning
+from logratio.data.formats.row import View
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.formats.view import View
-from logratio.data.records import (
-    CANDIDATE,
-    CHOSEN,
-    REJECTED,
-    Completion,
-    InvalidRecordError,
-)
+from logratio.data.records import CANDIDATE, CHOSEN, REJECTED, Completion, InvalidRecordError
 
 _BEFORE = "initial_reason_steps"
 SIGNS = frozenset((_BEFORE, "first_diff", "error_steps"))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from logratio.data.layouts import annotations, steps, trees
+from logratio.data.layouts import annotations, public_sets
 from logratio.data.layouts.values import Part, Row, is_number
 
 _HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -41,10 +41,13 @@ LAYOUTS: Mapping[str, Layout] = {
         "Label Studio's export", annotations.looks_label_studio, annotations.label_studio
     ),
     "math-shepherd": Layout(
-        "Math-Shepherd", steps.looks_math_shepherd, steps.math_shepherd, "--group-by question"
+        "Math-Shepherd",
+        public_sets.looks_math_shepherd,
+        public_sets.math_shepherd,
+        "--group-by question",
     ),
-    "oasst": Layout("OASST's trees", trees.looks_oasst, trees.oasst),
-    "prm800k": Layout("PRM800K", steps.looks_prm800k, steps.prm800k),
+    "oasst": Layout("OASST's trees", public_sets.looks_oasst, public_sets.oasst),
+    "prm800k": Layout("PRM800K", public_sets.looks_prm800k, public_sets.prm800k),
 }
 
 

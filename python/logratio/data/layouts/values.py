@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from logratio.data.containers import json_type
+from logratio.data.readers.json import json_type
 from logratio.data.records import InvalidRecordError
 
 Row = dict[str, Any]

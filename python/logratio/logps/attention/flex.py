@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from logratio.logps.sequences import Sequences
+from logratio.logps.batch import Sequences
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Whether the query (third) may see the key (fourth), both int positions in the row."""

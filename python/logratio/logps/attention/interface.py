@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from logratio.errors import LogratioError
 from logratio.logps.attention.fused import attend_fused
 from logratio.logps.attention.kernels import KernelError
+from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.sdpa import Scoring, attend
-from logratio.logps.attention.segments import SharedPrompt
 from logratio.logps.attention.tree import SharedTree, attend_tree
 
 NAME = "logratio_shared_prompt"

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
-from logratio.logps.attention.calls import Moves
-from logratio.logps.attention.segments import SharedPrompt
+from logratio.logps.attention.plan import Moves, SharedPrompt
 
 
 @dataclass(frozen=True)

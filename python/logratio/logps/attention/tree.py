@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from logratio.logps.attention.kernels import forced_kernel
 from logratio.logps.attention.sdpa import Scoring, attend_call
-from logratio.logps.tensors import TreeBatch
+from logratio.logps.batch import TreeBatch
 
 CALL = 4_000
 """Scores of a head that take as long as one more call."""

@@ -1,0 +1,96 @@
+"""`logratio evaluate`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from logratio.cli import options
+from logratio.cli.options import READING, Reading, takes_flags
+from logratio.cli.train import announce
+
+if TYPE_CHECKING:
+    from logratio.training.evaluation import Evaluation
+
+
+@takes_flags
+def evaluate(
+    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    data: options.Data,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Reward per nat of log-ratio. Default: β of the policy's training."),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(help="Completions to draw from the policy for its KL to the reference, "
+                     "which held-out pairs cannot give."),
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest drawn completion.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results there as JSON.")
+    ] = None,
+    reading: Reading = READING,
+    token_budget: Annotated[
+        int,
+        typer.Option(help="Tokens computed at a time. Lower it when memory is short: no result "
+                     "changes.", rich_help_panel=options.MACHINE),
+    ] = 16384,
+    precision: options.PrecisionOption = None,
+    device: options.Device = None,
+    dry_run: options.DryRun = False,
+) -> None:  # fmt: skip
+    """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
+    from logratio.durable import write_whole
+    from logratio.forecast import check_writable
+    from logratio.training.config import EvaluateConfig
+    from logratio.training.evaluation import prepare
+
+    ready = prepare(
+        EvaluateConfig(
+            policy,
+            reference,
+            data,
+            beta=beta,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            token_budget=token_budget,
+            precision=precision.value if precision else None,
+            device=device,
+            rules=reading.rules,
+            formats=reading.settings(),
+            max_bad_fraction=reading.max_bad_fraction,
+        )
+    )
+    if json_file:
+        check_writable(json_file.parent)
+    announce(ready.dataset, ready.forecast)
+    if not dry_run:
+        result = ready.run()
+        _print_evaluation(result)
+        if json_file:
+            write_whole(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("held-out", f"{result.pairs:,} pairs")
+    error = 1.96 * result.accuracy_standard_error
+    table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
+    table.add_row(f"reward margin (β {result.beta:g})", f"{result.margin:.4f}")
+    table.add_row("log-ratio chosen", f"{result.logratio_chosen:.3f} nats")
+    table.add_row("log-ratio rejected", f"{result.logratio_rejected:.3f} nats")
+    table.add_row("length chosen", f"{result.length_chosen:.1f} tokens")
+    table.add_row("length rejected", f"{result.length_rejected:.1f} tokens")
+    table.add_row("calibration error", f"{result.calibration.expected_error:.3f}")
+    if result.kl:
+        spread = 1.96 * result.kl.standard_error
+        table.add_row("KL to the reference", f"{result.kl.nats:.2f} ± {spread:.2f} nats (95 %)")
+        table.add_row("length of samples", f"{result.kl.mean_length:.1f} tokens")
+    Console().print(table)

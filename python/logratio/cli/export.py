@@ -1,0 +1,160 @@
+"""`logratio export`, `rank`, `serve` and `demo`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logratio.cli.options import DryRun, read_text_as
+
+Bundle = Annotated[Path, typer.Option(help="Folder that `logratio export` wrote.")]
+Fallback = Annotated[
+    bool,
+    typer.Option(
+        "--allow-fallback",
+        help="Go on with the CPU where the requested execution provider cannot be used.",
+    ),
+]
+Digest = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHA256",
+        help="Refuse any bundle but the one of this digest, which `logratio export` prints.",
+    ),
+]
+Provider = Annotated[
+    str | None,
+    typer.Option(help="onnxruntime execution provider, such as CUDAExecutionProvider."),
+]
+
+
+def export(
+    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle; must be new or empty.")],
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="The reward is β·(log π − log π_ref). Default: β of the policy's training."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--text",
+            help="What a prompt that is a string is: a user's turn, which the chat template "
+            "writes, or text as it stands. Default: as the policy was trained.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Package policy and reference as one ONNX graph that scores N candidates of a prompt.
+
+    The prompt runs once for all candidates. Nothing is written unless onnxruntime's log-probs
+    equal torch's: within 1e-4 + 1e-6·|sum| nats per sequence.
+    """
+    from logratio.export.export import ExportConfig, export_bundle, plan_export
+
+    text_as = read_text_as(chat)
+    config = ExportConfig(policy, reference, output, beta, text_as=text_as)
+    typer.echo(plan_export(config).to_text(), err=True)
+    if not dry_run:
+        typer.echo(export_bundle(config).to_text())
+
+
+def rank(
+    bundle: Bundle,
+    input_file: Annotated[
+        Path,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help='JSON lines: {"prompt": text or chat messages, "candidates": [text, …]}.',
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="JSON lines with rewards and order. Default: the screen.")
+    ] = None,
+    provider: Provider = None,
+    allow_fallback: Fallback = False,
+    digest: Digest = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Order candidates by their implicit reward, without torch.
+
+    A reward is defined up to a constant per prompt: it compares candidates of one prompt, never
+    those of two.
+    """
+    from logratio.progress import progress
+    from logratio.serving.rank_file import rank_file, rank_forecast
+    from logratio.serving.reranker import Reranker
+
+    typer.echo(rank_forecast(bundle, input_file, output).to_text(), err=True)
+    if dry_run:
+        return
+    providers = [provider] if provider else None
+    reranker = Reranker.load(
+        bundle, providers=providers, allow_fallback=allow_fallback, digest=digest
+    )
+    with progress("ranking", input_file.stat().st_size, "B") as advance:
+        done = 0
+
+        def on_bytes(_rows: int, bytes_read: int, _total: int) -> None:
+            nonlocal done
+            advance(bytes_read - done)
+            done = bytes_read
+
+        summary = rank_file(reranker, input_file, output, progress=on_bytes)
+    typer.echo(summary.to_text(), err=True)
+
+
+def serve(
+    bundle: Bundle,
+    host: Annotated[str, typer.Option(help="Address to listen on; this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    provider: Provider = None,
+    allow_fallback: Fallback = False,
+    digest: Digest = None,
+    max_request_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens computed for one request. Default: 131,072."),
+    ] = None,
+    request_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Most seconds from a request to its answer. Default: 30."),
+    ] = None,
+) -> None:
+    """Serve `POST /v1/rerank` in the Cohere/Jina shape: query = prompt, documents = candidates."""
+    from logratio.serving.limits import Limits
+    from logratio.serving.server import serve as run
+
+    providers = [provider] if provider else None
+    limits = Limits()
+    if max_request_tokens is not None:
+        limits = replace(limits, request_tokens=max_request_tokens)
+    if request_seconds is not None:
+        limits = replace(limits, seconds=request_seconds)
+    run(
+        bundle,
+        host,
+        port,
+        providers=providers,
+        allow_fallback=allow_fallback,
+        limits=limits,
+        digest=digest,
+    )
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("logratio-demo"),
+    seed: Annotated[int, typer.Option(help="Same seed, same table.")] = 0,
+) -> None:
+    """Run the whole path on generated data, in minutes on a CPU, and print what came of it."""
+    from logratio.demo.report import show
+    from logratio.demo.run import DemoConfig
+
+    show(DemoConfig(output=output, seed=seed))

@@ -1,0 +1,171 @@
+"""Are the better answers simply the longer ones? Effect sizes, and when to warn."""
+
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from logratio.data.analysis.statistics import Columns, Distribution, Interval, around, wilson
+
+SMALL_EFFECT = 0.2
+"""Cohen's "small": a standardised difference in length from which on there is a warning."""
+
+SMALL_SUPERIORITY = 0.58
+"""The same for P(chosen longer): Φ(0.2), what an effect of 0.2 is where lengths are normal."""
+
+MEDIUM_EFFECT, LARGE_EFFECT = 0.5, 0.8
+MEDIUM_SUPERIORITY, LARGE_SUPERIORITY = 0.69, 0.79  # Φ of the above
+
+_EFFECTS = (SMALL_EFFECT, MEDIUM_EFFECT, LARGE_EFFECT)
+_SUPERIORITIES = (SMALL_SUPERIORITY, MEDIUM_SUPERIORITY, LARGE_SUPERIORITY)
+_SIZES = (None, "small", "medium", "large")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LengthBias:
+    """Lengths of chosen against rejected completions, in tokens that count.
+
+    Attributes:
+        kind: "paired": two completions of one prompt; "unpaired": thumbs up and thumbs down, which
+            belong to different prompts.
+        chosen: Their lengths; in lists, those of the best.
+        rejected: Their lengths; in lists, those of the worst.
+        difference: Chosen less rejected, pair by pair; None where unpaired.
+        longer: P(chosen is longer).
+        equal: P(both are equally long).
+        effect: Cohen's d. Paired: mean difference over its deviation (d_z); unpaired: difference of
+            means over the pooled deviation. 0 where nothing varies.
+        effect_interval: 95 %, of the large-sample variance 1/n + d²/2n (Hedges and Olkin).
+        superiority: P(chosen longer) + P(equal) / 2, the common-language effect size: the accuracy
+            of "the longer wins", with ties tossed.
+        superiority_interval: 95 %, Wilson's; conservative.
+    """
+
+    kind: Literal["paired", "unpaired"]
+    chosen: Distribution
+    rejected: Distribution
+    difference: Distribution | None
+    longer: float
+    equal: float
+    effect: float
+    effect_interval: Interval
+    superiority: float
+    superiority_interval: Interval
+
+    @property
+    def shorter(self) -> float:
+        """P(chosen is shorter)."""
+        return max(0.0, 1 - self.longer - self.equal)
+
+    @property
+    def best_accuracy(self) -> float:
+        """What the better of "the longer wins" and "the shorter wins" reaches."""
+        return max(self.superiority, 1 - self.superiority)
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is a deviation, without which Cohen's d is not defined."""
+        if self.difference is not None:
+            return len(self.difference.values) > 1
+        return bool(self.chosen.deviation or self.rejected.deviation)
+
+    @property
+    def strength(self) -> str | None:
+        """How strong the bias is, None where there is nothing to warn of.
+
+        "small", "medium" or "large": the larger of both effect sizes, each only where its interval
+        leaves out "no effect", so that few pairs do not warn by chance.
+        """
+        return _SIZES[max(self._sizes())]
+
+    @property
+    def is_of_means(self) -> bool:
+        """Whether Cohen's d alone makes the bias as strong as it is."""
+        effect, superiority = self._sizes()
+        return effect > superiority
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the size of the effect and of the superiority, as places in `_SIZES`."""
+        effect = abs(self.effect) if _excludes(self.effect_interval, 0.0) else 0.0
+        superiority = self.best_accuracy if _excludes(self.superiority_interval, 0.5) else 0.5
+        return bisect_right(_EFFECTS, effect), bisect_right(_SUPERIORITIES, superiority)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        found = asdict(self)
+        for name in ("chosen", "rejected", "difference"):
+            distribution = getattr(self, name)
+            found[name] = None if distribution is None else distribution.to_dict()
+        return found | {"shorter": self.shorter, "strength": self.strength}
+
+
+def length_bias(columns: Columns) -> LengthBias | None:
+    """Compare the lengths of better and worse completions; None where none are compared.
+
+    A store with both kinds is judged by its pairs: they hold the prompt fixed.
+    """
+    better, worse = columns.compared()
+    if len(better):
+        return _paired(columns, better, worse)
+    liked, disliked = columns.judged_alone()
+    if len(liked) and len(disliked):
+        return unpaired_bias(
+            Distribution.of(columns.counted[liked]), Distribution.of(columns.counted[disliked])
+        )
+    return None
+
+
+def _paired(columns: Columns, better: Any, worse: Any) -> LengthBias:
+    chosen, rejected = columns.counted[better], columns.counted[worse]
+    difference = Distribution.of(np.subtract(chosen, rejected, dtype=np.int64))
+    count = difference.count
+    longer = difference.above(0) / count
+    equal = 1 - longer - (count - difference.above(-1)) / count
+    spread = difference.deviation
+    effect = difference.mean / spread if spread else 0.0
+    superiority = longer + equal / 2
+    return LengthBias(
+        "paired",
+        Distribution.of(chosen),
+        Distribution.of(rejected),
+        difference,
+        longer,
+        max(0.0, equal),
+        effect,
+        around(effect, 1 / count + effect**2 / (2 * count)),
+        superiority,
+        wilson(superiority, count),
+    )
+
+
+def unpaired_bias(chosen: Distribution, rejected: Distribution) -> LengthBias:
+    """Compare two samples of lengths that are not paired; neither may be empty."""
+    up, down = chosen.count, rejected.count
+    at_most = np.searchsorted(rejected.values, chosen.values, side="right")
+    below = np.searchsorted(rejected.values, chosen.values, side="left")
+    summed = np.concatenate([[0], np.cumsum(rejected.counts)])
+    share = chosen.counts / up
+    longer = float(share @ (summed[below] / down))
+    equal = float(share @ ((summed[at_most] - summed[below]) / down))
+    squares = (up - 1) * chosen.deviation**2 + (down - 1) * rejected.deviation**2
+    spread = float(np.sqrt(squares / max(up + down - 2, 1)))
+    effect = (chosen.mean - rejected.mean) / spread if spread else 0.0
+    variance = (up + down) / (up * down) + effect**2 / (2 * (up + down))
+    superiority = longer + equal / 2
+    return LengthBias(
+        "unpaired",
+        chosen,
+        rejected,
+        None,
+        longer,
+        equal,
+        effect,
+        around(effect, variance),
+        superiority,
+        wilson(superiority, min(up, down)),  # its variance is at most p(1 − p) / min (Birnbaum)
+    )
+
+
+def _excludes(interval: Interval, value: float) -> bool:
+    return not interval[0] <= value <= interval[1]

@@ -1,0 +1,498 @@
+"""The data report: the account of every row, and statistics and warnings of the groups kept."""
+
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from logratio.data.analysis.label_noise import FlipEstimate
+from logratio.data.analysis.length_bias import SMALL_EFFECT, SMALL_SUPERIORITY, LengthBias
+from logratio.data.analysis.near_duplicates import Similarity
+from logratio.data.analysis.statistics import Interval, bars, histogram, side_by_side, written
+from logratio.data.analysis.token_use import BATCH, BUDGET, UPDATE, Padding, Sharing, TokenUse
+from logratio.data.records import CODES
+from logratio.data.store.row_report import DataReport
+
+if TYPE_CHECKING:
+    pass
+import json
+from typing import TYPE_CHECKING, Any
+
+from logratio._rust import Store
+from logratio.data.analysis.label_noise import estimate_flips, votes_of
+from logratio.data.analysis.length_bias import length_bias
+from logratio.data.analysis.near_duplicates import similarity
+from logratio.data.analysis.statistics import Columns, Distribution, Places
+from logratio.data.analysis.token_use import padding, sharing, token_use
+from logratio.data.formats.catalogue import STEPS
+
+if TYPE_CHECKING:
+    from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from pathlib import Path
+
+from logratio.data.tokenization.groups import TokenizationRules
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.errors import LogratioError
+
+NOTABLE_SIMILAR = 0.01
+"""There is a warning where this share of the groups resembles an earlier one."""
+
+NOTABLE_TOUCHING = 0.5
+"""There is a warning where more than this share of plain prompts runs into the answer."""
+
+NOTABLE_CUT = 0.05
+"""There is a warning where this share of the completions was cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A warning (W508 …) about the data as a whole.
+
+    Attributes:
+        code: One of `logratio.data.codes.CODES`.
+        text: What was found, with its numbers.
+    """
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {CODES[self.code]}: {self.text}"
+
+
+def length_finding(bias: LengthBias | None) -> list[Finding]:
+    """Warn where length alone tells chosen from rejected (W508)."""
+    if bias is None or bias.strength is None:
+        return []
+    is_longer = bias.effect > 0 if bias.is_of_means else bias.superiority > 0.5
+    direction = "longer" if is_longer else "shorter"
+    accuracy = bias.superiority if is_longer else 1 - bias.superiority
+    rule = f"“the {direction} wins” is right for {100 * accuracy:.1f} %"
+    if bias.is_of_means:
+        found = (
+            f"the mean lengths differ by a {bias.strength} effect, d = {bias.effect:.2f}; {rule}"
+        )
+    else:
+        found = f"{rule}, a {bias.strength} effect"
+    text = f"{found}. Compare the policy's accuracy with that, or use a loss that divides by length"
+    return [Finding("W508", text)]
+
+
+def noise_finding(flips: FlipEstimate | None) -> list[Finding]:
+    """Warn where repeated judgements contradict each other often (W509)."""
+    if flips is None or not flips.is_notable:
+        return []
+    text = (
+        f"{100 * flips.rate:.1f} % are estimated to be flipped; a label smoothing of "
+        f"{flips.rate:.2f} allows for that"
+    )
+    return [Finding("W509", text)]
+
+
+def similarity_finding(found: Similarity | None, groups: int) -> list[Finding]:
+    """Warn where many groups are nearly the same as others (W510)."""
+    if found is None or found.similar < NOTABLE_SIMILAR * groups:
+        return []
+    text = (
+        f"{found.similar:,} of {groups:,} groups resemble an earlier one; they weigh more in "
+        "training, and a random split puts them on both sides"
+    )
+    return [Finding("W510", text)]
+
+
+def stop_finding(use: TokenUse) -> list[Finding]:
+    """Warn where no completion ends with a token that ends an answer (W517)."""
+    if use.ended != 0 or not use.completions:
+        return []
+    text = (
+        f"none of {use.completions:,} completions ends with {' or '.join(use.stops)}: a model "
+        "that is trained on them does not learn to stop. Compare the chat template with "
+        "eos_token_id in generation_config.json"
+    )
+    return [Finding("W517", text)]
+
+
+def mixture_finding(account: DataReport) -> list[Finding]:
+    """Warn where some rows went through the chat template and others did not (W519)."""
+    if not (account.text_rows and account.chat_rows):
+        return []
+    text = (
+        f"{account.text_rows:,} rows of plain text as it stands, and {account.chat_rows:,} rows "
+        "that the chat template wrote; --chat lets it write all of them"
+    )
+    return [Finding("W519", text)]
+
+
+def space_finding(account: DataReport) -> list[Finding]:
+    """Warn where most prompts and answers meet without white space (W520)."""
+    if account.touching_rows <= NOTABLE_TOUCHING * account.text_rows:
+        return []
+    text = (
+        f"in {account.touching_rows:,} of {account.text_rows:,} rows of plain text; the model "
+        "reads them as one word: end the prompts, or begin the answers, with a space or a line end"
+    )
+    return [Finding("W520", text)]
+
+
+def cut_finding(cut: int, completions: int) -> list[Finding]:
+    """Warn where many completions were cut (W511)."""
+    if not completions or cut < NOTABLE_CUT * completions:
+        return []
+    text = f"{cut:,} of {completions:,} ({100 * cut / completions:.1f} %); raise the limit"
+    return [Finding("W511", text)]
+
+
+WIDTH = 80
+_TEXT_BINS = 10
+_SHOWN = 3
+
+
+def to_text(analysis: "Analysis") -> str:
+    """Return the whole report."""
+    blocks = [analysis.account.to_text().splitlines()]
+    if analysis.groups:
+        blocks += [
+            _table(analysis),
+            _histograms(analysis),
+            _cuts(analysis),
+            _wrapped(_bias(analysis.bias)),
+            _wrapped(_noise(analysis)),
+            _wrapped(_padding(analysis.padding)),
+            _wrapped(_sharing(analysis.sharing)),
+            _wrapped(_tokens(analysis.tokens)),
+            _similarity(analysis.similarity, analysis.groups),
+            _wrapped([str(one) for one in analysis.findings]),
+        ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _table(analysis: "Analysis") -> list[str]:
+    head = f"{'tokens':<11}{'median':>10}{'mean':>10}{'p95':>10}{'longest':>10}{'in all':>16}"
+    rows = [
+        f"{name:<11}{numbers.median:>10,.1f}{numbers.mean:>10,.1f}{numbers.quantile(0.95):>10,}"
+        f"{numbers.largest:>10,}{numbers.total:>16,}"
+        for name, numbers in analysis.lengths.items()
+    ]
+    kept = analysis.account.kept
+    made = [] if analysis.groups == kept else [f"{kept:,} rows make {analysis.groups:,} groups", ""]
+    return [*made, head, *rows]
+
+
+def _histograms(analysis: "Analysis") -> list[str]:
+    panels = {
+        f"{name}, tokens": bars(histogram(numbers, _TEXT_BINS).named(), WIDTH // 2 - 2)
+        for name, numbers in analysis.lengths.items()
+    }
+    return side_by_side(panels, WIDTH)
+
+
+def _cuts(analysis: "Analysis") -> list[str]:
+    panels = {
+        f"{what} cut, by tokens lost": bars(bins, WIDTH // 2 - 2)
+        for code, what in (("W506", "prompts"), ("W503", "completions"))
+        if (bins := analysis.account.cut_bins(code))
+    }
+    return side_by_side(panels, WIDTH) if panels else []
+
+
+def _bias(bias: LengthBias | None) -> list[str]:
+    if bias is None:
+        return ["length bias: nothing is compared"]
+    difference = written(bias.chosen.mean - bias.rejected.mean, 1, sign=True)
+    measured = "d_z" if bias.kind == "paired" else "d"
+    sentences = [
+        f"length bias: chosen is longer in {_percent(bias.longer)}, equal in "
+        f"{_percent(bias.equal)}, shorter in {_percent(bias.shorter)} of {_compared(bias)}",
+        f"chosen − rejected = {difference} tokens on average"
+        + (f", median {written(bias.difference.median, 0, sign=True)}" if bias.difference else ""),
+        f"Cohen's {measured} = {written(bias.effect, 3)} ({_interval(bias.effect_interval)})"
+        if bias.varies
+        else f"Cohen's {measured} is not defined: the lengths do not vary",
+        f"P(chosen longer) = {bias.superiority:.3f} ({_interval(bias.superiority_interval)}), ties "
+        "as one half: so often is “the longer wins” right",
+    ]
+    if bias.strength is None:
+        sentences.append(
+            f"no warning: that takes |d| ≥ {SMALL_EFFECT}, or P ≥ {SMALL_SUPERIORITY} or "
+            f"≤ {1 - SMALL_SUPERIORITY:.2f}, and an interval without “no effect”"
+        )
+    return sentences
+
+
+def _compared(bias: LengthBias) -> str:
+    if bias.kind == "paired":
+        return f"{bias.chosen.count:,} pairs"
+    return f"{bias.chosen.count:,} up × {bias.rejected.count:,} down"
+
+
+def _noise(analysis: "Analysis") -> list[str]:
+    flips = analysis.flips
+    if not analysis.are_pairs:
+        return ["label noise: cannot be estimated: not all groups are pairs"]
+    if analysis.groups != analysis.account.kept:
+        return ["label noise: cannot be estimated: a row holds several pairs"]
+    if flips is None:
+        return ["label noise: cannot be estimated: no pair was judged twice"]
+    low, high = flips.interval
+    return [
+        f"label noise: {_percent(flips.rate)} of the judgements are flipped (95 %: {_percent(low)} "
+        f"… {_percent(high)})",
+        f"estimated from {flips.pairs:,} pairs that were judged more than once, "
+        f"{flips.contested:,} of them both ways",
+        "assumes that judges err independently and equally often on every pair, and that no row is "
+        "a copy of another; where that fails it is a lower bound",
+    ]
+
+
+def _padding(found: Padding | None) -> list[str]:
+    if found is None:
+        return []
+    return [
+        f"computing: {found.rows:,} tokens in rows of prompt and completion, "
+        f"{_percent(found.prompt_share)} of them prompt",
+        f"sharing the prompt computes {found.shared:,} instead: {_percent(found.saved)} saved",
+        f"padded batches of {BATCH} groups: {_percent(found.waste)} padding in file order, "
+        f"{_percent(found.sorted_waste)} sorted by length",
+    ]
+
+
+def _sharing(found: Sharing | None) -> list[str]:
+    if found is None:
+        return []
+    saved = {name: _percent(found.saved(name)) for name in ("micro_batches", "one_pass")}
+    most = {name: _percent(found.saved(name)) for name in ("updates", "whole")}
+    return [
+        f"shared beginnings: of {found.grouped:,} tokens with each prompt once a group, "
+        f"`train --share-beginnings` computes {found.micro_batches:,}: {saved['micro_batches']} "
+        f"saved (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens)",
+        f"`precompute --share-beginnings` computes {found.one_pass:,}: {saved['one_pass']} saved",
+        f"the most that larger micro-batches can save: {most['updates']} in training, "
+        f"{most['whole']} in `precompute`",
+    ]
+
+
+def _tokens(use: TokenUse) -> list[str]:
+    lines = [f"vocabulary: {use.used:,} ids are used"]
+    if use.vocabulary is not None:
+        share = _percent(use.used / use.vocabulary)
+        lines = [f"vocabulary: {use.used:,} of {use.vocabulary:,} ids are used ({share})"]
+    if use.special:
+        named = ", ".join(f"{text} {count:,}" for text, count in use.special.items())
+        lines.append(f"special tokens: {named}")
+    if use.ended is not None:
+        lines.append(
+            f"{use.ended:,} of {use.completions:,} completions end with {' or '.join(use.stops)} "
+            f"({_percent(use.ended / use.completions)})"
+        )
+    if use.unknown:
+        lines.append(f"{use.unknown:,} tokens have ids that the tokenizer does not know")
+    if use.compared:
+        lines.append(
+            f"all completions begin with one token in {_percent(use.same_start / use.compared)} "
+            f"of the groups"
+        )
+    return lines
+
+
+def _similarity(found: Similarity | None, groups: int) -> list[str]:
+    if found is None:
+        return []
+    rule = f"Jaccard ≥ {found.threshold:g} of windows of {found.shingle} tokens"
+    if not found.similar:
+        return [f"near-duplicates: none among {groups:,} groups ({rule})"]
+    return [
+        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one, whoever "
+        "is chosen",
+        f"  {_percent(found.similar / groups)}, in {found.clusters:,} clusters of up to "
+        f"{found.largest:,} groups; {rule}",
+        *(f"  {example}" for example in found.examples[:_SHOWN]),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _interval(interval: Interval) -> str:
+    return f"95 %: {written(interval[0], 3)} … {written(interval[1], 3)}"
+
+
+def _wrapped(sentences: list[str]) -> list[str]:
+    """Break sentences into lines; all but the first, which heads the block, stand further in."""
+    lines = []
+    for number, sentence in enumerate(sentences):
+        first = "  " if number and not sentence.startswith("[") else ""
+        lines += wrap(
+            sentence,
+            WIDTH,
+            initial_indent=first,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+_BINS = 40  # in JSON and in the picture
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Analysis:
+    """Everything that the data report says.
+
+    Attributes:
+        account: What became of every row.
+        groups: Groups in the store.
+        are_pairs: Whether each is one chosen and one rejected completion.
+        lengths: Distributions of tokens: "prompt", "group" (prompt once, all completions), and
+            "chosen" and "rejected" where such are compared, else "completion"; completions by the
+            tokens that count.
+        bias: Lengths of chosen against rejected; None where nothing is compared.
+        flips: The label-noise estimate; None where no pair was judged twice, and where a row
+            holds several pairs, for the account counts rows.
+        padding: What padding costs and sharing prompts saves; None for an empty store.
+        sharing: What sharing beginnings across groups saves; None for an empty store.
+        tokens: Use of the vocabulary.
+        similarity: Near-duplicates; None where they were not looked for.
+        findings: Warnings about the data as a whole.
+    """
+
+    account: DataReport
+    groups: int
+    are_pairs: bool
+    lengths: dict[str, Distribution]
+    bias: LengthBias | None
+    flips: FlipEstimate | None
+    padding: Padding | None
+    sharing: Sharing | None
+    tokens: TokenUse
+    similarity: Similarity | None
+    findings: tuple[Finding, ...]
+
+    def to_text(self) -> str:
+        """Tell it to a person, in lines of at most 80 columns wherever places are short."""
+        pass
+
+        return to_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        parts = ("bias", "flips", "padding", "sharing", "tokens", "similarity")
+        found = {name: getattr(self, name) for name in parts}
+        return {
+            "account": self.account.to_dict(),
+            "groups": self.groups,
+            "lengths": {name: numbers.to_dict() for name, numbers in self.lengths.items()},
+            "histograms": {
+                name: histogram(numbers, _BINS).to_dict() for name, numbers in self.lengths.items()
+            },
+            **{name: part and part.to_dict() for name, part in found.items()},
+            "findings": [{"code": one.code, "text": one.text} for one in self.findings],
+        }
+
+
+def analyse(
+    store: Store,
+    account: DataReport | None = None,
+    *,
+    tokenizer: "PreferenceTokenizer | None" = None,
+    threshold: float | None = None,
+) -> Analysis:
+    """Describe a store, in some seconds and 700 MB for 10 million pairs.
+
+    Args:
+        store: A sealed store.
+        account: What became of every row; None: as the store's metadata tell, else what it holds.
+        tokenizer: The one that made the store: names special tokens and the size of the vocabulary.
+        threshold: Look for near-duplicates from this similarity on, in (0, 1]; None: do not.
+
+    Raises:
+        ValueError: The threshold is not in (0, 1].
+    """
+    if account is None:
+        account = _account(store)
+    columns = Columns.of(store)
+    bias, are_pairs = length_bias(columns), columns.are_pairs()
+    flips = None
+    if are_pairs and columns.groups == account.kept:
+        flips = estimate_flips(votes_of(account.deduplicated, account.warnings_by_code["W507"]))
+    similar = None if threshold is None else similarity(store, Places(store), threshold)
+    cut, use = account.warnings_by_code["W503"], token_use(store, tokenizer)
+    return Analysis(
+        account,
+        columns.groups,
+        are_pairs,
+        _lengths(columns, bias),
+        bias,
+        flips,
+        padding(columns),
+        sharing(store),
+        use,
+        similar,
+        (
+            *length_finding(bias),
+            *noise_finding(flips),
+            *similarity_finding(similar, columns.groups),
+            *cut_finding(cut, store.completions),
+            *mixture_finding(account),
+            *space_finding(account),
+            *([] if _go_on(account, tokenizer) else stop_finding(use)),
+        ),
+    )
+
+
+def _go_on(account: DataReport, tokenizer: "PreferenceTokenizer | None") -> bool:
+    """Say whether nothing is expected to end: single steps, or text under rules without EOS."""
+    is_without = tokenizer is not None and not tokenizer.rules.append_eos
+    return is_without or (bool(account.formats) and set(account.formats) <= STEPS)
+
+
+def _account(store: Store) -> DataReport:
+    told = json.loads(store.metadata).get("report")
+    if told is not None:
+        return DataReport.from_dict(told)
+    prompts = int(store.prompt_lengths().sum(dtype="i8"))
+    answers = store.tokens - prompts
+    kept = len(store)
+    return DataReport(kept, kept, prompt_tokens=prompts, completion_tokens=answers)
+
+
+def _lengths(columns: Columns, bias: LengthBias | None) -> dict[str, Distribution]:
+    """Count the lengths of each kind; none of an empty store."""
+    if not columns.groups:
+        return {}
+    answers = {"completion": Distribution.of(columns.counted)}
+    if bias is not None:
+        answers = {"chosen": bias.chosen, "rejected": bias.rejected}
+    return {
+        "prompt": Distribution.of(columns.prompts),
+        **answers,
+        "group": Distribution.of(columns.together()),
+    }
+
+
+class OtherTokenizerError(LogratioError, ValueError):
+    """A store was made with another tokenizer than the one that is to name its tokens."""
+
+
+def analyse_store(
+    path: Path, *, tokenizer: Path | None = None, threshold: float | None = None
+) -> Analysis:
+    """Describe a sealed store, with the account that it carries.
+
+    Args:
+        path: The store.
+        tokenizer: Folder of the tokenizer that made it; None: tokens have no names.
+        threshold: As `analyse` takes it.
+
+    Raises:
+        OtherTokenizerError: Another tokenizer made it.
+        OSError: A file cannot be read.
+        ValueError: The store is damaged, the tokenizer malformed, or the threshold impossible.
+    """
+    store = Store.open(path)
+    named = None
+    if tokenizer is not None:
+        named = PreferenceTokenizer.load(tokenizer, TokenizationRules(append_eos=False))
+        if json.loads(store.metadata).get("tokenizer", named.digest) != named.digest:
+            raise OtherTokenizerError(f"{path} was made with another tokenizer than {tokenizer}")
+    return analyse(store, tokenizer=named, threshold=threshold)

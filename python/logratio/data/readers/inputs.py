@@ -1,0 +1,517 @@
+"""Inputs to rows: files and folders are found, and the file type is detected by its first bytes."""
+
+import codecs
+import csv
+import errno
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any, TypeAlias
+
+from logratio.data.readers.arrow import (
+    ARROW_MAGIC,
+    PARQUET_MAGIC,
+    STREAM_MAGIC,
+    ArrowFileRows,
+    ArrowStreamRows,
+    ParquetRows,
+)
+from logratio.data.readers.byte_streams import ByteSource
+from logratio.data.readers.csv import CsvRecords, delimiter_of
+from logratio.data.readers.derived_rows import GroupedRows, MappedRows, RowFunction
+from logratio.data.readers.json import HOLDS_ROWS, JsonArray, JsonLines
+from logratio.data.readers.rows import MAX_RECORD_BYTES, SPACE, Rows, TextRows
+from logratio.data.readers.tables import DatasetRows, StreamRows
+from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.errors import InputError, IsFolderError, SettingTypeError
+from logratio.validation import Converted
+
+JSON_LINES, JSON_ARRAY, CSV = "JSON lines", "JSON array", "CSV"
+PARQUET, ARROW_FILE, ARROW_STREAM = "Parquet", "Arrow file", "Arrow stream"
+
+PACKED_SUFFIXES = {".gz", ".zst", ".zstd"}
+KIND_OF_SUFFIX = {
+    ".jsonl": JSON_LINES,
+    ".ndjson": JSON_LINES,
+    ".json": JSON_LINES,
+    ".csv": CSV,
+    ".tsv": CSV,
+    ".parquet": PARQUET,
+    ".arrow": ARROW_FILE,
+    ".feather": ARROW_FILE,
+    ".ipc": ARROW_FILE,
+    ".arrows": ARROW_STREAM,
+}
+"""By the last suffix of a name that tells what is in a file, once that of a packer is off."""
+
+_ROW_A_LINE = {".jsonl", ".ndjson"}
+
+_MAGIC = {PARQUET_MAGIC: PARQUET, ARROW_MAGIC: ARROW_FILE, STREAM_MAGIC: ARROW_STREAM}
+_UNREAD = {
+    b"PK\x03\x04": "a ZIP archive",
+    b"\xfd7zXZ\x00": "packed with xz",
+    b"BZh": "packed with bzip2",
+    b"\x1f\x8b": "packed with gzip, twice",
+    b"\x28\xb5\x2f\xfd": "packed with zstd, twice",
+    b"PARE": "an encrypted Parquet file",
+    b"FEA1": "a Feather file of version 1",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"\x89HDF": "an HDF5 file",
+    b"version https://git-lfs": "a Git LFS pointer, and not the file itself (git lfs pull)",
+}
+STORE_MAGIC = b"LRSTORE"
+_STORE_USES = (
+    "ids and no rows: `logratio data report` and `data verify` say what is in it, and train, "
+    "precompute and evaluate read it alone"
+)
+_OF_MESSAGES = {b"role", b"content", b"from", b"value", b"name", b"type"}
+"""First keys of a message, and of other objects inside of a row."""
+_HOLDERS = {
+    *(b"data", b"rows", b"examples", b"instances", b"items", b"records", b"entries", b"samples"),
+    *(b"train", b"validation", b"test", b"dataset"),
+}
+_TABLES = {PARQUET, ARROW_FILE, ARROW_STREAM}
+_COLUMN_NAME = re.compile(r"[\w .-]{0,64}")
+
+
+def suffix(name: str) -> str:
+    """Return the suffix that tells what is in a file: of "a.csv.gz" it is ".csv"."""
+    path = PurePath(name)
+    if path.suffix.lower() in PACKED_SUFFIXES:
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def is_table(source: ByteSource) -> bool:
+    """Say whether a source holds columns of Parquet or Arrow, and no text."""
+    return any(source.head.startswith(magic) for magic in _MAGIC)
+
+
+def recognised(source: ByteSource) -> str:
+    """Return the kind of a source's container.
+
+    Raises:
+        InvalidRecordError: E108 where the first bytes are not those of what the name promises,
+            E112 where it is of a kind that is not read.
+    """
+    head, named = source.head, KIND_OF_SUFFIX.get(suffix(source.name))
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            if kind == PARQUET and source.packing:
+                raise InvalidRecordError("E112", f"Parquet inside {source.packing}: unpack it")
+            return kind
+    if unread := _unread(head):
+        raise InvalidRecordError("E112", f"it is {unread}")
+    if named in _TABLES and head:
+        raise InvalidRecordError("E108", f"it is named as {named}, and does not begin like one")
+    if _is_packed_and_damaged(source):
+        raise InvalidRecordError("E108", "it is named as packed, and does not begin like that")
+    return _text_kind(head, suffix(source.name))
+
+
+def _unread(head: bytes) -> str | None:
+    """Say what a file is of which no rows are read, and what to do."""
+    for magic, what in _UNREAD.items():
+        if head.startswith(magic):
+            return f"{what}, which is not read"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "text in UTF-16: give --encoding utf-16"
+    if head[257:262] == b"ustar":
+        return "a tar archive, which is not read: unpack it"
+    return f"a sealed store, {_STORE_USES}" if head.startswith(STORE_MAGIC) else None
+
+
+def _is_packed_and_damaged(source: ByteSource) -> bool:
+    is_named = PurePath(source.name).suffix.lower() in PACKED_SUFFIXES
+    return is_named and not source.packing and b"\0" in source.head[:64]
+
+
+def _text_kind(head: bytes, ending: str) -> str:
+    if KIND_OF_SUFFIX.get(ending) == CSV:
+        return CSV
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip(SPACE)
+    if text.startswith(b"[") or (ending not in _ROW_A_LINE and _holds_rows(text)):
+        return JSON_ARRAY
+    return CSV if ending not in KIND_OF_SUFFIX and _is_header(text) else JSON_LINES
+
+
+def _holds_rows(text: bytes) -> bool:
+    """Say whether a file is one object around a list of rows, as ``{"data": [{…}, …]}``.
+
+    A row of JSON lines may begin alike (``{"messages": [{``). Its list holds messages, it has other
+    keys, and it ends with its line.
+
+    Args:
+        text: The first `HEAD` bytes, or all of a shorter file.
+    """
+    found = HOLDS_ROWS.match(text)
+    if not found or found["inner"] in _OF_MESSAGES:
+        return False
+    try:
+        (rows,) = json.loads(text).values()
+    except ValueError:  # it goes on behind the head, or has other keys or lines
+        line = text.partition(b"\n")[0]
+        return _is_cut(line) and found["key"] in _HOLDERS
+    return all(isinstance(row, dict) for row in rows)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Say whether a line is the beginning of an object only."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
+def _is_header(text: bytes) -> bool:
+    """Say whether a first line names columns."""
+    line = text.splitlines()[0].decode("utf-8", "replace") if text else ""
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter_of(line), strict=True), [])
+    except csv.Error:
+        return False
+    return len(cells) > 1 and all(_COLUMN_NAME.fullmatch(cell) for cell in cells)
+
+
+_BESIDE_DATA = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
+_BESIDE_STEMS = {"readme", "license", "licence", "notice", "citation", "changelog"}
+_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words that name a split, as in `datasets`."""
+_SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+_PARTS_OF_ONE = {"data", "part", "shard", "chunk"}
+_NAMED = 4  # files of a split that an error names
+_CONFIG = re.compile(r"^\s*-?\s*config_name:\s*[\"']?([\w.-]+)", re.MULTILINE)
+
+
+def data_files(folder: Path, split: str | None = None) -> tuple[list[Path], list[Path]]:
+    """List the data files below a folder, in the order of their paths.
+
+    Args:
+        folder: A folder of files, a clone of a data set, or its folder in the hub's cache.
+        split: The split to read; None: the only one.
+
+    Returns:
+        The files to read, and those that stand beside data and are left out: hidden ones, those
+        whose names begin with an underscore, README, LICENSE, Markdown, `dataset_info.json` …
+
+    Raises:
+        OSError: It has no data files, or one of a kind that is not known, or several splits or
+            configurations and none is chosen, or no split of that name.
+    """
+    folder = _snapshot(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    beside = [path for path in files if _is_beside(path.relative_to(folder))]
+    files = [path for path in files if path not in set(beside)]
+    unknown = [path for path in files if suffix(path.name) not in KIND_OF_SUFFIX]
+    if unknown:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in unknown[:5])
+        more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
+        reason = f"Holds files of no known kind ({names}{more}); name those to read"
+        raise InputError(errno.EINVAL, reason, str(folder))
+    if not files:
+        raise InputError(errno.ENOENT, "Holds no data file", str(folder))
+    _check_configs(folder, files)
+    return _chosen(folder, files, split), beside
+
+
+def chosen_split(names: Iterable[str], split: str | None) -> str | None:
+    """Choose one of several splits; None where none of them is meant.
+
+    Args:
+        names: All splits there are.
+        split: The name of one, or another word for it (``dev`` for ``validation``).
+    """
+    names = list(names)
+    if split is None:
+        return names[0] if len(names) == 1 else None
+    if split in names:
+        return split
+    meant = _WORDS.get(split, split)
+    return next((name for name in names if _WORDS.get(name, name) == meant), None)
+
+
+def _chosen(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """Return the files of one split.
+
+    Files whose names tell no split are read with the only one there is, or where there is none.
+    """
+    saved = _saved_splits(folder)
+    of = {path: _split_of(path.relative_to(folder), saved) for path in files}
+    names = sorted({name for name in of.values() if name is not None})
+    if split is None and len(names) < 2:
+        return files
+    name = chosen_split(names, split)
+    if name is None:
+        raise InputError(errno.EINVAL, _choice(folder, of, names, split), str(folder))
+    return [path for path in files if of[path] == name]
+
+
+def _choice(
+    folder: Path, of: Mapping[Path, str | None], names: list[str], split: str | None
+) -> str:
+    if not names:
+        return f"Holds no split {split!r}: the names of its files tell no split"
+    listed = []
+    for name in names:
+        own = [path.relative_to(folder).as_posix() for path in of if of[path] == name]
+        more = f" and {len(own) - _NAMED:,} more" if len(own) > _NAMED else ""
+        listed.append(f"{name}: {', '.join(own[:_NAMED])}{more}")
+    what = "Holds several splits" if split is None else f"Holds no split {split!r}"
+    return f"{what}; choose one with --split {names[-1]}, or name its files ({'; '.join(listed)})"
+
+
+def _split_of(path: Path, saved: frozenset[str]) -> str | None:
+    """Tell a file's split by its path below the folder, or None."""
+    if saved:
+        return path.parts[0] if path.parts[0] in saved else None
+    shard = _SHARD.match(path.name)
+    if shard and shard["split"] not in _PARTS_OF_ONE:
+        return shard["split"]
+    stem = path.name.partition(".")[0]
+    for part in (stem, *reversed(path.parts[:-1])):
+        found = {_WORDS[word] for word in re.split(r"[-._ 0-9]+", part.lower()) if word in _WORDS}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def _saved_splits(folder: Path) -> frozenset[str]:
+    """Read the splits of a folder that `DatasetDict.save_to_disk` wrote."""
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+        return frozenset(map(str, splits))
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the snapshot to read of a data set's folder in the hub's cache; else the folder."""
+    snapshots = folder / "snapshots"
+    if not (folder.name.startswith("datasets--") and snapshots.is_dir()):
+        return folder
+    names = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    if main.is_file() and (name := main.read_text().strip()) in names:
+        return snapshots / name
+    if len(names) == 1:
+        return snapshots / names[0]
+    reason = f"Holds several snapshots ({', '.join(names)}): name the folder of one"
+    raise InputError(errno.EINVAL, reason, str(folder))
+
+
+def _check_configs(folder: Path, files: list[Path]) -> None:
+    """Refuse to read several configurations as one, where the data set's card names them."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    front = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+    configs = set(_CONFIG.findall(front[1])) if front else set()
+    tops = sorted({path.relative_to(folder).parts[0] for path in files} & configs)
+    if len(tops) > 1:
+        reason = f"Holds several configurations ({', '.join(tops)}): name the folder of one"
+        raise InputError(errno.EINVAL, reason, str(folder))
+
+
+def _is_beside(path: Path) -> bool:
+    if any(part.startswith((".", "_")) for part in path.parts):
+        return True
+    is_text = path.stem.lower() in _BESIDE_STEMS or path.suffix.lower() == ".md"
+    return path.name in _BESIDE_DATA or is_text
+
+
+Input: TypeAlias = Any
+"""A path (`str` or `Path`) of a file or folder, "-" for stdin, a `datasets.Dataset`, or anything
+with ``__arrow_c_stream__``: tables and readers of pyarrow, polars, duckdb."""
+
+STDIN = "-"
+
+
+def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
+    """Return what a user names as data as a list: one input alone is a list of one.
+
+    Raises:
+        SettingTypeError: it is neither a path, nor a table, nor several of these.
+    """
+    if isinstance(given, str | Path) or _is_table(given):
+        return [given]
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise SettingTypeError(f"a {type(given).__name__} is no data: {_WANTED}")
+    return list(given)
+
+
+def _is_table(given: Any) -> bool:
+    return _is_set(given) or hasattr(given, "__arrow_c_stream__")
+
+
+_WANTED = (
+    "give paths, '-' for stdin, a datasets.Dataset, or a table with __arrow_c_stream__ (pyarrow, "
+    "polars' collected frames, duckdb)"
+)
+Inputs: TypeAlias = Annotated[Input | Sequence[Input], Converted(as_inputs)]
+"""One input, or several."""
+
+_READERS: dict[str, Callable[[ByteSource, str, int], Rows]] = {
+    JSON_LINES: JsonLines,
+    JSON_ARRAY: JsonArray,
+    CSV: CsvRecords,
+    PARQUET: ParquetRows,
+    ARROW_FILE: ArrowFileRows,
+    ARROW_STREAM: ArrowStreamRows,
+}
+
+
+class Opened(list[Rows]):
+    """The containers of several inputs, in order.
+
+    Attributes:
+        inputs: For each container, the number of the input that it belongs to.
+        left_out: Files of folders that were not taken, because they stand beside data.
+    """
+
+    def __init__(self, rows: Sequence[Rows] = (), left_out: Sequence[Path] = ()) -> None:
+        super().__init__(rows)
+        self.inputs: list[int] = []
+        self.left_out = tuple(left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is said about the containers.
+
+    Attributes:
+        split: Which split of folders and of a `DatasetDict` is read, as ``train``; a file that is
+            named is read whatever its name. None: the only one.
+        encoding: Of files of text (JSON, CSV), as Python names it; None: UTF-8.
+        function: What each row goes through first.
+        group_by: A key: neighbours with one value there become one row, after the function.
+    """
+
+    split: str | None = None
+    encoding: str | None = None
+    function: RowFunction | None = None
+    group_by: str | None = None
+
+
+def open_inputs(
+    inputs: Inputs, reading: Reading | None = None, *, max_line_bytes: int = MAX_RECORD_BYTES
+) -> Opened:
+    """Recognise every input; a folder is the data files in it, in the order of their paths.
+
+    Args:
+        inputs: Paths, "-" for stdin, tables; one alone, or several.
+        reading: What is said about them.
+        max_line_bytes: Most bytes of a line, an element, a record, a row.
+
+    Raises:
+        OSError: A file or folder cannot be read, or a folder holds what is not known.
+        SettingTypeError: An input is neither a path nor a table, or has several splits.
+        MissingArrowError: pyarrow is needed and not installed.
+    """
+    inputs = as_inputs(inputs)
+    if sum(isinstance(given, str | Path) and str(given) == STDIN for given in inputs) > 1:
+        raise InputError(errno.EINVAL, "Can be read only once", "stdin")
+    reading = reading or Reading()
+    opened, tables = Opened(), 0
+    left_out: list[Path] = []
+    for number, given in enumerate(inputs):
+        if not isinstance(given, str | Path):
+            table = _one_split(given, reading.split)
+            rows = _open_table(table, f"<table {tables}>", max_line_bytes)
+            opened.append(_remade(rows, reading))
+            opened.inputs.append(number)
+            tables += 1
+            continue
+        for path in _files(Path(given), reading.split, left_out):
+            rows = open_file(path, encoding=reading.encoding, max_line_bytes=max_line_bytes)
+            opened.append(_remade(rows, reading))
+            opened.inputs.append(number)
+    opened.left_out = tuple(left_out)
+    names = [rows.name for rows in opened]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(
+            errno.EINVAL, "Named twice; name it once (--mix draws it more often)", twice
+        )
+    return opened
+
+
+def _remade(rows: Rows, reading: Reading) -> Rows:
+    if reading.function:
+        rows = MappedRows(rows, reading.function)
+    return GroupedRows(rows, reading.group_by) if reading.group_by else rows
+
+
+def open_file(
+    path: Path, *, encoding: str | None = None, max_line_bytes: int = MAX_RECORD_BYTES
+) -> Rows:
+    """Recognise one file, or stdin where the path is "-".
+
+    Raises:
+        OSError: It cannot be read, or is a folder.
+        MissingArrowError: pyarrow is needed and not installed.
+    """
+    if str(path) == STDIN:
+        source = ByteSource.of_stdin()
+    elif path.is_dir():
+        raise IsFolderError(errno.EISDIR, "Is a folder; name the files in it", str(path))
+    else:
+        source = ByteSource.of_file(path)
+    try:
+        if encoding and not is_table(source):
+            source.read_as(encoding)
+        kind = recognised(source)
+    except InvalidRecordError as error:
+        return _Unread(source, error)
+    return _READERS[kind](source, kind, max_line_bytes)
+
+
+def _files(path: Path, split: str | None, left_out: list[Path]) -> list[Path]:
+    if str(path) == STDIN or not path.is_dir():
+        return [path]
+    files, beside = data_files(path, split)
+    left_out += beside
+    return files
+
+
+def _one_split(table: Any, split: str | None) -> Any:
+    """Take one split of a `datasets.DatasetDict`; anything else is itself."""
+    if not (_is_set(table) and isinstance(table, dict)):
+        return table
+    name = chosen_split(table, split)
+    if name is None:
+        names = ", ".join(map(repr, table))
+        missing = "" if split is None else f", and {split!r} is none of them"
+        raise SettingTypeError(
+            f"a {type(table).__name__} of the splits {names}{missing}: give one of them, or name "
+            "it with split"
+        )
+    return table[name]
+
+
+def _is_set(table: Any) -> bool:
+    return type(table).__module__.partition(".")[0] == "datasets"
+
+
+def _open_table(table: Any, name: str, limit: int) -> Rows:
+    if _is_set(table):
+        return DatasetRows(table, name, limit)
+    if hasattr(table, "__arrow_c_stream__"):
+        return StreamRows(table, name, limit)
+    raise SettingTypeError(f"a {type(table).__name__} is no data: {_WANTED}")
+
+
+class _Unread(TextRows):
+    """A file that cannot be read at all."""
+
+    def __init__(self, source: ByteSource, error: InvalidRecordError) -> None:
+        super().__init__(source, "not read", 0)
+        self._error = error
+
+    def _records(self) -> Iterator[tuple[Source, Refusal]]:
+        yield self._last(self._error, line=0)

@@ -1,0 +1,238 @@
+"""Groups as flat arrays, and columns of token ids that go to a store without a Python row."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logratio._rust import ROLES, StoreWriter
+from logratio.data.records import CHOSEN, REJECTED, InvalidRecordError, Refusal, Source
+from logratio.data.tokenization.groups import Fitting, TokenizedGroup
+
+if TYPE_CHECKING:
+    import pyarrow
+
+KEPT, DUPLICATE, CONFLICT = range(3)
+"""What became of a group: written; said before, so not written; written though the opposite was."""
+
+PAIR = np.array([ROLES.index(CHOSEN), ROLES.index(REJECTED)], np.uint8)
+"""The roles of a pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupArrays:
+    """`G` groups of `N` completions, ids end to end.
+
+    Attributes:
+        prompt_ids: int32, every prompt.
+        prompt_lengths: uint32 `[G]`.
+        completion_ids: int32, every completion, group after group.
+        completion_mask: uint8, 1 where a completion's token counts.
+        completion_lengths: uint32 `[N]`.
+        group_sizes: uint32 `[G]`, completions of each group.
+        roles: uint8 `[N]`, index into `logratio._rust.ROLES`.
+        files: uint32 `[G]`, number of the source file.
+        lines: uint64 `[G]`, line in it.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    prompt_lengths: NDArray[np.uint32]
+    completion_ids: NDArray[np.int32]
+    completion_mask: NDArray[np.uint8]
+    completion_lengths: NDArray[np.uint32]
+    group_sizes: NDArray[np.uint32]
+    roles: NDArray[np.uint8]
+    files: NDArray[np.uint32]
+    lines: NDArray[np.uint64]
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[TokenizedGroup], file_number: Callable[[Source], int]
+    ) -> "GroupArrays":
+        """Lay groups end to end; `file_number` numbers their sources' files."""
+        completions = [completion for group in groups for completion in group.completions]
+        return cls(
+            _flat((group.prompt_ids for group in groups), np.int32),
+            _array((len(group.prompt_ids) for group in groups), np.uint32),
+            _flat((completion.ids for completion in completions), np.int32),
+            _flat((completion.mask for completion in completions), np.uint8),
+            _array((len(completion.ids) for completion in completions), np.uint32),
+            _array((len(group.completions) for group in groups), np.uint32),
+            _array((_ROLE[completion.role] for completion in completions), np.uint8),
+            _array((file_number(group.source) for group in groups), np.uint32),
+            _array((group.source.line for group in groups), np.uint64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def push(self, writer: StoreWriter) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Write the groups.
+
+        Returns:
+            What became of each, uint8 `[G]`, and the group that said it or its opposite before,
+            int64 `[G]`, -1 where none did.
+        """
+        return writer.push_many(*(getattr(self, field.name) for field in fields(self)))
+
+
+_ROLE = {name: number for number, name in enumerate(ROLES)}
+
+
+def _array(values: Iterable[int], dtype: Any) -> NDArray[Any]:
+    return np.fromiter(values, dtype)
+
+
+def _flat(parts: Iterable[Sequence[int]], dtype: Any) -> NDArray[Any]:
+    return np.fromiter(chain.from_iterable(parts), dtype)
+
+
+NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")
+FORMAT = "token ids"
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """A column of lists: every list's values end to end, and where each begins."""
+
+    values: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, column: "pyarrow.Array") -> "Ids":
+        """View a column of lists of integers; null lists have no values.
+
+        Raises:
+            InvalidRecordError: E203 where it is something else, E202 for a null inside a list.
+        """
+        import pyarrow as pa
+
+        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if not lists or not pa.types.is_integer(column.type.value_type):
+            raise InvalidRecordError("E203", f"a column of ids holds {column.type}")
+        if column.null_count:
+            column = column.fill_null([])
+        values = column.flatten()
+        if values.null_count:
+            raise InvalidRecordError("E202", "a token id is null")
+        lengths = np.diff(column.offsets.to_numpy())
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        return cls(values.to_numpy().astype(np.int64, copy=False), offsets)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each list."""
+        return np.diff(self.offsets)
+
+    def bad(self, vocabulary_size: int) -> NDArray[np.bool_]:
+        """Say which lists hold an id that no row of an embedding answers to."""
+        wrong = np.flatnonzero((self.values < 0) | (self.values >= vocabulary_size))
+        rows = np.searchsorted(self.offsets, wrong, "right") - 1
+        return np.bincount(rows, minlength=len(self.offsets) - 1).astype(bool)
+
+    def rows(self, start: int, stop: int) -> "Ids":
+        """View some of the lists."""
+        offsets = self.offsets[start : stop + 1]
+        return Ids(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def list(self, row: int) -> list[int]:
+        """Return one list."""
+        ids: list[int] = self.values[self.offsets[row] : self.offsets[row + 1]].tolist()
+        return ids
+
+
+Part = GroupArrays | TokenizedGroup | Refusal
+
+
+def parts(
+    batch: "pyarrow.RecordBatch", first: Source, file: int, fitting: Fitting
+) -> Iterator[Part]:
+    """Yield a batch's groups: stretches of sound rows at once, and each other row by itself.
+
+    Args:
+        batch: Columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        first: Where its first row stands.
+        file: The container's number.
+        fitting: Knows the rules and the size of the vocabulary.
+    """
+    try:
+        columns = [Ids.of(batch.column(column)) for column in NAMES]
+    except InvalidRecordError as error:
+        yield from (
+            Refusal(Source(first.file, first.line + row), error.code, error.reason)
+            for row in range(batch.num_rows)
+        )
+        return
+    start = 0
+    for row in [*np.flatnonzero(_odd(columns, fitting)).tolist(), batch.num_rows]:
+        if start < row:
+            yield _arrays([ids.rows(start, row) for ids in columns], file, first.line + start)
+        if row < batch.num_rows:
+            source = Source(first.file, first.line + row)
+            prompt, chosen, rejected = (ids.list(row) for ids in columns)
+            yield fitting.group(prompt, chosen, rejected, source)
+        start = row + 1
+
+
+def _odd(columns: list[Ids], fitting: Fitting) -> NDArray[np.bool_]:
+    """Say which rows break a rule or have to be cut."""
+    rules = fitting.rules
+    prompt, chosen, rejected = (ids.lengths for ids in columns)
+    longest = np.maximum(chosen, rejected)
+    odd: NDArray[np.bool_] = (
+        (prompt == 0) | (prompt > rules.prompt_budget) | (prompt + longest > rules.max_length)
+    )
+    odd |= np.minimum(chosen, rejected) == 0
+    odd |= _may_be_equal(columns[1], columns[2])
+    for ids in columns:
+        odd |= ids.bad(fitting.vocabulary_size)
+    return odd
+
+
+def _may_be_equal(chosen: Ids, rejected: Ids) -> NDArray[np.bool_]:
+    """Compare lengths, first and last ids."""
+    found: NDArray[np.bool_] = (chosen.lengths == rejected.lengths) & (chosen.lengths > 0)
+    rows = np.flatnonzero(found)
+    for place in (0, -1):
+        ids = [side.values[side.offsets[rows - place] + place] for side in (chosen, rejected)]
+        found[rows] &= ids[0] == ids[1]
+    return found
+
+
+def _arrays(columns: list[Ids], file: int, line: int) -> GroupArrays:
+    """Lay sound rows out as groups: chosen, then rejected."""
+    prompt, chosen, rejected = columns
+    count = len(prompt.lengths)
+    lengths = np.column_stack((chosen.lengths, rejected.lengths)).ravel()
+    ids = np.empty(int(lengths.sum()), np.int32)
+    starts = np.cumsum(lengths) - lengths
+    for side, own in enumerate((chosen, rejected)):
+        shift = np.repeat(starts[side::2] - own.offsets[:-1], own.lengths)
+        ids[np.arange(len(own.values)) + shift] = own.values
+    return GroupArrays(
+        prompt.values.astype(np.int32),
+        prompt.lengths.astype(np.uint32),
+        ids,
+        np.ones(len(ids), np.uint8),
+        lengths.astype(np.uint32),
+        np.full(count, 2, np.uint32),
+        np.tile(PAIR, count),
+        np.full(count, file, np.uint32),
+        np.arange(line, line + count, dtype=np.uint64),
+    )
+
+
+def row_group(row: dict[str, Any], source: Source, fitting: Fitting) -> TokenizedGroup | Refusal:
+    """Read ids that stand in a row of JSON.
+
+    Returns:
+        The group, or why the row is refused: E2xx, E6xx, and as `Fitting.group`.
+    """
+    for name in NAMES:
+        ids = row.get(name)
+        if not isinstance(ids, list) or not all(type(value) is int for value in ids):
+            return Refusal(source, "E203", f"{name!r} is no list of token ids")
+    return fitting.group(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], source)

@@ -1,0 +1,1 @@
+"""Records to token ids: chat template, boundary, EOS, truncation."""

@@ -1,0 +1,469 @@
+"""Text to ids. The one place that decides chat template, BOS, EOS, prompt boundary, truncation.
+
+Training, the reference cache and serving all come through here, so a completion has the same ids
+wherever it is scored.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from logratio._rust import EncodedPairs, PairRules
+from logratio.data import conversations
+from logratio.data.conversations import as_chat
+from logratio.data.records import (
+    CANDIDATE,
+    CODES,
+    Completion,
+    InvalidRecordError,
+    Message,
+    PreferenceRecord,
+    Refusal,
+    Source,
+)
+from logratio.data.tokenization.chat_template import ChatTemplate
+from logratio.data.tokenization.groups import (
+    Fitting,
+    TokenizationRules,
+    TokenizedCompletion,
+    TokenizedGroup,
+    check_different,
+)
+from logratio.data.tokenization.rendering import (
+    AS_TEXT,
+    UNWRAPPED,
+    Markers,
+    Script,
+    chat_script,
+    plain_script,
+)
+from logratio.data.tokenization.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
+from logratio.data.tokenization.word_cache import PieceEncoder
+from logratio.errors import ConfigError
+
+_HEADERS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[/?INST\]|<\|START_OF_TURN_TOKEN\|>"
+    r"|<\|(?:user|assistant|system|User|Assistant)\|>|<\uff5c(?:User|Assistant)\uff5c>"
+)
+"""What the usual chat templates write before a turn."""
+
+
+def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> list[str]:
+    """Name what is odd about a record's text.
+
+    Args:
+        record: The record, before a chat template adds special tokens of its own.
+        spelled: Matches special tokens; see `special_pattern`.
+
+    Returns:
+        W501, W504, W505, W523 as they apply.
+    """
+    texts = list(record.texts())
+    notes = []
+    if spells(record, spelled):
+        notes.append("W501")
+    if record.prompt == "":
+        notes.append("W504")
+    if any("\0" in text for text in texts):
+        notes.append("W505")
+    if record.is_chat and any(map(_HEADERS.search, texts)):
+        notes.append("W523")
+    return notes
+
+
+def spells(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> bool:
+    """Say whether a record's text spells a special token."""
+    return spelled is not None and any(map(spelled.search, record.texts()))
+
+
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Match any special token spelled out, the longest first; None where there is none."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, special))) if special else None
+
+
+def are_seen_as_ids(tokenizer: Tokenizer) -> bool:
+    """Say whether a special token that is spelled is always its id, and no part of another."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special]
+    return not any(
+        content in token.content and content != token.content
+        for token in added
+        for content in special
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The ids behind a prompt.
+
+    Attributes:
+        ids: Every token.
+        mask: 1 where a token counts.
+        moved: Whether the ids before it change when the text goes on.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    moved: bool
+
+
+def tails_of(
+    script: Script,
+    running: Sequence[list[int]],
+    encoder: PieceEncoder,
+) -> Iterator[Tail]:
+    """Cut each completion's ids out of the ids of the whole text.
+
+    A tokenizer may merge the end of the prompt with the beginning of the answer. The prompt's ids
+    must not depend on the answer, so such an answer is encoded on its own instead.
+
+    Args:
+        script: The record as text.
+        running: Ids of each of the script's running texts, without added special tokens.
+        encoder: What made them.
+    """
+    prompt, *rest = running
+    texts = iter(rest)
+    for pieces in script.completions:
+        moved = False
+        ids: list[int] = []
+        mask: list[int] = []
+        before, text = prompt, script.prompt
+        for piece, whole in zip(pieces, islice(texts, len(pieces)), strict=True):
+            if _goes_on(before, whole, text, piece.text, encoder):
+                own = whole[len(before) :]
+            else:
+                own = encoder.encode([piece.text])[0]
+                moved = True
+            ids += own
+            mask += [int(piece.counts)] * len(own)
+            before, text = whole, text + piece.text
+        yield Tail(ids, mask, moved)
+
+
+def _goes_on(
+    before: list[int], whole: list[int], text: str, more: str, encoder: PieceEncoder
+) -> bool:
+    """Say whether the tokens of a text stand for the same text when more follows."""
+    if whole[: len(before)] != before:
+        return False
+    if not before or before[-1] != encoder.unknown_id:
+        return True
+    return encoder.end_of(text + more, len(before)) <= len(text)
+
+
+__all__ = [
+    "PreferenceTokenizer",
+    "TokenizationRules",
+    "TokenizedCompletion",
+    "TokenizedGroup",
+]
+
+NO_TEMPLATE = (
+    "the row holds messages and the tokenizer has no chat template: put chat_template.jinja into "
+    "its folder"
+)
+Prompt = str | Sequence[Message]
+"""Text, or the turns of a chat that ask the assistant to speak."""
+
+_HERE = Source("this record", 0)
+
+
+class PreferenceTokenizer:
+    """Turns records into ids under one set of rules.
+
+    Attributes:
+        rules: Lengths, what to cut, whether to append EOS; with the date that a template writes.
+        reads_date: Whether the ids depend on the rules' date.
+        has_given_date: Whether the rules named the date; else it is today's, or there is none.
+        files: What the tokenizer's folder holds.
+        chat_template: The template's text, or None.
+        digest: Hex; equal digests and rules give equal ids.
+        bos_id: The beginning-of-text token, if the folder names one.
+        eos_id: The end-of-text token, if the folder names one.
+        stop_ids: Tokens that end an answer, in ascending order: the tokenizer's EOS, those that
+            generation_config.json and config.json list, and the one that the chat template writes
+            after an answer.
+        closing_ids: What the chat template writes after an answer, from the stop token on: it may
+            end with white space. Empty where it writes no such token.
+        pad_id: The padding token; EOS, else 0, where the folder names none.
+        vocabulary_size: The largest id plus one.
+        fitting: Checks and cuts ids by the rules.
+        takes_pairs: Whether `encode_pairs` can be called.
+    """
+
+    def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
+        """Use a tokenizer under rules.
+
+        Raises:
+            ValueError: The chat template is malformed, or the rules append a token that the
+                tokenizer does not have.
+        """
+        self._template: ChatTemplate | None = None
+        if files.chat_template is not None:
+            self._template = ChatTemplate(files.chat_template, files.special_tokens, rules.date)
+        self.has_given_date = rules.date is not None
+        self.reads_date = self._template is not None and self._template.reads_date
+        self.rules = rules = replace(rules, date=self._template.date if self._template else None)
+        self.files = files
+        self.chat_template = files.chat_template
+        self.digest = files.digest
+        self.bos_id = files.id_of("bos_token")
+        self.eos_id = files.id_of("eos_token")
+        pad_id = files.id_of("pad_token")
+        self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
+        self._tokenizer = files.tokenizer
+        self._chats = self._plain = PieceEncoder(files.tokenizer, files.settings)
+        if rules.split_special_tokens:
+            self._plain = PieceEncoder(splitting(files.tokenizer), files.settings)
+        self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
+        self._opening_ids = list(files.opening_ids)
+        self._eos_token = files.special_tokens.get("eos_token")
+        self._spelled = special_pattern(files.tokenizer)
+        self.closing_ids = self._closing_ids()
+        own = () if self.eos_id is None else (self.eos_id,)
+        self.stop_ids = tuple(sorted({*files.stop_ids, *own, *self.closing_ids[:1]}))
+        self.fitting = Fitting(rules, self.bos_id, self.vocabulary_size)
+        self._ending: list[int] = []
+        if rules.append_eos:
+            if self.eos_id is None:
+                raise ConfigError(
+                    "the tokenizer names no eos_token: set append_eos to False (--no-eos)"
+                )
+            self._ending = [self.eos_id]
+        exact = self._plain.is_exact and are_seen_as_ids(files.tokenizer)
+        self.takes_pairs = exact and not self.wraps_text
+        self._pair_rules = PairRules(
+            opening=self._opening_ids,
+            ending=self.eos_id if self._ending else None,
+            bos=self.bos_id,
+            eos=self.eos_id,
+            special=[] if rules.split_special_tokens else [*self.special_ids().values()],
+            prompt_budget=rules.prompt_budget,
+            max_length=rules.max_length,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        rules: TokenizationRules | None = None,
+        chat_template: str | None = None,
+    ) -> "PreferenceTokenizer":
+        """Load a tokenizer's folder.
+
+        Args:
+            folder: Holds ``tokenizer.json``, usually ``tokenizer_config.json``, and
+                ``chat_template.jinja`` if the template is not in the latter.
+            rules: None: the default rules.
+            chat_template: Replaces the folder's own template.
+
+        Raises:
+            OSError: The folder or its ``tokenizer.json`` is missing or cannot be read.
+            ValueError: A file is malformed, or a special token is missing.
+        """
+        return cls(read_tokenizer(Path(folder), chat_template), rules or TokenizationRules())
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Encode a prompt alone, as every completion of it sees it.
+
+        Raises:
+            InvalidRecordError: It is too long for the rules, empty, or the template refuses it.
+        """
+        return self._encode_one(_candidates(prompt, [])).prompt_ids
+
+    def encode_completion(self, prompt: Prompt, completion: str) -> list[int]:
+        """Encode a completion as it follows a prompt: the ids that are scored.
+
+        Raises:
+            InvalidRecordError: The prompt or the completion cannot be taken.
+        """
+        return self.encode_completions(prompt, [completion]).completions[0].ids
+
+    def encode_completions(self, prompt: Prompt, completions: Sequence[str]) -> TokenizedGroup:
+        """Encode a prompt and completions of it that are to be compared, in one go.
+
+        Args:
+            prompt: Text, or the turns of a chat; then each completion is the assistant's next.
+            completions: The candidates.
+
+        Raises:
+            InvalidRecordError: The prompt or a completion cannot be taken.
+        """
+        if any(not completion.strip() for completion in completions):
+            raise InvalidRecordError("R301", "a completion is empty")
+        return self._encode_one(_candidates(prompt, completions))
+
+    def encode_record(self, record: PreferenceRecord) -> TokenizedGroup | Refusal:
+        """Encode one record; see `encode_records`."""
+        return self.encode_records([record])[0]
+
+    def encode_records(self, records: Sequence[PreferenceRecord]) -> list[TokenizedGroup | Refusal]:
+        """Encode records in one parallel batch.
+
+        Returns:
+            For each record its group, or why it is refused: E401 to E404, R301 to R306.
+        """
+        records = [self._as_read(record) for record in records]
+        scripts = [self._script(record) for record in records]
+        texts = [
+            list(script.running_texts()) if isinstance(script, Script) else [] for script in scripts
+        ]
+        plain = iter(self._plain.encode(_texts_of(records, texts, is_chat=False)))
+        chats = iter(self._chats.encode(_texts_of(records, texts, is_chat=True)))
+        return [
+            script
+            if isinstance(script, Refusal)
+            else self._group(
+                record, script, list(islice(chats if record.is_chat else plain, len(own)))
+            )
+            for record, script, own in zip(records, scripts, texts, strict=True)
+        ]
+
+    def encode_pairs(self, columns: Sequence[Any]) -> EncodedPairs:
+        """Encode many pairs of plain text at once, as `encode_records` does.
+
+        Rows of which there is something to tell (a warning, a refusal, a cut) are left out: they
+        are `odd`, and `encode_records` tells it. Only where `takes_pairs`.
+
+        Args:
+            columns: Prompts, chosen and rejected: lists of strings, or the UTF-8 bytes and the
+                int64 offsets of string arrays.
+        """
+        return self._plain.encode_pairs(columns, self._pair_rules)
+
+    def special_ids(self) -> dict[str, int]:
+        """Return the tokenizer's special tokens: text to id."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special}
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Turn ids back into text."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _closing_ids(self) -> tuple[int, ...]:
+        """Find what the chat template writes after an answer, from the token that ends it."""
+        closing = self._template.closing() if self._template else ""
+        added = self._tokenizer.get_added_tokens_decoder()
+        ids = self._tokenizer.encode(closing, add_special_tokens=False).ids if closing else []
+        start = next((place for place, number in enumerate(ids) if number in added), len(ids))
+        return tuple(ids[start:])
+
+    def _encode_one(self, record: PreferenceRecord) -> TokenizedGroup:
+        """Encode what a caller, and no file, brought."""
+        try:
+            "".join(record.texts()).encode()
+        except UnicodeEncodeError:
+            raise InvalidRecordError("E104", CODES["E104"]) from None
+        group = self.encode_record(record)
+        if isinstance(group, Refusal):
+            raise InvalidRecordError(group.code, group.reason)
+        return group
+
+    @property
+    def wraps_text(self) -> bool:
+        """Whether plain text goes through the chat template."""
+        return self.rules.text_as == "chat"
+
+    @property
+    def passes_template_by(self) -> bool:
+        """Whether plain text passes by a chat template, and nobody said that it should."""
+        return self.chat_template is not None and self.rules.text_as is None
+
+    def _as_read(self, record: PreferenceRecord) -> PreferenceRecord:
+        return as_chat(record) if self.wraps_text and not record.is_chat else record
+
+    def _script(self, record: PreferenceRecord) -> Script | Refusal:
+        try:
+            if not record.is_chat:
+                return plain_script(record)
+            if self.rules.split_special_tokens and spells(record, self._spelled):
+                raise InvalidRecordError("R307", CODES["R307"])
+            if self._template is None:
+                raise InvalidRecordError("E401", NO_TEMPLATE)
+            self._markers.check(record.texts(), UNWRAPPED if self.wraps_text else AS_TEXT)
+            return chat_script(record, self._template, self._eos_token)
+        except InvalidRecordError as error:
+            return Refusal(record.source, error.code, error.reason)
+
+    @cached_property
+    def _markers(self) -> Markers:
+        assert self._template is not None
+        tokens = self.files.special_tokens
+        return Markers(self._template, [tokens.get(f"{name}_token", "") for name in ("bos", "eos")])
+
+    def _group(
+        self, record: PreferenceRecord, script: Script, running: list[list[int]]
+    ) -> TokenizedGroup | Refusal:
+        """Put a record's ids together.
+
+        Args:
+            record: The record.
+            script: Its text.
+            running: Ids of each of the script's running texts.
+        """
+        encoder = self._chats if record.is_chat else self._plain
+        ends_itself = record.is_chat or not record.ends  # a step has not ended
+        notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
+        notes += script.notes
+        try:
+            prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
+            completions = [
+                self._completion(completion.role, tail, prompt_ids, notes, ends_itself)
+                for completion, tail in zip(
+                    record.completions, tails_of(script, running, encoder), strict=True
+                )
+            ]
+            check_different(completions, notes)
+        except InvalidRecordError as error:
+            return Refusal(record.source, error.code, error.reason)
+        return TokenizedGroup(prompt_ids, completions, record.source, notes)
+
+    def _prompt_ids(self, ids: list[int], is_chat: bool, notes: list[str]) -> list[int]:
+        """Open a prompt with BOS as the tokenizer itself would, never twice, and fit it."""
+        opening = self._opening_ids
+        if not is_chat and ids[: len(opening)] != opening:
+            ids = opening + ids
+        return self.fitting.prompt(ids, notes)
+
+    def _completion(
+        self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], ends_itself: bool
+    ) -> TokenizedCompletion:
+        """End a completion with EOS, or cut it: then it has not ended."""
+        ids, mask = tail.ids, tail.mask
+        if not any(mask):
+            raise InvalidRecordError("R301", f"the {role} completion has no token")
+        if self._ending and not ends_itself and ids[-1:] != self._ending:
+            ids, mask = ids + self._ending, [*mask, 1]
+        if ids[-2:] == [self.eos_id] * 2:
+            raise InvalidRecordError("E402", f"the {role} completion ends with two EOS tokens")
+        if prompt_ids == [self.bos_id] and ids[0] == self.bos_id:
+            raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
+        if tail.moved:
+            notes.append("W502")
+        return self.fitting.completion(role, ids, mask, len(prompt_ids), notes)
+
+
+def _texts_of(
+    records: Sequence[PreferenceRecord], texts: Sequence[list[str]], *, is_chat: bool
+) -> list[str]:
+    pairs = zip(records, texts, strict=True)
+    return [text for record, own in pairs if record.is_chat is is_chat for text in own]
+
+
+def _candidates(prompt: Prompt, completions: Sequence[str]) -> PreferenceRecord:
+    if isinstance(prompt, str):
+        plain = tuple(Completion(CANDIDATE, text) for text in completions)
+        return PreferenceRecord(prompt, plain, _HERE)
+    turns = tuple(
+        Completion(CANDIDATE, ({"role": "assistant", "content": text},), ()) for text in completions
+    )
+    return PreferenceRecord(conversations.prompt(prompt, "prompt"), turns, _HERE)

@@ -1,0 +1,301 @@
+"""A tokenizer's folder: tokenizer.json, its special tokens, its chat template; no transformers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from logratio.data.tokenization.tokenizer_classes import (
+    NAMED_TOKENS,
+    SPLITS,
+    Naming,
+    TokenizerError,
+    class_of,
+    finished,
+    heads,
+    rebuilt,
+)
+from logratio.errors import MissingInputError, fetching_advice
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a tokenizer's folder says.
+
+    Attributes:
+        tokenizer: Text to ids, without truncation and padding of its own.
+        special_tokens: The named special tokens, ``bos_token`` and so on, as text.
+        chat_template: The template's text, if there is one.
+        opening_ids: What the tokenizer puts before a text by itself: usually [bos] or nothing.
+        digest: SHA-256 (hex) of all the above: equal digests encode equally.
+        settings: The content of ``tokenizer.json``, with what other files add to it.
+        stop_ids: Tokens that end an answer as the model's and the generation's config say, and
+            the end-of-text token: rising.
+    """
+
+    tokenizer: Tokenizer
+    special_tokens: dict[str, str]
+    chat_template: str | None
+    opening_ids: tuple[int, ...]
+    digest: str
+    settings: Json
+    stop_ids: tuple[int, ...] = ()
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of a named special token, or None where the folder names none."""
+        token = self.special_tokens.get(name)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+
+def read_tokenizer(
+    folder: Path, chat_template: str | None = None, *, as_written: bool = False
+) -> TokenizerFiles:
+    """Read a tokenizer's folder as `AutoTokenizer` of transformers reads it.
+
+    Args:
+        folder: Holds ``tokenizer.json`` and usually ``tokenizer_config.json``. A model's
+            ``config.json`` (an adapter's: that of its base) helps to choose the class.
+        chat_template: Replaces the folder's own template.
+        as_written: Take ``tokenizer.json`` as it is, whatever class and tokens other files name:
+            what `write_tokenizer` wrote is complete.
+
+    Raises:
+        OSError: The folder or its ``tokenizer.json`` is missing or cannot be read.
+        TokenizerError: A file is malformed, names a token that the tokenizer does not have, or is
+            read by transformers in a way that is not known here.
+    """
+    content = _tokenizer_json(folder)
+    tokenizer, settings = _parsed(content, folder), json.loads(content)
+    config, older = (
+        _object(folder, "tokenizer_config.json"),
+        _object(folder, "special_tokens_map.json"),
+    )
+    model_config = _object(_model_folder(folder), "config.json")
+    own = sha256(content).digest()
+    special: dict[str, str] = {}
+    if as_written:
+        tokenizer.encode_special_tokens = bool(config.get(SPLITS))
+    else:
+        tokenizer, special, is_new = _resolved(tokenizer, settings, folder, model_config)
+        older = {n: t for n, t in older.items() if _is_token(tokenizer, t)}
+        if is_new:
+            settings = _settings_of(tokenizer, settings)
+            own = sha256(own + heads(settings).encode()).digest()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    special = _texts(older | config) | special
+    for name, token in special.items():
+        if tokenizer.token_to_id(token) is None:
+            raise TokenizerError(f"{folder}: the {name} {token!r} is no token of tokenizer.json")
+    template = _template(folder, config) if chat_template is None else chat_template
+    opening = _opening_ids(tokenizer)
+    decided = json.dumps([special, template, opening], sort_keys=True)
+    digest = sha256(own + decided.encode("utf-8", "surrogatepass"))
+    stops = _stop_ids(folder, model_config)
+    if (eos := special.get("eos_token")) is not None:
+        stops.add(int(tokenizer.token_to_id(eos) or 0))
+    return TokenizerFiles(
+        tokenizer,
+        special,
+        template,
+        opening,
+        digest.hexdigest(),
+        settings,
+        tuple(sorted(stops)),
+    )
+
+
+def write_tokenizer(files: TokenizerFiles, folder: Path) -> list[str]:
+    """Write a tokenizer so that its folder alone gives the same ids, and return the files' names.
+
+    Everything is in ``tokenizer.json`` then; what a model's config or other files added is there.
+    """
+    config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", **files.special_tokens}
+    if files.tokenizer.encode_special_tokens:
+        config[SPLITS] = True
+    texts = {
+        "tokenizer.json": files.tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=1),
+    }
+    if files.chat_template is not None:
+        texts["chat_template.jinja"] = files.chat_template
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
+    return [*texts]
+
+
+def _parsed(content: bytes, folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+
+
+def _resolved(
+    tokenizer: Tokenizer, settings: Json, folder: Path, model_config: Json
+) -> tuple[Tokenizer, dict[str, str], bool]:
+    """Make the tokenizer that transformers makes of a folder.
+
+    Returns:
+        The tokenizer, its named special tokens, and whether it differs from ``tokenizer.json``.
+    """
+    config = _object(folder, "tokenizer_config.json")
+    declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
+    name = class_of(declared, model_config.get("model_type"), settings)
+    naming = Naming(
+        name,
+        config,
+        _object(folder, "special_tokens_map.json"),
+        _object(folder, "added_tokens.json"),
+        settings.get("added_tokens", []),
+    )
+    before = heads(_settings_of(tokenizer, settings))
+    built = rebuilt(name, settings, config, folder)
+    if built is not settings:
+        tokenizer = _parsed(json.dumps(built).encode(), folder)
+    finished(tokenizer, name, naming)
+    tokenizer.encode_special_tokens = bool(config.get(SPLITS))
+    special = {key: str(token) for key, token in naming.special.items() if key in NAMED_TOKENS}
+    is_new = heads(_settings_of(tokenizer, settings)) != before
+    return tokenizer, special, is_new
+
+
+def _settings_of(tokenizer: Tokenizer, settings: Json) -> Json:
+    """Describe a tokenizer as ``tokenizer.json`` does; the vocabulary is that of `settings`."""
+    model = tokenizer.model
+    options = {
+        name: getattr(model, name)
+        for name in (
+            *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+            *("fuse_unk", "byte_fallback", "ignore_merges"),
+        )
+        if hasattr(model, name)
+    }
+    added = tokenizer.get_added_tokens_decoder()
+    parts = {
+        name: part and json.loads(part.__getstate__())
+        for name in ("normalizer", "pre_tokenizer", "post_processor")
+        for part in [getattr(tokenizer, name)]
+    }
+    return {
+        **settings,
+        **parts,
+        SPLITS: tokenizer.encode_special_tokens or None,
+        "model": settings["model"] | options,
+        "added_tokens": [
+            {"id": number, "content": token.content}
+            | {flag: getattr(token, flag) for flag in _FLAGS}
+            for number, token in sorted(added.items())
+        ],
+    }
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _tokenizer_json(folder: Path) -> bytes:
+    path = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder{fetching_advice(folder, 'model')}")
+    if not path.exists():
+        raise MissingInputError(
+            f"{folder}: the folder holds no tokenizer.json. Make one with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return path.read_bytes()
+
+
+def _model_folder(folder: Path) -> Path:
+    """Return where the model's config is: an adapter's folder names its base."""
+    if (folder / "config.json").exists():
+        return folder
+    base = _object(folder, "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str):
+        return folder
+    return Path(base) if Path(base).exists() else folder / base
+
+
+def _object(folder: Path, name: str) -> Json:
+    """Read a JSON object; nothing where there is no such file."""
+    path = folder / name
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{path} is not a JSON object")
+    return found
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in NAMED_TOKENS:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
+def _is_token(tokenizer: Tokenizer, value: Any) -> bool:
+    text = value.get("content") if isinstance(value, dict) else value
+    return isinstance(text, str) and tokenizer.token_to_id(text) is not None
+
+
+def _stop_ids(folder: Path, model_config: Json) -> set[int]:
+    """Read which tokens end an answer: generation_config.json, then the model's config."""
+    generation = _object(_generation_folder(folder), "generation_config.json")
+    text = model_config.get("text_config")
+    stops: set[int] = set()
+    for config in (generation, model_config, text if isinstance(text, dict) else {}):
+        value = config.get("eos_token_id")
+        listed = value if isinstance(value, list) else [value]
+        stops |= {number for number in listed if type(number) is int and number >= 0}
+    return stops
+
+
+def _generation_folder(folder: Path) -> Path:
+    return folder if (folder / "generation_config.json").exists() else _model_folder(folder)
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            names = ", ".join(named)
+            raise TokenizerError(
+                f"{folder} has the chat templates {names} and no default: choose one"
+            )
+        template = named["default"]
+    return template
+
+
+def _opening_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Find what the post-processor puts in front of a text.
+
+    tokenizer_config.json may say ``add_bos_token`` too; where there is a tokenizer.json,
+    transformers does not listen to it, and neither do we.
+    """
+    probe = tokenizer.encode("a", add_special_tokens=True)
+    count = next((i for i, n in enumerate(probe.sequence_ids) if n is not None), 0)
+    return tuple(probe.ids[:count])
+
+
+def splitting(tokenizer: Tokenizer) -> Tokenizer:
+    """Copy a tokenizer; the copy reads special tokens as text."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy

@@ -1,0 +1,508 @@
+"""From two model folders to a bundle, or to a refusal that leaves nothing behind."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from logratio import bundle
+from logratio.bundle import (
+    CHUNK,
+    GRAPH,
+    MANIFEST,
+    TOKENIZER_FILES,
+    GoldenGroup,
+    GraphInfo,
+    Manifest,
+    read_manifest,
+    verify_files,
+)
+from logratio.data.store.row_report import DataReport
+from logratio.data.tokenization.groups import TextAs, TokenizationRules
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.data.tokenization.tokenizer_files import write_tokenizer
+from logratio.durable import sync
+from logratio.errors import LogratioError
+from logratio.export.graph import OPSETS, SINGLE_FILE_BYTES, GraphError, trace, write
+from logratio.export.parity import (
+    Expected,
+    GoldenInput,
+    ParityError,
+    check_parity,
+    golden_inputs,
+    plain_logps,
+    probing_inputs,
+    training_logps,
+)
+from logratio.export.scorer import (
+    ModelPair,
+    RewardScorer,
+    check_exportable,
+    join,
+    max_positions,
+    use_exportable_attention,
+)
+from logratio.extras import require
+from logratio.forecast import Forecast, check_writable, existing_parent, size
+from logratio.logps.completion import transformer
+from logratio.progress import progress, say
+from logratio.synonyms import takes_known_names
+from logratio.training.fingerprint import model_fingerprint, parameter_count
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    architecture,
+    base_folder,
+    check_model_folder,
+    load_model,
+)
+from logratio.training.precomputation import refuse_several
+from logratio.training.run_folder import DATA_REPORT_FILE, SETTINGS_FILE, reward_beta, settings_of
+from logratio.validation import check_fields, check_kind
+
+
+@contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """Make a folder beside `output`, removed in the end unless it was published.
+
+    Yields:
+        The folder, on the same file system, so that renaming it is one step.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, manifest: Manifest, output: Path) -> None:
+    """Write the manifest, read everything back, and rename the folder to `output`.
+
+    Raises:
+        BundleError: What was written does not read back (a failing disk).
+        OSError: The disk is full, or `output` came into being meanwhile.
+    """
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    verify_files(folder, read_manifest(folder))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+    folder.replace(output)
+    sync(output.parent)
+
+
+LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+
+_PROCESS_BYTES = 0.9e9
+_COPIES, _COPIES_APART = 4.0, 2.0
+"""Of the weights at the peak: torch's and ONNX Runtime's, and two of a file that is one message."""
+_SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 3.5, 2e8
+
+
+class ExportError(LogratioError, ValueError):
+    """The export cannot be made as asked; nothing was left in the output folder."""
+
+
+@takes_known_names(ref_model="reference")
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of one export.
+
+    Attributes:
+        policy: Folder of the trained model or adapter.
+        reference: Folder of the model (or adapter) it was kept close to.
+        output: Folder of the bundle; new, or empty.
+        beta: The reward is beta times the log-ratio, in nats; that of the policy's training
+            (its ``training.json``) where None.
+        rules: How text becomes ids; None: as the policy was trained (its ``training.json``), else
+            the defaults, both cut to the positions that the models have.
+        text_as: What a prompt that is a string is: ``chat``, the turn of a user that the chat
+            template writes, or ``text``, as it stands. None: as the policy was trained.
+    """
+
+    policy: str | Path
+    reference: str | Path
+    output: str | Path
+    beta: float | None = None
+    rules: TokenizationRules | None = None
+    text_as: TextAs | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export that can begin.
+
+    Attributes:
+        policy: The policy's folder.
+        reference: The reference's folder.
+        beta: Reward per nat.
+        output: The bundle's folder.
+        tokenizer: Loaded, with the bundle's rules.
+        config: The policy's.
+    """
+
+    policy: Path
+    reference: Path
+    beta: float
+    output: Path
+    tokenizer: PreferenceTokenizer
+    config: PreTrainedConfig
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids that the models know; the tokenizer may use fewer."""
+        return int(self.config.vocab_size)
+
+    @property
+    def rules(self) -> TokenizationRules:
+        """How text becomes ids."""
+        return self.tokenizer.rules
+
+    @property
+    def forecast(self) -> Forecast:
+        """What the export will need; equal weights are stored once, so it may be less."""
+        disk = 4.0 * self._parameters()
+        copies = _COPIES_APART if disk > SINGLE_FILE_BYTES else _COPIES
+        layers = int(self.config.num_hidden_layers)
+        traced = layers * (2 if (self.policy / ADAPTER_CONFIG).exists() else 1)
+        return Forecast(
+            memory_bytes=_PROCESS_BYTES + copies * disk,
+            disk_bytes=disk,
+            disk_path=self.output,
+            seconds=_SECONDS + _SECONDS_PER_LAYER * traced + disk / _BYTES_PER_SECOND,
+            notes=f"float32, {layers} layers",
+        )
+
+    def _parameters(self) -> int:
+        shares_base = (self.policy / ADAPTER_CONFIG).exists() and base_folder(
+            self.policy
+        ).resolve() == self.reference.resolve()
+        own = parameter_count(self.policy)
+        return own if shares_base else own + parameter_count(self.reference)
+
+
+def plan_export(config: ExportConfig) -> Forecast:
+    """Check everything that can be checked without the weights, and say what the export needs.
+
+    Raises:
+        ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
+            MissingExtraError: What stands in the way.
+    """
+    return make_plan(config).forecast
+
+
+def make_plan(config: ExportConfig) -> ExportPlan:
+    """Check everything that can be checked without the weights.
+
+    Raises:
+        ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
+            MissingExtraError: What stands in the way.
+    """
+    check_kind(config, ExportConfig)
+    refuse_several("export")
+    for library in LIBRARIES:
+        require(library, "export")
+    policy, reference, output = map(Path, (config.policy, config.reference, config.output))
+    for folder in (policy, reference):
+        check_model_folder(folder)
+    beta = reward_beta(policy, config.beta)
+    if not (math.isfinite(beta) and beta > 0):
+        raise ExportError(f"beta is {beta}; it is that of the training, above 0")
+    _check_output(output)
+    architecture = _architectures(policy, reference)
+    folder = _tokenizer_folder(policy, reference)
+    rules = _rules(config, policy, architecture)
+    if config.rules is None:
+        rules = _settled(rules, _tokenizer(folder, rules))
+    tokenizer = _tokenizer(folder, rules)
+    check_exportable(architecture, tokenizer.rules.max_length)
+    if tokenizer.vocabulary_size > architecture.vocab_size:
+        raise ExportError(
+            f"{folder}: its tokenizer knows {tokenizer.vocabulary_size} ids, and the policy "
+            f"{architecture.vocab_size}"
+        )
+    plan = ExportPlan(policy, reference, beta, output, tokenizer, architecture)
+    check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
+    return plan
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise ExportError(f"{output}: not empty, and a bundle never overwrites anything")
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output}: a file of this name is in the way")
+
+
+def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
+    """Return the policy's configuration; the reference may differ in all but the vocabulary."""
+    own, other = (architecture(base_folder(folder)) for folder in (policy, reference))
+    check_exportable(own, 0)
+    check_exportable(other, 0)
+    if own.vocab_size != other.vocab_size:
+        raise ExportError(
+            f"policy and reference have different vocabularies ({own.vocab_size} and "
+            f"{other.vocab_size} ids), so their log-probs cannot be compared"
+        )
+    return own
+
+
+def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -> TokenizationRules:
+    if config.rules is not None:
+        return replace(config.rules, text_as=config.text_as or config.rules.text_as)
+    rules = _trained_rules(policy) or TokenizationRules()
+    rules = replace(rules, text_as=config.text_as or rules.text_as or _trained_as(policy))
+    length = min(rules.max_length, max_positions(architecture))
+    prompt = rules.max_prompt_length
+    return replace(
+        rules,
+        max_length=length,
+        max_prompt_length=None if prompt is None else min(prompt, length - 1),
+    )
+
+
+def _trained_as(policy: Path) -> TextAs | None:
+    """Tell from the policy's training what a string is; None where the training does not tell.
+
+    A policy that was trained on chats alone gets strings as a user's turn: nobody would want them
+    as they stand.
+    """
+    report = policy / DATA_REPORT_FILE
+    try:
+        counts = DataReport.from_dict(json.loads(report.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if counts.text_rows and counts.chat_rows:
+        say(
+            f"{report}: {counts.text_rows:,} rows were trained as plain text and "
+            f"{counts.chat_rows:,} through the chat template; the bundle reads strings as plain "
+            "text (--chat: as a user's turn)"
+        )
+        return "text"
+    if counts.chat_rows:
+        return "chat"
+    return "text" if counts.text_rows else None
+
+
+def _settled(rules: TokenizationRules, tokenizer: PreferenceTokenizer) -> TokenizationRules:
+    """Choose what a string is where neither the user nor the training tells: say so."""
+    if rules.text_as is not None or tokenizer.chat_template is None:
+        return rules
+    say(
+        "nothing records how the policy was trained: strings are read as a user's turn, which the "
+        "chat template writes (--text: as they stand)"
+    )
+    return replace(rules, text_as="chat")
+
+
+def _trained_rules(policy: Path) -> TokenizationRules | None:
+    """Read the rules that `logratio train` wrote beside the policy."""
+    settings = settings_of(policy)
+    if settings is None:
+        return None
+    try:
+        return TokenizationRules.from_dict(settings["rules"])
+    except (ValueError, KeyError, TypeError) as error:
+        path = policy / SETTINGS_FILE
+        raise ExportError(f"{path}: its rules cannot be read ({error})") from error
+
+
+def _tokenizer_folder(policy: Path, reference: Path) -> Path:
+    places = (policy, base_folder(policy), reference, base_folder(reference))
+    found = next((folder for folder in places if (folder / TOKENIZER_FILES[0]).exists()), None)
+    if found is None:
+        raise ExportError(
+            f"neither {policy} nor {reference} holds a tokenizer.json; make one with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return found
+
+
+def _tokenizer(folder: Path, rules: TokenizationRules) -> PreferenceTokenizer:
+    try:
+        return PreferenceTokenizer.load(folder, rules)
+    except ValueError as error:
+        raise ExportError(f"{folder}: its tokenizer cannot be used: {error}") from error
+
+
+VERSIONED = ("logratio", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
+_STEPS = 4
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished bundle.
+
+    Attributes:
+        output: Its folder.
+        manifest: What it says of itself.
+        seconds: The export took.
+    """
+
+    output: Path
+    manifest: Manifest
+    seconds: float
+
+    def to_text(self) -> str:
+        """Tell it to a person."""
+        graph, files = self.manifest.graph, self.manifest.files
+        kind = "one base with its adapter" if graph.kind == "adapter" else "two models"
+        worst = max(self.manifest.parity.values())
+        return (
+            f"{self.output}: {kind}, {size(sum(entry.size for entry in files.values()))}, opset "
+            f"{graph.opset}; differs from torch by at most {worst:.1e} nats per sequence; "
+            f"{self.seconds:.0f} s; digest {bundle.digest_of(self.output)}"
+        )
+
+
+def export_bundle(config: ExportConfig, *, show_progress: bool = True) -> ExportResult:
+    """Write policy and reference as a bundle that `serving` loads.
+
+    The bundle appears in `config.output` complete or not at all: it is written beside it, must
+    give torch's log-probs on golden groups, and is then renamed.
+
+    Raises:
+        ExportError: The graph cannot be made, or does not give torch's log-probs.
+        ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: Before anything
+            long; see `plan_export`.
+    """
+    start = time.monotonic()
+    plan = make_plan(config)
+    with (
+        beside(plan.output) as folder,
+        progress("exporting", _STEPS, "steps", show=show_progress) as advance,
+    ):
+        manifest = _Export(plan, folder).run(lambda done: advance(1, done))
+        publish(folder, manifest, plan.output)
+        advance(1, "published")
+    return ExportResult(plan.output, manifest, time.monotonic() - start)
+
+
+class _Export:
+    """One export: the groups it is checked on, and the steps to a manifest."""
+
+    def __init__(self, plan: ExportPlan, folder: Path) -> None:
+        self._plan, self._folder = plan, folder
+        length = plan.rules.max_length
+        self._carried = golden_inputs(plan.tokenizer, plan.vocabulary_size, length)
+        self._checked = self._carried + probing_inputs(plan.config, plan.vocabulary_size, length)
+        self._policy = model_fingerprint(plan.policy).to_dict()
+        self._reference = model_fingerprint(plan.reference).to_dict()
+
+    def run(self, report: Callable[[str], None]) -> Manifest:
+        """Write graph and tokenizer into the folder and return the manifest of both."""
+        pair, expected, training = _load(self._plan, self._checked)
+        report("models loaded, golden log-probs computed")
+        scorer = RewardScorer(pair.policy, pair.reference, self._plan.beta)
+        session, opset, files = self._write_graph(scorer)
+        report("graph written")
+        try:
+            parity = check_parity(session, self._plan.beta, self._checked, expected, training)
+        except ParityError as error:
+            raise ExportError(f"the graph is not exact enough to be served: {error}") from error
+        report("graph equals torch")
+        files += write_tokenizer(self._plan.tokenizer.files, self._folder)
+        return Manifest(
+            beta=self._plan.beta,
+            policy=self._policy,
+            reference=self._reference,
+            tokenization=self._plan.rules.to_dict(),
+            special_ids=_special_ids(self._plan),
+            graph=GraphInfo(
+                opset,
+                pair.kind,
+                CHUNK,
+                self._plan.vocabulary_size,
+                max_positions(self._plan.config),
+            ),
+            files={name: bundle.describe_file(self._folder / name) for name in files},
+            golden=_golden(self._carried, expected),
+            parity=parity,
+            versions=_versions(),
+        )
+
+    def _write_graph(self, scorer: RewardScorer) -> tuple[Any, int, list[str]]:
+        """Write the graph in the newest opset that torch writes and ONNX Runtime opens.
+
+        Returns:
+            A session on it, the opset, the files.
+        """
+        properties = bundle.graph_properties(self._plan.beta, self._policy, self._reference)
+        reasons = []
+        for opset in OPSETS:
+            try:
+                model = trace(scorer, opset)
+                files = write(model, self._folder, properties)
+                return _open(self._folder / GRAPH), int(model.opset_imports[""]), files
+            except GraphError as error:
+                reasons.append(str(error))
+                for name in bundle.FILE_NAMES:
+                    (self._folder / name).unlink(missing_ok=True)
+        raise ExportError(f"no ONNX graph can be made of this model ({'; '.join(reasons)})")
+
+
+def _load(plan: ExportPlan, groups: Sequence[GoldenInput]) -> tuple[ModelPair, Expected, Expected]:
+    """Load both models and score the groups with each as it was loaded, before they are joined.
+
+    Returns:
+        The models, the log-probs by their own forward, the log-probs as training computes them.
+    """
+    policy, reference = (
+        load_model(folder).requires_grad_(False) for folder in (plan.policy, plan.reference)
+    )
+    for model in (policy, reference):
+        use_exportable_attention(transformer(model))
+    expected = Expected(plain_logps(policy, groups), plain_logps(reference, groups))
+    training = Expected(training_logps(policy, groups), training_logps(reference, groups))
+    return join(policy, reference), expected, training
+
+
+def _open(graph: Path) -> Any:
+    runtime = require("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        return runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library raises a dozen unrelated kinds
+        reason = str(error).strip().split("\n")[0][:200]
+        raise GraphError(f"ONNX Runtime cannot open it: {reason}") from error
+
+
+def _golden(groups: Sequence[GoldenInput], expected: Expected) -> list[GoldenGroup]:
+    """Join groups with their log-probs; `expected` goes on with groups that are not carried."""
+    return [
+        GoldenGroup(**asdict(group), policy_logps=policy, reference_logps=reference)
+        for group, policy, reference in zip(
+            groups, expected.policy, expected.reference, strict=False
+        )
+    ]
+
+
+def _special_ids(plan: ExportPlan) -> dict[str, int | None]:
+    tokenizer = plan.tokenizer
+    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the libraries that had a hand in it."""
+    names = (*VERSIONED, _runtime_distribution())
+    return {name: metadata.version(name) for name in names}
+
+
+def _runtime_distribution() -> str:
+    """Name the build of ONNX Runtime that is installed."""
+    installed = {distribution.name for distribution in metadata.distributions()}
+    return "onnxruntime-gpu" if "onnxruntime-gpu" in installed else "onnxruntime"

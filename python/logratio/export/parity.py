@@ -1,0 +1,233 @@
+"""The gate of every export: the graph gives torch's numbers on groups with known answers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from logratio._rust import candidate_layout
+from logratio.bundle import CHUNK, OUTPUTS, PARITY, tolerance
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.errors import LogratioError
+from logratio.export.graph import feed
+from logratio.logps.checks import batch_of
+from logratio.logps.completion import score
+
+_LENGTHS = ((7, (1, 4, 9)), (3, (6, 2)), (23, (17, 30)))
+_LONG = (96, (48, 3))
+_PAST_WINDOW = 9
+_PROMPT = "Say in one line how the day went — naïve café, 3.14 − 2 = ?"
+_COMPLETIONS = (" It went well, thank you.", " 今日は 🙂 and\tthen some.")
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class GoldenInput:
+    """A prompt and candidates, with their text where they come from text."""
+
+    prompt_ids: Ids
+    candidates: list[Ids]
+    prompt: str | None = None
+    completions: list[str] | None = None
+    messages: list[dict[str, str]] | None = None
+
+
+def golden_inputs(
+    tokenizer: PreferenceTokenizer, vocabulary_size: int, max_length: int
+) -> list[GoldenInput]:
+    """Choose the groups that a bundle carries: random ids of many lengths, a text and a chat."""
+    lengths = [_fitted(prompt, candidates, max_length) for prompt, candidates in _LENGTHS]
+    chosen = [_random_group(*group, vocabulary_size) for group in lengths]
+    return chosen + list(_text_groups(tokenizer, max_length))
+
+
+def probing_inputs(
+    config: PreTrainedConfig, vocabulary_size: int, max_length: int
+) -> list[GoldenInput]:
+    """Choose groups for the export alone: far longer than was traced, and past any window."""
+    groups = [_fitted(*_LONG, max_length)]
+    window = getattr(config, "sliding_window", None)
+    if window and window + 2 * _PAST_WINDOW <= max_length:
+        groups.append((window + _PAST_WINDOW, (_PAST_WINDOW, 1)))
+    return [_random_group(*group, vocabulary_size) for group in groups]
+
+
+def _fitted(prompt: int, candidates: Sequence[int], max_length: int) -> tuple[int, tuple[int, ...]]:
+    prompt = max(1, min(prompt, max_length // 2))
+    return prompt, tuple(min(length, max_length - prompt) for length in candidates)
+
+
+def _random_group(prompt: int, candidates: Sequence[int], vocabulary_size: int) -> GoldenInput:
+    random = np.random.default_rng(prompt)
+    draw = [random.integers(0, vocabulary_size, n).tolist() for n in (prompt, *candidates)]
+    return GoldenInput(draw[0], draw[1:])
+
+
+def _text_groups(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[GoldenInput]:
+    """Yield groups made from text and from a chat, as far as the tokenizer can write them."""
+    completions = list(_COMPLETIONS)
+    if group := _encoded(tokenizer, _PROMPT, max_length):
+        yield GoldenInput(*group, _PROMPT, completions)
+    messages = [{"role": "user", "content": _PROMPT}]
+    if tokenizer.chat_template and (group := _encoded(tokenizer, messages, max_length)):
+        yield GoldenInput(*group, None, completions, messages)
+
+
+def _encoded(
+    tokenizer: PreferenceTokenizer, prompt: str | list[dict[str, str]], max_length: int
+) -> tuple[Ids, list[Ids]] | None:
+    """Encode a prompt and its completions; None where the tokenizer or the limit has no room."""
+    try:
+        group = tokenizer.encode_completions(prompt, _COMPLETIONS)
+    except Exception:  # what tokenizers raises for words it does not know has no type of its own
+        return None
+    candidates = [completion.ids for completion in group.completions]
+    longest = max(map(len, candidates)) + len(group.prompt_ids)
+    return (group.prompt_ids, candidates) if longest < max_length else None
+
+
+@torch.no_grad()
+def plain_logps(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list[float]]:
+    """Score candidates the plain way: one unpadded sequence at a time, by the model's own forward.
+
+    Shares nothing with the exported module, so that a fault of either shows.
+    """
+    return [
+        [_plain_sum(model, group.prompt_ids, candidate) for candidate in group.candidates]
+        for group in groups
+    ]
+
+
+def _plain_sum(model: nn.Module, prompt: Ids, candidate: Ids) -> float:
+    ids = torch.tensor([prompt + candidate])
+    output = model(input_ids=ids, use_cache=False, logits_to_keep=len(candidate) + 1)
+    logps = torch.log_softmax(output.logits[0, :-1].double(), -1)
+    return float(logps.gather(-1, torch.tensor(candidate)[:, None]).sum())
+
+
+@torch.no_grad()
+def training_logps(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list[float]]:
+    """Score candidates as training does: `completion_logps` in the padded layout."""
+    batch = batch_of([(group.prompt_ids, group.candidates) for group in groups], "padded")
+    sums: Tensor = batch.targets.sums(score(model, batch))
+    rows = iter(sums.tolist())
+    return [[next(rows) for _ in group.candidates] for group in groups]
+
+
+_OTHER_CHUNK = 32
+
+
+class ParityError(LogratioError, RuntimeError):
+    """The graph does not give torch's log-probs."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Nats of each candidate of each group, from torch."""
+
+    policy: list[list[float]]
+    reference: list[list[float]]
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """Return (policy, reference) of every candidate, group after group."""
+        return [
+            pair
+            for groups in zip(self.policy, self.reference, strict=True)
+            for pair in zip(*groups, strict=True)
+        ]
+
+
+@dataclass
+class ParityReport:
+    """The largest difference from torch that each check met, in nats per sequence."""
+
+    beta: float
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def compare(
+        self, check: str, expected: Sequence[tuple[float, float]], rows: Sequence[Sequence[float]]
+    ) -> None:
+        """Compare a run's (reward, policy, reference) rows with torch.
+
+        Raises:
+            ParityError: A row is further off than rounding explains.
+        """
+        for (policy, reference), (reward, *logps) in zip(expected, rows, strict=True):
+            slack = 0.0
+            for known, found in zip((policy, reference), logps, strict=True):
+                slack += tolerance(known, PARITY)
+                self._note(check, known, found, tolerance(known, PARITY))
+            known = self.beta * (policy - reference)
+            if not abs(reward - known) <= self.beta * slack + 1e-6 * abs(known):
+                raise ParityError(f"{check}: a reward is {reward:.6g}, and torch gives {known:.6g}")
+
+    def _note(self, check: str, known: float, found: float, slack: float) -> None:
+        gap = abs(found - known)
+        if not gap <= slack:  # also where it is not a number
+            raise ParityError(
+                f"{check}: a candidate has {found:.6f} nats, torch gives {known:.6f} "
+                f"(at most {slack:.1e} is rounding)"
+            )
+        self.largest[check] = max(self.largest.get(check, 0.0), gap)
+
+
+def check_parity(
+    session: Any,
+    beta: float,
+    groups: Sequence[GoldenInput],
+    expected: Expected,
+    training: Expected,
+) -> dict[str, float]:
+    """Compare a session with torch, and with itself in other company.
+
+    Args:
+        session: An ONNX Runtime session on the exported graph.
+        beta: Reward per nat.
+        groups: What to score.
+        expected: Their log-probs by the models' own forward.
+        training: Their log-probs as training computes them.
+
+    Returns:
+        The largest difference from torch that each check met, in nats.
+
+    Raises:
+        ParityError: A candidate's log-probs differ by more than `bundle.PARITY`.
+    """
+    report = ParityReport(beta)
+    pairs = expected.pairs()
+    as_trained = [(beta * (p - r), p, r) for p, r in training.pairs()]
+    report.compare("training", pairs, as_trained)
+    for check, rows in _variants(session, groups):
+        report.compare(check, pairs, rows)
+    return report.largest
+
+
+def _variants(
+    session: Any, groups: Sequence[GoldenInput]
+) -> Iterator[tuple[str, list[list[float]]]]:
+    """Score all candidates in several ways: name and rows (reward, policy, reference) of each."""
+    yield "all groups padded together", _run(session, groups, CHUNK)
+    by_group = [_run(session, [group], CHUNK) for group in groups]
+    yield "each group alone", [row for rows in by_group for row in rows]
+    single = [
+        GoldenInput(group.prompt_ids, [candidate])
+        for group in groups
+        for candidate in group.candidates
+    ]
+    alone = [_run(session, [group], _OTHER_CHUNK) for group in single]
+    yield "each candidate alone, in smaller chunks", [row for rows in alone for row in rows]
+
+
+def _run(session: Any, groups: Sequence[GoldenInput], chunk: int) -> list[list[float]]:
+    layout = candidate_layout(
+        [np.array(group.prompt_ids, dtype=np.int32) for group in groups],
+        [[np.array(ids, dtype=np.int32) for ids in group.candidates] for group in groups],
+        chunk,
+    )
+    columns = session.run(list(OUTPUTS), feed(layout))
+    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -1,0 +1,250 @@
+"""`logratio rank`: a file of prompts and candidates in, the same rows with rewards out."""
+
+import errno
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from logratio.bundle import GRAPH, WEIGHTS, read_manifest
+from logratio.data.conversations import prompt as check_turns
+from logratio.data.readers.inputs import open_file
+from logratio.data.readers.json import json_type
+from logratio.data.readers.rows import Row, Rows
+from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.data.store.row_report import BadDataError
+from logratio.errors import IsFolderError
+from logratio.forecast import Forecast
+from logratio.serving.candidates import CandidateGroup
+from logratio.serving.reranker import Reranker, Score, ranked
+
+_BYTES_PER_TOKEN = 4.0
+"""Of text, roughly, in English."""
+_COMPRESSION = 3.0
+_SIDE, _EFFICIENCY, _PROCESS_BYTES = 512, 0.5, 0.4e9
+
+
+def rank_forecast(bundle: str | Path, input_file: str | Path, output: Path | None) -> Forecast:
+    """Estimate what `rank_file` needs.
+
+    Raises:
+        BundleError: The folder is no bundle.
+        OSError: The input cannot be read.
+    """
+    files = read_manifest(Path(bundle)).files
+    weights = float(sum(files[name].size for name in (GRAPH, WEIGHTS) if name in files))
+    text = Path(input_file).stat().st_size * (_COMPRESSION if str(input_file).endswith("gz") else 1)
+    tokens = text / _BYTES_PER_TOKEN
+    flops = 2 * weights / np.dtype(np.float32).itemsize * tokens
+    return Forecast(
+        memory_bytes=_PROCESS_BYTES + 2 * weights,
+        disk_bytes=2 * text if output else 0,
+        disk_path=output or Path(),
+        seconds=flops / (_EFFICIENCY * _flops_per_second()),
+        notes=f"about {tokens:,.0f} tokens",
+    )
+
+
+def _flops_per_second() -> float:
+    left = np.ones((_SIDE, _SIDE), dtype=np.float32)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        left @ left
+        count += 1
+    return 2 * _SIDE**3 * count / (time.perf_counter() - start)
+
+
+ROWS = 64
+"""Rows scored together, so that those of similar lengths share runs of the graph."""
+
+Progress = Callable[[int, int, int], None]
+"""Called with rows done, bytes read and bytes in all."""
+
+
+@dataclass(slots=True)
+class RankSummary:
+    """What became of a file's rows.
+
+    Attributes:
+        rows: Rows written.
+        candidates: Candidates with a reward.
+        failed_candidates: Candidates without: empty, or too long.
+        failed_prompts: Rows whose prompt could not be taken, by code.
+    """
+
+    rows: int = 0
+    candidates: int = 0
+    failed_candidates: int = 0
+    failed_prompts: dict[str, int] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """Tell it to a person."""
+        text = f"{self.rows:,} prompts, {self.candidates:,} candidates with a reward"
+        if self.failed_candidates:
+            text += f", {self.failed_candidates:,} without (see `errors`)"
+        for code, count in sorted(self.failed_prompts.items()):
+            text += f"; [{code}] {count:,} prompts not taken (see `error`)"
+        return text
+
+
+def rank_file(
+    reranker: Reranker,
+    input: str | Path,
+    output: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+) -> RankSummary:
+    """Score every row of a JSON lines file, in its order, in constant memory.
+
+    A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``, plain or gzip; other
+    keys pass through. It is written back with ``rewards`` (null without one), ``order`` (indexes,
+    the best first), ``policy_logps``, ``reference_logps`` and ``tokens``, with ``errors`` by index
+    where candidates have no reward, and with ``error`` alone where the prompt cannot be taken.
+
+    Args:
+        reranker: The loaded bundle.
+        input: The file to read.
+        output: The file to write, which appears once it is complete; None or "-": the screen.
+        progress: Told after each batch how far it is.
+
+    Raises:
+        BadDataError: A row is malformed; names file, line and code. No output file is left.
+        OSError: A file cannot be read or written.
+    """
+    lines = open_file(Path(input))
+    summary = RankSummary()
+    with _open_output(None if output in (None, "-") else Path(str(output))) as file:
+        for batch in _batches(lines):
+            for row in _rank(reranker, batch, summary):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if progress:
+                progress(summary.rows, lines.position, lines.size or 0)
+    return summary
+
+
+def _batches(lines: Rows) -> Iterator[list[Row]]:
+    batch = []
+    for source, row in lines:
+        if isinstance(row, Refusal):
+            raise BadDataError("a row cannot be ranked:", (str(row),))
+        batch.append(_checked(row, source))
+        if len(batch) == ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _checked(row: Row, source: Source) -> Row:
+    """Return a row that has a prompt and candidates.
+
+    Raises:
+        BadDataError: It has not; names file, line and code.
+    """
+    try:
+        _check_prompt(row)
+        _check_candidates(row)
+    except InvalidRecordError as error:
+        refusal = Refusal(source, error.code, error.reason)
+        raise BadDataError("a row cannot be ranked:", (str(refusal),)) from None
+    return row
+
+
+def _check_prompt(row: Row) -> None:
+    prompt = _value(row, "prompt")
+    if isinstance(prompt, list):
+        check_turns(prompt, "prompt")
+    elif not isinstance(prompt, str):
+        raise InvalidRecordError("E203", f"'prompt' is {json_type(prompt)}, not text or messages")
+
+
+def _check_candidates(row: Row) -> None:
+    candidates = _value(row, "candidates")
+    if not isinstance(candidates, list):
+        raise InvalidRecordError("E203", f"'candidates' is {json_type(candidates)}, not a list")
+    if not candidates:
+        raise InvalidRecordError("E203", "'candidates' is empty")
+    for number, candidate in enumerate(candidates):
+        if not isinstance(candidate, str):
+            is_a = json_type(candidate)
+            raise InvalidRecordError("E203", f"candidate {number} is {is_a}, not a string")
+
+
+def _value(row: Row, key: str) -> Any:
+    if key not in row:
+        wanted = '{"prompt": text or messages, "candidates": [text, …]}'
+        raise InvalidRecordError("E201", f"no {key!r}; a row is {wanted}")
+    if row[key] is None:
+        raise InvalidRecordError("E202", f"{key!r} is null")
+    return row[key]
+
+
+def _rank(reranker: Reranker, batch: list[Row], summary: RankSummary) -> Iterator[Row]:
+    """Yield each row with what it got."""
+    encoded = [_encode(reranker, row) for row in batch]
+    groups = [group for group in encoded if isinstance(group, CandidateGroup)]
+    scored = iter(reranker.score_groups(groups))
+    for row, group in zip(batch, encoded, strict=True):
+        summary.rows += 1
+        if isinstance(group, InvalidRecordError):
+            codes = summary.failed_prompts
+            codes[group.code] = codes.get(group.code, 0) + 1
+            yield row | {"error": str(group)}
+        else:
+            scores = next(scored)
+            failed = sum(score.error is not None for score in scores)
+            summary.failed_candidates += failed
+            summary.candidates += len(scores) - failed
+            yield row | _columns(scores)
+
+
+def _encode(reranker: Reranker, row: Row) -> CandidateGroup | InvalidRecordError:
+    try:
+        return reranker.encode(row["prompt"], row["candidates"])
+    except InvalidRecordError as error:
+        return error
+
+
+def _columns(scores: list[Score]) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "rewards": [_number(score.reward) for score in scores],
+        "order": [score.index for score in ranked(scores) if score.error is None],
+        "policy_logps": [_number(score.policy_logps) for score in scores],
+        "reference_logps": [_number(score.reference_logps) for score in scores],
+        "tokens": [score.tokens for score in scores],
+    }
+    errors = {str(score.index): score.error for score in scores if score.error is not None}
+    truncated = [score.index for score in scores if score.truncated]
+    return (
+        columns
+        | ({"errors": errors} if errors else {})
+        | ({"truncated": truncated} if truncated else {})
+    )
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@contextmanager
+def _open_output(path: Path | None) -> Iterator[IO[str]]:
+    """Open the screen, or a file beside `path` that becomes `path` when all went well."""
+    if path is None:
+        yield sys.stdout
+        return
+    if path.is_dir():
+        raise IsFolderError(errno.EISDIR, "Is a folder; name a file", str(path))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
