@@ -37,8 +37,9 @@ from logratio.logps.splitting import Group, batch_of
 from logratio.training import LoraSettings
 from logratio.training.activations import Kept, keeping
 from logratio.training.config import Precision
-from logratio.training.models import autocast, with_lora
+from logratio.training.models import autocast
 from logratio.training.optimizers import make_optimizer
+from logratio.training.policy import with_lora
 
 PRECISION: Precision = "bf16-weights"
 PAIRS = 16

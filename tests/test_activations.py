@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from logratio.errors import ConfigError
 from logratio.logps.attention import shared_prompts
 from logratio.logps.batch import Batch
 from logratio.logps.checks import batch_of
@@ -30,8 +31,7 @@ from logratio.training.activations import (
     layers_that_do_not_fit,
     measure_layers,
 )
-from logratio.training.models import with_lora
-from logratio.training.setup import ConfigError
+from logratio.training.policy import with_lora
 
 
 def batch(layout: str = "shared", seed: int = 0) -> Batch:

@@ -13,12 +13,12 @@ from tiny_models import tiny, word_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from logratio.errors import ConfigError
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import completion_loss, score
 from logratio.logps.splitting import apart, batch_of, groups_of, limits_of
 from logratio.training import EvaluateConfig
 from logratio.training.evaluation import prepare
-from logratio.training.setup import ConfigError
 
 ORIGINAL = 64
 LAYOUTS = ("shared", "padded")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from logratio.errors import ConfigError
 from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
 from logratio.training.evaluation import calibration, drawn_logratios, sample_completions
-from logratio.training.setup import ConfigError
 
 
 def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:

@@ -32,16 +32,17 @@ from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit
 from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, loop, precompute
+from logratio.training.dataset import load_dataset
 from logratio.training.loop import Loop
-from logratio.training.models import load_model, with_lora
+from logratio.training.models import load_model
 from logratio.training.optimizers import clip_gradients, make_optimizer
+from logratio.training.policy import with_lora
 from logratio.training.reference import (
     AdapterReference,
     FrozenReference,
     Reference,
     cached_reference,
 )
-from logratio.training.setup import load_dataset
 
 READING = {"aten::_local_scalar_dense", "aten::equal"}
 """What reads a value."""

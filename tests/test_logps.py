@@ -19,8 +19,7 @@ from logratio.logps.batch import Batch, Shape, SharedBatch, to_torch
 from logratio.logps.checks import UnsupportedModelError, batch_of, check_head, choose_layout
 from logratio.logps.completion import score
 from logratio.training import TrainConfig, completion_logps
-from logratio.training.losses import make_objective
-from logratio.training.metrics import averages
+from logratio.training.losses import averages, make_objective
 from logratio.training.reference import PerToken
 
 LAYOUTS = ("shared", "padded")

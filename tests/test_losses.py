@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logratio.training import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
-from logratio.training.losses import PAIR_LOSSES, gradient_weight, implicit_rewards, mean_rewards
-from logratio.training.metrics import accuracies
+from logratio.training.losses import (
+    PAIR_LOSSES,
+    accuracies,
+    gradient_weight,
+    implicit_rewards,
+    mean_rewards,
+)
 
 
 def pairs(*numbers: float) -> PairLogps:

@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings
+from logratio.training.bfloat16 import LowLinear, held_in_bfloat16, with_low_adapters
 from logratio.training.config import Precision
-from logratio.training.lora_bf16 import LowLinear, held_in_bfloat16, with_low_adapters
 from logratio.training.memory import frozen_bytes
-from logratio.training.models import autocast, load_model, with_lora
+from logratio.training.models import autocast, load_model
+from logratio.training.policy import with_lora
 
 CPU = torch.device("cpu")
 GROUPS = [

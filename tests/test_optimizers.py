@@ -13,6 +13,7 @@ from test_trainer import stop_after
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from logratio.errors import ConfigError
 from logratio.extras import MissingExtraError
 from logratio.training import LoraSettings, TrainConfig, memory, optimizers, train
 from logratio.training import loop as loop_module
@@ -26,7 +27,6 @@ from logratio.training.optimizers import (
     state_bytes,
     widen_gradients,
 )
-from logratio.training.setup import ConfigError
 from logratio.training.trainer import prepare
 
 STEPS, LR = 7, 3e-3

@@ -33,9 +33,9 @@ from logratio.training import trainer as trainer_module
 from logratio.training.config import Precision
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.models import autocast, default_precision, precision_of
-from logratio.training.reference import AdapterReference, StaleCacheError
+from logratio.training.policy import build_policy
+from logratio.training.reference import AdapterReference, StaleCacheError, build_reference
 from logratio.training.run_folder import identity, settings_of
-from logratio.training.setup import build_policy, build_reference
 
 LOW: tuple[Precision, ...] = ("bf16", "bf16-weights")
 CUDA = torch.device("cuda")

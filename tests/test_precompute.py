@@ -20,10 +20,10 @@ from logratio._rust import CacheReader, CacheWriter, CorruptCacheError
 from logratio.cache import ReferenceCache
 from logratio.data import TokenizationRules
 from logratio.training import PrecomputeConfig, load_model, precompute
+from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.precomputation import PrecomputeResult
 from logratio.training.reference import StaleCacheError, open_cache
-from logratio.training.setup import load_dataset
 
 
 @pytest.fixture

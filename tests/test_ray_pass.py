@@ -15,11 +15,11 @@ from conftest import write_pairs
 from test_budget import store_of
 
 from logratio._rust import CacheReader
+from logratio.errors import ConfigError
 from logratio.training import PrecomputeConfig, precompute
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.precomputation import PrecomputeResult, prepare
 from logratio.training.precomputation_ray import RayPassError, chunks, place
-from logratio.training.setup import ConfigError
 
 PAIRS = 27
 

@@ -34,7 +34,7 @@ from logratio.training.models import (
     load_model,
     merged,
 )
-from logratio.training.setup import check_config
+from logratio.training.validation import check_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers, on ties
 

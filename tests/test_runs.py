@@ -15,12 +15,12 @@ from conftest import Run, write_pairs
 from safetensors.torch import load_file, save_file
 
 from logratio.durable import locked
+from logratio.errors import ConfigError
 from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
 from logratio.training import checkpoint as checkpoints
 from logratio.training.loop import NonFiniteError, SaveError
 from logratio.training.metrics import MetricsLog
 from logratio.training.run_folder import RunExistsError, reward_beta
-from logratio.training.setup import ConfigError
 from logratio.training.trainer import prepare
 
 

@@ -12,11 +12,11 @@ from tiny_models import WORDS
 
 from logratio.logps.batch import Layout
 from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
+from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.loop import Loop
 from logratio.training.reference import open_cache
 from logratio.training.reference_scorer import ReferenceScorer
-from logratio.training.setup import load_dataset
 from logratio.training.trainer import prepare
 
 

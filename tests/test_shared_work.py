@@ -10,10 +10,10 @@ import pytest
 from conftest import write_pairs
 
 from logratio._rust import CacheReader
+from logratio.errors import ConfigError
 from logratio.training import PrecomputeConfig, precompute
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.precomputation import prepare
-from logratio.training.setup import ConfigError
 
 PAIRS = 27
 

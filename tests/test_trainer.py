@@ -17,6 +17,7 @@ from torch import Tensor
 
 from logratio._rust import CacheReader, CacheWriter
 from logratio.data import TokenizationRules
+from logratio.errors import ConfigError
 from logratio.logps.batch import Batch, TargetTokens
 from logratio.logps.completion import completion_loss
 from logratio.logps.head_loss import LossOf
@@ -29,13 +30,14 @@ from logratio.training import (
     train,
 )
 from logratio.training.checkpoint import ResumeError, RunInterruptedError
+from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.loop import Loop, NonFiniteError
 from logratio.training.models import ModelFolderError, load_model
 from logratio.training.reference import StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
-from logratio.training.setup import ConfigError, load_dataset, reference_kind
 from logratio.training.trainer import prepare
+from logratio.training.validation import reference_kind
 
 
 @pytest.fixture

@@ -30,9 +30,11 @@ from logratio.training import loop as loop_module
 from logratio.training import reference_scorer as scorer_module
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Precision
+from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES, make_objective
-from logratio.training.models import precision_of, with_lora
+from logratio.training.models import precision_of
+from logratio.training.policy import with_lora
 from logratio.training.reference import (
     CachedReference,
     CachedSums,
@@ -49,8 +51,8 @@ from logratio.training.reference_checks import (
     conditions,
     sample_groups,
     sample_rows,
+    starts_at_reference,
 )
-from logratio.training.setup import load_dataset, starts_at_reference
 from logratio.training.trainer import prepare
 
 

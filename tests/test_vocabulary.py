@@ -22,7 +22,7 @@ from logratio.training import (
     trainer,
     vocabulary,
 )
-from logratio.training.vocabulary import VocabularyError, check_ids, embedding_rows
+from logratio.training.dataset import VocabularyError, check_ids, embedding_rows
 
 
 @pytest.fixture(scope="module")

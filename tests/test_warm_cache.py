@@ -11,6 +11,7 @@ from conftest import write_pairs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from logratio.errors import ConfigError
 from logratio.logps.checks import batch_of
 from logratio.training import (
     LoraSettings,
@@ -22,9 +23,8 @@ from logratio.training import (
 )
 from logratio.training import models as models_module
 from logratio.training import trainer as trainer_module
-from logratio.training.models import with_lora
+from logratio.training.policy import build_policy, with_lora
 from logratio.training.reference import AdapterReference, FrozenReference, StaleCacheError
-from logratio.training.setup import ConfigError, build_policy
 from logratio.training.trainer import prepare
 
 

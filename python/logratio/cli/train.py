@@ -18,7 +18,7 @@ from logratio.cli.options import READING, Reading, takes_flags
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
-    from logratio.training.setup import Dataset
+    from logratio.training.dataset import Dataset
     from logratio.training.trainer import TrainResult
 
 LORA_PANEL, UPDATE_PANEL = "LoRA", "Update"
@@ -178,8 +178,8 @@ class Lora:
         Raises:
             ConfigError: nobody asked for adapters, and something is said of them.
         """
+        from logratio.errors import ConfigError
         from logratio.training.config import LoraSettings
-        from logratio.training.setup import ConfigError
 
         targets = tuple(self.lora_target) if self.lora_target is not None else None
         given = {"rank": self.lora_rank, "alpha": self.lora_alpha, "targets": targets}

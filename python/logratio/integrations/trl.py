@@ -18,11 +18,11 @@ from logratio.extras import require
 from logratio.integrations.table import CachedLogps, counted_places
 from logratio.integrations.token_rows import Collate, TokenRows, token_rows
 from logratio.training.config import PathLike, Precision, PrecomputeConfig
+from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import Fingerprint, model_fingerprint
 from logratio.training.models import precision_of
 from logratio.training.precomputation import Precompute, Share
 from logratio.training.reference import StaleCacheError, open_cache
-from logratio.training.setup import Dataset
 
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from logratio._rust import Store
 from logratio.data.feed import lay_out
-from logratio.errors import LogratioError
+from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import size
 from logratio.logps.attention.interface import NAME
 from logratio.logps.batch import shape_for, to_torch
@@ -27,7 +27,6 @@ from logratio.training.config import TrainConfig
 from logratio.training.memory import GroupQueue
 from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.optimizers import gradient_bytes
-from logratio.training.setup import ConfigError
 
 WORTH_MOVING = 2**20
 """Bytes of a tensor below which a copy costs more than it frees."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import ROLES, Store
 from logratio.data.feed import Feed, FeedSettings
+from logratio.errors import ConfigError
 from logratio.forecast import Forecast
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
@@ -22,6 +23,13 @@ from logratio.logps.splitting import batch_of, limits_of
 from logratio.progress import Advance, progress, say
 from logratio.training import memory, template_date
 from logratio.training.config import EvaluateConfig, PathLike
+from logratio.training.dataset import (
+    Dataset,
+    check_groups,
+    check_reference,
+    load_dataset,
+    max_positions,
+)
 from logratio.training.models import (
     autocast,
     base_folder,
@@ -34,9 +42,7 @@ from logratio.training.models import (
 )
 from logratio.training.precomputation import refuse_several
 from logratio.training.run_folder import reward_beta
-from logratio.training.setup import ConfigError, Dataset, check_groups, load_dataset, max_positions
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
-from logratio.training.vocabulary import check_reference
 from logratio.validation import check_kind
 
 BINS = 10

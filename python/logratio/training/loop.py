@@ -23,8 +23,8 @@ from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import TrainConfig
-from logratio.training.losses import learning_rate, make_objective
-from logratio.training.metrics import MetricsLog, averages
+from logratio.training.losses import averages, learning_rate, make_objective
+from logratio.training.metrics import MetricsLog
 from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.optimizers import (
     clip_gradients,
@@ -35,7 +35,7 @@ from logratio.training.optimizers import (
 from logratio.training.reference import Reference
 from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import CHECKPOINTS, identity
-from logratio.training.setup import beta_of
+from logratio.training.validation import beta_of
 
 
 class NonFiniteError(LogratioError, ArithmeticError):

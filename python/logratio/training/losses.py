@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from logratio.training.config import TrainConfig
-from logratio.training.metrics import demonstration_columns, pair_columns
 
 
 @dataclass(frozen=True)
@@ -207,3 +206,46 @@ def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
         return config.lr * (done + 1) / warmup
     progress_share = (done - warmup) / max(1, updates - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress_share))
+
+
+def pair_columns(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
+    """Return what is reported of each pair, on its device: float64 `[B]` by name.
+
+    A tie counts half towards the accuracy: at the start, when every margin is 0, it is 0.5.
+    Log-ratios are left out where there is no reference.
+    """
+    chosen, rejected = rewards
+    columns = {
+        "loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": accuracies(chosen, rejected),
+        "logps/chosen": pairs.policy_chosen_logps,
+        "logps/rejected": pairs.policy_rejected_logps,
+        "lengths/chosen": pairs.chosen_lengths,
+        "lengths/rejected": pairs.rejected_lengths,
+        "gradient_weight": gradient_weight(chosen, rejected),
+    }
+    if pairs.has_reference:
+        columns["logratios/chosen"] = pairs.chosen_logratios
+        columns["logratios/rejected"] = pairs.rejected_logratios
+    return columns
+
+
+def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return 1 where chosen is above rejected, 0.5 where they tie, else 0: `[B]`."""
+    return (torch.sign(chosen - rejected) + 1) / 2
+
+
+def demonstration_columns(losses: Tensor, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Return what is reported of each demonstration: float64 `[B]` by name."""
+    return {"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths}
+
+
+def averages(columns: dict[str, Tensor], **scalars: Tensor) -> dict[str, float]:
+    """Average columns, `[B]` each, and bring them to the host with `scalars`, all at once."""
+    means = torch.stack([*columns.values()]).mean(1, dtype=torch.float64)
+    alone = [scalar.to(torch.float64).view(1) for scalar in scalars.values()]
+    values = torch.cat([means, *alone]).tolist()  # here the host waits
+    return dict(zip([*columns, *scalars], values, strict=True))

@@ -26,7 +26,7 @@ from logratio.training.models import (
     weights_dtype,
 )
 from logratio.training.optimizers import gradient_bytes, state_bytes
-from logratio.training.setup import reference_kind
+from logratio.training.validation import reference_kind
 
 FORWARD, TRAIN = 2, 6
 """FLOPs per parameter and token, of scoring and of training (Kaplan et al. 2020, section 2.1)."""

@@ -13,21 +13,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
 from logratio.extras import require
+from logratio.training.bfloat16 import held_in_bfloat16, with_low_adapters
 from logratio.training.config import (
-    ConfigError,
     EvaluateConfig,
-    LoraSettings,
     Precision,
     PrecomputeConfig,
     Quantization,
     TrainConfig,
 )
-from logratio.training.lora_bf16 import held_in_bfloat16, with_low_adapters
 
 SCHEMES: dict[Quantization, str] = {
     "8bit": "LLM.int8, outliers from 6.0",
@@ -442,48 +439,6 @@ def with_softcap(model: Model) -> Model:
     if capped and config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # type: ignore[operator]
     return model
-
-
-def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Module:
-    """Wrap the model of `folder` in fresh adapters; at the start they change nothing."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
-        lora_dropout=0.0,
-        target_modules=list(settings.targets) or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with quietly():
-        wrapped = get_peft_model(model, config)
-    # The base is found again from any working directory.
-    wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
-    return wrapped
-
-
-def check_lora_targets(settings: LoraSettings, folder: str | Path) -> None:
-    """Refuse names of modules that the model of `folder` does not have, or that take no adapter.
-
-    peft refuses only when no name fits at all, and passes over the others in silence.
-
-    Raises:
-        ConfigError: names the one, and those that exist.
-    """
-    if not settings.targets:
-        return
-    with quietly(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    paths = [path for path, module in model.named_modules() if isinstance(module, kinds)]
-    for target in settings.targets:
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            names = sorted({path.rpartition(".")[2] for path in paths})
-            raise ConfigError(
-                f"lora target {target!r} is no layer of {folder} that takes an adapter; there are "
-                f"{', '.join(names)}"
-            )
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:

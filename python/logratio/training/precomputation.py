@@ -13,13 +13,14 @@ import numpy as np
 
 from logratio._rust import CacheFolder
 from logratio.cache.identity import record_tolerance
-from logratio.errors import LogratioError
+from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, duration, size
 from logratio.progress import progress, say
 from logratio.training import memory, template_date, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import PrecomputeConfig
+from logratio.training.dataset import Dataset, load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.memory import token_budget
 from logratio.training.models import (
@@ -39,7 +40,6 @@ from logratio.training.reference_scorer import (
     owners,
     write_fingerprint,
 )
-from logratio.training.setup import ConfigError, Dataset, load_dataset
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
 

@@ -29,7 +29,11 @@ from logratio.training.fingerprint import (
     model_fingerprint,
     stored_fingerprint,
 )
-from logratio.training.models import precision_of
+from logratio.training.models import (
+    load_model,
+    precision_of,
+)
+from logratio.training.validation import reference_kind
 
 
 class StaleCacheError(LogratioError, ValueError):
@@ -320,3 +324,16 @@ def check_possible(logps: np.ndarray, store: Store, layout: Layout) -> None:
         f"{place}: [{code}] the reference's log-prob of a token is {logps[first]}; nothing of its "
         "batch was written"
     )
+
+
+def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
+    """Make the reference that `reference_kind` names, unless it is a cache."""
+    kind, source = reference_kind(config), config.reference or config.model
+    if kind == "adapter":
+        return AdapterReference(policy)
+    if kind == "frozen":
+        device = next(policy.parameters()).device
+        return FrozenReference(
+            load_model(source, device=device, precision=precision_of(config), frozen=True)
+        )
+    return None

@@ -16,9 +16,12 @@ from logratio.logps.attention.interface import NAME
 from logratio.logps.batch import Batch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training.config import Precision, TrainConfig
-from logratio.training.fingerprint import versions
+from logratio.training.fingerprint import Fingerprint, model_fingerprint, versions
 from logratio.training.losses import PAIR_LOSSES, Objective
-from logratio.training.models import autocast, precision_of
+from logratio.training.models import (
+    autocast,
+    precision_of,
+)
 from logratio.training.reference import (
     AdapterReference,
     CachedReference,
@@ -27,7 +30,7 @@ from logratio.training.reference import (
     soft_differences,
     undisturbed,
 )
-from logratio.training.setup import beta_of, starts_at_reference
+from logratio.training.validation import beta_of, needs_reference
 
 SAMPLE = 32
 """Completions that are scored again, evenly spread over the data: the same ones in every run."""
@@ -366,3 +369,13 @@ class _InitialValue:
                 f"{self.expected + float(gap.max()):.6g} in place of {self.expected:.6g} (at most "
                 f"{float(most.min()):.2g} is rounding)"
             )
+
+
+def starts_at_reference(config: TrainConfig) -> bool:
+    """Tell whether the policy equals the reference before its first update."""
+    if not needs_reference(config):
+        return False
+    if config.reference is None:
+        return True
+    start: Fingerprint = model_fingerprint(config.model, precision_of(config))
+    return start.digest == model_fingerprint(config.reference, precision_of(config)).digest

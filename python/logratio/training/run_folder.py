@@ -19,16 +19,17 @@ from logratio import __version__
 from logratio._rust import Store
 from logratio.bundle import TOKENIZER_FILES
 from logratio.durable import locked, settle, sync, system_errors
-from logratio.errors import LogratioError
+from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
 from logratio.training import checkpoint
-from logratio.training.config import ConfigError, PathLike, TrainConfig
+from logratio.training.config import PathLike, TrainConfig
+from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.metrics import METRICS_FILE
 from logratio.training.models import ADAPTER_CONFIG, precision_of, quietly, training_budget
-from logratio.training.setup import Dataset, beta_of
+from logratio.training.validation import beta_of
 
 SETTINGS_FILE = "training.json"
 DATA_REPORT_FILE = "data_report.json"

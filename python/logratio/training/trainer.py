@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from logratio.errors import ConfigError
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
@@ -19,15 +20,24 @@ from logratio.training import template_date, torch_settings
 from logratio.training.activations import Kept, keeping, settle
 from logratio.training.checkpoint import interrupts
 from logratio.training.compile_trial import settle_compiling
-from logratio.training.config import ConfigError, PrecomputeConfig, TrainConfig
+from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.dataset import (
+    Dataset,
+    check_groups,
+    check_mix,
+    check_reference,
+    load_dataset,
+)
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.loop import Loop, SaveError
 from logratio.training.memory import training_forecast
 from logratio.training.models import autocast, default_device, precision_note, precision_of
+from logratio.training.policy import build_policy
 from logratio.training.precomputation import Precompute, refuse_several, share_of
 from logratio.training.reference import (
     FrozenReference,
     Reference,
+    build_reference,
     cache_folder,
     cached_reference,
     holds_sums_only,
@@ -44,21 +54,12 @@ from logratio.training.run_folder import (
     save_run,
     scratch,
 )
-from logratio.training.setup import (
-    Dataset,
-    build_policy,
-    build_reference,
-    check_config,
-    check_groups,
-    check_mix,
-    load_dataset,
-)
 from logratio.training.torch_settings import (
     ask_for_expandable_segments,
     exact_products,
     fixed_order,
 )
-from logratio.training.vocabulary import check_reference
+from logratio.training.validation import check_config
 from logratio.validation import check_kind
 
 STORE_FILE = "train.store"

@@ -14,35 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-MATRICES = (nn.Linear, Conv1D)
-"""What multiplies by a weight and does nothing else with it: autocast rounds it at each use."""
-
-
-def held_in_bfloat16(model: nn.Module) -> nn.Module:
-    """Round the matrices that autocast would round at each use once, in place: the same bits.
-
-    Matrices that another module shares (a head that is tied to the embeddings) or that the family
-    keeps in float32 stay as they are, and so do biases, norms, embeddings and experts that are one
-    tensor. The model must then run under autocast, and these weights must not train.
-
-    Args:
-        model: of transformers, float32.
-    """
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    shared = {id(p) for m in model.modules() if type(m) not in MATRICES for p in _own(m)}
-    for path, module in model.named_modules():
-        if type(module) not in MATRICES or kept & set(path.split(".")):
-            continue
-        weight = module.weight
-        if weight.dtype == torch.float32 and id(weight) not in shared:
-            weight.data = weight.data.bfloat16()
-    return model
-
-
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters(recurse=False)
-
 
 def with_low_adapters(model: nn.Module) -> nn.Module:
     """Let the LoRA layers of `model` multiply in the dtype of their input, in place.
@@ -84,3 +55,33 @@ class LowLinear(nn.Linear):
         """Return `input @ weightᵀ + bias` in the dtype of `input`; under autocast, in its dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return linear(input, self.weight.to(input.dtype), bias)
+
+
+MATRICES = (nn.Linear, Conv1D)
+"""What multiplies by a weight and does nothing else with it: autocast rounds it at each use."""
+
+
+def held_in_bfloat16(model: nn.Module) -> nn.Module:
+    """Round the matrices that autocast would round at each use once, in place: the same bits.
+
+    Matrices that another module shares (a head that is tied to the embeddings) or that the family
+    keeps in float32 stay as they are, and so do biases, norms, embeddings and experts that are one
+    tensor. The model must then run under autocast, and these weights must not train.
+
+    Args:
+        model: of transformers, float32.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    shared = {id(p) for m in model.modules() if type(m) not in MATRICES for p in _own_parameters(m)}
+    for path, module in model.named_modules():
+        if type(module) not in MATRICES or kept & set(path.split(".")):
+            continue
+        weight = module.weight
+        if weight.dtype == torch.float32 and id(weight) not in shared:
+            weight.data = weight.data.bfloat16()
+    return model
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)

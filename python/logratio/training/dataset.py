@@ -1,18 +1,146 @@
-"""Do a tokenizer's ids fit the models, and does transformers give the same ones?"""
+"""Data for a run: tokenized once, and checked against the model's positions and embedding."""
 
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-from logratio._rust import Census, Store
+from logratio._rust import ROLES, Census, Store
+from logratio.data.formats import FormatSettings
+from logratio.data.readers.inputs import Inputs, as_inputs
+from logratio.data.store.build import build_store
+from logratio.data.store.load import datasets_of, is_store, load_store, rules_of, source_names
+from logratio.data.store.row_report import DataReport
+from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.data.tokenization.tokenizer_files import read_tokenizer
-from logratio.errors import LogratioError
+from logratio.errors import ConfigError, LogratioError
+from logratio.progress import reading_progress
 from logratio.training.config import PathLike
 from logratio.training.fingerprint import tensor_shapes
-from logratio.training.models import base_folder, quietly
+from logratio.training.models import (
+    base_folder,
+    quietly,
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenized records, with what became of every row of the files."""
+
+    store: Store
+    report: DataReport
+    tokenizer: PreferenceTokenizer
+
+
+def load_dataset(
+    model: PathLike,
+    data: Inputs,
+    rules: TokenizationRules,
+    formats: FormatSettings | None = None,
+    *,
+    path: Path | None = None,
+    refused: Path | None = None,
+    max_bad_fraction: float = 0.0,
+    show_progress: bool = True,
+    recorded_date: Callable[[], str | None] | None = None,
+) -> Dataset:
+    """Tokenize `data` with the tokenizer in `model`, or open the sealed store that `data` names.
+
+    Where the rules name no date and the chat template reads one, it is that of the store, else
+    what `recorded_date` finds, else today's.
+
+    Raises:
+        BadDataError: malformed rows, each named by file:line and code.
+        StoreMismatchError: the store was made with another tokenizer or other rules.
+        VocabularyError: the model has no embedding for the data's ids, or transformers reads
+            the tokenizer's folder otherwise.
+        ConfigError: nothing is left to work on.
+    """
+    tokenizer = PreferenceTokenizer.load(Path(model), rules)
+    check_ids(model, tokenizer)
+    data = as_inputs(data)
+    if rules.date is None and tokenizer.reads_date:
+        is_sealed = is_store(data)
+        date = rules_of(Store.open(data[0])).date if is_sealed else None
+        date = date or (recorded_date() if recorded_date and not is_sealed else None)
+        tokenizer = PreferenceTokenizer(tokenizer.files, replace(rules, date=date))
+    if is_store(data):
+        store, report = load_store(data[0], tokenizer)
+    else:
+        with reading_progress(show=show_progress) as tell:
+            store, report = build_store(
+                data,
+                tokenizer,
+                path,
+                formats=formats,
+                max_bad_fraction=max_bad_fraction,
+                progress=tell,
+                refused=refused,
+            )
+    if refused and report.refused == 0:
+        refused.unlink(missing_ok=True)
+    if len(store) == 0:
+        raise ConfigError("no record is left to work on:\n" + report.to_text())
+    _check_positions(model, store)
+    check_embedding(model, tokenizer, store)
+    return Dataset(store, report, tokenizer)
+
+
+def check_groups(store: Store, roles: tuple[str, ...], what: str) -> None:
+    """Refuse groups whose completions are something else than these.
+
+    Raises:
+        ConfigError: with their number and the place of the first.
+    """
+    offsets, found = store.completion_offsets(), store.roles()
+    fits = np.diff(offsets) == len(roles)
+    first = offsets[:-1][fits]
+    fits[fits] = np.all([found[first + n] == ROLES.index(r) for n, r in enumerate(roles)], axis=0)
+    wrong = np.flatnonzero(~fits)
+    if len(wrong):
+        (place,) = source_names(store, wrong[:1].tolist())
+        raise ConfigError(
+            f"{what} needs groups of {' and '.join(roles)}, and {len(wrong):,} groups are "
+            f"something else (the first: {place})"
+        )
+
+
+def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:
+    """Refuse weights that do not fit the data.
+
+    Raises:
+        ConfigError: there is not one weight above 0 for each input.
+    """
+    if mix is None:
+        return
+    inputs = max(datasets_of(store)) + 1
+    if len(mix) != inputs or not all(math.isfinite(weight) and weight > 0 for weight in mix):
+        raise ConfigError(f"mix must hold a weight above 0 for each of the {inputs} inputs")
+
+
+def _check_positions(model: PathLike, store: Store) -> None:
+    """Refuse sequences that are longer than the model has positions."""
+    positions = max_positions(model)
+    groups = np.diff(store.completion_offsets())
+    longest = int((np.repeat(store.prompt_lengths(), groups) + store.completion_lengths()).max())
+    if positions and longest > positions:
+        raise ConfigError(
+            f"the longest sequence has {longest} tokens and the model {positions} positions: "
+            f"set max_length to {positions} or less"
+        )
+
+
+def max_positions(model: PathLike) -> int | None:
+    """Read how many positions a model has; None where its config names no limit."""
+    config = json.loads((base_folder(model) / "config.json").read_text())
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
 
 _PROBES = (
     "The quick brown fox, isn't it?  Two  spaces;\ta tab\n\nand 12,345.67 lines\r\n",
@@ -20,6 +148,8 @@ _PROBES = (
     "naïve e\u0301 漢字 カナ العربية हिन्दी 🙂👩‍👩‍👧 ﬁ Ⅳ \u00a0\u200b x",
     "def f(x):\n    return [x, {'a': 1}]  # done",
 )
+
+
 _MOST_TOKENS = 64
 """Added tokens that are tried, inside and between words."""
 

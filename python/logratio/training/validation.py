@@ -1,0 +1,119 @@
+"""Settings of a run that cannot work, and what follows from settings alone."""
+
+import math
+from pathlib import Path
+
+from logratio.errors import ConfigError
+from logratio.extras import require
+from logratio.forecast import check_writable
+from logratio.training.config import TrainConfig
+from logratio.training.losses import LOSSES, PAIR_LOSSES
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    check_model_folder,
+    check_router_loss,
+    default_device,
+)
+from logratio.training.policy import check_lora_targets
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse settings that cannot work.
+
+    Raises:
+        ConfigError: with the setting's name.
+        ModelFolderError: a folder holds no model, or one that asks for its router's loss.
+        OutputError: the output folder cannot be written to.
+    """
+    if config.loss not in LOSSES:
+        raise ConfigError(f"loss {config.loss!r} is unknown; there are {', '.join(LOSSES)}")
+    _check_ranges(config)
+    if not (math.isfinite(config.max_grad_norm) and config.max_grad_norm > 0):
+        raise ConfigError("max_grad_norm must be above 0: a gradient is scaled down to it")
+    if not (math.isfinite(beta_of(config)) and beta_of(config) > 0):
+        raise ConfigError("beta must be above 0: it is the weight that keeps the policy close")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise ConfigError("label_smoothing must be in [0, 0.5)")
+    _check_options(config)
+    _check_memory(config)
+    for folder in (config.model, config.reference or config.model):
+        check_model_folder(Path(folder))
+    check_router_loss(config.model)
+    if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"{config.model} is itself an adapter: merge it first "
+            "(merge_and_unload() and save_pretrained() of peft), then add a new one"
+        )
+    if config.lora:
+        check_lora_targets(config.lora, config.model)
+    check_writable(Path(config.output))
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    """Refuse numbers that are out of range, each by its name."""
+    for name in ("batch_size", "epochs", "token_budget"):
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+    if not (math.isfinite(config.lr) and config.lr > 0):
+        raise ConfigError(f"lr must be above 0, not {config.lr}")
+    if not 0 <= config.warmup < 1:
+        raise ConfigError(f"warmup is a share of the updates, in [0, 1), not {config.warmup}")
+
+
+def _check_options(config: TrainConfig) -> None:
+    """Refuse an option that the loss would ignore: rivals do so in silence."""
+    options = PAIR_LOSSES[config.loss].options if config.loss in PAIR_LOSSES else frozenset()
+    if config.label_smoothing and "label_smoothing" not in options:
+        raise ConfigError(f"loss {config.loss} has no label_smoothing")
+    if config.gamma != TrainConfig.gamma and "gamma" not in options:
+        raise ConfigError(f"loss {config.loss} has no gamma")
+    if config.loss == "sft" and config.beta is not None:
+        raise ConfigError("loss sft has no beta")
+    if config.resume and config.overwrite:
+        raise ConfigError("resume continues a run and overwrite replaces it: give one of them")
+    if config.precompute and not config.cache:
+        raise ConfigError("precompute fills a cache: name one with --cache")
+    if not needs_reference(config) and (config.cache or config.reference):
+        raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
+
+
+def _check_memory(config: TrainConfig) -> None:
+    """Refuse settings of memory that do not exist, or that would do nothing on the device."""
+    device = default_device(config.device)
+    if config.offload_activations and device.type == "cpu":
+        raise ConfigError("offload_activations: on a CPU they lie in host memory already")
+    _check_optimizer(config)
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimizer that is not there, or that would round updates away."""
+    if config.optimizer != "adamw8bit":
+        return
+    if config.precision == "bf16-weights" and not config.lora:
+        raise ConfigError(
+            "adamw8bit keeps no float32 copy of the weights, and bfloat16 weights would lose most "
+            "of its updates: use adamw or adamw-host, or precision bf16, which takes as many bytes"
+        )
+    require("bitsandbytes", "quantized")
+
+
+def beta_of(config: TrainConfig) -> float:
+    """Return β: the given one, or the loss's default (1 for sft, which has none)."""
+    if config.beta is not None:
+        return config.beta
+    return PAIR_LOSSES[config.loss].default_beta if config.loss in PAIR_LOSSES else 1.0
+
+
+def needs_reference(config: TrainConfig) -> bool:
+    """Tell whether the loss compares with a reference."""
+    return config.loss in PAIR_LOSSES and PAIR_LOSSES[config.loss].needs_reference
+
+
+def reference_kind(config: TrainConfig) -> str:
+    """Return where the reference comes from: none, cached, adapter or frozen."""
+    if not needs_reference(config):
+        return "none"
+    if config.cache:
+        return "cached"
+    return "adapter" if config.lora and not config.reference else "frozen"
