@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.options import READING, Reading, takes_flags
+from logratio.cli.options import READING, TOKENS, Reading, Tokens, takes_flags
 from logratio.durable import write_whole
 from logratio.errors import InputError, LogratioError
 from logratio.forecast import check_writable
@@ -19,7 +19,6 @@ from logratio.forecast import check_writable
 if TYPE_CHECKING:
     from logratio.data.analysis.report import Analysis
     from logratio.data.formats.settings import FormatSettings
-from logratio.cli.options import TOKENS, Tokens
 
 
 class ConflictsOption(StrEnum):

@@ -2,22 +2,17 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from logratio.cli import options
-from logratio.cli.options import ReadMode, Settings
-
-if TYPE_CHECKING:
-    from logratio.training.config import LoraSettings
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from logratio.cli.options import READING, Reading, takes_flags
+from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
+    from logratio.training.config import LoraSettings
     from logratio.training.dataset import Dataset
     from logratio.training.trainer import TrainResult
 

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from logratio.demo.run import DemoResult, Judged
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
-from logratio.demo.run import BETA, Demo, DemoConfig
+from logratio.demo.run import BETA, Demo, DemoConfig, DemoResult, Judged
 from logratio.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def summary(result: DemoResult) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +14,13 @@ from logratio._rust import ROLES, CacheReader, SharedLayout, Store
 from logratio.cache.cache import NoReferenceError, ReferenceCache
 from logratio.cache.logps import open_reader
 from logratio.data.readers.arrow_library import arrow
-from logratio.errors import LogratioError
-
-if TYPE_CHECKING:
-    import pyarrow
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
-
 from logratio.data.readers.inputs import Inputs, as_inputs
 from logratio.data.store.arrays import PAIR
 from logratio.data.store.build import build_store
 from logratio.data.store.load import is_store
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.durable import published
+from logratio.errors import LogratioError
 from logratio.extras import require
 
 if TYPE_CHECKING:

@@ -1,37 +1,51 @@
 """The data report: the account of every row, and statistics and warnings of the groups kept."""
 
-from dataclasses import dataclass
-from textwrap import wrap
-from typing import TYPE_CHECKING
-
-from logratio.data.analysis.label_noise import FlipEstimate
-from logratio.data.analysis.length_bias import SMALL_EFFECT, SMALL_SUPERIORITY, LengthBias
-from logratio.data.analysis.near_duplicates import Similarity
-from logratio.data.analysis.statistics import Interval, bars, histogram, side_by_side, written
-from logratio.data.analysis.token_use import BATCH, BUDGET, UPDATE, Padding, Sharing, TokenUse
-from logratio.data.records import CODES
-from logratio.data.store.row_report import DataReport
-
-if TYPE_CHECKING:
-    pass
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from logratio._rust import Store
-from logratio.data.analysis.label_noise import estimate_flips, votes_of
-from logratio.data.analysis.length_bias import length_bias
-from logratio.data.analysis.near_duplicates import similarity
-from logratio.data.analysis.statistics import Columns, Distribution, Places
-from logratio.data.analysis.token_use import padding, sharing, token_use
+from logratio.data.analysis.label_noise import FlipEstimate, estimate_flips, votes_of
+from logratio.data.analysis.length_bias import (
+    SMALL_EFFECT,
+    SMALL_SUPERIORITY,
+    LengthBias,
+    length_bias,
+)
+from logratio.data.analysis.near_duplicates import Similarity, similarity
+from logratio.data.analysis.statistics import (
+    Columns,
+    Distribution,
+    Interval,
+    Places,
+    bars,
+    histogram,
+    side_by_side,
+    written,
+)
+from logratio.data.analysis.token_use import (
+    BATCH,
+    BUDGET,
+    UPDATE,
+    Padding,
+    Sharing,
+    TokenUse,
+    padding,
+    sharing,
+    token_use,
+)
 from logratio.data.formats.catalogue import STEPS
-
-if TYPE_CHECKING:
-    from logratio.data.tokenization.tokenizer import PreferenceTokenizer
-from pathlib import Path
-
+from logratio.data.records import CODES
+from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
+
+if TYPE_CHECKING:
+    pass
+    from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 
 NOTABLE_SIMILAR = 0.01
 """There is a warning where this share of the groups resembles an earlier one."""

@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logratio._rust import Census, Store
+from logratio.data.analysis.statistics import Columns
 
 if TYPE_CHECKING:
     from logratio.data.tokenization.tokenizer import PreferenceTokenizer
-from numpy.typing import NDArray
-
-from logratio.data.analysis.statistics import Columns
 
 _TOP = 10
 

@@ -1,33 +1,29 @@
 """Rows on their way into a store: read as records, encoded in batches, each accounted for."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logratio._rust import EncodedPairs
+from logratio._rust import EncodedPairs, StoreWriter
+from logratio.data.formats.decoder import Decoder
 from logratio.data.formats.row import opens
 from logratio.data.readers.rows import Row
 from logratio.data.readers.tables import rows_of
-from logratio.data.records import Refusal, Source
-from logratio.data.store.arrays import PAIR, GroupArrays
-
-if TYPE_CHECKING:
-    import pyarrow
-from collections.abc import Iterable
-from dataclasses import field
-from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
-
-from logratio._rust import StoreWriter
-from logratio.data.formats.decoder import Decoder
-from logratio.data.records import CODES, InvalidRecordError, Omitted, PreferenceRecord
+from logratio.data.records import (
+    CODES,
+    InvalidRecordError,
+    Omitted,
+    PreferenceRecord,
+    Refusal,
+    Source,
+)
 from logratio.data.store.arrays import FORMAT as IDS_FORMAT
-from logratio.data.store.arrays import NAMES, parts, row_group
+from logratio.data.store.arrays import NAMES, PAIR, GroupArrays, parts, row_group
 from logratio.data.store.row_report import DataReport, Ledger, Written
 from logratio.data.tokenization.groups import TokenizedGroup
 from logratio.data.tokenization.tokenizer import NO_TEMPLATE, PreferenceTokenizer
