@@ -31,8 +31,7 @@ from logratio.logps.attention import kernels
 from logratio.logps.attention.fused import failure
 from logratio.training import TrainConfig
 from logratio.training.config import Precision
-from logratio.training.loop import Loop
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 HEADS = ((32, 8, 128), (14, 2, 64), (12, 12, 64))
 PACKAGES = ("torch", "transformers", "numpy", "triton", "trl", "datasets", "tensorboardX")
@@ -114,16 +113,16 @@ def train(options: argparse.Namespace) -> None:
             precision=cast(Precision, precision),
         )
         with _watched(options.device == "cuda"):
-            prepare(config, show_progress=False).run()
+            DPOTrainer(config=config, show_progress=False).train()
 
 
 @contextmanager
 def _watched(on_gpu: bool) -> Iterator[None]:
     """Let each update of the loop be said: its time and waits; the last one's profile."""
-    update: Callable[..., Any] = Loop._update
+    update: Callable[..., Any] = DPOTrainer._update
     done = 0
 
-    def watched(self: Loop, *given: Any) -> Any:
+    def watched(self: DPOTrainer, *given: Any) -> Any:
         nonlocal done
         done += 1
         if done > WATCHED:
@@ -144,11 +143,11 @@ def _watched(on_gpu: bool) -> Iterator[None]:
         say(what="update", number=done, seconds=taken, waits=sum(places.values()), places=waits)
         return result
 
-    setattr(Loop, "_update", watched)  # noqa: B010
+    setattr(DPOTrainer, "_update", watched)  # noqa: B010
     try:
         yield
     finally:
-        setattr(Loop, "_update", update)  # noqa: B010
+        setattr(DPOTrainer, "_update", update)  # noqa: B010
 
 
 def _profiled(run: Callable[[], Any], on_gpu: bool) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast, get_args
 
-from step_patches import LOOP, PATCHES, TRAINER, check_used, replace
+from step_patches import PATCHES, TRAINER, check_used, replace
 from step_record import Ids, Pair, Recorder, Spec
 from torch import nn
 
@@ -25,7 +25,7 @@ from logratio.data import FeedSettings, MicroBatch
 from logratio.logps.batch import Layout
 from logratio.training import TrainConfig
 from logratio.training.config import Precision
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 
 class AllUpdatesDone(Exception):  # noqa: N818
@@ -58,7 +58,7 @@ def pairs_of(layout: Layout) -> Callable[[], list[Pair]]:
 
 def watch(spec: Spec, record: Recorder) -> None:
     """Put the recorder into the trainer: at the policy, the feed and each update."""
-    build, update, feed = TRAINER.build_policy, LOOP.Loop._update, LOOP.Loop._feed
+    build, update, feed = TRAINER.build_policy, TRAINER.DPOTrainer._update, TRAINER.DPOTrainer._feed
 
     def built(*given: Any) -> nn.Module:
         policy: nn.Module = build(*given)
@@ -85,10 +85,10 @@ def watch(spec: Spec, record: Recorder) -> None:
         return values, count
 
     replace(TRAINER, "build_policy", built)
-    replace(LOOP.Loop, "_feed", began)
-    replace(LOOP.Loop, "_update", updated)
+    replace(TRAINER.DPOTrainer, "_feed", began)
+    replace(TRAINER.DPOTrainer, "_update", updated)
     if spec.order != FeedSettings.order:  # the loop has no setting for it
-        replace(LOOP, "FeedSettings", partial(FeedSettings, order=spec.order))
+        replace(TRAINER, "FeedSettings", partial(FeedSettings, order=spec.order))
 
 
 def configuration(spec: Spec, output: Path) -> TrainConfig:
@@ -141,7 +141,7 @@ def run(spec: Spec) -> None:
         PATCHES[name]()
     with tempfile.TemporaryDirectory() as output:
         try:
-            prepare(configuration(spec, Path(output)), show_progress=False).run()
+            DPOTrainer(config=configuration(spec, Path(output)), show_progress=False).train()
         except AllUpdatesDone:
             check_used(spec.settings.get("patches", []))
             record.write(reference_seconds=sum(seconds) if seconds else None)

@@ -17,9 +17,8 @@ from logratio.logps import completion
 from logratio.logps.attention.fused import row_of
 from logratio.logps.batch import Batch, SharedBatch
 from logratio.logps.head import head_logits
-from logratio.training import activations, loop, trainer
+from logratio.training import activations, trainer
 
-LOOP: Any = loop
 TRAINER: Any = trainer  # modules as what they are here: things whose parts are exchanged
 
 _CALLED: set[str] = set()
@@ -62,7 +61,7 @@ def _with_logps(name: str, logps: Logps) -> None:
         whole: Tensor = loss_of(logps(model, batch), batch.targets.whole)
         return whole
 
-    replace(LOOP, "completion_loss", _noted(name, loss))
+    replace(TRAINER, "completion_loss", _noted(name, loss))
 
 
 def separate_rows() -> None:
@@ -78,7 +77,7 @@ def own_prompts() -> None:
         whole: Tensor = completion.completion_loss(model, apart(batch), loss_of)
         return whole
 
-    replace(LOOP, "completion_loss", _noted("own_prompts", loss))
+    replace(TRAINER, "completion_loss", _noted("own_prompts", loss))
 
 
 def apart(batch: Batch) -> SharedBatch:
@@ -140,12 +139,12 @@ def head_everywhere() -> None:
 
 def one_width() -> None:
     """Rows filled up to the token budget, and layers compiled for that width alone."""
-    settings, compiled = LOOP.FeedSettings, partial(torch.compile, dynamic=False)
+    settings, compiled = TRAINER.FeedSettings, partial(torch.compile, dynamic=False)
 
     def filled(**given: Any) -> Any:
         return settings(**given, width=given["token_budget"])
 
-    replace(LOOP, "FeedSettings", filled)
+    replace(TRAINER, "FeedSettings", filled)
     replace(activations, "_compiled", _noted("one_width", compiled))
 
 

@@ -30,7 +30,7 @@ from step_material import (
 )
 from step_models import MODELS
 from step_ours import pairs_of
-from step_patches import LOOP, TRAINER, apart
+from step_patches import TRAINER, apart
 from step_plain import collate, cosine, padded_pairs, sums
 from step_record import Pair, Spec, pair_hash
 from step_summary import compare, control, interval
@@ -216,11 +216,15 @@ def test_sharing_saves_the_second_prompt_and_nothing_of_the_head() -> None:
 
 @pytest.mark.shared
 def test_ours_and_plain_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((TRAINER, "build_policy"), (TRAINER.Precompute, "run"), (LOOP, "Loop")):
+    for module, name in (
+        (TRAINER, "build_policy"),
+        (TRAINER.Precompute, "run"),
+        (TRAINER, "DPOTrainer"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))  # the worker exchanges them
     for name in ("_feed", "_update"):
-        monkeypatch.setattr(LOOP.Loop, name, getattr(LOOP.Loop, name))
-    monkeypatch.setattr(LOOP, "FeedSettings", LOOP.FeedSettings)
+        monkeypatch.setattr(TRAINER.DPOTrainer, name, getattr(TRAINER.DPOTrainer, name))
+    monkeypatch.setattr(TRAINER, "FeedSettings", TRAINER.FeedSettings)
     make(Wanted(str(tmp_path), "toy", "hh", batch=3, updates=2))
     records = []
     for name, worker in (("ours", step_ours), ("plain", step_plain)):

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from torch import nn
 
 from logratio.training import TrainConfig, checkpoint, compile_trial, train
 from logratio.training.activations import Kept
-from logratio.training.compile_trial import compare, settle_compiling
+from logratio.training.compile_trial import Verdict, compare, try_compiling
 from logratio.training.run_folder import identity
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 pytestmark = [pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")]
 LONG = 1_000
@@ -110,21 +109,21 @@ def test_gradients_and_generators_are_as_before(
     monkeypatch.setattr(compile_trial, "SHORT", 0.0)
     seen: list[tuple[Any, ...]] = []
 
-    def watched(loop: Any, kept: Kept, updates: int) -> Kept:
+    def watched(policy: nn.Module, *given: Any) -> Verdict:
         torch.rand(1)  # what the policy's making left may not be what a seed would give
         before = torch.get_rng_state()
-        decided = settle_compiling(loop, kept, updates)
-        gradients = [p.grad for p in loop.policy.parameters() if p.grad is not None]
-        seen.append((torch.equal(torch.get_rng_state(), before), gradients, loop.optimizer.state))
-        return decided
+        verdict = try_compiling(policy, *given)
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        seen.append((torch.equal(torch.get_rng_state(), before), gradients))
+        return verdict
 
-    monkeypatch.setattr("logratio.training.trainer.settle_compiling", watched)
-    prepare(replace(config, compile_layers="auto"), show_progress=False).run()
+    monkeypatch.setattr("logratio.training.trainer.try_compiling", watched)
+    DPOTrainer(config=replace(config, compile_layers="auto"), show_progress=False).train()
     assert graphs
-    assert seen[0][:2] == (True, [])
+    assert seen == [(True, [])]
 
 
-def test_a_run_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_as_it_began(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled or not: the other would round differently."""
 
     def refuse(*_: object) -> None:
@@ -133,13 +132,13 @@ def test_a_run_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     position = checkpoint.Position(1, {"compiled": True})
-    checkpoint.save(tmp_path / "checkpoints", model, optimizer, position)
-    monkeypatch.setattr(compile_trial, "_measured", refuse)
-    loop: Any = SimpleNamespace(
-        config=SimpleNamespace(resume=True, output=str(tmp_path)), identity={}
-    )
-    assert settle_compiling(loop, Kept(2), 9) == Kept(2, compiled=True)
-    assert loop.identity == {"compiled": True}, "and every later checkpoint says so"
+    checkpoint.save(Path(config.output) / "checkpoints", model, optimizer, position)
+    monkeypatch.setattr("logratio.training.trainer.try_compiling", refuse)
+    resumed = replace(config, compile_layers="auto", resume=True)
+    trainer = DPOTrainer(config=resumed, show_progress=False)
+    trainer.identity = {}
+    assert trainer._try_compiling(Kept(2)) == Kept(2, compiled=True)
+    assert trainer.identity == {"compiled": True}, "and every later checkpoint says so"
 
 
 def test_true_and_false_are_on_and_off(config: TrainConfig) -> None:

@@ -26,7 +26,7 @@ from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.evaluation import prepare as prepare_evaluation
 from logratio.training.reference import StaleCacheError
 from logratio.training.run_folder import RunExistsError
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 FIRST, NEXT = "2026-11-29", "2026-11-30"
 TURNS = "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
@@ -126,7 +126,9 @@ def test_a_store_opens_on_any_day_and_keeps_its_date(
     assert report.date == FIRST
     with pytest.raises(StoreMismatchError, match=f"date {FIRST}, and here they are date {NEXT}"):
         load_store(path, PreferenceTokenizer.load(model, rules(NEXT)))
-    ready = prepare(settings(model, path, tmp_path / "out"), show_progress=False, dry_run=True)
+    ready = DPOTrainer(
+        config=settings(model, path, tmp_path / "out"), show_progress=False, dry_run=True
+    )
     assert ready.config.rules.date == FIRST
     assert ready.store.digest == store.digest
 
@@ -161,7 +163,9 @@ def test_a_cache_hits_on_the_next_day(
     kept = json.loads((tmp_path / "out" / "training.json").read_text())
     assert kept["rules"]["date"] == FIRST
     with pytest.raises(StaleCacheError, match=rf"here {NEXT}.* under {FIRST}: give --date {FIRST}"):
-        prepare(replace(config, rules=rules(NEXT), output=tmp_path / "o"), show_progress=False)
+        DPOTrainer(
+            config=replace(config, rules=rules(NEXT), output=tmp_path / "o"), show_progress=False
+        )
 
 
 def test_a_run_is_resumed_and_its_policy_read_under_its_date(
@@ -193,7 +197,9 @@ def test_the_flag_sets_a_date_that_a_template_has_of_its_own(
     assert code and "2026-11-29" in error and not path.exists()
     code, out, error = run(*build, "--date", NEXT)
     assert code == 0 and f"writes the date: {NEXT}" in out + error
-    ready = prepare(settings(model, path, tmp_path / "out"), show_progress=False, dry_run=True)
+    ready = DPOTrainer(
+        config=settings(model, path, tmp_path / "out"), show_progress=False, dry_run=True
+    )
     assert ready.config.rules.date == NEXT
 
 

@@ -31,9 +31,8 @@ from logratio.logps.batch import Part, Shape, SharedBatch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit
-from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, loop, precompute
+from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, precompute, trainer
 from logratio.training.dataset import load_dataset
-from logratio.training.loop import Loop
 from logratio.training.models import load_model
 from logratio.training.optimizers import clip_gradients, make_optimizer
 from logratio.training.policy import with_lora
@@ -43,6 +42,7 @@ from logratio.training.reference import (
     Reference,
     cached_reference,
 )
+from logratio.training.trainer import DPOTrainer
 
 READING = {"aten::_local_scalar_dense", "aten::equal"}
 """What reads a value."""
@@ -142,7 +142,7 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the meta device get what CUDA gets, with an attention that is any function at all."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(loop, "shape_for", lambda *_: GPU)
+    monkeypatch.setattr(trainer, "shape_for", lambda *_: GPU)
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 300)  # of some 20 tokens: several parts
     monkeypatch.setattr(fused, "choose", lambda *_: Choice("varlen", ()))
     monkeypatch.setattr(varlen, "_torch_varlen", lambda q, k, v, *_, **__: q * k.sum() * v.sum())
@@ -180,13 +180,13 @@ def test_an_update_waits_once(
     policy = policy.to("meta")
     reference = reference_of(kind, run, policy)
     request.getfixturevalue("like_cuda")
-    store = load_dataset(run.model, run.data, run.rules, show_progress=False).store
-    training = Loop(run, store, policy, reference, "shared")
+    training = DPOTrainer(config=run, show_progress=False)
+    training.begin(policy, reference, "shared")
     updates = groupby(list(training._feed(0)), lambda micro: micro.update)
     with shared_prompts(transformer(policy)):
         for number, update in updates:
             with HostWaits() as waits:
-                values, groups = training._update(number + 1, 2, update)
+                values, groups = training._update(number + 1, update)
             assert waits.found == {"to the host": 1}
             assert groups == (12, 4)[number]
             assert values["loss"] == values["grad_norm"] == 1.0
@@ -221,10 +221,10 @@ def test_rows_on_cuda_are_of_few_lengths(
     assert Shape(fields=None, multiple_of=1) == shape_for("shared", "cpu")
     assert shape_for("padded", "cuda")["multiple_of"] == 1
     run = config()
-    store = load_dataset(run.model, run.data, run.rules, show_progress=False).store
-    training = Loop(run, store, load_model(run.model), None, "shared")
+    training = DPOTrainer(config=run, show_progress=False)
+    training.begin(load_model(run.model), None, "shared")
     training.device = torch.device("cuda")
-    monkeypatch.setattr(loop, "buffers_for", lambda _: None)
+    monkeypatch.setattr(trainer, "buffers_for", lambda _: None)
     widths = {micro.layout.input_ids.size for micro in training._feed(0)}
     assert widths == {128}
 

@@ -246,10 +246,12 @@ def test_a_miss_names_the_precision_as_its_cause(
     precomputation.prepare(PrecomputeConfig(config.model, config.data, cache, device="cpu")).run()
     monkeypatch.setattr(models, "default_precision", lambda _: "bf16")
     with pytest.raises(StaleCacheError) as missed:
-        trainer_module.prepare(dataclasses.replace(config, cache=cache), show_progress=False)
+        trainer_module.DPOTrainer(
+            config=dataclasses.replace(config, cache=cache), show_progress=False
+        )
     assert "was filled with --precision fp32, and this run computes in bf16" in str(missed.value)
     assert "give --precision fp32 here" in str(missed.value)
     model = make_model("other", seed=1)
     other = dataclasses.replace(config, model=model, output=tmp_path / "another", cache=cache)
     with pytest.raises(StaleCacheError, match="was made with another reference"):
-        trainer_module.prepare(other, show_progress=False)
+        trainer_module.DPOTrainer(config=other, show_progress=False)

@@ -18,10 +18,10 @@ from logratio.durable import locked
 from logratio.errors import ConfigError
 from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
 from logratio.training import checkpoint as checkpoints
-from logratio.training.loop import NonFiniteError, SaveError
 from logratio.training.metrics import MetricsLog
+from logratio.training.nonfinite import NonFiniteError
 from logratio.training.run_folder import RunExistsError, reward_beta
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer, SaveError
 
 
 @pytest.fixture
@@ -163,10 +163,10 @@ class TestOneAtATime:
         assert run(*command(config))[0] == 0
 
     def test_the_lock_is_held_from_the_start_to_the_end(self, config: TrainConfig) -> None:
-        ready = prepare(config, show_progress=False)
+        ready = DPOTrainer(config=config, show_progress=False)
         with pytest.raises(RunExistsError):
-            prepare(config, show_progress=False)
-        ready.run()
+            DPOTrainer(config=config, show_progress=False)
+        ready.train()
         assert train(config, show_progress=False).was_finished
 
     @pytest.mark.parametrize("name", ["train", "evaluate", "export"])
@@ -292,22 +292,22 @@ class TestFullDisk:
 
 FILLS_THE_DISK = """
 from logratio.cli.app import main
-from logratio.training import trainer
-from logratio.training.loop import Loop
+import logratio.training.trainer as module
+from logratio.training.trainer import DPOTrainer
 
-trainer.check_writable = lambda *_: None  # it would refuse so small a disk before the run
-real = Loop.run
+module.check_writable = lambda *_: None  # it would refuse so small a disk before the run
+real = DPOTrainer._run_updates
 
-def run(loop, *given):
+def run(trainer):
     with open({filler!r}, "wb", buffering=0) as file:
         try:
             while True:
                 file.write(b"x" * 512)
         except OSError:
             pass
-    return real(loop, *given)
+    return real(trainer)
 
-Loop.run = run
+DPOTrainer._run_updates = run
 main({arguments!r})
 """
 """Another process fills the disk once the updates begin."""

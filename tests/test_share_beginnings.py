@@ -14,10 +14,9 @@ from logratio.logps.batch import Layout
 from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.loop import Loop
 from logratio.training.reference import open_cache
 from logratio.training.reference_scorer import ReferenceScorer
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 
 @pytest.fixture
@@ -61,9 +60,9 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
     )
     seen: list[list[frozenset[int]]] = []
     sizes: list[int] = []
-    update = Loop._update
+    update = DPOTrainer._update
 
-    def watched(self: Loop, step: int, updates: int, batches: object) -> object:
+    def watched(self: DPOTrainer, step: int, batches: object) -> object:
         groups: list[int] = []
 
         def each() -> object:
@@ -72,11 +71,11 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
                 sizes.append(micro.layout.input_ids.size)
                 yield micro
 
-        done = update(self, step, updates, each())  # type: ignore[arg-type]
+        done = update(self, step, each())  # type: ignore[arg-type]
         seen[-1].append(frozenset(groups))
         return done
 
-    monkeypatch.setattr(Loop, "_update", watched)
+    monkeypatch.setattr(DPOTrainer, "_update", watched)
     history, computed = [], []
     for config in (apart, together):
         seen.append([])
@@ -121,7 +120,7 @@ def test_a_run_is_resumed_only_as_it_began(tiny_model: Path, talks: Path, tmp_pa
     config = TrainConfig(tiny_model, [talks], tmp_path / "out", lr=1e-3, share_beginnings=True)
     train(config, show_progress=False)
     with pytest.raises(FileExistsError, match="share_beginnings"):
-        prepare(dataclasses.replace(config, share_beginnings=False), show_progress=False)
+        DPOTrainer(config=dataclasses.replace(config, share_beginnings=False), show_progress=False)
 
 
 def test_a_model_that_cannot_share_beginnings_says_so(

@@ -32,11 +32,11 @@ from logratio.training import (
 from logratio.training.checkpoint import ResumeError, RunInterruptedError
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.loop import Loop, NonFiniteError
 from logratio.training.models import ModelFolderError, load_model
+from logratio.training.nonfinite import NonFiniteError
 from logratio.training.reference import StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 from logratio.training.validation import reference_kind
 
 
@@ -127,14 +127,16 @@ class stop_after:  # noqa: N801 - reads as a context
 
     def __enter__(self) -> None:
         self.patch = pytest.MonkeyPatch()
-        update = Loop._update
+        update = DPOTrainer._update
 
-        def interrupted(loop: Loop, step: int, *rest: object) -> tuple[dict[str, float], int]:
+        def interrupted(
+            trainer: DPOTrainer, step: int, *rest: object
+        ) -> tuple[dict[str, float], int]:
             if step == self.step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return update(loop, step, *rest)  # type: ignore[arg-type]
+            return update(trainer, step, *rest)  # type: ignore[arg-type]
 
-        self.patch.setattr(Loop, "_update", interrupted)
+        self.patch.setattr(DPOTrainer, "_update", interrupted)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
@@ -242,7 +244,7 @@ def test_a_cache_with_wrong_numbers_is_refused(
 def test_non_finite_stops_before_the_weights_and_names_the_record(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from logratio.training import loop as module
+    from logratio.training import trainer as module
 
     real, real_loss = completion_logps, completion_loss
 
@@ -257,7 +259,7 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
 
     monkeypatch.setattr(module, "completion_logps", poisoned)
     monkeypatch.setattr(module, "completion_loss", poisoned_loss)
-    monkeypatch.setattr(Loop, "_check_start", lambda *_, **__: None)  # it would stop earlier
+    monkeypatch.setattr(DPOTrainer, "_check_start", lambda *_, **__: None)  # it would stop earlier
     with pytest.raises(NonFiniteError, match=r"pairs\.jsonl:8"):
         quiet(config)
     assert not (Path(config.output) / "model.safetensors").exists()
@@ -404,9 +406,9 @@ def test_resume_with_another_model_is_refused(
 def test_an_adapter_can_be_trained_further(config: TrainConfig, tmp_path: Path) -> None:
     quiet(with_(config, loss="sft", lora=LoraSettings(rank=4), lr=1e-2))
     further = with_(config, model=config.output, output=tmp_path / "further")
-    ready = prepare(further, show_progress=False)
+    ready = DPOTrainer(config=further, show_progress=False)
     assert ready.forecast.memory_bytes > 0
-    history = ready.run().history
+    history = ready.train().history
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert (tmp_path / "further" / "model.safetensors").exists()
 

@@ -26,7 +26,6 @@ from logratio.training import (
     precompute,
     train,
 )
-from logratio.training import loop as loop_module
 from logratio.training import reference_scorer as scorer_module
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Precision
@@ -53,7 +52,7 @@ from logratio.training.reference_checks import (
     sample_rows,
     starts_at_reference,
 )
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 
 @pytest.fixture
@@ -136,15 +135,15 @@ def test_with_adapters_the_cache_is_compared_on_resuming_too(
     """The policy has moved, and with its adapters off it is the reference still."""
     cache = fill(config)
     config = with_(config, cache=cache, lora=LoraSettings(rank=4), lr=1e-2, save_every=1)
-    update = loop_module.Loop._update
+    update = DPOTrainer._update
 
-    def stopping(loop: loop_module.Loop, step: int, *rest: object) -> object:
+    def stopping(trainer: DPOTrainer, step: int, *rest: object) -> object:
         if step == 3:
             raise RunInterruptedError(15, "stopped")
-        return update(loop, step, *rest)  # type: ignore[arg-type]
+        return update(trainer, step, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(RunInterruptedError):
-        patch.setattr(loop_module.Loop, "_update", stopping)
+        patch.setattr(DPOTrainer, "_update", stopping)
         train(config, show_progress=False)
     wrong = rewritten(cache, config, store, two_that_cancel)
     with pytest.raises(UntrustedReferenceError, match="do not trust it"):
@@ -329,9 +328,9 @@ def a_bit_less(_counts: np.ndarray, sums: np.ndarray) -> None:
 def test_sums_serve_every_loss_as_tokens_do(config: TrainConfig, loss: str) -> None:
     config = with_(config, loss=loss, cache=fill_sums(config, nothing), overwrite=True)
     sums = train(config, show_progress=False).history
-    assert isinstance(prepare(config, show_progress=False).cached, CachedSums)
+    assert isinstance(DPOTrainer(config=config, show_progress=False).cached, CachedSums)
     config = with_(config, cache=fill(config))
-    assert isinstance(prepare(config, show_progress=False).cached, CachedReference)
+    assert isinstance(DPOTrainer(config=config, show_progress=False).cached, CachedReference)
     for one, other in zip(sums, train(config, show_progress=False).history, strict=True):
         for name in ("loss", "rewards/margins", "grad_norm"):  # a tie may fall to either side
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5)
@@ -363,7 +362,9 @@ def test_wrong_sums_are_refused(
 
 
 def test_sums_are_no_tokens(config: TrainConfig, store: Store) -> None:
-    cached = prepare(with_(config, cache=fill_sums(config, nothing)), show_progress=False).cached
+    cached = DPOTrainer(
+        config=with_(config, cache=fill_sums(config, nothing)), show_progress=False
+    ).cached
     assert isinstance(cached, CachedSums)
     with pytest.raises(StaleCacheError, match="log-probs of tokens are asked for"):
         cached.logps(to_torch(lay_out(store, np.array([2]), "padded")))

@@ -47,8 +47,8 @@ def data(tmp_path: Path) -> Path:
 
 
 COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
-    "train": lambda model, data, out: trainer.prepare(
-        TrainConfig(model, [data], out, device="cpu"), show_progress=False
+    "train": lambda model, data, out: trainer.DPOTrainer(
+        config=TrainConfig(model, [data], out, device="cpu"), show_progress=False
     ),
     "precompute": lambda model, data, out: precomputation.prepare(
         PrecomputeConfig(model, [data], out, device="cpu"), show_progress=False
@@ -97,8 +97,8 @@ def test_a_reference_with_another_vocabulary_is_refused(
     with pytest.raises(VocabularyError, match="is the id 6 there and 5 here"):
         evaluation.prepare(EvaluateConfig(tiny_model, other, [pairs_file], device="cpu", beta=0.1))
     with pytest.raises(VocabularyError, match="cannot be compared"):
-        trainer.prepare(
-            TrainConfig(
+        trainer.DPOTrainer(
+            config=TrainConfig(
                 tiny_model, [pairs_file], tmp_path / "out", reference=other, device="cpu", beta=0.1
             )
         )

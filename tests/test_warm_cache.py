@@ -25,7 +25,7 @@ from logratio.training import models as models_module
 from logratio.training import trainer as trainer_module
 from logratio.training.policy import build_policy, with_lora
 from logratio.training.reference import AdapterReference, FrozenReference, StaleCacheError
-from logratio.training.trainer import prepare
+from logratio.training.trainer import DPOTrainer
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_what_does_not_change_the_reference_hits(
     if "reference" in changes:
         changes["reference"] = config.model
     other = with_(config, cache=cache, output=tmp_path / "elsewhere", **changes)
-    assert prepare(other, show_progress=False).cached is not None
-    again = prepare(with_(other, precompute=True), show_progress=False)
+    assert DPOTrainer(config=other, show_progress=False).cached is not None
+    again = DPOTrainer(config=with_(other, precompute=True), show_progress=False)
     assert "0 completions to score" in again.forecast.to_text()
 
 
@@ -179,6 +179,8 @@ def test_the_flag_needs_a_cache(config: TrainConfig) -> None:
 
 
 def test_a_dry_run_scores_nothing(config: TrainConfig, tmp_path: Path) -> None:
-    ready = prepare(with_(config, cache=tmp_path / "cache", precompute=True), show_progress=False)
+    ready = DPOTrainer(
+        config=with_(config, cache=tmp_path / "cache", precompute=True), show_progress=False
+    )
     assert "32 completions to score" in ready.forecast.to_text()
     assert not list((tmp_path / "cache").glob("*"))

@@ -271,10 +271,10 @@ def train(
     a model folder for transformers, with metrics.jsonl and TensorBoard's events beside it.
     """
     from logratio.training.config import TrainConfig
-    from logratio.training.trainer import prepare
+    from logratio.training.trainer import DPOTrainer
 
-    ready = prepare(
-        TrainConfig(
+    trainer = DPOTrainer(
+        config=TrainConfig(
             model,
             data,
             output,
@@ -291,10 +291,10 @@ def train(
         ),
         dry_run=dry_run,
     )
-    if not ready.finished:
-        announce(ready.dataset, ready.forecast)
-    if ready.finished or not dry_run:
-        _tell(ready.run())
+    if not trainer.finished:
+        announce(trainer.dataset, trainer.forecast)
+    if trainer.finished or not dry_run:
+        _tell(trainer.train())
 
 
 def _tell(result: "TrainResult") -> None:

@@ -1,20 +1,16 @@
 """Whether a run's layers are faster compiled: timed on its first micro-batches before it starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import numpy as np
 import torch
+from torch import nn
 
 from logratio.progress import say
-from logratio.training import checkpoint
 from logratio.training.activations import Kept, decoder_layers, keeping
-from logratio.training.loop import Loop
 from logratio.training.reference import undisturbed
-from logratio.training.run_folder import CHECKPOINTS
 
 BATCHES = 4
 """Micro-batches of a round: those that the run begins with."""
@@ -34,38 +30,25 @@ class Verdict:
     reason: str
 
 
-def settle_compiling(loop: Loop, kept: Kept, updates: int) -> Kept:
-    """Decide for a run with `compile_layers="auto"`, and say what was decided.
-
-    A run that goes on from a checkpoint keeps what it began with: results differ by rounding.
+def try_compiling(
+    policy: nn.Module, kept: Kept, rehearse: Callable[[], None], rounds_of_run: float
+) -> Verdict:
+    """Decide for a run with `compile_layers="auto"`.
 
     Args:
-        loop: of the run, the policy's attention ready for its layout. Nothing of it changes.
+        policy: the model, its attention ready for the run's layout; it comes back as it was.
         kept: what its layers keep.
-        updates: of the whole run.
+        rehearse: does some of the run's first micro-batches forward and backward.
+        rounds_of_run: how many times `rehearse` has as many groups as the run.
     """
-    before = None
-    if loop.config.resume:
-        before = checkpoint.recorded(Path(loop.config.output) / CHECKPOINTS, "compiled")
-    if before is None:
-        verdict = _measured(loop, kept, updates)
-        say(f"--compile auto: {verdict.reason}")
-        before = verdict.compiled
-    loop.identity["compiled"] = before
-    return replace(kept, compiled=before)
-
-
-def _measured(loop: Loop, kept: Kept, updates: int) -> Verdict:
-    if not decoder_layers(loop.policy):
+    if not decoder_layers(policy):
         return Verdict(False, "layers are not compiled: they are not transformers' own kind")
-    batches = loop.first_batches(BATCHES)
-    share = sum(map(len, batches)) / (updates * loop.config.batch_size)
 
     def seconds_of(compiled: bool) -> float:
-        return _seconds(loop, batches, replace(kept, compiled=compiled))
+        return _seconds(policy, replace(kept, compiled=compiled), rehearse)
 
-    with undisturbed(loop.policy):
-        return compare(seconds_of, rounds_of_run=1 / share)
+    with undisturbed(policy):
+        return compare(seconds_of, rounds_of_run)
 
 
 def compare(seconds_of: Callable[[bool], float], rounds_of_run: float) -> Verdict:
@@ -94,15 +77,15 @@ def compare(seconds_of: Callable[[bool], float], rounds_of_run: float) -> Verdic
     return Verdict(is_faster, f"{what}: {compiled:.3f} s, and {plain:.3f} s as they are")
 
 
-def _seconds(loop: Loop, batches: Sequence[np.ndarray], kept: Kept) -> float:
-    """Do the batches forward and backward, and let their gradients go."""
+def _seconds(policy: nn.Module, kept: Kept, rehearse: Callable[[], None]) -> float:
+    """Rehearse forward and backward, and let the gradients go."""
+    device = next(policy.parameters()).device
     try:
-        with keeping(loop.policy, kept):
+        with keeping(policy, kept):
             start = perf_counter()
-            for groups in batches:
-                loop.rehearse(groups)
-            if loop.device.type == "cuda":
-                torch.cuda.synchronize(loop.device)
+            rehearse()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             return perf_counter() - start
     finally:
-        loop.policy.zero_grad(set_to_none=True)
+        policy.zero_grad(set_to_none=True)

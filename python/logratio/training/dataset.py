@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
@@ -20,12 +22,15 @@ from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.data.tokenization.tokenizer_files import read_tokenizer
 from logratio.errors import ConfigError, LogratioError
 from logratio.progress import reading_progress
-from logratio.training.config import PathLike
+from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import tensor_shapes
 from logratio.training.models import (
     base_folder,
     quietly,
 )
+
+STORE_FILE = "train.store"
+"""A run's tokenized data, in its output folder while it is made."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,50 @@ def load_dataset(
     _check_positions(model, store)
     check_embedding(model, tokenizer, store)
     return Dataset(store, report, tokenizer)
+
+
+def load_training_data(
+    config: TrainConfig,
+    *,
+    refused: Path | None,
+    show_progress: bool,
+    recorded_date: Callable[[], str | None],
+) -> Dataset:
+    """Tokenize the data of a run, and check that its loss can use it.
+
+    Args:
+        config: of the run.
+        refused: file for the rows that are refused; None: they are only counted.
+        show_progress: draw a bar.
+        recorded_date: as in `load_dataset`.
+
+    Raises:
+        BadDataError, StoreMismatchError, VocabularyError, ConfigError: see `load_dataset`,
+            `check_groups`, `check_mix` and `check_reference`.
+    """
+    is_sft = config.loss == "sft"
+    formats = replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",))
+    with nullcontext(refused.parent) if refused else TemporaryDirectory() as folder:
+        path = Path(folder) / STORE_FILE
+        dataset = load_dataset(
+            config.model,
+            config.data,
+            config.rules,
+            formats,
+            path=path,
+            refused=refused,
+            max_bad_fraction=config.max_bad_fraction,
+            show_progress=show_progress,
+            recorded_date=recorded_date,
+        )
+        # The memory map keeps it while the run needs it, and nothing can leave it behind.
+        path.unlink(missing_ok=True)
+    roles = ("demonstration",) if is_sft else ("chosen", "rejected")
+    check_groups(dataset.store, roles, f"the loss {config.loss}")
+    check_mix(config.mix, dataset.store)
+    if config.reference:
+        check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
+    return dataset
 
 
 def check_groups(store: Store, roles: tuple[str, ...], what: str) -> None:

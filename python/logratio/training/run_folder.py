@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -158,13 +157,6 @@ def claimed(output: Path) -> Iterator[Path]:
         raise RunExistsError(
             f"{output}: another process is training into this folder; name another --output"
         ) from error
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """Make a folder for files of a run that must leave nothing in its output folder."""
-    with TemporaryDirectory(prefix="logratio-") as folder:
-        yield Path(folder)
 
 
 def save_run(

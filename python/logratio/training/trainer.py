@@ -1,37 +1,60 @@
-"""From a configuration to a trained model on disk."""
+"""The trainer: from a configuration to a trained model on disk.
+
+One update is a fixed number of groups, whatever the micro-batches: see `DPOTrainer`.
+"""
 
 import math
 import shutil
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from logratio.errors import ConfigError
+from logratio.data.feed import Feed, FeedSettings, MicroBatch, lay_out, micro_batches
+from logratio.data.readers.inputs import Inputs
+from logratio.data.store.load import datasets_of, source_names
+from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import shared_prompts
+from logratio.logps.batch import Batch, Part, buffers_for, shape_for, to_torch
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
-from logratio.logps.completion import transformer
-from logratio.progress import say
-from logratio.training import template_date, torch_settings
+from logratio.logps.completion import completion_logps, completion_loss, transformer
+from logratio.logps.head_loss import unit
+from logratio.progress import Advance, progress, say
+from logratio.training import checkpoint, template_date, torch_settings
 from logratio.training.activations import Kept, keeping, settle
-from logratio.training.checkpoint import interrupts
-from logratio.training.compile_trial import settle_compiling
-from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.checkpoint import RunInterruptedError, interrupts
+from logratio.training.compile_trial import BATCHES, try_compiling
+from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
 from logratio.training.dataset import (
-    Dataset,
-    check_groups,
-    check_mix,
-    check_reference,
-    load_dataset,
+    load_training_data,
 )
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.loop import Loop, SaveError
+from logratio.training.losses import averages, learning_rate, make_objective
 from logratio.training.memory import training_forecast
-from logratio.training.models import autocast, default_device, precision_note, precision_of
+from logratio.training.metrics import MetricsLog
+from logratio.training.models import (
+    autocast,
+    default_device,
+    precision_note,
+    precision_of,
+    training_budget,
+)
+from logratio.training.nonfinite import NonFiniteError, not_finite
+from logratio.training.optimizers import (
+    clip_gradients,
+    make_optimizer,
+    state_bytes,
+    widen_gradients,
+)
 from logratio.training.policy import build_policy
 from logratio.training.precomputation import Precompute, refuse_several, share_of
 from logratio.training.reference import (
@@ -44,6 +67,7 @@ from logratio.training.reference import (
     sums_folder,
     undisturbed,
 )
+from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import (
     CHECKPOINTS,
     claimed,
@@ -52,18 +76,23 @@ from logratio.training.run_folder import (
     identity,
     refuse_another,
     save_run,
-    scratch,
 )
 from logratio.training.torch_settings import (
     ask_for_expandable_segments,
     exact_products,
     fixed_order,
 )
-from logratio.training.validation import check_config
+from logratio.training.validation import beta_of, check_config, reference_kind
 from logratio.validation import check_kind
 
-STORE_FILE = "train.store"
 REFUSED_FILE = "refused.jsonl"
+
+
+class SaveError(LogratioError, OSError):
+    """A model or checkpoint could not be written; what was saved before is as it was."""
+
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 @dataclass(frozen=True)
@@ -83,119 +112,126 @@ class TrainResult:
     history: list[dict[str, float]] = field(default_factory=list)
     was_finished: bool = False
 
+    def __repr__(self) -> str:
+        last = self.history[-1] if self.history else {}
+        figures = "".join(f", {name} {value:.4g}" for name, value in last.items() if name in _SHOWN)
+        state = "already finished, " if self.was_finished else ""
+        return f"TrainResult({str(self.output)!r}, {state}{self.steps:,} updates{figures})"
+
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
-    """Train a policy on preferences, or on demonstrations with `loss="sft"`.
+    """Train a policy: `DPOTrainer(config=config).train()`, which says what can go wrong."""
+    check_kind(config, TrainConfig)
+    trainer = DPOTrainer(config=config, show_progress=show_progress)
+    if show_progress:
+        say(precision_note(config))
+    return trainer.train()
 
-    Returns:
-        The folder that now holds the model, and the metrics of every update.
+
+class _Scored(NamedTuple):
+    """What metrics are made of, of some groups: losses `[B]`, the rest `[N]`, on their device."""
+
+    losses: Tensor
+    policy: Tensor
+    reference: Tensor
+    lengths: Tensor
+
+
+class DPOTrainer:
+    """Trains a policy on preferences, or on demonstrations with ``loss="sft"``.
+
+    Making a trainer checks the settings, tokenizes the data, and reserves the output folder: until
+    `train` has ended, no other process can train into it. Nothing long has started.
+
+    Args:
+        model: folder of the model to start from (safetensors, tokenizer.json).
+        data: preference data, as in `TrainConfig`.
+        config: all settings at once, instead of `model`, `data` and `settings`.
+        show_progress: draw bars, and print notes.
+        dry_run: create nothing; the trainer has a forecast and cannot train.
+        **settings: the other fields of `TrainConfig`, by their names here, in transformers or TRL.
+
+    Attributes:
+        config: the settings; `rules` are those that the data was tokenized by.
+        dataset: the tokenized groups, what became of every row, and the tokenizer.
+        store: the tokenized groups.
+        device: where training takes place.
+        updates: how many the whole run has.
+        finished: what an earlier run with the same settings left, where there is one.
 
     Raises:
         ConfigError, ModelFolderError, OutputError, BadDataError: before anything long.
         RunExistsError: the output folder holds another run, and `overwrite` is not set.
         StaleCacheError: the cache does not hold this reference's log-probs of this data.
-        UntrustedReferenceError: the reference is not what its fingerprint says.
-        NonFiniteError: a loss was not finite; names the records.
-        RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
-        SaveError: the model or a checkpoint could not be written; what was saved before is as it
-            was.
+
+    Example:
+        >>> trainer = DPOTrainer("sft-model", "pairs.jsonl", output="policy", beta=0.1)
+        >>> trainer.train()
+        TrainResult('policy', 1,250 updates, loss 0.4127, rewards/accuracies 0.8125)
     """
-    ready = prepare(config, show_progress=show_progress)
-    if show_progress:
-        say(precision_note(config))
-    return ready.run()
 
-
-def prepare(
-    config: TrainConfig, *, show_progress: bool = True, dry_run: bool = False
-) -> "Training":
-    """Check the settings and tokenize the data; nothing long has started.
-
-    Until the run has ended, no other process can train into the output folder.
-
-    Args:
-        config: of the run.
-        show_progress: draw a bar.
-        dry_run: create nothing; what is returned has a forecast and cannot run.
-    """
-    check_kind(config, TrainConfig)
-    refuse_several("train")
-    ask_for_expandable_segments(config.device)
-    check_config(config)
-    if config.rules.date is None:
-        config = replace(config, rules=replace(config.rules, date=template_date.of_run(config)))
-    with ExitStack() as held:
-        if not dry_run:
-            held.enter_context(claimed(Path(config.output)))
-        finished = finished_run(config)
-        if finished:
-            refuse_another(config, finished, identity(config))
-        dataset = _read(config, show_progress, keeps=not (dry_run or finished))
-        config = replace(config, rules=dataset.tokenizer.rules)
-        if finished:
-            refuse_another(config, finished, identity(config, dataset.store))
-            steps, output = int(finished["steps"]), Path(config.output)
-            done = TrainResult(output, steps, history_of(output, steps), was_finished=True)
-            return Training(config, dataset, show_progress, None, done)
-        return Training(config, dataset, show_progress, None if dry_run else held.pop_all())
-
-
-def _read(config: TrainConfig, show_progress: bool, *, keeps: bool) -> Dataset:
-    """Tokenize the data; `keeps`: list the refused rows in the output folder."""
-    is_sft = config.loss == "sft"
-    with nullcontext(Path(config.output)) if keeps else scratch() as folder:
-        path = folder / STORE_FILE
-        dataset = load_dataset(
-            config.model,
-            config.data,
-            config.rules,
-            replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",)),
-            path=path,
-            refused=folder / REFUSED_FILE,
-            max_bad_fraction=config.max_bad_fraction,
-            show_progress=show_progress,
-            recorded_date=lambda: _date_of_cache(config),
-        )
-        # The map keeps it while the run needs it, and nothing can leave it behind.
-        path.unlink(missing_ok=True)
-    roles = ("demonstration",) if is_sft else ("chosen", "rejected")
-    check_groups(dataset.store, roles, f"the loss {config.loss}")
-    check_mix(config.mix, dataset.store)
-    if config.reference:
-        check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
-    return dataset
-
-
-def _date_of_cache(config: TrainConfig) -> str | None:
-    if config.cache is None:
-        return None
-    reference = model_fingerprint(config.reference or config.model, precision_of(config))
-    folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
-    return max(filter(None, map(template_date.of_cache, folders)), default=None)
-
-
-class Training:
-    """A run that is ready to start.
-
-    Attributes:
-        finished: what an earlier run with the same settings left, where there is one.
-    """
+    policy: nn.Module
+    reference: Reference | None
+    layout: str
 
     def __init__(
         self,
-        config: TrainConfig,
-        dataset: Dataset,
-        show_progress: bool,
-        held: ExitStack | None,
-        finished: "TrainResult | None" = None,
+        model: PathLike | None = None,
+        data: Inputs | None = None,
+        *,
+        config: TrainConfig | None = None,
+        show_progress: bool = True,
+        dry_run: bool = False,
+        **settings: Any,
     ) -> None:
-        self.config, self.dataset, self.show_progress = config, dataset, show_progress
-        self.store, self.finished, self._held = dataset.store, finished, held
+        named: dict[str, Any] = {"model": model, "data": data}
+        given = {name: value for name, value in named.items() if value is not None} | settings
+        if config is not None and given:
+            raise ConfigError(f"config holds all settings: leave {', '.join(given)} out")
+        config = config or TrainConfig(**given)
+        refuse_several("train")
+        ask_for_expandable_segments(config.device)
+        check_config(config)
+        if config.rules.date is None:
+            config = replace(config, rules=replace(config.rules, date=template_date.of_run(config)))
+        self.show_progress, self.dry_run = show_progress, dry_run
         self.device = default_device(config.device)
-        self.cached = (
-            None if config.precompute or finished else cached_reference(config, dataset.store)
+        with ExitStack() as held:
+            if not dry_run:
+                held.enter_context(claimed(Path(config.output)))
+            self._prepare(config)
+            self._held = ExitStack() if self.finished else held.pop_all()
+
+    def _prepare(self, config: TrainConfig) -> None:
+        """Read the data, and find what was made before: a finished run, a filled cache."""
+        finished = finished_run(config)
+        if finished:
+            refuse_another(config, finished, identity(config))
+        self.dataset = load_training_data(
+            config,
+            refused=None if self.dry_run or finished else Path(config.output) / REFUSED_FILE,
+            show_progress=self.show_progress,
+            recorded_date=lambda: _date_of_cache(config),
         )
+        self.store = self.dataset.store
+        self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
+        self.finished: TrainResult | None = None
+        if finished:
+            refuse_another(config, finished, identity(config, self.store))
+            steps, output = int(finished["steps"]), Path(config.output)
+            self.finished = TrainResult(output, steps, history_of(output, steps), was_finished=True)
+        reads_cache = not (config.precompute or finished)
+        self.cached = cached_reference(config, self.store) if reads_cache else None
+
+    def __repr__(self) -> str:
+        groups = "demonstrations" if self.config.loss == "sft" else "pairs"
+        kind = reference_kind(self.config)
+        reference = "" if kind == "none" else f", {kind} reference"
+        return (
+            f"DPOTrainer({self.config.loss}, {len(self.store):,} {groups}, {self.updates:,} "
+            f"updates{reference}, {self.device})"
+        )
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -240,22 +276,33 @@ class Training:
         )
         return holds_sums_only(str(self.config.cache), fingerprint)
 
-    def run(self) -> TrainResult:
-        """Train, save, and return what was reached; at once where an earlier run had finished."""
+    def train(self) -> TrainResult:
+        """Train, save, and return what was reached; at once where an earlier run had finished.
+
+        Returns:
+            The folder that now holds the model, and the metrics of every update.
+
+        Raises:
+            UntrustedReferenceError: the reference is not what its fingerprint says.
+            NonFiniteError: a loss was not finite; names the records.
+            RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
+            SaveError: the model or a checkpoint could not be written; what was saved before is as
+                it was.
+        """
         if self.finished:
             say(f"{self.finished.output}: already finished with these settings")
             return self.finished
-        if self._held is None:
-            raise ConfigError("this was prepared as a dry run, which never runs")
+        if self.dry_run:
+            raise ConfigError("this trainer was made for a dry run, and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
         with self._held, exact_products(), fixed:
-            return self._run()
+            return self._train()
 
-    def _run(self) -> TrainResult:
+    def _train(self) -> TrainResult:
         output = Path(self.config.output)
         check_writable(output, self.forecast.disk_bytes)
         if self.config.overwrite:
-            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
         if slow := torch_settings.advice(self.device):
             say(slow)
         if self._pass is not None:
@@ -264,17 +311,34 @@ class Training:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
-        with autocast(precision_of(self.config), self.device), undisturbed(policy):
-            layout = self._layout(policy, reference)
-        loop = Loop(self.config, self.store, policy, reference, layout)
-        with _attention(policy, layout), keeping(policy, self._kept(loop)):
-            steps, history = loop.run(self.updates, self.show_progress)
+        with self._autocast(), undisturbed(policy):
+            layout = self._choose_layout(policy, reference)
+        self.begin(policy, reference, layout)
+        with _attention(policy, layout), keeping(policy, self._kept()):
+            history = self._run_updates()
         with interrupts():  # what was trained is saved first
-            self._save(loop, steps)
-            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-        return TrainResult(output, steps, history)
+            self._save_model()
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return TrainResult(output, self.updates, history)
 
-    def _layout(self, policy: nn.Module, reference: Reference | None) -> str:
+    def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
+        """Make the optimizer and what else updates need; `train` calls this.
+
+        Args:
+            policy: the model whose weights that require gradients are trained.
+            reference: of the log-ratios; None where the loss has none.
+            layout: "shared", "tree" or "padded".
+        """
+        config = self.config
+        self.policy, self.reference, self.layout = policy, reference, layout
+        self.identity = identity(config, self.store)
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr)
+        self.device = self.parameters[0].device
+        self.objective = make_objective(config, beta_of(config))
+        self._recent: deque[dict[str, float]] = deque(maxlen=5)
+
+    def _choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
         """Return the layout that all models in memory can have; say so where it is slower."""
         models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
         wanted = self.config.share_beginnings
@@ -284,14 +348,223 @@ class Training:
             say(told)
         return layout
 
-    def _save(self, loop: Loop, steps: int) -> None:
+    def _kept(self) -> Kept:
+        """Return how the policy's layers are run; says so where some are computed twice."""
+        name = self.config.optimizer
+        state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in self.parameters)
+        choice = settle(self.config, self.store, self.policy, self.layout, state)
+        if choice.reason:
+            say(choice.reason)
+        wanted = self.config.compile_layers
+        kept = Kept(choice.layers, self.config.offload_activations, compiled=wanted == "on")
+        return self._try_compiling(kept) if wanted == "auto" else kept
+
+    def _try_compiling(self, kept: Kept) -> Kept:
+        """Time the layers compiled and not; a resumed run keeps what it began with.
+
+        Compiled layers round otherwise, so the choice is part of the run's identity.
+        """
+        config, compiled = self.config, None
+        if config.resume:
+            compiled = checkpoint.recorded(self._checkpoints, "compiled")
+        if compiled is None:
+            batches = micro_batches(self._feed_settings.plan(self.store, epoch=0))[:BATCHES]
+            rounds = self.updates * config.batch_size / sum(map(len, batches))
+            verdict = try_compiling(self.policy, kept, lambda: self._rehearse(batches), rounds)
+            say(f"--compile auto: {verdict.reason}")
+            compiled = verdict.compiled
+        self.identity["compiled"] = compiled
+        return replace(kept, compiled=compiled)
+
+    def _rehearse(self, batches: Sequence[np.ndarray]) -> None:
+        """Add the gradients of micro-batches, as an update does; nothing else changes."""
+        for groups in batches:
+            self._backward(self._batch(groups), len(groups))
+
+    def _run_updates(self) -> list[dict[str, float]]:
+        """Do all updates that a checkpoint has not done yet; return the metrics of each."""
+        config, groups_in_all = self.config, len(self.store) * self.config.epochs
+        start = self._resume() if config.resume else 0
+        if self.reference is not None:
+            self._check_start(self.reference, is_first=start == 0)
+        history = []
+        with (
+            MetricsLog(Path(config.output), start) as log,
+            interrupts() as interrupted,
+            progress(config.loss, groups_in_all, "pairs", show=self.show_progress) as advance,
+        ):
+            advance(min(start * config.batch_size, groups_in_all))
+            feed = self._feed(start)
+            with closing(iter(feed)) as batches:
+                for step, (_, update) in enumerate(groupby(batches, _place), start + 1):
+                    values, groups = self._update(step, update)
+                    values["epoch"] = step / feed.updates_per_epoch
+                    log.write(step, values)
+                    history.append(values)
+                    self._recent.append(values)
+                    _report(advance, groups, values)
+                    self._maybe_save(step, interrupted())
+        return history
+
+    def _feed(self, start: int) -> Feed:
+        """Return the micro-batches after update `start`."""
+        feed = Feed(
+            self.store,
+            self._feed_settings,
+            epochs=self.config.epochs,
+            allocate=buffers_for(self.device),
+        )
+        feed.start_after(start)
+        return feed
+
+    @property
+    def _feed_settings(self) -> FeedSettings:
+        return FeedSettings(
+            groups_per_update=self.config.batch_size,
+            token_budget=training_budget(self.config),
+            layout=self.layout,
+            seed=self.config.seed,
+            weights=self.config.mix,
+            datasets=datasets_of(self.store) if self.config.mix else None,
+            **shape_for(self.layout, self.device),
+        )
+
+    def _update(self, step: int, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], int]:
+        """Do one update; return its metrics and how many groups it had."""
+        rate = learning_rate(self.config, step - 1, self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        scored, groups = list[_Scored](), []
+        for micro in batches:
+            groups.append(micro.layout.groups.copy())
+            if len(groups) > 1:
+                widen_gradients(self.parameters)
+            scored += self._backward(to_torch(micro.layout, self.device), micro.groups)
+            del micro  # or its buffer would wait here for the next one
+        norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
+        columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
+        values = averages(columns, grad_norm=norm) | {"lr": rate}
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteError(self._blame(step, values, groups))
+        self.optimizer.step()
+        return values, sum(map(len, groups))
+
+    def _backward(self, batch: Batch, count: int) -> list[_Scored]:
+        """Add a micro-batch's share of the update's gradient; return what was scored, by parts."""
+        reference, scored = self._reference_sums(batch), list[_Scored]()
+
+        def share(logps: Tensor, part: Part) -> Tensor:
+            sums, lengths = part.targets.sums(logps), part.targets.lengths
+            references = reference[part.completions]
+            losses = self.objective.losses(sums, references, lengths)
+            scored.append(_Scored(losses.detach(), sums.detach(), references, lengths))
+            return losses.sum() / count
+
+        with self._autocast():
+            loss = completion_loss(self.policy, batch, share)
+        loss.backward(unit(loss.device, loss.dtype))
+        return scored
+
+    def _batch(self, groups: np.ndarray) -> Batch:
+        shape = shape_for(self.layout, self.device)
+        return to_torch(lay_out(self.store, groups, self.layout, **shape), self.device)
+
+    def _reference_sums(self, batch: Batch) -> Tensor:
+        """Return the sums `[N]` under the reference, zeros where there is none."""
+        if self.reference is None:
+            return torch.zeros(len(batch.targets.rows), dtype=torch.float64, device=self.device)
+        with self._autocast():
+            return self.reference.sums(batch)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """Open autocast for one pass.
+
+        It keeps its copies of the weights, and whether they have gradients, until it closes, so a
+        block must neither outlive an update nor mix a pass with gradients and one without.
+        """
+        return autocast(precision_of(self.config), self.device)
+
+    def _check_start(self, reference: Reference, *, is_first: bool) -> None:
+        """Compare the reference with what should equal it, and say what it was made under."""
+        objective = self.objective if is_first else None
+        told = check_start(self.config, self.store, self.policy, reference, self.layout, objective)
+        if told:
+            say(told)
+
+    def _blame(self, step: int, values: dict[str, float], batches: list[np.ndarray]) -> str:
+        """Say what was not finite, for which records, and what most likely caused it."""
+        groups = np.concatenate(batches)
+        with torch.no_grad():
+            sums = [self._policy_sum(self._batch(group[None])) for group in groups]
+        culprits = [
+            int(one) for one, value in zip(groups, sums, strict=True) if not math.isfinite(value)
+        ]
+        return not_finite(step, values, [*self._recent], self._names(culprits, len(groups)))
+
+    def _names(self, culprits: list[int], groups: int) -> str:
+        if len(culprits) == groups > 1:
+            return f"all {groups} of the update"
+        return ", ".join(source_names(self.store, culprits)) or "no single record"
+
+    def _policy_sum(self, batch: Batch) -> float:
+        with self._autocast():
+            return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
+
+    def _maybe_save(self, step: int, signal: int | None) -> None:
+        every = self.config.save_every
+        if step == self.updates:
+            return
+        if signal or (every > 0 and step % every == 0):
+            self.save(step)
+        if signal:
+            raise RunInterruptedError(
+                signal, f"saved update {step} in {self._checkpoints}; --resume goes on from it"
+            )
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.output) / CHECKPOINTS
+
+    def save(self, step: int) -> Path:
+        """Publish a checkpoint after update `step`.
+
+        Raises:
+            SaveError: it cannot be written; earlier ones are as they were.
+        """
+        at = checkpoint.Position(step, self.identity)
+        try:
+            return checkpoint.save(self._checkpoints, self.policy, self.optimizer, at)
+        except OSError as error:
+            last = checkpoint.newest(self._checkpoints)
+            kept = (
+                f"{last} is whole: make room, then --resume goes on from it"
+                if last
+                else "there is none before it"
+            )
+            raise SaveError(
+                f"the checkpoint of update {step} could not be saved ({error}); {kept}"
+            ) from error
+
+    def _resume(self) -> int:
+        folder = self._checkpoints
+        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer, self.identity)
+        for sentence in refused:
+            say(f"passed over a damaged checkpoint: {sentence}")
+        if at is None:
+            say(f"{folder}: no checkpoint yet, so the run begins at its beginning")
+            return 0
+        say(f"{folder}: goes on after update {at.step:,}")
+        return at.step
+
+    def _save_model(self) -> None:
         """Save the model; where that fails, a checkpoint from which it can be saved later."""
         try:
-            save_run(loop.policy, self.config, self.dataset, loop.identity, steps)
+            save_run(self.policy, self.config, self.dataset, self.identity, self.updates)
         except OSError as error:
             what = f"the model could not be saved ({error})"
             try:
-                saved = loop.save(steps)
+                saved = self.save(self.updates)
             except SaveError as worse:
                 raise SaveError(f"{what}, and {worse}") from error
             raise SaveError(
@@ -299,15 +572,25 @@ class Training:
                 "model"
             ) from error
 
-    def _kept(self, loop: Loop) -> Kept:
-        """Return how the policy's layers are run; says so where some are computed twice."""
-        choice = settle(self.config, self.store, loop.policy, loop.layout, loop.state_bytes)
-        if choice.reason:
-            say(choice.reason)
-        wanted = self.config.compile_layers
-        kept = Kept(choice.layers, self.config.offload_activations, compiled=wanted == "on")
-        return settle_compiling(loop, kept, self.updates) if wanted == "auto" else kept
+
+def _date_of_cache(config: TrainConfig) -> str | None:
+    if config.cache is None:
+        return None
+    reference = model_fingerprint(config.reference or config.model, precision_of(config))
+    folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
+    return max(filter(None, map(template_date.of_cache, folders)), default=None)
 
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
     return nullcontext() if layout == "padded" else shared_prompts(transformer(policy))
+
+
+def _place(micro: MicroBatch) -> tuple[int, int]:
+    return micro.epoch, micro.update
+
+
+def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
+    note = f"loss {values['loss']:.4f}"
+    if "rewards/accuracies" in values:
+        note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
+    advance(groups, note)
