@@ -29,7 +29,7 @@ READ = """
 import json, sys
 from collections import Counter
 from pathlib import Path
-from logratio.data.containers import open_file
+from logratio.data.readers import open_file
 rows = open_file(Path(sys.argv[1]))
 counts = Counter(getattr(row, "code", "row") for _, row in rows)
 # ru_maxrss would count the memory of the process that started this one.

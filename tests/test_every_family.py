@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 REFUSED: Mapping[str, tuple[str, str]] = {
     "an encoder-decoder": (
         "an encoder-decoder",
-        "bart bigbird_pegasus blenderbot blenderbot-small git marian mbart mvp pegasus plbart "
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart "
         "prophetnet whisper",
     ),
     "head": (

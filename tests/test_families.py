@@ -157,26 +157,35 @@ def test_a_state_is_found_whatever_its_name_and_the_precision(
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("precision", ["bf16", "bf16-weights"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_low_precision_company_adds_nothing_to_rounding(
-    family: str, precision: Precision, seed: int
+    family: str, precision: Precision
 ) -> None:
-    """Alone, in a batch and in another order: as far from the truth as a plain forward pass."""
-    model, groups = in_precision(model_of(family), precision), ragged_groups(seed)
-    layout = FAMILIES[family].layout
-    sizes = [sum(map(len, completions)) for _, completions in groups]
-    with torch.no_grad():
-        expected = per_token_logps(in_float64(model), groups)
-        with autocast(precision, torch.device("cpu")):
-            plain = per_token_logps(model, groups)
-            together = score(model, batch_of(groups, layout))
-            turned = score(model, batch_of(groups[::-1], layout)).split(sizes[::-1])[::-1]
-            apart = [score(model, batch_of([(p, [c])], layout)) for p, cs in groups for c in cs]
-    rounding = float((plain - expected).abs().mean())
-    for own in (together, torch.cat(turned), torch.cat(apart)):
-        assert float((own.double() - expected).abs().mean()) <= 1e-3 + 1.5 * rounding
+    """Alone, in a batch and in another order: as far from the truth as a plain forward pass.
+
+    Over several seeds together: where two experts are nearly tied, rounding alone chooses one, and
+    one seed's tokens are too few to average that out.
+    """
+    model, layout = in_precision(model_of(family), precision), FAMILIES[family].layout
+    gaps: dict[str, list[Tensor]] = {name: [] for name in ("plain", "together", "turned", "apart")}
+    for groups in map(ragged_groups, range(3)):
+        sizes = [sum(map(len, completions)) for _, completions in groups]
+        with torch.no_grad():
+            expected = per_token_logps(in_float64(model), groups)
+            with autocast(precision, torch.device("cpu")):
+                turned = score(model, batch_of(groups[::-1], layout)).split(sizes[::-1])[::-1]
+                apart = [score(model, batch_of([(p, [c])], layout)) for p, cs in groups for c in cs]
+                found = {
+                    "plain": per_token_logps(model, groups),
+                    "together": score(model, batch_of(groups, layout)),
+                    "turned": torch.cat(turned),
+                    "apart": torch.cat(apart),
+                }
+        for name, logps in found.items():
+            gaps[name].append((logps.double() - expected).abs())
+    means = {name: float(torch.cat(parts).mean()) for name, parts in gaps.items()}
+    assert max(means.values()) <= 1e-3 + 1.5 * means["plain"], means
 
 
 WAYS = {

@@ -17,26 +17,24 @@ HEAVY = TORCH | GRAPHS | SERVER | {"numpy", "tokenizers", "jinja2", "matplotlib"
 # What the modules of a folder (or a module beside the folders) may never name, at whatever depth.
 FORBIDDEN = {
     "data": {*TORCH, *GRAPHS, *SERVER}
-    | {f"logratio.{folder}" for folder in ("training", "scoring", "serving", "cli", "demo")},
+    | {f"logratio.{folder}" for folder in ("training", "export", "serving", "cli", "demo")},
     "cache": {*TORCH, *GRAPHS, *SERVER, "tokenizers", "jinja2"}
-    | {
-        f"logratio.{folder}" for folder in ("data", "training", "scoring", "serving", "cli", "demo")
-    },
+    | {f"logratio.{folder}" for folder in ("data", "training", "export", "serving", "cli", "demo")},
     "logps": {*GRAPHS, *SERVER}
-    | {f"logratio.{folder}" for folder in ("training", "scoring", "serving", "cli", "demo")},
+    | {f"logratio.{folder}" for folder in ("training", "export", "serving", "cli", "demo")},
     "training": {*GRAPHS, *SERVER}
-    | {f"logratio.{folder}" for folder in ("scoring", "serving", "cli", "demo")},
-    "scoring": {*SERVER} | {f"logratio.{folder}" for folder in ("serving", "cli", "demo")},
+    | {f"logratio.{folder}" for folder in ("export", "serving", "cli", "demo")},
+    "export": {*SERVER} | {f"logratio.{folder}" for folder in ("serving", "cli", "demo")},
     "serving": {*TORCH, "onnx", "onnxscript"}
-    | {f"logratio.{folder}" for folder in ("training", "scoring", "cli", "demo")},
+    | {f"logratio.{folder}" for folder in ("training", "export", "cli", "demo")},
     "integrations": {*GRAPHS, *SERVER}
-    | {f"logratio.{folder}" for folder in ("scoring", "serving", "cli", "demo")},
+    | {f"logratio.{folder}" for folder in ("export", "serving", "cli", "demo")},
     "demo": {"logratio.cli", "logratio._rust"},
     "bundle": {*HEAVY, "logratio"},
     "extras": {*HEAVY, "logratio"},
 }
 # The compiled module has a face: what stands above the folders below takes their word for it.
-MAY_NAME_RUST = {"cache", "data", "integrations", "logps", "training", "scoring", "serving"}
+MAY_NAME_RUST = {"cache", "data", "integrations", "logps", "training", "export", "serving"}
 
 
 def imported(source: str, package: str) -> Iterator[str]:

@@ -49,7 +49,7 @@ else:
         "cache": ("ReferenceCache",),
         "data": ("FormatSettings", "TokenizationRules"),
         "errors": ("LogratioError",),
-        "scoring": ("ExportConfig", "export_bundle"),
+        "export": ("ExportConfig", "export_bundle"),
         "serving": ("Reranker",),
         "training": (
             *("EvaluateConfig", "LoraSettings", "PrecomputeConfig", "TrainConfig"),
