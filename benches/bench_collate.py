@@ -28,7 +28,8 @@ import torch
 from shared_material import GPT2, HH, LLAMA_FACTORY, RIVAL, SHARED, check_shared
 
 from logratio._rust import Store, StoreWriter
-from logratio.data import Arenas, Feed, FeedSettings, PreferenceTokenizer, build_store, lay_out
+from logratio.data import Feed, FeedSettings, PreferenceTokenizer, build_store
+from logratio.data.feed import Arenas, lay_out
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "collate.jsonl"

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from logratio._rust import Store, StoreWriter
-from logratio.data import Feed, FeedSettings, lay_out
+from logratio.data import Feed, FeedSettings
+from logratio.data.feed import lay_out
 from logratio.logps.attention import shared_prompts
 from logratio.logps.batch import Batch, Part, to_torch
 from logratio.logps.completion import completion_logps, completion_loss, transformer

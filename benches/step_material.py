@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from logratio._rust import ROLES, Store, StoreWriter
-from logratio.data import DataReport, FeedSettings, PreferenceTokenizer, build_store, lay_out
-from logratio.data.feed import micro_batches
+from logratio.data import DataReport, FeedSettings, PreferenceTokenizer, build_store
+from logratio.data.feed import lay_out, micro_batches
 from logratio.logps.batch import to_torch
 from logratio.training import PrecomputeConfig, TrainConfig, precompute
 from logratio.training.config import Precision

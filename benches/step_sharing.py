@@ -23,7 +23,7 @@ from step_models import MODELS
 from torch import nn
 
 from logratio._rust import ROLES, Store, StoreWriter
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps.attention import shared_prompts
 from logratio.logps.batch import Batch, fields_for, to_torch
 from logratio.logps.completion import completion_logps, transformer

@@ -40,7 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from logratio._rust import Store
-from logratio.data import TokenizationRules, lay_out
+from logratio.data import TokenizationRules
+from logratio.data.feed import lay_out
 from logratio.logps.batch import to_torch
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score

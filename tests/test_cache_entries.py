@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_budget import store_of
 
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps.batch import to_torch
 from logratio.training.reference_scorer import (
     SumEntries,

@@ -24,8 +24,8 @@ from logratio.data import (
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
-    micro_batches,
 )
+from logratio.data.feed import micro_batches
 from logratio.data.records import CODES, stops
 from logratio.data.store import ingest
 

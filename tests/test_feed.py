@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 from worker_dataset import FedDataset
 
 from logratio._rust import Store, StoreWriter
-from logratio.data import Feed, FeedSettings, FeedStateError, MicroBatch, ahead, lay_out
+from logratio.data import Feed, FeedSettings, FeedStateError, MicroBatch
+from logratio.data.feed import lay_out
+from logratio.data.prefetch import ahead
 
 SETTINGS = FeedSettings(groups_per_update=8, token_budget=60, seed=3)
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps.attention import SharedPrompt, SharedPromptError, flex, kernels, use_kernel
 from logratio.logps.attention.fused import failure
 from logratio.logps.attention.interface import NAME, shared_prompt_attention

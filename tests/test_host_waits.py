@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps import head as tiles
 from logratio.logps.attention import fused, shared_prompts, varlen
 from logratio.logps.attention.kernels import Choice

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from logratio.data import Arenas, lay_out
+from logratio.data.feed import Arenas, lay_out
 from logratio.logps.attention import SharedPrompt
 from logratio.logps.attention.interface import shared_prompt_attention
 from logratio.logps.batch import SharedBatch, _Tensors, to_torch

@@ -12,7 +12,7 @@ from oracle import Group, in_float64, per_token_logps
 from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps import splitting
 from logratio.logps.attention import SharedPromptError, shared_prompts
 from logratio.logps.batch import Batch, Shape, SharedBatch, to_torch

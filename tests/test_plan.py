@@ -7,7 +7,7 @@ import pytest
 from plan_oracle import Request, planned
 
 from logratio._rust import Store, StoreWriter
-from logratio.data import micro_batches
+from logratio.data.feed import micro_batches
 
 
 def make_store(lengths: list[int], files: list[int] | None = None) -> Store:

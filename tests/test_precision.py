@@ -14,7 +14,8 @@ import torch
 from tiny_models import FAMILIES, tiny
 from torch import Tensor, nn
 
-from logratio.data import PreferenceTokenizer, TokenizationRules, build_store, lay_out
+from logratio.data import PreferenceTokenizer, TokenizationRules, build_store
+from logratio.data.feed import lay_out
 from logratio.logps.batch import to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training import (

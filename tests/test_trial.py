@@ -12,7 +12,7 @@ from layout_oracle import store_of
 from oracle import Group
 from torch import Tensor
 
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps.attention import SharedPrompt, fused, sdpa
 from logratio.logps.attention.kernels import KernelError, Wanted
 from logratio.logps.attention.sdpa import Scoring

@@ -15,7 +15,7 @@ from conftest import write_pairs
 from torch import Tensor, nn
 
 from logratio._rust import CacheReader, CacheWriter, Store
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps.batch import to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training import (

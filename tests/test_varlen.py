@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from logratio.data import lay_out
+from logratio.data.feed import lay_out
 from logratio.logps.attention import SharedPrompt, fused, varlen
 from logratio.logps.attention.flex import attend_row, visible
 from logratio.logps.attention.interface import NAME, shared_prompt_attention

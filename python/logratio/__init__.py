@@ -13,6 +13,8 @@ TYPE_CHECKING = False  # type checkers read it as true, and `typing` need not be
 __version__: str
 
 __all__ = [
+    "ConfigError",
+    "DPOTrainer",
     "EvaluateConfig",
     "ExportConfig",
     "FormatSettings",
@@ -21,39 +23,65 @@ __all__ = [
     "PrecomputeConfig",
     "ReferenceCache",
     "Reranker",
+    "SFTConfig",
+    "Store",
     "TokenizationRules",
     "TrainConfig",
+    "build_store",
     "evaluate",
     "export_bundle",
+    "load_model",
     "precompute",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from logratio.cache import ReferenceCache as ReferenceCache
-    from logratio.data import FormatSettings as FormatSettings
-    from logratio.data import TokenizationRules as TokenizationRules
-    from logratio.errors import LogratioError as LogratioError
-    from logratio.export import ExportConfig as ExportConfig
-    from logratio.export import export_bundle as export_bundle
-    from logratio.serving import Reranker as Reranker
-    from logratio.training import EvaluateConfig as EvaluateConfig
-    from logratio.training import LoraSettings as LoraSettings
-    from logratio.training import PrecomputeConfig as PrecomputeConfig
-    from logratio.training import TrainConfig as TrainConfig
-    from logratio.training import evaluate as evaluate
-    from logratio.training import precompute as precompute
-    from logratio.training import train as train
+    from logratio.cache import ReferenceCache
+    from logratio.data import FormatSettings, Store, TokenizationRules, build_store
+    from logratio.errors import ConfigError, LogratioError
+    from logratio.export import ExportConfig, export_bundle
+    from logratio.serving import Reranker
+    from logratio.training import (
+        DPOTrainer,
+        EvaluateConfig,
+        LoraSettings,
+        PrecomputeConfig,
+        SFTConfig,
+        TrainConfig,
+        evaluate,
+        load_model,
+        precompute,
+        train,
+    )
 else:
     _ROOMS = {
         "cache": ("ReferenceCache",),
-        "data": ("FormatSettings", "TokenizationRules"),
-        "errors": ("LogratioError",),
-        "export": ("ExportConfig", "export_bundle"),
+        "data": (
+            "FormatSettings",
+            "Store",
+            "TokenizationRules",
+            "build_store",
+        ),
+        "errors": (
+            "ConfigError",
+            "LogratioError",
+        ),
+        "export": (
+            "ExportConfig",
+            "export_bundle",
+        ),
         "serving": ("Reranker",),
         "training": (
-            *("EvaluateConfig", "LoraSettings", "PrecomputeConfig", "TrainConfig"),
-            *("evaluate", "precompute", "train"),
+            "DPOTrainer",
+            "EvaluateConfig",
+            "LoraSettings",
+            "PrecomputeConfig",
+            "SFTConfig",
+            "TrainConfig",
+            "evaluate",
+            "load_model",
+            "precompute",
+            "train",
         ),
     }
     _HOME = {name: room for room, names in _ROOMS.items() for name in names}

@@ -1,15 +1,26 @@
-"""The reference cache, for anyone: looked at, checked, merged, exported, read. Loads no torch."""
+"""The reference cache, for anyone: inspected, verified, merged, exported, read. Loads no torch."""
 
-from logratio._rust import CorruptCacheError as CorruptCacheError
-from logratio._rust import content_key as content_key
-from logratio.cache.cache import NoReferenceError as NoReferenceError
-from logratio.cache.cache import ReferenceCache as ReferenceCache
-from logratio.cache.identity import DamagedFingerprintError as DamagedFingerprintError
-from logratio.cache.identity import StoredReference as StoredReference
-from logratio.cache.identity import record_tolerance as record_tolerance
-from logratio.cache.logps import MissingCompletionsError as MissingCompletionsError
-from logratio.cache.logps import ReferenceLogps as ReferenceLogps
-from logratio.cache.results import CacheFile as CacheFile
-from logratio.cache.results import Change as Change
-from logratio.cache.results import Exported as Exported
-from logratio.cache.results import ReferenceReport as ReferenceReport
+from logratio._rust import content_key
+from logratio.cache.cache import NoReferenceError, ReferenceCache
+from logratio.cache.identity import DamagedFingerprintError, StoredReference, record_tolerance
+from logratio.cache.logps import MissingCompletionsError, ReferenceLogps
+from logratio.cache.merging import MergeError
+from logratio.cache.results import CacheFile, Change, Exported, ReferenceReport
+from logratio.errors import CorruptCacheError
+
+__all__ = [
+    "CacheFile",
+    "Change",
+    "CorruptCacheError",
+    "DamagedFingerprintError",
+    "Exported",
+    "MergeError",
+    "MissingCompletionsError",
+    "NoReferenceError",
+    "ReferenceCache",
+    "ReferenceLogps",
+    "ReferenceReport",
+    "StoredReference",
+    "content_key",
+    "record_tolerance",
+]

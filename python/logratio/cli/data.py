@@ -240,9 +240,6 @@ def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) 
         draw(analysis, picture)
 
 
-__all__ = ["report"]
-
-
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",

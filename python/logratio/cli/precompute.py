@@ -120,6 +120,3 @@ def precompute(
         result = ready.run()
         part = f"share {result.share}: " if ready.share.count > 1 else ""
         typer.echo(f"{part}{result.to_text()}")
-
-
-__all__ = ["precompute"]

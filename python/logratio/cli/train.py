@@ -313,6 +313,3 @@ def announce(dataset: "Dataset", forecast: "Forecast") -> None:
 
     report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()
     typer.echo(f"{report}\n{forecast.to_text()}", err=True)
-
-
-__all__ = ["announce", "train"]

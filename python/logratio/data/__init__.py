@@ -1,16 +1,12 @@
-"""Preference data: files to records to ids to a store. Loads neither torch nor transformers."""
+"""Preference data: files to records to ids to a store. Loads neither torch nor transformers.
 
-from logratio.data.feed import (
-    Arenas,
-    Feed,
-    FeedSettings,
-    FeedStateError,
-    MicroBatch,
-    lay_out,
-    micro_batches,
-)
-from logratio.data.formats import FormatSettings
-from logratio.data.prefetch import ahead
+`build_store` reads files into a `Store`; `Feed` turns a store into micro-batches.
+"""
+
+from logratio._rust import Store
+from logratio.data.feed import Feed, FeedSettings, FeedStateError, MicroBatch
+from logratio.data.formats.labels import FormatSettingsError
+from logratio.data.formats.settings import FormatSettings
 from logratio.data.records import (
     CODES,
     Completion,
@@ -21,31 +17,27 @@ from logratio.data.records import (
     Source,
 )
 from logratio.data.store.build import build_store
-from logratio.data.store.load import (
-    StoreMismatchError,
-    datasets_of,
-    is_store,
-    load_store,
-    rules_of,
-    source_names,
-)
+from logratio.data.store.load import StoreMismatchError, load_store
 from logratio.data.store.row_report import BadDataError, DataReport
 from logratio.data.tokenization.chat_template import ChatTemplate, ChatTemplateError
 from logratio.data.tokenization.groups import TokenizationRules, TokenizedCompletion, TokenizedGroup
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.data.tokenization.tokenizer_classes import TokenizerError
+from logratio.errors import CorruptStoreError
 
 __all__ = [
     "CODES",
-    "Arenas",
     "BadDataError",
     "ChatTemplate",
     "ChatTemplateError",
     "Completion",
+    "CorruptStoreError",
     "DataReport",
     "Feed",
     "FeedSettings",
     "FeedStateError",
     "FormatSettings",
+    "FormatSettingsError",
     "InvalidRecordError",
     "Message",
     "MicroBatch",
@@ -53,17 +45,12 @@ __all__ = [
     "PreferenceTokenizer",
     "Refusal",
     "Source",
+    "Store",
     "StoreMismatchError",
     "TokenizationRules",
     "TokenizedCompletion",
     "TokenizedGroup",
-    "ahead",
+    "TokenizerError",
     "build_store",
-    "datasets_of",
-    "is_store",
-    "lay_out",
     "load_store",
-    "micro_batches",
-    "rules_of",
-    "source_names",
 ]

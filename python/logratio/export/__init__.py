@@ -3,9 +3,24 @@
 `export_bundle(ExportConfig(...))` does what `logratio export` does.
 """
 
-from logratio.export.export import ExportConfig as ExportConfig
-from logratio.export.export import ExportError as ExportError
-from logratio.export.export import ExportResult as ExportResult
-from logratio.export.export import export_bundle as export_bundle
-from logratio.export.export import plan_export as plan_export
-from logratio.export.scorer import RewardScorer as RewardScorer
+from logratio.export.export import (
+    ExportConfig,
+    ExportError,
+    ExportResult,
+    export_bundle,
+    plan_export,
+)
+from logratio.export.graph import GraphError
+from logratio.export.parity import ParityError
+from logratio.export.scorer import RewardScorer
+
+__all__ = [
+    "ExportConfig",
+    "ExportError",
+    "ExportResult",
+    "GraphError",
+    "ParityError",
+    "RewardScorer",
+    "export_bundle",
+    "plan_export",
+]

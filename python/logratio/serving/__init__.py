@@ -4,8 +4,18 @@ Loads numpy, tokenizers and jinja2; ONNX Runtime when a bundle is loaded, fastap
 it is served; never torch, never transformers.
 """
 
-from logratio.serving.rank_file import RankSummary as RankSummary
-from logratio.serving.rank_file import rank_file as rank_file
-from logratio.serving.rank_file import rank_forecast as rank_forecast
-from logratio.serving.reranker import Reranker as Reranker
-from logratio.serving.reranker import Score as Score
+from logratio.bundle import BundleError
+from logratio.serving.rank_file import RankSummary, rank_file, rank_forecast
+from logratio.serving.reranker import NoCandidateError, Reranker, Score
+from logratio.serving.session import ProviderError
+
+__all__ = [
+    "BundleError",
+    "NoCandidateError",
+    "ProviderError",
+    "RankSummary",
+    "Reranker",
+    "Score",
+    "rank_file",
+    "rank_forecast",
+]

@@ -1,19 +1,65 @@
-"""Preference optimisation in plain torch: log-probs, losses, the reference, the loop.
+"""Preference optimisation in plain torch: the trainer, losses, the reference, evaluation.
 
-`train(TrainConfig(...))` does what `logratio train` does; the parts can be used alone.
+`DPOTrainer(model, data, output=…).train()` and `train(TrainConfig(...))` do what `logratio train`
+does; the parts can be used alone.
 """
 
-from logratio.logps.completion import completion_logps as completion_logps
-from logratio.training.config import EvaluateConfig as EvaluateConfig
-from logratio.training.config import LoraSettings as LoraSettings
-from logratio.training.config import PrecomputeConfig as PrecomputeConfig
-from logratio.training.config import TrainConfig as TrainConfig
-from logratio.training.evaluation import evaluate as evaluate
-from logratio.training.losses import PairLogps as PairLogps
-from logratio.training.losses import dpo_loss as dpo_loss
-from logratio.training.losses import ipo_loss as ipo_loss
-from logratio.training.losses import sft_loss as sft_loss
-from logratio.training.losses import simpo_loss as simpo_loss
-from logratio.training.models import load_model as load_model
-from logratio.training.precomputation import precompute as precompute
-from logratio.training.trainer import train as train
+from logratio.logps.checks import UnsupportedModelError
+from logratio.logps.completion import completion_logps
+from logratio.training.checkpoint import ResumeError, RunInterruptedError
+from logratio.training.config import (
+    EvaluateConfig,
+    LoraSettings,
+    PrecomputeConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from logratio.training.dataset import VocabularyError
+from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
+from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
+from logratio.training.memory import MemoryShortageError
+from logratio.training.models import DeviceError, ModelFolderError, QuantizationError, load_model
+from logratio.training.nonfinite import NonFiniteError
+from logratio.training.precomputation import PrecomputeResult, ShareError, precompute
+from logratio.training.reference import ImpossibleLogpError, StaleCacheError
+from logratio.training.reference_checks import UntrustedReferenceError
+from logratio.training.run_folder import RunExistsError
+from logratio.training.trainer import DPOTrainer, SaveError, TrainResult, train
+
+__all__ = [
+    "DPOTrainer",
+    "DeviceError",
+    "EvaluateConfig",
+    "Evaluation",
+    "ImpossibleLogpError",
+    "KlEstimate",
+    "LoraSettings",
+    "MemoryShortageError",
+    "ModelFolderError",
+    "NonFiniteError",
+    "PairLogps",
+    "PrecomputeConfig",
+    "PrecomputeResult",
+    "QuantizationError",
+    "ResumeError",
+    "RunExistsError",
+    "RunInterruptedError",
+    "SFTConfig",
+    "SaveError",
+    "ShareError",
+    "StaleCacheError",
+    "TrainConfig",
+    "TrainResult",
+    "UnsupportedModelError",
+    "UntrustedReferenceError",
+    "VocabularyError",
+    "completion_logps",
+    "dpo_loss",
+    "evaluate",
+    "ipo_loss",
+    "load_model",
+    "precompute",
+    "sft_loss",
+    "simpo_loss",
+    "train",
+]

@@ -7,7 +7,6 @@ from typing import Literal
 from logratio.data.formats import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
-from logratio.errors import ConfigError as ConfigError
 from logratio.synonyms import takes_known_names
 from logratio.validation import check_fields
 
@@ -138,6 +137,18 @@ class TrainConfig:
         check_fields(self)
         if isinstance(self.compile_layers, bool):
             object.__setattr__(self, "compile_layers", "on" if self.compile_layers else "off")
+
+
+@takes_known_names(train_dataset="data")
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """`TrainConfig` with `loss="sft"`: learn from demonstrations, without a reference.
+
+    Example:
+        >>> train(SFTConfig("base-model", "demonstrations.jsonl", "sft-model", lr=1e-5))
+    """
+
+    loss: str = "sft"
 
 
 @takes_known_names()

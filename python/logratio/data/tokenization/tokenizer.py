@@ -160,13 +160,6 @@ def _goes_on(
     return encoder.end_of(text + more, len(before)) <= len(text)
 
 
-__all__ = [
-    "PreferenceTokenizer",
-    "TokenizationRules",
-    "TokenizedCompletion",
-    "TokenizedGroup",
-]
-
 NO_TEMPLATE = (
     "the row holds messages and the tokenizer has no chat template: put chat_template.jinja into "
     "its folder"

@@ -1,8 +1,15 @@
 """Attention in which every completion sees its prompt and itself, for any transformers model."""
 
-from logratio.logps.attention.interface import NAME as NAME
-from logratio.logps.attention.interface import SharedPromptError as SharedPromptError
-from logratio.logps.attention.interface import shared_prompts as shared_prompts
-from logratio.logps.attention.kernels import use_kernel as use_kernel
-from logratio.logps.attention.plan import SharedPrompt as SharedPrompt
-from logratio.logps.attention.tree import SharedTree as SharedTree
+from logratio.logps.attention.interface import NAME, SharedPromptError, shared_prompts
+from logratio.logps.attention.kernels import use_kernel
+from logratio.logps.attention.plan import SharedPrompt
+from logratio.logps.attention.tree import SharedTree
+
+__all__ = [
+    "NAME",
+    "SharedPrompt",
+    "SharedPromptError",
+    "SharedTree",
+    "shared_prompts",
+    "use_kernel",
+]
