@@ -34,7 +34,7 @@ test: check ## every check and every test: what CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 families: $(BUILT) ## score every causal language model of the installed transformers, for minutes
-	$(BIN)/python -m pytest -m families tests/test_families.py tests/test_every_family.py \
+	$(BIN)/python -m pytest -m families tests/python/logps/test_families.py tests/python/logps/test_every_family.py \
 		-n auto --maxprocesses 4
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power

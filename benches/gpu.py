@@ -55,7 +55,7 @@ class Step:
 def plan(device: str, *, tiny: bool, out: Path) -> list[Step]:
     """Return the steps, the most important first."""
     own = ("--device", device, *["--tiny"] * tiny)
-    tests = ("-m", "pytest", "tests/test_gpu.py", "-q", "-rA", "-p", "no:cacheprovider")
+    tests = ("-m", "pytest", "tests/python/gpu/test_gpu.py", "-q", "-rA", "-p", "no:cacheprovider")
     results = ("--results", str(out / "bench_step"))
     quick = ("--models", "toy", "--data", "short-prompt", "--batch", "2", "--updates", "2")
     bench: tuple[str, ...] = ("benches/bench_step.py", "--device", device, *results)
