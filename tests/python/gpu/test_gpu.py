@@ -1,8 +1,9 @@
 """What only a GPU can show: each kernel, memory, time, and a run from cache to trained policy.
 
 `pytest tests/python/gpu/test_gpu.py -s` on a machine with CUDA; needs the wheel, torch,
-transformers, numpy and pytest. Skipped elsewhere. Kernels that are not installed are skipped with the reason. Flex is
-compiled anew for each test: `-k flex` and `-k "not flex"` are parts of some minutes each.
+transformers, numpy and pytest. Skipped elsewhere. Kernels that are not installed are skipped with
+the reason. Flex is compiled anew for each test: `-k flex` and `-k "not flex"` take some minutes
+each.
 """
 
 import math

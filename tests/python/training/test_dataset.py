@@ -17,10 +17,10 @@ from logratio.training import (
     EvaluateConfig,
     PrecomputeConfig,
     TrainConfig,
+    dataset,
     evaluation,
     precomputation,
     trainer,
-    vocabulary,
 )
 from logratio.training.dataset import VocabularyError, check_ids, embedding_rows
 
@@ -121,7 +121,7 @@ def test_a_folder_that_transformers_reads_otherwise_is_refused(
     check_ids(tiny_model, PreferenceTokenizer.load(tiny_model))
     with pytest.raises(VocabularyError, match="transformers reads 'a <"):
         check_ids(other, _with_token(tiny_model, other))
-    monkeypatch.setattr(vocabulary, "AutoTokenizer", None)  # it cannot be read: not compared
+    monkeypatch.setattr(dataset, "AutoTokenizer", None)  # it cannot be read: not compared
     check_ids(other, PreferenceTokenizer.load(tiny_model))
 
 
