@@ -31,9 +31,8 @@ from logratio.logps.attention import SharedPrompt, SharedPromptError, shared_pro
 from logratio.logps.attention.interface import shared_prompt_attention
 from logratio.logps.attention.kernels import KERNELS, Kernel
 from logratio.logps.batch import Part, SharedBatch
-from logratio.logps.completion import completion_loss, transformer
+from logratio.logps.completion import Group, batch_of, completion_loss, transformer
 from logratio.logps.head import Head, Tile, Transform
-from logratio.logps.splitting import Group, batch_of
 from logratio.training import LoraSettings
 from logratio.training.activations import Kept, keeping
 from logratio.training.config import Precision

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from logratio.data import (
-    DataReport,
-)
+from logratio.data import DataReport
 
 Row = dict[str, Any]
 

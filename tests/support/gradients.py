@@ -10,10 +10,7 @@ from logratio.logps.attention import shared_prompts
 from logratio.logps.batch import Batch
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
-from logratio.training.activations import (
-    Kept,
-    keeping,
-)
+from logratio.training.activations import Kept, keeping
 
 
 def batch(layout: str = "shared", seed: int = 0) -> Batch:

@@ -19,12 +19,19 @@ from conftest import write_pairs
 from tiny_models import save_tiny_model
 
 import logratio
-from logratio import ExportConfig, Reranker, TokenizationRules, build_store, export_bundle
+from logratio import (
+    ExportConfig,
+    FormatSettings,
+    Reranker,
+    TokenizationRules,
+    build_store,
+    export_bundle,
+)
 from logratio.cli.app import main
 from logratio.data import PreferenceTokenizer
 from logratio.data.feed import lay_out
 from logratio.logps.attention import shared_prompts
-from logratio.logps.batch import to_torch
+from logratio.logps.batch import Batch, to_torch
 from logratio.logps.completion import completion_logps, transformer
 from logratio.training import load_model
 
@@ -81,10 +88,15 @@ def run(folder: Path) -> None:
     model, data = save_tiny_model(folder / "model"), write_pairs(folder / "pairs.jsonl", 16)
     one = write_pairs(folder / "one.jsonl", 1)
     tokenizer = PreferenceTokenizer.load(model, TokenizationRules())
+    formats = FormatSettings()
     say("train to the first step", traced(lambda: to_the_first_step(model, data, folder / "out")))
-    say("one row of JSON lines", traced(lambda: build_store([one], tokenizer)))
+    say("one row of JSON lines", traced(lambda: build_store([one], tokenizer, formats=formats)))
     store, _ = build_store([one], tokenizer)
     policy = load_model(model)
+
+    def work(batch: Batch) -> None:
+        completion_logps(policy, batch).sum().backward()
+
     with shared_prompts(transformer(policy)):
         batch = to_torch(lay_out(store, np.arange(1), "shared"), "cpu")
         say(

@@ -94,7 +94,7 @@ def build(
 @contextmanager
 def _told_what_is_kept(output: Path) -> Iterator[None]:
     """Say after Ctrl-C what the next run can go on from."""
-    from logratio.data.store.resume import is_saved
+    from logratio.data.store.build import is_saved
 
     try:
         yield

@@ -13,9 +13,8 @@ from torch._higher_order_ops.scan import scan
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from logratio.logps.checks import UnsupportedModelError
-from logratio.logps.completion import transformer
+from logratio.logps.completion import ropes, transformer
 from logratio.logps.head import head_logits
-from logratio.logps.splitting import ropes
 from logratio.training.models import merged
 
 FAMILIES = frozenset(

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from logratio.errors import LogratioError
 from logratio.logps.attention.interface import SharedPromptError
 from logratio.logps.batch import Batch, TreeBatch
-from logratio.logps.completion import score, transformer
+from logratio.logps.completion import Group, limits_of, score, transformer
+from logratio.logps.completion import batch_of as batch_of
 from logratio.logps.head import head_logits
-from logratio.logps.splitting import Group, limits_of
-from logratio.logps.splitting import batch_of as batch_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Nats per token by which two layouts may differ through rounding alone."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from logratio.data.formats import FormatSettings
+from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.synonyms import takes_known_names

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from logratio._rust import ROLES, Census, Store
-from logratio.data.formats import FormatSettings
+from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs, as_inputs
 from logratio.data.store.build import build_store
 from logratio.data.store.load import datasets_of, is_store, load_store, rules_of, source_names
@@ -24,10 +24,7 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.progress import reading_progress
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import tensor_shapes
-from logratio.training.models import (
-    base_folder,
-    quietly,
-)
+from logratio.training.models import base_folder, quietly
 
 STORE_FILE = "train.store"
 """A run's tokenized data, in its output folder while it is made."""

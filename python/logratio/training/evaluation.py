@@ -18,10 +18,9 @@ from logratio.errors import ConfigError
 from logratio.forecast import Forecast
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
-from logratio.logps.completion import score, transformer
-from logratio.logps.splitting import batch_of, limits_of
+from logratio.logps.completion import batch_of, limits_of, score, transformer
 from logratio.progress import Advance, progress, say
-from logratio.training import memory, template_date
+from logratio.training import memory, run_folder
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.dataset import (
     Dataset,
@@ -237,7 +236,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         replace(config.formats, kinds=("pair",)),
         max_bad_fraction=config.max_bad_fraction,
         show_progress=show_progress,
-        recorded_date=lambda: template_date.of_policy(config.policy),
+        recorded_date=lambda: run_folder.date_of_policy(config.policy),
     )
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)

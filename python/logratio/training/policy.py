@@ -9,17 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from logratio.errors import ConfigError
 from logratio.training.bfloat16 import with_low_adapters
-from logratio.training.config import (
-    LoraSettings,
-    TrainConfig,
-)
-from logratio.training.models import (
-    ADAPTER_CONFIG,
-    load_model,
-    merged,
-    precision_of,
-    quietly,
-)
+from logratio.training.config import LoraSettings, TrainConfig
+from logratio.training.models import ADAPTER_CONFIG, load_model, merged, precision_of, quietly
 
 
 def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Module:

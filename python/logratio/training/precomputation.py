@@ -17,7 +17,7 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, duration, size
 from logratio.progress import progress, say
-from logratio.training import memory, template_date, torch_settings
+from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import PrecomputeConfig
 from logratio.training.dataset import Dataset, load_dataset
@@ -201,7 +201,7 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
 
 def _date_of_cache(config: PrecomputeConfig) -> str | None:
     fingerprint = model_fingerprint(config.model, precision_of(config), config.quantization)
-    return template_date.of_cache(entries_of(config.sums_only).folder(config.cache, fingerprint))
+    return run_folder.date_of_cache(entries_of(config.sums_only).folder(config.cache, fingerprint))
 
 
 def check_config(config: PrecomputeConfig, share: Share) -> None:
@@ -320,7 +320,7 @@ class Precompute:
         check_writable(self.folder, self.forecast.disk_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_fingerprint(self.folder, self.fingerprint)
-        template_date.record(self.folder, template_date.of_store(self.store))
+        run_folder.record_date(self.folder, run_folder.date_of_store(self.store))
         written = 0
         with (
             exact_products(),

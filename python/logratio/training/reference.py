@@ -21,7 +21,7 @@ from logratio.data.store.load import source_names
 from logratio.errors import LogratioError
 from logratio.logps.batch import Batch, Layout, TargetTokens, onto
 from logratio.logps.completion import score
-from logratio.training import template_date
+from logratio.training import run_folder
 from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import (
     COMPUTE_DTYPE,
@@ -29,10 +29,7 @@ from logratio.training.fingerprint import (
     model_fingerprint,
     stored_fingerprint,
 )
-from logratio.training.models import (
-    load_model,
-    precision_of,
-)
+from logratio.training.models import load_model, precision_of
 from logratio.training.validation import reference_kind
 
 
@@ -283,7 +280,7 @@ def _found(rows: np.ndarray, store: Store, folder: Path) -> np.ndarray:
         raise StaleCacheError(
             f"{folder}: {missing:,} of {len(rows):,} completions are not in the cache; run "
             "`logratio precompute` with the same --model, --data and limits, or give --precompute, "
-            f"to add them{template_date.miss(folder, template_date.of_store(store))}"
+            f"to add them{run_folder.date_miss(folder, run_folder.date_of_store(store))}"
         )
     return rows
 

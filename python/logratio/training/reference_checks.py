@@ -18,10 +18,7 @@ from logratio.logps.completion import score, transformer
 from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import Fingerprint, model_fingerprint, versions
 from logratio.training.losses import PAIR_LOSSES, Objective
-from logratio.training.models import (
-    autocast,
-    precision_of,
-)
+from logratio.training.models import autocast, precision_of
 from logratio.training.reference import (
     AdapterReference,
     CachedReference,

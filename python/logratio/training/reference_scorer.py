@@ -13,8 +13,7 @@ import torch
 
 from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.cache.identity import FINGERPRINT_FILE, record_conditions
-from logratio.data.feed import lay_out
-from logratio.data.prefetch import ahead
+from logratio.data.feed import ahead, lay_out
 from logratio.data.store.load import source_names
 from logratio.durable import write_whole
 from logratio.logps.batch import Layout, buffers_for, shape_for, to_torch

@@ -29,14 +29,12 @@ from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
 from logratio.logps.completion import completion_logps, completion_loss, transformer
 from logratio.logps.head_loss import unit
 from logratio.progress import Advance, progress, say
-from logratio.training import checkpoint, template_date, torch_settings
+from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import Kept, keeping, settle
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
-from logratio.training.dataset import (
-    load_training_data,
-)
+from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import averages, learning_rate, make_objective
 from logratio.training.memory import training_forecast
@@ -193,7 +191,9 @@ class DPOTrainer:
         ask_for_expandable_segments(config.device)
         check_config(config)
         if config.rules.date is None:
-            config = replace(config, rules=replace(config.rules, date=template_date.of_run(config)))
+            config = replace(
+                config, rules=replace(config.rules, date=run_folder.date_of_run(config))
+            )
         self.show_progress, self.dry_run = show_progress, dry_run
         self.device = default_device(config.device)
         with ExitStack() as held:
@@ -578,7 +578,7 @@ def _date_of_cache(config: TrainConfig) -> str | None:
         return None
     reference = model_fingerprint(config.reference or config.model, precision_of(config))
     folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
-    return max(filter(None, map(template_date.of_cache, folders)), default=None)
+    return max(filter(None, map(run_folder.date_of_cache, folders)), default=None)
 
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ import pytest
 from piped import piped
 
 from logratio.cli.app import main, spread
-from logratio.data.store import ingest, resume
+from logratio.data.store import build, ingest
 from logratio.data.store.ingest import Intake
 
 Run = Callable[..., tuple[int, str]]
@@ -87,7 +87,7 @@ def test_ctrl_c_in_build_tells_what_is_kept(
     assert code == 130
     assert "nothing was saved yet" in err
     monkeypatch.undo()
-    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(build, "EVERY", 0.0)
     monkeypatch.setattr(ingest, "BATCH_ROWS", 4)
     monkeypatch.setattr(Intake, "close", interrupted)
     code, err = run(*command)

@@ -16,12 +16,7 @@ from conftest import Run
 from piped import piped
 from tokenizers_for_tests import CHATML, byte_level, save, with_bos, word_level
 
-from logratio.data import (
-    BadDataError,
-    PreferenceTokenizer,
-    TokenizationRules,
-    build_store,
-)
+from logratio.data import BadDataError, PreferenceTokenizer, TokenizationRules, build_store
 from logratio.data.readers import open_inputs
 from logratio.data.records import stops
 from logratio.data.store import build

@@ -21,8 +21,7 @@ from worker_dataset import FedDataset
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import Feed, FeedSettings, FeedStateError, MicroBatch
-from logratio.data.feed import lay_out
-from logratio.data.prefetch import ahead
+from logratio.data.feed import ahead, lay_out
 
 SETTINGS = FeedSettings(groups_per_update=8, token_budget=60, seed=3)
 

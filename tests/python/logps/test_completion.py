@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
 from logratio.data.feed import lay_out
-from logratio.logps import splitting
+from logratio.logps import completion
 from logratio.logps.attention import SharedPromptError, shared_prompts
 from logratio.logps.batch import Batch, Shape, SharedBatch, to_torch
 from logratio.logps.checks import UnsupportedModelError, batch_of, check_head, choose_layout
@@ -167,7 +167,7 @@ def test_a_row_that_is_filled_up_changes_no_number(
     model, groups, found = tiny(FAMILIES[family]()), token_groups(), []
     for step in (1, 128):
         monkeypatch.setattr(
-            splitting, "shape_for", lambda *_, n=step: Shape(fields=None, multiple_of=n)
+            completion, "shape_for", lambda *_, n=step: Shape(fields=None, multiple_of=n)
         )
         batch = batch_of(groups, "shared")
         assert isinstance(batch, SharedBatch)

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from logratio.logps.checks import UnsupportedModelError, _crosstalk, batch_of, choose_layout
-from logratio.logps.completion import score
-from logratio.logps.splitting import with_fresh_rope
+from logratio.logps.completion import score, with_fresh_rope
 from logratio.training.config import Precision
 from logratio.training.models import (
     ModelFolderError,

@@ -16,8 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from logratio.errors import ConfigError
 from logratio.logps.checks import choose_layout
-from logratio.logps.completion import completion_loss, score
-from logratio.logps.splitting import apart, batch_of, groups_of, limits_of
+from logratio.logps.completion import apart, batch_of, completion_loss, groups_of, limits_of, score
 from logratio.training import EvaluateConfig
 from logratio.training.evaluation import prepare
 

@@ -18,7 +18,8 @@ from logratio.data import (
     build_store,
     load_store,
 )
-from logratio.data.store import ingest, resume
+from logratio.data.store import build as resume
+from logratio.data.store import ingest
 from logratio.errors import ConfigError
 from logratio.export.export import ExportConfig, make_plan
 from logratio.training import EvaluateConfig, PrecomputeConfig, TrainConfig, precompute, train

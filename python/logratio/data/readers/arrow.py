@@ -7,7 +7,7 @@ from shutil import copyfileobj
 from tempfile import TemporaryFile
 from typing import Any
 
-from logratio.data.readers.byte_streams import BLOCK
+from logratio.data.readers.rows import BLOCK
 from logratio.data.readers.tables import BATCH_ROWS, FileTable, OpenTable, check_tail
 from logratio.data.records import InvalidRecordError
 

@@ -18,11 +18,10 @@ from logratio.data.readers.arrow import (
     ArrowStreamRows,
     ParquetRows,
 )
-from logratio.data.readers.byte_streams import ByteSource
 from logratio.data.readers.csv import CsvRecords, delimiter_of
 from logratio.data.readers.derived_rows import GroupedRows, MappedRows, RowFunction
 from logratio.data.readers.json import HOLDS_ROWS, JsonArray, JsonLines
-from logratio.data.readers.rows import MAX_RECORD_BYTES, SPACE, Rows, TextRows
+from logratio.data.readers.rows import MAX_RECORD_BYTES, SPACE, ByteSource, Rows, TextRows
 from logratio.data.readers.tables import DatasetRows, StreamRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.errors import InputError, IsFolderError, SettingTypeError

@@ -7,8 +7,7 @@ from dataclasses import replace
 from io import BufferedReader
 from typing import Any
 
-from logratio.data.readers.byte_streams import HEAD
-from logratio.data.readers.rows import OTHER_ENCODING, SPACE, Row, TextRows
+from logratio.data.readers.rows import HEAD, OTHER_ENCODING, SPACE, Row, TextRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -1,11 +1,284 @@
-"""What every container of rows can do."""
+"""Bytes to rows: decompressed (gzip, zstd), decoded, and what every reader of rows can do."""
 
+import codecs
+import errno
+import gzip
+import io
+import sys
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
 
-from logratio.data.readers.byte_streams import ByteSource
+from logratio.data.readers.arrow_library import arrow, is_damage
 from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.errors import InputError, MissingInputError, fetching_advice
+
+GZIP, ZSTD = "gzip", "zstd"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_BLOCK = 1 << 16
+_CUT = "the file ends inside its compressed data"
+
+
+def packing(first: bytes) -> str:
+    """Tell by the first four bytes how something is packed; "": not at all."""
+    if first.startswith(b"\x1f\x8b"):
+        return GZIP
+    is_skippable = len(first) == 4 and first[1:] == b"\x2a\x4d\x18" and first[0] >> 4 == 5
+    return ZSTD if first == _ZSTD_MAGIC or is_skippable else ""
+
+
+def unpacked(packed: io.RawIOBase, kind: str) -> io.RawIOBase:
+    """Return a raw stream of what is packed; its reads raise InvalidRecordError (E102, E108)."""
+    if kind == GZIP:
+        return _Gzip(packed)
+    return _Zstd(packed) if kind == ZSTD else packed
+
+
+def transcoded(stream: io.RawIOBase, encoding: str) -> io.RawIOBase:
+    """Return a raw stream of UTF-8, of text in another encoding.
+
+    Bytes that are invalid in that encoding become a byte that is invalid in UTF-8, so that only
+    the record with them is refused.
+    """
+    return _Transcoded(stream, encoding)
+
+
+class _Transcoded(io.RawIOBase):
+    def __init__(self, stream: io.RawIOBase, encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)(_NO_TEXT)
+        self._ready = b""
+        self._is_at_end = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready and not self._is_at_end:
+            content = self._stream.read(_BLOCK)
+            self._is_at_end = not content
+            text = self._decoder.decode(content or b"", final=self._is_at_end)
+            self._ready = text.encode("utf-8", "surrogateescape")
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _no_text(error: UnicodeError) -> tuple[str, int]:
+    """Put what `surrogateescape` writes as the byte 0x80 in the place of bytes that are no text."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
+
+
+_NO_TEXT = "logratio-no-text"
+codecs.register_error(_NO_TEXT, _no_text)
+
+
+class _Gzip(io.RawIOBase):
+    def __init__(self, packed: io.RawIOBase) -> None:
+        self._packed = packed
+        self._file = gzip.GzipFile(fileobj=cast(BinaryIO, io.BufferedReader(packed, 1 << 17)))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            return self._file.readinto(buffer)
+        except EOFError:
+            raise InvalidRecordError("E102", _CUT) from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise InvalidRecordError("E108", f"the gzip data is damaged: {error}") from None
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
+
+
+class _Zstd(io.RawIOBase):
+    def __init__(self, packed: io.RawIOBase) -> None:
+        library = arrow("zstd")
+        self._packed = packed
+        self._file = library.CompressedInputStream(library.PythonFile(packed, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            return int(self._file.readinto(buffer))
+        except OSError as error:
+            if not is_damage(error):
+                raise
+            if "Truncated" in str(error):
+                raise InvalidRecordError("E102", _CUT) from None
+            reason = str(error).removeprefix("ZSTD decompress failed: ")
+            raise InvalidRecordError("E108", f"the zstd data is damaged: {reason}") from None
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
+
+
+BLOCK = 1 << 17
+HEAD = 1 << 12
+"""Unpacked bytes by which a container is recognised."""
+
+
+class ByteSource:
+    """The bytes of one file, or of stdin.
+
+    Attributes:
+        name: What errors call it.
+        path: The file; None for what can be read only once.
+        size: Bytes on disk; None if not known.
+        packing: "", "gzip" or "zstd".
+        head: The first unpacked bytes.
+
+    Raises:
+        OSError: It cannot be read.
+        MissingArrowError: It is zstd, and pyarrow is not installed.
+    """
+
+    def __init__(
+        self, name: str, path: Path | None, size: int | None, packed: io.RawIOBase
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.size = size
+        self._packed = _Replay(b"", packed)
+        first, _ = _take(self._packed, 4)
+        self.packing = packing(first)
+        stream = unpacked(_Replay(first, self._packed), self.packing)
+        self.head, fault = _take(stream, HEAD)
+        self._encoding: str | None = None
+        self._once: io.RawIOBase | None = None
+        if path is None:
+            self._once = _Replay(self.head, stream, fault)
+        else:
+            packed.close()
+
+    @classmethod
+    def of_file(cls, path: Path) -> "ByteSource":
+        """Look into a file; a named pipe is read as stdin is."""
+        try:
+            file = path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise MissingInputError(
+                f"{path}: no such file or folder{fetching_advice(path, 'dataset')}"
+            ) from error
+        if not path.is_file():
+            return cls(path.as_posix(), None, None, file)
+        return cls(path.as_posix(), path, path.stat().st_size, file)
+
+    @classmethod
+    def of_stdin(cls) -> "ByteSource":
+        """Look into stdin, without seeking."""
+        return cls("stdin", None, None, cast(io.RawIOBase, sys.stdin.buffer))
+
+    @property
+    def position(self) -> int:
+        """Packed bytes read so far."""
+        return self._packed.position
+
+    def open(self, offset: int = 0) -> BufferedReader:
+        """Open the unpacked bytes behind the first `offset`: by seeking where that is possible.
+
+        Raises:
+            OSError: It cannot be read; stdin cannot be read a second time.
+            InvalidRecordError: It is damaged before the offset (E102, E108).
+        """
+        if self.path is None:
+            stream, self._once = self._once, None
+            if stream is None:
+                raise InputError(errno.EINVAL, "Can be read only once", self.name)
+        else:
+            file = self.path.open("rb", buffering=0)
+            if not (self.packing or self._encoding) and file.seekable():
+                file.seek(offset)
+                self._packed, offset = _Replay(b"", file, None, offset), 0
+            else:
+                self._packed = _Replay(b"", file)
+            stream = unpacked(self._packed, self.packing)
+            if self._encoding:
+                stream = transcoded(stream, self._encoding)
+        reader: BufferedReader = io.BufferedReader(stream, BLOCK)
+        while offset > 0 and (skipped := len(reader.read(min(offset, BLOCK)))):
+            offset -= skipped
+        return reader
+
+    def read_as(self, encoding: str) -> None:
+        """Take the unpacked bytes for text in `encoding`: from now on they are read as UTF-8."""
+        self._encoding = encoding
+        if self._once is not None:
+            text = transcoded(self._once, encoding)
+            self.head, fault = _take(text, HEAD)
+            self._once = _Replay(self.head, text, fault)
+            return
+        with self.open() as content:
+            self.head, _ = _take(content, HEAD)
+
+    def close(self, *, is_done: bool) -> None:
+        """Close the file; `is_done`: nothing behind this is wanted."""
+        if is_done and self.size is not None:
+            self._packed.position = self.size
+        self._packed.close()
+
+
+class _Replay(io.RawIOBase):
+    """Bytes that were read already, then the rest of the stream they came from."""
+
+    def __init__(
+        self,
+        head: bytes,
+        rest: io.RawIOBase,
+        fault: InvalidRecordError | None = None,
+        position: int = 0,
+    ) -> None:
+        self._head = head
+        self._rest = rest
+        self._fault = fault
+        self.position = position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self._head:
+            count = min(len(buffer), len(self._head))
+            buffer[:count], self._head = self._head[:count], self._head[count:]
+        elif self._fault:
+            raise self._fault
+        else:
+            count = self._rest.readinto(buffer) or 0
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        if cast(object, self._rest) is not sys.stdin.buffer:
+            self._rest.close()
+        super().close()
+
+
+def _take(
+    stream: io.RawIOBase | BufferedReader, count: int
+) -> tuple[bytes, InvalidRecordError | None]:
+    """Read so many bytes, or fewer at the end or where a fault stands."""
+    taken = b""
+    try:
+        while len(taken) < count and (more := stream.read(count - len(taken))):
+            taken += more
+    except InvalidRecordError as error:
+        return taken, error
+    return taken, None
+
 
 MAX_RECORD_BYTES = 64 << 20
 """A longer line or record is refused (E107): that is no record, it is a file without line ends."""

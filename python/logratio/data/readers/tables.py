@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, BinaryIO
 
 from logratio.data.readers.arrow_library import arrow, is_damage
-from logratio.data.readers.byte_streams import ByteSource
-from logratio.data.readers.rows import NO_ROW, Row
+from logratio.data.readers.rows import NO_ROW, ByteSource, Row
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.errors import SettingTypeError
 

@@ -15,8 +15,8 @@ from logratio.data.readers import derived_rows, open_inputs
 from logratio.data.readers.derived_rows import RowFunction
 from logratio.data.readers.inputs import Reading
 from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.data.store import build
 from logratio.data.store import ingest as intake_module
-from logratio.data.store import resume
 
 Row = dict[str, Any]
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -128,7 +128,7 @@ RATINGS = [
 def test_helpsteer2_ratings_become_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PreferenceTokenizer.load(save(tmp_path / "words", with_bos(word_level())))
     path = write(tmp_path / "train.jsonl", RATINGS)
-    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(build, "EVERY", 0.0)
     monkeypatch.setattr(intake_module, "BATCH_ROWS", 1)
     formats = FormatSettings(group_by="prompt", score="helpfulness")
     store, report = build_store(path, tokenizer, tmp_path / "s.store", formats=formats, resume=True)

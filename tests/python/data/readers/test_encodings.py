@@ -16,8 +16,8 @@ from logratio.data.readers import open_inputs
 from logratio.data.readers.derived_rows import RowFunction
 from logratio.data.readers.inputs import Reading
 from logratio.data.records import Refusal
+from logratio.data.store import build
 from logratio.data.store import ingest as intake_module
-from logratio.data.store import resume
 from logratio.errors import ConfigError, SettingTypeError
 
 ROW = {"prompt": "the naïve café — €5", "chosen": "“yes”", "rejected": "no…"}
@@ -164,7 +164,7 @@ def test_every_row_is_accounted_for(
     formats = FormatSettings(rows=shop_row)
     with pytest.raises(BadDataError, match=r"rows.jsonl:4 \[E217\].*KeyError: 'nothing here'"):
         build_store(path, tokenizer, formats=formats)
-    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(build, "EVERY", 0.0)
     monkeypatch.setattr(intake_module, "BATCH_ROWS", 1)
     store, report = build_store(
         path, tokenizer, tmp_path / "s.store", formats=formats, max_bad_fraction=0.5, resume=True

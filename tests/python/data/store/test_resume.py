@@ -16,7 +16,7 @@ import pytest
 from tokenizers_for_tests import byte_level, save, word_level
 
 from logratio.data import DataReport, PreferenceTokenizer, build_store, load_store
-from logratio.data.store import resume
+from logratio.data.store import build
 
 WORDS = ["cat", "dog", "mat", "house", "thing", "yes", "no", "good", "bad", "great"]
 
@@ -103,7 +103,7 @@ def interrupted(
     refused: Path | None = None,
 ) -> None:
     """Leave a checkpoint behind, as a killed process would."""
-    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(build, "EVERY", 0.0)
 
     def fail(rows: int, *_: int) -> None:
         if rows > 2000:

@@ -17,8 +17,7 @@ from logratio.logps.attention import shared_prompts, tree
 from logratio.logps.attention.tree import CALL, COPY, cut, gather
 from logratio.logps.batch import Part, TreeBatch
 from logratio.logps.checks import check_tree
-from logratio.logps.completion import completion_loss, score
-from logratio.logps.splitting import batch_of, groups_of, limits_of
+from logratio.logps.completion import batch_of, completion_loss, groups_of, limits_of, score
 from logratio.training.memory import GroupQueue
 
 
