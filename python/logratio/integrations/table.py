@@ -15,9 +15,9 @@ from logratio.cache.cache import NoReferenceError, ReferenceCache
 from logratio.cache.logps import open_reader
 from logratio.data.readers.arrow_library import arrow
 from logratio.data.readers.inputs import Inputs, as_inputs
-from logratio.data.store.arrays import PAIR
 from logratio.data.store.build import build_store
 from logratio.data.store.load import is_store
+from logratio.data.tokenization.groups import PAIR
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.durable import published
 from logratio.errors import LogratioError

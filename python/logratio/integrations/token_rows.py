@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import Store, StoreWriter
-from logratio.data.store.arrays import PAIR, GroupArrays
+from logratio.data.tokenization.groups import PAIR, GroupArrays
 from logratio.errors import LogratioError
 
 FED = {"input_ids", "attention_mask", "completion_mask"}

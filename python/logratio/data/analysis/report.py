@@ -43,8 +43,6 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
 
-if TYPE_CHECKING:
-    pass
     from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 
 NOTABLE_SIMILAR = 0.01

@@ -19,7 +19,7 @@ from logratio.data.formats.decoder import Decoder
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs, Opened, open_inputs
 from logratio.data.records import CODES, Refusal, Source
-from logratio.data.store.arrays import NAMES
+from logratio.data.store.id_columns import NAMES
 from logratio.data.store.ingest import Intake
 from logratio.data.store.row_report import BadDataError, DataReport, Ledger, write_refusal
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer

@@ -22,10 +22,10 @@ from logratio.data.records import (
     Refusal,
     Source,
 )
-from logratio.data.store.arrays import FORMAT as IDS_FORMAT
-from logratio.data.store.arrays import NAMES, PAIR, GroupArrays, parts, row_group
+from logratio.data.store.id_columns import FORMAT as IDS_FORMAT
+from logratio.data.store.id_columns import NAMES, parts, row_group
 from logratio.data.store.row_report import DataReport, Ledger, Written
-from logratio.data.tokenization.groups import TokenizedGroup
+from logratio.data.tokenization.groups import PAIR, GroupArrays, TokenizedGroup
 from logratio.data.tokenization.tokenizer import NO_TEMPLATE, PreferenceTokenizer
 
 if TYPE_CHECKING:

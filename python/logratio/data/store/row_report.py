@@ -14,8 +14,7 @@ from logratio._rust import StoreWriter
 from logratio.data.formats.catalogue import INSPECT, KNOWN_SHAPES
 from logratio.data.readers.rows import Row
 from logratio.data.records import CODES, Cut, Omitted, Refusal, Source, stops
-from logratio.data.store.arrays import CONFLICT, DUPLICATE, GroupArrays
-from logratio.data.tokenization.groups import TokenizedGroup
+from logratio.data.tokenization.groups import CONFLICT, DUPLICATE, GroupArrays, TokenizedGroup
 from logratio.errors import LogratioError
 
 LISTED = 20

@@ -22,7 +22,7 @@ from logratio.data import (
     TokenizedGroup,
     build_store,
 )
-from logratio.data.store.arrays import NAMES
+from logratio.data.store.id_columns import NAMES
 
 RULES = TokenizationRules(max_length=12, max_prompt_length=6, prompt_truncation="keep_end")
 
