@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from logratio._rust import Store
 from logratio.data.analysis.label_noise import FlipEstimate, estimate_flips, votes_of
@@ -42,8 +42,6 @@ from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
-
-    from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 
 NOTABLE_SIMILAR = 0.01
 """There is a warning where this share of the groups resembles an earlier one."""
