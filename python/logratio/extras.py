@@ -5,7 +5,7 @@ from types import ModuleType
 
 from logratio.errors import LogratioError
 
-ALONE = {"quantized", "ray", "trl"}
+ALONE = {"plots", "quantized", "ray", "trl"}
 """Extras without a `-cpu` twin: they run no graph."""
 
 

@@ -145,8 +145,8 @@ def report(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw lengths, length bias and padding: .svg, or .png with matplotlib.",
-                     rich_help_panel=_OUTPUT),
+        typer.Option(help="Draw lengths, length bias and padding there: .svg, .png or .pdf. Needs "
+                     "matplotlib, from the extra plots.", rich_help_panel=_OUTPUT),
     ] = None,
     refused: Annotated[
         Path | None,
@@ -167,10 +167,12 @@ def report(
     rejected and what “the longer wins” would reach; a label-noise estimate; what padding would
     cost. Malformed rows are counted and do not stop it, as they would stop `train`.
     """
+    from logratio.data.analysis.plots import check_picture
     from logratio.data.analysis.report import analyse_store
     from logratio.data.store.load import is_store
 
-    _check_picture(picture)
+    if picture:
+        check_picture(picture)
     for path in filter(None, (json_file, picture)):
         check_writable(path.parent)
     threshold = near_duplicates or None
@@ -217,16 +219,6 @@ def _analysed(
             refused=refused,
         )
         return analyse(store, account, tokenizer=reader, threshold=threshold)
-
-
-def _check_picture(picture: Path | None) -> None:
-    """Refuse a picture of another kind before anything long."""
-    if picture and picture.suffix not in (".svg", ".png"):
-        raise RequestError(f"{picture}: a picture is .svg or .png")
-    if picture and picture.suffix == ".png":
-        from logratio.extras import require
-
-        require("matplotlib.figure", "demo")
 
 
 def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) -> None:

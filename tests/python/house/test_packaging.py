@@ -183,8 +183,9 @@ def requirements() -> list[tuple[str, Requirement]]:
     project = manifest("pyproject.toml")["project"]
     groups = manifest("pyproject.toml")["dependency-groups"]
     apart = extras()["quantized"]
-    alone = [*chain(*(extras()[name] for name in sorted(ALONE - {"quantized"})))]
-    served = [*chain(*(needs for name, needs in extras().items() if name not in ALONE))]
+    tested = ALONE - {"plots", "quantized"}
+    alone = [*chain(*(extras()[name] for name in sorted(tested)))]
+    served = [*chain(*(extras()[name] for name in extras() if name == "plots" or name not in ALONE))]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/server.txt": groups["server"],

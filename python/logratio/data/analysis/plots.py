@@ -1,114 +1,114 @@
-"""The data report as a picture, by matplotlib."""
+"""The data report as a picture, drawn by matplotlib: lengths, their difference, tokens computed.
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+matplotlib comes with an extra and is imported only when a picture is asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from logratio.data.analysis.length_bias import LengthBias
+from logratio.data.analysis.report import Analysis
 from logratio.data.analysis.statistics import Distribution, Histogram, binned, histogram, written
 from logratio.data.analysis.token_use import BATCH, Padding
-
-if TYPE_CHECKING:
-    from logratio.data.analysis.report import Analysis
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from logratio.data.analysis.svg import short
+from logratio.durable import published
+from logratio.errors import ConfigError
+from logratio.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from typing import TYPE_CHECKING
+    from matplotlib.figure import Figure
 
-from logratio.data.analysis.svg import svg
-from logratio.errors import ConfigError
+    Panel = Callable[[Axes], None]
 
-if TYPE_CHECKING:
-    from logratio.data.analysis.report import Analysis
+SUFFIXES = (".svg", ".png", ".pdf")
+"""The kinds of pictures."""
 
+# Colours that colour-blind readers can distinguish (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY, SKY = "#0072b2", "#d55e00", "#009e73", "#999999", "#56b4e9"
-"""Colours that colour-blind readers tell apart (Okabe and Ito)."""
+_COLOURS = {"chosen": BLUE, "rejected": ORANGE, "completion": BLUE, "prompt": GREY, "group": GREY}
 
 _BINS = 40
+_STEPS = [1, 2, 5, 10]  # of ticks, times a power of ten
+_GAP = 2  # bins between the histogram and the bar that counts what lies outside of it
+
+# "default" replaces the settings of the user's matplotlibrc. Text in an SVG stays text, and the ids
+# of its elements do not depend on the run.
+_STYLE: list[Any] = [
+    "default",
+    {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "logratio", "pdf.fonttype": 42},
+]
+_NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One histogram of a panel."""
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn; call it before the data is read.
 
-    label: str
-    colour: str
-    bins: Histogram
-
-
-@dataclass(frozen=True, slots=True)
-class HistogramPanel:
-    """Histograms over one axis.
-
-    Attributes:
-        title: What is counted.
-        x_label: With its unit.
-        y_label: What there is one count for.
-        series: One or two, over the same bins.
-        notes: Lines of numbers that stand in the panel.
-        zero: Whether to mark 0.
+    Raises:
+        ConfigError: the suffix is not one of `SUFFIXES`.
+        MissingExtraError: matplotlib is not installed.
     """
-
-    title: str
-    x_label: str
-    y_label: str
-    series: tuple[Series, ...]
-    notes: tuple[str, ...] = ()
-    zero: bool = False
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: a picture is {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    require("matplotlib.figure", "plots")
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """One bar of parts, end to end."""
+def draw(analysis: Analysis, path: Path) -> None:
+    """Write the picture; the same data and matplotlib give the same bytes.
 
-    label: str
-    parts: tuple[int, ...]
-    note: str
+    Args:
+        analysis: of at least one group.
+        path: its suffix, one of `SUFFIXES`, is the kind of the picture.
 
-
-@dataclass(frozen=True, slots=True)
-class StackPanel:
-    """Bars of parts.
-
-    Attributes:
-        title: What is counted.
-        x_label: With its unit.
-        parts: Name and colour of each part.
-        stacks: The bars, from above.
+    Raises:
+        ConfigError: the suffix is another, or there is no group.
+        MissingExtraError: matplotlib is not installed.
+        OSError: the file cannot be written.
     """
+    check_picture(path)
+    from matplotlib import style
 
-    title: str
-    x_label: str
-    parts: tuple[tuple[str, str], ...]
-    stacks: tuple[Stack, ...]
-
-
-Panel = HistogramPanel | StackPanel
-
-
-def panels(analysis: "Analysis") -> list[Panel]:
-    """Choose the panels: lengths, their difference, what is computed."""
-    lengths = analysis.lengths
-    shown: list[Panel] = [
-        _lengths("Prompt", "groups", (("prompt", GREY, lengths["prompt"]),)),
-        _answers(analysis),
-        _lengths(
-            "Group: prompt once, all completions", "groups", (("group", GREY, lengths["group"]),)
-        ),
-    ]
-    if analysis.bias is not None and analysis.bias.difference is not None:
-        shown.append(_difference(analysis.bias, analysis.bias.difference))
-    if analysis.padding is not None:
-        shown.append(_computing(analysis.padding))
-    return shown
+    metadata = {"Title": _title(analysis), **_NO_DATE[path.suffix]}
+    drawn = figure(analysis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with style.context(_STYLE), published(path) as partial_file:
+        drawn.savefig(partial_file, format=path.suffix[1:], dpi=150, metadata=metadata)
 
 
-def caption(analysis: "Analysis") -> str:
-    """Say in a line what the picture is of."""
+def figure(analysis: Analysis) -> "Figure":
+    """Return the picture as a figure: histograms, two a row, and the tokens computed below.
+
+    Raises:
+        ConfigError: there is no group to draw.
+    """
+    if analysis.padding is None:
+        raise ConfigError("there is no group to draw")
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    panels = [*_histograms(analysis), partial(_draw_computed, found=analysis.padding)]
+    last = len(panels) - 1
+    # A panel without a neighbour fills its row.
+    places = [[at, min(at + 1, last - 1)] for at in range(0, last, 2)] + [[last, last]]
+    with style.context(_STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
+        drawn = Figure(figsize=(10, 3 * len(places) + 0.7), layout=layout)
+        drawn.suptitle(f"{_title(analysis)}\n{_caption(analysis)}", fontsize=11)
+        axes: Mapping[int, Axes] = drawn.subplot_mosaic(places)  # type: ignore[arg-type]
+        for number, panel in enumerate(panels):
+            panel(axes[number])
+    return drawn
+
+
+def _title(analysis: Analysis) -> str:
+    return f"{analysis.groups:,} preference {'pairs' if analysis.are_pairs else 'groups'}"
+
+
+def _caption(analysis: Analysis) -> str:
     account = analysis.account
     return (
         f"{account.read:,} rows read = {account.kept:,} kept + {account.refused:,} refused + "
@@ -116,148 +116,145 @@ def caption(analysis: "Analysis") -> str:
     )
 
 
-def _lengths(
-    title: str, what: str, kinds: tuple[tuple[str, str, Distribution], ...]
-) -> HistogramPanel:
-    """Draw distributions over common bins."""
-    joined = kinds[0][2]
-    for _, _, numbers in kinds[1:]:
-        joined = joined.joined(numbers)
-    bins = histogram(joined, _BINS)
-    series = tuple(
-        Series(name, colour, binned(numbers, bins.start, bins.width, len(bins.counts)))
-        for name, colour, numbers in kinds
-    )
-    notes = tuple(
-        f"{name}: median {numbers.median:,.1f}, mean {numbers.mean:,.1f}"
-        for name, _, numbers in kinds
-    )
-    return HistogramPanel(title, "tokens", what, series, notes)
+def _histograms(analysis: Analysis) -> "list[Panel]":
+    lengths, bias = analysis.lengths, analysis.bias
+
+    def of(title: str, counted: str, *names: str) -> "Panel":
+        named = {name: lengths[name] for name in names}
+        return partial(_draw_lengths, title=title, counted=counted, lengths=named)
+
+    shown = [
+        of("Prompt", "groups", "prompt"),
+        of("Completion", "completions", "completion")
+        if bias is None
+        else of("Chosen and rejected", "completions", "chosen", "rejected"),
+        of("Group: prompt once, all completions", "groups", "group"),
+    ]
+    if bias is not None and bias.difference is not None:
+        shown.append(partial(_draw_difference, bias=bias, difference=bias.difference))
+    return shown
 
 
-def _answers(analysis: "Analysis") -> HistogramPanel:
-    lengths = analysis.lengths
-    if analysis.bias is None:
-        kinds: tuple[tuple[str, str, Distribution], ...] = (
-            ("completion", BLUE, lengths["completion"]),
-        )
-        return _lengths("Completion", "completions", kinds)
-    kinds = (
-        ("chosen", BLUE, lengths["chosen"]),
-        ("rejected", ORANGE, lengths["rejected"]),
-    )
-    return _lengths("Chosen and rejected", "completions", kinds)
+def _draw_lengths(
+    axes: "Axes", title: str, counted: str, lengths: Mapping[str, Distribution]
+) -> None:
+    """Draw one or two distributions over the same bins."""
+    bins = histogram(reduce(Distribution.joined, lengths.values()), _BINS)
+    opacity = 0.85 if len(lengths) == 1 else 0.5
+    for name, numbers in lengths.items():
+        own = binned(numbers, bins.start, bins.width, len(bins.counts))
+        label = f"{name}: median {numbers.median:,.1f}, mean {numbers.mean:,.1f}"
+        _draw_bins(axes, own, label, color=_COLOURS[name], alpha=opacity)
+    _name_ends(axes, bins)
+    _name_axes(axes, "tokens", counted)
+    _head(axes, title)
 
 
-def _difference(bias: LengthBias, difference: Distribution) -> HistogramPanel:
+def _draw_difference(axes: "Axes", bias: LengthBias, difference: Distribution) -> None:
+    """Draw chosen − rejected with both effect sizes and their intervals."""
     low, high = (written(end, 2) for end in bias.effect_interval)
     least, most = bias.superiority_interval
-    notes = (
-        f"Cohen's d = {written(bias.effect, 2)} (95 %: {low} … {high})"
+    effect = (
+        f"Cohen's d_z = {written(bias.effect, 2)} (95 %: {low} … {high})"
         if bias.varies
-        else "Cohen's d is not defined: the lengths do not vary",
-        f"P(chosen longer) = {bias.superiority:.3f} (95 %: {least:.3f} … {most:.3f})",
+        else "Cohen's d_z is not defined: the lengths do not vary"
     )
-    series = (Series("difference", GREEN, histogram(difference, _BINS)),)
-    title = "Chosen − rejected, pair by pair"
-    return HistogramPanel(title, "tokens", "pairs", series, notes, zero=True)
+    longer = f"P(chosen longer) = {bias.superiority:.3f} (95 %: {least:.3f} … {most:.3f})"
+    bins = histogram(difference, _BINS)
+    _draw_bins(axes, bins, f"{effect}\n{longer}", color=GREEN, alpha=0.85)
+    axes.axvline(0, color="black", linestyle="--", linewidth=0.8)
+    _name_ends(axes, bins)
+    _name_axes(axes, "tokens", "pairs")
+    _head(axes, "Chosen − rejected, pair by pair")
 
 
-def _computing(found: Padding) -> StackPanel:
+def _draw_bins(axes: "Axes", bins: Histogram, label: str, **look: Any) -> None:
+    """Draw the bins, and one bar at each end for all that lies further out."""
+    counts, edges = list(bins.counts), bins.edges
+    if bins.below:
+        last = bins.start - _GAP * bins.width
+        counts, edges = [bins.below, 0, *counts], [last - bins.width, last, *edges]
+    if bins.beyond:
+        first = bins.end + _GAP * bins.width
+        counts, edges = [*counts, 0, bins.beyond], [*edges, first, first + bins.width]
+    axes.stairs(counts, edges, fill=True, label=label, **look)
+
+
+def _name_ends(axes: "Axes", bins: Histogram) -> None:
+    """Write above the bars at the ends which numbers they count."""
+    for count, place, name in (
+        (bins.below, bins.start - (_GAP + 0.5) * bins.width, f"< {written(bins.start, 0)}"),
+        (bins.beyond, bins.end + (_GAP + 0.5) * bins.width, f"≥ {bins.end:,}"),
+    ):
+        if count:
+            axes.annotate(
+                name,
+                (place, count),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                rotation=90,
+                fontsize=7,
+            )
+
+
+def _draw_computed(axes: "Axes", found: Padding) -> None:
+    """Draw what each layout computes as a bar of its parts."""
     answers = found.rows - found.prompts
     once = found.shared - answers
-    repeated = found.prompts - once
+    again = found.prompts - once
 
-    def padded(label: str, tokens: int) -> Stack:
-        padding = tokens - found.rows
-        parts = (once, answers, repeated, padding)
-        return Stack(label, parts, f"{100 * padding / tokens:.1f} % padding")
-
-    saved = f"{100 * found.saved:.1f} % less than unpadded rows"
-    return StackPanel(
-        f"Tokens computed, batches of {BATCH} groups",
-        "tokens",
-        (("prompt once", SKY), ("completions", BLUE), ("prompt again", ORANGE), ("padding", GREY)),
-        (
-            padded("padded, file order", found.in_order),
-            padded("padded, by length", found.in_length_order),
-            Stack("prompt shared", (once, answers, 0, 0), saved),
-        ),
+    names = ("padded,\nfile order", "padded,\nby length", "prompt shared")
+    padding = (found.in_order - found.rows, found.in_length_order - found.rows, 0)
+    parts = {
+        "prompt once": (SKY, (once, once, once)),
+        "completions": (BLUE, (answers, answers, answers)),
+        "prompt again": (ORANGE, (again, again, 0)),
+        "padding": (GREY, padding),
+    }
+    ends = np.zeros(len(names), np.int64)
+    for part, (colour, tokens) in parts.items():
+        bars = axes.barh(names, tokens, left=ends, color=colour, alpha=0.85, label=part)
+        ends += tokens
+    notes = (
+        f"{100 * found.waste:.1f} % padding",
+        f"{100 * found.sorted_waste:.1f} % padding",
+        f"{100 * found.saved:.1f} % less than unpadded rows",
     )
-
-
-def plot(path: Path, title: str, caption: str, panels: Sequence[Panel]) -> None:
-    """Write panels, two in a row, to a PNG file.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: The file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    places = [[str(at), str(at + 1)] for at in range(0, len(panels), 2)]
-    if len(panels) % 2:
-        places[-1] = [str(len(panels) - 1)] * 2  # the last one is wide
-    figure = Figure(figsize=(9, 3 * len(places) + 0.6), layout="constrained")
-    figure.suptitle(f"{title}\n{caption}", fontsize=11)
-    axes = figure.subplot_mosaic(places)  # type: ignore[arg-type]  # its lists are invariant
-    for number, panel in enumerate(panels):
-        if isinstance(panel, HistogramPanel):
-            _histograms(axes[str(number)], panel)
-        else:
-            _stacks(axes[str(number)], panel)
-    figure.savefig(path, dpi=150)
-
-
-def _histograms(axes: "Axes", panel: HistogramPanel) -> None:
-    """Draw bins as steps; what lies outside of them is told, not drawn."""
-    has_key = len(panel.series) > 1
-    notes = () if has_key else panel.notes
-    axes.set_title("\n".join([panel.title, *notes]), fontsize=9, loc="left")
-    axes.set_xlabel(panel.x_label)
-    axes.set_ylabel(panel.y_label)
-    for number, series in enumerate(panel.series):
-        bins = series.bins
-        outside = f"{bins.below + bins.beyond:,} further out"
-        label = f"{panel.notes[number]}\n{outside}" if has_key else outside
-        axes.stairs(bins.counts, bins.edges, fill=True, alpha=0.5, color=series.colour, label=label)
-    if panel.zero:
-        axes.axvline(0, color="black", linestyle="--", linewidth=0.8)
-    axes.legend(fontsize=7, frameon=False, loc="upper right")
-
-
-def _stacks(axes: "Axes", panel: StackPanel) -> None:
-    names = [f"{stack.label}\n{stack.note}" for stack in panel.stacks]
-    starts = [0] * len(panel.stacks)
-    for number, (name, colour) in enumerate(panel.parts):
-        counts = [stack.parts[number] for stack in panel.stacks]
-        axes.barh(names, counts, left=starts, color=colour, label=name)
-        starts = [start + count for start, count in zip(starts, counts, strict=True)]
-    axes.set_title(panel.title, fontsize=9, loc="left")
-    axes.set_xlabel(panel.x_label)
-    axes.xaxis.set_major_formatter(lambda value, _: short(round(value)))
+    totals = [f"{end:,} tokens\n{note}" for end, note in zip(ends, notes, strict=True)]
+    axes.bar_label(bars, totals, padding=4)
+    axes.margins(x=0.2)  # room for the totals
     axes.invert_yaxis()
-    axes.tick_params(labelsize=7)
-    axes.legend(fontsize=7, frameon=False)
+    _name_axes(axes, "tokens")
+    _head(axes, f"Tokens computed, batches of {BATCH} groups", columns=len(parts))
 
 
-def draw(analysis: "Analysis", path: Path) -> None:
-    """Write the picture: SVG without any library, or PNG by matplotlib where ``path`` ends so.
+def _name_axes(axes: "Axes", x_label: str, y_label: str | None = None) -> None:
+    """Name the axes, with ticks at whole numbers: 200, 20 k, 3 M."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    Raises:
-        ValueError: The name ends otherwise, or the store is empty.
-        ImportError: matplotlib is not installed.
-        OSError: The file cannot be written.
-    """
-    if not analysis.groups:
-        raise ConfigError("there is no group to draw")
-    title = f"{analysis.groups:,} preference groups"
-    if analysis.are_pairs:
-        title = f"{analysis.groups:,} preference pairs"
-    shown = panels(analysis)
-    if path.suffix == ".svg":
-        path.write_text(svg(title, caption(analysis), shown), "utf-8")
-    elif path.suffix == ".png":
-        plot(path, title, caption(analysis), shown)
-    else:
-        raise ConfigError(f"{path}: a picture is .svg or .png")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=_STEPS, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    if y_label is not None:
+        axes.set_ylabel(y_label)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=True))
+        axes.yaxis.set_major_formatter(EngFormatter())
+        axes.grid(axis="y", color="#dddddd")
+        axes.set_axisbelow(True)
+
+
+def _head(axes: "Axes", title: str, columns: int = 1) -> None:
+    """Put the title and the legend above the panel, where they cover no bar."""
+    axes.legend(
+        title=title,
+        title_fontproperties={"weight": "bold", "size": 10},
+        alignment="left",
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderpad=0,
+        handlelength=1.2,
+        ncols=columns,
+        frameon=False,
+    )
