@@ -99,7 +99,7 @@ def test_importing_the_package_is_free() -> None:
 @pytest.mark.parametrize(
     ("folder", "never"),
     [
-        ("data", TORCH | GRAPHS | SERVER),
+        ("data", TORCH | GRAPHS | SERVER | {"matplotlib"}),
         ("cache", TORCH | GRAPHS | SERVER | {"tokenizers", "pyarrow"}),
         ("serving", TORCH | {"onnx", "onnxscript"}),
         ("training", GRAPHS | SERVER),

@@ -185,7 +185,9 @@ def requirements() -> list[tuple[str, Requirement]]:
     apart = extras()["quantized"]
     tested = ALONE - {"plots", "quantized"}
     alone = [*chain(*(extras()[name] for name in sorted(tested)))]
-    served = [*chain(*(extras()[name] for name in extras() if name == "plots" or name not in ALONE))]
+    served = [
+        *chain(*(extras()[name] for name in extras() if name == "plots" or name not in ALONE))
+    ]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/server.txt": groups["server"],

@@ -53,7 +53,7 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: a picture is {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    require("matplotlib.figure", "plots")
+    require("matplotlib", "plots")
 
 
 def draw(analysis: Analysis, path: Path) -> None:
@@ -141,11 +141,14 @@ def _draw_lengths(
     """Draw one or two distributions over the same bins."""
     bins = histogram(reduce(Distribution.joined, lengths.values()), _BINS)
     opacity = 0.85 if len(lengths) == 1 else 0.5
+    shown = {
+        name: binned(numbers, bins.start, bins.width, len(bins.counts))
+        for name, numbers in lengths.items()
+    }
     for name, numbers in lengths.items():
-        own = binned(numbers, bins.start, bins.width, len(bins.counts))
         label = f"{name}: median {numbers.median:,.1f}, mean {numbers.mean:,.1f}"
-        _draw_bins(axes, own, label, color=_COLOURS[name], alpha=opacity)
-    _name_ends(axes, bins)
+        _draw_bins(axes, shown[name], label, color=_COLOURS[name], alpha=opacity)
+    _name_ends(axes, *shown.values())
     _name_axes(axes, "tokens", counted)
     _head(axes, title)
 
@@ -180,22 +183,16 @@ def _draw_bins(axes: "Axes", bins: Histogram, label: str, **look: Any) -> None:
     axes.stairs(counts, edges, fill=True, label=label, **look)
 
 
-def _name_ends(axes: "Axes", bins: Histogram) -> None:
+def _name_ends(axes: "Axes", *shown: Histogram) -> None:
     """Write above the bars at the ends which numbers they count."""
+    start, end, away = shown[0].start, shown[0].end, (_GAP + 0.5) * shown[0].width
+    look: dict[str, Any] = {"ha": "center", "rotation": 90, "fontsize": 7}
     for count, place, name in (
-        (bins.below, bins.start - (_GAP + 0.5) * bins.width, f"< {written(bins.start, 0)}"),
-        (bins.beyond, bins.end + (_GAP + 0.5) * bins.width, f"≥ {bins.end:,}"),
+        (max(bins.below for bins in shown), start - away, f"< {start:,}".replace("-", "−")),
+        (max(bins.beyond for bins in shown), end + away, f"≥ {end:,}"),
     ):
         if count:
-            axes.annotate(
-                name,
-                (place, count),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="center",
-                rotation=90,
-                fontsize=7,
-            )
+            axes.annotate(name, (place, count), (0, 2), textcoords="offset points", **look)
 
 
 def _draw_computed(axes: "Axes", found: Padding) -> None:
