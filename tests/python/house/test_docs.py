@@ -104,9 +104,10 @@ def test_every_code_has_a_cure_and_the_page_has_them_all() -> None:
     assert page.read_text() == build["with_codes"](page.read_text()), "run `make docs`"
 
 
-def test_the_answers_of_the_architecture_page_are_files() -> None:
+@pytest.mark.parametrize("heading", ["Where to look", "By hand, and why"])
+def test_the_tables_of_the_architecture_page_name_files(heading: str) -> None:
     page = (ROOT / "python" / "docs" / "architecture.md").read_text()
-    table = page.partition("## Where to look\n")[2].partition("\n## ")[0]
+    table = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     paths = re.findall(r"`([\w/]+\.(?:py|rs))`", table)
     assert len(paths) >= 10
     places = (ROOT, PACKAGE)

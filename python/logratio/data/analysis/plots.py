@@ -90,7 +90,8 @@ def figure(analysis: Analysis) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    panels = [*_histograms(analysis), partial(_draw_computed, found=analysis.padding)]
+    computed = partial(_draw_computed, found=analysis.padding)
+    panels: list[Panel] = [*_histograms(analysis), computed]
     last = len(panels) - 1
     # A panel without a neighbour fills its row.
     places = [[at, min(at + 1, last - 1)] for at in range(0, last, 2)] + [[last, last]]
