@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logratio.data.analysis.length_bias import LengthBias
+from logratio.data.analysis.pairs import LengthBias
 from logratio.data.analysis.report import Analysis
 from logratio.data.analysis.statistics import Distribution, Histogram, binned, histogram, written
 from logratio.data.analysis.token_use import BATCH, Padding

@@ -7,14 +7,17 @@ from textwrap import wrap
 from typing import Any
 
 from logratio._rust import Store
-from logratio.data.analysis.label_noise import FlipEstimate, estimate_flips, votes_of
-from logratio.data.analysis.length_bias import (
+from logratio.data.analysis.pairs import (
     SMALL_EFFECT,
     SMALL_SUPERIORITY,
+    FlipEstimate,
     LengthBias,
+    Similarity,
+    estimate_flips,
     length_bias,
+    similarity,
+    votes_of,
 )
-from logratio.data.analysis.near_duplicates import Similarity, similarity
 from logratio.data.analysis.statistics import (
     Columns,
     Distribution,

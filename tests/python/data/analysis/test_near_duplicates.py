@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from logratio._rust import Census, Store, StoreWriter, near_duplicates
-from logratio.data.analysis.near_duplicates import similarity
+from logratio.data.analysis.pairs import similarity
 from logratio.data.analysis.statistics import Places
 
 SHINGLE = 4

@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data.analysis import analyse
-from logratio.data.analysis.label_noise import estimate_flips, votes_of
-from logratio.data.analysis.length_bias import LengthBias, length_bias, unpaired_bias
+from logratio.data.analysis.pairs import (
+    LengthBias,
+    estimate_flips,
+    length_bias,
+    unpaired_bias,
+    votes_of,
+)
 from logratio.data.analysis.report import length_finding
 from logratio.data.analysis.statistics import (
     Columns,

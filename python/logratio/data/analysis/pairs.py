@@ -1,12 +1,173 @@
-"""Are the better answers simply the longer ones? Effect sizes, and when to warn."""
+"""What pairs of answers are like: length bias, flipped labels, near-duplicates."""
 
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from math import sqrt
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from logratio.data.analysis.statistics import Columns, Distribution, Interval, around, wilson
+from logratio._rust import Store, near_duplicates
+from logratio.data.analysis.statistics import (
+    Columns,
+    Distribution,
+    Interval,
+    Places,
+    around,
+    wilson,
+)
+
+THRESHOLD = 0.8
+"""Two groups are similar from this Jaccard index of their shingles on."""
+
+SHINGLE = 5
+"""Tokens in a shingle."""
+
+LISTED = 20
+"""Most examples that are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Similarity:
+    """What was found; whoever is chosen.
+
+    Attributes:
+        threshold: Least Jaccard index.
+        shingle: Tokens in the windows whose sets are compared.
+        similar: Groups that resemble an earlier one, directly or through others.
+        clusters: Sets of groups that hang together.
+        largest: Groups in the largest of them.
+        examples: Of the largest clusters, "place resembles place (similarity)".
+    """
+
+    threshold: float
+    shingle: int
+    similar: int
+    clusters: int
+    largest: int
+    examples: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
+
+def similarity(
+    store: Store, places: Places, threshold: float = THRESHOLD, shingle: int = SHINGLE
+) -> Similarity:
+    """Look for near-duplicates; seconds a million groups.
+
+    Raises:
+        ValueError: The threshold is not in (0, 1], or the shingle is 0.
+    """
+    links, similarities, clusters = near_duplicates(store, threshold, shingle)
+    _, starts, sizes = np.unique(clusters, return_index=True, return_counts=True)
+    return Similarity(
+        threshold,
+        shingle,
+        len(links),
+        len(sizes),
+        int(sizes.max()) + 1 if len(sizes) else 1,
+        tuple(
+            f"{places[int(links[at, 1])]} resembles {places[int(links[at, 0])]} "
+            f"({similarities[at]:.2f})"
+            for at in _examples(starts, sizes).tolist()
+        ),
+    )
+
+
+def _examples(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Choose the first link of each of the largest clusters."""
+    return starts[np.argsort(-sizes, kind="stable")[:LISTED]]
+
+
+NOTABLE_FLIPS = 0.05
+"""There is a warning where the whole interval of the flip rate lies above this."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlipEstimate:
+    """The estimated share of judgements that say the opposite of the truth.
+
+    Two judgements of one pair disagree with probability 2ε(1 − ε), if each is flipped with
+    probability ε, independently of the other and whatever the pair. Then ε(1 − ε) is the variance
+    of the judgements within a pair, pooled over all pairs that were judged more than once.
+
+    It is a lower bound rather than a middle where the assumptions fail: rows that were copied, not
+    judged again, agree by themselves; and where some pairs are harder than others, the root of the
+    mean variance is below the mean of ε. Errors that all judges share are not seen at all.
+
+    Attributes:
+        rate: ε, from 0 to 0.5 (0.5: judgements are tosses of a coin).
+        interval: 95 %: Wilson's for the disagreement, carried over; conservative.
+        disagreement: Estimated probability that two judgements of one pair disagree.
+        judgements: Of the pairs below.
+        pairs: Pairs that were judged more than once.
+        contested: Of these, pairs with judgements both ways.
+    """
+
+    rate: float
+    interval: Interval
+    disagreement: float
+    judgements: int
+    pairs: int
+    contested: int
+
+    @property
+    def is_notable(self) -> bool:
+        """Whether there is reason to warn."""
+        return self.interval[0] > NOTABLE_FLIPS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
+
+def estimate_flips(votes: NDArray[Any]) -> FlipEstimate | None:
+    """Estimate the flip rate from how often each pair was judged either way.
+
+    Args:
+        votes: Judgements for one completion and for the other, a row a pair: whole numbers [R, 2].
+            Rows with less than two judgements are passed over.
+
+    Returns:
+        None where no pair was judged more than once.
+    """
+    votes = votes.astype(np.float64).reshape(-1, 2)
+    votes = votes[votes.sum(axis=1) > 1]
+    if not len(votes):
+        return None
+    judged = votes.sum(axis=1)
+    freedom = judged - 1
+    within = float((votes[:, 0] * votes[:, 1] / judged).sum() / freedom.sum())
+    disagreement = min(2 * within, 1.0)
+    # A pair with many judgements weighs more: Kish's count of equally weighted pairs.
+    effective = float(freedom.sum() ** 2 / (freedom**2).sum())
+    low, high = wilson(disagreement, effective)
+    return FlipEstimate(
+        _flip_rate(disagreement),
+        (_flip_rate(low), _flip_rate(high)),
+        disagreement,
+        int(judged.sum()),
+        len(votes),
+        int((votes.min(axis=1) > 0).sum()),
+    )
+
+
+def votes_of(repeated: int, contradicted: int) -> NDArray[np.int64]:
+    """Take rows that repeat a pair, and rows that contradict one, for judgements of it: [R, 2].
+
+    Each repeat is taken for a pair judged twice alike, each contradiction for a pair judged once
+    each way. That is exact where no pair stands more than twice in the data.
+    """
+    return np.repeat(np.array([[2, 0], [1, 1]]), [repeated, contradicted], axis=0)
+
+
+def _flip_rate(disagreement: float) -> float:
+    """Solve p = 2ε(1 − ε) for the ε up to one half, at which p is one half."""
+    return (1 - sqrt(max(0.0, 1 - 2 * disagreement))) / 2
+
 
 SMALL_EFFECT = 0.2
 """Cohen's "small": a standardised difference in length from which on there is a warning."""
