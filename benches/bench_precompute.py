@@ -38,7 +38,7 @@ import json, sys, time
 import numpy as np
 from logratio._rust import CacheReader
 from logratio.training import PrecomputeConfig
-from logratio.training.reference_pass import prepare
+from logratio.training.precomputation import prepare
 
 rows, model, cache = sys.argv[1:]
 config = PrecomputeConfig(model=model, data=[rows], cache=cache)

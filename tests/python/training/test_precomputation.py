@@ -126,7 +126,7 @@ def test_a_flipped_bit_is_refused(config: PrecomputeConfig) -> None:
 CHILD = """
 import sys
 from logratio.training import PrecomputeConfig, precompute
-from logratio.training import cache_entries as module
+from logratio.training import reference_scorer as module
 module.BLOCK_TOKENS = 1
 write = module.Block.flush
 def flush(block):

@@ -100,7 +100,7 @@ def test_standard_input_is_refused_where_several_would_read_it(
 KILLED = """
 import os, signal, sys
 from logratio.cli import main
-from logratio.training import cache_entries as module
+from logratio.training import reference_scorer as module
 module.BLOCK_TOKENS = 1
 flush = module.Block.flush
 def dying(block):

@@ -49,9 +49,10 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
 
 CHILD = """
     import sys
-    from logratio.data import PreferenceTokenizer, build_store, intake, resume
+    from logratio.data import PreferenceTokenizer, build_store
+    from logratio.data.store import build, ingest
 
-    resume.EVERY, intake.BATCH_ROWS = 0.0, 64
+    build.EVERY, ingest.BATCH_ROWS = 0.0, 64
     *files, tokenizer, path = sys.argv[1:]
     build_store(files, PreferenceTokenizer.load(tokenizer), path, max_bad_fraction=0.5, resume=True,
                 refused=path + ".refused", tell=print,
