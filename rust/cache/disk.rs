@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use crate::map::Map;
+use crate::mmap::Map;
 
 /// Everything that a cache asks of a file system.
 ///

@@ -2,8 +2,8 @@
 
 use super::{Fingerprint, Kind};
 use crate::{
-    fingerprint::Key,
-    wire::{self, ALIGNMENT, Hex, aligned, u32_at, u64_at},
+    content_key::Key,
+    file_format::{self, ALIGNMENT, Hex, aligned, u32_at, u64_at},
 };
 
 pub const EXTENSION: &str = "journal";
@@ -37,9 +37,9 @@ fn version(kind: Kind) -> u32 {
 /// The journal's first 64 bytes.
 pub fn header(fingerprint: &Fingerprint, kind: Kind, id: u64) -> Vec<u8> {
     let [version, endian, kind] =
-        [version(kind), wire::ENDIAN_TAG, kind as u32].map(u32::to_le_bytes);
+        [version(kind), file_format::ENDIAN_TAG, kind as u32].map(u32::to_le_bytes);
     let id = id.to_le_bytes();
-    wire::signed(&[MAGIC, &version, &endian, fingerprint, &id, &kind], HEADER)
+    file_format::with_checksum(&[MAGIC, &version, &endian, fingerprint, &id, &kind], HEADER)
 }
 
 /// Why these 64 bytes do not begin a journal of this reference and kind.
@@ -48,9 +48,9 @@ pub fn refusal(header: &[u8], fingerprint: &Fingerprint, kind: Kind) -> Option<S
     let found = &header[FINGERPRINT_AT..ID_AT];
     if !header.starts_with(MAGIC) {
         Some("it does not begin with LRJOURN1".into())
-    } else if u32_at(header, ENDIAN_AT) == wire::ENDIAN_TAG.swap_bytes() {
+    } else if u32_at(header, ENDIAN_AT) == file_format::ENDIAN_TAG.swap_bytes() {
         Some("it was written on a big-endian machine".into())
-    } else if !wire::is_signed(header) {
+    } else if !file_format::checksum_matches(header) {
         Some("the header's checksum does not match".into())
     } else if !(1..=VERSION).contains(&version) {
         Some(format!(
@@ -118,7 +118,7 @@ impl Chain {
     fn header(self, records: u32, payload: &[u8]) -> Vec<u8> {
         let numbers = [self.id, self.sequence, payload.len() as u64].map(u64::to_le_bytes);
         let small = [records, self.previous, crc32c::crc32c(payload)].map(u32::to_le_bytes);
-        wire::signed(
+        file_format::with_checksum(
             &[BLOCK_MAGIC, numbers.as_flattened(), small.as_flattened()],
             HEADER,
         )
@@ -128,7 +128,7 @@ impl Chain {
     pub fn owns(self, header: &[u8]) -> bool {
         header.starts_with(BLOCK_MAGIC)
             && u64_at(header, JOURNAL_AT) == self.id
-            && wire::is_signed(header)
+            && file_format::checksum_matches(header)
     }
 
     /// Whether these 64 bytes are the header of the next block.

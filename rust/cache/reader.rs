@@ -9,7 +9,7 @@ use super::{
     snapshot::open_sources,
     source::{Source, Span},
 };
-use crate::{Error, Result, fingerprint::Key};
+use crate::{Error, Result, content_key::Key};
 
 /// Rows whose misses are under way at the same time.
 const AHEAD: usize = 32;

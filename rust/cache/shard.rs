@@ -9,7 +9,7 @@ use super::{
     shard_seal,
     source::Span,
 };
-use crate::{Error, Result, fingerprint::Key, wire::u32_at};
+use crate::{Error, Result, content_key::Key, file_format::u32_at};
 
 pub const EXTENSION: &str = "arrow";
 

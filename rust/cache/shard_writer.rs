@@ -25,7 +25,7 @@ use super::{
     tee::{CHUNK, Tee},
     writer::writer_name,
 };
-use crate::{Error, Result, wire::ALIGNMENT};
+use crate::{Error, Result, file_format::ALIGNMENT};
 
 /// Digits of the SHA-256 in a shard's name.
 const NAME: usize = 32;

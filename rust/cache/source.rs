@@ -5,7 +5,7 @@ use std::path::Path;
 use bytemuck::Pod;
 
 use super::{Kind, journal_table::JournalTable, shard::Shard};
-use crate::{Error, Result, fingerprint::Key};
+use crate::{Error, Result, content_key::Key};
 
 /// Where the values of a record lie in its file, and how many tokens it has.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ use super::{
     snapshot::{Listing, is_gone, open_shard, read_manifest, until_still},
     source::Source,
 };
-use crate::{Error, Result, fingerprint::Key, wire::Hex};
+use crate::{Error, Result, content_key::Key, file_format::Hex};
 
 /// Bytes hashed at a time.
 const CHUNK: usize = 1 << 20;

@@ -15,7 +15,7 @@ use super::{
     seal::NAMES,
     snapshot::{PARTIAL, TRIES, busy},
 };
-use crate::{Error, Result, fingerprint::Key};
+use crate::{Error, Result, content_key::Key};
 
 /// The only writer of one new journal, `<host>-<pid>-<random>.journal`.
 ///

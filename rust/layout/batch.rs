@@ -5,7 +5,7 @@ use bytemuck::cast_slice_mut;
 use super::{Field, Options, Table, padded::Rows, shared, targets, tree::Tree};
 use crate::{
     Error, Result,
-    plan::Layout,
+    group::Layout,
     store::{Store, StoredCompletion, StoredGroup},
 };
 

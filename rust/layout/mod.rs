@@ -20,7 +20,7 @@ pub use candidates::Candidates;
 pub use field::{Dtype, Field};
 pub use table::{Entry, Table};
 
-use crate::{Error, Result, plan::Layout};
+use crate::{Error, Result, group::Layout};
 
 /// Where the padding of a row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

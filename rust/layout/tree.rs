@@ -12,8 +12,8 @@ use super::{
     targets::{count, widen},
 };
 use crate::{
+    prefix_tree::{Sequence, sorted},
     store::StoredGroup,
-    tree::{Sequence, sorted},
 };
 
 /// The tree of a batch's groups.

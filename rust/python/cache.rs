@@ -12,7 +12,7 @@ use super::{array, matrix};
 use crate::{
     Error, Result,
     cache::{self, Cache, Kind, ReadMode, Slice},
-    fingerprint::{self, Key},
+    content_key as key,
 };
 
 /// The folder of one reference, of per-token values or of sums.
@@ -243,12 +243,12 @@ pub fn content_key<'py>(
     start: usize,
 ) -> PyResult<Bound<'py, PyBytes>> {
     let ids = ids.as_slice()?;
-    let key = py.detach(|| fingerprint::content_key(ids, start))?;
+    let key = py.detach(|| key::content_key(ids, start))?;
     Ok(PyBytes::new(py, &key))
 }
 
-fn rows<'a>(keys: &'a PyReadonlyArray2<'_, u8>) -> PyResult<&'a [Key]> {
-    if keys.shape()[1] != size_of::<Key>() {
+fn rows<'a>(keys: &'a PyReadonlyArray2<'_, u8>) -> PyResult<&'a [key::Key]> {
+    if keys.shape()[1] != size_of::<key::Key>() {
         let shape = keys.shape();
         return Err(super::ArgumentError::new_err(format!(
             "keys must be [n, 32], not {shape:?}"

@@ -11,7 +11,7 @@ use super::{
     matrix,
     plan::{Plan, Weights},
 };
-use crate::{Error, Result, layout, plan, store, tree, wire::Hex};
+use crate::{Error, Result, file_format::Hex, group, layout, plan, prefix_tree, store};
 
 /// Every group of a dataset in flat, memory-mapped columns.
 ///
@@ -250,7 +250,7 @@ impl Store {
             width,
             pad_id,
             fields: &chosen(fields)?,
-            ..layout::Options::new(plan::Layout::Shared)
+            ..layout::Options::new(group::Layout::Shared)
         };
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(SharedLayout);
@@ -275,7 +275,7 @@ impl Store {
             width,
             pad_id,
             fields: &chosen(fields)?,
-            ..layout::Options::new(plan::Layout::Tree)
+            ..layout::Options::new(group::Layout::Tree)
         };
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(TreeLayout);
@@ -293,20 +293,23 @@ impl Store {
         let (py, groups, offsets) = (groups.py(), groups.as_slice()?, offsets.as_slice()?);
         Ok(array(
             py,
-            py.detach(|| tree::count(&self.0, groups, offsets))?,
+            py.detach(|| prefix_tree::count(&self.0, groups, offsets))?,
         ))
     }
 
     /// The groups in an order in which those that share a beginning are neighbours.
     fn tree_order(&self, groups: PyReadonlyArray1<'_, i64>) -> PyResult<Py<PyArray1<i64>>> {
         let (py, groups) = (groups.py(), groups.as_slice()?);
-        Ok(array(py, py.detach(|| tree::order(&self.0, groups))?))
+        Ok(array(
+            py,
+            py.detach(|| prefix_tree::order(&self.0, groups))?,
+        ))
     }
 
     /// How many of the first `groups` make a tree of at most `budget` tokens, and one at least.
     fn tree_fit(&self, groups: PyReadonlyArray1<'_, i64>, budget: u64) -> PyResult<usize> {
         let (py, groups) = (groups.py(), groups.as_slice()?);
-        Ok(py.detach(|| tree::fit(&self.0, groups, budget))?)
+        Ok(py.detach(|| prefix_tree::fit(&self.0, groups, budget))?)
     }
 
     /// Where micro-batches of at most `budget` tokens begin in groups in the order of the tree, and
@@ -317,7 +320,10 @@ impl Store {
         budget: u64,
     ) -> PyResult<Py<PyArray1<i64>>> {
         let (py, groups) = (groups.py(), groups.as_slice()?);
-        Ok(array(py, py.detach(|| tree::cut(&self.0, groups, budget))?))
+        Ok(array(
+            py,
+            py.detach(|| prefix_tree::cut(&self.0, groups, budget))?,
+        ))
     }
 
     /// Lay out groups as padded rows, one a completion, completion-major.
@@ -341,7 +347,7 @@ impl Store {
             width,
             pad_id,
             fields: &chosen(fields)?,
-            ..layout::Options::new(plan::Layout::Padded)
+            ..layout::Options::new(group::Layout::Padded)
         };
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(PaddedLayout);
