@@ -25,12 +25,13 @@ pub mod layout;
 pub mod mmap;
 pub mod pairs;
 mod parallel;
-pub mod pieces;
+
 pub mod plan;
 pub mod prefix_tree;
 pub mod similar;
 pub mod store;
 pub mod token_counts;
+pub mod word_cache;
 
 pub use error::{Error, Result};
 

@@ -6,7 +6,7 @@
 
 use crate::{
     Result,
-    pieces::{Lookup, PieceTable, last_piece},
+    word_cache::{Lookup, WordCache, last_piece},
 };
 
 /// Ids of new pieces of text, in their order.
@@ -53,7 +53,7 @@ pub struct Pairs {
 
 /// Encodes rows; `None` is one that is no text.
 pub fn encode<E: From<crate::Error>>(
-    table: &mut PieceTable,
+    table: &mut WordCache,
     rows: &[Option<Row<'_>>],
     rules: &Rules,
     tokenize: &mut Encode<'_, E>,
@@ -79,7 +79,7 @@ fn sound_one<'a>((row, &odd): (&Option<Row<'a>>, &bool)) -> Option<Row<'a>> {
 }
 
 fn learn<E: From<crate::Error>>(
-    table: &mut PieceTable,
+    table: &mut WordCache,
     lookup: &Lookup,
     tokenize: &mut Encode<'_, E>,
 ) -> std::result::Result<(), E> {
@@ -123,7 +123,7 @@ struct Joined {
 const TEXTS: usize = 4;
 
 impl Joined {
-    fn look_up(table: &mut PieceTable, rows: &[Row<'_>]) -> Self {
+    fn look_up(table: &mut WordCache, rows: &[Row<'_>]) -> Self {
         let mut lookup = table.begin();
         let mut text = String::new();
         for [prompt, answers @ ..] in rows {
@@ -149,7 +149,7 @@ impl Joined {
     }
 
     /// Finds the answers that change the ids of the prompt's end.
-    fn find_moved(&mut self, table: &PieceTable) {
+    fn find_moved(&mut self, table: &WordCache) {
         let (mut end, mut whole) = (Vec::new(), Vec::new());
         for row in 0..self.rows() {
             end.clear();
@@ -164,7 +164,7 @@ impl Joined {
     }
 
     /// Looks up the answers that have to be encoded on their own.
-    fn look_up_alone(&self, table: &mut PieceTable, rows: &[Row<'_>]) -> Lookup {
+    fn look_up_alone(&self, table: &mut WordCache, rows: &[Row<'_>]) -> Lookup {
         let mut lookup = table.go_on();
         let answers = rows.iter().flat_map(|row| &row[1..]);
         for (answer, _) in answers.zip(&self.moved).filter(|&(_, &moved)| moved) {
@@ -174,7 +174,7 @@ impl Joined {
     }
 
     /// Writes the rows that the rules let pass as they are, and calls the others odd.
-    fn write(&self, table: &PieceTable, alone: &Lookup, rules: &Rules, pairs: &mut Pairs) {
+    fn write(&self, table: &WordCache, alone: &Lookup, rules: &Rules, pairs: &mut Pairs) {
         let places: Vec<usize> = (0..pairs.odd.len()).filter(|&at| !pairs.odd[at]).collect();
         let (mut row, mut next_alone) = (Encoded::default(), 0);
         for (number, at) in places.into_iter().enumerate() {
@@ -286,7 +286,7 @@ mod tests {
 
     fn encoded(rows: &[Row<'_>], rules: &Rules) -> Pairs {
         let rows: Vec<_> = rows.iter().map(|&row| Some(row)).collect();
-        let mut table = PieceTable::new(1 << 20);
+        let mut table = WordCache::new(1 << 20);
         let found: Result<_> = encode(&mut table, &rows, rules, &mut |new| Ok(letters(new)));
         found.expect("letters")
     }
@@ -336,7 +336,7 @@ mod tests {
 
     #[test]
     fn what_the_tokenizer_raises_is_handed_on_and_nothing_is_remembered() {
-        let mut table = PieceTable::new(1 << 20);
+        let mut table = WordCache::new(1 << 20);
         let rows = [Some(["x", "a", "b"])];
         let mut broken = |_: &[&str]| Err(crate::Error::Invalid("no".into()));
         assert!(encode(&mut table, &rows, &rules(), &mut broken).is_err());

@@ -15,7 +15,7 @@ const LONGEST: usize = 48;
 
 /// Ids of pieces seen before. It begins anew when it holds `capacity` bytes of text.
 #[derive(Debug)]
-pub struct PieceTable {
+pub struct WordCache {
     capacity: usize,
     hasher: DefaultHashBuilder,
     known: HashTable<u32>,
@@ -54,7 +54,7 @@ impl Lookup {
     }
 }
 
-impl PieceTable {
+impl WordCache {
     /// An empty table.
     pub fn new(capacity: usize) -> Self {
         Self {
@@ -139,7 +139,7 @@ impl PieceTable {
         new.iter().map(|piece| &self.text[piece.text.clone()])
     }
 
-    /// Takes the ids of [`PieceTable::new_pieces`], in their order.
+    /// Takes the ids of [`WordCache::new_pieces`], in their order.
     pub fn learn(&mut self, lookup: &Lookup, encoded: &[Vec<i32>]) -> Result<()> {
         let new = &mut self.pieces[lookup.first_new..];
         if new.len() != encoded.len() {
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn what_was_learnt_is_not_asked_again() {
-        let mut table = PieceTable::new(1 << 20);
+        let mut table = WordCache::new(1 << 20);
         let lookup = table.look_up(["a b a", " b"]);
         let new: Vec<_> = table.new_pieces(&lookup).map(str::to_owned).collect();
         assert_eq!(new, ["a", " b", " a"]);
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn a_full_table_begins_anew() {
-        let mut table = PieceTable::new(4);
+        let mut table = WordCache::new(4);
         for text in ["one two", "three four"] {
             let lookup = table.look_up([text]);
             assert_eq!(table.new_pieces(&lookup).count(), 2);

@@ -1,4 +1,4 @@
-//! The files under a cache: the operating system's, or ones that fail on purpose.
+//! The files of a cache: the operating system's, or ones that fail on purpose.
 
 use std::{
     fmt::Debug,
@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use crate::mmap::Map;
+use crate::{Error, Result, mmap::Map};
 
 /// Everything that a cache asks of a file system.
 ///
@@ -133,4 +133,52 @@ impl DiskFile for File {
     fn map(&self) -> io::Result<Map> {
         Map::of(self)
     }
+}
+
+/// How sealed shards are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadMode {
+    /// Mapped: the fastest. A shard that somebody cuts meanwhile kills the process (SIGBUS).
+    #[default]
+    Map,
+    /// By calls to the system, for network file systems: a shard that was cut is an error.
+    Pread,
+}
+
+/// The bytes of a sealed file, mapped or read by calls to the system.
+#[derive(Debug)]
+pub enum FileBytes {
+    Map(Map),
+    File(Box<dyn DiskFile>),
+}
+
+impl FileBytes {
+    /// A file that cannot be mapped (not every network file system can) is read by calls.
+    pub fn new(file: Box<dyn DiskFile>, mode: ReadMode) -> Self {
+        let map = (mode == ReadMode::Map).then(|| file.map().ok()).flatten();
+        map.map_or(Self::File(file), Self::Map)
+    }
+
+    /// Fills `out` from byte `at` on.
+    pub fn read(&self, path: &Path, at: usize, out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Map(map) => {
+                let bytes = map.get(at..at + out.len());
+                out.copy_from_slice(bytes.ok_or_else(|| cut(path, map.len() as u64))?);
+                Ok(())
+            }
+            Self::File(file) => file.read_at(out, at as u64).map_err(|error| {
+                let ended = error.kind() == io::ErrorKind::UnexpectedEof;
+                if ended {
+                    cut(path, file.length().unwrap_or(0))
+                } else {
+                    Error::io(path)(error)
+                }
+            }),
+        }
+    }
+}
+
+fn cut(path: &Path, length: u64) -> Error {
+    Error::cache(path, format!("it was cut to {length} bytes"))
 }

@@ -5,12 +5,12 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::{
-    Cache, Kind, ReadMode,
-    journal_table::JournalTable,
-    manifest::{Manifest, manifest_name},
-    merge,
-    snapshot::{Listing, is_gone, open_shard, read_manifest, until_still},
-    source::Source,
+    disk::ReadMode,
+    folder::{Cache, manifest_name},
+    journal::JournalTable,
+    listing::{Listing, Manifest, is_gone, open_shard, read_manifest, until_still},
+    source::{self, Source},
+    values::ValueKind,
 };
 use crate::{Error, Result, content_key::Key, file_format::Hex};
 
@@ -88,7 +88,7 @@ impl Cache {
             .extend(whole.iter().map(|source| self.part(source)));
         report.parts.sort_by_key(|part| !part.sealed);
         report.leftovers = leftovers(listing);
-        match merge::count(self.agreement(), &whole) {
+        match source::count(self.agreement(), &whole) {
             Ok(keys) => report.distinct = Some(keys),
             Err(error) => report.problems.push(error.to_string()),
         }
@@ -183,7 +183,7 @@ impl Report {
 }
 
 /// The order of a shard's keys, and every value.
-fn check_rows(kind: Kind, shard: &Source, manifest: &Manifest) -> Result<()> {
+fn check_rows(kind: ValueKind, shard: &Source, manifest: &Manifest) -> Result<()> {
     let refuse = |reason: String| Error::cache(shard.path(), reason);
     let (mut before, mut tokens) = (None::<Key>, 0);
     let mut bytes: Vec<u8> = Vec::new();

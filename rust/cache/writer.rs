@@ -1,21 +1,26 @@
 //! Appends log-probs to a journal of its own.
 
 use std::{
-    collections::hash_map::RandomState,
-    hash::BuildHasher,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
     process,
 };
 
 use super::{
-    Cache, Fingerprint, Kind,
     disk::DiskFile,
-    journal::{self, Chain, EXTENSION},
-    seal::NAMES,
-    snapshot::{PARTIAL, TRIES, busy},
+    folder::{Cache, Fingerprint, JOURNAL, NAMES, PARTIAL, random_id, writer_name},
+    journal::{self, Chain},
+    listing::{TRIES, busy},
+    values::{ValueKind, wrong_kind},
 };
 use crate::{Error, Result, content_key::Key};
+
+impl Cache {
+    /// Appends to a new journal.
+    pub fn writer(&self) -> crate::Result<CacheWriter> {
+        CacheWriter::new(self.clone())
+    }
+}
 
 /// The only writer of one new journal, `<host>-<pid>-<random>.journal`.
 ///
@@ -40,7 +45,7 @@ impl CacheWriter {
         Cache::new(folder, *fingerprint).writer()
     }
 
-    pub(super) fn new(cache: Cache) -> Result<Self> {
+    fn new(cache: Cache) -> Result<Self> {
         let folder = cache.folder();
         let made = cache.disk.create_folder(folder);
         made.map_err(Error::write(folder, NAMES))?;
@@ -77,7 +82,12 @@ impl CacheWriter {
         check_offsets(keys, offsets, logps)?;
         let step = |pair: &[i64]| pair[1].abs_diff(pair[0]) as u32;
         let tokens: Vec<u32> = offsets.windows(2).map(step).collect();
-        self.append_block(Kind::PerToken, keys, &tokens, bytemuck::cast_slice(logps))
+        self.append_block(
+            ValueKind::PerToken,
+            keys,
+            &tokens,
+            bytemuck::cast_slice(logps),
+        )
     }
 
     /// Appends one block of sums: record `i` has the key `keys[i]`, of `tokens[i]` tokens that
@@ -88,17 +98,17 @@ impl CacheWriter {
             let reason = format!("{keys} keys, {tokens} token counts and {sums} sums differ");
             return Err(Error::Invalid(reason));
         }
-        self.append_block(Kind::Sums, keys, tokens, bytemuck::cast_slice(sums))
+        self.append_block(ValueKind::Sums, keys, tokens, bytemuck::cast_slice(sums))
     }
 
     fn append_block(
         &mut self,
-        kind: Kind,
+        kind: ValueKind,
         keys: &[Key],
         tokens: &[u32],
         values: &[u8],
     ) -> Result<()> {
-        if let Some(reason) = journal::wrong_kind(self.cache.kind as u32, kind) {
+        if let Some(reason) = wrong_kind(self.cache.kind as u32, kind) {
             return Err(Error::Invalid(format!("{}: {reason}", self.path.display())));
         }
         if u32::try_from(keys.len()).is_err() {
@@ -162,18 +172,6 @@ impl Drop for CacheWriter {
     }
 }
 
-/// `<host>-<pid>-<random>`, which no other writer has.
-pub fn writer_name(id: u64) -> String {
-    format!("{}-{}-{id:016x}", host(), process::id())
-}
-
-/// This machine's name, in letters and digits.
-pub fn host() -> String {
-    let host = gethostname::gethostname();
-    host.to_string_lossy()
-        .replace(|letter: char| !letter.is_ascii_alphanumeric(), "_")
-}
-
 type Created = (PathBuf, Box<dyn DiskFile>, Vec<u8>);
 
 /// Creates a journal for this process alone, and makes it and its header durable.
@@ -182,10 +180,9 @@ type Created = (PathBuf, Box<dyn DiskFile>, Vec<u8>);
 /// its lock for a dead writer's, and remove the name of a file that is then written. `None` where
 /// `compact` took the unfinished file for such a one.
 fn create(cache: &Cache) -> Result<Option<Created>> {
-    let id = RandomState::new().hash_one(process::id());
-    let name = writer_name(id);
-    let partial = cache.path(&format!("{name}.{PARTIAL}"));
-    let path = cache.path(&format!("{name}.{EXTENSION}"));
+    let id = random_id();
+    let path = cache.path(&format!("{}.{JOURNAL}", writer_name(id)));
+    let partial = path.with_extension(PARTIAL);
     let header = journal::header(&cache.fingerprint, cache.kind, id);
     let file = cache.disk.create(&partial);
     let file = file.map_err(Error::write(&path, header.len()))?;

@@ -7,10 +7,7 @@
 
 use std::ops::Range;
 
-use super::{
-    shared::take,
-    targets::{count, widen},
-};
+use super::targets::{count, take, widen};
 use crate::{
     prefix_tree::{Sequence, sorted},
     store::StoredGroup,

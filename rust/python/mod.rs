@@ -3,12 +3,9 @@
 #![allow(clippy::doc_markdown)] // these are the docstrings of Python
 
 mod cache;
-mod cache_folder;
 mod layout;
-mod pieces;
-mod plan;
-mod similar;
 mod store;
+mod word_cache;
 mod writer;
 
 use std::io;
@@ -81,15 +78,12 @@ mod _rust {
     use super::ROLES;
     #[pymodule_export]
     use super::{
-        cache::{CacheReader, CacheWriter, content_key},
-        cache_folder::CacheFolder,
+        cache::{CacheFolder, CacheReader, CacheWriter, content_key},
         layout::{
             CandidateLayout, Layout, PaddedLayout, SharedLayout, TreeLayout, candidate_layout,
         },
-        pieces::{EncodedPairs, PairRules, PieceTable},
-        plan::Plan,
-        similar::{Census, near_duplicates},
-        store::Store,
+        store::{Census, Plan, Store, near_duplicates},
+        word_cache::{EncodedPairs, PairRules, PieceTable},
         writer::StoreWriter,
     };
 

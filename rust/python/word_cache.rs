@@ -6,7 +6,7 @@ use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::{prelude::*, pybacked::PyBackedStr, sync::MutexExt};
 
 use super::array;
-use crate::{Error, pairs, pieces};
+use crate::{Error, pairs, word_cache::WordCache};
 
 type Encoded = (Py<PyArray1<i32>>, Py<PyArray1<i64>>);
 
@@ -15,14 +15,14 @@ type Encoded = (Py<PyArray1<i32>>, Py<PyArray1<i64>>);
 /// Text is cut before every space that follows a visible ASCII character. Right only for tokenizers
 /// that never look across such a place: the caller has to know.
 #[pyclass(frozen, module = "logratio._rust")]
-pub struct PieceTable(Mutex<pieces::PieceTable>);
+pub struct PieceTable(Mutex<WordCache>);
 
 #[pymethods]
 impl PieceTable {
     /// Make a table that begins anew when it holds `capacity` bytes of text.
     #[new]
     fn new(capacity: usize) -> Self {
-        Self(Mutex::new(pieces::PieceTable::new(capacity)))
+        Self(Mutex::new(WordCache::new(capacity)))
     }
 
     /// Encode texts: ids end to end `[T]`, and where each text's begin `[N+1]`.
@@ -82,7 +82,7 @@ impl PieceTable {
 
 impl PieceTable {
     /// Held while the tokenizer runs: nobody may clear what a call still needs.
-    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, pieces::PieceTable> {
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, WordCache> {
         match self.0.lock_py_attached(py) {
             Ok(guard) => guard,
             Err(poisoned) => poisoned.into_inner(),

@@ -13,7 +13,7 @@ use journals::{
 };
 use logratio::{
     Error,
-    cache::{Cache, Kind},
+    cache::{Cache, ValueKind},
     content_key::Key,
 };
 use proptest::{collection::vec, prelude::*};
@@ -137,7 +137,10 @@ fn caches_of_another_reference_or_kind_are_not_merged() {
     let folder = tempdir().expect("folder");
     let cache = |name: &str, byte| Cache::new(folder.path().join(name), [byte; 32]);
     let into = cache("into", 7);
-    let others = [cache("other", 8), cache("sums", 7).with_kind(Kind::Sums)];
+    let others = [
+        cache("other", 8),
+        cache("sums", 7).with_kind(ValueKind::Sums),
+    ];
     for other in others {
         let refused = into.merge(&[other]).expect_err("not alike");
         assert!(matches!(refused, Error::Invalid(_)), "{refused:?}");

@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 use damage::{Damaged, FINGERPRINT, Verdict, verdict};
 use logratio::{
     Error,
-    cache::{Cache, Kind, ReadMode},
+    cache::{Cache, ReadMode, ValueKind},
 };
 use sim::chance::{Chance, for_seeds};
 
@@ -17,9 +17,9 @@ use sim::chance::{Chance, for_seeds};
 fn every_flipped_bit_is_noticed() {
     let flips = for_seeds(0..12, |seed| {
         let damaged = Damaged::new(if seed % 2 == 0 {
-            Kind::PerToken
+            ValueKind::PerToken
         } else {
-            Kind::Sums
+            ValueKind::Sums
         });
         let (path, bytes) = &damaged.files[seed as usize / 2];
         for bit in 0..8 * bytes.len() {
@@ -34,7 +34,7 @@ fn every_flipped_bit_is_noticed() {
 
 #[test]
 fn every_length_is_noticed() {
-    for kind in [Kind::PerToken, Kind::Sums] {
+    for kind in [ValueKind::PerToken, ValueKind::Sums] {
         let damaged = Damaged::new(kind);
         for (path, bytes) in &damaged.files {
             for length in 0..bytes.len() {
@@ -47,7 +47,7 @@ fn every_length_is_noticed() {
 
 #[test]
 fn a_cut_shard_says_how_long_it_was() {
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     let (path, bytes) = damaged.ending(".arrow")[0];
     let (Verdict::Refused(error), _) = damaged.with(&[(path, bytes[..1000].to_vec())]) else {
         panic!("not noticed");
@@ -59,7 +59,7 @@ fn a_cut_shard_says_how_long_it_was() {
 #[test]
 fn bytes_behind_the_end_are_noticed() {
     let mut chance = Chance(5);
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     for (path, bytes) in &damaged.files {
         for length in [1, 7, 63, 64, 65, 127, 128, 512, 4096] {
             let mut garbage = vec![0; length];
@@ -74,7 +74,7 @@ fn bytes_behind_the_end_are_noticed() {
 
 #[test]
 fn holes_are_noticed() {
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     let mut noticed = 0;
     for (path, bytes) in &damaged.files {
         for (length, step) in [(64, 64), (512, 512), (4096, 512)] {
@@ -94,7 +94,7 @@ fn holes_are_noticed() {
 
 #[test]
 fn exchanged_files_are_refused() {
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     for ending in [".arrow", ".manifest.json"] {
         let [one, other] = damaged.ending(ending)[..] else {
             panic!("there are two");
@@ -110,8 +110,8 @@ fn exchanged_files_are_refused() {
 /// A shard, manifest or journal of another reference, of other values, or of another cache.
 #[test]
 fn files_of_another_cache_are_refused() {
-    let damaged = Damaged::new(Kind::PerToken);
-    let sums = Damaged::new(Kind::Sums);
+    let damaged = Damaged::new(ValueKind::PerToken);
+    let sums = Damaged::new(ValueKind::Sums);
     for (at, (path, bytes)) in damaged.files.iter().enumerate() {
         damaged.assert_noticed(path, &sums.files[at].1, "a file of sums");
         if bytes.starts_with(b"ARROW1") {
@@ -131,7 +131,7 @@ fn files_of_another_cache_are_refused() {
 #[test]
 fn a_missing_shard_is_named_with_its_rows() {
     use logratio::cache::Disk;
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     let path = &damaged.ending(".arrow")[0].0;
     damaged.disk.remove(path).expect("removes");
     let error = damaged
@@ -154,7 +154,7 @@ fn write_all(folder: &Path, damaged: &Damaged) {
 /// The same on real files that are mapped: an error, and no signal.
 #[test]
 fn flipped_bits_of_mapped_files_are_noticed() {
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     let mut chance = Chance(11);
     for _ in 0..600 {
         let folder = tempfile::tempdir().expect("folder");
@@ -184,7 +184,7 @@ fn flipped_bits_of_mapped_files_are_noticed() {
 /// F17: with `ReadMode::Pread` a shard that is cut while it is open is an error at every length.
 #[test]
 fn a_shard_that_is_cut_while_it_is_open_is_an_error() {
-    let damaged = Damaged::new(Kind::PerToken);
+    let damaged = Damaged::new(ValueKind::PerToken);
     let folder = tempfile::tempdir().expect("folder");
     let mut chance = Chance(3);
     for _ in 0..100 {

@@ -12,7 +12,7 @@ use std::{fs, sync::Arc};
 use frozen::{FINGERPRINT, Order, Record, journal, manifest, records, shard};
 use logratio::{
     Error, Result,
-    cache::{Cache, Kind, ReadMode},
+    cache::{Cache, ReadMode, ValueKind},
 };
 use sim::{
     SimDisk,
@@ -43,7 +43,11 @@ const NUMBERS: [u64; 16] = [
 
 /// Asks everything of a cache with these files; what is refused is refused as corrupt.
 fn touch(sums: bool, files: &[(String, Vec<u8>)]) -> bool {
-    let kind = if sums { Kind::Sums } else { Kind::PerToken };
+    let kind = if sums {
+        ValueKind::Sums
+    } else {
+        ValueKind::PerToken
+    };
     let disk = SimDisk::with("/cache".as_ref(), files);
     let cache = Cache::new("/cache", FINGERPRINT)
         .with_kind(kind)

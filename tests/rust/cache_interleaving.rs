@@ -12,7 +12,7 @@ use std::{
 
 use logratio::{
     Error, Result,
-    cache::{Cache, CacheWriter, Kind, ReadMode},
+    cache::{Cache, CacheWriter, ReadMode, ValueKind},
 };
 use sim::{
     SimDisk,
@@ -61,7 +61,7 @@ fn write(
     acknowledged: &Acknowledged,
 ) -> Result<CacheWriter> {
     let mut writer = cache(disk, folder).writer()?;
-    append(&mut writer, Kind::PerToken, numbers)?;
+    append(&mut writer, ValueKind::PerToken, numbers)?;
     acknowledged.lock().expect("no panic").extend(numbers);
     Ok(writer)
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use logratio::{
-    cache::{Cache, CacheWriter, Kind, ReadMode},
+    cache::{Cache, CacheWriter, ReadMode, ValueKind},
     content_key::Key,
 };
 use proptest::{collection::vec, option, prelude::*};
@@ -52,14 +52,14 @@ fn some_step() -> impl Strategy<Value = Step> {
 /// The cache that is looked at, another one that is merged into it, and what they must hold.
 struct Run {
     caches: [Cache; 2],
-    kind: Kind,
+    kind: ValueKind,
     writers: Vec<(usize, CacheWriter)>,
     models: [BTreeSet<usize>; 2],
     started: usize,
 }
 
 impl Run {
-    fn new(kind: Kind) -> Self {
+    fn new(kind: ValueKind) -> Self {
         let disk = Arc::new(SimDisk::default());
         let cache = |folder: &str| {
             let cache = Cache::new(folder, [7; 32]).with_kind(kind);
@@ -161,8 +161,8 @@ impl Run {
                 .eq(found.tokens)
         );
         match self.kind {
-            Kind::PerToken => assert!(numbers().flat_map(logps).eq(found.logps)),
-            Kind::Sums => assert!(numbers().map(sum).eq(found.sums)),
+            ValueKind::PerToken => assert!(numbers().flat_map(logps).eq(found.logps)),
+            ValueKind::Sums => assert!(numbers().map(sum).eq(found.sums)),
         }
     }
 }
@@ -179,7 +179,7 @@ proptest! {
 
     #[test]
     fn a_cache_is_a_map(steps in vec(some_step(), 1..30), sums in any::<bool>()) {
-        let mut run = Run::new(if sums { Kind::Sums } else { Kind::PerToken });
+        let mut run = Run::new(if sums { ValueKind::Sums } else { ValueKind::PerToken });
         for step in &steps {
             run.step(step);
         }

@@ -12,7 +12,7 @@ use std::{fs, path::Path, sync::Arc};
 use frozen::{FINGERPRINT, Order, Record, journal, manifest, records, shard, stem, sum};
 use logratio::{
     Error, Result,
-    cache::{Cache, CacheReader, Kind, ReadMode},
+    cache::{Cache, CacheReader, ReadMode, ValueKind},
     content_key::Key,
 };
 use sim::SimDisk;
@@ -20,7 +20,11 @@ use sim::SimDisk;
 const FOLDER: &str = "/cache";
 
 fn cache(sums: bool, files: &[(String, Vec<u8>)]) -> Cache {
-    let kind = if sums { Kind::Sums } else { Kind::PerToken };
+    let kind = if sums {
+        ValueKind::Sums
+    } else {
+        ValueKind::PerToken
+    };
     let disk = SimDisk::with(FOLDER.as_ref(), files);
     Cache::new(FOLDER, FINGERPRINT)
         .with_kind(kind)
@@ -104,7 +108,11 @@ fn shards_of_version_one_are_read() {
 fn the_library_writes_version_one() {
     for sums in [false, true] {
         let folder = tempfile::tempdir().expect("folder");
-        let kind = if sums { Kind::Sums } else { Kind::PerToken };
+        let kind = if sums {
+            ValueKind::Sums
+        } else {
+            ValueKind::PerToken
+        };
         let mut writer = Cache::new(folder.path(), FINGERPRINT)
             .with_kind(kind)
             .writer()

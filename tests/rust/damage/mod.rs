@@ -8,7 +8,7 @@ use std::{
 
 use logratio::{
     Error, Result,
-    cache::{Cache, CacheReader, Kind, ReadMode},
+    cache::{Cache, CacheReader, ReadMode, ValueKind},
     content_key::Key,
 };
 
@@ -28,7 +28,7 @@ pub const ALL: usize = RECORDS * BLOCKS * WRITERS;
 /// Two shards with their manifests and two journals, about 16 KB.
 pub struct Damaged {
     pub disk: SimDisk,
-    pub kind: Kind,
+    pub kind: ValueKind,
     pub files: Vec<(PathBuf, Vec<u8>)>,
 }
 
@@ -43,7 +43,7 @@ pub enum Verdict {
 }
 
 impl Damaged {
-    pub fn new(kind: Kind) -> Self {
+    pub fn new(kind: ValueKind) -> Self {
         let disk = SimDisk::default();
         let cache = cache(&disk, kind);
         for first in 0..WRITERS {
@@ -149,7 +149,7 @@ impl Damaged {
     }
 }
 
-pub fn cache(disk: &SimDisk, kind: Kind) -> Cache {
+pub fn cache(disk: &SimDisk, kind: ValueKind) -> Cache {
     let cache = Cache::new(FOLDER, FINGERPRINT).with_kind(kind);
     cache.on(Arc::new(disk.clone()))
 }

@@ -8,7 +8,7 @@ use std::{
 
 use logratio::{
     Error, Result,
-    cache::{Cache, CacheWriter, Kind, ReadMode},
+    cache::{Cache, CacheWriter, ReadMode, ValueKind},
 };
 
 use super::{
@@ -23,7 +23,7 @@ pub const FOLDERS: [&str; 2] = ["/cache/here", "/cache/there"];
 pub struct Life {
     pub disk: SimDisk,
     pub chance: Chance,
-    kind: Kind,
+    kind: ValueKind,
     writers: Vec<(usize, CacheWriter)>,
     /// Records of each cache in the order of their acknowledgement.
     acknowledged: [Vec<usize>; 2],
@@ -34,9 +34,9 @@ pub struct Life {
 impl Life {
     pub fn new(disk: SimDisk, seed: u64) -> Self {
         let kind = if seed % 3 == 2 {
-            Kind::Sums
+            ValueKind::Sums
         } else {
-            Kind::PerToken
+            ValueKind::PerToken
         };
         Self {
             disk,

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use logratio::{
     Result,
-    cache::{CacheReader, CacheWriter, Kind},
+    cache::{CacheReader, CacheWriter, ValueKind},
     content_key::Key,
 };
 
@@ -34,11 +34,11 @@ pub fn sum(number: usize) -> f64 {
     logps(number).map(f64::from).sum()
 }
 
-pub fn append(writer: &mut CacheWriter, kind: Kind, numbers: &[usize]) -> Result<()> {
+pub fn append(writer: &mut CacheWriter, kind: ValueKind, numbers: &[usize]) -> Result<()> {
     let keys: Vec<Key> = numbers.iter().copied().map(key).collect();
     let all = || numbers.iter().copied();
     match kind {
-        Kind::PerToken => {
+        ValueKind::PerToken => {
             let values: Vec<f32> = all().flat_map(logps).collect();
             let mut offsets = vec![0];
             for number in all() {
@@ -46,7 +46,7 @@ pub fn append(writer: &mut CacheWriter, kind: Kind, numbers: &[usize]) -> Result
             }
             writer.append(&keys, &offsets, &values)
         }
-        Kind::Sums => {
+        ValueKind::Sums => {
             let tokens: Vec<u32> = all().map(|number| logps(number).len() as u32).collect();
             let sums: Vec<f64> = all().map(sum).collect();
             writer.append_sums(&keys, &tokens, &sums)
@@ -58,7 +58,7 @@ pub fn append(writer: &mut CacheWriter, kind: Kind, numbers: &[usize]) -> Result
 pub fn assert_values(reader: &CacheReader, numbers: &[usize], rows: &[i64]) {
     let all = || numbers.iter().copied();
     match reader.kind() {
-        Kind::PerToken => {
+        ValueKind::PerToken => {
             let (offsets, values) = reader.read(rows).expect("reads");
             assert!(all().flat_map(logps).eq(values), "a wrong value");
             let lengths = offsets
@@ -69,7 +69,7 @@ pub fn assert_values(reader: &CacheReader, numbers: &[usize], rows: &[i64]) {
                 "a wrong length"
             );
         }
-        Kind::Sums => {
+        ValueKind::Sums => {
             let (tokens, sums) = reader.read_sums(rows).expect("reads");
             assert!(all().map(sum).eq(sums), "a wrong value");
             assert!(all().map(|number| logps(number).len() as u32).eq(tokens));
