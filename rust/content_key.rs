@@ -13,7 +13,7 @@ const RULE: &[u8; 16] = b"logratio.key.v1\0";
 /// The same for sums, which depend on the tokens that count.
 const SUM_RULE: &[u8; 16] = b"logratio.sum.v1\0";
 
-/// The hash of a prompt, from which the keys of its completions go on.
+/// The hash of a prompt, which the keys of its completions start from.
 #[derive(Clone, Debug)]
 pub struct PromptHash(Hasher);
 

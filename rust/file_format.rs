@@ -1,6 +1,6 @@
 //! What all files of this crate have in common: little-endian integers, alignment, checksums.
 //!
-//! A header ends in the CRC32C of its own bytes. The data behind it is covered by one CRC32C for each
+//! A header ends in the CRC32C of its own bytes. The data after it is covered by one CRC32C for each
 //! [`BLOCK`], so that a reader checks only the blocks it reads.
 
 use std::{
@@ -12,7 +12,7 @@ use std::{
 /// Columns, blocks and values start at a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
-/// Stored in every header; reads as `0x04030201` where bytes were written the other way round.
+/// Stored in every header; a file from a big-endian machine has `0x04030201` here.
 pub const ENDIAN_TAG: u32 = 0x0102_0304;
 
 /// The next multiple of [`ALIGNMENT`].
@@ -45,7 +45,7 @@ pub fn checksum_matches(bytes: &[u8]) -> bool {
     crc32c::crc32c(body).to_le_bytes() == crc
 }
 
-/// Bytes as a person compares them.
+/// Bytes in hexadecimal digits.
 pub struct Hex<'a>(pub &'a [u8]);
 
 impl fmt::Display for Hex<'_> {
@@ -75,7 +75,7 @@ pub struct BlockCrcs {
 }
 
 impl BlockCrcs {
-    /// The first byte will be at `at`, inside block 0.
+    /// The first byte will be at `at`, in block 0.
     pub fn new(at: usize) -> Self {
         Self {
             at,
@@ -106,11 +106,11 @@ impl BlockCrcs {
     }
 }
 
-/// Which blocks were found whole.
+/// Which blocks matched their checksums.
 ///
-/// Two threads may check a block at the same time, which costs time only: bits are set once a block
-/// was found whole and never cleared, and what they promise does not change. A forked child goes on
-/// with a copy of the bits.
+/// Two threads may check a block at the same time, which costs time only: a bit is set
+/// after its block matched, is never cleared, and the file does not change. A forked child has a copy
+/// of the bits.
 #[derive(Debug)]
 pub struct CheckedBlocks(Box<[AtomicU64]>);
 
@@ -140,7 +140,7 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Blocks of the bytes `data`, whose checksums lie from `table` on in the same file.
+    /// Blocks of the bytes `data`, whose checksums begin at `table` in the same file.
     pub fn new(data: Range<usize>, table: usize) -> Self {
         let whole = CheckedBlocks::new(block_count(data.end));
         Self { data, table, whole }
@@ -157,8 +157,8 @@ impl Blocks {
         start..((block + 1) * BLOCK).min(self.data.end)
     }
 
-    /// Compares the blocks that `range` touches, unless that was done before; the number of the
-    /// first that is not what was written.
+    /// Compares the blocks of `range` that were not compared before; the error is the number of the
+    /// first that does not match.
     pub fn ensure(&self, file: &[u8], range: &Range<usize>) -> Result<(), usize> {
         if range.is_empty() {
             return Ok(());
@@ -171,7 +171,7 @@ impl Blocks {
         Ok(())
     }
 
-    /// Compares one block, whatever was found before.
+    /// Compares one block, even if it matched before; true if it matches.
     #[cold]
     pub fn check(&self, file: &[u8], block: usize) -> bool {
         let whole =

@@ -109,7 +109,7 @@ pub enum Layout {
     Padded,
 }
 
-/// Parts of a token in which work is counted: whole numbers add up alike on every machine.
+/// Work is counted in 1/1024 of a token: integers add up to the same sum in every order.
 const PARTS: f64 = 1024.0;
 
 /// What a group, or a micro-batch of groups, takes up.

@@ -25,7 +25,6 @@ pub mod layout;
 pub mod mmap;
 pub mod pairs;
 mod parallel;
-
 pub mod plan;
 pub mod prefix_tree;
 pub mod similar;

@@ -10,13 +10,13 @@ use crate::{Error, Result};
 /// Bytes that are not written while they are mapped: a sealed file, a copy in memory, or a column
 /// whose writer died, under its lock.
 ///
-/// Always aligned to a page. A sealed file that another process cuts while it is mapped kills this
-/// one with SIGBUS: stores are written beside their name and renamed, never changed in place.
+/// Always aligned to a page. If another process truncates a mapped file, this one is killed (SIGBUS):
+/// so stores are written under another name and renamed, never changed in place.
 #[derive(Debug)]
 pub struct Map(Mmap);
 
 impl Map {
-    /// Maps the file at `path`, which nobody may change while the map lives.
+    /// Maps the file at `path`, which must not change while the map lives.
     pub fn open(path: &Path) -> Result<Self> {
         let map = File::open(path).and_then(|file| Self::of(&file));
         map.map_err(Error::io(path))
@@ -25,8 +25,8 @@ impl Map {
     /// Maps an open file, under the same condition.
     pub fn of(file: &File) -> io::Result<Self> {
         // SAFETY: the map is read-only. Sealed files never change, and the columns of a writer that
-        // died are mapped by the one that holds their lock: it cuts them behind what it reads, and
-        // writes once the map is gone.
+        // died are mapped by the one that holds their lock: it truncates them only after
+        // the mapped range, and writes only after the map is dropped.
         unsafe { Mmap::map(file) }.map(Self)
     }
 

@@ -1,8 +1,8 @@
 //! Pairs of plain text to ids, many at once.
 //!
-//! What is done here is what the tokenizer's Python half does to a row, for rows at which there is
-//! nothing to tell: no warning, no cut, nothing that a message would have to name. Every other row
-//! is called odd and left to it. Too many may be called odd, never one too few.
+//! This does what the tokenizer's Python half does to a row, for rows that need no warning, no
+//! truncation and no error. Every other row is called odd and left to Python. A row may be called odd
+//! without need, but a row that needs a message is always called odd.
 
 use crate::{
     Result,
@@ -18,9 +18,9 @@ pub type Row<'a> = [&'a str; 3];
 /// What ids have to be like, and what is put around them.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
-    /// Put before a prompt that does not begin so.
+    /// Put before a prompt that does not begin with it.
     pub opening: Vec<i32>,
-    /// Put behind an answer that does not end so.
+    /// Appended to an answer that does not end with it.
     pub ending: Option<i32>,
     /// The beginning-of-text token.
     pub bos: Option<i32>,
@@ -110,13 +110,13 @@ fn is_blank(text: &str) -> bool {
     text.chars().all(|c| c.is_whitespace() || c.is_control())
 }
 
-/// Each row's prompt, the end of it that an answer could change, and both answers behind that end.
+/// Each row's prompt, the end of it that an answer could change, and both answers joined to that end.
 struct Joined {
     /// Four texts a row.
     lookup: Lookup,
     /// Two of each row.
     moved: Vec<bool>,
-    /// Where the tail of an unmoved completion begins behind the prompt's end.
+    /// Tokens of the prompt's end, which an unmoved completion begins with.
     ends: Vec<usize>,
 }
 
@@ -221,7 +221,7 @@ impl Encoded {
         ids.any(|id| *id >= first && special.binary_search(id).is_ok())
     }
 
-    /// Puts opening and ending around the ids; says whether they are then as they should be.
+    /// Adds opening and ending to the ids; true if the row then keeps the rules.
     fn fit(&mut self, rules: &Rules) -> bool {
         if self.sides.iter().any(Vec::is_empty) {
             return false;

@@ -1,6 +1,6 @@
 //! Work on several threads, whose results come back in order.
 //!
-//! A panic in one thread goes on in the caller.
+//! A panic in one thread is passed on to the caller.
 
 use std::{
     ops::Range,

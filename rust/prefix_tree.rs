@@ -82,11 +82,11 @@ impl<'a> Sequence<'a> {
         ]
     }
 
-    /// Tokens that both begin with; the first `known` are known to be equal.
+    /// Length of the common prefix; the first `known` tokens are known to be equal.
     fn common(self, other: Self, known: usize) -> usize {
         let mut at = known;
         loop {
-            let (own, others) = (self.stretch(at), other.stretch(at));
+            let (own, others) = (self.part_from(at), other.part_from(at));
             let length = own.len().min(others.len());
             let same = equal(&own[..length], &others[..length]);
             at += same;
@@ -97,7 +97,7 @@ impl<'a> Sequence<'a> {
     }
 
     /// The tokens from `at` to the end of the prompt, or to the end of the completion.
-    fn stretch(self, at: usize) -> &'a [i32] {
+    fn part_from(self, at: usize) -> &'a [i32] {
         let [prompt, completion] = self.rest(at);
         if prompt.is_empty() {
             completion
@@ -106,11 +106,11 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    /// Lexicographic order of token ids, a beginning before what goes on from it.
+    /// Lexicographic order of token ids, a prefix before its continuations.
     fn order(self, other: Self, known: usize) -> Ordering {
         self.alone.cmp(&other.alone).then_with(|| {
             let at = self.common(other, known);
-            self.stretch(at).first().cmp(&other.stretch(at).first())
+            self.part_from(at).first().cmp(&other.part_from(at).first())
         })
     }
 

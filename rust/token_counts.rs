@@ -10,7 +10,7 @@ const COUNTED: usize = 1 << 22; // ids; the largest vocabularies have a quarter 
 /// Counts over every token of a store, each prompt once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenCounts {
-    /// How often each id stands in a prompt or a completion: `[V]`, V = largest counted id + 1.
+    /// How often each id occurs in a prompt or a completion: `[V]`, V = largest counted id + 1.
     pub uses: Vec<u64>,
     /// How many completions each id ends: `[V]`.
     pub ends: Vec<u64>,

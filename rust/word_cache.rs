@@ -1,7 +1,7 @@
-//! Pieces of text whose tokens do not depend on what stands around them, and their ids.
+//! A cache from words to token ids, for tokenizers whose tokens never cross a word boundary.
 //!
 //! A byte-level tokenizer splits text before it merges bytes, and none of its usual patterns
-//! matches across the place between a visible character and the space behind it. Text is cut at
+//! matches across the place between a visible character and a following space. Text is cut at
 //! those places; most pieces are words that came before, so their ids are looked up, and only new
 //! ones go through the tokenizer. Which tokenizers split so is decided by the caller.
 
@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// Longer pieces hardly come twice: they are encoded each time.
 const LONGEST: usize = 48;
 
-/// Ids of pieces seen before. It begins anew when it holds `capacity` bytes of text.
+/// Ids of pieces seen before. It is cleared when it holds `capacity` bytes of text.
 #[derive(Debug)]
 pub struct WordCache {
     capacity: usize,
@@ -24,7 +24,7 @@ pub struct WordCache {
     pieces: Vec<Piece>,
 }
 
-/// Where a piece's text and its ids lie.
+/// Where a piece's text and its ids are.
 #[derive(Clone, Debug)]
 struct Piece {
     text: Range<usize>,
@@ -67,7 +67,7 @@ impl WordCache {
         }
     }
 
-    /// Cuts `texts` and looks their pieces up. Earlier lookups end here.
+    /// Cuts `texts` and looks their pieces up. Earlier lookups are invalid from here on.
     pub fn look_up<'a>(&mut self, texts: impl IntoIterator<Item = &'a str>) -> Lookup {
         let mut lookup = self.begin();
         for text in texts {
@@ -76,7 +76,7 @@ impl WordCache {
         lookup
     }
 
-    /// Begins a lookup of no texts. Earlier ones end here.
+    /// Begins a lookup of no texts. Earlier ones are invalid from here on.
     pub fn begin(&mut self) -> Lookup {
         if self.text.len() > self.capacity {
             *self = Self::new(self.capacity);
@@ -84,7 +84,7 @@ impl WordCache {
         self.go_on()
     }
 
-    /// Begins a further lookup; earlier ones go on.
+    /// Begins a further lookup; earlier ones stay valid.
     pub fn go_on(&self) -> Lookup {
         Lookup {
             pieces: Vec::new(),

@@ -1,7 +1,7 @@
 //! Journals become shards, many files become few, and leftovers are removed.
 //!
 //! The order of events is the one invariant: a shard is durable under its name before its manifest is
-//! written, and the manifest is durable before a file goes whose records are in the shard. So at every
+//! written, and the manifest is durable before any file is removed whose records are in the shard. So at every
 //! moment each record is in a journal or in a listed shard.
 
 use std::{
@@ -17,7 +17,7 @@ use super::{
     journal::JournalTable,
     listing::{
         Listing, Manifest, PAUSE, TRIES, is_gone, open_shard, open_sources, read_manifests,
-        until_still,
+        with_stable_listing,
     },
     shard_writer::{ShardWriter, Written},
     source::{Merged, MergedKey, Source},
@@ -25,11 +25,11 @@ use super::{
 use crate::{Error, Result};
 
 /// A shard of this many bytes is full.
-pub const SHARD_BYTES: usize = 1 << 30;
+const SHARD_BYTES: usize = 1 << 30;
 
-/// What was written.
+/// How much was written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+struct Counts {
     /// Completions in the new shards.
     pub written: u64,
     /// Records left out because another of their key was taken.
@@ -45,20 +45,20 @@ pub struct Compacted {
     pub repeats: u64,
     /// Shards written now.
     pub shards: Vec<String>,
-    /// Files that are gone: shards and journals whose records are in the new shards, leftovers.
+    /// Files that were removed: leftovers, and those whose records are in the new shards.
     pub removed: Vec<String>,
     /// Journals left alone: their writer lives, or may live on another host.
     pub in_use: Vec<String>,
 }
 
-/// What a folder had, the sources that nobody writes, and the names of those that somebody does.
+/// The listing of a folder, its sources without a writer, and the names of journals in use.
 type Idle = (Listing, Vec<Source>, Compacted);
 
 impl Cache {
     /// Rewrites all shards and idle journals as shards of about a gigabyte, each key once, and
     /// removes what is in them and what dead writers left.
     ///
-    /// Journals of other hosts are left alone unless `other_hosts` says that nobody writes there:
+    /// Journals of other hosts are left alone unless `other_hosts` promises that no writer lives there:
     /// some network file systems do not show a lock to other hosts.
     pub fn compact(&self, other_hosts: bool) -> Result<Compacted> {
         let (listing, mut done) = self.rewrite(true, other_hosts)?;
@@ -72,10 +72,10 @@ impl Cache {
         self.rewrite(false, other_hosts).map(|(_, done)| done)
     }
 
-    /// Writes all idle journals, and the shards if asked, anew; removes what was written.
+    /// Rewrites all idle journals, and the shards if asked, as new shards; removes the old files.
     fn rewrite(&self, shards: bool, other_hosts: bool) -> Result<(Listing, Compacted)> {
         let idle = |listing: &Listing| self.idle_sources(listing, shards, other_hosts);
-        let (listing, sources, mut done) = until_still(self, idle)?;
+        let (listing, sources, mut done) = with_stable_listing(self, idle)?;
         let all_sealed = !sources.iter().any(Source::is_journal);
         if sources.len() > 1 || !all_sealed {
             let (written, counts) = self.add_shards(&sources, |_| true)?;
@@ -114,7 +114,7 @@ impl Cache {
         (self.fingerprint, self.kind) == (other.fingerprint, other.kind)
     }
 
-    /// Everything that nobody writes; the shards only if asked.
+    /// Everything without a writer; shards only if asked.
     fn idle_sources(&self, listing: &Listing, shards: bool, other_hosts: bool) -> Result<Idle> {
         let mut sources = Vec::new();
         let manifests = if shards {
@@ -136,7 +136,7 @@ impl Cache {
         Ok((listing.clone(), sources, done))
     }
 
-    /// Locks a journal that nobody writes: the table holds the lock.
+    /// Opens and locks a journal without a writer: the table holds the lock.
     fn idle_journal(&self, name: &str, other_hosts: bool) -> Result<Option<JournalTable>> {
         let path = self.path(name);
         let opened = self.disk.open(&path).map_err(Error::io(&path))?;
@@ -146,8 +146,8 @@ impl Cache {
         JournalTable::of(self, path, opened).map(Some)
     }
 
-    /// Removes what the new shards hold. A shard's manifest goes first and for good, so that none
-    /// ever names a shard that is gone.
+    /// Removes files whose records are in the new shards. A shard's manifest is removed first and
+    /// durably, so that no manifest ever names a missing shard.
     fn remove_sources(&self, sources: &[Source], done: &mut Compacted) -> Result<()> {
         let kept: BTreeSet<String> = done.shards.iter().cloned().collect();
         let gone = || {
@@ -162,7 +162,7 @@ impl Cache {
         for source in gone() {
             self.remove(source.name())?;
             if !source.is_journal() {
-                // Another sealer of the same bytes may have listed them again meanwhile.
+                // Another process that sealed the same bytes may have listed them again meanwhile.
                 self.remove(&manifest_name(source.name()))?;
             }
             done.removed.push(source.name().into());
@@ -170,7 +170,7 @@ impl Cache {
         Ok(())
     }
 
-    /// Removes what writers and sealers that died left behind.
+    /// Removes files that writers and sealers left when they died.
     fn remove_leftovers(
         &self,
         before: &Listing,
@@ -186,7 +186,7 @@ impl Cache {
             let Ok(file) = self.disk.open(&path) else {
                 continue;
             };
-            // A shard's name does not tell its host.
+            // The name of a shard does not contain its host.
             let idle = is_idle(name, &*file, other_hosts || !name.contains('-'));
             if idle && !self.is_listed_now(name) {
                 self.remove(name)?;
@@ -223,17 +223,16 @@ impl Compacted {
     }
 }
 
-/// Whether nobody writes this file: it is of this host (or that does not matter), and its lock is
-/// free.
+/// Whether this file has no writer: its lock is free, and it is from this host (or `other_hosts`).
 fn is_idle(name: &str, file: &dyn DiskFile, other_hosts: bool) -> bool {
     let of_here = name.starts_with(&format!("{}-", host()));
     (of_here || other_hosts) && matches!(file.lock(), Ok(true))
 }
 
 impl Cache {
-    /// Turns a journal, which nobody writes any more, into shards; returns the name of the first.
+    /// Turns a journal without a writer into shards; returns the name of the first.
     ///
-    /// Whatever happens, every record is in a journal or in a listed shard.
+    /// At every moment each record is in the journal or in a listed shard.
     pub(super) fn seal(&self, journal: &Path) -> Result<Option<String>> {
         let table = JournalTable::open(self, journal.into())?;
         let sources = [Source::Journal(table)];
@@ -245,10 +244,10 @@ impl Cache {
 
     /// Writes the wanted keys of `sources` to shards that are part of the cache when this returns.
     ///
-    /// Whoever compacts may take a file for a leftover before it is locked, or take a new shard in
-    /// and remove it before it is seen to be kept. Then all are written once more: `sources` are
-    /// open, and compaction leaves out what is there twice.
-    pub(super) fn add_shards(
+    /// Another process that compacts may take a file for a leftover before it is locked, or merge a
+    /// new shard and remove it before [`Self::check_kept`]. Then all are written once more:
+    /// `sources` are still open, and a later compaction removes repeats.
+    fn add_shards(
         &self,
         sources: &[Source],
         wanted: impl Fn(&MergedKey) -> bool,
@@ -312,8 +311,8 @@ impl Cache {
             .try_for_each(|written| self.check_kept(written))
     }
 
-    /// Somebody who tidied up may have taken an unlisted shard for a leftover, or have removed one
-    /// of the same bytes because its records were somewhere else: no manifest may name it then.
+    /// Another process that compacts may have removed the shard, as a leftover before it was listed
+    /// or because another shard has its records: then its manifest must go too.
     fn check_kept(&self, written: &Written) -> Result<()> {
         let path = self.path(&written.name);
         let opened = self.disk.open(&path).map(drop);

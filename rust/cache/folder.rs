@@ -122,8 +122,8 @@ pub fn manifest_name(shard: &str) -> String {
     format!("{stem}.{MANIFEST}")
 }
 
-/// Whether this can only name a file of the folder.
-pub fn is_plain(shard: &str) -> bool {
+/// Whether this is a shard of the folder, and no path to another place.
+pub fn is_shard_name(shard: &str) -> bool {
     let stem = shard.strip_suffix(&format!(".{SHARD}"));
     stem.is_some_and(|stem| stem.bytes().all(|byte| byte.is_ascii_alphanumeric()))
 }

@@ -26,7 +26,7 @@ const MAGIC: &[u8; 8] = b"LRJOURN1";
 /// The newest version that is read; the kind's own is what a journal needs.
 const VERSION: u32 = 2;
 /// Length of the journal's header and of every block's.
-pub const HEADER: usize = ALIGNMENT;
+const HEADER: usize = ALIGNMENT;
 
 const VERSION_AT: usize = MAGIC.len();
 const ENDIAN_AT: usize = VERSION_AT + 4;
@@ -37,11 +37,11 @@ const CRC_AT: usize = HEADER - 4;
 
 const BLOCK_MAGIC: &[u8; 8] = b"LRBLOCK1";
 const JOURNAL_AT: usize = BLOCK_MAGIC.len();
-pub const SEQUENCE_AT: usize = JOURNAL_AT + 8;
-pub const PAYLOAD_AT: usize = SEQUENCE_AT + 8;
-pub const RECORDS_AT: usize = PAYLOAD_AT + 8;
+const SEQUENCE_AT: usize = JOURNAL_AT + 8;
+const PAYLOAD_AT: usize = SEQUENCE_AT + 8;
+const RECORDS_AT: usize = PAYLOAD_AT + 8;
 const PREVIOUS_AT: usize = RECORDS_AT + 4;
-pub const PAYLOAD_CRC_AT: usize = PREVIOUS_AT + 4;
+const PAYLOAD_CRC_AT: usize = PREVIOUS_AT + 4;
 
 /// Journals of sums came with version 2.
 fn version(kind: ValueKind) -> u32 {
@@ -56,7 +56,7 @@ pub fn header(fingerprint: &Fingerprint, kind: ValueKind, id: u64) -> Vec<u8> {
 }
 
 /// Why these 64 bytes do not begin a journal of this reference and kind.
-pub fn refusal(header: &[u8], fingerprint: &Fingerprint, kind: ValueKind) -> Option<String> {
+fn refusal(header: &[u8], fingerprint: &Fingerprint, kind: ValueKind) -> Option<String> {
     let version = u32_at(header, VERSION_AT);
     let found = &header[FINGERPRINT_AT..ID_AT];
     if !header.starts_with(MAGIC) {
@@ -80,7 +80,7 @@ pub fn refusal(header: &[u8], fingerprint: &Fingerprint, kind: ValueKind) -> Opt
     }
 }
 
-/// Where a journal stands: what its next block must repeat.
+/// What the next block of a journal must repeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chain {
     id: u64,
@@ -103,7 +103,7 @@ impl Chain {
         self.sequence
     }
 
-    /// Goes on behind the block with this header.
+    /// Moves past the block with this header.
     pub fn advance(&mut self, header: &[u8]) {
         self.sequence += 1;
         self.previous = u32_at(header, CRC_AT);
@@ -147,12 +147,12 @@ impl Chain {
 }
 
 const KEY: usize = size_of::<Key>();
-/// Bytes looked through at a time behind a torn block.
+/// Bytes searched at a time after a torn block.
 const CHUNK: usize = 1 << 20;
 
 /// One completion's place in a journal.
 #[derive(Clone, Copy, Debug)]
-pub struct Record {
+struct Record {
     pub key: Key,
     /// Byte of the first value.
     pub offset: u64,
@@ -162,9 +162,9 @@ pub struct Record {
 
 /// What a journal holds.
 #[derive(Debug, Default)]
-pub struct Contents {
+struct Contents {
     pub records: Vec<Record>,
-    /// Bytes behind the last whole block.
+    /// Bytes after the last whole block.
     pub torn: u64,
     /// Bytes that were read.
     pub length: u64,
@@ -183,7 +183,7 @@ struct Scan<'a> {
 }
 
 /// Reads and checks every byte of a journal.
-pub fn scan(
+fn scan(
     path: &Path,
     file: &dyn DiskFile,
     fingerprint: &Fingerprint,
@@ -241,7 +241,7 @@ impl Scan<'_> {
         self.file.read_at(bytes, at).map_err(Error::io(self.path))
     }
 
-    /// Reads the block at `at`; false if it is not whole.
+    /// Reads the block at `at`; false if it is incomplete or damaged.
     fn read_block(&mut self, at: u64) -> Result<bool> {
         let room = (self.length - at).checked_sub(HEADER as u64);
         let Some(room) = room else { return Ok(false) };
@@ -286,7 +286,7 @@ impl Scan<'_> {
         Error::cache(self.path, reason)
     }
 
-    /// Takes over the records of the block just read.
+    /// Collects the records of the block just read.
     fn collect(&self, at: u64, records: &mut Vec<Record>) -> Result<()> {
         let broken = || self.damage(at, "its records do not fill it");
         let count = u32_at(&self.header, RECORDS_AT) as usize;
@@ -324,7 +324,7 @@ pub struct JournalTable {
     path: PathBuf,
     file: Box<dyn DiskFile>,
     records: Vec<Record>,
-    /// Bytes behind the last whole block.
+    /// Bytes after the last whole block.
     pub torn: u64,
     /// Bytes that were there when it was opened.
     pub length: u64,
@@ -367,7 +367,7 @@ impl JournalTable {
         self.records[row as usize].key
     }
 
-    /// Where a row's values lie.
+    /// Where a row's values are.
     pub fn span(&self, row: u64) -> Span {
         let Record { offset, tokens, .. } = self.records[row as usize];
         Span { at: offset, tokens }

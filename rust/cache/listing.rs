@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     disk::ReadMode,
-    folder::{Cache, JOURNAL, MANIFEST, PARTIAL, SHARD, is_plain, manifest_name},
+    folder::{Cache, JOURNAL, MANIFEST, PARTIAL, SHARD, is_shard_name, manifest_name},
     journal::JournalTable,
     shard::Shard,
     shard_writer::Written,
@@ -33,7 +33,7 @@ pub struct Listing {
     pub manifests: BTreeSet<String>,
     pub shards: BTreeSet<String>,
     pub journals: BTreeSet<String>,
-    /// What writers that died may have left.
+    /// Unfinished files, of living writers or of ones that died.
     pub partials: BTreeSet<String>,
 }
 
@@ -58,7 +58,7 @@ impl Listing {
     /// Lists until two lists agree.
     ///
     /// A file that came or went while a list was made may be in it or not. What replaces a file is
-    /// durable before that file goes, so that a list which misses both differs from the one before.
+    /// durable before that file is removed, so a list that misses both differs from the one before.
     pub fn stable(cache: &Cache) -> Result<Self> {
         let mut before = Self::once(cache)?;
         for _ in 0..TRIES {
@@ -78,16 +78,16 @@ pub fn busy(folder: &Path) -> Error {
     Error::io(folder)(error)
 }
 
-/// All records of a folder as it stands now: shards first, then journals, each by name.
+/// All records of a folder as it is now: shards first, then journals, each by name.
 pub fn open_sources(cache: &Cache, mode: ReadMode) -> Result<Vec<Source>> {
-    until_still(cache, |listing| open_all(cache, listing, mode))
+    with_stable_listing(cache, |listing| open_all(cache, listing, mode))
 }
 
-/// Lists the folder and opens what is in it, again if a file is gone before it is open.
-pub fn until_still<T>(cache: &Cache, open: impl Fn(&Listing) -> Result<T>) -> Result<T> {
+/// Lists the folder and opens what is in it; again if a file was removed before it was opened.
+pub fn with_stable_listing<T>(cache: &Cache, open: impl Fn(&Listing) -> Result<T>) -> Result<T> {
     for _ in 0..TRIES {
         match open(&Listing::stable(cache)?) {
-            // It went after it was listed, because its records are somewhere else now.
+            // Removed after it was listed, because its records are in another file now.
             Err(error) if is_gone(&error) => thread::sleep(PAUSE),
             opened => return opened,
         }
@@ -95,7 +95,7 @@ pub fn until_still<T>(cache: &Cache, open: impl Fn(&Listing) -> Result<T>) -> Re
     Err(busy(cache.folder()))
 }
 
-/// Whether a file that was listed is not there any more.
+/// Whether a listed file has been removed.
 pub fn is_gone(error: &Error) -> bool {
     matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::NotFound)
 }
@@ -159,7 +159,7 @@ pub fn open_shard(
 
 const FORMAT: &str = "logratio.cache";
 const VERSION: u32 = 1;
-/// What stands before and behind the checksum, which is the last field.
+/// The text around the checksum, which is the last field.
 const CRC_BEFORE: &str = ",\n  \"crc32c\": \"";
 const CRC_BEHIND: &str = "\"\n}\n";
 
@@ -241,7 +241,7 @@ impl Manifest {
         } else if manifest.kind != cache.kind.name() {
             let (found, wanted) = (&manifest.kind, cache.kind.name());
             Err(refuse(format!("it holds {found} values, not {wanted}")))
-        } else if path != cache.path(&manifest.name()) || !is_plain(&manifest.shard) {
+        } else if path != cache.path(&manifest.name()) || !is_shard_name(&manifest.shard) {
             Err(refuse(format!("it is the manifest of {}", manifest.shard)))
         } else {
             Ok(manifest)

@@ -18,10 +18,10 @@ impl Cache {
     }
 }
 
-/// Rows whose misses are under way at the same time.
+/// Rows whose cache misses overlap.
 const AHEAD: usize = 32;
 
-/// The values of one reference, as its folder stood when it was opened.
+/// The values of one reference, as they were when the reader was opened.
 ///
 /// Journals are checked byte by byte at open, shards by their seal and then block by block as they
 /// are read; impossible values are refused again when they are read. Memory holds 48 bytes for each
@@ -84,19 +84,19 @@ impl CacheReader {
         self.sources.iter().map(Source::all_tokens).sum()
     }
 
-    /// Bytes of all files, as far as they were read.
+    /// Bytes of all files, journals up to their length when they were opened.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().map(Source::length).sum()
     }
 
-    /// Bytes behind the last whole block of the journals: unacknowledged, never read.
+    /// Bytes after the last whole block of each journal: never acknowledged, never read.
     pub fn torn_bytes(&self) -> u64 {
         self.sources.iter().map(Source::torn).sum()
     }
 
     /// Number of different keys. Walks through all of them, and compares the records of each.
     pub fn distinct(&self) -> Result<u64> {
-        source::count(self.agreement, &self.sources)
+        source::count_keys(self.agreement, &self.sources)
     }
 
     /// The row of each key, -1 where there is none. Rows are numbers of this reader alone.
@@ -133,7 +133,7 @@ impl CacheReader {
         Ok((offsets, values))
     }
 
-    /// Where the values of rows lie.
+    /// Where the values of rows are.
     fn spans(&self, rows: &[i64]) -> Result<Vec<(&Source, u64, Span)>> {
         let mut spans = Vec::with_capacity(rows.len());
         for rows in rows.chunks(AHEAD) {
@@ -203,7 +203,7 @@ impl CacheReader {
     }
 }
 
-/// Bits of a row's number within its source; the source's number stands above them.
+/// Low bits that hold a row's number in its source; the source's number is in the high bits.
 const ROW_BITS: u32 = 40;
 
 /// A row of a source as one number.
@@ -251,8 +251,8 @@ struct Join<'a> {
 }
 
 impl Join<'_> {
-    /// Finds the keys of one source. Heads of keys are compared, which lie in the order walked; a
-    /// whole key is a jump through memory, and looked at only where its head is there.
+    /// Finds the keys of one source. Both sides are walked in order by the first eight bytes of a key;
+    /// the whole key, a random read, is compared only where these are equal.
     fn walk(&mut self, number: usize, order: &[(u64, u64)]) -> Result<()> {
         let source = &self.sources[number];
         let (mut at, mut current) = (0, 0);
@@ -280,7 +280,7 @@ impl Join<'_> {
     fn take(&mut self, number: usize, at: u64, index: usize) -> Result<()> {
         let (source, key) = (&self.sources[number], &self.keys[index]);
         let mut row = source.lower_bound(at, key)?;
-        // Keys of shards stand once; a journal has them as they came.
+        // A key is once in a shard, and as often in a journal as it was appended.
         while row < source.rows() && source.key(row)? == *key {
             let found = &mut self.rows[index];
             if *found == -1 {

@@ -84,7 +84,7 @@ impl Shard {
         Ok(key)
     }
 
-    /// Where a row's values lie.
+    /// Where a row's values are.
     pub fn span(&self, row: u64) -> Result<Span> {
         let (batch, index) = self.place(row);
         let (first, tokens) = match self.kind {
@@ -123,14 +123,14 @@ impl Shard {
         Ok(u32_at(&bytes, 0))
     }
 
-    /// Reaches for what [`Self::span`] will read.
+    /// Touches what [`Self::span`] will read.
     pub fn touch_span(&self, row: u64) {
         let (batch, index) = self.place(row);
         let at = batch.tokens_at as usize + 4 * index;
         self.file.touch(at..at + 1);
     }
 
-    /// Reaches for what [`Self::fill`] will read.
+    /// Touches what [`Self::fill`] will read.
     pub fn touch_values(&self, span: Span) {
         let at = span.at as usize;
         self.file.touch(at..at + self.kind.bytes(span.tokens));
@@ -142,12 +142,12 @@ impl Shard {
     }
 }
 
-/// Bytes that memory is fetched by.
+/// Bytes of a cache line.
 const LINE: usize = 64;
 
 /// A file, and a checksum for each of its blocks.
 #[derive(Debug)]
-pub struct CheckedFile {
+struct CheckedFile {
     pub path: PathBuf,
     bytes: FileBytes,
     /// Bytes that the checksums cover, from the start of the file.
@@ -173,15 +173,15 @@ impl CheckedFile {
         block_count(self.length)
     }
 
-    /// Fills `out` from byte `at` on, from blocks that are whole.
+    /// Fills `out` from byte `at` on, after checking the blocks that hold it.
     #[inline]
     pub fn read(&self, at: usize, out: &mut [u8]) -> Result<()> {
         self.ensure(at..at + out.len())?;
         self.bytes.read(&self.path, at, out)
     }
 
-    /// Reaches for mapped bytes that will be read, so that the misses of many reads overlap. What
-    /// comes is neither checked nor used.
+    /// Touches mapped bytes that will be read, so that the cache misses of many reads overlap. The
+    /// bytes are neither checked nor used.
     pub fn touch(&self, range: Range<usize>) {
         if let FileBytes::Map(map) = &self.bytes {
             let lines = range.step_by(LINE);
@@ -208,7 +208,7 @@ impl CheckedFile {
         Error::cache(&self.path, reason)
     }
 
-    /// Compares one block, whatever was found before.
+    /// Compares one block, even if it matched before.
     #[cold]
     pub fn check(&self, block: usize) -> Result<()> {
         let range = block * BLOCK..((block + 1) * BLOCK).min(self.length);

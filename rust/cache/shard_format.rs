@@ -19,7 +19,7 @@ use crate::{
 
 const MAGIC: &[u8; 8] = b"LRSHARD1";
 const VERSION: u32 = 1;
-/// Length of the seal's last part, which stands before the Arrow footer.
+/// Length of the seal's last part, which comes before the Arrow footer.
 pub const TAIL: usize = 128;
 /// What an Arrow file ends with: the footer's length and `ARROW1`.
 const ARROW_END: usize = 10;
@@ -36,7 +36,7 @@ const BATCHES_AT: usize = KIND_AT + 4;
 const TABLES_CRC_AT: usize = BATCHES_AT + 4;
 const FOOTER_CRC_AT: usize = TABLES_CRC_AT + 4;
 
-/// Where the columns of one record batch lie in the file.
+/// Where the columns of one record batch begin in the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     pub rows: u64,
@@ -64,7 +64,7 @@ impl Batch {
         bytes.as_flattened().try_into().expect("five of eight")
     }
 
-    /// Whether all columns lie in the first `data` bytes.
+    /// Whether all columns are in the first `data` bytes.
     pub fn fits(&self, kind: ValueKind, data: u64) -> bool {
         let (tokens, values) = match kind {
             ValueKind::PerToken => (self.rows.saturating_add(1), self.values),
@@ -95,7 +95,7 @@ impl Batch {
     }
 }
 
-/// What the seal says of the whole shard.
+/// The numbers of a shard in its seal.
 #[derive(Clone, Copy, Debug)]
 pub struct Seal {
     pub fingerprint: Fingerprint,
@@ -135,7 +135,7 @@ impl Seal {
     }
 }
 
-/// What a seal says that was found whole.
+/// A seal whose checksums matched.
 pub struct CheckedSeal {
     pub batches: Vec<Batch>,
     /// Number of the first row of each batch, and of all rows at last.
@@ -188,7 +188,7 @@ impl SealReader<'_> {
         Ok(bytes)
     }
 
-    /// The seal's tail, and how long the footer behind it is.
+    /// The seal's tail, and the length of the footer after it.
     fn tail(&self) -> Result<(Vec<u8>, usize)> {
         let no_seal = || {
             let length = self.length;
@@ -261,8 +261,8 @@ impl SealReader<'_> {
         ))
     }
 
-    /// Number of the first row of each batch, and of all rows. Every column lies in the data, so
-    /// that no place in a column can overflow.
+    /// Number of the first row of each batch, and of all rows. Every column is checked to
+    /// be in the data, so that no offset into a column can overflow.
     fn starts(&self, tail: &[u8], batches: &[Batch], kind: ValueKind) -> Result<Vec<u64>> {
         let data = u64_at(tail, DATA_AT);
         if !batches.iter().all(|batch| batch.fits(kind, data)) {

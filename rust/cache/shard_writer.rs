@@ -46,7 +46,7 @@ pub struct Written {
     pub bytes: u64,
     /// CRC32C of the tail.
     pub seal: u32,
-    /// Holds the file's lock until the shard is in a manifest: its writer lives, it is no leftover.
+    /// Held until the shard is in a manifest, so that `compact` does not take it for a leftover.
     _lock: Arc<dyn DiskFile>,
 }
 
@@ -68,7 +68,7 @@ impl<'a> ShardWriter<'a> {
         let partial = cache.new_partial();
         let file = cache.disk.create(&partial);
         let file = file.map_err(Error::write(&partial, CHUNK))?;
-        let _ = file.lock(); // tells `compact` that the writer lives, where there are locks
+        let _ = file.lock(); // so that `compact` does not take it for a leftover; some file systems have no locks
         let schema = schema(cache);
         let options =
             IpcWriteOptions::try_new(ALIGNMENT, false, MetadataVersion::V5).map_err(Failed);
@@ -92,7 +92,7 @@ impl<'a> ShardWriter<'a> {
         self.arrow.get_ref().at
     }
 
-    /// Takes over one row; their keys must ascend.
+    /// Appends one row; keys must ascend.
     pub fn push(&mut self, source: &Source, row: u64) -> Result<()> {
         self.tokens += u64::from(self.columns.push(source, row)?);
         if self.columns.is_full() {
@@ -185,8 +185,8 @@ impl Failed {
 /// Rows and values of a record batch at most: what is held in memory while writing.
 const BATCH_ROWS: usize = 1 << 17;
 const BATCH_VALUES: usize = 1 << 22;
-/// Rows on their way into one record batch.
-pub struct Columns {
+/// Rows that will be one record batch.
+struct Columns {
     kind: ValueKind,
     keys: Vec<u8>,
     /// Ends of each row's log-probs, from 0 on.
@@ -216,7 +216,7 @@ impl Columns {
         self.rows() >= BATCH_ROWS || self.logps.len() >= BATCH_VALUES
     }
 
-    /// Takes a row over; returns its number of tokens.
+    /// Appends a row; returns its number of tokens.
     pub fn push(&mut self, source: &Source, row: u64) -> Result<u32> {
         let tokens = match self.kind {
             ValueKind::PerToken => source.values(self.kind, row, &mut self.logps)?,
@@ -252,7 +252,7 @@ fn item() -> Arc<Field> {
 }
 
 /// The columns of a cache's shards.
-pub fn schema(cache: &Cache) -> SchemaRef {
+fn schema(cache: &Cache) -> SchemaRef {
     let key = Field::new("key", DataType::FixedSizeBinary(32), false);
     let fields = match cache.kind {
         ValueKind::PerToken => vec![key, Field::new("logps", DataType::List(item()), false)],
@@ -270,8 +270,8 @@ pub fn schema(cache: &Cache) -> SchemaRef {
     Arc::new(Schema::new_with_metadata(fields, metadata))
 }
 
-/// Reads from a message where the columns of its batch lie.
-pub fn locate(kind: ValueKind, message: &[u8], start: usize, rows: usize) -> Batch {
+/// Reads from an Arrow message where the columns of its batch begin.
+fn locate(kind: ValueKind, message: &[u8], start: usize, rows: usize) -> Batch {
     let metadata = u32_at(message, 4) as usize;
     let body = start + 8 + metadata;
     let parsed = root_as_message(&message[8..8 + metadata]).expect("just written");
@@ -293,11 +293,11 @@ pub fn locate(kind: ValueKind, message: &[u8], start: usize, rows: usize) -> Bat
 }
 
 /// Bytes handed to the system at once.
-pub const CHUNK: usize = 1 << 20;
+const CHUNK: usize = 1 << 20;
 /// More than the bytes that describe a batch, at its beginning.
 const METADATA: usize = 1 << 12;
-/// A file on its way to the disk, hashed as it goes.
-pub struct ShardFile {
+/// The file of a shard while it is written: hashed, checksummed, and sealed at the end.
+struct ShardFile {
     file: Arc<dyn DiskFile>,
     pending: Vec<u8>,
     pub at: usize,
@@ -305,7 +305,7 @@ pub struct ShardFile {
     sha256: Sha256,
     /// The bytes of the batch that is being written.
     pub captured: Option<Vec<u8>>,
-    /// What Arrow writes behind the batches, held back.
+    /// What Arrow writes after the batches, held back: the seal goes before it.
     pub tail: Option<Vec<u8>>,
 }
 
@@ -322,7 +322,7 @@ impl ShardFile {
         }
     }
 
-    /// The file, whose lock lives as long as somebody has it.
+    /// The file. Its lock is held as long as this value lives.
     pub fn file(&self) -> Arc<dyn DiskFile> {
         Arc::clone(&self.file)
     }

@@ -59,7 +59,7 @@ impl Source {
         }
     }
 
-    /// Bytes behind the last whole block of a journal.
+    /// Bytes after the last whole block of a journal.
     pub fn torn(&self) -> u64 {
         match self {
             Self::Shard(_) => 0,
@@ -74,7 +74,7 @@ impl Source {
         }
     }
 
-    /// Where a row's values lie.
+    /// Where a row's values are.
     pub fn span(&self, row: u64) -> Result<Span> {
         match self {
             Self::Shard(shard) => shard.span(row),
@@ -82,21 +82,21 @@ impl Source {
         }
     }
 
-    /// Reaches for what [`Self::span`] will read of a shard.
+    /// Touches the memory that [`Self::span`] will read, so that many cache misses overlap.
     pub fn touch_span(&self, row: u64) {
         if let Self::Shard(shard) = self {
             shard.touch_span(row);
         }
     }
 
-    /// Reaches for what [`Self::fill`] will read of a shard.
+    /// Touches the memory that [`Self::fill`] will read.
     pub fn touch_values(&self, span: Span) {
         if let Self::Shard(shard) = self {
             shard.touch_values(span);
         }
     }
 
-    /// Fills `out` with a row's values, as they lie in the file.
+    /// Fills `out` with the bytes of a row's values.
     pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
         match self {
             Self::Shard(shard) => shard.fill(span, out),
@@ -104,7 +104,7 @@ impl Source {
         }
     }
 
-    /// Appends the values of a row to `out`, after a look at each; returns its number of tokens.
+    /// Appends the values of a row to `out`, after checking each; returns the number of tokens.
     pub fn values<T: Pod>(&self, kind: ValueKind, row: u64, out: &mut Vec<T>) -> Result<u32> {
         let span = self.span(row)?;
         let before = out.len();
@@ -231,7 +231,7 @@ impl<'a> Merged<'a> {
 }
 
 /// Number of different keys, after all records of each were compared.
-pub fn count(agreement: Agreement, sources: &[Source]) -> Result<u64> {
+pub fn count_keys(agreement: Agreement, sources: &[Source]) -> Result<u64> {
     let mut merged = Merged::new(agreement, sources, None)?;
     let mut keys = 0;
     while merged.next()?.is_some() {

@@ -1,6 +1,6 @@
 //! The values of a completion: every log-prob, or their sum; and what no log-prob can be.
 
-/// Log-probs above this are no rounding of 0: something else was stored.
+/// Largest value that can be a log-prob: above it, rounding cannot explain a value greater than 0.
 pub const LARGEST: f32 = 1e-3;
 
 /// Two log-probs of one token further apart than this do not come from one float32 reference; nor
@@ -24,7 +24,7 @@ impl ValueKind {
             .find(|kind| *kind as u32 == number)
     }
 
-    /// As it stands in manifests.
+    /// Its name in manifests.
     pub fn name(self) -> &'static str {
         match self {
             Self::PerToken => "per-token",
@@ -80,7 +80,7 @@ fn find<const N: usize, T: Copy>(
     values.find(|&(_, value)| !possible(value))
 }
 
-/// Where the values of a record lie in its file, and how many tokens it has.
+/// The first byte of a record's values in its file, and its number of tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     pub at: u64,

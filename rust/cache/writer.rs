@@ -25,7 +25,7 @@ impl Cache {
 /// The only writer of one new journal, `<host>-<pid>-<random>.journal`.
 ///
 /// Any number of writers, on any number of hosts, may share a folder. A journal without a block is
-/// removed when its writer goes.
+/// removed when its writer is dropped.
 #[derive(Debug)]
 pub struct CacheWriter {
     cache: Cache,
@@ -68,7 +68,7 @@ impl CacheWriter {
         &self.path
     }
 
-    /// Bytes in the journal. Around a gigabyte, seal it and go on in a new one.
+    /// Bytes in the journal. Around a gigabyte, seal it and continue in a new one.
     pub fn bytes(&self) -> u64 {
         self.length
     }
@@ -76,8 +76,8 @@ impl CacheWriter {
     /// Appends one block: record `i` has the key `keys[i]` and the log-probs
     /// `logps[offsets[i]..offsets[i + 1]]`. When this returns, the block survives a loss of power.
     ///
-    /// Nothing is written when the arguments are refused. After an I/O error nobody knows what
-    /// reached the disk: this writer takes no more, and another one goes on in its own journal.
+    /// Nothing is written when the arguments are refused. After an I/O error it is unknown what
+    /// reached the disk: this writer takes no more, and a new one can continue in its own journal.
     pub fn append(&mut self, keys: &[Key], offsets: &[i64], logps: &[f32]) -> Result<()> {
         check_offsets(keys, offsets, logps)?;
         let step = |pair: &[i64]| pair[1].abs_diff(pair[0]) as u32;
@@ -155,10 +155,10 @@ impl CacheWriter {
         let (cache, path) = (self.cache.clone(), self.path.clone());
         let is_empty = self.chain.sequence() == 0;
         if is_empty {
-            return Ok(None); // the journal goes with its writer
+            return Ok(None); // dropping the writer removes the journal
         }
         let sealed = cache.seal(&path)?;
-        drop(self); // its lock told compaction to leave the journal alone
+        drop(self); // only now: its lock keeps compaction away from the journal
         Ok(sealed)
     }
 }
@@ -166,7 +166,7 @@ impl CacheWriter {
 impl Drop for CacheWriter {
     fn drop(&mut self) {
         if self.chain.sequence() == 0 && self.owner == process::id() {
-            // A failure leaves an empty journal behind, which is harmless.
+            // A failure leaves an empty journal, which is harmless.
             let _ = self.cache.disk.remove(&self.path);
         }
     }
@@ -194,7 +194,7 @@ fn create(cache: &Cache) -> Result<Option<Created>> {
     Ok(named.then_some((path, file, header)))
 }
 
-/// False where somebody else has the file's lock, or took its name away.
+/// False if another process has the file's lock or removed its name.
 fn name_journal(
     cache: &Cache,
     file: &dyn DiskFile,

@@ -24,7 +24,7 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Finds `numbers` in `store`, and says no to what cannot be laid out.
+    /// Finds `numbers` in `store`; refuses groups and options that cannot be laid out.
     pub fn new(store: &'a Store, numbers: &'a [i64], options: Options<'a>) -> Result<Self> {
         let mut groups = BatchGroups::find(store, numbers)?;
         let tree = (options.layout == Layout::Tree).then(|| Tree::of(&groups.groups));
@@ -50,7 +50,7 @@ impl<'a> Batch<'a> {
 
     fn lay(&mut self) -> Result<()> {
         let Options { layout, fields, .. } = self.options;
-        if let Some(field) = fields.iter().find(|field| !field.is_of(layout)) {
+        if let Some(field) = fields.iter().find(|field| !field.is_in(layout)) {
             let name = match layout {
                 Layout::Tree => "tree",
                 Layout::Shared | Layout::Padded => "padded",
@@ -63,7 +63,7 @@ impl<'a> Batch<'a> {
             return Err(Error::Invalid(reason.into()));
         }
         if fields.is_empty() {
-            Field::usual(layout).for_each(|field| self.push(field));
+            Field::defaults(layout).for_each(|field| self.push(field));
         } else {
             let wanted = |field: &Field| fields.contains(field);
             let fields = Field::ALL.into_iter().filter(wanted);
@@ -120,12 +120,12 @@ impl<'a> Batch<'a> {
         self.width - self.groups.sizes.tokens
     }
 
-    /// What there is to fill, and where it will lie.
+    /// The arrays to fill, and where each begins.
     pub fn table(&self) -> &Table {
         &self.table
     }
 
-    /// Fills the first [`Table::bytes`] bytes of `arena`; whatever was there is gone.
+    /// Fills the first [`Table::bytes`] bytes of `arena`; their content is overwritten.
     pub fn fill(&self, arena: &mut [u8]) -> Result<()> {
         let parts = self.table.split(arena)?;
         match self.options.layout {
@@ -176,7 +176,7 @@ impl<'a> Batch<'a> {
             Field::PositionIds => tree.position_ids(cast_slice_mut(bytes)),
             Field::LogitIndex => tree.logit_index(cast_slice_mut(bytes)),
             Field::KeyIndex => tree.key_index(cast_slice_mut(bytes)),
-            _ => self.fill_shared(field, bytes), // as the sequences tell
+            _ => self.fill_shared(field, bytes), // by its sequences
         }
     }
 

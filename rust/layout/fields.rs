@@ -26,12 +26,12 @@ pub struct Options<'a> {
     pub width: Option<usize>,
     /// The id in padding.
     pub pad_id: i32,
-    /// The arrays to lay out; none: those of [`Field::usual`].
+    /// The arrays to lay out; none: those of [`Field::defaults`].
     pub fields: &'a [Field],
 }
 
 impl Options<'_> {
-    /// As training reads it: right-padded with 0, as wide as the batch needs.
+    /// As training needs it: right-padded with 0, as wide as the batch needs.
     pub fn new(layout: Layout) -> Self {
         Self {
             layout,
@@ -139,7 +139,7 @@ pub enum Field {
 }
 
 impl Field {
-    /// Every array there is, in the order in which they lie.
+    /// Every array, in the order of the buffer.
     pub const ALL: [Self; 20] = [
         Self::InputIds,
         Self::AttentionMask,
@@ -200,7 +200,7 @@ impl Field {
     }
 
     /// Whether a layout has it.
-    pub fn is_of(self, layout: Layout) -> bool {
+    pub fn is_in(self, layout: Layout) -> bool {
         match layout {
             Layout::Shared => true,
             Layout::Tree => self != Self::TokenMask,
@@ -215,8 +215,8 @@ impl Field {
         )
     }
 
-    /// What is laid out if nothing is asked for: what training reads.
-    pub fn usual(layout: Layout) -> impl Iterator<Item = Self> {
+    /// The arrays that are laid out by default: what training reads.
+    pub fn defaults(layout: Layout) -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(move |&field| match field {
             Self::TokenMask | Self::SegmentIds | Self::MaxSeqlens => false,
             Self::AttentionMask => layout == Layout::Padded,
@@ -258,7 +258,7 @@ impl FromStr for Field {
 /// Arrays begin at multiples of this many bytes: a cache line, and enough for every device.
 const ALIGNMENT: usize = 64;
 
-/// Where one array lies.
+/// Where one array is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Which array.
@@ -271,7 +271,7 @@ pub struct Entry {
     pub width: usize,
 }
 
-/// The arrays of a batch, in the order in which they lie.
+/// The arrays of a batch, in the order of the buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     entries: Vec<Entry>,
@@ -307,7 +307,7 @@ impl Table {
         &self.entries
     }
 
-    /// Where an array lies, if it was laid out.
+    /// Where an array is, if it was laid out.
     pub fn get(&self, field: Field) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.field == field)
     }

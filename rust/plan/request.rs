@@ -110,7 +110,7 @@ impl FromStr for Order {
 ///
 /// An epoch has as many groups as there are. Dataset `d` gives its weight's share of them, rounded
 /// by largest remainder, drawn without replacement from one shuffled pass over `d` after another.
-/// The passes go on over the epochs, so no group of `d` is ever ahead of another by more than one.
+/// The passes continue over the epochs, so no group of `d` is ever ahead of another by more than one.
 #[derive(Clone, Copy, Debug)]
 pub struct Mixture<'a> {
     /// Of each dataset: `[D]`, at least 0; only their ratios count.

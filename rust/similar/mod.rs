@@ -1,7 +1,7 @@
 //! Groups that are nearly the same: `MinHash` over token shingles, verified by exact Jaccard.
 //!
 //! A shingle is a window of tokens in a prompt or in a completion; a group is the set of all of its
-//! shingles, whoever is chosen. Two groups are similar where the Jaccard index of their sets is at
+//! shingles, whichever completion is chosen. Two groups are similar where the Jaccard index of their sets is at
 //! least the threshold. Candidates are groups that agree in a band of `MinHash` values; bands are
 //! made four at a time, so that memory is some 40 bytes a group however many bands there are (and 40
 //! more for each group that has a twin), and the work in a bucket is bounded, so that a million equal

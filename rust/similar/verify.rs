@@ -1,4 +1,4 @@
-//! Candidates compared, with a bound on what a bucket and a group may cost.
+//! Compares candidates, with a bound on what a bucket and a group may cost.
 //!
 //! In a bucket of up to [`SMALL`] groups all pairs are compared that do not hang together already.
 //! In a larger one each group is compared with [`SAMPLES`] others that resembled none before them.
@@ -32,7 +32,7 @@ const VAIN: u8 = 128;
 
 /// How often each group was compared in vain with an earlier one.
 ///
-/// Atomic for the compiler only: in one band a group stands in one bucket, which one thread has.
+/// Atomic for the compiler only: in one band a group is in one bucket, which one thread has.
 #[derive(Debug)]
 pub(super) struct Effort(Vec<AtomicU8>);
 
@@ -147,7 +147,7 @@ impl Search<'_> {
         Ok(())
     }
 
-    /// Links a group to those before it that are like it; says whether there was one.
+    /// Links a group to similar ones before it; true if there was one.
     fn meet(&mut self, member: &mut Member, earlier: &mut [Member], is_large: bool) -> bool {
         let mut is_alike = false;
         for at in 0..earlier.len() {
@@ -191,7 +191,7 @@ impl Search<'_> {
     }
 }
 
-/// A forest of groups; a tree's root is its smallest group.
+/// Union-find over groups; a tree's root is its smallest group.
 #[derive(Debug)]
 pub(super) struct Clusters {
     parents: Vec<u32>,

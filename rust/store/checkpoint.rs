@@ -1,7 +1,7 @@
 //! Checkpoints: what a writer that dies leaves for the next one.
 //!
-//! A checkpoint syncs the columns first and then publishes a small file with their lengths and hashes.
-//! So whatever that file says is on the disk.
+//! A checkpoint syncs the columns first and then publishes a small file with their lengths and hashes,
+//! so everything that the file describes is on the disk.
 
 use std::{
     fs::{self, File},
@@ -39,7 +39,7 @@ const HASHES_AT: usize = NOTE_AT + 8;
 
 /// What a writer held when a checkpoint was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Checkpoint {
+struct Checkpoint {
     /// Their metadata are 0.
     pub counts: Counts,
     /// Duplicates left out; `None` where the writer does not deduplicate.
@@ -77,7 +77,7 @@ impl Checkpoint {
         with_checksum(&parts, length)
     }
 
-    /// `None` where the bytes are not a whole checkpoint of this version.
+    /// `None` where the bytes are not a complete checkpoint of this version.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let whole = bytes.len() >= HASHES_AT + 4
             && bytes.starts_with(MAGIC)
@@ -115,7 +115,7 @@ const TOGETHER: usize = 1 << 16;
 
 impl StoreWriter {
     /// Makes everything pushed so far, and `note`, survive `kill -9` and a loss of power: what
-    /// [`StoreWriter::resume`] goes on from. The folder then stays when the writer is dropped.
+    /// [`StoreWriter::resume`] continues from. From then on, dropping the writer keeps the folder.
     pub fn checkpoint(&mut self, note: &str) -> Result<()> {
         self.usable()?;
         let Some(folder) = &self.folder else {
@@ -142,8 +142,8 @@ impl StoreWriter {
         Ok(())
     }
 
-    /// Goes on from the last checkpoint of a writer of `path` that died or was dropped, and gives
-    /// back its note; `None` where there is none, or what is left is not what it says. Whatever
+    /// Continues from the last checkpoint of a writer of `path` that died or was dropped, and gives
+    /// back its note; `None` where there is none, or the files do not match it. Whatever
     /// was pushed after the checkpoint is gone.
     ///
     /// The columns are read once, to hash them and to find duplicates as before.

@@ -77,7 +77,7 @@ impl ColumnWriter {
         }
     }
 
-    /// A column that goes on after `written`, which its sink holds already, once it is cut.
+    /// A column that continues after `written`, which its sink holds already. Call [`Self::cut`] first.
     pub fn continued(sink: Sink, room: usize, written: &[u8]) -> Self {
         let mut column = Self::new(sink, room, &[]);
         column.append_flushed(written);
@@ -92,7 +92,7 @@ impl ColumnWriter {
         self.length += bytes.len();
     }
 
-    /// Drops what the sink holds behind the column.
+    /// Truncates the sink after the column.
     pub fn cut(&mut self) -> io::Result<()> {
         let end = self.end();
         match &mut self.sink {
@@ -152,7 +152,7 @@ impl ColumnWriter {
         Ok(bytes)
     }
 
-    /// Hands every piece of the flushed column to `each`.
+    /// Calls `each` with the flushed column, piece by piece.
     pub fn pieces(&self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
         let mut piece = vec![0; PIECE];
         for start in (0..self.length).step_by(PIECE) {

@@ -149,7 +149,7 @@ pub trait Columns {
     /// The error that names this store.
     fn corrupt(&self, reason: String) -> Error;
 
-    /// A whole column of offsets, which rise from 0 to their total.
+    /// A complete column of offsets, which rise from 0 to their total.
     fn offsets(&self, column: Column) -> Result<&[u64]> {
         let counts = self.counts();
         let (items, total) = match column {
@@ -175,7 +175,7 @@ pub fn is_rising(offsets: &[u64]) -> bool {
     offsets.windows(2).all(allowed)
 }
 
-/// Where everything lies, by the counts alone.
+/// Where every part begins and ends, which follows from the counts.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Places {
     pub columns: [Range<usize>; Column::ALL.len()],
@@ -247,7 +247,7 @@ pub fn footer(digest: &[u8; 32], blocks: usize, table: &[u8]) -> Vec<u8> {
     with_checksum(&[digest, &blocks, &crc], FOOTER)
 }
 
-/// What header and footer say.
+/// The header and footer, decoded.
 #[derive(Debug)]
 pub struct Frame {
     pub counts: Counts,

@@ -12,15 +12,15 @@ use super::format::Column;
 use crate::{Error, Result};
 
 const LOCK: &str = "lock";
-/// How often other writers may take the folder away while this one reaches for it.
+/// How often other writers may remove the folder while this one tries to lock it.
 const TRIES: usize = 100;
-/// The last checkpoint, and the next one until it is whole.
+/// The last checkpoint, and the next one until it is complete.
 pub const PROGRESS: &str = "progress";
 pub const NEXT_PROGRESS: &str = "progress.new";
 /// The group that each duplicate is one of.
 pub const REPEATS: &str = "repeats";
 
-/// A store's name and the `.partial` folder beside it, which is removed when its writer goes,
+/// A store's name and its `.partial` folder, which is removed when its writer is dropped,
 /// unless a checkpoint was made in it.
 #[derive(Debug)]
 pub struct PartialFolder {
@@ -30,7 +30,7 @@ pub struct PartialFolder {
     pub keep: bool,
     /// A forked child must not touch its parent's files.
     owner: u32,
-    /// Held until the folder is gone.
+    /// Held until the folder is removed.
     _lock: File,
 }
 
@@ -79,8 +79,8 @@ impl PartialFolder {
         file.map_err(Error::io(&path))
     }
 
-    /// Puts `file`, the first column with everything behind it, in the store's place, and makes
-    /// its bytes, then its name, survive a loss of power.
+    /// Syncs `file`, the first column with everything appended, renames it to the store's path, and
+    /// syncs the folder. In this order: a name that survives a loss of power has all its bytes.
     pub fn publish(&mut self, file: &File) -> Result<()> {
         file.sync_all().map_err(Error::io(&self.path))?;
         let sealed = self.file(Column::Tokens.name());

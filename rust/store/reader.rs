@@ -22,7 +22,7 @@ use crate::{
 /// Groups whose keys one thread makes at least.
 const KEYED_TOGETHER: usize = 256;
 
-/// Fewer groups than this lie in the cache anyway, or are read sooner than their misses overlap.
+/// For fewer groups than this, touching them first saves no time.
 const FEW: usize = 8;
 
 /// Every group of a dataset in flat, memory-mapped columns.
@@ -33,9 +33,9 @@ const FEW: usize = 8;
 /// of threads and forked children may read one store.
 #[derive(Debug)]
 pub struct Store {
-    /// As errors call it.
+    /// Its name in errors.
     name: PathBuf,
-    /// Where it is whatever the working directory becomes.
+    /// Absolute path, valid whatever the working directory becomes.
     path: Option<PathBuf>,
     pub(super) map: Map,
     pub(super) frame: Frame,
@@ -216,9 +216,9 @@ impl Store {
 
     /// Touches the places that groups `numbers` begin at, column by column.
     ///
-    /// A group of a shuffled epoch lies anywhere, and each of its columns is a miss that leads to the
-    /// next. One group after the other waits for every one of them; here those of many groups are
-    /// under way at the same time. What is read is neither checked nor used.
+    /// In a shuffled epoch every group is a random read: its offsets miss the cache, and only they give
+    /// the addresses of the next misses. Reading group by group waits for each miss; here the misses
+    /// of many groups overlap. What is read is neither checked nor used.
     pub fn warm(&self, numbers: &[i64]) {
         if numbers.len() < FEW {
             return;
@@ -297,7 +297,7 @@ impl Columns for Store {
 /// One group of a store, borrowed from its columns.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredGroup<'a> {
-    /// Prompt, completion 1, completion 2, … as they lie in the store.
+    /// Prompt, completion 1, completion 2, … end to end.
     pub tokens: &'a [i32],
     /// Length of the prompt.
     pub prompt_length: usize,
@@ -321,8 +321,8 @@ pub struct StoredCompletion<'a> {
 
 /// The group at `index`, which must be below the number of groups.
 ///
-/// Offsets are believed only after they were compared with each other and with their totals, so
-/// that those of a forged file lead nowhere.
+/// Offsets are used only after they were compared with each other and with their totals, so that
+/// forged ones cannot point outside a column.
 pub fn read_group(columns: &impl Columns, index: usize) -> Result<StoredGroup<'_>> {
     let prompts = columns.read::<u64>(Column::PromptOffsets, index..index + 2)?;
     let groups = columns.read::<u64>(Column::GroupOffsets, index..index + 2)?;

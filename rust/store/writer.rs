@@ -18,7 +18,7 @@ pub(super) const HASHED_TOGETHER: usize = 512;
 ///
 /// With a path, columns are files in the folder `<path>.partial`, so memory stays bounded;
 /// [`StoreWriter::finish`] joins them, syncs and renames. After [`StoreWriter::checkpoint`] a
-/// writer that died goes on with [`StoreWriter::resume`]. Without a path the same bytes are made
+/// writer that died is continued by [`StoreWriter::resume`]. Without a path the same bytes are made
 /// in memory.
 #[derive(Debug)]
 pub struct StoreWriter {
@@ -75,7 +75,7 @@ impl StoreWriter {
         }
     }
 
-    /// Leaves out groups that say what an earlier one said, and counts them as votes for it.
+    /// Leaves out groups that are equal to an earlier one, and counts them as votes for it.
     /// Only a writer that has no group yet can begin with this.
     pub fn deduplicating(mut self) -> Result<Self> {
         if self.counts.groups > 0 {
@@ -181,8 +181,8 @@ impl StoreWriter {
         read().map_err(Error::io(self.name()))
     }
 
-    /// Groups that say the opposite of each other, the earlier one first, and how often each was
-    /// said: none where the writer does not deduplicate.
+    /// Pairs of groups with chosen and rejected exchanged, the earlier one first, and how often each
+    /// was pushed: none where the writer does not deduplicate.
     pub fn conflicts(&self) -> (Vec<[u32; 2]>, Vec<[u32; 2]>) {
         let found = self.duplicates.as_ref();
         found.map_or_else(Default::default, |found| {
@@ -217,13 +217,13 @@ impl StoreWriter {
         Ok(())
     }
 
-    /// Remembers that a write failed: nobody knows which of its bytes arrived.
+    /// Remembers a failed write: it is unknown which of its bytes reached the disk.
     pub(super) fn record<T>(&mut self, result: io::Result<T>) -> Result<T> {
         self.failed |= result.is_err();
         result.map_err(Error::io(self.name()))
     }
 
-    /// As errors call it.
+    /// Its name in errors.
     fn name(&self) -> &Path {
         self.folder
             .as_ref()

@@ -21,7 +21,7 @@ impl Filled {
     fn new(store: &Store, groups: &[i64], options: Options<'_>) -> Self {
         let fields: Vec<Field> = Field::ALL
             .into_iter()
-            .filter(|field| field.is_of(options.layout))
+            .filter(|field| field.is_in(options.layout))
             .collect();
         let batch = Batch::new(
             store,

@@ -76,7 +76,7 @@ impl Laid {
     fn new(store: &Store, groups: &[i64], width: Option<usize>) -> Self {
         let fields: Vec<Field> = Field::ALL
             .into_iter()
-            .filter(|field| field.is_of(Layout::Tree))
+            .filter(|field| field.is_in(Layout::Tree))
             .collect();
         let options = Options {
             fields: &fields,
