@@ -11,8 +11,7 @@ use std::{
 
 use super::{
     disk::DiskFile,
-    folder::{Cache, Fingerprint},
-    values::{Span, ValueKind, wrong_kind},
+    folder::{Cache, Fingerprint, Span, ValueKind, wrong_kind},
 };
 use crate::{
     Error, Result,

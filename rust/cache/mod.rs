@@ -10,14 +10,12 @@ mod shard;
 mod shard_format;
 mod shard_writer;
 mod source;
-mod values;
 mod verify;
 mod writer;
 
 pub use compact::Compacted;
 pub use disk::{Disk, DiskFile, Os, ReadMode};
-pub use folder::{Cache, Fingerprint};
+pub use folder::{Cache, Fingerprint, LARGEST, TOLERANCE, ValueKind};
 pub use reader::{CacheReader, Slice};
-pub use values::{LARGEST, TOLERANCE, ValueKind};
 pub use verify::{Part, Report};
 pub use writer::CacheWriter;

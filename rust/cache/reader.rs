@@ -4,10 +4,9 @@ use std::path::Path;
 
 use super::{
     disk::ReadMode,
-    folder::{Cache, Fingerprint},
+    folder::{Cache, Fingerprint, Span, ValueKind},
     listing::open_sources,
     source::{self, Agreement, Merged, Source},
-    values::{Span, ValueKind},
 };
 use crate::{Error, Result, content_key::Key};
 

@@ -8,9 +8,8 @@ use std::{
 
 use super::{
     disk::{FileBytes, ReadMode},
-    folder::Cache,
+    folder::{Cache, Span, ValueKind},
     shard_format::{self, Batch},
-    values::{Span, ValueKind},
 };
 use crate::{
     Error, Result,

@@ -7,8 +7,7 @@ use std::path::Path;
 
 use super::{
     disk::FileBytes,
-    folder::{Cache, Fingerprint},
-    values::{ValueKind, wrong_kind},
+    folder::{Cache, Fingerprint, ValueKind, wrong_kind},
 };
 use crate::{
     Error, Result,

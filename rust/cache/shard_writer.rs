@@ -23,10 +23,9 @@ use sha2::{Digest, Sha256};
 
 use super::{
     disk::DiskFile,
-    folder::{Cache, SHARD},
+    folder::{Cache, SHARD, ValueKind},
     shard_format::{Batch, Seal, TAIL},
     source::Source,
-    values::ValueKind,
 };
 use crate::{
     Error, Result,

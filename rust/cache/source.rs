@@ -5,10 +5,9 @@ use std::{cmp::Reverse, collections::BinaryHeap, path::Path};
 use bytemuck::Pod;
 
 use super::{
-    folder::Cache,
+    folder::{Cache, Span, ValueKind},
     journal::JournalTable,
     shard::Shard,
-    values::{Span, ValueKind},
 };
 use crate::{Error, Result, content_key::Key};
 

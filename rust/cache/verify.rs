@@ -6,11 +6,10 @@ use sha2::{Digest, Sha256};
 
 use super::{
     disk::ReadMode,
-    folder::{Cache, manifest_name},
+    folder::{Cache, ValueKind, manifest_name},
     journal::JournalTable,
     listing::{Listing, Manifest, is_gone, open_shard, read_manifest, with_stable_listing},
     source::{self, Source},
-    values::ValueKind,
 };
 use crate::{Error, Result, content_key::Key, file_format::Hex};
 

@@ -8,10 +8,11 @@ use std::{
 
 use super::{
     disk::DiskFile,
-    folder::{Cache, Fingerprint, JOURNAL, NAMES, PARTIAL, random_id, writer_name},
+    folder::{
+        Cache, Fingerprint, JOURNAL, NAMES, PARTIAL, ValueKind, random_id, writer_name, wrong_kind,
+    },
     journal::{self, Chain},
     listing::{TRIES, busy},
-    values::{ValueKind, wrong_kind},
 };
 use crate::{Error, Result, content_key::Key};
 

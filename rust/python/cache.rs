@@ -11,7 +11,7 @@ use pyo3::{
     types::{PyBytes, PyDict},
 };
 
-use super::{array, matrix};
+use super::convert::{ArgumentError, array, matrix};
 use crate::{
     Error, Result,
     cache::{self, Cache, Compacted, Part, ReadMode, Report, Slice, ValueKind},
@@ -351,7 +351,7 @@ pub fn content_key<'py>(
 fn rows<'a>(keys: &'a PyReadonlyArray2<'_, u8>) -> PyResult<&'a [key::Key]> {
     if keys.shape()[1] != size_of::<key::Key>() {
         let shape = keys.shape();
-        return Err(super::ArgumentError::new_err(format!(
+        return Err(ArgumentError::new_err(format!(
             "keys must be [n, 32], not {shape:?}"
         )));
     }

@@ -6,9 +6,8 @@ use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
 use pyo3::prelude::*;
 
 use super::{
-    array,
+    convert::{array, matrix},
     layout::{Layout, PaddedLayout, SharedLayout, TreeLayout, fields as chosen},
-    matrix,
 };
 use crate::{
     Error, Result, file_format::Hex, group, layout, parallel, plan, prefix_tree, similar, store,

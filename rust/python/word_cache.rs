@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::{prelude::*, pybacked::PyBackedStr, sync::MutexExt};
 
-use super::array;
+use super::convert::array;
 use crate::{Error, pairs, word_cache::WordCache};
 
 type Encoded = (Py<PyArray1<i32>>, Py<PyArray1<i64>>);
