@@ -4,9 +4,9 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use logratio::{
-    group::Group,
+    group::{Group, Layout, Shape},
     layout::{Batch, Candidates, Options},
-    plan::{Layout, Order, Request, Shape, plan},
+    plan::{Order, Request, plan},
     store::{Store, StoreWriter},
 };
 

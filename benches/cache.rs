@@ -5,7 +5,7 @@ use std::{hint::black_box, path::Path};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use logratio::{
     cache::{CacheReader, CacheWriter},
-    fingerprint::Key,
+    content_key::Key,
 };
 
 const FINGERPRINT: [u8; 32] = [7; 32];

@@ -1,12 +1,12 @@
 //! Pairs of plain text to ids, many at once.
 //!
-//! What is done here is what the tokenizer's Python half does to a row, for rows at which there is
-//! nothing to tell: no warning, no cut, nothing that a message would have to name. Every other row
-//! is called odd and left to it. Too many may be called odd, never one too few.
+//! This does what the tokenizer's Python half does to a row, for rows that need no warning, no
+//! truncation and no error. Every other row is called odd and left to Python. A row may be called odd
+//! without need, but a row that needs a message is always called odd.
 
 use crate::{
     Result,
-    pieces::{Lookup, PieceTable, last_piece},
+    word_cache::{Lookup, WordCache, last_piece},
 };
 
 /// Ids of new pieces of text, in their order.
@@ -18,9 +18,9 @@ pub type Row<'a> = [&'a str; 3];
 /// What ids have to be like, and what is put around them.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
-    /// Put before a prompt that does not begin so.
+    /// Put before a prompt that does not begin with it.
     pub opening: Vec<i32>,
-    /// Put behind an answer that does not end so.
+    /// Appended to an answer that does not end with it.
     pub ending: Option<i32>,
     /// The beginning-of-text token.
     pub bos: Option<i32>,
@@ -53,7 +53,7 @@ pub struct Pairs {
 
 /// Encodes rows; `None` is one that is no text.
 pub fn encode<E: From<crate::Error>>(
-    table: &mut PieceTable,
+    table: &mut WordCache,
     rows: &[Option<Row<'_>>],
     rules: &Rules,
     tokenize: &mut Encode<'_, E>,
@@ -79,7 +79,7 @@ fn sound_one<'a>((row, &odd): (&Option<Row<'a>>, &bool)) -> Option<Row<'a>> {
 }
 
 fn learn<E: From<crate::Error>>(
-    table: &mut PieceTable,
+    table: &mut WordCache,
     lookup: &Lookup,
     tokenize: &mut Encode<'_, E>,
 ) -> std::result::Result<(), E> {
@@ -110,20 +110,20 @@ fn is_blank(text: &str) -> bool {
     text.chars().all(|c| c.is_whitespace() || c.is_control())
 }
 
-/// Each row's prompt, the end of it that an answer could change, and both answers behind that end.
+/// Each row's prompt, the end of it that an answer could change, and both answers joined to that end.
 struct Joined {
     /// Four texts a row.
     lookup: Lookup,
     /// Two of each row.
     moved: Vec<bool>,
-    /// Where the tail of an unmoved completion begins behind the prompt's end.
+    /// Tokens of the prompt's end, which an unmoved completion begins with.
     ends: Vec<usize>,
 }
 
 const TEXTS: usize = 4;
 
 impl Joined {
-    fn look_up(table: &mut PieceTable, rows: &[Row<'_>]) -> Self {
+    fn look_up(table: &mut WordCache, rows: &[Row<'_>]) -> Self {
         let mut lookup = table.begin();
         let mut text = String::new();
         for [prompt, answers @ ..] in rows {
@@ -149,7 +149,7 @@ impl Joined {
     }
 
     /// Finds the answers that change the ids of the prompt's end.
-    fn find_moved(&mut self, table: &PieceTable) {
+    fn find_moved(&mut self, table: &WordCache) {
         let (mut end, mut whole) = (Vec::new(), Vec::new());
         for row in 0..self.rows() {
             end.clear();
@@ -164,7 +164,7 @@ impl Joined {
     }
 
     /// Looks up the answers that have to be encoded on their own.
-    fn look_up_alone(&self, table: &mut PieceTable, rows: &[Row<'_>]) -> Lookup {
+    fn look_up_alone(&self, table: &mut WordCache, rows: &[Row<'_>]) -> Lookup {
         let mut lookup = table.go_on();
         let answers = rows.iter().flat_map(|row| &row[1..]);
         for (answer, _) in answers.zip(&self.moved).filter(|&(_, &moved)| moved) {
@@ -174,7 +174,7 @@ impl Joined {
     }
 
     /// Writes the rows that the rules let pass as they are, and calls the others odd.
-    fn write(&self, table: &PieceTable, alone: &Lookup, rules: &Rules, pairs: &mut Pairs) {
+    fn write(&self, table: &WordCache, alone: &Lookup, rules: &Rules, pairs: &mut Pairs) {
         let places: Vec<usize> = (0..pairs.odd.len()).filter(|&at| !pairs.odd[at]).collect();
         let (mut row, mut next_alone) = (Encoded::default(), 0);
         for (number, at) in places.into_iter().enumerate() {
@@ -221,7 +221,7 @@ impl Encoded {
         ids.any(|id| *id >= first && special.binary_search(id).is_ok())
     }
 
-    /// Puts opening and ending around the ids; says whether they are then as they should be.
+    /// Adds opening and ending to the ids; true if the row then keeps the rules.
     fn fit(&mut self, rules: &Rules) -> bool {
         if self.sides.iter().any(Vec::is_empty) {
             return false;
@@ -286,7 +286,7 @@ mod tests {
 
     fn encoded(rows: &[Row<'_>], rules: &Rules) -> Pairs {
         let rows: Vec<_> = rows.iter().map(|&row| Some(row)).collect();
-        let mut table = PieceTable::new(1 << 20);
+        let mut table = WordCache::new(1 << 20);
         let found: Result<_> = encode(&mut table, &rows, rules, &mut |new| Ok(letters(new)));
         found.expect("letters")
     }
@@ -336,7 +336,7 @@ mod tests {
 
     #[test]
     fn what_the_tokenizer_raises_is_handed_on_and_nothing_is_remembered() {
-        let mut table = PieceTable::new(1 << 20);
+        let mut table = WordCache::new(1 << 20);
         let rows = [Some(["x", "a", "b"])];
         let mut broken = |_: &[&str]| Err(crate::Error::Invalid("no".into()));
         assert!(encode(&mut table, &rows, &rules(), &mut broken).is_err());

@@ -1,4 +1,4 @@
-//! The files under a cache: the operating system's, or ones that fail on purpose.
+//! File operations of a cache: the operating system's, or simulated ones that fail on purpose.
 
 use std::{
     fmt::Debug,
@@ -8,14 +8,14 @@ use std::{
     path::Path,
 };
 
-use crate::map::Map;
+use crate::{Error, Result, mmap::Map};
 
 /// Everything that a cache asks of a file system.
 ///
 /// [`Os`] is the real one. Tests put a simulated one in its place, which loses power or fails at
 /// the call they choose.
 pub trait Disk: Debug + Send + Sync {
-    /// Makes a folder and the ones above it, durable; one that exists is as good.
+    /// Makes a folder and its parents, and makes their names durable; an existing folder is no error.
     fn create_folder(&self, folder: &Path) -> io::Result<()>;
     /// Names of the files of a folder, in no order.
     fn list(&self, folder: &Path) -> io::Result<Vec<String>>;
@@ -23,9 +23,9 @@ pub trait Disk: Debug + Send + Sync {
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
     /// Opens a file to be read.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
-    /// Gives a file another name, in place of what had it.
+    /// Renames a file, replacing one of that name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Takes a file's name away; who has it open may read on.
+    /// Removes a file's name; open files can still be read.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes created, renamed and removed names of a folder survive a loss of power.
     fn sync_folder(&self, folder: &Path) -> io::Result<()>;
@@ -41,11 +41,11 @@ pub trait DiskFile: Debug + Send + Sync {
     fn length(&self) -> io::Result<u64>;
     /// Fills `bytes` from byte `at` on; a file that ends before is an `UnexpectedEof`.
     fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()>;
-    /// Takes the file's lock, which goes with the file; says whether it is this one's now.
+    /// Takes the file's lock, until the file is closed; false if another process has it.
     ///
     /// `Unsupported` where the file system has no locks.
     fn lock(&self) -> io::Result<bool>;
-    /// Maps the file, which nobody may change from now on. Where this fails, the file is read by
+    /// Maps the file, which must not change from now on. If this fails, the file is read with
     /// [`Self::read_at`].
     fn map(&self) -> io::Result<Map>;
 }
@@ -60,7 +60,7 @@ impl Disk for Os {
             return Ok(()); // nothing, or the root
         };
         if folder.is_dir() {
-            // Whoever made it may not have synced its name yet.
+            // Another process may have made it and not synced its name yet.
             return match self.sync_folder(parent) {
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
                 synced => synced,
@@ -133,4 +133,52 @@ impl DiskFile for File {
     fn map(&self) -> io::Result<Map> {
         Map::of(self)
     }
+}
+
+/// How sealed shards are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadMode {
+    /// Mapped: the fastest. If another process truncates a shard, this one is killed (SIGBUS).
+    #[default]
+    Map,
+    /// Read with `pread`, for network file systems: a truncated shard is an error.
+    Pread,
+}
+
+/// The bytes of a sealed file, mapped or read with `pread`.
+#[derive(Debug)]
+pub enum FileBytes {
+    Map(Map),
+    File(Box<dyn DiskFile>),
+}
+
+impl FileBytes {
+    /// A file that cannot be mapped (as on some network file systems) is read with `pread`.
+    pub fn new(file: Box<dyn DiskFile>, mode: ReadMode) -> Self {
+        let map = (mode == ReadMode::Map).then(|| file.map().ok()).flatten();
+        map.map_or(Self::File(file), Self::Map)
+    }
+
+    /// Fills `out` from byte `at` on.
+    pub fn read(&self, path: &Path, at: usize, out: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Map(map) => {
+                let bytes = map.get(at..at + out.len());
+                out.copy_from_slice(bytes.ok_or_else(|| cut(path, map.len() as u64))?);
+                Ok(())
+            }
+            Self::File(file) => file.read_at(out, at as u64).map_err(|error| {
+                let ended = error.kind() == io::ErrorKind::UnexpectedEof;
+                if ended {
+                    cut(path, file.length().unwrap_or(0))
+                } else {
+                    Error::io(path)(error)
+                }
+            }),
+        }
+    }
+}
+
+fn cut(path: &Path, length: u64) -> Error {
+    Error::cache(path, format!("it was cut to {length} bytes"))
 }

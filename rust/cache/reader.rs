@@ -3,25 +3,31 @@
 use std::path::Path;
 
 use super::{
-    Cache, Fingerprint, Kind, ReadMode,
-    join::{self, place},
-    merge::{self, Agreement, Merged},
-    snapshot::open_sources,
-    source::{Source, Span},
+    disk::ReadMode,
+    folder::{Cache, Fingerprint, Span, ValueKind},
+    listing::open_sources,
+    source::{self, Agreement, Merged, Source},
 };
-use crate::{Error, Result, fingerprint::Key};
+use crate::{Error, Result, content_key::Key};
 
-/// Rows whose misses are under way at the same time.
+impl Cache {
+    /// Reads everything that is there now.
+    pub fn open(&self, mode: ReadMode) -> crate::Result<CacheReader> {
+        CacheReader::new(self, mode)
+    }
+}
+
+/// Rows whose cache misses overlap.
 const AHEAD: usize = 32;
 
-/// The values of one reference, as its folder stood when it was opened.
+/// The values of one reference, as they were when the reader was opened.
 ///
 /// Journals are checked byte by byte at open, shards by their seal and then block by block as they
 /// are read; impossible values are refused again when they are read. Memory holds 48 bytes for each
 /// completion that is in a journal, and the checksums of shards.
 #[derive(Debug)]
 pub struct CacheReader {
-    kind: Kind,
+    kind: ValueKind,
     agreement: Agreement,
     sources: Vec<Source>,
 }
@@ -48,7 +54,7 @@ impl CacheReader {
         Cache::new(folder, *fingerprint).open(ReadMode::Map)
     }
 
-    pub(super) fn new(cache: &Cache, mode: ReadMode) -> Result<Self> {
+    fn new(cache: &Cache, mode: ReadMode) -> Result<Self> {
         let sources = open_sources(cache, mode)?;
         Ok(Self {
             kind: cache.kind,
@@ -58,7 +64,7 @@ impl CacheReader {
     }
 
     /// What is kept of each completion.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> ValueKind {
         self.kind
     }
 
@@ -77,19 +83,19 @@ impl CacheReader {
         self.sources.iter().map(Source::all_tokens).sum()
     }
 
-    /// Bytes of all files, as far as they were read.
+    /// Bytes of all files, journals up to their length when they were opened.
     pub fn bytes(&self) -> u64 {
         self.sources.iter().map(Source::length).sum()
     }
 
-    /// Bytes behind the last whole block of the journals: unacknowledged, never read.
+    /// Bytes after the last whole block of each journal: never acknowledged, never read.
     pub fn torn_bytes(&self) -> u64 {
         self.sources.iter().map(Source::torn).sum()
     }
 
     /// Number of different keys. Walks through all of them, and compares the records of each.
     pub fn distinct(&self) -> Result<u64> {
-        merge::count(self.agreement, &self.sources)
+        source::count_keys(self.agreement, &self.sources)
     }
 
     /// The row of each key, -1 where there is none. Rows are numbers of this reader alone.
@@ -97,12 +103,12 @@ impl CacheReader {
     /// A key with several records must have one value (to the cache's tolerance); the first by the
     /// name of its file is taken.
     pub fn join(&self, keys: &[Key]) -> Result<Vec<i64>> {
-        join::join(self.agreement, &self.sources, keys)
+        join(self.agreement, &self.sources, keys)
     }
 
     /// The log-probs of `rows` end to end, and where each row's begin: `[n+1]`.
     pub fn read(&self, rows: &[i64]) -> Result<(Vec<i64>, Vec<f32>)> {
-        self.check_kind(Kind::PerToken)?;
+        self.check_kind(ValueKind::PerToken)?;
         let spans = self.spans(rows)?;
         let mut offsets = Vec::with_capacity(rows.len() + 1);
         offsets.push(0);
@@ -126,7 +132,7 @@ impl CacheReader {
         Ok((offsets, values))
     }
 
-    /// Where the values of rows lie.
+    /// Where the values of rows are.
     fn spans(&self, rows: &[i64]) -> Result<Vec<(&Source, u64, Span)>> {
         let mut spans = Vec::with_capacity(rows.len());
         for rows in rows.chunks(AHEAD) {
@@ -151,8 +157,8 @@ impl CacheReader {
         for &row in rows {
             let (source, row) = place(&self.sources, row)?;
             tokens.push(match self.kind {
-                Kind::Sums => source.values(self.kind, row, &mut sums)?,
-                Kind::PerToken => {
+                ValueKind::Sums => source.values(self.kind, row, &mut sums)?,
+                ValueKind::PerToken => {
                     values.clear();
                     let count = source.values(self.kind, row, &mut values)?;
                     sums.push(values.iter().copied().map(f64::from).sum());
@@ -179,14 +185,14 @@ impl CacheReader {
             let source = &self.sources[found.source];
             slice.keys.push(found.key);
             slice.tokens.push(match self.kind {
-                Kind::PerToken => source.values(self.kind, found.row, &mut slice.logps)?,
-                Kind::Sums => source.values(self.kind, found.row, &mut slice.sums)?,
+                ValueKind::PerToken => source.values(self.kind, found.row, &mut slice.logps)?,
+                ValueKind::Sums => source.values(self.kind, found.row, &mut slice.sums)?,
             });
         }
         Ok(slice)
     }
 
-    fn check_kind(&self, wanted: Kind) -> Result<()> {
+    fn check_kind(&self, wanted: ValueKind) -> Result<()> {
         if self.kind == wanted {
             return Ok(());
         }
@@ -194,4 +200,118 @@ impl CacheReader {
         let reason = format!("this cache holds {found} values, and {wanted} ones were asked for");
         Err(Error::Invalid(reason))
     }
+}
+
+/// Low bits that hold a row's number in its source; the source's number is in the high bits.
+const ROW_BITS: u32 = 40;
+
+/// A row of a source as one number.
+fn number(source: usize, row: u64) -> i64 {
+    ((source as i64) << ROW_BITS) | row as i64
+}
+
+/// The source and the row in it that a number names.
+pub fn place(sources: &[Source], number: i64) -> Result<(&Source, u64)> {
+    let row = number.cast_unsigned() & ((1 << ROW_BITS) - 1);
+    let source = usize::try_from(number >> ROW_BITS).ok();
+    let source = source.and_then(|source| sources.get(source));
+    let found = source.filter(|source| row < source.rows());
+    found
+        .map(|source| (source, row))
+        .ok_or_else(|| Error::OutOfRange {
+            what: "row",
+            index: number,
+            count: sources.iter().map(Source::rows).sum::<u64>() as usize,
+        })
+}
+
+/// The row of each key, -1 where there is none. Both sides are walked in the order of the keys.
+///
+/// A key that several sources hold must have one value.
+pub fn join(agreement: Agreement, sources: &[Source], keys: &[Key]) -> Result<Vec<i64>> {
+    let mut join = Join {
+        agreement,
+        sources,
+        keys,
+        rows: vec![-1; keys.len()],
+    };
+    let order = sorted(keys);
+    for source in 0..sources.len() {
+        join.walk(source, &order)?;
+    }
+    Ok(join.rows)
+}
+
+struct Join<'a> {
+    agreement: Agreement,
+    sources: &'a [Source],
+    keys: &'a [Key],
+    rows: Vec<i64>,
+}
+
+impl Join<'_> {
+    /// Finds the keys of one source. Both sides are walked in order by the first eight bytes of a key;
+    /// the whole key, a random read, is compared only where these are equal.
+    fn walk(&mut self, number: usize, order: &[(u64, u64)]) -> Result<()> {
+        let source = &self.sources[number];
+        let (mut at, mut current) = (0, 0);
+        if source.rows() > 0 {
+            current = head(&source.key(0)?);
+        }
+        for &(wanted, index) in order {
+            if wanted > current && at < source.rows() {
+                at = source.lower_bound(at, &first_key(wanted))?;
+                if at < source.rows() {
+                    current = head(&source.key(at)?);
+                }
+            }
+            if at == source.rows() {
+                break;
+            }
+            if wanted == current {
+                self.take(number, at, index as usize)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for a key among the rows from `at` on.
+    fn take(&mut self, number: usize, at: u64, index: usize) -> Result<()> {
+        let (source, key) = (&self.sources[number], &self.keys[index]);
+        let mut row = source.lower_bound(at, key)?;
+        // A key is once in a shard, and as often in a journal as it was appended.
+        while row < source.rows() && source.key(row)? == *key {
+            let found = &mut self.rows[index];
+            if *found == -1 {
+                *found = self::number(number, row);
+            } else {
+                let one = place(self.sources, *found)?;
+                self.agreement.check(one, (source, row))?;
+            }
+            row += 1;
+        }
+        Ok(())
+    }
+}
+
+/// The keys' heads and places, in the order of the keys.
+fn sorted(keys: &[Key]) -> Vec<(u64, u64)> {
+    let mut order: Vec<(u64, u64)> = keys.iter().map(head).zip(0..).collect();
+    order.sort_unstable_by(|one, other| {
+        let whole = || keys[one.1 as usize].cmp(&keys[other.1 as usize]);
+        one.0.cmp(&other.0).then_with(whole)
+    });
+    order
+}
+
+/// The first eight bytes as a number that compares as they do.
+fn head(key: &Key) -> u64 {
+    u64::from_le_bytes(*key.first_chunk().expect("32 bytes")).swap_bytes()
+}
+
+/// The smallest key with this head.
+fn first_key(head: u64) -> Key {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&head.swap_bytes().to_le_bytes());
+    key
 }

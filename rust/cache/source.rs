@@ -1,18 +1,15 @@
-//! One file of records, sealed or not, as rows in the order of their keys.
+//! Files of records as rows in the order of their keys: one file, and all of them merged.
 
-use std::path::Path;
+use std::{cmp::Reverse, collections::BinaryHeap, path::Path};
 
 use bytemuck::Pod;
 
-use super::{Kind, journal_table::JournalTable, shard::Shard};
-use crate::{Error, Result, fingerprint::Key};
-
-/// Where the values of a record lie in its file, and how many tokens it has.
-#[derive(Clone, Copy, Debug)]
-pub struct Span {
-    pub at: u64,
-    pub tokens: u32,
-}
+use super::{
+    folder::{Cache, Span, ValueKind},
+    journal::JournalTable,
+    shard::Shard,
+};
+use crate::{Error, Result, content_key::Key};
 
 /// A file of records.
 #[derive(Debug)]
@@ -61,7 +58,7 @@ impl Source {
         }
     }
 
-    /// Bytes behind the last whole block of a journal.
+    /// Bytes after the last whole block of a journal.
     pub fn torn(&self) -> u64 {
         match self {
             Self::Shard(_) => 0,
@@ -76,7 +73,7 @@ impl Source {
         }
     }
 
-    /// Where a row's values lie.
+    /// Where a row's values are.
     pub fn span(&self, row: u64) -> Result<Span> {
         match self {
             Self::Shard(shard) => shard.span(row),
@@ -84,21 +81,21 @@ impl Source {
         }
     }
 
-    /// Reaches for what [`Self::span`] will read of a shard.
+    /// Touches the memory that [`Self::span`] will read, so that many cache misses overlap.
     pub fn touch_span(&self, row: u64) {
         if let Self::Shard(shard) = self {
             shard.touch_span(row);
         }
     }
 
-    /// Reaches for what [`Self::fill`] will read of a shard.
+    /// Touches the memory that [`Self::fill`] will read.
     pub fn touch_values(&self, span: Span) {
         if let Self::Shard(shard) = self {
             shard.touch_values(span);
         }
     }
 
-    /// Fills `out` with a row's values, as they lie in the file.
+    /// Fills `out` with the bytes of a row's values.
     pub fn fill(&self, span: Span, out: &mut [u8]) -> Result<()> {
         match self {
             Self::Shard(shard) => shard.fill(span, out),
@@ -106,8 +103,8 @@ impl Source {
         }
     }
 
-    /// Appends the values of a row to `out`, after a look at each; returns its number of tokens.
-    pub fn values<T: Pod>(&self, kind: Kind, row: u64, out: &mut Vec<T>) -> Result<u32> {
+    /// Appends the values of a row to `out`, after checking each; returns the number of tokens.
+    pub fn values<T: Pod>(&self, kind: ValueKind, row: u64, out: &mut Vec<T>) -> Result<u32> {
         let span = self.span(row)?;
         let before = out.len();
         out.resize(
@@ -121,7 +118,7 @@ impl Source {
     }
 
     /// Refuses values that cannot be log-probs.
-    pub fn check(&self, kind: Kind, row: u64, values: &[u8]) -> Result<()> {
+    pub fn check(&self, kind: ValueKind, row: u64, values: &[u8]) -> Result<()> {
         match kind.impossible(values) {
             None => Ok(()),
             Some((at, value)) => {
@@ -151,5 +148,158 @@ impl Source {
             }
         }
         Ok(below)
+    }
+}
+
+/// A key, and the first of its records.
+#[derive(Clone, Copy, Debug)]
+pub struct MergedKey {
+    pub key: Key,
+    pub source: usize,
+    pub row: u64,
+    /// The last source that has this key.
+    pub last: usize,
+    /// Further records of this key.
+    pub repeats: u64,
+}
+
+/// The keys of all sources in order.
+pub struct Merged<'a> {
+    agreement: Agreement,
+    sources: &'a [Source],
+    heads: BinaryHeap<Reverse<(Key, usize, u64)>>,
+}
+
+impl<'a> Merged<'a> {
+    /// From the first key above `after` on, or from the first of all.
+    pub fn new(agreement: Agreement, sources: &'a [Source], after: Option<&Key>) -> Result<Self> {
+        let heads = BinaryHeap::with_capacity(sources.len());
+        let mut merged = Self {
+            agreement,
+            sources,
+            heads,
+        };
+        for (number, source) in sources.iter().enumerate() {
+            let row = match after {
+                None => 0,
+                Some(key) => skip(source, key)?,
+            };
+            merged.push(number, row)?;
+        }
+        Ok(merged)
+    }
+
+    fn push(&mut self, source: usize, row: u64) -> Result<()> {
+        if row < self.sources[source].rows() {
+            let key = self.sources[source].key(row)?;
+            self.heads.push(Reverse((key, source, row)));
+        }
+        Ok(())
+    }
+
+    fn pop(&mut self) -> Result<Option<(Key, usize, u64)>> {
+        let Some(Reverse((key, source, row))) = self.heads.pop() else {
+            return Ok(None);
+        };
+        self.push(source, row + 1)?;
+        Ok(Some((key, source, row)))
+    }
+
+    /// The next key. Records that contradict each other are an error.
+    pub fn next(&mut self) -> Result<Option<MergedKey>> {
+        let Some((key, source, row)) = self.pop()? else {
+            return Ok(None);
+        };
+        let (mut last, mut repeats) = (source, 0);
+        while self.heads.peek().is_some_and(|head| head.0.0 == key) {
+            if let Some((_, other, other_row)) = self.pop()? {
+                last = other;
+                let (one, other) = (&self.sources[source], &self.sources[other]);
+                self.agreement.check((one, row), (other, other_row))?;
+            }
+            repeats += 1;
+        }
+        Ok(Some(MergedKey {
+            key,
+            source,
+            row,
+            last,
+            repeats,
+        }))
+    }
+}
+
+/// Number of different keys, after all records of each were compared.
+pub fn count_keys(agreement: Agreement, sources: &[Source]) -> Result<u64> {
+    let mut merged = Merged::new(agreement, sources, None)?;
+    let mut keys = 0;
+    while merged.next()?.is_some() {
+        keys += 1;
+    }
+    Ok(keys)
+}
+
+/// The first row above `key`.
+fn skip(source: &Source, key: &Key) -> Result<u64> {
+    let mut row = source.lower_bound(0, key)?;
+    while row < source.rows() && source.key(row)? == *key {
+        row += 1;
+    }
+    Ok(row)
+}
+
+/// How far apart two records of one key may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Agreement {
+    pub kind: ValueKind,
+    pub tolerance: f64,
+}
+
+impl Agreement {
+    /// Two batches of one model round differently; anything beyond that is a contradiction.
+    pub fn check(self, one: (&Source, u64), other: (&Source, u64)) -> Result<()> {
+        let (first, second) = (self.read(one)?, self.read(other)?);
+        if self.holds(&first, &second) {
+            return Ok(());
+        }
+        let reason = format!(
+            "its record {} contradicts the record {} of the same key in {}: one of the two was \
+             not made by this reference",
+            other.1,
+            one.1,
+            one.0.path().display()
+        );
+        Err(Error::cache(other.0.path(), reason))
+    }
+
+    fn holds(self, one: &(u32, Vec<f64>), other: &(u32, Vec<f64>)) -> bool {
+        let most = match self.kind {
+            ValueKind::PerToken => self.tolerance,
+            ValueKind::Sums => self.tolerance * f64::from(one.0.max(1)).sqrt(),
+        };
+        let close = |(one, other): (&f64, &f64)| (one - other).abs() <= most;
+        one.0 == other.0 && one.1.iter().zip(&other.1).all(close)
+    }
+
+    /// Number of tokens and values of a record.
+    fn read(self, (source, row): (&Source, u64)) -> Result<(u32, Vec<f64>)> {
+        let mut values = Vec::new();
+        if self.kind == ValueKind::Sums {
+            let tokens = source.values(self.kind, row, &mut values)?;
+            return Ok((tokens, values));
+        }
+        let mut logps: Vec<f32> = Vec::new();
+        let tokens = source.values(self.kind, row, &mut logps)?;
+        Ok((tokens, logps.into_iter().map(f64::from).collect()))
+    }
+}
+
+impl Cache {
+    /// How far apart two of its records of one key may be.
+    pub(super) fn agreement(&self) -> Agreement {
+        Agreement {
+            kind: self.kind,
+            tolerance: f64::from(self.tolerance),
+        }
     }
 }

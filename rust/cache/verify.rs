@@ -1,18 +1,17 @@
-//! Every byte of a folder compared with what it should be.
+//! `inspect` and `verify`: what a folder holds, and whether it is damaged.
 
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
 use super::{
-    Cache, Kind, ReadMode,
-    journal_table::JournalTable,
-    manifest::{Manifest, manifest_name},
-    merge,
-    snapshot::{Listing, is_gone, open_shard, read_manifest, until_still},
-    source::Source,
+    disk::ReadMode,
+    folder::{Cache, ValueKind, manifest_name},
+    journal::JournalTable,
+    listing::{Listing, Manifest, is_gone, open_shard, read_manifest, with_stable_listing},
+    source::{self, Source},
 };
-use crate::{Error, Result, fingerprint::Key, wire::Hex};
+use crate::{Error, Result, content_key::Key, file_format::Hex};
 
 /// Bytes hashed at a time.
 const CHUNK: usize = 1 << 20;
@@ -32,7 +31,7 @@ pub struct Part {
     pub tokens: u64,
     /// Its length.
     pub bytes: u64,
-    /// Bytes behind the last whole block of a journal.
+    /// Bytes after the last whole block of a journal.
     pub torn: u64,
     /// What is wrong with it.
     pub problem: Option<String>,
@@ -43,16 +42,16 @@ pub struct Part {
 pub struct Report {
     /// Shards, then journals.
     pub parts: Vec<Part>,
-    /// Files that belong to nothing: what writers that died left behind.
+    /// Files that are not part of the cache, left by writers that died.
     pub leftovers: Vec<String>,
-    /// Different keys in all whole parts; `None` where records contradict each other.
+    /// Different keys in all readable parts; `None` where records contradict each other.
     pub distinct: Option<u64>,
-    /// What concerns no single file.
+    /// Problems that no single file has.
     pub problems: Vec<String>,
 }
 
 impl Cache {
-    /// Says what the folder holds: seals of shards and all of journals are checked.
+    /// Reports what the folder holds, after checking the seals of shards and every byte of journals.
     pub fn inspect(&self) -> Result<Report> {
         self.examine(false)
     }
@@ -63,9 +62,9 @@ impl Cache {
         self.examine(true)
     }
 
-    /// Looks at everything; a file that goes meanwhile is no damage, but a reason to begin again.
+    /// Examines every file. If one is removed meanwhile, that is no damage: the listing is made again.
     fn examine(&self, all: bool) -> Result<Report> {
-        until_still(self, |listing| self.examine_listed(listing, all))
+        with_stable_listing(self, |listing| self.examine_listed(listing, all))
     }
 
     fn examine_listed(&self, listing: &Listing, all: bool) -> Result<Report> {
@@ -88,7 +87,7 @@ impl Cache {
             .extend(whole.iter().map(|source| self.part(source)));
         report.parts.sort_by_key(|part| !part.sealed);
         report.leftovers = leftovers(listing);
-        match merge::count(self.agreement(), &whole) {
+        match source::count_keys(self.agreement(), &whole) {
             Ok(keys) => report.distinct = Some(keys),
             Err(error) => report.problems.push(error.to_string()),
         }
@@ -183,7 +182,7 @@ impl Report {
 }
 
 /// The order of a shard's keys, and every value.
-fn check_rows(kind: Kind, shard: &Source, manifest: &Manifest) -> Result<()> {
+fn check_rows(kind: ValueKind, shard: &Source, manifest: &Manifest) -> Result<()> {
     let refuse = |reason: String| Error::cache(shard.path(), reason);
     let (mut before, mut tokens) = (None::<Key>, 0);
     let mut bytes: Vec<u8> = Vec::new();

@@ -1,26 +1,32 @@
 //! Appends log-probs to a journal of its own.
 
 use std::{
-    collections::hash_map::RandomState,
-    hash::BuildHasher,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
     process,
 };
 
 use super::{
-    Cache, Fingerprint, Kind,
     disk::DiskFile,
-    journal::{self, Chain, EXTENSION},
-    seal::NAMES,
-    snapshot::{PARTIAL, TRIES, busy},
+    folder::{
+        Cache, Fingerprint, JOURNAL, NAMES, PARTIAL, ValueKind, random_id, writer_name, wrong_kind,
+    },
+    journal::{self, Chain},
+    listing::{TRIES, busy},
 };
-use crate::{Error, Result, fingerprint::Key};
+use crate::{Error, Result, content_key::Key};
+
+impl Cache {
+    /// Appends to a new journal.
+    pub fn writer(&self) -> crate::Result<CacheWriter> {
+        CacheWriter::new(self.clone())
+    }
+}
 
 /// The only writer of one new journal, `<host>-<pid>-<random>.journal`.
 ///
 /// Any number of writers, on any number of hosts, may share a folder. A journal without a block is
-/// removed when its writer goes.
+/// removed when its writer is dropped.
 #[derive(Debug)]
 pub struct CacheWriter {
     cache: Cache,
@@ -40,7 +46,7 @@ impl CacheWriter {
         Cache::new(folder, *fingerprint).writer()
     }
 
-    pub(super) fn new(cache: Cache) -> Result<Self> {
+    fn new(cache: Cache) -> Result<Self> {
         let folder = cache.folder();
         let made = cache.disk.create_folder(folder);
         made.map_err(Error::write(folder, NAMES))?;
@@ -63,7 +69,7 @@ impl CacheWriter {
         &self.path
     }
 
-    /// Bytes in the journal. Around a gigabyte, seal it and go on in a new one.
+    /// Bytes in the journal. Around a gigabyte, seal it and continue in a new one.
     pub fn bytes(&self) -> u64 {
         self.length
     }
@@ -71,13 +77,18 @@ impl CacheWriter {
     /// Appends one block: record `i` has the key `keys[i]` and the log-probs
     /// `logps[offsets[i]..offsets[i + 1]]`. When this returns, the block survives a loss of power.
     ///
-    /// Nothing is written when the arguments are refused. After an I/O error nobody knows what
-    /// reached the disk: this writer takes no more, and another one goes on in its own journal.
+    /// Nothing is written when the arguments are refused. After an I/O error it is unknown what
+    /// reached the disk: this writer takes no more, and a new one can continue in its own journal.
     pub fn append(&mut self, keys: &[Key], offsets: &[i64], logps: &[f32]) -> Result<()> {
         check_offsets(keys, offsets, logps)?;
         let step = |pair: &[i64]| pair[1].abs_diff(pair[0]) as u32;
         let tokens: Vec<u32> = offsets.windows(2).map(step).collect();
-        self.append_block(Kind::PerToken, keys, &tokens, bytemuck::cast_slice(logps))
+        self.append_block(
+            ValueKind::PerToken,
+            keys,
+            &tokens,
+            bytemuck::cast_slice(logps),
+        )
     }
 
     /// Appends one block of sums: record `i` has the key `keys[i]`, of `tokens[i]` tokens that
@@ -88,17 +99,17 @@ impl CacheWriter {
             let reason = format!("{keys} keys, {tokens} token counts and {sums} sums differ");
             return Err(Error::Invalid(reason));
         }
-        self.append_block(Kind::Sums, keys, tokens, bytemuck::cast_slice(sums))
+        self.append_block(ValueKind::Sums, keys, tokens, bytemuck::cast_slice(sums))
     }
 
     fn append_block(
         &mut self,
-        kind: Kind,
+        kind: ValueKind,
         keys: &[Key],
         tokens: &[u32],
         values: &[u8],
     ) -> Result<()> {
-        if let Some(reason) = journal::wrong_kind(self.cache.kind as u32, kind) {
+        if let Some(reason) = wrong_kind(self.cache.kind as u32, kind) {
             return Err(Error::Invalid(format!("{}: {reason}", self.path.display())));
         }
         if u32::try_from(keys.len()).is_err() {
@@ -145,10 +156,10 @@ impl CacheWriter {
         let (cache, path) = (self.cache.clone(), self.path.clone());
         let is_empty = self.chain.sequence() == 0;
         if is_empty {
-            return Ok(None); // the journal goes with its writer
+            return Ok(None); // dropping the writer removes the journal
         }
         let sealed = cache.seal(&path)?;
-        drop(self); // its lock told compaction to leave the journal alone
+        drop(self); // only now: its lock keeps compaction away from the journal
         Ok(sealed)
     }
 }
@@ -156,22 +167,10 @@ impl CacheWriter {
 impl Drop for CacheWriter {
     fn drop(&mut self) {
         if self.chain.sequence() == 0 && self.owner == process::id() {
-            // A failure leaves an empty journal behind, which is harmless.
+            // A failure leaves an empty journal, which is harmless.
             let _ = self.cache.disk.remove(&self.path);
         }
     }
-}
-
-/// `<host>-<pid>-<random>`, which no other writer has.
-pub fn writer_name(id: u64) -> String {
-    format!("{}-{}-{id:016x}", host(), process::id())
-}
-
-/// This machine's name, in letters and digits.
-pub fn host() -> String {
-    let host = gethostname::gethostname();
-    host.to_string_lossy()
-        .replace(|letter: char| !letter.is_ascii_alphanumeric(), "_")
 }
 
 type Created = (PathBuf, Box<dyn DiskFile>, Vec<u8>);
@@ -182,10 +181,9 @@ type Created = (PathBuf, Box<dyn DiskFile>, Vec<u8>);
 /// its lock for a dead writer's, and remove the name of a file that is then written. `None` where
 /// `compact` took the unfinished file for such a one.
 fn create(cache: &Cache) -> Result<Option<Created>> {
-    let id = RandomState::new().hash_one(process::id());
-    let name = writer_name(id);
-    let partial = cache.path(&format!("{name}.{PARTIAL}"));
-    let path = cache.path(&format!("{name}.{EXTENSION}"));
+    let id = random_id();
+    let path = cache.path(&format!("{}.{JOURNAL}", writer_name(id)));
+    let partial = path.with_extension(PARTIAL);
     let header = journal::header(&cache.fingerprint, cache.kind, id);
     let file = cache.disk.create(&partial);
     let file = file.map_err(Error::write(&path, header.len()))?;
@@ -197,7 +195,7 @@ fn create(cache: &Cache) -> Result<Option<Created>> {
     Ok(named.then_some((path, file, header)))
 }
 
-/// False where somebody else has the file's lock, or took its name away.
+/// False if another process has the file's lock or removed its name.
 fn name_journal(
     cache: &Cache,
     file: &dyn DiskFile,

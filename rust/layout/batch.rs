@@ -2,75 +2,33 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::{Field, Options, Table, padded::Rows, shared, targets, tree::Tree};
-use crate::{
-    Error, Result,
-    plan::Layout,
-    store::{Store, StoredCompletion, StoredGroup},
+use super::{
+    fields::{Field, Options, Table},
+    padded::Rows,
+    shared,
+    targets::BatchGroups,
+    tree::Tree,
 };
+use crate::{Error, Result, group::Layout, store::Store};
 
 /// Groups of a store, found and measured, to be laid out.
 #[derive(Debug)]
 pub struct Batch<'a> {
-    pub(super) numbers: &'a [i64],
-    pub(super) groups: Vec<StoredGroup<'a>>,
-    /// Of every group, in flat group-major order.
-    pub(super) completions: Vec<StoredCompletion<'a>>,
-    pub(super) sizes: Sizes,
+    groups: BatchGroups<'a>,
     /// `T`.
-    pub(super) width: usize,
+    width: usize,
     /// The groups as a tree, in that layout.
     tree: Option<Tree<'a>>,
     options: Options<'a>,
     table: Table,
 }
 
-/// How much there is in a batch.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Sizes {
-    pub completions: usize,
-    /// Tokens, each prompt once.
-    pub tokens: usize,
-    pub targets: usize,
-    /// Tokens of the longest prompt with one of its completions.
-    pub longest: usize,
-    /// Keys that each prompt and each completion sees, added up.
-    pub keys: usize,
-    /// Most tokens of a prompt or a completion.
-    pub most_queries: usize,
-}
-
-impl Sizes {
-    fn of(groups: &[StoredGroup<'_>], completions: &[StoredCompletion<'_>]) -> Self {
-        let (mut sizes, mut rest) = (Self::default(), completions);
-        for group in groups {
-            let (prompt, count) = (group.prompt_length, group.roles().len());
-            sizes.completions += count;
-            sizes.tokens += group.tokens.len();
-            sizes.targets += group.tokens.len() - prompt;
-            sizes.keys += group.tokens.len() + count * prompt;
-            let own;
-            (own, rest) = rest.split_at(count);
-            for completion in own {
-                let length = completion.ids.len();
-                sizes.longest = sizes.longest.max(prompt + length);
-                sizes.most_queries = sizes.most_queries.max(prompt).max(length);
-            }
-        }
-        sizes
-    }
-}
-
 impl<'a> Batch<'a> {
-    /// Finds `numbers` in `store`, and says no to what cannot be laid out.
+    /// Finds `numbers` in `store`; refuses groups and options that cannot be laid out.
     pub fn new(store: &'a Store, numbers: &'a [i64], options: Options<'a>) -> Result<Self> {
-        store.warm(numbers);
-        let groups = numbers.iter().map(|&number| store.group(number));
-        let groups: Vec<_> = groups.collect::<Result<_>>()?;
-        let completions = groups.iter().flat_map(|group| group.completions());
-        let completions: Vec<_> = completions.collect();
-        let mut sizes = Sizes::of(&groups, &completions);
-        let tree = (options.layout == Layout::Tree).then(|| Tree::of(&groups));
+        let mut groups = BatchGroups::find(store, numbers)?;
+        let tree = (options.layout == Layout::Tree).then(|| Tree::of(&groups.groups));
+        let sizes = &mut groups.sizes;
         if let Some(tree) = &tree {
             (sizes.tokens, sizes.keys) = (tree.tokens(), tree.keys());
             sizes.most_queries = tree.most_queries();
@@ -80,10 +38,7 @@ impl<'a> Batch<'a> {
             Layout::Padded => sizes.longest,
         })?;
         let mut batch = Self {
-            numbers,
             groups,
-            completions,
-            sizes,
             width,
             tree,
             options,
@@ -95,7 +50,7 @@ impl<'a> Batch<'a> {
 
     fn lay(&mut self) -> Result<()> {
         let Options { layout, fields, .. } = self.options;
-        if let Some(field) = fields.iter().find(|field| !field.is_of(layout)) {
+        if let Some(field) = fields.iter().find(|field| !field.is_in(layout)) {
             let name = match layout {
                 Layout::Tree => "tree",
                 Layout::Shared | Layout::Padded => "padded",
@@ -103,12 +58,12 @@ impl<'a> Batch<'a> {
             let reason = format!("the {name} layout has no {}", field.name());
             return Err(Error::Invalid(reason));
         }
-        if layout != Layout::Padded && self.sizes.keys + self.width > i32::MAX as usize {
+        if layout != Layout::Padded && self.groups.sizes.keys + self.width > i32::MAX as usize {
             let reason = "a batch holds at most 2^31-1 tokens and keys";
             return Err(Error::Invalid(reason.into()));
         }
         if fields.is_empty() {
-            Field::usual(layout).for_each(|field| self.push(field));
+            Field::defaults(layout).for_each(|field| self.push(field));
         } else {
             let wanted = |field: &Field| fields.contains(field);
             let fields = Field::ALL.into_iter().filter(wanted);
@@ -118,7 +73,7 @@ impl<'a> Batch<'a> {
     }
 
     fn push(&mut self, field: Field) {
-        let sizes = self.sizes;
+        let sizes = self.groups.sizes;
         let rows = match self.options.layout {
             Layout::Shared | Layout::Tree => None,
             Layout::Padded => Some(sizes.completions),
@@ -136,14 +91,14 @@ impl<'a> Batch<'a> {
                 self.table.push(field, None, sizes.completions);
             }
             Field::PromptLengths | Field::GroupSizes | Field::Groups => {
-                self.table.push(field, None, self.numbers.len());
+                self.table.push(field, None, self.groups.numbers.len());
             }
             Field::CompletionOffsets => self.table.push(field, None, sizes.completions + 1),
             Field::CuSeqlensQ | Field::CuSeqlensK => {
                 let filler = usize::from(self.filler() > 0);
                 let sequences = match &self.tree {
                     Some(tree) => tree.runs(),
-                    None => self.numbers.len() + sizes.completions,
+                    None => self.groups.numbers.len() + sizes.completions,
                 };
                 self.table.push(field, None, sequences + filler + 1);
             }
@@ -153,24 +108,24 @@ impl<'a> Batch<'a> {
     }
 
     /// Of each sequence of queries: tokens that it sees before its own, and its own.
-    pub(super) fn sequences(&self) -> Vec<(usize, usize)> {
+    fn sequences(&self) -> Vec<(usize, usize)> {
         match &self.tree {
             Some(tree) => tree.sequences().collect(),
-            None => shared::sequences(self).collect(),
+            None => shared::sequences(&self.groups).collect(),
         }
     }
 
     /// Tokens that fill the one row of the shared layout up to its width.
-    pub(super) fn filler(&self) -> usize {
-        self.width - self.sizes.tokens
+    fn filler(&self) -> usize {
+        self.width - self.groups.sizes.tokens
     }
 
-    /// What there is to fill, and where it will lie.
+    /// The arrays to fill, and where each begins.
     pub fn table(&self) -> &Table {
         &self.table
     }
 
-    /// Fills the first [`Table::bytes`] bytes of `arena`; whatever was there is gone.
+    /// Fills the first [`Table::bytes`] bytes of `arena`; their content is overwritten.
     pub fn fill(&self, arena: &mut [u8]) -> Result<()> {
         let parts = self.table.split(arena)?;
         match self.options.layout {
@@ -183,7 +138,7 @@ impl<'a> Batch<'a> {
                 }
             }
             Layout::Padded => {
-                let rows = Rows::new(self, self.options.side);
+                let rows = Rows::new(&self.groups, self.width, self.options.side);
                 for (field, bytes) in parts {
                     self.fill_padded(&rows, field, bytes);
                 }
@@ -193,18 +148,23 @@ impl<'a> Batch<'a> {
     }
 
     fn fill_shared(&self, field: Field, bytes: &mut [u8]) {
+        let (groups, filler) = (&self.groups, self.filler());
         let pad = i64::from(self.options.pad_id);
         match field {
-            Field::InputIds => shared::input_ids(self, pad, cast_slice_mut(bytes)),
-            Field::AttentionMask => shared::attention_mask(self, cast_slice_mut(bytes)),
-            Field::PositionIds => shared::position_ids(self, cast_slice_mut(bytes)),
-            Field::TokenMask => shared::token_mask(self, cast_slice_mut(bytes)),
-            Field::SegmentIds => shared::segment_ids(self, cast_slice_mut(bytes)),
-            Field::LogitIndex => shared::logit_index(self, cast_slice_mut(bytes)),
-            Field::CuSeqlensQ => shared::cu_seqlens_q(self, cast_slice_mut(bytes)),
-            Field::CuSeqlensK => shared::cu_seqlens_k(self, cast_slice_mut(bytes)),
-            Field::KeyIndex => shared::key_index(self, cast_slice_mut(bytes)),
-            Field::MaxSeqlens => shared::max_seqlens(self, cast_slice_mut(bytes)),
+            Field::InputIds => shared::input_ids(groups, pad, cast_slice_mut(bytes)),
+            Field::AttentionMask => shared::attention_mask(groups, cast_slice_mut(bytes)),
+            Field::PositionIds => shared::position_ids(groups, cast_slice_mut(bytes)),
+            Field::TokenMask => shared::token_mask(groups, cast_slice_mut(bytes)),
+            Field::SegmentIds => shared::segment_ids(&self.sequences(), cast_slice_mut(bytes)),
+            Field::LogitIndex => shared::logit_index(groups, cast_slice_mut(bytes)),
+            Field::CuSeqlensQ => {
+                shared::cu_seqlens_q(&self.sequences(), filler, cast_slice_mut(bytes));
+            }
+            Field::CuSeqlensK => {
+                shared::cu_seqlens_k(&self.sequences(), filler, cast_slice_mut(bytes));
+            }
+            Field::KeyIndex => shared::key_index(groups, cast_slice_mut(bytes)),
+            Field::MaxSeqlens => shared::max_seqlens(groups.sizes, filler, cast_slice_mut(bytes)),
             _ => self.fill_targets(field, bytes),
         }
     }
@@ -216,7 +176,7 @@ impl<'a> Batch<'a> {
             Field::PositionIds => tree.position_ids(cast_slice_mut(bytes)),
             Field::LogitIndex => tree.logit_index(cast_slice_mut(bytes)),
             Field::KeyIndex => tree.key_index(cast_slice_mut(bytes)),
-            _ => self.fill_shared(field, bytes), // as the sequences tell
+            _ => self.fill_shared(field, bytes), // by its sequences
         }
     }
 
@@ -235,30 +195,17 @@ impl<'a> Batch<'a> {
 
     fn fill_targets(&self, field: Field, bytes: &mut [u8]) {
         match field {
-            Field::TargetIds => targets::target_ids(self, cast_slice_mut(bytes)),
-            Field::CompletionMask => targets::completion_mask(self, bytes),
-            Field::CompletionOf => targets::completion_of(self, cast_slice_mut(bytes)),
-            Field::CompletionOffsets => targets::completion_offsets(self, cast_slice_mut(bytes)),
-            Field::PromptLengths => targets::prompt_lengths(self, cast_slice_mut(bytes)),
-            Field::CompletionLengths => targets::completion_lengths(self, cast_slice_mut(bytes)),
-            Field::GroupSizes => targets::group_sizes(self, cast_slice_mut(bytes)),
-            Field::Roles => targets::roles(self, bytes),
-            Field::Groups => cast_slice_mut(bytes).copy_from_slice(self.numbers),
-            Field::Completions => targets::completions(self, cast_slice_mut(bytes)),
+            Field::TargetIds => self.groups.target_ids(cast_slice_mut(bytes)),
+            Field::CompletionMask => self.groups.completion_mask(bytes),
+            Field::CompletionOf => self.groups.completion_of(cast_slice_mut(bytes)),
+            Field::CompletionOffsets => self.groups.completion_offsets(cast_slice_mut(bytes)),
+            Field::PromptLengths => self.groups.prompt_lengths(cast_slice_mut(bytes)),
+            Field::CompletionLengths => self.groups.completion_lengths(cast_slice_mut(bytes)),
+            Field::GroupSizes => self.groups.group_sizes(cast_slice_mut(bytes)),
+            Field::Roles => self.groups.roles(bytes),
+            Field::Groups => cast_slice_mut(bytes).copy_from_slice(self.groups.numbers),
+            Field::Completions => self.groups.completions(cast_slice_mut(bytes)),
             _ => unreachable!("every other field belongs to a layout"),
         }
-    }
-
-    /// Every group with its completions.
-    pub(super) fn grouped(
-        &self,
-    ) -> impl Iterator<Item = (StoredGroup<'a>, &[StoredCompletion<'a>])> {
-        self.groups
-            .iter()
-            .scan(&self.completions[..], |rest, &group| {
-                let (own, after) = rest.split_at(group.roles().len());
-                *rest = after;
-                Some((group, own))
-            })
     }
 }

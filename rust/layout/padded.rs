@@ -3,8 +3,8 @@
 use std::iter::repeat_n;
 
 use super::{
-    Batch, Side,
-    targets::{count, widen, widen_mask},
+    fields::Side,
+    targets::{BatchGroups, count, take, widen, widen_mask},
 };
 use crate::store::{StoredCompletion, StoredGroup};
 
@@ -25,8 +25,8 @@ struct Row<'a> {
     start: usize,
 }
 
-/// The four stretches of a row.
-struct Stretches<'a> {
+/// The four parts of a row.
+struct RowParts<'a> {
     before: &'a mut [i64],
     prompt: &'a mut [i64],
     completion: &'a mut [i64],
@@ -34,23 +34,23 @@ struct Stretches<'a> {
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn new(batch: &Batch<'a>, side: Side) -> Self {
-        let row_of = rows_of(&batch.groups);
+    pub(super) fn new(groups: &BatchGroups<'a>, width: usize, side: Side) -> Self {
+        let row_of = rows_of(&groups.groups);
         let mut number_of = vec![0; row_of.len()];
         for (number, &row) in row_of.iter().enumerate() {
             number_of[row] = number;
         }
-        let owners = batch.groups.iter();
+        let owners = groups.groups.iter();
         let owners = owners.flat_map(|group| repeat_n(group.prompt(), group.roles().len()));
         let prompts: Vec<&[i32]> = owners.collect();
         let row = |number: usize| {
-            let (prompt, completion) = (prompts[number], batch.completions[number]);
+            let (prompt, completion) = (prompts[number], groups.completions[number]);
             let length = prompt.len() + completion.ids.len();
             Row {
                 prompt,
                 completion,
                 start: match side {
-                    Side::Left => batch.width - length,
+                    Side::Left => width - length,
                     Side::Right => 0,
                 },
             }
@@ -58,7 +58,7 @@ impl<'a> Rows<'a> {
         Self {
             each: number_of.into_iter().map(row).collect(),
             row_of,
-            width: batch.width,
+            width,
         }
     }
 
@@ -110,13 +110,13 @@ impl<'a> Rows<'a> {
     pub(super) fn logit_index(&self, mut out: &mut [i64]) {
         for &number in &self.row_of {
             let row = &self.each[number];
-            let part = super::shared::take(&mut out, row.completion.ids.len());
+            let part = take(&mut out, row.completion.ids.len());
             let prompt_end = number * self.width + row.start + row.prompt.len() - 1;
             count(part, prompt_end as i64);
         }
     }
 
-    fn fill(&self, out: &mut [i64], fill: impl Fn(&Row<'_>, Stretches<'_>)) {
+    fn fill(&self, out: &mut [i64], fill: impl Fn(&Row<'_>, RowParts<'_>)) {
         for (row, cells) in self
             .each
             .iter()
@@ -125,13 +125,13 @@ impl<'a> Rows<'a> {
             let (before, rest) = cells.split_at_mut(row.start);
             let (prompt, rest) = rest.split_at_mut(row.prompt.len());
             let (completion, after) = rest.split_at_mut(row.completion.ids.len());
-            let stretches = Stretches {
+            let parts = RowParts {
                 before,
                 prompt,
                 completion,
                 after,
             };
-            fill(row, stretches);
+            fill(row, parts);
         }
     }
 }

@@ -1,36 +1,26 @@
 //! The shared-prompt layout: one row of prompt, completion 1, …, completion K, next group, ….
 //!
-//! The first token of every completion is predicted by the last position of its prompt. What is left
-//! of a fixed width is filler: no target touches it, and it attends to nothing but itself.
+//! The first token of every completion is predicted by the last position of its prompt. A row shorter
+//! than a fixed width is filled up: no target is there, and these tokens attend only to one another.
+//! The functions that take `sequences` serve the tree layout too.
 
-use super::{
-    Batch,
-    targets::{count, widen, widen_mask},
-};
+use super::targets::{BatchGroups, Sizes, count, take, widen, widen_mask};
 
-/// The next `length` elements of `out`.
-#[expect(clippy::mut_mut, reason = "`out` itself moves on")]
-pub(super) fn take<'a, T>(out: &mut &'a mut [T], length: usize) -> &'a mut [T] {
-    let (part, rest) = std::mem::take(out).split_at_mut(length);
-    *out = rest;
-    part
-}
-
-pub(super) fn input_ids(batch: &Batch<'_>, pad: i64, mut out: &mut [i64]) {
-    for group in &batch.groups {
+pub(super) fn input_ids(groups: &BatchGroups<'_>, pad: i64, mut out: &mut [i64]) {
+    for group in &groups.groups {
         widen(take(&mut out, group.tokens.len()), group.tokens);
     }
     out.fill(pad);
 }
 
-pub(super) fn attention_mask(batch: &Batch<'_>, out: &mut [i64]) {
-    let (tokens, filler) = out.split_at_mut(batch.sizes.tokens);
+pub(super) fn attention_mask(groups: &BatchGroups<'_>, out: &mut [i64]) {
+    let (tokens, filler) = out.split_at_mut(groups.sizes.tokens);
     tokens.fill(1);
     filler.fill(0);
 }
 
-pub(super) fn position_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for (group, completions) in batch.grouped() {
+pub(super) fn position_ids(groups: &BatchGroups<'_>, mut out: &mut [i64]) {
+    for (group, completions) in groups.grouped() {
         count(take(&mut out, group.prompt_length), 0);
         for completion in completions {
             let part = take(&mut out, completion.ids.len());
@@ -40,8 +30,8 @@ pub(super) fn position_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
     out.fill(0); // never beyond what the model has positions for
 }
 
-pub(super) fn token_mask(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for (group, completions) in batch.grouped() {
+pub(super) fn token_mask(groups: &BatchGroups<'_>, mut out: &mut [i64]) {
+    for (group, completions) in groups.grouped() {
         take(&mut out, group.prompt_length).fill(0);
         for completion in completions {
             widen_mask(take(&mut out, completion.ids.len()), completion.mask);
@@ -50,16 +40,16 @@ pub(super) fn token_mask(batch: &Batch<'_>, mut out: &mut [i64]) {
     out.fill(0);
 }
 
-pub(super) fn segment_ids(batch: &Batch<'_>, mut out: &mut [i64]) {
-    for (number, (_, own)) in (1..).zip(batch.sequences()) {
+pub(super) fn segment_ids(sequences: &[(usize, usize)], mut out: &mut [i64]) {
+    for (number, &(_, own)) in (1..).zip(sequences) {
         take(&mut out, own).fill(number);
     }
     out.fill(0);
 }
 
-pub(super) fn logit_index(batch: &Batch<'_>, mut out: &mut [i64]) {
+pub(super) fn logit_index(groups: &BatchGroups<'_>, mut out: &mut [i64]) {
     let mut start = 0;
-    for (group, completions) in batch.grouped() {
+    for (group, completions) in groups.grouped() {
         let prompt_end = start + group.prompt_length as i64 - 1;
         let mut at = prompt_end + 1;
         for completion in completions {
@@ -72,20 +62,19 @@ pub(super) fn logit_index(batch: &Batch<'_>, mut out: &mut [i64]) {
     }
 }
 
-pub(super) fn cu_seqlens_q(batch: &Batch<'_>, out: &mut [i32]) {
-    let lengths = batch.sequences().into_iter().map(|(_, own)| own);
-    add_up(out, lengths.chain([batch.filler()]));
+pub(super) fn cu_seqlens_q(sequences: &[(usize, usize)], filler: usize, out: &mut [i32]) {
+    let lengths = sequences.iter().map(|&(_, own)| own);
+    add_up(out, lengths.chain([filler]));
 }
 
-pub(super) fn cu_seqlens_k(batch: &Batch<'_>, out: &mut [i32]) {
-    let sequences = batch.sequences().into_iter();
-    let lengths = sequences.map(|(before, own)| before + own);
-    add_up(out, lengths.chain([batch.filler()]));
+pub(super) fn cu_seqlens_k(sequences: &[(usize, usize)], filler: usize, out: &mut [i32]) {
+    let lengths = sequences.iter().map(|&(before, own)| before + own);
+    add_up(out, lengths.chain([filler]));
 }
 
-pub(super) fn key_index(batch: &Batch<'_>, mut out: &mut [i64]) {
+pub(super) fn key_index(groups: &BatchGroups<'_>, mut out: &mut [i64]) {
     let mut start = 0;
-    for (group, completions) in batch.grouped() {
+    for (group, completions) in groups.grouped() {
         let prompt = group.prompt_length;
         count(take(&mut out, prompt), start);
         let mut at = start + prompt as i64;
@@ -99,15 +88,14 @@ pub(super) fn key_index(batch: &Batch<'_>, mut out: &mut [i64]) {
     count(out, start);
 }
 
-pub(super) fn max_seqlens(batch: &Batch<'_>, out: &mut [i64]) {
-    let filler = batch.filler();
-    out[0] = batch.sizes.most_queries.max(filler) as i64;
-    out[1] = batch.sizes.longest.max(filler) as i64;
+pub(super) fn max_seqlens(sizes: Sizes, filler: usize, out: &mut [i64]) {
+    out[0] = sizes.most_queries.max(filler) as i64;
+    out[1] = sizes.longest.max(filler) as i64;
 }
 
 /// Of each prompt and each completion: tokens that it sees before its own, and its own.
-pub(super) fn sequences(batch: &Batch<'_>) -> impl Iterator<Item = (usize, usize)> {
-    batch.grouped().flat_map(|(group, completions)| {
+pub(super) fn sequences(groups: &BatchGroups<'_>) -> impl Iterator<Item = (usize, usize)> {
+    groups.grouped().flat_map(|(group, completions)| {
         let prompt = group.prompt_length;
         let of_completions = completions
             .iter()

@@ -7,13 +7,10 @@
 
 use std::ops::Range;
 
-use super::{
-    shared::take,
-    targets::{count, widen},
-};
+use super::targets::{count, take, widen};
 use crate::{
+    prefix_tree::{Sequence, sorted},
     store::StoredGroup,
-    tree::{Sequence, sorted},
 };
 
 /// The tree of a batch's groups.
@@ -66,7 +63,7 @@ impl<'a> Tree<'a> {
             let known = before.map_or(0, |before| before.shared(sequence));
             let new = sequence.len() - known;
             if known > 0 && known == places.len() {
-                // Nothing branches off: the run of the sequence before goes on, if this one does.
+                // Nothing branches off: this sequence extends the run of the one before.
                 self.runs.last_mut().expect("of that sequence").sequence = sequence;
             } else if new > 0 {
                 places.truncate(known);

@@ -6,8 +6,12 @@ use std::{
     iter::repeat_n,
 };
 
-use super::{Layout, Request, Shape};
-use crate::{Result, tree};
+use super::request::Request;
+use crate::{
+    Result,
+    group::{Layout, Shape},
+    prefix_tree,
+};
 
 /// Room of open micro-batches, and their numbers; the least room that is enough comes first.
 type Rooms = BTreeSet<(u64, u32)>;
@@ -134,10 +138,10 @@ impl<'a> Packer<'a> {
     fn take_bundles(&mut self) -> Result<()> {
         let store = self.request.store.expect("checked with the request");
         let share: Vec<i64> = self.share.iter().map(|&group| i64::from(group)).collect();
-        let share = tree::order(store, &share)?;
+        let share = prefix_tree::order(store, &share)?;
         let mut bundles = Vec::new();
         let mut rest = &share[..];
-        for bundle in tree::bundles(store, &share, self.request.token_budget as u64)? {
+        for bundle in prefix_tree::bundles(store, &share, self.request.token_budget as u64)? {
             let groups;
             (groups, rest) = rest.split_at(bundle.groups as usize);
             bundles.push((Reverse(bundle.tokens), groups));

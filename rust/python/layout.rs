@@ -8,7 +8,7 @@ use pyo3::{
     types::{PyDict, PyType},
 };
 
-use super::matrix;
+use super::convert::{self, matrix};
 use crate::{
     Error,
     layout::{Batch, Candidates, Dtype, Entry, Field, Options, Table},
@@ -221,7 +221,7 @@ pub fn candidate_layout(
         prompt_mask: matrix(py, layout.prompt_mask, [prompts.len(), layout.prompt_width])?,
         candidate_ids: matrix(py, layout.candidate_ids, [rows, layout.candidate_width])?,
         candidate_mask: matrix(py, layout.candidate_mask, [rows, layout.candidate_width])?,
-        group: super::array(py, layout.group),
+        group: convert::array(py, layout.group),
         token_index: matrix(py, layout.token_index, chunks)?,
         token_row: matrix(py, layout.token_row, chunks)?,
     })

@@ -1,4 +1,4 @@
-//! `Store`.
+//! `Store`, and what is computed from one: `Plan`, `Census`, `near_duplicates`.
 
 use std::path::PathBuf;
 
@@ -6,12 +6,16 @@ use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
 use pyo3::prelude::*;
 
 use super::{
-    array,
+    convert::{array, matrix},
     layout::{Layout, PaddedLayout, SharedLayout, TreeLayout, fields as chosen},
-    matrix,
-    plan::{Plan, Weights},
 };
-use crate::{Error, Result, layout, plan, store, tree, wire::Hex};
+use crate::{
+    Error, Result, file_format::Hex, group, layout, parallel, plan, prefix_tree, similar, store,
+    token_counts::TokenCounts,
+};
+
+/// Threads for work over a whole store.
+const THREADS: usize = 2;
 
 /// Every group of a dataset in flat, memory-mapped columns.
 ///
@@ -250,7 +254,7 @@ impl Store {
             width,
             pad_id,
             fields: &chosen(fields)?,
-            ..layout::Options::new(plan::Layout::Shared)
+            ..layout::Options::new(group::Layout::Shared)
         };
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(SharedLayout);
@@ -275,7 +279,7 @@ impl Store {
             width,
             pad_id,
             fields: &chosen(fields)?,
-            ..layout::Options::new(plan::Layout::Tree)
+            ..layout::Options::new(group::Layout::Tree)
         };
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(TreeLayout);
@@ -293,20 +297,23 @@ impl Store {
         let (py, groups, offsets) = (groups.py(), groups.as_slice()?, offsets.as_slice()?);
         Ok(array(
             py,
-            py.detach(|| tree::count(&self.0, groups, offsets))?,
+            py.detach(|| prefix_tree::count(&self.0, groups, offsets))?,
         ))
     }
 
     /// The groups in an order in which those that share a beginning are neighbours.
     fn tree_order(&self, groups: PyReadonlyArray1<'_, i64>) -> PyResult<Py<PyArray1<i64>>> {
         let (py, groups) = (groups.py(), groups.as_slice()?);
-        Ok(array(py, py.detach(|| tree::order(&self.0, groups))?))
+        Ok(array(
+            py,
+            py.detach(|| prefix_tree::order(&self.0, groups))?,
+        ))
     }
 
     /// How many of the first `groups` make a tree of at most `budget` tokens, and one at least.
     fn tree_fit(&self, groups: PyReadonlyArray1<'_, i64>, budget: u64) -> PyResult<usize> {
         let (py, groups) = (groups.py(), groups.as_slice()?);
-        Ok(py.detach(|| tree::fit(&self.0, groups, budget))?)
+        Ok(py.detach(|| prefix_tree::fit(&self.0, groups, budget))?)
     }
 
     /// Where micro-batches of at most `budget` tokens begin in groups in the order of the tree, and
@@ -317,7 +324,10 @@ impl Store {
         budget: u64,
     ) -> PyResult<Py<PyArray1<i64>>> {
         let (py, groups) = (groups.py(), groups.as_slice()?);
-        Ok(array(py, py.detach(|| tree::cut(&self.0, groups, budget))?))
+        Ok(array(
+            py,
+            py.detach(|| prefix_tree::cut(&self.0, groups, budget))?,
+        ))
     }
 
     /// Lay out groups as padded rows, one a completion, completion-major.
@@ -341,10 +351,151 @@ impl Store {
             width,
             pad_id,
             fields: &chosen(fields)?,
-            ..layout::Options::new(plan::Layout::Padded)
+            ..layout::Options::new(group::Layout::Padded)
         };
         let base = Layout::new(&self.0, &groups, arena.as_ref(), options)?;
         let whole = PyClassInitializer::from(base).add_subclass(PaddedLayout);
         Bound::new(groups.py(), whole)
+    }
+}
+
+/// One rank's share of an epoch: updates are made of micro-batches, micro-batches of groups.
+#[pyclass(frozen, get_all, module = "logratio._rust")]
+pub struct Plan {
+    /// Group numbers.
+    order: Py<PyArray1<i64>>,
+    /// Where each micro-batch begins in `order`, and its length: `[M+1]`.
+    micro_offsets: Py<PyArray1<i64>>,
+    /// Where each update begins in the micro-batches, and their number: `[U+1]`.
+    update_offsets: Py<PyArray1<i64>>,
+}
+
+/// The weight of each dataset, and the dataset of each file.
+struct Weights<'py> {
+    weights: PyReadonlyArray1<'py, f64>,
+    datasets: PyReadonlyArray1<'py, u32>,
+}
+
+impl<'py> Weights<'py> {
+    fn new(
+        weights: Option<PyReadonlyArray1<'py, f64>>,
+        datasets: Option<PyReadonlyArray1<'py, u32>>,
+    ) -> PyResult<Option<Self>> {
+        match (weights, datasets) {
+            (Some(weights), Some(datasets)) => Ok(Some(Self { weights, datasets })),
+            (None, None) => Ok(None),
+            _ => {
+                let reason = "weights and datasets come together or not at all";
+                Err(Error::Invalid(reason.into()).into())
+            }
+        }
+    }
+}
+
+impl Plan {
+    fn new(
+        py: Python<'_>,
+        store: &store::Store,
+        request: plan::Request<'_>,
+        mixture: Option<&Weights<'_>>,
+    ) -> PyResult<Self> {
+        let mixture = mixture
+            .map(|given| PyResult::Ok((given.weights.as_slice()?, given.datasets.as_slice()?)))
+            .transpose()?;
+        let plan = py.detach(|| planned(store, request, mixture))?;
+        Ok(Self {
+            order: array(py, plan.order),
+            micro_offsets: array(py, plan.micro_offsets),
+            update_offsets: array(py, plan.update_offsets),
+        })
+    }
+}
+
+fn planned(
+    store: &store::Store,
+    request: plan::Request<'_>,
+    mixture: Option<(&[f64], &[u32])>,
+) -> Result<plan::Plan> {
+    let shapes = store.shapes()?;
+    let request = plan::Request {
+        store: Some(store),
+        ..request
+    };
+    let Some((weights, datasets)) = mixture else {
+        return plan::plan(&shapes, &request);
+    };
+    let dataset_of = plan::dataset_of(store.files()?, datasets)?;
+    let mixture = Some(plan::Mixture {
+        weights,
+        dataset_of: &dataset_of,
+    });
+    plan::plan(&shapes, &plan::Request { mixture, ..request })
+}
+
+/// Similar groups: links `[M, 2]`, the Jaccard index of each `[M]`, the cluster of each `[M]`.
+type Links = (Py<PyArray2<i64>>, Py<PyArray1<f32>>, Py<PyArray1<i64>>);
+
+/// Find groups that are nearly the same: links `[M, 2]`, their similarity `[M]`, their cluster `[M]`.
+///
+/// Two groups are similar where the sets of their windows of `shingle` tokens have a Jaccard index of
+/// `threshold` or more; whoever is chosen. A link is a verified pair, the earlier group first. Links
+/// make a spanning forest: a cluster of n groups has n - 1, and its number is its smallest group's.
+/// They are sorted by cluster, then by their later group, and are the same in every run.
+///
+/// Raises ValueError where the threshold is not in (0, 1] or the shingle is 0.
+#[pyfunction]
+#[pyo3(signature = (store, threshold = 0.8, shingle = 5))]
+pub fn near_duplicates(
+    py: Python<'_>,
+    store: &Store,
+    threshold: f64,
+    shingle: usize,
+) -> PyResult<Links> {
+    let request = similar::Request {
+        threshold,
+        shingle,
+        threads: parallel::threads(THREADS),
+    };
+    let links = py.detach(|| similar::near_duplicates(&store.0, &request))?;
+    let ends = links.iter().flat_map(|link| [link.first, link.second]);
+    Ok((
+        matrix(py, ends.map(i64::from).collect(), [links.len(), 2])?,
+        array(py, links.iter().map(|link| link.similarity).collect()),
+        array(py, links.iter().map(|link| link.cluster.into()).collect()),
+    ))
+}
+
+/// Which tokens a store uses, and how its completions begin and end.
+#[pyclass(frozen, get_all, module = "logratio._rust")]
+pub struct Census {
+    /// How often each id stands in a prompt (once a group) or a completion: `[V]`.
+    uses: Py<PyArray1<i64>>,
+    /// How many completions each id ends: `[V]`.
+    ends: Py<PyArray1<i64>>,
+    /// Tokens whose id is 2^22 or above, which no vocabulary has.
+    beyond: u64,
+    /// Groups of two completions or more.
+    compared: u64,
+    /// Of these, groups whose completions all begin with one token.
+    same_start: u64,
+    /// Tokens that all completions of a compared group begin with, added up.
+    common: u64,
+}
+
+#[pymethods]
+impl Census {
+    #[new]
+    fn new(py: Python<'_>, store: &Store) -> PyResult<Self> {
+        let threads = parallel::threads(THREADS);
+        let counts = py.detach(|| TokenCounts::of(&store.0, threads))?;
+        let signed = |counts: Vec<u64>| counts.into_iter().map(|count| count as i64).collect();
+        Ok(Self {
+            uses: array(py, signed(counts.uses)),
+            ends: array(py, signed(counts.ends)),
+            beyond: counts.beyond,
+            compared: counts.compared,
+            same_start: counts.same_start,
+            common: counts.common,
+        })
     }
 }

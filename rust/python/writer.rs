@@ -8,7 +8,10 @@ use std::{
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use super::{array, matrix, store::Store};
+use super::{
+    convert::{array, matrix},
+    store::Store,
+};
 use crate::{Error, Result, group, store};
 
 /// Collect groups and seal them as a store, at `path` or in memory.

@@ -1,47 +1,21 @@
 //! Groups that are nearly the same: `MinHash` over token shingles, verified by exact Jaccard.
 //!
 //! A shingle is a window of tokens in a prompt or in a completion; a group is the set of all of its
-//! shingles, whoever is chosen. Two groups are similar where the Jaccard index of their sets is at
+//! shingles, whichever completion is chosen. Two groups are similar where the Jaccard index of their sets is at
 //! least the threshold. Candidates are groups that agree in a band of `MinHash` values; bands are
 //! made four at a time, so that memory is some 40 bytes a group however many bands there are (and 40
 //! more for each group that has a twin), and the work in a bucket is bounded, so that a million equal
 //! prompts are no million squared. Nothing depends on the number of threads.
 
-mod bands;
-mod clusters;
 mod shingles;
 mod verify;
 
-use std::thread;
-
-use bands::Bands;
-use clusters::Clusters;
+use shingles::Bands;
+pub use shingles::Request;
+pub use verify::Link;
+use verify::{Clusters, Effort};
 
 use crate::{Error, Result, store::Store};
-
-/// What counts as similar.
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    /// Least Jaccard index of two similar groups, in (0, 1].
-    pub threshold: f64,
-    /// Tokens in a shingle: at least one.
-    pub shingle: usize,
-    /// Threads to use: at least one.
-    pub threads: usize,
-}
-
-/// Two similar groups.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Link {
-    /// The smallest number of a group that links lead to from these two.
-    pub cluster: u32,
-    /// The earlier group.
-    pub first: u32,
-    /// The later group.
-    pub second: u32,
-    /// Jaccard index of their shingles.
-    pub similarity: f32,
-}
 
 /// Finds the clusters of similar groups, as the links that hold them together.
 ///
@@ -52,12 +26,12 @@ pub fn near_duplicates(store: &Store, request: &Request) -> Result<Vec<Link>> {
     check(store, request)?;
     let bands = Bands::catching(request.threshold);
     let mut clusters = Clusters::new(store.len());
-    let effort = verify::Effort::new(store.len());
-    for first in (0..bands.count).step_by(bands::AT_ONCE) {
+    let effort = Effort::new(store.len());
+    for first in (0..bands.count).step_by(shingles::AT_ONCE) {
         let keys = bands.keys(store, request, first)?;
         for band in 0..bands.together(first) {
             let own = keys.iter().skip(band).step_by(bands.together(first));
-            let entries = bands::sorted(own.copied());
+            let entries = shingles::sorted(own.copied());
             let labels = clusters.labels();
             let found = verify::links(store, request, &entries, &labels, &effort)?;
             for link in found {
@@ -66,11 +40,6 @@ pub fn near_duplicates(store: &Store, request: &Request) -> Result<Vec<Link>> {
         }
     }
     Ok(clusters.into_links())
-}
-
-/// Threads that this machine has, at most `most`.
-pub fn threads(most: usize) -> usize {
-    thread::available_parallelism().map_or(1, |count| count.get().min(most))
 }
 
 fn check(store: &Store, request: &Request) -> Result<()> {
@@ -86,18 +55,4 @@ fn check(store: &Store, request: &Request) -> Result<()> {
         return Ok(());
     };
     Err(Error::Invalid(reason))
-}
-
-/// Calls `work` on each item, on a thread of its own; results in the items' order.
-pub(crate) fn in_parallel<I: Send, T: Send>(items: Vec<I>, work: impl Fn(I) -> T + Sync) -> Vec<T> {
-    thread::scope(|scope| {
-        let work = &work;
-        let start = |item| scope.spawn(move || work(item));
-        let running: Vec<_> = items.into_iter().map(start).collect();
-        let result = |handle: thread::ScopedJoinHandle<'_, T>| match handle.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        running.into_iter().map(result).collect()
-    })
 }

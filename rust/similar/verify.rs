@@ -1,4 +1,4 @@
-//! Candidates compared, with a bound on what a bucket and a group may cost.
+//! Compares candidates, with a bound on what a bucket and a group may cost.
 //!
 //! In a bucket of up to [`SMALL`] groups all pairs are compared that do not hang together already.
 //! In a larger one each group is compared with [`SAMPLES`] others that resembled none before them.
@@ -10,8 +10,21 @@ use std::{
     sync::atomic::{AtomicU8, Ordering::Relaxed},
 };
 
-use super::{Link, Request, in_parallel, shingles};
-use crate::{Result, store::Store};
+use super::shingles::{self, Request};
+use crate::{Result, parallel, store::Store};
+
+/// Two similar groups.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Link {
+    /// The smallest number of a group that links lead to from these two.
+    pub cluster: u32,
+    /// The earlier group.
+    pub first: u32,
+    /// The later group.
+    pub second: u32,
+    /// Jaccard index of their shingles.
+    pub similarity: f32,
+}
 
 const SMALL: usize = 16;
 const SAMPLES: usize = 8;
@@ -19,7 +32,7 @@ const VAIN: u8 = 128;
 
 /// How often each group was compared in vain with an earlier one.
 ///
-/// Atomic for the compiler only: in one band a group stands in one bucket, which one thread has.
+/// Atomic for the compiler only: in one band a group is in one bucket, which one thread has.
 #[derive(Debug)]
 pub(super) struct Effort(Vec<AtomicU8>);
 
@@ -62,7 +75,7 @@ pub(super) fn links(
     labels: &[u32],
     effort: &Effort,
 ) -> Result<Vec<Link>> {
-    let parts = in_parallel(cuts(entries, request.threads), |range| {
+    let parts = parallel::each(cuts(entries, request.threads), |range| {
         let mut search = Search {
             store,
             request,
@@ -134,7 +147,7 @@ impl Search<'_> {
         Ok(())
     }
 
-    /// Links a group to those before it that are like it; says whether there was one.
+    /// Links a group to similar ones before it; true if there was one.
     fn meet(&mut self, member: &mut Member, earlier: &mut [Member], is_large: bool) -> bool {
         let mut is_alike = false;
         for at in 0..earlier.len() {
@@ -175,5 +188,58 @@ impl Search<'_> {
             second: later.group,
             similarity,
         })
+    }
+}
+
+/// Union-find over groups; a tree's root is its smallest group.
+#[derive(Debug)]
+pub(super) struct Clusters {
+    parents: Vec<u32>,
+    links: Vec<Link>,
+}
+
+impl Clusters {
+    pub(super) fn new(groups: usize) -> Self {
+        Self {
+            parents: (0..groups as u32).collect(),
+            links: Vec::new(),
+        }
+    }
+
+    /// Takes a link unless its groups hang together already.
+    pub(super) fn join(&mut self, link: Link) {
+        let (left, right) = (self.root(link.first), self.root(link.second));
+        if left != right {
+            self.parents[left.max(right) as usize] = left.min(right);
+            self.links.push(link);
+        }
+    }
+
+    /// The root of every group.
+    pub(super) fn labels(&mut self) -> Vec<u32> {
+        // A parent is never larger than its child, so one pass in order finds every root.
+        for index in 0..self.parents.len() {
+            self.parents[index] = self.parents[self.parents[index] as usize];
+        }
+        self.parents.clone()
+    }
+
+    pub(super) fn into_links(mut self) -> Vec<Link> {
+        let labels = self.labels();
+        for link in &mut self.links {
+            link.cluster = labels[link.first as usize];
+        }
+        let place = |link: &Link| (link.cluster, link.second, link.first);
+        self.links.sort_unstable_by_key(place);
+        self.links
+    }
+
+    fn root(&mut self, mut group: u32) -> u32 {
+        while self.parents[group as usize] != group {
+            let grandparent = self.parents[self.parents[group as usize] as usize];
+            self.parents[group as usize] = grandparent;
+            group = grandparent;
+        }
+        group
     }
 }

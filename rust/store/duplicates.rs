@@ -1,4 +1,4 @@
-//! Which groups were written before, and which of them say the opposite of each other.
+//! Which groups were written before, and which pairs have chosen and rejected exchanged.
 
 use blake3::Hasher;
 use hashbrown::{HashTable, hash_table::Entry};
@@ -19,17 +19,17 @@ const PAIR: [u8; 2] = [Role::Chosen as u8, Role::Rejected as u8];
 pub enum Outcome {
     /// It has the next number.
     Kept,
-    /// It was left out: this group says the same.
+    /// It was left out: this group is equal to it.
     Duplicate(usize),
-    /// It has the next number, though this group says the opposite: the same prompt and answers,
-    /// with chosen and rejected exchanged.
+    /// It has the next number. This group has the same prompt and answers, with chosen and rejected
+    /// exchanged.
     Opposite(usize),
 }
 
-/// 128 bits that name what a group says. Never stored in a file.
+/// 128-bit hash of what a group holds. Never stored in a file.
 ///
-/// Of a pair, the lowest bit tells which of its answers is the chosen one; the others are the same
-/// for the pair that says the opposite.
+/// For a pair, the lowest bit is set by which of its answers is the chosen one; the other bits are
+/// equal for the pair with chosen and rejected exchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupKey(u128);
 
@@ -114,7 +114,7 @@ impl<T: Copy> Pieces<T> {
     }
 }
 
-/// The key of every group kept, and how often each was said.
+/// The key of every group kept, and how often each was pushed.
 ///
 /// About 20 bytes a group for key and votes, and 6 to 11 for its number in the table.
 #[derive(Debug)]
@@ -170,18 +170,18 @@ impl Duplicates {
         })
     }
 
-    /// Counts one more group that says what group `number` says.
+    /// Counts one more group that is equal to group `number`.
     pub fn vote(&mut self, number: usize) {
         let votes = self.votes.get_mut(number);
         *votes = votes.saturating_add(1);
     }
 
-    /// Groups that say the opposite of each other, the earlier one first.
+    /// Pairs of groups with chosen and rejected exchanged, the earlier one first.
     pub fn conflicts(&self) -> &[[u32; 2]] {
         &self.conflicts
     }
 
-    /// How often the groups of each conflict were said.
+    /// How often the groups of each conflict were pushed.
     pub fn conflict_votes(&self) -> Vec<[u32; 2]> {
         let votes = |pair: &[u32; 2]| pair.map(|group| self.votes.get(group as usize));
         self.conflicts.iter().map(votes).collect()

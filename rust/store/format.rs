@@ -1,14 +1,15 @@
-//! Header, columns, table and footer of a store: `FORMAT.md` in code.
+//! The bytes of a store (`FORMAT.md` in code): header, columns, table of checksums, footer.
 
 use std::{ops::Range, path::Path};
 
-use super::{
-    blocks,
-    columns::{Column, Counts},
-};
+use bytemuck::Pod;
+
 use crate::{
     Error, Result,
-    wire::{self, aligned, u32_at, u64_at},
+    file_format::{
+        ALIGNMENT, ENDIAN_TAG, aligned, block_count, checksum_matches, u32_at, u64_at,
+        with_checksum,
+    },
 };
 
 pub const MAGIC: &[u8; 8] = b"LRSTORE2";
@@ -26,7 +27,155 @@ const DIGEST_AT: usize = LENGTH_AT + 8;
 const BLOCKS_AT: usize = 32;
 const TABLE_CRC_AT: usize = BLOCKS_AT + 8;
 
-/// Where everything lies, by the counts alone.
+/// The columns in the order of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Column {
+    Tokens,
+    Mask,
+    PromptOffsets,
+    CompletionOffsets,
+    GroupOffsets,
+    Roles,
+    Files,
+    Lines,
+    Metadata,
+}
+
+impl Column {
+    pub const ALL: [Self; 9] = [
+        Self::Tokens,
+        Self::Mask,
+        Self::PromptOffsets,
+        Self::CompletionOffsets,
+        Self::GroupOffsets,
+        Self::Roles,
+        Self::Files,
+        Self::Lines,
+        Self::Metadata,
+    ];
+
+    /// The columns that the digest covers and a writer writes to files: all but the metadata.
+    pub const HASHED: usize = Self::ALL.len() - 1;
+
+    /// The name of its file while a writer writes to files it, and in errors.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tokens => "tokens",
+            Self::Mask => "mask",
+            Self::PromptOffsets => "prompt_offsets",
+            Self::CompletionOffsets => "completion_offsets",
+            Self::GroupOffsets => "group_offsets",
+            Self::Roles => "roles",
+            Self::Files => "files",
+            Self::Lines => "lines",
+            Self::Metadata => "metadata",
+        }
+    }
+
+    /// What the column holds before the first group: the offsets begin with 0.
+    pub fn start(self) -> &'static [u8] {
+        match self {
+            Self::PromptOffsets | Self::CompletionOffsets | Self::GroupOffsets => &[0; 8],
+            _ => &[],
+        }
+    }
+
+    /// Bytes before it in its file: the others, and the header, are written around the first.
+    pub fn room(self) -> usize {
+        if self == Self::Tokens { HEADER } else { 0 }
+    }
+
+    fn width(self) -> usize {
+        match self {
+            Self::Mask | Self::Roles | Self::Metadata => 1,
+            Self::Tokens | Self::Files => 4,
+            _ => 8,
+        }
+    }
+}
+
+/// How many of everything a store holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub groups: usize,
+    pub completions: usize,
+    pub tokens: usize,
+    pub completion_tokens: usize,
+    /// Bytes of text.
+    pub metadata: usize,
+}
+
+impl Counts {
+    /// Tokens of all prompts.
+    pub fn prompt_tokens(self) -> usize {
+        self.tokens - self.completion_tokens
+    }
+
+    /// Whether groups of at least one completion, and parts of at least one token, can add up so.
+    pub fn are_possible(self) -> bool {
+        let prompts = self.tokens.checked_sub(self.completion_tokens);
+        self.groups <= self.completions
+            && self.completions <= self.completion_tokens
+            && prompts.is_some_and(|prompts| self.groups <= prompts)
+            && (self.groups > 0 || self.tokens == 0)
+    }
+
+    /// Values in `column`.
+    fn items(self, column: Column) -> Option<usize> {
+        match column {
+            Column::Tokens => Some(self.tokens),
+            Column::Mask => Some(self.completion_tokens),
+            Column::PromptOffsets | Column::GroupOffsets => self.groups.checked_add(1),
+            Column::CompletionOffsets => self.completions.checked_add(1),
+            Column::Roles => Some(self.completions),
+            Column::Files | Column::Lines => Some(self.groups),
+            Column::Metadata => Some(self.metadata),
+        }
+    }
+
+    /// Bytes of `column`; `None` where no machine could hold them.
+    pub fn bytes(self, column: Column) -> Option<usize> {
+        self.items(column)?.checked_mul(column.width())
+    }
+}
+
+/// Columns that can be read: those of a store, or those that a writer left.
+pub trait Columns {
+    fn counts(&self) -> Counts;
+
+    /// Values `items` of a column, or [`Error::CorruptStore`].
+    fn read<T: Pod>(&self, column: Column, items: Range<usize>) -> Result<&[T]>;
+
+    /// The error that names this store.
+    fn corrupt(&self, reason: String) -> Error;
+
+    /// A complete column of offsets, which rise from 0 to their total.
+    fn offsets(&self, column: Column) -> Result<&[u64]> {
+        let counts = self.counts();
+        let (items, total) = match column {
+            Column::PromptOffsets => (counts.groups, counts.prompt_tokens()),
+            Column::CompletionOffsets => (counts.completions, counts.completion_tokens),
+            _ => (counts.groups, counts.completions),
+        };
+        let offsets = self.read::<u64>(column, 0..items + 1)?;
+        if offsets[0] == 0 && is_rising(offsets) && offsets[items] == total as u64 {
+            return Ok(offsets);
+        }
+        let name = column.name();
+        Err(self.corrupt(format!("{name} do not rise from 0 to {total}")))
+    }
+}
+
+/// Whether every step is a length that is allowed: 1 to 2³²−1.
+pub fn is_rising(offsets: &[u64]) -> bool {
+    let allowed = |pair: &[u64]| {
+        let step = pair[1].wrapping_sub(pair[0]);
+        pair[0] < pair[1] && u32::try_from(step).is_ok()
+    };
+    offsets.windows(2).all(allowed)
+}
+
+/// Where every part begins and ends, which follows from the counts.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Places {
     pub columns: [Range<usize>; Column::ALL.len()],
@@ -44,9 +193,9 @@ impl Places {
         for (range, column) in columns.iter_mut().zip(Column::ALL) {
             let start = end;
             *range = start..start.checked_add(counts.bytes(column)?)?;
-            end = range.end.checked_next_multiple_of(wire::ALIGNMENT)?;
+            end = range.end.checked_next_multiple_of(ALIGNMENT)?;
         }
-        let table = aligned(4 * blocks::count(end));
+        let table = aligned(4 * block_count(end));
         Some(Self {
             columns,
             data: HEADER..end,
@@ -78,7 +227,7 @@ pub fn header(counts: Counts, length: usize, digest: &[u8; 32]) -> Vec<u8> {
         length,
     ];
     let numbers = numbers.map(|number| (number as u64).to_le_bytes());
-    let (version, endian) = (VERSION.to_le_bytes(), wire::ENDIAN_TAG.to_le_bytes());
+    let (version, endian) = (VERSION.to_le_bytes(), ENDIAN_TAG.to_le_bytes());
     let parts = [
         &MAGIC[..],
         &version,
@@ -86,7 +235,7 @@ pub fn header(counts: Counts, length: usize, digest: &[u8; 32]) -> Vec<u8> {
         numbers.as_flattened(),
         digest,
     ];
-    wire::signed(&parts, HEADER)
+    with_checksum(&parts, HEADER)
 }
 
 /// The file's last 64 bytes, after `table`, which ends at a multiple of 64.
@@ -95,10 +244,10 @@ pub fn footer(digest: &[u8; 32], blocks: usize, table: &[u8]) -> Vec<u8> {
         (blocks as u64).to_le_bytes(),
         crc32c::crc32c(table).to_le_bytes(),
     );
-    wire::signed(&[digest, &blocks, &crc], FOOTER)
+    with_checksum(&[digest, &blocks, &crc], FOOTER)
 }
 
-/// What header and footer say.
+/// The header and footer, decoded.
 #[derive(Debug)]
 pub struct Frame {
     pub counts: Counts,
@@ -147,10 +296,10 @@ fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
         return Err("it does not begin with LRSTORE2".into());
     }
     let header = &bytes[..HEADER];
-    if u32_at(header, ENDIAN_AT) == wire::ENDIAN_TAG.swap_bytes() {
+    if u32_at(header, ENDIAN_AT) == ENDIAN_TAG.swap_bytes() {
         return Err("it was written on a big-endian machine".into());
     }
-    if !wire::is_signed(header) {
+    if !checksum_matches(header) {
         return Err("the header's checksum does not match".into());
     }
     let version = u32_at(header, VERSION_AT);
@@ -168,8 +317,8 @@ fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
 
 fn check_footer(bytes: &[u8], digest: &[u8], places: &Places) -> std::result::Result<(), String> {
     let footer = &bytes[places.table.end..];
-    let (expected, found) = (blocks::count(places.data.end), u64_at(footer, BLOCKS_AT));
-    if !wire::is_signed(footer) {
+    let (expected, found) = (block_count(places.data.end), u64_at(footer, BLOCKS_AT));
+    if !checksum_matches(footer) {
         Err("the footer's checksum does not match".into())
     } else if !footer.starts_with(digest) {
         Err("header and footer belong to different stores".into())

@@ -3,13 +3,11 @@
 use std::ops::Range;
 
 use super::{
-    Store,
-    columns::{Column, Columns},
-    sealing::digest,
-    stored::known_roles,
-    threads::in_parallel,
+    column_writer::digest,
+    format::{Column, Columns},
+    reader::{Store, read_roles},
 };
-use crate::{Error, Result};
+use crate::{Result, parallel};
 
 /// Ranges that an error lists.
 const LISTED: usize = 8;
@@ -29,7 +27,7 @@ impl Store {
         ] {
             self.offsets(column)?;
         }
-        known_roles(self, 0..self.completions())?;
+        read_roles(self, 0..self.completions())?;
         self.metadata()?;
         let ids: &[i32] = self.read(Column::Tokens, 0..self.tokens())?;
         self.all(Column::Tokens, ids, |&id| id >= 0)?;
@@ -39,7 +37,7 @@ impl Store {
     }
 
     fn verify_blocks(&self) -> Result<()> {
-        let bad = in_parallel(self.blocks.len(), BLOCKS, |blocks| {
+        let bad = parallel::ranges(self.blocks.len(), BLOCKS, |blocks| {
             let bad = |&block: &usize| !self.blocks.check(&self.map, block);
             blocks.filter(bad).collect::<Vec<_>>()
         });
@@ -65,7 +63,7 @@ impl Store {
     }
 
     fn all<T: Sync>(&self, column: Column, values: &[T], allowed: fn(&T) -> bool) -> Result<()> {
-        let found = in_parallel(values.len(), VALUES, |range| {
+        let found = parallel::ranges(values.len(), VALUES, |range| {
             let wrong = values[range.clone()]
                 .iter()
                 .position(|value| !allowed(value));
@@ -81,7 +79,7 @@ impl Store {
     }
 
     fn verify_digest(&self) -> Result<()> {
-        let hashes = in_parallel(Column::HASHED, 1, |columns| {
+        let hashes = parallel::ranges(Column::HASHED, 1, |columns| {
             let bytes = columns.map(|column| &self.map[self.frame.places.columns[column].clone()]);
             bytes
                 .map(|bytes| blake3::hash(bytes).into())
@@ -91,30 +89,6 @@ impl Store {
             return Ok(());
         }
         Err(self.corrupt("the columns do not have the digest that header and footer say".into()))
-    }
-
-    /// The error of a block that is not what was written.
-    #[cold]
-    pub(super) fn bad_block(&self, block: usize) -> Error {
-        let range = self.describe(&self.blocks.range(block));
-        self.corrupt(format!(
-            "the checksum of block {block}, {range}, does not match"
-        ))
-    }
-
-    fn describe(&self, range: &Range<usize>) -> String {
-        let inside = |column: &Column| {
-            let place = &self.frame.places.columns[*column as usize];
-            place.start < range.end && range.start < place.end
-        };
-        let names = Column::ALL.into_iter().filter(inside).map(Column::name);
-        let names: Vec<_> = names.collect();
-        format!(
-            "bytes {}..{} ({})",
-            range.start,
-            range.end,
-            names.join(", ")
-        )
     }
 }
 

@@ -1,19 +1,15 @@
-//! Streams groups to columns and seals them.
+//! Streams groups to columns, and seals them as a store.
 
-use std::{fs::File, io, path::Path};
+use std::{io, path::Path};
 
 use super::{
-    Store,
-    bulk::Bulk,
-    columns::{Column, Counts},
+    column_writer::{ColumnWriter, Sink, join},
     duplicates::{Duplicates, GroupKey, Outcome},
-    format::HEADER,
-    sealing::seal,
-    spool::{Sink, Spool},
-    target::{REPEATS, Target},
-    threads::in_parallel,
+    format::{Column, Columns, Counts, HEADER},
+    partial::{PartialFolder, REPEATS},
+    reader::{Store, read_group},
 };
-use crate::{Error, Result, error, group::Group};
+use crate::{Error, Result, error, group::Group, parallel};
 
 /// Groups that one thread hashes at least.
 pub(super) const HASHED_TOGETHER: usize = 512;
@@ -22,16 +18,16 @@ pub(super) const HASHED_TOGETHER: usize = 512;
 ///
 /// With a path, columns are files in the folder `<path>.partial`, so memory stays bounded;
 /// [`StoreWriter::finish`] joins them, syncs and renames. After [`StoreWriter::checkpoint`] a
-/// writer that died goes on with [`StoreWriter::resume`]. Without a path the same bytes are made
+/// writer that died is continued by [`StoreWriter::resume`]. Without a path the same bytes are made
 /// in memory.
 #[derive(Debug)]
 pub struct StoreWriter {
-    pub(super) target: Option<Target>,
-    pub(super) columns: Vec<Spool>,
+    pub(super) folder: Option<PartialFolder>,
+    pub(super) columns: Vec<ColumnWriter>,
     pub(super) counts: Counts,
     pub(super) duplicates: Option<Duplicates>,
     /// The group that each duplicate is one of, for votes to be counted again.
-    pub(super) repeats: Option<Spool>,
+    pub(super) repeats: Option<ColumnWriter>,
     failed: bool,
 }
 
@@ -46,27 +42,31 @@ impl StoreWriter {
     /// Starts a store that will be at `path`. What a writer that died left at `<path>.partial` is
     /// replaced; the folder of a living one is an error.
     pub fn create(path: &Path) -> Result<Self> {
-        let target = Target::create(path)?;
+        let folder = PartialFolder::create(path)?;
         let mut sinks = Vec::new();
         for column in &Column::ALL[..Column::HASHED] {
-            sinks.push(target.create_file(column.name())?);
+            sinks.push(Sink::Disk(folder.create_file(column.name())?));
         }
         let room = sinks[0].write(&[0; HEADER]);
-        room.map_err(Error::io(&target.partial))?;
-        Ok(Self::start(Some(target), sinks))
+        room.map_err(Error::io(&folder.path))?;
+        Ok(Self::start(Some(folder), sinks))
     }
 
-    fn start(target: Option<Target>, sinks: Vec<Sink>) -> Self {
+    fn start(folder: Option<PartialFolder>, sinks: Vec<Sink>) -> Self {
         let columns = sinks.into_iter().zip(Column::ALL);
         let columns = columns
-            .map(|(sink, column)| Spool::new(sink, column.room(), column.start()))
+            .map(|(sink, column)| ColumnWriter::new(sink, column.room(), column.start()))
             .collect();
-        Self::of(target, columns, Counts::default())
+        Self::of(folder, columns, Counts::default())
     }
 
-    pub(super) fn of(target: Option<Target>, columns: Vec<Spool>, counts: Counts) -> Self {
+    pub(super) fn of(
+        folder: Option<PartialFolder>,
+        columns: Vec<ColumnWriter>,
+        counts: Counts,
+    ) -> Self {
         Self {
-            target,
+            folder,
             columns,
             counts,
             duplicates: None,
@@ -75,16 +75,16 @@ impl StoreWriter {
         }
     }
 
-    /// Leaves out groups that say what an earlier one said, and counts them as votes for it.
+    /// Leaves out groups that are equal to an earlier one, and counts them as votes for it.
     /// Only a writer that has no group yet can begin with this.
     pub fn deduplicating(mut self) -> Result<Self> {
         if self.counts.groups > 0 {
             let reason = "a writer that holds groups cannot begin to deduplicate";
             return Err(Error::Invalid(reason.into()));
         }
-        if let Some(target) = &self.target {
-            let sink = target.create_file(REPEATS)?;
-            self.repeats = Some(Spool::new(sink, 0, &[]));
+        if let Some(folder) = &self.folder {
+            let file = folder.create_file(REPEATS)?;
+            self.repeats = Some(ColumnWriter::new(Sink::Disk(file), 0, &[]));
         }
         self.duplicates = Some(Duplicates::new());
         Ok(self)
@@ -107,7 +107,7 @@ impl StoreWriter {
         self.check_room(1)?;
         let key = self.duplicates.is_some().then(|| GroupKey::of(group));
         let pushed = self.take(group, key);
-        self.noted(pushed)
+        self.record(pushed)
     }
 
     /// Adds many groups, all or, where one is refused by its number, none; what became of each.
@@ -116,12 +116,12 @@ impl StoreWriter {
         self.usable()?;
         self.check_room(groups.len())?;
         let keys = match self.duplicates {
-            Some(_) => keys(&groups),
+            Some(_) => keys_of(&groups),
             None => vec![None; groups.len()],
         };
         let pairs = groups.iter().zip(keys);
         let pushed = pairs.map(|(group, key)| self.take(group, key)).collect();
-        self.noted(pushed)
+        self.record(pushed)
     }
 
     fn check_room(&self, more: usize) -> Result<()> {
@@ -178,11 +178,11 @@ impl StoreWriter {
             let line = self.columns[Column::Lines as usize].read_at(8 * group)?;
             Ok((u32::from_le_bytes(file), u64::from_le_bytes(line)))
         };
-        read().map_err(Error::io(self.name(|target| &target.partial)))
+        read().map_err(Error::io(self.name()))
     }
 
-    /// Groups that say the opposite of each other, the earlier one first, and how often each was
-    /// said: none where the writer does not deduplicate.
+    /// Pairs of groups with chosen and rejected exchanged, the earlier one first, and how often each
+    /// was pushed: none where the writer does not deduplicate.
     pub fn conflicts(&self) -> (Vec<[u32; 2]>, Vec<[u32; 2]>) {
         let found = self.duplicates.as_ref();
         found.map_or_else(Default::default, |found| {
@@ -194,20 +194,20 @@ impl StoreWriter {
     pub fn finish(mut self, metadata: &str) -> Result<Store> {
         self.usable()?;
         let columns = std::mem::take(&mut self.columns);
-        let sealed = seal(columns, self.counts, metadata);
-        let sink = self.noted(sealed)?;
-        match (&sink, &mut self.target) {
+        let sealed = join(columns, self.counts, metadata);
+        let sink = self.record(sealed)?;
+        match (&sink, &mut self.folder) {
             (Sink::Memory(bytes), _) => Store::from_bytes(bytes),
-            (Sink::Disk(file), Some(target)) => {
-                target.publish(file)?;
-                Store::open(&target.path)
+            (Sink::Disk(file), Some(folder)) => {
+                folder.publish(file)?;
+                Store::open(&folder.store)
             }
             (Sink::Disk(_), None) => unreachable!("only create() writes to disk"),
         }
     }
 
     pub(super) fn usable(&self) -> Result<()> {
-        let ours = self.target.as_ref().is_none_or(Target::is_ours);
+        let ours = self.folder.as_ref().is_none_or(PartialFolder::is_ours);
         let closed = Error::Closed {
             what: "store writer",
         };
@@ -217,30 +217,143 @@ impl StoreWriter {
         Ok(())
     }
 
-    /// Remembers that a write failed: nobody knows which of its bytes arrived.
-    pub(super) fn noted<T>(&mut self, result: io::Result<T>) -> Result<T> {
+    /// Remembers a failed write: it is unknown which of its bytes reached the disk.
+    pub(super) fn record<T>(&mut self, result: io::Result<T>) -> Result<T> {
         self.failed |= result.is_err();
-        result.map_err(Error::io(self.name(|target| &target.partial)))
+        result.map_err(Error::io(self.name()))
     }
 
-    fn name<'a>(&'a self, of: impl FnOnce(&'a Target) -> &'a Path) -> &'a Path {
-        self.target.as_ref().map_or(Path::new("<memory>"), of)
+    /// Its name in errors.
+    fn name(&self) -> &Path {
+        self.folder
+            .as_ref()
+            .map_or(Path::new("<memory>"), |folder| &folder.path)
     }
 }
 
-fn keys(groups: &[Group<'_>]) -> Vec<Option<GroupKey>> {
-    let keys = in_parallel(groups.len(), HASHED_TOGETHER, |range| {
+fn keys_of(groups: &[Group<'_>]) -> Vec<Option<GroupKey>> {
+    let keys = parallel::ranges(groups.len(), HASHED_TOGETHER, |range| {
         let keys = groups[range].iter().map(|group| Some(GroupKey::of(group)));
         keys.collect::<Vec<_>>()
     });
     keys.concat()
 }
 
-impl Target {
-    fn create_file(&self, name: &str) -> Result<Sink> {
-        let path = self.file(name);
-        let mut options = File::options();
-        let file = options.read(true).write(true).create_new(true).open(&path);
-        file.map(Sink::Disk).map_err(Error::io(&path))
+impl Store {
+    /// Seals the groups for which `keep` holds as a store of their own, in the same order, at
+    /// `path` or in memory. Groups are copied one by one, so that memory stays bounded.
+    pub fn select(&self, keep: &[bool], path: Option<&Path>, metadata: &str) -> Result<Self> {
+        if keep.len() != self.len() {
+            let (found, groups) = (keep.len(), self.len());
+            let reason = format!("keep has {found} values for {groups} groups");
+            return Err(Error::Invalid(reason));
+        }
+        let (files, lines) = (self.files()?, self.lines()?);
+        let mut writer = path.map_or_else(|| Ok(StoreWriter::in_memory()), StoreWriter::create)?;
+        let mut lengths = Vec::new();
+        for index in (0..keep.len()).filter(|&index| keep[index]) {
+            let group = read_group(self, index)?.to_push(&mut lengths, files[index], lines[index]);
+            let refused = |error| match error {
+                Error::Invalid(reason) => self.corrupt(format!("group {index}: {reason}")),
+                error => error,
+            };
+            writer.push(&group).map_err(refused)?;
+        }
+        writer.finish(metadata)
     }
+}
+
+/// `G` groups of `N` completions in all: borrowed columns, one group after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Bulk<'a> {
+    /// Ids of prompt 0, prompt 1, …: `[ΣP]`.
+    pub prompt_ids: &'a [i32],
+    /// Tokens of each prompt: `[G]`.
+    pub prompt_lengths: &'a [u32],
+    /// Ids of completion 0, completion 1, …: `[ΣC]`.
+    pub completion_ids: &'a [i32],
+    /// 1 where a completion's token counts, else 0: `[ΣC]`.
+    pub completion_mask: &'a [u8],
+    /// Tokens of each completion: `[N]`.
+    pub completion_lengths: &'a [u32],
+    /// Completions of each group: `[G]`.
+    pub group_sizes: &'a [u32],
+    /// Number of the role of each completion: `[N]`.
+    pub roles: &'a [u8],
+    /// Number of the source file of each group: `[G]`.
+    pub files: &'a [u32],
+    /// Line in the source file of each group: `[G]`.
+    pub lines: &'a [u64],
+}
+
+impl<'a> Bulk<'a> {
+    /// The groups, each found right by [`Group::check`].
+    pub fn groups(&self) -> Result<Vec<Group<'a>>> {
+        self.check_sums()?;
+        let (mut prompts, mut ids, mut mask) =
+            (self.prompt_ids, self.completion_ids, self.completion_mask);
+        let (mut lengths, mut roles) = (self.completion_lengths, self.roles);
+        let numbers = self.prompt_lengths.iter().zip(self.group_sizes);
+        let sources = self.files.iter().zip(self.lines);
+        let cut = |((&prompt, &size), (&file, &line)): ((&u32, &u32), (&u32, &u64))| {
+            let completion_lengths = take(&mut lengths, size as usize);
+            let tokens = sum(completion_lengths);
+            Group {
+                prompt_ids: take(&mut prompts, prompt as usize),
+                completion_ids: take(&mut ids, tokens),
+                completion_mask: take(&mut mask, tokens),
+                completion_lengths,
+                roles: take(&mut roles, size as usize),
+                file,
+                line,
+            }
+        };
+        let groups: Vec<_> = numbers.zip(sources).map(cut).collect();
+        for (index, group) in groups.iter().enumerate() {
+            let named = |error| Error::Invalid(format!("group {index}: {error}"));
+            group.check().map_err(named)?;
+        }
+        Ok(groups)
+    }
+
+    /// Refuses columns that do not belong together; where one ends early, no group can be named.
+    fn check_sums(&self) -> Result<()> {
+        let groups = self.group_sizes.len();
+        let completions = sum(self.group_sizes);
+        let (prompts, tokens) = (sum(self.prompt_lengths), sum(self.completion_lengths));
+        let columns = [
+            ("prompt_lengths", self.prompt_lengths.len(), groups),
+            ("files", self.files.len(), groups),
+            ("lines", self.lines.len(), groups),
+            (
+                "completion_lengths",
+                self.completion_lengths.len(),
+                completions,
+            ),
+            ("roles", self.roles.len(), completions),
+            ("prompt_ids", self.prompt_ids.len(), prompts),
+            ("completion_ids", self.completion_ids.len(), tokens),
+            ("completion_mask", self.completion_mask.len(), tokens),
+        ];
+        match columns
+            .into_iter()
+            .find(|(_, found, expected)| found != expected)
+        {
+            None => Ok(()),
+            Some((name, found, expected)) => Err(Error::Invalid(format!(
+                "{name} has {found} values, but the other columns say {expected}"
+            ))),
+        }
+    }
+}
+
+fn sum(lengths: &[u32]) -> usize {
+    lengths.iter().map(|&length| length as usize).sum()
+}
+
+/// Cuts `count` values, which are there, off the front.
+fn take<'a, T>(values: &mut &'a [T], count: usize) -> &'a [T] {
+    let (taken, left) = values.split_at(count);
+    *values = left;
+    taken
 }

@@ -47,7 +47,7 @@ def test_rust_file_is_short_and_keeps_to_its_side(path: Path) -> None:
     code = path.read_text().split("\n#[cfg(test)]\nmod tests {")[0]
     assert code.count("\n") <= 600, "is it still one idea?"
     spoken = re.sub(r"//.*", "", code)
-    if relative(path) != "rust/map.rs":
+    if relative(path) != "rust/mmap.rs":
         assert not re.search(r"\bunsafe\b|\bunsafe_code\b", spoken)
     if not relative(path).startswith("rust/python"):
         assert not re.search(r"\b(pyo3|numpy)\b", spoken)
@@ -55,7 +55,12 @@ def test_rust_file_is_short_and_keeps_to_its_side(path: Path) -> None:
 
 def test_unsafe_code_is_denied_but_for_the_map() -> None:
     assert manifest("Cargo.toml")["lints"]["rust"]["unsafe_code"] == "deny"
-    assert "unsafe_code" in (ROOT / "rust/map.rs").read_text()
+    assert "unsafe_code" in (ROOT / "rust/mmap.rs").read_text()
+
+
+def test_cargo_runs_every_rust_test() -> None:
+    listed = {test["path"] for test in manifest("Cargo.toml")["test"]}
+    assert listed == {relative(path) for path in (ROOT / "tests" / "rust").glob("*.rs")}
 
 
 def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:

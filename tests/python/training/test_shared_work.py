@@ -138,7 +138,8 @@ def test_torchrun_shares_the_work_and_a_lost_worker_is_made_up_for(
     script.write_text(KILLED)
     lost = torchrun(config, script, 2, DIES="1")
     assert lost.returncode != 0
-    had = len(reader_of(config))
+    # A worker that died while it sealed its journal leaves its rows in two files.
+    had = reader_of(config).distinct()
     assert 0 < had < 2 * PAIRS
     done = torchrun(config, script, 3)
     assert done.returncode == 0, done.stderr
