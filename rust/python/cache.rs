@@ -157,6 +157,11 @@ impl CacheReader {
         self.0.len()
     }
 
+    fn __repr__(&self) -> String {
+        let (records, tokens) = (self.0.len(), self.0.tokens());
+        format!("CacheReader({records} records, {tokens} tokens)")
+    }
+
     /// Number of tokens of all records.
     #[getter]
     fn tokens(&self) -> u64 {

@@ -49,6 +49,18 @@ arrays! {
             self.table.bytes()
         }
 
+        fn __repr__(this: &Bound<'_, Self>) -> PyResult<String> {
+            let name = this.get_type().name()?;
+            let table = &this.get().table;
+            let shown = |field: Field| {
+                let entry = table.get(field)?;
+                Some(format!("{} {:?}", field.name(), shape(entry)))
+            };
+            let fields = [Field::Groups, Field::Completions, Field::InputIds];
+            let arrays: Vec<_> = fields.into_iter().filter_map(shown).collect();
+            Ok(format!("{name}({})", arrays.join(", ")))
+        }
+
         /// Where each array lies: name to dtype, first byte, shape.
         #[getter]
         fn table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -77,6 +77,16 @@ impl Store {
         self.0.len()
     }
 
+    fn __repr__(&self) -> String {
+        let (groups, completions) = (self.0.len(), self.0.completions());
+        let place = match self.0.path() {
+            Some(path) => format!("{path:?}"),
+            None => "in memory".into(),
+        };
+        let tokens = self.0.tokens();
+        format!("Store({groups} groups, {completions} completions, {tokens} tokens, {place})")
+    }
+
     /// Number of completions.
     #[getter]
     fn completions(&self) -> usize {

@@ -268,3 +268,8 @@ def test_opening_lets_other_threads_run(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.journal")
     done = run_here(WAITS_FOR_A_PIPE, tmp_path / "pipe.journal")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_shows_how_much_it_holds(tmp_path: Path) -> None:
+    write(tmp_path, {1: [-0.5, -1.0], 2: [-2.0]})
+    assert repr(CacheReader.open(tmp_path, FINGERPRINT)) == "CacheReader(2 records, 3 tokens)"

@@ -181,3 +181,10 @@ def test_a_finished_writer_takes_no_more() -> None:
         push_pair(writer)
     with pytest.raises(ValueError, match="closed"):
         writer.finish()
+
+
+def test_a_store_and_its_layouts_show_their_sizes() -> None:
+    store = make_store()
+    assert repr(store) == "Store(2 groups, 3 completions, 10 tokens, in memory)"
+    assert repr(store.shared_layout(np.arange(2))).startswith("SharedLayout(groups [2], ")
+    assert "input_ids [2, 6]" in repr(store.padded_layout(np.arange(1)))
