@@ -71,7 +71,7 @@ def test_folder_of_something_else_is_told_in_a_sentence(
     cache = ("--cache", tmp_path / "cache")
     code, err = run("precompute", "--model", tiny_model, "--data", tmp_path, *cache)
     assert code == 2
-    assert "no known kind (weights.bin)" in err
+    assert "unknown type (weights.bin)" in err
 
 
 def test_ctrl_c_in_build_tells_what_is_kept(

@@ -1,8 +1,7 @@
-"""Layouts in which a row is no record: functions that make rows of them, by name.
+"""Named functions that convert layouts in which a row is not one record.
 
-`FormatSettings.rows` and ``--rows`` take these names. The formats read what the functions make as
-any other row; what of a row they leave out comes as an `InvalidRecordError` in its place, and is
-counted.
+`FormatSettings.rows` and ``--rows`` take these names. The formats read the converted rows like any
+other. A part that a function leaves out is yielded as an `InvalidRecordError` and counted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,10 +22,10 @@ class Layout:
     """A layout of rows.
 
     Attributes:
-        title: What people call it.
-        looks: Says whether a row looks like it, from its keys.
-        function: Makes rows of one.
-        flags: What reads it best, besides ``--rows``.
+        title: Its usual name.
+        looks: Returns whether the keys of a row match the layout.
+        function: Converts one row to rows and errors.
+        flags: Recommended flags besides ``--rows``.
     """
 
     title: str
@@ -52,10 +51,10 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def advice(row: Row) -> str:
-    """Say with which flags a row could be read that no format knows.
+    """Suggest flags for a row that no format recognises.
 
     Returns:
-        The end of a sentence; empty where it looks like nothing known.
+        The end of a sentence, or "" if the row matches no layout.
     """
     for name, layout in LAYOUTS.items():
         if layout.looks(row):
@@ -65,10 +64,10 @@ def advice(row: Row) -> str:
 
 
 def _rated(row: Row) -> str:
-    """Say with which flags rows of one answer and its rating are read.
+    """Suggest flags for rows that each hold one rated answer.
 
     Returns:
-        The end of a sentence; empty where the row is none of these.
+        The end of a sentence, or "" for other rows.
     """
     question, answer = _first(row, _QUESTIONS), _first(row, _ANSWERS)
     rating = next((name for name in _RATINGS if _is_rating(row.get(name))), None)

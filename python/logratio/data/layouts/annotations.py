@@ -1,7 +1,7 @@
-"""Exports of annotation tools, Argilla and Label Studio: the data with what people chose.
+"""Exports of the annotation tools Argilla and Label Studio.
 
-Labels are added to the data under their question's name, as a list of votes where several people
-gave one: the formats and ``--label`` read them as any other. A ranking becomes a list.
+Labels are added to the data under their question's name, as a list of votes if several people
+answered. The formats and ``--label`` read them like any other label. A ranking becomes a list.
 """
 
 import re
@@ -12,28 +12,28 @@ from logratio.data.layouts.values import Part, Row, checked, take
 from logratio.data.records import InvalidRecordError
 
 Votes = dict[str, list[Any]]
-"""For each question what people answered."""
+"""The answers of all people, by question."""
 
 _MARK = re.compile(r"[_ -]?(\d+|[a-zA-Z])$")
 _TEXTS = ("body", "html", "text", "title")  # of an item in a list of Label Studio
 _KINDS = {"choices": "choices", "rating": "rating", "number": "number", "pairwise": "selected"}
-"""Where Label Studio keeps what was chosen, by the type of a result."""
+"""The key of the chosen value in Label Studio, by the type of the result."""
 
 
 def looks_argilla(row: Row) -> bool:
-    """Say whether a row is a record of Argilla."""
-    said = ("responses", "suggestions")
-    return isinstance(row.get("fields"), dict) and any(name in row for name in said)
+    """Return whether a row is a record of Argilla."""
+    names = ("responses", "suggestions")
+    return isinstance(row.get("fields"), dict) and any(name in row for name in names)
 
 
 def argilla(row: Row) -> Iterator[Part]:
-    """Make rows of a record of Argilla 2 (or 1): its fields, and the answers to its questions.
+    """Convert a record of Argilla 2 or 1: its fields, and the answers to its questions.
 
-    Submitted responses count; a suggestion does where a question has none. An answer that ranks
-    fields becomes a list of them, one for each person; ranks may tie.
+    Submitted responses are used; a suggestion only for a question without a response. An answer
+    that ranks fields becomes a ranked list, one per person; ranks may tie.
 
     Raises:
-        InvalidRecordError: R317 where nothing was answered; E2xx for a malformed record.
+        InvalidRecordError: R317 if no question was answered; E2xx for a malformed record.
     """
     fields = take(row, "fields", dict)
     responses, suggestions = _collected(_responses(row)), _collected(_suggestions(row))
@@ -42,11 +42,11 @@ def argilla(row: Row) -> Iterator[Part]:
         raise InvalidRecordError("R317", "the record has neither a response nor a suggestion")
     ranked = [name for name, values in votes.items() if _ranks(values[0], fields)]
     if not ranked:
-        yield _beside(fields, votes)
+        yield _with_labels(fields, votes)
         return
     if len(ranked) > 1:
         names = " and ".join(map(repr, ranked))
-        raise InvalidRecordError("E210", f"{names} rank the answers: leave one of them in")
+        raise InvalidRecordError("E210", f"{names} both rank the answers: keep only one of them")
     for value in votes[ranked[0]]:
         ranks = _ranks(value, fields)
         rest = {name: text for name, text in fields.items() if name not in ranks}
@@ -55,7 +55,7 @@ def argilla(row: Row) -> Iterator[Part]:
 
 
 def _responses(row: Row) -> Iterator[tuple[str, Any]]:
-    """Yield questions and answers of Argilla 2, by question, and 1, by person."""
+    """Yield questions and answers; Argilla 2 stores them by question, Argilla 1 by person."""
     given = row.get("responses") or {}
     if isinstance(given, list):
         for one in (checked(response, dict, "a response") for response in given):
@@ -85,9 +85,9 @@ def _suggestions(row: Row) -> Iterator[tuple[str, Any]]:
 
 
 def _ranks(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rank of each field that an answer ranks; none where it ranks no fields.
+    """Return the rank of each field that an answer ranks; empty if it is not a ranking.
 
-    A ranking names all fields that are called alike; else it could be a choice of several.
+    A ranking names every field that shares a stem; otherwise it could be a multiple choice.
     """
     if not isinstance(value, list) or len(value) < 2:
         return {}
@@ -97,7 +97,7 @@ def _ranks(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rank(item: Any, place: int) -> tuple[str, Any]:
-    """Return what an item of a ranking names, and its rank: its place, unless it says another."""
+    """Return the name and rank of an item in a ranking; the default rank is its place."""
     if isinstance(item, dict):
         return str(item.get("value")), item.get("rank", place)
     return str(item), place
@@ -108,20 +108,20 @@ def _stem(name: str) -> str:
 
 
 def looks_label_studio(row: Row) -> bool:
-    """Say whether a row is a task of Label Studio with its annotations."""
+    """Return whether a row is a task of Label Studio with its annotations."""
     return isinstance(row.get("data"), dict) and isinstance(row.get("annotations"), list)
 
 
 def label_studio(row: Row) -> Iterator[Part]:
-    """Make rows of a task of Label Studio: its data, and what people chose.
+    """Convert a task of Label Studio: its data and the chosen values.
 
-    A comparison of two is under ``pairwise``, as ``left`` or ``right`` (under their names if there
-    are several). An order of items becomes a list, one for each person; an item that they left out
-    is counted (R317). Annotations that were skipped are no votes.
+    A pairwise comparison is stored under ``pairwise``, as ``left`` or ``right`` (under its own name
+    if a task has several). An order of items becomes a ranked list, one per person; an item that
+    the person left out is counted (R317). Skipped annotations are ignored.
 
     Raises:
-        InvalidRecordError: R317 where nothing was chosen; E212 for items in buckets, which are no
-            order; E2xx for a malformed task.
+        InvalidRecordError: R317 if nothing was chosen, E212 for items sorted into several buckets,
+            E2xx for a malformed task.
     """
     data = take(row, "data", dict)
     results = [*_results(take(row, "annotations", list))]
@@ -132,8 +132,8 @@ def label_studio(row: Row) -> Iterator[Part]:
         return
     votes = _collected(_chosen(results))
     if not votes:
-        raise InvalidRecordError("R317", "no annotation of the task says what is better")
-    yield _beside(data, votes)
+        raise InvalidRecordError("R317", "no annotation of the task compares anything")
+    yield _with_labels(data, votes)
 
 
 def _results(annotations: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -145,7 +145,7 @@ def _results(annotations: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _chosen(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield what each result answers, and the answer."""
+    """Yield the question and the answer of each result."""
     compared = {one.get("from_name") for one in results if one.get("type") == "pairwise"}
     for one in results:
         kind = one.get("type")
@@ -157,22 +157,24 @@ def _chosen(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _order(result: dict[str, Any]) -> list[str]:
-    """Return the ids of items, the best one first."""
+    """Return the ids of the items, best first."""
     order = take(result, "value", dict, "a result").get("ranker")
     if isinstance(order, dict):
         if len(order) != 1:
             names = ", ".join(map(repr, order))
-            raise InvalidRecordError("E212", f"items are sorted into {names}, which is no order")
+            raise InvalidRecordError(
+                "E212", f"items are sorted into the buckets {names}, which is not an order"
+            )
         (order,) = order.values()
     return [str(name) for name in checked(order, list, "'ranker' of a result")]
 
 
 def _ordered(data: Mapping[str, Any], order: list[str]) -> Iterator[Part]:
-    """Make a list of items in the order that a person gave them."""
+    """Build a ranked list from the order that one person gave."""
     name, items = _items(data)
     for one in order:
         if one not in items:
-            raise InvalidRecordError("E212", f"{one!r} is ranked, and {name!r} has no such item")
+            raise InvalidRecordError("E212", f"{one!r} is ranked, but {name!r} has no such item")
     for one in items:
         if one not in order:
             yield InvalidRecordError("R317", f"the item {one!r} of {name!r} is not ranked")
@@ -181,11 +183,11 @@ def _ordered(data: Mapping[str, Any], order: list[str]) -> Iterator[Part]:
 
 
 def _items(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Find the data that were ranked, and the text of each item by its id."""
+    """Find the list that was ranked: its key, and the text of each item by its id."""
     for name, value in data.items():
         if isinstance(value, list) and value and all(map(_is_item, value)):
             return name, {str(item["id"]): _text(item) for item in value}
-    raise InvalidRecordError("E201", "items are ranked, and the data hold no list of {id, body}")
+    raise InvalidRecordError("E201", "items are ranked, but the data has no list of {id, body}")
 
 
 def _is_item(value: Any) -> bool:
@@ -204,10 +206,10 @@ def _collected(answers: Iterable[tuple[str, Any]]) -> Votes:
     return votes
 
 
-def _beside(data: Mapping[str, Any], votes: Votes) -> Row:
-    """Add the answers to the data: one answer as it is, several as a list."""
+def _with_labels(data: Mapping[str, Any], votes: Votes) -> Row:
+    """Add the answers to the data: a single answer unchanged, several as a list."""
     if twice := data.keys() & votes.keys():
-        reason = f"{min(twice)!r} is a part of the data and a question: rename one"
+        reason = f"{min(twice)!r} names both data and a question: rename one"
         raise InvalidRecordError("E210", reason)
     labels = {name: values[0] if len(values) == 1 else values for name, values in votes.items()}
     return {**data, **labels}

@@ -1,4 +1,4 @@
-"""Public data sets whose rows are no records: PRM800K, Math-Shepherd, OASST."""
+"""Public datasets in which a row is not one record: PRM800K, Math-Shepherd, OASST."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,27 +6,27 @@ from typing import Any
 from logratio.data.layouts.values import Part, Row, checked, is_number, take
 from logratio.data.records import InvalidRecordError
 
-_TAG = "ки"  # which ends every step of Math-Shepherd
+_TAG = "ки"  # ends every step of Math-Shepherd
 _FIRST = "Step 1:"
 _WRITTEN = 1  # the rating of a step that a labeler of PRM800K wrote
 
 
 def looks_prm800k(row: Row) -> bool:
-    """Say whether a row has PRM800K's question and label."""
+    """Return whether a row has PRM800K's question and label."""
     question, label = row.get("question"), row.get("label")
     is_one = isinstance(question, dict) and isinstance(label, dict)
     return is_one and "problem" in question and "steps" in label  # type: ignore[operator]
 
 
 def prm800k(row: Row) -> Iterator[Part]:
-    """Make a list of the rated completions of each step that has two.
+    """Convert each step with two or more rated completions to a scored list.
 
-    The steps that the labeler went on from stand before it and do not count. A step that the
-    labeler wrote is as good as one that was rated 1. A completion without a rating, or flagged as
-    one that the labeler could not rate, is left out (R317).
+    The steps that the labeler continued from come before the list and are not trained. A step that
+    the labeler wrote counts as rated 1. A completion without a rating, or flagged as impossible to
+    rate, is left out (R317).
 
     Raises:
-        InvalidRecordError: R316 where the problem is broken or no step has two completions; E2xx
+        InvalidRecordError: R316 if the problem is broken or no step has two completions; E2xx
             for a malformed row.
     """
     problem = take(take(row, "question", dict), "problem", str, "'question'")
@@ -53,7 +53,7 @@ def prm800k(row: Row) -> Iterator[Part]:
 
 
 def _completions(step: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the text and the rating of each completion; null where there is no rating."""
+    """Yield the text of each completion and its rating, or None without a rating."""
     for one in take(step, "completions", list, "a step"):
         completion = checked(one, dict, "a completion")
         rating = None if completion.get("flagged") else completion.get("rating")
@@ -78,11 +78,13 @@ def _next_steps(
 
 
 def _taken(step: dict[str, Any], number: int) -> str | None:
-    """Return the text of a step that the labeler went on from; None where they did not."""
+    """Return the completion that the labeler continued from, or None if the solution ends."""
     place, completions = step.get("chosen_completion"), step["completions"]
     if place is None:
         return _written(step)
-    if isinstance(place, float) and place.is_integer():  # as pandas writes a column with nulls
+    if (
+        isinstance(place, float) and place.is_integer()
+    ):  # pandas writes a column with nulls as floats
         place = int(place)
     if not isinstance(place, int) or not 0 <= place < len(completions):
         raise _broken(f"step {number} has no completion {place!s:.40}, which was chosen")
@@ -90,7 +92,7 @@ def _taken(step: dict[str, Any], number: int) -> str | None:
 
 
 def _written(step: dict[str, Any]) -> str | None:
-    """Return the step that a labeler wrote."""
+    """Return the completion that the labeler wrote, or None."""
     written = step.get("human_completion")
     if isinstance(written, dict):
         written = written.get("text")
@@ -98,18 +100,18 @@ def _written(step: dict[str, Any]) -> str | None:
 
 
 def looks_math_shepherd(row: Row) -> bool:
-    """Say whether a row has Math-Shepherd's keys, and steps that end with its tag."""
+    """Return whether a row has Math-Shepherd's keys, and steps that end with its tag."""
     tagged, label = row.get("input"), row.get("label")
     return isinstance(tagged, str) and isinstance(label, str) and _TAG in tagged
 
 
 def math_shepherd(row: Row) -> Iterator[Part]:
-    """Make a solution with a thumb, up where each of its steps is right.
+    """Convert a row to a solution with a boolean label, true if every step is right.
 
-    Rows of one ``question`` that are put together (``--group-by question``) become pairs.
+    ``--group-by question`` merges the solutions of one question, which then become pairs.
 
     Raises:
-        InvalidRecordError: E214 where the steps of ``input`` and ``label`` are not the same; E2xx
+        InvalidRecordError: E214 if the steps of ``input`` and ``label`` differ; E2xx
             for a malformed row.
     """
     tagged, label = take(row, "input", str), take(row, "label", str)
@@ -119,22 +121,22 @@ def math_shepherd(row: Row) -> Iterator[Part]:
     verdicts = [*_verdicts(steps, label)]
     at = steps[0].rfind(_FIRST)
     if at <= 0:
-        raise _broken(f"'input' has no {_FIRST!r} behind its question")
+        raise _broken(f"'input' has no {_FIRST!r} after its question")
     solution = "\n".join(map(str.strip, (steps[0][at:], *steps[1:])))
     question = steps[0][:at].strip()
     yield {"question": question, "completion": solution, "label": all(verdicts)}
 
 
 def _verdicts(steps: list[str], label: str) -> Iterator[bool]:
-    """Yield for each step whether it is right: where the tag stood, the label has + or -."""
+    """Yield for each step whether it is right: the label has + or - in place of the tag."""
     for number, step in enumerate(steps, 1):
         mark = label[len(step) : len(step) + 1]
         if not label.startswith(step) or mark not in ("+", "-"):
-            raise _broken(f"step {number} of 'label' is not that of 'input' with + or - behind it")
+            raise _broken(f"step {number} of 'label' is not that of 'input', followed by + or -")
         yield mark == "+"
         label = label[len(step) + 1 :]
     if label.strip():
-        raise _broken("'label' goes on behind the last step of 'input'")
+        raise _broken("'label' continues after the last step of 'input'")
 
 
 def _broken(reason: str) -> InvalidRecordError:
@@ -145,19 +147,19 @@ Turns = tuple[dict[str, str], ...]
 
 
 def looks_oasst(row: Row) -> bool:
-    """Say whether a row is a tree: its prompt is an object with replies."""
+    """Return whether a row is a tree: its prompt is an object with replies."""
     prompt = row.get("prompt")
     return isinstance(prompt, dict) and isinstance(prompt.get("replies"), list)
 
 
 def oasst(row: Row) -> Iterator[Part]:
-    """Make a ranked list of each user's message that has two ranked replies; rank 0 is the best.
+    """Convert each user message with two or more ranked replies to a list; rank 0 is the best.
 
-    The prompt is the conversation from the tree's root. A reply without a rank, or a deleted one,
-    is left out (R317) where it has siblings.
+    The prompt is the conversation from the root of the tree. A reply without a rank, or a deleted
+    one, is left out (R317) if it has siblings.
 
     Raises:
-        InvalidRecordError: R316 where no message has two replies; E2xx for a malformed tree.
+        InvalidRecordError: R316 if no message has two replies; E2xx for a malformed tree.
     """
     found = False
     waiting: list[tuple[Turns, dict[str, Any]]] = [((), take(row, "prompt", dict))]

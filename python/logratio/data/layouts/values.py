@@ -1,4 +1,4 @@
-"""A value of an object inside of a row, checked."""
+"""Type checks for values inside a row."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ from logratio.data.records import InvalidRecordError
 
 Row = dict[str, Any]
 Part = Row | InvalidRecordError
-"""A row that was made, or why one was not."""
+"""A converted row, or the error that explains why it was left out."""
 
 T = TypeVar("T", dict[str, Any], list[Any], str)
 _CALLED = {dict: "an object", list: "a list", str: "a string"}
@@ -21,10 +21,10 @@ def take(holder: Mapping[str, Any], key: str, kind: type[T], where: str = "the r
         holder: The row, or an object in it.
         key: The key.
         kind: ``dict``, ``list`` or ``str``.
-        where: What errors call the holder.
+        where: The name of the holder in errors.
 
     Raises:
-        InvalidRecordError: E201 where the key is missing, E203 where the value is of another type.
+        InvalidRecordError: E201 if the key is missing, E203 if the value has another type.
     """
     if key not in holder:
         raise InvalidRecordError("E201", f"{where} has no {key!r}")
@@ -32,10 +32,10 @@ def take(holder: Mapping[str, Any], key: str, kind: type[T], where: str = "the r
 
 
 def checked(value: Any, kind: type[T], what: str) -> T:
-    """Return a value of a type.
+    """Return a value, after checking its type.
 
     Raises:
-        InvalidRecordError: E203 for another type.
+        InvalidRecordError: E203 if the value has another type.
     """
     if not isinstance(value, kind):
         reason = f"{what} is {json_type(value)}, not {_CALLED[kind]}"
@@ -44,5 +44,5 @@ def checked(value: Any, kind: type[T], what: str) -> T:
 
 
 def is_number(value: object) -> bool:
-    """Say whether a value is a number, and no boolean."""
+    """Return whether a value is a number and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)

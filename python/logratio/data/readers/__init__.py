@@ -1,6 +1,6 @@
-"""Files, stdin and tables to rows: one face over every container of preference data.
+"""Read rows from files, stdin and tables: one interface for every container of preference data.
 
-pyarrow is loaded when a container needs it (.zst, Parquet, Arrow, tables), and not before.
+pyarrow is imported only when a container needs it (.zst, Parquet, Arrow, tables).
 """
 
 from logratio.data.readers.inputs import Input, Inputs, Opened, as_inputs, open_file, open_inputs

@@ -16,7 +16,7 @@ STREAM_MAGIC = b"\xff\xff\xff\xff"
 """The first bytes of an Arrow stream, before the length of its schema."""
 
 MAX_MESSAGE_BYTES = 1 << 30
-"""Most bytes of one record batch that is not mapped: packed, or out of stdin."""
+"""Most bytes of a record batch that is not memory-mapped (compressed data, stdin)."""
 
 _STREAM_END = STREAM_MAGIC + b"\0\0\0\0"
 
@@ -24,16 +24,16 @@ _STREAM_END = STREAM_MAGIC + b"\0\0\0\0"
 class ArrowFileRows(FileTable):
     """The rows of an Arrow IPC file; its parts are record batches.
 
-    A plain file is mapped into memory, so that a batch may be larger than memory: nobody may
-    shorten it while it is read. Otherwise its batches are read in their order.
+    An uncompressed file is memory-mapped, so a batch may be larger than memory; the file must not
+    be truncated while it is read. Other inputs are read batch by batch.
     """
 
     @contextmanager
     def _opened(self, part: int) -> Iterator[OpenTable]:
         path = self._source.path
-        if path is None or self._source.packing:
+        if path is None or self._source.compression:
             with self._source.open() as stream:
-                stream.read(8)  # the magic, filled up
+                stream.read(8)  # the magic bytes and their padding
                 yield _streamed(self._library, stream, part, _check_file_end)
             return
         with path.open("rb") as file:
@@ -51,14 +51,15 @@ class ArrowFileRows(FileTable):
 
 
 class ArrowStreamRows(FileTable):
-    """The rows of an Arrow IPC stream; its parts are record batches. A plain file is mapped.
+    """The rows of an Arrow IPC stream; its parts are record batches.
 
-    A stream without its end mark is one that was cut (E102), though the format would let it pass.
+    An uncompressed file is memory-mapped. A stream without an end mark counts as truncated (E102),
+    although the format allows it.
     """
 
     @contextmanager
     def _opened(self, part: int) -> Iterator[OpenTable]:
-        if self._source.path is None or self._source.packing:
+        if self._source.path is None or self._source.compression:
             with self._source.open() as stream:
                 yield _streamed(self._library, stream, part, _check_stream_end)
             return
@@ -76,9 +77,9 @@ class ArrowStreamRows(FileTable):
 
 
 class _Counted(io.RawIOBase):
-    """A stream that refuses to hand out more than one message may hold, and knows its last bytes.
+    """A stream that limits the size of one read and keeps its last bytes.
 
-    A damaged length would else be believed, and memory of that size be taken.
+    Without the limit, a damaged length would allocate that much memory.
     """
 
     def __init__(self, stream: io.BufferedReader) -> None:
@@ -103,7 +104,7 @@ def _streamed(
     part: int,
     check_end: Callable[[bytes, Any], None],
 ) -> OpenTable:
-    """Read batches one after the other."""
+    """Read the batches in order, then check the end."""
     counted = _Counted(stream)
     reader = library.ipc.open_stream(library.PythonFile(counted, mode="r"))
 
@@ -127,7 +128,7 @@ def _check_stream_end(last: bytes, _rest: Any) -> None:
 
 
 def _check_file_end(last: bytes, rest: Any) -> None:
-    """Read over the table of contents that follows the batches."""
+    """Skip the table of contents after the batches and check the last magic bytes."""
     _check_stream_end(last, rest)
     tail = b""
     while more := rest.read(BLOCK):
@@ -137,13 +138,13 @@ def _check_file_end(last: bytes, rest: Any) -> None:
 
 
 PARQUET_MAGIC = b"PAR1"
-_BATCH_BYTES = 16 << 20  # about so much of a row group is decoded at a time
+_BATCH_BYTES = 16 << 20  # approximate bytes of a row group that are decoded at a time
 
 
 class ParquetRows(FileTable):
     """The rows of a Parquet file; its parts are row groups. Page checksums are verified.
 
-    Out of stdin it is written to a temporary file first: its table of contents stands at the end.
+    Stdin is first copied to a temporary file, because the table of contents is at the end.
     """
 
     @contextmanager
@@ -166,13 +167,13 @@ class ParquetRows(FileTable):
             yield copy
 
     def _parquet(self, file: Any, **settings: Any) -> Any:
-        """Open for reading page by page, instead of whole columns."""
+        """Open for reading page by page instead of column by column."""
         return self._library.parquet.ParquetFile(
             file, pre_buffer=False, buffer_size=BLOCK, **settings
         )
 
     def _batches(self, parquet: Any, file: Any, part: int) -> Iterator[tuple[int, Any]]:
-        # Never ask the metadata for a column: damaged statistics end the process there.
+        # Do not access column metadata: damaged statistics abort the process there.
         schema, groups = parquet.schema, parquet.metadata.num_row_groups
         columns = [schema.column(number) for number in range(len(schema))]
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
@@ -190,8 +191,8 @@ class ParquetRows(FileTable):
 def _longest_entry(reader: Any, group: int, path: str) -> int:
     """Return the bytes of the longest text in one column's dictionary.
 
-    A text in it is stored once and may stand in every row, so that stored sizes alone say nothing
-    of decoded ones. Where there is no dictionary, it is the longest text of the first row.
+    A dictionary stores a text once, but every row may repeat it, so stored sizes do not bound
+    decoded sizes. Without a dictionary, the result is the longest text of the first row.
     """
     first = next(reader.iter_batches(1, row_groups=[group], columns=[path]), None)
     return 0 if first is None else max(map(_longest, first.columns), default=0)

@@ -1,4 +1,4 @@
-"""pyarrow, loaded when it is needed, or a sentence that says how to get it."""
+"""Import pyarrow on first use, or raise an error with the command that installs it."""
 
 from types import ModuleType
 
@@ -6,17 +6,17 @@ from logratio.errors import LogratioError
 
 
 class MissingArrowError(LogratioError, ImportError):
-    """pyarrow is not installed, and what was asked for needs it."""
+    """pyarrow is needed but not installed."""
 
 
 def arrow(wanted_for: str) -> ModuleType:
     """Import pyarrow with its submodules for IPC and Parquet.
 
     Args:
-        wanted_for: What is to be read, for the message.
+        wanted_for: The kind of data to read, for the error message.
 
     Raises:
-        MissingArrowError: It is not installed.
+        MissingArrowError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -32,7 +32,7 @@ def arrow(wanted_for: str) -> ModuleType:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Say whether an exception of pyarrow's tells of damaged data, not of a failing disk."""
+    """Return whether an exception from pyarrow means damaged data rather than a disk failure."""
     if isinstance(error, OSError):
         return error.errno is None
     return isinstance(error, ValueError | MemoryError | KeyError | TypeError | NotImplementedError)

@@ -1,4 +1,4 @@
-"""CSV with a header line: one record a line, or over several lines where a quote is open."""
+"""CSV with a header line. A record takes one line, or several if a quoted cell has line breaks."""
 
 import csv
 from collections.abc import Iterator
@@ -11,34 +11,34 @@ from logratio.data.records import InvalidRecordError, Refusal, Source
 
 
 def delimiter_of(header: str) -> str:
-    """Tell what stands between cells: a tab or a semicolon where the header has no comma."""
+    """Return the delimiter of a header: the first of comma, tab and semicolon that it contains."""
     return next((delimiter for delimiter in ",\t;" if delimiter in header), ",")
 
 
 class CsvRecords(TextRows):
     """The records of a CSV file, each with the physical line on which it begins.
 
-    The first record names the columns; commas stand between cells, or what `delimiter_of` tells.
-    Cells are text, also where they spell JSON: formats decide what it is. An empty one is "".
+    The first record names the columns; `delimiter_of` detects the delimiter. Cells are text, even
+    if they contain JSON: the formats interpret them. An empty cell is "".
 
-    A record with another number of cells is refused (E110). Where quotes do not fit, or a record
-    is longer than it may be, the file ends (E111): the next record's start cannot be known.
+    A record with a different number of cells is refused (E110). Reading stops (E111) at malformed
+    quotes or at a record over the size limit, because the start of the next record is unknown.
     """
 
     def _restart(self) -> None:
         super()._restart()
         self._header: list[str] = list(self._first.get("header", []))
         self._delimiter = str(self._first.get("delimiter", ","))
-        self._held = 0  # bytes of the record that is being read
-        self._fault: UnicodeDecodeError | None = None  # in them
+        self._held = 0  # bytes of the current record
+        self._fault: UnicodeDecodeError | None = None  # the first one in the current record
         self._is_cut = False
 
     def mark(self) -> dict[str, Any]:
-        """Return the place behind the record that was yielded last."""
+        """Return the position after the record that was yielded last."""
         return super().mark() | {"header": self._header, "delimiter": self._delimiter}
 
     def _records(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        # The limit is the process's: it can be raised and not be given by reader.
+        # The csv module has one limit per process, so it is only ever raised.
         csv.field_size_limit(max(csv.field_size_limit(), self._limit))
         first = self._line + 1
         try:
@@ -61,7 +61,7 @@ class CsvRecords(TextRows):
             yield self._last(_malformed(error), line=first)
 
     def _texts(self, lines: BufferedReader) -> Iterator[str]:
-        """Yield lines as text; what is no UTF-8 is noted, and refused with its record."""
+        """Yield lines as text. Invalid UTF-8 is recorded, so that `_row` refuses the record."""
         while content := lines.readline(self._limit + 1):
             self._line += 1
             self._offset += len(content)
@@ -102,7 +102,7 @@ class CsvRecords(TextRows):
             reason = f"{what}: {OTHER_ENCODING}"
             return Refusal(source, "E103", reason)
         if len(cells) != len(self._header):
-            reason = f"{len(cells)} cells, and the header names {len(self._header)} columns"
+            reason = f"{len(cells)} cells, but the header names {len(self._header)} columns"
             if self._is_cut and len(cells) < len(self._header):
                 return Refusal(source, "E102", f"the file ends inside a record: {reason}")
             return Refusal(source, "E110", reason)
@@ -112,4 +112,4 @@ class CsvRecords(TextRows):
 def _malformed(error: csv.Error) -> InvalidRecordError:
     if "unexpected end of data" in str(error):
         return InvalidRecordError("E102", "the file ends inside a quoted cell")
-    return InvalidRecordError("E111", f"the quotes do not fit: {error}")
+    return InvalidRecordError("E111", f"malformed quotes: {error}")

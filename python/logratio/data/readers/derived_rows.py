@@ -1,4 +1,4 @@
-"""Rows made of other rows: grouped by a key, or passed through a Python function."""
+"""Rows derived from other rows: merged by a key, or passed through a Python function."""
 
 import importlib
 import sys
@@ -11,47 +11,47 @@ from logratio.data.readers.rows import Row, Rows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.errors import ConfigError, SettingTypeError
 
-Made = Sequence[tuple[Source, Row | Refusal]]
-"""What was made of some rows, each with its source."""
+DerivedRecords = Sequence[tuple[Source, Row | Refusal]]
+"""Rows or refusals derived from some rows, each with its source."""
 
 
-class RemadeRows(ABC):
-    """Base of the containers that make rows of another one's; see `Rows`.
+class DerivedRows(ABC):
+    """Base class of containers that derive their rows from another container; see `Rows`.
 
-    Its marks hold one of that container, and how many of the next rows were yielded already.
+    A mark holds a mark of that container and the number of derived rows already yielded after it.
     """
 
     def __init__(self, rows: Rows, how: str) -> None:
         self.kind = f"{rows.kind}, {how}"
         self._rows = rows
-        self._begin: dict[str, Any] = {}  # a mark of those rows; empty: their first
+        self._begin: dict[str, Any] = {}  # mark of the inner rows; empty: the first row
         self._skip = 0
         self._mark: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
-        """The container's name."""
+        """Name of the inner container."""
         return self._rows.name
 
     @property
     def size(self) -> int | None:
-        """The container's size."""
+        """Size of the inner container."""
         return self._rows.size
 
     @property
     def position(self) -> int:
-        """How much of the container was read."""
+        """Amount of `size` read so far."""
         return self._rows.position
 
     @property
     def blank_lines(self) -> int:
-        """Blank lines met so far."""
+        """Number of blank lines so far."""
         return self._rows.blank_lines
 
     def __iter__(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        """Yield what is made, in the order of the rows that it is made of."""
+        """Yield the derived rows in the order of the inner rows."""
         self._mark, skip = None, self._skip
-        for before, made, behind in self._remade():
+        for before, made, behind in self._derive():
             for done, part in enumerate(made, 1):
                 is_last = done == len(made)
                 self._mark = _marked(behind, 0) if is_last else _marked(before, done)
@@ -60,10 +60,10 @@ class RemadeRows(ABC):
             skip = 0
 
     @abstractmethod
-    def _remade(self) -> Iterator[tuple[dict[str, Any], Made, dict[str, Any]]]:
-        """Yield what is made of the next rows, between the marks before and behind them.
+    def _derive(self) -> Iterator[tuple[dict[str, Any], DerivedRecords, dict[str, Any]]]:
+        """Yield the mark before some inner rows, the rows derived from them, and the mark after.
 
-        The first mark is `_begin`. Read again from the mark before, the same is made.
+        The first mark is `_begin`. Reading again from a mark must derive the same rows.
         """
 
     def columns(self) -> None:
@@ -71,17 +71,17 @@ class RemadeRows(ABC):
         return None
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """Refuse: there are no columns."""
+        """Raise TypeError: rows of text have no columns."""
         raise TypeError(f"{self.kind} has rows and no columns")
 
     def mark(self) -> dict[str, Any]:
-        """Return the place behind the row that was yielded last."""
+        """Return the position after the row that was yielded last."""
         return _marked(self._begin, self._skip) if self._mark is None else self._mark
 
-    def go_on(self, mark: dict[str, Any]) -> None:
-        """Let the next iteration go on at a mark."""
+    def resume_from(self, mark: dict[str, Any]) -> None:
+        """Start the next iteration at a mark."""
         self._begin, self._skip, self._mark = dict(mark.get("rows", {})), mark.get("made", 0), None
-        self._rows.go_on(self._begin)
+        self._rows.resume_from(self._begin)
 
 
 def _marked(rows: dict[str, Any], made: int) -> dict[str, Any]:
@@ -89,23 +89,23 @@ def _marked(rows: dict[str, Any], made: int) -> dict[str, Any]:
 
 
 MOST = 1024
-"""Most rows that become one, and most refusals that wait for such rows to end."""
+"""Most rows merged into one, and most refusals held back until a group ends."""
 
 
-class GroupedRows(RemadeRows):
-    """Rows of a container, those with equal values under a key as one row; see `Rows`.
+class GroupedRows(DerivedRows):
+    """Merge adjacent rows that have equal values under a key; see `Rows`.
 
-    Only neighbours are compared, so that a file of any size is read in little memory. The row has
-    the key with its value, and under every other key a list of what its rows have, null where one
-    has nothing. Its source is that of its first row. Rows that are refused in between follow it,
-    and do not end it.
+    Only adjacent rows are compared, so memory stays bounded for files of any size. The merged row
+    has the key with its value and, under every other key, the list of its rows' values, None where
+    a row lacks the key. Its source is that of its first row. Refusals between the rows follow the
+    merged row and do not end the group.
     """
 
     def __init__(self, rows: Rows, key: str) -> None:
         super().__init__(rows, f"rows of one {key!r} together")
         self._key = key
 
-    def _remade(self) -> Iterator[tuple[dict[str, Any], Made, dict[str, Any]]]:
+    def _derive(self) -> Iterator[tuple[dict[str, Any], DerivedRecords, dict[str, Any]]]:
         start = before = self._begin
         group = _Group(self._key)
         for source, row in self._rows:
@@ -118,7 +118,7 @@ class GroupedRows(RemadeRows):
 
 
 class _Group:
-    """Neighbours with one value, and what was refused among them."""
+    """Adjacent rows with one value, and the refusals among them."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -127,14 +127,14 @@ class _Group:
         self._value: Any = None
         self._count = 0
         self._refused: list[tuple[Source, Refusal]] = []
-        self._ahead = 0  # of them stand before the first row
+        self._leading = 0  # refusals before the first row
 
     def takes(self, source: Source, row: Row | Refusal) -> bool:
-        """Take a row if it belongs here; an empty group takes any."""
+        """Add a row that has the group's value, or any row to an empty group; return whether."""
         if not isinstance(row, Refusal) and row.get(self._key) is None:
             is_there = self._key in row
             reason = f"{self._key!r} is null" if is_there else f"the key {self._key!r} is missing"
-            reason += ", and rows are to be put together by it"
+            reason += ", but --group-by merges rows by it"
             row = Refusal(source, "E202" if is_there else "E201", reason)
         if isinstance(row, Refusal):
             if len(self._refused) >= MOST:
@@ -143,7 +143,7 @@ class _Group:
             return True
         if self._first is None:
             self._first, self._value = source, row[self._key]
-            self._ahead = len(self._refused)
+            self._leading = len(self._refused)
         elif row[self._key] != self._value:
             return False
         self._count += 1
@@ -151,12 +151,13 @@ class _Group:
             self._rows.append(row)
         return True
 
-    def made(self) -> Made:
-        """Return one row of all, or why there is none, and what was refused."""
+    def made(self) -> DerivedRecords:
+        """Return the merged row, or the refusal in its place, and the refusals among its rows."""
         if self._first is None:
             return self._refused
         row = self._together(self._first)
-        return [*self._refused[: self._ahead], (self._first, row), *self._refused[self._ahead :]]
+        at = self._leading
+        return [*self._refused[:at], (self._first, row), *self._refused[at:]]
 
     def _together(self, first: Source) -> Row | Refusal:
         if self._count > MOST:
@@ -175,11 +176,11 @@ _RESULTS = "a row function returns a dict, several in a list, or None to leave t
 class RowFunction:
     """A function from a row to a row, to several (a list or a generator), or to none (None).
 
-    It may raise an `InvalidRecordError`, or return some among the rows: what is left out is then
-    refused under that error's code.
+    The function may raise an `InvalidRecordError`, or return some in its list: each is counted as a
+    refusal with the error's code.
 
     Attributes:
-        name: Where it is, as ``module:function``; a layout's name.
+        name: Where the function is, as ``module:function``, or the name of a layout.
     """
 
     def __init__(self, function: Callable[[Row], Any], name: str | None = None) -> None:
@@ -198,11 +199,14 @@ class RowFunction:
         return hash(self._function)
 
     def __call__(self, row: Row) -> list[Row | InvalidRecordError]:
-        """Return what it makes of a row.
+        """Apply the function to a row.
+
+        Returns:
+            The rows that it returns, and the errors among them.
 
         Raises:
-            InvalidRecordError: E217 where it fails or returns something else, R316 where it
-                returns nothing; what it raises itself.
+            InvalidRecordError: E217 if the function fails or returns another type, R316 if it
+                returns nothing, or the error that it raises itself.
         """
         try:
             made = self._function(row)
@@ -221,13 +225,13 @@ class RowFunction:
 
 
 def as_row_function(given: Any) -> RowFunction | None:
-    """Return the function that is meant: itself, a layout's by its name, or ``module:function``.
+    """Resolve a row function: a callable, the name of a layout, or ``module:function``.
 
-    Modules are also looked for in the working directory, as ``python -m`` does.
+    Modules are also searched in the working directory, as ``python -m`` does.
 
     Raises:
-        ConfigError: There is no such module, or it holds no such function.
-        SettingTypeError: It is neither a function nor a string.
+        ConfigError: The module does not exist, or it has no such function.
+        SettingTypeError: The value is neither a callable nor a string.
     """
     if given is None or isinstance(given, RowFunction):
         return given
@@ -239,7 +243,7 @@ def as_row_function(given: Any) -> RowFunction | None:
         if layout := LAYOUTS.get(given):
             return RowFunction(layout.function, given)
         return RowFunction(_imported(given))
-    raise SettingTypeError(f"a {type(given).__name__} is no function, and no 'module:function'")
+    raise SettingTypeError(f"a {type(given).__name__} is not a function or 'module:function'")
 
 
 def _imported(name: str) -> Callable[[Row], Any]:
@@ -253,7 +257,7 @@ def _imported(name: str) -> Callable[[Row], Any]:
     for part in path.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise ConfigError(f"rows {name!r}: {module} holds no function {path}")
+        raise ConfigError(f"rows {name!r}: {module} has no function {path}")
     called: Callable[[Row], Any] = found
     return called
 
@@ -270,24 +274,24 @@ def _module(module: str, name: str) -> Any:
             ) from error
         hint = f" (name the module, {module[:-3]})" if module.endswith(".py") else ""
         raise ConfigError(
-            f"rows {name!r}: no module {error.name!r} in the working directory or among what is "
+            f"rows {name!r}: no module {error.name!r}, neither in the working directory nor "
             f"installed{hint}"
         ) from error
     finally:
         sys.path.remove(here)
 
 
-class MappedRows(RemadeRows):
-    """Rows of a container, each as what a function makes of it; see `Rows`.
+class MappedRows(DerivedRows):
+    """Apply a function to each row of a container; see `Rows`.
 
-    A row that the function refuses, or leaves out, comes as a refusal in its place.
+    A row that the function refuses or leaves out is yielded as a refusal.
     """
 
     def __init__(self, rows: Rows, function: RowFunction) -> None:
         super().__init__(rows, f"through {function}")
         self._function = function
 
-    def _remade(self) -> Iterator[tuple[dict[str, Any], Made, dict[str, Any]]]:
+    def _derive(self) -> Iterator[tuple[dict[str, Any], DerivedRecords, dict[str, Any]]]:
         before = self._begin
         for source, row in self._rows:
             behind = self._rows.mark()

@@ -1,4 +1,4 @@
-"""Inputs to rows: files and folders are found, and the file type is detected by its first bytes."""
+"""Turn inputs into rows: find the files of a folder, detect each file type from its first bytes."""
 
 import codecs
 import csv
@@ -30,7 +30,7 @@ from logratio.validation import Converted
 JSON_LINES, JSON_ARRAY, CSV = "JSON lines", "JSON array", "CSV"
 PARQUET, ARROW_FILE, ARROW_STREAM = "Parquet", "Arrow file", "Arrow stream"
 
-PACKED_SUFFIXES = {".gz", ".zst", ".zstd"}
+COMPRESSED_SUFFIXES = {".gz", ".zst", ".zstd"}
 KIND_OF_SUFFIX = {
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
@@ -43,30 +43,30 @@ KIND_OF_SUFFIX = {
     ".ipc": ARROW_FILE,
     ".arrows": ARROW_STREAM,
 }
-"""By the last suffix of a name that tells what is in a file, once that of a packer is off."""
+"""The container by the suffix of a file name, after a compression suffix has been removed."""
 
 _ROW_A_LINE = {".jsonl", ".ndjson"}
 
 _MAGIC = {PARQUET_MAGIC: PARQUET, ARROW_MAGIC: ARROW_FILE, STREAM_MAGIC: ARROW_STREAM}
 _UNREAD = {
     b"PK\x03\x04": "a ZIP archive",
-    b"\xfd7zXZ\x00": "packed with xz",
-    b"BZh": "packed with bzip2",
-    b"\x1f\x8b": "packed with gzip, twice",
-    b"\x28\xb5\x2f\xfd": "packed with zstd, twice",
+    b"\xfd7zXZ\x00": "compressed with xz",
+    b"BZh": "compressed with bzip2",
+    b"\x1f\x8b": "compressed with gzip twice",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd twice",
     b"PARE": "an encrypted Parquet file",
     b"FEA1": "a Feather file of version 1",
     b"SQLite format 3\x00": "an SQLite database",
     b"\x89HDF": "an HDF5 file",
-    b"version https://git-lfs": "a Git LFS pointer, and not the file itself (git lfs pull)",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file itself (run git lfs pull)",
 }
 STORE_MAGIC = b"LRSTORE"
 _STORE_USES = (
-    "ids and no rows: `logratio data report` and `data verify` say what is in it, and train, "
-    "precompute and evaluate read it alone"
+    "which holds token ids, not rows: `logratio data report` and `data verify` describe it; train, "
+    "precompute and evaluate take it as their only input"
 )
 _OF_MESSAGES = {b"role", b"content", b"from", b"value", b"name", b"type"}
-"""First keys of a message, and of other objects inside of a row."""
+"""First keys of messages and of other objects inside a row."""
 _HOLDERS = {
     *(b"data", b"rows", b"examples", b"instances", b"items", b"records", b"entries", b"samples"),
     *(b"train", b"validation", b"test", b"dataset"),
@@ -76,55 +76,57 @@ _COLUMN_NAME = re.compile(r"[\w .-]{0,64}")
 
 
 def suffix(name: str) -> str:
-    """Return the suffix that tells what is in a file: of "a.csv.gz" it is ".csv"."""
+    """Return the suffix that names a file's type: ".csv" for "a.csv.gz"."""
     path = PurePath(name)
-    if path.suffix.lower() in PACKED_SUFFIXES:
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
         path = path.with_suffix("")
     return path.suffix.lower()
 
 
 def is_table(source: ByteSource) -> bool:
-    """Say whether a source holds columns of Parquet or Arrow, and no text."""
+    """Return whether a source is Parquet or Arrow rather than text."""
     return any(source.head.startswith(magic) for magic in _MAGIC)
 
 
-def recognised(source: ByteSource) -> str:
-    """Return the kind of a source's container.
+def detect_kind(source: ByteSource) -> str:
+    """Detect the container of a source, one of the values of `KIND_OF_SUFFIX`.
 
     Raises:
-        InvalidRecordError: E108 where the first bytes are not those of what the name promises,
-            E112 where it is of a kind that is not read.
+        InvalidRecordError: E108 if the first bytes contradict the file's name, E112 if the file
+            type is not supported.
     """
     head, named = source.head, KIND_OF_SUFFIX.get(suffix(source.name))
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
-            if kind == PARQUET and source.packing:
-                raise InvalidRecordError("E112", f"Parquet inside {source.packing}: unpack it")
+            if kind == PARQUET and source.compression:
+                raise InvalidRecordError(
+                    "E112", f"Parquet inside {source.compression}: decompress it"
+                )
             return kind
     if unread := _unread(head):
-        raise InvalidRecordError("E112", f"it is {unread}")
+        raise InvalidRecordError("E112", f"the file is {unread}")
     if named in _TABLES and head:
-        raise InvalidRecordError("E108", f"it is named as {named}, and does not begin like one")
+        raise InvalidRecordError("E108", f"the name says {named}, but the content is not")
     if _is_packed_and_damaged(source):
-        raise InvalidRecordError("E108", "it is named as packed, and does not begin like that")
+        raise InvalidRecordError("E108", "the name says compressed, but the content is not")
     return _text_kind(head, suffix(source.name))
 
 
 def _unread(head: bytes) -> str | None:
-    """Say what a file is of which no rows are read, and what to do."""
+    """Describe an unsupported file and what to do with it; None if its type may be supported."""
     for magic, what in _UNREAD.items():
         if head.startswith(magic):
-            return f"{what}, which is not read"
+            return f"{what}, which is not supported"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "text in UTF-16: give --encoding utf-16"
     if head[257:262] == b"ustar":
-        return "a tar archive, which is not read: unpack it"
+        return "a tar archive, which is not supported: extract it"
     return f"a sealed store, {_STORE_USES}" if head.startswith(STORE_MAGIC) else None
 
 
 def _is_packed_and_damaged(source: ByteSource) -> bool:
-    is_named = PurePath(source.name).suffix.lower() in PACKED_SUFFIXES
-    return is_named and not source.packing and b"\0" in source.head[:64]
+    is_named = PurePath(source.name).suffix.lower() in COMPRESSED_SUFFIXES
+    return is_named and not source.compression and b"\0" in source.head[:64]
 
 
 def _text_kind(head: bytes, ending: str) -> str:
@@ -137,27 +139,27 @@ def _text_kind(head: bytes, ending: str) -> str:
 
 
 def _holds_rows(text: bytes) -> bool:
-    """Say whether a file is one object around a list of rows, as ``{"data": [{…}, …]}``.
+    """Return whether a file is one object around a list of rows, as ``{"data": [{…}, …]}``.
 
-    A row of JSON lines may begin alike (``{"messages": [{``). Its list holds messages, it has other
-    keys, and it ends with its line.
+    A row of JSON lines may begin in the same way (``{"messages": [{``). But its list holds
+    messages, it has other keys, and it ends at the end of its line.
 
     Args:
-        text: The first `HEAD` bytes, or all of a shorter file.
+        text: The first `HEAD` bytes, or the whole file if it is shorter.
     """
     found = HOLDS_ROWS.match(text)
     if not found or found["inner"] in _OF_MESSAGES:
         return False
     try:
         (rows,) = json.loads(text).values()
-    except ValueError:  # it goes on behind the head, or has other keys or lines
+    except ValueError:  # the object is longer than the head, or has other keys or lines
         line = text.partition(b"\n")[0]
         return _is_cut(line) and found["key"] in _HOLDERS
     return all(isinstance(row, dict) for row in rows)
 
 
 def _is_cut(line: bytes) -> bool:
-    """Say whether a line is the beginning of an object only."""
+    """Return whether a line is only the beginning of an object."""
     try:
         json.loads(line)
     except ValueError:
@@ -166,7 +168,7 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _is_header(text: bytes) -> bool:
-    """Say whether a first line names columns."""
+    """Return whether a first line names columns."""
     line = text.splitlines()[0].decode("utf-8", "replace") if text else ""
     try:
         cells = next(csv.reader([line], delimiter=delimiter_of(line), strict=True), [])
@@ -175,71 +177,74 @@ def _is_header(text: bytes) -> bool:
     return len(cells) > 1 and all(_COLUMN_NAME.fullmatch(cell) for cell in cells)
 
 
-_BESIDE_DATA = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
-_BESIDE_STEMS = {"readme", "license", "licence", "notice", "citation", "changelog"}
+_METADATA_FILES = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}
+_DOCUMENT_STEMS = {"readme", "license", "licence", "notice", "citation", "changelog"}
 _WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words that name a split, as in `datasets`."""
+"""Words that name a split, as `datasets` uses them."""
 _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 _PARTS_OF_ONE = {"data", "part", "shard", "chunk"}
-_NAMED = 4  # files of a split that an error names
+_NAMED = 4  # most files of one split that an error lists
 _CONFIG = re.compile(r"^\s*-?\s*config_name:\s*[\"']?([\w.-]+)", re.MULTILINE)
 
 
 def data_files(folder: Path, split: str | None = None) -> tuple[list[Path], list[Path]]:
-    """List the data files below a folder, in the order of their paths.
+    """List the data files below a folder, sorted by path.
 
     Args:
-        folder: A folder of files, a clone of a data set, or its folder in the hub's cache.
-        split: The split to read; None: the only one.
+        folder: A folder of files, a clone of a dataset, or its folder in the hub's cache.
+        split: The split to read. None: the only one.
 
     Returns:
-        The files to read, and those that stand beside data and are left out: hidden ones, those
-        whose names begin with an underscore, README, LICENSE, Markdown, `dataset_info.json` …
+        The files to read, and the files that are ignored: hidden ones, those whose names begin
+        with an underscore, README, LICENSE, Markdown, `dataset_info.json` …
 
     Raises:
-        OSError: It has no data files, or one of a kind that is not known, or several splits or
-            configurations and none is chosen, or no split of that name.
+        OSError: The folder has no data file, a file of unknown type, several splits or
+            configurations of which none is chosen, or no split of that name.
     """
     folder = _snapshot(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    beside = [path for path in files if _is_beside(path.relative_to(folder))]
-    files = [path for path in files if path not in set(beside)]
+    ignored = [path for path in files if _is_ignored(path.relative_to(folder))]
+    files = [path for path in files if path not in set(ignored)]
     unknown = [path for path in files if suffix(path.name) not in KIND_OF_SUFFIX]
     if unknown:
         names = ", ".join(path.relative_to(folder).as_posix() for path in unknown[:5])
         more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
-        reason = f"Holds files of no known kind ({names}{more}); name those to read"
+        reason = f"Holds files of unknown type ({names}{more}); name the files to read"
         raise InputError(errno.EINVAL, reason, str(folder))
     if not files:
         raise InputError(errno.ENOENT, "Holds no data file", str(folder))
     _check_configs(folder, files)
-    return _chosen(folder, files, split), beside
+    return _chosen(folder, files, split), ignored
 
 
 def chosen_split(names: Iterable[str], split: str | None) -> str | None:
-    """Choose one of several splits; None where none of them is meant.
+    """Choose one of several splits.
 
     Args:
-        names: All splits there are.
-        split: The name of one, or another word for it (``dev`` for ``validation``).
+        names: The existing splits.
+        split: The name of one, or a synonym (``dev`` for ``validation``). None: the only one.
+
+    Returns:
+        One of the names, or None if none matches or the choice is ambiguous.
     """
     names = list(names)
     if split is None:
         return names[0] if len(names) == 1 else None
     if split in names:
         return split
-    meant = _WORDS.get(split, split)
-    return next((name for name in names if _WORDS.get(name, name) == meant), None)
+    wanted = _WORDS.get(split, split)
+    return next((name for name in names if _WORDS.get(name, name) == wanted), None)
 
 
 def _chosen(folder: Path, files: list[Path], split: str | None) -> list[Path]:
     """Return the files of one split.
 
-    Files whose names tell no split are read with the only one there is, or where there is none.
+    If at most one split exists, files whose names contain no split are read with it.
     """
     saved = _saved_splits(folder)
     of = {path: _split_of(path.relative_to(folder), saved) for path in files}
@@ -256,18 +261,18 @@ def _choice(
     folder: Path, of: Mapping[Path, str | None], names: list[str], split: str | None
 ) -> str:
     if not names:
-        return f"Holds no split {split!r}: the names of its files tell no split"
+        return f"Holds no split {split!r}: the names of its files contain no split"
     listed = []
     for name in names:
-        own = [path.relative_to(folder).as_posix() for path in of if of[path] == name]
-        more = f" and {len(own) - _NAMED:,} more" if len(own) > _NAMED else ""
-        listed.append(f"{name}: {', '.join(own[:_NAMED])}{more}")
+        paths = [path.relative_to(folder).as_posix() for path in of if of[path] == name]
+        more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
+        listed.append(f"{name}: {', '.join(paths[:_NAMED])}{more}")
     what = "Holds several splits" if split is None else f"Holds no split {split!r}"
     return f"{what}; choose one with --split {names[-1]}, or name its files ({'; '.join(listed)})"
 
 
 def _split_of(path: Path, saved: frozenset[str]) -> str | None:
-    """Tell a file's split by its path below the folder, or None."""
+    """Derive a file's split from its path below the folder; None if the path contains no split."""
     if saved:
         return path.parts[0] if path.parts[0] in saved else None
     shard = _SHARD.match(path.name)
@@ -291,7 +296,7 @@ def _saved_splits(folder: Path) -> frozenset[str]:
 
 
 def _snapshot(folder: Path) -> Path:
-    """Return the snapshot to read of a data set's folder in the hub's cache; else the folder."""
+    """Return the snapshot of a dataset's folder in the hub's cache; any other folder unchanged."""
     snapshots = folder / "snapshots"
     if not (folder.name.startswith("datasets--") and snapshots.is_dir()):
         return folder
@@ -306,7 +311,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 def _check_configs(folder: Path, files: list[Path]) -> None:
-    """Refuse to read several configurations as one, where the data set's card names them."""
+    """Refuse several configurations in one folder, if the dataset card names them."""
     card = folder / "README.md"
     if not card.is_file():
         return
@@ -318,11 +323,11 @@ def _check_configs(folder: Path, files: list[Path]) -> None:
         raise InputError(errno.EINVAL, reason, str(folder))
 
 
-def _is_beside(path: Path) -> bool:
+def _is_ignored(path: Path) -> bool:
     if any(part.startswith((".", "_")) for part in path.parts):
         return True
-    is_text = path.stem.lower() in _BESIDE_STEMS or path.suffix.lower() == ".md"
-    return path.name in _BESIDE_DATA or is_text
+    is_text = path.stem.lower() in _DOCUMENT_STEMS or path.suffix.lower() == ".md"
+    return path.name in _METADATA_FILES or is_text
 
 
 Input: TypeAlias = Any
@@ -333,15 +338,15 @@ STDIN = "-"
 
 
 def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
-    """Return what a user names as data as a list: one input alone is a list of one.
+    """Return one input, or several, as a list.
 
     Raises:
-        SettingTypeError: it is neither a path, nor a table, nor several of these.
+        SettingTypeError: The value is neither a path, nor a table, nor a sequence of these.
     """
     if isinstance(given, str | Path) or _is_table(given):
         return [given]
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
-        raise SettingTypeError(f"a {type(given).__name__} is no data: {_WANTED}")
+        raise SettingTypeError(f"a {type(given).__name__} is not data: {_WANTED}")
     return list(given)
 
 
@@ -370,8 +375,8 @@ class Opened(list[Rows]):
     """The containers of several inputs, in order.
 
     Attributes:
-        inputs: For each container, the number of the input that it belongs to.
-        left_out: Files of folders that were not taken, because they stand beside data.
+        inputs: For each container, the index of its input.
+        left_out: Files of folders that were ignored, because they are not data.
     """
 
     def __init__(self, rows: Sequence[Rows] = (), left_out: Sequence[Path] = ()) -> None:
@@ -382,14 +387,14 @@ class Opened(list[Rows]):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is said about the containers.
+    """How to read the containers.
 
     Attributes:
-        split: Which split of folders and of a `DatasetDict` is read, as ``train``; a file that is
-            named is read whatever its name. None: the only one.
-        encoding: Of files of text (JSON, CSV), as Python names it; None: UTF-8.
-        function: What each row goes through first.
-        group_by: A key: neighbours with one value there become one row, after the function.
+        split: Split of folders and of a `DatasetDict` to read, as ``train``. Files that are named
+            one by one are always read. None: the only split.
+        encoding: Encoding of text files (JSON, CSV), by its Python name. None: UTF-8.
+        function: Function to apply to each row first.
+        group_by: Key by which adjacent rows with equal values are merged, after the function.
     """
 
     split: str | None = None
@@ -401,17 +406,20 @@ class Reading:
 def open_inputs(
     inputs: Inputs, reading: Reading | None = None, *, max_line_bytes: int = MAX_RECORD_BYTES
 ) -> Opened:
-    """Recognise every input; a folder is the data files in it, in the order of their paths.
+    """Open every input and detect its type. A folder stands for its data files, sorted by path.
 
     Args:
-        inputs: Paths, "-" for stdin, tables; one alone, or several.
-        reading: What is said about them.
-        max_line_bytes: Most bytes of a line, an element, a record, a row.
+        inputs: One input or several: paths, "-" for stdin, tables.
+        reading: How to read them. None: the defaults.
+        max_line_bytes: Most bytes of one line, element, record or row.
+
+    Returns:
+        One container for each file and table, in order.
 
     Raises:
-        OSError: A file or folder cannot be read, or a folder holds what is not known.
+        OSError: A file or folder cannot be read, or a folder holds unknown files.
         SettingTypeError: An input is neither a path nor a table, or has several splits.
-        MissingArrowError: pyarrow is needed and not installed.
+        MissingArrowError: pyarrow is needed but not installed.
     """
     inputs = as_inputs(inputs)
     if sum(isinstance(given, str | Path) and str(given) == STDIN for given in inputs) > 1:
@@ -423,13 +431,13 @@ def open_inputs(
         if not isinstance(given, str | Path):
             table = _one_split(given, reading.split)
             rows = _open_table(table, f"<table {tables}>", max_line_bytes)
-            opened.append(_remade(rows, reading))
+            opened.append(_derive(rows, reading))
             opened.inputs.append(number)
             tables += 1
             continue
         for path in _files(Path(given), reading.split, left_out):
             rows = open_file(path, encoding=reading.encoding, max_line_bytes=max_line_bytes)
-            opened.append(_remade(rows, reading))
+            opened.append(_derive(rows, reading))
             opened.inputs.append(number)
     opened.left_out = tuple(left_out)
     names = [rows.name for rows in opened]
@@ -440,7 +448,7 @@ def open_inputs(
     return opened
 
 
-def _remade(rows: Rows, reading: Reading) -> Rows:
+def _derive(rows: Rows, reading: Reading) -> Rows:
     if reading.function:
         rows = MappedRows(rows, reading.function)
     return GroupedRows(rows, reading.group_by) if reading.group_by else rows
@@ -449,11 +457,13 @@ def _remade(rows: Rows, reading: Reading) -> Rows:
 def open_file(
     path: Path, *, encoding: str | None = None, max_line_bytes: int = MAX_RECORD_BYTES
 ) -> Rows:
-    """Recognise one file, or stdin where the path is "-".
+    """Open one file, or stdin for the path "-", and detect its type.
+
+    A file that cannot be read as rows yields one refusal.
 
     Raises:
-        OSError: It cannot be read, or is a folder.
-        MissingArrowError: pyarrow is needed and not installed.
+        OSError: The file cannot be read, or is a folder.
+        MissingArrowError: pyarrow is needed but not installed.
     """
     if str(path) == STDIN:
         source = ByteSource.of_stdin()
@@ -464,7 +474,7 @@ def open_file(
     try:
         if encoding and not is_table(source):
             source.read_as(encoding)
-        kind = recognised(source)
+        kind = detect_kind(source)
     except InvalidRecordError as error:
         return _Unread(source, error)
     return _READERS[kind](source, kind, max_line_bytes)
@@ -473,21 +483,21 @@ def open_file(
 def _files(path: Path, split: str | None, left_out: list[Path]) -> list[Path]:
     if str(path) == STDIN or not path.is_dir():
         return [path]
-    files, beside = data_files(path, split)
-    left_out += beside
+    files, ignored = data_files(path, split)
+    left_out += ignored
     return files
 
 
 def _one_split(table: Any, split: str | None) -> Any:
-    """Take one split of a `datasets.DatasetDict`; anything else is itself."""
+    """Return one split of a `datasets.DatasetDict`; any other value unchanged."""
     if not (_is_set(table) and isinstance(table, dict)):
         return table
     name = chosen_split(table, split)
     if name is None:
         names = ", ".join(map(repr, table))
-        missing = "" if split is None else f", and {split!r} is none of them"
+        missing = "" if split is None else f", but not {split!r}"
         raise SettingTypeError(
-            f"a {type(table).__name__} of the splits {names}{missing}: give one of them, or name "
+            f"a {type(table).__name__} with the splits {names}{missing}: pass one of them, or name "
             "it with split"
         )
     return table[name]
@@ -502,11 +512,11 @@ def _open_table(table: Any, name: str, limit: int) -> Rows:
         return DatasetRows(table, name, limit)
     if hasattr(table, "__arrow_c_stream__"):
         return StreamRows(table, name, limit)
-    raise SettingTypeError(f"a {type(table).__name__} is no data: {_WANTED}")
+    raise SettingTypeError(f"a {type(table).__name__} is not data: {_WANTED}")
 
 
 class _Unread(TextRows):
-    """A file that cannot be read at all."""
+    """A file that cannot be read; it yields one refusal."""
 
     def __init__(self, source: ByteSource, error: InvalidRecordError) -> None:
         super().__init__(source, "not read", 0)

@@ -21,13 +21,13 @@ def parse_record(
     """Parse one record.
 
     Args:
-        source: Where it stands.
+        source: Where the record is.
         content: UTF-8, without white space around it.
-        column: Where in its line the record begins, from 1; None: columns are not told.
-        is_cut: The file ended before the record did, as far as can be told.
+        column: Column of its line at which the record begins, from 1. None: report no column.
+        is_cut: Whether the file ends without a line end after the record.
 
     Returns:
-        The object, or why it is refused.
+        The object, or a refusal.
     """
     try:
         return _object(content.decode())
@@ -42,16 +42,19 @@ def parse_record(
         return _malformed(source, error, column, is_cut)
     except InvalidRecordError as error:
         return Refusal(source, error.code, error.reason)
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # e.g. a number of 5,000 digits, or 1,000 nested brackets
         return Refusal(source, "E101", f"JSON that cannot be read: {error}")
 
 
 def parse_value(text: str) -> Any:
-    """Parse JSON that stands in a cell of a table.
+    """Parse JSON from a cell of a table.
 
     Raises:
-        ValueError: It is no JSON.
-        InvalidRecordError: It is JSON of a kind that is refused: E104, E205.
+        ValueError: The text is not JSON.
+        InvalidRecordError: The JSON has a lone surrogate (E104) or a repeated key (E205).
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
@@ -63,7 +66,7 @@ def parse_value(text: str) -> Any:
 
 
 def json_type(value: object) -> str:
-    """Name a value's type as JSON does; a type that JSON has not by its Python name."""
+    """Return the JSON name of a value's type with its article; the Python name of other types."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     if type(value) in names or value is None:
         return names.get(type(value), "null")
@@ -72,7 +75,8 @@ def json_type(value: object) -> str:
 
 def _object(text: str) -> dict[str, Any]:
     row, end = _raw_decode(text)
-    # Reading without a hook is half as long; text in which no name can stand twice needs none.
+    # Parsing without a hook takes half the time. The hook is needed only if a key is repeated: then
+    # the text has more `"…":` than the object has keys.
     if end != len(text) or type(row) is not dict or len(_NAMES.findall(text)) != _count_names(row):
         row = json.loads(text, object_pairs_hook=_unique)
     if not isinstance(row, dict):
@@ -83,7 +87,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _count_names(row: dict[str, Any]) -> int:
-    """Count the names in an object and in what it holds."""
+    """Count the keys in an object, at any depth."""
     count = len(row)
     for value in row.values():
         if type(value) is list:
@@ -104,12 +108,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRecordError("E205", f"the key {twice!r} stands twice in one object")
+        raise InvalidRecordError("E205", f"the key {twice!r} occurs twice in one object")
     return row
 
 
 def _check_surrogates(value: Any) -> None:
-    """Refuse halves of characters: Python holds them, no tokenizer and no file takes them."""
+    """Raise E104 for lone surrogates: Python strings can hold them, UTF-8 cannot."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -130,21 +134,18 @@ def _malformed(
 
 
 def _looks_cut(error: json.JSONDecodeError) -> bool:
-    """Say whether a line without its end was cut, and is not merely malformed."""
+    """Return whether a line without a line end was truncated, rather than malformed."""
     return not error.doc.endswith("}") or error.pos >= len(error.doc)
 
 
 BOM = b"\xef\xbb\xbf"
 _SKIP_BYTES = 1 << 20
-_ARRAY = (
-    "a JSON array behind more blank lines than are looked through: remove them, or write one "
-    "record a line"
-)
-_SPREAD = "write an object in one line, or objects that take several into a list: [{…}, {…}]"
+_ARRAY = "a JSON array after too many blank lines: remove them, or write one record per line"
+_SPREAD = "write each object on one line, or put the objects into a list: [{…}, {…}]"
 
 
 class JsonLines(TextRows):
-    """The rows of JSON lines, each with its line; broken lines come as refusals.
+    """The rows of a JSON lines file, each with its line; malformed lines are refusals.
 
     A byte order mark, CRLF and blank lines are accepted.
     """
@@ -175,7 +176,11 @@ class JsonLines(TextRows):
                 self._is_empty = False
                 column = content.find(record[:1]) + 1
                 row = parse_record(source, record, column=column, is_cut=is_cut)
-                if isinstance(row, Refusal) and row.code == "E101" and _goes_on(record, self._line):
+                if (
+                    isinstance(row, Refusal)
+                    and row.code == "E101"
+                    and _is_unfinished(record, self._line)
+                ):
                     row = replace(row, reason=f"{row.reason}: {_SPREAD}")
                 yield source, row
         except InvalidRecordError as error:
@@ -192,15 +197,15 @@ class JsonLines(TextRows):
         return source, Refusal(source, "E107", f"the line is longer than {self._limit:,} bytes")
 
 
-def _goes_on(record: bytes, line: int) -> bool:
-    """Say whether a file's first line is the beginning of an object, and no more of it."""
+def _is_unfinished(record: bytes, line: int) -> bool:
+    """Return whether a file's first line is only the beginning of an object."""
     return line == 1 and record[:1] == b"{" and record[-1:] in b"{[,"
 
 
 MAX_DEPTH = 10_000
 
-# Over text and whole strings, up to what gives an element its shape; a quote: a string that has not
-# ended yet. Inside brackets commas say nothing.
+# Each pattern skips text and whole strings up to the next structural character. A match at a quote
+# means that the string has not ended in the buffer. Commas only matter outside brackets.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _INSIDE = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb')*+(["\[\]{}])', re.DOTALL)
 _OUTSIDE = re.compile(rb'(?:[^",\[\]{}]++|' + _STRING + rb')*+(["\[\]{},])', re.DOTALL)
@@ -220,11 +225,10 @@ HOLDS_ROWS = re.compile(
 class JsonArray(TextRows):
     """The elements of one JSON array, each with the line on which it begins.
 
-    The array may be all that an object holds, under whatever key: ``{"data": [{…}, {…}]}``.
+    The array may be the only value of an object, under any key: ``{"data": [{…}, {…}]}``.
 
-    An element that is no sound record is refused like a line; the array ends (E109) where its
-    brackets do not fit, or an element is longer than a record may be: what is one element and
-    what the next cannot be known behind that place.
+    A malformed element is refused like a line. Reading stops (E109) at mismatched brackets or at
+    an element over the size limit, because the start of the next element is unknown.
     """
 
     def _restart(self) -> None:
@@ -235,7 +239,7 @@ class JsonArray(TextRows):
         self._is_held = bool(self._first.get("is_held", False))
 
     def mark(self) -> dict[str, Any]:
-        """Return the place behind the element that was yielded last."""
+        """Return the position after the element that was yielded last."""
         return super().mark() | {
             "line_start": self._line_start,
             "is_open": self._is_open,
@@ -259,7 +263,7 @@ class JsonArray(TextRows):
             yield self._last(error, line=self._line)
 
     def _open(self, text: "_Text") -> None:
-        """Step over what opens the array, once: its bracket, and the key of an object around it."""
+        """Skip the start of the array, once: its bracket, and the key of an object around it."""
         self._is_first = not self._is_open
         if not self._is_open:
             if text.peek(len(BOM)) == BOM:
@@ -272,7 +276,11 @@ class JsonArray(TextRows):
             self._is_open = True
 
     def _next_element(self, text: "_Text") -> bool | None:
-        """Go to the next element; None: the array ends here. True: no comma is before it."""
+        """Move to the next element.
+
+        Returns:
+            Whether it is the first, without a comma before it; None at the end of the array.
+        """
         comma = None if self._is_first else _COMMA.match(text.buffer, text.start)
         if comma and comma.end() < len(text.buffer):
             self._pass(text, comma.end())
@@ -298,7 +306,7 @@ class JsonArray(TextRows):
             self._pass(text, text.start + 1)
             self._skip_space(text)
         if text.peek(1):
-            raise InvalidRecordError("E109", "something stands behind the end of the JSON array")
+            raise InvalidRecordError("E109", "something follows the end of the JSON array")
 
     def _skip_space(self, text: "_Text") -> None:
         while True:
@@ -308,7 +316,7 @@ class JsonArray(TextRows):
                 return
 
     def _pass(self, text: "_Text", end: int) -> None:
-        """Step over the bytes before `end`, and count lines."""
+        """Skip the bytes before `end` and count their lines."""
         lines = text.buffer.count(b"\n", text.start, end)
         if lines:
             self._line += lines
@@ -319,7 +327,7 @@ class JsonArray(TextRows):
 
 
 class _Text:
-    """A window on a stream: what is before `start` was read and may go."""
+    """A window on a stream; the bytes before `start` may be discarded."""
 
     def __init__(self, stream: BufferedReader) -> None:
         self.buffer = b""
@@ -327,13 +335,13 @@ class _Text:
         self._stream = stream
 
     def peek(self, count: int) -> bytes:
-        """Return the next bytes, fewer at the end."""
+        """Return the next `count` bytes, or fewer at the end."""
         while len(self.buffer) - self.start < count and self.grow():
             pass
         return self.buffer[self.start : self.start + count]
 
     def grow(self) -> int:
-        """Read on, twice as much as is held; say how many bytes more there are."""
+        """Read more, doubling the buffer; return the number of new bytes."""
         held = self.buffer[self.start :]
         more = self._stream.read(max(_BLOCK, len(held)))
         self.buffer, self.start = held + more, 0
@@ -341,14 +349,14 @@ class _Text:
 
 
 def _element_end(text: _Text, limit: int) -> int:
-    """Return where in the buffer the element at its start ends.
+    """Return the buffer position at which the element at `text.start` ends.
 
     Raises:
-        InvalidRecordError: E102 and E108 where the data ends or is damaged, E109 where the
-            element cannot be followed.
+        InvalidRecordError: E102 or E108 if the data ends or is damaged, E109 if the brackets of the
+            element do not match or it is too long.
     """
     opened = bytearray()
-    scanned = 0  # from the element's start: the buffer moves when it grows
+    scanned = 0  # relative to the element's start, because the buffer moves when it grows
     while True:
         pattern = _INSIDE if opened else _OUTSIDE
         found = pattern.match(text.buffer, text.start + scanned)
@@ -365,13 +373,13 @@ def _element_end(text: _Text, limit: int) -> int:
 
 
 def _nest(opened: bytearray, token: int) -> None:
-    """Count a bracket in or out."""
+    """Push an opening bracket, or pop the one that a closing bracket matches."""
     if token in b"[{":
         opened.append(token)
         if len(opened) > MAX_DEPTH:
-            raise InvalidRecordError("E109", "brackets are nested too deeply to be followed")
+            raise InvalidRecordError("E109", f"brackets are nested more than {MAX_DEPTH:,} deep")
     elif token in _OPENED_BY and (not opened or opened.pop() != _OPENED_BY[token]):
-        reason = f"the brackets of this element do not fit at {chr(token)!r}"
+        reason = f"the brackets of this element do not match at {chr(token)!r}"
         raise InvalidRecordError("E109", reason)
 
 
@@ -383,6 +391,6 @@ def _check_length(length: int, limit: int) -> None:
 
 def _record(source: Source, element: bytes, column: int, *, is_first: bool) -> Row | Refusal:
     if not element:
-        where = "in front of the first comma" if is_first else "behind a comma"
+        where = "before the first comma" if is_first else "after a comma"
         return Refusal(source, "E101", f"malformed JSON: no element {where}", column)
     return parse_record(source, element, column=column)

@@ -1,4 +1,4 @@
-"""Bytes to rows: decompressed (gzip, zstd), decoded, and what every reader of rows can do."""
+"""Decompress (gzip, zstd) and decode bytes, and the interface of every reader of rows."""
 
 import codecs
 import errno
@@ -22,26 +22,26 @@ _BLOCK = 1 << 16
 _CUT = "the file ends inside its compressed data"
 
 
-def packing(first: bytes) -> str:
-    """Tell by the first four bytes how something is packed; "": not at all."""
+def detect_compression(first: bytes) -> str:
+    """Return "gzip" or "zstd" from the first four bytes, or "" for uncompressed data."""
     if first.startswith(b"\x1f\x8b"):
         return GZIP
     is_skippable = len(first) == 4 and first[1:] == b"\x2a\x4d\x18" and first[0] >> 4 == 5
     return ZSTD if first == _ZSTD_MAGIC or is_skippable else ""
 
 
-def unpacked(packed: io.RawIOBase, kind: str) -> io.RawIOBase:
-    """Return a raw stream of what is packed; its reads raise InvalidRecordError (E102, E108)."""
+def decompressed(packed: io.RawIOBase, kind: str) -> io.RawIOBase:
+    """Return a raw decompressed stream; its reads raise InvalidRecordError (E102, E108)."""
     if kind == GZIP:
         return _Gzip(packed)
     return _Zstd(packed) if kind == ZSTD else packed
 
 
 def transcoded(stream: io.RawIOBase, encoding: str) -> io.RawIOBase:
-    """Return a raw stream of UTF-8, of text in another encoding.
+    """Return a raw stream that re-encodes text from `encoding` as UTF-8.
 
-    Bytes that are invalid in that encoding become a byte that is invalid in UTF-8, so that only
-    the record with them is refused.
+    Bytes that are invalid in `encoding` become a byte that is invalid in UTF-8, so that only the
+    record that contains them is refused.
     """
     return _Transcoded(stream, encoding)
 
@@ -72,7 +72,7 @@ class _Transcoded(io.RawIOBase):
 
 
 def _no_text(error: UnicodeError) -> tuple[str, int]:
-    """Put what `surrogateescape` writes as the byte 0x80 in the place of bytes that are no text."""
+    """Replace undecodable bytes by a surrogate that `surrogateescape` writes as the byte 0x80."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udc80", error.end
 
@@ -129,22 +129,22 @@ class _Zstd(io.RawIOBase):
 
 BLOCK = 1 << 17
 HEAD = 1 << 12
-"""Unpacked bytes by which a container is recognised."""
+"""Decompressed bytes that are read to detect the type of a container."""
 
 
 class ByteSource:
     """The bytes of one file, or of stdin.
 
     Attributes:
-        name: What errors call it.
-        path: The file; None for what can be read only once.
-        size: Bytes on disk; None if not known.
-        packing: "", "gzip" or "zstd".
-        head: The first unpacked bytes.
+        name: The name used in errors.
+        path: The file. None: the bytes can be read only once.
+        size: Bytes on disk. None: unknown.
+        compression: "", "gzip" or "zstd".
+        head: The first decompressed bytes, at most `HEAD`.
 
     Raises:
-        OSError: It cannot be read.
-        MissingArrowError: It is zstd, and pyarrow is not installed.
+        OSError: The file cannot be read.
+        MissingArrowError: The file is zstd and pyarrow is not installed.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ class ByteSource:
         self.size = size
         self._packed = _Replay(b"", packed)
         first, _ = _take(self._packed, 4)
-        self.packing = packing(first)
-        stream = unpacked(_Replay(first, self._packed), self.packing)
+        self.compression = detect_compression(first)
+        stream = decompressed(_Replay(first, self._packed), self.compression)
         self.head, fault = _take(stream, HEAD)
         self._encoding: str | None = None
         self._once: io.RawIOBase | None = None
@@ -167,7 +167,7 @@ class ByteSource:
 
     @classmethod
     def of_file(cls, path: Path) -> "ByteSource":
-        """Look into a file; a named pipe is read as stdin is."""
+        """Open a file and read its head. A named pipe is read like stdin."""
         try:
             file = path.open("rb", buffering=0)
         except FileNotFoundError as error:
@@ -180,20 +180,20 @@ class ByteSource:
 
     @classmethod
     def of_stdin(cls) -> "ByteSource":
-        """Look into stdin, without seeking."""
+        """Read the head of stdin, without seeking."""
         return cls("stdin", None, None, cast(io.RawIOBase, sys.stdin.buffer))
 
     @property
     def position(self) -> int:
-        """Packed bytes read so far."""
+        """Compressed bytes read so far."""
         return self._packed.position
 
     def open(self, offset: int = 0) -> BufferedReader:
-        """Open the unpacked bytes behind the first `offset`: by seeking where that is possible.
+        """Open the decompressed bytes after the first `offset`, by seeking where possible.
 
         Raises:
-            OSError: It cannot be read; stdin cannot be read a second time.
-            InvalidRecordError: It is damaged before the offset (E102, E108).
+            OSError: The file cannot be read, or stdin is opened a second time.
+            InvalidRecordError: The data is damaged before the offset (E102, E108).
         """
         if self.path is None:
             stream, self._once = self._once, None
@@ -201,12 +201,12 @@ class ByteSource:
                 raise InputError(errno.EINVAL, "Can be read only once", self.name)
         else:
             file = self.path.open("rb", buffering=0)
-            if not (self.packing or self._encoding) and file.seekable():
+            if not (self.compression or self._encoding) and file.seekable():
                 file.seek(offset)
                 self._packed, offset = _Replay(b"", file, None, offset), 0
             else:
                 self._packed = _Replay(b"", file)
-            stream = unpacked(self._packed, self.packing)
+            stream = decompressed(self._packed, self.compression)
             if self._encoding:
                 stream = transcoded(stream, self._encoding)
         reader: BufferedReader = io.BufferedReader(stream, BLOCK)
@@ -215,7 +215,7 @@ class ByteSource:
         return reader
 
     def read_as(self, encoding: str) -> None:
-        """Take the unpacked bytes for text in `encoding`: from now on they are read as UTF-8."""
+        """Decode the bytes from `encoding`; from now on they are read as UTF-8."""
         self._encoding = encoding
         if self._once is not None:
             text = transcoded(self._once, encoding)
@@ -226,14 +226,14 @@ class ByteSource:
             self.head, _ = _take(content, HEAD)
 
     def close(self, *, is_done: bool) -> None:
-        """Close the file; `is_done`: nothing behind this is wanted."""
+        """Close the file; with `is_done`, `position` becomes the whole size."""
         if is_done and self.size is not None:
             self._packed.position = self.size
         self._packed.close()
 
 
 class _Replay(io.RawIOBase):
-    """Bytes that were read already, then the rest of the stream they came from."""
+    """Bytes that were already read, followed by the rest of their stream."""
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ class _Replay(io.RawIOBase):
 def _take(
     stream: io.RawIOBase | BufferedReader, count: int
 ) -> tuple[bytes, InvalidRecordError | None]:
-    """Read so many bytes, or fewer at the end or where a fault stands."""
+    """Read `count` bytes, or fewer at the end of the stream or before an error."""
     taken = b""
     try:
         while len(taken) < count and (more := stream.read(count - len(taken))):
@@ -281,7 +281,7 @@ def _take(
 
 
 MAX_RECORD_BYTES = 64 << 20
-"""A longer line or record is refused (E107): that is no record, it is a file without line ends."""
+"""A longer line or record is refused (E107): such a file probably has no line ends."""
 
 SPACE = b" \t\r\n"
 NO_ROW = "the file is empty, or holds no record"
@@ -294,63 +294,63 @@ Row = dict[str, Any]
 class Rows(Protocol):
     """The rows of one container, in order: a file, stdin, or a table in memory.
 
-    Iterating starts at the first row, or where `go_on` said. Files and tables can be iterated
-    again; stdin and streams of batches cannot.
+    Iteration starts at the first row, or at the mark given to `resume_from`. Files and tables can
+    be iterated again; stdin and streams of batches cannot.
 
     Attributes:
-        kind: What it was recognised as, for people: "JSON lines, gzip".
+        kind: The detected type, for people: "JSON lines, gzip".
     """
 
     kind: str
 
     @property
     def blank_lines(self) -> int:
-        """Blank lines met so far."""
+        """Number of blank lines so far."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The name used in errors."""
 
     @property
     def size(self) -> int | None:
-        """Bytes as they lie on the disk, or rows of a table; None: not known."""
+        """Bytes on disk, or rows of a table in memory. None: unknown."""
 
     @property
     def position(self) -> int:
-        """How much of `size` was read."""
+        """Amount of `size` read so far."""
 
     def __iter__(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        """Yield each row's source, and the row or what is wrong with it.
+        """Yield each row's source, and the row or its refusal.
 
         Raises:
             OSError: The file cannot be read (again).
         """
 
     def columns(self) -> tuple[str, ...] | None:
-        """Return the columns' names; None where each row has its own keys."""
+        """Return the column names; None if each row has its own keys."""
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """Yield the number of the first row, from 1, and a `pyarrow.RecordBatch`, ≤ 8,192 rows.
+        """Yield the number of the first row, from 1, and a `pyarrow.RecordBatch` of ≤ 8,192 rows.
 
-        In the place of a row that is too long stands its refusal; the last thing may be what is
-        wrong with the container: damaged, or empty.
+        A refusal replaces each row that is too long. The last item may be a refusal of the
+        container itself, if it is damaged or empty.
 
         Raises:
             TypeError: `columns` is None.
         """
 
     def mark(self) -> dict[str, Any]:
-        """Return, as JSON values, the place behind the row or batch that was yielded last."""
+        """Return, as JSON values, the position after the row or batch that was yielded last."""
 
-    def go_on(self, mark: dict[str, Any]) -> None:
-        """Let the next iteration go on at a mark of the same data, under whatever name."""
+    def resume_from(self, mark: dict[str, Any]) -> None:
+        """Start the next iteration at a mark of the same data, which may have another name."""
 
 
 class TextRows(ABC):
-    """Base of the containers that are read as text, each row with its own keys.
+    """Base class of containers that are read as text; each row has its own keys.
 
-    A subclass yields from `_records`, and keeps the state in `_offset` (unpacked bytes before the
-    next record), `_line` (lines before it) and `_is_empty` true to what was yielded.
+    A subclass implements `_records` and updates, before each yield, `_offset` (decompressed bytes
+    before the next record), `_line` (lines before it) and `_is_empty`: `mark` returns them.
     """
 
     blank_lines: int
@@ -360,7 +360,7 @@ class TextRows(ABC):
     _is_done: bool
 
     def __init__(self, source: ByteSource, kind: str, max_record_bytes: int) -> None:
-        self.kind = f"{kind}, {source.packing}" if source.packing else kind
+        self.kind = f"{kind}, {source.compression}" if source.compression else kind
         self._source = source
         self._limit = max_record_bytes
         self._first: dict[str, Any] = {}
@@ -378,11 +378,11 @@ class TextRows(ABC):
 
     @property
     def position(self) -> int:
-        """Bytes read so far (compressed bytes where it is compressed)."""
+        """Bytes read so far (compressed bytes of a compressed file)."""
         return self._source.position
 
     def __iter__(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        """Yield each row's source, and the row or what is wrong with it."""
+        """Yield each row's source, and the row or its refusal."""
         self._restart()
         if self._is_done:
             return
@@ -399,11 +399,11 @@ class TextRows(ABC):
         return None
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """Refuse: there are no columns."""
+        """Raise TypeError: text has no columns."""
         raise TypeError(f"{self.kind} has rows and no columns")
 
     def mark(self) -> dict[str, Any]:
-        """Return the place behind the row that was yielded last."""
+        """Return the position after the row that was yielded last."""
         return {
             "offset": self._offset,
             "line": self._line,
@@ -412,8 +412,8 @@ class TextRows(ABC):
             "is_done": self._is_done,
         }
 
-    def go_on(self, mark: dict[str, Any]) -> None:
-        """Let the next iteration go on at a mark."""
+    def resume_from(self, mark: dict[str, Any]) -> None:
+        """Start the next iteration at a mark."""
         self._first = dict(mark)
         self._restart()
 
@@ -432,6 +432,6 @@ class TextRows(ABC):
         return source, Refusal(source, code, reason)
 
     def _last(self, error: InvalidRecordError, *, line: int) -> tuple[Source, Refusal]:
-        """Return the refusal behind which nothing can be read."""
+        """Return the refusal that ends the iteration."""
         self._is_empty, self._is_done = False, True
         return self._refused(error.code, error.reason, line=line)

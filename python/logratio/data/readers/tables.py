@@ -1,4 +1,4 @@
-"""Columns instead of rows: tables in files, tables in memory, and sets of `datasets`."""
+"""Containers of columns: tables in files, tables in memory, and datasets of `datasets`."""
 
 import io
 from abc import ABC, abstractmethod
@@ -12,20 +12,20 @@ from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.errors import SettingTypeError
 
 BATCH_ROWS = 8192
-"""Most rows of a batch that is handed out."""
+"""Most rows of a yielded batch."""
 
 SLICE_ROWS = 512
-"""Most rows that are Python objects at a time."""
+"""Most rows converted to Python objects at a time."""
 
 OpenTable = tuple[tuple[str, ...], Iterator[tuple[int, Any]]]
-"""The columns' names, and the record batches, each with the number of the part it belongs to."""
+"""The column names, and the record batches, each with the number of its part."""
 
 
 class TableRows(ABC):
-    """Base of the containers that hold columns.
+    """Base class of containers that hold columns.
 
-    A container has parts from 0, which can be gone to or at least be counted: row groups, batches.
-    A subclass opens itself at a part with `_opened`.
+    A container has parts, numbered from 0: row groups or record batches. Reading can resume at a
+    part. A subclass implements `_opened`, which opens the container at a part.
     """
 
     def __init__(self, name: str, kind: str, max_record_bytes: int) -> None:
@@ -39,15 +39,15 @@ class TableRows(ABC):
     @property
     @abstractmethod
     def size(self) -> int | None:
-        """Bytes on disk, or rows of a table; None: not known."""
+        """Bytes on disk, or rows of a table in memory. None: unknown."""
 
     @property
     @abstractmethod
     def position(self) -> int:
-        """How much of `size` was read."""
+        """Amount of `size` read so far."""
 
     def __iter__(self) -> Iterator[tuple[Source, Row | Refusal]]:
-        """Yield each row's source, and the row or what is wrong with it."""
+        """Yield each row's source, and the row or its refusal."""
         try:
             for batch in self._slices(SLICE_ROWS):
                 if self._is_too_long(batch):
@@ -64,15 +64,15 @@ class TableRows(ABC):
             yield self._last(error)
 
     def columns(self) -> tuple[str, ...]:
-        """Return the columns' names; none of what is too damaged to be opened."""
+        """Return the column names; empty if the container is too damaged to be opened."""
         try:
-            with self._told(), self._opened(0) as (names, _):
+            with self._translate_errors(), self._opened(0) as (names, _):
                 return names
         except InvalidRecordError:
             return ()
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """Yield the number of the first row, from 1, and a `pyarrow.RecordBatch` or a refusal."""
+        """Yield the number of the first row, from 1, with a `pyarrow.RecordBatch` or a refusal."""
         try:
             for batch in self._slices(BATCH_ROWS):
                 first = self._row + 1
@@ -86,7 +86,7 @@ class TableRows(ABC):
             yield source.line, refusal
 
     def mark(self) -> dict[str, Any]:
-        """Return the place behind the row or batch that was yielded last."""
+        """Return the position after the row or batch that was yielded last."""
         return {
             "row": self._row,
             "part": self._part,
@@ -94,13 +94,13 @@ class TableRows(ABC):
             "is_done": self._is_done,
         }
 
-    def go_on(self, mark: dict[str, Any]) -> None:
-        """Let the next iteration go on at a mark."""
+    def resume_from(self, mark: dict[str, Any]) -> None:
+        """Start the next iteration at a mark."""
         self._first = dict(mark)
         self._restart()
 
     def _restart(self) -> None:
-        self._row = int(self._first.get("row", 0))  # the rows before the next one
+        self._row = int(self._first.get("row", 0))  # rows before the next one
         self._part = int(self._first.get("part", 0))
         self._part_row = int(self._first.get("part_row", 0))
         self._is_done = bool(self._first.get("is_done", False))
@@ -109,8 +109,8 @@ class TableRows(ABC):
     def _opened(self, part: int) -> AbstractContextManager[OpenTable]: ...
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn what pyarrow says of damaged data into one sentence."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Turn pyarrow's errors about damaged data into E108 with their first line."""
         try:
             yield
         except InvalidRecordError:
@@ -118,16 +118,16 @@ class TableRows(ABC):
         except Exception as error:
             if not is_damage(error):
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InvalidRecordError("E108", f"{self.kind} that is damaged: {said}") from None
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InvalidRecordError("E108", f"damaged {self.kind}: {message}") from None
 
     def _slices(self, most: int) -> Iterator[Any]:
-        """Yield batches of so many rows or fewer, and of one row where rows are long."""
+        """Yield batches of at most `most` rows, and fewer where rows are long."""
         self._restart()
         if self._is_done:
             return
         skip = self._part_row
-        with self._told(), self._opened(self._part) as (names, batches):
+        with self._translate_errors(), self._opened(self._part) as (names, batches):
             _check_names(names)
             for part, batch in batches:
                 if part != self._part:
@@ -154,7 +154,7 @@ class TableRows(ABC):
         return source, Refusal(source, code, reason)
 
     def _last(self, error: InvalidRecordError) -> tuple[Source, Refusal]:
-        """Return the refusal behind which nothing can be read; of the file if no row came."""
+        """Return the refusal that ends the iteration; it names the file if no row came before."""
         self._is_done = True
         if self._row:
             self._advance(1)
@@ -168,7 +168,7 @@ def _check_names(names: tuple[str, ...]) -> None:
 
 
 def _split(batch: Any, most: int, limit: int) -> Iterator[Any]:
-    """Cut a batch, without a copy, into pieces of few rows and few bytes."""
+    """Split a batch, without a copy, until each slice is within both limits or is one row."""
     if len(batch) > most:
         for start in range(0, len(batch), most):
             yield from _split(batch.slice(start, most), most, limit)
@@ -192,17 +192,17 @@ def _has_structs(kind: Any) -> bool:
 
 
 def _filled(value: Any) -> Any:
-    """Leave the null fields of objects out."""
+    """Drop the null fields of objects, at any depth."""
     if isinstance(value, dict):
         return {key: _filled(item) for key, item in value.items() if item is not None}
     return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def rows_of(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
-    """Make Python objects of a batch's rows; an error in the place of one that is no text.
+    """Convert a batch to Python rows; a row that is not UTF-8 is yielded as its error.
 
-    A column of structs has every field in every row: those that a row does not have are null in the
-    table, and are left out here, at any depth. So a row is the same from JSON and from a table.
+    A struct column has every field in every row, null where the row had none. Null fields are
+    dropped at any depth, so that JSON and tables give equal rows.
     """
     structs = [field.name for field in batch.schema if _has_structs(field.type)]
     try:
@@ -219,15 +219,15 @@ def rows_of(batch: Any) -> Iterator[Row | UnicodeDecodeError]:
 
 
 class FileTable(TableRows):
-    """Base of the tables that lie in a file."""
+    """Base class of tables in files."""
 
     def __init__(self, source: ByteSource, kind: str, max_record_bytes: int) -> None:
-        if source.packing:
-            kind = f"{kind}, {source.packing}"
+        if source.compression:
+            kind = f"{kind}, {source.compression}"
         super().__init__(source.name, kind, max_record_bytes)
         self._source = source
         self._library = arrow(kind)
-        self._share = 0.0  # of the file that was read
+        self._share = 0.0  # fraction of the file read so far
 
     @property
     def size(self) -> int | None:
@@ -236,14 +236,14 @@ class FileTable(TableRows):
 
     @property
     def position(self) -> int:
-        """Bytes read so far, about."""
-        if self.size is None or self._source.packing:
+        """Approximate number of bytes read so far."""
+        if self.size is None or self._source.compression:
             return self._source.position
         return self.size if self._is_done else int(self.size * self._share)
 
 
 def check_tail(file: BinaryIO, magic: bytes) -> None:
-    """Refuse a file without its last bytes, which are its first ones again."""
+    """Raise E102 unless the file ends with its magic bytes."""
     file.seek(0, io.SEEK_END)
     file.seek(max(0, file.tell() - len(magic)))
     if file.read(len(magic)) != magic:
@@ -255,9 +255,9 @@ _SET_ROWS = 1000  # as `datasets` writes and reads them
 
 
 class StreamRows(TableRows):
-    """The rows of anything with ``__arrow_c_stream__``; its parts are the batches it hands over.
+    """The rows of any object with ``__arrow_c_stream__``; its parts are the record batches.
 
-    What can be streamed once only, like a `RecordBatchReader`, can be iterated once only.
+    An object that streams only once, such as a `RecordBatchReader`, can be iterated only once.
     """
 
     def __init__(self, table: Any, name: str, max_record_bytes: int) -> None:
@@ -268,7 +268,7 @@ class StreamRows(TableRows):
 
     @property
     def size(self) -> int | None:
-        """Rows, where the table knows."""
+        """Number of rows, if the table knows it."""
         for name in ("num_rows", "height"):
             if isinstance(rows := getattr(self._table, name, None), int):
                 return rows
@@ -276,11 +276,11 @@ class StreamRows(TableRows):
 
     @property
     def position(self) -> int:
-        """Rows so far."""
+        """Rows read so far."""
         return self._row
 
     def columns(self) -> tuple[str, ...]:
-        """Return the columns' names."""
+        """Return the column names."""
         if self._reader is None:
             try:
                 self._reader = self._library.RecordBatchReader.from_stream(self._table)
@@ -289,8 +289,8 @@ class StreamRows(TableRows):
         return tuple(self._reader.schema.names)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Let errors pass: what is in memory was not damaged on a disk."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Let errors pass: a table in memory cannot be a damaged file."""
         yield
 
     @contextmanager
@@ -301,7 +301,7 @@ class StreamRows(TableRows):
 
 
 class DatasetRows(TableRows):
-    """The rows of a `datasets.Dataset` or `IterableDataset`, in its own order."""
+    """The rows of a `datasets.Dataset` or `IterableDataset`, in its order."""
 
     def __init__(self, dataset: Any, name: str, max_record_bytes: int) -> None:
         super().__init__(name, f"datasets.{type(dataset).__name__}", max_record_bytes)
@@ -310,24 +310,24 @@ class DatasetRows(TableRows):
 
     @property
     def size(self) -> int | None:
-        """Rows; None of an iterable set."""
+        """Number of rows; None for an `IterableDataset`."""
         return int(self._dataset.num_rows) if self._is_sized else None
 
     @property
     def position(self) -> int:
-        """Rows so far."""
+        """Rows read so far."""
         return self._row
 
     def columns(self) -> tuple[str, ...]:
-        """Return the columns' names; where an iterable set names none, its first row's."""
+        """Return the column names, taken from the first row if the dataset does not name them."""
         if self._dataset.column_names is not None:
             return tuple(self._dataset.column_names)
         first = next(iter(self._dataset.iter(1)), None)
         return () if first is None else tuple(first.column_names)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Let errors pass: they come from the code that makes the rows."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Let errors pass: they come from the user's code that produces the rows."""
         yield
 
     @contextmanager

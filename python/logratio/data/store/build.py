@@ -318,7 +318,7 @@ class _Ingest:
             decoder.restore(at.decoder)
         for number in range(at.input if at else 0, len(self._readers)):
             if at and number == at.input:
-                self._readers[number].go_on(dict(at.mark))
+                self._readers[number].resume_from(dict(at.mark))
             self._read(number, intake)
         intake.report.date = self._tokenizer.rules.date
         intake.report.left_out = [path.as_posix() for path in self._readers.left_out]

@@ -1,4 +1,4 @@
-"""Layouts in which a row is no record: `--rows prm800k` and the like, from several sides."""
+"""Layouts in which a row is not one record: `--rows prm800k` and the others."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def made(name: str, row: Row) -> list[Any]:
-    """Rows that a layout makes of one; codes in the place of what it leaves out."""
+    """Return the rows that a layout derives from one; codes for the parts it leaves out."""
     function = as_row_function(name)
     assert isinstance(function, RowFunction)
     try:
@@ -36,7 +36,7 @@ def decoded(name: str, row: Row, **settings: Any) -> list[Decoded]:
 
 
 def answers(name: str, row: Row, **settings: Any) -> list[tuple[Any, ...]]:
-    """The sides of every pair, of chats the last turn's text."""
+    """Return both sides of every pair; for chats, the text of the last turn."""
     return [
         tuple(
             one.answer if isinstance(one.answer, str) else one.answer[-1]["content"]
@@ -90,7 +90,7 @@ def test_prm800k_compares_the_completions_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("chosen", [2, 2.0])
-def test_prm800k_goes_on_from_the_chosen_completion(chosen: float) -> None:
+def test_prm800k_continues_from_the_chosen_completion(chosen: float) -> None:
     row = prm800k(
         LAST | {"chosen_completion": chosen}, step(completion("a", 1), completion("b", 0))
     )
@@ -98,7 +98,7 @@ def test_prm800k_goes_on_from_the_chosen_completion(chosen: float) -> None:
 
 
 @pytest.mark.parametrize("human", ["mine", {"text": "mine", "rating": None, "source": "human"}])
-def test_prm800k_a_step_that_a_labeler_wrote_is_a_good_one(human: Any) -> None:
+def test_prm800k_a_step_written_by_a_labeler_is_good(human: Any) -> None:
     first = step(completion("bad", -1), completion("worse", -1), chosen=None, human=human)
     row = prm800k(first, step(completion("a", 1), completion("b", 0)))
     assert answers("prm800k", row) == [("mine", "bad"), ("mine", "worse"), ("a", "b")]
@@ -125,7 +125,7 @@ def test_prm800k_names_what_it_leaves_out(row: Row, expected: list[str]) -> None
     assert made("prm800k", row) == expected
 
 
-def test_prm800k_a_rating_that_is_no_number() -> None:
+def test_prm800k_a_rating_that_is_not_a_number() -> None:
     row = prm800k(step(completion("a", "good"), completion("b", 1)))
     with pytest.raises(InvalidRecordError, match="E212"):
         decoded("prm800k", row)
@@ -144,7 +144,7 @@ def shepherd(
 
 
 @pytest.mark.parametrize(("marks", "is_good"), [("++", True), ("+-", False), ("-+", False)])
-def test_math_shepherd_is_a_solution_with_a_thumb(marks: str, is_good: bool) -> None:
+def test_math_shepherd_is_a_solution_with_a_label(marks: str, is_good: bool) -> None:
     (found,) = decoded("math-shepherd", shepherd(marks))
     (record,) = found.records
     assert record.prompt == (user("How many?"),)
@@ -166,11 +166,11 @@ def test_math_shepherd_is_a_solution_with_a_thumb(marks: str, is_good: bool) -> 
         {"input": "no tag", "label": "no tag"},
     ],
 )
-def test_math_shepherd_whose_steps_do_not_fit(row: Row) -> None:
+def test_math_shepherd_with_mismatched_steps(row: Row) -> None:
     assert made("math-shepherd", row) == ["E214"]
 
 
-def test_math_shepherd_of_one_question_is_right_against_wrong(tmp_path: Path, run: Run) -> None:
+def test_math_shepherd_solutions_of_one_question_are_paired(tmp_path: Path, run: Run) -> None:
     rows = [shepherd("+-"), shepherd("++", "How many? Step 1: b @\nStep 2: c @")]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -292,7 +292,7 @@ PREFERENCE = "preference: response_a=response_a response_b=response_b tie=tie"
         ),
     ],
 )
-def test_argilla_the_answers_of_people_come_before_suggestions(row: Row, better: str) -> None:
+def test_argilla_responses_override_suggestions(row: Row, better: str) -> None:
     ((chosen, _),) = answers("argilla", row, label=PREFERENCE)
     assert chosen == better
 
@@ -343,7 +343,7 @@ def test_argilla_names_what_it_leaves_out(row: Row, expected: list[str]) -> None
     assert made("argilla", row) == expected
 
 
-def test_argilla_a_choice_of_several_is_no_ranking() -> None:
+def test_argilla_a_multiple_choice_is_not_a_ranking() -> None:
     (row,) = made("argilla", argilla({"good": [{"value": ["reply-1", "reply-2"]}]}, **REPLIES))
     assert row == REPLIES | {"good": ["reply-1", "reply-2"]}
 
@@ -393,7 +393,7 @@ def test_label_studio_a_comparison_is_a_vote() -> None:
         decoded("label-studio", task([compared("left")], [compared("right")]), label=SIDES)
 
 
-def test_label_studio_the_flag_is_named_that_says_which_side_is_which() -> None:
+def test_label_studio_names_the_flag_that_maps_sides() -> None:
     with pytest.raises(InvalidRecordError, match=f"E209.*--label '{SIDES}'"):
         decoded("label-studio", task([compared("left")]))
 
@@ -445,7 +445,7 @@ def test_label_studio_names_what_it_leaves_out(row: Row, expected: list[str]) ->
     assert made("label-studio", row) == expected
 
 
-def test_label_studio_an_item_without_a_rank_is_told() -> None:
+def test_label_studio_an_item_without_a_rank_is_counted() -> None:
     assert made("label-studio", ranked(["b", "a"])) == [
         "R317",
         {"prompt": "q", "completions": [{"text": "B", "rank": 1}, {"text": "A", "rank": 2}]},
@@ -473,7 +473,7 @@ def test_a_refusal_names_the_layout(name: str, tmp_path: Path, run: Run) -> None
     assert code == 1 and f"--rows {name}" in out and "lacks" not in out
 
 
-def test_rows_of_known_formats_look_like_no_layout() -> None:
+def test_rows_of_known_formats_match_no_layout() -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "label": {}, "data": [], "fields": {}}
     assert not advice(pair) and not advice({"input": "q", "label": "+"})
 

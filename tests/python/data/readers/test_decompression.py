@@ -1,4 +1,4 @@
-"""Small files that unpack to gigabytes: memory is bounded by the largest record allowed."""
+"""Decompression bombs: memory is bounded by the largest allowed record."""
 
 import gzip
 import json
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 MIB = 1 << 20
 PEAK_MIB = 420
-"""Of a process that reads records of at most 64 MiB: what Python and pyarrow take, and six times
-a record. The bombs unpack to 2,048."""
+"""Memory limit in MiB of a process that reads records of at most 64 MiB: Python and pyarrow, plus
+six times the record. The bombs decompress to 2,048 MiB."""
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -40,7 +40,7 @@ print(json.dumps([counts, peak]))
 
 
 def read(path: Path) -> tuple[dict[str, int], int]:
-    """Read a file in a process of its own; returns what came, and the peak of its memory in MiB."""
+    """Read a file in a subprocess; return the counts and its peak memory in MiB."""
     done = subprocess.run(
         [sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True
     )
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, int], int]:
 
 
 def bomb(path: Path, first: bytes, block: bytes, blocks: int) -> Path:
-    """Write a packed file of few members that repeat."""
+    """Write a compressed file of a few repeated members."""
     pack = PACK[path.suffix]
     path.write_bytes(pack(first) + pack(block) * blocks)
     return path
@@ -87,7 +87,7 @@ def test_two_gibibytes_of_zeros_with_and_without_lines(
         ("body.arrows", b"\xff\xff\xff\xff\xff\xff\xff\x7f", bytes(64 * MIB), {"E108": 1}),
     ],
 )
-def test_records_without_an_end(
+def test_records_that_never_end(
     tmp_path: Path, pack: str, name: str, first: bytes, block: bytes, expected: dict[str, int]
 ) -> None:
     counts, peak = read(bomb(tmp_path / f"{name}{pack}", first, block, 8))
@@ -104,7 +104,7 @@ def test_zstd_windows_are_limited(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "arrows"])
-def test_tables_are_read_in_pieces(tmp_path: Path, kind: str) -> None:
+def test_tables_are_read_in_small_batches(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
     write_large(path, kind)
     counts, peak = read(path)
@@ -129,7 +129,7 @@ def write_large(path: Path, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_a_text_stored_once_for_every_row(tmp_path: Path, is_nested: bool) -> None:
-    """A Parquet dictionary of one text of 5 MB, 400 times: some hundred bytes for 2 GB."""
+    """A Parquet dictionary with one text of 5 MB, used 400 times: a few bytes stand for 2 GB."""
     text = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * 400, pyarrow.int32()), pyarrow.array(["x" * 5_000_000])
     )

@@ -1,4 +1,4 @@
-"""Neighbours that say the same under a key, as one row: `--group-by`."""
+"""`--group-by` merges adjacent rows with equal values under a key."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def read(path: Path, **reading: Any) -> list[tuple[int, Any]]:
     return [(source.line, getattr(row, "code", row)) for source, row in opened]
 
 
-def test_neighbours_become_one_row_and_others_do_not(tmp_path: Path) -> None:
+def test_adjacent_rows_are_merged_and_others_are_not(tmp_path: Path) -> None:
     rows: list[Row | str] = [
         {"k": 1, "a": "x"},
         {"k": 1, "b": "y"},
@@ -51,7 +51,7 @@ def test_neighbours_become_one_row_and_others_do_not(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_refused_does_not_part_neighbours(tmp_path: Path) -> None:
+def test_refusals_do_not_split_a_group(tmp_path: Path) -> None:
     rows: list[Row | str] = [{"k": 1}, "broken", {"a": 1}, {"k": None}, {"k": 1}, {"k": 2}]
     assert read(write(tmp_path / "rows.jsonl", rows), group_by="k") == [
         (1, {"k": 1}),
@@ -63,7 +63,7 @@ def test_what_is_refused_does_not_part_neighbours(tmp_path: Path) -> None:
     assert read(write(tmp_path / "none.jsonl", []), group_by="k") == [(0, "E106")]
 
 
-def test_many_neighbours_are_refused_and_memory_stays_small(
+def test_too_many_adjacent_rows_are_refused_and_memory_stays_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(derived_rows, "MOST", 3)
@@ -82,7 +82,7 @@ def spread(row: Row) -> list[Row]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_reading_goes_on_at_every_place(tmp_path: Path, kind: str) -> None:
+def test_reading_resumes_at_every_position(tmp_path: Path, kind: str) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -109,10 +109,10 @@ def test_reading_goes_on_at_every_place(tmp_path: Path, kind: str) -> None:
         first, rest = opened(), opened()
         iterator = iter(first)
         begun = [next(iterator) for _ in range(cut)]
-        rest.go_on(json.loads(json.dumps(first.mark())))
+        rest.resume_from(json.loads(json.dumps(first.mark())))
         assert begun + list(rest) == whole, cut
         again = opened()
-        again.go_on(json.loads(json.dumps(rest.mark())))
+        again.resume_from(json.loads(json.dumps(rest.mark())))
         assert list(again) == []
 
 
@@ -137,7 +137,7 @@ def test_helpsteer2_ratings_become_pairs(tmp_path: Path, monkeypatch: pytest.Mon
     assert '"group_by": "prompt"' in store.metadata
 
 
-def test_a_rating_that_is_missing_is_named(tmp_path: Path, run: Run) -> None:
+def test_a_missing_rating_is_named(tmp_path: Path, run: Run) -> None:
     rows = [rating("c#", "a", 3, 4, 4, 2, 1), rating("c#", "b", None, 4, 4, 2, 1)]
     path = write(tmp_path / "train.jsonl", rows)
     flags = ("--group-by", "prompt", "--score", "helpfulness")
@@ -168,7 +168,7 @@ def test_thumbs_of_one_prompt_become_pairs_of_good_and_bad(tmp_path: Path, run: 
     assert "  chosen\n‹a›\n  rejected\n‹b›" in out
 
 
-def test_one_score_an_answer_needs_no_other_flag(tmp_path: Path, run: Run) -> None:
+def test_one_score_per_answer_needs_no_other_flag(tmp_path: Path, run: Run) -> None:
     rows = [
         {"prompt": "q", "response": text, "reward": score} for text, score in (("a", 1), ("b", 2))
     ]

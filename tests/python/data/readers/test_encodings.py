@@ -1,4 +1,4 @@
-"""Files in other encodings, and rows that a Python function makes anew."""
+"""Files in other encodings, and rows converted by a Python function."""
 
 import json
 import sys
@@ -72,17 +72,17 @@ def test_more_text_than_one_block(tmp_path: Path) -> None:
         iterator = iter(opened)
         begun = [next(iterator)[1] for _ in range(250)]
         (rest,) = open_inputs(path, Reading(encoding=encoding))
-        rest.go_on(opened.mark())
+        rest.resume_from(opened.mark())
         assert begun + [row for _, row in rest] == rows
 
 
-def test_only_the_record_is_refused_that_spells_nothing(tmp_path: Path) -> None:
+def test_only_the_undecodable_record_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"a": "é"}, ensure_ascii=False)
     path.write_bytes(f"{good}\n".encode("cp1252") + b'{"a": "\x81"}\n' + good.encode("cp1252"))
     found = read(path, encoding="cp1252")
     assert [getattr(row, "code", row) for row in found] == [{"a": "é"}, "E103", {"a": "é"}]
-    path.write_bytes(f"{good}\n".encode("utf-16") + b"\x00\xd8")  # half of a character, at the end
+    path.write_bytes(f"{good}\n".encode("utf-16") + b"\x00\xd8")  # half a character at the end
     found = read(path, encoding="utf-16")
     assert [getattr(row, "code", row) for row in found] == [{"a": "é"}, "E103"]
 
@@ -139,7 +139,7 @@ def test_a_function_makes_rows(tmp_path: Path, kind: str) -> None:
     assert found[5:] == [(4, "E217"), (5, "E217")]
 
 
-def test_reading_goes_on_inside_of_the_rows_of_one(tmp_path: Path) -> None:
+def test_reading_resumes_between_the_rows_derived_from_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"n": {n}}}\n' for n in (0, 2, 2, 1)))
 
@@ -152,7 +152,7 @@ def test_reading_goes_on_inside_of_the_rows_of_one(tmp_path: Path) -> None:
         first, rest = opened(), opened()
         iterator = iter(first)
         begun = [next(iterator) for _ in range(cut)]
-        rest.go_on(json.loads(json.dumps(first.mark())))
+        rest.resume_from(json.loads(json.dumps(first.mark())))
         assert begun + list(rest) == whole, cut
 
 
@@ -170,7 +170,7 @@ def test_every_row_is_accounted_for(
         path, tokenizer, tmp_path / "s.store", formats=formats, max_bad_fraction=0.5, resume=True
     )
     assert (report.read, len(store), report.refused_by_code) == (6, 4, {"R316": 1, "E217": 1})
-    assert "test_inputs:shop_row" in str(store.metadata)
+    assert "test_encodings:shop_row" in str(store.metadata)
 
 
 def test_a_function_by_its_name(module: Callable[[str], None], run: Run, tmp_path: Path) -> None:
@@ -187,13 +187,13 @@ def test_a_function_by_its_name(module: Callable[[str], None], run: Run, tmp_pat
     ("name", "told"),
     [
         ("shop", "as module:function"),
-        ("shop:nothing", "shop holds no function nothing"),
+        ("shop:nothing", "shop has no function nothing"),
         ("shops:pair", "no module 'shops'"),
         ("shop.py:pair", "name the module, shop"),
         ("needs:pair", "needs missing_library"),
     ],
 )
-def test_a_name_that_leads_nowhere(
+def test_an_unknown_function_name(
     module: Callable[[str], None], run: Run, tmp_path: Path, name: str, told: str
 ) -> None:
     module("pair = dict\n")
@@ -203,8 +203,8 @@ def test_a_name_that_leads_nowhere(
     assert code == 2 and told in " ".join(err.split()), err
 
 
-def test_what_is_neither_function_nor_name() -> None:
-    with pytest.raises(SettingTypeError, match="rows: a int is no function"):
+def test_neither_function_nor_name() -> None:
+    with pytest.raises(SettingTypeError, match="rows: a int is not a function"):
         FormatSettings(rows=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="as module:function"):
         FormatSettings(rows="pair")

@@ -1,4 +1,4 @@
-"""Folders of data: which files are read, which of several splits, and what a table's nulls are."""
+"""Folders of data: which files are read, which split, and how nulls in tables are read."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
 def layout(folder: Path, *names: str) -> Path:
-    """Write one row that names its file into each file."""
+    """Write into each file one row that contains the file's name."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def layout(folder: Path, *names: str) -> Path:
 
 
 def read(folder: Path, split: str | None = None) -> list[str]:
-    """Names of the files that are read."""
+    """Return the names of the files that are read."""
     return [Path(rows.name).name for rows in open_inputs([folder], Reading(split))]
 
 
@@ -79,7 +79,7 @@ def test_a_split_is_chosen_or_refused_with_the_list(kind: str, tmp_path: Path) -
         read(folder, "golden")
 
 
-def test_other_words_for_a_split_name_it(tmp_path: Path) -> None:
+def test_synonyms_of_a_split_select_it(tmp_path: Path) -> None:
     folder = layout(tmp_path, "train.jsonl", "valid.jsonl")
     for word in ("validation", "valid", "dev", "val"):
         assert read(folder, word) == ["valid.jsonl"]
@@ -96,16 +96,18 @@ def test_other_words_for_a_split_name_it(tmp_path: Path) -> None:
         ("latest.jsonl", "contest.jsonl", "training_of_the_test.jsonl"),
     ],
 )
-def test_one_split_or_none_is_read_whole(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_single_split_or_none_is_read_completely(names: tuple[str, ...], tmp_path: Path) -> None:
     folder = layout(tmp_path / "set", *names)
     assert sorted(read(folder)) == sorted(names)
 
 
-def test_a_split_is_asked_of_a_folder_that_names_none(tmp_path: Path) -> None:
+def test_asking_for_a_split_of_a_folder_without_splits(tmp_path: Path) -> None:
     folder = layout(tmp_path / "set", "a.jsonl")
     with pytest.raises(OSError, match="Holds no split 'train': the names of its files"):
         read(folder, "train")
-    assert read(folder / "a.jsonl", "train") == ["a.jsonl"]  # who names a file wants it
+    assert read(folder / "a.jsonl", "train") == [
+        "a.jsonl"
+    ]  # a file named explicitly is always read
 
 
 def test_a_saved_dict_of_splits(tmp_path: Path) -> None:
@@ -185,19 +187,19 @@ TABLES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_fields_that_only_other_rows_have_are_no_part_of_a_row(kind: str, tmp_path: Path) -> None:
+def test_fields_of_other_rows_are_dropped_from_a_row(kind: str, tmp_path: Path) -> None:
     """A table of structs has every field in every row, null where the row has none."""
     (rows,) = open_inputs([TABLES[kind](tmp_path)])
     assert [row for _, row in rows] == NESTED
 
 
-def test_a_null_of_a_row_itself_stays(tmp_path: Path) -> None:
+def test_a_null_at_the_top_of_a_row_is_kept(tmp_path: Path) -> None:
     rows = [{**ROW, "chosen": None}, ROW]
     (opened,) = open_inputs([pyarrow.Table.from_pylist(rows)])
     assert [row for _, row in opened] == rows
 
 
-def test_a_null_that_json_says_is_kept(tmp_path: Path) -> None:
+def test_a_null_in_json_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "x", "call": {"arguments": {"limit": None}}}
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")

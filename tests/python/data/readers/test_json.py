@@ -1,4 +1,4 @@
-"""JSON lines to rows: every way in which a file can be broken, named by its line."""
+"""JSON lines: every kind of damage is reported with its line."""
 
 import gzip
 import json
@@ -78,7 +78,7 @@ def test_a_broken_line_is_named_and_the_others_are_read(
     assert reader.position == reader.size == path.stat().st_size
 
 
-def test_every_cut_of_the_last_line_is_a_file_that_ends_inside_a_record(write: Write) -> None:
+def test_every_truncation_of_the_last_line_is_e102(write: Write) -> None:
     last = '{"prompt": "p é", "chosen": [{"role": "user"}], "rejected": true}'.encode()
     for end in range(1, len(last)):
         (refusal,) = refusals(write(GOOD + b"\n" + last[:end]))
@@ -118,7 +118,7 @@ def test_empty_file(write: Write, content: bytes) -> None:
     assert (refusal.code, str(refusal.source)) == ("E106", path.as_posix())
 
 
-def test_array_behind_more_blanks_than_are_looked_through(write: Write) -> None:
+def test_array_after_too_many_blank_lines(write: Write) -> None:
     (refusal,) = refusals(write(b"\n" * 5000 + b"[" + GOOD + b"]"))
     assert (refusal.code, refusal.source.line) == ("E105", 5001)
 
@@ -132,11 +132,11 @@ def test_mark_crlf_and_blank_lines_are_accepted(write: Write) -> None:
     assert reader.blank_lines == 2
 
 
-def test_whole_characters_behind_escapes_are_accepted(write: Write) -> None:
+def test_surrogate_pairs_in_escapes_are_accepted(write: Write) -> None:
     assert rows(write(rb'{"prompt": "\ud83d\ude00 \\ud800"}')) == [(1, {"prompt": "😀 \\ud800"})]
 
 
-def test_compression_is_told_by_content(tmp_path: Path) -> None:
+def test_compression_is_detected_from_content(tmp_path: Path) -> None:
     plain, compressed = tmp_path / "plain.jsonl.gz", tmp_path / "compressed.jsonl"
     plain.write_bytes(GOOD)
     compressed.write_bytes(gzip.compress(GOOD))

@@ -1,4 +1,4 @@
-"""Every container holds the same rows, goes on where it was left, and says how it is broken."""
+"""Every container yields the same rows, resumes at any mark, and reports damage."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ CHAT: list[Row] = [
 
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
-    """Let stdin hold bytes."""
+    """Replace stdin by bytes."""
 
     def put(content: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", piped(content))
@@ -76,7 +76,7 @@ def test_every_container_holds_the_rows(
 
 
 @pytest.mark.parametrize(("kind", "pack"), FILES)
-def test_stdin_is_told_by_its_first_bytes(
+def test_stdin_is_detected_from_its_first_bytes(
     kind: str, pack: str, stdin: Callable[[bytes], None]
 ) -> None:
     stdin(PACK[pack](ENCODE[kind](ROWS)))
@@ -90,7 +90,7 @@ def test_stdin_is_told_by_its_first_bytes(
 
 @pytest.mark.parametrize(("kind", "pack"), FILES)
 @pytest.mark.parametrize("tail", ["", "broken"])
-def test_going_on_at_every_row_gives_the_rest(
+def test_resuming_at_every_row_gives_the_rest(
     tmp_path: Path, kind: str, pack: str, tail: str
 ) -> None:
     path = write(tmp_path, kind, pack, ROWS)
@@ -103,20 +103,20 @@ def test_going_on_at_every_row_gives_the_rest(
     marks.append(opened.mark())
     for number, mark in enumerate(marks):
         again = open_file(path)
-        again.go_on(json.loads(json.dumps(mark)))
+        again.resume_from(json.loads(json.dumps(mark)))
         assert list(again) == whole[number:], number
         assert list(again) == whole[number:], "it goes on there whenever it is iterated"
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_going_on_at_every_batch_gives_the_rest(tmp_path: Path, kind: str) -> None:
+def test_resuming_at_every_batch_gives_the_rest(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, "", ROWS)
     opened = open_file(path)
     read = [(first, batch.to_pylist(), opened.mark()) for first, batch in opened.batches()]
     assert [first for first, _, _ in read] == [1, 4, 7]
     assert [row for _, rows, _ in read for row in rows] == ROWS
     for first, rows, mark in read:
-        opened.go_on(mark)
+        opened.resume_from(mark)
         assert values(opened) == ROWS[first - 1 + len(rows) :]
 
 
@@ -160,7 +160,7 @@ def test_tables_in_memory(make: str) -> None:
     assert opened.position == len(ROWS)
     for number, mark in enumerate(marks, 1):
         (again,) = open_inputs([MAKE_TABLE[make]()])
-        again.go_on(mark)
+        again.resume_from(mark)
         assert values(again) == ROWS[number:]
     assert sum(len(batch) for _, batch in first.batches()) == len(ROWS)
 
@@ -174,13 +174,13 @@ def test_batches_of_a_large_table_are_small_and_not_copied() -> None:
     assert batches[1][1]["n"].buffers()[1].address == numbers.buffers()[1].address
 
 
-def test_a_column_is_no_table() -> None:
+def test_a_column_is_not_a_table() -> None:
     with pytest.raises(TypeError, match="has no columns: give a table"):
         open_inputs([pyarrow.chunked_array([["a"]])])[0].columns()
 
 
 @pytest.mark.parametrize("first", ['{\n"prompt": "a"\n}', '{"data": [\n{}]}'])
-def test_an_object_over_several_lines_is_told(tmp_path: Path, first: str) -> None:
+def test_an_object_over_several_lines_is_explained(tmp_path: Path, first: str) -> None:
     path = tmp_path / "one.json"
     path.write_text(first)
     _, refusal = next(iter(open_file(path)))
@@ -196,31 +196,34 @@ def test_archives_are_named(tmp_path: Path) -> None:
     assert "a tar archive" in str(refusal)
 
 
-def test_a_file_named_twice_is_told(tmp_path: Path) -> None:
+def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("{}")
     with pytest.raises(OSError, match="Named twice"):
         open_inputs([path, str(path)])
 
 
-def test_what_is_no_data_is_said() -> None:
+def test_an_input_that_is_not_data_is_refused() -> None:
     splits = datasets.DatasetDict(
         train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS)
     )
     with pytest.raises(TypeError, match="of the splits 'train', 'test': give one of them"):
         open_inputs([splits])
-    with pytest.raises(TypeError, match="a list is no data: give paths, '-' for stdin"):
+    with pytest.raises(TypeError, match="a list is not data: give paths, '-' for stdin"):
         open_inputs([ROWS])
 
 
 @pytest.mark.parametrize("kind", ENCODE)
-def test_cut_files_are_never_taken_for_whole_ones(tmp_path: Path, kind: str) -> None:
+def test_truncated_files_are_always_detected(tmp_path: Path, kind: str) -> None:
     content = ENCODE[kind](ROWS[:3])
     path = tmp_path / f"cut.{kind}"
     for length in range(1, len(content) - 1):
         path.write_bytes(content[:length])
         found = codes(open_file(path))
-        if kind in ("jsonl", "csv"):  # a cut between records, or in the last bare cell, is not seen
+        if kind in (
+            "jsonl",
+            "csv",
+        ):  # truncation between records, or in the last unquoted cell, cannot be detected
             rows = len(values(open_file(path))) - len(found)
             assert found or rows < 3 or length > len(content) - 5, length
         else:
@@ -229,7 +232,7 @@ def test_cut_files_are_never_taken_for_whole_ones(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("pack", [".gz", ".zst"])
-def test_packed_files_of_several_members(tmp_path: Path, pack: str) -> None:
+def test_compressed_files_of_several_members(tmp_path: Path, pack: str) -> None:
     content = json_lines(ROWS)
     path = tmp_path / f"data.jsonl{pack}"
     path.write_bytes(b"".join(PACK[pack](content[i : i + 50]) for i in range(0, len(content), 50)))
@@ -241,7 +244,7 @@ def test_packed_files_of_several_members(tmp_path: Path, pack: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_damaged_tables_say_so_in_one_sentence(tmp_path: Path, kind: str) -> None:
+def test_damaged_tables_are_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, "", ROWS)
     content = bytearray(path.read_bytes())
     content[5 if kind == "arrows" else 0] ^= 0xFF
@@ -267,7 +270,7 @@ def test_batches_of_damaged_and_empty_tables_are_refusals(tmp_path: Path) -> Non
     assert codes(open_file(empty)) == ["E106"]
 
 
-def test_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_two_columns_with_one_name(tmp_path: Path) -> None:
     (opened,) = open_inputs([pyarrow.table([[1], [2]], names=["a", "a"])])
     assert codes(opened) == ["E113"]
     path = tmp_path / "twice.csv"
@@ -285,7 +288,7 @@ def test_rows_that_are_too_long(tmp_path: Path, kind: str) -> None:
     assert [getattr(batch, "code", None) for _, batch in batches] == [None, "E107", None]
 
 
-def test_text_that_is_no_utf8_in_a_table() -> None:
+def test_invalid_utf8_in_a_table() -> None:
     text = pyarrow.Array.from_buffers(
         pyarrow.string(), 3, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"),
                               pyarrow.py_buffer(b"a\xffb")]
@@ -395,7 +398,7 @@ def test_csv(tmp_path: Path, text: str | bytes, expected: list[tuple[int, Any]])
         (gzip.compress(parquet(ROWS), mtime=0), "data.parquet.gz", "E112"),
     ],
 )
-def test_containers_are_told_by_content(
+def test_containers_are_detected_from_content(
     tmp_path: Path, content: bytes, name: str, expected: Any
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -417,7 +420,7 @@ def test_folders_are_their_data_files_in_order(tmp_path: Path) -> None:
     assert opened.inputs == [0, 0, 0, 1]
     assert len(opened.left_out) == 5
     (folder / "weights.bin").write_bytes(b"")
-    with pytest.raises(OSError, match=r"no known kind \(weights\.bin\); name those to read"):
+    with pytest.raises(OSError, match=r"unknown type \(weights\.bin\); name the files to read"):
         open_inputs([folder])
 
 
@@ -459,7 +462,7 @@ def test_named_pipes_are_read_once(tmp_path: Path, kind: str) -> None:
         list(opened)
 
 
-def test_pyarrow_is_asked_for_only_where_it_is_needed(
+def test_pyarrow_is_imported_only_where_it_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed, table = write(tmp_path, "jsonl", ".zst", ROWS), write(tmp_path, "parquet", "", ROWS)
@@ -491,13 +494,13 @@ def test_an_object_that_holds_the_rows_is_read(
     next(iterator)
     mark = opened.mark()
     (again,) = open_inputs([path])
-    again.go_on(mark)
+    again.resume_from(mark)
     assert [row for _, row in again] == rows[1:]
 
 
 @pytest.mark.parametrize("padding", [0, 10_000], ids=["short", "beyond the head"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_rows_that_begin_like_such_an_object_stay_rows(
+def test_rows_that_begin_like_such_an_object_are_still_rows(
     tmp_path: Path, count: int, padding: int
 ) -> None:
     row = {
