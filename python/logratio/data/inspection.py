@@ -311,7 +311,7 @@ def _file(
     refusals += [group for group in encoded if isinstance(group, Refusal)]
 
     def by(one: Decoded) -> Iterator[str]:
-        if tokenizer and tokenizer.passes_template_by and not one.is_chat:
+        if tokenizer and tokenizer.bypasses_template and not one.is_chat:
             yield "W518"
 
     unread = dict.fromkeys(key for one in decoded for key in one.extra_keys)

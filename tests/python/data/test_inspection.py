@@ -57,7 +57,7 @@ def test_known_file(write: Callable[..., Path]) -> None:
     assert shown.startswith(f"{path.as_posix()}\n  container  JSON lines, 2 rows looked at\n")
     for line in (
         "  format     trl\n",
-        "  why        `prompt`, `chosen`, `rejected` are strings: plain text, read as it stands\n",
+        "  why        `prompt`, `chosen`, `rejected` are strings: plain text, read unchanged\n",
         "  becomes    chosen, rejected: plain text",
         "  read       prompt, chosen, rejected\n",
         "  not read   id\n",
@@ -99,7 +99,7 @@ def test_broken_and_mixed_rows_are_named(write: Callable[..., Path]) -> None:
 def test_file_without_a_row(write: Callable[..., Path]) -> None:
     found = look(write([""]))
     assert (found.rows, found.is_known, found.example) == (0, False, None)
-    assert found.detection.reason == "there is no row to look at"
+    assert found.detection.reason == "no rows to inspect"
 
 
 def test_only_the_first_rows_are_read(write: Callable[..., Path]) -> None:

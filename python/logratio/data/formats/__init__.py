@@ -1,6 +1,6 @@
-"""Rows to records: every known format of preference data, detected or refused.
+"""Convert rows to records: the known formats of preference data, detected row by row.
 
-`Decoder` reads a row at a time; `detect` says of some rows what they are and why.
+`Decoder` reads one row at a time; `detect` reports the format of some rows and the reason.
 """
 
 from logratio.data.formats.catalogue import FORMATS, INSPECT, KNOWN_SHAPES, Format, near_formats

@@ -1,4 +1,4 @@
-"""Every format by name: what it is, which keys it needs, how it is told."""
+"""The known formats: name, description and required keys."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from logratio.data.formats.prompts import HISTORY, MAINS, SYSTEM, TOOLS
 
 Need = tuple[str, ...]
-"""Names of which a row has one."""
+"""Alternative names, one of which a row must have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +14,11 @@ class Format:
     """A known format.
 
     Attributes:
-        name: What ``format=`` and ``--format`` call it.
-        title: What it is, and why a row is taken for it.
-        needs: Names that a row must have; one of each.
-        family: Which reader takes it.
-        demonstrates: Whether it is read for demonstrations only.
+        name: Value of ``format=`` and ``--format``.
+        title: Description, printed as the reason for a detection.
+        needs: Required names; one of each tuple.
+        family: Name of the reader in `families`.
+        demonstrates: Whether it is read only for demonstrations (SFT).
     """
 
     name: str
@@ -41,14 +41,14 @@ VALUES = ("ranks", "rank", "scores", "score", "rewards", "reward")
 
 
 def _marked(stems: str, marks: str) -> Need:
-    """List the names of one of two answers: ``answer_0``, ``answer_1``, and so on."""
+    """List every stem with every mark: ``answer_0``, ``answer_1``, and so on."""
     return tuple(f"{stem}_{mark}" for stem in stems.split() for mark in marks.split())
 
 
 CATALOGUE = (
     Format(
         "trl",
-        "`prompt`, `chosen`, `rejected` are strings: plain text, read as it stands",
+        "`prompt`, `chosen`, `rejected` are strings: plain text, read unchanged",
         (("prompt",), _C, _R),
         "pairs",
     ),
@@ -60,26 +60,26 @@ CATALOGUE = (
     ),
     Format(
         "trl-chat-implicit",
-        "`chosen` and `rejected` are whole chats, and what they share is the prompt",
+        "`chosen` and `rejected` are whole chats, and their common beginning is the prompt",
         (_C, _R),
         "pairs",
     ),
     Format(
         "hh",
         "`chosen` and `rejected` are Anthropic-HH transcripts with '\\n\\nHuman:' and "
-        "'\\n\\nAssistant:', and the turns that they share are the prompt",
+        "'\\n\\nAssistant:', and their common turns are the prompt",
         (_C, _R),
         "pairs",
     ),
     Format(
         "ultrafeedback",
-        "`chosen` and `rejected` are whole chats, and `prompt` repeats a user's turn of theirs",
+        "`chosen` and `rejected` are whole chats, and `prompt` repeats one of their user turns",
         (("prompt",), _C, _R),
         "pairs",
     ),
     Format(
         "orca",
-        "a question under `question`, `input` or `query`, or a `prompt` beside a `system` prompt "
+        "a question under `question`, `input` or `query`, or a `prompt` with a `system` prompt "
         "or a `history`: messages",
         (("question", "input", "query", "system"), _C, _R),
         "pairs",
@@ -107,7 +107,7 @@ CATALOGUE = (
     ),
     Format(
         "nemo-aligner",
-        "`chosen_response` and `rejected_response` to a `prompt` that is read as it stands",
+        "`chosen_response` and `rejected_response` to a `prompt` that is read unchanged",
         (("prompt",), ("chosen_response",), ("rejected_response",)),
         "pairs",
     ),
@@ -125,14 +125,14 @@ CATALOGUE = (
     ),
     Format(
         "llamafactory-v1",
-        "`chosen_messages` and `rejected_messages` are whole chats with a weight a turn",
+        "`chosen_messages` and `rejected_messages` are whole chats with a weight per turn",
         (("chosen_messages",), ("rejected_messages",)),
         "pairs",
     ),
     Format(
         "ms-swift",
         "`messages` ends with the better answer, and `rejected_response` or `rejected_messages` "
-        "stands against it (or `response` against `rejected_response`)",
+        "is the worse one (or `response` and `rejected_response`)",
         (("messages", "response"), ("rejected_response", "rejected_messages")),
         "swift",
     ),
@@ -183,7 +183,7 @@ CATALOGUE = (
     ),
     Format(
         "ab",
-        "two outputs, and a label whose meaning was told",
+        "two outputs, and a label explained by `--label`",
         (
             _QUESTION,
             ("output_1", "response_1", "response_a", "response_A"),
@@ -225,7 +225,7 @@ CATALOGUE = (
     ),
     Format(
         "best-of-k",
-        "PPE's best of k: `response_1`, `response_2` … and `scores`, true where one is right",
+        "PPE's best of k: `response_1`, `response_2` … and `scores`, true for right answers",
         (("prompt",), ("response_1",), ("response_2",), ("scores",)),
         "rated",
     ),
@@ -237,38 +237,38 @@ CATALOGUE = (
     ),
     Format(
         "kto",
-        "one completion with a thumb: `label` is true where it is good",
+        "one completion with a boolean label: `label` is true if it is good",
         (_QUESTION, COMPLETIONS, THUMBS),
         "unpaired",
     ),
     Format(
         "kto-chat",
-        "a whole chat with a thumb: `label` is true where its last answer is good",
+        "a whole chat with a boolean label: `label` is true if its last answer is good",
         (("messages", "conversations"), THUMBS),
         "unpaired",
     ),
     Format(
         "step-dpo",
-        "`initial_reason_steps` are right and do not count; one good and one bad step follow",
+        "`initial_reason_steps` are right and not trained; one good and one bad step follow",
         (_ASKED, ("initial_reason_steps",), _C, _R),
         "steps",
     ),
     Format(
         "prmbench",
-        "`chosen` and `rejected` are lists of steps, alike up to `first_diff`; those two count",
+        "`chosen` and `rejected` are lists of steps, equal up to `first_diff`, which is compared",
         (_ASKED, _C, _R, ("first_diff", "error_steps")),
         "steps",
     ),
     Format(
         "step-list",
-        "`initial_reason_steps` are right and do not count; `completions` with a score each could "
-        "be the next step",
+        "`initial_reason_steps` are right and not trained; `completions` are possible next "
+        "steps with a score each",
         (_ASKED, ("initial_reason_steps",), LISTED, ("score", "scores", "rank", "ranks")),
         "steps",
     ),
     Format(
         "ids",
-        "token ids that need no tokenizer",
+        "token ids, which need no tokenizer",
         (("prompt_ids",), ("chosen_ids",), ("rejected_ids",)),
         "ids",
     ),
@@ -289,7 +289,7 @@ CATALOGUE = (
     ),
     Format(
         "chat",
-        "`messages` or `conversations` is a chat whose answers are to be imitated",
+        "`messages` or `conversations` is a chat whose answers are imitated",
         (("messages", "conversations"),),
         "demonstrations",
         True,
@@ -298,33 +298,33 @@ CATALOGUE = (
 
 FORMATS = {known.name: known for known in CATALOGUE}
 STEPS = frozenset(known.name for known in CATALOGUE if known.family == "steps")
-"""Formats whose answers are single steps, which no token ends."""
+"""Formats whose answers are single steps, without EOS."""
 KNOWN_NAMES = frozenset(
     {name for known in CATALOGUE for need in known.needs for name in need}
     | {*MAINS, *SYSTEM, HISTORY, TOOLS, *LABELS, *THUMBS}
 )
-"""Names that formats read, for which ``columns`` may give a key of the data."""
+"""Names that formats read; ``columns`` may map each to a key of the data."""
 
-INSPECT = "`logratio data inspect FILE` says what a file is, and what it lacks"
+INSPECT = "`logratio data inspect FILE` shows the format of a file, and the keys that it lacks"
 KNOWN_SHAPES = f"known formats: {', '.join(known.name for known in CATALOGUE)}; {INSPECT}"
 
 
 def names_of_formats() -> list[str]:
-    """Return the name of every format."""
+    """Return the names of all formats."""
     return list(FORMATS)
 
 
-_NAMED = 3  # of the names that would do
+_NAMED = 3  # most alternatives that a message lists
 
 
 def near_formats(names: Sequence[str]) -> Iterator[tuple[Format, tuple[str, ...]]]:
-    """Find formats of preferences of which some keys are there, those that lack least first.
+    """Find preference formats of which a row has some of the keys, best match first.
 
     Args:
-        names: The names that a row has.
+        names: The names that the row has.
 
     Yields:
-        Each with what it lacks; alternatives are joined by " or ".
+        A format and its missing names; alternatives are joined by " or ".
     """
     there = set(names)
     near = []

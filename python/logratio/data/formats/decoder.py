@@ -1,4 +1,4 @@
-"""Rows to records, one row at a time, and which format some rows of a file have."""
+"""Decode rows to records one at a time, and detect the format of some rows."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 from logratio.data import conversations
 from logratio.data.formats.catalogue import FORMATS, near_formats
-from logratio.data.formats.families import SAID, holds_ids, read_row
-from logratio.data.formats.labelled import untold
+from logratio.data.formats.families import KNOWN_KEYS, holds_ids, read_row
+from logratio.data.formats.labelled import explain_unknown_label
 from logratio.data.formats.lists import MOST
 from logratio.data.formats.prompts import check_unread
-from logratio.data.formats.responses import Meaning
-from logratio.data.formats.row import FLAGS, View
+from logratio.data.formats.responses import ParsedRow
+from logratio.data.formats.row import FLAGS, RowView
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.layouts import advice
 from logratio.data.readers.rows import Row
@@ -28,119 +28,127 @@ from logratio.data.records import (
     Source,
 )
 
-Chosen = tuple[list[PreferenceRecord], list[str]]
-"""Records, and the codes of what was left out of them."""
+RecordsAndOmissions = tuple[list[PreferenceRecord], list[str]]
+"""Records, and the codes of the omitted ones."""
 
 
-def records_of(meaning: Meaning, source: Source, settings: FormatSettings) -> Chosen:
-    """Make a row's records.
+def records_of(
+    parsed_row: ParsedRow, source: Source, settings: FormatSettings
+) -> RecordsAndOmissions:
+    """Convert a parsed row to records.
 
     Raises:
-        InvalidRecordError: R301, R302, R310 where nothing is left of it, E206 where unpaired
-            feedback would have to be imitated.
+        InvalidRecordError: R301, R302 or R310 if no record is left, E206 for unpaired feedback
+            among demonstrations.
     """
     if settings.demonstrations:
-        return [_demonstration(meaning, source)], []
-    if meaning.kind != "group":
-        for completion in meaning.completions:
+        return [_demonstration(parsed_row, source)], []
+    if parsed_row.kind != "group":
+        for completion in parsed_row.completions:
             _check_not_empty(completion)
-        if meaning.kind == "pair":
-            _check_different(*meaning.completions)
-        return [_record(meaning, meaning.completions, source)], []
-    if len(meaning.values) == 1:
+        if parsed_row.kind == "pair":
+            _check_different(*parsed_row.completions)
+        return [_record(parsed_row, parsed_row.completions, source)], []
+    if len(parsed_row.values) == 1:
         reason = "the list has one answer, and nothing to compare it with"
         raise InvalidRecordError("R310", reason)
     if settings.lists == "groups":
-        return _group(meaning, source)
+        return _group(parsed_row, source)
     if settings.lists == "best_worst":
-        values = meaning.values
+        values = parsed_row.values
         best, worst = values.index(max(values)), values.index(min(values))
-        return _pairs(meaning, source, [(best, worst)])
-    if len(meaning.values) > MOST:
-        reason = f"a list of {len(meaning.values):,} answers makes too many pairs (most: {MOST})"
-        raise InvalidRecordError("E212", f"{reason}: take --lists best_worst or groups")
-    places: Iterable[tuple[int, int]] = combinations(range(len(meaning.values)), 2)
-    if meaning.is_sided:
-        places = ((a, b) for a, b in places if meaning.values[a] != meaning.values[b])
-    return _pairs(meaning, source, list(places))
+        return _pairs(parsed_row, source, [(best, worst)])
+    if len(parsed_row.values) > MOST:
+        reason = f"a list of {len(parsed_row.values):,} answers makes too many pairs (most: {MOST})"
+        raise InvalidRecordError("E212", f"{reason}: use --lists best_worst or groups")
+    places: Iterable[tuple[int, int]] = combinations(range(len(parsed_row.values)), 2)
+    if parsed_row.is_binary:
+        places = ((a, b) for a, b in places if parsed_row.values[a] != parsed_row.values[b])
+    return _pairs(parsed_row, source, list(places))
 
 
 def is_empty(completion: Completion) -> bool:
-    """Say whether a completion has no words that count."""
+    """Return whether the trained part of a completion has no words."""
     answer = completion.answer
     words = answer if isinstance(answer, str) else conversations.words(answer)
     return not words.strip()
 
 
 def _record(
-    meaning: Meaning, completions: Sequence[Completion], source: Source
+    parsed_row: ParsedRow, completions: Sequence[Completion], source: Source
 ) -> PreferenceRecord:
-    return PreferenceRecord(meaning.prompt, tuple(completions), source, meaning.tools, meaning.ends)
+    return PreferenceRecord(
+        parsed_row.prompt, tuple(completions), source, parsed_row.tools, parsed_row.ends
+    )
 
 
-def _demonstration(meaning: Meaning, source: Source) -> PreferenceRecord:
-    if meaning.kind == "unpaired":
-        raise InvalidRecordError("E206", "a labelled row is no demonstration")
-    best = meaning.values.index(max(meaning.values)) if meaning.values else 0
-    best_one = meaning.completions[best]
+def _demonstration(parsed_row: ParsedRow, source: Source) -> PreferenceRecord:
+    if parsed_row.kind == "unpaired":
+        raise InvalidRecordError("E206", "a row with a label is not a demonstration")
+    best = parsed_row.values.index(max(parsed_row.values)) if parsed_row.values else 0
+    best_one = parsed_row.completions[best]
     completion = Completion(DEMONSTRATION, best_one.answer, best_one.context)
     _check_not_empty(completion)
-    return _record(meaning, [completion], source)
+    return _record(parsed_row, [completion], source)
 
 
-def _pairs(meaning: Meaning, source: Source, places: Sequence[tuple[int, int]]) -> Chosen:
-    """Make a pair of each two places whose values differ."""
+def _pairs(
+    parsed_row: ParsedRow, source: Source, places: Sequence[tuple[int, int]]
+) -> RecordsAndOmissions:
+    """Build a pair from each two places whose values differ."""
     records, left_out = [], []
     for first, second in places:
-        gap = meaning.values[first] - meaning.values[second]
+        gap = parsed_row.values[first] - parsed_row.values[second]
         better, worse = (first, second) if gap > 0 else (second, first)
         sides = [
-            Completion(role, meaning.completions[place].answer, meaning.completions[place].context)
+            Completion(
+                role, parsed_row.completions[place].answer, parsed_row.completions[place].context
+            )
             for role, place in ((CHOSEN, better), (REJECTED, worse))
         ]
         fault = "R310" if gap == 0 else next(_faults(sides), None)
         if fault:
             left_out.append(fault)
         else:
-            records.append(_record(meaning, sides, source))
+            records.append(_record(parsed_row, sides, source))
     return _some(records, left_out)
 
 
 def _faults(sides: Sequence[Completion]) -> Iterator[str]:
     if any(map(is_empty, sides)):
         yield "R301"
-    if _said(sides[0]) == _said(sides[1]):
+    if _content(sides[0]) == _content(sides[1]):
         yield "R302"
 
 
-def _group(meaning: Meaning, source: Source) -> Chosen:
-    """Make one group, best first; empty and repeated completions are left out."""
-    order = sorted(range(len(meaning.values)), key=lambda place: -meaning.values[place])
+def _group(parsed_row: ParsedRow, source: Source) -> RecordsAndOmissions:
+    """Build one group, best first, without empty and repeated completions."""
+    order = sorted(range(len(parsed_row.values)), key=lambda place: -parsed_row.values[place])
     kept: list[int] = []
     left_out = []
-    said = []
+    contents = []
     for place in order:
-        completion = meaning.completions[place]
+        completion = parsed_row.completions[place]
         if is_empty(completion):
             left_out.append("R301")
-        elif _said(completion) in said:
+        elif _content(completion) in contents:
             left_out.append("R302")
         else:
             kept.append(place)
-            said.append(_said(completion))
-    values = tuple(meaning.values[place] for place in kept)
+            contents.append(_content(completion))
+    values = tuple(parsed_row.values[place] for place in kept)
     if len(set(values)) < 2:
         return _some([], left_out or ["R310"])
-    completions = tuple(meaning.completions[place] for place in kept)
+    completions = tuple(parsed_row.completions[place] for place in kept)
     assert all(completion.role == CANDIDATE for completion in completions)
     record = PreferenceRecord(
-        meaning.prompt, completions, source, meaning.tools, meaning.ends, values
+        parsed_row.prompt, completions, source, parsed_row.tools, parsed_row.ends, values
     )
     return [record], left_out
 
 
-def _some(records: list[PreferenceRecord], left_out: list[str]) -> Chosen:
-    """Refuse a row of which nothing is left, for its most common reason."""
+def _some(records: list[PreferenceRecord], left_out: list[str]) -> RecordsAndOmissions:
+    """Refuse a row without any record, for its most common reason."""
     if records:
         return records, left_out
     reasons = {
@@ -152,7 +160,7 @@ def _some(records: list[PreferenceRecord], left_out: list[str]) -> Chosen:
     raise InvalidRecordError(code, reasons[code])
 
 
-def _said(completion: Completion) -> tuple[object, object]:
+def _content(completion: Completion) -> tuple[object, object]:
     answer = completion.answer
     return completion.context, answer if isinstance(answer, str) else conversations.ended(answer)
 
@@ -163,11 +171,11 @@ def _check_not_empty(completion: Completion) -> None:
 
 
 def _check_different(chosen: Completion, rejected: Completion) -> None:
-    if _said(chosen) == _said(rejected):
+    if _content(chosen) == _content(rejected):
         raise InvalidRecordError("R302", "the chosen and the rejected completion are identical")
 
 
-_CALLED: Mapping[Kind, str] = {
+_KIND_NAMES: Mapping[Kind, str] = {
     "pair": "a preference pair",
     "unpaired": "unpaired feedback",
     "group": "a ranked list",
@@ -182,12 +190,12 @@ class Decoded:
     """A row as records.
 
     Attributes:
-        records: What it says; one, but for a ranked list that became pairs. At least one.
+        records: One record, or several pairs of a ranked list. Empty only for token ids.
         format: The name of its format.
         extra_keys: Keys that were not read.
-        left_out: For each pair of a list that was not made, or completion that was not taken, the
-            code of the reason: R310 for a tie, R301, R302.
-        warnings: Codes of what is kept and counted of the row.
+        left_out: A code for each pair of a list, or completion, that was left out: R310 for a tie,
+            R301, R302.
+        warnings: Codes of the row's warnings.
     """
 
     records: tuple[PreferenceRecord, ...]
@@ -198,19 +206,24 @@ class Decoded:
 
     @property
     def is_chat(self) -> bool:
-        """Whether a chat template writes the records."""
+        """Whether a chat template renders the records."""
         return any(record.is_chat for record in self.records)
 
 
 class Decoder:
-    """Reads rows of any known format, each as what it is.
+    """Decodes rows of any known format, each in its own format.
 
-    It remembers what the first row of each file was: one file says one kind of thing (pairs,
-    unpaired feedback, lists) and its prompts are of one kind, while its rows may have different
-    formats.
+    It remembers the first row of each file: all rows of a file must be of one kind (pairs, unpaired
+    feedback, lists) and have prompts of one kind (text or chat), but their formats may differ.
 
     Attributes:
-        settings: What was said about the data.
+        settings: How to read the data.
+
+    Example:
+        >>> row = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+        >>> decoded = Decoder().decode(row, Source("pairs.jsonl", 1))
+        >>> decoded.format, len(decoded.records)
+        ('trl', 1)
     """
 
     def __init__(self, settings: FormatSettings | None = None) -> None:
@@ -219,7 +232,7 @@ class Decoder:
         self._plain: dict[str, tuple[bool, Source]] = {}
         self._spelled: dict[str, tuple[bool, Source]] = {}
         kinds, lists = self.settings.kinds, self.settings.lists
-        told = replace(
+        others = replace(
             self.settings,
             kinds=None,
             strings=None,
@@ -228,64 +241,73 @@ class Decoder:
             rows=None,
             group_by=None,
         )
-        self._is_untold = told == FormatSettings(lists=lists) and (not kinds or "pair" in kinds)
+        self._reads_by_default = others == FormatSettings(lists=lists) and (
+            not kinds or "pair" in kinds
+        )
 
     def decode(self, row: Row, source: Source) -> Decoded:
-        """Read a row.
+        """Decode a row.
 
         Args:
-            row: The JSON object of one line.
+            row: The row, as the JSON object of one line.
             source: Its file and line.
 
+        Returns:
+            Its records, its format and its warnings.
+
         Raises:
-            InvalidRecordError: E2xx where the format is unknown or broken, E403 where roles do not
-                fit, R301, R302 and R310 where the content is of no use.
+            InvalidRecordError: E2xx if the format is unknown or malformed, E403 if the roles of
+                turns make no prompt and answer, R301, R302 or R310 for unusable content.
         """
         settings = self.settings
-        view = View(row, settings.columns, settings.strings)
-        meaning = read_row(view, settings)
+        view = RowView(row, settings.columns, settings.strings)
+        parsed_row = read_row(view, settings)
         check_unread(view)
-        self._check_kind(meaning, source)
+        self._check_kind(parsed_row, source)
         if view.is_plain is not None:
             self._check_plain(view.is_plain, source)
         spelled = ("W522",) if self._is_spelled(view, source) else ()
-        warnings = (*spelled, *meaning.warnings)
+        warnings = (*spelled, *parsed_row.warnings)
         try:
-            records, left_out = records_of(meaning, source, settings)
+            records, left_out = records_of(parsed_row, source, settings)
         except InvalidRecordError as error:
-            error.format = meaning.format
+            error.format = parsed_row.format
             raise
         extra = view.extra_keys()
-        return Decoded(tuple(records), meaning.format, extra, tuple(left_out), warnings)
+        return Decoded(tuple(records), parsed_row.format, extra, tuple(left_out), warnings)
 
     def holds_pairs_of_text(self, file: str, names: Iterable[str]) -> bool:
-        """Say what rows of a file can only be, if their prompt, chosen and rejected are strings.
+        """Return whether rows of strings in a file must be plain text pairs.
+
+        This allows reading their columns directly, without decoding each row.
 
         Args:
-            file: The name of their container.
-            names: All their keys.
+            file: The name of the container.
+            names: All keys of its rows.
 
         Returns:
-            Whether these are a pair of plain text and nothing else is read of them. Only known
-            once a row of the file was decoded.
+            Whether `prompt`, `chosen` and `rejected`, if strings, are a pair of plain text and no
+            other key is read. False until a row of the file has been decoded.
         """
         return (
-            self._is_untold
+            self._reads_by_default
             and self._first.get(file, _NOTHING)[0] == "pair"
             and self._plain.get(file, _NOTHING)[0] is True
-            and SAID.intersection(names) == _TEXTS
+            and KNOWN_KEYS.intersection(names) == _TEXTS
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what it remembers of each file's first row, as JSON values."""
+        """Return the state of each file's first row, as JSON values."""
         return {
             "first": {file: (kind, at.line) for file, (kind, at) in self._first.items()},
             "plain": {file: (is_plain, at.line) for file, (is_plain, at) in self._plain.items()},
-            "spelled": {file: (said, at.line) for file, (said, at) in self._spelled.items()},
+            "spelled": {
+                file: (contents, at.line) for file, (contents, at) in self._spelled.items()
+            },
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state` returned."""
+        """Restore a result of `state`."""
         memories: dict[str, dict[str, Any]] = {
             "first": self._first,
             "plain": self._plain,
@@ -293,49 +315,53 @@ class Decoder:
         }
         for name, memory in memories.items():
             values = state.get(name, {})
-            memory.update({file: (said, Source(file, at)) for file, (said, at) in values.items()})
+            memory.update(
+                {file: (contents, Source(file, at)) for file, (contents, at) in values.items()}
+            )
 
-    def _check_kind(self, meaning: Meaning, source: Source) -> None:
-        """Refuse what is not wanted, and what the file's first row was not."""
+    def _check_kind(self, parsed_row: ParsedRow, source: Source) -> None:
+        """Refuse a kind that the settings exclude or that differs from the file's first row."""
         if self.settings.demonstrations:
             return
-        kind: Kind = "pair" if self._makes_pairs(meaning) else meaning.kind
+        kind: Kind = "pair" if self._makes_pairs(parsed_row) else parsed_row.kind
         wanted = self.settings.kinds
         if wanted is not None and kind not in wanted:
-            names = " or ".join(_CALLED[name] for name in wanted)
-            raise InvalidRecordError("E206", f"the row is {_CALLED[kind]}, and {names} is wanted")
+            names = " or ".join(_KIND_NAMES[name] for name in wanted)
+            raise InvalidRecordError(
+                "E206", f"the row is {_KIND_NAMES[kind]}, but {names} is expected"
+            )
         first, place = self._first.setdefault(source.file, (kind, source))
         if kind != first:
-            reason = f"the row is {_CALLED[kind]}, and {place} is {_CALLED[first]}"
-            raise InvalidRecordError("E204", f"{reason}: put them into files of their own")
+            reason = f"the row is {_KIND_NAMES[kind]}, but {place} is {_KIND_NAMES[first]}"
+            raise InvalidRecordError("E204", f"{reason}: put them into separate files")
 
     def _check_plain(self, is_plain: bool, source: Source) -> None:
-        """Refuse prompts that are plain text in one row and a user's turn in another."""
+        """Refuse prompts that are plain text in one row and a user turn in another."""
         first, place = self._plain.setdefault(source.file, (is_plain, source))
         if is_plain != first:
-            names = "plain text", "messages, for a system prompt or a history stands beside it"
+            names = "plain text", "messages, because the row has a system prompt or a history"
             this, that = names if is_plain else reversed(names)
-            reason = f"the prompt is {this}, and that of {place} is {that}"
+            reason = f"the prompt is {this}, but that of {place} is {that}"
             raise InvalidRecordError("E204", f"{reason}: give every row the same keys")
 
-    def _is_spelled(self, view: View, source: Source) -> bool:
-        """Say whether strings spelled a row's chats; refuse a file where others were text."""
+    def _is_spelled(self, view: RowView, source: Source) -> bool:
+        """Return whether a row's chats were strings; refuse a file that mixes them with text."""
         if view.is_spelled is None or self.settings.strings:
             return False
         first, place = self._spelled.setdefault(source.file, (view.is_spelled, source))
         if view.is_spelled != first:
             names = "text", "lists of messages that were written as text"
             this, that = reversed(names) if view.is_spelled else names
-            reason = f"the row's strings are {this}, and those of {place} are {that}"
+            reason = f"the row's strings are {this}, but those of {place} are {that}"
             raise InvalidRecordError("E215", f"{reason}: {FLAGS}")
         return first
 
-    def _makes_pairs(self, meaning: Meaning) -> bool:
-        return meaning.kind == "group" and self.settings.lists != "groups"
+    def _makes_pairs(self, parsed_row: ParsedRow) -> bool:
+        return parsed_row.kind == "group" and self.settings.lists != "groups"
 
 
 Result = Decoded | InvalidRecordError
-"""A row that was tried."""
+"""The result of `try_row`."""
 
 _SAMPLE = "these rows"
 _UNKNOWN = {"E201", "E206"}
@@ -344,14 +370,14 @@ _NEAR = 3
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """What rows are.
+    """The format of some rows.
 
     Attributes:
-        format: The format of all rows that were read; None where there are several, or none.
-        reason: Why, or why not, in a sentence.
-        counts: How many rows have each format.
-        refused: How many rows were refused for each reason, as ``[CODE] text``.
-        near: Where no row is known: formats of which some keys are there, and what they lack.
+        format: The format of all rows that were read. None: several formats, or none.
+        reason: A sentence that explains the result.
+        counts: Number of rows per format.
+        refused: Number of refused rows per reason, as ``[CODE] text``.
+        near: If no row was recognised: similar formats, with the keys that the rows lack.
     """
 
     format: str | None
@@ -362,11 +388,14 @@ class Detection:
 
 
 def detect(rows: Sequence[Row], settings: FormatSettings | None = None) -> Detection:
-    """Say what rows are.
+    """Detect the format of some rows.
 
     Args:
         rows: Some rows of one file.
-        settings: What was said about them.
+        settings: How to read them. None: the defaults.
+
+    Returns:
+        The format, the reason, and the counts.
     """
     decoder = Decoder(settings)
     results = [try_row(decoder, row, Source(_SAMPLE, line)) for line, row in enumerate(rows, 1)]
@@ -374,8 +403,8 @@ def detect(rows: Sequence[Row], settings: FormatSettings | None = None) -> Detec
 
 
 def try_row(decoder: Decoder, row: Row, source: Source) -> Result:
-    """Decode a row, or say why not; a row of token ids is known, and has no record of text."""
-    view = View(row, decoder.settings.columns)
+    """Decode a row, or return its error. A row of token ids is recognised, without any record."""
+    view = RowView(row, decoder.settings.columns)
     if holds_ids(view):
         read = {view.key(name) for (name,) in FORMATS["ids"].needs}
         return Decoded((), "ids", tuple(key for key in row if key not in read))
@@ -388,34 +417,34 @@ def try_row(decoder: Decoder, row: Row, source: Source) -> Result:
 def summarize(
     rows: Sequence[Row], results: Sequence[Result], settings: FormatSettings
 ) -> Detection:
-    """Say what rows are that were tried one by one.
+    """Summarize the results of rows that were tried one by one.
 
     Args:
         rows: The rows.
-        results: What `try_row` made of each.
-        settings: What was said about them.
+        results: The result of `try_row` for each.
+        settings: How they were read.
     """
     counts = Counter(result.format for result in results if isinstance(result, Decoded))
     refused = Counter(str(result) for result in results if isinstance(result, InvalidRecordError))
     name = next(iter(counts)) if len(counts) == 1 else None
     if counts:
-        told = [_why(known, rows, results) for known in counts]
-        return Detection(name, "; ".join(told), counts, refused, {})
-    reason = refused.most_common(1)[0][0] if refused else "there is no row to look at"
+        reasons = [_why(known, rows, results) for known in counts]
+        return Detection(name, "; ".join(reasons), counts, refused, {})
+    reason = refused.most_common(1)[0][0] if refused else "no rows to inspect"
     codes = {result.code for result in results if isinstance(result, InvalidRecordError)}
-    if codes == {"E209"} and (sentence := untold(rows, settings)):
+    if codes == {"E209"} and (sentence := explain_unknown_label(rows, settings)):
         reason = f"[E209] {sentence}"
     return Detection(None, reason, counts, refused, _near(rows) if codes & _UNKNOWN else {})
 
 
 def _why(name: str, rows: Sequence[Row], results: Sequence[Result]) -> str:
-    """Say by which keys a row was taken for a format."""
+    """Return the keys by which rows were recognised, with the description of their format."""
     for row, result in zip(rows, results, strict=True):
         if isinstance(result, Decoded) and result.format == name:
             keys = [f"`{key}`" for key in row if key not in result.extra_keys]
             title = FORMATS[name].title
-            is_told = all(key in title for key in keys)
-            return title if is_told else f"{', '.join(keys)}: {title}"
+            has_all = all(key in title for key in keys)
+            return title if has_all else f"{', '.join(keys)}: {title}"
     return FORMATS[name].title
 
 

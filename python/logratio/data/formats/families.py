@@ -1,4 +1,4 @@
-"""Which format a row has: each family of formats says whether a row is its own."""
+"""Find the format of a row: each family of formats checks whether the row is one of its own."""
 
 import re
 import shlex
@@ -11,31 +11,31 @@ from logratio.data import layouts
 from logratio.data.formats import labelled, lists, pairs, steps, unpaired
 from logratio.data.formats.catalogue import CATALOGUE, FORMATS, KNOWN_NAMES, Need, near_formats
 from logratio.data.formats.prompts import BEFORE
-from logratio.data.formats.responses import Meaning
-from logratio.data.formats.row import View
+from logratio.data.formats.responses import ParsedRow
+from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.rows import Row
 from logratio.data.records import InvalidRecordError
 
-_ALIKE = 0.8  # of two keys, as difflib measures
+_SIMILARITY = 0.8  # least ratio of difflib between two similar keys
 _MARK = re.compile(r"(?:[\W_]|(?<=[a-z]))([0-9]+|[A-Z])$|[\W_]([a-z]|left|right)$")
 _SYNONYMS = {"rating": "score", "ratings": "scores"}
-_MOST = 64  # keys of a row that are compared
+_MOST = 64  # most keys of a row that are compared
 
 Read = Callable[[Row, FormatSettings], object]
 """Reads a row, or raises `InvalidRecordError`."""
 
 
 def renamed(row: Row, settings: FormatSettings, read: Read) -> str:
-    """Say which flag makes a row that was refused one of a known format.
+    """Suggest a ``--columns`` flag that makes a refused row readable.
 
     Args:
         row: The row.
-        settings: Those with which it was refused.
-        read: Tries a row with other settings: a flag is named only where it works.
+        settings: The settings with which it was refused.
+        read: Tries a row with other settings; only a flag that works is suggested.
 
     Returns:
-        The end of a sentence; empty where no key is near enough.
+        The end of a sentence, or "" if no key is similar enough.
     """
     for columns in _near(tuple(key for key, value in row.items() if value is not None)[:_MOST]):
         if columns.keys() & settings.columns.keys():
@@ -45,14 +45,14 @@ def renamed(row: Row, settings: FormatSettings, read: Read) -> str:
         except InvalidRecordError as error:
             if error.code.startswith("E"):
                 continue
-        told = ",".join(f"{name}={key}" for name, key in columns.items())
-        return f"; did you mean --columns {shlex.quote(told)}?"
+        flag = ",".join(f"{name}={key}" for name, key in columns.items())
+        return f"; did you mean --columns {shlex.quote(flag)}?"
     return ""
 
 
 @lru_cache(maxsize=256)
 def _near(keys: tuple[str, ...]) -> Sequence[Mapping[str, str]]:
-    """List the columns with which keys are those of a format, fewest first."""
+    """List the column mappings that turn the keys into those of a format, shortest first."""
     found = []
     for known in CATALOGUE:
         columns = _columns(keys, known.needs)
@@ -62,7 +62,7 @@ def _near(keys: tuple[str, ...]) -> Sequence[Mapping[str, str]]:
 
 
 def _columns(keys: Sequence[str], needs: Sequence[Need]) -> dict[str, str] | None:
-    """Find a key for each name that is missing; None where there is none for one of them."""
+    """Find a similar key for each missing name; None if one of them has none."""
     columns: dict[str, str] = {}
     for need in needs:
         if any(name in keys for name in need):
@@ -79,14 +79,14 @@ def _nearest(name: str, keys: Sequence[str]) -> str | None:
     plain = {_plain(key): key for key in reversed(keys) if _may_mean(name, key)}
     if found := plain.get(_plain(name)):
         return found
-    near = get_close_matches(_plain(name), plain, 1, _ALIKE)
+    near = get_close_matches(_plain(name), plain, 1, _SIMILARITY)
     return plain[near[0]] if near else None
 
 
 def _may_mean(name: str, key: str) -> bool:
-    """Say whether a key and a name have the same mark: `response_a` is not `response_j`.
+    """Return whether a key and a name end in the same mark: `response_a` is not `response_j`.
 
-    The mark says which of two answers is meant, and in some formats which is the better one.
+    The mark distinguishes the two answers, and in some formats the better from the worse one.
     """
     return _mark(name) == _mark(key)
 
@@ -101,45 +101,45 @@ def _plain(key: str) -> str:
     return "".join(words)
 
 
-_RENAMED = ("E201", "E206")  # which another name for a key may mend
+_RENAMED = ("E201", "E206")  # codes that a column mapping may resolve
 _IMITATED = (
-    "the row is an answer to imitate, with nothing to compare it with: train it with --loss sft, "
-    "or add a worse answer under `rejected`, or a thumb under `label`"
+    "the row has an answer to imitate, but nothing to compare it with: train it with --loss sft, "
+    "or add a worse answer under `rejected`, or a boolean under `label`"
 )
 _ALSO = {"steps": ("pairs", "lists"), "several": ("pairs",)}
-"""Families that claim a row, too, if one claims it."""
+"""Families that also match a row of the given family, and yield to it."""
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Formats that one reader takes.
+    """Formats that share a reader.
 
     Attributes:
-        name: What the catalogue calls it.
-        signs: Names of which such a row has one, unless settings tell what its label means.
-        claims: Says whether a row is of this family, from its keys and the types of its values.
-        read: Reads such a row.
+        name: Its name in the catalogue.
+        signs: Names of which such a row has at least one, unless ``--label`` is given.
+        claims: Returns whether a row matches, from its keys and the types of its values.
+        read: Parses such a row.
     """
 
     name: str
     signs: frozenset[str]
-    claims: Callable[[View, FormatSettings], bool]
-    read: Callable[[View, FormatSettings], Meaning]
+    claims: Callable[[RowView, FormatSettings], bool]
+    read: Callable[[RowView, FormatSettings], ParsedRow]
 
 
-def holds_ids(view: View) -> bool:
-    """Say whether a row holds token ids, which no reader of text takes."""
+def holds_ids(view: RowView) -> bool:
+    """Return whether a row holds token ids instead of text."""
     return all(map(view.has, _IDS))
 
 
-def _claims_ids(view: View, settings: FormatSettings) -> bool:
+def _claims_ids(view: RowView, settings: FormatSettings) -> bool:
     return holds_ids(view)
 
 
-def _read_ids(view: View, settings: FormatSettings) -> Meaning:
-    reason = "the row holds token ids, and text or messages are wanted here"
+def _read_ids(view: RowView, settings: FormatSettings) -> ParsedRow:
+    reason = "the row holds token ids, but text or messages are expected here"
     raise InvalidRecordError("E206", reason)
 
 
@@ -159,16 +159,16 @@ _DEMONSTRATIONS = Family(
 )
 _BY_NAME = {family.name: family for family in (*FAMILIES, _DEMONSTRATIONS)}
 
-SAID = KNOWN_NAMES.union(BEFORE, *(family.signs for family in FAMILIES))
-"""Every name that may matter to what a row says."""
+KNOWN_KEYS = KNOWN_NAMES.union(BEFORE, *(family.signs for family in FAMILIES))
+"""Every name that a format may read."""
 
 
-def read_row(view: View, settings: FormatSettings) -> Meaning:
-    """Read a row as what it is, or as what it was said to be.
+def read_row(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse a row in its format, or in the format that the settings name.
 
     Raises:
-        InvalidRecordError: E201 and E206 where it is nothing known, E210 where it is two things,
-            E213 where it is not what it was said to be; whatever else is wrong with it.
+        InvalidRecordError: E201 and E206 if no format matches, E210 if several do, E213 if the row
+            is not of the named format, and every other error in the row.
     """
     try:
         return _read(view, settings)
@@ -180,46 +180,45 @@ def read_row(view: View, settings: FormatSettings) -> Meaning:
 
 
 def _try(row: Row, settings: FormatSettings) -> None:
-    _read(View(row, settings.columns, settings.strings), settings)
+    _read(RowView(row, settings.columns, settings.strings), settings)
 
 
-def _read(view: View, settings: FormatSettings) -> Meaning:
+def _read(view: RowView, settings: FormatSettings) -> ParsedRow:
     if settings.format is None:
         return find_family(view, settings).read(view, settings)
     named = FORMATS[settings.format]
-    meaning = _BY_NAME[named.family].read(view, settings)
-    if meaning.format != named.name:
-        reason = f"the row is {meaning.format!r}, and {named.name!r} is wanted"
+    parsed_row = _BY_NAME[named.family].read(view, settings)
+    if parsed_row.format != named.name:
+        reason = f"the row has the format {parsed_row.format!r}, not {named.name!r}"
         raise InvalidRecordError("E213", reason)
-    return meaning
+    return parsed_row
 
 
-def find_family(view: View, settings: FormatSettings) -> Family:
-    """Find the family that a row is of.
+def find_family(view: RowView, settings: FormatSettings) -> Family:
+    """Find the family whose formats match a row.
 
     Raises:
-        InvalidRecordError: E201 and E206 where there is none, E210 where there are two.
+        InvalidRecordError: E201 and E206 if there is none, E210 if there are several.
     """
-    told = settings.told is not None
+    has_label = settings.parsed_label is not None
     found = [
         family
         for family in FAMILIES
-        if (told or not view.lacks(family.signs)) and family.claims(view, settings)
+        if (has_label or not view.lacks(family.signs)) and family.claims(view, settings)
     ]
     if found and (also := _ALSO.get(found[0].name)):
         found = [family for family in found if family.name not in also]
-    if not found and (labelled.might_claim(view) or (told and labelled.outputs(view))):
-        return _BY_NAME["labelled"]  # which says what is not known of the label
-    if not found and pairs.half(view):
-        return _BY_NAME["pairs"]  # which says what is missing
+    if not found and (labelled.might_claim(view) or (has_label and labelled.outputs(view))):
+        return _BY_NAME["labelled"]  # its reader explains what the label lacks
+    if not found and pairs.partial_pair(view):
+        return _BY_NAME["pairs"]  # its reader names the missing key
     if not found and _DEMONSTRATIONS.claims(view, settings):
         return _DEMONSTRATIONS
     if len(found) > 1:
         names = " and ".join(family.name for family in found)
         raise InvalidRecordError(
             "E210",
-            f"the row holds what makes it one of several families ({names}): say with --format "
-            "NAME what it is",
+            f"the row matches several families of formats ({names}): choose one with --format NAME",
         )
     if not found:
         reason = _IMITATED if unpaired.can_be_imitated(view) else _unknown(view)
@@ -227,15 +226,15 @@ def find_family(view: View, settings: FormatSettings) -> Family:
     return found[0]
 
 
-def _unknown(view: View) -> str:
-    """Say what a row that is nothing known has, and what it lacks."""
+def _unknown(view: RowView) -> str:
+    """Describe the keys of an unknown row, and those that the nearest format needs."""
     if isinstance(view.peek("completions"), list) and isinstance(view.peek("labels"), list):
-        return "one solution with a label a step is no pair: it has nothing to compare with"
+        return "one solution with a label per step is not a pair: it has nothing to compare with"
     names = view.names()
     keys = ", ".join(f"`{name:.40}`" for name in names[:8])
-    told = f"keys {keys}{', …' if len(names) > 8 else ''}" if names else "no keys"
+    listed = f"keys {keys}{', …' if len(names) > 8 else ''}" if names else "no keys"
     near = next(near_formats(names), None)
     if near is None or layouts.advice(view.row):
-        return told
+        return listed
     known, lacking = near
-    return f"{told}; for {known.name!r} it lacks {', '.join(lacking)}"
+    return f"{listed}; for {known.name!r} it lacks {', '.join(lacking)}"

@@ -1,4 +1,4 @@
-"""Two outputs and a label that says which is better: what it means is told, or published."""
+"""Two outputs and a label that names the better one; its meaning is known or given by --label."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from difflib import get_close_matches
 
 from logratio.data.formats.catalogue import LABELS
 from logratio.data.formats.labels import STAR, TIE, Label, Vote, advice, is_set, spelled
-from logratio.data.formats.responses import Answered, Meaning, pair, read_answers, read_turns
-from logratio.data.formats.row import View
+from logratio.data.formats.responses import Answered, ParsedRow, pair, read_answers, read_turns
+from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.rows import Row
 from logratio.data.records import InvalidRecordError
@@ -16,11 +16,11 @@ from logratio.data.records import InvalidRecordError
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A public data set with a label, known by its columns; its card says what the label means.
+    """A public dataset with a label, recognised by its columns; its card defines the label.
 
     Attributes:
-        keys: Columns that such a row has, all of them.
-        label: What the label's values mean.
+        keys: Columns that every such row has.
+        label: The meaning of the label's values.
     """
 
     keys: frozenset[str]
@@ -34,7 +34,7 @@ _ARENA = dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both_bad"), T
 
 
 def _signed(key: str, stem: str) -> Label:
-    """A negative number: the first is better; a positive one: the second."""
+    """Build a label whose negative values favour the first output, positive ones the second."""
     return Label(key, {value: meaning.format(stem) for value, meaning in _SIGNED.items()})
 
 
@@ -69,7 +69,7 @@ PUBLISHED = {
         Label("winner_*", {"model_a": "response_a", "model_b": "response_b", "tie": TIE}),
     ),
 }
-"""Data sets whose label needs no flag."""
+"""Datasets whose label needs no flag."""
 
 SIGNS = frozenset((*LABELS, "human_ref_A", "preference_strength", *_ONE_HOT))
 _OUTPUT = re.compile(r"(?P<stem>.+?)[ _-]?(?P<mark>[12ABab01]|left|right)")
@@ -83,46 +83,46 @@ _NO_OUTPUTS = {
 }
 
 
-def claims(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has two outputs and a label."""
-    if _speaks_of(view, settings.told) or published(view):
+def claims(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has two outputs and a label with a usual name."""
+    if _applies_to(view, settings.parsed_label) or published(view):
         return True
     return bool(_named_label(view)) and bool(outputs(view))
 
 
-def might_claim(view: View) -> bool:
-    """Say whether a row that no family claims has two outputs and some label, whatever its name."""
+def might_claim(view: RowView) -> bool:
+    """Return whether a row has two outputs and a label of any name; asked if no family matches."""
     return bool(outputs(view)) and bool(_label(view))
 
 
-def read(view: View, settings: FormatSettings) -> Meaning:
-    """Read the two outputs, the better one first.
+def read(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse the two outputs, the better one first.
 
     Raises:
-        InvalidRecordError: E209 where the label's meaning was not told, E212 for a value that has
-            none, R310 for a tie.
+        InvalidRecordError: E209 if the label's meaning is unknown, E212 for a value without a
+            meaning, R310 for a tie.
     """
-    label = settings.told
-    if label and _speaks_of(view, label):
+    label = settings.parsed_label
+    if label and _applies_to(view, label):
         return pair("ab", _answered(view, order(view, label), settings))
     name = published(view)
     if name is None:
-        raise _untold(view, settings)
+        raise _unknown_label(view, settings)
     return pair(name, _answered(view, order(view, PUBLISHED[name].label), settings))
 
 
-def _answered(view: View, names: tuple[str, str], settings: FormatSettings) -> Answered:
+def _answered(view: RowView, names: tuple[str, str], settings: FormatSettings) -> Answered:
     turns = read_turns(view, names, settings) if published(view) == _TURNS else None
     return turns or read_answers(view, names)
 
 
-def published(view: View) -> str | None:
-    """Name the public data set that a row with a label comes from."""
+def published(view: RowView) -> str | None:
+    """Return the name of the public dataset that a row comes from, or None."""
     return next((n for n, known in PUBLISHED.items() if all(map(view.has, known.keys))), None)
 
 
-def outputs(view: View) -> tuple[str, str] | None:
-    """Find two names that differ in their last letter, number or side only, and hold answers."""
+def outputs(view: RowView) -> tuple[str, str] | None:
+    """Find two names of answers that differ only in their last letter, number or side."""
     stems: dict[str, dict[str, str]] = {}
     for name in view.names():
         match = _OUTPUT.fullmatch(name)
@@ -137,14 +137,14 @@ def outputs(view: View) -> tuple[str, str] | None:
     return None
 
 
-def untold(rows: Sequence[Row], settings: FormatSettings) -> str | None:
-    """Say what is not known of a label, looking at all its values.
+def explain_unknown_label(rows: Sequence[Row], settings: FormatSettings) -> str | None:
+    """Explain which ``--label`` flags fit the values of a label in some rows.
 
     Returns:
-        A sentence with the flags that can tell it, each of which was tried on the rows; None where
-        the rows have not the same two outputs and label.
+        A sentence with the flags, each of which was tried on the rows. None if the rows do not
+        share two outputs and a label.
     """
-    views = [View(row, settings.columns) for row in rows]
+    views = [RowView(row, settings.columns) for row in rows]
     found = {(outputs(view), _label(view)) for view in views}
     ((names, label),) = found if len(found) == 1 else ((None, None),)
     if names is None or label is None:
@@ -152,16 +152,16 @@ def untold(rows: Sequence[Row], settings: FormatSettings) -> str | None:
     return _sentence(views, rows, names, label, settings)
 
 
-def order(view: View, label: Label) -> tuple[str, str]:
-    """Read the label: which name is the better answer's, which the worse one's.
+def order(view: RowView, label: Label) -> tuple[str, str]:
+    """Evaluate the label: return the name of the better answer, then that of the worse.
 
     Raises:
-        InvalidRecordError: E212 for a label that chooses between other than two answers, or a
-            value without a meaning; R310 for a tie.
+        InvalidRecordError: E212 for a label that does not choose between two answers, or a value
+            without a meaning; R310 for a tie.
     """
     answers = label.answers()
     if len(answers) != 2:
-        reason = f"the label chooses between {len(answers)} answers, and a pair has two"
+        reason = f"the label chooses between {len(answers)} answers, but a pair has two"
         raise InvalidRecordError("E212", reason)
     value = _value(view, label)
     meaning = label.meaning(value)
@@ -171,14 +171,14 @@ def order(view: View, label: Label) -> tuple[str, str]:
             view.take(name)
         raise InvalidRecordError("R310", f"{key!r} is {shown}: a tie")
     if meaning not in answers:
-        told = ", ".join(label.meanings)
-        reason = f"{key!r} is {shown}, and a meaning was told of {told} only"
+        known = ", ".join(label.meanings)
+        reason = f"{key!r} is {shown}, but --label only defines {known}"
         raise InvalidRecordError("E212", reason)
     return (answers[0], answers[1]) if meaning == answers[0] else (answers[1], answers[0])
 
 
-def _value(view: View, label: Label) -> object:
-    """Read a label's value; of one-hot columns, what the one that is set stands for."""
+def _value(view: RowView, label: Label) -> object:
+    """Return a label's value; for one-hot columns, the value that the set column stands for."""
     if STAR not in label.key:
         return view.take(label.key)
     columns = label.columns(view.every())
@@ -191,24 +191,24 @@ def _value(view: View, label: Label) -> object:
         view.note(name)
     chosen = [name for name, state in found.items() if state]
     if len(chosen) != 1:
-        reason = f"{len(chosen)} of the columns {label.key} are set, and exactly one should be"
+        reason = f"{len(chosen)} of the columns {label.key} are set, but exactly one should be"
         raise InvalidRecordError("E212", reason)
     return columns[chosen[0]]
 
 
 def _sentence(
-    views: Sequence[View],
+    views: Sequence[RowView],
     rows: Sequence[Row],
     names: tuple[str, str],
     label: str,
     settings: FormatSettings,
 ) -> str:
-    """Say which flags could tell a label, after each was tried on the rows."""
+    """Describe which flags could explain a label, after trying each on the rows."""
     votes = [_seen(view, label) for view in views]
-    return advice(names, label, votes, lambda told: _fault(rows, replace(settings, label=told)))
+    return advice(names, label, votes, lambda flag: _fault(rows, replace(settings, label=flag)))
 
 
-def _seen(view: View, label: str) -> Vote:
+def _seen(view: RowView, label: str) -> Vote:
     if STAR not in label:
         return view.peek(label)
     columns = Label(label, {}).columns(view.every())
@@ -216,30 +216,30 @@ def _seen(view: View, label: str) -> Vote:
 
 
 def _fault(rows: Sequence[Row], settings: FormatSettings) -> str | None:
-    """Return why a row cannot be read with a label; a tie or an empty answer is read."""
+    """Return the first error that is not just a tie or an empty answer, or None."""
     for row in rows:
         try:
-            read(View(row, settings.columns), settings)
+            read(RowView(row, settings.columns), settings)
         except InvalidRecordError as error:
             if error.code.startswith("E"):
                 return str(error)
     return None
 
 
-def _speaks_of(view: View, label: Label | None) -> bool:
-    """Say whether a label that was told is of this row: others may stand beside it in a set."""
+def _applies_to(view: RowView, label: Label | None) -> bool:
+    """Return whether the row has the label and the answers that ``--label`` names."""
     if label is None or not label.answers():
         return False
     is_there = bool(label.columns(view.every())) if STAR in label.key else label.key in view
     return is_there and all(map(view.has, label.answers()))
 
 
-def _named_label(view: View) -> str | None:
+def _named_label(view: RowView) -> str | None:
     return next((n for n in LABELS if isinstance(view.peek(n), str | int | float | list)), None)
 
 
-def _label(view: View) -> str | None:
-    """Find the label: a usual name, else one-hot columns, else the only name that sounds so."""
+def _label(view: RowView) -> str | None:
+    """Find the label: a usual name, else one-hot columns, else the only name that matches."""
     if (named := _named_label(view)) or (named := _one_hot(view)):
         return named
     outs = outputs(view) or ()
@@ -253,8 +253,8 @@ def _label(view: View) -> str | None:
     return sounding[0] if len(sounding) == 1 else None
 
 
-def _one_hot(view: View) -> str | None:
-    """Find columns of one beginning of which exactly one is set."""
+def _one_hot(view: RowView) -> str | None:
+    """Find columns with a common prefix of which exactly one is set."""
     groups: dict[str, list[str]] = {}
     for name in view.names():
         if _LABEL.match(name) and "_" in name and is_set(view.peek(name)) is not None:
@@ -265,23 +265,25 @@ def _one_hot(view: View) -> str | None:
     return None
 
 
-def _untold(view: View, settings: FormatSettings) -> InvalidRecordError:
-    label, told = _label(view), settings.told
-    if told and told.answers():
-        return InvalidRecordError("E209", _not_spoken_of(view, told))
+def _unknown_label(view: RowView, settings: FormatSettings) -> InvalidRecordError:
+    label, given = _label(view), settings.parsed_label
+    if given and given.answers():
+        return InvalidRecordError("E209", _missing_key(view, given))
     names = outputs(view)
     if names is None or label is None:
-        reason = "a label of two outputs is wanted: --label 'KEY: VALUE=OUTPUT VALUE=OUTPUT'"
+        reason = (
+            "the row needs a label for its two outputs: --label 'KEY: VALUE=OUTPUT VALUE=OUTPUT'"
+        )
         return InvalidRecordError("E209", reason)
     return InvalidRecordError("E209", _sentence([view], [view.row], names, label, settings))
 
 
-def _not_spoken_of(view: View, label: Label) -> str:
-    """Say which key of a label that was told is not in the row, and which is nearest to it."""
+def _missing_key(view: RowView, label: Label) -> str:
+    """Name the key of ``--label`` that the row lacks, and the most similar key of the row."""
     there = view.names()
     wanted = [*([] if STAR in label.key else [label.key]), *label.answers()]
     missing = next((name for name in wanted if name not in there), label.key)
     by_case = {name.casefold(): name for name in there}
     near = get_close_matches(missing.casefold(), by_case, 1, 0.6)
-    meant = f": did you mean {by_case[near[0]]!r}?" if near else ""
-    return f"--label names {missing!r}, and the row has no such key{meant}"
+    hint = f": did you mean {by_case[near[0]]!r}?" if near else ""
+    return f"--label names {missing!r}, but the row has no such key{hint}"

@@ -1,4 +1,4 @@
-"""What the values of a label mean, and which flag says it where the data does not."""
+"""The meaning of a label's values, and the flags that define it."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from logratio.errors import LogratioError
 TIE, GOOD, BAD = "tie", "good", "bad"
 
 STAR = "*"
-"""In a label's key: the part of a column's name that is the label's value, as ``winner_*``."""
+"""In a label's key, stands for the label's value: ``winner_*`` matches ``winner_model_a``."""
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER})")
@@ -24,19 +24,24 @@ _SET, _UNSET = {"1", "true"}, {"0", "false", ""}
 
 
 class FormatSettingsError(LogratioError, ValueError):
-    """Settings that cannot be followed."""
+    """Invalid or contradictory format settings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What the values of a label mean.
+    """The meaning of a label's values.
 
     Attributes:
-        key: The key of the label. With a star, as ``winner_*``, the label is one-hot: of the keys
-            that fit, one is set (1 or true) in each row, and what stands for the star is the value.
-        meanings: For each value, as text: the key of the better answer, ``tie``, or, for one
-            completion alone, ``good`` or ``bad``. A value may be a range of numbers: ``-3..-1``,
-            ``<0``, ``>=2``.
+        key: The key of the label. With a star, as ``winner_*``, the label is one-hot: in each row,
+            one of the matching keys is set (1 or true), and the part that matches the star is the
+            value.
+        meanings: For each value, as text: the key of the better answer, ``tie``, or, for a single
+            completion, ``good`` or ``bad``. A value may be a range of numbers: ``-3..-1``, ``<0``,
+            ``>=2``.
+
+    Example:
+        >>> Label.parse("winner: A=answer_1 B=answer_2").meaning("B")
+        'answer_2'
     """
 
     key: str
@@ -44,21 +49,21 @@ class Label:
 
     @classmethod
     def parse(cls, text: str) -> "Label":
-        """Read ``"preference: 1=output_1 2=output_2"``; quotes hold blanks together.
+        """Parse ``"preference: 1=output_1 2=output_2"``; quote words that contain spaces.
 
         Raises:
-            FormatSettingsError: The text has another shape, or ranges overlap.
+            FormatSettingsError: The text has another form, or ranges overlap.
         """
         wanted = "write it as 'preference: 1=output_1 2=output_2'"
         key, colon, rest = text.partition(":")
         try:
             words = shlex.split(rest)
         except ValueError as error:
-            raise FormatSettingsError(f"the label {text!r} is not understood: {error}") from None
+            raise FormatSettingsError(f"the label {text!r} cannot be parsed: {error}") from None
         pairs = [word.rpartition("=") for word in words]
         is_read = colon and key.strip() and pairs and all(v and m for v, _, m in pairs)
         if not is_read or key.count(STAR) > 1:
-            raise FormatSettingsError(f"the label {text!r} is not understood: {wanted}")
+            raise FormatSettingsError(f"the label {text!r} cannot be parsed: {wanted}")
         meanings: dict[str, str] = {}
         for value, _, meaning in pairs:
             if meanings.setdefault(_respelled(value), meaning) != meaning:
@@ -67,19 +72,19 @@ class Label:
         return cls(key.strip(), meanings)
 
     def answers(self) -> tuple[str, ...]:
-        """Return the keys of the answers that it chooses between."""
+        """Return the keys of the answers that the label chooses between."""
         ours = (TIE, GOOD, BAD)
         return tuple(dict.fromkeys(m for m in self.meanings.values() if m not in ours))
 
     def is_thumb(self) -> bool:
-        """Say whether it judges one completion alone."""
+        """Return whether the label rates a single completion as good or bad."""
         return not self.answers() and bool({GOOD, BAD} & set(self.meanings.values()))
 
     def meaning(self, value: Any) -> str | None:
-        """Return what a value means; None where it has no meaning.
+        """Return the meaning of a value, or None.
 
-        An exact value comes before a range, and that before the same value in other case. A list
-        without a meaning of its own holds votes: the meaning that most of them have, or a tie.
+        An exact value takes precedence over a range, and a range over the value in another letter
+        case. A list without a meaning holds votes: the result is their majority, or a tie.
         """
         found = self._of(spelled(value))
         if found is not None or not isinstance(value, list) or not value:
@@ -88,7 +93,7 @@ class Label:
         return None if None in votes else _majority(vote for vote in votes if vote is not None)
 
     def columns(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the one-hot columns among some names, each with the value that it stands for."""
+        """Return the one-hot columns among some names, each with its value."""
         before, _, behind = self.key.partition(STAR)
         least = len(before) + len(behind)
         return {
@@ -109,7 +114,7 @@ class Label:
 
 
 def spelled(value: Any) -> str:
-    """Write a label's value as settings spell it: 1 and 1.0 are ``1``, true is ``true``."""
+    """Format a label's value as settings spell it: 1 and 1.0 are ``1``, true is ``true``."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
@@ -120,7 +125,7 @@ def spelled(value: Any) -> str:
 
 
 def _respelled(value: str) -> str:
-    """Write a list as `spelled` does, however it was typed."""
+    """Format a list that the user typed as `spelled` does."""
     try:
         return spelled(json.loads(value)) if value.startswith("[") else value
     except ValueError:
@@ -128,14 +133,14 @@ def _respelled(value: str) -> str:
 
 
 def is_set(value: Any) -> bool | None:
-    """Say whether a one-hot column is set; None where its value is neither set nor not set."""
+    """Return whether a one-hot column is set; None for a value other than true or false."""
     word = "" if value is None else spelled(value).strip().casefold()
     word = word.removesuffix(".0")
     return True if word in _SET else False if word in _UNSET else None
 
 
 def as_number(value: str) -> float | None:
-    """Read a finite number; None where a text is no such number."""
+    """Parse a finite number; None for other text."""
     try:
         number = float(value)
     except ValueError:
@@ -145,7 +150,7 @@ def as_number(value: str) -> float | None:
 
 @lru_cache(maxsize=1024)
 def span(word: str) -> tuple[float, bool, float, bool] | None:
-    """Read a range: its least number, whether that belongs to it, and the same of its largest."""
+    """Parse a range: its lower bound, whether it is included, its upper bound, whether included."""
     if match := _RANGE.fullmatch(word):
         return float(match["low"]), True, float(match["high"]), True
     if match := _BOUND.fullmatch(word):
@@ -165,7 +170,7 @@ def _holds(word: str, number: float) -> bool:
 
 
 def _check_ranges(text: str, meanings: Mapping[str, str]) -> None:
-    """Refuse ranges that are empty, or that give a number two meanings."""
+    """Refuse empty ranges, and ranges that give a number two meanings."""
     ranges = [(word, found, m) for word, m in meanings.items() if (found := span(word))]
     for word, (low, _, high, _), _ in ranges:
         if low > high:
@@ -194,11 +199,11 @@ def _folded(value: str) -> str:
 Vote = Any
 """A label's value in one row."""
 Fault = Callable[[Label], str | None]
-"""Says why rows cannot be read with a label; None where all can."""
+"""Returns why rows cannot be read with a label, or None if all can."""
 Words = dict[str, str]
 """A meaning for each value."""
 
-_SHOWN = 4  # values of a label
+_SHOWN = 4  # most values of a label in a message
 _NAMED = ("model", "assistant", "response", "answer", "output", "option", "completion", "candidate")
 _FIRST = {"first": 0, "left": 0, "second": 1, "right": 1}
 _OPPOSITE = {"left": "right", "right": "left", "first": "second", "second": "first"}
@@ -207,13 +212,16 @@ _SIGNED = re.compile(r"\W*(?P<one>\w+?)\s*(?P<sign>[<>=]+)\s*(?P<other>\w+)\W*")
 
 
 def advice(names: tuple[str, str], key: str, votes: Sequence[Vote], fault: Fault) -> str:
-    """Write a sentence about a label whose meaning was not told.
+    """Suggest flags for a label whose meaning is unknown.
 
     Args:
         names: The keys of the outputs.
-        key: The label's; with a star, one-hot columns.
-        votes: The label's values, one a row.
+        key: The key of the label; with a star, one-hot columns.
+        votes: The label's values, one per row.
         fault: Tries a label on the rows.
+
+    Returns:
+        A sentence with flags that fit the values.
     """
     first, second = names
     counted = Counter(spelled(vote) for vote in votes)
@@ -230,15 +238,15 @@ def advice(names: tuple[str, str], key: str, votes: Sequence[Vote], fault: Fault
     if not forms:
         forms = [_flag(key, {"VALUE": first, "OTHER": second, "THIRD": TIE})]
     return (
-        f"{about}: the values do not say which output is better, and data sets differ. Look it up, "
-        f"then use {' or '.join(forms)}"
+        f"{about}: the values do not name the better output, and datasets differ. Look up their "
+        f"meaning, then use {' or '.join(forms)}"
     )
 
 
 def _flag(key: str, words: Words) -> str:
-    """Write the flag as a shell reads it."""
-    told = " ".join(f"{_quoted(value)}={_quoted(name)}" for value, name in words.items())
-    return f"--label {shlex.quote(f'{key}: {told}')}"
+    """Return the flag, quoted for a shell."""
+    pairs = " ".join(f"{_quoted(value)}={_quoted(name)}" for value, name in words.items())
+    return f"--label {shlex.quote(f'{key}: {pairs}')}"
 
 
 def _quoted(word: str) -> str:
@@ -246,7 +254,7 @@ def _quoted(word: str) -> str:
 
 
 def _tried(key: str, words: Words, fault: Fault) -> tuple[str, str | None]:
-    """Write a flag and read it back as the program will: what it says, and why it fails."""
+    """Return a flag, and why it fails or None, after parsing it as the program will."""
     flag = _flag(key, words)
     try:
         label = Label.parse(shlex.split(flag)[1])
@@ -256,7 +264,7 @@ def _tried(key: str, words: Words, fault: Fault) -> tuple[str, str | None]:
 
 
 def _carried(names: tuple[str, str], votes: Sequence[Vote]) -> Words | None:
-    """Return the meanings that the values carry; None where one of them carries none."""
+    """Return the meanings that the values name themselves; None if one of them names none."""
     values = list(dict.fromkeys(_singly(votes)))
     if hot := _positions(names, values):
         return hot
@@ -275,7 +283,7 @@ def _carried(names: tuple[str, str], votes: Sequence[Vote]) -> Words | None:
 
 
 def _singly(votes: Sequence[Vote]) -> Iterator[Any]:
-    """Yield values that can be compared; the votes of a list one by one, unless it is one-hot."""
+    """Yield hashable values; a list of votes one by one, a one-hot list as a tuple."""
     for vote in votes:
         if isinstance(vote, list) and not _is_hot(vote):
             yield from map(spelled, vote)
@@ -288,7 +296,7 @@ def _is_hot(vote: list[Any]) -> bool:
 
 
 def _positions(names: tuple[str, str], values: Sequence[Any]) -> Words | None:
-    """Read lists of one 1 and else 0 by the place of the 1: first output, second, tie."""
+    """Map one-hot lists by the position of the 1: first output, second output, tie."""
     if not values or not all(isinstance(value, tuple) for value in values):
         return None
     (width, *others) = {len(value) for value in values}
@@ -300,7 +308,7 @@ def _positions(names: tuple[str, str], values: Sequence[Any]) -> Words | None:
 
 
 def _counted(names: tuple[str, str], texts: Sequence[str]) -> Words | None:
-    """Read numbers that are the outputs' own, where both were seen and nothing else was."""
+    """Map numbers that end the outputs' names, if exactly these were seen."""
     marks = tuple(map(_mark, names))
     if not all(mark.isdigit() for mark in marks) or set(texts) != set(marks):
         return None
@@ -308,7 +316,7 @@ def _counted(names: tuple[str, str], texts: Sequence[str]) -> Words | None:
 
 
 def _named(names: tuple[str, str], text: str) -> str | None:
-    """Return the output that a value names, or a tie; None where it names neither."""
+    """Return the output that a value names, or a tie, or None."""
     if (match := _SIGNED.fullmatch(text)) and _side(names, match["one"]) is not None:
         sides = _side(names, match["one"]), _side(names, match["other"])
         if sides not in ((0, 1), (1, 0)):
@@ -323,7 +331,7 @@ def _named(names: tuple[str, str], text: str) -> str | None:
 
 
 def _side(names: tuple[str, str], text: str) -> int | None:
-    """Return which of two outputs a word names, in whatever case: 0 or 1."""
+    """Return which of two outputs a word names, in any letter case: 0 or 1, or None."""
     plain = _plain(text)
     if plain in _FIRST:
         return _FIRST[plain]
@@ -336,7 +344,7 @@ def _side(names: tuple[str, str], text: str) -> int | None:
 
 
 def _completed(names: tuple[str, str], words: Words) -> Words:
-    """Add the value of an output that was not seen, where it differs from the other by its mark."""
+    """Add the value of an output that was not seen, if swapping the mark of the other gives it."""
     for own, other in (names, reversed(names)):
         if own in words.values() and other not in words.values():
             for value in [value for value, meaning in words.items() if meaning == own]:
@@ -347,7 +355,7 @@ def _completed(names: tuple[str, str], words: Words) -> Words:
 
 
 def _swapped(value: str, own: str, other: str) -> str | None:
-    """Write one output's value as that of the other."""
+    """Swap the mark in one output's value for that of the other."""
     one, two = _mark(own), _mark(other)
     if one == two or len(one) > 1 or not value:
         return None
@@ -359,7 +367,7 @@ def _swapped(value: str, own: str, other: str) -> str | None:
 
 
 def _forms(names: tuple[str, str], votes: Sequence[Vote]) -> list[Words]:
-    """List the meanings that the values could have."""
+    """List the possible meanings of the values."""
     texts = list(dict.fromkeys(map(spelled, _singly(votes))))
     numbers = [as_number(text) for text in texts]
     found: Iterable[Words]
@@ -403,11 +411,11 @@ def _both_ways(names: tuple[str, str], values: tuple[str, str]) -> Iterator[Word
 
 
 def _mark(name: str) -> str:
-    """Return what an output's name ends with: a letter, a digit, or a side."""
+    """Return the end of an output's name: a letter, a digit, or a side."""
     plain = _plain(name)
     return next((side for side in ("left", "right") if plain.endswith(side)), plain[-1:])
 
 
 def _plain(text: str) -> str:
-    """Leave letters and digits, in small letters."""
+    """Keep only letters and digits, in lower case."""
     return re.sub(r"[\W_]+", "", text).casefold()

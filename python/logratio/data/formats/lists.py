@@ -8,17 +8,17 @@ from typing import Any
 
 from logratio.data.formats import labelled
 from logratio.data.formats.catalogue import LISTED, SINGLY, THUMBS, VALUES
-from logratio.data.formats.responses import Meaning, put_together, read_answers
-from logratio.data.formats.row import Shape, View
+from logratio.data.formats.responses import ParsedRow, combine, read_answers
+from logratio.data.formats.row import RowView, Shape
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.records import CANDIDATE, Completion, InvalidRecordError, Omitted
 
 _SOUNDS = re.compile(r"(?i)(?:^|[\W_])(?:scores?|ratings?|ranks?|rewards?|grades?)(?:$|[\W_])")
-_DEEP = 3  # objects in objects that are looked into
+_DEEP = 3  # levels of nested objects that are searched
 
 
 def scores_in(item: object, before: str = "", deep: int = _DEEP) -> Iterator[str]:
-    """Name the numbers of an answer that sound like a score; a dot goes into an object."""
+    """Yield the keys of an answer that may be scores, with dots into nested objects."""
     if not isinstance(item, Mapping) or not deep:
         return
     for key, value in item.items():
@@ -29,7 +29,7 @@ def scores_in(item: object, before: str = "", deep: int = _DEEP) -> Iterator[str
 
 
 def as_score(value: object) -> float | int | None:
-    """Return a number, which may be written as a string; None for anything else."""
+    """Return a number, which may be written as a string; None for other values."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -39,7 +39,7 @@ def as_score(value: object) -> float | int | None:
 
 
 def score_at(item: Any, name: str) -> object:
-    """Return what stands under a name, which may have dots: keys that hold dots come first."""
+    """Return the value at a key, with dots into objects; a key that contains the dots wins."""
     if not isinstance(item, Mapping):
         return None
     if name in item:
@@ -49,10 +49,10 @@ def score_at(item: Any, name: str) -> object:
 
 
 def named(items: Sequence[Any], name: str, key: str) -> list[float | int]:
-    """Read the score that ``--score`` names of every answer.
+    """Return the score of every answer under the key of ``--score``.
 
     Raises:
-        InvalidRecordError: E212 where an answer has none.
+        InvalidRecordError: E212 if an answer has none.
     """
     numbers = []
     for place, item in enumerate(items, 1):
@@ -66,8 +66,8 @@ def named(items: Sequence[Any], name: str, key: str) -> list[float | int]:
     return numbers
 
 
-def others(view: View, items: Sequence[Any], used: str) -> tuple[str, ...]:
-    """Warn where another score could rank the answers (W525), naming both and the flag."""
+def others(view: RowView, items: Sequence[Any], used: str) -> tuple[str, ...]:
+    """Return W525 if another score could also rank the answers, with both names and the flag."""
     lists = (name for name in view.names() if _is_scores(view.peek(name), len(items), name))
     inside: Iterable[str] = scores_in(items[0])
     rest = [name for name in dict.fromkeys((*inside, *lists)) if name != used]
@@ -84,39 +84,39 @@ def _is_scores(value: object, count: int, name: str) -> bool:
 
 SIGNS = frozenset((*LISTED, *SINGLY, "text"))
 MOST = 256
-"""Most answers in a list that becomes pairs: their number grows with its square."""
+"""Most answers in a list that becomes pairs: the number of pairs grows quadratically."""
 
 _ITEM_ANSWERS = ("completion", "answer", "response", "text", "output", "content", "messages")
 _ITEM_VALUES = ("rank", "score", "overall_score", "reward")
-_RANKS = ("rank", "ranks")  # where lower is better
+_RANKS = ("rank", "ranks")  # lower is better
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """Answers of a list, and how good each is.
+    """Answers of a list and their values.
 
     Attributes:
-        answers: By the names that errors call them by.
-        values: Larger is better.
+        answers: The answers by their names in errors.
+        values: The value of each answer; larger is better.
         sort: The name of the rank or score.
-        is_sided: Whether they are verdicts, true or false, and no numbers.
-        warnings: Codes of what is to be counted of the row.
+        is_binary: Whether the values were booleans rather than numbers.
+        warnings: Codes of the row's warnings.
     """
 
     answers: Mapping[str, Any]
     values: tuple[float, ...]
     sort: str
-    is_sided: bool
+    is_binary: bool
     warnings: tuple[str, ...]
 
     @property
     def is_rank(self) -> bool:
-        """Whether a lower number was better in the row."""
+        """Whether lower numbers were better in the row."""
         return _is_rank(self.sort)
 
 
-def claims(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has a list of answers, and a number for each."""
+def claims(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has a list of answers and a number for each."""
     if _is_text_score(view):
         return True
     name = _listed(view)
@@ -125,23 +125,23 @@ def claims(view: View, settings: FormatSettings) -> bool:
     first = view.peek(name)[0]
     if isinstance(first, dict) and any(key in first for key in _ITEM_VALUES):
         return True
-    return _beside(view, name, settings.score) is not None or any(scores_in(first))
+    return _scores_name(view, name, settings.score) is not None or any(scores_in(first))
 
 
-def read(view: View, settings: FormatSettings) -> Meaning:
-    """Read every answer and how good it is.
+def read(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse all answers and their ranks or scores.
 
     Raises:
-        InvalidRecordError: E212 for a rank or score that is no finite number, or is missing.
+        InvalidRecordError: E212 for a rank or score that is missing or not a finite number.
     """
     rated = read_rated(view, settings)
     shapes = [_shape(answer, name) for name, answer in rated.answers.items()]
-    answered = put_together(view, rated.answers, shapes)
+    answered = combine(view, rated.answers, shapes)
     completions = tuple(
         Completion(CANDIDATE, answer, context) for context, answer in answered.parts
     )
     form = "ranked" if rated.is_rank else "scored"
-    return Meaning(
+    return ParsedRow(
         "text-score" if _is_text_score(view) else form,
         "group",
         answered.prompt,
@@ -149,12 +149,12 @@ def read(view: View, settings: FormatSettings) -> Meaning:
         answered.tools,
         values=rated.values,
         warnings=rated.warnings,
-        is_sided=rated.is_sided,
+        is_binary=rated.is_binary,
     )
 
 
-def read_rated(view: View, settings: FormatSettings) -> Rated:
-    """Read the answers of a list, of whatever shape, and their numbers.
+def read_rated(view: RowView, settings: FormatSettings) -> Rated:
+    """Parse the answers of a list, of any shape, and their values.
 
     Raises:
         InvalidRecordError: As `read`.
@@ -164,37 +164,39 @@ def read_rated(view: View, settings: FormatSettings) -> Rated:
         raise InvalidRecordError("E201", f"the key {view.key(LISTED[0])!r} is missing")
     items = view.take(name)
     key = view.key(name)
-    beside = _beside(view, name, settings.score)
-    if beside is not None and (beside == settings.score or not _carries_value(items[0])):
-        numbers = view.take(beside)
+    numbers_name = _scores_name(view, name, settings.score)
+    if numbers_name is not None and (
+        numbers_name == settings.score or not _carries_value(items[0])
+    ):
+        numbers = view.take(numbers_name)
         if not isinstance(numbers, list) or len(numbers) != len(items):
-            reason = f"{key!r} has {len(items)} answers, and {view.key(beside)!r} not as many"
+            reason = f"{key!r} and {view.key(numbers_name)!r} differ in length"
             raise InvalidRecordError("E212", reason)
-        answers, sort = [_answer_of(item) for item in items], beside
+        answers, sort = [_answer_of(item) for item in items], numbers_name
     elif settings.score is not None:
         answers, sort = [_answer_of(item) for item in items], settings.score
         numbers = named(items, sort, key)
     else:
         answers, numbers, sort = _carried(items, key)
     _leave(view, name, items, sort)
-    values, is_sided = values_of(numbers, sort)
+    values, is_binary = values_of(numbers, sort)
     return Rated(
         {f"answer {number} of {key!r}": answer for number, answer in enumerate(answers, 1)},
         values,
         sort,
-        is_sided,
+        is_binary,
         () if settings.score else others(view, items, sort),
     )
 
 
 def values_of(numbers: Sequence[object], sort: str) -> tuple[tuple[float, ...], bool]:
-    """Read numbers, or verdicts that are all true or false: larger is better.
+    """Convert ranks, scores or booleans to values; larger is better.
 
     Returns:
-        Them, and whether they are verdicts.
+        The values, and whether they were booleans.
 
     Raises:
-        InvalidRecordError: E212 for anything else.
+        InvalidRecordError: E212 for other values.
     """
     if all(isinstance(number, bool) for number in numbers):
         return tuple(float(bool(number)) for number in numbers), True
@@ -205,26 +207,26 @@ def _is_rank(sort: str) -> bool:
     return sort.rpartition(".")[2].casefold() in _RANKS
 
 
-def _is_text_score(view: View) -> bool:
+def _is_text_score(view: RowView) -> bool:
     text, score = view.peek("text"), view.peek("score")
     return isinstance(text, list) and isinstance(score, list) and bool(text)
 
 
-def _listed(view: View) -> str | None:
-    """Find the answers; under the name of one, as rows that were put together have them."""
+def _listed(view: RowView) -> str | None:
+    """Find the list of answers; rows merged by `--group-by` hold it under the name of one."""
     named = (name for name in LISTED if isinstance(view.peek(name), list) and view.peek(name))
     return next(named, None) or next((n for n in SINGLY if _is_several(view.peek(n))), None)
 
 
 def _is_several(value: object) -> bool:
-    """Say whether a list holds answers: of objects it is one, a chat."""
+    """Return whether a list holds answers; a list of objects is one chat instead."""
     if not isinstance(value, list) or not value:
         return False
     return any(all(isinstance(item, kind) for item in value) for kind in (str, list))
 
 
-def _beside(view: View, listed: str, score: str | None) -> str | None:
-    """Find the list of numbers that scores the answers; of thumbs, where each answer had one."""
+def _scores_name(view: RowView, listed: str, score: str | None) -> str | None:
+    """Find the list of scores for the answers, or of boolean labels in merged rows."""
     if score is not None:
         return score if isinstance(view.peek(score), list) else None
     found = next((name for name in VALUES if isinstance(view.peek(name), list)), None)
@@ -242,7 +244,7 @@ def _carries_value(item: object) -> bool:
 
 
 def _carried(items: Sequence[Any], key: str) -> tuple[list[Any], list[Any], str]:
-    """Read answers that carry their own rank or score."""
+    """Parse answers that each hold their rank or score."""
     first = items[0]
     sort = next((name for name in _ITEM_VALUES if isinstance(first, dict) and name in first), None)
     if sort is None:
@@ -261,14 +263,14 @@ def _answer_of(item: Any) -> Any:
 
 
 def _answer_key(item: Any) -> str | None:
-    """Find the key of the answer in an item that is none itself."""
+    """Return the key of the answer in an item that is not itself a message."""
     if not isinstance(item, dict) or "role" in item or "from" in item:
         return None
     return next((name for name in _ITEM_ANSWERS if item.get(name) is not None), None)
 
 
-def _leave(view: View, name: str, items: Sequence[Any], sort: str) -> None:
-    """Note what of the items is not read."""
+def _leave(view: RowView, name: str, items: Sequence[Any], sort: str) -> None:
+    """Record the keys of the items that are not read."""
     for item in items:
         if key := _answer_key(item):
             view.leave(
@@ -300,7 +302,7 @@ def _number(value: object, name: str, is_rank: bool) -> float:
     except OverflowError:
         number = math.nan
     if not math.isfinite(number):
-        raise InvalidRecordError("E212", f"a {name!r} is {value!s:.40}, no finite number")
+        raise InvalidRecordError("E212", f"a {name!r} is {value!s:.40}, not a finite number")
     return -number if is_rank else number
 
 
@@ -311,8 +313,8 @@ SIGNS_SCORED = frozenset((_ALL, *(name for names in SCORES for name in names)))
 _NUMBERED = re.compile(r"response_([1-9]\d*)")
 
 
-def claims_scored(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has answers and a score for each, and no label that judges them."""
+def claims_scored(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has answers with a score each, and no label."""
     if labelled.claims(view, settings):
         return False
     if _numbered(view):
@@ -320,68 +322,67 @@ def claims_scored(view: View, settings: FormatSettings) -> bool:
     return _scores(view) is not None and not labelled.might_claim(view)
 
 
-def read_scored(view: View, settings: FormatSettings) -> Meaning:
-    """Read all answers and their scores.
+def read_scored(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse all answers and their scores.
 
     Raises:
-        InvalidRecordError: E212 for a score that is no number, or where there are not as many as
-            answers; whatever else is wrong with it.
+        InvalidRecordError: E212 for a score that is not a number, or another number of scores than
+            answers, and every other error in the row.
     """
     if names := _numbered(view):
-        view.settle(
-            "prompt"
-        )  # from which the answers were sampled; the row may also have a bare question
+        # The answers were sampled from `prompt`; the row may also have a bare question.
+        view.settle("prompt")
         return _meaning(view, "best-of-k", names, *_one_each(view, names))
     outputs, scores = labelled.outputs(view), _scores(view)
     if outputs is None or scores is None:
         known = ", ".join(f"`{one}` and `{two}`" for one, two in SCORES)
-        raise InvalidRecordError("E201", f"two answers are wanted, with scores under {known}")
+        raise InvalidRecordError("E201", f"the row needs two answers with scores under {known}")
     values = []
     for name in scores:
         value = as_score(view.take(name))
         if value is None:
-            reason = f"{view.key(name)!r} is {view.peek(name)!s:.40}, no number"
+            reason = f"{view.key(name)!r} is {view.peek(name)!s:.40}, not a number"
             raise InvalidRecordError("E212", reason)
         values.append(float(value))
-    return _meaning(view, "rated", outputs, values, is_sided=False)
+    return _meaning(view, "rated", outputs, values, is_binary=False)
 
 
 def _meaning(
-    view: View, form: str, names: Sequence[str], values: Sequence[float], is_sided: bool
-) -> Meaning:
+    view: RowView, form: str, names: Sequence[str], values: Sequence[float], is_binary: bool
+) -> ParsedRow:
     answered = read_answers(view, names)
-    return Meaning(
+    return ParsedRow(
         form,
         "group",
         answered.prompt,
         tuple(Completion(CANDIDATE, answer, context) for context, answer in answered.parts),
         answered.tools,
         values=tuple(values),
-        is_sided=is_sided,
+        is_binary=is_binary,
     )
 
 
-def _numbered(view: View) -> list[str]:
-    """Find `response_1`, `response_2` and so on, where the row has a list of scores."""
+def _numbered(view: RowView) -> list[str]:
+    """Find `response_1`, `response_2` and so on, if the row has a list of scores."""
     if not isinstance(view.peek(_ALL), list):
         return []
     numbers = sorted(int(found[1]) for name in view.every() if (found := _NUMBERED.fullmatch(name)))
     return [f"response_{number}" for number in numbers] if numbers[:2] == [1, 2] else []
 
 
-def _one_each(view: View, names: Sequence[str]) -> tuple[tuple[float, ...], bool]:
-    """Read one score for each answer."""
+def _one_each(view: RowView, names: Sequence[str]) -> tuple[tuple[float, ...], bool]:
+    """Return the values of the answers, one score each."""
     scores = view.take(_ALL)
     is_whole = names[-1] == f"response_{len(names)}"
     if not is_whole or len(scores) != len(names):
         there = f"{len(names)} answers, up to {view.key(names[-1])!r}"
-        reason = f"the row has {there}, and {view.key(_ALL)!r} has {len(scores)}"
+        reason = f"the row has {there}, but {view.key(_ALL)!r} has {len(scores)}"
         raise InvalidRecordError("E212", reason)
     return values_of(scores, _ALL)
 
 
-def _scores(view: View) -> tuple[str, str] | None:
-    """Find the scores whose names end as those of the two answers do."""
+def _scores(view: RowView) -> tuple[str, str] | None:
+    """Find the scores whose names end like those of the two answers."""
     names = labelled.outputs(view)
     if names is None:
         return None

@@ -1,8 +1,8 @@
-"""Answers under names that say which is better: one against one, or one against several."""
+"""Answers whose names tell the better from the worse: one against one, or against several."""
 
 from logratio.data import conversations
-from logratio.data.formats.responses import Answered, Meaning, pair, put_together, read_answers
-from logratio.data.formats.row import View
+from logratio.data.formats.responses import Answered, ParsedRow, combine, pair, read_answers
+from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.messages import ASSISTANT, read_messages
 from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
@@ -14,7 +14,7 @@ SIDES = {
     ("preferred_output", "non_preferred_output"): "openai",
     ("chosen_messages", "rejected_messages"): "llamafactory-v1",
 }
-"""Names of a better and a worse answer, and the format that has them where it is but one."""
+"""Names of a better and a worse answer, with their format, or "" if several formats use them."""
 
 SIGNS = frozenset(name for names in SIDES for name in names)
 SIGNS_SWIFT = frozenset(("rejected_response", "rejected_messages"))
@@ -31,18 +31,18 @@ _BY_QUESTION = {
 }
 
 
-def claims(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has both names of a pair."""
+def claims(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has both names of a pair."""
     return bool(_both(view))
 
 
-def read(view: View, settings: FormatSettings) -> Meaning:
-    """Read a pair.
+def read(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse a pair.
 
     Raises:
-        InvalidRecordError: E210 where there are two; whatever else is wrong with it.
+        InvalidRecordError: E210 if the row has two pairs, and every other error in the row.
     """
-    found = _both(view) or [half(view) or ("chosen", "rejected")]
+    found = _both(view) or [partial_pair(view) or ("chosen", "rejected")]
     if len(found) > 1:
         names = " and ".join(f"`{view.key(names[0])}`" for names in found)
         raise InvalidRecordError("E210", f"{names} could each be the better answer: drop one")
@@ -60,25 +60,25 @@ def read(view: View, settings: FormatSettings) -> Meaning:
     return pair(_name(view, found[0], answered), answered)
 
 
-def half(view: View) -> tuple[str, str] | None:
-    """Find a pair of names of which one is missing, or both are null."""
+def partial_pair(view: RowView) -> tuple[str, str] | None:
+    """Return the names of a pair of which the row has at least one key."""
     started = (names for names in SIDES if names[0] in view or names[1] in view)
     return next(started, None)
 
 
-def claims_swift(view: View, settings: FormatSettings) -> bool:
-    """Say whether a worse answer stands beside a chat that ends with the better one."""
+def claims_swift(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has a worse answer and a chat that ends with the better one."""
     if view.has("rejected_messages"):
         return view.has("messages") and not view.has("chosen_messages")
     is_alone = view.has("rejected_response") and not view.has("chosen_response")
     return is_alone and (view.has("messages") or view.has("response"))
 
 
-def read_swift(view: View, settings: FormatSettings) -> Meaning:
-    """Read a chat and what could have ended it, or two responses.
+def read_swift(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse a chat and a worse ending of it, or two responses.
 
     Raises:
-        InvalidRecordError: Whatever is wrong with it.
+        InvalidRecordError: Every error in the row.
     """
     if not view.has("messages") and not view.has("rejected_messages"):
         return pair("ms-swift", read_answers(view, ("response", "rejected_response")))
@@ -99,13 +99,13 @@ def read_swift(view: View, settings: FormatSettings) -> Meaning:
     return pair("ms-swift", _whole(view, chosen, rejected))
 
 
-def _both(view: View) -> list[tuple[str, str]]:
+def _both(view: RowView) -> list[tuple[str, str]]:
     both = [names for names in SIDES if names[0] in view and names[1] in view]
     return [names for names in both if view.has(names[0]) or view.has(names[1])]
 
 
-def _name(view: View, names: tuple[str, str], answered: Answered) -> str:
-    """Name a pair by its sides, and by its question where they are `chosen` and `rejected`."""
+def _name(view: RowView, names: tuple[str, str], answered: Answered) -> str:
+    """Return the format: from the names of the sides, or of the question if these are ambiguous."""
     if name := SIDES[names]:
         return "nemo-aligner" if name == "argilla" and answered.main == "prompt" else name
     is_text = isinstance(answered.prompt, str)
@@ -120,11 +120,11 @@ def _name(view: View, names: tuple[str, str], answered: Answered) -> str:
     return "trl-chat"
 
 
-def _against(view: View, chat: list[object], worse: object) -> Answered:
-    """Put a worse answer in place of the one that ends a chat."""
+def _against(view: RowView, chat: list[object], worse: object) -> Answered:
+    """Replace the last answer of a chat by a worse one."""
     key = view.key("messages")
     prompt, answer = conversations.split_last(chat, key)
-    if answer[-1]["role"] != ASSISTANT:  # what the worse answer replaces is not certain
+    if answer[-1]["role"] != ASSISTANT:  # unclear what the worse answer replaces
         raise InvalidRecordError("E403", f"{key!r} does not end with an assistant turn")
     if isinstance(worse, str):
         worse = [{"role": ASSISTANT, "content": worse}]
@@ -133,21 +133,21 @@ def _against(view: View, chat: list[object], worse: object) -> Answered:
     return _whole(view, chat, whole)
 
 
-def _whole(view: View, chosen: list[object], rejected: list[object]) -> Answered:
+def _whole(view: RowView, chosen: list[object], rejected: list[object]) -> Answered:
     values = {view.key("messages"): chosen, "the worse chat": rejected}
-    return put_together(view, values, ["messages", "messages"])
+    return combine(view, values, ["messages", "messages"])
 
 
 _ONE_AGAINST_MANY = ("chosen", "rejected")
 SIGNS_SEVERAL = frozenset(("rejected",))
-_COUNTED = "num_correct"  # which RewardBench 2 has, and no list of steps
-_STYLES = 3  # in which RM-Bench has each answer
+_COUNTED = "num_correct"  # a key of RewardBench 2; lists of steps do not have it
+_STYLES = 3  # RM-Bench writes each answer in three styles
 
 
-def claims_several(view: View, settings: FormatSettings) -> bool:
-    """Say whether `rejected` lists answers.
+def claims_several(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether `rejected` is a list of answers.
 
-    Two lists could be steps, unless they are counted, or are three styles of an answer in a domain.
+    Two lists could also be steps, unless the row has the keys of RewardBench 2 or RM-Bench.
     """
     if not _is_strings(view.peek("rejected")) or view.has("first_diff") or view.has("error_steps"):
         return False
@@ -157,18 +157,18 @@ def claims_several(view: View, settings: FormatSettings) -> bool:
     return view.has(_COUNTED) or _is_rm_bench(view)
 
 
-def _is_rm_bench(view: View) -> bool:
-    """Say whether a row has RM-Bench's keys and three answers a side, none of them on both."""
+def _is_rm_bench(view: RowView) -> bool:
+    """Return whether a row has RM-Bench's keys and three answers per side, none on both sides."""
     sides = [view.peek(name) for name in _ONE_AGAINST_MANY]
     is_three = all(len(side) == _STYLES for side in sides)
     return is_three and isinstance(view.peek("domain"), str) and set(sides[0]).isdisjoint(sides[1])
 
 
-def read_several(view: View, settings: FormatSettings) -> Meaning:
-    """Read the answers: each of `chosen` is better than each of `rejected`.
+def read_several(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse the answers: each of `chosen` is better than each of `rejected`.
 
     Raises:
-        InvalidRecordError: E203 where a side holds no strings; whatever else is wrong with it.
+        InvalidRecordError: E203 if a side does not hold strings, and every other error in the row.
     """
     answers: dict[str, str] = {}
     values: list[float] = []
@@ -180,20 +180,20 @@ def read_several(view: View, settings: FormatSettings) -> Meaning:
         for place, text in enumerate(side, 1):
             answers[f"answer {place} of {view.key(name)!r}"] = text
             values.append(value)
-    answered = put_together(view, answers, ["text"] * len(answers))
+    answered = combine(view, answers, ["text"] * len(answers))
     if answered.main is None:
         raise InvalidRecordError("E201", f"the key {view.key('prompt')!r} is missing")
     completions = tuple(
         Completion(CANDIDATE, answer, context) for context, answer in answered.parts
     )
-    return Meaning(
+    return ParsedRow(
         "several",
         "group",
         answered.prompt,
         completions,
         answered.tools,
         values=tuple(values),
-        is_sided=True,
+        is_binary=True,
     )
 
 

@@ -1,16 +1,16 @@
-"""The question of a row: what the model reads before it answers.
+"""The question of a row: the part that the model reads before it answers.
 
-A string under ``prompt`` is text that the model reads as it stands: whoever wrote it put the
-speakers' names, or a template's tokens, into it. Every other key names a part of a chat (a
-question, an instruction, a system prompt, a history): those become messages, which the model's own
-template writes out. So does ``prompt`` where a system prompt or a history stands beside it.
+A string under ``prompt`` is plain text and is not changed: it already contains the speakers' names
+or the template's tokens. Every other key names a part of a chat (a question, an instruction, a
+system prompt, a history). These become messages, which the model's chat template renders. So does
+``prompt`` if the row also has a system prompt or a history.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from logratio.data import conversations
-from logratio.data.formats.row import View, parsed
+from logratio.data.formats.row import RowView, parsed
 from logratio.data.messages import Turns, read_messages
 from logratio.data.records import InvalidRecordError, Message, Text
 
@@ -18,26 +18,26 @@ MAINS = (
     *("prompt", "messages", "conversations", "context"),
     *("question", "instruction", "query", "input", "history"),
 )
-"""Names under which a question may stand."""
+"""Names that may hold the question."""
 
 SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), "history", "tools"
 
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 BEFORE = (*SYSTEM, HISTORY, TOOLS, "context", "input", "initial_reason_steps", *_MEDIA)
-"""Names of what the model has to see before it answers: never left out in silence."""
+"""Names of other parts of the prompt; a row in which one is not read is refused."""
 
 _BEFORE = frozenset(BEFORE)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What stands before the answers.
+    """The part of a row before the answers.
 
     Attributes:
-        main: The name that it was found under; None where the answers carry it.
-        prompt: Plain text, or turns of a chat.
-        tools: What the assistant may call.
+        main: The name under which it was found. None: the answers contain it.
+        prompt: Plain text, or the turns of a chat.
+        tools: Descriptions of the functions that the assistant may call.
     """
 
     main: str | None
@@ -49,32 +49,34 @@ class Question:
         return (_user(self.prompt),) if isinstance(self.prompt, str) else self.prompt
 
 
-def find_main(view: View) -> str | None:
-    """Find the name under which a row's question stands; None where there is none.
+def find_main(view: RowView) -> str | None:
+    """Return the name that holds a row's question, or None.
 
     Raises:
-        InvalidRecordError: E210 where there are several.
+        InvalidRecordError: E210 if several names could hold it.
     """
     found = [name for name in MAINS if view.has(name) and _can_ask(view, name)]
     if len(found) > 1:
         found = [name for name in found if name in view.mapped] or found
     if "instruction" in found:
-        found = [name for name in found if name != "input"]  # which alpaca puts below it
+        found = [
+            name for name in found if name != "input"
+        ]  # alpaca appends `input` to the instruction
     if len(found) > 1:
         found = [name for name in found if view.peek(name)] or found[:1]
     if len(found) > 1:
         names = " and ".join(f"`{view.key(name)}`" for name in found)
         flags = " or ".join(f"--columns {name}={view.key(name)}" for name in found)
-        reason = f"{names} could each be the question: say which with {flags}"
+        reason = f"{names} could each be the question: choose one with {flags}"
         raise InvalidRecordError("E210", reason)
     return found[0] if found else None
 
 
-def read_question(view: View, main: str) -> Question:
-    """Read the question that stands under a name, with what belongs to it.
+def read_question(view: RowView, main: str) -> Question:
+    """Parse the question under a name, with its system prompt, history and tools.
 
     Raises:
-        InvalidRecordError: E2xx for values that are malformed, E403 for turns that ask nothing.
+        InvalidRecordError: E2xx for malformed values, E403 for turns without a question.
     """
     value = view.take(main)
     if main == "input" and isinstance(value, dict):
@@ -98,34 +100,34 @@ def read_question(view: View, main: str) -> Question:
     return Question(main, turns, read_tools(view))
 
 
-def read_tools(view: View) -> tuple[Message, ...]:
-    """Read the functions that an assistant may call; they may be written as JSON.
+def read_tools(view: RowView) -> tuple[Message, ...]:
+    """Parse the descriptions of functions that the assistant may call, possibly JSON in a string.
 
     Raises:
-        InvalidRecordError: E203 where they are no list of objects.
+        InvalidRecordError: E203 if they are not a list of objects.
     """
     return _tools(view.take(TOOLS), view.key(TOOLS)) if view.has(TOOLS) else ()
 
 
-def with_system(view: View, turns: Turns) -> Turns:
-    """Put a system prompt that stands beside a chat before it, unless it begins the chat already.
+def with_system(view: RowView, turns: Turns) -> Turns:
+    """Prepend the row's system prompt to a chat, unless the chat already begins with it.
 
     Raises:
-        InvalidRecordError: E203 where it is no string, E206 where the chat has another.
+        InvalidRecordError: E203 if it is not a string, E206 if the chat has a different one.
     """
     for name in SYSTEM:
         system = view.optional_text(name)
         if not system or system == turns[0].get("content"):
             continue
         if turns[0]["role"] == "system":
-            reason = f"{view.key(name)!r} and the chat's own system turn differ"
+            reason = f"{view.key(name)!r} and the chat's system turn differ"
             raise InvalidRecordError("E206", reason)
         turns = ({"role": "system", "content": system}, *turns)
     return turns
 
 
-def check_unread(view: View) -> None:
-    """Refuse what would train without a part of its prompt.
+def check_unread(view: RowView) -> None:
+    """Refuse a row that would be trained without a part of its prompt.
 
     Raises:
         InvalidRecordError: E206, naming the part.
@@ -137,28 +139,28 @@ def check_unread(view: View) -> None:
             raise InvalidRecordError("E206", _unread(view, name))
 
 
-def _unread(view: View, name: str) -> str:
-    """Say what to do with a part of the prompt that is not read."""
+def _unread(view: RowView, name: str) -> str:
+    """Return a sentence about a part of the prompt that is not read, and what to do."""
     if name in _MEDIA:
         return (
-            f"{view.key(name)!r} belongs before the answer, and only text is read: leave out such "
-            "rows, or this key where the text is enough without it"
+            f"{view.key(name)!r} is part of the prompt, but only text is supported: remove such "
+            "rows, or remove this key if the text is complete without it"
         )
-    reason = f"{view.key(name)!r} belongs before the answer and is not read"
+    reason = f"{view.key(name)!r} is part of the prompt, but is not read"
     if name == TOOLS:
         return f"{reason}: with tools, write prompt and answers as lists of messages"
     return f"{reason}: move it into the prompt"
 
 
-def _can_ask(view: View, name: str) -> bool:
-    if name == HISTORY:  # SHP's post; elsewhere, and as a list, turns before the question
+def _can_ask(view: RowView, name: str) -> bool:
+    if name == HISTORY:  # SHP's post; in other formats, and as a list, earlier turns
         rest = [other for other in MAINS if other != HISTORY]
         return isinstance(view.peek(name), str) and not any(map(view.has, rest))
     return name != "context" or isinstance(view.peek(name), list)
 
 
-def _openai(view: View, value: dict[str, Any]) -> Question:
-    """Read the object that OpenAI puts the question into."""
+def _openai(view: RowView, value: dict[str, Any]) -> Question:
+    """Parse OpenAI's `input` object, which holds the question."""
     messages = value.get("messages")
     if not isinstance(messages, list):
         code = "E201" if "messages" not in value else "E203"
@@ -168,8 +170,8 @@ def _openai(view: View, value: dict[str, Any]) -> Question:
     return Question("input", turns, _tools(value.get("tools"), "input.tools"))
 
 
-def _history(view: View) -> Turns:
-    """Read earlier turns: messages, or pairs of a question and its answer."""
+def _history(view: RowView) -> Turns:
+    """Parse earlier turns: messages, or [question, answer] pairs."""
     value = view.take(HISTORY) if view.has(HISTORY) else None
     if not value:
         return ()
@@ -177,7 +179,7 @@ def _history(view: View) -> Turns:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return tuple(_weightless(read_messages(value, key)))
     if not isinstance(value, list) or not all(_is_exchange(item) for item in value):
-        reason = f"{key!r} is no list of [question, answer]"
+        reason = f"{key!r} is not a list of [question, answer]"
         raise InvalidRecordError("E203", reason)
     roles = ("user", "assistant")
     return tuple(
@@ -200,12 +202,12 @@ def _tools(value: Any, key: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.strip():
         spelled = parsed(value)
         if spelled is None:
-            raise InvalidRecordError("E203", f"{key!r} is a string and not JSON")
+            raise InvalidRecordError("E203", f"{key!r} is a string, but not JSON")
         value = spelled
     if not value or (isinstance(value, str) and not value.strip()):
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise InvalidRecordError("E203", f"{key!r} is no list of objects")
+        raise InvalidRecordError("E203", f"{key!r} is not a list of objects")
     return tuple(value)
 
 

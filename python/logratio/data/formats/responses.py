@@ -1,4 +1,4 @@
-"""The answers of a row with their prompt, and what a row says of them."""
+"""The answers of a row with their prompt, and the parsed row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from logratio.data import conversations
 from logratio.data.formats.prompts import MAINS, find_main, read_question, read_tools, with_system
-from logratio.data.formats.row import FLAGS, Shape, View, called, chat, opens, parsed
+from logratio.data.formats.row import FLAGS, RowView, Shape, called, chat, opens, parsed
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.messages import ASSISTANT, Turns, bare, read_messages
 from logratio.data.readers.json import parse_value
@@ -15,14 +15,14 @@ from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordErr
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A prompt and what each answer goes on with.
+    """A prompt and its answers.
 
     Attributes:
-        main: The name under which the question stood; None where the answers carried it.
-        prompt: Plain text, or turns of a chat.
-        parts: For each answer what does not count of it, and what does.
-        tools: What the assistant may call.
-        is_whole: Whether the answers held the whole chat.
+        main: The name that held the question. None: the answers contained it.
+        prompt: Plain text, or the turns of a chat.
+        parts: For each answer its context, which is not trained, and its trained part.
+        tools: Descriptions of the functions that the assistant may call.
+        is_whole: Whether the answers were whole chats or transcripts.
     """
 
     main: str | None
@@ -32,28 +32,28 @@ class Answered:
     is_whole: bool = False
 
 
-def read_answers(view: View, names: Sequence[str]) -> Answered:
-    """Read answers that stand under names of their own, and their question.
+def read_answers(view: RowView, names: Sequence[str]) -> Answered:
+    """Parse the answers under some names, and their question.
 
     Raises:
-        InvalidRecordError: Whatever is wrong with one of them.
+        InvalidRecordError: Every error in one of them.
     """
     shapes: list[Shape] = [_shape(view, name) for name in names]
     values = {view.key(name): view.take(name) for name in names}
-    return put_together(view, values, shapes)
+    return combine(view, values, shapes)
 
 
-def put_together(view: View, values: Mapping[str, Any], shapes: Sequence[Shape]) -> Answered:
-    """Find the question of answers that are at hand.
+def combine(view: RowView, values: Mapping[str, Any], shapes: Sequence[Shape]) -> Answered:
+    """Combine answers with the row's question.
 
     Args:
         view: The row.
-        values: The answers under the names that errors call them by.
-        shapes: What each of them is.
+        values: The answers by their names in errors.
+        shapes: The shape of each answer.
 
     Raises:
-        InvalidRecordError: E2xx where the answers are of different kinds or do not go with the
-            question, E403 where turns do not fit.
+        InvalidRecordError: E2xx if the answers are of different kinds or do not match the question,
+            E403 for an invalid order of roles.
     """
     if _may_spell_chats(view, values):
         values = view.chats(values, _asked(view, values))
@@ -75,16 +75,16 @@ def put_together(view: View, values: Mapping[str, Any], shapes: Sequence[Shape])
     raise InvalidRecordError("E206", f"the answers are not of one kind: {named}")
 
 
-def _may_spell_chats(view: View, answers: Mapping[str, Any]) -> bool:
+def _may_spell_chats(view: RowView, answers: Mapping[str, Any]) -> bool:
     cells = (*answers.values(), *map(view.peek, MAINS))
     return any(isinstance(cell, str) and opens(cell) for cell in cells)
 
 
-def _asked(view: View, answers: Mapping[str, Any]) -> str | None:
-    """Find the name of the question; answers that are whole chats hold it, and may repeat it."""
+def _asked(view: RowView, answers: Mapping[str, Any]) -> str | None:
+    """Return the name of the question; whole chats contain it, and the row may repeat it."""
     chats = {n: chat(a) if isinstance(a, str) else a for n, a in answers.items()}
     if all(isinstance(turns, list) and _is_whole(turns, name) for name, turns in chats.items()):
-        return _beside(view)
+        return _repeated_question(view)
     return find_main(view)
 
 
@@ -94,9 +94,9 @@ def _shape_of_chat(value: Any) -> Shape | None:
     return ("messages" if value else "empty") if isinstance(value, list) else None
 
 
-def _shape(view: View, name: str) -> Shape:
+def _shape(view: RowView, name: str) -> Shape:
     if not view.has(name):
-        view.take(name)  # which says what is wrong with it
+        view.take(name)  # raises the error
     shape = view.shape(name)
     if shape in ("flag", "number"):
         raise view.wrong(name, "a string or a list of messages")
@@ -107,31 +107,31 @@ def _shape(view: View, name: str) -> Shape:
     return shape
 
 
-def _texts(view: View, values: Mapping[str, str]) -> Answered:
+def _texts(view: RowView, values: Mapping[str, str]) -> Answered:
     main = find_main(view)
     if main is None:
         return _transcripts(view, values)
     question = read_question(view, main)
     prompt = question.prompt
     if not isinstance(prompt, str):
-        said = [((), ({"role": ASSISTANT, "content": value},)) for value in values.values()]
-        return Answered(main, prompt, said, question.tools)
-    # Some sets repeat the prompt in each side; it must not be read twice.
+        parts = [((), ({"role": ASSISTANT, "content": value},)) for value in values.values()]
+        return Answered(main, prompt, parts, question.tools)
+    # Some datasets repeat the prompt in each answer; it must not be trained twice.
     if len(prompt.split()) > 1 and all(value.startswith(prompt) for value in values.values()):
         names = " and ".join(f"`{name}`" for name in values)
-        reason = f"{names} begin with the whole prompt, which would be read twice: leave it out"
+        reason = f"{names} begin with the whole prompt, which would be read twice: remove it there"
         raise InvalidRecordError("E211", reason)
     return Answered(main, prompt, [("", value) for value in values.values()])
 
 
-def _transcripts(view: View, values: Mapping[str, str]) -> Answered:
+def _transcripts(view: RowView, values: Mapping[str, str]) -> Answered:
     if not any(map(conversations.is_transcript, values.values())):
         view.take("prompt")
     prompt, parts = conversations.split_transcript(dict(values))
     return Answered(None, prompt, parts, is_whole=True)
 
 
-def _chats(view: View, chats: dict[str, list[Any]]) -> Answered:
+def _chats(view: RowView, chats: dict[str, list[Any]]) -> Answered:
     whole = any(_is_whole(chat, name) for name, chat in chats.items())
     if whole:
         return _whole_chats(view, chats)
@@ -142,14 +142,14 @@ def _chats(view: View, chats: dict[str, list[Any]]) -> Answered:
 
 
 def _is_whole(chat: list[Any], name: str) -> bool:
-    """Say whether a chat holds its question, too: neither the assistant nor a tool begins it."""
+    """Return whether a chat includes its question: neither the assistant nor a tool begins it."""
     return bool(chat) and read_messages(chat[:1], name)[0]["role"] not in (ASSISTANT, "tool")
 
 
-def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:
+def _whole_chats(view: RowView, chats: dict[str, list[Any]]) -> Answered:
     prompt, parts = conversations.split(chats)
     turns = {name: tuple(map(bare, read_messages(chat, name))) for name, chat in chats.items()}
-    main = _beside(view)
+    main = _repeated_question(view)
     if main is not None:
         _check_repeats(view, main, turns)
     for name in ("messages", "conversations"):
@@ -157,13 +157,13 @@ def _whole_chats(view: View, chats: dict[str, list[Any]]) -> Answered:
     return Answered(main, with_system(view, prompt), parts, read_tools(view), is_whole=True)
 
 
-def _beside(view: View) -> str | None:
+def _repeated_question(view: RowView) -> str | None:
     names = ("prompt", "question", "instruction", "query")
     return next((name for name in names if view.has(name)), None)
 
 
-def _check_repeats(view: View, main: str, chats: dict[str, Turns]) -> None:
-    """Make sure that whole chats hold the question that stands beside them."""
+def _check_repeats(view: RowView, main: str, chats: dict[str, Turns]) -> None:
+    """Refuse whole chats that do not contain the question given next to them."""
     value = view.take(main)
     for name, turns in chats.items():
         if isinstance(value, str):
@@ -176,8 +176,8 @@ def _check_repeats(view: View, main: str, chats: dict[str, Turns]) -> None:
             raise _not_held(name, view.key(main), "E403")
 
 
-def _check_copy(view: View, name: str, chats: dict[str, Turns]) -> None:
-    """Make sure that a further chat, which is not read, says nothing of its own."""
+def _check_copy(view: RowView, name: str, chats: dict[str, Turns]) -> None:
+    """Refuse a further chat, which is not read, unless one of the chats begins with it."""
     value = view.peek(name)
     if not isinstance(value, list) or not value:
         return
@@ -191,7 +191,7 @@ def _begins(turns: Turns, value: list[Any], name: str) -> bool:
 
 
 def _not_held(chat: str, name: str, code: str) -> InvalidRecordError:
-    reason = f"{chat!r} is a whole chat, and {name!r} is no part of it: leave one of them out"
+    reason = f"{chat!r} is a whole chat, but {name!r} is not part of it: remove one of them"
     return InvalidRecordError(code, reason)
 
 
@@ -202,18 +202,18 @@ def _listed(value: Any) -> list[Any]:
 _PROMPT = "prompt"
 
 
-def read_turns(view: View, names: tuple[str, str], settings: FormatSettings) -> Answered | None:
-    """Read two conversations whose first turns are the same question, as Chatbot Arena's 55k has.
+def read_turns(view: RowView, names: tuple[str, str], settings: FormatSettings) -> Answered | None:
+    """Parse two conversations with the same user turns, as in Chatbot Arena's 55k.
 
-    An answer of null is an empty one.
+    A null answer counts as an empty one.
 
     Returns:
-        What both share, and each one's history and last answer; None where the prompt is no list
-        of turns, or is text by the user's word.
+        The common turns, and the history and last answer of each side. None if the prompt is not a
+        list of turns, or if ``--strings text`` makes it text.
 
     Raises:
-        InvalidRecordError: E215 where an answer is a string that spells no list, E203 where it is
-            of another type, E403 where it has not as many turns as the prompt.
+        InvalidRecordError: E215 if an answer is a string that spells no list, E203 if it has
+            another type, E403 if it has a different number of turns than the prompt.
     """
     asked = _turns(view.peek(_PROMPT))
     if asked is None or None in asked or settings.strings == "text":
@@ -224,27 +224,27 @@ def read_turns(view: View, names: tuple[str, str], settings: FormatSettings) -> 
     return Answered(_PROMPT, with_system(view, prompt), parts, read_tools(view), is_whole=True)
 
 
-def _chat(view: View, name: str, asked: list[str | None]) -> list[Message]:
-    """Put the user's turns and a model's together."""
+def _chat(view: RowView, name: str, asked: list[str | None]) -> list[Message]:
+    """Interleave the user's turns with those of a model."""
     value, prompt = view.take(name), view.key(_PROMPT)
-    said = _turns(value)
-    if said is None:
+    answers = _turns(value)
+    if answers is None:
         if not isinstance(value, str):
             raise view.wrong(name, "a list of strings")
-        reason = f"{prompt!r} spells a list of turns, and {view.key(name)!r} is plain text: {FLAGS}"
+        reason = f"{prompt!r} spells a list of turns, but {view.key(name)!r} is plain text: {FLAGS}"
         raise InvalidRecordError("E215", reason)
-    if len(said) != len(asked):
-        reason = f"{view.key(name)!r} has {len(said)} turns, and {prompt!r} has {len(asked)}"
+    if len(answers) != len(asked):
+        reason = f"{view.key(name)!r} has {len(answers)} turns, but {prompt!r} has {len(asked)}"
         raise InvalidRecordError("E403", reason)
     return [
         {"role": role, "content": text or ""}
-        for exchange in zip(asked, said, strict=True)
+        for exchange in zip(asked, answers, strict=True)
         for role, text in zip(("user", ASSISTANT), exchange, strict=True)
     ]
 
 
 def _turns(cell: Any) -> list[str | None] | None:
-    """Return a list of strings and nulls, which may be written as JSON; None for anything else."""
+    """Return a list of strings and nulls, which may be JSON in a string; None for other values."""
     value = parsed(cell) if isinstance(cell, str) else cell
     if not isinstance(value, list) or not value:
         return None
@@ -256,29 +256,29 @@ def _turns(cell: Any) -> list[str | None] | None:
 
 
 def _check(text: str) -> None:
-    """Refuse JSON with half a character."""
+    """Refuse JSON with partial_pair a character."""
     try:
         parse_value(text)
     except InvalidRecordError:
         raise
-    except ValueError:  # a repr is no JSON
+    except ValueError:  # a repr is not JSON
         pass
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
-    """A row's content.
+class ParsedRow:
+    """A parsed row, before it becomes records.
 
     Attributes:
         format: The name of its format.
-        kind: A pair, unpaired feedback, a group in order, a demonstration.
-        prompt: What every completion answers.
-        completions: Of a group, as the row has them.
-        tools: What the assistant may call.
-        ends: Whether the completions come to their end.
-        values: Of a group, how good each completion is; larger is better.
-        is_sided: Whether the values only tell good from bad: equal ones are then no tie.
-        warnings: Codes of what is to be counted of the row, which is kept.
+        kind: A pair, unpaired feedback, a group, or a demonstration.
+        prompt: The prompt of every completion.
+        completions: The completions; those of a group in the row's order.
+        tools: Descriptions of the functions that the assistant may call.
+        ends: Whether the completions are complete; a single step is not.
+        values: Of a group, the value of each completion; larger is better.
+        is_binary: Whether the values are only good or bad: equal values are then not a tie.
+        warnings: Codes of the row's warnings.
     """
 
     format: str
@@ -289,13 +289,13 @@ class Meaning:
     ends: bool = True
     values: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
-    is_sided: bool = False
+    is_binary: bool = False
 
 
-def pair(format_name: str, answered: Answered) -> Meaning:
-    """Make a pair of two answers, the better one first."""
+def pair(format_name: str, answered: Answered) -> ParsedRow:
+    """Build a pair from two answers, the better one first."""
     completions = tuple(
         Completion(role, answer, context)
         for role, (context, answer) in zip((CHOSEN, REJECTED), answered.parts, strict=True)
     )
-    return Meaning(format_name, "pair", answered.prompt, completions, answered.tools)
+    return ParsedRow(format_name, "pair", answered.prompt, completions, answered.tools)

@@ -1,4 +1,4 @@
-"""A row by the names that formats know, and what a string in it is: text, a list, a chat."""
+"""A row under the names that formats read, with lists and chats parsed from its strings."""
 
 import ast
 import json
@@ -11,23 +11,23 @@ from logratio.data.readers.rows import Row
 from logratio.data.records import InvalidRecordError
 
 Strings = Literal["messages", "text"]
-"""What a string that spells a list of messages is."""
+"""How to read a string that spells a list of messages."""
 
 FLAGS = (
-    "add --strings messages to read every such string as a chat, or --strings text to train it as "
-    "it stands"
+    "add --strings messages to read every such string as a chat, or --strings text to train it "
+    "unchanged"
 )
 
 LISTS = frozenset(
     ("completions", "answers", "responses", "ranks", "scores", "rewards", "error_steps")
 )
-"""Names under which a list stands and a string has no meaning."""
+"""Names that always hold a list; a string there is parsed."""
 
 CHATS = frozenset(("messages", "conversations", "chosen_messages", "rejected_messages", "context"))
-"""Names under which a list of messages can stand only for a chat."""
+"""Names under which a list of messages is always a chat."""
 
 MAX_REPR = 1 << 20
-"""Most characters of Python's `repr` that are parsed: it takes a hundred times as many bytes."""
+"""Longest Python `repr` that is parsed: parsing needs about a hundred bytes per character."""
 
 _OPENS = ("[", "{")
 _SPACE = " \t\r\n"
@@ -37,16 +37,16 @@ _ROWS_OF_NUMPY = re.compile(r"\}\n\s*\{")  # a line end cannot be inside a strin
 
 
 def opens(text: str) -> bool:
-    """Say whether a string may spell a list or an object: a quick look at its first character."""
+    """Return whether a string may spell a list or an object, from its first character."""
     if text[:1] in _SPACE:
         text = text.lstrip(_SPACE)
     return text.startswith(_OPENS)
 
 
 def parsed(text: str) -> Any:
-    """Return the list or object that a string spells; None if it spells none.
+    """Return the list or object that a string spells, or None.
 
-    JSON is read first, then Python's `repr`, also that of an array of objects in NumPy, up to
+    JSON is tried first, then Python's `repr` (also of a NumPy array of objects) of up to
     `MAX_REPR` characters.
     """
     if not opens(text):
@@ -68,14 +68,14 @@ def _literal(text: str) -> Any:
 
 
 def chat(text: str, *, in_object: bool = False) -> Any:
-    """Return the messages that a string spells: a list, one message, or None if it spells none.
+    """Return the messages that a string spells: a list, one message, or None.
 
     Args:
         text: The string.
-        in_object: Take an object with a list of ``messages``, too.
+        in_object: Also accept an object with a list of ``messages``.
 
     Raises:
-        InvalidRecordError: E205 or E104 where it is JSON of a kind that is refused.
+        InvalidRecordError: E205 for a repeated key in JSON, E104 for a lone surrogate.
     """
     if not _CHAT_OPENS.match(text):
         return None
@@ -85,7 +85,7 @@ def chat(text: str, *, in_object: bool = False) -> Any:
         return None
     try:
         parse_value(text)
-    except ValueError as error:  # a repr is no JSON
+    except ValueError as error:  # a repr is not JSON
         if isinstance(error, InvalidRecordError):
             raise
     return value
@@ -106,7 +106,7 @@ def _is_message(value: Any) -> bool:
 
 
 def lists_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what strings spell under names that take nothing but a list."""
+    """Parse the strings under names that always hold a list."""
     found = {}
     for name in _names_of_lists(values):
         text = values[name]
@@ -137,7 +137,7 @@ def _list_under(name: str, text: str) -> list[Any] | None:
 
 
 def _is_history(value: Any) -> bool:
-    """Say whether earlier turns are spelled: messages, or pairs of a question and its answer."""
+    """Return whether a value is earlier turns: messages, or [question, answer] pairs."""
     if not isinstance(value, list):
         return False
     return _is_chat(value) or all(_is_strings(item) and len(item) == 2 for item in value)
@@ -150,16 +150,16 @@ def _is_strings(value: Any) -> bool:
 def chats_of(
     cells: Mapping[str, Any], strings: Strings | None, asked: str | None
 ) -> dict[str, Any]:
-    """Return the chats that cells of a row spell; nothing where they are text.
+    """Return the chats that the strings of a row spell; empty if they are text.
 
     Args:
-        cells: The question and the answers, by the names that errors call them by.
-        strings: What such strings are, if the user settled it.
-        asked: Which of the cells is the question.
+        cells: The question and the answers, by their names in errors.
+        strings: The user's choice, if there is one.
+        asked: The name of the question.
 
     Raises:
-        InvalidRecordError: E215 where some are chats and some are text, or where a string begins
-            like a chat and cannot be parsed.
+        InvalidRecordError: E215 if some strings are chats and others text, or if one begins like a
+            chat and cannot be parsed.
     """
     if strings == "text":
         return {}
@@ -183,8 +183,8 @@ def chats_of(
 def _check_whole(name: str, text: str) -> None:
     if _LOOKS_LIKE_CHAT.match(text) and parsed(text) is None:
         reason = (
-            f"{name!r} begins like a list of messages that was written as text, and cannot be "
-            "parsed: write it as JSON, or add --strings text to train it as it stands"
+            f"{name!r} begins like a list of messages that was written as text, but cannot be "
+            "parsed: write it as JSON, or add --strings text to train it unchanged"
         )
         raise InvalidRecordError("E215", reason)
 
@@ -192,7 +192,7 @@ def _check_whole(name: str, text: str) -> None:
 def _repeats(
     cells: Mapping[str, Any], chats: Mapping[str, Any], asked: str | None, plain: list[str]
 ) -> bool:
-    """Say whether the only text is a question that every answer, a whole chat, holds as a turn."""
+    """Return whether the only text is the question, and every answer is a chat that repeats it."""
     if plain != [asked]:
         return False
     question = cells[plain[0]].strip()
@@ -210,9 +210,9 @@ def _sentence(chats: list[str], plain: list[str]) -> str:
 
 
 Shape = Literal["absent", "text", "message", "messages", "strings", "empty", "flag", "number"]
-"""What a value is: text, an object, a list of objects, a list of strings, an empty list …"""
+"""The type of a value, as far as formats distinguish it."""
 
-_CALLED = {
+_SHAPE_NAMES = {
     "absent": "absent",
     "text": "a string",
     "message": "an object",
@@ -225,19 +225,19 @@ _CALLED = {
 
 
 def called(shape: Shape) -> str:
-    """Name a shape as a person does."""
-    return _CALLED[shape]
+    """Return the name of a shape for messages."""
+    return _SHAPE_NAMES[shape]
 
 
 ABSENT: Any = object()
-"""What `value_at` finds where there is nothing."""
+"""Result of `value_at` for a missing key."""
 
 
 def value_at(row: Row, key: str) -> Any:
-    """Find a value by its key, or by a path into objects and lists: ``summaries.0.text``.
+    """Return the value at a key, or at a path into objects and lists: ``summaries.0.text``.
 
-    A key that is there as it is written comes first. An object or a list on the way may be written
-    as JSON in a string.
+    A key that matches literally, dots included, takes precedence. An object or list on the path
+    may be JSON in a string. Returns `ABSENT` if nothing is found.
     """
     if key in row:
         return row[key]
@@ -253,26 +253,26 @@ def value_at(row: Row, key: str) -> Any:
     return value
 
 
-class View:
-    """A row as formats read it.
+class RowView:
+    """A row as formats read it; it records which keys were read.
 
     Attributes:
-        mapped: Names that settings gave a key of the row, or a format settled.
-        is_plain: Whether a string under ``prompt`` was read as plain text (else as a user's turn);
-            None where there was none.
-        is_spelled: Whether strings spelled the chats that were read; None where nothing that was
-            read could be text.
+        mapped: Names that the settings mapped to a key of the row, or that a format chose.
+        is_plain: Whether a string under ``prompt`` was read as plain text rather than as a user
+            turn. None: no such string.
+        is_spelled: Whether the chats were parsed from strings. None: no value could have been
+            text.
     """
 
     def __init__(
         self, row: Row, columns: Mapping[str, str], strings: Strings | None = None
     ) -> None:
-        """Look at a row.
+        """Map the row's keys and parse its lists.
 
         Args:
             row: The row.
-            columns: Its keys for names that formats know.
-            strings: What a string is that spells a list of messages.
+            columns: Its key or path for each mapped name.
+            strings: How to read a string that spells a list of messages.
         """
         self._row = row
         self._strings = strings
@@ -292,14 +292,14 @@ class View:
             self._values = {**self._values, **lists}
 
     def chats(self, answers: Mapping[str, Any], main: str | None) -> dict[str, Any]:
-        """Return the answers; those that spell chats, and the question, become these.
+        """Return the answers, with chats in place of strings that spell them; so for the question.
 
         Args:
-            answers: By the names that errors call them by.
+            answers: The answers by their names in errors.
             main: The name of the question.
 
         Raises:
-            InvalidRecordError: E215 where they could be chats or text.
+            InvalidRecordError: E215 if they could be chats or text.
         """
         asked = None if main is None else self.key(main)
         question = {} if main is None else {self.key(main): self._values.get(main)}
@@ -314,47 +314,47 @@ class View:
         return name in self._values
 
     def lacks(self, names: frozenset[str]) -> bool:
-        """Say whether none of some names is there."""
+        """Return whether the row has none of the names."""
         return names.isdisjoint(self._values)
 
     @property
     def row(self) -> Row:
-        """The row under its own keys."""
+        """The row with its original keys."""
         return self._row
 
     def every(self) -> list[str]:
-        """Return all names, those without a value too."""
+        """Return all names, including those whose value is null."""
         return list(self._values)
 
     def settle(self, name: str) -> None:
-        """Say that a name is what it is called, whatever else could be that."""
+        """Prefer a name over other candidates, as if `columns` had mapped it."""
         self.mapped = {*self.mapped, name}
 
     def note(self, name: str) -> None:
-        """Count a value as read."""
+        """Record a value as read."""
         self._read.add(self.key(name))
 
     def names(self) -> list[str]:
-        """Return the names that have a value."""
+        """Return the names whose value is not null."""
         return [name for name, value in self._values.items() if value is not None]
 
     def has(self, name: str) -> bool:
-        """Say whether a value is there, and not null."""
+        """Return whether a value is present and not null."""
         return self._values.get(name) is not None
 
     def peek(self, name: str) -> Any:
-        """Return a value, or None, without having read it."""
+        """Return a value, or None, without recording it as read."""
         return self._values.get(name)
 
     def was_read(self, name: str) -> bool:
-        """Say whether a value was taken."""
+        """Return whether a value was read."""
         return self.key(name) in self._read
 
     def take(self, name: str) -> Any:
         """Read a value.
 
         Raises:
-            InvalidRecordError: E201 where the key is missing, E202 where the value is null.
+            InvalidRecordError: E201 if the key is missing, E202 if the value is null.
         """
         if name not in self._values:
             raise InvalidRecordError("E201", f"the key {self.key(name)!r} is missing")
@@ -368,7 +368,7 @@ class View:
         """Read a string.
 
         Raises:
-            InvalidRecordError: As `take`; E203 for another type.
+            InvalidRecordError: As `take`; E203 if it is not a string.
         """
         value = self.take(name)
         if not isinstance(value, str):
@@ -376,15 +376,15 @@ class View:
         return value
 
     def optional_text(self, name: str) -> str:
-        """Read a string; an absent one and null are empty.
+        """Read a string; a missing key and null give "".
 
         Raises:
-            InvalidRecordError: E203 for another type.
+            InvalidRecordError: E203 if it is not a string.
         """
         return self.text(name) if self.has(name) else ""
 
     def shape(self, name: str) -> Shape:
-        """Say what a value is.
+        """Return the shape of a value.
 
         Raises:
             InvalidRecordError: E203 for a list of neither messages nor strings.
@@ -412,19 +412,19 @@ class View:
         raise InvalidRecordError("E203", reason)
 
     def wrong(self, name: str, wanted: str) -> InvalidRecordError:
-        """Make the error for a value of the wrong type."""
+        """Build the error for a value of the wrong type."""
         is_a = json_type(self._values.get(name))
         return InvalidRecordError("E203", f"{self.key(name)!r} is {is_a}, not {wanted}")
 
     def key(self, name: str) -> str:
-        """Return a name as the row spells it."""
+        """Return the row's key for a name."""
         return self._columns.get(name, name)
 
     def leave(self, name: str, keys: Iterable[str]) -> None:
-        """Note keys inside a value that are not read."""
+        """Record keys inside a value that are not read."""
         self._inner |= {f"{self.key(name)}.{key}": None for key in keys}
 
     def extra_keys(self) -> tuple[str, ...]:
-        """Return the row's keys that were not read, and such keys inside of read ones."""
+        """Return the row's keys that were not read, and the unread keys inside values that were."""
         read = {key if key in self._row else key.partition(".")[0] for key in self._read}
         return (*(key for key in self._row if key not in read), *self._inner)

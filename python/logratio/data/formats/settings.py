@@ -1,4 +1,4 @@
-"""What a user says about the data where the data does not say it."""
+"""Settings for reading data, where the data itself is ambiguous."""
 
 import codecs
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from logratio.validation import Converted, check_fields
 
 Lists = Literal["pairs", "best_worst", "groups"]
 Kind = Literal["pair", "unpaired", "group", "demonstration"]
-"""What one record says: this is better than that; this is good (or bad); this is the order of
-these; do it like this."""
+"""The kind of a record: a better and a worse answer; an answer with a boolean label; several ranked
+answers; an answer to imitate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,34 +23,34 @@ class FormatSettings:
     """How rows are read.
 
     Attributes:
-        demonstrations: Make records of one completion to imitate; of a pair the chosen one, of a
+        demonstrations: Read one completion to imitate per row (SFT): of a pair the chosen one, of a
             list the best.
-        lists: What becomes of a ranked or scored list: ``pairs`` (everything better than something
-            else; ties are left out and counted), ``best_worst`` (one pair), ``groups`` (one group,
-            best first).
-        format: The name of the only format that is read; None: what each row is.
-        columns: A key of the data for a name that formats know: ``{"prompt": "question"}``, or a
-            path into objects and lists: ``{"prompt": "info.post"}``.
-        label: What a label's values mean; text is read by `Label.parse`.
-        kinds: What records may say; others are refused (E206). None: anything, but all rows of a
-            file the same.
-        strings: What a string is that spells a list of messages, as JSON or Python's ``repr``:
-            ``messages`` or ``text``. None: messages where all parts of a row that could be
-            messages are (counted, W522), text where none is; refused otherwise (E215).
-        split: The split to read of folders and of a `datasets.DatasetDict` that hold several, as
+        lists: How to convert a ranked or scored list: ``pairs`` (every better answer with every
+            worse one; ties are left out and counted), ``best_worst`` (one pair), or ``groups`` (one
+            group, best first).
+        format: The only format that is accepted. None: detect the format of each row.
+        columns: A key of the data for each name that a format reads: ``{"prompt": "question"}``,
+            or a path into objects and lists: ``{"prompt": "info.post"}``.
+        label: The meaning of a label's values; a string is parsed by `Label.parse`.
+        kinds: The accepted kinds of records; others are refused (E206). None: every kind, but one
+            kind per file.
+        strings: How to read a string that spells a list of messages, as JSON or Python's
+            ``repr``: as ``messages`` or as ``text``. None: as messages if all parts of the row are
+            such strings (counted, W522), as text if none is; other rows are refused (E215).
+        split: The split to read of folders and of a `datasets.DatasetDict` with several, as
             ``train``. None: the only one.
-        encoding: Of files of text, as ``cp1252`` or ``utf-16``. None: UTF-8.
-        rows: A function that every row goes through first, or its name, ``module:function``, or
-            that of a layout (`logratio.data.layouts`). It gets a dict, and returns one, a list of
-            them, or None to leave the row out (R316).
-        group_by: A key: neighbours that say the same there become one row, with a list under every
-            other key. None: each row is a row.
+        encoding: Encoding of text files, as ``cp1252`` or ``utf-16``. None: UTF-8.
+        rows: A function that is applied to every row first, its name as ``module:function``, or
+            the name of a layout (`logratio.data.layouts`). It receives a dict and returns a dict,
+            a list of dicts, or None to leave the row out (R316).
+        group_by: A key by which adjacent rows with equal values are merged into one row, with a
+            list under every other key. None: rows are not merged.
         score: The score that ranks a list: a key of its answers, with dots into objects
-            (``annotations.honesty.Rating``), or of a list of numbers beside them. None: the first
-            known one; where others could rank the list too, that is counted (W525).
+            (``annotations.honesty.Rating``), or the key of a list of numbers. None: the first known
+            one; if others could also rank the list, the row is counted (W525).
 
     Raises:
-        FormatSettingsError: A value is not possible.
+        FormatSettingsError: A value is invalid.
     """
 
     demonstrations: bool = False
@@ -92,7 +92,7 @@ class FormatSettings:
 
     @property
     def reading(self) -> Reading:
-        """What is said about containers."""
+        """The settings that concern containers."""
         encoding = self.encoding
         if encoding and codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
             encoding = None
@@ -100,16 +100,16 @@ class FormatSettings:
         return Reading(self.split, encoding, function, self.group_by)
 
     @property
-    def told(self) -> Label | None:
-        """The label, read."""
+    def parsed_label(self) -> Label | None:
+        """The label after parsing."""
         return self.label if isinstance(self.label, Label) else None
 
 
 def _check_encoding(name: str) -> None:
-    """Refuse what is no encoding of text."""
+    """Raise FormatSettingsError unless Python knows the text encoding."""
     try:
         "".encode(name)
     except LookupError:
         raise FormatSettingsError(
-            f"encoding: Python knows no text in {name!r}; it knows cp1252, utf-16, gb18030 …"
+            f"encoding: unknown text encoding {name!r}; Python knows cp1252, utf-16, gb18030 …"
         ) from None

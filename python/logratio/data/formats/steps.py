@@ -1,15 +1,15 @@
-"""Solutions step by step: right steps that do not count, then a good and a bad step, or several.
+"""Step-by-step solutions: right steps that are not trained, then a good and a bad step, or several.
 
-The question becomes a user's turn and the steps the beginning of the assistant's: a step does not
-end its turn, so no end-of-text token follows it.
+The question becomes a user turn, and the steps begin the assistant's turn. A step does not end its
+turn, so no EOS follows it.
 """
 
 from collections.abc import Sequence
 
 from logratio.data.formats import lists
 from logratio.data.formats.prompts import Question, find_main, read_question
-from logratio.data.formats.responses import Meaning
-from logratio.data.formats.row import View
+from logratio.data.formats.responses import ParsedRow
+from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.records import CANDIDATE, CHOSEN, REJECTED, Completion, InvalidRecordError
 
@@ -17,24 +17,24 @@ _BEFORE = "initial_reason_steps"
 SIGNS = frozenset((_BEFORE, "first_diff", "error_steps"))
 
 
-def claims(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has steps of which one is better than another."""
+def claims(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has steps to compare."""
     if not _is_pair(view):
         return view.has(_BEFORE) and lists.claims(view, settings)
     if view.has(_BEFORE):
         return True
     sides = view.peek("chosen"), view.peek("rejected")
     is_list = all(isinstance(side, list) and side for side in sides)
-    told = view.has("first_diff") or view.has("error_steps")
-    return is_list and told and all(isinstance(step, str) for side in sides for step in side)
+    is_marked = view.has("first_diff") or view.has("error_steps")
+    return is_list and is_marked and all(isinstance(step, str) for side in sides for step in side)
 
 
-def read(view: View, settings: FormatSettings) -> Meaning:
-    """Read the steps that both share, and the two that differ.
+def read(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse the common steps, and those that are compared.
 
     Raises:
-        InvalidRecordError: E214 where the steps do not fit together, R301 where a side has no step
-            of its own, E212 for a score of several steps that cannot be read.
+        InvalidRecordError: E214 if the solutions differ too early, R301 if a side has no step left,
+            E212 for an invalid score.
     """
     main = find_main(view)
     if main is None:
@@ -51,22 +51,22 @@ def read(view: View, settings: FormatSettings) -> Meaning:
         name = "prmbench"
         before, good, bad = _first_difference(view)
     completions = (Completion(CHOSEN, good, before), Completion(REJECTED, bad, before))
-    return Meaning(name, "pair", question.turns(), completions, question.tools, ends=False)
+    return ParsedRow(name, "pair", question.turns(), completions, question.tools, ends=False)
 
 
-def _is_pair(view: View) -> bool:
+def _is_pair(view: RowView) -> bool:
     return view.has("chosen") and view.has("rejected")
 
 
-def _read_list(view: View, question: Question, settings: FormatSettings) -> Meaning:
-    """Read several steps that could come next, and how good each is."""
+def _read_list(view: RowView, question: Question, settings: FormatSettings) -> ParsedRow:
+    """Parse several candidates for the next step, with their scores."""
     before, rated = view.text(_BEFORE), lists.read_rated(view, settings)
     for name, step in rated.answers.items():
         if not isinstance(step, str):
-            raise InvalidRecordError("E203", f"{name} is no string, as a step is")
+            raise InvalidRecordError("E203", f"{name} is not a string, but steps are strings")
     if before:
         before += _seam(view, before, next(iter(rated.answers.values())))
-    return Meaning(
+    return ParsedRow(
         "step-list",
         "group",
         question.turns(),
@@ -75,15 +75,15 @@ def _read_list(view: View, question: Question, settings: FormatSettings) -> Mean
         ends=False,
         values=rated.values,
         warnings=rated.warnings,
-        is_sided=rated.is_sided,
+        is_binary=rated.is_binary,
     )
 
 
-def _seam(view: View, before: str, step: str) -> str:
-    """Find what stands between the steps before and a step: the whole solution shows it.
+def _seam(view: RowView, before: str, step: str) -> str:
+    """Return the separator between the previous steps and a step.
 
-    Where there is none to look at, they follow each other as they are if white space or a colon
-    ("Step 3:") keeps them apart, else on a line each.
+    `full_chosen` shows it, if the row has it. Otherwise the separator is empty after white space or
+    a colon ("Step 3:") and before white space, and else a line break.
     """
     whole = view.peek("full_chosen")
     if isinstance(whole, str) and whole.startswith(before):
@@ -97,7 +97,7 @@ def _seam(view: View, before: str, step: str) -> str:
     return "" if apart else "\n"
 
 
-def _first_difference(view: View) -> tuple[str, str, str]:
+def _first_difference(view: RowView) -> tuple[str, str, str]:
     good, bad = _steps(view, "chosen"), _steps(view, "rejected")
     at = _place(view, good, bad)
     if good[:at] != bad[:at]:
@@ -109,20 +109,22 @@ def _first_difference(view: View) -> tuple[str, str, str]:
     return before, good[at], bad[at]
 
 
-def _steps(view: View, name: str) -> list[str]:
+def _steps(view: RowView, name: str) -> list[str]:
     steps = view.take(name)
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise view.wrong(name, "a list of strings")
     return steps
 
 
-def _place(view: View, good: Sequence[str], bad: Sequence[str]) -> int:
-    """Find the number, from 0, of the step in which two solutions part."""
+def _place(view: RowView, good: Sequence[str], bad: Sequence[str]) -> int:
+    """Return the index, from 0, of the first step in which two solutions differ."""
     if view.has("first_diff"):
         place = view.take("first_diff")
         if isinstance(place, int) and not isinstance(place, bool) and place >= 0:
             return place
-        raise InvalidRecordError("E214", f"{view.key('first_diff')!r} is no step's number, from 0")
+        raise InvalidRecordError(
+            "E214", f"{view.key('first_diff')!r} is not the number of a step, from 0"
+        )
     both = zip(good, bad, strict=False)
     alike = min(len(good), len(bad))
     return next((i for i, (left, right) in enumerate(both) if left != right), alike)

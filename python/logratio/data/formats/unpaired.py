@@ -1,11 +1,11 @@
-"""One completion: with a thumb up or down, or as a demonstration to imitate."""
+"""One completion: with a boolean label, or as a demonstration to imitate."""
 
 from logratio.data import conversations
 from logratio.data.formats.catalogue import ANSWERS, COMPLETIONS, THUMBS
 from logratio.data.formats.labels import BAD, GOOD, Label, spelled
 from logratio.data.formats.prompts import Question, read_tools, with_system
-from logratio.data.formats.responses import Meaning, read_answers
-from logratio.data.formats.row import View
+from logratio.data.formats.responses import ParsedRow, read_answers
+from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.records import CHOSEN, DEMONSTRATION, REJECTED, Completion, InvalidRecordError
 
@@ -13,37 +13,41 @@ _CHATS = ("messages", "conversations")
 SIGNS = frozenset(THUMBS)
 
 
-def claims(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has a completion, or a chat, and a thumb."""
+def claims(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row has a completion, or a chat, and a boolean label."""
     thumb = _thumb(view, settings)
     if thumb is None or isinstance(view.peek(thumb), list):
         return False
-    if settings.told and settings.told.answers() and settings.told.key == thumb:
+    if (
+        settings.parsed_label
+        and settings.parsed_label.answers()
+        and settings.parsed_label.key == thumb
+    ):
         return False
     return any(map(view.has, COMPLETIONS)) or any(map(view.has, _CHATS))
 
 
-def read(view: View, settings: FormatSettings) -> Meaning:
-    """Read a completion: chosen where it is good, rejected where it is bad.
+def read(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse a completion: its role is chosen if it is good, and rejected if it is bad.
 
     Raises:
-        InvalidRecordError: E209 for a thumb that is no boolean and whose meaning was not told.
+        InvalidRecordError: E209 for a label that is neither a boolean nor explained by ``--label``.
     """
     thumb = _thumb(view, settings)
     if thumb is None:
         raise InvalidRecordError("E201", f"the key {view.key(THUMBS[0])!r} is missing")
-    role = CHOSEN if _is_good(view, thumb, settings.told) else REJECTED
+    role = CHOSEN if _is_good(view, thumb, settings.parsed_label) else REJECTED
     name = next((name for name in COMPLETIONS if view.has(name)), None)
     if name is not None:
         answered = read_answers(view, (name,))
         ((context, answer),) = answered.parts
         completions = (Completion(role, answer, context),)
-        return Meaning("kto", "unpaired", answered.prompt, completions, answered.tools)
+        return ParsedRow("kto", "unpaired", answered.prompt, completions, answered.tools)
     question, completion = _chat(view, role)
-    return Meaning("kto-chat", "unpaired", question.prompt, (completion,), question.tools)
+    return ParsedRow("kto-chat", "unpaired", question.prompt, (completion,), question.tools)
 
 
-def _chat(view: View, role: str) -> tuple[Question, Completion]:
+def _chat(view: RowView, role: str) -> tuple[Question, Completion]:
     name = next((name for name in _CHATS if view.has(name)), _CHATS[0])
     value = view.take(name)
     if not isinstance(value, list):
@@ -52,27 +56,27 @@ def _chat(view: View, role: str) -> tuple[Question, Completion]:
     return Question(name, with_system(view, turns), read_tools(view)), Completion(role, answer, ())
 
 
-def _thumb(view: View, settings: FormatSettings) -> str | None:
-    label = settings.told
-    is_told = label is not None and label.is_thumb() and view.has(label.key)
-    names = (label.key,) if label and is_told else THUMBS
+def _thumb(view: RowView, settings: FormatSettings) -> str | None:
+    label = settings.parsed_label
+    is_given = label is not None and label.is_thumb() and view.has(label.key)
+    names = (label.key,) if label and is_given else THUMBS
     return next((name for name in names if view.has(name)), None)
 
 
-def _is_good(view: View, name: str, label: Label | None) -> bool:
+def _is_good(view: RowView, name: str, label: Label | None) -> bool:
     value = view.take(name)
     key = view.key(name)
     if label and label.is_thumb() and label.key == name:
         meaning = label.meaning(value)
         if meaning not in (GOOD, BAD):
-            told = ", ".join(label.meanings)
-            reason = f"{key!r} is {spelled(value):.40}, and a meaning was told of {told} only"
+            known = ", ".join(label.meanings)
+            reason = f"{key!r} is {spelled(value):.40}, but --label only defines {known}"
             raise InvalidRecordError("E212", reason)
         return meaning == GOOD
     if not isinstance(value, bool):
         reason = (
-            f"{key!r} is {spelled(value):.40} and no boolean: say what is good, as in "
-            f"--label '{key}: 1=good 0=bad'"
+            f"{key!r} is {spelled(value):.40}, not a boolean: name the good and the bad value, as "
+            f"in --label '{key}: 1=good 0=bad'"
         )
         raise InvalidRecordError("E209", reason)
     return value
@@ -81,32 +85,32 @@ def _is_good(view: View, name: str, label: Label | None) -> bool:
 _QUESTIONS = ("instruction", "question", "query", "input", "prompt")
 
 
-def claims_demonstration(view: View, settings: FormatSettings) -> bool:
-    """Say whether a row has a completion, or a chat, or a question and an answer."""
+def claims_demonstration(view: RowView, settings: FormatSettings) -> bool:
+    """Return whether a row is read as a demonstration."""
     return settings.demonstrations and can_be_imitated(view)
 
 
-def can_be_imitated(view: View) -> bool:
-    """Say whether a row that is nothing else is an answer to imitate."""
+def can_be_imitated(view: RowView) -> bool:
+    """Return whether a row has a completion, or a chat, or a question and one answer."""
     return "completion" in view or _chat_name(view) is not None or _answer(view) is not None
 
 
-def read_demonstration(view: View, settings: FormatSettings) -> Meaning:
-    """Read a completion, or all answers of a chat.
+def read_demonstration(view: RowView, settings: FormatSettings) -> ParsedRow:
+    """Parse a completion, or all answers of a chat.
 
     Raises:
-        InvalidRecordError: Whatever is wrong with it.
+        InvalidRecordError: Every error in the row.
     """
     if "completion" in view:
         answered = read_answers(view, ("completion",))
         completions = tuple(Completion(DEMONSTRATION, own, c) for c, own in answered.parts)
         prompt, tools = answered.prompt, answered.tools
-        return Meaning("completion", "demonstration", prompt, completions, tools)
+        return ParsedRow("completion", "demonstration", prompt, completions, tools)
     if (name := _answer(view)) is not None:
         answered = read_answers(view, (name,))
         ((context, answer),) = answered.parts
-        said = (Completion(DEMONSTRATION, answer, context),)
-        return Meaning("instruction", "demonstration", answered.prompt, said, answered.tools)
+        answers = (Completion(DEMONSTRATION, answer, context),)
+        return ParsedRow("instruction", "demonstration", answered.prompt, answers, answered.tools)
     name = _chat_name(view) or _CHATS[0]
     value = view.take(name)
     if not isinstance(value, list):
@@ -114,16 +118,16 @@ def read_demonstration(view: View, settings: FormatSettings) -> Meaning:
     turns, answer = conversations.split_demonstration(value, view.key(name))
     completions = (Completion(DEMONSTRATION, answer, ()),)
     prompt = with_system(view, turns)
-    return Meaning("chat", "demonstration", prompt, completions, read_tools(view))
+    return ParsedRow("chat", "demonstration", prompt, completions, read_tools(view))
 
 
-def _answer(view: View) -> str | None:
-    """Find the one answer of a question that is no list of turns."""
+def _answer(view: RowView) -> str | None:
+    """Return the name of the only answer to a question that is a string."""
     if not any(isinstance(view.peek(name), str) for name in _QUESTIONS):
         return None
     found = [name for name in ANSWERS if isinstance(view.peek(name), str)]
     return found[0] if len(found) == 1 else None
 
 
-def _chat_name(view: View) -> str | None:
+def _chat_name(view: RowView) -> str | None:
     return next((name for name in _CHATS if name in view), None)

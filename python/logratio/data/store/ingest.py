@@ -371,7 +371,7 @@ class Intake:
             self.report.chat_rows += rows
             return
         self.report.text_rows += rows
-        if self.tokenizer.passes_template_by:
+        if self.tokenizer.bypasses_template:
             self.report.warn("W518", first, rows=rows)
 
     def reads_texts(self, columns: Iterable[str]) -> bool:

@@ -1,1 +1,1 @@
-"""Records to token ids: chat template, boundary, EOS, truncation."""
+"""Tokenize records: chat template, prompt boundary, EOS, truncation."""

@@ -1,4 +1,4 @@
-"""Chat templates, rendered exactly as transformers does, and what they leave out of a row."""
+"""Render chat templates exactly as transformers does, and find what they leave out of a row."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,26 +19,26 @@ from logratio.data.records import Completion, InvalidRecordError, Message, Omitt
 from logratio.errors import LogratioError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning, as transformers knows them; the first that is given counts."""
-_DATE_STRING = "%d %b %Y"  # as Llama's templates write their own
+"""Keys of a message's reasoning in transformers; the first one present is used."""
+_DATE_STRING = "%d %b %Y"  # the format of Llama's templates
 MARK = "\ue000answer\ue001"
-"""Of private use: no template and no text holds it."""
+"""A marker of private-use characters, which no template or text contains."""
 
 
 class ChatTemplateError(LogratioError, ValueError):
-    """A chat template is malformed, or refuses or fails on these messages."""
+    """A chat template is malformed, or refuses messages or fails on them."""
 
 
 class ChatTemplate:
     """A compiled chat template.
 
-    Templates are programs from strangers: they run in jinja2's sandbox and can read the messages
-    and the special tokens only.
+    Templates are untrusted programs: they run in jinja2's sandbox and can read only the messages
+    and the special tokens.
 
     Attributes:
         source: The template's text.
-        reads_date: Whether it has a clock or a ``date_string``.
-        date: What it writes as the date, as 2026-11-29; None where it has its own, or none.
+        reads_date: Whether it reads ``strftime_now`` or ``date_string``.
+        date: The date that it is given, as 2026-11-29. None: it uses a constant date, or none.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class ChatTemplate:
 
         Args:
             source: The template's text.
-            special_tokens: What the template reads as ``bos_token``, ``eos_token`` and so on.
-            date: What its clock (``strftime_now``) reads, or, where it has none, its
-                ``date_string``. None: the clock stays at today, ``date_string`` is the template's.
+            special_tokens: The text of ``bos_token``, ``eos_token`` and so on.
+            date: The date of its clock (``strftime_now``), or else its ``date_string``. None: today
+                for a clock, and the template's default for ``date_string``.
 
         Raises:
             ChatTemplateError: The template is malformed.
@@ -83,16 +83,19 @@ class ChatTemplate:
         tools: Sequence[Message] = (),
         add_generation_prompt: bool = False,
     ) -> str:
-        """Write messages as the text that a model reads.
+        """Render messages as the text that a model reads.
 
         Args:
-            messages: The turns, from the first.
+            messages: All turns of the chat.
             tools: Descriptions of functions (JSON schema) that the assistant may call.
-            add_generation_prompt: End with what asks the assistant to speak.
+            add_generation_prompt: Whether to append the header of the assistant's next turn.
+
+        Returns:
+            The rendered text.
 
         Raises:
-            ChatTemplateError: The template refuses the messages (roles that do not alternate, say)
-                or fails on them.
+            ChatTemplateError: The template refuses the messages (for example, roles that do not
+                alternate) or fails on them.
         """
         shown = [_with_reasoning(message) for message in messages]
         rest = (list(tools) or None, add_generation_prompt)
@@ -111,11 +114,11 @@ class ChatTemplate:
                 **self._dates,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template is a program: whatever it raises, it is at fault
+        except Exception as error:  # a template may raise any exception
             raise ChatTemplateError(f"the chat template fails: {error}") from error
 
     def closing(self) -> str:
-        """Return what the template writes after an answer: "" where it refuses a plain chat."""
+        """Return the text that the template writes after an answer; "" if it refuses the probe."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         try:
             return self.render(turns).rpartition(MARK)[2]
@@ -128,9 +131,9 @@ class ChatTemplate:
         calls: list[Mapping[str, Any]],
         rest: tuple[Any, bool],
     ) -> str:
-        """Write messages with tool calls; their arguments as JSON if the template wants strings.
+        """Render messages with tool calls; their arguments become JSON strings if necessary.
 
-        Such a template fails on an object (it joins strings), or writes Python's `repr` of it.
+        Such a template fails on an object (it joins strings), or writes its Python `repr`.
         """
         try:
             text = self._write(messages, *rest)
@@ -147,7 +150,7 @@ class ChatTemplate:
 
 
 def _functions(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what a message calls with arguments that are an object."""
+    """Return the function calls of a message whose arguments are an object."""
     calls = message.get("tool_calls")
     functions = [_function(call) for call in calls] if isinstance(calls, list | tuple) else []
     return [call for call in functions if isinstance(call.get("arguments"), dict)]
@@ -161,7 +164,7 @@ def _function(call: Any) -> Mapping[str, Any]:
 
 
 def _with_json(message: dict[str, Any]) -> dict[str, Any]:
-    """Write the arguments of a message's calls as JSON."""
+    """Return the message with the arguments of its calls as JSON strings."""
     if not _functions(message):
         return message
     return {**message, "tool_calls": [_call_with_json(call) for call in message["tool_calls"]]}
@@ -176,7 +179,7 @@ def _call_with_json(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:
-    """Offer a message's reasoning under every name that templates read; leave out null values."""
+    """Copy the reasoning to every key that templates read, and drop null values."""
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in REASONING if key in plain), None)
     if reasoning is None:
@@ -185,7 +188,7 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """Let ``{% generation %}`` pass: it marks the assistant's words for other trainers."""
+    """Accept ``{% generation %}``, which marks the assistant's words for other trainers."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class has a plain set)
 
@@ -200,9 +203,9 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """jinja2's ``namespace``, closed to names that begin with an underscore."""
+    """jinja2's ``namespace`` without names that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `self=…` is an attribute too
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may pass `self=…`
         self, *rest = args
         attributes = dict(*rest, **kwargs)
         for name in attributes:
@@ -215,7 +218,7 @@ class _Namespace(Namespace):
 
 
 class _Dict:
-    """``dict`` without its attributes, through which a template could leave the sandbox."""
+    """``dict`` without its attributes, through which a template could escape the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -250,7 +253,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON plainly, where jinja2's own filter escapes for HTML."""
+    """Return plain JSON, unlike jinja2's filter, which escapes HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -261,7 +264,7 @@ def _raise_exception(message: str) -> None:
 
 
 def today() -> str:
-    """Read the clock: the date here, as 2026-11-29."""
+    """Return the local date, as 2026-11-29."""
     return datetime.now().date().isoformat()
 
 
@@ -274,13 +277,13 @@ _KEYS = {
     **dict.fromkeys(("video", "videos"), "videos"),
     **dict.fromkeys(("audio", "audios"), "audio"),
 }
-"""Keys of a message, besides role, content and reasoning, that say something to a model."""
+"""Other keys of a message with content for the model, and their names in warnings."""
 
 _END_OF_THOUGHT = "</think>"
 
 
 class RenderedChat(Protocol):
-    """A whole chat, and what its template writes."""
+    """A whole chat and its rendered text."""
 
     completion: Completion
     turns: Turns
@@ -289,7 +292,7 @@ class RenderedChat(Protocol):
 
 
 def check_written(chat: RenderedChat, template: ChatTemplate, tools: Sequence[Message]) -> None:
-    """Refuse a completion of which the template writes nothing.
+    """Refuse a completion that the template omits entirely.
 
     Raises:
         InvalidRecordError: R311.
@@ -303,22 +306,22 @@ def check_written(chat: RenderedChat, template: ChatTemplate, tools: Sequence[Me
     if _is_same(chat.text, template, turns, tools):
         held = ", ".join(sorted({key for turn in spoken for key in turn if key != "role"}))
         reason = f"the chat template writes nothing of the {chat.completion.role} answer"
-        raise InvalidRecordError("R311", f"{reason}, which holds: {held}")
+        raise InvalidRecordError("R311", f"{reason}, which has: {held}")
 
 
 def omissions(
     record: PreferenceRecord, asked: str, chats: Sequence[RenderedChat], template: ChatTemplate
 ) -> list[str]:
-    """Name what the template leaves out of a record.
+    """Return warnings about the parts of a record that the template leaves out.
 
     Args:
         record: The record.
-        asked: Its prompt, as the template asks for an answer.
-        chats: Its completions behind the prompt.
-        template: What rendered them.
+        asked: Its rendered prompt, with the generation prompt.
+        chats: Its rendered chats, one per completion.
+        template: The template.
 
     Returns:
-        At most one W513, which names all that is missing, and one W514.
+        At most one W513, which names all missing parts, and one W514.
     """
     missing: dict[str, None] = {}
     is_thought_gone = False
@@ -326,7 +329,7 @@ def omissions(
     if record.tools and _is_same(asked, template, prompt, (), ask=True):
         missing["tools"] = None
     for number, chat in enumerate(chats):
-        # The turns of the prompt are the same in each: one look is enough.
+        # The turns of the prompt are the same in each chat: check them once.
         for index in range(len(prompt) if number else 0, len(chat.turns)):
             for what in _left_out(chat, index, template, record.tools):
                 if what == "reasoning" and index not in chat.answers:
@@ -339,7 +342,7 @@ def omissions(
 def _left_out(
     chat: RenderedChat, index: int, template: ChatTemplate, tools: Sequence[Message]
 ) -> Iterator[str]:
-    """Name what is missing of one turn."""
+    """Yield the names of the missing parts of one turn."""
     turn = chat.turns[index]
 
     def is_same(changed: Message) -> bool:
@@ -355,28 +358,28 @@ def _left_out(
 
 
 def _groups_of_keys(turn: Message) -> Iterator[tuple[Sequence[str], str]]:
-    """Yield the keys of a turn that say the same, and what that is."""
+    """Yield keys of a turn that are synonyms, and their name in warnings."""
     if len(turn) == 2:
         return
     if any(turn.get(key) for key in REASONING):
         yield REASONING, "reasoning"
     for key, what in _KEYS.items():
-        # A tool's name is that of the call, which its turn follows.
+        # The name of a tool repeats that of the call before it.
         if turn.get(key) and not (key == "name" and turn["role"] == "tool"):
             yield (key,), what
 
 
 def _left_out_of_content(turn: Message, text: str, is_same: Any) -> Iterator[str]:
-    """Look for lines that are missing, and make sure that what is in them makes no difference."""
+    """Yield content with a missing line, if changing that line does not change the text."""
     content = turn["content"]
-    thought, end, said = content.rpartition(_END_OF_THOUGHT)
-    for part, what in ((thought, "reasoning"), (said, f"content of a turn of {turn['role']}")):
+    thought, end, answer = content.rpartition(_END_OF_THOUGHT)
+    for part, what in ((thought, "reasoning"), (answer, f"content of a turn of {turn['role']}")):
         lines = filter(None, map(str.strip, part.replace("<think>", "\n").splitlines()))
-        line = min(lines, key=lambda line: line in text, default=None)  # the first that is missing
+        line = min(lines, key=lambda line: line in text, default=None)  # the first missing line
         if line is None:
             continue
         marked = part.replace(line, line + MARK, 1)
-        whole = marked + end + said if part is thought else thought + end + marked
+        whole = marked + end + answer if part is thought else thought + end + marked
         if is_same({**turn, "content": whole}):
             yield what
 
@@ -394,7 +397,7 @@ def _is_same(
     *,
     ask: bool = False,
 ) -> bool:
-    """Say whether a template writes the same text of other turns; it may refuse them."""
+    """Return whether a template renders other turns to the same text; False if it refuses them."""
     try:
         return template.render(turns, tools=tools, add_generation_prompt=ask) == text
     except ChatTemplateError:

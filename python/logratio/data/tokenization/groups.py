@@ -1,4 +1,4 @@
-"""A record as token ids that the rules allow: checked, truncated; many groups as flat arrays."""
+"""Token ids of records: rules, truncation and checks, and many groups as flat arrays."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -29,9 +29,9 @@ class TokenizedCompletion:
     """A completion's ids.
 
     Attributes:
-        role: What it is to its prompt.
-        ids: Every token behind the prompt.
-        mask: For each token, 1 where its log-prob counts, else 0.
+        role: ``chosen``, ``rejected``, ``candidate`` or ``demonstration``.
+        ids: All tokens after the prompt.
+        mask: For each token, 1 if its log-prob is summed, else 0.
     """
 
     role: str
@@ -44,10 +44,10 @@ class TokenizedGroup:
     """A prompt's ids and those of its completions.
 
     Attributes:
-        prompt_ids: At least one token.
-        completions: In the record's order.
+        prompt_ids: The prompt's tokens; at least one.
+        completions: The completions, in the record's order.
         source: File and line.
-        notes: Codes of warnings (W5xx); W502 and W503 once for each completion concerned.
+        notes: Codes of warnings (W5xx); W502 and W503 once per affected completion.
     """
 
     prompt_ids: list[int]
@@ -57,10 +57,10 @@ class TokenizedGroup:
 
 
 def check_different(completions: list[TokenizedCompletion], notes: list[str]) -> None:
-    """Refuse a pair whose two sides became the same tokens: nothing can be learnt from it.
+    """Refuse a pair whose sides have the same tokens, from which nothing can be learned.
 
     Raises:
-        InvalidRecordError: R303 where one was cut (W503 among the notes), else R302.
+        InvalidRecordError: R303 if one was truncated (W503 in the notes), else R302.
     """
     if [completion.role for completion in completions] != [CHOSEN, REJECTED]:
         return
@@ -78,28 +78,28 @@ TextAs = Literal["text", "chat"]
 
 @dataclass(frozen=True, slots=True)
 class TokenizationRules:
-    """How text becomes ids; part of every bundle, so that serving does as training did.
+    """How text is tokenized. Every bundle records the rules, so that serving matches training.
 
     Attributes:
         max_length: Most tokens of a prompt and one completion together.
-        max_prompt_length: Most tokens of a prompt; None: ``max_length - 1``.
-        prompt_truncation: What becomes of a longer prompt: ``drop`` refuses its record (R304),
-            ``error`` stops (E304), ``keep_start`` and ``keep_end`` cut it.
-        append_eos: End completions of plain text with the end-of-text token. Set it to False
-            where completions are cut off. Chats end as their template says.
-        split_special_tokens: Read a special token that is spelled in a text of strings as plain
-            text. A message that spells one is then refused (R307): a template's own special
-            tokens could not be told from it.
-        text_as: What plain text is to a tokenizer that has a chat template: ``chat`` wraps a prompt
-            as the user's turn and a completion as the assistant's (transcripts turn by turn), and
-            ``text`` reads them as they stand. None: as they stand, with a warning (W518).
-        date: The date that the chat template writes, as 2026-11-29. None: today's, if the template
-            has a clock (``strftime_now``); `PreferenceTokenizer.rules` holds the one in use, so
-            that it is recorded. A template that reads ``date_string`` gets it only where it is
-            given, and the rules of a template without any date hold none.
+        max_prompt_length: Most tokens of a prompt. None: ``max_length - 1``.
+        prompt_truncation: How to treat a longer prompt: ``drop`` refuses its record (R304),
+            ``error`` stops (E304), ``keep_start`` and ``keep_end`` truncate it.
+        append_eos: Whether to end completions of plain text with EOS. Set it to False if the
+            completions were cut short. Chat templates end answers themselves.
+        split_special_tokens: Whether to tokenize a special token in plain text as ordinary text. A
+            message that contains one is then refused (R307), because it could not be distinguished
+            from the template's special tokens.
+        text_as: How to read plain text if the tokenizer has a chat template: ``chat`` wraps a
+            prompt as the user's turn and a completion as the assistant's (transcripts turn by
+            turn), ``text`` reads it unchanged. None: unchanged, with a warning (W518).
+        date: The date in the chat template, as 2026-11-29. None: today, if the template has a clock
+            (``strftime_now``); `PreferenceTokenizer.rules` then contains the date. A template with
+            ``date_string`` receives only a given date. Without any date in the template, the rules
+            contain none.
 
     Raises:
-        ConfigError: A length or policy is not possible.
+        ConfigError: A length or policy is invalid.
         SettingTypeError: A field has the wrong type.
     """
 
@@ -123,7 +123,7 @@ class TokenizationRules:
 
     @property
     def prompt_budget(self) -> int:
-        """Most tokens that a prompt may have."""
+        """Most tokens of a prompt."""
         return self.max_length - 1 if self.max_prompt_length is None else self.max_prompt_length
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class TokenizationRules:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TokenizationRules":
-        """Read what `to_dict` returned."""
+        """Restore rules from the result of `to_dict`."""
         return cls(**values)
 
 
@@ -146,15 +146,15 @@ def _check_date(text: str) -> None:
 
 
 def cut_prompt(ids: list[int], rules: TokenizationRules, bos_id: int | None) -> list[int] | None:
-    """Fit a prompt into its budget.
+    """Truncate a prompt to its budget.
 
     Args:
         ids: The whole prompt.
-        rules: Its budget and what to keep.
-        bos_id: The token that stays in front if the prompt begins with it.
+        rules: The budget, and which end to keep.
+        bos_id: The token that is kept in front if the prompt begins with it.
 
     Returns:
-        The prompt, cut where needed; None where the rules keep no part of it.
+        The prompt, truncated if necessary, or None if the rules refuse a long prompt.
     """
     budget = rules.prompt_budget
     if len(ids) <= budget:
@@ -169,12 +169,12 @@ def cut_prompt(ids: list[int], rules: TokenizationRules, bos_id: int | None) -> 
 
 
 class Fitting:
-    """Checks and cuts ids, wherever they come from.
+    """Checks and truncates ids.
 
     Attributes:
-        rules: Lengths, and what to cut.
-        bos_id: The beginning-of-text token, if there is one.
-        vocabulary_size: Ids are below it.
+        rules: Lengths and truncation.
+        bos_id: The beginning-of-text token, or None.
+        vocabulary_size: Exclusive upper bound of the ids.
     """
 
     def __init__(self, rules: TokenizationRules, bos_id: int | None, vocabulary_size: int) -> None:
@@ -183,7 +183,7 @@ class Fitting:
         self.vocabulary_size = vocabulary_size
 
     def prompt(self, ids: list[int], notes: list[str]) -> list[int]:
-        """Return a prompt's ids as the rules allow them; W506 in `notes` where they were cut.
+        """Check and truncate a prompt; append W506 to `notes` if it was truncated.
 
         Raises:
             InvalidRecordError: R305, E402, R304 or E304.
@@ -204,7 +204,7 @@ class Fitting:
     def completion(
         self, role: str, ids: list[int], mask: list[int], prompt_length: int, notes: list[str]
     ) -> TokenizedCompletion:
-        """Return a completion as the rules allow it; W503 in `notes` where it was cut.
+        """Check and truncate a completion; append W503 to `notes` if it was truncated.
 
         Raises:
             InvalidRecordError: R301 or R306.
@@ -216,16 +216,17 @@ class Fitting:
             notes.append(Cut("W503", len(ids) - budget))
             ids, mask = ids[:budget], mask[:budget]
             if not any(mask):
-                raise InvalidRecordError("R306", f"the history of {role} leaves it no room")
+                reason = f"the history of the {role} answer leaves no room for it within the limit"
+                raise InvalidRecordError("R306", reason)
         return TokenizedCompletion(role, ids, mask)
 
     def group(
         self, prompt: list[int], chosen: list[int], rejected: list[int], source: Source
     ) -> TokenizedGroup | Refusal:
-        """Make a pair of ids from elsewhere; nothing is added to them.
+        """Build a pair from given token ids, without adding special tokens.
 
         Returns:
-            The group, or why it is refused: E402, E601, R301 to R305.
+            The group, or its refusal: E402, E601, R301 to R305.
         """
         notes: list[str] = []
         try:
@@ -242,7 +243,7 @@ class Fitting:
         return TokenizedGroup(prompt_ids, completions, source, notes)
 
     def _check(self, ids: list[int]) -> None:
-        """Refuse ids that no row of an embedding answers to: on a GPU they end the process."""
+        """Refuse ids outside the embedding: on a GPU they would abort the process."""
         size = self.vocabulary_size
         wrong = next((value for value in ids if not 0 <= value < size), None)
         if wrong is not None:
@@ -250,7 +251,7 @@ class Fitting:
 
 
 KEPT, DUPLICATE, CONFLICT = range(3)
-"""What became of a group: written; said before, so not written; written though the opposite was."""
+"""Outcome of a group: written; a duplicate, not written; written although its opposite was too."""
 
 PAIR = np.array([ROLES.index(CHOSEN), ROLES.index(REJECTED)], np.uint8)
 """The roles of a pair."""
@@ -258,18 +259,18 @@ PAIR = np.array([ROLES.index(CHOSEN), ROLES.index(REJECTED)], np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class GroupArrays:
-    """`G` groups of `N` completions, ids end to end.
+    """`G` groups with `N` completions as flat arrays.
 
     Attributes:
-        prompt_ids: int32, every prompt.
-        prompt_lengths: uint32 `[G]`.
-        completion_ids: int32, every completion, group after group.
-        completion_mask: uint8, 1 where a completion's token counts.
-        completion_lengths: uint32 `[N]`.
+        prompt_ids: int32, all prompts concatenated.
+        prompt_lengths: uint32 `[G]`, tokens of each prompt.
+        completion_ids: int32, all completions concatenated, group by group.
+        completion_mask: uint8, 1 for each trained token of `completion_ids`.
+        completion_lengths: uint32 `[N]`, tokens of each completion.
         group_sizes: uint32 `[G]`, completions of each group.
         roles: uint8 `[N]`, index into `logratio._rust.ROLES`.
         files: uint32 `[G]`, number of the source file.
-        lines: uint64 `[G]`, line in it.
+        lines: uint64 `[G]`, line in that file.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -286,7 +287,7 @@ class GroupArrays:
     def of(
         cls, groups: Sequence[TokenizedGroup], file_number: Callable[[Source], int]
     ) -> "GroupArrays":
-        """Lay groups end to end; `file_number` numbers their sources' files."""
+        """Concatenate groups; `file_number` returns the number of a source's file."""
         completions = [completion for group in groups for completion in group.completions]
         return cls(
             _flat((group.prompt_ids for group in groups), np.int32),
@@ -307,8 +308,8 @@ class GroupArrays:
         """Write the groups.
 
         Returns:
-            What became of each, uint8 `[G]`, and the group that said it or its opposite before,
-            int64 `[G]`, -1 where none did.
+            The outcome of each group, uint8 `[G]`, and the earlier group that it repeats or
+            contradicts, int64 `[G]`, -1 for none.
         """
         return writer.push_many(*(getattr(self, field.name) for field in fields(self)))
 

@@ -1,4 +1,4 @@
-"""Records to running text: what the model reads, and which of it counts."""
+"""Render records as text, with the trained parts of each completion."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +17,12 @@ from logratio.data.tokenization.chat_template import (
 )
 
 _TOKENS = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s+|\w+|.")
-"""What a shortened prompt must not end inside of."""
+"""Units of text; a shortened prompt must not end inside one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a completion's text, and whether its tokens count."""
+    """A part of a completion's text, and whether its tokens are trained."""
 
     text: str
     counts: bool
@@ -33,7 +33,7 @@ class Script:
     """A record as text.
 
     Attributes:
-        prompt: What the model reads before it answers.
+        prompt: The text before the answers.
         completions: The pieces of each completion, in order.
         notes: Codes of warnings: W512 to W515.
     """
@@ -43,7 +43,7 @@ class Script:
     notes: tuple[str, ...] = ()
 
     def running_texts(self) -> Iterator[str]:
-        """Yield the prompt, then each completion's beginnings: after every piece, all so far."""
+        """Yield the prompt, then for each piece of each completion the text up to its end."""
         yield self.prompt
         for pieces in self.completions:
             text = self.prompt
@@ -53,7 +53,7 @@ class Script:
 
 
 def plain_script(record: PreferenceRecord) -> Script:
-    """Write a record of strings: texts follow each other as they are."""
+    """Concatenate the strings of a record."""
     completions = tuple(_plain_pieces(completion) for completion in record.completions)
     return Script(str(record.prompt), completions)
 
@@ -64,16 +64,16 @@ def _plain_pieces(completion: Completion) -> tuple[Piece, ...]:
 
 
 def chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | None) -> Script:
-    """Write a record of messages as its chat template has it.
+    """Render a record of messages with a chat template.
 
     Args:
         record: The record.
-        template: Its template.
-        eos: The end-of-text token as the template writes it; white space behind it is left out.
+        template: The template.
+        eos: The text of the end-of-text token; white space after it is left out.
 
     Raises:
-        InvalidRecordError: E403 where the template refuses the turns, E404 where an answer cannot
-            be found in what the template writes, R311 where it writes nothing of an answer.
+        InvalidRecordError: E403 if the template refuses the turns, E404 if an answer cannot be
+            located in the rendered text, R311 if the template writes nothing of an answer.
     """
     try:
         if any(isinstance(completion.answer, str) for completion in record.completions):
@@ -93,7 +93,7 @@ def _chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | No
             raise chat.not_found()
         check_written(chat, template, record.tools)
     if shared == asked or _holds(shared, template.render(prompt, tools=record.tools), asked):
-        begins = len(prompt)  # the answer follows its prompt at once
+        begins = len(prompt)  # the answer directly follows its prompt
     else:
         begins = None
     completions = tuple(_chat_pieces(chat, shared, begins) for chat in chats)
@@ -103,14 +103,14 @@ def _chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | No
     return Script(shared, completions, (*["W512"] * (shared != asked), *notes))
 
 
-def _holds(shared: str, told: str, asked: str) -> bool:
-    """Say whether a prompt holds all its turns, so that only the generation prompt was cut."""
-    told = told.rstrip()
-    return bool(shared) and asked.startswith(told) and len(told) <= len(shared)
+def _holds(shared: str, rendered: str, asked: str) -> bool:
+    """Return whether a prompt contains all its turns: only the generation prompt was cut."""
+    rendered = rendered.rstrip()
+    return bool(shared) and asked.startswith(rendered) and len(rendered) <= len(shared)
 
 
 def _begun_script(record: PreferenceRecord, template: ChatTemplate) -> Script:
-    """Write strings behind turns: the assistant's next turn begins with them, as they are."""
+    """Render turns followed by strings, with which the assistant's next turn begins."""
     prompt = _turns(record.prompt)
     asked = template.render(prompt, tools=record.tools, add_generation_prompt=True)
     opening = _neutral(record, template).partition(MARK)[0]
@@ -128,16 +128,16 @@ def _turns(text: Text) -> Turns:
 
 
 def _neutral(record: PreferenceRecord, template: ChatTemplate) -> str:
-    """Write a record's chat with an answer that no template looks into."""
+    """Render a record's chat with `MARK` as the answer."""
     turns = (*_turns(record.prompt), {"role": "assistant", "content": MARK})
     return template.render(turns, tools=record.tools)
 
 
 def _shared(asked: str, texts: Sequence[str], neutral: Callable[[], str]) -> str:
-    """Return the prompt of a group; see the top of this file."""
+    """Return the longest prompt text with which all chats of a group begin."""
     if all(text.startswith(asked) for text in texts):
         return asked
-    with suppress(ChatTemplateError):  # it may look for what no neutral answer has
+    with suppress(ChatTemplateError):  # it may require more than a neutral answer has
         texts = [*texts, neutral()]
     for text in texts:
         asked = common_start(asked, text)
@@ -145,7 +145,7 @@ def _shared(asked: str, texts: Sequence[str], neutral: Callable[[], str]) -> str
 
 
 def common_start(one: str, other: str) -> str:
-    """Return the longest common beginning that ends inside no token of either text."""
+    """Return the longest common prefix that does not end inside a token of either text."""
     if other.startswith(one):
         return one
     parted = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
@@ -155,7 +155,7 @@ def common_start(one: str, other: str) -> str:
 
 
 def _ends(text: str, length: int) -> set[int]:
-    """Return where tokens of a text end, up to a length."""
+    """Return the ends of the tokens of a text, up to a length."""
     ends = set()
     for token in _TOKENS.finditer(text):
         if token.end() > length:
@@ -165,7 +165,7 @@ def _ends(text: str, length: int) -> set[int]:
 
 
 def _chat_pieces(chat: "_Chat", shared: str, begins: int | None) -> tuple[Piece, ...]:
-    """Cut a completion out of what follows its prompt; turn ``begins`` starts behind it."""
+    """Cut a completion from the text after its prompt; turn ``begins`` starts right after it."""
     position = len(shared)
     pieces = []
     for index in chat.answers:
@@ -183,13 +183,13 @@ def _chat_pieces(chat: "_Chat", shared: str, begins: int | None) -> tuple[Piece,
 
 
 class _Chat:
-    """A whole chat as rendered, and the place of each turn in it.
+    """A rendered chat; locates each turn in its text.
 
     Attributes:
         completion: The completion that ends it.
-        turns: Every turn, as the template sees it.
-        text: What the template writes.
-        answers: The numbers of the turns that count.
+        turns: All turns, as passed to the template.
+        text: The rendered text.
+        answers: The indices of the trained turns.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class _Chat:
         self.completion = completion
         self._template = template
         self._tools = record.tools
-        self._eos = eos or "\0"  # which no template writes
+        self._eos = eos or "\0"  # no template writes NUL
         self.turns: Turns = (*before, *map(bare, answer))
         self.text = self._render(self.turns)
         self.answers = [
@@ -217,12 +217,12 @@ class _Chat:
         return self._template.render(turns, tools=self._tools, add_generation_prompt=ask)
 
     def start_of(self, index: int) -> int:
-        """Find where the assistant begins to speak in a turn, behind what asks it to."""
+        """Return where the assistant's words begin in a turn, after the generation prompt."""
         asked = self._render(self.turns[:index], ask=True)
         if self.text.startswith(asked):
             return len(asked)
-        # What is before the turn may be written differently later on, and so may the generation
-        # prompt: compare what follows the content of the turn before it.
+        # A template may render the earlier turns and the generation prompt differently once more
+        # turns follow: compare the text after the content of the previous turn.
         _, mark, asking = self._render(self._marked(index - 1)[:index], ask=True).rpartition(MARK)
         _, same, behind = self._render(self._marked(index - 1)).rpartition(MARK)
         if mark and same and self.text.endswith(behind):
@@ -230,16 +230,16 @@ class _Chat:
         return self._around(index)[0]
 
     def end_of(self, index: int, start: int) -> int:
-        """Find where a turn ends: with its end-of-text token, without white space behind it."""
+        """Return where a turn ends: after its end-of-text token, without white space."""
         is_last = index == len(self.turns) - 1
-        told = self.text if is_last else self._render(self.turns[: index + 1])
-        if self.text.startswith(told):
-            trimmed = told.rstrip()
-            return len(trimmed) if trimmed.endswith(self._eos) else len(told)
+        rendered = self.text if is_last else self._render(self.turns[: index + 1])
+        if self.text.startswith(rendered):
+            trimmed = rendered.rstrip()
+            return len(trimmed) if trimmed.endswith(self._eos) else len(rendered)
         return self._end_before_next(index, start)
 
     def _end_before_next(self, index: int, start: int) -> int:
-        """Find where a turn ends that is written differently once another follows."""
+        """Return where a turn ends that is rendered differently once another follows."""
         closing = self._closing(index)
         if not self.turns[index].get("tool_calls"):
             end = self._around(index)[1]
@@ -255,12 +255,12 @@ class _Chat:
         raise self.not_found()
 
     def _closing(self, index: int) -> str:
-        """Return what the template writes behind the content of an assistant's last turn."""
+        """Return the text that the template writes after the content of a final assistant turn."""
         turns = (*self.turns[:index], {"role": "assistant", "content": MARK})
         return self._render(turns).rpartition(MARK)[2].strip()
 
     def _around(self, index: int) -> tuple[int, int]:
-        """Find where a turn's content starts and ends by writing a mark in its place."""
+        """Return where a turn's content starts and ends, by rendering a mark in its place."""
         before, mark, behind = self._render(self._marked(index)).partition(MARK)
         end = len(self.text) - len(behind)
         if not (mark and self.text.startswith(before) and self.text.endswith(behind)):
@@ -273,26 +273,26 @@ class _Chat:
         return tuple(turns)
 
     def not_found(self) -> InvalidRecordError:
-        """Make the error for an answer that the template hides."""
+        """Build the error for an answer that cannot be located."""
         reason = "the chat template writes the prompt differently once the answer follows"
-        return InvalidRecordError("E404", f"{reason}, and the answer cannot be found in it")
+        return InvalidRecordError("E404", f"{reason}, so the answer cannot be located")
 
 
 _MARKUP = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _ROLES = ("user", "assistant", "user", "assistant")
-_SYSTEM, *_SAID = (f"\ue000{number}\ue001" for number in range(1 + len(_ROLES)))
+_SYSTEM, *_CONTENTS = (f"\ue000{number}\ue001" for number in range(1 + len(_ROLES)))
 
 AS_TEXT = (
-    "give text that was already rendered as a plain `prompt` (as with --columns prompt=input) and "
+    "pass text that was already rendered as a plain `prompt` (as with --columns prompt=input) and "
     "plain answers"
 )
 UNWRAPPED = "read text that was already rendered with --text in place of --chat"
-"""What to do about a rendered text: where messages are wanted, and where text is wrapped."""
+"""Advice about rendered text: in a row of messages, and in text that ``--chat`` wraps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What a template writes before the words of each role, and after an answer; "" if unknown."""
+    """The text that a template writes before each role, and after an answer; "" if unknown."""
 
     system: str
     user: str
@@ -301,18 +301,18 @@ class Headers:
 
 
 class Markers:
-    """Looks for what a template writes around turns, in texts that are still to be written.
+    """Finds the markup of a chat template in texts that have not been rendered.
 
     Attributes:
-        headers: The markers.
+        headers: The markup.
     """
 
     def __init__(self, template: ChatTemplate, special: Iterable[str]) -> None:
-        """Render a chat of marks once.
+        """Extract the markup by rendering a chat of marks.
 
         Args:
             template: The template.
-            special: The tokens that begin and end texts, which are no part of a header.
+            special: The BOS and EOS tokens, which are not part of a header.
         """
         self.headers = found = _headers(template, tuple(filter(None, special)))
         roles = {found.system, found.user, found.assistant}
@@ -327,7 +327,7 @@ class Markers:
             self._words = found.user, found.assistant
 
     def find(self, text: str) -> str | None:
-        """Return a marker that a text holds, or None."""
+        """Return a marker that a text contains, or None."""
         found = self._pattern.search(text) if self._pattern else None
         if found:
             return found[0].strip()
@@ -336,7 +336,7 @@ class Markers:
         return None
 
     def check(self, texts: Iterable[str], advice: str = AS_TEXT) -> None:
-        """Refuse texts that were already rendered, with what to do.
+        """Refuse texts that were already rendered, and name the remedy.
 
         Raises:
             InvalidRecordError: E405.
@@ -358,12 +358,12 @@ def _is_dialogue(text: str, user: str, assistant: str) -> bool:
 
 
 def _headers(template: ChatTemplate, special: Sequence[str]) -> Headers:
-    turns = [{"role": role, "content": mark} for role, mark in zip(_ROLES, _SAID, strict=True)]
+    turns = [{"role": role, "content": mark} for role, mark in zip(_ROLES, _CONTENTS, strict=True)]
     text = _rendered(template, turns)
-    if not _holds_in_order(text, _SAID):
+    if not _holds_in_order(text, _CONTENTS):
         return Headers("", "", "", "")
-    _, first, middle, last, end = re.split("|".join(_SAID), text)
-    asked = _rendered(template, turns[:3], ask=True).rpartition(_SAID[2])[2]
+    _, first, middle, last, end = re.split("|".join(_CONTENTS), text)
+    asked = _rendered(template, turns[:3], ask=True).rpartition(_CONTENTS[2])[2]
     shared = common_start(common_start(first, last), asked) if asked else common_start(first, last)
     return Headers(
         _system(template, turns, special),
@@ -374,9 +374,9 @@ def _headers(template: ChatTemplate, special: Sequence[str]) -> Headers:
 
 
 def _system(template: ChatTemplate, turns: Sequence[Message], special: Sequence[str]) -> str:
-    """Find the first line of what stands before a system message; "" if it is no turn."""
+    """Return the first line before a system message; "" if it is not a separate turn."""
     text = _rendered(template, [{"role": "system", "content": _SYSTEM}, *turns])
-    if not _holds_in_order(text, (_SYSTEM, *_SAID)):
+    if not _holds_in_order(text, (_SYSTEM, *_CONTENTS)):
         return ""
     header = _header(text.partition(_SYSTEM)[0], "", special)
     return header.splitlines()[0] if header else ""
@@ -389,14 +389,14 @@ def _rendered(template: ChatTemplate, turns: Sequence[Message], *, ask: bool = F
 
 
 def _holds_in_order(text: str, marks: Sequence[str]) -> bool:
-    """Say whether a text holds each mark once, in this order."""
+    """Return whether a text contains each mark once, in this order."""
     places = [text.find(mark) for mark in marks]
     is_once = all(text.count(mark) == 1 for mark in marks)
     return is_once and places == sorted(places)
 
 
 def _header(between: str, end: str, special: Sequence[str]) -> str:
-    """Return what follows the end of a turn, without tokens that begin and end texts."""
+    """Return the text after the end of a turn, without BOS and EOS tokens."""
     header = between[len(common_start(between, end)) :].strip()
     while header.startswith(tuple(special)):
         token = next(token for token in special if header.startswith(token))

@@ -1,7 +1,7 @@
-"""Text to ids. The one place that decides chat template, BOS, EOS, prompt boundary, truncation.
+"""Tokenize records: the only place that decides chat template, BOS, EOS, boundary, truncation.
 
-Training, the reference cache and serving all come through here, so a completion has the same ids
-wherever it is scored.
+Training, the reference cache and serving all use this module, so a completion has the same ids
+everywhere.
 """
 
 import re
@@ -51,18 +51,18 @@ _HEADERS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[/?INST\]|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|(?:user|assistant|system|User|Assistant)\|>|<\uff5c(?:User|Assistant)\uff5c>"
 )
-"""What the usual chat templates write before a turn."""
+"""Headers that common chat templates write before a turn."""
 
 
 def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> list[str]:
-    """Name what is odd about a record's text.
+    """Return the warnings about a record's text.
 
     Args:
-        record: The record, before a chat template adds special tokens of its own.
+        record: The record, before a chat template adds special tokens.
         spelled: Matches special tokens; see `special_pattern`.
 
     Returns:
-        W501, W504, W505, W523 as they apply.
+        Those of W501, W504, W505 and W523 that apply.
     """
     texts = list(record.texts())
     notes = []
@@ -78,19 +78,19 @@ def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> lis
 
 
 def spells(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> bool:
-    """Say whether a record's text spells a special token."""
+    """Return whether a record's text contains a special token."""
     return spelled is not None and any(map(spelled.search, record.texts()))
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Match any special token spelled out, the longest first; None where there is none."""
+    """Return a pattern of all special tokens, longest first, or None if there are none."""
     added = tokenizer.get_added_tokens_decoder().values()
     special = sorted((token.content for token in added if token.special), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, special))) if special else None
 
 
 def are_seen_as_ids(tokenizer: Tokenizer) -> bool:
-    """Say whether a special token that is spelled is always its id, and no part of another."""
+    """Return whether a special token in a text always becomes its id, never part of another."""
     added = tokenizer.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
     return not any(
@@ -102,12 +102,12 @@ def are_seen_as_ids(tokenizer: Tokenizer) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The ids behind a prompt.
+    """The ids of a completion, after a prompt.
 
     Attributes:
-        ids: Every token.
-        mask: 1 where a token counts.
-        moved: Whether the ids before it change when the text goes on.
+        ids: All tokens.
+        mask: 1 for each trained token, else 0.
+        moved: Whether joint tokenization would have moved the boundary of the prompt (W502).
     """
 
     ids: list[int]
@@ -120,15 +120,15 @@ def tails_of(
     running: Sequence[list[int]],
     encoder: PieceEncoder,
 ) -> Iterator[Tail]:
-    """Cut each completion's ids out of the ids of the whole text.
+    """Cut each completion's ids from the ids of the whole text.
 
     A tokenizer may merge the end of the prompt with the beginning of the answer. The prompt's ids
-    must not depend on the answer, so such an answer is encoded on its own instead.
+    must not depend on the answer, so such an answer is encoded separately.
 
     Args:
         script: The record as text.
         running: Ids of each of the script's running texts, without added special tokens.
-        encoder: What made them.
+        encoder: The encoder that produced them.
     """
     prompt, *rest = running
     texts = iter(rest)
@@ -138,7 +138,7 @@ def tails_of(
         mask: list[int] = []
         before, text = prompt, script.prompt
         for piece, whole in zip(pieces, islice(texts, len(pieces)), strict=True):
-            if _goes_on(before, whole, text, piece.text, encoder):
+            if _is_stable(before, whole, text, piece.text, encoder):
                 own = whole[len(before) :]
             else:
                 own = encoder.encode([piece.text])[0]
@@ -149,10 +149,10 @@ def tails_of(
         yield Tail(ids, mask, moved)
 
 
-def _goes_on(
+def _is_stable(
     before: list[int], whole: list[int], text: str, more: str, encoder: PieceEncoder
 ) -> bool:
-    """Say whether the tokens of a text stand for the same text when more follows."""
+    """Return whether the tokens of a text stay the same when more text follows."""
     if whole[: len(before)] != before:
         return False
     if not before or before[-1] != encoder.unknown_id:
@@ -161,44 +161,54 @@ def _goes_on(
 
 
 NO_TEMPLATE = (
-    "the row holds messages and the tokenizer has no chat template: put chat_template.jinja into "
+    "the row holds messages, but the tokenizer has no chat template: put chat_template.jinja into "
     "its folder"
 )
 Prompt = str | Sequence[Message]
-"""Text, or the turns of a chat that ask the assistant to speak."""
+"""Text, or the turns of a chat before the assistant's answer."""
 
 _HERE = Source("this record", 0)
 
 
 class PreferenceTokenizer:
-    """Turns records into ids under one set of rules.
+    """Tokenizes records under one set of rules.
 
     Attributes:
-        rules: Lengths, what to cut, whether to append EOS; with the date that a template writes.
+        rules: Lengths, truncation, whether to append EOS, and the date in the chat template.
         reads_date: Whether the ids depend on the rules' date.
-        has_given_date: Whether the rules named the date; else it is today's, or there is none.
-        files: What the tokenizer's folder holds.
+        has_given_date: Whether the caller's rules contained the date.
+        files: The parsed files of the tokenizer's folder.
         chat_template: The template's text, or None.
         digest: Hex; equal digests and rules give equal ids.
-        bos_id: The beginning-of-text token, if the folder names one.
-        eos_id: The end-of-text token, if the folder names one.
-        stop_ids: Tokens that end an answer, in ascending order: the tokenizer's EOS, those that
-            generation_config.json and config.json list, and the one that the chat template writes
-            after an answer.
-        closing_ids: What the chat template writes after an answer, from the stop token on: it may
-            end with white space. Empty where it writes no such token.
-        pad_id: The padding token; EOS, else 0, where the folder names none.
+        bos_id: The beginning-of-text token, or None.
+        eos_id: The end-of-text token, or None.
+        stop_ids: Tokens that end an answer, in ascending order: the tokenizer's EOS, those in
+            generation_config.json and config.json, and the one that the chat template writes after
+            an answer.
+        closing_ids: The ids that the chat template writes after an answer, from the stop token
+            on, possibly with white space. Empty if it writes no such token.
+        pad_id: The padding token. The default is EOS, then 0.
         vocabulary_size: The largest id plus one.
-        fitting: Checks and cuts ids by the rules.
-        takes_pairs: Whether `encode_pairs` can be called.
+        fitting: Checks and truncates ids.
+        takes_pairs: Whether `encode_pairs` may be called.
+
+    Example:
+        >>> tokenizer = PreferenceTokenizer.load("model", TokenizationRules(max_length=512))
+        >>> prompt = [{"role": "user", "content": "2 + 2?"}]
+        >>> group = tokenizer.encode_completions(prompt, ["4", "5"])
+        >>> [completion.ids for completion in group.completions]  # lists of token ids
     """
 
     def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
-        """Use a tokenizer under rules.
+        """Compile the chat template and the rules.
+
+        Args:
+            files: The parsed files of the tokenizer's folder.
+            rules: Lengths, truncation, EOS and date.
 
         Raises:
-            ValueError: The chat template is malformed, or the rules append a token that the
-                tokenizer does not have.
+            ValueError: The chat template is malformed, or the rules append EOS but the tokenizer
+                has none.
         """
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
@@ -254,10 +264,10 @@ class PreferenceTokenizer:
         """Load a tokenizer's folder.
 
         Args:
-            folder: Holds ``tokenizer.json``, usually ``tokenizer_config.json``, and
-                ``chat_template.jinja`` if the template is not in the latter.
-            rules: None: the default rules.
-            chat_template: Replaces the folder's own template.
+            folder: Folder with ``tokenizer.json``, usually ``tokenizer_config.json``, and
+                ``chat_template.jinja`` unless the config contains the template.
+            rules: Lengths, truncation, EOS and date. None: the defaults.
+            chat_template: Replaces the folder's template.
 
         Raises:
             OSError: The folder or its ``tokenizer.json`` is missing or cannot be read.
@@ -266,30 +276,46 @@ class PreferenceTokenizer:
         return cls(read_tokenizer(Path(folder), chat_template), rules or TokenizationRules())
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Encode a prompt alone, as every completion of it sees it.
+        """Encode a prompt, which has the same ids for all its completions.
+
+        Args:
+            prompt: Text, or the turns of a chat.
+
+        Returns:
+            The prompt's token ids.
 
         Raises:
-            InvalidRecordError: It is too long for the rules, empty, or the template refuses it.
+            InvalidRecordError: The prompt is empty or too long, or the template refuses it.
         """
         return self._encode_one(_candidates(prompt, [])).prompt_ids
 
     def encode_completion(self, prompt: Prompt, completion: str) -> list[int]:
-        """Encode a completion as it follows a prompt: the ids that are scored.
+        """Encode a completion of a prompt.
+
+        Args:
+            prompt: Text, or the turns of a chat.
+            completion: The text of the answer.
+
+        Returns:
+            The ids that are scored, including EOS or the template's end of turn.
 
         Raises:
-            InvalidRecordError: The prompt or the completion cannot be taken.
+            InvalidRecordError: The prompt or the completion is refused.
         """
         return self.encode_completions(prompt, [completion]).completions[0].ids
 
     def encode_completions(self, prompt: Prompt, completions: Sequence[str]) -> TokenizedGroup:
-        """Encode a prompt and completions of it that are to be compared, in one go.
+        """Encode a prompt with several completions in one batch.
 
         Args:
-            prompt: Text, or the turns of a chat; then each completion is the assistant's next.
-            completions: The candidates.
+            prompt: Text, or the turns of a chat; then each completion is the assistant's next turn.
+            completions: The texts of the answers.
+
+        Returns:
+            The ids of the prompt and of each completion, in order.
 
         Raises:
-            InvalidRecordError: The prompt or a completion cannot be taken.
+            InvalidRecordError: The prompt or a completion is refused.
         """
         if any(not completion.strip() for completion in completions):
             raise InvalidRecordError("R301", "a completion is empty")
@@ -303,7 +329,7 @@ class PreferenceTokenizer:
         """Encode records in one parallel batch.
 
         Returns:
-            For each record its group, or why it is refused: E401 to E404, R301 to R306.
+            For each record its group, or its refusal: E401 to E404, R301 to R306.
         """
         records = [self._as_read(record) for record in records]
         scripts = [self._script(record) for record in records]
@@ -322,28 +348,28 @@ class PreferenceTokenizer:
         ]
 
     def encode_pairs(self, columns: Sequence[Any]) -> EncodedPairs:
-        """Encode many pairs of plain text at once, as `encode_records` does.
+        """Encode many pairs of plain text at once, with the same ids as `encode_records`.
 
-        Rows of which there is something to tell (a warning, a refusal, a cut) are left out: they
-        are `odd`, and `encode_records` tells it. Only where `takes_pairs`.
+        Rows with a warning, refusal or truncation are marked `odd` and not encoded: pass them to
+        `encode_records`. Requires `takes_pairs`.
 
         Args:
-            columns: Prompts, chosen and rejected: lists of strings, or the UTF-8 bytes and the
-                int64 offsets of string arrays.
+            columns: Prompts, chosen and rejected: lists of strings, or the UTF-8 bytes (uint8) and
+                the offsets (int64) of string arrays.
         """
         return self._plain.encode_pairs(columns, self._pair_rules)
 
     def special_ids(self) -> dict[str, int]:
-        """Return the tokenizer's special tokens: text to id."""
+        """Return the id of each special token, by its text."""
         added = self._tokenizer.get_added_tokens_decoder().items()
         return {token.content: number for number, token in added if token.special}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Turn ids back into text."""
+        """Decode token ids to text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def _closing_ids(self) -> tuple[int, ...]:
-        """Find what the chat template writes after an answer, from the token that ends it."""
+        """Return the ids that the chat template writes after an answer, from its stop token on."""
         closing = self._template.closing() if self._template else ""
         added = self._tokenizer.get_added_tokens_decoder()
         ids = self._tokenizer.encode(closing, add_special_tokens=False).ids if closing else []
@@ -351,7 +377,7 @@ class PreferenceTokenizer:
         return tuple(ids[start:])
 
     def _encode_one(self, record: PreferenceRecord) -> TokenizedGroup:
-        """Encode what a caller, and no file, brought."""
+        """Encode a record from a caller rather than a file; raise its refusal."""
         try:
             "".join(record.texts()).encode()
         except UnicodeEncodeError:
@@ -367,8 +393,8 @@ class PreferenceTokenizer:
         return self.rules.text_as == "chat"
 
     @property
-    def passes_template_by(self) -> bool:
-        """Whether plain text passes by a chat template, and nobody said that it should."""
+    def bypasses_template(self) -> bool:
+        """Whether plain text bypasses the chat template by default (W518)."""
         return self.chat_template is not None and self.rules.text_as is None
 
     def _as_read(self, record: PreferenceRecord) -> PreferenceRecord:
@@ -396,15 +422,16 @@ class PreferenceTokenizer:
     def _group(
         self, record: PreferenceRecord, script: Script, running: list[list[int]]
     ) -> TokenizedGroup | Refusal:
-        """Put a record's ids together.
+        """Assemble the ids of a record.
 
         Args:
             record: The record.
-            script: Its text.
+            script: The record as text.
             running: Ids of each of the script's running texts.
         """
         encoder = self._chats if record.is_chat else self._plain
-        ends_itself = record.is_chat or not record.ends  # a step has not ended
+        # A template ends its turn itself; a single step does not end.
+        ends_itself = record.is_chat or not record.ends
         notes = text_notes(record, None if self.rules.split_special_tokens else self._spelled)
         notes += script.notes
         try:
@@ -421,7 +448,7 @@ class PreferenceTokenizer:
         return TokenizedGroup(prompt_ids, completions, record.source, notes)
 
     def _prompt_ids(self, ids: list[int], is_chat: bool, notes: list[str]) -> list[int]:
-        """Open a prompt with BOS as the tokenizer itself would, never twice, and fit it."""
+        """Prepend BOS as the tokenizer would, but never twice, and truncate."""
         opening = self._opening_ids
         if not is_chat and ids[: len(opening)] != opening:
             ids = opening + ids
@@ -430,7 +457,7 @@ class PreferenceTokenizer:
     def _completion(
         self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], ends_itself: bool
     ) -> TokenizedCompletion:
-        """End a completion with EOS, or cut it: then it has not ended."""
+        """Append EOS to a completion, then truncate: a truncated completion has no EOS."""
         ids, mask = tail.ids, tail.mask
         if not any(mask):
             raise InvalidRecordError("R301", f"the {role} completion has no token")

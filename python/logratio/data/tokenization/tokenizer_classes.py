@@ -1,9 +1,9 @@
-"""What transformers makes of a tokenizer's folder, without transformers.
+"""Build a tokenizer as transformers does, without importing transformers.
 
-`AutoTokenizer` does not take ``tokenizer.json`` as it is. It picks a class; some classes replace
-the normalizer, the pre-tokenizer and options of the model; and tokens that are named in other files
-are added. A model was trained on the ids that come of this, so the same is done here. Followed is
-transformers 5.8 to 5.23; where the two differ, training compares and refuses.
+`AutoTokenizer` changes ``tokenizer.json``: it picks a class, some classes replace the normalizer,
+the pre-tokenizer and options of the model, and tokens named in other files are added. Models are
+trained on the resulting ids, so this module does the same as transformers 5.8 to 5.23. Training
+compares both, and refuses to start if they differ.
 """
 
 import json
@@ -30,7 +30,7 @@ NAMED_TOKENS = (
 """In the order in which transformers adds them."""
 
 SPLITS = "split_special_tokens"
-"""Key of tokenizer_config.json: special tokens that are spelled in a text are text."""
+"""Key of tokenizer_config.json: tokenize special tokens in a text as ordinary text."""
 
 _PLAIN = "TokenizersBackend"
 _OF_MODEL = {
@@ -69,7 +69,7 @@ _OF_MODEL = {
     ),
 }
 _CLASS_OF_MODEL = {model: name for name, models in _OF_MODEL.items() for model in models.split()}
-"""The class that transformers has registered for a model type; unlisted: none."""
+"""The class that transformers registers for each model type."""
 
 _WRONG = (
     "arctic chatlm cohere_asr ernie4_5 ernie4_5_moe fuyu h2ovl_chat hyperclovax "
@@ -79,7 +79,7 @@ _WRONG = (
     "qwen3_5_moe_text qwen4_exp siglip2 smolvlm step3_vl vipllava"
 )
 _DECLARED_WRONGLY = frozenset(_WRONG.split())
-"""Model types whose registered class counts, whatever their tokenizer_config.json names."""
+"""Model types whose registered class overrides the one in tokenizer_config.json."""
 
 _OTHERS = (
     "Albert Barthez Bartpho BertJapanese Bert Bertweet BigBird BioGpt BlenderbotSmall "
@@ -91,7 +91,7 @@ _OTHERS = (
     "Whisper XGLM XLMRoberta XLM XLNet"
 )
 _NOT_FOLLOWED = frozenset(_OTHERS.split())
-"""Classes (without "Tokenizer") that build their own tokenizer in ways that are not done here."""
+"""Classes (without "Tokenizer") whose changes to the tokenizer are not implemented here."""
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -125,7 +125,7 @@ _DEFAULT_TOKENS: dict[str, dict[str, str]] = {
         "mask_token": "<MASK_TOKEN>",
     },
 }
-"""Named tokens of a class where the folder names none."""
+"""Default named tokens of each class."""
 
 _INFILLING = {
     "prefix_token": "▁<PRE>",
@@ -137,15 +137,15 @@ _INFILLING = {
 
 
 class TokenizerError(LogratioError, ValueError):
-    """A tokenizer's folder is malformed, or its ids here would not be those of transformers."""
+    """A tokenizer's folder is malformed, or its ids could differ from those of transformers."""
 
 
 def class_of(declared: str | None, model_type: str | None, settings: Mapping[str, Any]) -> str:
-    """Name the class that `AutoTokenizer` picks; "TokenizersBackend" takes the file as it is.
+    """Return the class that `AutoTokenizer` picks; "TokenizersBackend" leaves the file unchanged.
 
     Args:
-        declared: The ``tokenizer_class`` of the folder, if it names one.
-        model_type: That of the model's config, if there is one.
+        declared: The ``tokenizer_class`` of the folder, or None.
+        model_type: The ``model_type`` of the model's config, or None.
         settings: The content of ``tokenizer.json``.
     """
     registered = _CLASS_OF_MODEL.get(model_type or "")
@@ -172,16 +172,16 @@ def _is_byte_level(settings: Mapping[str, Any]) -> bool:
 
 
 def rebuilt(name: str, settings: Json, config: Mapping[str, Any], where: Path) -> Json:
-    """Return ``tokenizer.json`` as a class of transformers builds it, without added tokens.
+    """Return ``tokenizer.json`` as a class of transformers rebuilds it, without added tokens.
 
     Args:
-        name: What `class_of` returned.
+        name: The result of `class_of`.
         settings: The content of ``tokenizer.json``.
         config: The content of ``tokenizer_config.json``.
-        where: The folder.
+        where: The folder, for errors.
 
     Raises:
-        TokenizerError: The class is not followed here, or the file is not of its kind.
+        TokenizerError: The class is not implemented here, or does not match the file.
     """
     if name == _PLAIN:
         return settings
@@ -189,13 +189,13 @@ def rebuilt(name: str, settings: Json, config: Mapping[str, Any], where: Path) -
     remedy = f"{save}tokenizer.json with the tokenizer_class PreTrainedTokenizerFast"
     if name not in _DEFAULT_TOKENS:
         raise TokenizerError(
-            f"{where}: transformers reads tokenizer.json by the class {name}, which replaces parts "
-            f"of it in a way that is not known here: {remedy}"
+            f"{where}: transformers reads tokenizer.json with the class {name}, which replaces "
+            f"parts of it in a way that is not implemented here: {remedy}"
         )
     model = settings["model"]
     if model.get("type", "BPE") != "BPE":
         raise TokenizerError(
-            f"{where}: the class {name} builds a BPE tokenizer, and tokenizer.json holds "
+            f"{where}: the class {name} builds a BPE tokenizer, but tokenizer.json holds "
             f"{model.get('type')}: {remedy}"
         )
     kept = {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]}
@@ -265,25 +265,25 @@ def _text(token: Any) -> str:
 
 
 class Naming:
-    """The tokens that a folder's files name beside those of ``tokenizer.json``.
+    """The tokens that a folder's other files add to ``tokenizer.json``.
 
     Attributes:
-        special: Named and model-specific special tokens by name, those of the class among them.
+        special: Named and model-specific special tokens by name, including the class's defaults.
         extra: Special tokens without a name.
-        added: Tokens to add, in their order.
+        added: Tokens to add, in order.
     """
 
     def __init__(
         self, name: str, config: Json, older: Json, added: Mapping[str, int], own: list[Json]
     ) -> None:
-        """Join the files as `PreTrainedTokenizerBase.from_pretrained` does.
+        """Merge the files as `PreTrainedTokenizerBase.from_pretrained` does.
 
         Args:
             name: The class.
             config: ``tokenizer_config.json``.
-            older: ``special_tokens_map.json``, which counts where `config` holds no
+            older: ``special_tokens_map.json``; ignored if `config` has an
                 ``added_tokens_decoder``.
-            added: ``added_tokens.json``: text to id; counts likewise.
+            added: ``added_tokens.json``, ids by text; ignored in the same case.
             own: The added tokens of ``tokenizer.json``.
         """
         values = dict(config)
@@ -310,7 +310,7 @@ class Naming:
 
     @staticmethod
     def _named(name: str, values: Json, known: Mapping[str, AddedToken]) -> dict[str, Token]:
-        """Find the tokens with a name: the usual ones, then those that a model brings."""
+        """Return the tokens with a name: the usual ones, then the model-specific ones."""
         usual = _DEFAULT_TOKENS.get(name, {}) | {n: values[n] for n in NAMED_TOKENS if n in values}
         found = {n: _token(usual[n]) for n in NAMED_TOKENS if usual.get(n) is not None}
         found = {n: known.get(str(token), token) for n, token in found.items()}
@@ -335,7 +335,7 @@ class Naming:
 
 
 def _older(older: Json, values: Json) -> Json:
-    """Read special_tokens_map.json: a token of it is special, whatever its entry says."""
+    """Read special_tokens_map.json: its tokens are always special."""
     found: Json = {}
     for name, value in older.items():
         if name == "extra_special_tokens" and isinstance(value, list):
@@ -348,7 +348,7 @@ def _older(older: Json, values: Json) -> Json:
 
 
 def added_token(token: Any) -> AddedToken:
-    """Make an added token of its entry in a file.
+    """Build an added token from its entry in a file.
 
     Raises:
         TokenizerError: The entry is malformed.
@@ -365,7 +365,7 @@ def _token(value: Any) -> Token:
 
 
 def finished(tokenizer: Tokenizer, name: str, naming: Naming) -> None:
-    """Add the tokens that a folder names, as the constructor of a class does."""
+    """Add the tokens that a folder names, as the class's constructor does."""
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_tokens(list(naming.missing(present)))
     everything = dict.fromkeys(map(str, (*naming.special.values(), *naming.extra)))
@@ -388,7 +388,7 @@ def finished(tokenizer: Tokenizer, name: str, naming: Naming) -> None:
 
 
 def heads(settings: Mapping[str, Any]) -> str:
-    """Return all of ``tokenizer.json`` that decides ids but the vocabulary, to be compared."""
+    """Return the parts of ``tokenizer.json`` that determine ids, except the vocabulary, as JSON."""
     model = {k: v for k, v in settings["model"].items() if k not in ("vocab", "merges")}
     names = ("normalizer", "pre_tokenizer", "post_processor", "added_tokens", SPLITS)
     return json.dumps([model, *(settings.get(name) for name in names)], sort_keys=True)

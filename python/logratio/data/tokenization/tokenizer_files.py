@@ -1,4 +1,4 @@
-"""A tokenizer's folder: tokenizer.json, its special tokens, its chat template; no transformers."""
+"""Read and write a tokenizer's folder without transformers."""
 
 import json
 from collections.abc import Mapping
@@ -26,17 +26,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What a tokenizer's folder says.
+    """The parsed files of a tokenizer's folder.
 
     Attributes:
-        tokenizer: Text to ids, without truncation and padding of its own.
+        tokenizer: The tokenizer, without truncation and padding.
         special_tokens: The named special tokens, ``bos_token`` and so on, as text.
-        chat_template: The template's text, if there is one.
-        opening_ids: What the tokenizer puts before a text by itself: usually [bos] or nothing.
-        digest: SHA-256 (hex) of all the above: equal digests encode equally.
-        settings: The content of ``tokenizer.json``, with what other files add to it.
-        stop_ids: Tokens that end an answer as the model's and the generation's config say, and
-            the end-of-text token: rising.
+        chat_template: The template's text, or None.
+        opening_ids: The ids that the tokenizer prepends to a text: usually [bos] or nothing.
+        digest: SHA-256 (hex) of all the above; equal digests give equal ids.
+        settings: The content of ``tokenizer.json``, with the additions of other files.
+        stop_ids: Tokens that end an answer, ascending: those of generation_config.json and
+            config.json, and EOS.
     """
 
     tokenizer: Tokenizer
@@ -48,7 +48,7 @@ class TokenizerFiles:
     stop_ids: tuple[int, ...] = ()
 
     def id_of(self, name: str) -> int | None:
-        """Return the id of a named special token, or None where the folder names none."""
+        """Return the id of a named special token, or None."""
         token = self.special_tokens.get(name)
         return None if token is None else self.tokenizer.token_to_id(token)
 
@@ -59,16 +59,16 @@ def read_tokenizer(
     """Read a tokenizer's folder as `AutoTokenizer` of transformers reads it.
 
     Args:
-        folder: Holds ``tokenizer.json`` and usually ``tokenizer_config.json``. A model's
-            ``config.json`` (an adapter's: that of its base) helps to choose the class.
-        chat_template: Replaces the folder's own template.
-        as_written: Take ``tokenizer.json`` as it is, whatever class and tokens other files name:
-            what `write_tokenizer` wrote is complete.
+        folder: Folder with ``tokenizer.json`` and usually ``tokenizer_config.json``. The model's
+            ``config.json`` (of the base, for an adapter) helps to choose the class.
+        chat_template: Replaces the folder's template.
+        as_written: Use ``tokenizer.json`` without the class and tokens that other files name. For
+            the complete folders of `write_tokenizer`.
 
     Raises:
         OSError: The folder or its ``tokenizer.json`` is missing or cannot be read.
-        TokenizerError: A file is malformed, names a token that the tokenizer does not have, or is
-            read by transformers in a way that is not known here.
+        TokenizerError: A file is malformed or names an unknown token, or transformers reads the
+            folder in a way that is not implemented here.
     """
     content = _tokenizer_json(folder)
     tokenizer, settings = _parsed(content, folder), json.loads(content)
@@ -92,7 +92,7 @@ def read_tokenizer(
     special = _texts(older | config) | special
     for name, token in special.items():
         if tokenizer.token_to_id(token) is None:
-            raise TokenizerError(f"{folder}: the {name} {token!r} is no token of tokenizer.json")
+            raise TokenizerError(f"{folder}: the {name} {token!r} is not in tokenizer.json")
     template = _template(folder, config) if chat_template is None else chat_template
     opening = _opening_ids(tokenizer)
     decided = json.dumps([special, template, opening], sort_keys=True)
@@ -112,9 +112,12 @@ def read_tokenizer(
 
 
 def write_tokenizer(files: TokenizerFiles, folder: Path) -> list[str]:
-    """Write a tokenizer so that its folder alone gives the same ids, and return the files' names.
+    """Write a tokenizer so that its folder alone gives the same ids.
 
-    Everything is in ``tokenizer.json`` then; what a model's config or other files added is there.
+    ``tokenizer.json`` then includes the additions of the model's config and other files.
+
+    Returns:
+        The names of the written files.
     """
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", **files.special_tokens}
     if files.tokenizer.encode_special_tokens:
@@ -140,7 +143,7 @@ def _parsed(content: bytes, folder: Path) -> Tokenizer:
 def _resolved(
     tokenizer: Tokenizer, settings: Json, folder: Path, model_config: Json
 ) -> tuple[Tokenizer, dict[str, str], bool]:
-    """Make the tokenizer that transformers makes of a folder.
+    """Build the tokenizer that transformers builds from a folder.
 
     Returns:
         The tokenizer, its named special tokens, and whether it differs from ``tokenizer.json``.
@@ -167,7 +170,7 @@ def _resolved(
 
 
 def _settings_of(tokenizer: Tokenizer, settings: Json) -> Json:
-    """Describe a tokenizer as ``tokenizer.json`` does; the vocabulary is that of `settings`."""
+    """Return a tokenizer as ``tokenizer.json`` content, with the vocabulary of `settings`."""
     model = tokenizer.model
     options = {
         name: getattr(model, name)
@@ -205,14 +208,14 @@ def _tokenizer_json(folder: Path) -> bytes:
         raise MissingInputError(f"{folder}: no such folder{fetching_advice(folder, 'model')}")
     if not path.exists():
         raise MissingInputError(
-            f"{folder}: the folder holds no tokenizer.json. Make one with transformers: "
+            f"{folder}: the folder has no tokenizer.json. Create one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return path.read_bytes()
 
 
 def _model_folder(folder: Path) -> Path:
-    """Return where the model's config is: an adapter's folder names its base."""
+    """Return the folder of the model's config: for an adapter, that of its base."""
     if (folder / "config.json").exists():
         return folder
     base = _object(folder, "adapter_config.json").get("base_model_name_or_path")
@@ -222,7 +225,7 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _object(folder: Path, name: str) -> Json:
-    """Read a JSON object; nothing where there is no such file."""
+    """Read a JSON object; empty if the file does not exist."""
     path = folder / name
     if not path.exists():
         return {}
@@ -252,7 +255,7 @@ def _is_token(tokenizer: Tokenizer, value: Any) -> bool:
 
 
 def _stop_ids(folder: Path, model_config: Json) -> set[int]:
-    """Read which tokens end an answer: generation_config.json, then the model's config."""
+    """Return the EOS ids in generation_config.json and in the model's config."""
     generation = _object(_generation_folder(folder), "generation_config.json")
     text = model_config.get("text_config")
     stops: set[int] = set()
@@ -284,10 +287,9 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _opening_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Find what the post-processor puts in front of a text.
+    """Return the ids that the post-processor prepends to a text.
 
-    tokenizer_config.json may say ``add_bos_token`` too; where there is a tokenizer.json,
-    transformers does not listen to it, and neither do we.
+    Like transformers, this ignores ``add_bos_token`` in tokenizer_config.json.
     """
     probe = tokenizer.encode("a", add_special_tokens=True)
     count = next((i for i, n in enumerate(probe.sequence_ids) if n is not None), 0)
@@ -295,7 +297,7 @@ def _opening_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def splitting(tokenizer: Tokenizer) -> Tokenizer:
-    """Copy a tokenizer; the copy reads special tokens as text."""
+    """Return a copy of a tokenizer that splits special tokens as text."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
     return copy

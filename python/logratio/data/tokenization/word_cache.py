@@ -1,8 +1,8 @@
-"""Text to ids by pieces that came before, where a tokenizer allows it.
+"""Cache of word ids for tokenizers that allow it.
 
-A byte-level tokenizer splits text by a pattern before it merges bytes, and none of the patterns
-below matches across the place between a visible ASCII character and the space behind it. So a
-text's ids are the ids of its pieces, end to end, and most pieces are words that came before.
+A byte-level tokenizer splits text by a pattern before it merges bytes. None of the patterns below
+matches across a visible ASCII character and the space after it. So the ids of a text are the
+concatenated ids of its pieces, and most pieces are words that were already encoded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from logratio._rust import EncodedPairs, PairRules, PieceTable
 
 CAPACITY = 32 << 20
-"""Bytes of text that the table remembers; then it begins anew."""
+"""Bytes of text in the table; when it is full, it is cleared."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = (
@@ -31,10 +31,10 @@ PATTERNS = frozenset(
     for number in _NUMBERS
     for letter, letters in _LETTERS
 ) | {_GPT2}
-"""Patterns of GPT-2, GPT-4, Llama 3, Qwen and those who took them over: a match that holds a
-visible character ends before the next space."""
+"""Patterns of GPT-2, GPT-4, Llama 3, Qwen and the models that use the same: a match that contains
+a visible character ends before the next space."""
 
-_HARMLESS = ("Digits", "ByteLevel")  # they cut more, and join nothing
+_HARMLESS = ("Digits", "ByteLevel")  # they split further, and join nothing
 _PROBE = (
     "\n\nHuman: It's 12,345 things;  isn't it?\n\n \tAssistant: (Yes)  — “naïve” e\u0301 日 語!\r\n"
     "x = [1, 2]  # done\n   end  \u00a0 we'LL \u200b see… 🙂 🙂\n"
@@ -42,19 +42,19 @@ _PROBE = (
 
 
 class PieceEncoder:
-    """Encodes texts as their tokenizer does, looking up the pieces that came before.
+    """Encodes texts exactly as their tokenizer does, with a cache of pieces.
 
     Attributes:
-        is_exact: Whether pieces may be looked up; else every text goes through the tokenizer.
-        unknown_id: The token for what the tokenizer does not know: it may stand for text of any
-            length. None: any text has tokens of its own.
+        is_exact: Whether the cache gives exact ids; otherwise the tokenizer encodes every text.
+        unknown_id: The token for unknown text, which may cover any number of characters. None: the
+            tokenizer can encode every text.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-        """Use a tokenizer.
+        """Check whether the tokenizer allows a cache.
 
         Args:
-            tokenizer: Without truncation or padding of its own.
+            tokenizer: The tokenizer, without truncation and padding.
             settings: The content of its ``tokenizer.json``.
         """
         self._tokenizer = tokenizer
@@ -71,16 +71,16 @@ class PieceEncoder:
         return [flat[start:end] for start, end in pairwise(offsets.tolist())]
 
     def end_of(self, text: str, tokens: int) -> int:
-        """Return how many characters of a text its first so many tokens stand for."""
+        """Return the number of characters that the first `tokens` tokens of a text cover."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return int(encoding.offsets[tokens - 1][1])
 
     def encode_pairs(self, columns: Sequence[Any], rules: PairRules) -> EncodedPairs:
-        """Encode rows of prompt, chosen and rejected, but for the odd ones; only where `is_exact`.
+        """Encode rows of prompt, chosen and rejected, except odd ones. Requires `is_exact`.
 
         Args:
-            columns: Three lists of strings, or of the bytes and the offsets of string arrays.
-            rules: What the ids have to be like.
+            columns: Three lists of strings, or three pairs of bytes and offsets.
+            rules: Rules by which a row is encoded or odd.
         """
         prompts, chosen, rejected = columns
         return self._table.encode_pairs(prompts, chosen, rejected, rules, self._whole)
@@ -95,7 +95,7 @@ class PieceEncoder:
 
 
 def _is_local(settings: Mapping[str, Any]) -> bool:
-    """Say whether the ids of a piece cannot depend on the pieces around it."""
+    """Return whether the ids of a piece are independent of the text around it."""
     model = settings["model"]
     return (
         model.get("type") == "BPE"
@@ -117,12 +117,12 @@ def _unknown_id(tokenizer: Tokenizer, model: Mapping[str, Any]) -> int | None:
 
 
 def _knows_all_bytes(model: Mapping[str, Any]) -> bool:
-    """Say whether a byte-level vocabulary has every byte, so that no text is unknown to it."""
+    """Return whether a byte-level vocabulary has every byte, so that no text is unknown."""
     return set(model["vocab"]) >= set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _keeps_spaces(normalizer: Mapping[str, Any] | None) -> bool:
-    """NFC composes nothing with a space."""
+    """Return whether the normalizer is none or NFC, which composes nothing with a space."""
     if normalizer is None or normalizer["type"] == "NFC":
         return True
     return normalizer["type"] == "Sequence" and all(
@@ -131,7 +131,7 @@ def _keeps_spaces(normalizer: Mapping[str, Any] | None) -> bool:
 
 
 def _splits_at_spaces(splitter: Mapping[str, Any] | None) -> bool:
-    """Say whether a cut is made at every place that we cut at, and the bytes stay as they are."""
+    """Return whether the tokenizer splits wherever the cache does, and keeps the bytes."""
     if splitter is None:
         return False
     parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
@@ -152,6 +152,6 @@ def _splits(part: Mapping[str, Any]) -> bool:
 
 
 def _is_word(token: Mapping[str, Any]) -> bool:
-    """An added token is found in the raw text: it must not reach over a cut."""
+    """Return whether an added token, matched in the raw text, cannot cross a split."""
     is_plain = not (token.get("rstrip") or token.get("single_word"))
     return is_plain and not any(character.isspace() for character in token["content"])

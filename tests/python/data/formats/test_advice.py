@@ -111,7 +111,7 @@ def test_a_report_says_that_training_would_stop(tmp_path: Path) -> None:
 def test_pictures_are_not_to_be_moved_into_a_text(key: str) -> None:
     reason = refusal({"prompt": "q", **ANSWERS, key: ["a.png"]})
     assert "move it into the prompt" not in reason
-    assert "only text is read" in reason
+    assert "only text is supported" in reason
 
 
 def test_tools_need_messages() -> None:

@@ -311,7 +311,7 @@ def test_near_formats_lack_least_first_and_hold_preferences() -> None:
     assert near[0] == ("kto", ("label or kto_tag",))
     assert {"chat", "completion"}.isdisjoint(name for name, _ in near)
     assert [len(lacking) for _, lacking in near] == sorted(len(lacking) for _, lacking in near)
-    assert "or a thumb under `label`" in refusal({"prompt": "u", "completion": "c"}).reason
+    assert "or a boolean under `label`" in refusal({"prompt": "u", "completion": "c"}).reason
 
 
 def test_every_format_has_its_case() -> None:

@@ -118,7 +118,7 @@ def test_no_meaning_is_suggested_that_the_values_do_not_carry(case: str) -> None
     names, values = UNSURE[case]
     rows = [{"prompt": "u", names[0]: "1", names[1]: "2", "preference": v} for v in values]
     found = detect(rows)
-    assert "do not say which output is better" in found.reason
+    assert "do not name the better output" in found.reason
     offered = flags(found.reason)
     assert len(offered) >= 2
     better = []
