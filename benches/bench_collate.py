@@ -29,7 +29,7 @@ from shared_material import GPT2, HH, LLAMA_FACTORY, RIVAL, SHARED, check_shared
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import Feed, FeedSettings, PreferenceTokenizer, build_store
-from logratio.data.feed import Arenas, lay_out
+from logratio.data.feed import BufferPool, lay_out
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "collate.jsonl"
@@ -177,7 +177,7 @@ def row_of(store: Store, number: int) -> dict[str, list[int]]:
 
 def compare(store: Store, groups: np.ndarray, ask: Callable[..., Any], blocks: int) -> Row:
     """Measure one batch, ours and theirs in turns."""
-    arenas = Arenas()
+    arenas = BufferPool()
 
     def ours() -> list[torch.Tensor]:
         layout = lay_out(store, groups, "padded", arena=arenas, fields=ARRAYS)

@@ -1,6 +1,6 @@
-"""Preference data: files to records to ids to a store. Loads neither torch nor transformers.
+"""Preference data: read, decode, tokenize and store. Imports neither torch nor transformers.
 
-`build_store` reads files into a `Store`; `Feed` turns a store into micro-batches.
+`build_store` reads files into a `Store`; `Feed` yields micro-batches of a store.
 """
 
 from logratio._rust import Store

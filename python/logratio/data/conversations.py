@@ -1,4 +1,4 @@
-"""Conversations and Anthropic-HH transcripts: where the prompt ends and the answer begins."""
+"""Split conversations and Anthropic-HH transcripts into prompt and answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _ASSISTANT = "Assistant"
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn of a transcript: who speaks, where the words start and where they end."""
+    """A turn of a transcript: the speaker, the words, and where they start."""
 
     speaker: str
     words: str
@@ -22,25 +22,25 @@ class Turn:
 
 
 def is_transcript(text: str) -> bool:
-    """Say whether a text holds a turn of each speaker."""
+    """Return whether a text contains a turn of each speaker."""
     return "\n\nHuman:" in text and "\n\nAssistant:" in text
 
 
 def split_transcript(texts: dict[str, str]) -> tuple[str, list[tuple[str, str]]]:
-    """Split transcripts into the prompt that they share and what each one goes on with.
+    """Split transcripts into their common prompt and the rest of each.
 
-    The split is made between turns, never inside one: answers that begin alike keep their
-    beginnings. The prompt ends with the last "Assistant:" before the first turn that differs.
+    The split is between turns, never inside one, so answers keep a common beginning. The prompt
+    ends with the last "Assistant:" before the first turn that differs.
 
     Args:
-        texts: The transcripts under the names that errors call them by.
+        texts: The transcripts, by their names in errors.
 
     Returns:
-        The prompt, and for each transcript its own history (which does not count, usually empty)
-        and its final answer.
+        The prompt, and for each transcript its history (not trained, usually empty) and its final
+        answer.
 
     Raises:
-        InvalidRecordError: E403 where a transcript does not end with an Assistant turn.
+        InvalidRecordError: E403 if a transcript does not end with an Assistant turn.
     """
     turns = [_turns(name, text) for name, text in texts.items()]
     start = _prompt_end(turns)
@@ -52,9 +52,9 @@ def split_transcript(texts: dict[str, str]) -> tuple[str, list[tuple[str, str]]]
 
 
 def as_chat(record: PreferenceRecord) -> PreferenceRecord:
-    """Read a record of plain text as a chat: the user asks with the prompt, the assistant answers.
+    """Convert a record of plain text to a chat: a user turn and an assistant turn.
 
-    What only begins an answer (a step of a solution) stays text behind the turns.
+    An incomplete answer (a step of a solution) remains text after the turns.
     """
     text = str(record.prompt)
     prompt = _messages(text, "user") if is_transcript(text) else (_message("user", text),)
@@ -72,7 +72,7 @@ def as_chat(record: PreferenceRecord) -> PreferenceRecord:
 
 
 def _messages(text: str, first: str) -> tuple[Message, ...]:
-    """Read the turns of a transcript; words before its first header are of the role `first`."""
+    """Parse the turns of a transcript; words before its first header have the role `first`."""
     before, *rest = _HEADER.split(text)
     spoken = [(first, before)] + [
         ("assistant" if speaker == _ASSISTANT else "user", words)
@@ -96,13 +96,13 @@ def _turns(name: str, text: str) -> list[Turn]:
         Turn(header[1], text[header.end() : end], header.end())
         for header, end in zip(headers, ends, strict=True)
     ]
-    if headers[0].start():  # words before the first turn: an instruction, perhaps
+    if headers[0].start():  # words before the first turn, perhaps an instruction
         turns.insert(0, Turn("", text[: headers[0].start()], 0))
     return turns
 
 
 def _prompt_end(turns: list[list[Turn]]) -> int:
-    """Find the character after the last shared "Assistant:" that every turn before is shared."""
+    """Return the position after the last "Assistant:" up to which all turns are equal."""
     end = 0
     for column in zip(*turns, strict=False):
         if len({turn.speaker for turn in column}) > 1:
@@ -118,20 +118,20 @@ def prompt(value: Sequence[Any], name: str) -> Turns:
     """Check the turns before an answer.
 
     Raises:
-        InvalidRecordError: E2xx for malformed messages; E403 unless a user's turn is among them
-            and the last is not the assistant's.
+        InvalidRecordError: E2xx for malformed messages; E403 without a user turn, or if the last
+            turn is the assistant's.
     """
     return _asking(read_messages(value, name), name)
 
 
 def answer(value: Sequence[Any], name: str) -> Turns:
-    """Check the turns of an answer: the assistant begins; others may speak in between.
+    """Check the turns of an answer, which begin with the assistant's.
 
-    Every turn of the assistant counts but those of weight 0.
+    All turns of the assistant are trained, except those of weight 0.
 
     Raises:
-        InvalidRecordError: E2xx for malformed messages, E208 where no turn counts, E403 for other
-            roles, R301 for no message.
+        InvalidRecordError: E2xx for malformed messages, E208 if no turn is trained, E403 for
+            another first role, R301 for no message.
     """
     if not value:
         raise InvalidRecordError("R301", f"{name!r} is an empty list")
@@ -139,16 +139,16 @@ def answer(value: Sequence[Any], name: str) -> Turns:
 
 
 def split(sides: Mapping[str, Sequence[Any]]) -> tuple[Turns, list[tuple[Turns, Turns]]]:
-    """Split whole chats into the turns that they share and what each one goes on with.
+    """Split whole chats into their common turns and the rest of each.
 
-    The prompt ends before an assistant's turn and is the same in all. Of a side's own turns the
-    answer is what follows its last user turn, and what stands before it is history that does not
-    count; where the assistant's turns carry weights, the answer begins with the first that counts.
-    (A turn that all sides share would add the same to each: whether it counts makes no difference.)
+    The prompt ends before an assistant turn and is equal in all chats. The answer of a chat is the
+    part after its last user turn, and its remaining turns are history, which is not trained. With
+    weights, the answer begins with the first trained turn. (A common turn would add the same
+    log-prob to every side, so training it would make no difference.)
 
     Raises:
-        InvalidRecordError: E2xx for malformed messages; E403 where no user turn is shared or a
-            chat holds no turn of the assistant.
+        InvalidRecordError: E2xx for malformed messages; E403 if the chats share no user turn or one
+            has no assistant turn.
     """
     chats = [read_messages(value, name) for name, value in sides.items()]
     for name, chat in zip(sides, chats, strict=True):
@@ -167,7 +167,7 @@ def split(sides: Mapping[str, Sequence[Any]]) -> tuple[Turns, list[tuple[Turns, 
 
 
 def split_demonstration(value: Sequence[Any], name: str) -> tuple[Turns, Turns]:
-    """Split a chat before the assistant's first turn; every assistant turn is then an answer.
+    """Split a chat before the assistant's first turn; all assistant turns are then trained.
 
     Raises:
         InvalidRecordError: As `prompt` and `answer` do.
@@ -180,9 +180,9 @@ def split_demonstration(value: Sequence[Any], name: str) -> tuple[Turns, Turns]:
 
 
 def split_last(value: Sequence[Any], name: str) -> tuple[Turns, Turns]:
-    """Split a chat before the answer that ends it; earlier turns of the assistant do not count.
+    """Split a chat before its final answer; earlier assistant turns are not trained.
 
-    Where turns carry weights, all of which they say that they count are the answer.
+    With weights, the answer begins with the first trained turn.
 
     Raises:
         InvalidRecordError: As `split` does.
@@ -194,19 +194,19 @@ def split_last(value: Sequence[Any], name: str) -> tuple[Turns, Turns]:
 
 
 def words(turns: Turns) -> str:
-    """Return what the assistant says in turns that count; a call of a tool is something said."""
+    """Return the words of the trained turns, including tool calls."""
     return "".join(
         str(turn.get("content") or turn.get("tool_calls") or "") for turn in turns if counts(turn)
     )
 
 
 def counts(turn: Mapping[str, Any]) -> bool:
-    """Say whether a turn of an answer counts."""
+    """Return whether a turn of an answer is trained."""
     return turn["role"] == ASSISTANT and turn.get("weight") != 0
 
 
 def ended(turns: Turns) -> Turns:
-    """Leave out the turns that follow the assistant's last."""
+    """Drop the turns after the assistant's last."""
     spoken = [index for index, turn in enumerate(turns) if turn["role"] == ASSISTANT]
     return turns[: spoken[-1] + 1] if spoken else ()
 
@@ -222,7 +222,7 @@ def _asking(turns: Turns, name: str) -> Turns:
     if turns[-1]["role"] == ASSISTANT:
         raise InvalidRecordError(
             "E403",
-            f"{name!r} ends with an assistant turn, so nothing asks for another: if the answers "
+            f"{name!r} ends with an assistant turn, so no answer can follow: if the answers "
             "continue its text, move that text to the start of each answer",
         )
     return tuple(map(bare, turns))
@@ -233,17 +233,17 @@ def _answer(turns: Turns, name: str) -> Turns:
         begins = f"begins with a {turns[0]['role']} turn" if turns else "holds no assistant turn"
         raise InvalidRecordError(
             "E403",
-            f"{name!r} {begins}, and an answer begins with an assistant turn: move what stands "
+            f"{name!r} {begins}, but an answer begins with an assistant turn: move the turns "
             "before it to the end of the prompt",
         )
     if not any(map(counts, turns)):
-        raise InvalidRecordError("E208", f"no turn of {name!r} counts: all weights are 0")
-    # That a turn counts goes without saying.
+        raise InvalidRecordError("E208", f"no turn of {name!r} is trained: all weights are 0")
+    # A weight of 1 is the default.
     return tuple(turn if turn.get("weight") == 0 else bare(turn) for turn in turns)
 
 
 def _shared(chats: list[Turns]) -> int:
-    """Count the turns that begin every chat, leaving each at least one of its own."""
+    """Count the common first turns, leaving at least one turn of each chat."""
     longest = min(map(len, chats)) - 1
     first, *others = chats
     for index in range(longest):
@@ -253,7 +253,7 @@ def _shared(chats: list[Turns]) -> int:
 
 
 def _asks(chats: list[Turns], end: int) -> bool:
-    """Say whether the assistant, and nobody before it, speaks next in every chat."""
+    """Return whether the next turn of every chat is the assistant's, but not the previous one."""
     is_next = all(chat[end]["role"] == ASSISTANT for chat in chats)
     return is_next and chats[0][end - 1]["role"] != ASSISTANT
 

@@ -1,4 +1,4 @@
-"""A store to micro-batches, one ahead: plan, arrays in reused buffers, and a position."""
+"""Micro-batches of a store: planned, prefetched on a thread, in reused buffers, resumable."""
 
 import atexit
 from collections import deque
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 
 class _End:
-    """The last thing a maker says: there is no more, or why not."""
+    """The end of a producer's items, with its error if it failed."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
-class _Maker(Thread, Generic[T]):
-    """Makes items as long as there is room for them."""
+class _Producer(Thread, Generic[T]):
+    """Produces items on a thread while the queue has room."""
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
-        super().__init__(name="logratio-ahead", daemon=True)
+        super().__init__(name="logratio-prefetch", daemon=True)
         self._items = items
         self._room = Semaphore(depth)
         self._stopping = False
@@ -43,7 +43,7 @@ class _Maker(Thread, Generic[T]):
         end = _End()
         try:
             self._make()
-        except BaseException as error:  # raised again by whoever reads
+        except BaseException as error:  # raised again in the consumer
             end = _End(error)
         self.ready.put(end)
 
@@ -60,119 +60,123 @@ class _Maker(Thread, Generic[T]):
         return not self._stopping
 
     def take(self) -> T | _End:
-        """Wait for the next item; Ctrl-C gets through."""
+        """Wait for the next item; Ctrl-C interrupts the wait."""
         item = self.ready.get()
         self._room.release()
         return item
 
     def stop(self) -> None:
-        """End the thread after the item it is at."""
+        """Stop the thread after its current item."""
         self._stopping = True
         self._room.release()
         self.join()
 
 
-_running: WeakSet[_Maker] = WeakSet()  # type: ignore[type-arg]  # of whatever items
+_running: WeakSet[_Producer] = WeakSet()  # type: ignore[type-arg]
 
 
 @atexit.register
 def _stop_all() -> None:
-    """Let no thread run into the end of the interpreter."""
-    for maker in list(_running):
-        maker.stop()
+    """Stop all threads before the interpreter ends."""
+    for producer in list(_running):
+        producer.stop()
 
 
-def ahead(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
-    """Yield `items`, made up to `depth` ahead on a thread; 0 makes them here.
+def prefetch(items: Iterable[T], depth: int = 1) -> Generator[T, None, None]:
+    """Yield `items`, up to `depth` of them prefetched on a thread.
 
-    The thread ends when the generator does: after the last item, when it is closed, or when nothing
-    refers to it.
+    The thread ends with the generator: after the last item, when it is closed, or when it is
+    garbage-collected.
+
+    Args:
+        items: The items, in order.
+        depth: Items to prefetch; 0 uses no thread.
 
     Raises:
-        ValueError: depth is below 0.
-        BaseException: what making an item raised, at its place in the order.
+        ValueError: `depth` is negative.
+        BaseException: The error of an item, in its place in the order.
     """
     if depth < 0:
         raise ConfigError(f"depth must be at least 0, not {depth}")
-    return _read(items, depth) if depth else _make_here(items)
+    return _read(items, depth) if depth else _iterate(items)
 
 
-def _make_here(items: Iterable[T]) -> Generator[T, None, None]:
+def _iterate(items: Iterable[T]) -> Generator[T, None, None]:
     yield from items
 
 
 def _read(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    maker = _Maker(items, depth)
-    _running.add(maker)
-    maker.start()
+    producer = _Producer(items, depth)
+    _running.add(producer)
+    producer.start()
     try:
-        while not isinstance(item := maker.take(), _End):
+        while not isinstance(item := producer.take(), _End):
             yield item
-            del item  # or its buffer would wait here for the next one
+            del item  # frees its buffer before waiting for the next item
         if item.error is not None:
             raise item.error
     finally:
-        maker.stop()
-        _running.discard(maker)
+        producer.stop()
+        _running.discard(producer)
 
 
-class _Loan(ref[NDArray[np.uint8]]):
-    """Knows which memory an array was lent, to the array's end and a moment longer."""
+class _Lease(ref[NDArray[np.uint8]]):
+    """A weak reference to a leased array that keeps the storage behind it."""
 
     __slots__ = ("storage",)
     __hash__ = object.__hash__
     storage: NDArray[np.uint8]
 
 
-class Arenas:
-    """Buffers that come back by themselves when nothing refers to what is in them any more.
+class BufferPool:
+    """A pool of buffers, each reused once nothing refers to its contents.
 
-    A batch that is kept (in a list, in an autograd graph) keeps its buffer, and another is made:
-    no batch is ever overwritten while someone can still read it. A reader who drops each batch
-    before the next but one needs three buffers in all.
+    A batch that is kept (in a list, in an autograd graph) keeps its buffer, and a new one is
+    allocated: no batch is overwritten while it can still be read. With a prefetch depth of 1, a
+    loop that keeps at most two batches needs three buffers.
     """
 
     def __init__(self) -> None:
-        self._loans: set[_Loan] = set()
-        # Loans that ended. Their callback is `append` itself: one written in Python could be where
-        # Ctrl-C strikes, and what a callback raises is lost.
+        self._leases: set[_Lease] = set()
+        # Leases that ended. The callback is `deque.append` itself: Ctrl-C could interrupt one in
+        # Python, and exceptions in callbacks are lost.
         self._ended: deque[ref[NDArray[np.uint8]]] = deque()
 
     def __call__(self, nbytes: int) -> NDArray[np.uint8]:
-        """Lend a buffer of `nbytes` bytes, uint8 `[nbytes]`, with whatever was in it."""
+        """Return a buffer of `nbytes` bytes, uint8 `[nbytes]`, with arbitrary contents."""
         storage = self._take(nbytes)
-        # Views of an array are views of its owner, but not through a memoryview: every view of
-        # `lent` keeps `lent` itself alive, and its end is the end of them all.
-        lent = np.frombuffer(storage.data, np.uint8, nbytes)
-        loan = _Loan(lent, self._ended.append)
-        loan.storage = storage
-        self._loans.add(loan)
-        return lent
+        # A view of an array refers to the array's owner, except through a memoryview: every view of
+        # `leased` keeps `leased` itself alive, so its end is the end of all views.
+        leased = np.frombuffer(storage.data, np.uint8, nbytes)
+        lease = _Lease(leased, self._ended.append)
+        lease.storage = storage
+        self._leases.add(lease)
+        return leased
 
     def _take(self, nbytes: int) -> NDArray[np.uint8]:
         while self._ended:
-            loan = self._ended.popleft()
-            assert isinstance(loan, _Loan)
-            self._loans.discard(loan)
-            if len(loan.storage) >= nbytes:
-                return loan.storage
+            lease = self._ended.popleft()
+            assert isinstance(lease, _Lease)
+            self._leases.discard(lease)
+            if len(lease.storage) >= nbytes:
+                return lease.storage
         return np.empty(nbytes + nbytes // 4, np.uint8)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process begins with no buffers."""
-        return Arenas, ()
+        """Pickle without buffers: another process starts with an empty pool."""
+        return BufferPool, ()
 
 
 Buffer = NDArray[np.uint8] | Callable[[int], NDArray[np.uint8]]
-"""A buffer to fill, uint8, or what makes one of the bytes it is called with."""
+"""A uint8 buffer to fill, or a function that returns one of the requested number of bytes."""
 
 
 def micro_batches(plan: Plan, update: int | None = None) -> list[NDArray[np.int64]]:
-    """Return the group numbers of each micro-batch, as views into the plan.
+    """Return the group numbers of each micro-batch, int64, as views into the plan.
 
     Args:
         plan: This rank's share of an epoch.
-        update: Of which optimizer step, from 0; None: of all.
+        update: The optimizer step, from 0. None: all steps.
     """
     offsets = plan.micro_offsets
     if update is not None:
@@ -193,23 +197,26 @@ def lay_out(
     width: int | None = None,
     pad_id: int = 0,
 ) -> SharedLayout | TreeLayout | PaddedLayout:
-    """Lay out `groups`, all arrays in one buffer.
+    """Build the arrays of a micro-batch, all in one buffer.
 
     Args:
-        store: where the groups are.
-        groups: int64 `[G]`, their numbers.
-        layout: "shared" (one row of `T` tokens, each prompt once), "tree" (likewise, what groups
-            begin with alike once) or "padded" (`[N, T]`).
-        arena: the buffer to fill, or what makes it; None: a fresh one.
-        fields: the arrays to lay out; None: those that training reads. See `rust/layout/field.rs`.
-        side: where the padding of the padded layout is, "left" or "right".
+        store: The store.
+        groups: int64 `[G]`, the numbers of the groups.
+        layout: "shared" (one row of `T` tokens, each prompt once), "tree" (the same, with common
+            prefixes of the groups once) or "padded" (`[N, T]`).
+        arena: The buffer to fill, or a function that allocates it. None: a new buffer.
+        fields: The arrays to build. None: those that training reads. See `rust/layout/field.rs`.
+        side: The padding side of the padded layout, "left" or "right".
         multiple_of: `T` is rounded up to a multiple of this.
-        width: `T` is this (rounded up likewise) whatever the groups need.
-        pad_id: the token id in padding.
+        width: A fixed `T` (rounded up as well). None: as long as needed.
+        pad_id: The token id in padding.
+
+    Returns:
+        The arrays, as views of the buffer.
 
     Raises:
-        ValueError: an argument is none of these, or the groups do not fit in `width` or `arena`.
-        IndexError: there is no such group.
+        ValueError: An argument is invalid, or the groups do not fit in `width` or `arena`.
+        IndexError: A group does not exist.
     """
     if layout in ("shared", "tree"):
         lay = store.shared_layout if layout == "shared" else store.tree_layout
@@ -235,24 +242,28 @@ def lay_out(
 
 
 class FeedStateError(LogratioError, ValueError):
-    """A saved position belongs to another order of the data."""
+    """A saved position does not match the data or its order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedSettings:
-    """Which groups come together, in which order, in which shape.
+    """The order, batching and layout of a feed.
 
     Attributes:
-        groups_per_update: groups of one optimizer step, over all ranks.
-        token_budget: the most tokens of a micro-batch (padded: rows × longest row).
-        layout: "shared", "tree" or "padded", as `lay_out` takes it.
+        groups_per_update: Groups per optimizer step, over all ranks.
+        token_budget: Most tokens of a micro-batch (padded: rows × longest row).
+        layout: "shared", "tree" or "padded"; see `lay_out`.
         order: "length_grouped", "shuffled" or "sorted".
-        seed: of every random choice.
-        weights, datasets: the weight of each dataset, and the dataset of each file of the store: an
-            epoch then mixes datasets by weight.
-        attention_cost: work of a token pair that attends, in tokens; balances ranks. With hidden
-            size h, 1/(6·h) estimates operations.
-        side, multiple_of, width, pad_id, fields: as `lay_out` takes them.
+        seed: Seed of every random choice.
+        weights: Weight of each dataset, to mix datasets by weight. None: no mixing.
+        datasets: The dataset of each file of the store; required with `weights`.
+        attention_cost: Cost of one attended token pair, in tokens, to balance the ranks. With
+            hidden size h, 1/(6·h) estimates the operations.
+        side: See `lay_out`.
+        multiple_of: See `lay_out`.
+        width: See `lay_out`.
+        pad_id: See `lay_out`.
+        fields: See `lay_out`.
     """
 
     groups_per_update: int
@@ -271,7 +282,7 @@ class FeedSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.groups_per_update < 1:  # the rest is for the planner and the layouts to say
+        if self.groups_per_update < 1:  # the planner and the layouts check the rest
             raise ConfigError(f"groups_per_update must be at least 1, not {self.groups_per_update}")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed must be in 0 … 2^64 - 1, not {self.seed}")
@@ -295,7 +306,7 @@ class FeedSettings:
         )
 
     def order_of_updates(self) -> dict[str, Any]:
-        """Return what decides which groups a position stands for; plain values, for JSON."""
+        """Return the settings that determine the groups at a position, as JSON values."""
         shape = {"side", "multiple_of", "width", "pad_id", "fields"}
         fields = {name: value for name, value in asdict(self).items() if name not in shape}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in fields.items()}
@@ -303,15 +314,16 @@ class FeedSettings:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the model at once.
+    """One micro-batch.
 
     Attributes:
-        layout: the arrays, views of one buffer.
-        epoch, update, number: its place: pass over the data, optimizer step of the pass,
-            micro-batch of this rank's share of the step, each from 0.
-        count: this rank's micro-batches of the step.
-        groups: groups in this rank's share of the step.
-        update_groups: groups of the step over all ranks.
+        layout: The arrays, views of one buffer.
+        epoch: Pass over the data, from 0.
+        update: Optimizer step of the pass, from 0.
+        number: Micro-batch of this rank's share of the step, from 0.
+        count: This rank's number of micro-batches in the step.
+        groups: Groups in this rank's share of the step.
+        update_groups: Groups of the step over all ranks.
     """
 
     layout: SharedLayout | TreeLayout | PaddedLayout
@@ -325,7 +337,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Position:
-    """The next micro-batch: pass over the data, optimizer step of it, micro-batch of it."""
+    """The next micro-batch: pass over the data, optimizer step in it, micro-batch in that."""
 
     epoch: int = 0
     update: int = 0
@@ -333,11 +345,17 @@ class Position:
 
 
 class Feed:
-    """Micro-batches of a rank's share of a store, each made while the one before is used.
+    """Iterates over the micro-batches of a rank's share of a store, with prefetch.
 
-    Iterating goes on from the position, and the position moves with every batch handed over; one
-    iteration at a time. Updates do not depend on `rank` and `world_size`, so a position between two
-    updates holds for any number of ranks.
+    Iteration starts at the position, which advances with every yielded batch. Only one iteration
+    may run at a time. The groups of an update do not depend on `rank` and `world_size`, so a
+    position between two updates is valid for any number of ranks.
+
+    Example:
+        >>> feed = Feed(store, FeedSettings(groups_per_update=4, token_budget=1024), epochs=2)
+        >>> for batch in feed:
+        ...     ids = batch.layout.input_ids  # numpy, no copy
+        >>> state = feed.state_dict()
     """
 
     def __init__(
@@ -351,22 +369,22 @@ class Feed:
         depth: int = 1,
         allocate: Callable[[int], NDArray[np.uint8]] | None = None,
     ) -> None:
-        """Prepare a feed; nothing is planned and no thread runs before it is iterated.
+        """Prepare a feed; planning and the thread start with the first iteration.
 
         Args:
-            store: the groups.
-            settings: their order and shape.
-            epochs: passes over the data.
-            rank: which share of every update.
-            world_size: how many shares there are.
-            depth: batches to make ahead, on a thread; 0: none (for a DataLoader's worker, which is
-                ahead itself).
-            allocate: makes a buffer of the bytes it is called with; None: reused memory.
+            store: The store.
+            settings: Order, batching and layout.
+            epochs: Passes over the data.
+            rank: Index of this rank's share of every update.
+            world_size: Number of ranks.
+            depth: Batches to prefetch on a thread; 0 for none (a DataLoader's worker already
+                prefetches).
+            allocate: Returns a buffer of the requested number of bytes. None: a `BufferPool`.
         """
         self.store, self.settings, self.epochs = store, settings, epochs
         self.rank, self.world_size, self.depth = rank, world_size, depth
         self.position = Position()
-        self._allocate = allocate or Arenas()
+        self._allocate = allocate or BufferPool()
 
     @property
     def updates_per_epoch(self) -> int:
@@ -376,14 +394,18 @@ class Feed:
     def share(self, part: int, parts: int) -> "Feed":
         """Return a feed of one of `parts` parts of this rank's share, from the position on.
 
-        For the workers of a DataLoader: their parts together are the share, each group once.
+        For the workers of a DataLoader: together they yield each group of the share once.
+
+        Args:
+            part: Index of the part, from 0.
+            parts: Number of parts.
 
         Raises:
-            FeedStateError: the position is inside an update, which stands for these ranks only.
+            FeedStateError: The position is inside an update, which is valid for these ranks only.
         """
         if self.position.micro_batch:
             raise FeedStateError(
-                f"a feed can be shared between updates only, not at {self.position}"
+                f"a feed can be shared only between updates, not at {self.position}"
             )
         feed = Feed(
             self.store,
@@ -397,19 +419,19 @@ class Feed:
         return feed
 
     def __iter__(self) -> Generator[MicroBatch, None, None]:
-        """Yield from the position on.
+        """Yield micro-batches from the position on.
 
         Raises:
-            ValueError: the settings are impossible; names the one.
-            CorruptStoreError: the store is damaged.
+            ValueError: A setting is invalid; the message names it.
+            CorruptStoreError: The store is damaged.
         """
-        with closing(ahead(self._made(self.position), self.depth)) as batches:
+        with closing(prefetch(self._batches(self.position), self.depth)) as batches:
             for batch in batches:
                 self.position = self._after(batch)
                 yield batch
-                del batch  # or its buffer would wait here for the next one
+                del batch  # frees its buffer before waiting for the next batch
 
-    def _made(self, start: Position) -> Iterator[MicroBatch]:
+    def _batches(self, start: Position) -> Iterator[MicroBatch]:
         for epoch in range(start.epoch, self.epochs):
             plan = self.settings.plan(self.store, epoch, self.rank, self.world_size)
             first = start.update if epoch == start.epoch else 0
@@ -448,7 +470,7 @@ class Feed:
         return Position(batch.epoch + 1)
 
     def start_after(self, updates: int) -> None:
-        """Set the position to after the first `updates` updates of the run."""
+        """Move the position to the end of the first `updates` updates of the run."""
         self.position = Position(*divmod(updates, max(1, self.updates_per_epoch)))
 
     @cached_property
@@ -456,32 +478,35 @@ class Feed:
         return {"store": self.store.digest, **self.settings.order_of_updates()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it belongs to, plain values for JSON.
+        """Return the position, the ranks and the identity of the data, as JSON values.
 
-        What was handed over counts as done. Where a rank has no group of an update, its position is
-        before it: save rank 0's, which always has one.
+        Yielded batches count as done. A rank without a group in an update remains at the position
+        before it: save the state of rank 0, which always has one.
         """
         ranks = {"rank": self.rank, "world_size": self.world_size}
         return {"position": asdict(self.position), "ranks": ranks, "of": self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position.
+        """Restore a saved position.
+
+        Args:
+            state: A result of `state_dict`.
 
         Raises:
-            FeedStateError: it was saved with another store or another order (names what differs),
-                or inside an update with other ranks.
+            FeedStateError: The position was saved with another store or another order (the message
+                names the difference), or inside an update with other ranks.
         """
         for name, own in self._identity.items():
             if (saved := state["of"].get(name)) != own:
                 raise FeedStateError(
-                    f"the position was saved with {name} {saved!r}, and here it is {own!r}: "
-                    "it stands for other groups"
+                    f"the position was saved with {name} {saved!r}, but here it is {own!r}: "
+                    "it refers to other groups"
                 )
         position = Position(**state["position"])
         ranks = {"rank": self.rank, "world_size": self.world_size}
         if position.micro_batch and state["ranks"] != ranks:
             raise FeedStateError(
                 f"the position was saved inside update {position.update} with {state['ranks']}, "
-                f"and here it is {ranks}: only a position between updates holds for other ranks"
+                f"but here they are {ranks}: only positions between updates are valid for others"
             )
         self.position = position

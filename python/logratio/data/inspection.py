@@ -1,4 +1,4 @@
-"""What files of preference data hold: the first rows, read and shown."""
+"""Inspect files of preference data: read and show their first rows."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,29 +30,29 @@ from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 Style = Literal["", "title", "counts", "fault", "dim"]
 
 CHARACTERS = 600
-"""Most characters of a text that are shown: its beginning and its end."""
+"""Most characters of a text that are shown, half of them from its end."""
 TOKENS = 120
 """Most tokens of a prompt or a completion that are shown."""
 
-_BETWEEN = "│"  # two tokens
+_BETWEEN = "│"  # separates two tokens
 _CONTROLS = {chr(code): f"\\x{code:02x}" for code in (*range(9), *range(11, 32), 127)}
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of text in one style; ``counts`` is what training looks at."""
+    """A part of a text in one style; ``counts`` marks trained text."""
 
     text: str
     style: Style = ""
 
 
 def plain(segments: Iterable[Segment]) -> str:
-    """Write segments without colours: what counts stands between ‹ and ›."""
+    """Join segments without colours; trained text is enclosed in ‹ and ›."""
     return "".join(f"‹{one.text}›" if one.style == "counts" else one.text for one in segments)
 
 
 def show_record(record: PreferenceRecord) -> Iterator[Segment]:
-    """Show a record before any tokenizer saw it."""
+    """Show a record as text."""
     yield Segment("  prompt\n", "title")
     if record.tools:
         yield Segment(f"[{len(record.tools)} tools]\n", "dim")
@@ -64,16 +64,16 @@ def show_record(record: PreferenceRecord) -> Iterator[Segment]:
 
 
 def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -> Iterator[Segment]:
-    """Show a record as tokens, each beside the next; special ones are spelled out.
+    """Show a record as separated tokens, including special tokens.
 
     Args:
         group: The record's ids.
-        decode: Ids to text, special tokens included.
+        decode: Decodes ids to text, including special tokens.
     """
     yield Segment(f"  prompt, {len(group.prompt_ids):,} tokens\n", "title")
     yield from _tokens(group.prompt_ids, [0] * len(group.prompt_ids), [], decode)
     for completion in group.completions:
-        counted = f"{sum(completion.mask):,} of {len(completion.ids):,} tokens count"
+        counted = f"{sum(completion.mask):,} of {len(completion.ids):,} tokens are trained"
         yield Segment(f"  {completion.role}, {counted}\n", "title")
         yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
     if group.notes:
@@ -104,9 +104,9 @@ def _text(text: Text) -> Iterator[Segment]:
 def _turns(turns: Turns, *, is_answer: bool) -> Iterator[Segment]:
     for turn in turns:
         yield Segment(f"[{turn['role']}] ", "dim")
-        said = str(turn.get("content") or "")
+        content = str(turn.get("content") or "")
         calls = str(turn.get("tool_calls") or "")
-        words = _visible(" ".join(filter(None, (said, calls))))
+        words = _visible(" ".join(filter(None, (content, calls))))
         yield Segment(words, "counts" if is_answer and counts(turn) else "dim")
         yield Segment("\n")
 
@@ -117,30 +117,30 @@ def _tokens(
     behind: Sequence[int],
     decode: Callable[[Sequence[int]], str],
 ) -> Iterator[Segment]:
-    """Show tokens, the middle of many left out; neighbours that count alike are one segment."""
+    """Show tokens, without the middle of long lists; adjacent ones of one style are joined."""
     half = TOKENS // 2
     places = list(range(len(ids)))
     if len(ids) > TOKENS:
         places = [*places[:half], *places[-half:]]
-    stretch: list[str] = []
+    chunk: list[str] = []
     before = -1
     for place in places:
         is_gap = before >= 0 and place != before + 1
-        if stretch and (is_gap or mask[place] != mask[before]):
-            yield Segment(_BETWEEN.join(stretch), "counts" if mask[before] else "dim")
-            stretch = []
+        if chunk and (is_gap or mask[place] != mask[before]):
+            yield Segment(_BETWEEN.join(chunk), "counts" if mask[before] else "dim")
+            chunk = []
             gap = f" … {place - before - 1:,} tokens … " if is_gap else _BETWEEN
             yield Segment(gap)
         previous = ids[place - 1 : place] if place else behind
-        stretch.append(_controls(_token(previous, ids[place], decode)))
+        chunk.append(_controls(_token(previous, ids[place], decode)))
         before = place
-    if stretch:
-        yield Segment(_BETWEEN.join(stretch), "counts" if mask[before] else "dim")
+    if chunk:
+        yield Segment(_BETWEEN.join(chunk), "counts" if mask[before] else "dim")
     yield Segment("\n")
 
 
 def _token(previous: Sequence[int], token: int, decode: Callable[[Sequence[int]], str]) -> str:
-    """Decode a token behind the one before it, which shows the space that it begins with."""
+    """Decode a token after the previous one, which preserves its leading space."""
     before, both = decode(previous), decode([*previous, token])
     return both[len(before) :] if both.startswith(before) else decode([token])
 
@@ -154,34 +154,34 @@ def _visible(text: str) -> str:
 
 
 def _controls(text: str) -> str:
-    """Spell control characters, which would move a terminal's cursor."""
+    """Escape control characters, which could move a terminal's cursor."""
     return "".join(_CONTROLS.get(character, character) for character in text)
 
 
 ROWS = 100
-"""Rows that are looked at."""
+"""Rows that are inspected per file."""
 
-_UNTOLD = "[E209] "
-_SHOWN = 3  # reasons to refuse a row
+_UNKNOWN_LABEL = "[E209] "
+_SHOWN = 3  # most reasons for refusals that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class FileInspection:
-    """What one file is.
+    """The result for one file.
 
     Attributes:
         name: The file.
-        container: How its rows are stored.
-        rows: How many were looked at.
-        detection: What they are, and why.
+        container: The detected container.
+        rows: Number of inspected rows.
+        detection: The detected format, and the reason.
         keys_read: Keys that were read.
-        keys_unread: Keys that were not.
-        refusals: Rows that were not taken.
-        warnings: How many rows are kept with each warning.
+        keys_unread: Keys that were not read.
+        refusals: Refused rows.
+        warnings: Number of kept rows per warning.
         example: The first record.
-        shown: That record, as segments.
-        imitated: What ``train --loss sft`` would read of the rows, in words.
-        is_wrapped: Whether plain text becomes the turns of a chat.
+        shown: The first record, as segments.
+        imitated: A phrase about the rows that ``train --loss sft`` would read.
+        is_wrapped: Whether plain text is wrapped as turns of a chat.
     """
 
     name: str
@@ -199,15 +199,15 @@ class FileInspection:
 
     @property
     def is_known(self) -> bool:
-        """Whether every row that was looked at is of a known format."""
+        """Whether every inspected row has a known format."""
         return bool(self.detection.counts) and not any(one.stops for one in self.refusals)
 
     def segments(self) -> Iterator[Segment]:
-        """Tell it to a person."""
+        """Yield the printed result, in styled segments."""
         known = self.detection
         yield Segment(f"{self.name}\n", "title")
-        yield Segment(f"  container  {self.container}, {self.rows:,} rows looked at\n")
-        yield Segment(f"  format     {' and '.join(known.counts) or 'not known'}\n")
+        yield Segment(f"  container  {self.container}, {self.rows:,} rows inspected\n")
+        yield Segment(f"  format     {' and '.join(known.counts) or 'unknown'}\n")
         yield Segment(f"  why        {known.reason}\n")
         if self.example:
             yield Segment(f"  becomes    {_becomes(self.example, self.is_wrapped)}\n")
@@ -218,15 +218,15 @@ class FileInspection:
         if self.keys_unread:
             yield Segment(f"  not read   {', '.join(self.keys_unread)}\n")
         for name, lacking in known.near.items():
-            yield Segment(f"  near       {name}, for which it lacks {', '.join(lacking)}\n")
+            yield Segment(f"  similar    {name}, but it lacks {', '.join(lacking)}\n")
         for code, count in self.warnings.items():
-            said = f": {code.what}" if isinstance(code, Omitted) else ""
-            yield Segment(f"  warning    [{code}] {count:,} × {CODES[code]}{said}\n")
+            detail = f": {code.what}" if isinstance(code, Omitted) else ""
+            yield Segment(f"  warning    [{code}] {count:,} × {CODES[code]}{detail}\n")
         yield from self._refused()
         yield from self.shown
 
     def _refused(self) -> Iterator[Segment]:
-        """Name each reason once, with its first row."""
+        """Yield each reason once, with its first row."""
         counted = Counter((refusal.code, refusal.reason) for refusal in self.refusals)
         for (code, reason), number in counted.most_common(_SHOWN):
             first = next(one for one in self.refusals if (one.code, one.reason) == (code, reason))
@@ -238,28 +238,28 @@ class FileInspection:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What files are.
+    """The results for several files.
 
     Attributes:
-        files: One for each, in order.
+        files: One result per file, in order.
     """
 
     files: tuple[FileInspection, ...]
 
     @property
     def is_known(self) -> bool:
-        """Whether all of them are of known formats."""
+        """Whether all files have known formats."""
         return all(file.is_known for file in self.files)
 
     def segments(self) -> Iterator[Segment]:
-        """Tell it to a person, in stretches of text that carry their style."""
+        """Yield the printed results, in styled segments."""
         for number, file in enumerate(self.files):
             if number:
                 yield Segment("\n")
             yield from file.segments()
 
     def to_text(self) -> str:
-        """Tell it without colours: what counts stands between ‹ and ›."""
+        """Return the printed results without colours; trained text is enclosed in ‹ and ›."""
         return plain(self.segments())
 
 
@@ -269,13 +269,16 @@ def inspect(
     tokenizer: PreferenceTokenizer | None = None,
     rows: int = ROWS,
 ) -> Inspection:
-    """Look at the first rows of files.
+    """Inspect the first rows of files.
 
     Args:
-        inputs: Whatever `logratio.data.readers.open_inputs` takes.
-        settings: What is said about the rows.
-        tokenizer: Shows the first record as tokens; None: as text.
-        rows: How many rows to look at in each file.
+        inputs: One input or several; see `logratio.data.readers.open_inputs`.
+        settings: How to read the rows. None: the defaults.
+        tokenizer: Shows the first record as tokens. None: as text.
+        rows: Rows to inspect per file.
+
+    Returns:
+        One result per file.
 
     Raises:
         OSError: A file cannot be read.
@@ -292,7 +295,7 @@ def _file(
     refusals: list[Refusal] = []
     looked_at = 0
     for source, row in islice(reader, limit):
-        looked_at += source.line > 0  # else it is no row, but something about the file
+        looked_at += source.line > 0  # line 0: a refusal of the whole file
         if isinstance(row, Refusal):
             refusals.append(row)
         else:
@@ -318,8 +321,9 @@ def _file(
     taken = (row for (_, row), one in zip(rows, results, strict=True) if _is_read(one))
     example = next((record for one in decoded for record in one.records), None)
     detection = summarize([row for _, row in rows], results, settings)
-    if detection.reason.startswith(_UNTOLD):  # what all values show holds for each row
-        whole = detection.reason.removeprefix(_UNTOLD)
+    # Advice from all values of the label replaces the advice from each row.
+    if detection.reason.startswith(_UNKNOWN_LABEL):
+        whole = detection.reason.removeprefix(_UNKNOWN_LABEL)
         refusals = [replace(one, reason=whole) if one.code == "E209" else one for one in refusals]
     return FileInspection(
         name=reader.name,
@@ -347,11 +351,11 @@ def _is_read(result: Result) -> bool:
 
 
 def _imitated(results: Sequence[Result], first: Row | None) -> str:
-    """Say what ``train --loss sft`` reads of rows: nothing where there is none to read.
+    """Describe the rows that ``train --loss sft`` reads; "" without any rows.
 
     Args:
-        results: What demonstrations the rows are.
-        first: The first row, where they are nothing else.
+        results: The rows, decoded as demonstrations.
+        first: The first row, if the rows are only demonstrations; else None.
     """
     read = [one for one in results if isinstance(one, Decoded) and one.records]
     if not read:
@@ -360,12 +364,12 @@ def _imitated(results: Sequence[Result], first: Row | None) -> str:
     what = " and ".join(answers)
     only = ""
     if first is not None:
-        only = f"; losses of pairs cannot use it{layouts.advice(first)}"
+        only = f"; preference losses cannot use it{layouts.advice(first)}"
     return f"reads {len(read):,} of {len(results):,} rows: {what}{only}"
 
 
 def _imitates(name: str) -> str:
-    """Name what is imitated of a row of a format."""
+    """Return what SFT imitates in a row of a format."""
     if FORMATS[name].demonstrates:
         return "every answer of the chat" if name == "chat" else "the answer"
     return "the best answer" if FORMATS[name].family == "lists" else "the better answer"
@@ -379,7 +383,7 @@ def _without(rows: Iterable[Row], unread: Iterable[str]) -> tuple[str, ...]:
 def _encoded(
     decoded: Iterable[Decoded], tokenizer: PreferenceTokenizer | None
 ) -> list[TokenizedGroup | Refusal]:
-    """Turn the records of all rows into ids: none without a tokenizer."""
+    """Tokenize the records of all rows; empty without a tokenizer."""
     if tokenizer is None:
         return []
     return [*tokenizer.encode_records([record for one in decoded for record in one.records])]
@@ -390,7 +394,7 @@ def _shown(
     encoded: Sequence[TokenizedGroup | Refusal],
     tokenizer: PreferenceTokenizer | None,
 ) -> tuple[Segment, ...]:
-    """Show the first record, as tokens where it has any."""
+    """Show the first record, as tokens if it was tokenized."""
     if record is None:
         return ()
     if tokenizer is None or isinstance(encoded[0], Refusal):
@@ -400,11 +404,11 @@ def _shown(
 
 def _becomes(record: PreferenceRecord, is_wrapped: bool) -> str:
     roles = [completion.role for completion in record.completions]
-    text = "messages, which the model's chat template writes out"
+    text = "messages, which the model's chat template renders"
     if is_wrapped and not record.is_chat:
-        text = f"text, wrapped as the turns of user and assistant: {text}"
+        text = f"text, wrapped as a user turn and an assistant turn: {text}"
     elif not record.is_chat:
-        text = "plain text, read as it stands; an end-of-text token follows each answer"
+        text = "plain text, read unchanged; EOS follows each answer"
     if not record.ends:
-        text += "; the answer goes on, so no end-of-text token follows"
+        text += "; the answer is incomplete, so no EOS follows"
     return f"{', '.join(roles)}: {text}"

@@ -1,4 +1,4 @@
-"""Messages of a chat and their tool calls: checked, and brought to one spelling."""
+"""Check and normalize the messages of a chat and their tool calls."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,34 +10,35 @@ _LONGEST_SHOWN = 60
 
 
 def with_calls(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """Read the calls of a message, if it has any.
+    """Normalize the tool calls of a message.
 
     Args:
-        message: May hold ``tool_calls`` (nested or flat) or OpenAI's older ``function_call``.
-        name: What errors call the message.
+        message: A message, with ``tool_calls`` (nested or flat), OpenAI's older
+            ``function_call``, or neither.
+        name: The name of the message in errors.
 
     Returns:
         The message with its calls under ``tool_calls``.
 
     Raises:
-        InvalidRecordError: E203 for what is no call, E210 for two keys that differ, R312 for
-            arguments that are no JSON object.
+        InvalidRecordError: E203 for a malformed call, E210 if both keys differ, R312 for arguments
+            that are not a JSON object.
     """
     rest = {k: v for k, v in message.items() if k not in ("tool_calls", "function_call")}
     calls = read_calls(message.get("tool_calls"), name)
     called = read_calls(message.get("function_call"), name)
     if calls and called and [call["function"] for call in calls] != [called[0]["function"]]:
-        reason = f"'tool_calls' and 'function_call' of {name} differ: leave one of them out"
+        reason = f"'tool_calls' and 'function_call' of {name} differ: remove one of them"
         raise InvalidRecordError("E210", reason)
     if not calls and not called:
         return rest
-    if rest.get("content") is None:  # many templates fail without it, and none writes it
+    if rest.get("content") is None:  # many templates fail without it
         rest["content"] = ""
     return {**rest, "tool_calls": calls or called}
 
 
 def read_calls(value: object, name: str) -> list[dict[str, Any]]:
-    """Read calls: one, or a list of them, or JSON of either; none from nothing.
+    """Parse one call, a list of calls, or JSON of either; no calls from an empty value.
 
     Raises:
         InvalidRecordError: As `with_calls` does.
@@ -64,7 +65,7 @@ def _call(call: object, name: str) -> dict[str, Any]:
     if not isinstance(function.get("name"), str):
         raise InvalidRecordError("E203", f"a function call of {name} has no 'name'")
     rest = {k: v for k, v in call.items() if v is not None} if nested else {}
-    for key in ("id", "type", "index"):  # of a flat call: they belong to the call
+    for key in ("id", "type", "index"):  # a flat call holds them next to the function's name
         if not nested and function.get(key) is not None:
             rest[key] = function.pop(key)
     arguments = _arguments(function.get("arguments"), f"the call of {function['name']!r} in {name}")
@@ -73,7 +74,7 @@ def _call(call: object, name: str) -> dict[str, Any]:
 
 
 def _arguments(value: object, name: str) -> dict[str, Any]:
-    """Read what a function is called with; nothing at all is an empty object."""
+    """Parse the arguments of a call; missing ones are an empty object."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     read = value
@@ -88,7 +89,7 @@ def _arguments(value: object, name: str) -> dict[str, Any]:
 
 
 def _no_object(name: str, value: object, why: str) -> InvalidRecordError:
-    reason = f"the arguments of {name} are no JSON object: {_shown(value)} ({why})"
+    reason = f"the arguments of {name} are not a JSON object: {_shown(value)} ({why})"
     return InvalidRecordError("R312", reason)
 
 
@@ -101,7 +102,7 @@ ASSISTANT = "assistant"
 Turns = tuple[Message, ...]
 
 WEIGHTS = ("weight", "loss_weight", "train")
-"""Keys by which a message says whether its words count, here as OpenAI, LLaMA-Factory, axolotl."""
+"""Keys for whether a message is trained, in OpenAI's, LLaMA-Factory's and axolotl's formats."""
 
 _SPEAKERS = {
     "user": "user",
@@ -125,10 +126,10 @@ _SPEAKERS = {
     "document": "document",
     "control": "control",
 }
-"""Who speaks, in any letter case, and the role that templates know; the last two are Granite's."""
+"""The role of each speaker, whose name may be in any letter case; the last two are Granite's."""
 
 _CALLING = ("function_call", "tool_call")
-"""Speakers whose words are a call of a function, as JSON."""
+"""Speakers whose content is a function call as JSON."""
 
 _SHAREGPT = ("from", "value", "role", "content")
 
@@ -136,14 +137,14 @@ _ROLES = frozenset(_SPEAKERS.values())
 
 
 def read_messages(value: Sequence[Any], name: str) -> Turns:
-    """Read messages as ``{role, content}``, with parts of text joined and null values left out.
+    """Normalize messages to ``{role, content}``, with text parts joined and null values dropped.
 
-    A ``weight`` of 0 or 1 stays where one of `WEIGHTS` was given.
+    A weight under one of `WEIGHTS` is kept as ``weight``, 0 or 1.
 
     Raises:
-        InvalidRecordError: E201 to E203 for malformed messages, E207 for content that is no text,
-            E208 for a weight that cannot be, E403 for a role that is not known, R312 for a call
-            whose arguments are no JSON object.
+        InvalidRecordError: E201 to E203 for malformed messages, E207 for content other than text,
+            E208 for an invalid weight, E403 for an unknown role, R312 for a call whose arguments
+            are not a JSON object.
     """
     return tuple(
         message if _is_plain(message) else _message(message, f"message {index + 1} of {name!r}")
@@ -152,14 +153,14 @@ def read_messages(value: Sequence[Any], name: str) -> Turns:
 
 
 def bare(message: Message) -> Message:
-    """Leave out a message's weight, which no template is to see."""
+    """Remove a message's weight, which templates must not see."""
     if "weight" not in message:
         return message
     return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _is_plain(message: Any) -> bool:
-    """Say whether nothing has to be read into a message: most are like this."""
+    """Return whether a message is already normalized, as most are."""
     if not isinstance(message, dict) or len(message) != 2:
         return False
     role = message.get("role")
@@ -171,8 +172,8 @@ def _message(message: object, name: str) -> Message:
         is_a = json_type(message)
         raise InvalidRecordError("E203", f"{name} is {is_a}, not an object {{role, content}}")
     if "from" in message and "value" in message and "role" not in message:
-        said = {"role": message["from"], "content": message["value"]}  # ShareGPT's spelling
-        message = {**said, **{k: v for k, v in message.items() if k not in _SHAREGPT}}
+        renamed = {"role": message["from"], "content": message["value"]}  # ShareGPT's keys
+        message = {**renamed, **{k: v for k, v in message.items() if k not in _SHAREGPT}}
     if message.get("role") is not None:
         message = _with_role(message, name)
     if isinstance(message.get("content"), list):
@@ -181,22 +182,22 @@ def _message(message: object, name: str) -> Message:
         message = with_calls(message, name)
     _check(message, name)
     weight = _weight(message, name)
-    # As transformers does: an absent key renders well where a null one would read "None".
+    # As transformers does: templates would write a null value as "None".
     plain = {k: v for k, v in message.items() if v is not None and k not in WEIGHTS}
     return plain if weight is None else {**plain, "weight": weight}
 
 
 def _with_role(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """Give a message the role that templates know; the words of a call become the call."""
-    said = message["role"]
-    speaker = said.strip().lower() if isinstance(said, str) else ""
+    """Replace a speaker by its role; the content of a calling speaker becomes a tool call."""
+    given = message["role"]
+    speaker = given.strip().lower() if isinstance(given, str) else ""
     role = _SPEAKERS.get(speaker)
-    if role is None and isinstance(said, str):
+    if role is None and isinstance(given, str):
         known = ", ".join(_SPEAKERS)
-        reason = f"{name} has the unknown role {said!r}: rename it to one of {known}"
+        reason = f"{name} has the unknown role {given!r}: rename it to one of {known}"
         raise InvalidRecordError("E403", reason)
     if speaker not in _CALLING:
-        return {**message, "role": role or said}
+        return {**message, "role": role or given}
     calls = read_calls(message.get("content"), name)
     if not calls:
         raise InvalidRecordError("E203", f"the function call of {name} is empty")
@@ -213,7 +214,7 @@ def _joined(parts: list[Any], name: str) -> str:
         kind = part.get("type", "text")
         if kind != "text":
             raise InvalidRecordError(
-                "E207", f"{name} holds a part of type {kind!r}: only text is read"
+                "E207", f"{name} holds a part of type {kind!r}: only text is supported"
             )
         filled = [part[key] for key in ("text", "value") if part.get(key) is not None]
         if len(filled) != 1 or not isinstance(filled[0], str):
@@ -236,14 +237,14 @@ def _check(message: dict[str, Any], name: str) -> None:
 
 
 def _weight(message: dict[str, Any], name: str) -> int | None:
-    """Say whether a message counts (1) or not (0); None where it does not say."""
+    """Return whether a message is trained (1) or not (0), or None without a weight."""
     given = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
     if not given:
         return None
     values = list(given.values())
     if not all(isinstance(value, int | float) and value in (0, 1) for value in values):
         shown = ", ".join(f"{key} {value!r}" for key, value in given.items())
-        reason = f"{name} has {shown}: a turn counts (1) or does not (0)"
+        reason = f"{name} has {shown}: the weight of a turn is 1 (trained) or 0"
         raise InvalidRecordError("E208", reason)
     if len({int(value) for value in values}) > 1:
         raise InvalidRecordError("E208", f"{name} has weights that contradict each other")
@@ -251,6 +252,6 @@ def _weight(message: dict[str, Any], name: str) -> int | None:
     if message["role"] == ASSISTANT:
         return weight
     if weight:
-        reason = f"{name} has a weight of 1: only the assistant's turns can count"
+        reason = f"{name} has a weight of 1: only the assistant's turns are trained"
         raise InvalidRecordError("E208", reason)
     return None

@@ -1,4 +1,4 @@
-"""A row of a data file as text: a prompt and its completions, or a code for its refusal."""
+"""Records of text (a prompt and its completions), and the codes of refusals and warnings."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,37 +12,37 @@ CODES: dict[str, str] = {
     "E102": "the file ends inside a record",
     "E103": "not UTF-8",
     "E104": "a lone surrogate, which no tokenizer can encode",
-    "E105": "a JSON array where a record a line was begun",
+    "E105": "a JSON array among JSON lines",
     "E106": "the file holds no record",
     "E107": "the line is too long",
     "E108": "damaged data (gzip, zstd, Parquet, Arrow)",
-    "E109": "a JSON array that cannot be followed",
-    "E110": "a CSV record with another number of cells than the header",
-    "E111": "CSV whose quotes or header do not fit",
-    "E112": "a kind of file that is not read",
-    "E113": "two columns of one name",
+    "E109": "a malformed JSON array",
+    "E110": "a CSV record whose number of cells differs from the header",
+    "E111": "malformed quotes or header in CSV",
+    "E112": "an unsupported file type",
+    "E113": "two columns with one name",
     "E201": "a key is missing",
     "E202": "a value is null",
     "E203": "a value has the wrong type",
-    "E204": "a row that says another kind of thing than the rows before it in its file",
+    "E204": "a row of another kind than the rows before it in its file",
     "E205": "a key that occurs twice in one object",
-    "E206": "a shape that is not known",
+    "E206": "an unknown format",
     "E207": "content that is not text",
-    "E208": "a turn's weight that is neither 0 nor 1, or weights by which no turn counts",
-    "E209": "a label whose meaning differs between data sets and was not given",
+    "E208": "a turn's weight that is neither 0 nor 1, or all weights 0",
+    "E209": "a label whose meaning differs between datasets and was not given",
     "E210": "a row that could be read in two ways",
-    "E211": "a prompt and whole answers that do not go together",
+    "E211": "a prompt that does not match the whole chats or texts of the answers",
     "E212": "a label, rank or score that cannot be read",
-    "E213": "a row that is not of the format that was named",
-    "E214": "steps that do not fit together",
-    "E215": "a string that could be text or a chat that was written as text",
+    "E213": "a row in another format than `--format`",
+    "E214": "steps that do not match",
+    "E215": "a string that could be plain text, or a chat written as a string",
     "E217": "the row function failed, or returned no row",
-    "E304": "a prompt longer than its limit, where the rules say that this is an error",
+    "E304": "a prompt longer than its limit, with `--prompt-truncation error`",
     "E401": "messages, but no chat template",
     "E402": "two beginning-of-text or two end-of-text tokens",
-    "E403": "turns whose roles make no prompt and answer",
-    "E404": "the chat template does not repeat the prompt when the answer follows",
-    "E405": "a message that the chat template has already written",
+    "E403": "turns whose roles do not form a prompt and an answer",
+    "E404": "the chat template changes the prompt when the answer follows",
+    "E405": "a message that is already rendered by the chat template",
     "E601": "a token id outside the vocabulary",
     "R301": "an empty completion",
     "R302": "identical completions",
@@ -50,68 +50,68 @@ CODES: dict[str, str] = {
     "R304": "a prompt longer than its limit",
     "R305": "an empty prompt, and the tokenizer adds no beginning-of-text token",
     "R306": "the limit leaves no token of the answer",
-    "R307": "a special token is spelled in a message, where the rules split special tokens",
-    "R308": "the opposite is said too, as often or more",
-    "R310": "a tie: nothing is better than anything else",
+    "R307": "a special token in a message, with `--split-special-tokens`",
+    "R308": "the opposite pair occurs as often or more often",
+    "R310": "a tie: no answer is better than another",
     "R311": "the chat template writes nothing of an answer",
-    "R312": "a tool call whose arguments are no JSON object",
+    "R312": "a tool call whose arguments are not a JSON object",
     "R316": "the row function left the row out",
-    "R317": "an answer, or a row, that nobody rated, ranked or labelled",
-    "W501": "a special token is spelled in the text",
+    "R317": "an answer or row without a rating, rank or label",
+    "W501": "a special token in the text",
     "W502": "the tokens of the prompt change when the answer follows (boundary moved)",
-    "W503": "a completion was cut at the limit",
+    "W503": "a completion was truncated",
     "W504": "an empty prompt",
     "W505": "a NUL character in the text",
-    "W506": "a prompt was cut at its limit",
-    "W507": "the same two completions stand elsewhere the other way round",
-    "W508": "length alone tells chosen from rejected",
+    "W506": "a prompt was truncated",
+    "W507": "the same pair occurs with chosen and rejected exchanged",
+    "W508": "length alone predicts which answer is chosen",
     "W509": "repeated judgements contradict each other",
     "W510": "many groups are nearly the same",
-    "W511": "many completions were cut at the limit",
-    "W512": "the chat template asks with text that it does not write before an answer: "
-    "the prompt ends before it",
+    "W511": "many completions were truncated",
+    "W512": "the generation prompt of the chat template differs from its text before an answer: "
+    "the prompt ends before the difference",
     "W513": "the chat template leaves out a part of the row",
     "W514": "the chat template leaves out the reasoning of turns before the answer",
     "W515": "turns that follow the last assistant turn were left out",
-    "W517": "no completion ends with a token that ends an answer",
+    "W517": "no completion ends with a stop token",
     "W518": "plain text, which bypasses the tokenizer's chat template (--chat wraps it as turns; "
     "--text keeps it and removes this warning)",
     "W519": "part of the data went through the chat template, and part did not",
     "W520": "the answer follows the prompt without white space",
-    "W522": "a chat that was written as text, read as a chat (else: --strings text)",
-    "W523": "a message that holds the markers of another chat template",
-    "W525": "a list that another score could rank",
+    "W522": "a chat written as a string, read as a chat (--strings text reads it as text)",
+    "W523": "a message that contains the markup of another chat template",
+    "W525": "a list that another score could also rank",
     "W530": "a pair or an answer of a list was left out",
 }
-"""W502 and W503 are counted per completion, W508 to W511, W517, W519 and W520 once a data set, all
-others per record."""
+"""The meaning of every code. W502 and W503 are counted per completion; W508 to W511, W517, W519 and
+W520 once per dataset; all others per record."""
 
 
 CURES: dict[str, str] = {
     "E101": "Correct the line; JSON lines need one object per line.",
     "E102": "The file was cut off: copy or download it again.",
     "E103": "Save the file as UTF-8, or name its encoding, as `--encoding cp1252`.",
-    "E104": "Remove the half character; it comes from text cut inside an emoji.",
-    "E105": "Write one record per line, or one array alone in the file.",
+    "E104": "Remove the surrogate; it comes from text cut inside an emoji.",
+    "E105": "Write one record per line, or a single array as the whole file.",
     "E106": "Check the path, and that the export was complete.",
     "E107": "Write one record per line; a record may have 64 MiB.",
     "E108": "Download or write the file again; compare its checksum.",
     "E109": "Close the array, and put nothing after it.",
     "E110": "Quote cells that contain the separator or a line break.",
-    "E111": "Write the file with a CSV library; quotes inside a cell are doubled.",
+    "E111": "Write the file with a CSV library, which doubles quotes inside a cell.",
     "E112": "Unpack or convert the file; see the list of readable files.",
     "E113": "Rename one of the columns.",
     "E201": "Add the key, or name the data's key with `--columns prompt=question`.",
     "E202": "Fill the value, or remove the row.",
     "E203": "Convert the value to the type that the message names.",
-    "E204": "Put pairs, lists and unpaired feedback into files of their own.",
+    "E204": "Put pairs, lists and unpaired feedback into separate files.",
     "E205": "Remove one of the two; parsers disagree on which one counts.",
     "E206": "Rename keys with `--columns`, or convert rows with `--rows module:function`.",
     "E207": "Keep the text; images and audio are not supported.",
     "E208": "Weights of turns are 0 or 1, and at least one is 1.",
     "E209": "Give `--label`; `data inspect` prints the flag where the values allow it.",
     "E210": "Give the flag that the message names, or remove one of the keys.",
-    "E211": "Both answers must begin with the prompt, or hold the answer alone.",
+    "E211": "Keep the prompt either in its own key or in the answers.",
     "E212": "Correct the value, or describe it with `--label`.",
     "E213": "Remove `--format`, or the row.",
     "E214": "Both solutions must share the steps before they differ.",
@@ -123,9 +123,9 @@ CURES: dict[str, str] = {
     "E403": "A conversation ends with an answer, which begins with the assistant's turn.",
     "E404": "Correct the template: it must not rewrite earlier turns.",
     "E405": "Pass rendered text as a plain prompt, as with `--columns prompt=input`.",
-    "E601": "Use the tokenizer that belongs to the model.",
+    "E601": "Use the model's tokenizer.",
     "R301": "Remove the row, or fill the answer.",
-    "R302": "Nothing to do: the pair says nothing.",
+    "R302": "Nothing to do: nothing can be learned from the pair.",
     "R303": "Raise `--max-length`.",
     "R304": "Raise `--max-prompt-length`, or choose another `--prompt-truncation`.",
     "R305": "Add a prompt, or use a tokenizer with a beginning-of-text token.",
@@ -135,74 +135,74 @@ CURES: dict[str, str] = {
     "R310": "Nothing to do: ties are left out.",
     "R311": "Use a template that writes tool calls, or remove the row.",
     "R312": "Correct the arguments of the call that the message names.",
-    "R316": "Nothing to do, if your row function meant it.",
-    "R317": "Nothing to do: there is no judgement to train on.",
+    "R316": "Nothing to do, if the row function should skip the row.",
+    "R317": "Nothing to do: the row has no judgement to train on.",
     "W501": "Use `--split-special-tokens` if the text only quotes the token.",
-    "W502": "Nothing to do; the completion was encoded on its own.",
-    "W503": "Raise `--max-length` if many completions are cut.",
-    "W504": "Check that the prompt is meant to be empty.",
+    "W502": "Nothing to do; the completion was encoded separately.",
+    "W503": "Raise `--max-length` if many completions are truncated.",
+    "W504": "Check that the prompt should be empty.",
     "W505": "Remove the character; it usually comes from a faulty export.",
-    "W506": "Raise `--max-prompt-length` if many prompts are cut.",
+    "W506": "Raise `--max-prompt-length` if many prompts are truncated.",
     "W507": "`--conflicts drop_both` or `majority` removes contradictions.",
     "W508": "Balance the lengths, or compare with `--loss simpo` or `ipo`.",
-    "W509": "See the estimate of label noise; `--label-smoothing` takes its share.",
-    "W510": "Remove near-duplicates if they are not meant to weigh more.",
+    "W509": "See the estimate of label noise; use its rate as `--label-smoothing`.",
+    "W510": "Remove near-duplicates unless they should weigh more.",
     "W511": "Raise `--max-length`.",
-    "W512": "Nothing to do; the prompt ends where the template's text does.",
-    "W513": "Choose a template that writes the part, or accept the loss.",
+    "W512": "Nothing to do; the prompt is the part that both have in common.",
+    "W513": "Choose a template that writes the part, or accept that it is not trained.",
     "W514": "Nothing to do, if the model also drops earlier reasoning when it is used.",
     "W515": "Nothing to do, if the turns after the last answer are not needed.",
-    "W517": "Check `--no-eos` and the template: such a policy never learns to stop.",
-    "W518": "`--chat` wraps the text as turns; `--text` says that it is meant.",
+    "W517": "Check `--no-eos` and the template: the policy will not learn to stop.",
+    "W518": "`--chat` wraps the text as turns; `--text` confirms that plain text is intended.",
     "W519": "Use `--chat`, or put text and chats into separate runs.",
     "W520": "Begin answers with a space or a line break, if the prompt does not end with one.",
     "W522": "Nothing to do; `--strings text` keeps the strings as text.",
     "W523": "Look for prompts that were rendered for another model; give the messages instead.",
     "W525": "Choose with `--score NAME`.",
-    "W530": "The codes that are counted with it give the reason.",
+    "W530": "The codes counted with it give the reason.",
 }
-"""What to do about each: for the page on troubleshooting."""
+"""The remedy for each code, for the troubleshooting page."""
 
 
 class Cut(str):
-    """The code of a cut (W503, W506) that also says how many tokens were lost.
+    """The code of a truncation (W503, W506), with the number of lost tokens.
 
     Attributes:
-        tokens: At least one.
+        tokens: Number of lost tokens, at least one.
     """
 
     tokens: int
 
     def __new__(cls, code: str, tokens: int) -> "Cut":
-        """Join a code and a number of tokens; equal to the bare code."""
+        """Attach a number of tokens to a code; the result equals the code."""
         cut = super().__new__(cls, code)
         cut.tokens = tokens
         return cut
 
 
 class Omitted(str):
-    """The code of something that was left out (W513) that also names it.
+    """The code of an omission (W513), with its description.
 
     Attributes:
-        what: What is missing, in words.
+        what: The missing parts, in words.
     """
 
     what: str
 
     def __new__(cls, code: str, what: str) -> "Omitted":
-        """Join a code and words; equal to the bare code."""
+        """Attach a description to a code; the result equals the code."""
         omitted = super().__new__(cls, code)
         omitted.what = what
         return omitted
 
 
 def stops(code: str) -> bool:
-    """Say whether a code means broken structure, which stops the run by default."""
+    """Return whether a code means broken structure, which stops the run by default."""
     return code.startswith("E")
 
 
 Message = Mapping[str, Any]
-"""One turn of a chat: ``{"role": …, "content": …}``, and what else its template reads."""
+"""One turn of a chat: ``{"role": …, "content": …}`` and other keys for the template."""
 
 Text = str | tuple[Message, ...]
 """Plain text, or turns of a chat that a template renders."""
@@ -212,7 +212,12 @@ CHOSEN, REJECTED, CANDIDATE, DEMONSTRATION = "chosen", "rejected", "candidate", 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a record came from: the file as it was named, and the line, from 1 (0: the file)."""
+    """Where a record came from.
+
+    Attributes:
+        file: The name of the file, as given.
+        line: The line or row, from 1. 0: the whole file.
+    """
 
     file: str
     line: int
@@ -227,12 +232,12 @@ class Completion:
 
     Attributes:
         role: ``chosen``, ``rejected``, ``candidate`` or ``demonstration``.
-        answer: What counts; of turns, only the assistant's.
-        context: What stands between the prompt and the answer and does not count: the history
-            that this completion does not share with its sibling. Of the answer's kind.
+        answer: The trained part; of turns, only the assistant's are trained.
+        context: The untrained part between prompt and answer: the history that the completions
+            do not share. It has the type of the answer.
 
-    Of turns, an assistant's with ``"weight": 0`` does not count. A string behind a prompt of turns
-    is what the assistant's next turn begins with, as it stands; that turn does not end.
+    An assistant's turn with ``"weight": 0`` is not trained. A string after a prompt of turns begins
+    the assistant's next turn, which does not end.
     """
 
     role: str
@@ -245,13 +250,13 @@ class PreferenceRecord:
     """One prompt and its completions as text.
 
     Attributes:
-        prompt: What every completion answers.
-        completions: Chosen stands before rejected; of a ranked list, the best is first.
-        source: Where the record came from.
-        tools: Descriptions of functions that a chat template may write out.
-        ends: Whether the completions come to their end; a single step of a solution does not, and
-            no end-of-text token may follow it.
-        scores: Of a ranked list, a number for each completion; larger is better.
+        prompt: The prompt of all completions.
+        completions: Chosen before rejected; a ranked list from best to worst.
+        source: File and line.
+        tools: Descriptions of functions, which a chat template may render.
+        ends: Whether the completions are complete. A single step of a solution is not, and no EOS
+            follows it.
+        scores: Of a ranked list, the score of each completion; larger is better.
     """
 
     prompt: Text
@@ -263,7 +268,7 @@ class PreferenceRecord:
 
     @property
     def is_chat(self) -> bool:
-        """Whether a chat template has to render this record."""
+        """Whether the prompt is a chat, which a chat template renders."""
         return not isinstance(self.prompt, str)
 
     def texts(self) -> Iterator[str]:
@@ -278,7 +283,14 @@ class PreferenceRecord:
                 yield from (str(turn.get("content") or "") for turn in part)
 
     def digest(self, *, swapped: bool = False) -> bytes:
-        """Hash the content (16 bytes); ``swapped`` as if the completions' roles were exchanged."""
+        """Hash the content, independent of the order of completions.
+
+        Args:
+            swapped: Whether to exchange the roles of the completions first.
+
+        Returns:
+            16 bytes.
+        """
         roles = [completion.role for completion in self.completions]
         if swapped:
             roles.reverse()
@@ -292,13 +304,13 @@ class PreferenceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A row that was not taken, and why.
+    """A refused row, with the reason.
 
     Attributes:
         source: File and line.
         code: One of `logratio.data.records.CODES`.
-        reason: A sentence for the person who has to repair the row.
-        column: Where in the line, in characters from 1, if known.
+        reason: A sentence for the user who repairs the row.
+        column: Column of the line, in characters from 1, if known.
     """
 
     source: Source
@@ -308,7 +320,7 @@ class Refusal:
 
     @property
     def stops(self) -> bool:
-        """Whether the row's structure is broken, which stops the run unless it may go on."""
+        """Whether the row's structure is broken, which stops the run by default."""
         return stops(self.code)
 
     def __str__(self) -> str:
@@ -317,12 +329,12 @@ class Refusal:
 
 
 class InvalidRecordError(LogratioError, ValueError):
-    """A row, or a prompt and completion, cannot be taken.
+    """A row, or a prompt and completion, is refused.
 
     Attributes:
         code: One of `logratio.data.records.CODES`.
-        reason: A sentence for the person who has to repair it.
-        format: The name of the row's format, where that was known before the fault was found.
+        reason: A sentence for the user who repairs it.
+        format: The row's format, if it was detected before the error.
     """
 
     def __init__(self, code: str, reason: str, format: str | None = None) -> None:

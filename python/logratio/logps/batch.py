@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logratio._rust import PaddedLayout, SharedLayout, TreeLayout
-from logratio.data.feed import Arenas
+from logratio.data.feed import BufferPool
 
 
 class Bounds(NamedTuple):
@@ -385,7 +385,7 @@ def onto(array: np.ndarray, device: torch.device) -> Tensor:
 
 def buffers_for(device: torch.device) -> Callable[[int], np.ndarray]:
     """Return what makes the buffers of batches that go to `device`."""
-    return pinned if device.type == "cuda" else Arenas()
+    return pinned if device.type == "cuda" else BufferPool()
 
 
 SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "key_index", "max_seqlens")

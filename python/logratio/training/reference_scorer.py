@@ -13,7 +13,7 @@ import torch
 
 from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.cache.identity import FINGERPRINT_FILE, record_conditions
-from logratio.data.feed import ahead, lay_out
+from logratio.data.feed import lay_out, prefetch
 from logratio.data.store.load import source_names
 from logratio.durable import write_whole
 from logratio.logps.batch import Layout, buffers_for, shape_for, to_torch
@@ -393,7 +393,7 @@ class ReferenceScorer:
 
     def _until_it_does_not_fit(self, queue: GroupQueue) -> Iterator[int]:
         done = queue.position
-        with closing(ahead(self._batches(queue))) as batches:
+        with closing(prefetch(self._batches(queue))) as batches:
             for arrays in batches:
                 logps = self._try(arrays)
                 if logps is None:

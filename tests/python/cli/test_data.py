@@ -95,4 +95,4 @@ def test_ctrl_c_in_build_tells_what_is_kept(
     monkeypatch.undo()
     code, err = run(*command)
     assert code == 0
-    assert "goes on after" in err
+    assert "continues after" in err

@@ -72,7 +72,7 @@ def test_inspect_reads_it(cases: Path, run: Run, name: str) -> None:
     code, out, err = run("data", "inspect", cases / name)
     known, rows = FORMATS[name]
     assert (code, err) == (0, "")
-    assert f"  format     {known}\n" in out and f" {rows} rows looked at" in out
+    assert f"  format     {known}\n" in out and f" {rows} rows inspected" in out
     assert f"reads {rows} of {rows} rows" in out
     assert ("[W522]" in out) == (name in ("json_string_columns.jsonl", "pandas_repr.csv"))
 

@@ -21,7 +21,7 @@ from worker_dataset import FedDataset
 
 from logratio._rust import Store, StoreWriter
 from logratio.data import Feed, FeedSettings, FeedStateError, MicroBatch
-from logratio.data.feed import ahead, lay_out
+from logratio.data.feed import lay_out, prefetch
 
 SETTINGS = FeedSettings(groups_per_update=8, token_budget=60, seed=3)
 
@@ -136,7 +136,7 @@ def test_a_position_of_another_order_is_refused() -> None:
     state = Feed(make_store(20), SETTINGS).state_dict()
     for store, settings, name in (
         (make_store(21), SETTINGS, "store"),
-        (make_store(20), replace(SETTINGS, seed=4), "seed 3, and here it is 4"),
+        (make_store(20), replace(SETTINGS, seed=4), "seed 3, but here it is 4"),
         (make_store(20), replace(SETTINGS, token_budget=61), "token_budget"),
         (make_store(20), replace(SETTINGS, weights=(1.0,), datasets=(0, 0)), "weights"),
     ):
@@ -159,7 +159,7 @@ def test_a_position_inside_an_update_is_one_ranks_own() -> None:
 
 
 def feeding_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "logratio-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "logratio-prefetch"]
 
 
 def test_what_fails_on_the_thread_is_raised_where_it_is_read() -> None:
@@ -216,7 +216,7 @@ def test_no_more_than_the_depth_is_made_ahead() -> None:
             made.append(number)
             yield number
 
-    items = ahead(numbers(), depth=2)
+    items = prefetch(numbers(), depth=2)
     for taken in range(9):
         assert next(items) == taken
         deadline = time.monotonic() + 5

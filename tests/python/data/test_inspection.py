@@ -54,7 +54,7 @@ def test_known_file(write: Callable[..., Path]) -> None:
         f"{path.as_posix()}:2 [R301] the chosen completion is empty"
     ]
     shown = inspect([path]).to_text()
-    assert shown.startswith(f"{path.as_posix()}\n  container  JSON lines, 2 rows looked at\n")
+    assert shown.startswith(f"{path.as_posix()}\n  container  JSON lines, 2 rows inspected\n")
     for line in (
         "  format     trl\n",
         "  why        `prompt`, `chosen`, `rejected` are strings: plain text, read unchanged\n",
@@ -71,7 +71,7 @@ def test_what_a_label_lacks_is_said_in_a_flag(write: Callable[..., Path]) -> Non
     assert not found.is_known and not found.detection.near
     assert "--label 'preference: 1=output_1 2=output_2'" in found.detection.reason
     shown = inspect([path]).to_text()
-    assert "format     not known" in shown
+    assert "format     unknown" in shown
     assert shown.count("refused ") == 1 and "(and 2 more)" in shown
     assert "`preference` = 2, 1:" in found.detection.reason
     assert look(path, label="preference: 1=output_1 2=output_2").is_known
@@ -82,7 +82,7 @@ def test_unknown_file_names_what_came_near(write: Callable[..., Path]) -> None:
     near = look(path).detection.near
     assert near["stack-exchange"] == ("response_k",)
     shown = inspect([path]).to_text()
-    assert "near       stack-exchange, for which it lacks response_k\n" in shown
+    assert "similar    stack-exchange, but it lacks response_k\n" in shown
     assert look(write([{"a": 1}])).detection.near == {}
 
 
@@ -119,7 +119,7 @@ def test_tokens_and_mask(write: Callable[..., Path], folder: Path) -> None:
     assert "<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n\n  chosen, " in joined
     assert "‹no<|im_end|>" in joined
     assert "a<|im_end|>\n<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n‹yes" in joined
-    counted = re.search(r"chosen, (\d+) of (\d+) tokens count", shown)
+    counted = re.search(r"chosen, (\d+) of (\d+) tokens are trained", shown)
     assert counted and 0 < int(counted[1]) < int(counted[2])
     assert "‹" not in shown.split("\n  chosen, ")[0]
 

@@ -255,7 +255,7 @@ def test_a_refused_call_is_named() -> None:
             user("u"), {"from": "function_call", "value": [CALL, {"name": "g", "arguments": "{a"}]}
         )
     assert caught.value.reason.startswith(
-        "the arguments of the call of 'g' in message 2 of 'chat' are no JSON object: {a ("
+        "the arguments of the call of 'g' in message 2 of 'chat' are not a JSON object: {a ("
     )
 
 

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from logratio.data.feed import Arenas, lay_out
+from logratio.data.feed import BufferPool, lay_out
 from logratio.logps.attention import SharedPrompt
 from logratio.logps.attention.interface import shared_prompt_attention
 from logratio.logps.batch import SharedBatch, _Tensors, to_torch
@@ -169,7 +169,7 @@ def test_one_copy_of_the_buffer_holds_every_array(layout: str) -> None:
 
 
 def test_a_buffer_comes_back_when_its_last_view_is_gone() -> None:
-    arenas, store, numbers = Arenas(), store_of(random_groups(0)), np.array([0, 1])
+    arenas, store, numbers = BufferPool(), store_of(random_groups(0)), np.array([0, 1])
     layout = lay_out(store, numbers, arena=arenas)
     ids = torch.from_numpy(layout.input_ids)[2:]
     before, place = ids.clone(), layout.arena.ctypes.data
@@ -184,7 +184,7 @@ def test_a_buffer_comes_back_when_its_last_view_is_gone() -> None:
 
 
 def test_a_buffer_that_is_too_small_is_replaced() -> None:
-    arenas = Arenas()
+    arenas = BufferPool()
     arenas(64)[:] = 1
     assert len(arenas(1 << 20)) == 1 << 20
     assert len(pickle.loads(pickle.dumps(arenas))(8)) == 8

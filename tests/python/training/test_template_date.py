@@ -125,7 +125,7 @@ def test_a_store_opens_on_any_day_and_keeps_its_date(
     today(NEXT)
     store, report = load_store(path, PreferenceTokenizer.load(model))
     assert report.date == FIRST
-    with pytest.raises(StoreMismatchError, match=f"date {FIRST}, and here they are date {NEXT}"):
+    with pytest.raises(StoreMismatchError, match=f"date {FIRST}, but now they are date {NEXT}"):
         load_store(path, PreferenceTokenizer.load(model, rules(NEXT)))
     ready = DPOTrainer(
         config=settings(model, path, tmp_path / "out"), show_progress=False, dry_run=True
@@ -147,7 +147,7 @@ def test_a_store_of_an_older_version_names_fewer_rules(
         )
         build_store(chats, PreferenceTokenizer.load(model), path)
     load_store(path, PreferenceTokenizer.load(model))
-    with pytest.raises(StoreMismatchError, match="max_length 1024, and here they are max_length 9"):
+    with pytest.raises(StoreMismatchError, match="max_length 1024, but now they are max_length 9"):
         load_store(path, PreferenceTokenizer.load(model, TokenizationRules(max_length=9)))
 
 
@@ -220,7 +220,7 @@ def test_an_unfinished_store_goes_on_under_its_date(
         build(PreferenceTokenizer.load(model), progress=stop)
     today(NEXT)
     store, report = build(PreferenceTokenizer.load(model))
-    assert len(told) == 1 and "goes on after" in told[0]
+    assert len(told) == 1 and "continues after" in told[0]
     assert (len(store), report.date) == (4, FIRST)
     whole, _ = build_store([chats], PreferenceTokenizer.load(model, rules(FIRST)))
     assert store.digest == whole.digest
@@ -228,4 +228,4 @@ def test_an_unfinished_store_goes_on_under_its_date(
     with pytest.raises(KeyboardInterrupt):
         build(PreferenceTokenizer.load(model, rules(FIRST)), progress=stop)
     store, report = build(PreferenceTokenizer.load(model, rules(NEXT)))
-    assert "begins anew" in told[-1] and report.date == NEXT
+    assert "starts from the beginning" in told[-1] and report.date == NEXT

@@ -1,4 +1,4 @@
-"""What a sealed store says about its data, computed from its columns."""
+"""Analyse the data of a sealed store from its columns."""
 
 from logratio.data.analysis.report import Analysis, analyse
 

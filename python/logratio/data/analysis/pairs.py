@@ -1,4 +1,4 @@
-"""What pairs of answers are like: length bias, flipped labels, near-duplicates."""
+"""Statistics of pairs: length bias, flipped labels, near-duplicates."""
 
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
@@ -19,26 +19,26 @@ from logratio.data.analysis.statistics import (
 )
 
 THRESHOLD = 0.8
-"""Two groups are similar from this Jaccard index of their shingles on."""
+"""Default for the least Jaccard index of the shingles of similar groups."""
 
 SHINGLE = 5
 """Tokens in a shingle."""
 
 LISTED = 20
-"""Most examples that are named."""
+"""Most examples that are listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """What was found; whoever is chosen.
+    """Near-duplicates, regardless of which answer is chosen.
 
     Attributes:
         threshold: Least Jaccard index.
-        shingle: Tokens in the windows whose sets are compared.
-        similar: Groups that resemble an earlier one, directly or through others.
-        clusters: Sets of groups that hang together.
-        largest: Groups in the largest of them.
-        examples: Of the largest clusters, "place resembles place (similarity)".
+        shingle: Tokens per shingle, the windows whose sets are compared.
+        similar: Groups that resemble an earlier one, directly or transitively.
+        clusters: Connected sets of similar groups.
+        largest: Groups in the largest cluster.
+        examples: From the largest clusters, "place resembles place (similarity)".
     """
 
     threshold: float
@@ -56,7 +56,7 @@ class Similarity:
 def similarity(
     store: Store, places: Places, threshold: float = THRESHOLD, shingle: int = SHINGLE
 ) -> Similarity:
-    """Look for near-duplicates; seconds a million groups.
+    """Find near-duplicates, in seconds per million groups.
 
     Raises:
         ValueError: The threshold is not in (0, 1], or the shingle is 0.
@@ -78,33 +78,33 @@ def similarity(
 
 
 def _examples(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Choose the first link of each of the largest clusters."""
+    """Return the first link of each of the largest clusters."""
     return starts[np.argsort(-sizes, kind="stable")[:LISTED]]
 
 
 NOTABLE_FLIPS = 0.05
-"""There is a warning where the whole interval of the flip rate lies above this."""
+"""Warn if the whole interval of the flip rate is above this."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlipEstimate:
-    """The estimated share of judgements that say the opposite of the truth.
+    """The estimated share of flipped judgements.
 
-    Two judgements of one pair disagree with probability 2ε(1 − ε), if each is flipped with
-    probability ε, independently of the other and whatever the pair. Then ε(1 − ε) is the variance
-    of the judgements within a pair, pooled over all pairs that were judged more than once.
+    If each judgement is flipped with probability ε, independently of the others and of the pair,
+    two judgements of one pair disagree with probability 2ε(1 − ε). Then ε(1 − ε) is the variance of
+    the judgements within a pair, pooled over all pairs that were judged more than once.
 
-    It is a lower bound rather than a middle where the assumptions fail: rows that were copied, not
-    judged again, agree by themselves; and where some pairs are harder than others, the root of the
-    mean variance is below the mean of ε. Errors that all judges share are not seen at all.
+    If the assumptions fail, the estimate is a lower bound: copied rows always agree, and if some
+    pairs are harder than others, the root of the mean variance is below the mean of ε. Errors that
+    all judges share are not detected.
 
     Attributes:
-        rate: ε, from 0 to 0.5 (0.5: judgements are tosses of a coin).
-        interval: 95 %: Wilson's for the disagreement, carried over; conservative.
+        rate: ε, from 0 to 0.5 (0.5: judgements are random).
+        interval: 95 % interval of ε, from Wilson's for the disagreement; conservative.
         disagreement: Estimated probability that two judgements of one pair disagree.
-        judgements: Of the pairs below.
+        judgements: Judgements of these pairs.
         pairs: Pairs that were judged more than once.
-        contested: Of these, pairs with judgements both ways.
+        contested: Pairs with judgements both ways.
     """
 
     rate: float
@@ -116,7 +116,7 @@ class FlipEstimate:
 
     @property
     def is_notable(self) -> bool:
-        """Whether there is reason to warn."""
+        """Whether the whole interval is above `NOTABLE_FLIPS`."""
         return self.interval[0] > NOTABLE_FLIPS
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,14 +125,14 @@ class FlipEstimate:
 
 
 def estimate_flips(votes: NDArray[Any]) -> FlipEstimate | None:
-    """Estimate the flip rate from how often each pair was judged either way.
+    """Estimate the flip rate from the judgements of each pair.
 
     Args:
-        votes: Judgements for one completion and for the other, a row a pair: whole numbers [R, 2].
-            Rows with less than two judgements are passed over.
+        votes: Integers `[R, 2]`: for each pair, the judgements for one completion and for the
+            other. Pairs with fewer than two judgements are ignored.
 
     Returns:
-        None where no pair was judged more than once.
+        The estimate, or None if no pair was judged more than once.
     """
     votes = votes.astype(np.float64).reshape(-1, 2)
     votes = votes[votes.sum(axis=1) > 1]
@@ -156,24 +156,24 @@ def estimate_flips(votes: NDArray[Any]) -> FlipEstimate | None:
 
 
 def votes_of(repeated: int, contradicted: int) -> NDArray[np.int64]:
-    """Take rows that repeat a pair, and rows that contradict one, for judgements of it: [R, 2].
+    """Count repeated and contradictory rows as judgements, int64 `[R, 2]`.
 
-    Each repeat is taken for a pair judged twice alike, each contradiction for a pair judged once
-    each way. That is exact where no pair stands more than twice in the data.
+    Each repetition counts as a pair with two equal judgements, each contradiction as a pair judged
+    once each way. This is exact if no pair occurs more than twice in the data.
     """
     return np.repeat(np.array([[2, 0], [1, 1]]), [repeated, contradicted], axis=0)
 
 
 def _flip_rate(disagreement: float) -> float:
-    """Solve p = 2ε(1 − ε) for the ε up to one half, at which p is one half."""
+    """Solve p = 2ε(1 − ε) for ε ≤ 1/2; p is at most 1/2."""
     return (1 - sqrt(max(0.0, 1 - 2 * disagreement))) / 2
 
 
 SMALL_EFFECT = 0.2
-"""Cohen's "small": a standardised difference in length from which on there is a warning."""
+"""Cohen's "small": warn from this standardised difference in length on."""
 
 SMALL_SUPERIORITY = 0.58
-"""The same for P(chosen longer): Φ(0.2), what an effect of 0.2 is where lengths are normal."""
+"""The same for P(chosen longer): Φ(0.2), the value of an effect of 0.2 for normal lengths."""
 
 MEDIUM_EFFECT, LARGE_EFFECT = 0.5, 0.8
 MEDIUM_SUPERIORITY, LARGE_SUPERIORITY = 0.69, 0.79  # Φ of the above
@@ -185,21 +185,21 @@ _SIZES = (None, "small", "medium", "large")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LengthBias:
-    """Lengths of chosen against rejected completions, in tokens that count.
+    """Lengths of chosen against rejected completions, in trained tokens.
 
     Attributes:
-        kind: "paired": two completions of one prompt; "unpaired": thumbs up and thumbs down, which
-            belong to different prompts.
-        chosen: Their lengths; in lists, those of the best.
-        rejected: Their lengths; in lists, those of the worst.
-        difference: Chosen less rejected, pair by pair; None where unpaired.
+        kind: "paired": two completions of one prompt; "unpaired": good and bad completions of
+            different prompts.
+        chosen: Lengths of the chosen completions, or of the best in ranked lists.
+        rejected: Lengths of the rejected completions, or of the worst in ranked lists.
+        difference: Chosen minus rejected per pair. None: unpaired.
         longer: P(chosen is longer).
         equal: P(both are equally long).
         effect: Cohen's d. Paired: mean difference over its deviation (d_z); unpaired: difference of
-            means over the pooled deviation. 0 where nothing varies.
-        effect_interval: 95 %, of the large-sample variance 1/n + d²/2n (Hedges and Olkin).
+            means over the pooled deviation. 0 if nothing varies.
+        effect_interval: 95 %, from the large-sample variance 1/n + d²/2n (Hedges and Olkin).
         superiority: P(chosen longer) + P(equal) / 2, the common-language effect size: the accuracy
-            of "the longer wins", with ties tossed.
+            of "the longer wins" with random ties.
         superiority_interval: 95 %, Wilson's; conservative.
     """
 
@@ -221,33 +221,33 @@ class LengthBias:
 
     @property
     def best_accuracy(self) -> float:
-        """What the better of "the longer wins" and "the shorter wins" reaches."""
+        """Accuracy of the better of "the longer wins" and "the shorter wins"."""
         return max(self.superiority, 1 - self.superiority)
 
     @property
     def varies(self) -> bool:
-        """Whether there is a deviation, without which Cohen's d is not defined."""
+        """Whether the lengths vary; otherwise Cohen's d is not defined."""
         if self.difference is not None:
             return len(self.difference.values) > 1
         return bool(self.chosen.deviation or self.rejected.deviation)
 
     @property
     def strength(self) -> str | None:
-        """How strong the bias is, None where there is nothing to warn of.
+        """Strength of the bias: "small", "medium", "large", or None without a warning.
 
-        "small", "medium" or "large": the larger of both effect sizes, each only where its interval
-        leaves out "no effect", so that few pairs do not warn by chance.
+        The larger of both effect sizes; each counts only if its interval excludes "no effect", so
+        that few pairs do not warn by chance.
         """
         return _SIZES[max(self._sizes())]
 
     @property
     def is_of_means(self) -> bool:
-        """Whether Cohen's d alone makes the bias as strong as it is."""
+        """Whether Cohen's d alone determines the strength."""
         effect, superiority = self._sizes()
         return effect > superiority
 
     def _sizes(self) -> tuple[int, int]:
-        """Return the size of the effect and of the superiority, as places in `_SIZES`."""
+        """Return the size of the effect and of the superiority, as indices into `_SIZES`."""
         effect = abs(self.effect) if _excludes(self.effect_interval, 0.0) else 0.0
         superiority = self.best_accuracy if _excludes(self.superiority_interval, 0.5) else 0.5
         return bisect_right(_EFFECTS, effect), bisect_right(_SUPERIORITIES, superiority)
@@ -262,9 +262,9 @@ class LengthBias:
 
 
 def length_bias(columns: Columns) -> LengthBias | None:
-    """Compare the lengths of better and worse completions; None where none are compared.
+    """Compare the lengths of better and worse completions; None if no completions are compared.
 
-    A store with both kinds is judged by its pairs: they hold the prompt fixed.
+    In a store with pairs and unpaired feedback, only the pairs are used: they share a prompt.
     """
     better, worse = columns.compared()
     if len(better):
@@ -301,7 +301,7 @@ def _paired(columns: Columns, better: Any, worse: Any) -> LengthBias:
 
 
 def unpaired_bias(chosen: Distribution, rejected: Distribution) -> LengthBias:
-    """Compare two samples of lengths that are not paired; neither may be empty."""
+    """Compare two unpaired samples of lengths, neither of them empty."""
     up, down = chosen.count, rejected.count
     at_most = np.searchsorted(rejected.values, chosen.values, side="right")
     below = np.searchsorted(rejected.values, chosen.values, side="left")

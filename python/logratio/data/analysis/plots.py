@@ -1,6 +1,6 @@
-"""The data report as a picture, drawn by matplotlib: lengths, their difference, tokens computed.
+"""Draw the data report with matplotlib: lengths, their difference, and the tokens computed.
 
-matplotlib comes with an extra and is imported only when a picture is asked for.
+matplotlib is an optional dependency and is imported only to draw.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Panel = Callable[[Axes], None]
 
 SUFFIXES = (".svg", ".png", ".pdf")
-"""The kinds of pictures."""
+"""Supported file types."""
 
 # Colours that colour-blind readers can distinguish (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY, SKY = "#0072b2", "#d55e00", "#009e73", "#999999", "#56b4e9"
@@ -33,10 +33,10 @@ _COLOURS = {"chosen": BLUE, "rejected": ORANGE, "completion": BLUE, "prompt": GR
 
 _BINS = 40
 _STEPS = [1, 2, 5, 10]  # of ticks, times a power of ten
-_GAP = 2  # bins between the histogram and the bar that counts what lies outside of it
+_GAP = 2  # bins between the histogram and the bar of the numbers outside it
 
-# "default" replaces the settings of the user's matplotlibrc. Text in an SVG stays text, and the ids
-# of its elements do not depend on the run.
+# "default" overrides the user's matplotlibrc. Text in an SVG stays text, and the ids of its
+# elements are the same in every run.
 _STYLE: list[Any] = [
     "default",
     {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "logratio", "pdf.fonttype": 42},
@@ -45,10 +45,10 @@ _NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a picture that could not be drawn; call it before the data is read.
+    """Check that a picture can be drawn, before the data is read.
 
     Raises:
-        ConfigError: the suffix is not one of `SUFFIXES`.
+        ConfigError: The suffix is not one of `SUFFIXES`.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix not in SUFFIXES:
@@ -57,16 +57,16 @@ def check_picture(path: Path) -> None:
 
 
 def draw(analysis: Analysis, path: Path) -> None:
-    """Write the picture; the same data and matplotlib give the same bytes.
+    """Write the picture. The same data and matplotlib version give the same bytes.
 
     Args:
-        analysis: of at least one group.
-        path: its suffix, one of `SUFFIXES`, is the kind of the picture.
+        analysis: The analysis of at least one group.
+        path: The file; its suffix, one of `SUFFIXES`, is the file type.
 
     Raises:
-        ConfigError: the suffix is another, or there is no group.
+        ConfigError: The suffix is not supported, or there is no group.
         MissingExtraError: matplotlib is not installed.
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     check_picture(path)
     from matplotlib import style
@@ -79,10 +79,10 @@ def draw(analysis: Analysis, path: Path) -> None:
 
 
 def figure(analysis: Analysis) -> "Figure":
-    """Return the picture as a figure: histograms, two a row, and the tokens computed below.
+    """Return the picture as a figure: histograms, two per row, with the tokens computed below.
 
     Raises:
-        ConfigError: there is no group to draw.
+        ConfigError: There is no group to draw.
     """
     if analysis.padding is None:
         raise ConfigError("there is no group to draw")
@@ -173,7 +173,7 @@ def _draw_difference(axes: "Axes", bias: LengthBias, difference: Distribution) -
 
 
 def _draw_bins(axes: "Axes", bins: Histogram, label: str, **look: Any) -> None:
-    """Draw the bins, and one bar at each end for all that lies further out."""
+    """Draw the bins, and one bar at each end for the numbers outside them."""
     counts, edges = list(bins.counts), bins.edges
     if bins.below:
         last = bins.start - _GAP * bins.width
@@ -185,7 +185,7 @@ def _draw_bins(axes: "Axes", bins: Histogram, label: str, **look: Any) -> None:
 
 
 def _name_ends(axes: "Axes", *shown: Histogram) -> None:
-    """Write above the bars at the ends which numbers they count."""
+    """Label the bars at both ends with the numbers that they count."""
     start, end, away = shown[0].start, shown[0].end, (_GAP + 0.5) * shown[0].width
     look: dict[str, Any] = {"ha": "center", "rotation": 90, "fontsize": 7}
     for count, place, name in (
@@ -197,7 +197,7 @@ def _name_ends(axes: "Axes", *shown: Histogram) -> None:
 
 
 def _draw_computed(axes: "Axes", found: Padding) -> None:
-    """Draw what each layout computes as a bar of its parts."""
+    """Draw the tokens that each layout computes as a stacked bar."""
     answers = found.rows - found.prompts
     once = found.shared - answers
     again = found.prompts - once
@@ -228,7 +228,7 @@ def _draw_computed(axes: "Axes", found: Padding) -> None:
 
 
 def _name_axes(axes: "Axes", x_label: str, y_label: str | None = None) -> None:
-    """Name the axes, with ticks at whole numbers: 200, 20 k, 3 M."""
+    """Label the axes, with ticks at whole numbers: 200, 20 k, 3 M."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.spines[["top", "right"]].set_visible(False)
@@ -244,7 +244,7 @@ def _name_axes(axes: "Axes", x_label: str, y_label: str | None = None) -> None:
 
 
 def _head(axes: "Axes", title: str, columns: int = 1) -> None:
-    """Put the title and the legend above the panel, where they cover no bar."""
+    """Place the title and the legend above the panel, where they cover no bar."""
     axes.legend(
         title=title,
         title_fontproperties={"weight": "bold", "size": 10},

@@ -1,4 +1,4 @@
-"""The data report: the account of every row, and statistics and warnings of the groups kept."""
+"""The data report: the counts of all rows, and statistics and warnings about the kept groups."""
 
 import json
 from dataclasses import dataclass
@@ -47,22 +47,22 @@ from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
 
 NOTABLE_SIMILAR = 0.01
-"""There is a warning where this share of the groups resembles an earlier one."""
+"""Warn if at least this share of the groups resembles an earlier one."""
 
 NOTABLE_TOUCHING = 0.5
-"""There is a warning where more than this share of plain prompts runs into the answer."""
+"""Warn if more than this share of plain prompts is joined to the answer without white space."""
 
 NOTABLE_CUT = 0.05
-"""There is a warning where this share of the completions was cut."""
+"""Warn if at least this share of the completions was truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A warning (W508 …) about the data as a whole.
+    """A warning (W508 …) about the whole dataset.
 
     Attributes:
-        code: One of `logratio.data.codes.CODES`.
-        text: What was found, with its numbers.
+        code: One of `logratio.data.records.CODES`.
+        text: The finding, with its numbers.
     """
 
     code: str
@@ -73,7 +73,7 @@ class Finding:
 
 
 def length_finding(bias: LengthBias | None) -> list[Finding]:
-    """Warn where length alone tells chosen from rejected (W508)."""
+    """Warn if length alone predicts which answer is chosen (W508)."""
     if bias is None or bias.strength is None:
         return []
     is_longer = bias.effect > 0 if bias.is_of_means else bias.superiority > 0.5
@@ -86,23 +86,23 @@ def length_finding(bias: LengthBias | None) -> list[Finding]:
         )
     else:
         found = f"{rule}, a {bias.strength} effect"
-    text = f"{found}. Compare the policy's accuracy with that, or use a loss that divides by length"
+    text = f"{found}. Compare the policy's accuracy with it, or use a loss that divides by length"
     return [Finding("W508", text)]
 
 
 def noise_finding(flips: FlipEstimate | None) -> list[Finding]:
-    """Warn where repeated judgements contradict each other often (W509)."""
+    """Warn if repeated judgements often contradict each other (W509)."""
     if flips is None or not flips.is_notable:
         return []
     text = (
         f"{100 * flips.rate:.1f} % are estimated to be flipped; a label smoothing of "
-        f"{flips.rate:.2f} allows for that"
+        f"{flips.rate:.2f} accounts for that"
     )
     return [Finding("W509", text)]
 
 
 def similarity_finding(found: Similarity | None, groups: int) -> list[Finding]:
-    """Warn where many groups are nearly the same as others (W510)."""
+    """Warn if many groups are nearly the same as others (W510)."""
     if found is None or found.similar < NOTABLE_SIMILAR * groups:
         return []
     text = (
@@ -113,41 +113,41 @@ def similarity_finding(found: Similarity | None, groups: int) -> list[Finding]:
 
 
 def stop_finding(use: TokenUse) -> list[Finding]:
-    """Warn where no completion ends with a token that ends an answer (W517)."""
+    """Warn if no completion ends with a stop token (W517)."""
     if use.ended != 0 or not use.completions:
         return []
     text = (
         f"none of {use.completions:,} completions ends with {' or '.join(use.stops)}: a model "
-        "that is trained on them does not learn to stop. Compare the chat template with "
+        "trained on them does not learn to stop. Compare the chat template with "
         "eos_token_id in generation_config.json"
     )
     return [Finding("W517", text)]
 
 
 def mixture_finding(account: DataReport) -> list[Finding]:
-    """Warn where some rows went through the chat template and others did not (W519)."""
+    """Warn if the chat template rendered some rows and not others (W519)."""
     if not (account.text_rows and account.chat_rows):
         return []
     text = (
-        f"{account.text_rows:,} rows of plain text as it stands, and {account.chat_rows:,} rows "
-        "that the chat template wrote; --chat lets it write all of them"
+        f"{account.text_rows:,} rows of plain text, unchanged, and {account.chat_rows:,} rows that "
+        "the chat template rendered; --chat renders all of them"
     )
     return [Finding("W519", text)]
 
 
 def space_finding(account: DataReport) -> list[Finding]:
-    """Warn where most prompts and answers meet without white space (W520)."""
+    """Warn if most answers follow their prompts without white space (W520)."""
     if account.touching_rows <= NOTABLE_TOUCHING * account.text_rows:
         return []
     text = (
         f"in {account.touching_rows:,} of {account.text_rows:,} rows of plain text; the model "
-        "reads them as one word: end the prompts, or begin the answers, with a space or a line end"
+        "reads one word there: end the prompts, or begin the answers, with a space or a line break"
     )
     return [Finding("W520", text)]
 
 
 def cut_finding(cut: int, completions: int) -> list[Finding]:
-    """Warn where many completions were cut (W511)."""
+    """Warn if many completions were truncated (W511)."""
     if not completions or cut < NOTABLE_CUT * completions:
         return []
     text = f"{cut:,} of {completions:,} ({100 * cut / completions:.1f} %); raise the limit"
@@ -200,7 +200,7 @@ def _histograms(analysis: "Analysis") -> list[str]:
 
 def _cuts(analysis: "Analysis") -> list[str]:
     panels = {
-        f"{what} cut, by tokens lost": bars(bins, WIDTH // 2 - 2)
+        f"{what} truncated, by tokens lost": bars(bins, WIDTH // 2 - 2)
         for code, what in (("W506", "prompts"), ("W503", "completions"))
         if (bins := analysis.account.cut_bins(code))
     }
@@ -209,7 +209,7 @@ def _cuts(analysis: "Analysis") -> list[str]:
 
 def _bias(bias: LengthBias | None) -> list[str]:
     if bias is None:
-        return ["length bias: nothing is compared"]
+        return ["length bias: no completions are compared"]
     difference = written(bias.chosen.mean - bias.rejected.mean, 1, sign=True)
     measured = "d_z" if bias.kind == "paired" else "d"
     sentences = [
@@ -221,7 +221,7 @@ def _bias(bias: LengthBias | None) -> list[str]:
         if bias.varies
         else f"Cohen's {measured} is not defined: the lengths do not vary",
         f"P(chosen longer) = {bias.superiority:.3f} ({_interval(bias.superiority_interval)}), ties "
-        "as one half: so often is “the longer wins” right",
+        "as one half: the accuracy of “the longer wins”",
     ]
     if bias.strength is None:
         sentences.append(
@@ -252,7 +252,7 @@ def _noise(analysis: "Analysis") -> list[str]:
         f"estimated from {flips.pairs:,} pairs that were judged more than once, "
         f"{flips.contested:,} of them both ways",
         "assumes that judges err independently and equally often on every pair, and that no row is "
-        "a copy of another; where that fails it is a lower bound",
+        "a copy of another; otherwise it is a lower bound",
     ]
 
 
@@ -260,7 +260,7 @@ def _padding(found: Padding | None) -> list[str]:
     if found is None:
         return []
     return [
-        f"computing: {found.rows:,} tokens in rows of prompt and completion, "
+        f"computation: {found.rows:,} tokens in rows of prompt and completion, "
         f"{_percent(found.prompt_share)} of them prompt",
         f"sharing the prompt computes {found.shared:,} instead: {_percent(found.saved)} saved",
         f"padded batches of {BATCH} groups: {_percent(found.waste)} padding in file order, "
@@ -274,7 +274,7 @@ def _sharing(found: Sharing | None) -> list[str]:
     saved = {name: _percent(found.saved(name)) for name in ("micro_batches", "one_pass")}
     most = {name: _percent(found.saved(name)) for name in ("updates", "whole")}
     return [
-        f"shared beginnings: of {found.grouped:,} tokens with each prompt once a group, "
+        f"shared beginnings: of {found.grouped:,} tokens with each prompt once per group, "
         f"`train --share-beginnings` computes {found.micro_batches:,}: {saved['micro_batches']} "
         f"saved (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens)",
         f"`precompute --share-beginnings` computes {found.one_pass:,}: {saved['one_pass']} saved",
@@ -297,7 +297,7 @@ def _tokens(use: TokenUse) -> list[str]:
             f"({_percent(use.ended / use.completions)})"
         )
     if use.unknown:
-        lines.append(f"{use.unknown:,} tokens have ids that the tokenizer does not know")
+        lines.append(f"{use.unknown:,} tokens have ids outside the tokenizer's vocabulary")
     if use.compared:
         lines.append(
             f"all completions begin with one token in {_percent(use.same_start / use.compared)} "
@@ -313,8 +313,8 @@ def _similarity(found: Similarity | None, groups: int) -> list[str]:
     if not found.similar:
         return [f"near-duplicates: none among {groups:,} groups ({rule})"]
     return [
-        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one, whoever "
-        "is chosen",
+        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one, "
+        "regardless of which answer is chosen",
         f"  {_percent(found.similar / groups)}, in {found.clusters:,} clusters of up to "
         f"{found.largest:,} groups; {rule}",
         *(f"  {example}" for example in found.examples[:_SHOWN]),
@@ -330,7 +330,7 @@ def _interval(interval: Interval) -> str:
 
 
 def _wrapped(sentences: list[str]) -> list[str]:
-    """Break sentences into lines; all but the first, which heads the block, stand further in."""
+    """Wrap sentences; all but the first, which heads the block, are indented."""
     lines = []
     for number, sentence in enumerate(sentences):
         first = "  " if number and not sentence.startswith("[") else ""
@@ -345,28 +345,28 @@ def _wrapped(sentences: list[str]) -> list[str]:
     return lines
 
 
-_BINS = 40  # in JSON and in the picture
+_BINS = 40  # in JSON
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """Everything that the data report says.
+    """The contents of the data report.
 
     Attributes:
-        account: What became of every row.
+        account: The counts of all rows.
         groups: Groups in the store.
-        are_pairs: Whether each is one chosen and one rejected completion.
-        lengths: Distributions of tokens: "prompt", "group" (prompt once, all completions), and
-            "chosen" and "rejected" where such are compared, else "completion"; completions by the
-            tokens that count.
-        bias: Lengths of chosen against rejected; None where nothing is compared.
-        flips: The label-noise estimate; None where no pair was judged twice, and where a row
-            holds several pairs, for the account counts rows.
-        padding: What padding costs and sharing prompts saves; None for an empty store.
-        sharing: What sharing beginnings across groups saves; None for an empty store.
+        are_pairs: Whether each group is one chosen and one rejected completion.
+        lengths: Distributions of token counts: "prompt", "group" (the prompt once and all
+            completions), and "chosen" and "rejected" if these are compared, else "completion".
+            Completions are measured in trained tokens.
+        bias: The lengths of chosen against rejected. None: no completions are compared.
+        flips: The estimate of label noise. None: no pair was judged twice, or a row holds several
+            pairs (the account counts rows).
+        padding: The cost of padding and the saving of shared prompts. None: an empty store.
+        sharing: The saving of shared beginnings across groups. None: an empty store.
         tokens: Use of the vocabulary.
-        similarity: Near-duplicates; None where they were not looked for.
-        findings: Warnings about the data as a whole.
+        similarity: Near-duplicates. None: not searched.
+        findings: Warnings about the whole dataset.
     """
 
     account: DataReport
@@ -382,9 +382,7 @@ class Analysis:
     findings: tuple[Finding, ...]
 
     def to_text(self) -> str:
-        """Tell it to a person, in lines of at most 80 columns wherever places are short."""
-        pass
-
+        """Return the printed report, in lines of at most 80 columns except for long paths."""
         return to_text(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -410,13 +408,16 @@ def analyse(
     tokenizer: "PreferenceTokenizer | None" = None,
     threshold: float | None = None,
 ) -> Analysis:
-    """Describe a store, in some seconds and 700 MB for 10 million pairs.
+    """Analyse a store, in a few seconds and 700 MB of memory for 10 million pairs.
 
     Args:
         store: A sealed store.
-        account: What became of every row; None: as the store's metadata tell, else what it holds.
-        tokenizer: The one that made the store: names special tokens and the size of the vocabulary.
-        threshold: Look for near-duplicates from this similarity on, in (0, 1]; None: do not.
+        account: The counts of all rows. None: those in the store's metadata, or else of its groups.
+        tokenizer: The store's tokenizer, for special tokens, stop tokens and the vocabulary size.
+        threshold: Least similarity of near-duplicates, in (0, 1]. None: do not search for them.
+
+    Returns:
+        The contents of the data report.
 
     Raises:
         ValueError: The threshold is not in (0, 1].
@@ -448,21 +449,21 @@ def analyse(
             *cut_finding(cut, store.completions),
             *mixture_finding(account),
             *space_finding(account),
-            *([] if _go_on(account, tokenizer) else stop_finding(use)),
+            *([] if _has_no_stops(account, tokenizer) else stop_finding(use)),
         ),
     )
 
 
-def _go_on(account: DataReport, tokenizer: "PreferenceTokenizer | None") -> bool:
-    """Say whether nothing is expected to end: single steps, or text under rules without EOS."""
+def _has_no_stops(account: DataReport, tokenizer: "PreferenceTokenizer | None") -> bool:
+    """Return whether no stop tokens are expected: single steps, or rules without EOS."""
     is_without = tokenizer is not None and not tokenizer.rules.append_eos
     return is_without or (bool(account.formats) and set(account.formats) <= STEPS)
 
 
 def _account(store: Store) -> DataReport:
-    told = json.loads(store.metadata).get("report")
-    if told is not None:
-        return DataReport.from_dict(told)
+    stored = json.loads(store.metadata).get("report")
+    if stored is not None:
+        return DataReport.from_dict(stored)
     prompts = int(store.prompt_lengths().sum(dtype="i8"))
     answers = store.tokens - prompts
     kept = len(store)
@@ -470,7 +471,7 @@ def _account(store: Store) -> DataReport:
 
 
 def _lengths(columns: Columns, bias: LengthBias | None) -> dict[str, Distribution]:
-    """Count the lengths of each kind; none of an empty store."""
+    """Return the distribution of each kind of length; empty for an empty store."""
     if not columns.groups:
         return {}
     answers = {"completion": Distribution.of(columns.counted)}
@@ -484,28 +485,28 @@ def _lengths(columns: Columns, bias: LengthBias | None) -> dict[str, Distributio
 
 
 class OtherTokenizerError(LogratioError, ValueError):
-    """A store was made with another tokenizer than the one that is to name its tokens."""
+    """A store was built with another tokenizer than the given one."""
 
 
 def analyse_store(
     path: Path, *, tokenizer: Path | None = None, threshold: float | None = None
 ) -> Analysis:
-    """Describe a sealed store, with the account that it carries.
+    """Analyse a sealed store, with the row counts in its metadata.
 
     Args:
         path: The store.
-        tokenizer: Folder of the tokenizer that made it; None: tokens have no names.
-        threshold: As `analyse` takes it.
+        tokenizer: Folder of the store's tokenizer. None: tokens are not named.
+        threshold: See `analyse`.
 
     Raises:
-        OtherTokenizerError: Another tokenizer made it.
+        OtherTokenizerError: The store was built with another tokenizer.
         OSError: A file cannot be read.
-        ValueError: The store is damaged, the tokenizer malformed, or the threshold impossible.
+        ValueError: The store is damaged, the tokenizer malformed, or the threshold invalid.
     """
     store = Store.open(path)
     named = None
     if tokenizer is not None:
         named = PreferenceTokenizer.load(tokenizer, TokenizationRules(append_eos=False))
         if json.loads(store.metadata).get("tokenizer", named.digest) != named.digest:
-            raise OtherTokenizerError(f"{path} was made with another tokenizer than {tokenizer}")
+            raise OtherTokenizerError(f"{path} was built with another tokenizer than {tokenizer}")
     return analyse(store, tokenizer=named, threshold=threshold)

@@ -19,41 +19,41 @@ Interval = tuple[float, float]
 
 
 def wilson(share: float, count: float) -> Interval:
-    """Return Wilson's score interval of a share that was seen in ``count`` independent trials.
+    """Return Wilson's 95 % score interval of a share in ``count`` independent trials.
 
-    It stays inside [0, 1] and holds for shares of 0 and 1. For a mean of values in [0, 1] that may
-    lie between (a tie counts one half) it is conservative: their variance is not larger.
+    It is inside [0, 1], also for shares of 0 and 1. For a mean of values in [0, 1] (a tie counts
+    one half) it is conservative, because their variance is not larger.
     """
     if count <= 0:
         return 0.0, 1.0
     spread = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
     middle = share + _Z**2 / (2 * count)
     scale = 1 + _Z**2 / count
-    # Rounding may not push an end past the share itself, which lies on it at 0 and at 1.
+    # At shares of 0 and 1 the share is an end of the interval; rounding must not exclude it.
     return min(share, (middle - spread) / scale), max(share, (middle + spread) / scale)
 
 
 def written(value: float, digits: int, *, sign: bool = False) -> str:
-    """Write a number with a minus that is one, and no −0; ``sign`` writes a plus too."""
+    """Format a number with a true minus sign and without −0; ``sign`` also writes a plus."""
     value = round(value, digits) or 0.0
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def around(estimate: float, variance: float) -> Interval:
-    """Return the normal interval of an estimate with this variance."""
+    """Return the normal 95 % interval of an estimate with this variance."""
     return estimate - _Z * sqrt(variance), estimate + _Z * sqrt(variance)
 
 
-_DENSE = 1 << 22  # widest range that is counted in one array
+_DENSE = 1 << 22  # widest range that is counted in a dense array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Distribution:
-    """Numbers and how often each occurs; exact, and small however long the column is.
+    """Distinct numbers with their counts: exact, and small even for a long column.
 
     Attributes:
-        values: Distinct numbers, rising: i64 [V].
-        counts: How often each occurs, at least once: i64 [V].
+        values: int64 `[V]`, the distinct numbers, ascending.
+        counts: int64 `[V]`, how often each occurs, at least once.
     """
 
     values: NDArray[np.int64]
@@ -61,7 +61,7 @@ class Distribution:
 
     @classmethod
     def of(cls, column: NDArray[Any]) -> "Distribution":
-        """Count a column of whole numbers, [N]; a copy of it is made where it is not i64."""
+        """Count a column of integers `[N]`; it is copied unless it is int64."""
         if not len(column):
             return cls(np.zeros(0, np.int64), np.zeros(0, np.int64))
         low, high = int(column.min()), int(column.max())
@@ -73,7 +73,7 @@ class Distribution:
         return cls(values + low, dense[values])
 
     def joined(self, other: "Distribution") -> "Distribution":
-        """Return the distribution of the numbers of both."""
+        """Return the distribution of both together."""
         values, where = np.unique(np.concatenate([self.values, other.values]), return_inverse=True)
         counts = np.zeros(len(values), np.int64)
         np.add.at(counts, where, np.concatenate([self.counts, other.counts]))
@@ -81,22 +81,22 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How many numbers there are."""
+        """Count of all numbers."""
         return int(self.counts.sum())
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Sum of all numbers."""
         return int(self.values @ self.counts)
 
     @property
     def mean(self) -> float:
-        """Their mean; 0 where there is none."""
+        """Mean; 0 if empty."""
         return self.total / self.count if self.count else 0.0
 
     @property
     def deviation(self) -> float:
-        """Standard deviation with n − 1; 0 for less than two numbers."""
+        """Standard deviation with n − 1; 0 for fewer than two numbers."""
         if self.count < 2:
             return 0.0
         squares = float((self.values - self.mean) ** 2 @ self.counts)
@@ -104,18 +104,18 @@ class Distribution:
 
     @property
     def median(self) -> float:
-        """The middle one, or the mean of the two in the middle; 0 where there is none."""
+        """Median; 0 if empty."""
         if not self.count:
             return 0.0
         return (self._at((self.count - 1) // 2) + self._at(self.count // 2)) / 2
 
     @property
     def largest(self) -> int:
-        """The largest number; 0 where there is none."""
+        """Largest number; 0 if empty."""
         return int(self.values[-1]) if self.count else 0
 
     def quantile(self, share: float) -> int:
-        """Return the smallest number that at least this share of all does not exceed."""
+        """Return the smallest number that at least this share of all numbers does not exceed."""
         return self._at(max(int(np.ceil(share * self.count)) - 1, 0)) if self.count else 0
 
     def above(self, limit: int) -> int:
@@ -135,24 +135,24 @@ class Distribution:
         }
 
     def _at(self, rank: int) -> int:
-        """Return the number of this rank, from 0."""
+        """Return the number at this rank, from 0."""
         return int(self.values[np.searchsorted(np.cumsum(self.counts), rank, side="right")])
 
 
-_SHOWN = 0.995  # of the numbers have a bin of their own; the rest share one at each end
+_SHOWN = 0.995  # quantile of the last bin; the rest share one bin at each end
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many numbers lie in each bin.
+    """Counts of numbers in bins of equal width.
 
     Attributes:
-        start: The first number of the first bin.
-        width: Whole numbers in each bin.
-        counts: Numbers in each bin; at least one bin.
-        below: Numbers before the first bin.
-        beyond: Numbers after the last bin.
+        start: First number of the first bin.
+        width: Width of each bin.
+        counts: Count of each bin; at least one bin.
+        below: Count of the numbers below the first bin.
+        beyond: Count of the numbers above the last bin.
     """
 
     start: int
@@ -163,16 +163,16 @@ class Histogram:
 
     @property
     def end(self) -> int:
-        """The first number after the last bin."""
+        """First number after the last bin."""
         return self.start + self.width * len(self.counts)
 
     @property
     def edges(self) -> list[int]:
-        """Where the bins begin, and where the last one ends."""
+        """The starts of all bins, and the end of the last."""
         return list(range(self.start, self.end + 1, self.width))
 
     def named(self) -> list[tuple[str, int]]:
-        """Return each bin's name and count, the ends among them where they hold anything."""
+        """Return each bin's name and count, including both ends if they are not empty."""
         bins = [
             (f"{low:,}-{low + self.width - 1:,}" if self.width > 1 else f"{low:,}", count)
             for low, count in zip(self.edges, self.counts, strict=False)
@@ -192,13 +192,13 @@ class Histogram:
 
 
 def histogram(numbers: Distribution, bins: int) -> Histogram:
-    """Put numbers into bins of 1, 2 or 5 times a power of ten.
+    """Sort numbers into bins whose width is 1, 2 or 5 times a power of ten.
 
-    Of many different numbers, 0.5 % at each end have no bin of their own, so that a few long texts
-    do not push all others into one. Bins then begin at 0 unless the numbers lie far from it.
+    Of many distinct numbers, 0.5 % at each end share one bin, so that a few long texts do not push
+    all others into one. Bins then begin at 0 unless all numbers are far from it.
 
     Args:
-        numbers: At least one.
+        numbers: At least one number.
         bins: Most bins.
     """
     low, high = numbers.quantile(1 - _SHOWN), numbers.quantile(_SHOWN)
@@ -212,7 +212,7 @@ def histogram(numbers: Distribution, bins: int) -> Histogram:
 
 
 def binned(numbers: Distribution, start: int, width: int, bins: int) -> Histogram:
-    """Put numbers into ``bins`` bins of ``width``, the first of which begins at ``start``."""
+    """Sort numbers into ``bins`` bins of ``width``, of which the first begins at ``start``."""
     at = (numbers.values - start) // width
     inside = (at >= 0) & (at < bins)
     counts = np.zeros(bins, np.int64)
@@ -235,7 +235,7 @@ def _widths() -> Iterator[int]:
 
 
 def bars(bins: Sequence[tuple[str, int]], columns: int) -> list[str]:
-    """Draw named counts as lines of at most ``columns`` characters; the longest bar is full."""
+    """Draw named counts as bars in lines of at most ``columns`` characters."""
     names = max(len(name) for name, _ in bins)
     numbers = max(len(f"{count:,}") for _, count in bins)
     room = max(columns - names - numbers - 2, 1)
@@ -251,7 +251,7 @@ def _bar(length: float) -> str:
 
 
 def side_by_side(panels: Mapping[str, list[str]], columns: int) -> list[str]:
-    """Put blocks of lines under their titles, two in a row of ``columns`` characters."""
+    """Lay out titled blocks of lines, two per row of ``columns`` characters."""
     half = columns // 2 - 1
     blocks = [[title, *lines] for title, lines in panels.items()]
     lines: list[str] = []
@@ -267,14 +267,14 @@ _CHOSEN, _REJECTED, _CANDIDATE = map(ROLES.index, (CHOSEN, REJECTED, CANDIDATE))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Columns:
-    """What is known of every group without its tokens.
+    """The columns of a store except its tokens.
 
     Attributes:
-        prompts: Tokens of each prompt: u32 [G].
-        completions: Tokens of each completion: u32 [N].
-        counted: Of these, tokens that count: u32 [N].
-        offsets: Where the completions of each group begin, and N: i64 [G+1].
-        roles: Role number of each completion: u8 [N].
+        prompts: uint32 `[G]`, tokens of each prompt.
+        completions: uint32 `[N]`, tokens of each completion.
+        counted: uint32 `[N]`, trained tokens of each completion.
+        offsets: int64 `[G+1]`, the first completion of each group, and N.
+        roles: uint8 `[N]`, index of each completion's role in `logratio._rust.ROLES`.
     """
 
     prompts: NDArray[np.uint32]
@@ -285,7 +285,7 @@ class Columns:
 
     @classmethod
     def of(cls, store: Store) -> "Columns":
-        """Read the columns of a store: some 30 bytes a pair."""
+        """Read the columns of a store, about 30 bytes per pair."""
         return cls(
             store.prompt_lengths(),
             store.completion_lengths(),
@@ -296,18 +296,18 @@ class Columns:
 
     @property
     def groups(self) -> int:
-        """How many groups there are."""
+        """Number of groups."""
         return len(self.prompts)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """Completions of each group: i64 [G]."""
+        """int64 `[G]`, completions of each group."""
         return np.diff(self.offsets)
 
     def compared(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the completions that are compared, the better and the worse: i64 [C], i64 [C].
+        """Return the better and the worse completion of each comparison, int64 `[C]` each.
 
-        Of a pair these are chosen and rejected, of a list from the best to the worst its two ends.
+        In a pair these are chosen and rejected, in a ranked list its first and last.
         """
         several = self.sizes > 1
         first, last = self.offsets[:-1][several], self.offsets[1:][several] - 1
@@ -316,13 +316,13 @@ class Columns:
         return first[is_ordered], last[is_ordered]
 
     def judged_alone(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the completions with a thumb up or down and no sibling: i64 [A], i64 [B]."""
+        """Return the good and the bad completions of unpaired feedback, int64 `[A]` and `[B]`."""
         single = self.offsets[:-1][self.sizes == 1]
         roles = self.roles[single]
         return single[roles == _CHOSEN], single[roles == _REJECTED]
 
     def are_pairs(self) -> bool:
-        """Say whether every group is one chosen and one rejected completion."""
+        """Return whether every group is one chosen and one rejected completion."""
         return (
             self.groups > 0
             and bool((self.sizes == 2).all())
@@ -331,14 +331,14 @@ class Columns:
         )
 
     def longest(self) -> NDArray[np.int64]:
-        """Return the tokens of each group's longest sequence, prompt and completion: i64 [G]."""
+        """Return the length of each group's longest prompt with completion, int64 `[G]`."""
         if not self.groups:
             return np.zeros(0, np.int64)
         longest = np.maximum.reduceat(self.completions, self.offsets[:-1])
         return np.add(self.prompts, longest, dtype=np.int64)
 
     def together(self) -> NDArray[np.int64]:
-        """Return the tokens of each group, its prompt once: i64 [G]."""
+        """Return the tokens of each group with its prompt once, int64 `[G]`."""
         if not self.groups:
             return np.zeros(0, np.int64)
         answers = np.add.reduceat(self.completions, self.offsets[:-1], dtype=np.int64)
@@ -346,7 +346,7 @@ class Columns:
 
 
 class Places:
-    """File and line of each group, by its number; files are named where the store names them."""
+    """File and line of each group, by its number; ``file N`` if the store has no file names."""
 
     def __init__(self, store: Store) -> None:
         self._files, self._lines = store.sources()

@@ -1,4 +1,4 @@
-"""Which tokens the data uses, what padding costs, and what sharing beginnings saves."""
+"""Use of the vocabulary, cost of padding, and savings of shared beginnings."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,23 +18,23 @@ _TOP = 10
 
 @dataclass(frozen=True, slots=True)
 class TokenUse:
-    """Counts over all tokens, each prompt once.
+    """Counts over all tokens of a store, each prompt once.
 
     Attributes:
-        tokens: All of them.
-        used: Distinct ids.
-        vocabulary: Ids that the tokenizer has; None where none was given.
-        unknown: Tokens whose id the tokenizer does not have; 0 where none was given.
-        top: The ids used most, as (id, count).
-        top_texts: What these ids are, in the same order; empty without a tokenizer.
-        special: How often each special token stands in the data: those that do.
-        ended: Completions that end with one of the tokenizer's stop tokens, or as the chat
-            template ends an answer, where white space follows that token; None without any.
-        stops: These tokens, as text.
-        completions: All of them.
-        compared: Groups of two completions or more.
-        same_start: Of these, groups whose completions all begin with one token.
-        common: Tokens that all completions of a compared group begin with, added up.
+        tokens: All tokens.
+        used: Number of distinct ids.
+        vocabulary: Vocabulary size. None: no tokenizer was given.
+        unknown: Tokens with an id outside the vocabulary; 0 without a tokenizer.
+        top: The most frequent ids, as (id, count).
+        top_texts: The texts of these ids; empty without a tokenizer.
+        special: Count of each special token that occurs.
+        ended: Completions that end with a stop token, or with the white space that the chat
+            template writes after it. None: no stop tokens are known.
+        stops: The stop tokens, as text.
+        completions: All completions.
+        compared: Groups of two or more completions.
+        same_start: Compared groups whose completions all begin with the same token.
+        common: Sum over compared groups of the length of their completions' common prefix.
     """
 
     tokens: int
@@ -57,11 +57,11 @@ class TokenUse:
 
 
 def token_use(store: Store, tokenizer: "PreferenceTokenizer | None" = None) -> TokenUse:
-    """Count the tokens of a store, one pass over all of them.
+    """Count the tokens of a store in one pass.
 
     Args:
-        store: Any.
-        tokenizer: The one that made it: names ids, and says how many there are.
+        store: The store.
+        tokenizer: The store's tokenizer, which names ids. None: ids are not named.
     """
     census = Census(store)
     uses, ends = census.uses, census.ends
@@ -100,20 +100,20 @@ def token_use(store: Store, tokenizer: "PreferenceTokenizer | None" = None) -> T
 
 
 BATCH = 8
-"""Groups in the batches that are imagined."""
+"""Groups per padded batch in the comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """Tokens computed by rows of prompt and completion, and by sharing the prompt.
+    """Tokens that padded rows compute, and that the shared layout computes.
 
     Attributes:
-        rows: Tokens of all rows, one a completion, its prompt in each: what is there to compute.
-        prompts: Of these, tokens of prompts.
-        shared: Tokens where each prompt stands once: what the shared layout computes.
+        rows: Tokens of all rows without padding, one row per completion with its prompt.
+        prompts: Prompt tokens among them.
+        shared: Tokens of the shared layout, with each prompt once.
         in_order: Tokens of padded batches of 8 groups in the order of the store; every row of a
             batch is as long as its longest.
-        in_length_order: The same, groups sorted by their longest row.
+        in_length_order: The same for groups sorted by their longest row.
     """
 
     rows: int
@@ -124,12 +124,12 @@ class Padding:
 
     @property
     def prompt_share(self) -> float:
-        """Share of the rows' tokens that are prompt."""
+        """Share of the rows' tokens that belong to prompts."""
         return self.prompts / self.rows
 
     @property
     def saved(self) -> float:
-        """Share of the rows' tokens that sharing the prompt does not compute."""
+        """Share of the rows' tokens that the shared layout saves."""
         return 1 - self.shared / self.rows
 
     @property
@@ -149,7 +149,7 @@ class Padding:
 
 
 def padding(columns: Columns) -> Padding | None:
-    """Count what layouts compute; None for an empty store."""
+    """Count the tokens that each layout computes; None for an empty store."""
     if not columns.groups:
         return None
     sizes, longest = columns.sizes, columns.longest()
@@ -171,35 +171,35 @@ def padding(columns: Columns) -> Padding | None:
 
 
 def _padded(longest: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
-    """Count the tokens of batches of consecutive groups, whose rows are as long as the longest."""
+    """Count the tokens of padded batches of consecutive groups."""
     starts = np.arange(0, len(longest), BATCH)
     widest, rows = np.maximum.reduceat(longest, starts), np.add.reduceat(sizes, starts)
     return int(widest @ rows)
 
 
 UPDATE = 32
-"""Groups of an update, as `train` has them by default."""
+"""Groups per update; the default of `train`."""
 
 BUDGET = 2048
-"""Tokens of a micro-batch, likewise on a CPU."""
+"""Tokens of a micro-batch; the default of `train` on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Tokens computed where each beginning that sequences share is computed once.
+    """Tokens computed if common prefixes of sequences are computed once.
 
-    A sequence is a prompt with one of its completions. Groups share where their prompts agree in
-    their first 8 tokens. All numbers are exact counts of distinct beginnings.
+    A sequence is a prompt with one of its completions. Groups share a prefix if their prompts agree
+    in the first 8 tokens. All numbers are exact counts of distinct prefixes.
 
     Attributes:
-        grouped: Each prompt once a group: what is computed without `--share-beginnings`.
-        alone: What the sequences of a group begin with alike once, groups apart.
-        micro_batches: Groups of an update that begin alike in one micro-batch: what
-            `train --share-beginnings` computes with updates of 32 groups of similar length (epoch
-            0, seed 0) and micro-batches of 2,048 tokens.
-        updates: The least for these updates, whatever the micro-batches.
-        one_pass: What `precompute --share-beginnings` computes in micro-batches of 2,048 tokens.
-        whole: The least for the data: all of it as one tree.
+        grouped: Each prompt once per group: the tokens without `--share-beginnings`.
+        alone: Common prefixes within each group once, without sharing across groups.
+        micro_batches: The tokens of `train --share-beginnings`, which puts groups with a common
+            prefix into one micro-batch, for updates of 32 groups of similar length (epoch 0, seed
+            0) and micro-batches of 2,048 tokens.
+        updates: The minimum for these updates with micro-batches of any size.
+        one_pass: The tokens of `precompute --share-beginnings` in micro-batches of 2,048 tokens.
+        whole: The minimum for the data: all of it as one tree.
     """
 
     grouped: int
@@ -210,7 +210,7 @@ class Sharing:
     whole: int
 
     def saved(self, name: str) -> float:
-        """Return which share of the grouped tokens one of the other counts saves."""
+        """Return the share of the `grouped` tokens that another count saves."""
         tokens: int = getattr(self, name)
         return 1 - tokens / self.grouped
 
@@ -221,9 +221,9 @@ class Sharing:
 
 
 def sharing(store: Store) -> Sharing | None:
-    """Count what sharing beginnings saves; None for an empty store.
+    """Count the savings of shared beginnings; None for an empty store.
 
-    Takes about 100 bytes a completion, and 10 to 20 seconds of one core a million pairs.
+    Needs about 100 bytes per completion, and 10 to 20 seconds of one core per million pairs.
     """
     if not len(store):
         return None

@@ -1,1 +1,1 @@
-"""Token ids to a store: built in one reading of the data, resumed, opened, accounted for."""
+"""Stores of token ids: build in one pass over the data, resume, open, report on every row."""

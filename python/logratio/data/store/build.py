@@ -1,4 +1,4 @@
-"""Inputs to a store: read, checked, encoded, written; every row accounted for; resumable."""
+"""Build a store from inputs in one resumable pass, and report on every row."""
 
 import errno
 import glob
@@ -35,15 +35,15 @@ EVERY = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """All that is needed to go on.
+    """The state that a resumed run needs.
 
     Attributes:
-        identity: What must be equal for the rest to be the rest of the same store.
-        input: Number of the container that is being read.
-        mark: Where in it, as `Rows.mark` said.
-        report: The account so far, as `DataReport.to_dict` gave it.
-        decoder: What the rows of each file were, as `Decoder.state` said.
-        files: Names of the containers in the order of their numbers.
+        identity: Inputs and settings, which must be equal in the resumed run.
+        input: Index of the current container.
+        mark: Position in it, from `Rows.mark`.
+        report: The counts so far, from `DataReport.to_dict`.
+        decoder: The first row of each file, from `Decoder.state`.
+        files: Names of the containers, ordered by number.
         log_bytes: Length of the list of refused rows.
     """
 
@@ -57,11 +57,11 @@ class Position:
 
 
 class Checkpoints:
-    """Saves a position from time to time.
+    """Saves the position periodically.
 
     Args:
-        writer: What has been written so far becomes durable with each.
-        log: The list of refused rows, which becomes durable too.
+        writer: The store; a checkpoint makes everything written so far durable.
+        log: The list of refused rows, which also becomes durable.
     """
 
     def __init__(self, writer: StoreWriter, log: IO[str] | None) -> None:
@@ -70,11 +70,11 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Say whether it is time."""
+        """Return whether `EVERY` seconds have passed since the last checkpoint."""
         return time.monotonic() - self._last >= EVERY
 
     def log_bytes(self) -> int:
-        """Make the list of refused rows durable; return its length."""
+        """Make the list of refused rows durable and return its length."""
         if self._log is None:
             return 0
         self._log.flush()
@@ -88,7 +88,7 @@ class Checkpoints:
 
 
 def is_saved(path: Path) -> bool:
-    """Say whether an unfinished store, settled or not, can be taken up again."""
+    """Return whether an unfinished store with a checkpoint exists."""
     return any(path.parent.glob(f"{glob.escape(path.name)}*.partial/progress"))
 
 
@@ -99,21 +99,22 @@ def resumed(
     *,
     deduplicate: bool,
 ) -> tuple[StoreWriter, Position] | str:
-    """Take up an unfinished store.
+    """Resume an unfinished store.
 
     Args:
-        path: Where it is to be.
-        identity_at: Returns what must be equal for the rest to be the rest of it.
-        log: Its list of refused rows, which must hold what it held then.
-        deduplicate: As the writer was told before.
+        path: The path of the finished store.
+        identity_at: Returns the inputs and settings of this run, to compare with the position's.
+        log: The list of refused rows, which must not be shorter than at the checkpoint.
+        deduplicate: The setting of the unfinished run.
 
     Returns:
-        Its writer and position, or why it begins anew.
+        The writer and the position, or the reason to start from the beginning ("" if there is no
+        unfinished store).
     """
     try:
         found = StoreWriter.resume(path, deduplicate=deduplicate)
     except ValueError as error:
-        return f"{path}: begins anew: {error}"
+        return f"{path}: starts from the beginning: {error}"
     if found is None:
         return ""
     writer, note = found
@@ -121,9 +122,11 @@ def resumed(
     identity = identity_at(position)
     differing = [name for name in identity if identity[name] != position.identity.get(name)]
     if differing:
-        return f"{path}: begins anew, since what was read before had other {', '.join(differing)}"
+        changed = ", ".join(differing)
+        return f"{path}: starts from the beginning, because the unfinished run had other {changed}"
     if log and not _holds(Path(log), position.log_bytes):
-        return f"{path}: begins anew, since {log} no longer lists the rows refused before"
+        reason = f"{log} no longer lists the rows refused before"
+        return f"{path}: starts from the beginning, because {reason}"
     return writer, position
 
 
@@ -132,7 +135,7 @@ def _holds(log: Path, length: int) -> bool:
 
 
 def open_log(path: Path | str, position: Position | None) -> IO[str]:
-    """Open the list of refused rows, cut to where the position found it."""
+    """Open the list of refused rows, truncated to its length at the position."""
     if position is None:
         return Path(path).open("w", encoding="utf-8")
     os.truncate(path, position.log_bytes)
@@ -142,15 +145,15 @@ def open_log(path: Path | str, position: Position | None) -> IO[str]:
 def losers(
     groups: NDArray[np.int64], votes: NDArray[np.uint32], *, by_majority: bool
 ) -> NDArray[np.int64]:
-    """Say which groups go.
+    """Return the groups to remove from contradictory pairs.
 
     Args:
-        groups: `[C, 2]`, numbers of groups that contradict each other.
-        votes: `[C, 2]`, how often each was said.
-        by_majority: Keep what was said more often; else both go.
+        groups: int64 `[C, 2]`, numbers of groups that contradict each other.
+        votes: uint32 `[C, 2]`, number of rows for each.
+        by_majority: Whether to keep the one with more rows; otherwise both are removed.
 
     Returns:
-        int64, sorted, each once.
+        int64, sorted, without repetition.
     """
     if not by_majority:
         return np.unique(groups)
@@ -160,19 +163,19 @@ def losers(
 def settle(
     whole: Store, gone: NDArray[np.int64], report: DataReport, log: IO[str] | None = None
 ) -> NDArray[np.bool_]:
-    """Take losing groups out of the account: R308 where nothing of their row is left.
+    """Remove contradicted groups from the counts: R308 for a row without another group.
 
     Args:
-        whole: Every group.
-        gone: Those that go.
-        report: The account, with their tokens and rows counted as kept.
-        log: Where refused rows are listed, if anywhere.
+        whole: The store with all groups.
+        gone: The groups to remove.
+        report: The counts, in which these groups are still kept.
+        log: The list of refused rows, if any.
 
     Returns:
-        bool `[G]`, the groups that stay.
+        bool `[G]`, the groups that remain.
 
     Raises:
-        BadDataError: No group stays.
+        BadDataError: No group remains.
     """
     files, lines = whole.sources()
     names = json.loads(whole.metadata)["files"]
@@ -180,8 +183,8 @@ def settle(
     keep[gone] = False
     begins = np.concatenate(([True], (np.diff(lines) != 0) | (np.diff(files) != 0)))
     if report.kept == len(whole):
-        begins[:] = True  # a group a row, even where rows share a line, as in a JSON array
-    rows = np.cumsum(begins) - 1  # the groups of a row stand together
+        begins[:] = True  # one group per row, even if rows share a line, as in a JSON array
+    rows = np.cumsum(begins) - 1  # the groups of a row are adjacent
     is_left = np.bincount(rows, keep) > 0
     for group in gone.tolist():
         source = Source(names[files[group]], int(lines[group]))
@@ -202,14 +205,14 @@ def settle(
 
 
 Progress = Callable[[int, int, int], None]
-"""Called with rows read, bytes read and bytes in all (0: unknown)."""
+"""Called with the rows read, the bytes read and the total bytes (0: unknown)."""
 
 Conflicts = Literal["keep", "drop_both", "majority"]
 
 
 @dataclass(frozen=True, slots=True)
 class IngestSettings:
-    """What becomes of rows; see `build_store`."""
+    """The settings of `build_store` that concern rows."""
 
     formats: FormatSettings
     max_bad_fraction: float
@@ -221,7 +224,7 @@ class IngestSettings:
         check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the store depends on, as JSON values."""
+        """Return the settings that the store depends on, as JSON values."""
         values = {name: value for name, value in asdict(self).items() if name != "resume"}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain
@@ -243,32 +246,37 @@ def build_store(
 ) -> tuple[Store, DataReport]:
     """Read preference data into a store.
 
-    Rows are streamed; memory grows by some 40 bytes a row, by which duplicates are known.
+    Rows are streamed. Memory grows by about 40 bytes per row, which detect duplicates.
 
     Args:
-        inputs: One, or several: files, folders, "-" for standard input, or tables in memory, of any
-            known shape; shapes may be mixed. Each input is one dataset of a mixture.
-        tokenizer: What turns text into ids.
-        path: Where the store is to be; None: in memory.
-        formats: How rows are read; None: every format, detected.
-        max_bad_fraction: Go on as long as no larger share of the rows is broken (E…).
-        deduplicate: Keep one of several rows that are the same tokens.
-        conflicts: Of pairs that say the opposite of each other (A over B, B over A): ``keep`` all,
-            ``drop_both``, or keep what the ``majority`` says (none at a tie).
-        resume: Save the position every ten seconds, and go on from it if the last run was cut
-            off. Needs a path.
-        progress: Told after each batch how far it is.
-        refused: Write every refused row's file, line, code and reason to this JSON lines file.
-        tell: Told in a sentence where the reading goes on, or why it begins anew.
+        inputs: One input or several: files, folders, "-" for standard input, or tables in memory,
+            in any known formats. Each input is one dataset of a mixture.
+        tokenizer: The tokenizer, with its rules.
+        path: Path of the store. None: in memory.
+        formats: How to read rows. None: detect the format of each row.
+        max_bad_fraction: Largest accepted fraction of broken rows (E codes).
+        deduplicate: Whether to keep only one of several rows with the same tokens.
+        conflicts: How to treat pairs that contradict each other (A over B, B over A): ``keep``
+            all, ``drop_both``, or keep the ``majority`` (neither at a tie).
+        resume: Whether to save the position every ten seconds, and continue from the position of
+            an interrupted run. Requires a path.
+        progress: Called after each batch.
+        refused: Path of a JSON lines file for the file, line, code and reason of refused rows.
+        tell: Called with a sentence when a run continues, or when it has to start over.
 
     Returns:
-        The store, and what became of every row.
+        The store, and the counts of all rows.
 
     Raises:
-        BadDataError: Too many rows are broken, or none is left; nothing is written.
-        OSError: A file cannot be read, or the store cannot be written, or would be over the data.
+        BadDataError: Too many rows are broken, or none is left; no store is written.
+        OSError: A file cannot be read, or the store cannot be written or would replace an input.
         ConfigError: The settings contradict each other.
         SettingTypeError: A setting has the wrong type.
+
+    Example:
+        >>> tokenizer = PreferenceTokenizer.load("model")
+        >>> store, report = build_store("pairs.jsonl", tokenizer, "pairs.store")
+        >>> print(report.to_text())
     """
     if resume and path is None:
         raise ConfigError("resume needs a path: a store in memory is lost with its process")
@@ -306,7 +314,7 @@ class _Ingest:
     ) -> tuple[Store, DataReport]:
         self._log = None if refused is None else str(refused)
         writer, at = self._begin(tell)
-        stack.callback(writer.close)  # else a traceback that someone keeps would keep the lock
+        stack.callback(writer.close)  # a kept traceback would otherwise keep the lock
         log = stack.enter_context(open_log(refused, at)) if refused else None
         self._checkpoints = Checkpoints(writer, log)
         decoder = Decoder(self._settings.formats)
@@ -333,14 +341,14 @@ class _Ingest:
             found = resumed(self._whole_path, self._identity_at, self._log, deduplicate=deduplicate)
             if not isinstance(found, str):
                 read = found[1].report["read"]
-                tell(f"{self._path}: goes on after {read:,} rows that were read before")
+                tell(f"{self._path}: continues after the {read:,} rows that were already read")
                 return found
             if found:
                 tell(found)
         return StoreWriter(self._whole_path, deduplicate=deduplicate), None
 
     def _identity_at(self, begun: Position) -> dict[str, Any]:
-        """Say what must equal that of a run begun earlier, under the date that its template had."""
+        """Return the identity of this run, under the unfinished run's date if none was given."""
         given = self._tokenizer
         date = begun.identity["rules"].get("date")
         if date and given.reads_date and not given.has_given_date:
@@ -351,7 +359,7 @@ class _Ingest:
         return identity
 
     def _identity(self) -> dict[str, Any]:
-        """Say what must be equal for a run to be the rest of an earlier one."""
+        """Return the inputs and settings that must be equal to continue an unfinished run."""
         settings = {k: v for k, v in self._settings.to_dict().items() if k != "max_bad_fraction"}
         return {
             "inputs": [
@@ -429,7 +437,7 @@ class _Ingest:
 
 
 def _check_outputs(readers: Opened, path: Path | str | None, refused: Path | str | None) -> None:
-    """Refuse to write over the data, or two things to one file."""
+    """Refuse to overwrite an input, or to write two outputs to one file."""
     outputs = [Path(output) for output in (path, refused) if output is not None]
     if len({output.absolute() for output in outputs}) < len(outputs):
         reason = "Cannot hold both the store and the list of refused rows"
@@ -445,7 +453,7 @@ def _check_outputs(readers: Opened, path: Path | str | None, refused: Path | str
 def _taker(
     intake: Intake, columns: tuple[str, ...] | None
 ) -> Callable[["pyarrow.RecordBatch", int, str], None] | None:
-    """Find what takes a table's batches; None where rows are taken one by one."""
+    """Return the method that reads a table's batches; None if rows are read one by one."""
     if columns is None:
         return None
     if set(NAMES) <= set(columns):
@@ -454,6 +462,6 @@ def _taker(
 
 
 def _changed(name: str) -> int | None:
-    """Tell when a file changed last; None for what is no file."""
+    """Return a file's modification time in ns; None for other inputs."""
     path = Path(name)
     return path.stat().st_mtime_ns if path.is_file() else None

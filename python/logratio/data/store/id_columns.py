@@ -1,4 +1,4 @@
-"""Columns of token ids that go to a store without a Python row."""
+"""Columns of token ids, written to a store without Python rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ FORMAT = "token ids"
 
 @dataclass(frozen=True, slots=True)
 class Ids:
-    """A column of lists: every list's values end to end, and where each begins."""
+    """A column of lists: the concatenated values (int64) and the offset of each list (int64)."""
 
     values: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
     @classmethod
     def of(cls, column: "pyarrow.Array") -> "Ids":
-        """View a column of lists of integers; null lists have no values.
+        """Return a view of a column of integer lists; a null list is empty.
 
         Raises:
-            InvalidRecordError: E203 where it is something else, E202 for a null inside a list.
+            InvalidRecordError: E203 for another type, E202 for a null inside a list.
         """
         import pyarrow as pa
 
@@ -52,13 +52,13 @@ class Ids:
         return np.diff(self.offsets)
 
     def bad(self, vocabulary_size: int) -> NDArray[np.bool_]:
-        """Say which lists hold an id that no row of an embedding answers to."""
+        """Return which lists contain an id outside the vocabulary."""
         wrong = np.flatnonzero((self.values < 0) | (self.values >= vocabulary_size))
         rows = np.searchsorted(self.offsets, wrong, "right") - 1
         return np.bincount(rows, minlength=len(self.offsets) - 1).astype(bool)
 
     def rows(self, start: int, stop: int) -> "Ids":
-        """View some of the lists."""
+        """Return a view of some lists."""
         offsets = self.offsets[start : stop + 1]
         return Ids(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
 
@@ -74,13 +74,13 @@ Part = GroupArrays | TokenizedGroup | Refusal
 def parts(
     batch: "pyarrow.RecordBatch", first: Source, file: int, fitting: Fitting
 ) -> Iterator[Part]:
-    """Yield a batch's groups: stretches of sound rows at once, and each other row by itself.
+    """Yield a batch's groups: adjacent valid rows as arrays, and every other row separately.
 
     Args:
         batch: Columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        first: Where its first row stands.
-        file: The container's number.
-        fitting: Knows the rules and the size of the vocabulary.
+        first: The source of its first row.
+        file: The number of the container.
+        fitting: Rules and vocabulary size.
     """
     try:
         columns = [Ids.of(batch.column(column)) for column in NAMES]
@@ -102,7 +102,7 @@ def parts(
 
 
 def _odd(columns: list[Ids], fitting: Fitting) -> NDArray[np.bool_]:
-    """Say which rows break a rule or have to be cut."""
+    """Return which rows may violate a rule or need truncation."""
     rules = fitting.rules
     prompt, chosen, rejected = (ids.lengths for ids in columns)
     longest = np.maximum(chosen, rejected)
@@ -117,7 +117,7 @@ def _odd(columns: list[Ids], fitting: Fitting) -> NDArray[np.bool_]:
 
 
 def _may_be_equal(chosen: Ids, rejected: Ids) -> NDArray[np.bool_]:
-    """Compare lengths, first and last ids."""
+    """Return which rows have answers of equal length with equal first and last ids."""
     found: NDArray[np.bool_] = (chosen.lengths == rejected.lengths) & (chosen.lengths > 0)
     rows = np.flatnonzero(found)
     for place in (0, -1):
@@ -127,7 +127,7 @@ def _may_be_equal(chosen: Ids, rejected: Ids) -> NDArray[np.bool_]:
 
 
 def _arrays(columns: list[Ids], file: int, line: int) -> GroupArrays:
-    """Lay sound rows out as groups: chosen, then rejected."""
+    """Build groups of valid rows: chosen, then rejected."""
     prompt, chosen, rejected = columns
     count = len(prompt.lengths)
     lengths = np.column_stack((chosen.lengths, rejected.lengths)).ravel()
@@ -150,13 +150,13 @@ def _arrays(columns: list[Ids], file: int, line: int) -> GroupArrays:
 
 
 def row_group(row: dict[str, Any], source: Source, fitting: Fitting) -> TokenizedGroup | Refusal:
-    """Read ids that stand in a row of JSON.
+    """Read token ids from a JSON row.
 
     Returns:
-        The group, or why the row is refused: E2xx, E6xx, and as `Fitting.group`.
+        The group, or the row's refusal: E203, E6xx, and those of `Fitting.group`.
     """
     for name in NAMES:
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(value) is int for value in ids):
-            return Refusal(source, "E203", f"{name!r} is no list of token ids")
+            return Refusal(source, "E203", f"{name!r} is not a list of token ids")
     return fitting.group(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], source)

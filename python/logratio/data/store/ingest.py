@@ -1,4 +1,4 @@
-"""Rows on their way into a store: read as records, encoded in batches, each accounted for."""
+"""Ingest rows into a store: decode, tokenize in batches, write, and count every row."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt", "chosen", "rejected")
 FORMAT = "trl"
-"""What the formats' catalogue calls such a row."""
+"""The format of plain text pairs in the catalogue."""
 
 _BRACKETS = np.frombuffer(b"[{", np.uint8)
 _SPACES = np.frombuffer(b" \t\r\n", np.uint8)
@@ -42,34 +42,34 @@ _ALNUM = np.array([chr(byte).isalnum() and byte < 128 for byte in range(256)])
 _VISIBLE = np.array([ord("!") <= byte <= ord("~") for byte in range(256)])
 
 TextColumn = list[str] | tuple[NDArray[np.uint8], NDArray[np.int64]]
-"""Strings, or a string array's UTF-8 bytes and where each text begins."""
+"""Strings, or the UTF-8 bytes and the offsets of a string array."""
 
 
 def holds_texts(row: Row) -> bool:
-    """Say whether a row's prompt and answers are strings."""
+    """Return whether a row's prompt and answers are strings."""
     return all(type(row.get(name)) is str for name in COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainRows:
-    """Rows whose prompt and answers are strings, from anywhere."""
+    """Rows whose prompt and answers are strings."""
 
     rows: Sequence[tuple[Source, Row]]
 
     def columns(self) -> list[TextColumn]:
-        """Return the texts, a column for each of `COLUMNS`."""
+        """Return the texts, one column for each of `COLUMNS`."""
         return [[row[name] for _, row in self.rows] for name in COLUMNS]
 
     def places(
         self, file_number: Callable[[Source], int]
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-        """Return each row's file and line."""
+        """Return the file number and the line of each row."""
         files = [file_number(source) for source, _ in self.rows]
         lines = [source.line for source, _ in self.rows]
         return np.array(files, np.uint32), np.array(lines, np.uint64)
 
     def source(self, number: int) -> Source:
-        """Return the place of one row."""
+        """Return the file and line of one row."""
         return self.rows[number][0]
 
     def row(self, number: int) -> tuple[Source, Row | Refusal]:
@@ -77,20 +77,20 @@ class PlainRows:
         return self.rows[number]
 
     def extra_keys(self, numbers: range) -> Counter[str]:
-        """Count the keys of some rows that are not read."""
+        """Count the unread keys of some rows."""
         rows = (self.rows[number][1] for number in numbers)
         return Counter(key for row in rows if len(row) > 3 for key in row if key not in COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainTable:
-    """A stretch of a table with strings under `COLUMNS`; its first row stands at `first`."""
+    """A slice of a table with strings under `COLUMNS`; `first` is the source of its first row."""
 
     batch: "pyarrow.RecordBatch"
     first: Source
 
     def columns(self) -> list[TextColumn] | None:
-        """View the texts, a null as an empty one; None where a column holds no strings."""
+        """Return views of the texts, with "" for null; None if a column is not of strings."""
         import pyarrow as pa
 
         columns = [self.batch.column(name) for name in COLUMNS]
@@ -101,13 +101,13 @@ class PlainTable:
     def places(
         self, file_number: Callable[[Source], int]
     ) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-        """Return each row's file and line."""
+        """Return the file number and the line of each row."""
         count, line = self.batch.num_rows, self.first.line
         files = np.full(count, file_number(self.first), np.uint32)
         return files, np.arange(line, line + count, dtype=np.uint64)
 
     def row(self, number: int) -> tuple[Source, Row | Refusal]:
-        """Make one row of it."""
+        """Return one row."""
         source = self.source(number)
         (row,) = rows_of(self.batch.slice(number, 1))
         if isinstance(row, UnicodeDecodeError):
@@ -115,16 +115,16 @@ class PlainTable:
         return source, row
 
     def extra_keys(self, numbers: range) -> Counter[str]:
-        """Count the columns that are not read, once for each of some rows."""
+        """Count the unread columns, once for each of some rows."""
         extra = set(self.batch.schema.names) - set(COLUMNS)
         return Counter(dict.fromkeys(extra, len(numbers)))
 
     def slices(self, rows: int, *, is_text: bool) -> Iterator[tuple["PlainTable", bool]]:
-        """Cut it into tables of at most so many rows, and say whether they may spell chats.
+        """Split into tables of at most `rows` rows; yield each with whether its texts may be chats.
 
         Args:
             rows: Most rows of a table.
-            is_text: No text spells a chat, however it begins.
+            is_text: Whether every string is text, so that none is a chat.
         """
         columns = None if is_text else self.columns()
         odd = np.zeros(self.batch.num_rows, np.bool_)
@@ -139,22 +139,22 @@ class PlainTable:
                 yield part, bool(odd[start])
 
     def behind(self, rows: int) -> "PlainTable":
-        """Leave out its first rows."""
+        """Return the table without its first rows."""
         return PlainTable(self.batch.slice(rows), self.source(rows))
 
     def source(self, number: int) -> Source:
-        """Return the place of one row."""
+        """Return the file and line of one row."""
         return Source(self.first.file, self.first.line + number)
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Neighbouring rows, all of them encoded or none.
+class Chunk:
+    """Adjacent rows that were all encoded, or are all odd.
 
     Attributes:
         rows: Their numbers.
-        groups: As groups; None if they are odd.
-        moved: For each group, how many of its completions change the end of the prompt: W502.
+        groups: The encoded groups. None: the rows are odd.
+        moved: For each group, its number of completions with a moved boundary (W502).
     """
 
     rows: range
@@ -162,15 +162,15 @@ class Stretch:
     moved: NDArray[np.uint32]
 
 
-def stretches(
+def chunks(
     pairs: EncodedPairs, files: NDArray[np.uint32], lines: NDArray[np.uint64]
-) -> Iterator[Stretch]:
-    """Part rows into odd ones and encoded ones, in order.
+) -> Iterator[Chunk]:
+    """Split rows into chunks of odd and of encoded ones, in order.
 
     Args:
-        pairs: The rows as ids.
-        files: Number of each row's file.
-        lines: Line of each row.
+        pairs: The encoded rows.
+        files: uint32 `[R]`, the file number of each row.
+        lines: uint64 `[R]`, the line of each row.
     """
     odd = pairs.odd
     borders = [0, *(np.flatnonzero(odd[1:] != odd[:-1]) + 1).tolist(), len(odd)]
@@ -179,11 +179,11 @@ def stretches(
         if start == stop:
             continue
         if odd[start]:
-            yield Stretch(range(start, stop), None, pairs.moved[:0])
+            yield Chunk(range(start, stop), None, pairs.moved[:0])
             continue
         last = first + stop - start
         groups = _groups(pairs, first, last, files[start:stop], lines[start:stop])
-        yield Stretch(range(start, stop), groups, pairs.moved[first:last])
+        yield Chunk(range(start, stop), groups, pairs.moved[first:last])
         first = last
 
 
@@ -194,9 +194,9 @@ def _groups(
     files: NDArray[np.uint32],
     lines: NDArray[np.uint64],
 ) -> GroupArrays:
-    """View the pairs `first` to `last` as groups."""
-    prompts = _stretch(pairs.prompt_lengths, first, last)
-    completions = _stretch(pairs.completion_lengths, 2 * first, 2 * last)
+    """Return views of the pairs `first` to `last` as groups."""
+    prompts = _token_slice(pairs.prompt_lengths, first, last)
+    completions = _token_slice(pairs.completion_lengths, 2 * first, 2 * last)
     ids = pairs.completion_ids[completions]
     return GroupArrays(
         pairs.prompt_ids[prompts],
@@ -211,13 +211,13 @@ def _groups(
     )
 
 
-def _stretch(lengths: NDArray[np.uint32], first: int, last: int) -> slice:
+def _token_slice(lengths: NDArray[np.uint32], first: int, last: int) -> slice:
     start = int(lengths[:first].sum())
     return slice(start, start + int(lengths[first:last].sum()))
 
 
 def opens_brackets(column: TextColumn) -> NDArray[np.bool_]:
-    """Say which texts begin with a bracket or a brace, as lists and objects do; see `opens`."""
+    """Return which texts begin with a bracket or a brace, as lists and objects do; see `opens`."""
     if isinstance(column, list):
         return np.array([opens(text) for text in column], np.bool_)
     data, offsets = column
@@ -234,16 +234,16 @@ def opens_brackets(column: TextColumn) -> NDArray[np.bool_]:
 
 
 def touch(prompt: str, answer: str) -> bool:
-    """Say whether a word of an answer follows its prompt without white space.
+    """Return whether an answer continues the last word of its prompt, without white space.
 
-    Letters other than ASCII do not count: some scripts have no spaces.
+    Only ASCII letters and digits count, because some scripts have no spaces.
     """
     end, start = prompt[-1:], answer[:1]
     return "!" <= end <= "~" and start.isascii() and start.isalnum()
 
 
 def touching(prompts: TextColumn, answers: TextColumn) -> NDArray[np.bool_]:
-    """Say of each row what `touch` says."""
+    """Return the result of `touch` for each row."""
     if isinstance(prompts, list) or isinstance(answers, list):
         pairs = zip(prompts, answers, strict=True)
         return np.array([touch(str(prompt), str(answer)) for prompt, answer in pairs], np.bool_)
@@ -255,7 +255,7 @@ def touching(prompts: TextColumn, answers: TextColumn) -> NDArray[np.bool_]:
 
 
 def _view(column: "pyarrow.Array") -> TextColumn:
-    """View the bytes of a string array, and where each text begins."""
+    """Return views of the bytes and the offsets of a string array."""
     import pyarrow as pa
 
     _, offsets, data = column.buffers()
@@ -267,16 +267,16 @@ def _view(column: "pyarrow.Array") -> TextColumn:
 
 BATCH_ROWS = 1024
 BATCH_CHARACTERS = 1 << 21
-"""Records are encoded once so many, or so much text, have come together."""
+"""Records are encoded in batches of at most this many records or characters."""
 
 SourcedRow = dict[str, Any]
 Part = PreferenceRecord | TokenizedGroup | Refusal
-"""Something that a row held."""
+"""A record, an encoded group, or a refusal from a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A row that waits for its batch: decoded, or a pair of plain text as it stands."""
+    """A row in the pending batch: decoded, or an undecoded pair of plain text (`parts` is None)."""
 
     source: Source
     row: SourcedRow
@@ -289,13 +289,13 @@ class _Waiting:
 
 @dataclass(slots=True)
 class Intake:
-    """Takes rows, one container after another, and writes groups.
+    """Decodes, tokenizes and writes rows, one container after another.
 
     Attributes:
-        tokenizer: Text to ids.
-        writer: Where groups go.
-        decoder: Rows to records.
-        ledger: Accounts for every row.
+        tokenizer: The tokenizer.
+        writer: Receives the groups.
+        decoder: Decodes rows to records.
+        ledger: Counts every row.
     """
 
     tokenizer: PreferenceTokenizer
@@ -308,12 +308,12 @@ class Intake:
 
     @property
     def report(self) -> DataReport:
-        """What became of the rows so far."""
+        """The counts of all rows so far."""
         return self.ledger.report
 
     def take(self, source: Source, row: SourcedRow | Refusal) -> bool:
-        """Take one row; say whether a batch went through with it."""
-        self.report.read += source.line > 0  # else it is no row, but something about the file
+        """Add one row; return whether this completed a batch."""
+        self.report.read += source.line > 0  # line 0: a refusal of the whole file
         if isinstance(row, Refusal):
             self.ledger.refuse(row)
             return False
@@ -325,18 +325,18 @@ class Intake:
     def _takes_texts(self, file: str, names: Iterable[str]) -> bool:
         return (
             self.tokenizer.takes_pairs
-            and not self.ledger.is_lost
+            and not self.ledger.will_fail
             and self.decoder.holds_pairs_of_text(file, names)
         )
 
     def _may_spell(self, row: SourcedRow) -> bool:
-        """Say whether a text may spell a chat, which the decoder has to look at."""
+        """Return whether a text may spell a chat, so that the row needs the decoder."""
         if self.decoder.settings.strings == "text":
             return False
         return any(opens(row[name]) for name in COLUMNS)
 
     def _decoded(self, source: Source, row: SourcedRow | Refusal) -> "_Waiting | None":
-        """Read a row; None where it is refused."""
+        """Decode a row; None if it is refused."""
         if isinstance(row, Refusal):
             self.ledger.refuse(row)
             return None
@@ -366,7 +366,7 @@ class Intake:
         return _Waiting(source, row, decoded.records)
 
     def _count_kind(self, first: Source, rows: int, *, is_chat: bool) -> None:
-        """Count rows that are written by the chat template, or read as they stand."""
+        """Count rows as rendered by the chat template, or as plain text."""
         if is_chat:
             self.report.chat_rows += rows
             return
@@ -375,11 +375,11 @@ class Intake:
             self.report.warn("W518", first, rows=rows)
 
     def reads_texts(self, columns: Iterable[str]) -> bool:
-        """Say whether `take_texts` can take a table."""
+        """Return whether `take_texts` can read a table with these columns."""
         return self.tokenizer.takes_pairs and set(COLUMNS) <= set(columns)
 
     def take_texts(self, batch: "pyarrow.RecordBatch", first: int, name: str) -> None:
-        """Take the rows of a table that has `COLUMNS`; `first` is the number of its first one."""
+        """Add the rows of a table with `COLUMNS`; `first` is the number of its first row."""
         whole = PlainTable(batch, Source(name, first))
         is_settled = self.decoder.settings.strings == "text"
         for table, may_spell in whole.slices(BATCH_ROWS, is_text=is_settled):
@@ -389,7 +389,7 @@ class Intake:
             self._take_plain(rest)
 
     def _take_singly(self, table: PlainTable, *, every: bool) -> PlainTable:
-        """Take rows one by one, every one or until the rest can be taken in bulk; return it."""
+        """Add rows one by one, all or until the rest can be read in bulk; return the rest."""
         names, is_text = table.batch.schema.names, table.columns() is not None
         number = 0
         while number < table.batch.num_rows:
@@ -400,27 +400,27 @@ class Intake:
         return table.behind(number)
 
     def _take_plain(self, plain: PlainRows | PlainTable) -> None:
-        """Encode and write pairs of text; look at the odd ones closely."""
+        """Encode and write pairs of text in bulk, and decode the odd ones one by one."""
         columns = plain.columns()
         if not columns:
             return
         encoded = self.tokenizer.encode_pairs(columns)
         touches = touching(columns[0], columns[1])
-        for stretch in stretches(encoded, *plain.places(self.ledger.file_number)):
-            if stretch.groups is None:
-                decoded = [self._decoded(*plain.row(number)) for number in stretch.rows]
+        for chunk in chunks(encoded, *plain.places(self.ledger.file_number)):
+            if chunk.groups is None:
+                decoded = [self._decoded(*plain.row(number)) for number in chunk.rows]
                 self._encode([waiting for waiting in decoded if waiting is not None])
-            elif not self.ledger.is_lost:
-                self.report.formats[FORMAT] += len(stretch.rows)
-                first = plain.source(stretch.rows[0])
-                self._count_kind(first, len(stretch.rows), is_chat=False)
-                rows = slice(stretch.rows.start, stretch.rows.stop)
+            elif not self.ledger.will_fail:
+                self.report.formats[FORMAT] += len(chunk.rows)
+                first = plain.source(chunk.rows[0])
+                self._count_kind(first, len(chunk.rows), is_chat=False)
+                rows = slice(chunk.rows.start, chunk.rows.stop)
                 self.report.touching_rows += int(np.count_nonzero(touches[rows]))
-                self.report.extra_keys.update(plain.extra_keys(stretch.rows))
-                self._write_arrays(stretch.groups, stretch.moved)
+                self.report.extra_keys.update(plain.extra_keys(chunk.rows))
+                self._write_arrays(chunk.groups, chunk.moved)
 
     def take_ids(self, batch: "pyarrow.RecordBatch", first: int, name: str) -> None:
-        """Take the rows of a table of token ids; `first` is the number of its first one."""
+        """Add the rows of a table of token ids; `first` is the number of its first row."""
         self.flush()
         self.report.read += batch.num_rows
         self.report.formats[IDS_FORMAT] += batch.num_rows
@@ -437,8 +437,8 @@ class Intake:
         self.ledger.account_arrays(arrays, *arrays.push(self.writer), moved)
 
     def _wait(self, waiting: "_Waiting", characters: int) -> bool:
-        """Let the records of a row wait for their batch."""
-        if self.ledger.is_lost:
+        """Add a row to the pending batch; return whether the batch was full and was flushed."""
+        if self.ledger.will_fail:
             return False
         self._waiting.append(waiting)
         self._parts += len(waiting.parts or (1,))
@@ -449,7 +449,7 @@ class Intake:
         return is_full
 
     def flush(self) -> None:
-        """Encode and write what is waiting."""
+        """Encode and write the pending rows."""
         waiting, self._waiting, self._parts, self._characters = self._waiting, [], 0, 0
         for is_plain, rows in groupby(waiting, lambda row: row.parts is None):
             if is_plain:
@@ -458,7 +458,7 @@ class Intake:
                 self._encode([*rows])
 
     def _encode(self, rows: "Sequence[_Waiting]") -> None:
-        """Encode and write rows that were decoded."""
+        """Encode and write decoded rows."""
         own = [part for row in rows for part in row.parts or ()]
         records = [part for part in own if isinstance(part, PreferenceRecord)]
         encoded = iter(self.tokenizer.encode_records(records))
@@ -468,9 +468,9 @@ class Intake:
     def write(
         self, rows: Sequence[tuple[Sequence[TokenizedGroup | Refusal], SourcedRow | None]]
     ) -> None:
-        """Write the groups of rows, and account for each row: its place need not be its own."""
+        """Write the groups of rows and count each row; several rows may share a source."""
         groups = [part for own, _ in rows for part in own if isinstance(part, TokenizedGroup)]
-        if self.ledger.is_lost:
+        if self.ledger.will_fail:
             groups = []
         outcomes, first = GroupArrays.of(groups, self.ledger.file_number).push(self.writer)
         written = map(Written, groups, outcomes.tolist(), first.tolist())
@@ -480,7 +480,7 @@ class Intake:
                 self.ledger.account(found, row)
 
     def close(self) -> None:
-        """Take what is waiting and check the account; see `Ledger.close`."""
+        """Flush the pending rows and check the counts; see `Ledger.close`."""
         self.flush()
         self.ledger.close()
 

@@ -1,4 +1,4 @@
-"""Sealed stores that were made before: is it one, does it fit, where do its groups come from."""
+"""Open existing stores: detect them, compare tokenizer and rules, find the sources of groups."""
 
 import errno
 import json
@@ -16,20 +16,20 @@ from logratio.errors import IsFolderError, LogratioError
 
 
 class StoreMismatchError(LogratioError, ValueError):
-    """A store was made with another tokenizer or other rules, or is named beside other inputs."""
+    """A store was built with another tokenizer or rules, or is combined with other inputs."""
 
 
 def is_store(inputs: Inputs) -> bool:
-    """Say whether the inputs are one sealed store, told by how it begins.
+    """Return whether the inputs are one sealed store, from its first bytes.
 
     Raises:
-        ValueError: A store stands among other inputs.
+        ValueError: There are other inputs besides the store.
     """
     inputs = as_inputs(inputs)
     found = [given for given in inputs if isinstance(given, str | Path) and _begins_as_store(given)]
     if found and len(inputs) > 1:
         raise StoreMismatchError(
-            f"{found[0]} is a sealed store, which is read alone: build one store of all the inputs"
+            f"{found[0]} is a sealed store, which must be the only input: build one of all inputs"
         )
     return bool(found)
 
@@ -42,49 +42,53 @@ def _begins_as_store(path: Path | str) -> bool:
 
 
 def source_names(store: Store, groups: Sequence[int]) -> list[str]:
-    """Name the file and line of each group."""
+    """Return the file and line of each group, as ``file:line``."""
     files, lines = store.sources()
     names = json.loads(store.metadata).get("files", [])
     return [f"{names[files[g]] if files[g] < len(names) else '?'}:{lines[g]}" for g in groups]
 
 
 def datasets_of(store: Store) -> tuple[int, ...]:
-    """Tell for each file of a store which input of `build_store` it belonged to."""
+    """Return for each file of a store the index of its input to `build_store`."""
     return tuple(json.loads(store.metadata)["datasets"])
 
 
 def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store, DataReport]:
-    """Open a store that `build_store` made, if it was made with this tokenizer and its rules.
+    """Open a store of `build_store`, after checking that this tokenizer and its rules built it.
 
-    Rules that a store does not name, which an older version made, had their defaults. The date
-    that a template writes is the store's where the tokenizer was given none.
+    Rules that an older store does not record count as defaults. If the tokenizer was given no date,
+    the store's date is used.
+
+    Args:
+        path: The store.
+        tokenizer: The tokenizer, with the rules that the caller expects.
 
     Returns:
-        The store, and what became of every row when it was made.
+        The store, and the report of the run that built it.
 
     Raises:
-        CorruptStoreError: The file is not a store, or damaged.
-        StoreMismatchError: Its ids are not those that this tokenizer makes.
+        CorruptStoreError: The file is not a store, or is damaged.
+        StoreMismatchError: The store was built with another tokenizer or other rules.
         OSError: The file cannot be read.
     """
     store = Store.open(path)
     metadata = json.loads(store.metadata)
     if metadata.get("tokenizer") != tokenizer.digest:
         raise StoreMismatchError(
-            f"{path} was made with tokenizer {metadata.get('tokenizer')}, and here it is "
-            f"{tokenizer.digest}: build it again, or give the same"
+            f"{path} was built with tokenizer {metadata.get('tokenizer')}, but this one is "
+            f"{tokenizer.digest}: build it again, or use the same tokenizer"
         )
     made, here = rules_of(store), tokenizer.rules
     if not tokenizer.has_given_date:
         here = replace(here, date=made.date)
-    if {made.text_as, here.text_as} == {None, "text"}:  # the same ids
+    if {made.text_as, here.text_as} == {None, "text"}:  # both give the same ids
         here = replace(here, text_as=made.text_as)
     _check_rules(path, made, here)
     return store, DataReport.from_dict(metadata["report"])
 
 
 def rules_of(store: Store) -> TokenizationRules:
-    """Return the rules under which a store was made."""
+    """Return the rules with which a store was built."""
     return TokenizationRules.from_dict(json.loads(store.metadata)["rules"])
 
 
@@ -95,16 +99,16 @@ def _check_rules(path: Path | str, made: TokenizationRules, here: TokenizationRu
         then = ", ".join(f"{name} {value}" for name, value in differing.items())
         now = ", ".join(f"{name} {others[name]}" for name in differing)
         raise StoreMismatchError(
-            f"{path} was made with the rules {then}, and here they are {now}: build it again, or "
-            "give the same"
+            f"{path} was built with the rules {then}, but now they are {now}: build it again, or "
+            "use the same rules"
         )
 
 
 def verified(path: Path | str) -> Store:
-    """Open a store and compare every byte of it with its checksums.
+    """Open a store and verify the checksums of every byte.
 
     Raises:
-        CorruptStoreError: The file is not a store, or damaged; names the place.
+        CorruptStoreError: The file is not a store, or is damaged; the message names the place.
         OSError: The file cannot be read.
     """
     if Path(path).is_dir():

@@ -1,4 +1,4 @@
-"""What became of every row: kept, refused or left out as a duplicate, and why."""
+"""Count every row: kept, refused (with the reason), or removed as a duplicate."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from logratio.data.tokenization.groups import CONFLICT, DUPLICATE, GroupArrays, 
 from logratio.errors import LogratioError
 
 LISTED = 20
-"""Most places that are named for one cause; every one is counted."""
+"""Most places that are listed per cause; all are counted."""
 
-_SHOWN = 3  # of them in the text
-_LONGEST_ROW = 1 << 20  # characters of JSON up to which a refused row is written down
+_SHOWN = 3  # most places per cause in the printed report
+_LONGEST_ROW = 1 << 20  # most JSON characters of a refused row that is written to the log
 
 
 class BadDataError(LogratioError, ValueError):
-    """The data is broken beyond what was allowed, or nothing of it is left.
+    """More rows are broken than allowed, or no row is left.
 
     Attributes:
         errors: Up to twenty lines ``file:line:column [CODE] reason``.
@@ -42,26 +42,26 @@ class BadDataError(LogratioError, ValueError):
 
 @dataclass(slots=True)
 class DataReport:
-    """The account of a data set: ``read = kept + refused + deduplicated``.
+    """The counts of all rows of a dataset: ``read = kept + refused + deduplicated``.
 
     Attributes:
-        read: Rows met, blank lines aside.
+        read: Rows read, without blank lines.
         kept: Rows that became groups.
-        deduplicated: Rows that say what a kept row said before.
-        refused_by_code: Rows refused for each cause.
-        warnings_by_code: How often each warning was given (see `logratio.data.codes`).
+        deduplicated: Rows with the same tokens as an earlier row.
+        refused_by_code: Number of refused rows per code.
+        warnings_by_code: Number of warnings per code (see `logratio.data.records.CODES`).
         blank_lines: Lines without a row.
-        formats: Rows of each shape, kept or not; rows of no known shape are in none.
-        text_rows: Rows of plain text, read as it stands.
-        chat_rows: Rows that the chat template wrote.
-        touching_rows: Rows of plain text whose answer begins with a word right after the prompt.
-        extra_keys: Rows in which each key that was not read stands.
-        prompt_tokens: Of kept rows, each prompt once.
-        completion_tokens: Of kept rows, all completions.
-        left_out: Files of folders that are no data: README, LICENSE, hidden ones.
-        places: For each code, and for "duplicate", the first places.
-        cuts: For each code of a cut, how often 2^(k-1) to 2^k - 1 tokens were lost, by k.
-        date: What the chat template writes as the date.
+        formats: Number of rows per known format, kept or not.
+        text_rows: Rows of plain text, read unchanged.
+        chat_rows: Rows rendered by the chat template.
+        touching_rows: Rows of plain text whose answer follows the prompt without white space.
+        extra_keys: Number of rows per unread key.
+        prompt_tokens: Tokens of the prompts of kept rows, each prompt once.
+        completion_tokens: Tokens of all completions of kept rows.
+        left_out: Files of folders that are not data: README, LICENSE, hidden files.
+        places: The first places per code, and for "duplicate".
+        cuts: Per truncation code, how often 2^(k-1) to 2^k - 1 tokens were lost, by k.
+        date: The date in the chat template.
     """
 
     read: int = 0
@@ -84,12 +84,12 @@ class DataReport:
 
     @property
     def refused(self) -> int:
-        """Rows that were not taken."""
+        """Number of refused rows."""
         return self.refused_by_code.total()
 
     @property
     def broken(self) -> int:
-        """Rows refused for their structure (E…)."""
+        """Number of rows refused for their structure (E codes)."""
         return sum(count for code, count in self.refused_by_code.items() if stops(code))
 
     def refuse(self, refusal: Refusal) -> None:
@@ -99,12 +99,12 @@ class DataReport:
         self._list(refusal.code, f"{refusal.source}{column} {refusal.reason}")
 
     def warn(self, code: str, source: Source, detail: str = "", *, rows: int = 1) -> None:
-        """Count a warning about a row that is kept, or about so many from it on."""
+        """Count a warning about a kept row, or about `rows` rows of which `source` is the first."""
         self.warnings_by_code[code] += rows
         self._list(code, f"{source}{detail}")
 
     def drop_duplicate(self, source: Source, first: Source) -> None:
-        """Count a row that repeats a kept one."""
+        """Count a row that repeats an earlier one."""
         self.deduplicated += 1
         self._list("duplicate", f"{source} repeats {first}")
 
@@ -121,18 +121,18 @@ class DataReport:
                     self.cuts.setdefault(str(code), Counter())[code.tokens.bit_length()] += 1
 
     def keep_many(self, rows: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count kept rows of which there is nothing to tell."""
+        """Count kept rows that have no warnings."""
         self.kept += rows
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
 
     def withdraw(self, refusal: Refusal) -> None:
-        """Count a row as refused that was kept so far."""
+        """Count a row as refused that was counted as kept."""
         self.kept -= 1
         self.refuse(refusal)
 
     def cut_bins(self, code: str) -> list[tuple[str, int]]:
-        """Name the bins of a code's cuts, "1", "2-3", "4-7" …, and count the cuts in each."""
+        """Return bins of lost tokens, "1", "2-3", "4-7" …, with the number of cuts in each."""
         counts = self.cuts.get(code)
         if not counts:
             return []
@@ -141,10 +141,10 @@ class DataReport:
         return [(names[k], counts[k]) for k in range(min(counts), max(counts) + 1)]
 
     def check(self) -> None:
-        """Make sure that no row was lost.
+        """Check that no row was lost.
 
         Raises:
-            RuntimeError: The counts do not add up: a fault of this library.
+            RuntimeError: The counts do not add up, which is a bug in this library.
         """
         if self.read != self.kept + self.refused + self.deduplicated:
             raise RuntimeError(f"rows were lost: {self._counts()}")
@@ -177,7 +177,7 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataReport":
-        """Read what `to_dict` returned, for example from a store's metadata."""
+        """Restore a report from the result of `to_dict`, for example from a store's metadata."""
         report = cls()
         numbers = (
             "read",
@@ -200,13 +200,13 @@ class DataReport:
         return report
 
     def to_text(self) -> str:
-        """Tell it to a person."""
+        """Return the report as printed text."""
         lines = [self._counts()]
         if self.broken:
             share = math.ceil(self.broken / self.read * 1000) / 1000 if self.read else 1
             lines.append(
-                f"{self.broken:,} rows are broken (E…): training stops, or goes on without them "
-                f"with --max-bad-fraction {share:g}"
+                f"{self.broken:,} rows are broken (E codes): training stops; --max-bad-fraction "
+                f"{share:g} leaves them out"
             )
         if self.kept:
             tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion"
@@ -219,7 +219,7 @@ class DataReport:
         if self.extra_keys:
             lines.append(f"keys that were not read: {', '.join(sorted(self.extra_keys))}")
         if self.left_out:
-            lines.append(f"files beside the data that were not read: {', '.join(self.left_out)}")
+            lines.append(f"files that are not data and were not read: {', '.join(self.left_out)}")
         for counts in (self.refused_by_code, self.warnings_by_code):
             for code, count in sorted(counts.items()):
                 lines.append(f"[{code}] {count:,} × {CODES[code]}")
@@ -237,12 +237,13 @@ class DataReport:
 
     def _list(self, code: str, place: str) -> None:
         places = self.places.setdefault(code, [])
-        if len(places) < LISTED and place not in places:  # both sides of a row may be concerned
+        # Both sides of a row may have the same warning.
+        if len(places) < LISTED and place not in places:
             places.append(place)
 
     def _shown(self, code: str, count: int) -> list[str]:
         lines = [f"  {place}" for place in self.places[code][:_SHOWN]]
-        listed = len(self.places[code])  # which names a row once, whatever it has of one kind
+        listed = len(self.places[code])  # lists each row once, even with several warnings
         more = (listed if listed < LISTED else count) - len(lines)
         return lines + ([f"  … and {more:,} more"] if more else [])
 
@@ -253,7 +254,7 @@ def write_refusal(file: IO[str], refusal: Refusal, row: object = None) -> None:
     Args:
         file: Open for text.
         refusal: File, line, column, code and reason.
-        row: The row as it was read, where it could be read; left out above a million characters.
+        row: The row, if it could be read; left out above `_LONGEST_ROW` characters.
     """
     entry: dict[str, Any] = {
         "file": refusal.source.file,
@@ -265,18 +266,18 @@ def write_refusal(file: IO[str], refusal: Refusal, row: object = None) -> None:
     if row is not None:
         text = json.dumps(row, default=str)
         if len(text) <= _LONGEST_ROW:
-            entry["row"] = json.loads(text, parse_constant=str)  # NaN is no JSON
+            entry["row"] = json.loads(text, parse_constant=str)  # NaN is not JSON
     file.write(json.dumps(entry) + "\n")
 
 
 _ALWAYS_STOPS = {"E105", "E106", "E108", "E109", "E111", "E112", "E113", "E401"}
-"""No fraction of the rows is bad: all are, or nobody knows how many."""
-_KEY_CODES = {"E201", "E203"}  # of rows whose format is known, or nearly
+"""Codes that always stop: all rows are affected, or an unknown number."""
+_KEY_CODES = {"E201", "E203"}  # codes of rows whose format is known, or almost
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A group that was offered to the store: what became of it, and who said it before."""
+    """A group, its outcome, and the earlier group that it repeats or contradicts (-1: none)."""
 
     group: TokenizedGroup
     outcome: int
@@ -285,14 +286,14 @@ class Written:
 
 @dataclass(slots=True)
 class Ledger:
-    """Accounts for rows that were read.
+    """Counts rows as they are read, and stops at too many broken ones.
 
     Attributes:
-        writer: Knows where its groups came from.
-        max_bad_fraction: Largest share of broken rows to go on with.
-        log: Where refused rows are listed, if anywhere.
-        files: The number of each container by its name.
-        report: What became of the rows so far.
+        writer: The store, which records the source of each group.
+        max_bad_fraction: Largest accepted fraction of broken rows.
+        log: The list of refused rows, if any.
+        files: The number of each container, by its name.
+        report: The counts so far.
     """
 
     writer: StoreWriter
@@ -303,21 +304,21 @@ class Ledger:
     _errors: list[str] = field(default_factory=list)
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the run will fail: it goes on to find further faults, and no more."""
+    def will_fail(self) -> bool:
+        """Whether the run will fail; it only continues to collect further errors."""
         return bool(self._errors) and not self.max_bad_fraction
 
     def file_number(self, source: Source) -> int:
-        """Number a container by its name."""
+        """Return the number of a container, assigned by its name."""
         return self.files.setdefault(source.file, len(self.files))
 
     def place(self, group: int) -> Source:
-        """Tell where a written group came from."""
+        """Return the source of a written group."""
         file, line = self.writer.place(group)
         return Source([*self.files][file], line)
 
     def place_of(self, arrays: GroupArrays, group: int) -> Source:
-        """Tell where a group that is being written comes from."""
+        """Return the source of a group in `arrays`."""
         return Source([*self.files][arrays.files[group]], int(arrays.lines[group]))
 
     def account_arrays(
@@ -327,13 +328,13 @@ class Ledger:
         first: NDArray[np.int64],
         moved: NDArray[np.uint32] | None,
     ) -> None:
-        """Count rows of one group each, and look only at those that came before.
+        """Count rows with one pair each.
 
         Args:
-            arrays: The groups, pairs all of them.
-            outcomes: What became of each.
-            first: The group that said each, or its opposite, before.
-            moved: How many completions of each change the end of the prompt: W502.
+            arrays: The pairs.
+            outcomes: uint8 `[G]`, the outcome of each.
+            first: int64 `[G]`, the earlier group that each repeats or contradicts, or -1.
+            moved: uint32 `[G]`, completions of each with a moved boundary (W502).
         """
         kept = outcomes != DUPLICATE
         tokens = np.add.reduceat(arrays.completion_lengths, np.arange(0, 2 * len(arrays), 2))
@@ -353,7 +354,7 @@ class Ledger:
             self.report.warn("W502", self.place_of(arrays, group))
 
     def account(self, own: list[Written | Refusal], row: Row | None) -> None:
-        """Count a row as kept if a group of it is; what else it holds is then a warning."""
+        """Count a row as kept if one of its groups is; its other parts then become warnings."""
         kept = [part for part in own if isinstance(part, Written) and part.outcome != DUPLICATE]
         if not kept:
             self._lose(own[0], row)
@@ -364,7 +365,7 @@ class Ledger:
                 self.report.warn("W507", part.group.source, f" against {self.place(part.first)}")
         for other in own:
             if other not in kept:
-                reason = other.reason if isinstance(other, Refusal) else "a pair that came before"
+                reason = other.reason if isinstance(other, Refusal) else "a duplicate pair"
                 self.report.warn("W530", _source(other), f" {reason}")
 
     def _lose(self, part: Written | Refusal, row: Row | None) -> None:
@@ -374,10 +375,10 @@ class Ledger:
             self.report.drop_duplicate(part.group.source, self.place(part.first))
 
     def refuse(self, refusal: Refusal, row: object = None) -> None:
-        """Count and list a refused row.
+        """Count and log a refused row.
 
         Raises:
-            BadDataError: No more broken rows are allowed.
+            BadDataError: Too many rows are broken to continue.
         """
         self.report.refuse(refusal)
         if self.log:
@@ -386,16 +387,17 @@ class Ledger:
             return
         if len(self._errors) < LISTED:
             self._errors.append(str(refusal))
-        is_lost = not self.max_bad_fraction and len(self._errors) == LISTED
-        if is_lost or refusal.code in _ALWAYS_STOPS or not refusal.source.line:  # the file itself
+        is_full = not self.max_bad_fraction and len(self._errors) == LISTED
+        is_of_file = not refusal.source.line
+        if is_full or refusal.code in _ALWAYS_STOPS or is_of_file:
             raise self._broken()
 
     def close(self) -> None:
-        """Check the account.
+        """Check the counts.
 
         Raises:
             BadDataError: Too many rows are broken, or none is left.
-            RuntimeError: The account does not add up: a fault of this library.
+            RuntimeError: The counts do not add up, which is a bug in this library.
         """
         if self.report.broken > self.max_bad_fraction * self.report.read:
             raise self._broken()
@@ -409,7 +411,7 @@ class Ledger:
         if report.read:
             summary += f" {report.broken:,} of the {report.read:,} rows read"
         if report.broken < report.read:
-            summary += "; --max-bad-fraction goes on without such rows, and counts them"
+            summary += "; --max-bad-fraction counts such rows and leaves them out"
         if "E206" in report.refused_by_code:
             summary += f"\n{KNOWN_SHAPES}"
         elif not _KEY_CODES.isdisjoint(report.refused_by_code):

@@ -81,9 +81,9 @@ GOLDEN = """\
 7 rows of trl
 [R301] 1 × an empty completion
   rows.jsonl:5 the chosen completion is empty
-[W503] 1 × a completion was cut at the limit
+[W503] 1 × a completion was truncated
   rows.jsonl:6
-[W507] 1 × the same two completions stand elsewhere the other way round
+[W507] 1 × the same pair occurs with chosen and rejected exchanged
   rows.jsonl:3 against rows.jsonl:2
 1 duplicates
   rows.jsonl:4 repeats rows.jsonl:1
@@ -112,7 +112,7 @@ rejected, tokens                         group, tokens
                                          13  0
                                          14 ███████████ 1
 
-completions cut, by tokens lost
+completions truncated, by tokens lost
 4-7 ████████████████████████████████ 1
 
 length bias: chosen is longer in 60.0 %, equal in 0.0 %, shorter in 40.0 % of 5
@@ -129,7 +129,7 @@ label noise: 50.0 % of the judgements are flipped (95 %: 5.0 % … 50.0 %)
   assumes that judges err independently and equally often on every pair, and
     that no row is a copy of another; where that fails it is a lower bound
 
-computing: 64 tokens in rows of prompt and completion, 40.6 % of them prompt
+computation: 64 tokens in rows of prompt and completion, 40.6 % of them prompt
   sharing the prompt computes 51 instead: 20.3 % saved
   padded batches of 8 groups: 46.7 % padding in file order, 46.7 % sorted by
     length
@@ -152,7 +152,7 @@ near-duplicates: 1 of 5 groups resemble an earlier one, whoever is chosen
 
 [W510] many groups are nearly the same: 1 of 5 groups resemble an earlier one;
     they weigh more in training, and a random split puts them on both sides
-[W511] many completions were cut at the limit: 1 of 10 (10.0 %); raise the limit
+[W511] many completions were truncated: 1 of 10 (10.0 %); raise the limit
 """
 
 
@@ -196,8 +196,8 @@ def test_what_cannot_be_done_is_said(run: Run, file: Path, folder: Path, tmp_pat
     for arguments, words in {
         (file,): "name the model's tokenizer with --tokenizer DIR",
         (file, "--tokenizer", folder, "--picture", "a.jpg"): "a picture is .svg, .png or .pdf",
-        ("rows.store", file): "is a sealed store, which is read alone",
-        ("rows.store", "--tokenizer", other): "made with another tokenizer",
+        ("rows.store", file): "is a sealed store, which must be the only input",
+        ("rows.store", "--tokenizer", other): "built with another tokenizer",
         ("absent.jsonl", "--tokenizer", folder): "absent.jsonl",
     }.items():
         code, out, err = run("data", "report", *arguments)

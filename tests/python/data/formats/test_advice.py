@@ -176,4 +176,4 @@ def test_a_place_is_not_said_to_have_more_than_is_there(tmp_path: Path) -> None:
 def test_rows_that_no_container_could_read_were_looked_at_too(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(text("q", "a", "b")) + "\n{broken\n")
-    assert "2 rows looked at" in inspect([path]).to_text()
+    assert "2 rows inspected" in inspect([path]).to_text()

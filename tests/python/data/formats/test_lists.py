@@ -97,4 +97,4 @@ def test_inspection_tells_it() -> None:
 
     table = pa.Table.from_pylist([original()] * 2)
     told = inspect([table]).to_text()
-    assert "[W525] 2 × a list that another score could rank: ranked by 'overall_score'" in told
+    assert "[W525] 2 × a list that another score could also rank: ranked by 'overall_score'" in told

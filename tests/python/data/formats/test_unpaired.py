@@ -63,8 +63,8 @@ def test_two_answers_are_no_demonstration() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (ALPACA, "reads 2 of 2 rows: the answer; losses of pairs cannot use it"),
-        (ROWS["chat"][0], "reads 2 of 2 rows: every answer of the chat; losses of pairs"),
+        (ALPACA, "reads 2 of 2 rows: the answer; preference losses cannot use it"),
+        (ROWS["chat"][0], "reads 2 of 2 rows: every answer of the chat; preference losses"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "reads 2 of 2 rows: the better answer\n"),
         (
             {"question": "q", "answers": ["a", "b"], "scores": [1, 2]},

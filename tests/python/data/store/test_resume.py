@@ -78,7 +78,7 @@ def test_kill_9_at_any_moment_loses_and_repeats_nothing(tmp_path: Path, folder: 
         assert child.stdout
         stop_after = draw.randrange(1, 40)
         for count, line in enumerate(child.stdout):
-            resumed += "goes on" in line
+            resumed += "continues after" in line
             if count == stop_after:
                 time.sleep(draw.random() / 100)
                 os.kill(child.pid, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_other_settings_begin_anew_and_say_why(
         files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, deduplicate=False,
         resume=True, tell=told.append,
     )  # fmt: skip
-    assert "begins anew: the checkpoint was made with deduplicate" in told[0]
+    assert "starts from the beginning: the checkpoint was made with deduplicate" in told[0]
     assert report.deduplicated == 0
 
 
