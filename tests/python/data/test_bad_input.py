@@ -1,4 +1,4 @@
-"""The bad-input matrix: each fault × how the data comes × where it stands, told by one code."""
+"""The bad-input matrix: each fault × kind of input × position is reported with one code."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ from logratio.data.records import stops
 from logratio.data.store import build
 
 LIMIT = 4000
-"""Bytes of a line here, in place of 64 MiB."""
+"""Most bytes of a line in these tests, instead of 64 MiB."""
 
 LONG = " the cat sat on the mat and the dog ran to the house and you?"
 CHAT = [{"role": "user", "content": "why"}]
@@ -34,16 +34,16 @@ SOUND = [pair(1), pair(2)]
 
 @dataclass(frozen=True)
 class Fault:
-    """A row, and what has to be said of it.
+    """A row and its expected report.
 
     Attributes:
         row: The row, or the bytes of its line.
-        code: An E or R code: it is refused; a W code: it is kept, and warned of; "": it is kept;
-            "duplicate": it is left out.
-        column: Told with the line.
-        tokenizer: Which one has to meet it.
-        only_last: It can stand on the last line only, whose end is missing.
-        of_two: It is told of the later of two rows, and sound rows hold the other.
+        code: An E or R code: refused; a W code: kept with a warning; "": kept; "duplicate": left
+            out.
+        column: The column in the report, if any.
+        tokenizer: The tokenizer that triggers it.
+        only_last: Whether it can only be the last line, whose line end is missing.
+        of_two: Whether it is reported for the later of two rows; a valid row is the other.
     """
 
     row: Row | bytes
@@ -105,7 +105,7 @@ Give = Callable[..., tuple[str, Ask]]
 
 @pytest.fixture(params=["plain", "gz", "zst", "stdin", "folder"])
 def give(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Give:
-    """Give content in one of five ways: returns what errors call it, and how to name it."""
+    """Provide content in one of five ways; return its name in errors, and its argument."""
 
     def give(content: bytes, name: str = "rows.jsonl") -> tuple[str, Ask]:
         if request.param == "stdin":
@@ -157,7 +157,7 @@ def lines(rows: list[Row | bytes]) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "place"), CASES, ids=[f"{n}-{p}" for n, p in CASES])
-def test_a_fault_is_told_wherever_it_stands(
+def test_a_fault_is_reported_at_every_position(
     give: Give, tokenizers: dict[str, PreferenceTokenizer], name: str, place: str
 ) -> None:
     fault = FAULTS[name]
@@ -174,7 +174,7 @@ def test_a_fault_is_told_wherever_it_stands(
         (error,) = caught.value.errors
         assert error.startswith(f"{at} [{fault.code}] ")
     if fault.code == "E401":
-        return  # whatever is allowed
+        return  # regardless of --max-bad-fraction
     store, report = build_store(ask(), tokenizer, max_bad_fraction=0.4)
     is_refused, is_twice = fault.code[:1] in ("E", "R"), fault.code == "duplicate"
     assert account(report) == (3, 3 - is_refused - is_twice, is_refused, is_twice)
@@ -267,7 +267,7 @@ def test_faults_of_csv(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tuple[str, ...]]]:
-    """The tokenizers as folders, with the flags that give them their rules."""
+    """The tokenizers as folders, with the flags of their rules."""
     folder = tmp_path_factory.mktemp("folders")
     words = save(folder / "words", with_bos(word_level()))
     chat = save(folder / "chat", with_bos(word_level()))
@@ -286,10 +286,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, t
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_command_line_ends_as_the_matrix_says(
+def test_the_command_line_ends_as_the_matrix_requires(
     run: Run, folders: dict[str, tuple[Path, tuple[str, ...]]], tmp_path: Path, name: str
 ) -> None:
-    """2 and nothing written where a fault stops it; otherwise 0, and the row named or counted."""
+    """Exit code 2 without output for a stopping fault; else 0, with the row named or counted."""
     fault = FAULTS[name]
     content = lines([*SOUND, fault.row])
     path, store = tmp_path / "rows.jsonl", tmp_path / "pairs.store"

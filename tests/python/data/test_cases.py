@@ -1,4 +1,4 @@
-"""Small inputs that once went wrong, each read as it is meant or refused with its reason."""
+"""Regression cases: small inputs that once failed, now read correctly or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def cases(shared: Path) -> Path:
 
 @pytest.fixture
 def build(cases: Path, folder: Path) -> Build:
-    """Read a case as a model with one of TRL's templates reads it."""
+    """Read a case with one of TRL's templates."""
 
     def build(name: str, of: str) -> tuple[Any, DataReport]:
         tokenizer = PreferenceTokenizer.load(folder, chat_template=template(of).source)
@@ -91,7 +91,7 @@ def test_roles_in_other_words(cases: Path) -> None:
     assert record.prompt == ({"role": "user", "content": "hi"},)
 
 
-def test_what_the_template_wrote_is_not_written_again(
+def test_rendered_text_is_not_rendered_again(
     cases: Path, build: Build, folder: Path, run: Run
 ) -> None:
     with pytest.raises(BadDataError, match=r"orca_rendered_input.jsonl:1 \[E405\]"):

@@ -1,4 +1,4 @@
-"""The feed: the plan's batches, one ahead, in reused buffers; positions, workers, and its end."""
+"""The feed: planned batches, prefetch, reused buffers, positions, workers, and its end."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ SETTINGS = FeedSettings(groups_per_update=8, token_budget=60, seed=3)
 
 
 def make_store(count: int, path: Path | None = None, same: bool = False) -> Store:
-    """Store pairs of rather different lengths from two files."""
+    """Store pairs of different lengths from two files."""
     writer = StoreWriter(path)
     for number in range(count):
         chosen, rejected = (4, 4) if same else (1 + number % 7, 1 + number * 5 % 11)
@@ -145,7 +145,7 @@ def test_a_position_of_another_order_is_refused() -> None:
     Feed(make_store(20), replace(SETTINGS, multiple_of=8)).load_state_dict(state)
 
 
-def test_a_position_inside_an_update_is_one_ranks_own() -> None:
+def test_a_position_inside_an_update_belongs_to_one_rank() -> None:
     settings = replace(SETTINGS, token_budget=30)
     feed = Feed(make_store(43), settings)
     batches = iter(feed)
@@ -162,7 +162,7 @@ def feeding_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "logratio-prefetch"]
 
 
-def test_what_fails_on_the_thread_is_raised_where_it_is_read() -> None:
+def test_errors_on_the_thread_are_raised_in_the_reader() -> None:
     calls: list[int] = []
 
     def allocate(nbytes: int) -> NDArray[np.uint8]:
@@ -187,7 +187,7 @@ def test_impossible_settings_are_refused() -> None:
         list(Feed(make_store(3), SETTINGS, depth=-1))
 
 
-def test_no_group_is_no_batch() -> None:
+def test_no_groups_give_no_batch() -> None:
     feed = Feed(make_store(0), SETTINGS)
     assert list(feed) == []
 
@@ -235,7 +235,7 @@ def test_workers_of_a_data_loader_share_the_store(
 ) -> None:
     path = tmp_path / "pairs.store"
     store = make_store(43, path)
-    for _ in Feed(store, SETTINGS):  # a feed was running in the parent when the workers begin
+    for _ in Feed(store, SETTINGS):  # a feed runs in the parent when the workers start
         break
     seen: list[int] = []
     with warnings.catch_warnings():
@@ -293,7 +293,7 @@ def test_ctrl_c_ends_a_feed_at_once() -> None:
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_a_feed_goes_to_another_process_with_its_position(tmp_path: Path) -> None:
+def test_a_feed_is_pickled_with_its_position(tmp_path: Path) -> None:
     feed = Feed(make_store(43, tmp_path / "pairs.store"), SETTINGS)
     batches = iter(feed)
     next(batches)

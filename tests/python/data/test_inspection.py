@@ -1,4 +1,4 @@
-"""`logratio data inspect`: what a file is, why, and what will be made of it."""
+"""`logratio data inspect`: the format of a file, the reason, and the resulting records."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_known_file(write: Callable[..., Path]) -> None:
         assert line in shown
 
 
-def test_what_a_label_lacks_is_said_in_a_flag(write: Callable[..., Path]) -> None:
+def test_a_missing_label_is_explained_with_a_flag(write: Callable[..., Path]) -> None:
     found = look(path := write([AB, AB | {"preference": 1}, AB]))
     assert not found.is_known and not found.detection.near
     assert "--label 'preference: 1=output_1 2=output_2'" in found.detection.reason
@@ -77,7 +77,7 @@ def test_what_a_label_lacks_is_said_in_a_flag(write: Callable[..., Path]) -> Non
     assert look(path, label="preference: 1=output_1 2=output_2").is_known
 
 
-def test_unknown_file_names_what_came_near(write: Callable[..., Path]) -> None:
+def test_unknown_file_names_similar_formats(write: Callable[..., Path]) -> None:
     path = write([{"question": "q", "response_j": "a", "source": "x"}] * 3)
     near = look(path).detection.near
     assert near["stack-exchange"] == ("response_k",)
@@ -133,7 +133,7 @@ def test_tokens_keep_the_space_that_they_begin_with(
     assert "‹ sat</s>›" in shown and "‹ ran</s>›" in shown
 
 
-def test_what_a_tokenizer_refuses_is_shown_as_text(
+def test_refused_by_the_tokenizer_is_shown_as_text(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     tokenizer = PreferenceTokenizer.load(save(tmp_path / "plain", byte_level()))

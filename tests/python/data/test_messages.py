@@ -1,4 +1,4 @@
-"""Messages in every spelling, weights that say what counts, and how chats become text."""
+"""Messages in every spelling, weights of turns, and the rendering of chats."""
 
 from typing import Any
 
@@ -215,7 +215,7 @@ def marked(found: Script, index: int = 0) -> str:
     return "".join(f"[{p.text}]" if p.counts else p.text for p in found.completions[index])
 
 
-def test_turns_without_weight_stand_in_the_text_and_do_not_count() -> None:
+def test_turns_of_weight_0_are_rendered_but_not_trained() -> None:
     answer = (assistant("a"), user("v"), assistant("b", weight=0), user("w"), assistant("c"))
     found = script([user("u")], Completion("chosen", answer, ()))
     assert marked(found) == (
@@ -232,7 +232,7 @@ def test_no_template_sees_a_weight() -> None:
     assert "weight" not in text and '"content": "a"' in text
 
 
-def test_a_step_goes_on_from_what_asks_for_it_and_does_not_end() -> None:
+def test_a_step_follows_its_question_and_has_no_eos() -> None:
     found = script([user("u")], Completion("chosen", "2. b", "1. a\n"), ends=False)
     assert found.prompt.endswith("<|im_start|>assistant\n")
     assert marked(found) == "1. a\n[2. b]"
@@ -240,7 +240,7 @@ def test_a_step_goes_on_from_what_asks_for_it_and_does_not_end() -> None:
     assert marked(script([user("u")], Completion("chosen", "1. a"), ends=False)) == "[1. a]"
 
 
-def test_tools_reach_the_template_before_and_behind_the_answer() -> None:
+def test_tools_reach_the_template_with_and_without_the_answer() -> None:
     answer = (assistant("a"),)
     found = script([user("u")], Completion("chosen", answer, ()), tools=({"name": "f"},))
     assert found.prompt.startswith("<tools>f</tools>")
@@ -271,7 +271,7 @@ def pair(chosen: list[Row], rejected: list[Row]) -> Script:
     return chat_script(record, ChatTemplate(CHATML, {}), None)
 
 
-def test_turns_behind_the_last_answer_are_left_out_and_noted() -> None:
+def test_turns_after_the_last_answer_are_dropped_with_a_warning() -> None:
     tool = {"role": "tool", "content": "4"}
     chosen, rejected = [user("u"), assistant("a")], [user("u"), assistant("b")]
     plain = pair(chosen, rejected)

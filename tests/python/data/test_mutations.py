@@ -1,4 +1,4 @@
-"""Ten thousand damaged files: each gives rows and refusals with their places, and no other error.
+"""Ten thousand damaged files: each yields rows and refusals with places, and no other error.
 
 Every mutation is a function of its seed, which a failure names.
 """
@@ -23,13 +23,13 @@ from logratio.data.records import CODES, Refusal
 ROWS = [pair(i, prompt=f"how {i}é") for i in range(8)]
 CHATS = [{"prompt": [{"role": "user", "content": f"how {i}é"}], "n": i} for i in range(8)]
 READS = {"jsonl": 1500, "json": 1000, "csv": 800, "parquet": 700, "arrow": 700, "arrows": 700}
-"""Mutations of each container; half as many of it packed with each packer: 10,100 in all."""
+"""Mutations per container; half as many per compressed container: 10,100 in all."""
 
 BUILDS = 150
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
-    """Return the content with one to three wounds."""
+    """Return the content with one to three mutations."""
     data = bytearray(content)
     for _ in range(chance.randint(1, 3)):
         at, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
@@ -58,7 +58,7 @@ TOKENS = [
 
 
 def check_rows(path: Path) -> None:
-    """Read a file: rows and refusals in their order, each with a place."""
+    """Read a file; return its rows and refusals in order, each with its place."""
     lines, count = [], 0
     for source, row in open_file(path, max_line_bytes=1 << 16):
         assert source.file == path.as_posix()
@@ -154,7 +154,7 @@ def test_any_json_comes_back(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), VALUES, min_size=1, max_size=4), st.data())
-def test_a_key_that_stands_twice_is_always_seen(
+def test_a_repeated_key_is_always_detected(
     tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any], data: st.DataObject
 ) -> None:
     key = data.draw(st.sampled_from(sorted(row)))

@@ -1,4 +1,4 @@
-"""Records: what they know of themselves."""
+"""Properties of records."""
 
 from logratio.data.records import Completion, PreferenceRecord, Source
 

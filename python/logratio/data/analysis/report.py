@@ -313,8 +313,8 @@ def _similarity(found: Similarity | None, groups: int) -> list[str]:
     if not found.similar:
         return [f"near-duplicates: none among {groups:,} groups ({rule})"]
     return [
-        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one, "
-        "regardless of which answer is chosen",
+        f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one "
+        "(roles are ignored)",
         f"  {_percent(found.similar / groups)}, in {found.clusters:,} clusters of up to "
         f"{found.largest:,} groups; {rule}",
         *(f"  {example}" for example in found.examples[:_SHOWN]),

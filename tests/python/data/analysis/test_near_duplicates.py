@@ -1,4 +1,4 @@
-"""Near-duplicates as Python sees them: types, planted pairs, places, errors."""
+"""Near-duplicates from Python: types, planted pairs, places, errors."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def jaccard(a: Document, b: Document) -> float:
 
 
 def planted(count: int, seed: int) -> list[Document]:
-    """Random documents; two of five are an earlier one with up to four other tokens."""
+    """Random documents; two of five repeat an earlier one with up to four changed tokens."""
     random = np.random.default_rng(seed)
     documents: list[Document] = []
     for number in range(count):
@@ -63,7 +63,7 @@ def components(count: int, links: NDArray[np.int64]) -> list[int]:
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.8, 0.95])
-def test_what_all_pairs_find_is_found(threshold: float) -> None:
+def test_all_pairs_of_the_exact_search_are_found(threshold: float) -> None:
     documents = planted(300, seed=4)
     links, similarities, clusters = near_duplicates(make(documents), threshold, SHINGLE)
     for (first, second), found in zip(links.tolist(), similarities, strict=True):

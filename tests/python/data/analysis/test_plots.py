@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def analysed(
     rows: Sequence[dict[str, str]], place: Path, folder: Path, **options: Any
 ) -> tuple[Store, Analysis]:
-    """Build a store of rows that are not cut, and analyse it."""
+    """Build a store of rows without truncation, and analyse it."""
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = PreferenceTokenizer.load(folder, TokenizationRules(max_length=2000))
@@ -40,7 +40,7 @@ def analysed(
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> dict[str, str]:
-    """Return a pair of so many words; a completion has one token more, its end."""
+    """Return a pair of the given word counts; each completion has one more token, EOS."""
     return {
         "prompt": f"the{' cat' * (prompt - 1)}",
         "chosen": " sat" * chosen,
@@ -50,14 +50,14 @@ def pair(prompt: int, chosen: int, rejected: int) -> dict[str, str]:
 
 @pytest.fixture
 def few(tmp_path: Path, folder: Path) -> Analysis:
-    """Five pairs, one of them twice, and a row that is refused."""
+    """Five pairs, one of them duplicated, and a refused row."""
     lengths = [(2, 4, 1), (2, 4, 1), (3, 1, 4), (4, 9, 1), (5, 1, 2), (6, 0, 1), (7, 4, 1)]
     return analysed([pair(*each) for each in lengths], tmp_path, folder)[1]
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Store, Analysis]:
-    """Pairs of many lengths, of which a few are so much longer that they have no bin."""
+    """Pairs of many lengths; a few are so long that they are outside all bins."""
     lengths = np.random.default_rng(0).geometric(0.02, (400, 3)).clip(max=150).tolist()
     lengths[:4] = [[300, 1, 900], [300, 1, 900], [1, 900, 1], [1, 900, 1]]
     rows = [pair(*each) for each in lengths]

@@ -1,4 +1,4 @@
-"""`logratio data report`: the account, the text and the JSON."""
+"""`logratio data report`: the row counts, the text and the JSON."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
 ROWS: list[dict[str, Any]] = [
     pair("the cat", " sat on the mat", " ran"),
     pair("the dog", " ran to the house", " sat"),
-    pair("the dog", " sat", " ran to the house"),  # the other way round
+    pair("the dog", " sat", " ran to the house"),  # contradicts it
     pair("the cat", " sat on the mat", " ran"),  # again
     pair("the mat", "", " ran"),  # empty
     pair("the house", " and the dog ran to the house and the cat sat on the mat", " sat"),  # cut
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write a file of rows, and make its folder the current one, so that its name is short."""
+    """Write a file of rows into the working directory, so that its name is short."""
     monkeypatch.chdir(tmp_path)
     path = Path("rows.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -119,22 +119,22 @@ length bias: chosen is longer in 60.0 %, equal in 0.0 %, shorter in 40.0 % of 5
     pairs
   chosen − rejected = +2.0 tokens on average, median +3
   Cohen's d_z = 0.471 (95 %: −0.453 … 1.395)
-  P(chosen longer) = 0.600 (95 %: 0.231 … 0.882), ties as one half: so often is
-    “the longer wins” right
+  P(chosen longer) = 0.600 (95 %: 0.231 … 0.882), ties as one half: the accuracy
+    of “the longer wins”
   no warning: that takes |d| ≥ 0.2, or P ≥ 0.58 or ≤ 0.42, and an interval
     without “no effect”
 
 label noise: 50.0 % of the judgements are flipped (95 %: 5.0 % … 50.0 %)
   estimated from 2 pairs that were judged more than once, 1 of them both ways
   assumes that judges err independently and equally often on every pair, and
-    that no row is a copy of another; where that fails it is a lower bound
+    that no row is a copy of another; otherwise it is a lower bound
 
 computation: 64 tokens in rows of prompt and completion, 40.6 % of them prompt
   sharing the prompt computes 51 instead: 20.3 % saved
   padded batches of 8 groups: 46.7 % padding in file order, 46.7 % sorted by
     length
 
-shared beginnings: of 51 tokens with each prompt once a group, `train
+shared beginnings: of 51 tokens with each prompt once per group, `train
     --share-beginnings` computes 51: 0.0 % saved (updates of 32 groups,
     micro-batches of 2,048 tokens)
   `precompute --share-beginnings` computes 51: 0.0 % saved
@@ -146,7 +146,7 @@ vocabulary: 11 of 47 ids are used (23.4 %)
   9 of 10 completions end with </s> (90.0 %)
   all completions begin with one token in 0.0 % of the groups
 
-near-duplicates: 1 of 5 groups resemble an earlier one, whoever is chosen
+near-duplicates: 1 of 5 groups resemble an earlier one (roles are ignored)
   20.0 %, in 1 clusters of up to 2 groups; Jaccard ≥ 0.8 of windows of 5 tokens
   rows.jsonl:3 resembles rows.jsonl:2 (1.00)
 
@@ -187,10 +187,12 @@ def test_a_sealed_store_gives_the_same_report(run: Run, file: Path, folder: Path
     code, out, _ = run("data", "report", "rows.store")
     assert code == 0
     assert "[R301] 1 × an empty completion" in out
-    assert "completions end with" not in out  # only a tokenizer knows which token that is
+    assert "completions end with" not in out  # only the tokenizer knows which token that is
 
 
-def test_what_cannot_be_done_is_said(run: Run, file: Path, folder: Path, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
     other = save(tmp_path / "other", byte_level())
     build_store([file], PreferenceTokenizer.load(folder), "rows.store")
     for arguments, words in {
@@ -341,7 +343,7 @@ def test_harmless_pairs(shared: Path) -> None:
     bias, found = analysis.bias, analysis.padding
     assert bias is not None
     assert found is not None
-    # The better answer to a harmful question is the shorter one, and not by enough for a warning.
+    # The better answer to a harmful question is shorter, but not by enough for a warning.
     assert bias.longer == pytest.approx(0.435, abs=0.001)
     assert bias.effect == pytest.approx(-0.187, abs=0.001)
     assert not analysis.findings

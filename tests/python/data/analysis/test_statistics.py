@@ -1,4 +1,4 @@
-"""Statistics of a data set: small cases by hand, and an oracle that goes through the pairs."""
+"""Statistics of a dataset: small cases by hand, and an oracle that loops over the pairs."""
 
 import math
 from itertools import chain, combinations, pairwise, product
@@ -36,11 +36,11 @@ from logratio.data.store.row_report import DataReport
 CHOSEN, REJECTED, CANDIDATE, DEMONSTRATION = range(4)
 
 Group = tuple[int, list[tuple[int, int, int]]]
-"""Tokens of a prompt; of each completion its tokens, how many of them count, and its role."""
+"""Tokens of a prompt; for each completion its tokens, its trained tokens and its role."""
 
 
 def make(groups: list[Group]) -> Store:
-    """Make a store of these shapes; every group has tokens of its own."""
+    """Build a store of these shapes; groups share no tokens."""
     writer = StoreWriter()
     for number, (prompt, completions) in enumerate(groups):
         ids = np.arange(sum(length for length, _, _ in completions), dtype=np.int32)
@@ -58,7 +58,7 @@ def make(groups: list[Group]) -> Store:
 
 
 def pairs(*lengths: tuple[int, int, int]) -> list[Group]:
-    """Pairs of (prompt, chosen, rejected) tokens, all of which count."""
+    """Pairs of (prompt, chosen, rejected) tokens, all of them trained."""
     return [(p, [(c, c, CHOSEN), (r, r, REJECTED)]) for p, c, r in lengths]
 
 
@@ -93,7 +93,7 @@ def test_numbers_that_are_far_apart_are_counted_too() -> None:
     assert (found.values.tolist(), found.counts.tolist()) == ([1, 10**9], [2, 1])
 
 
-def test_nothing_has_no_statistics() -> None:
+def test_an_empty_store_has_no_statistics() -> None:
     none = Distribution.of(np.zeros(0, np.int64))
     numbers = none.count, none.mean, none.deviation, none.median, none.largest, none.quantile(0.5)
     assert numbers == (0, 0, 0, 0, 0, 0)
@@ -250,7 +250,7 @@ def test_judgements_worse_than_a_coin_are_a_coin() -> None:
 
 
 def test_padding_by_hand() -> None:
-    # Nine pairs: eight whose rows are 5 and 3 long, and one of 21 and 11 that stands alone.
+    # Nine pairs: eight whose rows are 5 and 3 long, and one of 21 and 11 in its own batch.
     found = padding(Columns.of(make(pairs(*[(2, 3, 1)] * 8, (1, 20, 10)))))
     assert found is not None
     assert found.rows == 8 * (5 + 3) + 21 + 11
@@ -294,7 +294,7 @@ def test_padding_against_padding_rows(groups: list[Group]) -> None:
 
 
 def turns(count: int, length: int = 30) -> Store:
-    """Conversations of three rated turns below one of three system prompts, in no order."""
+    """Conversations of three rated turns after one of three system prompts, shuffled."""
     random, writer, rows = np.random.default_rng(count), StoreWriter(), []
 
     def ids(tokens: int) -> list[int]:
@@ -319,7 +319,7 @@ def turns(count: int, length: int = 30) -> Store:
 
 
 def beginnings(store: Store, groups: list[int]) -> int:
-    """Every distinct beginning of these groups' sequences: the nodes of a tree of dictionaries."""
+    """Count the distinct prefixes of the groups' sequences, as nodes of a tree of dictionaries."""
     root: dict[int, Any] = {}
     nodes = 0
     for group in groups:
@@ -334,7 +334,7 @@ def beginnings(store: Store, groups: list[int]) -> int:
 
 @pytest.mark.parametrize(("count", "length"), [(1, 30), (30, 30), (12, 300)])
 def test_sharing_against_a_tree_of_dictionaries(count: int, length: int) -> None:
-    """Prompts of 8 tokens and more that agree so far share; here, all that begin alike do."""
+    """Prompts that agree in their first 8 tokens share; here, all with a common prefix do."""
     store, every = turns(count, length), list(range(3 * count))
     assert (found := sharing(store))
     assert found.grouped == store.tokens
@@ -387,7 +387,7 @@ def test_numbers_are_written_with_a_minus() -> None:
     assert [written(n, 0, sign=True) for n in (-2, 0, 2)] == ["−2", "+0", "+2"]
 
 
-def test_a_store_without_an_account_tells_what_it_holds() -> None:
+def test_a_store_without_counts_reports_its_groups() -> None:
     account = analyse(make(pairs((5, 4, 2), (3, 2, 1)))).account
     assert (account.read, account.kept, account.refused) == (2, 2, 0)
     assert (account.prompt_tokens, account.completion_tokens) == (8, 9)
@@ -399,7 +399,7 @@ def test_bins_have_names() -> None:
     assert binned(Distribution.of(np.array([3])), 3, 1, 1).named() == [("3", 1)]
 
 
-def test_bars_are_as_long_as_they_say() -> None:
+def test_bars_are_proportional() -> None:
     lines = bars([("a", 1000), ("bb", 500), ("c", 0), ("d", 4)], 24)
     assert lines == [
         " a ███████████████ 1,000",
@@ -410,7 +410,7 @@ def test_bars_are_as_long_as_they_say() -> None:
     assert max(map(len, lines)) == 24
 
 
-def test_blocks_stand_side_by_side() -> None:
+def test_blocks_are_side_by_side() -> None:
     lines = side_by_side({"A": ["1"], "B": ["2", "3"], "C": []}, 20)
     assert lines == ["A          B", "1          2", "           3", "C"]
 
@@ -419,7 +419,7 @@ def as_array(*votes: Any) -> NDArray[np.int64]:
     return np.array(votes, np.int64)
 
 
-def test_no_judgement_twice_is_no_estimate() -> None:
+def test_without_repeated_judgements_there_is_no_estimate() -> None:
     assert estimate_flips(as_array([1, 0], [0, 1])) is None
     assert estimate_flips(np.zeros((0, 2), np.uint32)) is None
 
@@ -431,7 +431,7 @@ def one_longer(*differences: int) -> LengthBias:
 
 
 def test_the_warning_names_the_effect_that_is_large() -> None:
-    """A constant difference has no deviation, and a few far values no mean: d is 0.00 there."""
+    """A constant difference has no deviation, and few far values no stable mean: d is 0.00."""
     for bias in (one_longer(*[1] * 40), one_longer(*[1] * 36, *[-9] * 4)):
         assert (bias.effect, bias.strength) == (0, "large")
         (found,) = length_finding(bias)
@@ -446,7 +446,7 @@ def test_the_warning_names_the_effect_that_is_large() -> None:
 
 
 def test_the_accuracy_is_that_of_the_rule_which_is_named() -> None:
-    """Chosen is shorter more often, and much longer where it is longer: the mean decides."""
+    """Chosen is shorter more often, but much longer where it is longer: the mean decides."""
     bias = one_longer(*[-1] * 52, *range(40, 88))
     assert bias.is_of_means and bias.effect > 0.5 > bias.superiority
     (found,) = length_finding(bias)

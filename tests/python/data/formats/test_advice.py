@@ -1,4 +1,4 @@
-"""Advice in errors works when it is followed, and the counts of one report agree."""
+"""The advice in errors works when followed, and the counts of a report agree."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_a_key_of_another_case_or_with_a_slip_is_named(row: dict[str, Any]) -> N
     "row",
     [
         {"prompt": "q", "good": "a", "bad": "b"},
-        {"prompt": "q", "Chosen": 1, "rejected": "b"},  # would be refused all the same
+        {"prompt": "q", "Chosen": 1, "rejected": "b"},  # would still be refused
         {"prompt": "q", "chosen": "a", "id": 7},
     ],
     ids=lambda row: ",".join(row),
@@ -69,10 +69,8 @@ def test_a_key_that_would_not_help_is_not_named(row: dict[str, Any]) -> None:
         (("responsea", "responseb", "kind"), None),
     ],
 )
-def test_no_advice_says_which_of_two_answers_is_better(
-    names: tuple[str, ...], flag: str | None
-) -> None:
-    """`response_j` is the better one in StackExchange's pairs: `response_b` is none of its kind."""
+def test_advice_never_guesses_the_better_answer(names: tuple[str, ...], flag: str | None) -> None:
+    """`response_j` is the better one in StackExchange's pairs; `response_b` is unrelated to it."""
     values = ("good", "bad", 5, 2)
     reason = refusal({"prompt": "q", **dict(zip(names, values, strict=False))})
     assert "response_j" not in reason and "response_k" not in reason
@@ -102,7 +100,7 @@ def test_inspect_refuses_what_the_tokenizer_does(tmp_path: Path) -> None:
     assert "[E401]" in found.to_text() and "(and 1 more)" in found.to_text()
 
 
-def test_a_report_says_that_training_would_stop(tmp_path: Path) -> None:
+def test_a_report_warns_that_training_would_stop(tmp_path: Path) -> None:
     rows = [text("the cat", "sat", "ran"), text("the dog", "ran", 3), text("a", "the", "mat")]
     assert "--max-bad-fraction 0.334" in report(tmp_path, rows, max_bad_fraction=1.0)
 
@@ -141,7 +139,7 @@ def text(prompt: str, chosen: str, rejected: str | int) -> dict[str, Any]:
 
 
 def test_rows_of_a_format_are_all_rows_that_were_read_as_it(tmp_path: Path) -> None:
-    """Whether a row is refused before it becomes ids or behind: it was a row of that format."""
+    """A row of a format counts for it, whether it is refused before or after tokenization."""
     rows = [
         text("the cat", " ran", " sat"),
         text("the cat", "", " sat"),  # R301
@@ -156,7 +154,7 @@ def test_rows_of_a_format_are_all_rows_that_were_read_as_it(tmp_path: Path) -> N
     assert "6 rows of trl" in told
 
 
-def test_rows_and_the_groups_that_they_make_are_both_said(tmp_path: Path) -> None:
+def test_rows_and_their_groups_are_both_reported(tmp_path: Path) -> None:
     rows = [scored([3, 2, 1], "sat", "ran", "the"), scored([2, 1], "sat", "ran")]
     told = report(tmp_path, rows)
     assert "2 rows read: 1 kept" in told
@@ -165,8 +163,8 @@ def test_rows_and_the_groups_that_they_make_are_both_said(tmp_path: Path) -> Non
     assert "rows make" not in report(tmp_path, [text("the cat", " ran", " sat")])
 
 
-def test_a_place_is_not_said_to_have_more_than_is_there(tmp_path: Path) -> None:
-    """Both sides of one row were cut: one place, and no other."""
+def test_listed_places_are_not_overcounted(tmp_path: Path) -> None:
+    """Both sides of one row were truncated: the report lists one place."""
     row = text("the cat", " ran on the mat", " sat on the mat")
     told = report(tmp_path, [row, text("the dog", " ran", " sat")], 5)
     assert "[W503] 2 × a completion was cut" in told

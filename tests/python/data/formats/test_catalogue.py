@@ -1,4 +1,4 @@
-"""Every known format: what it becomes, and each way in which it can be broken."""
+"""Every known format: the records that it gives, and each way in which it can be malformed."""
 
 from typing import Any
 
@@ -362,7 +362,7 @@ THUMBS: dict[str, tuple[str, Row, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", THUMBS)
-def test_thumbs(case: str) -> None:
+def test_boolean_labels(case: str) -> None:
     name, row, settings, role = THUMBS[case]
     decoded = decode(row, **settings)
     (record,) = decoded.records
@@ -375,7 +375,7 @@ def test_thumbs(case: str) -> None:
     assert refusal(row, demonstrations=True, **settings).code == "E206"
 
 
-def test_thumb_of_a_long_chat_is_about_its_last_answer() -> None:
+def test_label_of_a_long_chat_rates_its_last_answer() -> None:
     turns = [user("a"), assistant("b"), user("u"), assistant("c")]
     record = only({"messages": turns, "label": True})
     assert (record.prompt, record.completions[0].answer) == (tuple(turns[:3]), (turns[3],))
@@ -403,7 +403,7 @@ def test_steps_begin_an_answer_and_do_not_end_it(case: str) -> None:
     assert only(row) == PreferenceRecord(tuple(U), sides, SOURCE, ends=False)
 
 
-def test_lists_of_strings_are_steps_only_if_that_is_said() -> None:
+def test_lists_of_strings_are_steps_only_if_the_flag_is_given() -> None:
     assert refusal(PRM).code == "E210"
     assert "--format prmbench" in refusal(PRM).reason
     assert only(PRM, format="prmbench").completions[0].answer == "good"
@@ -654,7 +654,7 @@ def test_columns_give_names_to_keys() -> None:
 
 
 @pytest.mark.parametrize("label", [PAIRED, "thumb: up=good down=bad"])
-def test_a_label_that_was_told_leaves_other_files_alone(label: str) -> None:
+def test_a_given_label_does_not_affect_other_files(label: str) -> None:
     assert only(SHP, label=label) == chat_pair(U, "c", "r")
     assert decode({"prompt": "u", "completion": "c", "label": True}, label=label).format == "kto"
     assert decode(CHAT, label=label).format == "trl-chat"
@@ -667,7 +667,7 @@ def test_null_is_as_good_as_absent_where_a_key_is_not_needed() -> None:
                            "rejected": None}).format == "kto"  # fmt: skip
 
 
-def test_one_file_says_one_kind_of_thing() -> None:
+def test_one_file_holds_one_kind_of_record() -> None:
     decoder = Decoder()
     decoder.decode({"prompt": "u", **SIDES}, Source("f", 1))
     decoder.decode(CHAT, Source("f", 2))

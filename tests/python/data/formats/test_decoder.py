@@ -1,4 +1,4 @@
-"""Rows to records: each known shape, each way to miss it, and where prompts end."""
+"""Decode rows to records: every known format, its errors, and the end of the prompt."""
 
 from typing import Any
 

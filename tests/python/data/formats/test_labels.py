@@ -1,4 +1,4 @@
-"""What a label's values mean, and that the program suggests no meaning which they do not carry."""
+"""The meaning of a label's values; no meaning is suggested that the values do not name."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ def winner(row: Row, label: str | None = None) -> str:
 
 
 def flags(reason: str) -> list[str]:
-    """Return the labels that a sentence offers, read as a shell reads them."""
+    """Return the labels that a sentence suggests, parsed as by a shell."""
     words = shlex.split(reason.replace("`", ""))
     return [words[at + 1] for at, word in enumerate(words) if word == "--label"]
 
@@ -122,13 +122,13 @@ def test_no_meaning_is_suggested_that_the_values_do_not_carry(case: str) -> None
     offered = flags(found.reason)
     assert len(offered) >= 2
     better = []
-    for flag in offered:  # each reads every row, and they differ in what they prefer
+    for flag in offered:  # each reads every row, but they prefer different answers
         assert not [r for r in detect(rows, FormatSettings(label=flag)).refused if r[1] == "E"]
         better.append([winner(row, flag) for row in rows])
     assert len({tuple(one) for one in better}) >= 2
 
 
-def test_what_is_not_understood_gets_the_form_to_fill_in() -> None:
+def test_an_unknown_label_gets_a_template_flag() -> None:
     rows = [{"prompt": "u", "x_a": "1", "x_b": "2", "label": value} for value in "pqr"]
     reason = detect(rows).reason
     assert flags(reason) == ["label: VALUE=x_a OTHER=x_b THIRD=tie"]
@@ -142,13 +142,13 @@ def test_a_label_under_another_name_is_found() -> None:
     assert flags(detect(rows).reason) == ["human_verdict: a=x_a b=x_b"]
 
 
-def test_rows_that_cannot_be_read_with_the_flag_are_said() -> None:
+def test_rows_that_the_flag_cannot_read_are_reported() -> None:
     rows = [{"x_a": "1", "x_b": "2", "label": value} for value in "ab"]
     assert re.search(r"cannot be read with it: \[E201\] the key 'prompt' is missing",
                      detect(rows).reason)  # fmt: skip
 
 
-def test_a_label_that_names_no_key_is_told_the_nearest() -> None:
+def test_a_label_with_an_unknown_key_suggests_the_nearest() -> None:
     row = {"prompt": "u", "response_a": "1", "response_b": "2", "winner": "a"}
     with pytest.raises(InvalidRecordError, match=r"E209.*'Winner'.*did you mean 'winner'"):
         Decoder(FormatSettings(label="Winner: a=response_a b=response_b")).decode(row, HERE)
@@ -175,7 +175,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("name", "row", "key", "expected"), PUBLISHED)
-def test_public_sets_are_read_as_their_cards_say(
+def test_public_datasets_are_read_as_their_cards_define(
     name: str, row: Row, key: str, expected: list[tuple[Any, str]]
 ) -> None:
     for value, better in expected:

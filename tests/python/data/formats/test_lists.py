@@ -1,4 +1,4 @@
-"""Which score ranks a list: UltraFeedback's original rows have seven of them."""
+"""Which score ranks a list: UltraFeedback's original rows have seven scores."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def answer(text: str, overall: float, fine: float, helpful: str, honest: str) ->
 
 
 def original() -> dict[str, Any]:
-    """A row of UltraFeedback as it was published first: each score has another order."""
+    """A row of the original UltraFeedback: every score gives another order."""
     completions = [answer("a", 8, 2.5, "5", "1"), answer("b", 3, 4.5, "3", "5")]
     return {"source": "s", "instruction": "q", "models": ["m", "n"], "completions": completions}
 
@@ -79,7 +79,7 @@ def test_an_answer_without_that_score_is_named() -> None:
         best(row, score="annotations.honesty.Rating")
 
 
-def test_lists_beside_the_answers() -> None:
+def test_lists_of_scores_parallel_to_answers() -> None:
     row = {"question": "q", "answers": ["a", "b"], "ranks": [1, 2], "rewards": [0.1, 0.9]}
     (warning,) = Decoder().decode(row, HERE).warnings
     assert "ranked by 'ranks'; --score NAME ranks by another: rewards" in warning.what  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def test_lists_beside_the_answers() -> None:
     assert "'content': 'b'" in best(row, score="rewards")
 
 
-def test_one_score_is_no_choice() -> None:
+def test_a_single_score_needs_no_warning() -> None:
     row = {"question": "q", "answers": ["a", "b"], "scores": [1, 2]}
     assert not Decoder().decode(row, HERE).warnings
 

@@ -39,12 +39,12 @@ def test_equal_scores_are_a_tie() -> None:
         Decoder().decode(web_gpt(0, 0), HERE)
 
 
-def test_a_score_that_is_no_number() -> None:
+def test_a_score_that_is_not_a_number() -> None:
     with pytest.raises(InvalidRecordError, match="E212"):
         Decoder().decode(web_gpt(0, 1) | {"score_1": "high"}, HERE)
 
 
-def test_a_label_beside_the_scores_decides() -> None:
+def test_a_label_overrides_scores() -> None:
     row = {"question": "q", "answer_a": "x", "answer_b": "y", "score_a": 1, "score_b": 2}
     assert Decoder().decode(row, HERE).format == "rated"
     with pytest.raises(InvalidRecordError, match="E209"):
@@ -52,7 +52,7 @@ def test_a_label_beside_the_scores_decides() -> None:
 
 
 def best_of_k(*scores: Any, **more: Any) -> dict[str, Any]:
-    """PPE's row: the bare question stands beside the prompt that was asked."""
+    """A row of PPE: it has the bare question and the prompt that was sampled from."""
     count = len(scores)
     return {
         "question_id": "1",
@@ -102,7 +102,7 @@ def test_scores_that_are_numbers_may_tie() -> None:
         (best_of_k(True, False, prompt=None, question=None), "E202"),
     ],
 )
-def test_answers_and_scores_have_to_go_together(row: dict[str, Any], code: str) -> None:
+def test_answers_and_scores_must_match_in_number(row: dict[str, Any], code: str) -> None:
     with pytest.raises(InvalidRecordError) as caught:
         Decoder().decode(row, HERE)
     assert caught.value.code == code

@@ -1,4 +1,4 @@
-"""No word is lost on the way from a row to its records, and every layout says the same."""
+"""No word is lost between a row and its records, and every layout gives the same records."""
 
 import re
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def words_of(value: Any) -> set[str]:
 
 
 def missing_words(row: Row, decoded: Decoded) -> set[str]:
-    """Words under keys that were read that stand in no record."""
+    """Return words under read keys that no record contains."""
     unread = {key for key in decoded.extra_keys if key in row}
     inner = {key.split(".")[-1] for key in decoded.extra_keys if key not in row}
     source = {key: _without(value, inner) for key, value in row.items() if key not in unread}
@@ -108,7 +108,7 @@ options = st.fixed_dictionaries(
 
 
 def of_format(known: Format) -> st.SearchStrategy[Row]:
-    """Rows that have what a format needs, in values of likely types, and some other key."""
+    """Rows with the keys of a format, values of likely types, and another key."""
     likely: dict[str, st.SearchStrategy[Any]] = {
         "context": chats,
         "messages": chats,
@@ -208,7 +208,7 @@ def sharegpt(turns: list[Row]) -> list[Row]:
 
 
 def in_parts(turns: list[Row]) -> list[Row]:
-    """Write turns as LLaMA-Factory's newer files do: parts, and a weight a turn."""
+    """Write turns as in LLaMA-Factory's newer files: parts, and a weight per turn."""
     return [
         {
             "role": turn["role"],

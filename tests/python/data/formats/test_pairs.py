@@ -93,7 +93,7 @@ def test_rm_bench() -> None:
         {"rejected": ["a", "e", "f"]},  # as solutions with one first step
     ],
 )
-def test_what_only_looks_like_rm_bench_could_be_steps(change: dict[str, Any]) -> None:
+def test_lists_similar_to_rm_bench_could_be_steps(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidRecordError, match=r"--format prmbench.*--format several"):
         decode(RM_BENCH | change)
 

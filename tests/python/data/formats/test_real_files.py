@@ -1,4 +1,4 @@
-"""The real files: every layout of the same pairs says the same; the others lose nothing."""
+"""Real files: every layout of the same pairs gives the same records; others lose nothing."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from logratio.data.records import InvalidRecordError, PreferenceRecord, Source, 
 
 pytestmark = pytest.mark.shared
 Said = tuple[str, str, str]
-"""The last question, the better and the worse answer, white space at their ends aside."""
+"""Return the last question, the better and the worse answer, stripped."""
 
 FORMATS = {
     "anthropic_hh": "hh",
@@ -66,7 +66,7 @@ def records(path: Path, **settings: Any) -> list[PreferenceRecord]:
 
 
 def turns_of(text: Text) -> list[str]:
-    """What each turn says, whether it is plain text or messages."""
+    """Return the words of each turn, from plain text or messages."""
     if isinstance(text, tuple):
         return [turn["content"].strip() for turn in text if turn["role"] != "system"]
     names = f"\n\n{text}".replace("\n\nAssistant:", "\n\nHuman:").split("\n\nHuman:")
@@ -76,7 +76,7 @@ def turns_of(text: Text) -> list[str]:
 def said(record: PreferenceRecord) -> Said:
     prompt = turns_of(record.prompt)
     if len(prompt) == 1 and isinstance(record.prompt, tuple):
-        prompt = turns_of(prompt[0])  # SHP's post holds the whole transcript
+        prompt = turns_of(prompt[0])  # SHP's post contains the whole transcript
     good, bad = (
         side.answer.strip() if isinstance(side.answer, str) else " ".join(turns_of(side.answer))
         for side in record.completions
@@ -85,7 +85,7 @@ def said(record: PreferenceRecord) -> Said:
 
 
 def pairs_of_thumbs(found: list[PreferenceRecord]) -> list[Said]:
-    """Put the good and the bad answer to a question together again."""
+    """Pair the good and the bad answer to a question again."""
     pairs = []
     for good, bad in zip(found[::2], found[1::2], strict=True):
         assert good.prompt == bad.prompt
@@ -124,7 +124,7 @@ def test_every_layout_holds_the_same_pairs(shared: Path, expected: list[Said], n
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_said_of_each_layout(shared: Path, name: str) -> None:
+def test_advice_about_each_layout(shared: Path, name: str) -> None:
     rows = read(shared / f"data/formats/{name}.jsonl")
     known = detect(rows, FormatSettings(label=LABELS.get(name)))
     assert (known.format, dict(known.counts)) == (FORMATS[name], {FORMATS[name]: len(rows)})
@@ -147,7 +147,7 @@ def test_steps(shared: Path) -> None:
     benched = decode(shared / "data/prmbench_steps.jsonl")
     assert len(benched) == 1500
     refused = Counter(one.code for one in benched if isinstance(one, InvalidRecordError))
-    assert refused == {"R301": 12}  # the better solution ends where the worse one goes on
+    assert refused == {"R301": 12}  # the better solution ends where the worse one continues
     firsts = {
         (str(record.prompt), *((side.context, side.answer) for side in record.completions))
         for one in benched

@@ -34,7 +34,7 @@ def code(row: Row, **settings: Any) -> str:
     return caught.value.code
 
 
-def test_the_last_answers_count_behind_what_each_model_had_said() -> None:
+def test_the_last_answers_are_trained_after_each_models_history() -> None:
     found = record(arena(["a", "b"], ["c", "d"], ["e", "f"], "model_b"))
     assert found.prompt == (user("a"),)
     chosen, rejected = found.completions
@@ -42,13 +42,13 @@ def test_the_last_answers_count_behind_what_each_model_had_said() -> None:
     assert (rejected.context, rejected.answer) == ((assistant("c"), user("b")), (assistant("d"),))
 
 
-def test_what_both_models_said_is_the_prompt() -> None:
+def test_common_turns_of_both_models_are_the_prompt() -> None:
     found = record(arena(["a", "b"], ["c", "d"], ["c", "f"]))
     assert found.prompt == (user("a"), assistant("c"), user("b"))
     assert [one.answer for one in found.completions] == [(assistant("d"),), (assistant("f"),)]
 
 
-def test_it_is_told_by_its_columns_and_a_tie_is_refused() -> None:
+def test_it_is_detected_by_its_columns_and_a_tie_is_refused() -> None:
     assert detect([arena(["a"], ["b"], ["c"])]).format == "arena-55k"
     assert code(arena(["a"], ["b"], ["c"], "tie")) == "R310"
     assert code(arena(["a"], ["b"], ["c"], "nobody")) == "E212"
@@ -80,11 +80,11 @@ def test_lists_that_no_string_spells_are_read_alike() -> None:
         ({"winner_tie": 2}, "E212"),
     ],
 )
-def test_what_does_not_go_together_is_named(change: Row, expected: str) -> None:
+def test_mismatched_conversations_are_named(change: Row, expected: str) -> None:
     assert code(arena(["a"], ["b"], ["c"]) | change) == expected
 
 
-def test_a_prompt_that_is_text_is_text_and_the_user_may_say_so() -> None:
+def test_a_text_prompt_stays_text_also_by_flag() -> None:
     row = arena(["a"], ["b"], ["c"])
     plain = row | {"prompt": "a", "response_a": "b", "response_b": "c"}
     found = record(plain)
@@ -96,7 +96,7 @@ def test_a_prompt_that_is_text_is_text_and_the_user_may_say_so() -> None:
         decoder.decode(plain, HERE)
 
 
-def test_a_label_that_was_told_reads_the_same_turns() -> None:
+def test_a_given_label_reads_the_same_turns() -> None:
     row = arena(["a"], ["b"], ["c"])
     told = "winner_*: model_a=response_b model_b=response_a tie=tie"
     assert record(row, label=told).completions[0].answer == (assistant("c"),)

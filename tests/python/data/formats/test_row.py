@@ -1,4 +1,4 @@
-"""What a string in a row is: text, or a list or chat that was written as text."""
+"""Strings in a row: text, or a list or chat that was written as text."""
 
 import csv
 import io
@@ -82,7 +82,7 @@ def test_native_and_spelled_messages_are_one_chat() -> None:
         {"context": ASK, "completions": ["a", json.dumps(GOOD)], "scores": [1, 2]},
     ],
 )
-def test_what_could_be_either_names_the_flag(row: dict[str, Any]) -> None:
+def test_ambiguous_strings_name_the_flag(row: dict[str, Any]) -> None:
     error = refused(row)
     assert error.code == "E215"
     assert "--strings messages" in error.reason
@@ -116,7 +116,7 @@ def test_the_flag_settles_it() -> None:
         '{"k": 1, "k": 2}',
     ],
 )
-def test_json_that_is_no_chat_is_text(answer: str) -> None:
+def test_json_that_is_not_a_chat_is_text(answer: str) -> None:
     if answer.startswith('[{"role"'):
         assert refused({"prompt": "q", "chosen": answer, "rejected": "b"}).code == "E215"
         return
@@ -227,12 +227,12 @@ def test_text_in_brackets_keeps_its_ids_and_order_in_bulk(
         for given in (table, tmp_path / "rows.jsonl")
         for strings in (None, "text")
     ]
-    assert len({store.digest for store in stores}) <= 2  # files have names of their own
+    assert len({store.digest for store in stores}) <= 2  # other files are independent
     for store in stores:
         assert store.sources()[1].tolist() == list(range(1, 51))
 
 
-def test_brackets_are_seen_behind_white_space() -> None:
+def test_brackets_are_found_after_white_space() -> None:
     texts = ["", " ", "\n[", "[", " {", "a[", "  ", "é[", "\t\r\n {x"]
     expected = [opens(text) for text in texts]
     assert expected == [False, False, True, True, True, False, False, False, True]

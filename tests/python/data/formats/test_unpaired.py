@@ -1,4 +1,4 @@
-"""What `--loss sft` reads, and what a loss of pairs says of data that has nothing to compare."""
+"""The rows that `--loss sft` reads, and the errors of preference losses for them."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_loss_of_pairs_names_the_loss_that_reads_them(case: str) -> None:
         Decoder().decode(ROWS[case][0], HERE)
 
 
-def test_two_answers_are_no_demonstration() -> None:
+def test_two_answers_are_not_a_demonstration() -> None:
     with pytest.raises(InvalidRecordError, match="E206"):
         Decoder(FormatSettings(demonstrations=True)).decode(ALPACA | {"answer": "4"}, HERE)
 
@@ -74,7 +74,7 @@ def test_two_answers_are_no_demonstration() -> None:
     ],
     ids=["alpaca", "chat", "pair", "list", "thumb"],
 )
-def test_inspection_says_what_is_imitated(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+def test_inspection_reports_imitation(tmp_path: Path, row: dict[str, Any], words: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(row)}\n" * 2)
     found = inspect([path])

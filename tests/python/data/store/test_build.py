@@ -1,4 +1,4 @@
-"""Files to a store: what is written, what is refused, and that no row is lost on the way."""
+"""Build stores from files: what is written, what is refused, and that no row is lost."""
 
 import gzip
 import json
@@ -62,7 +62,7 @@ def lines(rows: Sequence[Row | bytes]) -> bytes:
 
 
 def pair(number: int) -> Row:
-    """Return one of many different sound rows."""
+    """Return one of many different valid rows."""
     return {"prompt": "the cat sat", "chosen": " good" * (number + 1), "rejected": " bad"}
 
 
@@ -101,7 +101,7 @@ FAULTS: dict[str, tuple[bytes | Row, str]] = {
 
 @pytest.mark.parametrize("place", [1, 2, 3])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_counted_and_named_wherever_it_stands(
+def test_a_fault_is_counted_and_named_at_every_position(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer, fault: str, place: int
 ) -> None:
     row, code = FAULTS[fault]
@@ -126,7 +126,7 @@ def test_a_fault_is_counted_and_named_wherever_it_stands(
     assert store.sources()[1].tolist() == [line for line in (1, 2, 3) if line != place]
 
 
-def test_faults_of_whole_files_stop_whatever_is_allowed(
+def test_faults_of_whole_files_stop_at_any_bad_fraction(
     tmp_path: Path, tokenizer: PreferenceTokenizer
 ) -> None:
     sound = tmp_path / "sound.jsonl"
@@ -140,7 +140,7 @@ def test_faults_of_whole_files_stop_whatever_is_allowed(
             build_store([sound, path], tokenizer, max_bad_fraction=0.99)
 
 
-def test_cut_file_stops_and_says_so(tmp_path: Path, tokenizer: PreferenceTokenizer) -> None:
+def test_truncated_file_stops_with_its_code(tmp_path: Path, tokenizer: PreferenceTokenizer) -> None:
     path = tmp_path / "cut.jsonl"
     path.write_bytes(lines([pair(0), pair(1)])[:-20])
     with pytest.raises(BadDataError, match=r"cut\.jsonl:2:\d+ \[E102\] the file ends inside"):
@@ -223,7 +223,7 @@ def test_no_output_is_written_over_data_or_another_output(
     assert not other.exists()
 
 
-def test_nothing_kept_is_an_error_that_says_why(
+def test_nothing_kept_is_an_error_with_reasons(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer
 ) -> None:
     path = write([pair(0) | {"chosen": ""}])
@@ -241,7 +241,7 @@ def test_missing_file_is_found_before_anything_is_read(
 # What is kept
 
 
-def test_store_holds_what_the_tokenizer_says(
+def test_store_equals_the_tokenizers_output(
     write: Callable[..., Path], tokenizer: PreferenceTokenizer, tmp_path: Path
 ) -> None:
     texts, chat = pair(0), {"prompt": turns("how"), "chosen": turns("", "a")[1:]}
@@ -302,9 +302,7 @@ def test_demonstrations(write: Callable[..., Path], tokenizer: PreferenceTokeniz
         build_store([write(rows)], tokenizer)
 
 
-def test_rows_of_one_line_are_rows_of_their_own(
-    tmp_path: Path, tokenizer: PreferenceTokenizer
-) -> None:
+def test_rows_on_one_line_are_separate_rows(tmp_path: Path, tokenizer: PreferenceTokenizer) -> None:
     path = tmp_path / "array.json"
     path.write_text(json.dumps([pair(0), pair(1), pair(1), pair(2), pair(0)]))
     store, report = build_store([path], tokenizer)
@@ -426,7 +424,7 @@ SOUND = lines(
 DRIFTWOOD = [b"\n", b"\r\n", b'"', b"{", b"}", b"[", b"null", b"\\ud800", b"\xff", b"\0", b'"":""']
 
 
-def test_what_is_mutated_below_was_sound(tokenizer: PreferenceTokenizer, tmp_path: Path) -> None:
+def test_files_are_valid_before_mutation(tokenizer: PreferenceTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "sound.jsonl"
     path.write_bytes(SOUND)
     assert build_store([path], tokenizer)[1].kept == SOUND.count(b"\n") == 5
@@ -468,7 +466,7 @@ def test_mutated_files_are_accounted_for_or_bad_data(
     except BadDataError as error:
         for line in error.errors:
             place, code = line.split(" [")[0], line.split(" [")[1][:4]
-            of_the_file = code in {"E106", "E112"}  # empty, or of a kind that is not read
+            of_the_file = code in {"E106", "E112"}  # empty, or of an unsupported type
             assert place == path.as_posix() if of_the_file else place.startswith(f"{path}:")
         assert error.errors or "no row was kept" in str(error)
         return
@@ -581,7 +579,7 @@ def test_layouts_that_hold_no_pairs_are_refused_whole(shared: Path, name: str) -
 
 @pytest.mark.shared
 def test_byte_level_fixture_is_like_the_real_one(shared: Path, tmp_path: Path) -> None:
-    """Our small tokenizer stands for GPT-2's: the boundary moves in both."""
+    """The small tokenizer behaves like GPT-2's: the boundary moves in both."""
     row = {"prompt": "how are ", "chosen": "you", "rejected": "\nno"}
     path = tmp_path / "row.jsonl"
     path.write_bytes(lines([row]))

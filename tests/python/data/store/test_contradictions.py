@@ -1,4 +1,4 @@
-"""Pairs that say the opposite, and lists of which a part is left out: the account stays true."""
+"""Contradictory pairs, and lists with omitted parts: the counts remain correct."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def pair(chosen: str, rejected: str, prompt: str = "the") -> dict[str, str]:
 
 
 ROWS = [
-    pair("cat", "dog"),  # said twice, the opposite once
+    pair("cat", "dog"),  # two rows for it, one against it
     pair("mat", "dog"),  # undisputed
     pair("dog", "cat"),
     pair("cat", "dog"),
@@ -46,7 +46,7 @@ def lines(store: Store) -> list[int]:
     [("keep", [1, 2, 3, 5, 6], 0), ("majority", [1, 2], 3), ("drop_both", [2], 4)],
 )
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_contradictions_are_settled_as_told(
+def test_contradictions_are_resolved_by_the_setting(
     tmp_path: Path,
     tokenizer: PreferenceTokenizer,
     conflicts: Any,
@@ -100,7 +100,7 @@ def test_nothing_may_be_left(tmp_path: Path, tokenizer: PreferenceTokenizer) -> 
     assert {entry.name for entry in tmp_path.iterdir()} == {"rows.jsonl", "words"}
 
 
-def test_an_unknown_way_to_settle_is_refused(
+def test_an_unknown_conflicts_setting_is_refused(
     tmp_path: Path, tokenizer: PreferenceTokenizer
 ) -> None:
     with pytest.raises(ValueError, match=r"conflicts must be one of keep.*, not 'all'"):
@@ -127,7 +127,7 @@ LIST = {
 def test_a_row_of_several_pairs_is_one_row(tmp_path: Path, tokenizer: PreferenceTokenizer) -> None:
     file = write(tmp_path / "rows.jsonl", [pair("cat", "dog"), LIST, LIST])
     store, report = build_store([file], tokenizer)
-    assert lines(store) == [1, 2]  # cat over dog was there; dog and mat tie
+    assert lines(store) == [1, 2]  # cat over dog is a duplicate; dog and mat tie
     assert (report.read, report.kept, report.deduplicated, report.refused) == (3, 2, 1, 0)
     assert report.warnings_by_code["W530"] == 3
 

@@ -1,4 +1,4 @@
-"""Tables of token ids: written in bulk, and as they would be one by one."""
+"""Tables of token ids: written in bulk with the same result as row by row."""
 
 import gc
 import re
@@ -55,7 +55,7 @@ ROW = st.tuples(IDS, IDS, IDS) | st.tuples(IDS, IDS).map(lambda row: (row[0], ro
 
 @settings(max_examples=300, deadline=None)
 @given(rows=st.lists(ROW, min_size=1, max_size=12), large=st.booleans())
-def test_a_table_is_read_as_its_rows_are(
+def test_a_table_is_read_like_its_rows(
     tokenizer: PreferenceTokenizer, rows: list[Any], large: bool
 ) -> None:
     ids = pa.large_list(pa.int64()) if large else pa.list_(pa.int32())

@@ -1,4 +1,4 @@
-"""Pairs of text encoded in bulk are what the decoder and the tokenizer make of them one by one."""
+"""Pairs of text encoded in bulk equal those that are decoded and tokenized one by one."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def groups(store: Store) -> list[Any]:
 
 
 def told(report: DataReport) -> dict[str, Any]:
-    """Places are in the order in which they were found, which may differ within a batch."""
+    """Places are listed in the order of discovery, which may differ within a batch."""
     whole = report.to_dict()
     return whole | {"places": {code: sorted(places) for code, places in whole["places"].items()}}
 
@@ -140,11 +140,11 @@ def test_ordinary_rows_make_no_python_objects(
 
     monkeypatch.setattr(PlainTable, "row", counted)
     _, report = build_store([table], tokenizer, max_bad_fraction=1.0)
-    assert made_rows == [1, 41]  # the first says what the table holds
+    assert made_rows == [1, 41]  # the first row decides the kind of the file
     assert (report.kept, report.deduplicated, report.refused) == (9, 31, 1)
 
 
-def test_text_that_is_no_utf8_is_refused_alone(tokenizer: PreferenceTokenizer) -> None:
+def test_only_text_that_is_not_utf8_is_refused(tokenizer: PreferenceTokenizer) -> None:
     rows = [START | {"chosen": f" sat {number}"} for number in range(6)]
     table = pyarrow.Table.from_pylist(rows)
     broken = pyarrow.array([b" a", b" b", b" c", b" \xff", b" d", b" e"]).view(pyarrow.string())
@@ -154,7 +154,7 @@ def test_text_that_is_no_utf8_is_refused_alone(tokenizer: PreferenceTokenizer) -
     assert report.kept == 5
 
 
-def test_a_table_that_cannot_be_opened_stops_whatever_is_allowed(
+def test_an_unreadable_table_stops_at_any_bad_fraction(
     tokenizer: PreferenceTokenizer, tmp_path: Path
 ) -> None:
     good, cut = tmp_path / "good.parquet", tmp_path / "cut.parquet"

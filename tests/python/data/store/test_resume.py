@@ -1,4 +1,4 @@
-"""A reading that was cut off goes on, and ends as if nothing had happened."""
+"""An interrupted build resumes, and gives the same store as an uninterrupted one."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def as_table(path: Path) -> Path:
-    """Write the rows of a file that are JSON as Parquet."""
+    """Write the valid JSON rows of a file as Parquet."""
     lines = [line for line in path.read_text().splitlines() if line.startswith('{"')]
     rows = pyarrow.Table.from_pylist([json.loads(line) for line in lines])
     table = path.with_suffix(".parquet")
@@ -103,7 +103,7 @@ def interrupted(
     monkeypatch: pytest.MonkeyPatch,
     refused: Path | None = None,
 ) -> None:
-    """Leave a checkpoint behind, as a killed process would."""
+    """Leave a checkpoint, as a killed process would."""
     monkeypatch.setattr(build, "EVERY", 0.0)
 
     def fail(rows: int, *_: int) -> None:
@@ -131,7 +131,7 @@ def test_a_kept_traceback_keeps_no_lock(tmp_path: Path, folder: Path) -> None:
     build_store(files, tokenizer, path, max_bad_fraction=0.5)
 
 
-def test_other_settings_begin_anew_and_say_why(
+def test_other_settings_start_over_with_the_reason(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
@@ -146,7 +146,7 @@ def test_other_settings_begin_anew_and_say_why(
     assert report.deduplicated == 0
 
 
-def test_a_changed_file_begins_anew(
+def test_a_changed_file_starts_over(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
@@ -165,7 +165,7 @@ def test_a_changed_file_begins_anew(
     ("now", "reason"),
     [("gone.jsonl", "no longer lists the rows refused before"), ("other.jsonl", "had other list")],
 )
-def test_another_list_of_refused_rows_begins_anew(
+def test_another_list_of_refused_rows_starts_over(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, now: str, reason: str
 ) -> None:
     files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]

@@ -1,4 +1,4 @@
-"""Nothing of an answer vanishes where it follows its prompt, whatever the tokenizer."""
+"""No token of an answer is lost at the boundary to its prompt, with any tokenizer."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ UNKNOWN = 0
 
 
 def bytes_without_an_alphabet() -> Tokenizer:
-    """Byte-level BPE that knows the bytes of its training only, and has a token for the others."""
+    """Byte-level BPE with only the bytes of its training, and a token for unknown ones."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
@@ -69,7 +69,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Preference
 def test_an_answer_has_tokens_for_all_of_it(
     kind: str, prompt: str, answer: str, tokenizers: dict[str, PreferenceTokenizer]
 ) -> None:
-    """Alone or after any prompt it has at least the tokens that unknown text has: one."""
+    """Alone or after any prompt, an answer of unknown text has at least one token."""
     tokenizer = tokenizers[kind]
     raw = tokenizer.files.tokenizer
     group = tokenizer.encode_completions(prompt, [answer, answer + " the dog"])
@@ -88,7 +88,7 @@ def test_an_answer_has_tokens_for_all_of_it(
 def test_the_beginning_of_a_candidate_does_not_vanish(
     tokenizers: dict[str, PreferenceTokenizer],
 ) -> None:
-    """An unknown word at the end of a prompt took in what followed without a space."""
+    """An unknown word at the end of a prompt absorbed an answer that followed without a space."""
     tokenizer = tokenizers["words"]
     group = tokenizer.encode_completions("the zzz", ["cat sat", " sat"])
     first, second = (completion.ids for completion in group.completions)
@@ -103,7 +103,7 @@ TEXTS = st.text("ab ☃é\n", max_size=6)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=6))
-def test_pairs_in_bulk_are_what_single_ones_are(
+def test_pairs_in_bulk_equal_single_pairs(
     kind: str, rows: list[tuple[str, str, str]], tokenizers: dict[str, PreferenceTokenizer]
 ) -> None:
     tokenizer = tokenizers[kind]
@@ -149,7 +149,7 @@ def test_a_missing_white_space_is_warned_about_once(
     assert "W520" not in codes
 
 
-def test_bulk_and_single_rows_agree_on_what_touches() -> None:
+def test_bulk_and_single_rows_agree_on_touching() -> None:
     texts = ["", "a", "a ", " a", "é", "9", "~", "a\n", "猫a", "a猫", "(", "\0"]
     pairs = [(prompt, answer) for prompt in texts for answer in texts]
     columns = [pyarrow.array(column) for column in zip(*pairs, strict=True)]

@@ -130,7 +130,7 @@ def test_raise_exception_carries_its_words() -> None:
         "{{ absent.attribute }}",
     ],
 )
-def test_whatever_a_template_does_is_one_kind_of_error(source: str) -> None:
+def test_every_failure_of_a_template_is_one_kind_of_error(source: str) -> None:
     with pytest.raises(ChatTemplateError):
         ChatTemplate(source, {}).render(CHATS["one"])
 

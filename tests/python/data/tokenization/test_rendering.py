@@ -1,4 +1,4 @@
-"""Messages that a chat template has already written: found by the template's own markers."""
+"""Messages that are already rendered are detected by the markup of the template."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def markers(source: str) -> Markers:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_a_template_writes_is_found_and_ordinary_text_is_not(name: str) -> None:
+def test_rendered_text_is_found_and_ordinary_text_is_not(name: str) -> None:
     own, found = template(name), Markers(template(name), (TOKENS["bos_token"], EOS))
     assert not any(map(found.find, ORDINARY))
     for turns in (CHAT[:1], CHAT, (system("Be kind."), *CHAT)):
@@ -99,7 +99,7 @@ def tokenizer(tmp_path: Path) -> PreferenceTokenizer:
 
 
 @pytest.mark.parametrize("side", ["input", "chosen", "rejected"])
-def test_a_row_that_was_rendered_is_refused_with_what_to_do(
+def test_a_rendered_row_is_refused_with_advice(
     tmp_path: Path, tokenizer: PreferenceTokenizer, side: str
 ) -> None:
     path, row = tmp_path / "d.jsonl", {"input": "hi", "chosen": "Hello!", "rejected": "No."}

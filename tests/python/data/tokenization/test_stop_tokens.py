@@ -1,4 +1,4 @@
-"""Where answers end: every token that ends one is known, and drawn answers and data are checked."""
+"""Stop tokens: all are known, and sampled answers and data are checked against them."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ CHAT = [{"role": "user", "content": "how are you"}]
 
 
 def folder(path: Path, template: str | None = None, **files: Any) -> Path:
-    """Save a tokenizer with JSON files of the model beside it."""
+    """Save a tokenizer together with JSON files of its model."""
     save(path, byte_level(), chat_template=template)
     for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content))
@@ -31,7 +31,11 @@ def folder(path: Path, template: str | None = None, **files: Any) -> Path:
     ("template", "files", "stops"),
     [
         (None, {}, (EOS,)),
-        (CHATML, {}, (EOS, IM_END)),  # a base model of Qwen: the template ends turns by another
+        (
+            CHATML,
+            {},
+            (EOS, IM_END),
+        ),  # a Qwen base model: the template has another end
         (GEMMA, {}, (EOS,)),
         (None, {"generation_config": {"eos_token_id": IM_END}}, (EOS, IM_END)),
         (None, {"generation_config": {"eos_token_id": [IM_END, 3]}}, (EOS, 3, IM_END)),
@@ -51,7 +55,7 @@ def test_every_token_that_ends_an_answer_is_known(
 
 
 class Spoken:
-    """A model whose `generate` says what it is told to say, and remembers how it was asked."""
+    """A model whose `generate` returns given ids and records its arguments."""
 
     def __init__(self, model: PreTrainedModel, ids: list[int]) -> None:
         self.model, self.ids = model, ids
@@ -77,7 +81,7 @@ def test_a_drawn_answer_ends_at_the_first_of_the_stop_tokens(tiny_model: Path) -
 
 
 def test_generation_stops_at_any_of_them(tiny_model: Path) -> None:
-    """Each of the first tokens that are drawn freely ends the answer once it is a stop token."""
+    """Each of the first sampled tokens ends the answer once it is a stop token."""
     model = load_model(tiny_model)
     prompts = [[1, 5, n] for n in range(5, 15)]
     free = sample_completions(model, prompts, max_new_tokens=6, stop_ids=[])
@@ -112,11 +116,11 @@ def test_the_report_counts_answers_that_end(
     assert found.tokens.ended == ended
     assert found.tokens.stops == (("</s>",) if template is None else ("</s>", "<|im_end|>"))
     assert f"{ended} of 6 completions end with </s>" in found.to_text()
-    assert not found.findings  # where EOS was not wanted nothing is missing
+    assert not found.findings  # without EOS in the rules, none is expected
 
 
 def test_data_of_which_no_answer_ends_is_warned_about(tmp_path: Path) -> None:
-    """The template ends turns with plain text: a model that is trained on it never stops."""
+    """The template ends turns with plain text: a model trained on it never stops."""
     tokenizer = PreferenceTokenizer.load(
         folder(tmp_path / "t", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     )
@@ -130,7 +134,7 @@ def test_data_of_which_no_answer_ends_is_warned_about(tmp_path: Path) -> None:
     assert "none of 2 completions ends with </s>" in found.findings[0].text
 
 
-def test_white_space_after_the_stop_token_hides_no_end(tmp_path: Path) -> None:
+def test_white_space_after_the_stop_token_does_not_hide_it(tmp_path: Path) -> None:
     tokenizer = PreferenceTokenizer.load(folder(tmp_path / "t", CHATML))
     assert tokenizer.decode(tokenizer.encode_completion(CHAT, "fine")) == "fine<|im_end|>\n"
     path = tmp_path / "chats.jsonl"

@@ -1,4 +1,4 @@
-"""Plain text and a tokenizer with a chat template: as the turns of a chat, or as it stands."""
+"""Plain text with a chat template: wrapped as turns of a chat, or unchanged."""
 
 import json
 from collections import Counter
@@ -67,7 +67,7 @@ def ids(store: Store, group: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("text", "chat"), [(TEXT, CHAT), (HH, TURNS)], ids=["text", "hh"])
-def test_text_as_chat_is_what_messages_are(
+def test_text_as_chat_equals_messages(
     text: dict[str, Any], chat: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -105,7 +105,7 @@ def test_text_that_passes_by_the_template_is_counted(
     assert ids(meant, rows - 1) == ids(plain, rows - 1)
 
 
-def test_without_a_template_there_is_nothing_to_say(tmp_path: Path) -> None:
+def test_without_a_template_there_is_no_warning(tmp_path: Path) -> None:
     bare = save(tmp_path / "bare", byte_level())
     _, report = store_of(bare, tmp_path / "rows.jsonl", [TEXT])
     assert report.warnings_by_code == Counter()
@@ -128,7 +128,7 @@ def test_data_that_is_half_templated_is_warned_about(folder: Path, tmp_path: Pat
     assert DataReport.from_dict(report.to_dict()).chat_rows == 2
 
 
-def test_inspect_says_so(folder: Path, tmp_path: Path) -> None:
+def test_inspect_reports_it(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(TEXT) + "\n")
     assert "[W518] 1 × plain text" in inspect([path], tokenizer=load(folder)).to_text()
@@ -136,7 +136,7 @@ def test_inspect_says_so(folder: Path, tmp_path: Path) -> None:
     assert "W518" not in inspect([path], tokenizer=load(folder, text_as="chat")).to_text()
 
 
-def test_a_store_knows_what_its_text_was(folder: Path, tmp_path: Path) -> None:
+def test_a_store_records_text_as(folder: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "rows.jsonl", tmp_path / "out.store"
     path.write_text(json.dumps(TEXT) + "\n")
     build_store([path], load(folder), out)

@@ -1,4 +1,4 @@
-"""Text to ids: BOS, EOS, the prompt's boundary, truncation, chats; the same for every caller."""
+"""Tokenization: BOS, EOS, prompt boundary, truncation, chats; the same for every caller."""
 
 import json
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def refused(tokenizer: PreferenceTokenizer, record: PreferenceRecord) -> str:
 
 
 def counted(tokenizer: PreferenceTokenizer, group: TokenizedGroup, index: int = 0) -> list[str]:
-    """Return the stretches of a completion that count, as text."""
+    """Return the trained parts of a completion as text."""
     completion = group.completions[index]
     stretches: list[list[int]] = []
     before = 0
@@ -96,7 +96,7 @@ def counted(tokenizer: PreferenceTokenizer, group: TokenizedGroup, index: int = 
 
 @pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bos_stands_where_transformers_puts_it(kind: str, config: dict[str, bool]) -> None:
+def test_bos_is_where_transformers_puts_it(kind: str, config: dict[str, bool]) -> None:
     path = folder(kind, **config)
     theirs = AutoTokenizer.from_pretrained(path)
     ours = PreferenceTokenizer.load(path)
@@ -224,7 +224,7 @@ def test_ids_give_the_text_back_and_masks_fit(
     length=st.integers(2, 30),
     policy=st.sampled_from(["keep_start", "keep_end"]),
 )
-def test_a_completion_is_the_same_whoever_stands_beside_it(
+def test_a_completion_does_not_depend_on_its_siblings(
     prompt: str, one: str, others: list[str], length: int, policy: Any
 ) -> None:
     tokenizer = load("bytes with bos", max_length=length, prompt_truncation=policy)
@@ -297,7 +297,7 @@ def test_history_that_leaves_no_room_for_the_answer() -> None:
 
 
 def test_completion_without_a_token_is_empty() -> None:
-    """Nothing but the EOS would be trained."""
+    """Only the EOS would be trained."""
     tokenizer = with_bos(word_level())
     from tokenizers import normalizers
 
@@ -348,7 +348,7 @@ HIDING = "{% for m in messages %}{{ m.role }}{% endfor %}{% if add_generation_pr
 STRICT = "{% if messages | length > 2 %}{{ raise_exception('too many turns') }}{% endif %}" + CHATML
 
 
-def test_chat_ends_as_its_template_says() -> None:
+def test_chat_ends_as_its_template_does() -> None:
     tokenizer = load("bytes with bos", CHATML)
     group = encoded(tokenizer, chat(turn("assistant", "fine")))
     assert tokenizer.decode(group.prompt_ids) == (
@@ -371,7 +371,7 @@ def test_chat_ids_are_those_of_transformers() -> None:
     assert (group.prompt_ids + group.completions[0].ids).count(BOS) == 1
 
 
-def test_space_behind_the_templates_eos_is_not_trained() -> None:
+def test_space_after_the_templates_eos_is_not_trained() -> None:
     tokenizer = load("bytes", WITH_EOS)
     group = encoded(tokenizer, chat(turn("assistant", "fine")))
     assert tokenizer.decode(group.completions[0].ids) == "fine</s>"
@@ -390,10 +390,10 @@ def test_only_answers_count_in_a_chat_of_many_turns() -> None:
 
 
 def test_template_that_asks_otherwise_than_it_tells() -> None:
-    """A thinking model's template asks with <think> and leaves it out when the answer is there.
+    """The generation prompt of a thinking model ends with <think>, a rendered answer omits it.
 
-    The prompt and the answer are together what the template writes, whatever the answer begins
-    with, unless it begins with all that the template asks with.
+    Prompt and answer together equal the rendered text, unless the answer begins with the whole
+    generation prompt.
     """
     tokenizer = load("bytes", THINKING)
     for content in ("fine", "<think", "<t", "assistant", "<assistan", "how", "<think>fine"):
@@ -465,7 +465,7 @@ def test_what_cannot_be_scored_is_an_error_with_its_code() -> None:
 # Folders
 
 
-def test_special_tokens_may_be_objects_or_stand_in_the_older_file(tmp_path: Path) -> None:
+def test_special_tokens_may_be_objects_or_in_the_older_file(tmp_path: Path) -> None:
     path = save(
         tmp_path, byte_level(), bos_token={"content": "<s>", "lstrip": False}, eos_token=None
     )
@@ -499,7 +499,7 @@ def test_vocabulary_size_bounds_every_id(tmp_path: Path) -> None:
     )
 
 
-def test_folders_that_hold_no_tokenizer(tmp_path: Path) -> None:
+def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         PreferenceTokenizer.load(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
@@ -513,7 +513,7 @@ def test_folders_that_hold_no_tokenizer(tmp_path: Path) -> None:
         PreferenceTokenizer.load(tmp_path)
 
 
-def test_digest_changes_with_what_changes_ids(tmp_path: Path) -> None:
+def test_digest_changes_with_everything_that_changes_ids(tmp_path: Path) -> None:
     variants = [
         PreferenceTokenizer.load(save(tmp_path / "words", word_level())),
         PreferenceTokenizer.load(save(tmp_path / "bytes", byte_level())),

@@ -1,4 +1,4 @@
-"""Folders of tokenizers: the ids here are those of transformers' AutoTokenizer, or are refused."""
+"""Tokenizer folders: ids equal those of transformers' AutoTokenizer, or the folder is refused."""
 
 import json
 from collections.abc import Callable
@@ -242,7 +242,7 @@ def test_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["decoder", "gemma, decoder", "older map", "qwen2", "unigram"])
-def test_what_is_written_gives_the_same_ids_alone(name: str, tmp_path: Path) -> None:
+def test_a_written_folder_alone_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     files = read_tokenizer(folder(tmp_path / "here", READ.get(name, ("unigram", {}, {}))))
     (tmp_path / "there").mkdir()
     write_tokenizer(files, tmp_path / "there")
@@ -255,7 +255,7 @@ def test_what_is_written_gives_the_same_ids_alone(name: str, tmp_path: Path) -> 
 
 
 def test_a_text_is_encoded_with_the_added_tokens(tmp_path: Path) -> None:
-    """The store is made through the table of pieces, which has to know them too."""
+    """The store is built with the word cache, which must handle them too."""
     path = folder(tmp_path, READ["lstrip"])
     theirs, ours = AutoTokenizer.from_pretrained(path), PreferenceTokenizer.load(path)
     for text in TEXTS:
@@ -274,7 +274,7 @@ def test_a_text_is_encoded_with_the_added_tokens(tmp_path: Path) -> None:
         (("bytes", {"added_tokens_decoder": {"9": {"text": "<x>"}}}, {}), "malformed"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(layout: Layout, reason: str, tmp_path: Path) -> None:
+def test_unsupported_classes_are_refused(layout: Layout, reason: str, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=reason):
         read_tokenizer(folder(tmp_path, layout))
 
@@ -286,7 +286,7 @@ def test_a_folder_of_vocabulary_and_merges_is_refused(tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
 
 
-def test_an_adapter_is_read_as_its_base(tmp_path: Path) -> None:
+def test_an_adapter_is_read_like_its_base(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", ("bos", {}, {"config.json": {"model_type": "gpt_neox"}}))
     adapter = folder(tmp_path / "adapter", ("bos", {"tokenizer_class": None}, {}))
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
@@ -294,7 +294,7 @@ def test_an_adapter_is_read_as_its_base(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_needs_nothing_keeps_its_digest(tmp_path: Path) -> None:
-    """Stores that were made before still fit."""
+    """Stores of earlier versions remain valid."""
     path = folder(tmp_path, READ["nothing else"])
     assert read_tokenizer(path).digest == read_tokenizer(path, as_written=True).digest
     (path / "added_tokens.json").write_text('{"<turn>": 400}')

@@ -1,4 +1,4 @@
-"""The chat templates that TRL ships: what is trained is what transformers writes, or is named."""
+"""TRL's chat templates: the trained text equals that of transformers, or a code reports it."""
 
 import json
 from typing import Any
@@ -77,7 +77,7 @@ CHATS: dict[str, Chat] = {
 
 
 def theirs(name: str, turns: tuple[Turn, ...], tools: tuple[Turn, ...], ask: bool) -> str | None:
-    """Render as transformers does; None where the template refuses.
+    """Render as transformers does; None if the template refuses.
 
     Templates that join arguments to strings get JSON, which their models' authors pass them.
     """
@@ -121,7 +121,7 @@ def counted(found: Script, side: int) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_prompt_and_its_answer_are_what_transformers_writes(name: str) -> None:
+def test_a_prompt_and_its_answer_equal_transformers_text(name: str) -> None:
     """For each template and chat: the same text, or a refusal with the reason."""
     for kind, chat in CHATS.items():
         prompt, chosen, rejected, tools = chat
@@ -130,7 +130,7 @@ def test_a_prompt_and_its_answer_are_what_transformers_writes(name: str) -> None
         try:
             found = script(name, chat)
         except InvalidRecordError as error:
-            if error.code == "R311":  # the same as an answer that says nothing
+            if error.code == "R311":  # equal to an empty answer
                 nothing = (*prompt, assistant(""))
                 assert whole[0] == theirs(name, nothing, tools, False), kind
             else:
@@ -147,7 +147,7 @@ def test_a_prompt_and_its_answer_are_what_transformers_writes(name: str) -> None
             assert not text[len(ours) :].strip(), kind
             assert "Q?" not in counted(found, side), kind
             assert "And?" not in counted(found, side), kind
-            # Only where not every answer begins with what the template asks with.
+            # Only if not every answer begins with the generation prompt.
             if found.prompt != asked:
                 assert not all(one and one.startswith(asked) for one in whole), kind
 
@@ -193,7 +193,7 @@ def test_where_prompts_of_thinking_templates_end(
 
 
 def test_a_prompt_depends_on_no_single_answer() -> None:
-    """Answers that begin like the text that the template asks with do not move the prompt."""
+    """Answers that begin like the generation prompt do not move the boundary."""
     prompts = set()
     for content in ("fine", "<", "<think", "think>", "<b>fine</b>", "\n", "\n\nfine"):
         side = (assistant(content + " indeed"),)
@@ -204,11 +204,11 @@ def test_a_prompt_depends_on_no_single_answer() -> None:
 
 
 def notes(name: str, kind: str) -> dict[str, str]:
-    """Return each code with what it names."""
+    """Return each code with its description."""
     return {str(code): getattr(code, "what", "") for code in script(name, CHATS[kind]).notes}
 
 
-def test_what_a_template_leaves_out_is_named() -> None:
+def test_omissions_of_a_template_are_named() -> None:
     assert notes("llama3_1", "call") == {}
     assert notes("qwen2_5", "reasoning") == {"W513": "reasoning"}
     assert notes("qwen2_5", "thinking") == {}
@@ -238,7 +238,7 @@ def test_an_answer_of_which_nothing_is_written_is_refused(name: str) -> None:
     assert "tool_calls" in caught.value.reason
 
 
-def test_reasoning_alone_is_no_answer_where_it_is_not_written() -> None:
+def test_reasoning_alone_is_not_an_answer_if_not_rendered() -> None:
     thought = assistant("", reasoning_content="3*18=54")
     with pytest.raises(InvalidRecordError, match="R311"):
         script("qwen2_5", ((user("Q?"),), (thought,), (BAD,), ()))
@@ -273,7 +273,7 @@ def test_calls_in_every_spelling_have_one_text(name: str) -> None:
     assert ('"{' not in text) and ("{'" not in text)
 
 
-def test_a_template_that_writes_arguments_as_they_are_is_given_json() -> None:
+def test_a_template_that_writes_raw_arguments_gets_json() -> None:
     source = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}"
         "{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %};{% endfor %}"
@@ -282,7 +282,7 @@ def test_a_template_that_writes_arguments_as_they_are_is_given_json() -> None:
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         text = ChatTemplate(source, {}).render([user("Q?"), assistant("", tool_calls=[call])])
         assert text == f"user: Q?;assistant: {json.dumps(arguments)};"
-    # Where it encodes them, words that happen to look like Python change nothing.
+    # If it encodes them, words that look like Python change nothing.
     source = source.replace("c.function.arguments", "c.function.arguments | tojson")
     turns = [user("{'a': 1}"), assistant("", tool_calls=[{"name": "f", "arguments": {"a": 1}}])]
     source = source.replace("c.function", "c")

@@ -1,4 +1,4 @@
-"""Looking pieces up gives the ids that the tokenizer gives, for every tokenizer and every text."""
+"""The word cache gives the tokenizer's ids, for every tokenizer and every text."""
 
 import json
 from pathlib import Path
