@@ -406,7 +406,7 @@ class Reading:
 def open_inputs(
     inputs: Inputs, reading: Reading | None = None, *, max_line_bytes: int = MAX_RECORD_BYTES
 ) -> Opened:
-    """Open every input and detect its type. A folder stands for its data files, sorted by path.
+    """Open every input and detect its type. A folder is replaced by its data files, sorted by path.
 
     Args:
         inputs: One input or several: paths, "-" for stdin, tables.
