@@ -323,7 +323,7 @@ def test_no_completion_sees_another(
     layout, reason = choose_layout(model)
     assert (layout, reason) == ("shared", "leak check passed")
     told = capsys.readouterr().err
-    assert "attention of shared prompts: " in told
+    assert "shared-prompt attention: " in told
     with capsys.disabled():
         print(f"\n{family}, {dtype}: {told.strip()}")
     (prompt, (first, second)), *rest = random_groups(5)[1:]

@@ -108,7 +108,7 @@ def test_a_weight_without_a_gradient_stays_and_a_closure_is_refused() -> None:
     optimizer.step()
     assert torch.equal(first, before)
     assert first not in optimizer.state
-    with pytest.raises(ValueError, match="no closure"):
+    with pytest.raises(ValueError, match="closures are not supported"):
         optimizer.step(lambda: 0.0)
 
 
@@ -268,7 +268,7 @@ def test_what_cannot_be_is_refused_before_anything_long(config: TrainConfig) -> 
     with pytest.raises(ConfigError, match="must be one of adamw, adamw8bit, adamw-host"):
         train(dataclasses.replace(config, optimizer="sgd"))  # type: ignore[arg-type]
     few = dataclasses.replace(config, optimizer="adamw8bit")
-    with pytest.raises(ConfigError, match="would lose most of its updates"):
+    with pytest.raises(ConfigError, match="would lose most updates"):
         train(dataclasses.replace(few, precision="bf16-weights"))
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(MissingExtraError, match=r"logratio\[quantized\]"):

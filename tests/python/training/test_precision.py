@@ -254,5 +254,5 @@ def test_a_miss_names_the_precision_as_its_cause(
     assert "give --precision fp32 here" in str(missed.value)
     model = make_model("other", seed=1)
     other = dataclasses.replace(config, model=model, output=tmp_path / "another", cache=cache)
-    with pytest.raises(StaleCacheError, match="was made with another reference"):
+    with pytest.raises(StaleCacheError, match="was filled with a different reference"):
         trainer_module.DPOTrainer(config=other, show_progress=False)

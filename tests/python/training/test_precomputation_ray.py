@@ -154,5 +154,5 @@ def test_an_actor_that_dies_is_replaced(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_worker_that_fails_says_why(cluster: Any, config: PrecomputeConfig) -> None:
-    with pytest.raises(RayPassError, match=r"a worker of Ray failed: .*cuda:7.* cannot be used"):
+    with pytest.raises(RayPassError, match=r"a Ray worker failed: .*cuda:7.* cannot be used"):
         precompute(on_ray(config, device="cuda:7"), show_progress=False)

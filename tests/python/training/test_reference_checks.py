@@ -124,7 +124,7 @@ def test_hits_are_scored_again_before_others_are_added(
     cache = rewritten(cache, config, store, one_completion)
     more = write_pairs(tmp_path / "more.jsonl", 20)
     before = len(open_cache(cache, model_fingerprint(config.model)))
-    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="the reference cannot be trusted"):
         fill(config, data=[more], cache=cache)
     assert len(open_cache(cache, model_fingerprint(config.model))) == before
 
@@ -146,7 +146,7 @@ def test_with_adapters_the_cache_is_compared_on_resuming_too(
         patch.setattr(DPOTrainer, "_update", stopping)
         train(config, show_progress=False)
     wrong = rewritten(cache, config, store, two_that_cancel)
-    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="the reference cannot be trusted"):
         train(with_(config, resume=True, cache=wrong), show_progress=False)
 
 
@@ -193,10 +193,10 @@ def test_other_conditions_are_told_and_the_sample_is_named(
     known = {"layout": "shared", "device": "cpu", "attention": "logratio_shared_prompt"}
     assert stored | known == stored
     train(with_(config, cache=cache, overwrite=True), show_progress=False)
-    assert "made under" not in capsys.readouterr().err
+    assert "filled under" not in capsys.readouterr().err
     path.write_text(json.dumps(stored | {"transformers": "4.0", "layout": "padded"}))
     train(with_(config, cache=cache, overwrite=True), show_progress=False)
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "made under" in line]
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "filled under" in line]
     assert "layout padded (here shared), transformers 4.0 (here " in told
     assert "32 completions scored again" in told
     other = with_(
@@ -349,7 +349,7 @@ def test_the_flag_adds_to_sums_where_there_are_only_sums(
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (one_more, StaleCacheError, r"\[E604\] the cache holds sums of"),
+        (one_more, StaleCacheError, r"\[E604\] the cache has sums of"),
         (a_bit_less, UntrustedReferenceError, r"of a completion of .*pairs\.jsonl:3 "),
     ],
 )
@@ -366,7 +366,7 @@ def test_sums_are_no_tokens(config: TrainConfig, store: Store) -> None:
         config=with_(config, cache=fill_sums(config, nothing)), show_progress=False
     ).cached
     assert isinstance(cached, CachedSums)
-    with pytest.raises(StaleCacheError, match="log-probs of tokens are asked for"):
+    with pytest.raises(StaleCacheError, match="log-probs of tokens are needed"):
         cached.logps(to_torch(lay_out(store, np.array([2]), "padded")))
 
 

@@ -62,7 +62,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     scored = short_of_memory(monkeypatch, lambda number, tokens: tokens <= 40, error)
     result = precompute(other, show_progress=False)
     assert max(scored) <= 40
-    assert "going on with" in capsys.readouterr().err
+    assert "retrying with" in capsys.readouterr().err
     assert (result.new, result.hits) == (32, 0)
     assert np.allclose(values(other, result), whole, atol=1e-5)
     lengths = prepare(other, show_progress=False).store.shared_lengths()
@@ -84,7 +84,7 @@ def test_one_group_that_does_not_fit_is_named_and_the_rest_kept(
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
     short_of_memory(monkeypatch, lambda number, tokens: number <= 2, error)
-    with pytest.raises(MemoryShortageError, match=r"one group alone \(.*pairs.jsonl:\d+, \d+ tok"):
+    with pytest.raises(MemoryShortageError, match=r"a single group \(.*pairs.jsonl:\d+, \d+ tok"):
         precompute(config, show_progress=False)
     monkeypatch.undo()
     again = precompute(config, show_progress=False)

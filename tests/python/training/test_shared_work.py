@@ -93,7 +93,7 @@ def test_standard_input_is_refused_where_several_would_read_it(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process only"):
+    with pytest.raises(ConfigError, match="only one process"):
         prepare(PrecomputeConfig(config.model, ["-"], config.cache), show_progress=False)
 
 

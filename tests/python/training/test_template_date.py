@@ -220,7 +220,7 @@ def test_an_unfinished_store_goes_on_under_its_date(
         build(PreferenceTokenizer.load(model), progress=stop)
     today(NEXT)
     store, report = build(PreferenceTokenizer.load(model))
-    assert len(told) == 1 and "goes on after" in told[0]
+    assert len(told) == 1 and "resuming after" in told[0]
     assert (len(store), report.date) == (4, FIRST)
     whole, _ = build_store([chats], PreferenceTokenizer.load(model, rules(FIRST)))
     assert store.digest == whole.digest

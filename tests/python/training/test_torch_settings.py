@@ -84,7 +84,7 @@ def test_rounded_products_are_off_inside_and_back_after(
         assert BACKENDS.cuda.matmul.allow_tf32 is False
         raise KeyError
     assert precisions() == before
-    assert "off while logratio computes" in capsys.readouterr().err
+    assert "disabled while logratio computes" in capsys.readouterr().err
 
 
 def test_exact_products_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,8 +210,8 @@ def lengthwise(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Ten
     ("kernel", "reason"),
     [
         (PLAIN, None),
-        (Flash(plain_forward, forgetful), "its numbers are wrong here"),
-        (Flash(lengthwise, plain_backward), "its numbers are wrong here"),
+        (Flash(plain_forward, forgetful), "its results are wrong here"),
+        (Flash(lengthwise, plain_backward), "its results are wrong here"),
     ],
 )
 def test_the_trial_covers_both_passes(kernel: Flash, reason: str | None) -> None:

@@ -90,14 +90,14 @@ def test_a_choice_reads_as_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("name", "what", "missing", "reason"),
     [
-        ("merged", wanted(windowed=True), (), "a window reaches"),
-        ("merged", wanted(softcap=30.0), (), "no soft-capping"),
+        ("merged", wanted(windowed=True), (), "does not support windows"),
+        ("merged", wanted(softcap=30.0), (), "not support soft-capping"),
         ("flash3_merged", wanted(), NO_FLASH3, "not installed"),
-        ("flash3", wanted(dropout=0.5), (), "no dropout"),
+        ("flash3", wanted(dropout=0.5), (), "not support dropout"),
         ("varlen", wanted(torch.float32), (), "neither float16 nor bfloat16"),
-        ("varlen", wanted(softcap=30.0), (), "no soft-capping"),
+        ("varlen", wanted(softcap=30.0), (), "not support soft-capping"),
         ("flash_attn", wanted(), NO_FLASH, "not installed"),
-        ("flex", wanted(dropout=0.5), (), "no dropout"),
+        ("flex", wanted(dropout=0.5), (), "not support dropout"),
         ("flex", wanted(torch.float64), (), "float64"),
         ("varlen", wanted(size=12), (), "heads of 12"),
         ("varlen", wanted(value_dim=32), (), "values of 32"),
@@ -172,4 +172,4 @@ def test_a_kernel_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     kernels.tell.cache_clear()
     for _ in range(3):
         kernels.tell(choice)
-    assert capsys.readouterr().err == f"attention of shared prompts: {choice}\n"
+    assert capsys.readouterr().err == f"shared-prompt attention: {choice}\n"
