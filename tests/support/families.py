@@ -134,7 +134,9 @@ FAMILIES: Mapping[str, Family] = {
         | {"is_decoder": True, "is_encoder_decoder": False},
         "takes no position_ids",
     ),
-    "stablelm": Family("stablelm", SIZES | {"num_key_value_heads": 4}, "does not pass keyword arguments"),
+    "stablelm": Family(
+        "stablelm", SIZES | {"num_key_value_heads": 4}, "does not pass keyword arguments"
+    ),
 }
 """Every family that is tested, under the name that people know."""
 

@@ -123,10 +123,10 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("asks", "sentence"),
     [
-        ({"position_bias": torch.zeros(1)}, "takes position_bias, which that of shared prompts"),
-        ({"block_indices": torch.zeros(1)}, "takes block_indices, which that of shared prompts"),
-        ({"sliding_window": 5}, "a window of None, its attention one of 5"),
-        ({"attention_mask": torch.empty(5, 1, 1, 0)}, "a window of 5, its attention one of None"),
+        ({"position_bias": torch.zeros(1)}, "takes position_bias, which shared-prompt attention"),
+        ({"block_indices": torch.zeros(1)}, "takes block_indices, which shared-prompt attention"),
+        ({"sliding_window": 5}, "its mask is None, of its attention 5"),
+        ({"attention_mask": torch.empty(5, 1, 1, 0)}, "its mask is 5, of its attention None"),
         ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "builds its attention masks itself"),
         ({"shared_prompt": None}, "does not pass keyword arguments"),
     ],

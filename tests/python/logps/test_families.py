@@ -298,7 +298,7 @@ def test_a_window_that_only_the_mask_knows_of_is_found_by_a_short_probe(
     monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
     layout, reason = choose_layout(model)
     assert layout == "padded"
-    assert "its mask has a window of 64, its attention one of None" in reason
+    assert "the window of its mask is 64, of its attention None" in reason
 
 
 @pytest.mark.parametrize("family", SCALED_HEADS)

@@ -188,7 +188,7 @@ def test_top_k_models_are_scored_one_length_at_a_time_and_say_why(name: str) -> 
     layout, reason = choose_layout(model_of(name))
     assert layout == "padded"
     assert "has top-k attention" in reason
-    assert "longer sequences than 16 tokens are scored one length at a time" in reason
+    assert "sequences longer than 16 tokens are batched by equal length" in reason
 
 
 @pytest.mark.parametrize("name", ROPES)

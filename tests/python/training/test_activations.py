@@ -223,7 +223,7 @@ def test_the_choice_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
     some = chosen(base + 4.5 * layer)
     assert some.layers == 2
     assert some.reason is not None
-    assert "2 of 6 layers are computed twice" in some.reason
+    assert "2 of 6 layers are recomputed" in some.reason
     assert chosen(-3 * weights / 0.8).layers == 6
     assert all(p.grad is None for p in model.parameters())
 
@@ -258,7 +258,7 @@ def test_a_run_gives_the_same_weights(
     monkeypatch.setattr(memory, "free_on", lambda _: 0.0)
     assert "recomputed" not in capsys.readouterr().err
     short = trained(config, "short", **settings)
-    assert "2 of 2 layers are computed twice" in capsys.readouterr().err
+    assert "2 of 2 layers are recomputed" in capsys.readouterr().err
     for weights in (every, short):
         assert all(torch.equal(off[name], weights[name]) for name in off)
 

@@ -50,7 +50,7 @@ def folder_of(config: PreTrainedConfig, folder: Path) -> Path:
     ("config", "reason"),
     [
         (BartConfig(), "type bart, an encoder-decoder"),
-        (ViTConfig(), "type vit, which transformers has no causal language model for"),
+        (ViTConfig(), "type vit, for which transformers has no causal language model"),
         (ReformerConfig(is_decoder=True), "hashes tokens at random"),
         (Gemma3TextConfig(use_bidirectional_attention=True), "tokens attend to later tokens"),
     ],
@@ -77,7 +77,9 @@ def test_a_model_whose_images_alone_see_what_follows_is_taken(tmp_path: Path) ->
 def test_an_unknown_type_is_a_sentence(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelFolderError, match="the installed transformers does not know this model"):
+    with pytest.raises(
+        ModelFolderError, match="the installed transformers does not know this model"
+    ):
         check_model_folder(tmp_path)
 
 

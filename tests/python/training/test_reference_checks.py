@@ -243,7 +243,7 @@ def test_a_loss_that_begins_elsewhere_is_refused(
 ) -> None:
     wrong = dataclasses.replace(PAIR_LOSSES["dpo"], function=offset_loss(change))
     monkeypatch.setitem(PAIR_LOSSES, "dpo", wrong)
-    with pytest.raises(UntrustedReferenceError, match=r"in place of 0\.693147"):
+    with pytest.raises(UntrustedReferenceError, match=r"instead of 0\.693147"):
         train(config, show_progress=False)
     assert not list(Path(config.output).glob("*.safetensors"))
 
@@ -288,7 +288,7 @@ def test_a_cache_with_another_number_of_tokens_is_refused(
     writer.close()
     reader = CacheReader.open(tmp_path, fingerprint.digest)
     batch = to_torch(lay_out(store, np.array([3]), "padded"))
-    with pytest.raises(StaleCacheError, match=r"\[E604\] the cache holds 2 tokens"):
+    with pytest.raises(StaleCacheError, match=r"\[E604\] the cache has 2 tokens"):
         CachedReference(store, reader, tmp_path).logps(batch)
 
 

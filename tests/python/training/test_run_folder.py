@@ -254,7 +254,7 @@ class TestFullDisk:
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(checkpoints, "save_file", fails_from(4, save_file))
-        with pytest.raises(SaveError, match=r"update 2 .*checkpoint-00000001 is whole") as ended:
+        with pytest.raises(SaveError, match=r"update 2 .*checkpoint-00000001 is complete") as ended:
             quiet(with_(config, batch_size=4, save_every=1))
         assert "No space left on device" in str(ended.value)
         monkeypatch.undo()
@@ -268,7 +268,7 @@ class TestFullDisk:
 
         real = PreTrainedModel.save_pretrained
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails_from(0, real))
-        with pytest.raises(SaveError, match=r"checkpoint-00000002 holds all that was trained"):
+        with pytest.raises(SaveError, match=r"checkpoint-00000002 holds the trained weights"):
             quiet(config)
         monkeypatch.undo()
         assert quiet(with_(config, resume=True)) == []
@@ -355,10 +355,8 @@ def test_a_missing_tracker_is_a_sentence(
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
     assert not (tmp_path / "tensorboard").exists()
     (said,) = capsys.readouterr().err.splitlines()
-    assert (
-        said
-        == f"no TensorBoard events ({str(error).splitlines()[0]}); metrics.jsonl contains all metrics"
-    )
+    reason = str(error).splitlines()[0]
+    assert said == f"no TensorBoard events ({reason}); metrics.jsonl contains all metrics"
 
 
 def events(folder: Path) -> list[tuple[int, str, float]]:
@@ -389,7 +387,7 @@ class TestBeta:
         for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
             code, _, err = run(name, *given, *rest, "--beta", "0.5", "--dry-run")
             assert code == 0, err
-            assert "beta is 0.5 as given; the policy was trained with 0.3" in err
+            assert "using beta 0.5; the policy was trained with 0.3" in err
         assert reward_beta(config.output, None) == 0.3
 
     def test_without_a_run_it_must_be_given(
@@ -399,7 +397,7 @@ class TestBeta:
         for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
             code, _, err = run(name, *given, *rest)
             assert code == 2
-            assert "give --beta, that of the policy's training: there is no" in err
+            assert "give --beta, the β that the policy was trained with: " in err
 
     @pytest.mark.parametrize("loss", ["sft", "simpo"])
     def test_a_loss_without_a_reference_has_none(self, config: TrainConfig, loss: str) -> None:
@@ -437,7 +435,7 @@ class TestFolders:
         for given in commands:
             code, _, err = run(*given)
             assert code == 2
-            assert "holds a whole model (model.safetensors) and an adapter" in err
+            assert "contains both a full model (model.safetensors) and an adapter" in err
         (folder / "adapter_config.json").unlink()
         assert run(*commands[0], "--dry-run")[0] == 0
 
@@ -512,7 +510,7 @@ class TestFolders:
         given = command(config, "--lora", "--lora-target", "nonsense", *more, "--dry-run")
         code, _, err = run(*given)
         assert code == 2
-        assert "lora target 'nonsense' is no layer of" in err
+        assert "lora target 'nonsense' matches no layer of" in err
         assert "k_proj" in err
         assert "Traceback" not in err
 

@@ -83,7 +83,7 @@ def test_a_choice_reads_as_a_sentence() -> None:
     assert str(kernel_for(wanted(windowed=True), NO_FLASH)) == (
         "varlen (not flash3_merged: FlashAttention-3 is not installed; "
         "not flash3: FlashAttention-3 is not installed; "
-        "not merged: a window reaches from a completion into its prompt)"
+        "not merged: it does not support windows that extend from a completion into its prompt)"
     )
 
 
@@ -127,7 +127,7 @@ def test_a_forced_kernel_reaches_the_attention() -> None:
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    sentence = "no kernel is named 'cudnn': choose one of flash3_merged, "
+    sentence = "unknown kernel 'cudnn': choose one of flash3_merged, "
     with pytest.raises(KernelError, match=sentence), use_kernel("cudnn"):  # type: ignore[arg-type]
         pass
 
