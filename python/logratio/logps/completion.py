@@ -83,7 +83,7 @@ def _rope_limit(config: PreTrainedConfig, rope: dict[str, Any]) -> Limit | None:
     return None
 
 
-def with_fresh_rope(model: nn.Module) -> None:
+def reset_dynamic_rope(model: nn.Module) -> None:
     """Reset dynamic NTK factors, which models otherwise keep from the longest sequence so far."""
     for module in model.modules():
         if not isinstance(getattr(module, "original_max_seq_len", None), int):
@@ -111,7 +111,7 @@ class Call:
     targets_at: np.ndarray
 
 
-def apart(batch: Batch, limits: tuple[Limit, ...]) -> list[Call]:
+def split_by_limits(batch: Batch, limits: tuple[Limit, ...]) -> list[Call]:
     """Split a batch into calls that respect the limits; without a split, nothing is copied."""
     every = np.arange(len(batch.targets.target_ids))
     if not limits:
@@ -216,7 +216,7 @@ def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu
     return to_torch(lay_out(store, rows, layout, **shape_for(layout, device)), device)
 
 
-def in_order(states: list[Tensor], calls: list[Call]) -> Tensor:
+def restore_order(states: list[Tensor], calls: list[Call]) -> Tensor:
     """Concatenate the states of each call, `[s, H]`, in the order of the whole batch: `[S, H]`."""
     if len(calls) == 1:
         return states[0]
@@ -281,13 +281,13 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
 def _target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Run the body in as many calls as needed; return the hidden states that predict targets."""
     limits = limits_of(model.config)
-    calls, is_kept = apart(batch, limits), any(limit.is_kept for limit in limits)
-    return in_order([_states_of_call(model, call.batch, is_kept) for call in calls], calls)
+    calls, is_kept = split_by_limits(batch, limits), any(limit.is_kept for limit in limits)
+    return restore_order([_states_of_call(model, call.batch, is_kept) for call in calls], calls)
 
 
 def _states_of_call(model: PreTrainedModel, batch: Batch, is_kept: bool) -> Tensor:
     if is_kept:
-        with_fresh_rope(model)
+        reset_dynamic_rope(model)
     states = _hidden_states(model, batch).flatten(0, 1)
     return states.index_select(0, batch.targets.logit_index)
 

@@ -142,18 +142,18 @@ class _HeadLoss(torch.autograd.Function):
 
 
 @cache
-def unit(device: torch.device, dtype: torch.dtype) -> Tensor:
+def unit_gradient(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a scalar tensor of 1; always the same object for a device and dtype.
 
-    With `loss.backward(unit(...))`, `head_loss` recognises the object and skips the scaling of its
-    gradients, without reading the value from the device.
+    With `loss.backward(unit_gradient(...))`, `head_loss` recognises the object and does not scale
+    its gradients, without reading the value from the device.
     """
     return torch.ones((), device=device, dtype=dtype)
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Multiply a gradient by the incoming gradient of the loss, unless it is known to be 1."""
-    is_known = factor is unit(factor.device, factor.dtype)
+    is_known = factor is unit_gradient(factor.device, factor.dtype)
     if is_known or (factor.device.type == "cpu" and float(factor) == 1.0):
         return gradient
     return gradient * factor.to(gradient.dtype)

@@ -1,7 +1,7 @@
 """Activation checkpointing, offloading and compilation of decoder layers.
 
-`keeping` applies them to a model. The rest chooses how many layers to checkpoint: it measures the
-activations that each layer saves and compares them with the free memory.
+`layer_options` applies them to a model. `choose_checkpointing` chooses how many layers to
+checkpoint: it measures the activations that each layer saves, and compares them with free memory.
 """
 
 import weakref
@@ -42,7 +42,7 @@ Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Kept:
+class LayerOptions:
     """How the decoder layers of a model run in passes with gradients.
 
     Attributes:
@@ -76,13 +76,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def keeping(model: nn.Module, kept: Kept) -> Iterator[None]:
+def layer_options(model: nn.Module, kept: LayerOptions) -> Iterator[None]:
     """Run the layers of `model` as `kept` specifies inside the block.
 
     Gradients equal those of the plain model, bit for bit if its kernels are deterministic and not
     compiled. Passes without gradients are not affected.
     """
-    if kept == Kept():
+    if kept == LayerOptions():
         yield
         return
     layers = decoder_layers(model)
@@ -297,7 +297,7 @@ def layers_that_do_not_fit(layers: Sequence[LayerMemory], room: float) -> int:
     return len(layers)
 
 
-def choose(
+def checkpointing_for_memory(
     model: nn.Module,
     forward: Callable[[], Tensor],
     *,
@@ -341,7 +341,7 @@ def _peak(model: nn.Module, forward: Callable[[], Tensor], layers: int) -> float
     CUDA only. The first pass allocates the gradients, so that the second does not count them.
     """
     device = _device(model)
-    with keeping(model, Kept(checkpointed=layers)):
+    with layer_options(model, LayerOptions(checkpointed=layers)):
         forward().sum().backward()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -355,7 +355,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def settle(
+def choose_checkpointing(
     config: TrainConfig, store: Store, policy: nn.Module, layout: str, states: float
 ) -> Choice:
     """Choose how many layers a run checkpoints, as `config.activation_checkpointing` requests.
@@ -394,4 +394,6 @@ def settle(
 
     estimate = memory.kept_bytes(config.model, precision_of(config)) * tokens
     added_up = len(groups) < min(config.batch_size, len(store))
-    return choose(policy, forward, estimate=estimate, states=states, added_up=added_up)
+    return checkpointing_for_memory(
+        policy, forward, estimate=estimate, states=states, added_up=added_up
+    )

@@ -3,7 +3,7 @@
 Autocast caches its bfloat16 copy of a weight only if the weight is trained. A frozen float32 weight
 is cast at every use, and each copy stays in memory until the backward pass: `held_in_bfloat16`
 casts it once. peft computes adapters in the dtype of their weights, float32, so the input and
-output of every adapted layer are cast too: `with_low_adapters` computes in the input's dtype.
+output of every adapted layer are cast too: `with_bfloat16_adapters` computes in the input's dtype.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 
-def with_low_adapters(model: nn.Module) -> nn.Module:
+def with_bfloat16_adapters(model: nn.Module) -> nn.Module:
     """Make the LoRA layers of `model` multiply in the dtype of their input, in place.
 
     The adapters' weights, gradients and moments stay float32. Variants of LoRA, such as DoRA, are
@@ -34,7 +34,7 @@ def with_low_adapters(model: nn.Module) -> nn.Module:
             continue
         pairs = (*module.lora_A.values(), *module.lora_B.values())
         for matrix in (matrix for matrix in pairs if type(matrix) is nn.Linear):
-            matrix.__class__ = LowLinear
+            matrix.__class__ = InputDtypeLinear
         if pairs:
             module.cast_input_dtype_enabled = False
             module.register_forward_pre_hook(_cast_once)
@@ -51,7 +51,7 @@ def _cast_once(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return first, *others
 
 
-class LowLinear(nn.Linear):
+class InputDtypeLinear(nn.Linear):
     """A linear layer that multiplies in the dtype of its input, regardless of its weights'."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -211,7 +211,11 @@ def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) 
     """Return a value of the state with the type and device that the optimizer uses."""
     if value.dim() == 0 and not value.dtype.is_floating_point:
         return int(value)
-    home = optimizer.home_of(parameter) if isinstance(optimizer, MasterAdamW) else parameter.device
+    home = (
+        optimizer.state_device(parameter)
+        if isinstance(optimizer, MasterAdamW)
+        else parameter.device
+    )
     is_counter = value.dim() == 0 and home.type not in FUSED
     return value if is_counter else value.to(home)
 

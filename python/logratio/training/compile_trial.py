@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from logratio.progress import say
-from logratio.training.activations import Kept, decoder_layers, keeping
-from logratio.training.reference import undisturbed
+from logratio.training.activations import LayerOptions, decoder_layers, layer_options
+from logratio.training.reference import side_effect_free
 
 BATCHES = 4
 """Micro-batches per timing round: the first ones of the run."""
@@ -32,7 +32,7 @@ class Verdict:
 
 
 def try_compiling(
-    policy: nn.Module, kept: Kept, rehearse: Callable[[], None], rounds_of_run: float
+    policy: nn.Module, kept: LayerOptions, rehearse: Callable[[], None], rounds_of_run: float
 ) -> Verdict:
     """Decide whether a run with `compile_layers="auto"` compiles its layers.
 
@@ -48,7 +48,7 @@ def try_compiling(
     def seconds_of(compiled: bool) -> float:
         return _seconds(policy, replace(kept, compiled=compiled), rehearse)
 
-    with undisturbed(policy):
+    with side_effect_free(policy):
         return compare(seconds_of, rounds_of_run)
 
 
@@ -76,11 +76,11 @@ def compare(seconds_of: Callable[[bool], float], rounds_of_run: float) -> Verdic
     return Verdict(is_faster, f"{what}: {compiled:.3f} s compiled, {plain:.3f} s plain")
 
 
-def _seconds(policy: nn.Module, kept: Kept, rehearse: Callable[[], None]) -> float:
+def _seconds(policy: nn.Module, kept: LayerOptions, rehearse: Callable[[], None]) -> float:
     """Time `rehearse`, and discard its gradients."""
     device = next(policy.parameters()).device
     try:
-        with keeping(policy, kept):
+        with layer_options(policy, kept):
             start = perf_counter()
             rehearse()
             if device.type == "cuda":

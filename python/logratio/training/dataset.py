@@ -85,14 +85,14 @@ def load_dataset(
     if is_store(data):
         store, report = load_store(data[0], tokenizer)
     else:
-        with reading_progress(show=show_progress) as tell:
+        with reading_progress(show=show_progress) as report_progress:
             store, report = build_store(
                 data,
                 tokenizer,
                 path,
                 formats=formats,
                 max_bad_fraction=max_bad_fraction,
-                progress=tell,
+                progress=report_progress,
                 refused=refused,
             )
     if refused and report.refused == 0:

@@ -39,7 +39,7 @@ from logratio.training.models import (
     precision_of,
     quietly,
 )
-from logratio.training.precomputation import refuse_several
+from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
@@ -235,7 +235,7 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
     """Check the settings and folders, and tokenize the data, without loading a model."""
     check_kind(config, EvaluateConfig)
-    refuse_several("evaluate")
+    refuse_multiple_processes("evaluate")
     ask_for_expandable_segments(config.device)
     default_device(config.device)
     for folder in (config.policy, config.reference):
@@ -267,10 +267,10 @@ def _check_samples(config: EvaluateConfig, store: Store) -> None:
             f"the longest prompt and max_new_tokens need {needed} positions, and the model has "
             f"{positions}: lower max_new_tokens or max_prompt_length"
         )
-    _check_company(config, needed)
+    _check_length_limits(config, needed)
 
 
-def _check_company(config: EvaluateConfig, needed: int) -> None:
+def _check_length_limits(config: EvaluateConfig, needed: int) -> None:
     """Refuse to sample if the length or the other rows of a batch change the distribution.
 
     Some families switch RoPE factors or keys beyond a length: see `limits_of`.

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
 from logratio.extras import require
-from logratio.training.bfloat16 import held_in_bfloat16, with_low_adapters
+from logratio.training.bfloat16 import held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import (
     EvaluateConfig,
     Precision,
@@ -146,7 +146,7 @@ def default_device(device: str | None) -> torch.device:
         DeviceError: torch does not know the device, or it is not available.
     """
     try:
-        chosen = torch.device(device or (_own_gpu() if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or (_local_gpu() if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -154,7 +154,7 @@ def default_device(device: str | None) -> torch.device:
     return chosen
 
 
-def _own_gpu() -> str:
+def _local_gpu() -> str:
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{int(local) % torch.cuda.device_count()}" if local else "cuda"
 
@@ -203,11 +203,11 @@ def load_model(
         )
         adapted = _with_adapter(base, folder, device)
         if precision != "fp32":
-            adapted = with_low_adapters(adapted)
+            adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
     special = loading_arguments(folder, device, quantization, precision)
-    model = with_softcap(without_dropout(_whole_model(folder, precision, special))).eval()
+    model = with_softcap(without_dropout(_load_weights(folder, precision, special))).eval()
     if frozen:
         model = model.requires_grad_(False)
         if precision == "bf16" and not special:
@@ -215,7 +215,7 @@ def load_model(
     return model if special else model.to(device)
 
 
-def _whole_model(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
+def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
     """Load a model and check that no weight is missing; `special` is passed to transformers."""
     try:
         with quietly():
@@ -233,11 +233,11 @@ def _whole_model(folder: Path, precision: Precision, special: Mapping[str, Any])
             f"{folder}: a library is missing for its weights: {error}"
         ) from error
     model: nn.Module = loaded[0]
-    _check_whole(folder, loaded[1]["missing_keys"])
+    _check_weights(folder, loaded[1]["missing_keys"])
     return model
 
 
-def _check_whole(folder: Path, missing: Collection[str]) -> None:
+def _check_weights(folder: Path, missing: Collection[str]) -> None:
     """Refuse missing weights: transformers would initialise them at random."""
     if missing:
         first, *others = sorted(missing)
@@ -279,7 +279,7 @@ def merged(model: nn.Module) -> nn.Module:
 def _untie(model: Any) -> None:
     inner = model.get_base_model()
     ends = (inner.get_output_embeddings(), inner.get_input_embeddings())
-    head, embeddings = map(_own, ends)
+    head, embeddings = map(_base_module, ends)
     if head is None or head.weight is not embeddings.weight or ends == (head, embeddings):
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -287,7 +287,7 @@ def _untie(model: Any) -> None:
     inner.config.tie_word_embeddings = False
 
 
-def _own(end: Any) -> Any:
+def _base_module(end: Any) -> Any:
     """Return the original module inside a peft adapter layer or `modules_to_save` wrapper."""
     return getattr(end, "base_layer", getattr(end, "original_module", end))
 
@@ -312,7 +312,7 @@ def check_model_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder{fetching_advice(folder, 'model')}")
     adapter = (folder / ADAPTER_CONFIG).exists()
-    if adapter and (whole := _whole_weights(folder)):
+    if adapter and (whole := _full_weights(folder)):
         raise ModelFolderError(
             f"{folder} contains both a full model ({whole.name}) and an adapter "
             f"({ADAPTER_CONFIG}): delete {ADAPTER_CONFIG} if the adapter was merged, or move the "
@@ -404,7 +404,7 @@ def _check_base(adapter: Path) -> None:
     check_model_folder(base)
 
 
-def _whole_weights(folder: Path) -> Path | None:
+def _full_weights(folder: Path) -> Path | None:
     """Return a file with a full model's weights, or None if only adapter weights are found."""
     files = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
     return next((file for file in files if not file.name.startswith("adapter_")), None)

@@ -103,7 +103,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self.home = home
         self.factor: Tensor | None = None
 
-    def home_of(self, parameter: Tensor) -> torch.device:
+    def state_device(self, parameter: Tensor) -> torch.device:
         """Return the device of the state of `parameter`."""
         return self.home or parameter.device
 
@@ -118,7 +118,7 @@ class MasterAdamW(torch.optim.Optimizer):
             raise ValueError("closures are not supported by this optimizer")
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
-            for parameters, gradients in _one_ahead(_lists(trained), self.home_of):
+            for parameters, gradients in _prefetch_gradients(_lists(trained), self.state_device):
                 self._update(parameters, gradients, group["lr"])
         self.factor = None
 
@@ -148,7 +148,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
-        home = self.home_of(parameter)
+        home = self.state_device(parameter)
         if not state:
             if parameter.dtype != torch.float32 or parameter.device != home:
                 state["master"] = parameter.detach().to(home, torch.float32, copy=True)
@@ -164,7 +164,7 @@ def _lists(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
     A larger weight forms a list alone.
     """
-    for each in _by_place(parameters):
+    for each in _by_device_and_dtype(parameters):
         taken, size = list[Tensor](), 0
         for parameter in each:
             if taken and size + parameter.numel() > AT_ONCE:
@@ -175,8 +175,8 @@ def _lists(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield taken
 
 
-def _one_ahead(
-    lists: Iterable[list[Tensor]], home_of: Callable[[Tensor], torch.device]
+def _prefetch_gradients(
+    lists: Iterable[list[Tensor]], state_device: Callable[[Tensor], torch.device]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield each list of weights and its float32 gradients on the state's device.
 
@@ -185,7 +185,7 @@ def _one_ahead(
     waiting: tuple[list[Tensor], Callable[[], list[Tensor]]] | None = None
     for parameters in lists:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        started = parameters, _fetch(gradients, home_of(parameters[0]))
+        started = parameters, _start_copy(gradients, state_device(parameters[0]))
         if waiting:
             yield waiting[0], waiting[1]()
         waiting = started
@@ -193,7 +193,7 @@ def _one_ahead(
         yield waiting[0], waiting[1]()
 
 
-def _fetch(gradients: list[Tensor], home: torch.device) -> Callable[[], list[Tensor]]:
+def _start_copy(gradients: list[Tensor], home: torch.device) -> Callable[[], list[Tensor]]:
     """Start copying gradients to `home`; return a function that waits for the copies."""
     if gradients[0].device.type != "cuda" or home.type != "cpu":
         return lambda: _in_float32(gradients)
@@ -258,7 +258,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     bfloat16 gradients are not rounded again.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    lists = _by_place(p.grad for p in parameters if p.grad is not None)
+    lists = _by_device_and_dtype(p.grad for p in parameters if p.grad is not None)
     norms: list[Tensor] = []
     for each in lists:
         norms += torch._foreach_norm(each, 2, torch.float32)
@@ -274,7 +274,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     return norm
 
 
-def _by_place(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+def _by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Group tensors by device and dtype, as torch's foreach operations require."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from logratio.errors import ConfigError
-from logratio.training.bfloat16 import with_low_adapters
+from logratio.training.bfloat16 import with_bfloat16_adapters
 from logratio.training.config import LoraSettings, TrainConfig
 from logratio.training.models import ADAPTER_CONFIG, load_model, merged, precision_of, quietly
 
@@ -64,4 +64,4 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
     if config.lora is None:
         return model
     policy = with_lora(model, config.lora, Path(config.model))
-    return policy if precision == "fp32" else with_low_adapters(policy)
+    return policy if precision == "fp32" else with_bfloat16_adapters(policy)

@@ -56,13 +56,13 @@ class Share:
         index: Index of this part, from 0.
         count: Number of parts.
         rank: Rank of this process among those of its launcher; rank 0 draws the progress bar.
-        beside: Number of processes that the launcher started.
+        processes: Number of processes that the launcher started.
     """
 
     index: int = 0
     count: int = 1
     rank: int = 0
-    beside: int = 1
+    processes: int = 1
 
     def __str__(self) -> str:
         return f"{self.index + 1}/{self.count}"
@@ -96,13 +96,13 @@ def share_of(given: str | None, environment: Mapping[str, str] = os.environ) -> 
         ShareError: `given` is not of that form.
     """
     index, count = _parse(given) if given else (0, 1)
-    rank, beside = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    if "RANK" not in environment or not 0 <= rank < beside:
-        rank, beside = 0, 1
-    return Share(index * beside + rank, count * beside, rank, beside)
+    rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if "RANK" not in environment or not 0 <= rank < processes:
+        rank, processes = 0, 1
+    return Share(index * processes + rank, count * processes, rank, processes)
 
 
-def refuse_several(command: str, environment: Mapping[str, str] = os.environ) -> None:
+def refuse_multiple_processes(command: str, environment: Mapping[str, str] = os.environ) -> None:
     """Refuse to run a single-process command under torchrun with several processes.
 
     Each process would do the whole work and write to the same output.
@@ -110,7 +110,7 @@ def refuse_several(command: str, environment: Mapping[str, str] = os.environ) ->
     Raises:
         ShareError: torchrun started more than one process.
     """
-    count = share_of(None, environment).beside
+    count = share_of(None, environment).processes
     if count > 1:
         raise ShareError(
             f"{command} runs in one process, and torchrun started {count} (WORLD_SIZE): each would "
@@ -233,9 +233,9 @@ def check_config(config: PrecomputeConfig, share: Share) -> None:
         raise ConfigError("token_budget and workers must be at least 1")
     if config.workers is not None and config.engine != "ray":
         raise ConfigError("workers are Ray actors: give --engine ray, or use torchrun instead")
-    if config.engine == "ray" and share.beside > 1:
+    if config.engine == "ray" and share.processes > 1:
         raise ConfigError("the engine ray runs from one process: start it without torchrun")
-    if "-" in config.data and share.beside > 1:
+    if "-" in config.data and share.processes > 1:
         raise ConfigError(
             "only one process can read standard input: give files, or a store of `data build`"
         )
@@ -351,10 +351,10 @@ class Precompute:
                 written += nbytes
                 if signal := interrupted():
                     raise RunInterruptedError(signal, RESUME)
-        self._seal_what_others_left()
+        self._seal_idle_journals()
         return written
 
-    def _seal_what_others_left(self) -> None:
+    def _seal_idle_journals(self) -> None:
         """Seal journals whose writers have exited: killed processes, or Ray actors."""
         CacheFolder(
             self.folder,

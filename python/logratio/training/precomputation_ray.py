@@ -112,7 +112,7 @@ class Worker:
         self._work = Work(groups, keys, rows, folder, fingerprint)
         ask_for_expandable_segments(config.device)
         device = default_device(config.device)
-        self._scorer = ReferenceScorer(config, self._work, device, tell=self._notes.append)
+        self._scorer = ReferenceScorer(config, self._work, device, report=self._notes.append)
 
     @exact_products()
     def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:

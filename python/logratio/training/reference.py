@@ -100,7 +100,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode inside the block, and restore the random states after it."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with evaluating(model), torch.random.fork_rng([*devices]):

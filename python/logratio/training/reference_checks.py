@@ -24,8 +24,8 @@ from logratio.training.reference import (
     CachedReference,
     CachedSums,
     Reference,
+    side_effect_free,
     soft_differences,
-    undisturbed,
 )
 from logratio.training.validation import beta_of, needs_reference
 
@@ -129,7 +129,7 @@ def _copy(store: Store, wanted: Mapping[int, set[int]]) -> Store:
     return writer.finish(store.metadata)
 
 
-def recheck(
+def compare_sample(
     sample: Store,
     layout: str,
     device: torch.device,
@@ -247,7 +247,7 @@ def check_hits(
     stored = (CachedSums if sums else CachedReference)(sample, reader, folder)
     bound = _bound(model, precision, soft)
     gap = _gap(model, sample, layout, precision, stored, bound, lambda batch: score(model, batch))
-    return _sentence(folder, soft, gap, sample)
+    return _conditions_note(folder, soft, gap, sample)
 
 
 def check_start(
@@ -286,10 +286,10 @@ def check_start(
     precision, sample, gap = precision_of(config), sample_groups(store), None
     bound = _bound(policy, precision, soft)
     if scorer := _equal_in_memory(config, policy, is_first=objective is not None):
-        inspect = _InitialValue(config, objective, bound) if objective else None
+        inspect = _InitialLossCheck(config, objective, bound) if objective else None
         gap = _gap(policy, sample, layout, precision, reference, bound, scorer, inspect)
     if isinstance(reference, CachedReference | CachedSums):
-        return _sentence(reference.folder, soft, gap, sample)
+        return _conditions_note(reference.folder, soft, gap, sample)
     return None
 
 
@@ -320,11 +320,13 @@ def _gap(
     inspect: Inspector | None = None,
 ) -> float:
     device = transformer(model).device
-    with undisturbed(model), autocast(precision, device):
-        return recheck(sample, layout, device, scorer, stored, bound, inspect)
+    with side_effect_free(model), autocast(precision, device):
+        return compare_sample(sample, layout, device, scorer, stored, bound, inspect)
 
 
-def _sentence(folder: Path, soft: dict[str, str], gap: float | None, sample: Store) -> str | None:
+def _conditions_note(
+    folder: Path, soft: dict[str, str], gap: float | None, sample: Store
+) -> str | None:
     """Describe the conditions under which a cache was filled, and the result of the check."""
     if not soft:
         return None
@@ -336,7 +338,7 @@ def _sentence(folder: Path, soft: dict[str, str], gap: float | None, sample: Sto
     return f"{folder}: filled under {', '.join(soft.values())}; {checked}"
 
 
-class _InitialValue:
+class _InitialLossCheck:
     """Compares the loss at policy = reference with its known initial value."""
 
     def __init__(self, config: TrainConfig, objective: Objective, bound: Tolerance) -> None:

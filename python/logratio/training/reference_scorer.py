@@ -93,12 +93,14 @@ class Entries(Protocol):
         """Create a journal of these entries."""
         ...
 
-    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list["Taken"]) -> None:
+    def append(
+        self, writer: CacheWriter, keys: np.ndarray, taken: list["ScoredCompletions"]
+    ) -> None:
         """Write a durable block."""
         ...
 
 
-class Taken:
+class ScoredCompletions:
     """A copy of the wanted completions of one batch.
 
     Attributes:
@@ -138,7 +140,7 @@ class TokenEntries:
         """Open a journal of such entries."""
         return CacheWriter(folder, fingerprint.digest)
 
-    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[Taken]) -> None:
+    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[ScoredCompletions]) -> None:
         """Write a durable block."""
         lengths = np.concatenate([part.lengths for part in taken])
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -168,13 +170,13 @@ class SumEntries:
         """Open a journal of such entries."""
         return CacheWriter(folder, fingerprint.digest, sums=True)
 
-    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[Taken]) -> None:
+    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[ScoredCompletions]) -> None:
         """Write a durable block."""
         counts, sums = zip(*(counted_sums(part) for part in taken), strict=True)
         writer.append_sums(keys, np.concatenate(counts), np.concatenate(sums))
 
 
-def counted_sums(taken: Taken) -> tuple[np.ndarray, np.ndarray]:
+def counted_sums(taken: ScoredCompletions) -> tuple[np.ndarray, np.ndarray]:
     """Return the counts (uint32 `[n]`) and sums (float64 `[n]`) of counted tokens."""
     owners = np.repeat(np.arange(len(taken.rows)), taken.lengths)[taken.counted]
     size = len(taken.rows)
@@ -238,10 +240,10 @@ class Block:
 
     def __init__(self, entries: Entries, journals: Journals, keys: np.ndarray) -> None:
         self._entries, self._journals, self._keys = entries, journals, keys
-        self._taken: list[Taken] = []
+        self._taken: list[ScoredCompletions] = []
         self._pending = self.completions = self.tokens = 0
 
-    def add(self, taken: Taken) -> int:
+    def add(self, taken: ScoredCompletions) -> int:
         """Add the completions of a batch; return their number of tokens."""
         self._taken.append(taken)
         self.completions += len(taken.rows)
@@ -318,7 +320,7 @@ class ReferenceScorer:
         config: PrecomputeConfig,
         work: Work,
         device: torch.device,
-        tell: Callable[[str], None] = say,
+        report: Callable[[str], None] = say,
     ) -> None:
         """Load the model `config.model` onto `device`, and create a journal.
 
@@ -326,7 +328,7 @@ class ReferenceScorer:
             config: Settings of the pass.
             work: The completions to score.
             device: Device of the model.
-            tell: Receives notes for the user.
+            report: Receives notes for the user.
 
         Raises:
             UnsupportedModelError: The model's log-probs cannot be computed correctly.
@@ -335,7 +337,7 @@ class ReferenceScorer:
         """
         entries = entries_of(config.sums_only)
         self.store, self.wanted, self.device = work.store, work.wanted, device
-        self._precision, self._tell = precision_of(config), tell
+        self._precision, self._report = precision_of(config), report
         self._pread = config.read_mode == "pread"
         self.model = load_model(
             config.model,
@@ -348,7 +350,7 @@ class ReferenceScorer:
             wanted = config.share_beginnings
             self.layout, reason = choose_layout(self.model, share_beginnings=wanted)
         if note := layout_note(self.layout, reason, share_beginnings=wanted):
-            tell(note)
+            report(note)
         self.budget = token_budget(config.token_budget, config.model, device)
         self._buffers = buffers_for(device)
         self._check_hits(work, config.sums_only)
@@ -362,7 +364,7 @@ class ReferenceScorer:
             self.model, self.store, reader, work.folder, self.layout, self._precision, sums=sums
         )
         if note:
-            self._tell(note)
+            self._report(note)
 
     def score(self, groups: np.ndarray) -> Iterator[int]:
         """Score `groups`, int64, longest first; yield the number of tokens after each batch.
@@ -374,7 +376,7 @@ class ReferenceScorer:
         """
         queue = GroupQueue(self.store, groups, self.layout)
         while len(queue):
-            yield from self._until_it_does_not_fit(queue)
+            yield from self._score_until_out_of_memory(queue)
 
     def flush(self) -> None:
         """Write all pending log-probs durably."""
@@ -394,7 +396,7 @@ class ReferenceScorer:
         """Bytes written so far."""
         return self._journals.nbytes
 
-    def _until_it_does_not_fit(self, queue: GroupQueue) -> Iterator[int]:
+    def _score_until_out_of_memory(self, queue: GroupQueue) -> Iterator[int]:
         done = queue.position
         with closing(ahead(self._batches(queue))) as batches:
             for arrays in batches:
@@ -402,7 +404,7 @@ class ReferenceScorer:
                 if logps is None:
                     break
                 done += len(arrays.groups)
-                yield self.block.add(Taken(arrays, logps, self.wanted))
+                yield self.block.add(ScoredCompletions(arrays, logps, self.wanted))
         queue.position = done  # prefetched batches that were not scored return to the queue
 
     def _batches(self, queue: GroupQueue) -> Iterator[Layout]:
@@ -452,7 +454,7 @@ class ReferenceScorer:
                 "are in the cache"
             )
         self.budget.exceeded(tokens)
-        self._tell(
+        self._report(
             f"out of memory at {tokens:,} tokens at a time: retrying with {self.budget.tokens:,}; "
             "no scores are lost"
         )

@@ -132,7 +132,9 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     return settings
 
 
-def refuse_another(config: TrainConfig, finished: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_different_run(
+    config: TrainConfig, finished: dict[str, Any], now: dict[str, Any]
+) -> None:
     """Refuse to replace a finished run by a different one.
 
     Args:
@@ -157,7 +159,7 @@ def refuse_another(config: TrainConfig, finished: dict[str, Any], now: dict[str,
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[Path]:
+def locked_output(output: Path) -> Iterator[Path]:
     """Create the output folder and lock it against other processes inside the block.
 
     Raises:
@@ -292,7 +294,7 @@ def date_of_run(config: TrainConfig) -> str | None:
         return date_of_policy(config.output)
     try:
         state = json.loads((newest / "state.json").read_text("utf-8"))
-        return _text(state["identity"])
+        return _date_field(state["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a damaged checkpoint is reported when it is loaded
 
@@ -300,13 +302,13 @@ def date_of_run(config: TrainConfig) -> str | None:
 def date_of_policy(folder: PathLike) -> str | None:
     """Return the date in the prompts of the run that trained a model, or None."""
     rules = (settings_of(folder) or {}).get("rules")
-    return _text(rules) if isinstance(rules, Mapping) else None
+    return _date_field(rules) if isinstance(rules, Mapping) else None
 
 
 def date_of_store(store: Store) -> str | None:
     """Return the date in the prompts of a store, or None."""
     rules = json.loads(store.metadata or "{}").get("rules")
-    return _text(rules) if isinstance(rules, Mapping) else None
+    return _date_field(rules) if isinstance(rules, Mapping) else None
 
 
 def date_of_cache(folder: Path) -> str | None:
@@ -316,7 +318,7 @@ def date_of_cache(folder: Path) -> str | None:
 
 def dates_of_cache(folder: Path) -> list[str]:
     """Return all dates with which a cache folder was filled, ascending."""
-    return sorted({date for fields in read_conditions(folder) if (date := _text(fields))})
+    return sorted({date for fields in read_conditions(folder) if (date := _date_field(fields))})
 
 
 def record_date(folder: Path, date: str | None) -> None:
@@ -336,6 +338,6 @@ def date_miss(folder: Path, date: str | None) -> str:
     )
 
 
-def _text(fields: Mapping[str, Any]) -> str | None:
+def _date_field(fields: Mapping[str, Any]) -> str | None:
     found = fields.get(_FIELD)
     return found if isinstance(found, str) else None

@@ -27,10 +27,10 @@ from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import Batch, Part, buffers_for, shape_for, to_torch
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
 from logratio.logps.completion import completion_logps, completion_loss, transformer
-from logratio.logps.head_loss import unit
+from logratio.logps.head_loss import unit_gradient
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
-from logratio.training.activations import Kept, keeping, settle
+from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
@@ -54,7 +54,7 @@ from logratio.training.optimizers import (
     widen_gradients,
 )
 from logratio.training.policy import build_policy
-from logratio.training.precomputation import Precompute, refuse_several, share_of
+from logratio.training.precomputation import Precompute, refuse_multiple_processes, share_of
 from logratio.training.reference import (
     FrozenReference,
     Reference,
@@ -62,17 +62,17 @@ from logratio.training.reference import (
     cache_folder,
     cached_reference,
     holds_sums_only,
+    side_effect_free,
     sums_folder,
-    undisturbed,
 )
 from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import (
     CHECKPOINTS,
-    claimed,
     finished_run,
     history_of,
     identity,
-    refuse_another,
+    locked_output,
+    refuse_different_run,
     save_run,
 )
 from logratio.training.torch_settings import (
@@ -200,7 +200,7 @@ class DPOTrainer:
         if config is not None and given:
             raise ConfigError(f"config holds all settings: leave {', '.join(given)} out")
         config = config or TrainConfig(**given)
-        refuse_several("train")
+        refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
         check_config(config)
         if config.rules.date is None:
@@ -211,7 +211,7 @@ class DPOTrainer:
         self.device = default_device(config.device)
         with ExitStack() as held:
             if not dry_run:
-                held.enter_context(claimed(Path(config.output)))
+                held.enter_context(locked_output(Path(config.output)))
             self._prepare(config)
             self._held = ExitStack() if self.finished else held.pop_all()
 
@@ -219,7 +219,7 @@ class DPOTrainer:
         """Read the data, and look for a finished run and a filled cache."""
         finished = finished_run(config)
         if finished:
-            refuse_another(config, finished, identity(config))
+            refuse_different_run(config, finished, identity(config))
         self.dataset = load_training_data(
             config,
             refused=None if self.dry_run or finished else Path(config.output) / REFUSED_FILE,
@@ -231,7 +231,7 @@ class DPOTrainer:
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
         self.finished: TrainResult | None = None
         if finished:
-            refuse_another(config, finished, identity(config, self.store))
+            refuse_different_run(config, finished, identity(config, self.store))
             steps, output = int(finished["steps"]), Path(config.output)
             self.finished = TrainResult(output, steps, history_of(output, steps), was_finished=True)
         reads_cache = not (config.precompute or finished)
@@ -324,10 +324,10 @@ class DPOTrainer:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
-        with self._autocast(), undisturbed(policy):
+        with self._autocast(), side_effect_free(policy):
             layout = self._choose_layout(policy, reference)
         self.begin(policy, reference, layout)
-        with _attention(policy, layout), keeping(policy, self._kept()):
+        with _attention(policy, layout), layer_options(policy, self._kept()):
             history = self._run_updates()
         with interrupts():  # a signal must not prevent saving the trained model
             self._save_model()
@@ -361,18 +361,18 @@ class DPOTrainer:
             say(note)
         return layout
 
-    def _kept(self) -> Kept:
+    def _kept(self) -> LayerOptions:
         """Choose how the policy's layers run; print a note if some are checkpointed."""
         name = self.config.optimizer
         state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in self.parameters)
-        choice = settle(self.config, self.store, self.policy, self.layout, state)
+        choice = choose_checkpointing(self.config, self.store, self.policy, self.layout, state)
         if choice.reason:
             say(choice.reason)
         wanted = self.config.compile_layers
-        kept = Kept(choice.layers, self.config.offload_activations, compiled=wanted == "on")
+        kept = LayerOptions(choice.layers, self.config.offload_activations, compiled=wanted == "on")
         return self._try_compiling(kept) if wanted == "auto" else kept
 
-    def _try_compiling(self, kept: Kept) -> Kept:
+    def _try_compiling(self, kept: LayerOptions) -> LayerOptions:
         """Time the layers with and without compilation; a resumed run keeps its first choice.
 
         Compiled layers round differently, so the choice is part of the run's identity.
@@ -459,7 +459,7 @@ class DPOTrainer:
         columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
         values = averages(columns, grad_norm=norm) | {"lr": rate}
         if not all(map(math.isfinite, values.values())):
-            raise NonFiniteError(self._blame(step, values, groups))
+            raise NonFiniteError(self._describe_nonfinite(step, values, groups))
         self.optimizer.step()
         return values, sum(map(len, groups))
 
@@ -476,7 +476,7 @@ class DPOTrainer:
 
         with self._autocast():
             loss = completion_loss(self.policy, batch, share)
-        loss.backward(unit(loss.device, loss.dtype))
+        loss.backward(unit_gradient(loss.device, loss.dtype))
         return scored
 
     def _batch(self, groups: np.ndarray) -> Batch:
@@ -505,7 +505,9 @@ class DPOTrainer:
         if note:
             say(note)
 
-    def _blame(self, step: int, values: dict[str, float], batches: list[np.ndarray]) -> str:
+    def _describe_nonfinite(
+        self, step: int, values: dict[str, float], batches: list[np.ndarray]
+    ) -> str:
         """Describe the values and records that are not finite, and the likely cause."""
         groups = np.concatenate(batches)
         with torch.no_grad():

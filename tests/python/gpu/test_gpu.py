@@ -318,7 +318,7 @@ def test_a_kernel_passes_its_trial_or_is_refused(
 def test_no_completion_sees_another(
     family: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels.tell.cache_clear()
+    kernels.report_choice.cache_clear()
     model = moved(rounded(family), DEVICE, dtype)
     layout, reason = choose_layout(model)
     assert (layout, reason) == ("shared", "leak check passed")

@@ -96,8 +96,8 @@ def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     def without_owners(positions: Tensor, _: Tensor, window: int | None, start: int = 0) -> Tensor:
         return unseen(positions, torch.zeros_like(positions), window, start)
 
-    unseen = plan.unseen
-    monkeypatch.setattr(plan, "unseen", without_owners)
+    unseen = plan.hidden_keys
+    monkeypatch.setattr(plan, "hidden_keys", without_owners)
     layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
     assert layout == "padded"
     assert "see each other" in reason

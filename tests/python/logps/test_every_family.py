@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from logratio.logps.checks import UnsupportedModelError, _crosstalk, batch_of, choose_layout
-from logratio.logps.completion import score, with_fresh_rope
+from logratio.logps.completion import reset_dynamic_rope, score
 from logratio.training.config import Precision
 from logratio.training.models import (
     ModelFolderError,
@@ -87,7 +87,7 @@ def alone(model: PreTrainedModel, groups: list[Group]) -> Tensor:
     scored = []
     for prompt, completions in groups:
         for completion in completions:
-            with_fresh_rope(model)
+            reset_dynamic_rope(model)
             logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits
             logps = torch.log_softmax(logits[0, len(prompt) - 1 : -1].double(), -1)
             scored.append(logps.gather(-1, torch.tensor(completion)[:, None])[:, 0])

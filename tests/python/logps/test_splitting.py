@@ -16,7 +16,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from logratio.errors import ConfigError
 from logratio.logps.checks import choose_layout
-from logratio.logps.completion import apart, batch_of, completion_loss, groups_of, limits_of, score
+from logratio.logps.completion import (
+    batch_of,
+    completion_loss,
+    groups_of,
+    limits_of,
+    score,
+    split_by_limits,
+)
 from logratio.training import EvaluateConfig
 from logratio.training.evaluation import prepare
 
@@ -169,12 +176,16 @@ def test_a_batch_is_cut_only_where_it_must_be(layout: str) -> None:
     dynamic = limits_of(config_of("llama with dynamic NTK"))
     batch, short = batch_of(mixed_groups(), layout), batch_of(mixed_groups()[2:3], layout)
     assert plain == ()
-    assert [len(apart(batch, limits)) for limits in (plain, longrope, dynamic)] == [1, 2, 5]
-    assert [apart(short, limits)[0].batch is short for limits in (longrope, dynamic)] == [
+    assert [len(split_by_limits(batch, limits)) for limits in (plain, longrope, dynamic)] == [
+        1,
+        2,
+        5,
+    ]
+    assert [split_by_limits(short, limits)[0].batch is short for limits in (longrope, dynamic)] == [
         True,
         True,
     ]
-    every = np.concatenate([call.targets_at for call in apart(batch, dynamic)])
+    every = np.concatenate([call.targets_at for call in split_by_limits(batch, dynamic)])
     assert sorted(every.tolist()) == list(range(len(batch.targets.target_ids)))
 
 

@@ -19,12 +19,12 @@ from logratio.training import LoraSettings, TrainConfig, activations, memory, tr
 from logratio.training.activations import (
     Choice,
     HostCopy,
-    Kept,
     LayerMemory,
+    LayerOptions,
     RecomputationError,
-    choose,
+    checkpointing_for_memory,
     decoder_layers,
-    keeping,
+    layer_options,
     layers_that_do_not_fit,
     measure_layers,
 )
@@ -35,24 +35,26 @@ from logratio.training.policy import with_lora
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_computed_twice_change_no_bit(family: str, layout: str) -> None:
     model = tiny(FAMILIES[family]())
-    plain = gradients(model, Kept(), layout)
+    plain = gradients(model, LayerOptions(), layout)
     for count in (1, 2):
-        assert_equal(plain, gradients(model, Kept(checkpointed=count), layout))
+        assert_equal(plain, gradients(model, LayerOptions(checkpointed=count), layout))
 
 
 def test_a_state_that_runs_through_the_tokens_is_computed_twice_too() -> None:
     model = tiny(mamba_config(), scale=1.0)
-    plain = gradients(model, Kept(), "padded")
-    assert_equal(plain, gradients(model, Kept(checkpointed=2), "padded"))
+    plain = gradients(model, LayerOptions(), "padded")
+    assert_equal(plain, gradients(model, LayerOptions(checkpointed=2), "padded"))
 
 
-@pytest.mark.parametrize("kept", [Kept(checkpointed=1), Kept(2), Kept(1, offload=True)])
+@pytest.mark.parametrize(
+    "kept", [LayerOptions(checkpointed=1), LayerOptions(2), LayerOptions(1, offload=True)]
+)
 def test_adapters_get_the_same_gradients(
-    kept: Kept, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    kept: LayerOptions, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "WORTH_MOVING", 0)
     model = with_lora(tiny(FAMILIES["llama"]()), LoraSettings(rank=4), tiny_model)
-    assert_equal(gradients(model, Kept()), gradients(model, kept))
+    assert_equal(gradients(model, LayerOptions()), gradients(model, kept))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -67,8 +69,8 @@ def test_offloaded_activations_change_no_bit(count: int, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HostCopy, "restore", restore)
     model = tiny(FAMILIES["llama"]())
-    plain = gradients(model, Kept())
-    assert_equal(plain, gradients(model, Kept(count, offload=True)))
+    plain = gradients(model, LayerOptions())
+    assert_equal(plain, gradients(model, LayerOptions(count, offload=True)))
     weights = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() > 1}
     assert restored
     assert not [shape for shape in restored if tuple(sorted(shape)) in weights]
@@ -106,9 +108,9 @@ def test_the_first_layers_are_computed_twice_and_passes_without_gradients_are_no
     for number, layer in enumerate(decoder_layers(model)):
         norm = layer.get_submodule("input_layernorm")
         norm.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
-    gradients(model, Kept(checkpointed=3))
+    gradients(model, LayerOptions(checkpointed=3))
     assert calls == [2, 2, 2, 1, 1]
-    with torch.no_grad(), keeping(model, Kept(checkpointed=3)):
+    with torch.no_grad(), layer_options(model, LayerOptions(checkpointed=3)):
         score(model, batch())
     assert calls == [3, 3, 3, 2, 2]
 
@@ -118,7 +120,7 @@ def test_nothing_is_left_of_it_and_a_forward_that_was_replaced_before_comes_back
     first, second = decoder_layers(model)
     own = first.forward
     first.forward = own  # as libraries that move a layer's inputs do
-    with pytest.raises(ZeroDivisionError), keeping(model, Kept(1)):
+    with pytest.raises(ZeroDivisionError), layer_options(model, LayerOptions(1)):
         raise ZeroDivisionError
     assert vars(first)["forward"] is own
     assert "forward" not in vars(second)
@@ -126,7 +128,7 @@ def test_nothing_is_left_of_it_and_a_forward_that_was_replaced_before_comes_back
 
 def test_a_layer_that_fills_a_key_cache_is_not_computed_twice() -> None:
     model = tiny(FAMILIES["llama"]())
-    with keeping(model, Kept(1)), pytest.raises(RecomputationError):
+    with layer_options(model, LayerOptions(1)), pytest.raises(RecomputationError):
         model(torch.ones(1, 3, dtype=torch.int64), use_cache=True)
 
 
@@ -213,7 +215,7 @@ def test_the_choice_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
     def chosen(free: float, estimate: float = 1e12) -> Choice:
         monkeypatch.setattr(memory, "free_on", lambda _: 3 * weights + free / 0.8)
-        return choose(model, forward, estimate=estimate, states=2 * weights)
+        return checkpointing_for_memory(model, forward, estimate=estimate, states=2 * weights)
 
     base = 1000 + layer  # tiles, one layer's second pass; gradients and moments come off whole
     before = next(passes)

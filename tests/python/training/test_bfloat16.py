@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings
-from logratio.training.bfloat16 import LowLinear, held_in_bfloat16, with_low_adapters
+from logratio.training.bfloat16 import InputDtypeLinear, held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import Precision
 from logratio.training.memory import frozen_bytes
 from logratio.training.models import autocast, load_model
@@ -116,14 +116,14 @@ def adapters(model: Any) -> list[Any]:
 def test_adapters_multiply_in_bfloat16_near_float64(family: str, precision: Precision) -> None:
     model = adapted(family, precision)
     truth, gradients = by_merging(model)
-    found = logps(with_low_adapters(model), precision)
+    found = logps(with_bfloat16_adapters(model), precision)
     assert float((found.detach().double() - truth).norm() / truth.norm()) < 0.02
     found.sum().backward()
     layers = adapters(model)
     assert len(layers) == len(gradients) >= 8
     for layer, (a, b) in zip(layers, gradients, strict=True):
         for matrix, expected in ((layer.lora_A.default, a), (layer.lora_B.default, b)):
-            assert type(matrix) is LowLinear
+            assert type(matrix) is InputDtypeLinear
             own: Any = matrix.weight.grad
             assert matrix.weight.dtype == own.dtype == torch.float32
             assert float((own.double() - expected).norm() / expected.norm()) < 0.1
@@ -180,13 +180,13 @@ def test_only_the_adapters_weights_are_cast_beside_the_base(precision: Precision
     model = adapted("llama", precision)
     layers = len(adapters(model))
     assert more_casts(model)[1] > layers  # as peft does it
-    assert more_casts(with_low_adapters(model)) == (2 * layers, 0)
+    assert more_casts(with_bfloat16_adapters(model)) == (2 * layers, 0)
 
 
 @pytest.mark.parametrize("precision", LOW)
 def test_a_group_does_not_depend_on_those_beside_it(precision: Precision) -> None:
     """Other tokens beside it move no bit; other shapes choose other kernels, and move the last."""
-    model = with_low_adapters(adapted("llama", precision))
+    model = with_bfloat16_adapters(adapted("llama", precision))
     first, *others = GROUPS
     changed = [([9] * len(prompt), [[7] * len(ids) for ids in sides]) for prompt, sides in others]
     own = sum(map(len, first[1]))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from logratio.training import TrainConfig, checkpoint, compile_trial, train
-from logratio.training.activations import Kept
+from logratio.training.activations import LayerOptions
 from logratio.training.compile_trial import Verdict, compare, try_compiling
 from logratio.training.run_folder import identity
 from logratio.training.trainer import DPOTrainer
@@ -137,7 +137,7 @@ def test_a_run_goes_on_as_it_began(config: TrainConfig, monkeypatch: pytest.Monk
     resumed = replace(config, compile_layers="auto", resume=True)
     trainer = DPOTrainer(config=resumed, show_progress=False)
     trainer.identity = {}
-    assert trainer._try_compiling(Kept(2)) == Kept(2, compiled=True)
+    assert trainer._try_compiling(LayerOptions(2)) == LayerOptions(2, compiled=True)
     assert trainer.identity == {"compiled": True}, "and every later checkpoint says so"
 
 

@@ -21,7 +21,7 @@ from logratio.logps.attention.kernels import (
     Wanted,
     kernel_for,
     missing_kernels,
-    tell,
+    report_choice,
 )
 from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.sdpa import Scoring
@@ -221,7 +221,7 @@ def attend_fused(
     )
     choice = choose(wanted, query.device, shared_prompt.kernel)
     if query.is_cuda:
-        tell(choice)
+        report_choice(choice)
     if choice.name == "sdpa" or sequences is None:
         return None
     query, key, value = (states.to(wanted.dtype) for states in (query, key, value))

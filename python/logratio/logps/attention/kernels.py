@@ -218,6 +218,6 @@ def forced_kernel() -> Kernel | None:
 
 
 @cache
-def tell(choice: Choice) -> None:
+def report_choice(choice: Choice) -> None:
     """Print, once per choice, which kernel is used on a GPU and why no faster one."""
     sys.stderr.write(f"shared-prompt attention: {choice}\n")

@@ -37,7 +37,7 @@ class Shape:
         return self.prompt if len(self.completions) > 1 else self.tokens
 
     @cached_property
-    def spared(self) -> int:
+    def saved_scores(self) -> int:
         """Number of scores saved by a separate call for the prompt."""
         return self.prompt * (self.tokens - self.prompt // 2)
 
@@ -130,7 +130,7 @@ class _Planner:
         self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths
 
     def plan(self) -> Plan:
-        rows = alike(self.shapes)
+        rows = groups_in_rows(self.shapes)
         in_rows = {group for groups in rows.values() for group in groups}
         alone = [group for group in range(len(self.shapes)) if group not in in_rows]
         for group, start in zip(alone, self.starts[alone].tolist(), strict=True):
@@ -150,7 +150,7 @@ class _Planner:
         self.blocks.append(length)
         positions = self.positions[start : start + length][None]
         owners = self._owners([group], length)
-        if lead < length and shape.spared < SPLIT_CELLS:
+        if lead < length and shape.saved_scores < SPLIT_CELLS:
             lead = 0
         if lead:
             first = None if self._plain(lead) else self._mask(positions[:, :lead], owners[:, :lead])
@@ -191,7 +191,7 @@ class _Planner:
 
     def _mask(self, positions: Tensor, owners: Tensor, start: int = 0) -> Tensor:
         """Return the mask of the queries from `start`: `[B, L]` each to `[B, 1, L - start, L]`."""
-        hidden = unseen(positions, owners, self.window, start)[:, None]
+        hidden = hidden_keys(positions, owners, self.window, start)[:, None]
         zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return zeros.masked_fill_(hidden, -torch.inf)
 
@@ -208,7 +208,7 @@ class _Planner:
         return Moves(take, put, real)
 
 
-def unseen(positions: Tensor, owners: Tensor, window: int | None, start: int = 0) -> Tensor:
+def hidden_keys(positions: Tensor, owners: Tensor, window: int | None, start: int = 0) -> Tensor:
     """Return which keys each query must not see: bool `[B, L - start, L]`.
 
     A query sees the prompt (owner 0) and its completion, up to its position. With a window, it sees
@@ -221,7 +221,7 @@ def unseen(positions: Tensor, owners: Tensor, window: int | None, start: int = 0
     return hidden.logical_or_((owners[:, None] != mine).logical_and_((owners != 0)[:, None]))
 
 
-def alike(shapes: list[Shape]) -> dict[int, list[int]]:
+def groups_in_rows(shapes: list[Shape]) -> dict[int, list[int]]:
     """Return the groups to batch in padded rows, by row width; empty if batching is not faster."""
     rows: dict[int, list[int]] = {}
     for group, shape in enumerate(shapes):

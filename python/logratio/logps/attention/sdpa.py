@@ -57,7 +57,7 @@ def attend(
     # Both results are views of a tensor without the first axis: compiled layers guard on that.
     if plan.moves is None:
         return attended[0].contiguous()[None]
-    tokens: Tensor = _BackAgain.apply(attended[0], plan.moves)
+    tokens: Tensor = _FromRows.apply(attended[0], plan.moves)
     return tokens[None]
 
 
@@ -157,7 +157,7 @@ class _IntoRows(torch.autograd.Function):
         return gradient.index_select(0, ctx.moves.put), None
 
 
-class _BackAgain(torch.autograd.Function):
+class _FromRows(torch.autograd.Function):
     """`x[put]`: the inverse of `_IntoRows`, which drops padding."""
 
     @staticmethod

@@ -35,7 +35,7 @@ COPY = 4
 LOOK_BACK = 64
 """Maximum number of runs in a call."""
 
-Pieces = tuple[tuple[int, int], ...]
+Spans = tuple[tuple[int, int], ...]
 """Spans of the row, each as (start, stop)."""
 
 
@@ -54,7 +54,7 @@ class Call:
 
     start: int
     stop: int
-    path: Pieces
+    path: Spans
     mask: Tensor | None
 
     @property
@@ -63,7 +63,7 @@ class Call:
         return self.stop - self.start
 
     @property
-    def keys(self) -> Pieces:
+    def keys(self) -> Spans:
         """Spans of all keys; the last one is that of the queries."""
         return (*self.path, (self.start, self.stop))
 
@@ -98,7 +98,7 @@ class SharedTree:
         key = (window, dtype, masked)
         if key not in self._plans:
             lengths = np.array([len(path) for path in self._paths])
-            cuts = cut(self._starts, lengths)
+            cuts = split_runs(self._starts, lengths)
             self._plans[key] = [self._call(a, b, *key) for a, b in pairwise(cuts)]
         return self._plans[key]
 
@@ -111,7 +111,7 @@ class SharedTree:
         is_causal = last == first + 1 and not len(path)
         if masked or not is_causal or (window is not None and window < stop - start):
             mask = self._mask(path, start, stop, window, dtype)
-        return Call(start, stop, _pieces(path), mask)
+        return Call(start, stop, _spans(path), mask)
 
     def _mask(
         self, path: np.ndarray, start: int, stop: int, window: int | None, dtype: torch.dtype
@@ -134,13 +134,13 @@ def _ends(starts: np.ndarray, keys: list[np.ndarray], paths: list[np.ndarray]) -
     return ends
 
 
-def _pieces(path: np.ndarray) -> Pieces:
+def _spans(path: np.ndarray) -> Spans:
     """Convert ascending positions, int64, to spans of the row."""
     breaks = np.flatnonzero(np.diff(path) != 1) + 1
     return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(path, breaks) if len(part))
 
 
-def cut(starts: np.ndarray, paths: np.ndarray) -> list[int]:
+def split_runs(starts: np.ndarray, paths: np.ndarray) -> list[int]:
     """Split runs into calls of the lowest total cost, by dynamic programming.
 
     Args:
@@ -182,7 +182,7 @@ def attend_tree(
     return attended.transpose(1, 2)[0].contiguous()[None]
 
 
-def gather(states: Tensor, calls: Sequence[Pieces]) -> tuple[Tensor, ...]:
+def gather(states: Tensor, calls: Sequence[Spans]) -> tuple[Tensor, ...]:
     """Return the keys (or values) of each call: `[1, H, T, D]` to `[1, H, Lk, D]` each.
 
     The last spans of all calls must cover the row, each token once. Gradients of copies are summed
@@ -194,10 +194,10 @@ def gather(states: Tensor, calls: Sequence[Pieces]) -> tuple[Tensor, ...]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, calls: Sequence[Pieces]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, states: Tensor, calls: Sequence[Spans]) -> tuple[Tensor, ...]:
         ctx.calls, ctx.shape = calls, states.shape
         return tuple(
-            torch.cat([states[:, :, start:stop] for start, stop in pieces], 2) for pieces in calls
+            torch.cat([states[:, :, start:stop] for start, stop in spans], 2) for spans in calls
         )
 
     @staticmethod
@@ -205,12 +205,12 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
         total = gradients[0].new_empty(ctx.shape, dtype=dtype)
-        for pieces, gradient in zip(ctx.calls, gradients, strict=True):
-            (start, stop), length = pieces[-1], gradient.shape[2]
+        for spans, gradient in zip(ctx.calls, gradients, strict=True):
+            (start, stop), length = spans[-1], gradient.shape[2]
             total[:, :, start:stop] = gradient[:, :, length - (stop - start) :]
-        for pieces, gradient in zip(ctx.calls, gradients, strict=True):
+        for spans, gradient in zip(ctx.calls, gradients, strict=True):
             at = 0
-            for start, stop in pieces[:-1]:
+            for start, stop in spans[:-1]:
                 total[:, :, start:stop] += gradient[:, :, at : at + stop - start]
                 at += stop - start
         return total.to(gradients[0].dtype), None

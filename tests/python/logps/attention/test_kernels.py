@@ -169,7 +169,7 @@ def test_flash_attn_is_what_has_its_function(
 
 def test_a_kernel_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     choice = kernel_for(wanted(torch.float32), NOTHING)
-    kernels.tell.cache_clear()
+    kernels.report_choice.cache_clear()
     for _ in range(3):
-        kernels.tell(choice)
+        kernels.report_choice(choice)
     assert capsys.readouterr().err == f"shared-prompt attention: {choice}\n"
