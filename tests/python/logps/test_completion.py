@@ -131,9 +131,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         ({"shared_prompt": None}, "does not pass keyword arguments"),
     ],
 )
-def test_attention_that_asks_for_more_is_refused_not_guessed(
-    asks: dict[str, Any], sentence: str
-) -> None:
+def test_unsupported_attention_options_are_refused(asks: dict[str, Any], sentence: str) -> None:
     from logratio.logps.attention import SharedPrompt
     from logratio.logps.attention.interface import shared_prompt_attention
 
@@ -160,9 +158,7 @@ def test_a_shared_batch_without_shared_attention_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_that_is_filled_up_changes_no_number(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_of_a_row_changes_no_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where rows have multiples of 128 tokens."""
     model, groups, found = tiny(FAMILIES[family]()), token_groups(), []
     for step in (1, 128):
@@ -182,7 +178,7 @@ def test_a_row_that_is_filled_up_changes_no_number(
     assert float((gradient - filled_gradient).norm() / gradient.norm()) <= 1e-5
 
 
-def test_sums_leave_out_what_does_not_count() -> None:
+def test_sums_exclude_tokens_that_do_not_count() -> None:
     store = store_of([([1, 2], [([3, 4, 5], [0, 1, 1], 0), ([6], [1], 1)])])
     targets = to_torch(lay_out(store, np.array([0]))).targets
     per_token = torch.tensor([-1.0, -2.0, -4.0, -8.0])
@@ -216,7 +212,7 @@ def test_sums_of_long_completions_lose_no_digits() -> None:
     assert batch.targets.lengths.tolist() == [40_000, 39_001]
 
 
-class Told(PerToken):
+class Given(PerToken):
     """A reference that repeats given log-probs."""
 
     def __init__(self, known: Tensor) -> None:
@@ -233,7 +229,7 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
     policy = logps * (1 + 1e-6 * torch.linspace(-1, 1, len(logps)))
     config = TrainConfig(model=tmp_path, data=[], output=tmp_path, lr=1e-4, loss=loss)
     objective = make_objective(config, beta := 0.5)
-    scored = batch.targets.sums(policy), Told(logps).sums(batch), batch.targets.lengths
+    scored = batch.targets.sums(policy), Given(logps).sums(batch), batch.targets.lengths
     losses = objective.losses(*scored)
     columns = objective.columns(losses, *scored)
     parts = [

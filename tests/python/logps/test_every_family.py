@@ -1,4 +1,4 @@
-"""Every causal language model of the installed transformers is scored rightly, or refused.
+"""Every causal language model of the installed transformers is scored correctly, or refused.
 
 For minutes: `make families` runs it, and `make test` leaves it out.
 """
@@ -112,7 +112,9 @@ def layout_of(kind: str, model: PreTrainedModel, folder: Path) -> str | None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", kinds())
-def test_each_is_what_it_is_alone_or_refused(kind: str, seed: int, tmp_path: Path) -> None:
+def test_each_completion_scores_as_if_alone_or_is_refused(
+    kind: str, seed: int, tmp_path: Path
+) -> None:
     model, groups = small_model(kind, seed), groups_of(seed)
     layout = layout_of(kind, model, tmp_path)
     assert (layout is None) == (kind in REASONS)
@@ -135,7 +137,7 @@ FAIL_THEMSELVES = {("dbrx", "bf16")}
 
 @pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("kind", [kind for kind in kinds() if kind not in REASONS])
-def test_in_low_precision_company_adds_nothing_to_rounding(kind: str, precision: Precision) -> None:
+def test_in_low_precision_batching_adds_only_rounding(kind: str, precision: Precision) -> None:
     model, groups = small_model(kind, 0), groups_of(0)
     layout = choose_layout(model)[0]
     if precision == "bf16-weights":

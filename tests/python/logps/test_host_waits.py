@@ -70,7 +70,7 @@ class HostWaits(TorchDispatchMode):
 
 
 def _wait(name: str, args: Any, kwargs: Any) -> str | None:
-    """Say what a host waits for in an operation, or return None."""
+    """Return what the host waits for in an operation, or None."""
     if name in ("aten::_to_copy", "aten::copy_"):
         return _wait_of_copy(args, kwargs)
     if not any(_is_on_gpu(x) for x in args):

@@ -1,4 +1,4 @@
-"""A completion's log-probs are those it has alone, also where a model looks at its company."""
+"""A completion's log-probs do not depend on its batch, for any model."""
 
 from functools import cache
 from pathlib import Path
@@ -125,7 +125,7 @@ def test_neither_siblings_nor_order_move_a_completion(name: str, layout: str) ->
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_company_would_matter(name: str) -> None:
+def test_batching_without_limits_would_matter(name: str) -> None:
     """Otherwise the tests above could not fail: a plain padded batch moves the logits."""
     model, groups = model_of(name), mixed_groups()
     (short,), prompt = groups[2][1], groups[2][0]

@@ -1,4 +1,4 @@
-"""What a cache keeps of a completion: which rows, and their sums."""
+"""Cache entries: the selected rows, and their sums."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whether layers are compiled is measured, told, and changes nothing else of the run."""
+"""The trial decides by time, reports its decision, and changes nothing else in the run."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def test_a_short_run_compiles_nothing() -> None:
     assert True not in ran
 
 
-def test_a_compiler_that_fails_is_told_and_done_without() -> None:
+def test_a_failing_compiler_is_reported_and_not_used() -> None:
     def seconds_of(is_compiled: bool) -> float:
         if is_compiled:
             raise RuntimeError("no C compiler\nand a hundred lines more")
@@ -123,7 +123,9 @@ def test_gradients_and_generators_are_as_before(
     assert seen == [(True, [])]
 
 
-def test_a_run_goes_on_as_it_began(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_decision(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled or not: the other would round differently."""
 
     def refuse(*_: object) -> None:
@@ -138,7 +140,7 @@ def test_a_run_goes_on_as_it_began(config: TrainConfig, monkeypatch: pytest.Monk
     trainer = DPOTrainer(config=resumed, show_progress=False)
     trainer.identity = {}
     assert trainer._try_compiling(LayerOptions(2)) == LayerOptions(2, compiled=True)
-    assert trainer.identity == {"compiled": True}, "and every later checkpoint says so"
+    assert trainer.identity == {"compiled": True}, "every later checkpoint records it"
 
 
 def test_true_and_false_are_on_and_off(config: TrainConfig) -> None:

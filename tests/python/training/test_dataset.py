@@ -68,7 +68,7 @@ def test_an_id_beyond_the_embedding_is_refused(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_ids_that_the_data_does_not_use_are_no_matter(
+def test_ids_that_the_data_does_not_use_are_accepted(
     command: str, larger: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     ready = COMMANDS[command](larger, pairs_file, tmp_path / "out")
@@ -115,7 +115,7 @@ def test_a_reference_with_a_smaller_embedding_is_refused(
         evaluation.prepare(EvaluateConfig(padded, tiny_model, [data], device="cpu", beta=0.1))
 
 
-def test_a_folder_that_transformers_reads_otherwise_is_refused(
+def test_a_folder_that_transformers_tokenizes_differently_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, other: Path
 ) -> None:
     check_ids(tiny_model, PreferenceTokenizer.load(tiny_model))

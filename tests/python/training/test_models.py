@@ -1,4 +1,4 @@
-"""Models and adapters that cannot be scored rightly are refused, before their weights are read."""
+"""Models and adapters that cannot be scored correctly are refused before loading weights."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def folder_of(config: PreTrainedConfig, folder: Path) -> Path:
         (Gemma3TextConfig(use_bidirectional_attention=True), "tokens attend to later tokens"),
     ],
 )
-def test_kinds_that_give_no_log_probs_of_what_follows(
+def test_models_without_next_token_log_probs_are_refused(
     config: PreTrainedConfig, reason: str, tmp_path: Path
 ) -> None:
     folder = folder_of(config, tmp_path / "model")
@@ -67,14 +67,14 @@ def test_kinds_that_give_no_log_probs_of_what_follows(
         check_config(TrainConfig(folder, [data], tmp_path / "out", device="cpu"))
 
 
-def test_a_model_whose_images_alone_see_what_follows_is_taken(tmp_path: Path) -> None:
-    """Gemma 4 says "vision", and text of it is causal."""
+def test_bidirectional_attention_of_images_only_is_accepted(tmp_path: Path) -> None:
+    """Gemma 4 has the value "vision", and its text attention is causal."""
     Gemma4TextConfig(use_bidirectional_attention="vision").save_pretrained(tmp_path)
     assert architecture(tmp_path).use_bidirectional_attention == "vision"
 
 
 @pytest.mark.parametrize("content", [{"model_type": "never-heard-of"}, {"hidden_size": 4}])
-def test_an_unknown_type_is_a_sentence(content: dict[str, Any], tmp_path: Path) -> None:
+def test_an_unknown_type_is_a_readable_error(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_a_head_in_bfloat16_behind_a_body_in_float32_is_the_models_own() -> None
     assert found.tolist() == pytest.approx([float(e) for e in expected], abs=0.05)
 
 
-def test_what_fails_under_autocast_in_transformers_is_a_sentence() -> None:
+def test_a_model_that_fails_under_autocast_is_a_readable_error() -> None:
     model = AutoModelForCausalLM.from_config(small_config("dbrx"), dtype=torch.float32).eval()
     with (
         torch.autocast("cpu", torch.bfloat16),

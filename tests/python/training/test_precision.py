@@ -210,7 +210,9 @@ def test_it_depends_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert default_precision(CUDA) == "fp32"  # before Ampere, bf16 is emulated
 
 
-def test_what_is_asked_for_is_taken(config: TrainConfig, default_is_bf16: None) -> None:
+def test_an_explicit_precision_overrides_the_default(
+    config: TrainConfig, default_is_bf16: None
+) -> None:
     assert precision_of(config) == "bf16"
     assert precision_of(dataclasses.replace(config, precision="fp32")) == "fp32"
     remote = PrecomputeConfig(config.model, config.data, "cache", engine="ray", device="cuda")

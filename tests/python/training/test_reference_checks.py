@@ -1,4 +1,4 @@
-"""Wrong numbers are refused before they train or are kept: re-scored, the first loss, limits."""
+"""Wrong log-probs are refused before training or storing: samples, first loss, limits."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def with_(config: TrainConfig, **changes: object) -> TrainConfig:
 
 
 def fill(config: TrainConfig, **changes: object) -> Path:
-    """Fill a cache beside the output with the reference's log-probs."""
+    """Fill a cache next to the output with the reference's log-probs."""
     cache = Path(config.output).parent / "cache"
     wanted = PrecomputeConfig(config.model, config.data, cache, precision=config.precision)
     precompute(dataclasses.replace(wanted, **changes), show_progress=False)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_hits_are_scored_again_before_others_are_added(
 def test_with_adapters_the_cache_is_compared_on_resuming_too(
     config: TrainConfig, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy has moved, and with its adapters off it is the reference still."""
+    """The policy has changed, but without its adapters it still is the reference."""
     cache = fill(config)
     config = with_(config, cache=cache, lora=LoraSettings(rank=4), lr=1e-2, save_every=1)
     update = DPOTrainer._update
@@ -184,7 +184,7 @@ def test_both_layouts_are_within_the_bounds(
     assert result.steps == len(result.history) > 0
 
 
-def test_other_conditions_are_told_and_the_sample_is_named(
+def test_different_conditions_are_reported_with_the_sample(
     config: TrainConfig, capsys: pytest.CaptureFixture[str], make_model: Callable[..., Path]
 ) -> None:
     cache = fill(config)
@@ -238,7 +238,7 @@ def test_the_first_loss_is_the_known_one(
 
 
 @pytest.mark.parametrize("change", [1e-2, -1e-3, math.nan])
-def test_a_loss_that_begins_elsewhere_is_refused(
+def test_a_wrong_initial_loss_is_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, change: float
 ) -> None:
     wrong = dataclasses.replace(PAIR_LOSSES["dpo"], function=offset_loss(change))
@@ -311,7 +311,7 @@ def fill_sums(config: TrainConfig, edit: Callable[[np.ndarray, np.ndarray], None
 
 
 def nothing(_counts: np.ndarray, _sums: np.ndarray) -> None:
-    """Leave them as they are."""
+    """Change nothing."""
 
 
 def one_more(counts: np.ndarray, _sums: np.ndarray) -> None:

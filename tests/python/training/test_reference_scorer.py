@@ -1,4 +1,4 @@
-"""The scorer: memory that runs out in the middle of a pass costs nothing but a smaller batch."""
+"""The scorer: running out of memory during a pass only makes batches smaller."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     assert sum(scored) == lengths.sum(), "a group was scored twice or not at all"
 
 
-def test_memory_that_ends_in_the_middle_is_no_end(
+def test_running_out_of_memory_during_a_pass_loses_nothing(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process takes the GPU's memory after three batches: half from there on."""

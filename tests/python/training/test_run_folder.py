@@ -1,4 +1,4 @@
-"""A run's folder: what is replaced, what is kept, who may write, and what a full disk leaves."""
+"""A run's folder: replacing and keeping runs, locking, and full disks."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def command(config: TrainConfig, *more: object) -> tuple[object, ...]:
 
 
 class TestFinished:
-    """A finished run is returned, or replaced when that is asked for, and never in silence."""
+    """A finished run is returned, or replaced on request, and never silently."""
 
     @pytest.mark.parametrize("more", [(), ("--resume",), ("--dry-run",)])
     def test_the_same_settings_end_at_once(
@@ -79,7 +79,7 @@ class TestFinished:
             ({"token_budget": 64}, "token_budget"),
         ],
     )
-    def test_other_settings_need_to_be_asked_for(
+    def test_other_settings_need_overwrite(
         self, config: TrainConfig, tmp_path: Path, changes: dict[str, object], names: str
     ) -> None:
         quiet(config)
@@ -191,7 +191,7 @@ class TestOneAtATime:
 
 
 class TestFullDisk:
-    """Metrics never stop a run; a failed save leaves what was there, and ends with a sentence."""
+    """Metrics never stop a run; a failed save keeps earlier files and ends with a clear error."""
 
     @pytest.fixture
     def disk(self, tmp_path: Path) -> Iterator[Path]:
@@ -220,7 +220,7 @@ class TestFullDisk:
         assert {path: path.read_bytes() for path in kept} == kept
         assert not (out / ".saving").exists()
 
-    def test_metrics_that_find_room_again_are_whole(
+    def test_metrics_are_complete_once_the_disk_has_space(
         self, disk: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         filler = disk / "filler"
@@ -332,13 +332,13 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=type)
-def test_a_missing_tracker_is_a_sentence(
+def test_a_missing_tracker_is_a_note(
     error: Exception,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """metrics.jsonl has everything, and the run goes on."""
+    """metrics.jsonl contains everything, and the run continues."""
 
     class Failing:
         def find_spec(self, name: str, *_: object) -> None:
@@ -377,7 +377,7 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
 class TestBeta:
     """β comes from the policy's training; another one is reported."""
 
-    def test_it_is_the_runs_own(self, run: Run, config: TrainConfig, tmp_path: Path) -> None:
+    def test_it_is_that_of_the_run(self, run: Run, config: TrainConfig, tmp_path: Path) -> None:
         quiet(with_(config, beta=0.3))
         given = ("--policy", config.output, "--reference", config.model)
         result = tmp_path / "r.json"
@@ -412,7 +412,7 @@ def OUTPUT(tmp_path: Path) -> tuple[object, ...]:  # noqa: N802
 
 
 class TestFolders:
-    """What a folder holds is decided once, for every command that loads one."""
+    """Every command that loads a folder interprets it in the same way."""
 
     def test_a_model_with_an_adapter_in_it_is_refused_everywhere(
         self, run: Run, config: TrainConfig, tmp_path: Path
