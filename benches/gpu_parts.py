@@ -34,7 +34,7 @@ from logratio.logps.batch import Part, SharedBatch
 from logratio.logps.completion import Group, batch_of, completion_loss, transformer
 from logratio.logps.head import Head, Tile, Transform
 from logratio.training import LoraSettings
-from logratio.training.activations import Kept, keeping
+from logratio.training.activations import LayerOptions, layer_options
 from logratio.training.config import Precision
 from logratio.training.models import autocast
 from logratio.training.optimizers import make_optimizer
@@ -155,7 +155,7 @@ def _update(
         loss.backward()
 
     start = perf_counter()
-    with shared_prompts(transformer(model)), keeping(model, Kept(compiled=compiled)):
+    with shared_prompts(transformer(model)), layer_options(model, LayerOptions(compiled=compiled)):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if device == "cuda" else 0

@@ -73,7 +73,7 @@ class Family:
         return made
 
 
-CROSSTALK = r"state runs through"
+CROSSTALK = r"carry a state"
 OWN_ATTENTION = "custom code"
 
 FAMILIES: Mapping[str, Family] = {
@@ -132,9 +132,11 @@ FAMILIES: Mapping[str, Family] = {
         {"vocab_size": VOCABULARY, "d_model": 64, "decoder_layers": 2, "decoder_ffn_dim": 96}
         | {"decoder_attention_heads": 4, "max_position_embeddings": 128}
         | {"is_decoder": True, "is_encoder_decoder": False},
-        "numbers the tokens of a row itself",
+        "takes no position_ids",
     ),
-    "stablelm": Family("stablelm", SIZES | {"num_key_value_heads": 4}, "does not pass keywords on"),
+    "stablelm": Family(
+        "stablelm", SIZES | {"num_key_value_heads": 4}, "does not pass keyword arguments"
+    ),
 }
 """Every family that is tested, under the name that people know."""
 

@@ -10,7 +10,7 @@ from logratio.logps.attention import shared_prompts
 from logratio.logps.batch import Batch
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
-from logratio.training.activations import Kept, keeping
+from logratio.training.activations import LayerOptions, layer_options
 
 
 def batch(layout: str = "shared", seed: int = 0) -> Batch:
@@ -21,12 +21,14 @@ def batch(layout: str = "shared", seed: int = 0) -> Batch:
     return batch_of([(prompt, [first, second]) for prompt, first, second in ids], layout)
 
 
-def gradients(model: nn.Module, kept: Kept, layout: str = "shared") -> tuple[Tensor, list[Tensor]]:
+def gradients(
+    model: nn.Module, kept: LayerOptions, layout: str = "shared"
+) -> tuple[Tensor, list[Tensor]]:
     """Log-probs and all gradients of a weighted sum of them."""
     model.zero_grad(set_to_none=True)
     # The layout's attention stays until the backward pass, as it does in training.
     attention = shared_prompts(transformer(model)) if layout == "shared" else nullcontext()
-    with attention, keeping(model, kept):
+    with attention, layer_options(model, kept):
         logps = score(model, batch(layout))
         (torch.linspace(-1, 1, len(logps)) * logps).sum().backward()
     return logps.detach(), [p.grad for p in model.parameters() if p.grad is not None]

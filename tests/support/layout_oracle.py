@@ -1,4 +1,4 @@
-"""Both layouts written apart, plainly: token by token, list by list."""
+"""An independent implementation of both layouts, token by token."""
 
 from dataclasses import dataclass
 

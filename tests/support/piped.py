@@ -1,4 +1,4 @@
-"""Stdin as a pipe gives it: a few bytes at a time, and without seeking."""
+"""Stdin like a pipe: a few bytes at a time, and not seekable."""
 
 import io
 from typing import Any

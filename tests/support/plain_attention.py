@@ -44,7 +44,7 @@ def heads(batch: SharedBatch, many: int, kv: int, dtype: torch.dtype = torch.flo
 
 
 def plain_mask(batch: SharedBatch, window: int | None) -> Tensor:
-    """Who sees whom in the row, bool `[T, T]`, token by token from the lengths alone."""
+    """Visibility of keys in the row, bool `[T, T]`, token by token from the lengths alone."""
     prompts, completions = batch.prompt_lengths, batch.completion_lengths
     part = [
         (group, number, place + (prompts[group] if number else 0))

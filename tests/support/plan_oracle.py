@@ -1,4 +1,4 @@
-"""The planner written apart, plainly: ChaCha8, Fisher-Yates, mixtures, best fit."""
+"""An independent implementation of the planner: ChaCha8, Fisher-Yates, mixtures, best fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ WINDOW = 64
 
 @dataclass(frozen=True)
 class Request:
-    """What `Store.plan` is asked for, with the tokens of each group."""
+    """Arguments of `Store.plan`, with the tokens of each group."""
 
     lengths: list[int]
     order: str

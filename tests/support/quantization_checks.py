@@ -1,4 +1,4 @@
-"""Few bits: references, which are other ones and near those of float32; an optimizer's moments."""
+"""Quantized references are close to float32 but distinct; 8-bit moments train well."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ def values(config: PrecomputeConfig) -> torch.Tensor:
 
 
 @both
-def test_linear_layers_hold_so_few_bits(tiny_model: Path, bits: Quantization) -> None:
+def test_linear_layers_have_quantized_weights(tiny_model: Path, bits: Quantization) -> None:
     model = load_model(tiny_model, quantization=bits)
     layers = [module for module in model.modules() if isinstance(module, KINDS[bits])]
     assert len(layers) == 14, "seven in each of two blocks; the head stays whole"
@@ -151,7 +151,7 @@ def test_moments_in_8_bits_train_nearly_as_exact_ones(
     assert few == pytest.approx(whole, abs=0.05)
 
 
-def test_their_bytes_are_those_that_are_told(tiny_model: Path) -> None:
+def test_state_bytes_match_the_8_bit_state(tiny_model: Path) -> None:
     """Blocks of 256 share a float32 scale; small tensors stay in float32."""
     weight = torch.nn.Parameter(torch.randn(256, 256))
     optimizer = make_optimizer("adamw8bit", [weight], 1e-3)

@@ -83,7 +83,7 @@ def with_template(folder: Path, template: str, **rules: object) -> Path:
 
 
 def accept_files(folder: Path) -> None:
-    """List every file of a bundle as it is now: what one does who alters a bundle on purpose."""
+    """Update the manifest to the current files, after changing a bundle deliberately."""
     files = {
         path.name: {"size": entry.size, "sha256": entry.sha256}
         for path in folder.iterdir()

@@ -60,7 +60,7 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedConfig]] = {
 
 
 def mamba_config() -> MambaConfig:
-    """A family whose state runs through the tokens, so that prompts cannot be shared."""
+    """A family that carries a state across tokens, so that prompts cannot be shared."""
     return MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2)
 
 

@@ -64,7 +64,7 @@ from logratio.training.models import (
     check_model_folder,
     load_model,
 )
-from logratio.training.precomputation import refuse_several
+from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import DATA_REPORT_FILE, SETTINGS_FILE, reward_beta, settings_of
 from logratio.validation import check_fields, check_kind
 
@@ -212,7 +212,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
             MissingExtraError: What stands in the way.
     """
     check_kind(config, ExportConfig)
-    refuse_several("export")
+    refuse_multiple_processes("export")
     for library in LIBRARIES:
         require(library, "export")
     policy, reference, output = map(Path, (config.policy, config.reference, config.output))

@@ -1,4 +1,4 @@
-"""The log-prob engine: `log π(completion | prompt)` of a model over a batch, and nothing else."""
+"""Compute the log-probs of completions, `log π(completion | prompt)`, of a model over a batch."""
 
 from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import completion_logps, score

@@ -1,4 +1,7 @@
-"""Layouts from Rust as torch tensors: no copy on the CPU, one copy to another device."""
+"""Batches as torch tensors, from layouts built in Rust.
+
+On the CPU the tensors share the layout's memory; for another device there is a single copy.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,13 +19,13 @@ from logratio.data.feed import BufferPool
 
 
 class Bounds(NamedTuple):
-    """Where the queries and the keys of `N` sequences begin in tensors that hold them end to end.
+    """Offsets of `N` sequences in concatenated queries and keys, for variable-length kernels.
 
     Attributes:
-        queries: int32 `[N + 1]`, and where the last one ends.
-        keys: int32 `[N + 1]`, likewise.
-        max_queries: most queries of a sequence, on the host.
-        max_keys: most keys of a sequence, on the host.
+        queries: Start of each sequence's queries, and the end of the last, int32 `[N + 1]`.
+        keys: The same for the keys, int32 `[N + 1]`.
+        max_queries: Largest number of queries in a sequence, on the host.
+        max_keys: Largest number of keys in a sequence, on the host.
     """
 
     queries: Tensor
@@ -32,14 +35,15 @@ class Bounds(NamedTuple):
 
 
 class SharedKeys(NamedTuple):
-    """The tokens that several sequences have among their keys: those of the `P` prompt tokens.
+    """Positions of the `P` prompt tokens, which are keys of several sequences.
 
     Attributes:
-        tokens: int64 `[P]`, where each prompt token lies in the row.
-        places: int64 `[P, M]`, where it lies among the gathered keys: for its prompt's sequence and
-            for each completion of it; `M` is one more than the most completions of a group.
-        counted: bool `[P, M]`, False on places that a smaller group does not have, and which repeat
-            the first one; None where every group has as many completions.
+        tokens: Position of each prompt token in the row, int64 `[P]`.
+        places: Its positions among the gathered keys, int64 `[P, M]`: in the prompt's sequence and
+            in each completion's. `M` is one more than the largest number of completions in a
+            group.
+        counted: Validity of `places`, bool `[P, M]`. Smaller groups repeat their first position,
+            with False here. None if all groups have equally many completions.
     """
 
     tokens: Tensor
@@ -49,25 +53,26 @@ class SharedKeys(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequences:
-    """`Q` sequences over a row of `T` tokens, with `K` keys in all, for a batch of `G` groups.
+    """`Q` sequences over a row of `T` tokens, with `K` keys in total, for a batch of `G` groups.
 
-    What fills the row up to a fixed width is the last sequence, and no group's.
+    A sequence is a prompt, or a completion whose keys include its prompt. Padding at the end of the
+    row is the last sequence and belongs to no group.
 
     Attributes:
-        cu_seqlens_q: int32 `[Q + 1]`, where each sequence's queries begin in the row, and `T`.
-        cu_seqlens_k: int32 `[Q + 1]`, where its keys begin in `key_index`, and `K`.
-        key_index: int64 `[K]`, the token of the row that each key is.
-        prompt_lengths: int64 `[G]`, tokens of each prompt.
-        group_sizes: int64 `[G]`, completions of each group.
-        tokens: `T`, on the host, as all numbers below.
-        max_queries: most queries of a sequence.
-        max_keys: most keys of a sequence.
-        max_prompt: most tokens of a prompt.
-        max_answers: most tokens of all completions of a group together.
-        prompt_tokens: the sum of `prompt_lengths`.
-        most_completions: the largest of `group_sizes`.
-        fewest_completions: the smallest.
-        masks: for `attention.flex`, which makes one for each window and keeps it for the layers.
+        cu_seqlens_q: Start of each sequence's queries in the row, and `T`, int32 `[Q + 1]`.
+        cu_seqlens_k: Start of its keys in `key_index`, and `K`, int32 `[Q + 1]`.
+        key_index: Position in the row of each key, int64 `[K]`.
+        prompt_lengths: Tokens of each prompt, int64 `[G]`.
+        group_sizes: Completions of each group, int64 `[G]`.
+        tokens: `T`. This and all integers below are on the host.
+        max_queries: Largest number of queries in a sequence.
+        max_keys: Largest number of keys in a sequence.
+        max_prompt: Largest number of tokens in a prompt.
+        max_answers: Largest number of tokens in all completions of a group together.
+        prompt_tokens: Sum of `prompt_lengths`.
+        most_completions: Maximum of `group_sizes`.
+        fewest_completions: Minimum of `group_sizes`.
+        masks: Block masks of `attention.flex` by window, cached for all layers.
     """
 
     cu_seqlens_q: Tensor
@@ -87,19 +92,19 @@ class Sequences:
 
     @property
     def with_prompts(self) -> Bounds:
-        """Each sequence, and its keys in `key_index`: its prompt's and its own."""
+        """Each sequence with all its keys in `key_index`: those of its prompt, then its tokens."""
         return Bounds(self.cu_seqlens_q, self.cu_seqlens_k, self.max_queries, self.max_keys)
 
     @property
     def on_themselves(self) -> Bounds:
-        """Each sequence, and its own tokens as keys: those of the row."""
+        """Each sequence with only its tokens as keys, which are those of the row."""
         return Bounds(self.cu_seqlens_q, self.cu_seqlens_q, self.max_queries, self.max_queries)
 
     @cached_property
     def on_prompts(self) -> Bounds:
-        """All completions of a group as one sequence, whose keys are those of `prompt_rows`.
+        """All completions of a group as one sequence, with its prompt in `prompt_rows` as keys.
 
-        The tokens between, of prompts and of what fills the row up, are sequences without keys.
+        Prompts and padding are sequences without keys.
         """
         ends = (self.group_sizes + 1).cumsum(0)
         inside = torch.stack(
@@ -117,30 +122,30 @@ class Sequences:
 
     @cached_property
     def prompt_rows(self) -> Tensor:
-        """The place of each prompt token in the row, int64 `[P]`."""
+        """Position of each prompt token in the row, int64 `[P]`."""
         group, offset = self._prompt_tokens
         return self.cu_seqlens_q[self._first[group]] + offset
 
     @cached_property
     def of_token(self) -> Tensor:
-        """The sequence of each token, int64 `[T]`; nothing here waits for the device."""
+        """Sequence number of each token, int64 `[T]`, computed without a device synchronization."""
         ends = self.cu_seqlens_q[1:]
         return torch.searchsorted(ends, self._tokens.to(ends.dtype), right=True)
 
     @cached_property
     def own_place(self) -> Tensor:
-        """Where each token lies among the keys of its own sequence, int64 `[T]`, below `K`."""
-        after = self.of_token + 1  # a sequence's own tokens are the last of its keys
+        """Index of each token among the keys of its sequence, int64 `[T]`, less than `K`."""
+        after = self.of_token + 1  # the tokens of a sequence are the last of its keys
         return self.cu_seqlens_k[after].long() - self.cu_seqlens_q[after] + self._tokens
 
     @cached_property
     def positions(self) -> Tensor:
-        """How many keys of its own sequence lie before each token, int64 `[T]`."""
+        """Number of keys before each token in its sequence, int64 `[T]`."""
         return self.own_place - self.cu_seqlens_k[self.of_token]
 
     @cached_property
     def prompt_of_token(self) -> Tensor:
-        """The sequence of the prompt of each token, int64 `[T]`; a prompt's token: its own."""
+        """Sequence number of each token's prompt, int64 `[T]`; of a prompt token, its sequence."""
         sequences = torch.arange(len(self.cu_seqlens_q) - 1, device=self.key_index.device)
         prompts = torch.searchsorted(self._first, sequences, right=True) - 1
         found = self._first[prompts]
@@ -149,7 +154,7 @@ class Sequences:
 
     @cached_property
     def shared_keys(self) -> SharedKeys:
-        """The prompts' tokens, and each one's places among the keys."""
+        """The prompt tokens and their positions among the keys."""
         group, offset = self._prompt_tokens
         number = torch.arange(self.most_completions + 1, device=group.device)
         counted = number <= self.group_sizes[group, None]
@@ -160,7 +165,7 @@ class Sequences:
 
     @cached_property
     def _prompt_tokens(self) -> tuple[Tensor, Tensor]:
-        """The group of each token of a prompt, and its place in the prompt: int64 `[P]` each."""
+        """Group and position within the prompt of each prompt token, int64 `[P]` each."""
         groups = torch.arange(len(self.group_sizes), device=self.key_index.device)
         group = groups.repeat_interleave(self.prompt_lengths, output_size=self.prompt_tokens)
         before = self.prompt_lengths.cumsum(0) - self.prompt_lengths
@@ -181,16 +186,16 @@ class TargetTokens:
     """The scored tokens of a batch, flat and group-major: `S` targets of `N` completions.
 
     Attributes:
-        logit_index: int64 `[S]`, position (in the flattened batch) that predicts each target.
-        target_ids: int64 `[S]`.
-        completion_mask: bool `[S]`, False on tokens that do not count.
-        completion_of: int64 `[S]`, number of the completion each target belongs to.
-        lengths: float64 `[N]`, how many tokens of each completion count.
-        counted: bool numpy `[S]`, `completion_mask` on the host.
-        rows: int64 numpy `[N]`, row of each completion in the store; on the host.
-        groups: int64 numpy `[G]`, group numbers in the store.
-        completion_offsets: int64 numpy `[N + 1]`, where the targets of each completion begin.
-        group_offsets: int64 numpy `[G + 1]`, where the completions of each group begin.
+        logit_index: Position in the flattened batch that predicts each target, int64 `[S]`.
+        target_ids: Token id of each target, int64 `[S]`.
+        completion_mask: False for targets that do not count, bool `[S]`.
+        completion_of: Index of each target's completion, int64 `[S]`.
+        lengths: Number of counted targets of each completion, float64 `[N]`.
+        counted: `completion_mask` on the host, bool numpy `[S]`.
+        rows: Row of each completion in the store, int64 numpy `[N]`.
+        groups: Group numbers in the store, int64 numpy `[G]`.
+        completion_offsets: Start of each completion's targets, and `S`, int64 numpy `[N + 1]`.
+        group_offsets: Start of each group's completions, and `N`, int64 numpy `[G + 1]`.
     """
 
     logit_index: Tensor
@@ -205,26 +210,29 @@ class TargetTokens:
     group_offsets: np.ndarray
 
     def sums(self, per_token_logps: Tensor) -> Tensor:
-        """Add up the tokens that count: `[S]` to float64 `[N]`; differentiable.
+        """Sum the counted tokens of each completion, `[S]` to float64 `[N]`; differentiable.
 
-        In float32 each addition rounds to a unit of the whole sum: at 32,000 tokens 0.4 nats went.
+        Sums are float64 because float32 sums lost 0.4 nats to rounding over 32,000 tokens.
         """
         counted = torch.where(self.completion_mask, per_token_logps, 0.0).double()
         return counted.new_zeros(len(self.rows)).index_add(0, self.completion_of, counted)
 
     def host_sums(self, per_token_logps: np.ndarray) -> np.ndarray:
-        """Add up as `sums` does, in its order, what is on the host: `[S]` to float64 `[N]`."""
+        """Sum like `sums`, in the same order, on the host: `[S]` to float64 `[N]`."""
         completions = len(self.rows)
         owners = np.repeat(np.arange(completions), np.diff(self.completion_offsets))
         return np.bincount(owners, np.where(self.counted, per_token_logps, 0.0), completions)
 
     @property
     def whole(self) -> "Part":
-        """All of it."""
+        """The whole batch as one part."""
         return self.part(0, len(self.groups))
 
     def parts(self, limit: int) -> "list[Part]":
-        """Cut the batch into runs of whole groups with at most `limit` targets, or one group."""
+        """Split the batch into parts of complete groups, each of at most `limit` targets.
+
+        A group with more targets forms a part alone.
+        """
         ends, first, cuts = self.completion_offsets[self.group_offsets], 0, [0]
         while first < len(self.groups):
             fits = int(np.searchsorted(ends, ends[first] + limit, side="right")) - 1
@@ -233,7 +241,7 @@ class TargetTokens:
         return [self.part(start, stop) for start, stop in pairwise(cuts)]
 
     def part(self, first: int, last: int) -> "Part":
-        """Return groups `first` to `last` (exclusive), with their place in the batch."""
+        """Return groups `first` to `last` (exclusive), with their positions in the batch."""
         groups = slice(first, last)
         completions = slice(*self.group_offsets[[first, last]].tolist())
         at = slice(*self.completion_offsets[[completions.start, completions.stop]].tolist())
@@ -258,9 +266,9 @@ class Part:
     """Some consecutive groups of a batch.
 
     Attributes:
-        targets: their targets, numbered from 0 as if they were a batch.
-        completions: which of the batch's completions they have.
-        targets_at: which of the batch's targets.
+        targets: Targets of these groups, with indices relative to the part.
+        completions: Slice of the batch's completions.
+        targets_at: Slice of the batch's targets.
     """
 
     targets: TargetTokens
@@ -270,15 +278,16 @@ class Part:
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """Groups end to end in one row: each prompt once, then its completions.
+    """Groups concatenated in one row: each prompt once, followed by its completions.
 
     Attributes:
-        input_ids: int64 `[1, T]`.
-        position_ids: int64 `[1, T]`, restarting at the prompt's length for each completion.
-        prompt_lengths: prompt tokens of each group, on the host.
-        completion_lengths: for each group, the tokens of each of its completions, on the host.
-        targets: the scored tokens.
-        sequences: the row for variable-length kernels; None if they were not laid out, as on a CPU.
+        input_ids: Token ids, int64 `[1, T]`.
+        position_ids: Positions, which restart at the prompt's length for each completion, int64
+            `[1, T]`.
+        prompt_lengths: Prompt tokens of each group, on the host.
+        completion_lengths: Tokens of each completion of each group, on the host.
+        targets: The scored tokens.
+        sequences: The row's sequences for variable-length kernels; None on a CPU.
     """
 
     input_ids: Tensor
@@ -291,17 +300,18 @@ class SharedBatch:
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Groups as a tree in one row: what their sequences begin with alike is there once.
+    """Groups as a prefix tree in one row: tokens that sequences share at the start occur once.
 
-    A run is what one sequence (a prompt with a completion) adds to those before it.
+    A run is the part of one sequence (prompt and completion) that is not shared with the sequences
+    before it.
 
     Attributes:
-        input_ids: int64 `[1, T]`.
-        position_ids: int64 `[1, T]`, of each token in its sequences.
-        targets: the scored tokens.
-        starts: int32 numpy `[Q + 1]`, the first token of each run, and `T`; on the host.
-        key_offsets: int32 numpy `[Q + 1]`, where each run begins in `key_index`, and `K`.
-        key_index: int64 numpy `[K]`, the tokens that each run goes on from, then its own.
+        input_ids: Token ids, int64 `[1, T]`.
+        position_ids: Position of each token in its sequences, int64 `[1, T]`.
+        targets: The scored tokens.
+        starts: First token of each run, and `T`, int32 numpy `[Q + 1]`.
+        key_offsets: Start of each run's keys in `key_index`, and `K`, int32 numpy `[Q + 1]`.
+        key_index: Tokens that precede each run in its sequence, then its tokens, int64 numpy `[K]`.
     """
 
     input_ids: Tensor
@@ -312,7 +322,7 @@ class TreeBatch:
     key_index: np.ndarray
 
     def path(self, token: int) -> np.ndarray:
-        """Return the tokens of the row from a beginning to `token`, itself the last: int64."""
+        """Return the positions of all tokens of a sequence up to and including `token`, int64."""
         run = int(np.searchsorted(self.starts, token, side="right")) - 1
         keys = self.key_index[self.key_offsets[run] : self.key_offsets[run + 1]]
         found: np.ndarray = keys[keys <= token]
@@ -321,7 +331,14 @@ class TreeBatch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """One right-padded row per completion: int64 `[N, T]` each, and the scored tokens."""
+    """One right-padded row per completion.
+
+    Attributes:
+        input_ids: Token ids, int64 `[N, T]`.
+        attention_mask: 1 for tokens and 0 for padding, int64 `[N, T]`.
+        position_ids: Positions, int64 `[N, T]`.
+        targets: The scored tokens.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -335,10 +352,10 @@ Layout = SharedLayout | TreeLayout | PaddedLayout
 
 
 def to_torch(layout: Layout, device: torch.device | str = "cpu") -> Batch:
-    """Wrap a layout's arrays as tensors on `device`.
+    """Convert a layout to a batch of tensors on `device`.
 
-    On the CPU they are the arrays. To another device all arrays go in one copy, which goes on while
-    the host goes on if the layout's buffer is `pinned`.
+    On the CPU, tensors share the layout's memory. For another device, all arrays are copied at
+    once, asynchronously if the layout's buffer is `pinned`.
     """
     tensors = _Tensors(layout, torch.device(device))
     if isinstance(layout, SharedLayout):
@@ -368,15 +385,15 @@ def to_torch(layout: Layout, device: torch.device | str = "cpu") -> Batch:
 
 
 def pinned(nbytes: int) -> np.ndarray:
-    """Make a buffer, uint8 `[nbytes]`, that CUDA copies from without waiting.
+    """Allocate a pinned buffer, uint8 `[nbytes]`, for asynchronous copies to CUDA.
 
-    torch keeps such memory for reuse, and takes it back only when the copies out of it are done.
+    torch caches pinned memory, and reuses it only after the copies from it have completed.
     """
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def onto(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a tensor on `device`; CUDA copies it while the host goes on."""
+    """Copy an array to `device` as a tensor, asynchronously on CUDA."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -384,12 +401,12 @@ def onto(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def buffers_for(device: torch.device) -> Callable[[int], np.ndarray]:
-    """Return what makes the buffers of batches that go to `device`."""
+    """Return the allocator of buffers for batches on `device`."""
     return pinned if device.type == "cuda" else BufferPool()
 
 
 SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "key_index", "max_seqlens")
-"""The arrays that variable-length kernels need beside the usual ones."""
+"""Additional arrays of a layout for variable-length kernels."""
 
 _USUAL = (
     *("input_ids", "position_ids", "logit_index", "target_ids", "completion_mask"),
@@ -399,9 +416,9 @@ _USUAL = (
 
 
 def fields_for(layout: str, device: torch.device | str) -> tuple[str, ...] | None:
-    """Name the arrays that `lay_out` should fill for a batch on `device`; None: its usual ones.
+    """Return the names of arrays that `lay_out` fills for a batch on `device`; None: the default.
 
-    Variable-length kernels run on CUDA alone, so only there a shared row brings its sequences.
+    Variable-length kernels run only on CUDA, so sequences are laid out only there.
     """
     if layout != "shared" or torch.device(device).type != "cuda":
         return None
@@ -409,25 +426,25 @@ def fields_for(layout: str, device: torch.device | str) -> tuple[str, ...] | Non
 
 
 ROW_STEP = 128
-"""Tokens that the length of a shared row on CUDA is a multiple of: an allocator that sees few sizes
-has its blocks used again, and this is the tile of attention kernels."""
+"""Shared rows on CUDA are padded to a multiple of this many tokens. Fewer sizes let the allocator
+reuse its blocks, and 128 is the tile size of attention kernels."""
 
 
 class Shape(TypedDict):
-    """The keywords of `lay_out`: `fields` and `multiple_of`."""
+    """Keyword arguments of `lay_out`: `fields` and `multiple_of`."""
 
     fields: tuple[str, ...] | None
     multiple_of: int
 
 
 def shape_for(layout: str, device: torch.device | str) -> Shape:
-    """Return the shape of batches on `device`; a padded row is not filled up, as there are many."""
+    """Return the `Shape` of batches on `device`; only shared rows on CUDA are padded."""
     step = 1 if (fields := fields_for(layout, device)) is None else ROW_STEP
     return Shape(fields=fields, multiple_of=step)
 
 
 class _Tensors:
-    """The arrays of a layout as tensors on a device, by name."""
+    """Arrays of a layout as tensors on a device, by name."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
@@ -484,7 +501,7 @@ def _sequences(layout: SharedLayout, tensors: _Tensors) -> Sequences | None:
 
 
 def _most_answers(layout: SharedLayout) -> int:
-    """Return the tokens of the completions of the group that has most of them."""
+    """Return the largest number of completion tokens in a group."""
     before = np.concatenate([[0], np.cumsum(layout.completion_lengths)])
     return int(np.diff(before[np.cumsum(layout.group_sizes)], prepend=0).max())
 

@@ -1,7 +1,7 @@
-"""Start-up checks of a model: may it share prompts, is its head known.
+"""Start-up checks of a model: whether it can share prompts, is causal, and has a known head.
 
-Each takes well under a second on a small model and refuses, or falls back with a printed reason,
-where a rival would train on wrong numbers.
+Each check takes well under a second on a small model. A model that fails is refused or gets a
+slower layout, with a reason, instead of wrong log-probs.
 """
 
 import re
@@ -21,30 +21,39 @@ from logratio.logps.completion import batch_of as batch_of
 from logratio.logps.head import head_logits
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Nats per token by which two layouts may differ through rounding alone."""
+"""Largest difference between two layouts that rounding explains, in nats per token."""
 SAME_CALLS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
-"""Nats per token by which two calls of the same shapes may differ: only where the place among
-others chooses how a token is rounded."""
+"""Largest difference between two calls with equal shapes, in nats per token. Rounding may depend on
+a token's position in a batch."""
 _STATEFUL = re.compile("linear|conv|hybrid|mamba|ssm|recurrent|rwkv")
-"""In names of layer types: a state runs through the tokens."""
+"""Matches names of layer types that carry a state from token to token."""
 _STATE_MODULES = re.compile("mamba|delta|rwkv|lightning|recurrent|linearattention", re.I)
 
 
 class UnsupportedModelError(LogratioError, ValueError):
-    """The model's log-probs cannot be computed rightly."""
+    """The model's log-probs cannot be computed correctly."""
 
 
 LAYOUTS = ("padded", "shared", "tree")
-"""From what every model can have to what computes the fewest tokens."""
+"""Layouts in order of speed. Every model supports "padded"; "tree" computes the fewest tokens."""
 
 
 def choose_layout(model: nn.Module, *, share_beginnings: bool = False) -> tuple[str, str]:
-    """Return the layout `model` gets, one of `LAYOUTS`, and why.
+    """Choose the fastest layout that gives correct log-probs for `model`.
 
-    The leak check: one completion is perturbed, and the log-probs of the other must not move; they
-    must have no gradient in its tokens; and both layouts must agree. A model that fails gets the
-    padded layout. "tree", which shares beginnings across groups, is chosen only if it is asked
-    for and passes a second leak check.
+    The leak check perturbs one completion: the log-probs of the other must not change, and must
+    have a zero gradient with respect to its tokens; and both layouts must agree. A model that fails
+    gets the padded layout. "tree" must also pass a second leak check.
+
+    Args:
+        model: The model, on its device.
+        share_beginnings: Whether to try "tree", which shares beginnings across groups.
+
+    Returns:
+        One of `LAYOUTS`, and the reason for the choice.
+
+    Raises:
+        UnsupportedModelError: The model is not causal, or its head is not supported.
     """
     layout, reason = _shared_or_padded(model)
     if layout == "shared" and share_beginnings:
@@ -54,9 +63,9 @@ def choose_layout(model: nn.Module, *, share_beginnings: bool = False) -> tuple[
 
 
 def layout_note(layout: str, reason: str, *, share_beginnings: bool) -> str | None:
-    """Return a sentence where a model got a slower layout than was asked for."""
+    """Return a note if a model got a slower layout than requested, else None."""
     if layout == "padded":
-        return f"padded layout (slower, never wrong): {reason}"
+        return f"using the padded layout, which is slower: {reason}"
     if share_beginnings and layout != "tree":
         return f"beginnings are shared within groups, not across them: {reason}"
     return None
@@ -74,8 +83,8 @@ def _shared_or_padded(model: nn.Module) -> tuple[str, str]:
         crosstalk = _crosstalk(model, first)
     except SharedPromptError as error:
         return "padded", f"{_name(model)} cannot share prompts: {error}"
-    except TypeError:  # of Python, about a keyword or a mask that the model's code has not
-        why = "its attention cannot be replaced by that of shared prompts"
+    except TypeError:  # the model's code does not accept a keyword argument or mask
+        why = "its attention cannot be replaced by shared-prompt attention"
         return "padded", f"{_name(model)} cannot share prompts: {why}"
     if not moved <= _tolerance(model, SAME_CALLS):  # NaN too
         return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
@@ -87,7 +96,7 @@ def _shared_or_padded(model: nn.Module) -> tuple[str, str]:
 
 
 def _leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) -> float:
-    """Return how far one completion of the first group moves when the other one changes."""
+    """Return the change of a completion's log-probs when the other completion is changed."""
     prompt, completions = groups[0]
     others = [*completions]
     others[changed] = _probe(model, seed=1)[0][1][changed]
@@ -98,10 +107,10 @@ def _leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) ->
 
 
 def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
-    """Return the largest gradient that log-probs have in tokens that they may not depend on.
+    """Return the largest gradient of log-probs with respect to tokens they must not depend on.
 
-    Where no path leads from a token to a log-prob it is exactly 0, in every precision; where one
-    does it is not, however little of it a log-prob in bfloat16 shows.
+    Without a dependency the gradient is exactly 0 in every precision. With one it is not 0, even if
+    the effect is too small to show in a bfloat16 log-prob.
     """
     (prompt, (first, _)), device = groups[0], transformer(model).device
     start, stop = len(prompt), len(prompt) + len(first)
@@ -113,19 +122,19 @@ def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
 
 
 def _token_gradients(model: nn.Module, batch: Batch, cuts: Sequence[int]) -> list[Tensor]:
-    """Return the gradients of the log-probs between cuts in the row's tokens, `[T, H]` each.
+    """Return gradients with respect to the row's token embeddings, `[T, H]` each.
 
-    Empty where values alone can tell: the model has no backward pass, or looks its tokens up
-    elsewhere.
+    One gradient for each pair of consecutive `cuts`: that of the sum of the log-probs between them.
+    Empty if the model has no backward pass, or does not use its input embeddings.
     """
     inner = transformer(model)
-    if getattr(inner, "is_quantized", False):  # such products may have no backward pass
+    if getattr(inner, "is_quantized", False):  # quantized products may have no backward pass
         return []
     embedded = list[Tensor]()
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which a model may change in place
+        return embedded[-1].clone()  # the model may modify it in place
 
     handle = inner.get_input_embeddings().register_forward_hook(keep)
     try:
@@ -143,15 +152,17 @@ def _token_gradients(model: nn.Module, batch: Batch, cuts: Sequence[int]) -> lis
 
 
 def check_tree(model: nn.Module) -> str | None:
-    """Say why beginnings must not be shared across groups, or return None.
+    """Run the leak check in the tree layout, for a model that supports the "shared" layout.
 
-    For a model whose layout is "shared": the leak check in the tree layout. Groups that share a
-    system prompt, and one whose prompt goes on from another's answer, must be scored as they are in
-    the padded layout, and no completion may move by the tokens of another one's branch, or have
-    a gradient in them.
+    The probe has groups that share a system prompt, and one whose prompt continues another group's
+    answer. Their log-probs must equal those in the padded layout, and must not change with tokens
+    of other branches, nor have a gradient with respect to them.
+
+    Returns:
+        The reason why beginnings must not be shared across groups, or None.
     """
     if transformer(model).device.type != "cpu":
-        return "attention in a tree has a fast form on a CPU only"
+        return "tree attention is implemented for CPUs only"
     groups = _probe_tree(model)
     try:
         tree = _scores(model, groups, "tree")
@@ -164,12 +175,12 @@ def check_tree(model: nn.Module) -> str | None:
     if crosstalk != 0:
         return f"{_name(model)} lets branches see each other (by their gradients)"
     if not (gap := _gap(tree, _scores(model, groups, "padded"))) <= _tolerance(model):
-        return f"{_name(model)}: log-probs in a tree and padded ones differ ({gap:.2g} nats)"
+        return f"{_name(model)}: tree and padded log-probs differ ({gap:.2g} nats)"
     return None
 
 
 def _tree_leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) -> float:
-    """Return how far others move when the end of a group's last completion changes."""
+    """Return the change of other log-probs when the end of a group's last completion changes."""
     vocabulary = transformer(model).config.get_text_config().vocab_size
     prompt, (*others, last) = groups[changed]
     last = [last[0], *((token + 1) % vocabulary for token in last[1:])]
@@ -182,7 +193,7 @@ def _tree_leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: in
 
 
 def _tree_crosstalk(model: nn.Module, groups: list[Group]) -> float:
-    """Return the largest gradient that a completion has in a token that is not on its path."""
+    """Return the largest gradient of a completion with respect to a token not on its path."""
     batch = batch_of(groups, "tree", transformer(model).device)
     assert isinstance(batch, TreeBatch)
     cuts = batch.targets.completion_offsets.tolist()
@@ -196,10 +207,10 @@ def _tree_crosstalk(model: nn.Module, groups: list[Group]) -> float:
 
 
 def _probe_tree(model: nn.Module) -> list[Group]:
-    """Make groups below one beginning, one of them a later turn of another."""
+    """Create groups with a common beginning, one of which is a later turn of another."""
     (start, (first, second)), (later, answers) = _probe(model, seed=0)
     _, ((own, others), (end, last)) = zip(*_probe(model, seed=1), strict=True)
-    system = later  # of 11 tokens, more than groups must have in common
+    system = later  # 11 tokens, more than the minimum for sharing
     turn = system + start
     return [
         (turn, [first, second]),
@@ -210,9 +221,9 @@ def _probe_tree(model: nn.Module) -> list[Group]:
 
 
 def _has_state(model: nn.Module) -> str | None:
-    """Say which layers of a model pass a state from token to token, or return None.
+    """Describe the layers of a model that pass a state from token to token, or return None.
 
-    A leak of theirs may be too small for a probe in low precision, and is a leak all the same.
+    They are detected by name, because in low precision their leak may be too small to measure.
     """
     inner = transformer(model)
     types = {*(getattr(inner.config.get_text_config(), "layer_types", None) or ())}
@@ -221,7 +232,7 @@ def _has_state(model: nn.Module) -> str | None:
     found = found or sorted({type(module).__name__ for module in parts if _keeps_state(module)})[:1]
     if not found:
         return None
-    return f"{_name(model)} has layers whose state runs through the tokens ({', '.join(found)})"
+    return f"{_name(model)} has layers that carry a state across tokens ({', '.join(found)})"
 
 
 def _keeps_state(module: nn.Module) -> bool:
@@ -230,27 +241,27 @@ def _keeps_state(module: nn.Module) -> bool:
 
 
 def _sees_padding(model: nn.Module) -> str | None:
-    """Say which part of a model chooses among all keys of a row, or return None."""
+    """Describe the part of a model that selects among all keys of a row, or return None."""
     for limit in limits_of(transformer(model).config):
         if limit.is_padding_seen:
             return (
-                f"{_name(model)} has {limit.what}, which chooses among all tokens of a row: longer "
-                f"sequences than {limit.tokens} tokens are scored one length at a time, unpadded"
+                f"{_name(model)} has {limit.what}, which selects among all tokens of a row: "
+                f"sequences longer than {limit.tokens} tokens are batched by equal length"
             )
     return None
 
 
 def check_head(model: nn.Module) -> None:
-    """Compare our head with the model's own logits.
+    """Compare the logits of `head_logits` with those of the model's forward.
 
     Raises:
-        UnsupportedModelError: they differ: the family makes its logits in a way we do not know; or
-            they are not finite; or transformers knows no body apart from the head, or its own code
-            fails under autocast.
+        UnsupportedModelError: The logits differ because the family computes them in an unknown way;
+            or they are not finite; or the model has no separate body; or the model's code fails
+            under autocast.
     """
     inner = transformer(model)
     if inner.base_model is inner:
-        raise UnsupportedModelError(f"{_name(model)}: its body cannot be told from its head")
+        raise UnsupportedModelError(f"{_name(model)}: its body and its head are not separate")
     prompt, completions = _probe(model, seed=0)[0]
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():
@@ -260,13 +271,13 @@ def check_head(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{_name(model)}: its logits are not finite")
     if not (gap := _head_gap(inner, hidden, own)) <= _tolerance(model):
         raise UnsupportedModelError(
-            f"{_name(model)}: its head does more than multiply by a matrix, scale and cap, or does "
-            f"so in an unknown way (logits differ by {gap:.2g})"
+            f"{_name(model)}: its head is not supported: it must be a matrix with optional bias, "
+            f"scale and cap (logits differ by {gap:.2g})"
         )
 
 
 def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the logits of the model with all that wraps it, float32 `[T, V]`, of ids `[1, T]`."""
+    """Return the logits of the wrapped model for ids `[1, T]`, float32 `[T, V]`."""
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
     except torch.OutOfMemoryError:
@@ -276,7 +287,7 @@ def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
             raise
         reason = str(error).partition("\n")[0]
         raise UnsupportedModelError(
-            f"{_name(model)}: transformers' own code fails under --precision bf16 ({reason}): use "
+            f"{_name(model)}: the model's code fails under --precision bf16 ({reason}): use "
             "bf16-weights or fp32"
         ) from error
     return logits
@@ -284,19 +295,19 @@ def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _head_gap(model: PreTrainedModel, hidden: Tensor, own: Tensor) -> float:
-    """Return how far our head's logits are from the model's own, `[n, V]`."""
+    """Return the largest difference between `head_logits` and the model's logits `[n, V]`."""
     try:
         return _gap(own, head_logits(model, hidden).float())
-    except RuntimeError:  # of widths that do not fit: there are layers before or behind the matrix
+    except RuntimeError:  # shapes differ: the head has layers before or after the matrix
         return float("inf")
 
 
 @torch.no_grad()
 def check_causality(model: nn.Module) -> None:
-    """Make sure that a token's log-probs do not depend on the tokens that follow.
+    """Check that a token's log-probs do not depend on later tokens.
 
     Raises:
-        UnsupportedModelError: they do.
+        UnsupportedModelError: They do.
     """
     prompt, completions = _probe(model, seed=0)[0]
     ids = torch.tensor([prompt + completions[0]], device=transformer(model).device)
@@ -308,12 +319,12 @@ def check_causality(model: nn.Module) -> None:
     )
     if not (moved := _gap(first, second)) <= _tolerance(model, SAME_CALLS):
         raise UnsupportedModelError(
-            f"{_name(model)} is not causal: a token moves log-probs before it by {moved:.2g} nats"
+            f"{_name(model)} is not causal: a token changes earlier log-probs by {moved:.2g} nats"
         )
 
 
 def _probe(model: nn.Module, seed: int) -> list[Group]:
-    """Make two small groups of random tokens, reproducibly."""
+    """Create two small groups of random tokens, reproducibly."""
     vocabulary = transformer(model).config.get_text_config().vocab_size
     random = np.random.default_rng(seed)
 
@@ -334,9 +345,9 @@ def _gap(left: Tensor, right: Tensor) -> float:
 
 def _tolerance(model: nn.Module, limits: dict[torch.dtype, float] = TOLERANCE) -> float:
     if getattr(transformer(model), "is_quantized", False) or _has_experts(model):
-        # 8-bit products pick their outliers from all rows, so batch-mates move one another
-        # (0.07 nats on the probe of a small model); 4-bit ones have two kernels. Experts multiply
-        # as many rows as chose them.
+        # 8-bit products select outliers over all rows, so rows of a batch affect each other (0.07
+        # nats on the probe of a small model). 4-bit products have two kernels. The number of rows
+        # that an expert multiplies depends on the batch.
         return TOLERANCE[torch.bfloat16]
     if torch.is_autocast_enabled(transformer(model).device.type):
         return limits[torch.bfloat16]

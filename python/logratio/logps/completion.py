@@ -1,4 +1,7 @@
-"""The only place where log-probs are made, and which sequences may go through a model at once."""
+"""Compute the log-probs of a batch, in several calls if sequences would affect each other.
+
+All log-probs of the library are computed here.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,24 +25,25 @@ from logratio.logps.head import TILE_ELEMENTS, Head, head_logits, tile_rows
 from logratio.logps.head_loss import LossOf, head_logps, head_loss
 
 Group = tuple[list[int], list[list[int]]]
-"""Token ids of a prompt, and of each of its completions."""
+"""Token ids of a prompt and of each of its completions."""
 
 _LAYOUTS = {SharedBatch: "shared", TreeBatch: "tree", PaddedBatch: "padded"}
 
 TOP_K = ("index_topk", "keep_window_size")
-"""How configs name the number of keys that attention chooses: DeepSeek and GLM; Doge."""
+"""Config entries with the number of keys that attention selects: DeepSeek and GLM; Doge."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A number of tokens from which on a sequence's company matters.
+    """A length beyond which a sequence's log-probs depend on the other sequences in a call.
 
     Attributes:
-        tokens: sequences of at most so many are computed alike in any company of such.
-        by_length: longer ones only beside others of their length; else beside any longer ones.
-        what: the model's part that looks at its company, for messages.
-        is_padding_seen: whether padding is company, and prompts cannot be shared.
-        is_kept: whether what the model takes from one call's company is kept for the next call.
+        tokens: Sequences of at most this length do not affect each other.
+        by_length: Whether longer sequences may only be batched with sequences of equal length. If
+            False, all longer sequences may be batched together.
+        what: Name of the model's component that causes the limit, for messages.
+        is_padding_seen: Whether padding has an effect too. Prompts then cannot be shared.
+        is_kept: Whether the effect persists in later calls.
     """
 
     tokens: int
@@ -49,12 +53,12 @@ class Limit:
     is_kept: bool = False
 
     def kinds(self, lengths: np.ndarray) -> np.ndarray:
-        """Number sequences of `lengths` tokens, int64 `[N]`: equal numbers may share a call."""
+        """Return a class for each of `lengths`, int64 `[N]`; equal classes may share a call."""
         return np.where(lengths <= self.tokens, 0, lengths if self.by_length else 1)
 
 
 def limits_of(config: PreTrainedConfig) -> tuple[Limit, ...]:
-    """Read a model's limits in its config; most have none."""
+    """Return the limits of a model from its config; most models have none."""
     text = config.get_text_config()
     found = [_rope_limit(text, rope) for rope in ropes(text)]
     chosen = (getattr(text, name, None) for name in TOP_K)
@@ -63,7 +67,7 @@ def limits_of(config: PreTrainedConfig) -> tuple[Limit, ...]:
 
 
 def ropes(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """Yield the settings of each rotary embedding; families with several keep them by layer."""
+    """Yield the settings of each rotary embedding; some families have one per layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     yield from nested or [parameters]
@@ -79,8 +83,8 @@ def _rope_limit(config: PreTrainedConfig, rope: dict[str, Any]) -> Limit | None:
     return None
 
 
-def with_fresh_rope(model: nn.Module) -> None:
-    """Let dynamic NTK factors begin anew: they are kept from the longest sequence so far."""
+def reset_dynamic_rope(model: nn.Module) -> None:
+    """Reset dynamic NTK factors, which models otherwise keep from the longest sequence so far."""
     for module in model.modules():
         if not isinstance(getattr(module, "original_max_seq_len", None), int):
             continue
@@ -96,19 +100,19 @@ def with_fresh_rope(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """A part of a batch that may go through a model at once.
+    """A part of a batch that can be computed in one call of a model.
 
     Attributes:
-        batch: the part.
-        targets_at: int64 numpy `[s]`, which of the whole batch's targets it has.
+        batch: The part, as a batch.
+        targets_at: Indices of its targets in the whole batch, int64 numpy `[s]`.
     """
 
     batch: Batch
     targets_at: np.ndarray
 
 
-def apart(batch: Batch, limits: tuple[Limit, ...]) -> list[Call]:
-    """Cut a batch into calls that no limit forbids; one call, and no copy, where none does."""
+def split_by_limits(batch: Batch, limits: tuple[Limit, ...]) -> list[Call]:
+    """Split a batch into calls that respect the limits; without a split, nothing is copied."""
     every = np.arange(len(batch.targets.target_ids))
     if not limits:
         return [Call(batch, every)]
@@ -122,7 +126,7 @@ def apart(batch: Batch, limits: tuple[Limit, ...]) -> list[Call]:
 
 
 def _is_padded(batch: Batch, lengths: np.ndarray, limits: tuple[Limit, ...]) -> bool:
-    """Tell whether a row is wider than a limit allows for the sequences that are in it."""
+    """Return whether padding makes a row wider than a limit and than all its sequences."""
     if not isinstance(batch, PaddedBatch):
         return False
     width = batch.input_ids.shape[1]
@@ -130,7 +134,7 @@ def _is_padded(batch: Batch, lengths: np.ndarray, limits: tuple[Limit, ...]) -> 
 
 
 def _part(batch: Batch, groups: list[Group], wanted: np.ndarray) -> Call:
-    """Lay out the wanted completions, bool `[N]`, in the batch's own layout."""
+    """Build a batch of the wanted completions, bool `[N]`, in the same layout."""
     chosen, number = [], 0
     for prompt, completions in groups:
         own = wanted[number : number + len(completions)]
@@ -145,7 +149,7 @@ def _part(batch: Batch, groups: list[Group], wanted: np.ndarray) -> Call:
 
 
 def groups_of(batch: Batch) -> list[Group]:
-    """Read the token ids of a batch's groups, on the host."""
+    """Return the token ids of a batch's groups, on the host."""
     targets, ids = batch.targets, batch.targets.target_ids.tolist()
     ends, numbers = targets.completion_offsets.tolist(), targets.group_offsets.tolist()
     return [
@@ -182,13 +186,19 @@ def _padded_prompts(batch: PaddedBatch) -> list[list[int]]:
     prompts = []
     for end in ends.tolist():
         row, stop = divmod(end, width)
-        start = int(batch.attention_mask[row].argmax())  # where padding on the left ends
+        start = int(batch.attention_mask[row].argmax())  # skips padding on the left
         prompts.append(batch.input_ids[row, start : stop + 1].tolist())
     return prompts
 
 
 def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu") -> Batch:
-    """Lay out groups of token ids that are in no file: for checks and small scoring jobs."""
+    """Build a batch from groups of token ids, without a store file.
+
+    Args:
+        groups: Token ids of prompts and completions; all completion tokens count.
+        layout: "shared", "tree" or "padded".
+        device: Device of the batch.
+    """
     writer = StoreWriter()
     for prompt, completions in groups:
         ids = np.array([i for completion in completions for i in completion], dtype=np.int32)
@@ -206,8 +216,8 @@ def batch_of(groups: list[Group], layout: str, device: torch.device | str = "cpu
     return to_torch(lay_out(store, rows, layout, **shape_for(layout, device)), device)
 
 
-def in_order(states: list[Tensor], calls: list[Call]) -> Tensor:
-    """Put the states of each call's targets, `[s, H]`, in the whole batch's order: `[S, H]`."""
+def restore_order(states: list[Tensor], calls: list[Call]) -> Tensor:
+    """Concatenate the states of each call, `[s, H]`, in the order of the whole batch: `[S, H]`."""
     if len(calls) == 1:
         return states[0]
     places = np.argsort(np.concatenate([call.targets_at for call in calls]))
@@ -225,15 +235,22 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
     """Score every completion token of `batch`: `log p(token | prompt, tokens before it)`.
 
     Args:
-        model: a causal language model of transformers, or a peft wrapper around one. A shared
-            batch needs it inside `attention.shared_prompts(model)`.
-        batch: `G` groups in any layout, `S` completion tokens.
+        model: A causal language model of transformers, or a peft wrapper around one. For a shared
+            or tree batch, call this inside `attention.shared_prompts(model)`, or use `score`.
+        batch: `G` groups in any layout, with `S` completion tokens.
 
     Returns:
-        float32 `[S]`, flat and group-major as `batch.targets`, in nats; differentiable.
+        Log-probs in nats, float32 `[S]`, flat and group-major like `batch.targets`;
+        differentiable.
 
     Raises:
-        SharedPromptError: the batch is shared and the model is not ready for it.
+        SharedPromptError: The batch is shared and the model does not use shared-prompt attention.
+
+    Example:
+        >>> model = load_model("sft-model")
+        >>> batch = batch_of([([1, 5, 9], [[7, 2], [8, 8, 2]])], "padded")
+        >>> batch.targets.sums(completion_logps(model, batch)).shape
+        torch.Size([2])
     """
     inner, target_ids = transformer(model), batch.targets.target_ids
     hidden = _target_states(inner, batch)
@@ -243,7 +260,18 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def score(model: nn.Module, batch: Batch) -> Tensor:
-    """Return `completion_logps`, in the attention that the batch's layout needs."""
+    """Return `completion_logps(model, batch)`, with shared-prompt attention if the layout needs it.
+
+    Args:
+        model: A causal language model of transformers, or a peft wrapper around one.
+        batch: A batch in any layout.
+
+    Returns:
+        Log-probs in nats, float32 `[S]`; differentiable.
+
+    Raises:
+        SharedPromptError: The model does not support the batch's layout: see `choose_layout`.
+    """
     if isinstance(batch, PaddedBatch):
         return completion_logps(model, batch)
     with shared_prompts(transformer(model)):
@@ -251,33 +279,33 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run the body, in as many calls as it needs; return the states that predict the targets."""
+    """Run the body in as many calls as needed; return the hidden states that predict targets."""
     limits = limits_of(model.config)
-    calls, is_kept = apart(batch, limits), any(limit.is_kept for limit in limits)
-    return in_order([_states_of_call(model, call.batch, is_kept) for call in calls], calls)
+    calls, is_kept = split_by_limits(batch, limits), any(limit.is_kept for limit in limits)
+    return restore_order([_states_of_call(model, call.batch, is_kept) for call in calls], calls)
 
 
 def _states_of_call(model: PreTrainedModel, batch: Batch, is_kept: bool) -> Tensor:
     if is_kept:
-        with_fresh_rope(model)
+        reset_dynamic_rope(model)
     states = _hidden_states(model, batch).flatten(0, 1)
     return states.index_select(0, batch.targets.logit_index)
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run the body, without its head: `[rows, T, H]`."""
+    """Run the body without the head: `[rows, T, H]`."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     takes_positions = "position_ids" in signature(model.base_model.forward).parameters
     if not isinstance(batch, PaddedBatch):
         if not takes_positions:
-            raise SharedPromptError("it numbers the tokens of a row itself, and takes no positions")
+            raise SharedPromptError("its forward takes no position_ids")
         if model.config._attn_implementation != NAME:
-            raise SharedPromptError("a shared batch needs the model inside shared_prompts(model)")
+            raise SharedPromptError("a shared batch must be scored inside shared_prompts(model)")
         inputs["shared_prompt"] = (
             SharedTree(batch) if isinstance(batch, TreeBatch) else SharedPrompt(batch)
         )
         inputs["position_ids"] = batch.position_ids
-        # Without a mask, transformers reads positions to see whether sequences lie end to end.
+        # Without a mask, transformers looks for packed sequences in the positions.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
     else:
         inputs["attention_mask"] = batch.attention_mask
@@ -289,20 +317,19 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
-    """Make a loss of `batch`'s log-probs: the cheapest way to its gradients.
+    """Compute a loss of `batch`'s log-probs, and its gradients in the same pass over the logits.
 
     Args:
-        model: as in `completion_logps`.
-        batch: as in `completion_logps`.
-        loss_of: from the log-probs, float32 `[s]`, of a part of the batch (whole groups) to its
-            share of the loss, a scalar. It is called once for each part, while gradients of the
-            log-probs are recorded; what else it returns it may keep.
+        model: As in `completion_logps`.
+        batch: As in `completion_logps`.
+        loss_of: Maps the log-probs of a part of the batch (complete groups), float32 `[s]`, to the
+            part's share of the loss, a scalar. It is called once per part, with autograd enabled.
 
     Returns:
         The sum over the parts, a scalar; differentiable.
 
     Raises:
-        SharedPromptError: as in `completion_logps`.
+        SharedPromptError: As in `completion_logps`.
     """
     inner, targets = transformer(model), batch.targets
     hidden = _target_states(inner, batch)
@@ -314,7 +341,7 @@ def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
 
 
 def _module_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
-    """Apply a head that is more than a matrix, in tiles that the backward pass makes again."""
+    """Apply a head that is more than a matrix, in tiles recomputed in the backward pass."""
     rows = max(1, TILE_ELEMENTS // model.config.get_text_config().vocab_size)
     tiles = zip(hidden.split(rows), target_ids.split(rows), strict=True)
     return torch.cat(

@@ -1,4 +1,4 @@
-"""A model's head, and a tile of its logits: some positions, the whole vocabulary, one buffer."""
+"""The head of a model, applied in tiles: some positions by the whole vocabulary, in one buffer."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -10,29 +10,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-"""How configs name a factor on the logits: Cohere, MPT; Muse; Falcon-H1."""
+"""Config entries with a factor of the logits: Cohere, MPT; Muse; Falcon-H1."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""How configs name a cap on the logits: Gemma; RecurrentGemma."""
+"""Config entries with a cap of the logits: Gemma; RecurrentGemma."""
 SCALING_MULTIPLIES = ("hyperclovax",)
-"""Families that multiply by `logits_scaling`, by which Granite and MiniCPM3 divide."""
+"""Families that multiply by `logits_scaling`; Granite and MiniCPM3 divide by it."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What follows the matrix: `cap·tanh(scale·z / cap)`, or `scale·z` without a cap."""
+    """Transform of the head's product `z`: `cap·tanh(scale·z / cap)`, or `scale·z` without cap."""
 
     scale: float = 1.0
     cap: float | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Transform":
-        """Read it in a model's config."""
+        """Return the transform in a model's config."""
         config = model.config.get_text_config()
         caps = (getattr(config, name, None) for name in CAPS)
         return cls(_scale(config), next((float(cap) for cap in caps if cap is not None), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Apply it to `[n, V]`."""
+        """Transform logits `[n, V]`."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -53,9 +53,9 @@ class Head:
     """A head that is one matrix: logits = transform(h Wᵀ + b).
 
     Attributes:
-        weight: `[V, H]`.
-        bias: `[V]`, or None.
-        transform: what the family does to the product.
+        weight: The matrix W, `[V, H]`.
+        bias: The bias b, `[V]`, or None.
+        transform: The scale and cap of the model family.
     """
 
     weight: Tensor
@@ -64,7 +64,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head | None":
-        """Return a model's head; None where it is more than a matrix (an adapter, 8 bits)."""
+        """Return a model's head; None if it is more than a matrix (an adapter, 8-bit weights)."""
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
             return None
@@ -72,12 +72,12 @@ class Head:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the head wants gradients of its own."""
+        """Whether the head's weight or bias requires gradients."""
         bias = self.bias is not None and self.bias.requires_grad
         return self.weight.requires_grad or bias
 
     def cast(self, dtype: torch.dtype) -> "Head":
-        """Return it in the dtype of a matrix product."""
+        """Return a detached copy of the head in the dtype of matrix products."""
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return replace(self, weight=self.weight.detach().to(dtype), bias=bias)
 
@@ -88,37 +88,39 @@ def _whole(parameter: Any) -> Any:
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Apply the head as the model's own forward does: `[n, H]` to `[n, V]`.
+    """Apply the head like the model's forward: hidden states `[n, H]` to logits `[n, V]`.
 
-    A body may return float32 for a head in bfloat16 (Mamba's residuals): the head's dtype counts.
+    Hidden states are cast to the head's dtype, because a body may return float32 for a head in
+    bfloat16 (Mamba's residuals).
     """
     head = model.get_output_embeddings()
     dtype = getattr(getattr(head, "weight", None), "dtype", hidden.dtype)
-    if dtype.is_floating_point:  # else it is quantised, and takes any
+    if dtype.is_floating_point:  # quantized heads accept any dtype
         hidden = hidden.to(dtype)
     logits: Tensor = Transform.of(model)(head(hidden))
     return logits
 
 
 TILE_ELEMENTS = 2**24
-"""Logits that a CPU holds at a time: 64 MiB in float32."""
+"""Logits per tile on a CPU: 64 MiB in float32."""
 ON_GPU = (2**26, 2**29)
-"""The fewest and the most that a GPU holds: fewer products, and fewer of a group that must be made
-twice as it exceeds a tile. The most is 3,533 positions of 151,936 tokens."""
+"""Smallest and largest number of logits per tile on a GPU. Larger tiles mean fewer products, and
+fewer groups that exceed a tile and must be computed twice. The largest tile has 3,533 positions for
+a vocabulary of 151,936."""
 BYTES, SHARE = 8, 1 / 32
-"""Of a logit with its copy in the dtype of products, and of the memory that is free, for them."""
+"""Bytes per logit, with its copy in the dtype of products; share of the free memory for a tile."""
 ALIGNED = {"cuda": 8}
-"""Logits that a row is filled up to a multiple of: products are slow on rows that begin at odd
-places, as those of 50,257 or 32,001 bfloat16 do."""
+"""Rows of logits are padded to a multiple of this: products are slow if rows start at unaligned
+addresses, for example with 50,257 or 32,001 bfloat16 values."""
 COLUMNS = 512
-"""Of the vocabulary, that a CPU multiplies at a time: with a few hundred positions, 512 rows of the
-head stay in the second-level cache (measured: 160 GFLOP/s on two cores, 115 with all at once)."""
+"""Rows of the head that a CPU multiplies at a time. With a few hundred positions they stay in the
+second-level cache (measured: 160 GFLOP/s on two cores; 115 with the whole head at once)."""
 
 _kept = threading.local()
 
 
 def tile_rows(head: Head) -> int:
-    """Return how many positions a tile holds."""
+    """Return the number of positions per tile."""
     device = head.weight.device
     elements = _gpu_elements(device) if device.type == "cuda" else TILE_ELEMENTS
     return max(1, elements // len(head.weight))
@@ -126,14 +128,14 @@ def tile_rows(head: Head) -> int:
 
 @cache
 def _gpu_elements(device: torch.device) -> int:
-    """Look once, when a model is there and nothing else: a run's tiles are all of one size."""
+    """Return the logits per tile, measured once after loading the model and then constant."""
     return elements_for(gpu_free_bytes(device))
 
 
 def elements_for(free: float) -> int:
-    """Return how many logits a GPU with so many bytes free holds at a time.
+    """Return the number of logits per tile on a GPU with `free` bytes of memory.
 
-    A power of two: a little more or less memory, as from one start to the next, changes nothing.
+    It is a power of two, so that small differences in free memory between starts have no effect.
     """
     fewest, most = ON_GPU
     fits = int(free * SHARE / BYTES)
@@ -141,45 +143,49 @@ def elements_for(free: float) -> int:
 
 
 def gpu_free_bytes(device: torch.device) -> float:
-    """Return what this process may still take on a GPU, with what its allocator holds unused."""
+    """Return the bytes available on a GPU, including unused memory of torch's allocator."""
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return float(free + unused)
 
 
 class _Memory:
-    """Memory for one tile of logits; on a CPU the thread keeps it for the next.
+    """A buffer for one tile of logits, which each thread reuses on a CPU.
 
-    New pages would cost a fifth of the product that fills them; a GPU's allocator keeps its own.
+    Allocating new pages would cost a fifth of the product that fills them. On a GPU, torch's
+    allocator already reuses memory.
     """
 
     def __init__(self, rows: int, head: Head) -> None:
-        """Take `[rows, V]`, in float32 or wider; each row filled up to a multiple of `ALIGNED`."""
+        """Allocate `[rows, V]` in float32 or wider, with rows padded to a multiple of `ALIGNED`."""
         device, step = head.weight.device, ALIGNED.get(head.weight.device.type, 1)
         width = -(-len(head.weight) // step) * step
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
         self._flat = getattr(_kept, "flat", None) if device.type == "cpu" else None
-        _kept.flat = None  # a loss that scores something else takes memory of its own
+        _kept.flat = None  # a nested tile must not share this buffer
         size = rows * width
         if self._flat is None or self._flat.dtype != dtype or self._flat.numel() < size:
             self._flat = torch.empty(size, dtype=dtype, device=device)
         self.logits = self._flat[:size].view(rows, width)
 
     def give_back(self) -> None:
-        """Keep it for the thread's next tile."""
+        """Return the buffer, for the thread's next tile."""
         if self._flat is not None and self._flat.device.type == "cpu":
             _kept.flat = self._flat
 
 
 class Tile:
-    """The logits of `n` positions; then, in the same memory, their probabilities less the targets'.
+    """Logits of `n` positions, overwritten in place by p − 1_t, the gradient of −log p(target).
 
     Attributes:
-        logps: float32 `[n]`, the log-prob of each target, in nats.
+        logps: Log-prob of each target in nats, float32 `[n]`.
     """
 
     def __init__(self, head: Head, hidden: Tensor, target_ids: Tensor) -> None:
-        """Score `hidden`, `[n, H]`, in the dtype of `head` (see `Head.cast`)."""
+        """Score `target_ids` `[n]` from `hidden` `[n, H]`, both in the dtype of `head`.
+
+        See `Head.cast`.
+        """
         self._head, self._hidden, self._targets = head, hidden, target_ids
         self._slope: Tensor | None = None
         self._memory = _Memory(len(hidden), head)
@@ -215,7 +221,7 @@ class Tile:
         return torch.empty(self._residual.shape, dtype=dtype, device=self._residual.device)
 
     def _transform(self) -> None:
-        """Scale and cap in place; keep the cap's slope, 1 − tanh², which the gradient needs."""
+        """Scale and cap in place; save the cap's slope, 1 − tanh², for the gradient."""
         scale, cap = self._head.transform.scale, self._head.transform.cap
         if scale != 1.0:
             self._residual.mul_(scale)
@@ -225,9 +231,9 @@ class Tile:
             capped.mul_(cap)
 
     def _normalize(self) -> Tensor:
-        """Turn logits into p − 1_t, and return the targets' log-probs.
+        """Replace logits by p − 1_t, and return the targets' log-probs.
 
-        The largest probability is 1 / Σ exp(z − max): the log-sum-exp costs no pass of its own.
+        The largest probability is 1 / Σ exp(z − max), so the log-sum-exp needs no separate pass.
         """
         logits, targets = self._filled, self._targets[:, None]
         if logits.shape[1] > (vocabulary := len(self._head.weight)):
@@ -240,13 +246,13 @@ class Tile:
 
     @cached_property
     def _slopes(self) -> Tensor:
-        """P − 1_t as the gradients need it: through the cap, in the dtype of the products."""
+        """P − 1_t times the cap's slope, in the dtype of products."""
         if self._slope is not None:
             self._residual.mul_(self._slope)
         return self._filled.to(self._head.weight.dtype)[:, : len(self._head.weight)]
 
     def hidden_gradient(self, gradient: Tensor | None = None) -> Tensor:
-        """Return d(Σ gradient · logps) / d hidden, `[n, H]`; with None, each row's own unscaled."""
+        """Return d(Σ gradient · logps) / d hidden, `[n, H]`; None stands for a gradient of ones."""
         out = self._slopes @ self._head.weight
         factor = -self._head.transform.scale
         return out.mul_(factor if gradient is None else (gradient * factor)[:, None].to(out.dtype))
@@ -254,7 +260,13 @@ class Tile:
     def add_head_gradient(
         self, gradient: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> None:
-        """Add d(Σ gradient · logps) / d weight and d bias to those sums, `[V, H]` and `[V]`."""
+        """Add d(Σ gradient · logps) / d weight, `[V, H]`, and / d bias, `[V]`, in place.
+
+        Args:
+            gradient: Gradient of the log-probs, `[n]`.
+            weight: Sum to add to; None if the weight is not trained.
+            bias: Sum to add to; None if the bias is not trained.
+        """
         slopes, factor = self._slopes, (gradient * -self._head.transform.scale)[:, None]
         if bias is not None:
             bias.add_((slopes.t() @ factor.to(slopes.dtype))[:, 0])
@@ -263,7 +275,7 @@ class Tile:
         weighted = (self._hidden * factor).to(slopes.dtype)
         if weight.dtype == slopes.dtype:
             weight.addmm_(slopes.t(), weighted)
-        elif weight.device.type == "cuda":  # no rounded product between: exact, and one pass less
+        elif weight.device.type == "cuda":  # one pass, and the product is not rounded
             torch.addmm(weight, slopes.t(), weighted, out_dtype=weight.dtype, out=weight)
         else:
             weight.add_(slopes.t() @ weighted)

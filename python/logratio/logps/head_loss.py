@@ -1,4 +1,4 @@
-"""Log-probs and losses from hidden states, one tile of logits at a time."""
+"""Compute log-probs and losses from hidden states, one tile of logits at a time."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,15 +15,15 @@ from logratio.logps.head import Head, Tile, tile_rows
 def head_logps(head: Head, hidden: Tensor, target_ids: Tensor) -> Tensor:
     """Score `target_ids`, int64 `[S]`, from `hidden`, `[S, H]`: float32 `[S]`, in nats.
 
-    A head that is trained is multiplied again in the backward pass, as the gradient of its loss is
-    not known before; of a frozen head (LoRA) each position's gradient is made in the forward pass.
+    For a trained head, logits are recomputed in the backward pass, when the gradient of the loss is
+    known. For a frozen head (LoRA), the gradient of each position is computed in the forward pass.
     """
     scored: Tensor = _HeadLogps.apply(hidden, head.weight, head.bias, target_ids, head)
     return scored
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products here: autocast's where it is on."""
+    """Return the dtype of matrix products: autocast's if it is enabled, else that of `hidden`."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -70,22 +70,22 @@ class _HeadLogps(torch.autograd.Function):
 
 
 class HeadGradients:
-    """The gradients of a trained head and of the hidden states before it, tile by tile."""
+    """Accumulates the gradients of a trained head and of its hidden states, tile by tile."""
 
     def __init__(self, head: Head, hidden: Tensor, dtype: torch.dtype) -> None:
-        """Begin at zero; products are in `dtype`, sums over tiles in float32 or wider."""
+        """Start at zero; products are in `dtype`, sums over tiles in float32 or wider."""
         self._head, self._dtype = head, hidden.dtype
         self.low, self.matrix = hidden.to(dtype), head.cast(dtype)
         self._hidden = torch.empty_like(self.low)
         self._weight, self._bias = _zeros(head.weight), _zeros(head.bias)
 
     def add(self, start: int, tile: Tile, gradient: Tensor) -> None:
-        """Add those of the tile that begins at position `start`."""
+        """Add the gradients of the tile that starts at position `start`."""
         self._hidden[start : start + len(gradient)] = tile.hidden_gradient(gradient)
         tile.add_head_gradient(gradient, self._weight, self._bias)
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return those of hidden states, weight and bias, in their dtypes."""
+        """Return the gradients of hidden states, weight and bias, in the dtypes of these."""
         weight = None if self._weight is None else self._weight.to(self._head.weight.dtype)
         bias = self._bias
         if bias is not None and self._head.bias is not None:
@@ -94,20 +94,20 @@ class HeadGradients:
 
 
 def _zeros(parameter: Tensor | None) -> Tensor | None:
-    """Return a sum's beginning, or None for what is not trained."""
+    """Return zeros for a parameter's gradient, or None if it is not trained."""
     if parameter is None or not parameter.requires_grad:
         return None
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 LossOf = Callable[[Tensor, Part], Tensor]
-"""From the log-probs, float32 `[s]`, of a part of a batch to its share of the loss, a scalar."""
+"""Maps the log-probs of a part of a batch, float32 `[s]`, to its share of the loss, a scalar."""
 
 
 def head_loss(
     head: Head, hidden: Tensor, target_ids: Tensor, parts: list[Part], loss_of: LossOf
 ) -> Tensor:
-    """Add up `loss_of` over the parts of a batch, from `hidden`, `[S, H]`: a scalar."""
+    """Return the sum of `loss_of` over the parts of a batch, a scalar, from `hidden`, `[S, H]`."""
     loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, target_ids, head, parts, loss_of)
     return loss
 
@@ -142,18 +142,18 @@ class _HeadLoss(torch.autograd.Function):
 
 
 @cache
-def unit(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of a loss by itself, 1: always the same tensor.
+def unit_gradient(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a scalar tensor of 1; always the same object for a device and dtype.
 
-    `loss.backward(unit(...))` says to `head_loss` that nothing is to be scaled, without a look at
-    the value, for which the host would wait.
+    With `loss.backward(unit_gradient(...))`, `head_loss` recognises the object and does not scale
+    its gradients, without reading the value from the device.
     """
     return torch.ones((), device=device, dtype=dtype)
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by the gradient of the loss itself: where it is known to be 1, nothing is to do."""
-    is_known = factor is unit(factor.device, factor.dtype)
+    """Multiply a gradient by the incoming gradient of the loss, unless it is known to be 1."""
+    is_known = factor is unit_gradient(factor.device, factor.dtype)
     if is_known or (factor.device.type == "cpu" and float(factor) == 1.0):
         return gradient
     return gradient * factor.to(gradient.dtype)
@@ -162,14 +162,14 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 def _add_part(
     sums: HeadGradients, target_ids: Tensor, part: Part, loss_of: LossOf, rows: int
 ) -> Tensor:
-    """Score a part, make its loss, and add the gradients; return the loss."""
+    """Score a part, compute its loss and accumulate its gradients; return the loss."""
     start, stop = part.targets_at.start, part.targets_at.stop
     if stop - start <= rows:
         with Tile(sums.matrix, sums.low[start:stop], target_ids[start:stop]) as tile:
             loss, factors = _loss_and_factors(tile.logps, part, loss_of)
             sums.add(start, tile, factors)
         return loss
-    starts = range(start, stop, rows)  # one group is larger than a tile: its tiles are made twice
+    starts = range(start, stop, rows)  # a group larger than a tile: its tiles are computed twice
     tiles = [slice(at, min(at + rows, stop)) for at in starts]
     logps = []
     for at in tiles:
@@ -183,7 +183,7 @@ def _add_part(
 
 
 def _loss_and_factors(logps: Tensor, part: Part, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-    """Return a part's loss, and its derivative by each log-prob, float32 `[s]`."""
+    """Return a part's loss, and its derivative with respect to each log-prob, float32 `[s]`."""
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         loss = loss_of(leaf, part)

@@ -1,4 +1,8 @@
-"""What decoder layers keep for the backward pass, and how many must be computed twice to fit."""
+"""Activation checkpointing, offloading and compilation of decoder layers.
+
+`layer_options` applies them to a model. `choose_checkpointing` chooses how many layers to
+checkpoint: it measures the activations that each layer saves, and compares them with free memory.
+"""
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -29,26 +33,26 @@ from logratio.training.models import autocast, precision_of, training_budget
 from logratio.training.optimizers import gradient_bytes
 
 WORTH_MOVING = 2**20
-"""Bytes of a tensor below which a copy costs more than it frees."""
+"""Smaller tensors, in bytes, are not offloaded: the copy would cost more than it saves."""
 
 COMPILER = "inductor"
-"""What makes kernels of graphs: torch's own."""
+"""Backend of torch.compile."""
 
 Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the layers of a model keep.
+class LayerOptions:
+    """How the decoder layers of a model run in passes with gradients.
 
     Attributes:
-        checkpointed: so many layers, from the first on, keep their input only and are computed a
-            second time in the backward pass, one after the other. The first are the best: they are
-            computed again when the others have already let go of what they kept.
-        compiled: layers are compiled for any width, all alike ones together (torch.compile). It
-            costs up to a minute at the start. Results change by rounding.
-        offload: what is kept lies in host memory until the backward pass. Costs two copies of it
-            over the bus for each micro-batch, which the device waits for.
+        checkpointed: Number of layers, counted from the first, that keep only their input and are
+            recomputed in the backward pass. The first layers are the best choice: they are
+            recomputed last, when the other layers have freed their activations.
+        offload: Keep saved activations in host memory until the backward pass. Costs two
+            transfers per micro-batch, which the device waits for.
+        compiled: Compile the layers for any width; identical layers share a graph (torch.compile).
+            Takes up to a minute at the start, and changes results by rounding.
     """
 
     checkpointed: int = 0
@@ -57,11 +61,11 @@ class Kept:
 
 
 class RecomputationError(LogratioError, ValueError):
-    """A layer that cannot be computed twice was asked to be."""
+    """A checkpointed layer was called with a key cache, so it cannot be recomputed."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a transformers model, or one inside peft, from the first to the last.
+    """Return the decoder layers of a transformers model, or of one inside peft, in order.
 
     Empty for a model whose layers are not transformers' `GradientCheckpointingLayer`.
     """
@@ -72,13 +76,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def keeping(model: nn.Module, kept: Kept) -> Iterator[None]:
-    """Let the layers of `model` keep what `kept` says inside the block, and everything after it.
+def layer_options(model: nn.Module, kept: LayerOptions) -> Iterator[None]:
+    """Run the layers of `model` as `kept` specifies inside the block.
 
-    Gradients are those of the plain model, bit for bit where its kernels are deterministic and the
-    same. Passes without gradients are not touched.
+    Gradients equal those of the plain model, bit for bit if its kernels are deterministic and not
+    compiled. Passes without gradients are not affected.
     """
-    if kept == Kept():
+    if kept == LayerOptions():
         yield
         return
     layers = decoder_layers(model)
@@ -86,7 +90,7 @@ def keeping(model: nn.Module, kept: Kept) -> Iterator[None]:
     shapes = {_sorted(p.shape) for p in model.parameters() if p.dim() > 1}
     attention = ALL_ATTENTION_FUNCTIONS[NAME]
     try:
-        if kept.compiled:  # it goes from group to group: no two micro-batches would share a graph
+        if kept.compiled:  # it loops over groups, so each micro-batch would need its own graph
             AttentionInterface.register(NAME, torch.compiler.disable(attention))
         for number, layer in enumerate(layers):
             twice = number < kept.checkpointed
@@ -104,13 +108,16 @@ def keeping(model: nn.Module, kept: Kept) -> Iterator[None]:
 
 
 def _compiled(forward: Forward) -> Forward:
-    """Compile for any number of rows and tokens: a new one finds the graphs of the first."""
+    """Compile for any number of rows and tokens, so that later shapes reuse the first graph."""
     made: Forward = torch.compile(forward, dynamic=True, backend=COMPILER)
     return made
 
 
 class _Layer:
-    """A layer's forward that keeps less; `weights` are the shapes of what offloading leaves."""
+    """A layer's forward with checkpointing, offloading or compilation.
+
+    Tensors with a shape in `weights` are not offloaded; None: offload nothing.
+    """
 
     def __init__(
         self,
@@ -131,7 +138,7 @@ class _Layer:
                 return self._forward(*args, **kwargs)
             if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
                 raise RecomputationError("a second pass would fill the layer's key cache twice")
-            # Dropout is off, so there is no state of a generator to keep.
+            # Dropout is off, so no random state needs to be preserved.
             return checkpoint(
                 self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )
@@ -147,39 +154,40 @@ def _sorted(shape: torch.Size) -> tuple[int, ...]:
 
 
 class _Mover:
-    """Moves what one layer's forward saves; what several operations save is moved once."""
+    """Offloads the tensors that one layer's forward saves; each tensor is copied once."""
 
     def __init__(self, weights: set[tuple[int, ...]]) -> None:
         self._weights = weights
         self._moved: dict[tuple[Any, ...], tuple[Tensor, HostCopy]] = {}
 
     def pack(self, tensor: Tensor) -> "Tensor | HostCopy":
-        """Return a copy in host memory, or the tensor itself where that would free nothing."""
+        """Return a copy in host memory, or the tensor itself if offloading would free nothing."""
         if tensor.nbytes < WORTH_MOVING or _sorted(tensor.shape) in self._weights:
-            return tensor  # weights, or autocast's copies of them, which live on anyway
+            return tensor  # a weight, or autocast's copy of one, which stays in memory anyway
         place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if place not in self._moved:
-            self._moved[place] = tensor, HostCopy(tensor)  # alive, so that its place is its own
+            # Keeping the tensor alive ensures that its address is not reused.
+            self._moved[place] = tensor, HostCopy(tensor)
         return self._moved[place][1]
 
 
 class HostCopy:
-    """A tensor that waits in host memory, pinned where it comes from CUDA.
+    """A tensor offloaded to host memory, pinned if it comes from CUDA.
 
-    Both copies are queued on the current stream: nothing waits on the host, and neither side's
-    memory is used again before its copy is done.
+    Both copies are queued on the current stream, so the host does not wait, and no memory is
+    reused before its copy has completed.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         pinned = tensor.device.type == "cuda"
         self._device = tensor.device
-        # With its strides, which compiled layers count on.
+        # empty_like keeps the strides, which compiled layers rely on.
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         self._host.copy_(tensor, non_blocking=pinned)
         self._back: weakref.ref[Tensor] | None = None
 
     def restore(self) -> Tensor:
-        """Return it on its device; the same tensor as long as anybody uses it."""
+        """Return the tensor on its device; the same object as long as it is referenced."""
         back = self._back() if self._back else None
         if back is None:
             back = self._host.to(self._device, non_blocking=True, copy=True)
@@ -188,26 +196,26 @@ class HostCopy:
 
 
 def unpack(packed: Tensor | HostCopy) -> Tensor:
-    """Return what `_Mover.pack` was given."""
+    """Return the tensor that `_Mover.pack` received."""
     return packed.restore() if isinstance(packed, HostCopy) else packed
 
 
 SHARE = 0.8
-"""Of the memory that states and gradients leave, what activations may count on: allocators leave
-gaps, and batches differ. States and gradients are known to the byte, so they come off before."""
+"""Share of the memory left by optimizer states and gradients that activations may use. The margin
+covers fragmentation and differences between batches; states and gradients are known exactly."""
 CLEAR = 3
-"""A forecast that fits so many times over needs no measurement."""
+"""If the estimate fits this many times, activations are not measured."""
 TILES = 2e8
-"""What the head's tiles take on a CPU, beside the layers."""
+"""Bytes of the head's tiles on a CPU, in addition to the layers."""
 
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """What one decoder layer keeps of a micro-batch until the backward pass, in bytes.
+    """Memory that one decoder layer holds for a micro-batch until the backward pass, in bytes.
 
     Attributes:
-        everything: all that its operations saved, weights left out.
-        inputs: the hidden states that it was given, which it keeps in any case.
+        everything: All tensors saved by its operations, without weights.
+        inputs: Its input hidden states, which are kept in any case.
     """
 
     everything: float
@@ -216,11 +224,11 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class Choice:
-    """How many layers are computed twice, of how many, and a sentence about why.
+    """The number of layers to checkpoint, and why.
 
     Attributes:
-        layers: computed twice, from the first on.
-        reason: None where that is none.
+        layers: Number of checkpointed layers, counted from the first.
+        reason: A note for the user; None if there is nothing to report.
     """
 
     layers: int
@@ -228,9 +236,9 @@ class Choice:
 
 
 def measure_layers(model: nn.Module, forward: Callable[[], Tensor]) -> list[LayerMemory]:
-    """Run `forward` once, which keeps nothing, and return what each decoder layer would keep.
+    """Run `forward` once and return the memory that each decoder layer would hold.
 
-    At most one layer's activations are alive at a time, as in a pass without gradients.
+    The saved tensors are discarded: at most one layer's activations are in memory at a time.
     """
     meter = _Meter({p.untyped_storage().data_ptr() for p in model.parameters()})
     with meter.watching(decoder_layers(model)), torch.enable_grad():
@@ -249,7 +257,7 @@ class _Meter:
 
     @contextmanager
     def watching(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        """Count inside the block."""
+        """Measure the forward passes inside the block."""
         handles = [layer.register_forward_pre_hook(self._enter) for layer in layers]
         handles += [layer.register_forward_hook(self._leave) for layer in layers]
         try:
@@ -269,7 +277,7 @@ class _Meter:
         self._alive = None
 
     def _save(self, tensor: Tensor) -> None:
-        """Note a storage; it stays alive until its layer ends, so that its place is its own."""
+        """Record a storage, and keep it alive until its layer ends so its address is unique."""
         storage = tensor.untyped_storage()
         if self._alive is not None and storage.data_ptr() not in self._weights:
             self._alive[storage.data_ptr()] = storage
@@ -280,7 +288,7 @@ class _Meter:
 
 
 def layers_that_do_not_fit(layers: Sequence[LayerMemory], room: float) -> int:
-    """Return how many layers, from the first on, must keep their input only to fit in `room`."""
+    """Return how many layers, counted from the first, to checkpoint to fit in `room` bytes."""
     total = sum(layer.everything for layer in layers)
     for count, layer in enumerate(layers):
         if total <= room:
@@ -289,7 +297,7 @@ def layers_that_do_not_fit(layers: Sequence[LayerMemory], room: float) -> int:
     return len(layers)
 
 
-def choose(
+def checkpointing_for_memory(
     model: nn.Module,
     forward: Callable[[], Tensor],
     *,
@@ -297,14 +305,14 @@ def choose(
     states: float,
     added_up: bool = True,
 ) -> Choice:
-    """Return how many layers must be computed twice.
+    """Choose how many layers to checkpoint so that a micro-batch fits in memory.
 
     Args:
-        model: the policy, on its device, without gradients yet; it has none afterwards.
-        forward: scores the run's largest micro-batch, with a result that is differentiable.
-        estimate: bytes that its activations take, roughly.
-        states: bytes that the optimizer will take on that device.
-        added_up: whether updates have several micro-batches, whose gradients are added up.
+        model: The policy, on its device. Its gradients are None before and after the call.
+        forward: Scores the run's largest micro-batch and returns a differentiable tensor.
+        estimate: Estimated size of its activations, in bytes.
+        states: Bytes that the optimizer state will take on that device.
+        added_up: Whether updates accumulate gradients over several micro-batches.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * gradient_bytes(p.dtype, added_up=added_up) for p in trained)
@@ -322,18 +330,18 @@ def choose(
     kept = sum(layer.everything for layer in layers)
     return Choice(
         count,
-        f"activation checkpointing: {count} of {len(layers)} layers are computed twice; all of "
-        f"them would keep {size(kept)}, and {size(max(0.0, room))} are free for it",
+        f"activation checkpointing: {count} of {len(layers)} layers are recomputed in the backward "
+        f"pass; all activations would take {size(kept)}, and {size(max(0.0, room))} are free",
     )
 
 
 def _peak(model: nn.Module, forward: Callable[[], Tensor], layers: int) -> float:
-    """Return what a pass and its backward take on CUDA with all layers checkpointed, in bytes.
+    """Return the peak memory of a forward and backward pass with all layers checkpointed, in bytes.
 
-    Gradients are there already, as in every micro-batch but the first: they are not counted.
+    CUDA only. The first pass allocates the gradients, so that the second does not count them.
     """
     device = _device(model)
-    with keeping(model, Kept(checkpointed=layers)):
+    with layer_options(model, LayerOptions(checkpointed=layers)):
         forward().sum().backward()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -343,32 +351,32 @@ def _peak(model: nn.Module, forward: Callable[[], Tensor], layers: int) -> float
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Return where the model's first parameter lies."""
+    """Return the device of the model's first parameter."""
     return next(model.parameters()).device
 
 
-def settle(
+def choose_checkpointing(
     config: TrainConfig, store: Store, policy: nn.Module, layout: str, states: float
 ) -> Choice:
-    """Return what `config.activation_checkpointing` comes to for a run.
+    """Choose how many layers a run checkpoints, as `config.activation_checkpointing` requests.
 
     Args:
-        config: of the run.
-        store: its data; the largest micro-batch is made of the longest groups.
-        policy: on its device, ready for batches of `layout`.
+        config: Settings of the run.
+        store: Data of the run; the longest groups form the largest micro-batch.
+        policy: The policy on its device, ready for batches of `layout`.
         layout: "shared", "tree" or "padded". Micro-batches of a tree are as large as shared ones.
-        states: bytes that the optimizer will take on that device.
+        states: Bytes that the optimizer state will take on that device.
 
     Raises:
-        ConfigError: something is asked of the layers, and the model's are not transformers' own.
+        ConfigError: The settings need transformers' own decoder layers and the model has none.
     """
     wanted, layers = config.activation_checkpointing, len(decoder_layers(policy))
     compiled = config.compile_layers == "on"
     asked = wanted == "all" or config.offload_activations or compiled
     if asked and not layers:
         raise ConfigError(
-            "activation_checkpointing all, offload_activations and compile_layers need layers of "
-            f"transformers' own kind, and {type(policy).__name__} has none"
+            "activation_checkpointing all, offload_activations and compile_layers need decoder "
+            f"layers of transformers, and {type(policy).__name__} has none"
         )
     if wanted != "auto":
         return Choice(layers if wanted == "all" else 0)
@@ -386,4 +394,6 @@ def settle(
 
     estimate = memory.kept_bytes(config.model, precision_of(config)) * tokens
     added_up = len(groups) < min(config.batch_size, len(store))
-    return choose(policy, forward, estimate=estimate, states=states, added_up=added_up)
+    return checkpointing_for_memory(
+        policy, forward, estimate=estimate, states=states, added_up=added_up
+    )

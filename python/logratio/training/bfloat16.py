@@ -1,9 +1,9 @@
-"""bfloat16 without needless casts: frozen matrices are held in it, adapters multiply in it.
+"""Avoid repeated casts to bfloat16 of frozen weights and adapter inputs.
 
-Autocast keeps its copy of a weight for a whole pass only where the weight trains: a frozen one is
-read in float32 and written in bfloat16 at every use, and the copy stays until the backward pass.
-peft computes adapters in the dtype of their weights, which is float32, so that each input and
-result of an adapted layer goes through float32.
+Autocast caches its bfloat16 copy of a weight only if the weight is trained. A frozen float32 weight
+is cast at every use, and each copy stays in memory until the backward pass: `held_in_bfloat16`
+casts it once. peft computes adapters in the dtype of their weights, float32, so the input and
+output of every adapted layer are cast too: `with_bfloat16_adapters` computes in the input's dtype.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,17 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 
-def with_low_adapters(model: nn.Module) -> nn.Module:
-    """Let the LoRA layers of `model` multiply in the dtype of their input, in place.
+def with_bfloat16_adapters(model: nn.Module) -> nn.Module:
+    """Make the LoRA layers of `model` multiply in the dtype of their input, in place.
 
-    The adapters' weights stay float32, and so do their gradients and moments. Layers of another
-    kind than plain LoRA (DoRA among them) compute as before.
+    The adapters' weights, gradients and moments stay float32. Variants of LoRA, such as DoRA, are
+    not changed.
 
     Args:
-        model: a wrapper of peft.
+        model: A peft model.
+
+    Returns:
+        The same model.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -31,7 +34,7 @@ def with_low_adapters(model: nn.Module) -> nn.Module:
             continue
         pairs = (*module.lora_A.values(), *module.lora_B.values())
         for matrix in (matrix for matrix in pairs if type(matrix) is nn.Linear):
-            matrix.__class__ = LowLinear
+            matrix.__class__ = InputDtypeLinear
         if pairs:
             module.cast_input_dtype_enabled = False
             module.register_forward_pre_hook(_cast_once)
@@ -39,7 +42,7 @@ def with_low_adapters(model: nn.Module) -> nn.Module:
 
 
 def _cast_once(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Let base and adapter of a layer share one copy of its input where autocast would make two."""
+    """Cast a layer's input once for base and adapter; autocast would cast it twice."""
     if not inputs or inputs[0].dtype != torch.float32:
         return inputs
     first, *others = inputs
@@ -48,28 +51,32 @@ def _cast_once(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return first, *others
 
 
-class LowLinear(nn.Linear):
-    """A linear layer that multiplies in the dtype of its input, whatever its weights have."""
+class InputDtypeLinear(nn.Linear):
+    """A linear layer that multiplies in the dtype of its input, regardless of its weights'."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `input @ weightᵀ + bias` in the dtype of `input`; under autocast, in its dtype."""
+        """Return `input @ weightᵀ + bias` in the dtype of `input`, or in autocast's dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return linear(input, self.weight.to(input.dtype), bias)
 
 
 MATRICES = (nn.Linear, Conv1D)
-"""What multiplies by a weight and does nothing else with it: autocast rounds it at each use."""
+"""Modules that only multiply by their weight, which autocast rounds at each use."""
 
 
 def held_in_bfloat16(model: nn.Module) -> nn.Module:
-    """Round the matrices that autocast would round at each use once, in place: the same bits.
+    """Round weight matrices to bfloat16 once, in place, instead of by autocast at each use.
 
-    Matrices that another module shares (a head that is tied to the embeddings) or that the family
-    keeps in float32 stay as they are, and so do biases, norms, embeddings and experts that are one
-    tensor. The model must then run under autocast, and these weights must not train.
+    Results under autocast are bit-identical. Matrices shared with another module (a head tied to
+    the embeddings) or kept in float32 by the model family stay unchanged, as do biases, norms,
+    embeddings, and experts stored as one tensor. Afterwards the model must run under autocast, and
+    the rounded weights must not be trained.
 
     Args:
-        model: of transformers, float32.
+        model: A transformers model in float32.
+
+    Returns:
+        The same model.
     """
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and the signals that end a run with one."""
+"""Atomic checkpoints, and the signal handling that saves one when a run is interrupted."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ from logratio.training.optimizers import FUSED, MasterAdamW
 
 
 class RunInterruptedError(LogratioError):
-    """A run was stopped by a signal; its state is saved.
+    """A run was stopped by a signal; its state has been saved.
 
     Attributes:
-        exit_code: 128 + the signal's number, as shells expect.
+        exit_code: 128 + the signal number, as shells expect.
     """
 
     def __init__(self, signal_number: int, where: str) -> None:
@@ -40,7 +40,7 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
     """Catch the first signal inside the block; a second one ends the process at once.
 
     Yields:
-        A function that returns the number of the signal received, or None.
+        A function that returns the number of the received signal, or None.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None  # Python delivers signals to the main thread only
@@ -68,17 +68,27 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: updates done, and what the run is (to refuse to resume another)."""
+    """Progress of a run.
+
+    Attributes:
+        step: Number of updates done.
+        identity: Settings that identify the run, so that another run is not resumed from it.
+    """
 
     step: int
     identity: dict[str, Any]
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: Position) -> Path:
-    """Publish `checkpoint-<step>` in `folder`; older ones beyond the last two are removed.
+    """Write `checkpoint-<step>` to `folder`, and remove all but the last two checkpoints.
+
+    The checkpoint is written under a temporary name and renamed when complete.
+
+    Returns:
+        The folder of the new checkpoint.
 
     Raises:
-        OSError: nothing was published; earlier checkpoints are as they were.
+        OSError: The checkpoint was not written; earlier ones are unchanged.
     """
     final = folder / f"checkpoint-{at.step:08d}"
     partial = folder / f".partial-{at.step:08d}"
@@ -104,7 +114,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: P
 
 
 class ResumeError(LogratioError, ValueError):
-    """There is nothing valid to resume, or it is of another run."""
+    """No valid checkpoint was found, or the newest belongs to a different run."""
 
 
 def load_newest(
@@ -113,14 +123,15 @@ def load_newest(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
 ) -> tuple[Position | None, list[str]]:
-    """Restore the newest valid checkpoint of `folder`, if it is of the run with `identity`.
+    """Restore the newest valid checkpoint in `folder`, if it belongs to the run with `identity`.
 
     Returns:
-        Its position, or None where there is none, and a sentence for each damaged one passed over.
+        The restored position, or None if `folder` has no checkpoints; and a message for each
+        damaged checkpoint that was skipped.
 
     Raises:
-        ResumeError: there are checkpoints, and none is valid, or the newest is of another run;
-            nothing was restored.
+        ResumeError: All checkpoints are damaged, or the newest valid one belongs to a different
+            run; nothing was restored.
     """
     refused = []
     for path in _checkpoints(folder):
@@ -141,7 +152,7 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None."""
+    """Describe the damage of a checkpoint, or return None if it is intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest["files"].items():
@@ -172,11 +183,14 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state as tensors of their own: what parameters share is stored with each."""
+    """Return the optimizer state by name; a tensor shared by parameters is copied for each.
+
+    safetensors refuses to save tensors that share memory.
+    """
     tensors, seen = {}, set()
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = torch.as_tensor(value).contiguous()  # bitsandbytes counts steps in an int
+            tensor = torch.as_tensor(value).contiguous()  # bitsandbytes stores its step as an int
             place = tensor.device, tensor.data_ptr()
             tensors[f"{name}:{key}"] = tensor.clone() if place in seen else tensor
             seen.add(place)
@@ -194,10 +208,14 @@ def _restore_optimizer(
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor | int:
-    """Return a part of the state as the optimizer itself would hold it."""
+    """Return a value of the state with the type and device that the optimizer uses."""
     if value.dim() == 0 and not value.dtype.is_floating_point:
         return int(value)
-    home = optimizer.home_of(parameter) if isinstance(optimizer, MasterAdamW) else parameter.device
+    home = (
+        optimizer.state_device(parameter)
+        if isinstance(optimizer, MasterAdamW)
+        else parameter.device
+    )
     is_counter = value.dim() == 0 and home.type not in FUSED
     return value if is_counter else value.to(home)
 
@@ -241,12 +259,12 @@ def _digest(path: Path) -> str:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest published checkpoint, whole or not; None where there is none."""
+    """Return the newest checkpoint, valid or not; None if there are none."""
     return next(iter(_checkpoints(folder)), None)
 
 
 def recorded(folder: Path, name: str) -> Any:
-    """Return what the newest readable checkpoint's run recorded by a name; None where none did."""
+    """Return the value of `name` in the newest readable checkpoint's identity, or None."""
     for path in _checkpoints(folder):
         try:
             return json.loads((path / "state.json").read_text())["identity"].get(name)
@@ -256,5 +274,5 @@ def recorded(folder: Path, name: str) -> Any:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """List the published checkpoints, newest first."""
+    """List the complete checkpoints, newest first."""
     return sorted(folder.glob("checkpoint-*"), reverse=True)

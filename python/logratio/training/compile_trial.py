@@ -1,4 +1,4 @@
-"""Whether a run's layers are faster compiled: timed on its first micro-batches before it starts."""
+"""Decide whether to compile a run's layers by timing its first micro-batches both ways."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,45 +9,46 @@ import torch
 from torch import nn
 
 from logratio.progress import say
-from logratio.training.activations import Kept, decoder_layers, keeping
-from logratio.training.reference import undisturbed
+from logratio.training.activations import LayerOptions, decoder_layers, layer_options
+from logratio.training.reference import side_effect_free
 
 BATCHES = 4
-"""Micro-batches of a round: those that the run begins with."""
+"""Micro-batches per timing round: the first ones of the run."""
 ROUNDS = 3
-"""Of which the median counts; plain and compiled take turns, so that both see the same machine."""
+"""Rounds per variant, of which the median counts. Plain and compiled rounds alternate, so that
+changes in the machine's load affect both."""
 GAIN = 0.03
-"""Share of the time that compiled layers must save, above what two equal runs differ by."""
+"""Share of the time that compiled layers must save; equal runs differ by less."""
 SHORT = 180.0
-"""Seconds of a run that are too few for a minute of compiling to come back."""
+"""A shorter run, in seconds, would not recover the minute that compiling takes."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether layers are compiled, and a sentence about why."""
+    """Whether to compile the layers, and why."""
 
     compiled: bool
     reason: str
 
 
 def try_compiling(
-    policy: nn.Module, kept: Kept, rehearse: Callable[[], None], rounds_of_run: float
+    policy: nn.Module, kept: LayerOptions, rehearse: Callable[[], None], rounds_of_run: float
 ) -> Verdict:
-    """Decide for a run with `compile_layers="auto"`.
+    """Decide whether a run with `compile_layers="auto"` compiles its layers.
 
     Args:
-        policy: the model, its attention ready for the run's layout; it comes back as it was.
-        kept: what its layers keep.
-        rehearse: does some of the run's first micro-batches forward and backward.
-        rounds_of_run: how many times `rehearse` has as many groups as the run.
+        policy: The model, with its attention ready for the run's layout. It is not changed.
+        kept: Checkpointing and offloading of the run.
+        rehearse: Runs some of the first micro-batches forward and backward.
+        rounds_of_run: Number of groups in the run, divided by those of one `rehearse` call.
     """
     if not decoder_layers(policy):
-        return Verdict(False, "layers are not compiled: they are not transformers' own kind")
+        return Verdict(False, "layers are not compiled: they are not transformers layers")
 
     def seconds_of(compiled: bool) -> float:
         return _seconds(policy, replace(kept, compiled=compiled), rehearse)
 
-    with undisturbed(policy):
+    with side_effect_free(policy):
         return compare(seconds_of, rounds_of_run)
 
 
@@ -55,10 +56,10 @@ def compare(seconds_of: Callable[[bool], float], rounds_of_run: float) -> Verdic
     """Choose between plain and compiled layers.
 
     Args:
-        seconds_of: does a round with layers compiled (True) or not, and returns its seconds.
-        rounds_of_run: rounds that have as many groups as the run.
+        seconds_of: Runs a round with layers compiled (True) or not; returns its seconds.
+        rounds_of_run: Number of rounds that correspond to the whole run.
     """
-    seconds_of(False)  # what is made once
+    seconds_of(False)  # warm-up
     run = seconds_of(False) * rounds_of_run
     if run < SHORT:
         return Verdict(False, f"layers are not compiled for a run of about {run:.0f} s")
@@ -67,21 +68,19 @@ def compare(seconds_of: Callable[[bool], float], rounds_of_run: float) -> Verdic
         seconds_of(True)
     except Exception as error:  # compilers have errors of many types
         reason = (str(error).splitlines() or [""])[0]
-        return Verdict(
-            False, f"layers are not compiled, it fails: {type(error).__name__}: {reason[:200]}"
-        )
+        return Verdict(False, f"layers are not compiled: {type(error).__name__}: {reason[:200]}")
     rounds = [(seconds_of(False), seconds_of(True)) for _ in range(ROUNDS)]
     plain, compiled = (median(times) for times in zip(*rounds, strict=True))
     is_faster = compiled < (1 - GAIN) * plain
     what = "layers are compiled" if is_faster else "layers are not compiled"
-    return Verdict(is_faster, f"{what}: {compiled:.3f} s, and {plain:.3f} s as they are")
+    return Verdict(is_faster, f"{what}: {compiled:.3f} s compiled, {plain:.3f} s plain")
 
 
-def _seconds(policy: nn.Module, kept: Kept, rehearse: Callable[[], None]) -> float:
-    """Rehearse forward and backward, and let the gradients go."""
+def _seconds(policy: nn.Module, kept: LayerOptions, rehearse: Callable[[], None]) -> float:
+    """Time `rehearse`, and discard its gradients."""
     device = next(policy.parameters()).device
     try:
-        with keeping(policy, kept):
+        with layer_options(policy, kept):
             start = perf_counter()
             rehearse()
             if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What each command is told: one frozen dataclass per command, one field per flag."""
+"""Settings of the commands: one frozen dataclass per command, one field per flag."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +26,9 @@ class LoraSettings:
     """Low-rank adapters on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
-        rank: columns of the adapter matrices.
-        alpha: the adapter's output is scaled by alpha / rank.
-        targets: names of the modules to adapt; all linear layers but the head where empty.
+        rank: Rank of the adapter matrices.
+        alpha: The adapter's output is scaled by alpha / rank.
+        targets: Names of the modules to adapt; if empty, all linear layers except the head.
     """
 
     rank: int = 16
@@ -45,57 +45,60 @@ class TrainConfig:
     """Settings of one training run.
 
     Attributes:
-        model: folder of the model to start from (safetensors, tokenizer.json).
-        data: preference data: files, folders, "-" for standard input, tables, or one sealed store
-            that `logratio data build` made.
-        mix: the weight of each of `data`: an epoch then has as many groups as the data, and each
-            input its share of them; None: every group once.
-        output: folder for the trained model, metrics and checkpoints.
-        cache: root of a reference cache made by `precompute`; then no reference model is held.
-        precompute: score what the cache lacks first, in this process, and then train.
-        read_mode: how sealed shards of the cache are read: "map" is the fastest; "pread" is for
-            network file systems, where a shard that somebody cuts is then an error, not a crash.
-        reference: folder of the reference model; `model` itself where none is given.
-        loss: one of `losses.LOSSES`.
-        beta: weight of the KL term; the loss's own default where None.
-        label_smoothing: share of pairs thought flipped (dpo and simpo).
-        gamma: the margin that simpo asks for.
-        lr: peak learning rate.
-        warmup: share of the updates in which the rate rises; it then falls along a cosine to 0.
-        max_grad_norm: gradients are scaled down to this norm.
-        batch_size: groups (pairs, demonstrations) per update, whatever the micro-batches.
-        epochs: passes over the data.
-        token_budget: tokens in a micro-batch; a lower one saves memory and changes no result.
-            None: 2,048 on a CPU, 8,192 on a GPU.
-        activation_checkpointing: which decoder layers keep their input only and are computed twice:
-            "auto", the share of them that would not fit; "off", none; "all". Changes no result.
-        offload_activations: keep activations in host memory until the backward pass: two copies
-            over the bus a micro-batch, which the GPU waits for. Changes no result.
-        share_beginnings: compute what groups of an update begin with alike once, not once a group:
-            for system prompts, and conversations with several rated turns. Changes no result beyond
-            rounding; `logratio data report` says what it saves.
-        compile_layers: "on" compiles the decoder layers (torch.compile), for any width: up to a
-            minute at the start; results move by rounding. "auto" times the first micro-batches both
-            ways, and compiles where that is faster and the run is long enough. True and False are
-            "on" and "off".
-        precision: "fp32"; "bf16", autocast over fp32 weights; or "bf16-weights": weights and
-            activations in bf16. Adapters keep fp32 weights, and log-probs and gradients are added
-            up in fp32, in all three. None: bf16 on a GPU, fp32 on a CPU; see `precision_of`.
-        optimizer: "adamw"; "adamw8bit", its moments in 8 bits; or "adamw-host", its state in host
-            memory. bf16 weights have an exact fp32 copy in the optimizer: see `optimizers`.
-        seed: of the order of the data and the adapters; dropout is off.
-        deterministic: on a GPU, use kernels that add in a fixed order, so that the same settings
-            give the same bits on the same GPU and versions. Runs on a CPU do so in any case.
-        save_every: updates between checkpoints; 0 for none but the one at an interrupt.
-        resume: go on from the newest valid checkpoint in `output`.
-        overwrite: replace a run in `output`, finished or not, by this one. Without it, a finished
-            run with the same settings is returned as it is, and any other is an error. The earlier
-            model stays until the new one is saved.
-        device: where to train; a GPU when there is one, where None.
-        lora: adapters to train instead of all weights.
-        rules: how records become token ids.
-        formats: how rows become records; detected where nothing is said.
-        max_bad_fraction: share of the rows that may be malformed before the run is refused.
+        model: Folder of the model to start from (safetensors, tokenizer.json).
+        data: Preference data: files, folders, "-" for standard input, tables, or one sealed store
+            created by `logratio data build`.
+        mix: Sampling weight of each entry of `data`. An epoch still has as many groups as the
+            data, drawn from each input in proportion to its weight. None: every group once.
+        output: Folder for the trained model, metrics and checkpoints.
+        cache: Root folder of a reference cache filled by `precompute`. With a cache, no reference
+            model is kept in memory.
+        precompute: Score completions that the cache lacks before training, in this process.
+        read_mode: How sealed shards of the cache are read. "map" (mmap) is the fastest. "pread" is
+            for network file systems: a truncated shard then raises an error instead of crashing.
+        reference: Folder of the reference model; None: `model`.
+        loss: One of `losses.LOSSES`.
+        beta: Weight of the KL term; None: the default of the loss.
+        label_smoothing: Assumed share of pairs whose labels are flipped (dpo and simpo).
+        gamma: Target margin of simpo.
+        lr: Peak learning rate.
+        warmup: Share of the updates with a rising learning rate; it then decays to 0 (cosine).
+        max_grad_norm: Gradients are clipped to this norm.
+        batch_size: Groups (pairs, demonstrations) per update, regardless of micro-batches.
+        epochs: Passes over the data.
+        token_budget: Tokens per micro-batch. A lower value saves memory and leaves the result
+            unchanged. None: 2,048 on a CPU, 8,192 on a GPU.
+        activation_checkpointing: Decoder layers that keep only their input and are recomputed in
+            the backward pass: "auto", as many as do not fit in memory; "off", none; "all". Leaves
+            the result unchanged.
+        offload_activations: Keep activations in host memory until the backward pass. Costs two
+            transfers per micro-batch, which the GPU waits for. Leaves the result unchanged.
+        share_beginnings: Compute a beginning that several groups of an update share only once, for
+            example a system prompt or earlier turns of a conversation. Changes results only by
+            rounding; `logratio data report` estimates the savings.
+        compile_layers: "on" compiles the decoder layers (torch.compile) for any width; this takes
+            up to a minute at the start and changes results by rounding. "auto" times the first
+            micro-batches both ways, and compiles if that is faster and the run is long enough.
+            True and False mean "on" and "off".
+        precision: "fp32"; "bf16", autocast over fp32 weights; or "bf16-weights", weights and
+            activations in bf16. In all three, adapters keep fp32 weights, and log-probs and
+            gradients are accumulated in fp32. None: bf16 on a GPU, fp32 on a CPU; see
+            `precision_of`.
+        optimizer: "adamw"; "adamw8bit", with moments in 8 bits; or "adamw-host", with state in
+            host memory. For bf16 weights the optimizer keeps an exact fp32 copy: see `optimizers`.
+        seed: Seed of the data order and of new adapters. Dropout is off.
+        deterministic: On a GPU, use kernels that add in a fixed order, so that the same settings
+            give the same bits on the same GPU and library versions. Runs on a CPU always do.
+        save_every: Updates between checkpoints; 0: a checkpoint only when interrupted.
+        resume: Continue from the newest valid checkpoint in `output`.
+        overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
+            the same settings is returned without training, and any other run is an error. The
+            earlier model is kept until the new one is saved.
+        device: Device to train on; None: a GPU if available, else the CPU.
+        lora: Train these adapters instead of all weights.
+        rules: How records are tokenized.
+        formats: How rows are read as records; detected by default.
+        max_bad_fraction: Share of malformed rows above which the run is refused.
     """
 
     model: PathLike
@@ -142,7 +145,7 @@ class TrainConfig:
 @takes_known_names(train_dataset="data")
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
-    """`TrainConfig` with `loss="sft"`: learn from demonstrations, without a reference.
+    """`TrainConfig` with `loss="sft"`: training on demonstrations, without a reference.
 
     Example:
         >>> train(SFTConfig("base-model", "demonstrations.jsonl", "sft-model", lr=1e-5))
@@ -157,18 +160,18 @@ class PrecomputeConfig:
     """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
 
     Attributes:
-        model: folder of the reference model or adapter.
-        data: as in `TrainConfig`; any mixture of inputs.
-        cache: root of the cache; every reference has a folder of its own in it.
-        token_budget: tokens computed at a time; the largest that fits and pays where None.
-        share_beginnings: as in `TrainConfig`, over all groups of this process.
-        sums_only: store one sum a completion, over the tokens that count, instead of all tokens.
-        share: "2/4": score the second quarter of the groups, by content; all of them, or what
-            torchrun gives this process, where None.
+        model: Folder of the reference model or adapter.
+        data: As in `TrainConfig`; any mixture of inputs.
+        cache: Root folder of the cache, with one subfolder per reference.
+        token_budget: Tokens computed at a time; None: the largest number that fits and is useful.
+        share_beginnings: As in `TrainConfig`, over all groups of this process.
+        sums_only: Store one sum per completion, over its counted tokens, instead of every token.
+        share: Part of the groups to score, for example "2/4" for the second of four parts, split
+            by content hash. None: all groups, or this process's part under torchrun.
         engine: "local", this process; or "ray", actors on a Ray cluster.
-        workers: actors of Ray; as many as fit where None.
-        precision: as in `TrainConfig`; the default on Ray is that of the machine that starts it.
-        quantization: load the weights in 8 or 4 bits (bitsandbytes).
+        workers: Number of Ray actors; None: as many as fit.
+        precision: As in `TrainConfig`. With Ray, the default is that of the driver's machine.
+        quantization: Load the weights in 8 or 4 bits (bitsandbytes).
     """
 
     model: PathLike
@@ -198,14 +201,15 @@ class EvaluateConfig:
     """Settings of one evaluation.
 
     Attributes:
-        policy: folder of the trained model or adapter.
-        reference: folder of the reference model.
-        data: held-out preference files.
-        beta: reward per nat of log-ratio; that of the policy's training where None.
-        samples: completions to draw from the policy for the KL to the reference; 0 for none.
-        max_new_tokens: longest drawn completion.
-        seed: of the drawing.
-        token_budget, precision, device, rules, formats, max_bad_fraction: as in `TrainConfig`.
+        policy: Folder of the trained model or adapter.
+        reference: Folder of the reference model.
+        data: Held-out preference files.
+        beta: Reward per nat of log-ratio; None: the β that the policy was trained with.
+        samples: Completions sampled from the policy to estimate its KL divergence from the
+            reference; 0: no estimate.
+        max_new_tokens: Maximum length of a sampled completion.
+        seed: Seed of the sampling.
+        token_budget, precision, device, rules, formats, max_bad_fraction: As in `TrainConfig`.
     """
 
     policy: PathLike

@@ -1,4 +1,4 @@
-"""Data for a run: tokenized once, and checked against the model's positions and embedding."""
+"""Load the data of a run: tokenize it, and check it against the model and the loss."""
 
 import json
 import math
@@ -27,12 +27,12 @@ from logratio.training.fingerprint import tensor_shapes
 from logratio.training.models import base_folder, quietly
 
 STORE_FILE = "train.store"
-"""A run's tokenized data, in its output folder while it is made."""
+"""Temporary file of a run's tokenized data, in its output folder."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenized records, with what became of every row of the files."""
+    """Tokenized records, a report on every input row, and the tokenizer."""
 
     store: Store
     report: DataReport
@@ -53,15 +53,26 @@ def load_dataset(
 ) -> Dataset:
     """Tokenize `data` with the tokenizer in `model`, or open the sealed store that `data` names.
 
-    Where the rules name no date and the chat template reads one, it is that of the store, else
-    what `recorded_date` finds, else today's.
+    If the chat template uses the current date and `rules` set none, the date is that of the store,
+    else the result of `recorded_date`, else today's.
+
+    Args:
+        model: Folder of the model whose tokenizer is used.
+        data: Inputs, or one sealed store.
+        rules: How records are tokenized.
+        formats: How rows are read as records; None: detected.
+        path: File for the tokenized data; None: keep it in memory.
+        refused: File for the refused rows; None: they are only counted.
+        max_bad_fraction: Share of malformed rows above which the data is refused.
+        show_progress: Draw a progress bar.
+        recorded_date: Returns the date of earlier work that this call continues, or None.
 
     Raises:
-        BadDataError: malformed rows, each named by file:line and code.
-        StoreMismatchError: the store was made with another tokenizer or other rules.
-        VocabularyError: the model has no embedding for the data's ids, or transformers reads
-            the tokenizer's folder otherwise.
-        ConfigError: nothing is left to work on.
+        BadDataError: Rows are malformed; each is named by file:line and code.
+        StoreMismatchError: The store was built with a different tokenizer or different rules.
+        VocabularyError: The model has no embedding for some token ids, or transformers tokenizes
+            differently.
+        ConfigError: No records are left, or one is longer than the model's positions.
     """
     tokenizer = PreferenceTokenizer.load(Path(model), rules)
     check_ids(model, tokenizer)
@@ -74,20 +85,20 @@ def load_dataset(
     if is_store(data):
         store, report = load_store(data[0], tokenizer)
     else:
-        with reading_progress(show=show_progress) as tell:
+        with reading_progress(show=show_progress) as report_progress:
             store, report = build_store(
                 data,
                 tokenizer,
                 path,
                 formats=formats,
                 max_bad_fraction=max_bad_fraction,
-                progress=tell,
+                progress=report_progress,
                 refused=refused,
             )
     if refused and report.refused == 0:
         refused.unlink(missing_ok=True)
     if len(store) == 0:
-        raise ConfigError("no record is left to work on:\n" + report.to_text())
+        raise ConfigError("no usable records:\n" + report.to_text())
     _check_positions(model, store)
     check_embedding(model, tokenizer, store)
     return Dataset(store, report, tokenizer)
@@ -100,16 +111,16 @@ def load_training_data(
     show_progress: bool,
     recorded_date: Callable[[], str | None],
 ) -> Dataset:
-    """Tokenize the data of a run, and check that its loss can use it.
+    """Tokenize the data of a run, and check that it suits the loss and the reference.
 
     Args:
-        config: of the run.
-        refused: file for the rows that are refused; None: they are only counted.
-        show_progress: draw a bar.
-        recorded_date: as in `load_dataset`.
+        config: Settings of the run.
+        refused: File for the refused rows; None: they are only counted.
+        show_progress: Draw a progress bar.
+        recorded_date: As in `load_dataset`.
 
     Raises:
-        BadDataError, StoreMismatchError, VocabularyError, ConfigError: see `load_dataset`,
+        BadDataError, StoreMismatchError, VocabularyError, ConfigError: See `load_dataset`,
             `check_groups`, `check_mix` and `check_reference`.
     """
     is_sft = config.loss == "sft"
@@ -127,7 +138,7 @@ def load_training_data(
             show_progress=show_progress,
             recorded_date=recorded_date,
         )
-        # The memory map keeps it while the run needs it, and nothing can leave it behind.
+        # The memory map keeps the data readable; deleting the file now means no crash leaves it.
         path.unlink(missing_ok=True)
     roles = ("demonstration",) if is_sft else ("chosen", "rejected")
     check_groups(dataset.store, roles, f"the loss {config.loss}")
@@ -138,10 +149,15 @@ def load_training_data(
 
 
 def check_groups(store: Store, roles: tuple[str, ...], what: str) -> None:
-    """Refuse groups whose completions are something else than these.
+    """Check that the completions of every group have exactly these roles.
+
+    Args:
+        store: The tokenized groups.
+        roles: Expected roles, in order.
+        what: What needs them, for the message.
 
     Raises:
-        ConfigError: with their number and the place of the first.
+        ConfigError: Some groups do not; the message counts them and locates the first.
     """
     offsets, found = store.completion_offsets(), store.roles()
     fits = np.diff(offsets) == len(roles)
@@ -152,15 +168,15 @@ def check_groups(store: Store, roles: tuple[str, ...], what: str) -> None:
         (place,) = source_names(store, wrong[:1].tolist())
         raise ConfigError(
             f"{what} needs groups of {' and '.join(roles)}, and {len(wrong):,} groups are "
-            f"something else (the first: {place})"
+            f"different (first: {place})"
         )
 
 
 def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:
-    """Refuse weights that do not fit the data.
+    """Check that `mix` has one weight per input.
 
     Raises:
-        ConfigError: there is not one weight above 0 for each input.
+        ConfigError: The number of weights is wrong, or a weight is not above 0.
     """
     if mix is None:
         return
@@ -170,7 +186,7 @@ def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:
 
 
 def _check_positions(model: PathLike, store: Store) -> None:
-    """Refuse sequences that are longer than the model has positions."""
+    """Refuse sequences longer than the model's number of positions."""
     positions = max_positions(model)
     groups = np.diff(store.completion_offsets())
     longest = int((np.repeat(store.prompt_lengths(), groups) + store.completion_lengths()).max())
@@ -182,7 +198,7 @@ def _check_positions(model: PathLike, store: Store) -> None:
 
 
 def max_positions(model: PathLike) -> int | None:
-    """Read how many positions a model has; None where its config names no limit."""
+    """Return the number of positions of a model; None if its config names no limit."""
     config = json.loads((base_folder(model) / "config.json").read_text())
     found = config.get("max_position_embeddings") or config.get("n_positions")
     return int(found) if found else None
@@ -197,19 +213,19 @@ _PROBES = (
 
 
 _MOST_TOKENS = 64
-"""Added tokens that are tried, inside and between words."""
+"""Number of added tokens that are compared, inside and between words."""
 
 
 class VocabularyError(LogratioError, ValueError):
-    """Token ids that a model has no embedding for, or that another tokenizer would not give."""
+    """Token ids have no embedding in a model, or two tokenizers assign different ids."""
 
 
 def embedding_rows(folder: PathLike) -> int | None:
-    """Count the ids that a model has an embedding for, without its weights.
+    """Return the number of rows of a model's embedding, without loading its weights.
 
     Returns:
-        The number of its config, or of an adapter that brings a larger embedding of its own; None
-        where the config names none.
+        The vocabulary size in the config, or the rows of an adapter's larger embedding; None if
+        the config names none.
     """
     config = json.loads((base_folder(folder) / "config.json").read_text("utf-8"))
     text = config.get("text_config") or {}
@@ -221,7 +237,7 @@ def embedding_rows(folder: PathLike) -> int | None:
 
 
 def _adapter_shapes(folder: Path) -> list[tuple[str, list[int]]]:
-    """List an adapter's tensors that replace one of the base."""
+    """List the names and shapes of an adapter's tensors that replace tensors of the base."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         return []
@@ -229,12 +245,12 @@ def _adapter_shapes(folder: Path) -> list[tuple[str, list[int]]]:
 
 
 def check_embedding(folder: PathLike, tokenizer: PreferenceTokenizer, store: Store) -> None:
-    """Refuse data whose ids are beyond a model's embedding.
+    """Check that a model has an embedding for every token id in the data.
 
-    An embedding with more rows than the tokenizer has ids is usual: it is padded.
+    An embedding may have more rows than the tokenizer has ids: models are often padded.
 
     Raises:
-        VocabularyError: With the largest id that the data uses, and what it stands for.
+        VocabularyError: The data has an id beyond the embedding; the message decodes it.
     """
     rows = embedding_rows(folder)
     if rows is None or tokenizer.vocabulary_size <= rows:
@@ -243,9 +259,9 @@ def check_embedding(folder: PathLike, tokenizer: PreferenceTokenizer, store: Sto
     largest = int(used[-1]) if len(used) else -1
     if largest >= rows:
         raise VocabularyError(
-            f"{folder}: the model has an embedding for {rows:,} ids, and the data uses the id "
-            f"{largest:,} ({tokenizer.decode([largest])!r}): its tokenizer knows "
-            f"{tokenizer.vocabulary_size:,} ids. Take the tokenizer that the model was trained "
+            f"{folder}: the model's embedding has {rows:,} rows, and the data contains the id "
+            f"{largest:,} ({tokenizer.decode([largest])!r}): the tokenizer has "
+            f"{tokenizer.vocabulary_size:,} ids. Use the tokenizer that the model was trained "
             "with, or resize the model: model.resize_token_embeddings(len(tokenizer))"
         )
 
@@ -253,10 +269,10 @@ def check_embedding(folder: PathLike, tokenizer: PreferenceTokenizer, store: Sto
 def check_reference(
     reference: PathLike, model: PathLike, tokenizer: PreferenceTokenizer, store: Store
 ) -> None:
-    """Refuse a reference for which the data's ids mean something else, or nothing.
+    """Check that the data's token ids have the same meaning for the reference.
 
     Raises:
-        VocabularyError: Its embedding is too small, or its own tokenizer gives other ids.
+        VocabularyError: Its embedding is too small, or its tokenizer assigns different ids.
     """
     check_embedding(reference, tokenizer, store)
     folder = Path(reference)
@@ -270,19 +286,19 @@ def check_reference(
     for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if (elsewhere := other.get(token)) not in (number, None):
             raise VocabularyError(
-                f"{own}: its tokenizer is another one than that of {model}: {token!r} is the id "
+                f"{own}: its tokenizer differs from that of {model}: {token!r} has the id "
                 f"{elsewhere:,} there and {number:,} here, so log-probs of the same ids cannot be "
                 "compared"
             )
 
 
 def check_ids(folder: PathLike, tokenizer: PreferenceTokenizer) -> None:
-    """Refuse a folder that transformers, as it is installed, reads otherwise than we do.
+    """Check that the installed transformers tokenizes like `tokenizer`, on sample texts.
 
     A folder that transformers cannot read is not compared.
 
     Raises:
-        VocabularyError: With a text and both ids.
+        VocabularyError: The ids of a text differ; the message shows both.
     """
     try:
         with quietly():
@@ -292,7 +308,7 @@ def check_ids(folder: PathLike, tokenizer: PreferenceTokenizer) -> None:
             theirs = AutoTokenizer.from_pretrained(
                 folder, config=config, local_files_only=True, trust_remote_code=False
             )
-    except Exception:  # whatever a library raises for a folder that it does not know
+    except Exception:  # transformers raises errors of many types for a folder that it cannot read
         return
     ours = tokenizer.files.tokenizer
     added = [token.content for token in ours.get_added_tokens_decoder().values()]
@@ -301,8 +317,8 @@ def check_ids(folder: PathLike, tokenizer: PreferenceTokenizer) -> None:
         ids = ours.encode(text).ids
         if ids != known:
             raise VocabularyError(
-                f"{folder}: transformers reads {text!r} as the ids {_shown(known)}, and here it "
-                f"would be {_shown(ids)}. Save the tokenizer's own backend, and it is read alike: "
+                f"{folder}: transformers tokenizes {text!r} to the ids {_shown(known)}, but "
+                f"tokenizer.json gives {_shown(ids)}. Save the backend tokenizer of transformers: "
                 "AutoTokenizer.from_pretrained(folder).backend_tokenizer.save('tokenizer.json'), "
                 'with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
             )

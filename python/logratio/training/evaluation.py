@@ -1,4 +1,4 @@
-"""How a policy does on held-out preferences, and how far it has moved from the reference."""
+"""Evaluate a policy on held-out preferences: accuracy, calibration, KL from the reference."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -39,7 +39,7 @@ from logratio.training.models import (
     precision_of,
     quietly,
 )
-from logratio.training.precomputation import refuse_several
+from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
@@ -49,12 +49,12 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Calibration:
-    """Reliability by confidence, and its summary.
+    """Calibration of the implied preference probabilities.
 
     Attributes:
-        expected_error: mean |confidence − accuracy| over pairs (ECE; Guo et al. 2017, arXiv
-            1706.04599, eq. 3).
-        bins: for each non-empty tenth of [0.5, 1]: pairs, mean confidence, share right.
+        expected_error: Expected calibration error: mean |confidence − accuracy| over pairs (Guo
+            et al. 2017, arXiv 1706.04599, eq. 3).
+        bins: (pairs, mean confidence, share correct) for each non-empty tenth of [0.5, 1].
     """
 
     expected_error: float
@@ -62,7 +62,11 @@ class Calibration:
 
 
 def calibration(margins: np.ndarray) -> Calibration:
-    """Compare confidence max(σ(m), σ(−m)) with how often the sign of the margin `m` is right."""
+    """Compare the confidence max(σ(m), σ(−m)) of reward margins with their accuracy.
+
+    Args:
+        margins: Chosen minus rejected reward of each pair, float64 `[B]`.
+    """
     confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -700, 700))))
     right = (np.sign(margins) + 1) / 2
     which = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
@@ -76,7 +80,7 @@ def calibration(margins: np.ndarray) -> Calibration:
 
 
 SAMPLE_ROWS = 256
-"""Completions drawn side by side."""
+"""Number of completions sampled in one batch."""
 
 
 @torch.no_grad()
@@ -89,19 +93,18 @@ def sample_completions(
     seed: int = 0,
     greedy: bool = False,
 ) -> list[list[int]]:
-    """Draw one completion of each prompt at temperature 1 from the whole distribution.
+    """Sample one completion of each prompt at temperature 1, without top-k or top-p.
 
     Args:
-        model: the policy, in eval mode.
-        prompts: token ids.
-        max_new_tokens: a completion that has not ended by then is cut there.
-        stop_ids: tokens of which the first that is drawn ends a completion, and is its last
-            token; empty: nothing ends one.
-        seed: same seed, same completions; the caller's random state is untouched.
-        greedy: take the most likely token instead of drawing.
+        model: The policy, in eval mode.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Completions are truncated to this length.
+        stop_ids: A completion ends at the first of these tokens; empty: only at `max_new_tokens`.
+        seed: Seed of the sampling. The caller's random state is restored.
+        greedy: Take the most likely token instead of sampling.
 
     Returns:
-        Token ids of each completion, with the token that ends it.
+        Token ids of each completion, including its stop token.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     drawn: list[list[int]] = [[] for _ in prompts]
@@ -126,10 +129,10 @@ def _generate(
     ids, mask = _left_padded(prompts, inner.device)
     how = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     own = inner.generation_config
-    inner.generation_config = GenerationConfig()  # the folder's own would bend the distribution
+    inner.generation_config = GenerationConfig()  # the model's could change the distribution
     try:
         with quietly():
-            out = model.generate(  # type: ignore[operator]  # of transformers, also through peft
+            out = model.generate(  # type: ignore[operator]  # defined by transformers and peft
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
@@ -160,13 +163,13 @@ def _until_stop(completion: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class KlEstimate:
-    """The KL divergence of the policy from the reference, from the policy's own samples.
+    """Monte Carlo estimate of the KL divergence of the policy from the reference.
 
     Attributes:
-        nats: mean of log π − log π_ref over `samples` completions, per completion.
-        standard_error: of that mean.
-        samples: how many completions were drawn.
-        mean_length: their mean tokens.
+        nats: Mean of log π − log π_ref per completion, over completions sampled from the policy.
+        standard_error: Standard error of that mean.
+        samples: Number of sampled completions.
+        mean_length: Mean length of the completions, in tokens.
     """
 
     nats: float
@@ -180,15 +183,15 @@ class Evaluation:
     """Results on held-out pairs; rewards are β × log-ratio, in nats × β.
 
     Attributes:
-        pairs: how many.
-        beta: that of the rewards.
-        accuracy: share of pairs whose chosen reward is higher; a tie counts half.
-        accuracy_standard_error: binomial.
-        margin: mean chosen reward − rejected reward.
-        logratio_chosen, logratio_rejected: mean log-ratios, nats per completion.
-        length_chosen, length_rejected: mean counted tokens.
-        calibration: how often σ(margin) is right, by confidence.
-        kl: to the reference, if samples were asked for.
+        pairs: Number of pairs.
+        beta: β of the rewards.
+        accuracy: Share of pairs whose chosen reward is higher; a tie counts half.
+        accuracy_standard_error: Binomial standard error of `accuracy`.
+        margin: Mean of chosen minus rejected reward.
+        logratio_chosen, logratio_rejected: Mean log-ratios, in nats per completion.
+        length_chosen, length_rejected: Mean number of counted tokens.
+        calibration: Calibration of σ(margin).
+        kl: KL divergence from the reference; None if no samples were requested.
     """
 
     pairs: int
@@ -204,15 +207,24 @@ class Evaluation:
     kl: KlEstimate | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, for JSON."""
+        """Return the results as a dict that can be written as JSON."""
         return asdict(self)
 
 
 def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluation:
     """Compare policy and reference on held-out preference pairs.
 
+    Args:
+        config: Settings of the evaluation.
+        show_progress: Draw progress bars and print notes.
+
     Raises:
-        ModelFolderError, BadDataError, ConfigError: before anything long.
+        ModelFolderError, BadDataError, ConfigError: A model folder, data row or setting is
+            invalid; raised before any model is loaded.
+
+    Example:
+        >>> evaluate(EvaluateConfig("policy", "sft-model", "held-out.jsonl")).accuracy
+        0.715
     """
     ready = prepare(config, show_progress=show_progress)
     if show_progress:
@@ -221,9 +233,9 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
 
 
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
-    """Check the folders and tokenize the data; nothing long has started."""
+    """Check the settings and folders, and tokenize the data, without loading a model."""
     check_kind(config, EvaluateConfig)
-    refuse_several("evaluate")
+    refuse_multiple_processes("evaluate")
     ask_for_expandable_segments(config.device)
     default_device(config.device)
     for folder in (config.policy, config.reference):
@@ -245,35 +257,37 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
 
 
 def _check_samples(config: EvaluateConfig, store: Store) -> None:
-    """Refuse a drawing that cannot end well before anything is scored."""
+    """Check the settings of the sampling against the prompts and the models."""
     if config.samples < 0 or config.max_new_tokens < 1:
         raise ConfigError("samples must be at least 0 and max_new_tokens at least 1")
     positions = max_positions(config.policy)
     needed = int(store.prompt_lengths().max()) + config.max_new_tokens
     if config.samples and positions and needed > positions:
         raise ConfigError(
-            f"a prompt and max_new_tokens need {needed} positions and the model has {positions}: "
-            "lower max_new_tokens or max_prompt_length"
+            f"the longest prompt and max_new_tokens need {needed} positions, and the model has "
+            f"{positions}: lower max_new_tokens or max_prompt_length"
         )
-    _check_company(config, needed)
+    _check_length_limits(config, needed)
 
 
-def _check_company(config: EvaluateConfig, needed: int) -> None:
-    """Refuse to draw where batch-mates or a growing length would bend the distribution."""
+def _check_length_limits(config: EvaluateConfig, needed: int) -> None:
+    """Refuse to sample if the length or the other rows of a batch change the distribution.
+
+    Some families switch RoPE factors or keys beyond a length: see `limits_of`.
+    """
     for folder in (config.policy, config.reference) if config.samples else ():
         model = AutoConfig.from_pretrained(base_folder(folder), local_files_only=True)
         for limit in limits_of(model):
             if needed > limit.tokens:
                 raise ConfigError(
-                    f"{folder}: samples of up to {needed} tokens cannot be drawn from its "
-                    f"distribution, because its {limit.what} computes with other factors or keys "
-                    f"beyond {limit.tokens} tokens: lower max_new_tokens or max_prompt_length "
-                    "until both fit, or set samples to 0"
+                    f"{folder}: cannot sample up to {needed} tokens, because its {limit.what} "
+                    f"uses different factors or keys beyond {limit.tokens} tokens: lower "
+                    "max_new_tokens or max_prompt_length until both fit, or set samples to 0"
                 )
 
 
 class Evaluating:
-    """An evaluation that is ready to start; `beta` is given, or that of the policy's training."""
+    """A prepared evaluation: `run` performs it, `forecast` estimates its cost."""
 
     def __init__(
         self, config: EvaluateConfig, dataset: Dataset, beta: float, show_progress: bool
@@ -284,7 +298,7 @@ class Evaluating:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """What the evaluation will need."""
+        """Memory and time of the evaluation."""
         models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
         device, precision = self.config.device, self.precision
@@ -303,7 +317,7 @@ class Evaluating:
         )
 
     def run(self) -> Evaluation:
-        """Score the pairs, draw samples if asked, and sum up."""
+        """Score the pairs, sample completions if requested, and summarize."""
         policy = self._load(self.config.policy)
         reference = self._load(self.config.reference)
         store = self.dataset.store
@@ -322,7 +336,7 @@ class Evaluating:
         return load_model(folder, device=self.device, precision=self.precision, frozen=True)
 
     def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:
-        """Estimate the KL from completions that the policy draws for held-out prompts."""
+        """Estimate the KL from completions sampled from the policy for held-out prompts."""
         store, count = self.dataset.store, self.config.samples
         prompts = [store.group(i % len(store))[0].tolist() for i in range(count)]
         drawn = sample_completions(
@@ -344,7 +358,7 @@ def drawn_logratios(
     prompts: list[list[int]],
     drawn: list[list[int]],
 ) -> np.ndarray:
-    """Return log π − log π_ref of each drawn completion, float64 `[n]`."""
+    """Return log π − log π_ref of each sampled completion, float64 `[n]`."""
     parts = []
     for start in range(0, len(prompts), 64):
         stop = start + 64
@@ -357,7 +371,14 @@ def drawn_logratios(
 def store_sums(
     model: nn.Module, store: Store, token_budget: int, advance: Advance = lambda *_: None
 ) -> np.ndarray:
-    """Return the summed log-probs of every completion of a store, float64 `[N]`."""
+    """Return the summed log-probs of every completion in a store, float64 `[N]`, in nats.
+
+    Args:
+        model: The model to score with.
+        store: Tokenized groups.
+        token_budget: Tokens computed at a time.
+        advance: Called with the number of groups after each batch.
+    """
     layout, _ = choose_layout(model)
     sums = np.zeros(store.completions)
     device = next(model.parameters()).device
@@ -384,7 +405,7 @@ def _sums(model: nn.Module, batch: Batch) -> np.ndarray:
 def summarize(
     store: Store, logratios: np.ndarray, beta: float, kl: KlEstimate | None = None
 ) -> Evaluation:
-    """Sum up the log-ratios `[N]` of a store's completions."""
+    """Summarize the log-ratios `[N]` of the completions in a store of pairs."""
     roles, lengths = store.roles(), store.counted_lengths()
     chosen, rejected = roles == ROLES.index("chosen"), roles == ROLES.index("rejected")
     margins = beta * (logratios[chosen] - logratios[rejected])

@@ -1,7 +1,9 @@
-"""What makes a reference's log-probs valid: its weights, config, adapter and compute dtype.
+"""Fingerprint of a reference: a hash of its weights, config, adapter and compute dtype.
 
-Read from the model's folder, without loading the model, so that a run with everything cached
-needs none. A difference in a hard field is another reference; a soft one is told and re-scored.
+The fingerprint is computed from the model's folder without loading the model, so a run whose
+log-probs are all cached needs no reference in memory. A difference in a hard field means a
+different reference. A difference in a soft field changes log-probs by rounding only: it is
+reported, and a sample of the cache is scored again.
 """
 
 import hashlib
@@ -30,15 +32,15 @@ NAMES = {
     "_name_or_path", "architectures", "auto_map", "transformers_version", "_commit_hash",
     "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id",
 }  # fmt: skip
-"""What a model is called, and classifiers' labels. The class follows from `model_type` alone."""
+"""Names of a model, and labels of classifiers. `model_type` alone determines the class."""
 
 LOADING = {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "use_cache", "return_dict", "output_attentions",
     "output_hidden_states", "output_router_logits", "gradient_checkpointing",
 }  # fmt: skip
-"""How weights are stored, loaded and run. They are always loaded in float32: the dtype that they
-are stored in is hashed with them, and the attention is a soft field."""
+"""How weights are stored, loaded and run. The stored dtype is hashed with the weights, the compute
+dtype is a separate hard field, and the attention implementation is a soft field."""
 
 TRAINING = {
     "attention_dropout", "attn_pdrop", "attn_dropout", "embd_pdrop", "embedding_dropout",
@@ -47,23 +49,22 @@ TRAINING = {
     "initializer_range", "initializer_factor", "router_aux_loss_coef", "router_z_loss_coef",
     "router_jitter_noise",
 }  # fmt: skip
-"""What acts in training mode only, or before the weights are loaded; dropout is always off here."""
+"""Entries that act only in training mode or before the weights are loaded; dropout is off."""
 
 IGNORED_CONFIG = NAMES | LOADING | TRAINING
-"""Config entries that cannot change a log-prob. An entry that is not named here can."""
+"""Config entries that cannot change a log-prob. Every other entry is part of the fingerprint."""
 
 IGNORED_ADAPTER_CONFIG = {
     "base_model_name_or_path", "inference_mode", "revision", "peft_version", "lora_dropout",
 }  # fmt: skip
-"""The base's weights are hashed themselves, wherever it lies."""
+"""Adapter entries that cannot change a log-prob; the base's weights are hashed themselves."""
 
 
 def model_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings in a model folder's config.json with every default filled in.
+    """Return the settings in a model folder's config.json with all defaults filled in.
 
-    A default that is left out and one that is spelled are equal, as are `10000` and `10000.0` and
-    names of other times for the same setting. Where transformers does not know the model, the file
-    counts as it is.
+    An omitted default equals a written one, `10000` equals `10000.0`, and old names of a setting
+    equal new ones. If transformers does not know the model, the file is used unchanged.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -74,10 +75,10 @@ def model_settings(folder: Path) -> dict[str, Any]:
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the settings of a config and of the configs inside it (text, vision).
+    """Return the settings of a config and of its nested configs (text, vision).
 
-    A known field that is None is left out, so that a version of transformers that knows more
-    optional fields finds the same reference.
+    Known fields that are None are omitted, so that a newer transformers with more optional fields
+    computes the same fingerprint.
     """
     known = {field.name for field in fields(config)}
     found = {}
@@ -90,7 +91,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def adapter_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in adapter_config.json; lists of names there are sets, in any order."""
+    """Return the settings in adapter_config.json; lists of names are sorted, as order is free."""
     found = {}
     for name, value in sorted(json.loads(path.read_text()).items()):
         if name not in IGNORED_ADAPTER_CONFIG:
@@ -100,7 +101,7 @@ def adapter_settings(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Write whole floats as integers, at any depth."""
+    """Convert integral floats to integers, at any depth."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -110,16 +111,16 @@ def _plain(value: Any) -> Any:
 
 VERSION = 2
 COMPUTE_DTYPE = "compute_dtype"
-"""The hard field that states the precision."""
+"""Name of the hard field that records the precision."""
 COMPUTES_IN: Mapping[Precision, str] = {
     "fp32": "float32",
     "bf16": "bfloat16 autocast over float32",
     "bf16-weights": "bfloat16",
 }
-"""How a fingerprint states the precision; bfloat16 alone: the weights too are rounded to it."""
+"""Precision as recorded in a fingerprint; with "bfloat16", weights are rounded to it too."""
 CHUNK = 2**24
 SHOWN_CHARACTERS = 40
-"""A longer value of a field, or a hash, is named and not shown."""
+"""Values of fields that are longer than this, and hashes, are not shown in messages."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Fingerprint:
     """Identity of a reference.
 
     Attributes:
-        hard: fields of which any difference makes another reference.
-        soft: fields that may move a log-prob by rounding only.
+        hard: Fields that identify the reference: any difference means a different reference.
+        soft: Fields that change log-probs by rounding only, such as library versions.
     """
 
     hard: Mapping[str, Any]
@@ -136,48 +137,48 @@ class Fingerprint:
 
     @property
     def digest(self) -> bytes:
-        """32 bytes: the hash of the hard fields."""
+        """Hash of the hard fields, 32 bytes."""
         return fingerprint_digest(self.hard)
 
     @property
     def name(self) -> str:
-        """The cache folder's name: the first 16 hexadecimal digits of the digest."""
+        """Name of the cache folder: the first 16 hexadecimal digits of the digest."""
         return self.digest.hex()[:16]
 
     @property
     def precision(self) -> Precision | None:
-        """The `--precision` that makes this fingerprint; None where none does."""
+        """The `--precision` that gives this fingerprint; None if there is no such precision."""
         stated = self.hard.get(COMPUTE_DTYPE)
         return next((name for name, words in COMPUTES_IN.items() if words == stated), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it readable, for `fingerprint.json` and the bundle."""
+        """Return the fingerprint as a dict, for `fingerprint.json` and the bundle."""
         return {"digest": self.digest.hex(), "hard": dict(self.hard), "soft": dict(self.soft)}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Name the hard fields in which `other` (a hard mapping) differs."""
+        """Return the names of hard fields that differ from `other`, another hard mapping."""
         names = sorted(self.hard.keys() | other.keys())
         return [name for name in names if self.hard.get(name) != other.get(name)]
 
     def explain(self, stored: Mapping[str, Any]) -> str:
-        """Say how this differs from what is `stored` (a hard mapping): `field old -> new, ...`."""
+        """Describe the differences from `stored`, a hard mapping: `field old -> new, ...`."""
         old, new = dict(_flat(stored)), dict(_flat(self.hard))
         names = [name for name in sorted(old | new) if old.get(name, "") != new.get(name, "")]
         return ", ".join(_change(name, old, new) for name in names) or "nothing"
 
 
 def stored_fingerprint(path: Path) -> Fingerprint:
-    """Read a fingerprint that lies in its cache folder, `<name>` or `<name>.sums`.
+    """Read the fingerprint at `path`, in a cache folder `<name>` or `<name>.sums`.
 
     Raises:
-        DamagedFingerprintError: its fields do not hash to its digest or to the folder's name.
+        DamagedFingerprintError: Its fields do not match its digest or the folder's name.
     """
     fields = read_fingerprint(path)
     found = Fingerprint(fields["hard"], fields["soft"])
     if path.parent.name.split(".")[0] != found.name:
         raise DamagedFingerprintError(
-            f"{path}: its folder's name is not that of its fields; the file was altered, or the "
-            "folder renamed, so what the cache holds is unknown"
+            f"{path}: its fields do not match the folder's name; the file was altered or the "
+            "folder renamed, so the origin of the cached log-probs is unknown"
         )
     return found
 
@@ -201,12 +202,16 @@ def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def model_fingerprint(
     folder: str | Path, precision: Precision = "fp32", quantization: Quantization | None = None
 ) -> Fingerprint:
-    """Fingerprint the model or adapter in `folder`, computing in `precision`.
+    """Return the fingerprint of the model or adapter in `folder`.
 
-    A checkpoint that is quantised says so in its config; `quantization` is what loading adds.
+    Args:
+        folder: Folder of the model or adapter.
+        precision: Precision that the model computes in.
+        quantization: Quantization applied at loading. A checkpoint that is already quantized
+            records this in its config.
 
     Raises:
-        ModelFolderError: the folder holds no model.
+        ModelFolderError: The folder does not contain a loadable model.
     """
     folder = Path(folder)
     check_model_folder(folder)
@@ -224,7 +229,7 @@ def model_fingerprint(
 
 
 def versions() -> dict[str, str]:
-    """Return the soft fields that are known without the model."""
+    """Return the soft fields that are known without loading the model."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -236,9 +241,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path, pattern: str) -> str:
-    """Hash every tensor's name, dtype, shape and bytes, however they are spread over files.
+    """Hash every tensor's name, dtype, shape and bytes, independently of the split into files.
 
-    A name that two files hold counts with both: which of them is loaded is not known here.
+    If two files contain the same name, both tensors are hashed: either could be loaded.
     """
     tensors: dict[str, list[Any]] = {}
     for path in sorted(folder.glob(pattern)):
@@ -248,7 +253,7 @@ def weights_digest(folder: Path, pattern: str) -> str:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the name and [dtype, shape, SHA-256 of the bytes] of each tensor of a file."""
+    """Yield the name and [dtype, shape, SHA-256 of the bytes] of each tensor in a file."""
     with path.open("rb") as file:
         header, start = _header(file, path)
         for name, entry in header.items():
@@ -279,7 +284,7 @@ def _sha256(file: Any, size: int) -> str:
 
 
 def parameter_count(folder: str | Path) -> int:
-    """Count a model's parameters from its files' headers; an adapter's base is counted with it."""
+    """Count a model's parameters from its files' headers; includes the base of an adapter."""
     folder = Path(folder)
     base = base_folder(folder)
     return sum(_elements(path) for part in {folder, base} for path in part.glob("*.safetensors"))
@@ -290,7 +295,7 @@ def _elements(path: Path) -> int:
 
 
 def tensor_shapes(path: Path) -> list[tuple[str, list[int]]]:
-    """Return the name and shape of each tensor of a safetensors file, from its header."""
+    """Return the name and shape of each tensor in a safetensors file, from its header."""
     with path.open("rb") as file:
         header, _ = _header(file, path)
     return [(name, entry["shape"]) for name, entry in header.items()]

@@ -1,4 +1,4 @@
-"""Preference losses: pure functions of log-probs; and the objective and schedule of a run."""
+"""Preference losses as pure functions of log-probs, and a run's objective and schedule."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,9 +14,15 @@ from logratio.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What a pair loss may look at, each float64 `[B]`, in nats and tokens.
+    """Inputs of a pair loss, one element per pair.
 
-    The reference's log-probs are zeros for a loss that has none.
+    Attributes:
+        policy_chosen_logps, policy_rejected_logps: Summed log-probs under the policy, in nats,
+            float64 `[B]`.
+        reference_chosen_logps, reference_rejected_logps: The same under the reference; zeros for
+            a loss without a reference.
+        chosen_lengths, rejected_lengths: Numbers of counted tokens, `[B]`.
+        has_reference: Whether the reference's log-probs are meaningful.
     """
 
     policy_chosen_logps: Tensor
@@ -29,12 +35,12 @@ class PairLogps:
 
     @property
     def chosen_logratios(self) -> Tensor:
-        """Policy minus reference, of the chosen completion."""
+        """Log-ratio of the chosen completion, policy minus reference: `[B]`, in nats."""
         return self.policy_chosen_logps - self.reference_chosen_logps
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """Policy minus reference, of the rejected completion."""
+        """Log-ratio of the rejected completion, policy minus reference: `[B]`, in nats."""
         return self.policy_rejected_logps - self.reference_rejected_logps
 
 
@@ -42,8 +48,18 @@ def dpo_loss(pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.
     r"""Return the DPO loss of each pair, `[B]`.
 
     :math:`-(1-\epsilon) \log\sigma(\beta(r_w - r_l)) - \epsilon \log\sigma(-\beta(r_w - r_l))`,
-    Rafailov et al. 2023 (arXiv 2305.18290, eq. 7); :math:`\epsilon > 0` is cDPO, for labels of
-    which that share is flipped. At policy = reference: ln 2.
+    Rafailov et al. 2023 (arXiv 2305.18290, eq. 7). :math:`\epsilon > 0` gives cDPO, for data in
+    which that share of the labels is flipped. At policy = reference: ln 2.
+
+    Args:
+        pairs: Log-probs of the pairs.
+        beta: Weight of the KL term, :math:`\beta`.
+        label_smoothing: Share of flipped labels, :math:`\epsilon`, in [0, 0.5).
+
+    Example:
+        >>> logps = torch.tensor([-12.0], dtype=torch.float64)
+        >>> dpo_loss(PairLogps(logps, logps, logps, logps, *[torch.tensor([4.0])] * 2))
+        tensor([0.6931], dtype=torch.float64)
     """
     margins = beta * (pairs.chosen_logratios - pairs.rejected_logratios)
     kept, flipped = logsigmoid(margins), logsigmoid(-margins)
@@ -55,6 +71,10 @@ def ipo_loss(pairs: PairLogps, *, beta: float = 0.1) -> Tensor:
 
     :math:`(r_w/n_w - r_l/n_l - 1/(2\beta))^2`, Azar et al. 2023 (arXiv 2310.12036, eq. 17), with
     log-ratios per token as its authors advise. At policy = reference: :math:`1/(4\beta^2)`.
+
+    Args:
+        pairs: Log-probs and lengths of the pairs.
+        beta: Weight of the KL term, :math:`\beta`.
     """
     chosen = pairs.chosen_logratios / pairs.chosen_lengths
     rejected = pairs.rejected_logratios / pairs.rejected_lengths
@@ -64,10 +84,16 @@ def ipo_loss(pairs: PairLogps, *, beta: float = 0.1) -> Tensor:
 def simpo_loss(
     pairs: PairLogps, *, beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0
 ) -> Tensor:
-    r"""Return the SimPO loss of each pair, `[B]`; it has no reference.
+    r"""Return the SimPO loss of each pair, `[B]`; it uses no reference.
 
     :math:`-\log\sigma(\beta(l_w/n_w - l_l/n_l) - \gamma)`, Meng et al. 2024 (arXiv 2405.14734,
-    eq. 6), smoothed as in `dpo_loss`. Its value at the start depends on the data.
+    eq. 6), with label smoothing as in `dpo_loss`. Its initial value depends on the data.
+
+    Args:
+        pairs: The policy's log-probs and lengths of the pairs.
+        beta: Scale of the rewards, :math:`\beta`.
+        gamma: Target margin, :math:`\gamma`.
+        label_smoothing: Share of flipped labels, in [0, 0.5).
     """
     chosen = pairs.policy_chosen_logps / pairs.chosen_lengths
     rejected = pairs.policy_rejected_logps / pairs.rejected_lengths
@@ -77,16 +103,21 @@ def simpo_loss(
 
 
 def sft_loss(policy_logps: Tensor, lengths: Tensor) -> Tensor:
-    """Return the negative mean log-prob per token of each demonstration, `[N]`."""
+    """Return the negative mean log-prob per token of each demonstration, `[N]`.
+
+    Args:
+        policy_logps: Summed log-probs, in nats, `[N]`.
+        lengths: Numbers of counted tokens, `[N]`.
+    """
     return -policy_logps / lengths
 
 
 PairRewards = tuple[Tensor, Tensor]
-"""Rewards of the chosen and of the rejected completions, `[B]` each."""
+"""Rewards of the chosen and the rejected completions, `[B]` each."""
 
 
 def implicit_rewards(pairs: PairLogps, beta: float) -> PairRewards:
-    """Return β × log-ratio of each completion: what is exported and served."""
+    """Return β × log-ratio of each completion: the reward that is exported and served."""
     return beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
 
 
@@ -99,22 +130,22 @@ def mean_rewards(pairs: PairLogps, beta: float) -> PairRewards:
 def gradient_weight(chosen: Tensor, rejected: Tensor) -> Tensor:
     r"""Return :math:`\sigma(\hat r_l - \hat r_w)` of two rewards, `[B]`.
 
-    DPO's weight on a pair's gradient: 1/2 at the start, near 0 when learned.
+    This is DPO's weight of a pair's gradient: 1/2 at the start, near 0 when the pair is learned.
     """
     return torch.sigmoid(rejected - chosen)
 
 
 @dataclass(frozen=True)
 class PairLoss:
-    """A pair loss with what the trainer must know of it.
+    """A pair loss with its properties.
 
     Attributes:
-        function: the loss.
-        default_beta: used where none is given; β is not comparable across losses.
-        options: keywords beside `beta` that `function` takes.
+        function: The loss function.
+        default_beta: Default β; β is not comparable across losses.
+        options: Keyword arguments of `function` other than `beta`.
         needs_reference: False for a loss without reference log-probs.
-        rewards: the rewards whose margin it works on, which the metrics report.
-        initial_value: its value where policy = reference, as a function of β; None if it has none.
+        initial_value: Value at policy = reference, as a function of β; None if it is not fixed.
+        rewards: The rewards whose margin the loss increases, reported in the metrics.
     """
 
     function: Callable[..., Tensor]
@@ -136,30 +167,30 @@ LOSSES = (*PAIR_LOSSES, "sft")
 
 
 class Objective(Protocol):
-    """A loss of completions' log-probs, float64 `[N]` each, and what a run reports of it.
+    """The loss of a run and its metrics, as functions of summed log-probs, float64 `[N]`.
 
-    Losses are made of one part of a micro-batch after the other, while a GPU has nothing else to
-    do, so metrics are no part of it: they are made once an update, of all its groups.
+    Losses are computed for each part of a micro-batch, while the GPU waits. Metrics are therefore
+    computed separately, once per update for all of its groups.
     """
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
-        """Return the loss of each group, `[B]`, from sums and numbers of counted tokens, `[N]`."""
+        """Return the loss of each group, `[B]`, from log-prob sums and token counts, `[N]`."""
         ...
 
     def columns(
         self, losses: Tensor, policy: Tensor, reference: Tensor, lengths: Tensor
     ) -> dict[str, Tensor]:
-        """Return what is reported of each group, by name: `[B]` each, to be averaged."""
+        """Return the metrics of each group by name, `[B]` each; the trainer averages them."""
         ...
 
 
 def make_objective(config: TrainConfig, beta: float) -> Objective:
-    """Return the objective that `config.loss` names."""
+    """Return the objective of the loss `config.loss`."""
     return _Demonstrations() if config.loss == "sft" else _Preferences(config, beta)
 
 
 class _Demonstrations:
-    """One completion a group, and no reference."""
+    """Groups of one completion, without a reference."""
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
         return sft_loss(policy, lengths)
@@ -171,7 +202,7 @@ class _Demonstrations:
 
 
 class _Preferences:
-    """Two completions a group: the chosen one, then the rejected one (see `check_groups`)."""
+    """Groups of two completions: chosen, then rejected (see `check_groups`)."""
 
     def __init__(self, config: TrainConfig, beta: float) -> None:
         self._loss, self._beta = PAIR_LOSSES[config.loss], beta
@@ -188,19 +219,19 @@ class _Preferences:
         return pair_columns(losses, pairs, self._loss.rewards(pairs, self._beta))
 
     def _pairs(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> PairLogps:
-        """Tell chosen from rejected by their order: with a mask, the host waits for its size."""
+        """Split chosen from rejected by position; a mask would make the host wait for its size."""
         policies, references, counts = map(_sides, (policy, reference, lengths))
         return PairLogps(*policies, *references, *counts, self._loss.needs_reference)
 
 
 def _sides(column: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is of chosen completions and what is of rejected ones, `[N]` to `[B]` each."""
+    """Split a column `[N]` into its chosen and its rejected completions, `[B]` each."""
     chosen, rejected = column.view(-1, 2).unbind(1)
     return chosen, rejected
 
 
 def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
-    """Return the rate of the update after `done`: linear up, then a cosine down to 0."""
+    """Return the learning rate after `done` of `updates` updates: linear warmup, cosine decay."""
     warmup = math.ceil(config.warmup * updates)
     if done < warmup:
         return config.lr * (done + 1) / warmup
@@ -209,10 +240,10 @@ def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
 
 
 def pair_columns(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
-    """Return what is reported of each pair, on its device: float64 `[B]` by name.
+    """Return the metrics of each pair by name, float64 `[B]`, on the device of `losses`.
 
-    A tie counts half towards the accuracy: at the start, when every margin is 0, it is 0.5.
-    Log-ratios are left out where there is no reference.
+    A tie counts half towards the accuracy, so it is 0.5 at the start, when every margin is 0.
+    Log-ratios are omitted without a reference.
     """
     chosen, rejected = rewards
     columns = {
@@ -234,18 +265,18 @@ def pair_columns(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict
 
 
 def accuracies(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return 1 where chosen is above rejected, 0.5 where they tie, else 0: `[B]`."""
+    """Return 1 where chosen is above rejected, 0.5 where they are equal, else 0: `[B]`."""
     return (torch.sign(chosen - rejected) + 1) / 2
 
 
 def demonstration_columns(losses: Tensor, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Return what is reported of each demonstration: float64 `[B]` by name."""
+    """Return the metrics of each demonstration by name, float64 `[B]`."""
     return {"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths}
 
 
 def averages(columns: dict[str, Tensor], **scalars: Tensor) -> dict[str, float]:
-    """Average columns, `[B]` each, and bring them to the host with `scalars`, all at once."""
+    """Average columns, `[B]` each, and copy the means and `scalars` to the host in one transfer."""
     means = torch.stack([*columns.values()]).mean(1, dtype=torch.float64)
     alone = [scalar.to(torch.float64).view(1) for scalar in scalars.values()]
-    values = torch.cat([means, *alone]).tolist()  # here the host waits
+    values = torch.cat([means, *alone]).tolist()  # the only point where the host waits
     return dict(zip([*columns, *scalars], values, strict=True))

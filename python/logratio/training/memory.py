@@ -1,4 +1,4 @@
-"""How much memory and time a pass takes, and how many tokens are computed at a time."""
+"""Estimates of the memory and time of a pass, and the number of tokens computed at a time."""
 
 import json
 import os
@@ -29,30 +29,30 @@ from logratio.training.optimizers import gradient_bytes, state_bytes
 from logratio.training.validation import reference_kind
 
 FORWARD, TRAIN = 2, 6
-"""FLOPs per parameter and token, of scoring and of training (Kaplan et al. 2020, section 2.1)."""
+"""FLOPs per parameter and token of scoring and training (Kaplan et al. 2020, section 2.1)."""
 PRODUCT = {"cpu": 768, "cuda": 8_192}
-"""Rows of the square matrices that are multiplied to measure a device: enough to be busy. On a GPU
-a product of 768 takes as long as its launch."""
+"""Size of the square matrices multiplied to measure a device, large enough to keep it busy. On a
+GPU, a product of 768 takes no longer than its launch."""
 EFFICIENCY = 0.5
-"""Share of a large matrix product's speed that a whole model reaches, roughly."""
+"""Approximate speed of a whole model as a share of a large matrix product's speed."""
 PROCESS_BYTES = 0.95e9
-"""torch, transformers and peft loaded, and the head's tiles."""
+"""Memory of the process with torch, transformers and peft imported, and of the head's tiles."""
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 LIVE, KEPT = 12, 34
-"""Numbers per position and width: alive in a layer's pass; kept by a layer for the backward pass
-(Korthikanti et al. 2022, arXiv 2205.05198, section 4.1)."""
+"""Values per position and unit of width: live during a layer's forward pass, and kept by a layer
+for the backward pass (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1)."""
 
 
 def flops_per_second(device: str | None, precision: Precision = "fp32") -> float:
-    """Measure a matrix product on `device` for a moment, in the dtype of the run's products."""
+    """Measure the speed of a matrix product on `device` for 0.1 s, in the dtype of the run."""
     where = default_device(device)
     size = PRODUCT.get(where.type, PRODUCT["cpu"])
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    left = torch.ones(size, size, device=where, dtype=dtype)  # random ones would move the seed
-    float((left @ left)[0, 0])  # a GPU waits for its library to start
+    left = torch.ones(size, size, device=where, dtype=dtype)  # torch.rand would advance the RNG
+    float((left @ left)[0, 0])  # warm-up: the first product loads cuBLAS
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.1:
-        # Each product waits: a queue that is not waited for would be as long as the GPU is slow.
+        # float() synchronizes; without it, the loop would only count kernel launches.
         float((left @ left)[0, 0])
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - start)
@@ -65,13 +65,21 @@ def seconds(
     device: str | None,
     precision: Precision = "fp32",
 ) -> float:
-    """Estimate the time to pass `tokens` through the model in `folder`."""
+    """Estimate the time to process `tokens` with a model, in seconds.
+
+    Args:
+        model: Folder of the model.
+        tokens: Number of tokens.
+        per_parameter: FLOPs per parameter and token: `FORWARD` or `TRAIN`.
+        device: Device of the pass; None: the default.
+        precision: Precision of the pass.
+    """
     flops = per_parameter * parameter_count(model) * tokens
     return flops / (EFFICIENCY * flops_per_second(device, precision))
 
 
 def training_forecast(config: TrainConfig, store: Store) -> Forecast:
-    """Estimate what a training run needs; its memory is that of the device."""
+    """Estimate the needs of a training run; the memory is that of its device."""
     kind = reference_kind(config)
     frozen = (config.reference or config.model) if kind == "frozen" else None
     lengths = store.shared_lengths()
@@ -98,7 +106,7 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
 
 
 def fits_at_once(config: TrainConfig, store: Store) -> bool:
-    """Tell whether every update is one micro-batch: the longest groups of one fit together."""
+    """Return whether every update is one micro-batch, that is, its longest groups fit together."""
     lengths = np.sort(store.shared_lengths())[-config.batch_size :]
     return int(lengths.sum()) <= training_budget(config)
 
@@ -106,12 +114,12 @@ def fits_at_once(config: TrainConfig, store: Store) -> bool:
 def training_bytes(
     config: TrainConfig, frozen: str | Path | None, *, added_up: bool = True
 ) -> float:
-    """Estimate what a run's models take on its device: weights, gradients, states, a reference.
+    """Estimate the bytes of weights, gradients and optimizer states, and of a frozen reference.
 
     Args:
-        config: of the run: precision, optimizer and adapters decide the bytes a weight.
-        frozen: folder of a reference that is held beside the policy.
-        added_up: whether updates have several micro-batches, whose gradients are added up.
+        config: Settings of the run; precision, optimizer and adapters determine the size.
+        frozen: Folder of a reference that is in memory with the policy, or None.
+        added_up: Whether updates accumulate gradients over several micro-batches.
     """
     count, precision = parameter_count(config.model), precision_of(config)
     dtype = torch.float32 if config.lora else weights_dtype(precision)
@@ -127,9 +135,9 @@ def training_bytes(
 
 
 def frozen_bytes(model: str | Path, precision: Precision) -> float:
-    """Estimate what the weights of a model that is not trained take, in bytes.
+    """Estimate the size of the weights of a model that is not trained, in bytes.
 
-    Under bf16 they are held in bfloat16, but for the embeddings: see `held_in_bfloat16`.
+    Under bf16 all but the embeddings are stored in bfloat16: see `held_in_bfloat16`.
     """
     count = parameter_count(model)
     if precision != "bf16":
@@ -144,12 +152,12 @@ def _weight_bytes(config: TrainConfig) -> float:
 
 
 def _trained(config: TrainConfig) -> float:
-    """Return the share of the weights that train, roughly."""
+    """Return the approximate share of the weights that are trained."""
     return 0.01 if config.lora else 1.0
 
 
 def _checkpoint_bytes(config: TrainConfig) -> float:
-    """Estimate the two checkpoints that are kept and the one being written: weights and states."""
+    """Estimate the size of the two kept checkpoints and the one that is being written."""
     dtype = torch.float32 if config.lora else weights_dtype(precision_of(config))
     each = dtype.itemsize + state_bytes(config.optimizer, dtype, torch.device("cpu"))
     return 3 * each * parameter_count(config.model) * _trained(config)
@@ -161,7 +169,7 @@ def scoring_bytes(
     quantization: Quantization | None = None,
     precision: Precision = "fp32",
 ) -> float:
-    """Estimate a scoring pass's memory: weights, the process, one layer of `tokens` positions."""
+    """Estimate the bytes of a scoring pass: weights, process, and one layer's activations."""
     if quantization is None:
         weights = sum(frozen_bytes(model, precision) for model in models)
     else:
@@ -171,13 +179,13 @@ def scoring_bytes(
 
 
 def position_bytes(model: str | Path) -> float:
-    """Estimate the bytes that one position takes in a pass without gradients, in float32."""
+    """Estimate the bytes per position of a float32 pass without gradients."""
     _, width = _shape(model)
     return 4.0 * LIVE * width
 
 
 def free_bytes() -> float:
-    """Return the memory that this process may still take: of the machine, and of its container."""
+    """Return the host memory available to this process, within its container's limit."""
     free = [_machine_free()]
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if limit.exists() and (most := limit.read_text().strip()) != "max":
@@ -186,35 +194,36 @@ def free_bytes() -> float:
 
 
 def _machine_free() -> float:
-    """Read what the kernel can hand out; half of all memory where it does not say."""
+    """Read the kernel's available memory; half of the physical memory if it is not reported."""
     if _MEMINFO.exists() and (found := re.search(r"MemAvailable:\s+(\d+)", _MEMINFO.read_text())):
         return 1024.0 * int(found[1])
     return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _reclaimable() -> float:
-    """Read how much of a container's memory is files that can be read again."""
+    """Return the bytes of the container's page cache that the kernel can reclaim."""
     found = re.search(r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.M)
     return float(found[1]) if found else 0.0
 
 
 def free_on(device: torch.device) -> float:
-    """Return what this process may still take on `device`, with what its allocator holds unused."""
+    """Return the bytes available on `device`, including unused memory of torch's allocator."""
     return gpu_free_bytes(device) if device.type == "cuda" else free_bytes()
 
 
 def kept_bytes(model: str | Path, precision: Precision = "fp32", *, twice: bool = False) -> float:
-    """Estimate the bytes that one token's activations take until the backward pass.
+    """Estimate the bytes of one token's activations that are kept until the backward pass.
 
-    With all layers computed `twice`, that is their inputs, and what one of them keeps. Autocast is
-    counted as float32: it keeps some of each, and copies of the weights.
+    If all layers are checkpointed (`twice`), these are the inputs of the layers and the activations
+    of one layer. Autocast counts as float32: it keeps tensors of both dtypes, and copies of
+    weights.
     """
     layers, width = _shape(model)
     return weights_dtype(precision).itemsize * width * (layers + KEPT if twice else KEPT * layers)
 
 
 def _shape(model: str | Path) -> tuple[int, int]:
-    """Read a model's layers and width."""
+    """Read the number of layers and the hidden size of a model."""
     config = json.loads((base_folder(model) / "config.json").read_text())
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 12
     width = config.get("hidden_size") or config.get("n_embd") or 768
@@ -222,50 +231,56 @@ def _shape(model: str | Path) -> tuple[int, int]:
 
 
 FIRST = 2**12
-"""What a GPU begins with: there is room for it beside any model that fits; the rest is found."""
+"""Initial token budget on a GPU, small enough for any model that fits; it grows during the pass."""
 CEILING = {"cpu": AT_ONCE["cpu"], "cuda": 2**18}
-"""Where larger stops paying. On a CPU the caches are full: two small models were fastest from 1,024
-to 4,096 tokens, and a fifth slower at 16,384."""
+"""Largest useful token budget. On a CPU larger batches exceed the caches: two small models were
+fastest from 1,024 to 4,096 tokens, and a fifth slower at 16,384."""
 MEMORY_SHARE = 0.5
-"""Of the memory that is free, what activations may take on a CPU: a forecast is no promise."""
+"""Share of the free memory that activations may take on a CPU; the estimate is rough."""
 PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch says so where the error's type does not."""
+"""Messages of torch's RuntimeErrors that mean out of memory."""
 
 
 class MemoryShortageError(LogratioError, RuntimeError):
-    """Not even one group fits in memory."""
+    """A single group does not fit in memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an error that a smaller batch may avoid from every other."""
+    """Return whether `error` means out of memory, so that a smaller batch may succeed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in PHRASES)
 
 
 class TokenBudget:
-    """The largest batch that is believed to fit; it learns from every batch.
+    """The number of tokens per batch, adapted to the batches that fit and those that do not.
 
     Attributes:
-        tokens: computed at a time.
-        ceiling: never more than this.
+        tokens: Current number of tokens per batch.
+        ceiling: Upper bound of `tokens`.
     """
 
     def __init__(self, tokens: int, ceiling: int | None = None) -> None:
         self.tokens, self.ceiling = tokens, ceiling or tokens
 
     def fitted(self, tokens: int) -> None:
-        """Note that a batch fitted; try twice as many once the budget itself was tried."""
+        """Record that a batch fitted; double the budget if the batch used most of it."""
         if 2 * tokens > self.tokens:
             self.tokens = min(2 * self.tokens, self.ceiling)
 
     def exceeded(self, tokens: int) -> None:
-        """Note that a batch did not fit: from now on half of it."""
+        """Record that a batch did not fit; limit the budget to half of it."""
         self.tokens = self.ceiling = max(1, min(tokens, self.tokens) // 2)
 
 
 def token_budget(given: int | None, model: str | Path, device: torch.device) -> TokenBudget:
-    """Return `given`, or where to begin to look: low on a GPU, and what is free on a CPU."""
+    """Return `given` as a fixed budget, or an initial one: low on a GPU, from free memory on a CPU.
+
+    Args:
+        given: Tokens per batch set by the user, or None.
+        model: Folder of the model.
+        device: Device of the pass.
+    """
     if given is not None:
         return TokenBudget(given)
     ceiling = CEILING.get(device.type, CEILING["cpu"])
@@ -276,21 +291,21 @@ def token_budget(given: int | None, model: str | Path, device: torch.device) -> 
 
 
 TREE_AT_ONCE = 2**14
-"""Groups of which the first are tried for the next micro-batch of a tree."""
+"""Maximum number of waiting groups considered for the next micro-batch of a tree."""
 
 
 class GroupQueue:
-    """Groups that wait to be scored, the longest first: what does not fit shows at once.
+    """A queue of groups to score, longest first, so that a shortage of memory shows at once.
 
-    In the tree layout those that share a beginning are neighbours, and short ones may come first.
+    In the tree layout, groups that share a beginning are adjacent instead.
 
     Attributes:
-        groups: int64, in the order in which they are scored.
-        position: how many of them were taken.
+        groups: Group numbers in the order of scoring, int64.
+        position: Number of groups taken so far.
     """
 
     def __init__(self, store: Store, groups: np.ndarray, layout: str) -> None:
-        """Queue `groups`, int64, for micro-batches in `layout`."""
+        """Queue `groups` (int64 `[G]`) for micro-batches in `layout`."""
         self.position, self._store, self._layout = 0, store, layout
         if layout == "tree":
             self.groups = store.tree_order(groups)
@@ -306,7 +321,7 @@ class GroupQueue:
         return len(self.groups) - self.position
 
     def take(self, budget: int) -> np.ndarray:
-        """Return the next groups that have `budget` tokens together, and one at least."""
+        """Return the next groups with at most `budget` tokens in total; at least one group."""
         start = self.position
         if self._layout == "tree":
             waiting = self.groups[start : start + TREE_AT_ONCE]
@@ -321,7 +336,7 @@ class GroupQueue:
 
 
 def _padded_widths(store: Store) -> np.ndarray:
-    """Return the tokens of each group's longest row."""
+    """Return the length of each group's longest row, in tokens."""
     offsets = store.completion_offsets()
     longest = np.maximum.reduceat(store.completion_lengths(), offsets[:-1])
     widths: np.ndarray = store.prompt_lengths() + longest

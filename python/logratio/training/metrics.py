@@ -1,4 +1,4 @@
-"""What a run reports, under the names that dashboards know."""
+"""Metrics of a run in `metrics.jsonl` and TensorBoard, under the names that TRL uses."""
 
 import errno
 import json
@@ -17,10 +17,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard's events in the output folder, one row an update.
+    """Writes `metrics.jsonl` and TensorBoard events to the output folder, one row per update.
 
-    A log never stops a run: what cannot be written is reported once, waits in memory, and is
-    written as soon as there is room. Without tensorboardX there are no events.
+    A failed write never stops a run: it is reported once, and the rows are kept in memory and
+    written when the disk has space again. Without tensorboardX, no events are written.
     """
 
     def __init__(self, output: Path, resume_step: int) -> None:
@@ -34,7 +34,7 @@ class MetricsLog:
         return [self._rows, self._events] if self._events else [self._rows]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one row; every number is finite or the trainer has stopped before."""
+        """Append one row. All values must be finite: the trainer stops on others."""
         self._rows.add((json.dumps({"step": step, **values}) + "\n").encode())
         scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
         if self._events:
@@ -44,8 +44,8 @@ class MetricsLog:
                 self._reported = True
                 reason = failure.strerror or failure
                 say(
-                    f"{file.path}: cannot be written ({reason}); the run goes on, and metrics are "
-                    "written once there is room"
+                    f"{file.path}: cannot be written ({reason}); the run continues, and metrics "
+                    "are written when the disk has space again"
                 )
 
     def __enter__(self) -> "MetricsLog":
@@ -55,15 +55,15 @@ class MetricsLog:
         for file in self._files:
             file.close()
             if file.waiting:
-                say(f"{file.path}: incomplete, its last {len(file.waiting):,} records are missing")
+                say(f"{file.path}: incomplete, the last {len(file.waiting):,} records are missing")
 
 
 class _Appended:
-    """A file that grows by whole records; one that cannot be written waits for the next try.
+    """An append-only file of complete records; failed writes are retried with the next record.
 
     Attributes:
-        failure: why the last try failed, if it did.
-        waiting: records that are not in the file yet.
+        failure: The error of the last write, or None.
+        waiting: Records that are not yet written.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -73,7 +73,7 @@ class _Appended:
         self._file: int | None = None
 
     def add(self, record: bytes) -> None:
-        """Append a record, after those that wait."""
+        """Append a record, after any waiting ones."""
         self.waiting.append(record)
         try:
             self._append()
@@ -96,7 +96,7 @@ class _Appended:
             self.waiting.popleft()
 
     def close(self) -> None:
-        """Try once more, and close the file."""
+        """Retry the waiting records once, and close the file."""
         with suppress(OSError):
             self._append()
         if self._file is not None:
@@ -105,14 +105,14 @@ class _Appended:
 
 
 def _new_events(folder: Path, resume_step: int) -> _Appended | None:
-    """Begin a file of TensorBoard's events; say so and return None where tensorboardX fails."""
+    """Start a TensorBoard event file; print a note and return None if tensorboardX fails."""
     try:
         from tensorboardX.proto.event_pb2 import SessionLog
-    except Exception as error:  # a protobuf of another age raises errors of many types
+    except Exception as error:  # an incompatible protobuf raises errors of many types
         reason = str(error).partition("\n")[0]
-        say(f"no TensorBoard events ({reason}); {METRICS_FILE} has every metric")
+        say(f"no TensorBoard events ({reason}); {METRICS_FILE} contains all metrics")
         return None
-    # No thread and no queue: tensorboardX's own writer blocks for ever once its thread dies.
+    # tensorboardX's own writer blocks forever if its thread dies (for example on a full disk).
     events = _Appended(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}", 0)
     events.add(_event(file_version="brain.Event:2"))
     started = SessionLog(status=SessionLog.START)
@@ -121,7 +121,7 @@ def _new_events(folder: Path, resume_step: int) -> _Appended | None:
 
 
 def _event(**fields: Any) -> bytes:
-    """Return an event as a record of TensorBoard's files: length and data, each checksummed."""
+    """Encode an event as a TensorBoard record: length and data, each with a checksum."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
@@ -132,7 +132,7 @@ def _event(**fields: Any) -> bytes:
 
 
 def _size_up_to(path: Path, step: int) -> int:
-    """Return the bytes of the rows that a resumed run keeps: the updates it will not repeat."""
+    """Return the size in bytes of the rows up to update `step`, which a resumed run keeps."""
     size = 0
     try:
         lines = path.read_bytes().splitlines(keepends=True) if step else []
@@ -140,6 +140,6 @@ def _size_up_to(path: Path, step: int) -> int:
             if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
             size += len(line)
-    except (OSError, ValueError, KeyError, TypeError):  # what follows a damaged row is made anew
+    except (OSError, ValueError, KeyError, TypeError):  # rows after a damaged one are dropped
         return size
     return size

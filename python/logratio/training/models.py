@@ -1,4 +1,4 @@
-"""Models from folders: safetensors only, never remote code, dropout off."""
+"""Load models from folders: safetensors only, no remote code, dropout off."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
 from logratio.extras import require
-from logratio.training.bfloat16 import held_in_bfloat16, with_low_adapters
+from logratio.training.bfloat16 import held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import (
     EvaluateConfig,
     Precision,
@@ -30,30 +30,30 @@ SCHEMES: dict[Quantization, str] = {
     "8bit": "LLM.int8, outliers from 6.0",
     "4bit": "NF4, blocks of 64",
 }
-"""How weights are rounded (arXiv 2208.07339, 2305.14314), as a fingerprint states it."""
+"""Quantization schemes (arXiv 2208.07339, 2305.14314), as recorded in a fingerprint."""
 
 
 class QuantizationError(LogratioError, ValueError):
-    """The model cannot be loaded with so few bits."""
+    """The model cannot be loaded with the requested quantization."""
 
 
 def is_quantized(folder: Path) -> bool:
-    """Tell whether the checkpoint in `folder` holds quantised weights."""
+    """Return whether the checkpoint in `folder` has quantized weights."""
     return bool(json.loads((folder / "config.json").read_text()).get("quantization_config"))
 
 
 def check_quantization(folder: Path, quantization: Quantization | None) -> None:
-    """Refuse what cannot be quantised, before anything long.
+    """Check that the model in `folder` can be loaded with `quantization`.
 
     Raises:
-        QuantizationError: the checkpoint is quantised already.
+        QuantizationError: The checkpoint is already quantized.
         MissingExtraError: bitsandbytes is not installed.
     """
     if quantization is None:
         return
     if is_quantized(folder):
         raise QuantizationError(
-            f"{folder} is quantised already and is loaded as it is: leave --quantization out"
+            f"{folder} is already quantized and is loaded unchanged: remove --quantization"
         )
     require("bitsandbytes", "quantized")
 
@@ -64,15 +64,15 @@ def loading_arguments(
     quantization: Quantization | None,
     precision: Precision = "fp32",
 ) -> dict[str, Any]:
-    """Return what `from_pretrained` needs beyond the usual; nothing where weights stay float32.
+    """Return the arguments of `from_pretrained` for a quantized model; empty for any other.
 
-    A quantised model is loaded onto its device: it cannot be moved afterwards.
+    A quantized model is loaded directly onto its device, because it cannot be moved afterwards.
     """
     if quantization is None:
         return {"device_map": {"": torch.device(device)}} if is_quantized(folder) else {}
     from transformers import BitsAndBytesConfig
 
-    # Says once a layer that float32 is cast; the fingerprint says it once for all.
+    # bitsandbytes warns in every layer that float32 is cast; the fingerprint records it once.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -87,22 +87,23 @@ def loading_arguments(
 
 ADAPTER_CONFIG = "adapter_config.json"
 AT_ONCE = {"cpu": 2**11, "cuda": 2**13}
-"""Tokens of a micro-batch in training where nothing is said. On a CPU 8,192 took 2.3 times the
-memory and gained nothing on a model of 6 layers of 288, and about a tenth on one of 12 of 768;
-smaller ones add up gradients more often. A GPU needs more to be busy: how many is not measured."""
+"""Default number of tokens per training micro-batch. On a CPU 8,192 tokens took 2.3 times the
+memory of 2,048; they were no faster with 6 layers of width 288, and a tenth faster with 12 of width
+768. Smaller micro-batches accumulate gradients more often. A GPU needs more tokens to be busy; the
+best number was not measured."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelFolderError(LogratioError, ValueError):
-    """The folder holds no model that can be loaded safely."""
+    """The folder does not contain a model that can be loaded safely."""
 
 
 class DeviceError(LogratioError, ValueError):
-    """There is no such device here."""
+    """The requested device is not available on this machine."""
 
 
 def training_budget(config: TrainConfig) -> int:
-    """Return how many tokens a micro-batch has."""
+    """Return the number of tokens per micro-batch."""
     if config.token_budget is not None:
         return config.token_budget
     kind = default_device(config.device).type
@@ -110,21 +111,20 @@ def training_budget(config: TrainConfig) -> int:
 
 
 def precision_of(config: TrainConfig | PrecomputeConfig | EvaluateConfig) -> Precision:
-    """Return what a command computes in: what was asked for, or the default of its device.
+    """Return the precision of a command: the configured one, or the default of its device.
 
-    The default is bf16 on a GPU that multiplies in it, and fp32 elsewhere. Every fingerprint,
-    identity and pass takes the precision from here, so that `precompute` and `train` on the same
-    device agree.
+    The default is bf16 on a GPU with native bfloat16 products, and fp32 elsewhere. All fingerprints
+    and passes use this function, so `precompute` and `train` agree on the same device.
     """
     if config.precision:
         return config.precision
     if isinstance(config, PrecomputeConfig) and config.engine == "ray" and config.device:
-        return default_precision(torch.device(config.device))  # only its workers may have it
+        return default_precision(torch.device(config.device))  # may exist on Ray workers only
     return default_precision(default_device(config.device))
 
 
 def default_precision(device: torch.device) -> Precision:
-    """Return what is computed in on `device` where nothing is asked for."""
+    """Return the default precision on `device`."""
     if device.type != "cuda":
         return "fp32"
     can = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -132,21 +132,21 @@ def default_precision(device: torch.device) -> Precision:
 
 
 def precision_note(config: TrainConfig | PrecomputeConfig | EvaluateConfig) -> str:
-    """Say what a command computes in, and that it is the default where nothing was asked for."""
+    """Describe the precision of a command, and whether it is the device's default."""
     precision = precision_of(config)
     return f"precision {precision}" + ("" if config.precision else " (default on this device)")
 
 
 def default_device(device: str | None) -> torch.device:
-    """Return `device`, or the GPU where there is one, or the CPU.
+    """Return `device`; if it is None, a GPU if one is available, else the CPU.
 
-    Of several GPUs, torchrun's LOCAL_RANK chooses; a process that sees one only takes that one.
+    With several visible GPUs, torchrun's LOCAL_RANK selects one.
 
     Raises:
-        DeviceError: torch does not know it, or there is none.
+        DeviceError: torch does not know the device, or it is not available.
     """
     try:
-        chosen = torch.device(device or (_own_gpu() if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or (_local_gpu() if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -154,7 +154,7 @@ def default_device(device: str | None) -> torch.device:
     return chosen
 
 
-def _own_gpu() -> str:
+def _local_gpu() -> str:
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{int(local) % torch.cuda.device_count()}" if local else "cuda"
 
@@ -170,23 +170,26 @@ def load_model(
     """Load a causal language model, or an adapter with its base, in eval mode.
 
     Args:
-        folder: the model's, or the adapter's.
-        device: where its weights are to be.
-        quantization: load its weights in 8 or 4 bits; None: unrounded, and a checkpoint that is
-            quantised as it is.
-        precision: "bf16-weights" rounds weights to bfloat16 and leaves adapters in float32; for
-            weights of 4 bits, what they are multiplied in.
-        frozen: its weights will not be trained: they then require no gradient, and under "bf16"
-            its matrices are held in bfloat16, to which autocast would round them at each use.
+        folder: Folder of a model or an adapter.
+        device: Device for the weights.
+        quantization: Load the weights in 8 or 4 bits. None: load them unquantized; a checkpoint
+            that is already quantized is loaded unchanged.
+        precision: "bf16-weights" rounds weights to bfloat16 and keeps adapters in float32. For
+            4-bit weights, this is also the compute dtype.
+        frozen: The weights will not be trained. They then require no gradient, and under "bf16"
+            matrices are stored in bfloat16, since autocast would round them at each use.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
 
     Raises:
-        ModelFolderError: no such folder, no safetensors weights in it or not all, or a
-            library is missing that its weights need.
-        QuantizationError: the checkpoint is quantised already.
+        ModelFolderError: The folder does not exist, has missing safetensors weights, or needs a
+            library that is not installed.
+        QuantizationError: The checkpoint is already quantized.
         MissingExtraError: bitsandbytes is not installed.
+
+    Example:
+        >>> model = load_model("sft-model", precision="bf16-weights")
     """
     folder = Path(folder)
     check_model_folder(folder)
@@ -200,11 +203,11 @@ def load_model(
         )
         adapted = _with_adapter(base, folder, device)
         if precision != "fp32":
-            adapted = with_low_adapters(adapted)
+            adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
     special = loading_arguments(folder, device, quantization, precision)
-    model = with_softcap(without_dropout(_whole_model(folder, precision, special))).eval()
+    model = with_softcap(without_dropout(_load_weights(folder, precision, special))).eval()
     if frozen:
         model = model.requires_grad_(False)
         if precision == "bf16" and not special:
@@ -212,8 +215,8 @@ def load_model(
     return model if special else model.to(device)
 
 
-def _whole_model(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
-    """Load a model of which no weight is missing, with transformers' arguments `special`."""
+def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
+    """Load a model and check that no weight is missing; `special` is passed to transformers."""
     try:
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -226,18 +229,22 @@ def _whole_model(folder: Path, precision: Precision, special: Mapping[str, Any])
                 **special,
             )
     except ImportError as error:
-        raise ModelFolderError(f"{folder}: its weights need another library: {error}") from error
+        raise ModelFolderError(
+            f"{folder}: a library is missing for its weights: {error}"
+        ) from error
     model: nn.Module = loaded[0]
-    _check_whole(folder, loaded[1]["missing_keys"])
+    _check_weights(folder, loaded[1]["missing_keys"])
     return model
 
 
-def _check_whole(folder: Path, missing: Collection[str]) -> None:
-    """Refuse a model of which a part would be random numbers, other ones in each process."""
+def _check_weights(folder: Path, missing: Collection[str]) -> None:
+    """Refuse missing weights: transformers would initialise them at random."""
     if missing:
         first, *others = sorted(missing)
         more = f" and {len(others):,} more" if others else ""
-        raise ModelFolderError(f"{folder}: its files hold no {first}{more}, which would be random")
+        raise ModelFolderError(
+            f"{folder}: missing weights: {first}{more}; refusing random initialisation"
+        )
 
 
 def _with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
@@ -246,21 +253,24 @@ def _with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> 
     with quietly():
         model: nn.Module = PeftModel.from_pretrained(base, folder, local_files_only=True)
     model = without_dropout(model).eval()
-    # peft puts an adapter beside quantised weights, which may not be moved.
+    # peft has put the adapter on the device of the quantized weights, which cannot be moved.
     return model if getattr(base, "is_quantized", False) else model.to(device)
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Add a model's adapter, if any, to its weights, in place.
+    """Merge a model's adapter, if it has one, into its weights, in place.
 
-    Where a head that is tied to the embeddings is adapted, or they are, the tie is cut, also in the
-    config: it would else give the one the adapter of the other, now or when the model is loaded.
+    If the head or the embeddings are adapted and the two are tied, they are untied first, also in
+    the config. Otherwise both would get the adapter of one, now or when the model is loaded.
+
+    Returns:
+        The model without its peft wrapper.
     """
     if not hasattr(model, "merge_and_unload"):
         return model
     _untie(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # peft's on ties, which were just cut
+        warnings.simplefilter("ignore", UserWarning)  # peft warns of ties that were just removed
         whole = model.merge_and_unload()  # type: ignore[operator]
     assert isinstance(whole, nn.Module)
     return whole
@@ -269,7 +279,7 @@ def merged(model: nn.Module) -> nn.Module:
 def _untie(model: Any) -> None:
     inner = model.get_base_model()
     ends = (inner.get_output_embeddings(), inner.get_input_embeddings())
-    head, embeddings = map(_own, ends)
+    head, embeddings = map(_base_module, ends)
     if head is None or head.weight is not embeddings.weight or ends == (head, embeddings):
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -277,13 +287,13 @@ def _untie(model: Any) -> None:
     inner.config.tie_word_embeddings = False
 
 
-def _own(end: Any) -> Any:
-    """Return the module that an adapter of peft, or its copy to train, was put around."""
+def _base_module(end: Any) -> Any:
+    """Return the original module inside a peft adapter layer or `modules_to_save` wrapper."""
     return getattr(end, "base_layer", getattr(end, "original_module", end))
 
 
 def base_folder(folder: str | Path) -> Path:
-    """Return the folder of the base model of an adapter, or `folder` if it is no adapter."""
+    """Return the base model's folder of an adapter, or `folder` if it is not an adapter."""
     config = Path(folder) / ADAPTER_CONFIG
     if not config.exists():
         return Path(folder)
@@ -294,19 +304,19 @@ def base_folder(folder: str | Path) -> Path:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that holds no loadable model, before anything long.
+    """Check that a folder contains a model that can be loaded, without loading its weights.
 
     Raises:
-        ModelFolderError: with what is missing, or what there is too much.
+        ModelFolderError: Files are missing or contradict each other; the message names them.
     """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder{fetching_advice(folder, 'model')}")
     adapter = (folder / ADAPTER_CONFIG).exists()
-    if adapter and (whole := _whole_weights(folder)):
+    if adapter and (whole := _full_weights(folder)):
         raise ModelFolderError(
-            f"{folder} holds a whole model ({whole.name}) and an adapter ({ADAPTER_CONFIG}), and "
-            f"nothing says which is meant: delete {ADAPTER_CONFIG} if the adapter was merged, or "
-            "move the adapter_* files to a folder of their own"
+            f"{folder} contains both a full model ({whole.name}) and an adapter "
+            f"({ADAPTER_CONFIG}): delete {ADAPTER_CONFIG} if the adapter was merged, or move the "
+            "adapter_* files to a separate folder"
         )
     if not adapter and not (folder / "config.json").exists():
         raise ModelFolderError(f"{folder}: no config.json, so this is not a model folder")
@@ -323,39 +333,40 @@ def check_model_folder(folder: Path) -> None:
 
 
 def architecture(folder: Path) -> PreTrainedConfig:
-    """Read the config of a model's folder, before its weights.
+    """Read the config of a model's folder and check that the model can be scored.
 
     Raises:
-        ModelFolderError: transformers knows no such model, or it is no causal language model.
+        ModelFolderError: transformers does not know the model, or it is not a causal language
+            model.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise ModelFolderError(
-            f"{folder}: the installed transformers knows no such model without running code that "
-            f"comes with it: {str(error).partition(chr(10))[0]}"
+            f"{folder}: the installed transformers does not know this model, and code from a model "
+            f"folder is never run: {str(error).partition(chr(10))[0]}"
         ) from error
     assert isinstance(config, PreTrainedConfig)
     name = f"{folder} is a model of type {config.model_type}"
     if config.is_encoder_decoder:
-        raise ModelFolderError(f"{name}, an encoder-decoder: only causal models are scored")
+        raise ModelFolderError(f"{name}, an encoder-decoder: only causal models are supported")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelFolderError(f"{name}, which transformers has no causal language model for")
+        raise ModelFolderError(f"{name}, for which transformers has no causal language model")
     if config.model_type == "reformer":
         raise ModelFolderError(
-            f"{name}, whose attention hashes tokens at random: no two calls give the same log-probs"
+            f"{name}, whose attention hashes tokens at random: log-probs differ from call to call"
         )
-    # "vision": only tokens of an image see one another, and there are none here.
+    # "vision" is bidirectional only among image tokens, which text data does not have.
     if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
         raise ModelFolderError(
-            f"{name} with use_bidirectional_attention: its tokens see those that follow, so it "
-            "gives no log-probs of what follows"
+            f"{name} with use_bidirectional_attention: tokens attend to later tokens, so it has no "
+            "next-token log-probs"
         )
     return config
 
 
 def _check_adapter(folder: Path) -> None:
-    """Refuse adapters that change more than layers: the log-prob engine calls the inner model."""
+    """Refuse adapters that act outside of layers: log-probs are computed by the inner model."""
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
@@ -371,56 +382,56 @@ def _check_adapter(folder: Path) -> None:
     is_layers = isinstance(tuner, type) and issubclass(tuner, BaseTuner)
     if not is_layers or tuner.forward is not BaseTuner.forward or config.is_prompt_learning:
         raise ModelFolderError(
-            f"{folder} is an adapter of type {kind}, which acts outside of the model's layers: it "
-            "cannot be scored with prompts shared. LoRA and its kind can"
+            f"{folder} is an adapter of type {kind}, which acts outside of the model's layers and "
+            "is not supported; LoRA and similar adapters are"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ModelFolderError(
-            f"{folder} is an activated LoRA (alora_invocation_tokens), which is on behind certain "
-            "tokens only: it is not supported"
+            f"{folder} is an activated LoRA (alora_invocation_tokens), which acts only after "
+            "certain tokens and is not supported"
         )
 
 
 def _check_base(adapter: Path) -> None:
-    """Refuse an adapter whose base is not here: by default peft names it by its id on the hub."""
+    """Refuse an adapter whose base is not a local folder: peft often records only a hub id."""
     base = base_folder(adapter)
     if not base.is_dir():
         place = base if base.is_absolute() else adapter / base
         raise ModelFolderError(
-            f"{adapter}: no such folder as its base model {base}"
+            f"{adapter}: its base model {base} is not a local folder"
             + fetching_advice(base, "model", place)
         )
     check_model_folder(base)
 
 
-def _whole_weights(folder: Path) -> Path | None:
-    """Return a file with a whole model's weights, or None where there are an adapter's only."""
+def _full_weights(folder: Path) -> Path | None:
+    """Return a file with a full model's weights, or None if only adapter weights are found."""
     files = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
     return next((file for file in files if not file.name.startswith("adapter_")), None)
 
 
 def check_router_loss(folder: str | Path) -> None:
-    """Refuse to train a mixture of experts that asks for a loss beside the preference's.
+    """Refuse to train a mixture of experts whose config requests a router loss.
 
-    The log-prob engine runs a model's body, where transformers adds no such loss: it would be left
-    out in silence.
+    Log-probs are computed from the model's body, where transformers adds no router loss: it would
+    be ignored silently.
 
     Raises:
-        ModelFolderError: with what to set.
+        ModelFolderError: The config sets `output_router_logits`.
     """
     path = base_folder(folder) / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config.get("text_config") or {}):
         if part.get("output_router_logits"):
             raise ModelFolderError(
-                f"{path} has output_router_logits, which asks for the router's load-balancing loss "
-                f"(router_aux_loss_coef {part.get('router_aux_loss_coef', 'unset')}) in training; "
-                "preferences are trained without it: set output_router_logits to false"
+                f"{path} sets output_router_logits, which requests the router's load-balancing "
+                f"loss (router_aux_loss_coef {part.get('router_aux_loss_coef', 'unset')}); it is "
+                "not supported: set output_router_logits to false"
             )
 
 
 def without_dropout(model: Model) -> Model:
-    """Set every dropout of `model` to 0: two passes over a pair must see the same network."""
+    """Set every dropout probability of `model` to 0, in place: all passes must be identical."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -430,9 +441,9 @@ def without_dropout(model: Model) -> Model:
 
 
 def with_softcap(model: Model) -> Model:
-    """Let a model that caps its attention's scores (Gemma 2) do so: torch's own attention cannot.
+    """Use eager attention for a model that caps attention scores (Gemma 2), as SDPA cannot.
 
-    Some releases of transformers 5 choose that one all the same, and leave the cap out in silence.
+    Some releases of transformers 5 select SDPA for these models and silently drop the cap.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -447,9 +458,9 @@ def weights_dtype(precision: Precision) -> torch.dtype:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in bfloat16 inside the block where `precision` is bf16; weights stay float32.
+    """Return an autocast context to bfloat16 if `precision` is "bf16", else a null context.
 
-    Weights in bfloat16 need no block: what is computed has their dtype.
+    Weights in bfloat16 need no autocast: activations have their dtype.
     """
     if precision != "bf16":
         return nullcontext()
@@ -458,7 +469,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep the bars and advice of transformers and peft off the terminal inside the block."""
+    """Silence progress bars and advice of transformers and peft inside the block."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

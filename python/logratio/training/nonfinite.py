@@ -1,4 +1,4 @@
-"""The error of an update whose loss or gradient is not finite, with what most likely caused it."""
+"""The error of an update whose loss or gradient is not finite, with its likely cause."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from logratio.errors import LogratioError
 
 
 class NonFiniteError(LogratioError, ArithmeticError):
-    """A loss or gradient is NaN or infinite; no weight was touched by it."""
+    """A loss or gradient is NaN or infinite; the weights were not updated with it."""
 
 
 def not_finite(
@@ -16,24 +16,24 @@ def not_finite(
     recent: Sequence[Mapping[str, float]],
     records: str,
 ) -> str:
-    """Say what was not finite in an update, for which records, and the likely cause.
+    """Describe the non-finite values of an update, their records and the likely cause.
 
     Args:
-        step: the update.
-        values: its metrics, with the learning rate as `lr`.
-        recent: metrics of the updates before it.
-        records: names of the records whose log-probs are not finite.
+        step: Number of the update.
+        values: Its metrics, with the learning rate as `lr`.
+        recent: Metrics of the preceding updates.
+        records: Names of the records whose log-probs are not finite.
     """
     bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
     return (
-        f"update {step}: {bad} not finite; stopped before the weights changed "
+        f"update {step}: {bad} not finite; stopped before updating the weights "
         f"(records: {records}). {_likely_cause(values['lr'], recent)}"
     )
 
 
 def _likely_cause(rate: float, recent: Sequence[Mapping[str, float]]) -> str:
     if not recent:
-        return "No update was done yet, so the model or these records cause it"
+        return "This is the first update, so the cause is the model or these records"
     norms = ", ".join(f"{row['grad_norm']:.3g}" for row in recent)
     losses = ", ".join(f"{row['loss']:.3g}" for row in recent)
     highest = max(row["lr"] for row in recent)

@@ -1,8 +1,8 @@
-"""AdamW with its numbers where there is room for them: on the device, in 8 bits, on the host.
+"""AdamW with state on the device, in 8 bits, or on the host.
 
 Loshchilov and Hutter 2019, arXiv 1711.05101, with β1 0.9, β2 0.999, ε 1e-8 and no weight decay.
-Bytes a weight beside the weight and its gradient: 8 (adamw), 2 (adamw8bit), 0 on the GPU and 12 on
-the host (adamw-host); weights in bfloat16 add 4 to adamw for their float32 copy.
+Bytes of state per weight: 8 (adamw), 2 (adamw8bit), 0 on the GPU and 12 on the host (adamw-host).
+With weights in bfloat16, adamw takes 4 more for their float32 copy.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,21 +16,26 @@ from logratio.extras import require
 from logratio.training.config import OptimizerName
 
 FUSED = ("cpu", "cuda")
-"""Where one kernel does a whole step: on a CPU 4 times as fast as one by one, and as exact."""
+"""Devices with a fused AdamW kernel; on a CPU it is 4 times as fast, and equally exact."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 AT_ONCE = 2**26
-"""Numbers in one list of weights: float32 copies of their gradients take 256 MiB."""
+"""Maximum number of values updated together; float32 copies of their gradients take 256 MiB."""
 
 
 def make_optimizer(
     name: OptimizerName, parameters: Sequence[nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer called `name` over the weights that train.
+    """Create the optimizer called `name`.
 
-    "adamw" is torch's; bfloat16 weights get an exact float32 copy beside their moments, because an
-    update of a learning rate of 1e-6 is far below what bfloat16 can hold. "adamw8bit" keeps the
-    moments in 8 bits by blocks (arXiv 2110.02861, bitsandbytes): updates are inexact by a few
-    percent. "adamw-host" is exact, and steps on the host.
+    "adamw" is torch's. bfloat16 weights get an exact float32 copy in the optimizer state, because
+    bfloat16 cannot represent updates at a learning rate of 1e-6. "adamw8bit" keeps the moments in
+    8 bits by blocks (arXiv 2110.02861, bitsandbytes): updates are inexact by a few percent.
+    "adamw-host" is exact, and keeps its state and runs its step on the host.
+
+    Args:
+        name: Name of the optimizer.
+        parameters: Parameters to train.
+        lr: Initial learning rate.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -57,7 +62,7 @@ def make_optimizer(
 
 
 def state_bytes(name: OptimizerName, dtype: torch.dtype, device: torch.device) -> float:
-    """Return what the optimizer holds on `device` of one weight of `dtype` there, in bytes."""
+    """Return the bytes of optimizer state on `device` per weight of `dtype` there."""
     if name == "adamw-host" and device.type != "cpu":
         return 0.0
     if name == "adamw8bit":
@@ -66,28 +71,29 @@ def state_bytes(name: OptimizerName, dtype: torch.dtype, device: torch.device) -
 
 
 def gradient_bytes(dtype: torch.dtype, *, added_up: bool) -> float:
-    """Return what the gradient of one weight of `dtype` takes in an update, in bytes.
+    """Return the bytes of gradient per weight of `dtype` during an update.
 
     Args:
-        dtype: of the weight.
-        added_up: whether the update has several micro-batches: see `widen_gradients`.
+        dtype: Dtype of the weight.
+        added_up: Whether the update accumulates several micro-batches: see `widen_gradients`.
     """
     return float(max(dtype.itemsize, 4) if added_up else dtype.itemsize)
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW whose moments, and a copy of the weights, are float32, on a device that may differ.
+    """AdamW with float32 moments and master weights, optionally on another device.
 
-    The weights are that copy rounded to their dtype, so no update is lost to rounding. A float32
-    weight on that device needs no copy. Weights are updated in lists of `AT_ONCE`. Where
-    that device is the host and the weights are on a GPU, a step moves the gradients of a list down,
-    one list ahead of the step, and its weights up: gradients and weights cross the bus once an
-    update, and the step itself takes as long as the host's memory needs to read and write 28 bytes
-    a weight.
+    The model's weights are the master weights rounded to their dtype, so no update is lost to
+    rounding. A float32 weight on the state's device needs no master copy.
+
+    Weights are updated in lists of at most `AT_ONCE` values. If the state is on the host and the
+    weights on a GPU, each list's gradients are copied to the host while the previous list is
+    updated, and its weights are copied back. So gradients and weights cross the bus once per
+    update, and the step takes as long as the host needs to read and write 28 bytes per weight.
 
     Attributes:
-        home: device of moments and copies; None: that of each weight.
-        factor: what the gradients are multiplied by in the next step, in float32; None: nothing.
+        home: Device of moments and master weights; None: that of each parameter.
+        factor: Scale applied to the gradients in the next step, float32; None: no scaling.
     """
 
     def __init__(
@@ -97,22 +103,22 @@ class MasterAdamW(torch.optim.Optimizer):
         self.home = home
         self.factor: Tensor | None = None
 
-    def home_of(self, parameter: Tensor) -> torch.device:
-        """Return where the state of `parameter` is."""
+    def state_device(self, parameter: Tensor) -> torch.device:
+        """Return the device of the state of `parameter`."""
         return self.home or parameter.device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Do one update with the gradients that there are.
+        """Update all parameters that have a gradient.
 
         Raises:
-            ValueError: a closure is given; the loop computes its gradients itself.
+            ValueError: A closure is given; closures are not supported.
         """
         if closure is not None:
-            raise ValueError("this optimizer takes no closure")
+            raise ValueError("closures are not supported by this optimizer")
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
-            for parameters, gradients in _one_ahead(_lists(trained), self.home_of):
+            for parameters, gradients in _prefetch_gradients(_lists(trained), self.state_device):
                 self._update(parameters, gradients, group["lr"])
         self.factor = None
 
@@ -142,7 +148,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
-        home = self.home_of(parameter)
+        home = self.state_device(parameter)
         if not state:
             if parameter.dtype != torch.float32 or parameter.device != home:
                 state["master"] = parameter.detach().to(home, torch.float32, copy=True)
@@ -154,8 +160,11 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def _lists(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Part weights into lists of one device and at most `AT_ONCE` numbers, a larger one alone."""
-    for each in _by_place(parameters):
+    """Split weights into lists of one device and dtype with at most `AT_ONCE` values.
+
+    A larger weight forms a list alone.
+    """
+    for each in _by_device_and_dtype(parameters):
         taken, size = list[Tensor](), 0
         for parameter in each:
             if taken and size + parameter.numel() > AT_ONCE:
@@ -166,14 +175,17 @@ def _lists(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield taken
 
 
-def _one_ahead(
-    lists: Iterable[list[Tensor]], home_of: Callable[[Tensor], torch.device]
+def _prefetch_gradients(
+    lists: Iterable[list[Tensor]], state_device: Callable[[Tensor], torch.device]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield each list of weights with its gradients in float32 at home; the next is on its way."""
+    """Yield each list of weights and its float32 gradients on the state's device.
+
+    The copy of the next list's gradients has already been started.
+    """
     waiting: tuple[list[Tensor], Callable[[], list[Tensor]]] | None = None
     for parameters in lists:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        started = parameters, _fetch(gradients, home_of(parameters[0]))
+        started = parameters, _start_copy(gradients, state_device(parameters[0]))
         if waiting:
             yield waiting[0], waiting[1]()
         waiting = started
@@ -181,8 +193,8 @@ def _one_ahead(
         yield waiting[0], waiting[1]()
 
 
-def _fetch(gradients: list[Tensor], home: torch.device) -> Callable[[], list[Tensor]]:
-    """Start to copy gradients home; return what waits for them."""
+def _start_copy(gradients: list[Tensor], home: torch.device) -> Callable[[], list[Tensor]]:
+    """Start copying gradients to `home`; return a function that waits for the copies."""
     if gradients[0].device.type != "cuda" or home.type != "cpu":
         return lambda: _in_float32(gradients)
     hosts = [torch.empty(g.shape, dtype=g.dtype, pin_memory=True) for g in gradients]
@@ -199,7 +211,7 @@ def _fetch(gradients: list[Tensor], home: torch.device) -> Callable[[], list[Ten
 
 
 def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
-    """Return tensors in float32, those that are so already as they are."""
+    """Return tensors in float32; those that already are float32 are not copied."""
     low = [tensor for tensor in tensors if tensor.dtype != torch.float32]
     if not low:
         return tensors
@@ -212,7 +224,7 @@ def _in_float32(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _round_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy float32 weights (second) into the model's, rounded to the nearest, without waiting."""
+    """Round master weights (second of each pair) to nearest into the model's weights (first)."""
     if not pairs:
         return
     parameters, masters = map(list, zip(*pairs, strict=True))
@@ -220,33 +232,33 @@ def _round_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(parameters, masters)
         return
     for parameter, master in pairs:
-        # torch keeps pinned memory until the copies out of it are done.
+        # torch does not reuse pinned memory before the copies from it have completed.
         host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=True)
         parameter.copy_(host.copy_(master), non_blocking=True)
 
 
 def widen_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make gradients of lower dtypes float32, before another micro-batch is added to them.
+    """Convert gradients to float32 before another micro-batch is accumulated into them.
 
-    bfloat16 has 8 bits: a sum of many micro-batches in it loses those that are 256 times smaller. A
-    gradient of one micro-batch is left as it was computed and takes no more memory than that.
+    bfloat16 has 8 significant bits, so a sum in it loses terms that are 256 times smaller. If an
+    update has a single micro-batch, its gradients keep their dtype, which saves memory.
     """
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.dtype.itemsize < 4:
-            parameter.grad_dtype = None  # any: autograd then adds to what is there
+            parameter.grad_dtype = None  # allows a gradient of another dtype than the weight
             parameter.grad = parameter.grad.float()
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
-    """Scale all gradients down to the norm `most` together; return their norm, float32.
+    """Clip the total norm of all gradients to `most`; return the norm before clipping, float32.
 
-    As `torch.nn.utils.clip_grad_norm_`, with the norm of bfloat16 gradients added up in float32. On
-    a CPU, where the norm is at hand, gradients that are short enough are not touched; elsewhere a
-    list of gradients is one operation, and nothing waits for the device. `MasterAdamW` scales them
-    itself when it has them in float32, so that bfloat16 ones are not rounded again.
+    Like `torch.nn.utils.clip_grad_norm_`, but with norms of bfloat16 gradients accumulated in
+    float32. On a CPU, gradients within the norm are not touched. On other devices the host does not
+    wait for the norm. `MasterAdamW` scales the gradients during its step, in float32, so that
+    bfloat16 gradients are not rounded again.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    lists = _by_place(p.grad for p in parameters if p.grad is not None)
+    lists = _by_device_and_dtype(p.grad for p in parameters if p.grad is not None)
     norms: list[Tensor] = []
     for each in lists:
         norms += torch._foreach_norm(each, 2, torch.float32)
@@ -262,8 +274,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     return norm
 
 
-def _by_place(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Part tensors into lists of one device and dtype, as operations on lists want them."""
+def _by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by device and dtype, as torch's foreach operations require."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         found.setdefault((tensor.device, tensor.dtype), []).append(tensor)

@@ -1,4 +1,4 @@
-"""The policy of a run: loaded, with fresh adapters (LoRA) where they are asked for."""
+"""Build the policy of a run: load the model, and add new LoRA adapters if configured."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from logratio.errors import ConfigError
-from logratio.training.bfloat16 import with_low_adapters
+from logratio.training.bfloat16 import with_bfloat16_adapters
 from logratio.training.config import LoraSettings, TrainConfig
 from logratio.training.models import ADAPTER_CONFIG, load_model, merged, precision_of, quietly
 
 
 def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Module:
-    """Wrap the model of `folder` in fresh adapters; at the start they change nothing."""
+    """Add new LoRA adapters to the model of `folder`; initially they do not change its output."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -26,18 +26,18 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
     )
     with quietly():
         wrapped = get_peft_model(model, config)
-    # The base is found again from any working directory.
+    # An absolute path lets the saved adapter find its base from any working directory.
     wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     return wrapped
 
 
 def check_lora_targets(settings: LoraSettings, folder: str | Path) -> None:
-    """Refuse names of modules that the model of `folder` does not have, or that take no adapter.
+    """Check that every LoRA target names a module of the model that can have an adapter.
 
-    peft refuses only when no name fits at all, and passes over the others in silence.
+    peft raises an error only if no target matches, and silently ignores single wrong names.
 
     Raises:
-        ConfigError: names the one, and those that exist.
+        ConfigError: A target matches no such module; the message lists the possible names.
     """
     if not settings.targets:
         return
@@ -50,13 +50,13 @@ def check_lora_targets(settings: LoraSettings, folder: str | Path) -> None:
         if not any(path == target or path.endswith(f".{target}") for path in paths):
             names = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(
-                f"lora target {target!r} is no layer of {folder} that takes an adapter; there are "
-                f"{', '.join(names)}"
+                f"lora target {target!r} matches no layer of {folder} that can have an adapter; "
+                f"choose from {', '.join(names)}"
             )
 
 
 def build_policy(config: TrainConfig, device: str) -> nn.Module:
-    """Load the policy, with fresh adapters if asked; only what trains requires gradients."""
+    """Load the policy, with new adapters if configured; only trained weights require gradients."""
     precision, adapts = precision_of(config), config.lora is not None
     model = load_model(config.model, device=device, precision=precision, frozen=adapts)
     if (Path(config.model) / ADAPTER_CONFIG).exists():
@@ -64,4 +64,4 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
     if config.lora is None:
         return model
     policy = with_lora(model, config.lora, Path(config.model))
-    return policy if precision == "fp32" else with_low_adapters(policy)
+    return policy if precision == "fp32" else with_bfloat16_adapters(policy)

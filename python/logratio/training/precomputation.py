@@ -1,4 +1,4 @@
-"""The reference's log-probs, once, into a cache that any number of runs can read."""
+"""Compute the reference's log-probs once, into a cache that any number of runs can read."""
 
 import os
 import re
@@ -45,71 +45,77 @@ from logratio.validation import check_kind
 
 
 class ShareError(LogratioError, ValueError):
-    """The share is not one of any division."""
+    """The share is malformed, or the command cannot be divided among processes."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """One of `count` parts of the groups, of about the same number each.
+    """One of `count` parts of the groups, of about equal size, split by content hash.
 
     Attributes:
-        index: from 0.
-        count: parts in all.
-        rank: this process among those that one launcher started; 0 draws the progress.
-        beside: processes that the launcher started.
+        index: Index of this part, from 0.
+        count: Number of parts.
+        rank: Rank of this process among those of its launcher; rank 0 draws the progress bar.
+        processes: Number of processes that the launcher started.
     """
 
     index: int = 0
     count: int = 1
     rank: int = 0
-    beside: int = 1
+    processes: int = 1
 
     def __str__(self) -> str:
         return f"{self.index + 1}/{self.count}"
 
     def holds(self, keys: np.ndarray) -> np.ndarray:
-        """Tell which groups are in this share, by the key of each one's first completion.
+        """Return which groups belong to this share, by the key of their first completion.
 
         Args:
-            keys: uint8 `[G, 32]`.
+            keys: Keys of the first completions, uint8 `[G, 32]`.
 
         Returns:
-            bool `[G]`.
+            Whether each group is in the share, bool `[G]`.
         """
-        # A key is a hash already: its first 64 bits are spread evenly.
+        # A key is a hash, so its first 64 bits are uniformly distributed.
         heads = np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0]
         held: np.ndarray = heads % np.uint64(self.count) == self.index
         return held
 
 
 def share_of(given: str | None, environment: Mapping[str, str] = os.environ) -> Share:
-    """Return the share that `given` names ("2/4"), divided among the processes of torchrun.
+    """Return this process's share: `given` ("2/4"), divided further among torchrun's processes.
 
-    torchrun says in RANK and WORLD_SIZE which of its processes this is. No process group is made:
-    the processes share nothing but the folder.
+    torchrun sets RANK and WORLD_SIZE. No process group is created: the processes share only the
+    cache folder.
+
+    Args:
+        given: Share in the form I/N with I from 1 to N; None: everything.
+        environment: Environment variables.
 
     Raises:
-        ShareError: `given` is not of the form I/N with I from 1 to N.
+        ShareError: `given` is not of that form.
     """
     index, count = _parse(given) if given else (0, 1)
-    rank, beside = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    if "RANK" not in environment or not 0 <= rank < beside:
-        rank, beside = 0, 1
-    return Share(index * beside + rank, count * beside, rank, beside)
+    rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if "RANK" not in environment or not 0 <= rank < processes:
+        rank, processes = 0, 1
+    return Share(index * processes + rank, count * processes, rank, processes)
 
 
-def refuse_several(command: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to do the same work in each process of a launcher, over the same output.
+def refuse_multiple_processes(command: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to run a single-process command under torchrun with several processes.
+
+    Each process would do the whole work and write to the same output.
 
     Raises:
         ShareError: torchrun started more than one process.
     """
-    count = share_of(None, environment).beside
+    count = share_of(None, environment).processes
     if count > 1:
         raise ShareError(
             f"{command} runs in one process, and torchrun started {count} (WORLD_SIZE): each would "
-            f"do the whole work. Start it without torchrun; `logratio precompute` is the command "
-            "that divides its work among processes"
+            f"do the whole work. Start it without torchrun; only `logratio precompute` divides its "
+            "work among processes"
         )
 
 
@@ -117,27 +123,29 @@ def _parse(given: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", given)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= index <= count:
-        raise ShareError(f"share must be one of 1/N to N/N, as 2/4, not {given!r}")
+        raise ShareError(f"share must be one of 1/N to N/N, for example 2/4, not {given!r}")
     return index - 1, count
 
 
-RESUME = "what was scored is in the cache; run again to go on"
+RESUME = "completed scores are in the cache; run again to continue"
 
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """What a pass did. New, hits, duplicates and others add up to the data's completions.
+    """The result of a precompute pass.
+
+    `new`, `hits`, `duplicates` and `others` add up to the number of completions in the data.
 
     Attributes:
-        folder: where this reference's log-probs lie.
-        new: completions scored now.
-        hits: completions that were in the cache.
-        duplicates: completions that repeat another one of the data, token for token.
-        others: completions that are missing and belong to other processes' shares.
-        tokens: log-probs computed for the new ones.
-        nbytes: written to the cache.
-        seconds: it took, without reading the data.
-        share: which part of the data this was, as "2/4".
+        folder: Folder of this reference's log-probs.
+        new: Completions scored by this pass.
+        hits: Completions that were already in the cache.
+        duplicates: Completions that equal an earlier one of the data, token for token.
+        others: Missing completions that belong to other processes' shares.
+        tokens: Number of log-probs computed.
+        nbytes: Bytes written to the cache.
+        seconds: Duration, without reading the data.
+        share: Part of the data that was scored, for example "2/4".
     """
 
     folder: Path
@@ -151,27 +159,36 @@ class PrecomputeResult:
     share: str = "1/1"
 
     def to_text(self) -> str:
-        """Return one line for the terminal."""
+        """Return a one-line summary for the terminal."""
         left = f", {self.others:,} left to other shares" if self.share != "1/1" else ""
         return (
             f"{self.new:,} completions scored ({self.tokens:,} tokens, "
-            f"{self.tokens / max(self.seconds, 1e-9):,.0f}/s), {self.hits:,} were in the cache, "
-            f"{self.duplicates:,} repeated{left}; {size(self.nbytes)} written in "
+            f"{self.tokens / max(self.seconds, 1e-9):,.0f}/s), {self.hits:,} already in the cache, "
+            f"{self.duplicates:,} duplicates{left}; {size(self.nbytes)} written in "
             f"{duration(self.seconds)}: {self.folder}"
         )
 
 
 def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> PrecomputeResult:
-    """Fill the cache with the log-probs of every completion in the data that it lacks.
+    """Score every completion in the data that the cache lacks, and store its log-probs.
 
-    Every block is durable before the next is begun: a pass that was killed goes on where it was.
-    Under torchrun, each process scores its share; they may stand on any number of hosts.
+    Each block is durable before the next one is started, so a pass that was killed continues where
+    it stopped. Under torchrun, each process scores its share, on any number of hosts.
+
+    Args:
+        config: Settings of the pass.
+        show_progress: Draw progress bars and print notes.
 
     Raises:
-        ModelFolderError, OutputError, BadDataError, ConfigError: before anything long.
-        RunInterruptedError: after Ctrl-C or SIGTERM; what was scored is in the cache.
-        MemoryShortageError: a group does not fit; what was scored is in the cache.
-        OSError: the disk is full; what was acknowledged is in the cache.
+        ModelFolderError, OutputError, BadDataError, ConfigError: A folder, data row or setting is
+            invalid; raised before the model is loaded.
+        RunInterruptedError: Ctrl-C or SIGTERM was received; completed scores are in the cache.
+        MemoryShortageError: A single group does not fit; completed scores are in the cache.
+        OSError: The disk is full; completed blocks are in the cache.
+
+    Example:
+        >>> precompute(PrecomputeConfig("sft-model", "pairs.jsonl", "cache")).new
+        20000
     """
     ready = prepare(config, show_progress=show_progress)
     if show_progress:
@@ -180,7 +197,7 @@ def precompute(config: PrecomputeConfig, *, show_progress: bool = True) -> Preco
 
 
 def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precompute":
-    """Check the folders and tokenize the data; nothing long has started."""
+    """Check the settings and folders, and tokenize the data, without loading the model."""
     check_kind(config, PrecomputeConfig)
     share = share_of(config.share)
     if config.engine == "local":
@@ -205,24 +222,25 @@ def _date_of_cache(config: PrecomputeConfig) -> str | None:
 
 
 def check_config(config: PrecomputeConfig, share: Share) -> None:
-    """Refuse settings that cannot work.
+    """Check the settings of a pass.
 
     Raises:
-        ConfigError: with the setting's name.
-        DeviceError, ModelFolderError, QuantizationError, OutputError, MissingExtraError: as named.
+        ConfigError: A setting is invalid; the message names it.
+        DeviceError, ModelFolderError, QuantizationError, OutputError, MissingExtraError: The
+            device, model, quantization, cache folder or an optional dependency is not usable.
     """
     if any(number is not None and number < 1 for number in (config.token_budget, config.workers)):
         raise ConfigError("token_budget and workers must be at least 1")
     if config.workers is not None and config.engine != "ray":
-        raise ConfigError("workers are actors of Ray: give --engine ray, or start torchrun")
-    if config.engine == "ray" and share.beside > 1:
-        raise ConfigError("one process starts the engine ray: run it without torchrun")
-    if "-" in config.data and share.beside > 1:
+        raise ConfigError("workers are Ray actors: give --engine ray, or use torchrun instead")
+    if config.engine == "ray" and share.processes > 1:
+        raise ConfigError("the engine ray runs from one process: start it without torchrun")
+    if "-" in config.data and share.processes > 1:
         raise ConfigError(
-            "standard input reaches one process only: name files, or a store of `data build`"
+            "only one process can read standard input: give files, or a store of `data build`"
         )
     if config.engine == "local":
-        default_device(config.device)  # Ray's workers may have other devices than this machine
+        default_device(config.device)  # Ray workers may have devices that this machine lacks
     check_model_folder(Path(config.model))
     check_quantization(base_folder(config.model), config.quantization)
     check_writable(Path(config.cache))
@@ -231,10 +249,10 @@ def check_config(config: PrecomputeConfig, share: Share) -> None:
 
 
 class Precompute:
-    """A pass that is ready to start.
+    """A prepared pass: `run` performs it, `forecast` estimates its cost.
 
     Attributes:
-        share: the part of the groups that this process scores.
+        share: Part of the groups that this process scores.
     """
 
     def __init__(
@@ -249,12 +267,12 @@ class Precompute:
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """What names each completion, uint8 `[N, 32]`."""
+        """Key of each completion, uint8 `[N, 32]`."""
         return self.entries.keys(self.store)
 
     @cached_property
     def different(self) -> np.ndarray:
-        """The first row of each different completion, int64."""
+        """First row of each distinct completion, int64."""
         return first_rows(self.keys)
 
     @cached_property
@@ -271,14 +289,14 @@ class Precompute:
 
     @cached_property
     def work(self) -> Work:
-        """What this process has to score: the missing completions of its share's groups."""
+        """The missing completions in this process's share of the groups."""
         first = self.store.completion_offsets()[owners(self.store, self.missing)]
         rows = self.missing[self.share.holds(self.keys[first])]
         return Work(self.store, self.keys, rows, self.folder, self.fingerprint)
 
     @cached_property
     def forecast(self) -> Forecast:
-        """What the pass will need."""
+        """Memory, disk space and time of the pass."""
         config, work = self.config, self.work
         device = config.device if config.engine == "local" else "cpu"
         read = float(self.store.shared_lengths()[work.groups].sum())
@@ -299,7 +317,7 @@ class Precompute:
         )
 
     def run(self) -> PrecomputeResult:
-        """Score what is missing; a pass with nothing to score loads no model."""
+        """Score the missing completions; load no model if there are none."""
         started = time.monotonic()
         work = self.work
         written = self._score() if len(work.rows) else 0
@@ -316,7 +334,7 @@ class Precompute:
         )
 
     def _score(self) -> int:
-        """Score what is missing, and return how many bytes were written."""
+        """Score the missing completions, and return the number of bytes written."""
         check_writable(self.folder, self.forecast.disk_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_fingerprint(self.folder, self.fingerprint)
@@ -333,11 +351,11 @@ class Precompute:
                 written += nbytes
                 if signal := interrupted():
                     raise RunInterruptedError(signal, RESUME)
-        self._seal_what_others_left()
+        self._seal_idle_journals()
         return written
 
-    def _seal_what_others_left(self) -> None:
-        """Make shards of the journals whose writers are gone: killed, or actors of Ray."""
+    def _seal_idle_journals(self) -> None:
+        """Seal journals whose writers have exited: killed processes, or Ray actors."""
         CacheFolder(
             self.folder,
             self.fingerprint.digest,
@@ -346,7 +364,7 @@ class Precompute:
         ).seal_idle()
 
     def _batches(self) -> Generator[tuple[int, int], None, None]:
-        """Score; yield tokens scored and bytes written, as they come in; at the end all is safe."""
+        """Score; yield (tokens scored, bytes written) increments; all is durable at the end."""
         if self.config.engine == "ray":
             from logratio.training.precomputation_ray import score_on_ray
 

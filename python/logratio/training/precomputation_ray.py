@@ -1,8 +1,8 @@
-"""The reference's pass on a Ray cluster: actors that share nothing but the cache's folder.
+"""Run the precompute pass on a Ray cluster, with actors that share only the cache folder.
 
-What to score is written to a sealed store beside the cache, which every worker opens; Ray moves
-numbers of groups to the workers and counts of tokens back. Log-probs go from an actor's memory to
-its own journal. Ray returns results in any order, and it does not matter: keys carry the identity.
+The groups to score are written to a sealed store in the cache folder, which every worker opens. Ray
+sends group numbers to the workers and returns token counts. Each actor writes its log-probs to a
+separate journal. Results may arrive in any order, because entries are identified by their keys.
 """
 
 import logging
@@ -37,23 +37,28 @@ from logratio.training.reference_scorer import (
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 
 CHUNK_TOKENS = 2**16
-"""Positions that an actor makes durable together, and the most that are scored again if it dies."""
+"""Positions per chunk. Each chunk is made durable as a whole; if an actor dies, one is repeated."""
 CHUNKS_EACH = 4
-"""At least so many chunks for each actor: the last ones end at about the same time."""
+"""Minimum number of chunks per actor, so that all actors finish at about the same time."""
 SMALLEST_SHARE = 0.05
-"""Of a CPU, for one actor."""
+"""Smallest share of a CPU for one actor."""
 
 
 class RayPassError(LogratioError, RuntimeError):
-    """The cluster cannot do the pass, or a worker failed for good."""
+    """The cluster cannot place the workers, or a worker failed permanently."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How many actors, and what Ray sets aside for each.
+    """The number of actors, and the resources that Ray reserves for each.
 
-    Actors that hold every CPU leave none for the tasks that feed them, and Ray Data then waits
-    without a word: one CPU always stays free, or half of a single one.
+    One CPU, or half of a single CPU, is always left free: if actors hold all CPUs, Ray Data cannot
+    run the tasks that feed them and hangs silently.
+
+    Attributes:
+        workers: Number of actors.
+        cpus: CPUs per actor.
+        gpus: GPUs per actor.
     """
 
     workers: int
@@ -64,17 +69,17 @@ class Placement:
 def place(
     wanted: int | None, cpus: float, gpus: float, free_memory: float, needed_memory: float
 ) -> Placement:
-    """Fit the actors into what the cluster has free.
+    """Fit the actors into the free resources of the cluster.
 
     Args:
-        wanted: actors; None: one a GPU, or one a CPU if the memory is enough.
-        cpus: that are free.
-        gpus: that are free; 0 where none is to be used.
-        free_memory: bytes that are free.
-        needed_memory: bytes that one actor needs.
+        wanted: Number of actors; None: one per GPU, or one per CPU as far as memory suffices.
+        cpus: Free CPUs.
+        gpus: Free GPUs; 0 to use none.
+        free_memory: Free memory, in bytes.
+        needed_memory: Memory of one actor, in bytes.
 
     Raises:
-        RayPassError: they do not fit.
+        RayPassError: The actors do not fit.
     """
     share = cpus - 1 if cpus >= 2 else cpus / 2
     on_gpu = gpus >= 1
@@ -84,14 +89,14 @@ def place(
     if each < SMALLEST_SHARE or (on_gpu and workers > gpus):
         what = f"{gpus:g} GPUs and {cpus:g} CPUs" if on_gpu else f"{cpus:g} CPUs"
         raise RayPassError(
-            f"Ray cannot place {workers} workers: {what} are free, and a CPU must stay free for "
-            "the tasks that feed them; wait for other jobs, give fewer --workers, or add machines"
+            f"Ray cannot place {workers} workers: {what} are free, and one CPU is needed for the "
+            "tasks that feed them; wait for other jobs, give fewer --workers, or add machines"
         )
     return Placement(workers, each, 1 if on_gpu else 0)
 
 
 class Worker:
-    """An actor: the reference in memory, a journal of its own, and the groups to choose from."""
+    """A Ray actor that holds the reference, the store of groups, and a journal."""
 
     @exact_products()
     def __init__(
@@ -99,7 +104,7 @@ class Worker:
     ) -> None:
         groups, entries = Store.open(store), entries_of(config.sums_only)
         keys = entries.keys(groups)
-        # One that takes a dead one's place does not score again what that one made durable.
+        # An actor that replaces a dead one must not repeat the scores that are already durable.
         rows = missing_rows(
             entries, keys, first_rows(keys), folder, fingerprint, pread=config.read_mode == "pread"
         )
@@ -107,11 +112,11 @@ class Worker:
         self._work = Work(groups, keys, rows, folder, fingerprint)
         ask_for_expandable_segments(config.device)
         device = default_device(config.device)
-        self._scorer = ReferenceScorer(config, self._work, device, tell=self._notes.append)
+        self._scorer = ReferenceScorer(config, self._work, device, report=self._notes.append)
 
     @exact_products()
     def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
-        """Score the groups of each row, make them durable, and return what that came to."""
+        """Score the groups of each row, make them durable, and return counts and notes."""
         tokens, before = 0, self._scorer.nbytes
         for groups in table["groups"]:
             numbers = np.array(groups.values)
@@ -126,38 +131,38 @@ class Worker:
 
 
 def score_on_ray(config: PrecomputeConfig, work: Work) -> Generator[tuple[int, int], None, None]:
-    """Score `work` on the cluster; yield tokens scored and bytes written, as they come in.
+    """Score `work` on the cluster; yield (tokens scored, bytes written) increments.
 
     Raises:
-        RayPassError: the workers cannot be placed, or one failed; what was scored is durable.
+        RayPassError: The workers cannot be placed, or one failed; completed scores are durable.
     """
     with _cluster() as ray, _groups_on_disk(config, work) as path:
         places = _places(config, ray)
-        told = replace(
+        worker_config = replace(
             config,
             model=Path(config.model).absolute(),
             data=(),
             precision=precision_of(config),
             device=config.device or (None if places.gpus else "cpu"),
         )
-        results = _dataset(told, path, work, places).iter_batches(batch_size=None)
+        results = _dataset(worker_config, path, work, places).iter_batches(batch_size=None)
         try:
             for batch in results:
                 for note in filter(None, "\n".join(batch["notes"]).splitlines()):
-                    say(f"a worker: {note}")
+                    say(f"worker: {note}")
                 yield int(batch["tokens"].sum()), int(batch["nbytes"].sum())
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise RayPassError(
-                f"a worker of Ray failed: {reason}; what was scored is in the cache"
+                f"a Ray worker failed: {reason}; completed scores are in the cache"
             ) from error
 
 
 def chunks(store: Store, budget: int | None, workers: int) -> Iterator[list[np.ndarray]]:
-    """Yield what an actor is handed at a time: micro-batches, int64 group numbers each.
+    """Yield chunks of work for the actors: lists of micro-batches, int64 group numbers each.
 
-    With a given budget they are those of a pass in one process, so that the numbers are its
-    numbers, bit for bit; without one, each worker cuts them to what it finds that fits.
+    With a fixed `budget`, micro-batches equal those of a pass in one process, so that log-probs are
+    bit-identical. Without one, each worker splits them into batches that fit its memory.
     """
     queue = GroupQueue(store, np.arange(len(store)), "shared")
     lengths = store.shared_lengths()
@@ -173,7 +178,7 @@ def chunks(store: Store, budget: int | None, workers: int) -> Iterator[list[np.n
 
 
 def _dataset(config: PrecomputeConfig, path: Path, work: Work, places: Placement) -> Any:
-    """Return the results as a dataset that is yet to run: one block a chunk."""
+    """Return the results as a lazy Ray dataset with one block per chunk."""
     data = require("ray.data", "ray")
     context = data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -204,8 +209,8 @@ def _places(config: PrecomputeConfig, ray: Any) -> Placement:
 
 @contextmanager
 def _cluster() -> Iterator[Any]:
-    """Join the cluster that there is (RAY_ADDRESS, or on this machine), or start a local one."""
-    # Read when Ray is imported. Actors without a GPU are told so by their device.
+    """Connect to a running cluster (RAY_ADDRESS, or on this machine), or start a local one."""
+    # Ray reads these on import. The second keeps CUDA_VISIBLE_DEVICES: actors are given a device.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray = require("ray", "ray")
@@ -222,9 +227,9 @@ def _cluster() -> Iterator[Any]:
 
 @contextmanager
 def _groups_on_disk(config: PrecomputeConfig, work: Work) -> Iterator[Path]:
-    """Write the groups with something to score where all workers see them, for as long as it takes.
+    """Write the groups to score to a temporary store in the cache folder, visible to all workers.
 
-    A folder that a killed driver left may be deleted.
+    If the driver is killed, its folder remains and may be deleted.
     """
     folder = Path(config.cache).absolute() / f".ray-{secrets.token_hex(8)}"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Where the reference's half of the log-ratio comes from: a model, an adapter, or a cache."""
+"""Sources of the reference's log-probs: a frozen model, the policy's base, or a cache."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,61 +34,61 @@ from logratio.training.validation import reference_kind
 
 
 class StaleCacheError(LogratioError, ValueError):
-    """The cache holds no log-probs, or not all, of the reference that is asked for."""
+    """The cache lacks some or all log-probs of the requested reference."""
 
 
 class Reference(Protocol):
-    """Anything that knows the reference's log-probs of a batch."""
+    """A source of the reference's log-probs for a batch."""
 
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]`, detached, aligned with `batch.targets`."""
+        """Return log-probs of tokens, detached, float32 `[S]`, aligned with `batch.targets`."""
         ...
 
     def sums(self, batch: Batch) -> Tensor:
-        """Return the tokens that count of each completion, added up: float64 `[N]`."""
+        """Return the sum over the counted tokens of each completion, float64 `[N]`."""
         ...
 
 
 class PerToken(ABC):
-    """A reference that knows every token: its sums follow."""
+    """A reference with log-probs of tokens, from which the sums are computed."""
 
     @abstractmethod
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]`, detached."""
+        """Return log-probs of tokens, detached, float32 `[S]`."""
 
     def sums(self, batch: Batch) -> Tensor:
-        """Return the tokens that count of each completion, added up: float64 `[N]`."""
+        """Return the sum over the counted tokens of each completion, float64 `[N]`."""
         return batch.targets.sums(self.logps(batch))
 
 
 class FrozenReference(PerToken):
-    """A second model, in memory beside the policy."""
+    """A second model in memory."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]`, computed now."""
+        """Score the batch; return float32 `[S]`."""
         return score(self.model, batch)
 
 
 class AdapterReference(PerToken):
-    """The policy without its adapters: the base model, at no memory."""
+    """The policy with its adapters disabled, which takes no extra memory."""
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]`, computed now with the adapters off and no dropout."""
+        """Score the batch with the adapters disabled and in eval mode; return float32 `[S]`."""
         with self.policy.disable_adapter(), evaluating(self.policy):  # type: ignore[operator]  # peft's
             return score(self.policy, batch)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Keep `model` in eval mode inside the block, where it draws no random number."""
+    """Put `model` in eval mode inside the block, so that it uses no random numbers."""
     trained = [module for module in model.modules() if module.training]
     try:
         for module in trained:
@@ -100,27 +100,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Keep `model` in eval mode inside the block, and the generators as they were after it."""
+def side_effect_free(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode inside the block, and restore the random states after it."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with evaluating(model), torch.random.fork_rng([*devices]):
         yield
 
 
 def cache_folder(root: str | Path, fingerprint: Fingerprint) -> Path:
-    """Return the folder of one reference below a cache's root."""
+    """Return the folder of a reference's log-probs in the cache at `root`."""
     return Path(root) / fingerprint.name
 
 
 def open_cache(
     root: str | Path, fingerprint: Fingerprint, *, sums: bool = False, pread: bool = False
 ) -> CacheReader:
-    """Open the log-probs, or the `sums`, of one reference.
+    """Open the cached log-probs of a reference.
+
+    Args:
+        root: Root folder of the cache.
+        fingerprint: Fingerprint of the reference.
+        sums: Open the sums of completions instead of the log-probs of tokens.
+        pread: Read sealed shards with pread instead of mmap.
 
     Raises:
-        StaleCacheError: the cache was made with another reference; names the fields that differ.
-        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
-        CorruptCacheError: a journal was altered.
+        StaleCacheError: The cache was filled with a different reference; the message names the
+            fields that differ.
+        DamagedFingerprintError: The stored fingerprint was altered.
+        CorruptCacheError: A journal was altered.
     """
     folder = sums_folder(root, fingerprint) if sums else cache_folder(root, fingerprint)
     if not folder.is_dir():
@@ -132,18 +139,18 @@ def open_cache(
 def open_folder(
     folder: Path, fingerprint: Fingerprint, *, sums: bool = False, pread: bool = False
 ) -> CacheReader:
-    """Open a folder that is this reference's, with the tolerance that its precision asks for."""
+    """Open a reference's cache folder, with the record tolerance of its precision."""
     tolerance = record_tolerance(fingerprint.hard)
     return CacheReader.open(folder, fingerprint.digest, sums=sums, pread=pread, tolerance=tolerance)
 
 
 def sums_folder(root: str | Path, fingerprint: Fingerprint) -> Path:
-    """Return the folder of one reference's sums below a cache's root."""
+    """Return the folder of a reference's sums in the cache at `root`."""
     return Path(root) / f"{fingerprint.name}.sums"
 
 
 def holds_sums_only(root: str | Path, fingerprint: Fingerprint) -> bool:
-    """Tell whether a cache has the sums of a reference and not its tokens."""
+    """Return whether a cache has the sums of a reference, but not its log-probs of tokens."""
     folders = cache_folder(root, fingerprint), sums_folder(root, fingerprint)
     return not folders[0].is_dir() and folders[1].is_dir()
 
@@ -160,11 +167,11 @@ def _explain_miss(root: Path, fingerprint: Fingerprint) -> str:
             f"{fingerprint.precision} ({found}): give --precision {filled} here, or run "
             f"`logratio precompute` with --precision {fingerprint.precision}"
         )
-    return f"{root}: this cache was made with another reference ({found}); {advice}"
+    return f"{root}: this cache was filled with a different reference ({found}); {advice}"
 
 
 def _filled_in(paths: Sequence[Path], fingerprint: Fingerprint) -> Precision | None:
-    """Return the precision of a stored reference that differs from this one in nothing else."""
+    """Return the precision of a stored fingerprint that differs only in it, or None."""
     for path in paths:
         with suppress(DamagedFingerprintError):
             stored = stored_fingerprint(path)
@@ -181,11 +188,11 @@ def _explain(path: Path, fingerprint: Fingerprint) -> str:
 
 
 def stored_conditions(folder: Path) -> list[Mapping[str, Any]]:
-    """Return the soft fields that a cache's folder was filled under, one mapping a kind of writer.
+    """Return the soft fields under which a cache folder was filled, one mapping per set.
 
     Raises:
-        DamagedFingerprintError: the fingerprint in the folder is not that of its own fields, or a
-            file of conditions cannot be read.
+        DamagedFingerprintError: The stored fingerprint does not match its digest, or a file of
+            conditions cannot be read.
     """
     identity = folder / FINGERPRINT_FILE
     found = [stored_fingerprint(identity).soft] if identity.exists() else []
@@ -193,7 +200,7 @@ def stored_conditions(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def soft_differences(folder: Path, soft: Mapping[str, str]) -> dict[str, str]:
-    """Return each soft field of which a cache's folder knows another value than `soft` has."""
+    """Describe each soft field that was different when a cache folder was filled, by name."""
     found: dict[str, str] = {}
     for stored in stored_conditions(folder):
         for name in sorted(stored.keys() & soft.keys()):
@@ -203,30 +210,30 @@ def soft_differences(folder: Path, soft: Mapping[str, str]) -> dict[str, str]:
 
 
 HIGHEST = 1e-3
-"""A log-prob above 0 by more is no rounding: the cache refuses it too."""
+"""Largest log-prob that rounding can explain; the cache refuses higher ones too."""
 
 
 class ImpossibleLogpError(LogratioError, ArithmeticError):
-    """A log-prob that no model can mean: not finite, or above 0."""
+    """A log-prob is not finite or is above 0."""
 
 
 class CachedReference(PerToken):
-    """Log-probs read from a cache by row; keys are joined to rows once, here."""
+    """Log-probs of tokens read from a cache. Completions are looked up once, on construction."""
 
     def __init__(self, store: Store, reader: CacheReader, folder: Path) -> None:
         self._reader, self.folder = reader, folder
         self._rows = _found(reader.join(store.keys()), store, folder)
 
     def over(self, store: Store) -> "CachedReference":
-        """Return the same cache's log-probs of another store."""
+        """Return a reference that reads from the same cache for another store."""
         return CachedReference(store, self._reader, self.folder)
 
     def logps(self, batch: Batch) -> Tensor:
-        """Return float32 `[S]` as they were written."""
+        """Read the log-probs of a batch from the cache, float32 `[S]`."""
         return onto(self._read(batch.targets), batch.targets.target_ids.device)
 
     def sums(self, batch: Batch) -> Tensor:
-        """Return float64 `[N]`, added up on the host: a number a completion goes to the device."""
+        """Sum on the host, so that only one value per completion is copied to the device."""
         targets = batch.targets
         return onto(targets.host_sums(self._read(targets)), targets.target_ids.device)
 
@@ -234,42 +241,42 @@ class CachedReference(PerToken):
         _, logps = self._reader.read(self._rows[targets.rows])
         if len(logps) != len(targets.target_ids):
             raise StaleCacheError(
-                f"[E604] the cache holds {len(logps)} tokens where the batch has "
+                f"[E604] the cache has {len(logps)} tokens where the batch has "
                 f"{len(targets.target_ids)}"
             )
         return logps
 
 
 class CachedSums:
-    """Sums read from a cache that holds nothing else; enough for every loss of sums."""
+    """Sums of completions read from a cache without log-probs of tokens."""
 
     def __init__(self, store: Store, reader: CacheReader, folder: Path) -> None:
         self._reader, self.folder = reader, folder
         self._rows = _found(reader.join(store.sum_keys()), store, folder)
 
     def over(self, store: Store) -> "CachedSums":
-        """Return the same cache's sums of another store."""
+        """Return a reference that reads from the same cache for another store."""
         return CachedSums(store, self._reader, self.folder)
 
     def logps(self, batch: Batch) -> Tensor:
-        """Refuse: they were never written.
+        """Not available: the cache contains only sums.
 
         Raises:
-            StaleCacheError: always.
+            StaleCacheError: Always.
         """
         raise StaleCacheError(
-            f"{self.folder}: this cache holds sums of completions, and log-probs of tokens are "
-            "asked for; run `logratio precompute` without --sums-only"
+            f"{self.folder}: this cache contains only sums of completions, but log-probs of tokens "
+            "are needed; run `logratio precompute` without --sums-only"
         )
 
     def sums(self, batch: Batch) -> Tensor:
-        """Return float64 `[N]` as they were written."""
+        """Read the sums of a batch from the cache, float64 `[N]`."""
         targets = batch.targets
         counts, sums = self._reader.read_sums(self._rows[targets.rows])
         lengths = targets.host_sums(np.ones(len(targets.counted))).astype(np.int64)
         if not np.array_equal(counts, lengths):
             raise StaleCacheError(
-                f"[E604] the cache holds sums of {counts.tolist()} tokens where the batch has "
+                f"[E604] the cache has sums of {counts.tolist()} tokens where the batch has "
                 f"{lengths.tolist()}"
             )
         return onto(sums, targets.target_ids.device)
@@ -286,11 +293,11 @@ def _found(rows: np.ndarray, store: Store, folder: Path) -> np.ndarray:
 
 
 def cached_reference(config: TrainConfig, store: Store) -> CachedReference | CachedSums | None:
-    """Open the cache, if there is one, and find every completion in it.
+    """Open the cache of a run and look up every completion; None if the run uses no cache.
 
     Raises:
-        StaleCacheError: the cache is of another model, or lacks completions.
-        DamagedFingerprintError: the fingerprint beside the log-probs was altered.
+        StaleCacheError: The cache belongs to a different reference, or lacks completions.
+        DamagedFingerprintError: The stored fingerprint was altered.
     """
     if config.cache is None:
         return None
@@ -304,10 +311,16 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
 
 
 def check_possible(logps: np.ndarray, store: Store, layout: Layout) -> None:
-    """Refuse log-probs, float32 `[S]`, that no model can mean, before they are written.
+    """Check that log-probs, float32 `[S]`, are finite and not above 0, before they are stored.
+
+    Args:
+        logps: Log-probs of a batch.
+        store: Data of the batch.
+        layout: Layout of the batch, to locate the record of a bad log-prob.
 
     Raises:
-        ImpossibleLogpError: one is not finite (E602) or above 0 (E603); names the record.
+        ImpossibleLogpError: One is not finite (E602) or above 0 (E603); the message names the
+            record.
     """
     if bool((logps <= HIGHEST).all() and np.isfinite(logps).all()):
         return
@@ -324,7 +337,7 @@ def check_possible(logps: np.ndarray, store: Store, layout: Layout) -> None:
 
 
 def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
-    """Make the reference that `reference_kind` names, unless it is a cache."""
+    """Create the reference of a run without a cache; None if the loss needs none."""
     kind, source = reference_kind(config), config.reference or config.model
     if kind == "adapter":
         return AdapterReference(policy)

@@ -24,42 +24,42 @@ from logratio.training.reference import (
     CachedReference,
     CachedSums,
     Reference,
+    side_effect_free,
     soft_differences,
-    undisturbed,
 )
 from logratio.training.validation import beta_of, needs_reference
 
 SAMPLE = 32
-"""Completions that are scored again, evenly spread over the data: the same ones in every run."""
+"""Completions that are scored again, evenly spread over the data; the same in every run."""
 
 WALK_TOKENS = 64
-"""Up to so many tokens the bound of a sum is constant; beyond, rounding adds up as a random walk
-does, with the square root of their number."""
+"""The tolerance of a sum is constant up to this many tokens. Beyond, rounding errors accumulate
+like a random walk, with the square root of the number of tokens."""
 
 RELATIVE = 1e-5
-"""Of a sequence's sum, what the rounding of its tokens to float32 may move it by besides."""
+"""Additional tolerance relative to a sum, for the rounding of its tokens to float32."""
 
 Scorer = Callable[[Batch], Tensor]
-"""What makes log-probs of a batch: float32 `[S]`."""
+"""Computes the log-probs of a batch, float32 `[S]`."""
 
 Inspector = Callable[[Batch, Tensor, Tensor], None]
-"""What looks at a batch and its sums, float64 `[N]`: scored now, and stored."""
+"""Receives a batch, its sums scored now, and its stored sums, float64 `[N]` each."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What rounding may move a log-prob by, in nats.
+    """Largest differences that rounding can explain, in nats.
 
     Attributes:
-        token: of one token.
-        sequence: of the sum of a completion of at most `WALK_TOKENS` tokens.
+        token: Tolerance of one token's log-prob.
+        sequence: Tolerance of the sum of a completion with at most `WALK_TOKENS` tokens.
     """
 
     token: float
     sequence: float
 
     def of_sums(self, lengths: Tensor) -> Tensor:
-        """Return the bound of each sum of `lengths` tokens, `[N]` to float64 `[N]`."""
+        """Return the tolerance of sums over `lengths` tokens, `[N]` to float64 `[N]`."""
         return self.sequence * (lengths.double() / WALK_TOKENS).clamp(min=1).sqrt()
 
 
@@ -71,7 +71,7 @@ TOLERANCES: Mapping[tuple[Precision, bool], Tolerance] = {
     ("bf16-weights", True): Tolerance(0.5, 2.0),
     ("bf16-weights", False): Tolerance(0.75, 3.0),
 }
-"""By precision and whether layout, attention and device are those that the cache was made with.
+"""Tolerances by precision, and by whether layout, attention and device equal the cache's.
 
 Measured on a CPU, torch 2.15, with story models of 0.26 and 3.2 million parameters on 100 real
 pairs, tokens down to -34 nats and sums down to -208: largest difference of a token, of a sum.
@@ -83,16 +83,16 @@ pairs, tokens down to -34 nats and sums down to -208: largest difference of a to
     bf16-weights, same layout, alone or 16 at a time     0         0
     bf16-weights, shared and padded                      0.35      0.93
 
-A GPU chooses kernels by the batch's shape, and larger models round more often, so the bounds leave
-room: 3 to 40 times what was seen. Another model is nats away."""
+A GPU selects kernels by the shape of a batch, and larger models have more rounding operations, so
+the tolerances are 3 to 40 times the measured differences. Different models differ by whole nats."""
 
 
 class UntrustedReferenceError(LogratioError, ValueError):
-    """Log-probs that should be equal are further apart than rounding explains."""
+    """Log-probs that should be equal differ by more than rounding can explain."""
 
 
 def sample_rows(store: Store, rows: np.ndarray) -> Store:
-    """Pick `SAMPLE` of these completions, int64 `[n]`, evenly spread, as a store of their own."""
+    """Return a store of `SAMPLE` of the completions `rows`, int64 `[n]`, evenly spread."""
     chosen = np.unique(rows[_spread(len(rows))])
     offsets = store.completion_offsets()
     owners = np.searchsorted(offsets, chosen, side="right") - 1
@@ -101,7 +101,7 @@ def sample_rows(store: Store, rows: np.ndarray) -> Store:
 
 
 def sample_groups(store: Store) -> Store:
-    """Pick `SAMPLE` groups, evenly spread, as a store of their own."""
+    """Return a store of `SAMPLE` groups, evenly spread over `store`."""
     groups = np.unique(_spread(len(store)))
     sizes = np.diff(store.completion_offsets())
     return _copy(store, {int(group): set(range(sizes[group])) for group in groups})
@@ -112,7 +112,7 @@ def _spread(count: int) -> np.ndarray:
 
 
 def _copy(store: Store, wanted: Mapping[int, set[int]]) -> Store:
-    """Copy the wanted completions (by their number in their group) of each group."""
+    """Copy the wanted completions (by index in their group) of each group to a new store."""
     writer, files = StoreWriter(), store.sources()
     for group, members in wanted.items():
         prompt, completions, masks, roles = store.group(group)
@@ -129,7 +129,7 @@ def _copy(store: Store, wanted: Mapping[int, set[int]]) -> Store:
     return writer.finish(store.metadata)
 
 
-def recheck(
+def compare_sample(
     sample: Store,
     layout: str,
     device: torch.device,
@@ -138,22 +138,24 @@ def recheck(
     bound: Tolerance,
     inspect: Inspector | None = None,
 ) -> float:
-    """Score a sample now, compare it with what is stored, and return the largest gap in nats.
-
-    The gap is one of tokens, or of sums where nothing else is stored.
+    """Score a sample and compare it with the stored log-probs.
 
     Args:
-        sample: groups, as `sample_rows` and `sample_groups` pick them.
-        layout: "shared", "tree" or "padded".
-        device: where `scorer` wants its batches.
-        scorer: the model that should be the reference: a batch to float32 `[S]`.
-        stored: what should be that model's log-probs; a cache is looked up for the sample.
-        bound: what rounding explains.
-        inspect: called for each batch that is within the bound.
+        sample: Groups returned by `sample_rows` or `sample_groups`.
+        layout: Batch layout: "shared", "tree" or "padded".
+        device: Device of the batches for `scorer`.
+        scorer: Scores a batch with the model that should be the reference, to float32 `[S]`.
+        stored: Log-probs that should equal those of `scorer`.
+        bound: Differences that rounding can explain.
+        inspect: Called for each batch that is within the tolerance.
+
+    Returns:
+        The largest difference in nats: of tokens, or of sums if only sums are stored.
 
     Raises:
-        UntrustedReferenceError: a log-prob differs by more, or is not finite; names the record.
-        StaleCacheError: the cache does not hold the sample.
+        UntrustedReferenceError: A log-prob differs by more, or is not finite; the message names
+            the record.
+        StaleCacheError: The cache lacks completions of the sample.
     """
     if isinstance(stored, CachedReference | CachedSums):
         stored = stored.over(sample)
@@ -183,22 +185,22 @@ def _compare(
 
 
 def tolerance(precision: Precision, soft: Collection[str]) -> Tolerance:
-    """Return the bound for a cache whose conditions differ in these `soft` fields."""
+    """Return the tolerance for a cache that was filled with different values of `soft` fields."""
     return TOLERANCES[precision, not {"layout", "attention", "device"} & set(soft)]
 
 
 def _refuse(gap: Tensor, most: Tensor, what: str) -> None:
-    if bool((gap <= most).all()):  # a NaN is not
+    if bool((gap <= most).all()):  # False for NaN
         return
     worst = int(torch.where(gap.isnan(), torch.inf, gap - most).argmax())
     raise UntrustedReferenceError(
-        f"the log-probs {what} differ by {float(gap[worst]):.3g} nats, and should be equal (at "
-        f"most {float(most[worst]):.3g} is rounding): do not trust it"
+        f"the log-probs {what} should be equal, but differ by {float(gap[worst]):.3g} nats "
+        f"(rounding explains at most {float(most[worst]):.3g}): the reference cannot be trusted"
     )
 
 
 def conditions(model: nn.Module, layout: str) -> dict[str, str]:
-    """Return the soft fields of this process, with its model loaded."""
+    """Return the soft fields under which this process scores with `model`."""
     inner = transformer(model)
     is_cuda = inner.device.type == "cuda"
     return versions() | {
@@ -218,23 +220,24 @@ def check_hits(
     *,
     sums: bool,
 ) -> str | None:
-    """Score some of the completions that a cache already has again, before any is added.
+    """Score a sample of the completions in a cache again, before new ones are added.
 
     Args:
-        model: the reference, loaded.
-        store: the data.
-        reader: of the cache.
-        folder: where it lies, with the conditions that it was filled under.
-        layout: in which the model is scored.
-        precision: in which it computes.
-        sums: whether the cache is of sums.
+        model: The loaded reference.
+        store: The data.
+        reader: Reader of the cache.
+        folder: Folder of the cache, with the conditions under which it was filled.
+        layout: Batch layout.
+        precision: Precision of the model.
+        sums: Whether the cache contains sums.
 
     Returns:
-        A sentence where entries were made under other soft conditions.
+        A note if entries were computed under different soft conditions, else None.
 
     Raises:
-        UntrustedReferenceError: an entry is not what the model says; names the record.
-        DamagedFingerprintError: the cache's fingerprint was altered.
+        UntrustedReferenceError: An entry differs from the model's log-prob; the message names the
+            record.
+        DamagedFingerprintError: The stored fingerprint was altered.
     """
     soft = soft_differences(folder, conditions(model, layout))
     hits = np.flatnonzero(reader.join(store.sum_keys() if sums else store.keys()) >= 0)
@@ -244,7 +247,7 @@ def check_hits(
     stored = (CachedSums if sums else CachedReference)(sample, reader, folder)
     bound = _bound(model, precision, soft)
     gap = _gap(model, sample, layout, precision, stored, bound, lambda batch: score(model, batch))
-    return _sentence(folder, soft, gap, sample)
+    return _conditions_note(folder, soft, gap, sample)
 
 
 def check_start(
@@ -255,27 +258,27 @@ def check_start(
     layout: str,
     objective: Objective | None,
 ) -> str | None:
-    """Compare the reference with what is in memory and should equal it, before any update.
+    """Compare the reference with an equal model in memory, if there is one, before any update.
 
-    At the first update of a policy that begins as its reference, that is the policy, and the loss
-    must have its initial value there. For adapters with a cache it is the policy with them off,
-    after a checkpoint too. Dropout is off, and no generator of random numbers moves.
+    A policy that starts as its reference must equal it before the first update, and the loss must
+    have its known initial value. With adapters and a cache, the policy with its adapters disabled
+    must equal the reference, also after resuming. Random states are not changed.
 
     Args:
-        config: of the run.
-        store: the data.
-        policy: as it was loaded, or as a checkpoint left it.
-        reference: of the run.
-        layout: of the policy.
-        objective: the loss; None where a checkpoint was loaded.
+        config: Settings of the run.
+        store: The data.
+        policy: The policy, as loaded or as restored from a checkpoint.
+        reference: The reference of the run.
+        layout: Batch layout of the policy.
+        objective: The loss; None after resuming from a checkpoint.
 
     Returns:
-        A sentence where the cache was made under other soft conditions.
+        A note if the cache was filled under different soft conditions, else None.
 
     Raises:
-        UntrustedReferenceError: the two, or the loss and its initial value, differ by more than
-            rounding explains.
-        DamagedFingerprintError: the cache's fingerprint was altered.
+        UntrustedReferenceError: Log-probs, or the loss and its initial value, differ by more than
+            rounding can explain.
+        DamagedFingerprintError: The stored fingerprint was altered.
     """
     soft: dict[str, str] = {}
     if isinstance(reference, CachedReference | CachedSums):
@@ -283,21 +286,21 @@ def check_start(
     precision, sample, gap = precision_of(config), sample_groups(store), None
     bound = _bound(policy, precision, soft)
     if scorer := _equal_in_memory(config, policy, is_first=objective is not None):
-        inspect = _InitialValue(config, objective, bound) if objective else None
+        inspect = _InitialLossCheck(config, objective, bound) if objective else None
         gap = _gap(policy, sample, layout, precision, reference, bound, scorer, inspect)
     if isinstance(reference, CachedReference | CachedSums):
-        return _sentence(reference.folder, soft, gap, sample)
+        return _conditions_note(reference.folder, soft, gap, sample)
     return None
 
 
 def _bound(model: nn.Module, precision: Precision, soft: Collection[str]) -> Tolerance:
-    """Return what rounding explains; products of 8 and 4 bits round as coarsely as bf16."""
+    """Return the tolerance; products of 8-bit and 4-bit weights round as coarsely as bf16."""
     is_quantized = getattr(transformer(model), "is_quantized", False)
     return tolerance("bf16" if is_quantized else precision, soft)
 
 
 def _equal_in_memory(config: TrainConfig, policy: nn.Module, *, is_first: bool) -> Scorer | None:
-    """Return what scores as the reference does without being it, if anything does."""
+    """Return a scorer in memory that must equal the reference, or None."""
     if not starts_at_reference(config):
         return None
     if is_first:
@@ -317,24 +320,26 @@ def _gap(
     inspect: Inspector | None = None,
 ) -> float:
     device = transformer(model).device
-    with undisturbed(model), autocast(precision, device):
-        return recheck(sample, layout, device, scorer, stored, bound, inspect)
+    with side_effect_free(model), autocast(precision, device):
+        return compare_sample(sample, layout, device, scorer, stored, bound, inspect)
 
 
-def _sentence(folder: Path, soft: dict[str, str], gap: float | None, sample: Store) -> str | None:
-    """Say under which other conditions a cache was filled, and what came of scoring it again."""
+def _conditions_note(
+    folder: Path, soft: dict[str, str], gap: float | None, sample: Store
+) -> str | None:
+    """Describe the conditions under which a cache was filled, and the result of the check."""
     if not soft:
         return None
     checked = (
-        "the reference is not in memory, so nothing could be scored again to compare"
+        "the reference is not in memory, so no completions were scored again to compare"
         if gap is None
-        else f"{sample.completions} completions scored again are at most {gap:.2g} nats away"
+        else f"{sample.completions} completions scored again differ by at most {gap:.2g} nats"
     )
-    return f"{folder}: made under {', '.join(soft.values())}; {checked}"
+    return f"{folder}: filled under {', '.join(soft.values())}; {checked}"
 
 
-class _InitialValue:
-    """Compares a loss at policy = reference with the value that it is known to have there."""
+class _InitialLossCheck:
+    """Compares the loss at policy = reference with its known initial value."""
 
     def __init__(self, config: TrainConfig, objective: Objective, bound: Tolerance) -> None:
         known = PAIR_LOSSES[config.loss].initial_value
@@ -342,18 +347,21 @@ class _InitialValue:
         self.loss, self.objective, self.bound = config.loss, objective, bound
 
     def __call__(self, batch: Batch, now: Tensor, stored: Tensor) -> None:
-        """Refuse a loss beyond what the bound of the log-probs can move it by.
+        """Check the loss, within the change that the tolerance of the log-probs can cause.
 
         Args:
-            batch: pairs.
-            now: sums under the policy, float64 `[N]`.
-            stored: sums under the reference, float64 `[N]`.
+            batch: A batch of pairs.
+            now: Sums under the policy, float64 `[N]`.
+            stored: Sums under the reference, float64 `[N]`.
+
+        Raises:
+            UntrustedReferenceError: The loss differs by more.
         """
         if self.expected is None:
             return
         lengths = batch.targets.lengths
         shift = self.bound.of_sums(lengths) + RELATIVE * stored.abs()
-        shift[1::2] *= -1  # chosen up and rejected down, or the other way round
+        shift[1::2] *= -1  # chosen up and rejected down, which changes the loss the most
         level, up, down = (
             self.objective.losses(stored + by, stored, lengths)
             for by in (torch.zeros_like(shift), shift, -shift)
@@ -362,14 +370,14 @@ class _InitialValue:
         gap = (self.objective.losses(now, stored, lengths) - self.expected).abs()
         if not bool((gap <= most).all()):
             raise UntrustedReferenceError(
-                f"policy and reference are the same model, and the loss {self.loss} begins at "
-                f"{self.expected + float(gap.max()):.6g} in place of {self.expected:.6g} (at most "
-                f"{float(most.min()):.2g} is rounding)"
+                f"policy and reference are the same model, but the loss {self.loss} starts at "
+                f"{self.expected + float(gap.max()):.6g} instead of {self.expected:.6g} (rounding "
+                f"explains at most {float(most.min()):.2g})"
             )
 
 
 def starts_at_reference(config: TrainConfig) -> bool:
-    """Tell whether the policy equals the reference before its first update."""
+    """Return whether the policy equals the reference before its first update."""
     if not needs_reference(config):
         return False
     if config.reference is None:

@@ -1,4 +1,4 @@
-"""The reference in memory, scoring groups into a journal of the cache."""
+"""Score groups with the reference in memory, and append the log-probs to a cache journal."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,15 +28,11 @@ from logratio.training.reference import cache_folder, check_possible, open_folde
 from logratio.training.reference_checks import check_hits, conditions
 
 JOURNAL_BYTES = 2**30
-"""A journal of this size is full: it is sealed, and another one is begun."""
+"""Maximum size of a journal, after which it is sealed and a new one is started."""
 
 
 class Journals:
-    """Appends durable blocks; a full journal becomes a sealed shard.
-
-    Attributes:
-        nbytes: written so far, in all journals.
-    """
+    """Appends durable blocks; a full journal becomes a sealed shard."""
 
     def __init__(self, begin: Callable[[], CacheWriter], most: int = JOURNAL_BYTES) -> None:
         self._begin, self._most = begin, most
@@ -45,14 +41,14 @@ class Journals:
 
     @property
     def nbytes(self) -> int:
-        """Bytes written so far, in all journals."""
+        """Bytes written so far to all journals."""
         return self._sealed_bytes + self._writer.file_bytes
 
     def append(self, write: Callable[[CacheWriter], None]) -> None:
-        """Let `write` append a block, which is durable when this returns or raises nothing.
+        """Append a block by calling `write` with the writer; it is durable on return.
 
         Raises:
-            OSError: the disk is full; what was acknowledged is in the cache.
+            OSError: The disk is full; earlier blocks are in the cache.
         """
         write(self._writer)
         if self._writer.file_bytes >= self._most:
@@ -61,55 +57,57 @@ class Journals:
             self._writer = self._begin()
 
     def seal(self) -> None:
-        """Make the last journal a sealed shard; nothing can be appended after."""
+        """Turn the last journal into a sealed shard; nothing can be appended afterwards."""
         self._writer.seal()
 
     def close(self) -> None:
-        """Let go of the last journal, sealed or not."""
+        """Close the last journal, sealed or not."""
         self._writer.close()
 
 
 BLOCK_TOKENS = 2**16
-"""Log-probs made durable together: 256 kB, at most a few seconds of work to lose."""
+"""Log-probs per durable block: 256 kB, so a crash loses at most a few seconds of work."""
 KEY_BYTES = 32
 
 
 class Entries(Protocol):
-    """One kind of cache."""
+    """A kind of cache entries: log-probs of tokens, or sums of completions."""
 
     def folder(self, root: str | Path, fingerprint: Fingerprint) -> Path:
-        """Return where this kind of entries of one reference lies below a cache's root."""
+        """Return the folder of these entries of a reference in the cache at `root`."""
         ...
 
     def keys(self, store: Store) -> np.ndarray:
-        """Return what names each completion, uint8 `[N, 32]`."""
+        """Return the key of each completion, uint8 `[N, 32]`."""
         ...
 
     def nbytes(self, completions: int, tokens: int) -> int:
-        """Count the bytes that they take on the disk."""
+        """Return the size of entries on disk, in bytes."""
         ...
 
     def reader(self, folder: Path, fingerprint: Fingerprint, *, pread: bool = False) -> CacheReader:
-        """Open a folder of such entries."""
+        """Open a folder of these entries for reading."""
         ...
 
     def writer(self, folder: Path, fingerprint: Fingerprint) -> CacheWriter:
-        """Open a journal of such entries."""
+        """Create a journal of these entries."""
         ...
 
-    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list["Taken"]) -> None:
+    def append(
+        self, writer: CacheWriter, keys: np.ndarray, taken: list["ScoredCompletions"]
+    ) -> None:
         """Write a durable block."""
         ...
 
 
-class Taken:
-    """The completions that are wanted of one batch, copied out of it.
+class ScoredCompletions:
+    """A copy of the wanted completions of one batch.
 
     Attributes:
-        rows: int64 `[n]`, in the store.
-        lengths: int64 `[n]`, tokens of each.
-        logps: float32, flat.
-        counted: bool, flat: tokens that count.
+        rows: Rows in the store, int64 `[n]`.
+        lengths: Number of tokens of each completion, int64 `[n]`.
+        logps: Concatenated log-probs, float32 `[sum(lengths)]`.
+        counted: Whether each token counts, bool `[sum(lengths)]`.
     """
 
     def __init__(self, arrays: Layout, logps: np.ndarray, wanted: np.ndarray) -> None:
@@ -120,18 +118,18 @@ class Taken:
 
 
 class TokenEntries:
-    """The log-prob of every token, float32: every loss can read them."""
+    """Entries with the log-prob of every token, float32."""
 
     def folder(self, root: str | Path, fingerprint: Fingerprint) -> Path:
         """Return `<root>/<fingerprint>`."""
         return cache_folder(root, fingerprint)
 
     def keys(self, store: Store) -> np.ndarray:
-        """Return hashes of the ids and of where scoring starts."""
+        """Return hashes of the token ids and the start of scoring."""
         return store.keys()
 
     def nbytes(self, completions: int, tokens: int) -> int:
-        """Count 4 bytes a token, the key and the length."""
+        """Return 4 bytes per token, plus key and length of each completion."""
         return 4 * tokens + (KEY_BYTES + 4) * completions
 
     def reader(self, folder: Path, fingerprint: Fingerprint, *, pread: bool = False) -> CacheReader:
@@ -142,7 +140,7 @@ class TokenEntries:
         """Open a journal of such entries."""
         return CacheWriter(folder, fingerprint.digest)
 
-    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[Taken]) -> None:
+    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[ScoredCompletions]) -> None:
         """Write a durable block."""
         lengths = np.concatenate([part.lengths for part in taken])
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -150,18 +148,18 @@ class TokenEntries:
 
 
 class SumEntries:
-    """One float64 sum over the tokens that count: 44 bytes a completion, for billions of them."""
+    """Entries with one float64 sum over the counted tokens: 44 bytes per completion."""
 
     def folder(self, root: str | Path, fingerprint: Fingerprint) -> Path:
         """Return `<root>/<fingerprint>.sums`."""
         return sums_folder(root, fingerprint)
 
     def keys(self, store: Store) -> np.ndarray:
-        """Return hashes of the ids, of where scoring starts and of which tokens count."""
+        """Return hashes of the token ids, the start of scoring and the mask of counted tokens."""
         return store.sum_keys()
 
     def nbytes(self, completions: int, tokens: int) -> int:
-        """Count a key, a count and a sum for each."""
+        """Return the size of a key, a count and a sum for each completion."""
         return (KEY_BYTES + 4 + 8) * completions
 
     def reader(self, folder: Path, fingerprint: Fingerprint, *, pread: bool = False) -> CacheReader:
@@ -172,36 +170,36 @@ class SumEntries:
         """Open a journal of such entries."""
         return CacheWriter(folder, fingerprint.digest, sums=True)
 
-    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[Taken]) -> None:
+    def append(self, writer: CacheWriter, keys: np.ndarray, taken: list[ScoredCompletions]) -> None:
         """Write a durable block."""
         counts, sums = zip(*(counted_sums(part) for part in taken), strict=True)
         writer.append_sums(keys, np.concatenate(counts), np.concatenate(sums))
 
 
-def counted_sums(taken: Taken) -> tuple[np.ndarray, np.ndarray]:
-    """Add up the tokens that count: their numbers uint32 `[n]`, and sums float64 `[n]`."""
+def counted_sums(taken: ScoredCompletions) -> tuple[np.ndarray, np.ndarray]:
+    """Return the counts (uint32 `[n]`) and sums (float64 `[n]`) of counted tokens."""
     owners = np.repeat(np.arange(len(taken.rows)), taken.lengths)[taken.counted]
     size = len(taken.rows)
     counts = np.bincount(owners, minlength=size).astype(np.uint32)
-    # The weights are float64 before the first addition.
+    # bincount converts its weights to float64 before adding.
     return counts, np.bincount(owners, taken.logps[taken.counted], size)
 
 
 def entries_of(sums_only: bool) -> Entries:
-    """Return the kind that the flag asks for."""
+    """Return the kind of entries for the setting `sums_only`."""
     return SumEntries() if sums_only else TokenEntries()
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be scored, and where it goes.
+    """The completions to score, and the cache folder for their log-probs.
 
     Attributes:
-        store: the groups.
-        keys: uint8 `[N, 32]`, of all completions of the store.
-        rows: int64, completions that are wanted.
-        folder: of the cache, of this reference and kind of entries.
-        fingerprint: of the reference.
+        store: The tokenized groups.
+        keys: Keys of all completions in the store, uint8 `[N, 32]`.
+        rows: Rows of the completions to score, int64.
+        folder: Cache folder of the reference and kind of entries.
+        fingerprint: Fingerprint of the reference.
     """
 
     store: Store
@@ -219,12 +217,12 @@ class Work:
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """The groups that hold a wanted completion, int64, in order."""
+        """The groups with a completion to score, int64, ascending."""
         return np.unique(owners(self.store, self.rows))
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of the wanted completions."""
+        """Number of tokens of the completions to score."""
         return int(self.store.completion_lengths()[self.rows].sum())
 
 
@@ -234,19 +232,19 @@ def owners(store: Store, rows: np.ndarray) -> np.ndarray:
 
 
 class Block:
-    """Completions scored but not yet durable.
+    """Collects scored completions into blocks and writes each block durably.
 
     Attributes:
-        completions, tokens: taken so far, durable or not.
+        completions, tokens: Totals added so far, durable or not.
     """
 
     def __init__(self, entries: Entries, journals: Journals, keys: np.ndarray) -> None:
         self._entries, self._journals, self._keys = entries, journals, keys
-        self._taken: list[Taken] = []
+        self._taken: list[ScoredCompletions] = []
         self._pending = self.completions = self.tokens = 0
 
-    def add(self, taken: Taken) -> int:
-        """Take the completions of a batch; return how many tokens they have."""
+    def add(self, taken: ScoredCompletions) -> int:
+        """Add the completions of a batch; return their number of tokens."""
         self._taken.append(taken)
         self.completions += len(taken.rows)
         self.tokens += len(taken.logps)
@@ -256,7 +254,7 @@ class Block:
         return len(taken.logps)
 
     def flush(self) -> None:
-        """Make everything taken so far durable."""
+        """Write all pending completions durably."""
         rows = np.concatenate([part.rows for part in self._taken] or [np.empty(0, np.int64)])
         if len(rows):
             self._journals.append(partial(self._append, keys=self._keys[rows]))
@@ -267,7 +265,7 @@ class Block:
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Store the readable fingerprint, whole or not at all."""
+    """Write the fingerprint as JSON, atomically, unless the folder already has one."""
     path = folder / FINGERPRINT_FILE
     if not path.exists():
         write_whole(path, json.dumps(fingerprint.to_dict(), indent=1))
@@ -282,10 +280,10 @@ def missing_rows(
     *,
     pread: bool = False,
 ) -> np.ndarray:
-    """Return those of `rows`, int64, whose keys the cache in `folder` lacks.
+    """Return the subset of `rows`, int64, whose keys are not in the cache in `folder`.
 
     Raises:
-        CorruptCacheError: a journal was altered.
+        CorruptCacheError: A journal was altered.
     """
     if not folder.is_dir():
         return rows
@@ -293,11 +291,11 @@ def missing_rows(
 
 
 def first_rows(keys: np.ndarray) -> np.ndarray:
-    """Return the first row of each different key, uint8 `[N, 32]`, in order: int64."""
+    """Return the first row of each distinct key of `keys`, uint8 `[N, 32]`: int64, ascending."""
     heads = np.ascontiguousarray(keys[:, :8]).view(np.uint64)[:, 0]
     order = np.argsort(heads, kind="stable")
     same = heads[order][1:] == heads[order][:-1]
-    # Keys whose first 64 bits differ are different; only the few others are compared whole.
+    # Comparing the first 64 bits is fast; only keys that agree in them are compared in full.
     alike = np.zeros(len(keys), dtype=bool)
     alike[order[1:][same]] = alike[order[:-1][same]] = True
     _, index = np.unique(keys[alike], axis=0, return_index=True)
@@ -307,12 +305,14 @@ def first_rows(keys: np.ndarray) -> np.ndarray:
 
 
 class ReferenceScorer:
-    """A model and a journal. What is scored is durable after `flush`, or block by block.
+    """Scores groups with a model, and writes the log-probs to a journal.
+
+    Log-probs are written durably in blocks; `flush` writes the last, incomplete block.
 
     Attributes:
-        block: what was scored, and what of it is not durable yet.
-        layout: "tree", "shared" or "padded", as is asked for and the leak check allows.
-        budget: tokens computed at a time; it learns from batches that do not fit.
+        block: The block that is being filled.
+        layout: Batch layout, "tree", "shared" or "padded": the best that the model supports.
+        budget: Number of tokens computed at a time, adapted to the memory.
     """
 
     def __init__(
@@ -320,19 +320,24 @@ class ReferenceScorer:
         config: PrecomputeConfig,
         work: Work,
         device: torch.device,
-        tell: Callable[[str], None] = say,
+        report: Callable[[str], None] = say,
     ) -> None:
-        """Load the model that `config` names onto `device`, and open a journal.
+        """Load the model `config.model` onto `device`, and create a journal.
 
-        `tell` gets a sentence where something is other than one would think.
+        Args:
+            config: Settings of the pass.
+            work: The completions to score.
+            device: Device of the model.
+            report: Receives notes for the user.
 
         Raises:
-            UnsupportedModelError: the model's log-probs cannot be computed rightly.
-            UntrustedReferenceError: what the cache holds already is not what the model says.
+            UnsupportedModelError: The model's log-probs cannot be computed correctly.
+            UntrustedReferenceError: Existing entries of the cache differ from the model's
+                log-probs.
         """
         entries = entries_of(config.sums_only)
         self.store, self.wanted, self.device = work.store, work.wanted, device
-        self._precision, self._tell = precision_of(config), tell
+        self._precision, self._report = precision_of(config), report
         self._pread = config.read_mode == "pread"
         self.model = load_model(
             config.model,
@@ -344,8 +349,8 @@ class ReferenceScorer:
         with autocast(self._precision, device):
             wanted = config.share_beginnings
             self.layout, reason = choose_layout(self.model, share_beginnings=wanted)
-        if told := layout_note(self.layout, reason, share_beginnings=wanted):
-            tell(told)
+        if note := layout_note(self.layout, reason, share_beginnings=wanted):
+            report(note)
         self.budget = token_budget(config.token_budget, config.model, device)
         self._buffers = buffers_for(device)
         self._check_hits(work, config.sums_only)
@@ -355,35 +360,35 @@ class ReferenceScorer:
 
     def _check_hits(self, work: Work, sums: bool) -> None:
         reader = entries_of(sums).reader(work.folder, work.fingerprint, pread=self._pread)
-        told = check_hits(
+        note = check_hits(
             self.model, self.store, reader, work.folder, self.layout, self._precision, sums=sums
         )
-        if told:
-            self._tell(told)
+        if note:
+            self._report(note)
 
     def score(self, groups: np.ndarray) -> Iterator[int]:
-        """Score `groups`, int64, the longest first; yield after each batch how many tokens it had.
+        """Score `groups`, int64, longest first; yield the number of tokens after each batch.
 
-        A batch that does not fit in memory is halved and scored again: nothing is lost.
+        If a batch does not fit in memory, the token budget is halved and the batch scored again.
 
         Raises:
-            MemoryShortageError: one group alone does not fit; what was scored before is durable.
+            MemoryShortageError: A single group does not fit; earlier scores are durable.
         """
         queue = GroupQueue(self.store, groups, self.layout)
         while len(queue):
-            yield from self._until_it_does_not_fit(queue)
+            yield from self._score_until_out_of_memory(queue)
 
     def flush(self) -> None:
-        """Make everything scored so far durable."""
+        """Write all pending log-probs durably."""
         self.block.flush()
 
     def seal(self) -> None:
-        """Make the journal a sealed shard, which opens faster; nothing can be scored after."""
+        """Turn the journal into a sealed shard, which opens faster; scoring ends here."""
         self.flush()
         self._journals.seal()
 
     def close(self) -> None:
-        """Let go of the journal, sealed or not."""
+        """Close the journal, sealed or not."""
         self._journals.close()
 
     @property
@@ -391,7 +396,7 @@ class ReferenceScorer:
         """Bytes written so far."""
         return self._journals.nbytes
 
-    def _until_it_does_not_fit(self, queue: GroupQueue) -> Iterator[int]:
+    def _score_until_out_of_memory(self, queue: GroupQueue) -> Iterator[int]:
         done = queue.position
         with closing(prefetch(self._batches(queue))) as batches:
             for arrays in batches:
@@ -399,18 +404,18 @@ class ReferenceScorer:
                 if logps is None:
                     break
                 done += len(arrays.groups)
-                yield self.block.add(Taken(arrays, logps, self.wanted))
-        queue.position = done  # what was laid out ahead is laid out again
+                yield self.block.add(ScoredCompletions(arrays, logps, self.wanted))
+        queue.position = done  # prefetched batches that were not scored return to the queue
 
     def _batches(self, queue: GroupQueue) -> Iterator[Layout]:
-        """Yield the groups to score, laid out."""
+        """Yield batches of the queue's groups."""
         shape = shape_for(self.layout, self.device)
         while len(queue):
             groups = queue.take(self.budget.tokens)
             yield lay_out(self.store, groups, self.layout, arena=self._buffers, **shape)
 
     def _try(self, arrays: Layout) -> np.ndarray | None:
-        """Return the log-probs of a batch, or None where it does not fit in memory."""
+        """Return the log-probs of a batch, or None if it does not fit in memory."""
         try:
             logps = self._logps(arrays)
         except (RuntimeError, MemoryError) as error:
@@ -419,15 +424,15 @@ class ReferenceScorer:
         else:
             self.budget.fitted(arrays.input_ids.size)
             return logps
-        self._shrink(arrays)  # out here, where the error holds no tensors any more
+        self._shrink(arrays)  # outside of the handler, whose error keeps tensors alive
         return None
 
     @torch.no_grad()
     def _logps(self, arrays: Layout) -> np.ndarray:
-        """Return float32 `[S]`, the log-probs of a batch's completions.
+        """Return the log-probs of a batch's completions, float32 `[S]`.
 
         Raises:
-            ImpossibleLogpError: one is not finite or above 0; names the record.
+            ImpossibleLogpError: One is not finite or above 0; the message names the record.
         """
         with autocast(self._precision, self.device):
             logps: np.ndarray = (
@@ -444,12 +449,12 @@ class ReferenceScorer:
             self.flush()
             (place,) = source_names(self.store, arrays.groups.tolist())
             raise MemoryShortageError(
-                f"out of memory on {self.device} with one group alone ({place}, {tokens:,} tokens):"
-                " lower max_length, or use --precision bf16 or a larger device; what was scored "
-                "is in the cache"
+                f"out of memory on {self.device} with a single group ({place}, {tokens:,} tokens): "
+                "lower max_length, or use --precision bf16 or a larger device; completed scores "
+                "are in the cache"
             )
         self.budget.exceeded(tokens)
-        self._tell(
-            f"out of memory at {tokens:,} tokens at a time: going on with {self.budget.tokens:,}, "
-            "nothing is lost"
+        self._report(
+            f"out of memory at {tokens:,} tokens at a time: retrying with {self.budget.tokens:,}; "
+            "no scores are lost"
         )

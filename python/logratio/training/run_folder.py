@@ -1,11 +1,11 @@
-"""The folder of a run: who may write to it, what has finished in it, what that was trained with.
+"""The output folder of a run: locking, the finished run in it, its settings and its date.
 
-A folder with `training.json` and without checkpoints holds a finished run. One with checkpoints
-holds a run that did not end, whatever model of an earlier run is still there.
+A folder with `training.json` and without checkpoints contains a finished run. A folder with
+checkpoints contains an unfinished run, even if the model of an earlier run is still in it.
 
-A chat template with a clock writes today's date into every prompt, so that all ids differ tomorrow:
-a cache would miss, and a run could not be resumed. So a command continues under the date that was
-recorded when the work began (`TokenizationRules.date`).
+Some chat templates write the current date into every prompt, so token ids would differ on the next
+day: every cache lookup would miss, and no run could be resumed. Commands therefore continue with
+the date that was recorded when the work started (`TokenizationRules.date`).
 """
 
 import json
@@ -48,16 +48,21 @@ _COMPARED = (
 
 
 class RunExistsError(LogratioError, FileExistsError):
-    """The output folder holds a run that would be lost, or is another process's."""
+    """The output folder contains a run that would be lost, or another process is using it."""
 
 
 def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
-    """Return what must be equal for two runs to be the same run; of the data where `store` is it.
+    """Return the settings that must be equal for two runs to count as the same run.
 
-    The values are as JSON gives them back: lists, no tuples.
+    Args:
+        config: Settings of the run.
+        store: Data of the run, whose digest is included; None: without the data.
+
+    Returns:
+        Values after a round trip through JSON, that is, with lists instead of tuples.
     """
     fields = {name: getattr(config, name) for name in _COMPARED}
-    # As runs recorded it when there were two choices.
+    # Earlier versions recorded a bool, before "auto" existed.
     compiled = config.compile_layers
     fields["compile_layers"] = compiled if compiled == "auto" else compiled == "on"
     models = {
@@ -80,7 +85,7 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
 
 
 def settings_of(folder: PathLike) -> dict[str, Any] | None:
-    """Read the settings of the run that made a model; None where no run made it.
+    """Read the training settings of the model in `folder`; None if it has no `training.json`.
 
     Raises:
         ConfigError: `training.json` is damaged.
@@ -93,63 +98,73 @@ def settings_of(folder: PathLike) -> dict[str, Any] | None:
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}): delete it or restore it") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} is no JSON object: delete it or restore it")
+        raise ConfigError(f"{path} is not a JSON object: delete it or restore it")
     return found
 
 
 def finished_run(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the settings of the finished run in the output folder, or None where there is none.
+    """Return the settings of the finished run in the output folder; None if there is none.
 
     Raises:
-        RunExistsError: it holds a run that did not end, and it is not said what becomes of it.
-        ConfigError: it is the model's own folder, or holds a model that no run made.
+        RunExistsError: The folder contains an unfinished run, and neither `resume` nor `overwrite`
+            is set.
+        ConfigError: The folder is that of the input model, or contains a model from elsewhere.
     """
     output = Path(config.output)
     for folder in (config.model, config.reference or config.model):
         if output.resolve() == Path(folder).resolve():
-            raise ConfigError(f"output {output} is the model's own folder; name another")
+            raise ConfigError(f"output {output} is the folder of an input model; choose another")
     settings, left = settings_of(output), checkpoint.newest(output / CHECKPOINTS)
     is_ours = settings is not None or left or (output / SAVING).exists()
     if not is_ours and any(output.glob("*.safetensors")):
-        raise ConfigError(f"output {output} holds a model that was not made here; name another")
+        raise ConfigError(
+            f"output {output} contains a model that logratio did not train; choose another"
+        )
     if config.overwrite:
         return None
     if left:
         if config.resume:
             return None
         raise RunExistsError(
-            f"{left.parent} holds {left.name} of a run that did not end: continue it with "
-            "--resume, replace it with --overwrite, or name another --output"
+            f"{left.parent} contains {left.name} of an unfinished run: continue it with "
+            "--resume, replace it with --overwrite, or choose another --output"
         )
     return settings
 
 
-def refuse_another(config: TrainConfig, finished: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to replace a finished run by one that differs from it in some of `now`.
+def refuse_different_run(
+    config: TrainConfig, finished: dict[str, Any], now: dict[str, Any]
+) -> None:
+    """Refuse to replace a finished run by a different one.
+
+    Args:
+        config: Settings of the new run.
+        finished: Settings of the finished run.
+        now: Identity of the new run, as far as it is known.
 
     Raises:
-        RunExistsError: names the settings that differ.
+        RunExistsError: The identities differ; the message names the settings.
     """
     before = finished.get("identity")
     if before is None:
-        why = "made by a version of logratio that did not record what to compare it by"
+        why = "from a version of logratio that did not record its identity"
     else:
         names = [name for name, value in now.items() if before.get(name) != value]
         why = f"which differs in {', '.join(names)}" if names else ""
     if why:
         raise RunExistsError(
-            f"{config.output} holds a finished run, {why}: name another --output, or replace it "
-            "with --overwrite"
+            f"{config.output} contains a finished run, {why}: choose another --output, or replace "
+            "it with --overwrite"
         )
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[Path]:
-    """Make the output folder and keep other processes out of it until the block ends.
+def locked_output(output: Path) -> Iterator[Path]:
+    """Create the output folder and lock it against other processes inside the block.
 
     Raises:
-        OutputError: it cannot be made.
-        RunExistsError: another process trains into it.
+        OutputError: The folder cannot be created.
+        RunExistsError: Another process is training into it.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -160,27 +175,27 @@ def claimed(output: Path) -> Iterator[Path]:
             yield output
     except BlockingIOError as error:
         raise RunExistsError(
-            f"{output}: another process is training into this folder; name another --output"
+            f"{output}: another process is training into this folder; choose another --output"
         ) from error
 
 
 def save_run(
     policy: nn.Module, config: TrainConfig, dataset: Dataset, ran: dict[str, Any], steps: int
 ) -> None:
-    """Write the model (or adapter), its tokenizer and the settings to the output folder.
+    """Write the model or adapter, its tokenizer and the settings to the output folder.
 
-    Everything is written beside the final files first and then renamed, so that a full disk
-    leaves the model of an earlier run as it was, and no half one.
+    All files are written to a temporary folder and then renamed, so that on a full disk the model
+    of an earlier run stays complete.
 
     Args:
-        policy: the trained model.
-        config: its settings.
-        dataset: what it was trained on.
-        ran: the run's identity.
-        steps: updates done.
+        policy: The trained model.
+        config: Settings of the run.
+        dataset: Data of the run.
+        ran: Identity of the run.
+        steps: Number of updates done.
 
     Raises:
-        OSError: nothing was changed.
+        OSError: The files could not be written; nothing was changed.
     """
     output = Path(config.output)
     partial = output / SAVING
@@ -210,9 +225,10 @@ def save_run(
 
 
 def _publish(partial: Path, output: Path) -> None:
-    """Move the files into `output`, where no weights of an earlier run stay behind."""
+    """Move the files to `output`, and delete weights of an earlier run."""
     names = sorted(path.name for path in partial.iterdir())
-    # The settings go first and come last: they never describe another run's weights.
+    # The old settings are deleted first and the new ones moved last, so that the settings never
+    # describe the weights of a different run.
     (output / SETTINGS_FILE).unlink(missing_ok=True)
     for name in sorted(names, key=SETTINGS_FILE.__eq__):
         (partial / name).replace(output / name)
@@ -224,7 +240,7 @@ def _publish(partial: Path, output: Path) -> None:
 
 
 def history_of(output: Path, steps: int) -> list[dict[str, float]]:
-    """Read the metrics of a finished run's updates; none where they are not all there."""
+    """Read the metrics of a finished run; empty if those of some updates are missing."""
     try:
         lines = (output / METRICS_FILE).read_text().splitlines()
         rows = [json.loads(line) for line in lines]
@@ -235,31 +251,31 @@ def history_of(output: Path, steps: int) -> list[dict[str, float]]:
 
 
 def reward_beta(policy: PathLike, given: float | None) -> float:
-    """Return β of a policy's reward: the given one, or that of the run that trained it.
+    """Return β of a policy's reward: `given`, or β of the run that trained the policy.
 
-    Says so where the given one differs from the run's.
+    Prints a note if the two differ.
 
     Args:
-        policy: folder of the trained model or adapter.
-        given: what the user asks for, if anything.
+        policy: Folder of the trained model or adapter.
+        given: β from the user, or None.
 
     Raises:
-        ConfigError: none is given, and the folder names none.
+        ConfigError: No β is given or recorded in the folder.
     """
     path, settings = Path(policy) / SETTINGS_FILE, settings_of(policy)
     trained = _trained_beta(settings) if settings else None
     if given is not None:
         if trained is not None and given != trained:
-            say(f"beta is {given} as given; the policy was trained with {trained} ({path})")
+            say(f"using beta {given}; the policy was trained with {trained} ({path})")
         return given
     if trained is None:
-        why = f"{path} names no β against a reference" if settings else f"there is no {path}"
-        raise ConfigError(f"give --beta, that of the policy's training: {why}")
+        why = f"{path} records none for a reference" if settings else f"{path} does not exist"
+        raise ConfigError(f"give --beta, the β that the policy was trained with: {why}")
     return trained
 
 
 def _trained_beta(settings: dict[str, Any]) -> float | None:
-    """Return a run's β where it weighs the distance to a reference."""
+    """Return a run's β if its loss has a reference, else None."""
     loss = PAIR_LOSSES.get(settings.get("loss", ""))
     beta = settings.get("beta")
     weighs = loss is not None and loss.needs_reference
@@ -270,7 +286,7 @@ _FIELD = "date"
 
 
 def date_of_run(config: TrainConfig) -> str | None:
-    """Return the date of the run in the output folder that this one goes on with or repeats."""
+    """Return the date of the run in the output folder that this run resumes or repeats."""
     if config.overwrite:
         return None
     newest = checkpoint.newest(Path(config.output) / CHECKPOINTS)
@@ -278,50 +294,50 @@ def date_of_run(config: TrainConfig) -> str | None:
         return date_of_policy(config.output)
     try:
         state = json.loads((newest / "state.json").read_text("utf-8"))
-        return _text(state["identity"])
+        return _date_field(state["identity"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a damaged checkpoint, which whoever loads it names
+        return None  # a damaged checkpoint is reported when it is loaded
 
 
 def date_of_policy(folder: PathLike) -> str | None:
-    """Return the date of the run that trained a model."""
+    """Return the date in the prompts of the run that trained a model, or None."""
     rules = (settings_of(folder) or {}).get("rules")
-    return _text(rules) if isinstance(rules, Mapping) else None
+    return _date_field(rules) if isinstance(rules, Mapping) else None
 
 
 def date_of_store(store: Store) -> str | None:
-    """Return the date in the prompts of a store."""
+    """Return the date in the prompts of a store, or None."""
     rules = json.loads(store.metadata or "{}").get("rules")
-    return _text(rules) if isinstance(rules, Mapping) else None
+    return _date_field(rules) if isinstance(rules, Mapping) else None
 
 
 def date_of_cache(folder: Path) -> str | None:
-    """Return the date under which a cache's folder was filled; the latest of several."""
+    """Return the latest date with which a cache folder was filled, or None."""
     return max(dates_of_cache(folder), default=None)
 
 
 def dates_of_cache(folder: Path) -> list[str]:
-    """Return every date under which a cache's folder was filled."""
-    return sorted({date for fields in read_conditions(folder) if (date := _text(fields))})
+    """Return all dates with which a cache folder was filled, ascending."""
+    return sorted({date for fields in read_conditions(folder) if (date := _date_field(fields))})
 
 
 def record_date(folder: Path, date: str | None) -> None:
-    """Record the date under which a cache's folder is being filled, if the prompts hold one."""
+    """Record the date with which a cache folder is filled, if the prompts contain one."""
     if date:
         record_conditions(folder, {_FIELD: date})
 
 
 def date_miss(folder: Path, date: str | None) -> str:
-    """Name the dates where a cache lacks completions and was filled under another; else ""."""
+    """Describe the dates of a cache if they may explain missing completions; else return ""."""
     others = [other for other in dates_of_cache(folder) if other != date]
     if not date or not others:
         return ""
     return (
-        f". The chat template writes the date into its prompts, here {date}, and the cache was "
-        f"filled under {', '.join(others)}: give --date {others[-1]} to read it"
+        f". The chat template writes the date into prompts, here {date}, and the cache was filled "
+        f"with {', '.join(others)}: give --date {others[-1]} to read it"
     )
 
 
-def _text(fields: Mapping[str, Any]) -> str | None:
+def _date_field(fields: Mapping[str, Any]) -> str | None:
     found = fields.get(_FIELD)
     return found if isinstance(found, str) else None

@@ -1,4 +1,4 @@
-"""Settings of torch that belong to the whole process, and what our passes need of them."""
+"""Process-wide settings of torch: allocator, float32 precision, determinism, threads."""
 
 import os
 import time
@@ -12,21 +12,21 @@ from torch.nn.functional import silu
 from logratio.progress import say
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""What users set; torch reads the second only where the first is missing."""
+"""Allocator settings of the user; torch reads the second only if the first is not set."""
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 ROUNDED = ("tf32", "bf16")
-"""What torch may round the inputs of a float32 product to."""
+"""Precisions to which torch may round the inputs of float32 products."""
 
 
 def ask_for_expandable_segments(device: str | None) -> None:
-    """Let CUDA's allocator grow its blocks, before its first allocation.
+    """Enable expandable segments in CUDA's allocator, before its first allocation.
 
-    Micro-batches of many lengths split fixed blocks until none is large enough. The setting stays
-    in the environment of the process. One that the user made is left alone, and so is a process
-    that has started CUDA already, where it would do nothing.
+    Micro-batches of varying lengths fragment blocks of fixed size. The setting is written to the
+    environment of the process. It is not changed if the user has set it, or if CUDA is already
+    initialized, when it would have no effect.
 
     Args:
-        device: of the command; None: a GPU where there is one.
+        device: Device of the command; None: a GPU if available.
     """
     on_gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
     if on_gpu and not torch.cuda.is_initialized() and not any(map(os.environ.get, ALLOCATOR)):
@@ -35,11 +35,11 @@ def ask_for_expandable_segments(device: str | None) -> None:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply float32 numbers as float32 inside the block, whatever the process had asked for.
+    """Compute float32 products in full precision inside the block.
 
-    TF32 and bfloat16 products round float32 inputs to 10 and 7 bits: log-probs that say float32
-    would not be, and transformers makes the angles of rotary positions by such a product, so that
-    positions above 2,048 would move under every precision. Says so where it changes something.
+    TF32 and bfloat16 products round float32 inputs to 10 and 7 bits. Float32 log-probs would be
+    inexact, and so would rotary embeddings beyond position 2,048 under every precision, because
+    transformers computes their angles by a float32 product. Prints a note if a setting changes.
     """
     backends: Any = torch.backends
     matmuls = backends.cuda.matmul, backends.mkldnn.matmul
@@ -48,8 +48,8 @@ def exact_products() -> Iterator[None]:
         yield
         return
     say(
-        f"this process rounds float32 products to {next(b for b in before if b in ROUNDED)}: that "
-        "is off while logratio computes"
+        f"this process rounds float32 products to {next(b for b in before if b in ROUNDED)}: "
+        "disabled while logratio computes"
     )
     everything, legacy = backends.fp32_precision, _legacy_precision()
     try:
@@ -69,9 +69,9 @@ def exact_products() -> Iterator[None]:
 
 
 def _legacy_precision() -> str | None:
-    """Return what `torch.set_float32_matmul_precision` was given; None where newer switches hold.
+    """Return the setting of `torch.set_float32_matmul_precision`; None if newer settings apply.
 
-    torch refuses to answer where a process used both, and so would what it compiles.
+    torch raises an error if a process has used both, and so would compiled code.
     """
     try:
         return torch.get_float32_matmul_precision()
@@ -81,10 +81,10 @@ def _legacy_precision() -> str | None:
 
 @contextmanager
 def fixed_order(device: torch.device, *, wanted: bool) -> Iterator[None]:
-    """Use deterministic kernels inside the block where that is `wanted` and `device` is a GPU.
+    """Use deterministic kernels inside the block if `wanted` and `device` is a GPU.
 
-    The switch alone makes torch's attention kernels add up their gradients in a fixed order, and
-    flash-attn is handed it. Kernels of a CPU are deterministic in any case.
+    torch's attention kernels then accumulate gradients in a fixed order; the setting is also passed
+    to flash-attn. CPU kernels are always deterministic.
     """
     if not wanted or device.type != "cuda":
         yield
@@ -95,9 +95,9 @@ def fixed_order(device: torch.device, *, wanted: bool) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         os.environ.get(CUBLAS),
     )
-    os.environ.setdefault(CUBLAS, ":4096:8")  # torch demands it of whoever wants the same bits
+    os.environ.setdefault(CUBLAS, ":4096:8")  # required by torch for deterministic cuBLAS
     torch.use_deterministic_algorithms(True)
-    # Only code that reads memory before it writes it would gain by this.
+    # Filling new memory costs time, and only helps code that reads uninitialized memory.
     settings.fill_uninitialized_memory = False
     try:
         yield
@@ -109,11 +109,11 @@ def fixed_order(device: torch.device, *, wanted: bool) -> Iterator[None]:
 
 
 SLOWER = 1.5
-"""Advice is given when all threads take this many times as long as one."""
+"""Advice is given if all threads together take this many times as long as one."""
 
 
 def advice(device: torch.device) -> str | None:
-    """Measure small operations for a moment; say where torch's threads hurt, else None."""
+    """Return advice if several threads are slower than one for small operations, else None."""
     count = torch.get_num_threads()
     if device.type != "cpu" or count == 1:
         return None
@@ -124,13 +124,13 @@ def advice(device: torch.device) -> str | None:
     if together < SLOWER * alone:
         return None
     return (
-        f"torch's {count} threads take {together / alone:.1f} times as long as one here: the "
-        "machine is busy or has fewer cores than it says; set OMP_NUM_THREADS=1"
+        f"torch's {count} threads take {together / alone:.1f} times as long as one thread: the "
+        "machine is busy or has fewer cores than it reports; set OMP_NUM_THREADS=1"
     )
 
 
 def _seconds() -> float:
-    """Time a layer's worth of small operations: the median of twenty."""
+    """Return the median time of twenty small matrix products, in seconds."""
     left, right = torch.ones(512, 192), torch.ones(192, 512)
     times = []
     for _ in range(20):

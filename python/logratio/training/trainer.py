@@ -1,6 +1,6 @@
 """The trainer: from a configuration to a trained model on disk.
 
-One update is a fixed number of groups, whatever the micro-batches: see `DPOTrainer`.
+Each update covers a fixed number of groups, regardless of the micro-batch size: see `DPOTrainer`.
 """
 
 import math
@@ -27,10 +27,10 @@ from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import Batch, Part, buffers_for, shape_for, to_torch
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
 from logratio.logps.completion import completion_logps, completion_loss, transformer
-from logratio.logps.head_loss import unit
+from logratio.logps.head_loss import unit_gradient
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
-from logratio.training.activations import Kept, keeping, settle
+from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
@@ -54,7 +54,7 @@ from logratio.training.optimizers import (
     widen_gradients,
 )
 from logratio.training.policy import build_policy
-from logratio.training.precomputation import Precompute, refuse_several, share_of
+from logratio.training.precomputation import Precompute, refuse_multiple_processes, share_of
 from logratio.training.reference import (
     FrozenReference,
     Reference,
@@ -62,17 +62,17 @@ from logratio.training.reference import (
     cache_folder,
     cached_reference,
     holds_sums_only,
+    side_effect_free,
     sums_folder,
-    undisturbed,
 )
 from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import (
     CHECKPOINTS,
-    claimed,
     finished_run,
     history_of,
     identity,
-    refuse_another,
+    locked_output,
+    refuse_different_run,
     save_run,
 )
 from logratio.training.torch_settings import (
@@ -87,7 +87,7 @@ REFUSED_FILE = "refused.jsonl"
 
 
 class SaveError(LogratioError, OSError):
-    """A model or checkpoint could not be written; what was saved before is as it was."""
+    """A model or checkpoint could not be written; files saved earlier are unchanged."""
 
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
@@ -95,14 +95,15 @@ _SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """The result of a training run.
 
     Attributes:
-        output: folder of the trained model, which `from_pretrained` opens.
-        steps: updates done.
-        history: one row of metrics per update of this process; of all updates where the run had
-            finished before.
-        was_finished: an earlier run with the same settings had made it, and nothing was done.
+        output: Folder of the trained model, readable with `from_pretrained`.
+        steps: Number of updates of the whole run.
+        history: One dict of metrics per update done by this process; metrics of all updates if
+            the run had already finished.
+        was_finished: True if an earlier run with the same settings had already produced the
+            model, so no training was done.
     """
 
     output: Path
@@ -118,7 +119,18 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
-    """Train a policy: `DPOTrainer(config=config).train()`, which says what can go wrong."""
+    """Train a policy: `DPOTrainer(config=config).train()`.
+
+    Args:
+        config: Settings of the run.
+        show_progress: Draw progress bars and print notes.
+
+    Returns:
+        The folder of the trained model and the metrics of every update.
+
+    Raises:
+        LogratioError: As raised by `DPOTrainer` and `DPOTrainer.train`.
+    """
     check_kind(config, TrainConfig)
     trainer = DPOTrainer(config=config, show_progress=show_progress)
     if show_progress:
@@ -127,7 +139,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
 
 
 class _Scored(NamedTuple):
-    """What metrics are made of, of some groups: losses `[B]`, the rest `[N]`, on their device."""
+    """Inputs of the metrics for some groups: losses `[B]`, the other fields `[N]`, on device."""
 
     losses: Tensor
     policy: Tensor
@@ -138,29 +150,30 @@ class _Scored(NamedTuple):
 class DPOTrainer:
     """Trains a policy on preferences, or on demonstrations with ``loss="sft"``.
 
-    Making a trainer checks the settings, tokenizes the data, and reserves the output folder: until
-    `train` has ended, no other process can train into it. Nothing long has started.
+    The constructor checks the settings, tokenizes the data and locks the output folder: until
+    `train` returns, no other process can train into it. It does not load the model.
 
     Args:
-        model: folder of the model to start from (safetensors, tokenizer.json).
-        data: preference data, as in `TrainConfig`.
-        config: all settings at once, instead of `model`, `data` and `settings`.
-        show_progress: draw bars, and print notes.
-        dry_run: create nothing; the trainer has a forecast and cannot train.
-        **settings: the other fields of `TrainConfig`, by their names here, in transformers or TRL.
+        model: Folder of the model to start from (safetensors, tokenizer.json).
+        data: Preference data, as in `TrainConfig`.
+        config: All settings at once, instead of `model`, `data` and `settings`.
+        show_progress: Draw progress bars and print notes.
+        dry_run: Create no files. The trainer then offers a forecast but cannot train.
+        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names.
 
     Attributes:
-        config: the settings; `rules` are those that the data was tokenized by.
-        dataset: the tokenized groups, what became of every row, and the tokenizer.
-        store: the tokenized groups.
-        device: where training takes place.
-        updates: how many the whole run has.
-        finished: what an earlier run with the same settings left, where there is one.
+        config: The settings; `rules` holds the rules that the data was tokenized with.
+        dataset: The tokenized groups, the outcome of every input row, and the tokenizer.
+        store: The tokenized groups.
+        device: The device to train on.
+        updates: Number of updates in the whole run.
+        finished: The result of an earlier run with the same settings, or None.
 
     Raises:
-        ConfigError, ModelFolderError, OutputError, BadDataError: before anything long.
-        RunExistsError: the output folder holds another run, and `overwrite` is not set.
-        StaleCacheError: the cache does not hold this reference's log-probs of this data.
+        ConfigError, ModelFolderError, OutputError, BadDataError: A setting, model folder, output
+            folder or data row is invalid.
+        RunExistsError: The output folder holds another run, and `overwrite` is not set.
+        StaleCacheError: The cache lacks this reference's log-probs of this data.
 
     Example:
         >>> trainer = DPOTrainer("sft-model", "pairs.jsonl", output="policy", beta=0.1)
@@ -187,7 +200,7 @@ class DPOTrainer:
         if config is not None and given:
             raise ConfigError(f"config holds all settings: leave {', '.join(given)} out")
         config = config or TrainConfig(**given)
-        refuse_several("train")
+        refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
         check_config(config)
         if config.rules.date is None:
@@ -198,15 +211,15 @@ class DPOTrainer:
         self.device = default_device(config.device)
         with ExitStack() as held:
             if not dry_run:
-                held.enter_context(claimed(Path(config.output)))
+                held.enter_context(locked_output(Path(config.output)))
             self._prepare(config)
             self._held = ExitStack() if self.finished else held.pop_all()
 
     def _prepare(self, config: TrainConfig) -> None:
-        """Read the data, and find what was made before: a finished run, a filled cache."""
+        """Read the data, and look for a finished run and a filled cache."""
         finished = finished_run(config)
         if finished:
-            refuse_another(config, finished, identity(config))
+            refuse_different_run(config, finished, identity(config))
         self.dataset = load_training_data(
             config,
             refused=None if self.dry_run or finished else Path(config.output) / REFUSED_FILE,
@@ -218,7 +231,7 @@ class DPOTrainer:
         self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
         self.finished: TrainResult | None = None
         if finished:
-            refuse_another(config, finished, identity(config, self.store))
+            refuse_different_run(config, finished, identity(config, self.store))
             steps, output = int(finished["steps"]), Path(config.output)
             self.finished = TrainResult(output, steps, history_of(output, steps), was_finished=True)
         reads_cache = not (config.precompute or finished)
@@ -235,7 +248,7 @@ class DPOTrainer:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """What the run will need, with the pass that fills the cache if one is asked for."""
+        """Memory, disk space and time of the run, including the precompute pass if requested."""
         run = training_forecast(self.config, self.store)
         if self._pass is None:
             return run
@@ -250,7 +263,7 @@ class DPOTrainer:
 
     @cached_property
     def _pass(self) -> Precompute | None:
-        """The reference's pass over this data, where the cache is to be filled first."""
+        """The pass that fills the cache before training; None without `precompute`."""
         if not self.config.precompute:
             return None
         config = self.config
@@ -277,23 +290,23 @@ class DPOTrainer:
         return holds_sums_only(str(self.config.cache), fingerprint)
 
     def train(self) -> TrainResult:
-        """Train, save, and return what was reached; at once where an earlier run had finished.
+        """Train and save the model. Returns at once if an earlier run has already finished.
 
         Returns:
-            The folder that now holds the model, and the metrics of every update.
+            The folder of the trained model, and the metrics of every update.
 
         Raises:
-            UntrustedReferenceError: the reference is not what its fingerprint says.
-            NonFiniteError: a loss was not finite; names the records.
-            RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint saved.
-            SaveError: the model or a checkpoint could not be written; what was saved before is as
-                it was.
+            UntrustedReferenceError: The reference's log-probs do not match its fingerprint.
+            NonFiniteError: A loss was not finite; the message names the records.
+            RunInterruptedError: Ctrl-C or SIGTERM was received; a checkpoint has been saved.
+            SaveError: The model or a checkpoint could not be written; files saved earlier are
+                unchanged.
         """
         if self.finished:
-            say(f"{self.finished.output}: already finished with these settings")
+            say(f"{self.finished.output}: a run with these settings has already finished")
             return self.finished
         if self.dry_run:
-            raise ConfigError("this trainer was made for a dry run, and cannot train")
+            raise ConfigError("this trainer was created with dry_run=True and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
         with self._held, exact_products(), fixed:
             return self._train()
@@ -311,23 +324,23 @@ class DPOTrainer:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
-        with self._autocast(), undisturbed(policy):
+        with self._autocast(), side_effect_free(policy):
             layout = self._choose_layout(policy, reference)
         self.begin(policy, reference, layout)
-        with _attention(policy, layout), keeping(policy, self._kept()):
+        with _attention(policy, layout), layer_options(policy, self._kept()):
             history = self._run_updates()
-        with interrupts():  # what was trained is saved first
+        with interrupts():  # a signal must not prevent saving the trained model
             self._save_model()
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         return TrainResult(output, self.updates, history)
 
     def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
-        """Make the optimizer and what else updates need; `train` calls this.
+        """Create the optimizer and the objective; `train` calls this before the first update.
 
         Args:
-            policy: the model whose weights that require gradients are trained.
-            reference: of the log-ratios; None where the loss has none.
-            layout: "shared", "tree" or "padded".
+            policy: The model to train: all its parameters that require gradients.
+            reference: The reference model of the log-ratios; None if the loss has none.
+            layout: Batch layout: "shared", "tree" or "padded".
         """
         config = self.config
         self.policy, self.reference, self.layout = policy, reference, layout
@@ -339,30 +352,30 @@ class DPOTrainer:
         self._recent: deque[dict[str, float]] = deque(maxlen=5)
 
     def _choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
-        """Return the layout that all models in memory can have; say so where it is slower."""
+        """Return the best layout that all models in memory support; print a note if slower."""
         models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
         wanted = self.config.share_beginnings
         found = [choose_layout(model, share_beginnings=wanted) for model in models]
         layout, reason = min(found, key=lambda one: LAYOUTS.index(one[0]))
-        if told := layout_note(layout, reason, share_beginnings=wanted):
-            say(told)
+        if note := layout_note(layout, reason, share_beginnings=wanted):
+            say(note)
         return layout
 
-    def _kept(self) -> Kept:
-        """Return how the policy's layers are run; says so where some are computed twice."""
+    def _kept(self) -> LayerOptions:
+        """Choose how the policy's layers run; print a note if some are checkpointed."""
         name = self.config.optimizer
         state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in self.parameters)
-        choice = settle(self.config, self.store, self.policy, self.layout, state)
+        choice = choose_checkpointing(self.config, self.store, self.policy, self.layout, state)
         if choice.reason:
             say(choice.reason)
         wanted = self.config.compile_layers
-        kept = Kept(choice.layers, self.config.offload_activations, compiled=wanted == "on")
+        kept = LayerOptions(choice.layers, self.config.offload_activations, compiled=wanted == "on")
         return self._try_compiling(kept) if wanted == "auto" else kept
 
-    def _try_compiling(self, kept: Kept) -> Kept:
-        """Time the layers compiled and not; a resumed run keeps what it began with.
+    def _try_compiling(self, kept: LayerOptions) -> LayerOptions:
+        """Time the layers with and without compilation; a resumed run keeps its first choice.
 
-        Compiled layers round otherwise, so the choice is part of the run's identity.
+        Compiled layers round differently, so the choice is part of the run's identity.
         """
         config, compiled = self.config, None
         if config.resume:
@@ -377,12 +390,12 @@ class DPOTrainer:
         return replace(kept, compiled=compiled)
 
     def _rehearse(self, batches: Sequence[np.ndarray]) -> None:
-        """Add the gradients of micro-batches, as an update does; nothing else changes."""
+        """Accumulate the gradients of micro-batches, as an update does, without a step."""
         for groups in batches:
             self._backward(self._batch(groups), len(groups))
 
     def _run_updates(self) -> list[dict[str, float]]:
-        """Do all updates that a checkpoint has not done yet; return the metrics of each."""
+        """Run all updates after the last checkpoint; return the metrics of each."""
         config, groups_in_all = self.config, len(self.store) * self.config.epochs
         start = self._resume() if config.resume else 0
         if self.reference is not None:
@@ -430,7 +443,7 @@ class DPOTrainer:
         )
 
     def _update(self, step: int, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], int]:
-        """Do one update; return its metrics and how many groups it had."""
+        """Run one update; return its metrics and its number of groups."""
         rate = learning_rate(self.config, step - 1, self.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -441,17 +454,17 @@ class DPOTrainer:
             if len(groups) > 1:
                 widen_gradients(self.parameters)
             scored += self._backward(to_torch(micro.layout, self.device), micro.groups)
-            del micro  # or its buffer would wait here for the next one
+            del micro  # releases its buffer before the next micro-batch is requested
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
         columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
         values = averages(columns, grad_norm=norm) | {"lr": rate}
         if not all(map(math.isfinite, values.values())):
-            raise NonFiniteError(self._blame(step, values, groups))
+            raise NonFiniteError(self._describe_nonfinite(step, values, groups))
         self.optimizer.step()
         return values, sum(map(len, groups))
 
     def _backward(self, batch: Batch, count: int) -> list[_Scored]:
-        """Add a micro-batch's share of the update's gradient; return what was scored, by parts."""
+        """Accumulate a micro-batch's gradient; return the inputs of its metrics, part by part."""
         reference, scored = self._reference_sums(batch), list[_Scored]()
 
         def share(logps: Tensor, part: Part) -> Tensor:
@@ -463,7 +476,7 @@ class DPOTrainer:
 
         with self._autocast():
             loss = completion_loss(self.policy, batch, share)
-        loss.backward(unit(loss.device, loss.dtype))
+        loss.backward(unit_gradient(loss.device, loss.dtype))
         return scored
 
     def _batch(self, groups: np.ndarray) -> Batch:
@@ -471,29 +484,31 @@ class DPOTrainer:
         return to_torch(lay_out(self.store, groups, self.layout, **shape), self.device)
 
     def _reference_sums(self, batch: Batch) -> Tensor:
-        """Return the sums `[N]` under the reference, zeros where there is none."""
+        """Return the summed log-probs `[N]` under the reference; zeros if there is none."""
         if self.reference is None:
             return torch.zeros(len(batch.targets.rows), dtype=torch.float64, device=self.device)
         with self._autocast():
             return self.reference.sums(batch)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        """Open autocast for one pass.
+        """Return an autocast context for one pass.
 
-        It keeps its copies of the weights, and whether they have gradients, until it closes, so a
-        block must neither outlive an update nor mix a pass with gradients and one without.
+        Autocast caches its casts of the weights, with or without gradients, until it exits. So a
+        block must not outlive an update, nor mix passes with and without gradients.
         """
         return autocast(precision_of(self.config), self.device)
 
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
-        """Compare the reference with what should equal it, and say what it was made under."""
+        """Run the start-up checks of the reference, and print their note if they have one."""
         objective = self.objective if is_first else None
-        told = check_start(self.config, self.store, self.policy, reference, self.layout, objective)
-        if told:
-            say(told)
+        note = check_start(self.config, self.store, self.policy, reference, self.layout, objective)
+        if note:
+            say(note)
 
-    def _blame(self, step: int, values: dict[str, float], batches: list[np.ndarray]) -> str:
-        """Say what was not finite, for which records, and what most likely caused it."""
+    def _describe_nonfinite(
+        self, step: int, values: dict[str, float], batches: list[np.ndarray]
+    ) -> str:
+        """Describe the values and records that are not finite, and the likely cause."""
         groups = np.concatenate(batches)
         with torch.no_grad():
             sums = [self._policy_sum(self._batch(group[None])) for group in groups]
@@ -519,7 +534,7 @@ class DPOTrainer:
             self.save(step)
         if signal:
             raise RunInterruptedError(
-                signal, f"saved update {step} in {self._checkpoints}; --resume goes on from it"
+                signal, f"saved update {step} in {self._checkpoints}; continue with --resume"
             )
 
     @property
@@ -527,10 +542,10 @@ class DPOTrainer:
         return Path(self.config.output) / CHECKPOINTS
 
     def save(self, step: int) -> Path:
-        """Publish a checkpoint after update `step`.
+        """Write a checkpoint after update `step`, and return its folder.
 
         Raises:
-            SaveError: it cannot be written; earlier ones are as they were.
+            SaveError: The checkpoint cannot be written; earlier ones are unchanged.
         """
         at = checkpoint.Position(step, self.identity)
         try:
@@ -538,9 +553,9 @@ class DPOTrainer:
         except OSError as error:
             last = checkpoint.newest(self._checkpoints)
             kept = (
-                f"{last} is whole: make room, then --resume goes on from it"
+                f"{last} is complete: free some disk space, then continue from it with --resume"
                 if last
-                else "there is none before it"
+                else "no earlier checkpoint exists"
             )
             raise SaveError(
                 f"the checkpoint of update {step} could not be saved ({error}); {kept}"
@@ -550,15 +565,15 @@ class DPOTrainer:
         folder = self._checkpoints
         at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer, self.identity)
         for sentence in refused:
-            say(f"passed over a damaged checkpoint: {sentence}")
+            say(f"skipped a damaged checkpoint: {sentence}")
         if at is None:
-            say(f"{folder}: no checkpoint yet, so the run begins at its beginning")
+            say(f"{folder}: no checkpoint yet, starting from the first update")
             return 0
-        say(f"{folder}: goes on after update {at.step:,}")
+        say(f"{folder}: resuming after update {at.step:,}")
         return at.step
 
     def _save_model(self) -> None:
-        """Save the model; where that fails, a checkpoint from which it can be saved later."""
+        """Save the model; if that fails, save a checkpoint so that --resume can save it later."""
         try:
             save_run(self.policy, self.config, self.dataset, self.identity, self.updates)
         except OSError as error:
@@ -568,8 +583,8 @@ class DPOTrainer:
             except SaveError as worse:
                 raise SaveError(f"{what}, and {worse}") from error
             raise SaveError(
-                f"{what}; {saved} holds all that was trained: make room, then --resume saves the "
-                "model"
+                f"{what}; {saved} holds the trained weights: free some disk space, then run again "
+                "with --resume to save the model"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Settings of a run that cannot work, and what follows from settings alone."""
+"""Validate the settings of a run, and derive values that depend only on them."""
 
 import math
 from pathlib import Path
@@ -18,18 +18,18 @@ from logratio.training.policy import check_lora_targets
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse settings that cannot work.
+    """Check the settings of a run.
 
     Raises:
-        ConfigError: with the setting's name.
-        ModelFolderError: a folder holds no model, or one that asks for its router's loss.
-        OutputError: the output folder cannot be written to.
+        ConfigError: A setting is invalid; the message names it.
+        ModelFolderError: A folder contains no loadable model, or one that requests a router loss.
+        OutputError: The output folder is not writable.
     """
     if config.loss not in LOSSES:
-        raise ConfigError(f"loss {config.loss!r} is unknown; there are {', '.join(LOSSES)}")
+        raise ConfigError(f"loss {config.loss!r} is unknown; choose from {', '.join(LOSSES)}")
     _check_ranges(config)
     if not (math.isfinite(config.max_grad_norm) and config.max_grad_norm > 0):
-        raise ConfigError("max_grad_norm must be above 0: a gradient is scaled down to it")
+        raise ConfigError("max_grad_norm must be above 0: gradients are clipped to it")
     if not (math.isfinite(beta_of(config)) and beta_of(config) > 0):
         raise ConfigError("beta must be above 0: it is the weight that keeps the policy close")
     if not 0 <= config.label_smoothing < 0.5:
@@ -50,7 +50,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    """Refuse numbers that are out of range, each by its name."""
+    """Check the ranges of numeric settings."""
     for name in ("batch_size", "epochs", "token_budget"):
         count = getattr(config, name)
         if count is not None and count < 1:
@@ -62,7 +62,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_options(config: TrainConfig) -> None:
-    """Refuse an option that the loss would ignore: rivals do so in silence."""
+    """Refuse options that the loss would silently ignore, and options that conflict."""
     options = PAIR_LOSSES[config.loss].options if config.loss in PAIR_LOSSES else frozenset()
     if config.label_smoothing and "label_smoothing" not in options:
         raise ConfigError(f"loss {config.loss} has no label_smoothing")
@@ -73,45 +73,46 @@ def _check_options(config: TrainConfig) -> None:
     if config.resume and config.overwrite:
         raise ConfigError("resume continues a run and overwrite replaces it: give one of them")
     if config.precompute and not config.cache:
-        raise ConfigError("precompute fills a cache: name one with --cache")
+        raise ConfigError("precompute fills a cache: give its folder with --cache")
     if not needs_reference(config) and (config.cache or config.reference):
-        raise ConfigError(f"loss {config.loss} has no reference; leave --cache and --reference out")
+        raise ConfigError(f"loss {config.loss} has no reference; remove --cache and --reference")
 
 
 def _check_memory(config: TrainConfig) -> None:
-    """Refuse settings of memory that do not exist, or that would do nothing on the device."""
+    """Refuse memory settings that have no effect on the device."""
     device = default_device(config.device)
     if config.offload_activations and device.type == "cpu":
-        raise ConfigError("offload_activations: on a CPU they lie in host memory already")
+        raise ConfigError("offload_activations has no effect on a CPU; remove it")
     _check_optimizer(config)
 
 
 def _check_optimizer(config: TrainConfig) -> None:
-    """Refuse an optimizer that is not there, or that would round updates away."""
+    """Refuse an optimizer that is not installed, or that would lose updates to rounding."""
     if config.optimizer != "adamw8bit":
         return
     if config.precision == "bf16-weights" and not config.lora:
         raise ConfigError(
-            "adamw8bit keeps no float32 copy of the weights, and bfloat16 weights would lose most "
-            "of its updates: use adamw or adamw-host, or precision bf16, which takes as many bytes"
+            "adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would lose most "
+            "updates to rounding: use adamw or adamw-host, or precision bf16, which takes as much "
+            "memory"
         )
     require("bitsandbytes", "quantized")
 
 
 def beta_of(config: TrainConfig) -> float:
-    """Return β: the given one, or the loss's default (1 for sft, which has none)."""
+    """Return the configured β, or the default of the loss (1 for sft, which does not use it)."""
     if config.beta is not None:
         return config.beta
     return PAIR_LOSSES[config.loss].default_beta if config.loss in PAIR_LOSSES else 1.0
 
 
 def needs_reference(config: TrainConfig) -> bool:
-    """Tell whether the loss compares with a reference."""
+    """Return whether the loss uses a reference."""
     return config.loss in PAIR_LOSSES and PAIR_LOSSES[config.loss].needs_reference
 
 
 def reference_kind(config: TrainConfig) -> str:
-    """Return where the reference comes from: none, cached, adapter or frozen."""
+    """Return the kind of reference: "none", "cached", "adapter" or "frozen"."""
     if not needs_reference(config):
         return "none"
     if config.cache:

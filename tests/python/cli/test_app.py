@@ -241,7 +241,7 @@ def test_cache_made_with_another_model(
     shared = ("--model", tiny_model, "--data", pairs_file, "--cache", tmp_path / "cache")
     ended, _, err = run("train", *shared, "--output", tmp_path / "out")
     assert ended == 2
-    assert "made with another reference" in one_line(err)
+    assert "filled with a different reference" in one_line(err)
     assert "weights" in one_line(err)
 
 

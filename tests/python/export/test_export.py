@@ -330,7 +330,7 @@ def test_bad_requests_are_refused_before_weights_are_loaded(
 
 def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     mamba = save_family(tmp_path / "mamba", mamba_config(), 0)
-    with pytest.raises(UnsupportedModelError, match="state runs through the tokens"):
+    with pytest.raises(UnsupportedModelError, match="carry a state across tokens"):
         exported(tiny_folder, tmp_path / "b", policy=mamba)
     other = save_family(tmp_path / "other", FAMILIES["llama"](), 0)
     with pytest.raises(ExportError, match=r"different vocabularies \(20 and 211 ids\)"):
@@ -348,7 +348,7 @@ def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -
     with pytest.raises(ExportError, match=re.escape("tokenizer.json")):
         exported(tiny_folder, tmp_path / "b", policy=bare, reference=bare)
     (bare / "config.json").write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(ModelFolderError, match="knows no such model"):
+    with pytest.raises(ModelFolderError, match="does not know this model"):
         exported(tiny_folder, tmp_path / "b", policy=bare)
 
 

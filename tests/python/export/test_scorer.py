@@ -246,7 +246,7 @@ def test_adapter_on_another_base_is_merged() -> None:
 @pytest.mark.parametrize(
     ("config", "length", "reason"),
     [
-        (mamba_config(), 16, "state runs through the tokens"),
+        (mamba_config(), 16, "carry a state across tokens"),
         (MixtralConfig(**NO_HEAD_DIM), 16, "mixtures of experts"),
         (FAMILIES["gpt2"](), 513, "512 positions"),
         (longrope(), 65, "LongRoPE"),

@@ -318,12 +318,12 @@ def test_a_kernel_passes_its_trial_or_is_refused(
 def test_no_completion_sees_another(
     family: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels.tell.cache_clear()
+    kernels.report_choice.cache_clear()
     model = moved(rounded(family), DEVICE, dtype)
     layout, reason = choose_layout(model)
     assert (layout, reason) == ("shared", "leak check passed")
     told = capsys.readouterr().err
-    assert "attention of shared prompts: " in told
+    assert "shared-prompt attention: " in told
     with capsys.disabled():
         print(f"\n{family}, {dtype}: {told.strip()}")
     (prompt, (first, second)), *rest = random_groups(5)[1:]

@@ -96,8 +96,8 @@ def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     def without_owners(positions: Tensor, _: Tensor, window: int | None, start: int = 0) -> Tensor:
         return unseen(positions, torch.zeros_like(positions), window, start)
 
-    unseen = plan.unseen
-    monkeypatch.setattr(plan, "unseen", without_owners)
+    unseen = plan.hidden_keys
+    monkeypatch.setattr(plan, "hidden_keys", without_owners)
     layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
     assert layout == "padded"
     assert "see each other" in reason
@@ -106,7 +106,7 @@ def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_unknown_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(FAMILIES["llama"]())
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda _: torch.nn.Identity())
-    with pytest.raises(UnsupportedModelError, match="its head does more than multiply by a matrix"):
+    with pytest.raises(UnsupportedModelError, match="its head is not supported"):
         check_head(model)
 
 
@@ -123,17 +123,15 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("asks", "sentence"),
     [
-        ({"position_bias": torch.zeros(1)}, "takes position_bias, which that of shared prompts"),
-        ({"block_indices": torch.zeros(1)}, "takes block_indices, which that of shared prompts"),
-        ({"sliding_window": 5}, "a window of None, its attention one of 5"),
-        ({"attention_mask": torch.empty(5, 1, 1, 0)}, "a window of 5, its attention one of None"),
-        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "masks of its own"),
-        ({"shared_prompt": None}, "does not pass keywords on"),
+        ({"position_bias": torch.zeros(1)}, "takes position_bias, which shared-prompt attention"),
+        ({"block_indices": torch.zeros(1)}, "takes block_indices, which shared-prompt attention"),
+        ({"sliding_window": 5}, "its mask is None, of its attention 5"),
+        ({"attention_mask": torch.empty(5, 1, 1, 0)}, "its mask is 5, of its attention None"),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "builds its attention masks itself"),
+        ({"shared_prompt": None}, "does not pass keyword arguments"),
     ],
 )
-def test_attention_that_asks_for_more_is_refused_not_guessed(
-    asks: dict[str, Any], sentence: str
-) -> None:
+def test_unsupported_attention_options_are_refused(asks: dict[str, Any], sentence: str) -> None:
     from logratio.logps.attention import SharedPrompt
     from logratio.logps.attention.interface import shared_prompt_attention
 
@@ -160,9 +158,7 @@ def test_a_shared_batch_without_shared_attention_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_that_is_filled_up_changes_no_number(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_of_a_row_changes_no_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where rows have multiples of 128 tokens."""
     model, groups, found = tiny(FAMILIES[family]()), token_groups(), []
     for step in (1, 128):
@@ -182,7 +178,7 @@ def test_a_row_that_is_filled_up_changes_no_number(
     assert float((gradient - filled_gradient).norm() / gradient.norm()) <= 1e-5
 
 
-def test_sums_leave_out_what_does_not_count() -> None:
+def test_sums_exclude_tokens_that_do_not_count() -> None:
     store = store_of([([1, 2], [([3, 4, 5], [0, 1, 1], 0), ([6], [1], 1)])])
     targets = to_torch(lay_out(store, np.array([0]))).targets
     per_token = torch.tensor([-1.0, -2.0, -4.0, -8.0])
@@ -216,7 +212,7 @@ def test_sums_of_long_completions_lose_no_digits() -> None:
     assert batch.targets.lengths.tolist() == [40_000, 39_001]
 
 
-class Told(PerToken):
+class Given(PerToken):
     """A reference that repeats given log-probs."""
 
     def __init__(self, known: Tensor) -> None:
@@ -233,7 +229,7 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
     policy = logps * (1 + 1e-6 * torch.linspace(-1, 1, len(logps)))
     config = TrainConfig(model=tmp_path, data=[], output=tmp_path, lr=1e-4, loss=loss)
     objective = make_objective(config, beta := 0.5)
-    scored = batch.targets.sums(policy), Told(logps).sums(batch), batch.targets.lengths
+    scored = batch.targets.sums(policy), Given(logps).sums(batch), batch.targets.lengths
     losses = objective.losses(*scored)
     columns = objective.columns(losses, *scored)
     parts = [

@@ -1,4 +1,4 @@
-"""Every causal language model of the installed transformers is scored rightly, or refused.
+"""Every causal language model of the installed transformers is scored correctly, or refused.
 
 For minutes: `make families` runs it, and `make test` leaves it out.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from logratio.logps.checks import UnsupportedModelError, _crosstalk, batch_of, choose_layout
-from logratio.logps.completion import score, with_fresh_rope
+from logratio.logps.completion import reset_dynamic_rope, score
 from logratio.training.config import Precision
 from logratio.training.models import (
     ModelFolderError,
@@ -36,12 +36,12 @@ REFUSED: Mapping[str, tuple[str, str]] = {
         "prophetnet whisper",
     ),
     "head": (
-        "its head does more than multiply by a matrix",
+        "its head is not supported",
         "bert big_bird camembert data2vec-text electra ernie inkling_text megatron-bert "
         "modernbert-decoder rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta "
         "xlm-roberta-xl xlstm",
     ),
-    "body": ("its body cannot be told from its head", "llama4 llama4_text mllama"),
+    "body": ("its body and its head are not separate", "llama4 llama4_text mllama"),
     "future": ("is not causal", "bert-generation cpmant xlm xlnet"),
     "hashes": ("hashes tokens at random", "reformer"),
 }
@@ -87,7 +87,7 @@ def alone(model: PreTrainedModel, groups: list[Group]) -> Tensor:
     scored = []
     for prompt, completions in groups:
         for completion in completions:
-            with_fresh_rope(model)
+            reset_dynamic_rope(model)
             logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits
             logps = torch.log_softmax(logits[0, len(prompt) - 1 : -1].double(), -1)
             scored.append(logps.gather(-1, torch.tensor(completion)[:, None])[:, 0])
@@ -112,7 +112,9 @@ def layout_of(kind: str, model: PreTrainedModel, folder: Path) -> str | None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", kinds())
-def test_each_is_what_it_is_alone_or_refused(kind: str, seed: int, tmp_path: Path) -> None:
+def test_each_completion_scores_as_if_alone_or_is_refused(
+    kind: str, seed: int, tmp_path: Path
+) -> None:
     model, groups = small_model(kind, seed), groups_of(seed)
     layout = layout_of(kind, model, tmp_path)
     assert (layout is None) == (kind in REASONS)
@@ -135,13 +137,13 @@ FAIL_THEMSELVES = {("dbrx", "bf16")}
 
 @pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("kind", [kind for kind in kinds() if kind not in REASONS])
-def test_in_low_precision_company_adds_nothing_to_rounding(kind: str, precision: Precision) -> None:
+def test_in_low_precision_batching_adds_only_rounding(kind: str, precision: Precision) -> None:
     model, groups = small_model(kind, 0), groups_of(0)
     layout = choose_layout(model)[0]
     if precision == "bf16-weights":
         model.bfloat16()
     if (kind, precision) in FAIL_THEMSELVES:
-        with autocast(precision, CPU), pytest.raises(UnsupportedModelError, match="own code fails"):
+        with autocast(precision, CPU), pytest.raises(UnsupportedModelError, match="code fails"):
             choose_layout(model)
         return
     with torch.no_grad():

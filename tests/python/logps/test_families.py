@@ -159,9 +159,7 @@ def test_a_state_is_found_whatever_its_name_and_the_precision(
 @pytest.mark.families
 @pytest.mark.parametrize("precision", ["bf16", "bf16-weights"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_low_precision_company_adds_nothing_to_rounding(
-    family: str, precision: Precision
-) -> None:
+def test_in_low_precision_batching_adds_only_rounding(family: str, precision: Precision) -> None:
     """Alone, in a batch and in another order: as far from the truth as a plain forward pass.
 
     Over several seeds together: where two experts are nearly tied, rounding alone chooses one, and
@@ -298,7 +296,7 @@ def test_a_window_that_only_the_mask_knows_of_is_found_by_a_short_probe(
     monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
     layout, reason = choose_layout(model)
     assert layout == "padded"
-    assert "its mask has a window of 64, its attention one of None" in reason
+    assert "the window of its mask is 64, of its attention None" in reason
 
 
 @pytest.mark.parametrize("family", SCALED_HEADS)
@@ -356,7 +354,7 @@ def test_a_cap_is_not_left_to_an_attention_that_has_none(tmp_path: Path) -> None
 def test_a_capped_model_of_the_tests_caps_its_attention_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Transformers 5.17 chooses sdpa for Gemma 2 and leaves the cap out in silence."""
+    """Transformers 5.17 chooses sdpa for Gemma 2 and silently drops the cap."""
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     model = tiny(ON_GPU["gemma2"](), scale=3.0)
     assert model.config._attn_implementation == "eager"

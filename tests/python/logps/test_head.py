@@ -115,9 +115,7 @@ def test_a_loss_made_tile_by_tile_equals_float64(
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_rows_that_are_filled_up_give_the_same_numbers(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padded_rows_give_the_same_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, where rows of a tile begin at multiples of 16 bytes."""
     set_tile(monkeypatch, 40)
     model, batch = with_bias(tiny(HEADS[name]())), batch_of(token_groups(5), "padded")
@@ -129,7 +127,7 @@ def test_rows_that_are_filled_up_give_the_same_numbers(
     assert distance(gradients(model), expected) <= 1e-6
 
 
-def test_rows_on_cuda_are_filled_up() -> None:
+def test_rows_on_cuda_are_aligned() -> None:
     """On fake tensors: 50,257 bfloat16 would begin at odd places."""
     with FakeTensorMode():
         weight = torch.empty(50_257, 64, device="cuda", dtype=torch.bfloat16)
@@ -220,7 +218,7 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
+    """Records the largest tensor that any operation made."""
 
     elements = 0
 
@@ -314,7 +312,7 @@ def test_on_cuda_the_head_s_gradient_goes_straight_into_its_float32_sum() -> Non
 
 
 class _Called(TorchDispatchMode):
-    """Notes the name of each operation."""
+    """Records the name of each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -30,7 +30,7 @@ from logratio.logps.attention.kernels import Choice
 from logratio.logps.batch import Part, Shape, SharedBatch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
-from logratio.logps.head_loss import head_loss, unit
+from logratio.logps.head_loss import head_loss, unit_gradient
 from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, precompute, trainer
 from logratio.training.dataset import load_dataset
 from logratio.training.models import load_model
@@ -70,7 +70,7 @@ class HostWaits(TorchDispatchMode):
 
 
 def _wait(name: str, args: Any, kwargs: Any) -> str | None:
-    """Say what a host waits for in an operation, or return None."""
+    """Return what the host waits for in an operation, or None."""
     if name in ("aten::_to_copy", "aten::copy_"):
         return _wait_of_copy(args, kwargs)
     if not any(_is_on_gpu(x) for x in args):
@@ -197,7 +197,7 @@ def test_a_gradient_that_is_known_to_be_one_is_not_multiplied(like_cuda: None) -
     weight, hidden = (torch.empty(n, 4, device="meta", requires_grad=True) for n in (9, 5))
     targets = torch.empty(5, dtype=torch.int64, device="meta")
     part = Part(targets, slice(0, 2), slice(0, 5))  # type: ignore[arg-type]  # of no groups
-    for factor, times in ((unit(hidden.device, torch.float64), 0), (None, 2)):
+    for factor, times in ((unit_gradient(hidden.device, torch.float64), 0), (None, 2)):
         head = Head(weight, None, Transform())
         loss = head_loss(head, hidden, targets, [part], lambda logps, _: logps.double().sum())
         with Products() as products:  # type: ignore[no-untyped-call]

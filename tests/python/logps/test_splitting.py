@@ -1,4 +1,4 @@
-"""A completion's log-probs are those it has alone, also where a model looks at its company."""
+"""A completion's log-probs do not depend on its batch, for any model."""
 
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from logratio.errors import ConfigError
 from logratio.logps.checks import choose_layout
-from logratio.logps.completion import apart, batch_of, completion_loss, groups_of, limits_of, score
+from logratio.logps.completion import (
+    batch_of,
+    completion_loss,
+    groups_of,
+    limits_of,
+    score,
+    split_by_limits,
+)
 from logratio.training import EvaluateConfig
 from logratio.training.evaluation import prepare
 
@@ -118,7 +125,7 @@ def test_neither_siblings_nor_order_move_a_completion(name: str, layout: str) ->
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_company_would_matter(name: str) -> None:
+def test_batching_without_limits_would_matter(name: str) -> None:
     """Otherwise the tests above could not fail: a plain padded batch moves the logits."""
     model, groups = model_of(name), mixed_groups()
     (short,), prompt = groups[2][1], groups[2][0]
@@ -169,12 +176,16 @@ def test_a_batch_is_cut_only_where_it_must_be(layout: str) -> None:
     dynamic = limits_of(config_of("llama with dynamic NTK"))
     batch, short = batch_of(mixed_groups(), layout), batch_of(mixed_groups()[2:3], layout)
     assert plain == ()
-    assert [len(apart(batch, limits)) for limits in (plain, longrope, dynamic)] == [1, 2, 5]
-    assert [apart(short, limits)[0].batch is short for limits in (longrope, dynamic)] == [
+    assert [len(split_by_limits(batch, limits)) for limits in (plain, longrope, dynamic)] == [
+        1,
+        2,
+        5,
+    ]
+    assert [split_by_limits(short, limits)[0].batch is short for limits in (longrope, dynamic)] == [
         True,
         True,
     ]
-    every = np.concatenate([call.targets_at for call in apart(batch, dynamic)])
+    every = np.concatenate([call.targets_at for call in split_by_limits(batch, dynamic)])
     assert sorted(every.tolist()) == list(range(len(batch.targets.target_ids)))
 
 
@@ -188,7 +199,7 @@ def test_top_k_models_are_scored_one_length_at_a_time_and_say_why(name: str) -> 
     layout, reason = choose_layout(model_of(name))
     assert layout == "padded"
     assert "has top-k attention" in reason
-    assert "longer sequences than 16 tokens are scored one length at a time" in reason
+    assert "sequences longer than 16 tokens are batched by equal length" in reason
 
 
 @pytest.mark.parametrize("name", ROPES)

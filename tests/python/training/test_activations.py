@@ -1,4 +1,4 @@
-"""Layers computed twice or kept elsewhere change no gradient; how many is measured."""
+"""Checkpointing and offloading change no gradient; the number of layers is measured."""
 
 import dataclasses
 import itertools
@@ -19,12 +19,12 @@ from logratio.training import LoraSettings, TrainConfig, activations, memory, tr
 from logratio.training.activations import (
     Choice,
     HostCopy,
-    Kept,
     LayerMemory,
+    LayerOptions,
     RecomputationError,
-    choose,
+    checkpointing_for_memory,
     decoder_layers,
-    keeping,
+    layer_options,
     layers_that_do_not_fit,
     measure_layers,
 )
@@ -33,30 +33,34 @@ from logratio.training.policy import with_lora
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_computed_twice_change_no_bit(family: str, layout: str) -> None:
+def test_checkpointed_layers_give_the_same_bits(family: str, layout: str) -> None:
     model = tiny(FAMILIES[family]())
-    plain = gradients(model, Kept(), layout)
+    plain = gradients(model, LayerOptions(), layout)
     for count in (1, 2):
-        assert_equal(plain, gradients(model, Kept(checkpointed=count), layout))
+        assert_equal(plain, gradients(model, LayerOptions(checkpointed=count), layout))
 
 
-def test_a_state_that_runs_through_the_tokens_is_computed_twice_too() -> None:
+def test_layers_with_a_state_can_be_checkpointed() -> None:
     model = tiny(mamba_config(), scale=1.0)
-    plain = gradients(model, Kept(), "padded")
-    assert_equal(plain, gradients(model, Kept(checkpointed=2), "padded"))
+    plain = gradients(model, LayerOptions(), "padded")
+    assert_equal(plain, gradients(model, LayerOptions(checkpointed=2), "padded"))
 
 
-@pytest.mark.parametrize("kept", [Kept(checkpointed=1), Kept(2), Kept(1, offload=True)])
+@pytest.mark.parametrize(
+    "kept", [LayerOptions(checkpointed=1), LayerOptions(2), LayerOptions(1, offload=True)]
+)
 def test_adapters_get_the_same_gradients(
-    kept: Kept, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    kept: LayerOptions, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "WORTH_MOVING", 0)
     model = with_lora(tiny(FAMILIES["llama"]()), LoraSettings(rank=4), tiny_model)
-    assert_equal(gradients(model, Kept()), gradients(model, kept))
+    assert_equal(gradients(model, LayerOptions()), gradients(model, kept))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_offloaded_activations_change_no_bit(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_activations_give_the_same_bits(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(activations, "WORTH_MOVING", 0)
     restored: list[tuple[int, ...]] = []
     back = HostCopy.restore
@@ -67,14 +71,14 @@ def test_offloaded_activations_change_no_bit(count: int, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HostCopy, "restore", restore)
     model = tiny(FAMILIES["llama"]())
-    plain = gradients(model, Kept())
-    assert_equal(plain, gradients(model, Kept(count, offload=True)))
+    plain = gradients(model, LayerOptions())
+    assert_equal(plain, gradients(model, LayerOptions(count, offload=True)))
     weights = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() > 1}
     assert restored
     assert not [shape for shape in restored if tuple(sorted(shape)) in weights]
 
 
-def test_what_several_operations_save_is_moved_once_and_weights_stay() -> None:
+def test_a_tensor_saved_twice_is_offloaded_once_and_weights_are_not() -> None:
     mover = activations._Mover({(512, 1024)})
     hidden, small = torch.randn(1024, 300), torch.randn(4)
     weight = torch.randn(1024, 512)
@@ -88,11 +92,11 @@ def test_what_several_operations_save_is_moved_once_and_weights_stay() -> None:
     restored = activations.unpack(first)
     assert torch.equal(restored, hidden)
     assert restored.data_ptr() != hidden.data_ptr()
-    assert activations.unpack(again) is restored  # as long as one of them uses it
+    assert activations.unpack(again) is restored  # while a reference to it exists
 
 
-def test_what_is_moved_comes_back_with_its_strides() -> None:
-    """Compiled layers count on them."""
+def test_offloaded_tensors_keep_their_strides() -> None:
+    """Compiled layers rely on them."""
     turned = torch.randn(3, 5, 7).transpose(0, 2)
     assert HostCopy(turned).restore().stride() == turned.stride()
     assert torch.equal(HostCopy(turned).restore(), turned)
@@ -100,38 +104,38 @@ def test_what_is_moved_comes_back_with_its_strides() -> None:
     assert torch.equal(HostCopy(part).restore(), part)
 
 
-def test_the_first_layers_are_computed_twice_and_passes_without_gradients_are_not() -> None:
+def test_only_the_first_layers_are_recomputed_and_only_with_gradients() -> None:
     model = tiny(LlamaConfig(**{**SIZES, "num_hidden_layers": 5}))
     calls = [0] * 5
     for number, layer in enumerate(decoder_layers(model)):
         norm = layer.get_submodule("input_layernorm")
         norm.register_forward_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
-    gradients(model, Kept(checkpointed=3))
+    gradients(model, LayerOptions(checkpointed=3))
     assert calls == [2, 2, 2, 1, 1]
-    with torch.no_grad(), keeping(model, Kept(checkpointed=3)):
+    with torch.no_grad(), layer_options(model, LayerOptions(checkpointed=3)):
         score(model, batch())
     assert calls == [3, 3, 3, 2, 2]
 
 
-def test_nothing_is_left_of_it_and_a_forward_that_was_replaced_before_comes_back() -> None:
+def test_an_earlier_replacement_of_forward_is_restored() -> None:
     model = tiny(FAMILIES["llama"]())
     first, second = decoder_layers(model)
     own = first.forward
-    first.forward = own  # as libraries that move a layer's inputs do
-    with pytest.raises(ZeroDivisionError), keeping(model, Kept(1)):
+    first.forward = own  # libraries that move a layer's inputs replace it too
+    with pytest.raises(ZeroDivisionError), layer_options(model, LayerOptions(1)):
         raise ZeroDivisionError
     assert vars(first)["forward"] is own
     assert "forward" not in vars(second)
 
 
-def test_a_layer_that_fills_a_key_cache_is_not_computed_twice() -> None:
+def test_a_layer_that_fills_a_key_cache_is_not_recomputed() -> None:
     model = tiny(FAMILIES["llama"]())
-    with keeping(model, Kept(1)), pytest.raises(RecomputationError):
+    with layer_options(model, LayerOptions(1)), pytest.raises(RecomputationError):
         model(torch.ones(1, 3, dtype=torch.int64), use_cache=True)
 
 
 class ToyLayer(GradientCheckpointingLayer):
-    """Keeps its input `[T, 8]` and what a ReLU made of it, `[T, 32]`: both once."""
+    """Saves its input `[T, 8]` and the output of a ReLU, `[T, 32]`, once each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +147,7 @@ class ToyLayer(GradientCheckpointingLayer):
 
 
 class Toy(PreTrainedModel):
-    """Three layers whose memory a person can count."""
+    """Three layers whose memory can be counted by hand."""
 
     config_class = PreTrainedConfig
 
@@ -158,14 +162,14 @@ class Toy(PreTrainedModel):
 
 
 @pytest.mark.parametrize("tokens", [5, 64])
-def test_what_layers_keep_is_counted_by_storage(tokens: int) -> None:
+def test_saved_tensors_are_counted_by_storage(tokens: int) -> None:
     model, hidden = Toy(), torch.randn(tokens, 8, requires_grad=True)
     expected = LayerMemory(everything=4.0 * tokens * (8 + 32), inputs=4.0 * tokens * 8)
     assert measure_layers(model, lambda: model(hidden)) == [expected] * 3
 
 
 def test_measuring_counts_what_is_alive_before_the_backward_pass() -> None:
-    """The oracle keeps everything: storages that saved tensors hold, weights left out."""
+    """The oracle counts the storages of all saved tensors except weights."""
     model, held = tiny(FAMILIES["qwen3"]()), {}
     weights = {p.data_ptr() for p in model.parameters()}
 
@@ -188,7 +192,7 @@ def test_measuring_counts_what_is_alive_before_the_backward_pass() -> None:
     assert measure_layers(model, lambda: score(model, batch()))[0].everything == expected
 
 
-def test_as_few_layers_as_must() -> None:
+def test_the_fewest_layers_that_fit_are_checkpointed() -> None:
     layers = [LayerMemory(float(kept), 2.0) for kept in (10, 30, 5, 20)]
     for room in range(80):
         totals = [
@@ -213,17 +217,19 @@ def test_the_choice_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
     def chosen(free: float, estimate: float = 1e12) -> Choice:
         monkeypatch.setattr(memory, "free_on", lambda _: 3 * weights + free / 0.8)
-        return choose(model, forward, estimate=estimate, states=2 * weights)
+        return checkpointing_for_memory(model, forward, estimate=estimate, states=2 * weights)
 
-    base = 1000 + layer  # tiles, one layer's second pass; gradients and moments come off whole
+    base = (
+        1000 + layer
+    )  # tiles, one layer's second pass; gradients and moments are subtracted exactly
     before = next(passes)
     assert chosen(base + 100 * layer, estimate=layer) == Choice(0)
-    assert next(passes) == before + 1  # a forecast that fits three times over is believed
+    assert next(passes) == before + 1  # an estimate that fits three times is not measured
     assert chosen(base + 6 * layer) == Choice(0)
     some = chosen(base + 4.5 * layer)
     assert some.layers == 2
     assert some.reason is not None
-    assert "2 of 6 layers are computed twice" in some.reason
+    assert "2 of 6 layers are recomputed" in some.reason
     assert chosen(-3 * weights / 0.8).layers == 6
     assert all(p.grad is None for p in model.parameters())
 
@@ -236,7 +242,7 @@ def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
 
 
 def trained(config: TrainConfig, name: str, **changes: object) -> dict[str, Tensor]:
-    """Train with other settings into a folder beside; return the weights."""
+    """Train with changed settings into another folder; return the weights."""
     output = Path(config.output).with_name(name)
     changed = dataclasses.replace(config, output=output, **changes)  # type: ignore[arg-type]
     train(changed, show_progress=False)
@@ -256,19 +262,19 @@ def test_a_run_gives_the_same_weights(
     off = trained(config, "off", activation_checkpointing="off", **settings)
     every = trained(config, "all", activation_checkpointing="all", **settings)
     monkeypatch.setattr(memory, "free_on", lambda _: 0.0)
-    assert "computed twice" not in capsys.readouterr().err
+    assert "recomputed" not in capsys.readouterr().err
     short = trained(config, "short", **settings)
-    assert "2 of 2 layers are computed twice" in capsys.readouterr().err
+    assert "2 of 2 layers are recomputed" in capsys.readouterr().err
     for weights in (every, short):
         assert all(torch.equal(off[name], weights[name]) for name in off)
 
 
-def test_settings_that_cannot_be_are_refused(
+def test_impossible_settings_are_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="must be one of auto, off, all"):
         trained(config, "x", activation_checkpointing="some")
-    with pytest.raises(ConfigError, match="lie in host memory already"):
+    with pytest.raises(ConfigError, match="has no effect on a CPU"):
         trained(config, "x", offload_activations=True, device="cpu")
     monkeypatch.setattr(activations, "decoder_layers", lambda _: [])
     for wanted in ({"activation_checkpointing": "all"}, {"compile_layers": True}):

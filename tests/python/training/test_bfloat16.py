@@ -1,4 +1,4 @@
-"""bfloat16 without needless casts: the same bits with frozen matrices, adapters near float64."""
+"""Frozen matrices in bfloat16 give the same bits as autocast; adapters stay near float64."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings
-from logratio.training.bfloat16 import LowLinear, held_in_bfloat16, with_low_adapters
+from logratio.training.bfloat16 import InputDtypeLinear, held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import Precision
 from logratio.training.memory import frozen_bytes
 from logratio.training.models import autocast, load_model
@@ -33,7 +33,7 @@ BOTH = {torch.float32, torch.bfloat16}
 
 
 class Casts(TorchDispatchMode):
-    """Notes the storage of each floating tensor that is copied to another floating dtype."""
+    """Records the storage of each floating tensor that is copied to another floating dtype."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -73,7 +73,7 @@ def test_frozen_matrices_are_not_cast_and_give_the_same_bits(family: str) -> Non
     }
 
 
-def test_what_is_shared_or_kept_in_float32_stays() -> None:
+def test_shared_weights_and_float32_modules_are_not_rounded() -> None:
     config = LlamaConfig(**FAMILIES["llama"]().to_diff_dict() | {"tie_word_embeddings": True})
     model = tiny(config)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -84,7 +84,7 @@ def test_what_is_shared_or_kept_in_float32_stays() -> None:
     assert exact == {"embed_tokens", "o_proj"}
 
 
-def test_a_frozen_model_is_loaded_so_and_the_forecast_knows(tiny_model: Path) -> None:
+def test_load_model_rounds_frozen_models_and_the_forecast_agrees(tiny_model: Path) -> None:
     frozen = load_model(tiny_model, precision="bf16", frozen=True)
     assert not any(p.requires_grad for p in frozen.parameters())
     told, held = frozen_bytes(tiny_model, "bf16"), sum(p.nbytes for p in frozen.parameters())
@@ -94,7 +94,7 @@ def test_a_frozen_model_is_loaded_so_and_the_forecast_knows(tiny_model: Path) ->
 
 
 def adapted(family: str, precision: Precision) -> Any:
-    """A policy as a run makes it, with adapters that change something."""
+    """A policy as in a run, with adapters that change the output."""
     base = tiny(FAMILIES[family](), scale=2.0).requires_grad_(False)
     base = base.bfloat16() if precision == "bf16-weights" else held_in_bfloat16(base)  # type: ignore[assignment]
     model: Any = with_lora(base, LoraSettings(rank=4), Path())
@@ -116,14 +116,14 @@ def adapters(model: Any) -> list[Any]:
 def test_adapters_multiply_in_bfloat16_near_float64(family: str, precision: Precision) -> None:
     model = adapted(family, precision)
     truth, gradients = by_merging(model)
-    found = logps(with_low_adapters(model), precision)
+    found = logps(with_bfloat16_adapters(model), precision)
     assert float((found.detach().double() - truth).norm() / truth.norm()) < 0.02
     found.sum().backward()
     layers = adapters(model)
     assert len(layers) == len(gradients) >= 8
     for layer, (a, b) in zip(layers, gradients, strict=True):
         for matrix, expected in ((layer.lora_A.default, a), (layer.lora_B.default, b)):
-            assert type(matrix) is LowLinear
+            assert type(matrix) is InputDtypeLinear
             own: Any = matrix.weight.grad
             assert matrix.weight.dtype == own.dtype == torch.float32
             assert float((own.double() - expected).norm() / expected.norm()) < 0.1
@@ -165,7 +165,7 @@ def by_merging(model: Any) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
 
 
 @pytest.mark.parametrize("precision", LOW)
-def test_only_the_adapters_weights_are_cast_beside_the_base(precision: Precision) -> None:
+def test_adapters_add_only_casts_of_their_weights(precision: Precision) -> None:
     """No result of an adapted layer goes through float32, and no input is cast twice."""
 
     def more_casts(model: Any) -> tuple[int, int]:
@@ -180,13 +180,13 @@ def test_only_the_adapters_weights_are_cast_beside_the_base(precision: Precision
     model = adapted("llama", precision)
     layers = len(adapters(model))
     assert more_casts(model)[1] > layers  # as peft does it
-    assert more_casts(with_low_adapters(model)) == (2 * layers, 0)
+    assert more_casts(with_bfloat16_adapters(model)) == (2 * layers, 0)
 
 
 @pytest.mark.parametrize("precision", LOW)
-def test_a_group_does_not_depend_on_those_beside_it(precision: Precision) -> None:
-    """Other tokens beside it move no bit; other shapes choose other kernels, and move the last."""
-    model = with_low_adapters(adapted("llama", precision))
+def test_a_group_does_not_depend_on_its_batch(precision: Precision) -> None:
+    """Other tokens in the batch change no bit; other shapes may select other kernels."""
+    model = with_bfloat16_adapters(adapted("llama", precision))
     first, *others = GROUPS
     changed = [([9] * len(prompt), [[7] * len(ids) for ids in sides]) for prompt, sides in others]
     own = sum(map(len, first[1]))

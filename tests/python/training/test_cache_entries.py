@@ -1,4 +1,4 @@
-"""What a cache keeps of a completion: which rows, and their sums."""
+"""Cache entries: the selected rows, and their sums."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from stores import store_of
 from logratio.data.feed import lay_out
 from logratio.logps.batch import to_torch
 from logratio.training.reference_scorer import (
+    ScoredCompletions,
     SumEntries,
-    Taken,
     TokenEntries,
     Work,
     counted_sums,
@@ -32,13 +32,13 @@ def test_first_row_of_each_key(crowded: bool) -> None:
     assert first_rows(keys[:0]).tolist() == []
 
 
-def taken() -> Taken:
+def taken() -> ScoredCompletions:
     """Completions 0, 2 and 3 of two groups, with every third token not counted."""
     store = store_of((3, [4, 5]), (2, [6, 1]))
     arrays = lay_out(store, np.array([0, 1]), "shared")
     arrays.completion_mask[::3] = False
     logps = -np.arange(1, 17, dtype=np.float32)
-    return Taken(arrays, logps, np.array([True, False, True, True]))
+    return ScoredCompletions(arrays, logps, np.array([True, False, True, True]))
 
 
 def test_only_wanted_completions_are_taken() -> None:
@@ -61,7 +61,7 @@ def test_sums_are_float64_from_the_first_addition() -> None:
     store = store_of((1, [1001]))
     logps = np.full(1001, -1.0, dtype=np.float32)
     logps[0] = -(2.0**24)
-    found = Taken(lay_out(store, np.array([0]), "shared"), logps, np.array([True]))
+    found = ScoredCompletions(lay_out(store, np.array([0]), "shared"), logps, np.array([True]))
     assert counted_sums(found)[1].tolist() == [-(2.0**24) - 1000]
 
 
@@ -69,7 +69,7 @@ def test_sums_agree_with_those_that_training_makes() -> None:
     store = store_of((3, [40, 50]), (2, [60, 10]))
     arrays = lay_out(store, np.array([0, 1]), "padded")
     logps = np.random.default_rng(0).normal(-3, 1, 160).astype(np.float32)
-    _, sums = counted_sums(Taken(arrays, logps, np.ones(4, dtype=bool)))
+    _, sums = counted_sums(ScoredCompletions(arrays, logps, np.ones(4, dtype=bool)))
     expected = to_torch(arrays).targets.sums(torch.from_numpy(logps))
     assert np.allclose(sums, expected.numpy(), rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Whether layers are compiled is measured, told, and changes nothing else of the run."""
+"""The trial decides by time, reports its decision, and changes nothing else in the run."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from logratio.training import TrainConfig, checkpoint, compile_trial, train
-from logratio.training.activations import Kept
+from logratio.training.activations import LayerOptions
 from logratio.training.compile_trial import Verdict, compare, try_compiling
 from logratio.training.run_folder import identity
 from logratio.training.trainer import DPOTrainer
@@ -49,7 +49,7 @@ def test_compiled_layers_are_kept_if_they_are_clearly_faster(
     verdict = compare(seconds_of, LONG)
     assert verdict.compiled is chosen
     assert ran == [False, False, True, *[False, True] * 3], "warmed up, then in turns"
-    assert verdict.reason.endswith(f"{sorted(compiled[1:])[1]:.3f} s, and 1.000 s as they are")
+    assert verdict.reason.endswith(f"{sorted(compiled[1:])[1]:.3f} s compiled, 1.000 s plain")
 
 
 def test_a_short_run_compiles_nothing() -> None:
@@ -60,7 +60,7 @@ def test_a_short_run_compiles_nothing() -> None:
     assert True not in ran
 
 
-def test_a_compiler_that_fails_is_told_and_done_without() -> None:
+def test_a_failing_compiler_is_reported_and_not_used() -> None:
     def seconds_of(is_compiled: bool) -> float:
         if is_compiled:
             raise RuntimeError("no C compiler\nand a hundred lines more")
@@ -68,7 +68,7 @@ def test_a_compiler_that_fails_is_told_and_done_without() -> None:
 
     verdict = compare(seconds_of, LONG)
     assert not verdict.compiled
-    assert verdict.reason == "layers are not compiled, it fails: RuntimeError: no C compiler"
+    assert verdict.reason == "layers are not compiled: RuntimeError: no C compiler"
 
 
 @pytest.fixture
@@ -123,7 +123,9 @@ def test_gradients_and_generators_are_as_before(
     assert seen == [(True, [])]
 
 
-def test_a_run_goes_on_as_it_began(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_decision(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled or not: the other would round differently."""
 
     def refuse(*_: object) -> None:
@@ -137,8 +139,8 @@ def test_a_run_goes_on_as_it_began(config: TrainConfig, monkeypatch: pytest.Monk
     resumed = replace(config, compile_layers="auto", resume=True)
     trainer = DPOTrainer(config=resumed, show_progress=False)
     trainer.identity = {}
-    assert trainer._try_compiling(Kept(2)) == Kept(2, compiled=True)
-    assert trainer.identity == {"compiled": True}, "and every later checkpoint says so"
+    assert trainer._try_compiling(LayerOptions(2)) == LayerOptions(2, compiled=True)
+    assert trainer.identity == {"compiled": True}, "every later checkpoint records it"
 
 
 def test_true_and_false_are_on_and_off(config: TrainConfig) -> None:
@@ -164,5 +166,5 @@ def test_real_kernels_are_timed(
     monkeypatch.setattr(compile_trial, "SHORT", 0.0)
     train(replace(config, compile_layers="auto"), show_progress=False)
     told = capsys.readouterr().err
-    assert "s as they are" in told
+    assert "s plain" in told
     assert "fails" not in told

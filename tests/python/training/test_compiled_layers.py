@@ -14,39 +14,43 @@ from logratio.logps.attention import shared_prompts
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings, TrainConfig, train
-from logratio.training.activations import Kept, keeping
+from logratio.training.activations import LayerOptions, layer_options
 from logratio.training.policy import with_lora
 
 pytestmark = [
     # torch looks at `.grad` of what it traces, and warns of that itself.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
-COMPILED = (Kept(compiled=True), Kept(1, compiled=True), Kept(2, offload=True, compiled=True))
+COMPILED = (
+    LayerOptions(compiled=True),
+    LayerOptions(1, compiled=True),
+    LayerOptions(2, offload=True, compiled=True),
+)
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("kept", COMPILED)
-def test_graphs_give_the_same_numbers(graphs: list[int], kept: Kept, layout: str) -> None:
+def test_graphs_give_the_same_numbers(graphs: list[int], kept: LayerOptions, layout: str) -> None:
     model = tiny(FAMILIES["llama"]())
-    plain = gradients(model, Kept(), layout)
+    plain = gradients(model, LayerOptions(), layout)
     assert not graphs
     assert_equal(plain, gradients(model, kept, layout))
     count = len(graphs)
     assert count
-    assert_equal(plain, gradients(model, Kept(), layout))
-    assert len(graphs) == count, "nothing is left of it"
+    assert_equal(plain, gradients(model, LayerOptions(), layout))
+    assert len(graphs) == count, "plain layers are restored"
 
 
 def test_adapters_are_compiled_too(graphs: list[int], tiny_model: Path) -> None:
     model = with_lora(tiny(FAMILIES["llama"]()), LoraSettings(rank=4), tiny_model)
-    assert_equal(gradients(model, Kept()), gradients(model, Kept(1, compiled=True)))
+    assert_equal(gradients(model, LayerOptions()), gradients(model, LayerOptions(1, compiled=True)))
     assert graphs
 
 
 def test_layers_share_their_graphs_and_other_widths_make_none(graphs: list[int]) -> None:
     model = tiny(LlamaConfig(**{**SIZES, "num_hidden_layers": 5}))
     counts = []
-    with shared_prompts(transformer(model)), keeping(model, Kept(compiled=True)):
+    with shared_prompts(transformer(model)), layer_options(model, LayerOptions(compiled=True)):
         for prompt in (7, 30, 11, 64, 5, 23, 48):
             groups = [([3] * prompt, [[4] * (prompt // 2), [5] * 3])] * (prompt % 4 + 1)
             score(model, batch_of(groups, "shared")).sum().backward()
@@ -70,9 +74,9 @@ def test_a_run_compiles_where_it_is_asked_to(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++ on a CPU")
 def test_kernels_give_nearly_the_same_numbers() -> None:
     model = tiny(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
-    expected, grads = gradients(model, Kept())
+    expected, grads = gradients(model, LayerOptions())
     torch.compiler.reset()
-    found, others = gradients(model, Kept(compiled=True))
+    found, others = gradients(model, LayerOptions(compiled=True))
     torch.compiler.reset()
     assert torch.allclose(found, expected, atol=1e-5)
     for one, other in zip(grads, others, strict=True):

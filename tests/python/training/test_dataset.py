@@ -63,12 +63,12 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
 def test_an_id_beyond_the_embedding_is_refused(
     command: str, larger: Path, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(VocabularyError, match=r"embedding for 20 ids.*the id 20 \('<new>'\)"):
+    with pytest.raises(VocabularyError, match=r"embedding has 20 rows.*the id 20 \('<new>'\)"):
         COMMANDS[command](larger, data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_ids_that_the_data_does_not_use_are_no_matter(
+def test_ids_that_the_data_does_not_use_are_accepted(
     command: str, larger: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     ready = COMMANDS[command](larger, pairs_file, tmp_path / "out")
@@ -94,7 +94,7 @@ def other(tmp_path: Path, tiny_model: Path) -> Path:
 def test_a_reference_with_another_vocabulary_is_refused(
     tiny_model: Path, other: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(VocabularyError, match="is the id 6 there and 5 here"):
+    with pytest.raises(VocabularyError, match="has the id 6 there and 5 here"):
         evaluation.prepare(EvaluateConfig(tiny_model, other, [pairs_file], device="cpu", beta=0.1))
     with pytest.raises(VocabularyError, match="cannot be compared"):
         trainer.DPOTrainer(
@@ -115,11 +115,11 @@ def test_a_reference_with_a_smaller_embedding_is_refused(
         evaluation.prepare(EvaluateConfig(padded, tiny_model, [data], device="cpu", beta=0.1))
 
 
-def test_a_folder_that_transformers_reads_otherwise_is_refused(
+def test_a_folder_that_transformers_tokenizes_differently_is_refused(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, other: Path
 ) -> None:
     check_ids(tiny_model, PreferenceTokenizer.load(tiny_model))
-    with pytest.raises(VocabularyError, match="transformers reads 'a <"):
+    with pytest.raises(VocabularyError, match="transformers tokenizes 'a <"):
         check_ids(other, _with_token(tiny_model, other))
     monkeypatch.setattr(dataset, "AutoTokenizer", None)  # it cannot be read: not compared
     check_ids(other, PreferenceTokenizer.load(tiny_model))

@@ -83,7 +83,7 @@ def test_sampling_is_reproducible_and_leaves_the_callers_randomness_alone(
     assert all(2 not in ids[:-1] for ids in first)
 
 
-def test_a_folders_generation_settings_do_not_bend_the_samples(tiny_model: Path) -> None:
+def test_generation_settings_of_a_folder_do_not_change_the_samples(tiny_model: Path) -> None:
     model, prompts = load_model(tiny_model), [[1, 5, 6]] * 50
     free = sample_completions(model, prompts, max_new_tokens=5, stop_ids=[2])
     model.generation_config.suppress_tokens = list(range(3, 12))  # type: ignore[union-attr]
@@ -91,7 +91,9 @@ def test_a_folders_generation_settings_do_not_bend_the_samples(tiny_model: Path)
     assert sample_completions(model, prompts, max_new_tokens=5, stop_ids=[2]) == free
 
 
-def test_a_drawing_that_cannot_fit_is_refused_first(tiny_model: Path, pairs_file: Path) -> None:
+def test_samples_that_cannot_fit_are_refused_before_scoring(
+    tiny_model: Path, pairs_file: Path
+) -> None:
     config = EvaluateConfig(
         tiny_model, tiny_model, [pairs_file], beta=0.1, samples=4, max_new_tokens=600
     )

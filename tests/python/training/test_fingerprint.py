@@ -1,4 +1,4 @@
-"""The reference's identity: every hard field makes another one, nothing else does."""
+"""Fingerprints: every hard field changes them, and nothing else does."""
 
 import dataclasses
 import json
@@ -146,7 +146,7 @@ def test_hard_fields(make_model: Callable[..., Path], name: str) -> None:
     assert after.explain(before.hard).startswith(field)
 
 
-def test_no_hard_field_serves_what_was_made_with_another(
+def test_a_changed_hard_field_misses_the_cache(
     make_model: Callable[..., Path], pairs_file: Path, tmp_path: Path
 ) -> None:
     """Each field is changed alone, and all 32 completions are missing then (F18)."""
@@ -214,7 +214,7 @@ def test_what_cannot_change_a_log_prob(make_model: Callable[..., Path], change: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_default_that_is_spelled_is_one_that_is_left_out(tmp_path: Path, family: str) -> None:
+def test_a_written_default_equals_an_omitted_one(tmp_path: Path, family: str) -> None:
     config = FAMILIES[family]()
     spelled, left_out = tmp_path / "spelled", tmp_path / "left_out"
     for folder, is_short in ((spelled, False), (left_out, True)):
@@ -229,7 +229,7 @@ def test_a_default_that_is_spelled_is_one_that_is_left_out(tmp_path: Path, famil
     assert model_settings(spelled) == model_settings(left_out)
 
 
-def test_the_name_of_another_time_is_the_same_setting(make_model: Callable[..., Path]) -> None:
+def test_an_old_name_of_a_setting_equals_the_new_one(make_model: Callable[..., Path]) -> None:
     folder = make_model("model")
     before = model_fingerprint(folder)
     path = folder / "config.json"
@@ -239,7 +239,7 @@ def test_the_name_of_another_time_is_the_same_setting(make_model: Callable[..., 
     assert model_fingerprint(folder).digest == before.digest
 
 
-def test_small_fields_are_told_with_their_values(make_model: Callable[..., Path]) -> None:
+def test_differences_of_small_fields_show_their_values(make_model: Callable[..., Path]) -> None:
     folder = make_model("model")
     before = model_fingerprint(folder)
     default_rope(rope_theta=50000.0)(folder)

@@ -1,4 +1,4 @@
-"""A full journal is sealed and followed by another: nothing acknowledged moves or goes."""
+"""A full journal is sealed and a new one started; acknowledged entries are never lost."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_a_full_journal_becomes_a_shard(tmp_path: Path) -> None:
     assert kinds(tmp_path) == ["arrow"] * 3 + ["manifest.json"] * 3
 
 
-def test_the_last_journal_may_be_left_as_it_is(tmp_path: Path) -> None:
+def test_the_last_journal_may_stay_unsealed(tmp_path: Path) -> None:
     journals = Journals(lambda: CacheWriter(tmp_path, FINGERPRINT))
     append_blocks(journals, 1)
     journals.close()

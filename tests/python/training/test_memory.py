@@ -13,7 +13,7 @@ from logratio.training.config import Precision
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtype and size of each matrix product."""
+    """Records the dtype and size of each matrix product."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

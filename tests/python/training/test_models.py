@@ -1,4 +1,4 @@
-"""Models and adapters that cannot be scored rightly are refused, before their weights are read."""
+"""Models and adapters that cannot be scored correctly are refused before loading weights."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -50,12 +50,12 @@ def folder_of(config: PreTrainedConfig, folder: Path) -> Path:
     ("config", "reason"),
     [
         (BartConfig(), "type bart, an encoder-decoder"),
-        (ViTConfig(), "type vit, which transformers has no causal language model for"),
+        (ViTConfig(), "type vit, for which transformers has no causal language model"),
         (ReformerConfig(is_decoder=True), "hashes tokens at random"),
-        (Gemma3TextConfig(use_bidirectional_attention=True), "tokens see those that follow"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "tokens attend to later tokens"),
     ],
 )
-def test_kinds_that_give_no_log_probs_of_what_follows(
+def test_models_without_next_token_log_probs_are_refused(
     config: PreTrainedConfig, reason: str, tmp_path: Path
 ) -> None:
     folder = folder_of(config, tmp_path / "model")
@@ -67,17 +67,19 @@ def test_kinds_that_give_no_log_probs_of_what_follows(
         check_config(TrainConfig(folder, [data], tmp_path / "out", device="cpu"))
 
 
-def test_a_model_whose_images_alone_see_what_follows_is_taken(tmp_path: Path) -> None:
-    """Gemma 4 says "vision", and text of it is causal."""
+def test_bidirectional_attention_of_images_only_is_accepted(tmp_path: Path) -> None:
+    """Gemma 4 has the value "vision", and its text attention is causal."""
     Gemma4TextConfig(use_bidirectional_attention="vision").save_pretrained(tmp_path)
     assert architecture(tmp_path).use_bidirectional_attention == "vision"
 
 
 @pytest.mark.parametrize("content", [{"model_type": "never-heard-of"}, {"hidden_size": 4}])
-def test_an_unknown_type_is_a_sentence(content: dict[str, Any], tmp_path: Path) -> None:
+def test_an_unknown_type_is_a_readable_error(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelFolderError, match="the installed transformers knows no such model"):
+    with pytest.raises(
+        ModelFolderError, match="the installed transformers does not know this model"
+    ):
         check_model_folder(tmp_path)
 
 
@@ -98,11 +100,11 @@ def test_a_head_in_bfloat16_behind_a_body_in_float32_is_the_models_own() -> None
     assert found.tolist() == pytest.approx([float(e) for e in expected], abs=0.05)
 
 
-def test_what_fails_under_autocast_in_transformers_is_a_sentence() -> None:
+def test_a_model_that_fails_under_autocast_is_a_readable_error() -> None:
     model = AutoModelForCausalLM.from_config(small_config("dbrx"), dtype=torch.float32).eval()
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(UnsupportedModelError, match="own code fails under --precision bf16"),
+        pytest.raises(UnsupportedModelError, match="code fails under --precision bf16"),
     ):
         choose_layout(model)
 
@@ -119,7 +121,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         if is_decoder:
             check_causality(model)
         else:
-            with pytest.raises(UnsupportedModelError, match="is not causal: a token moves"):
+            with pytest.raises(UnsupportedModelError, match="is not causal: a token changes"):
                 check_causality(model)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers: AdamW as it is written down, wherever its state lies, and saved bit for bit."""
+"""Optimizers: AdamW equals its paper on every device, and its state is saved bit for bit."""
 
 import dataclasses
 import importlib.util
@@ -108,15 +108,13 @@ def test_a_weight_without_a_gradient_stays_and_a_closure_is_refused() -> None:
     optimizer.step()
     assert torch.equal(first, before)
     assert first not in optimizer.state
-    with pytest.raises(ValueError, match="no closure"):
+    with pytest.raises(ValueError, match="closures are not supported"):
         optimizer.step(lambda: 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EXACT)
-def test_the_bytes_that_are_told_are_those_it_holds(
-    name: OptimizerName, dtype: torch.dtype
-) -> None:
+def test_state_bytes_are_those_of_the_state(name: OptimizerName, dtype: torch.dtype) -> None:
     weights = parameters(dtype)
     optimizer = make_optimizer(name, weights, LR)
     for weight in weights:
@@ -264,11 +262,11 @@ def test_a_run_is_not_resumed_with_another_optimizer(config: TrainConfig) -> Non
         train(dataclasses.replace(config, resume=True, optimizer="adamw-host"), show_progress=False)
 
 
-def test_what_cannot_be_is_refused_before_anything_long(config: TrainConfig) -> None:
+def test_impossible_optimizers_are_refused_at_the_start(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="must be one of adamw, adamw8bit, adamw-host"):
         train(dataclasses.replace(config, optimizer="sgd"))  # type: ignore[arg-type]
     few = dataclasses.replace(config, optimizer="adamw8bit")
-    with pytest.raises(ConfigError, match="would lose most of its updates"):
+    with pytest.raises(ConfigError, match="would lose most updates"):
         train(dataclasses.replace(few, precision="bf16-weights"))
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(MissingExtraError, match=r"logratio\[quantized\]"):
@@ -328,7 +326,7 @@ def test_a_run_adds_up_in_float32_where_the_forecast_says_so(
 
 
 class Operations(TorchDispatchMode):
-    """Notes the name of each operation."""
+    """Records the name of each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

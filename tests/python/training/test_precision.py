@@ -210,7 +210,9 @@ def test_it_depends_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert default_precision(CUDA) == "fp32"  # before Ampere, bf16 is emulated
 
 
-def test_what_is_asked_for_is_taken(config: TrainConfig, default_is_bf16: None) -> None:
+def test_an_explicit_precision_overrides_the_default(
+    config: TrainConfig, default_is_bf16: None
+) -> None:
     assert precision_of(config) == "bf16"
     assert precision_of(dataclasses.replace(config, precision="fp32")) == "fp32"
     remote = PrecomputeConfig(config.model, config.data, "cache", engine="ray", device="cuda")
@@ -254,5 +256,5 @@ def test_a_miss_names_the_precision_as_its_cause(
     assert "give --precision fp32 here" in str(missed.value)
     model = make_model("other", seed=1)
     other = dataclasses.replace(config, model=model, output=tmp_path / "another", cache=cache)
-    with pytest.raises(StaleCacheError, match="was made with another reference"):
+    with pytest.raises(StaleCacheError, match="was filled with a different reference"):
         trainer_module.DPOTrainer(config=other, show_progress=False)

@@ -1,4 +1,4 @@
-"""The reference cache as a user meets it: right, resumed after any kill, refused if stale."""
+"""The reference cache end to end: correct values, resumption after a kill, stale caches."""
 
 import dataclasses
 import itertools
@@ -141,7 +141,7 @@ precompute(PrecomputeConfig(sys.argv[1], [sys.argv[2]], sys.argv[3], token_budge
 @pytest.mark.parametrize(
     ("how", "acknowledged"), [(signal.SIGKILL, 1), (signal.SIGKILL, 7), (signal.SIGTERM, 4)]
 )
-def test_killed_at_any_moment_it_goes_on(
+def test_a_killed_pass_continues(
     config: PrecomputeConfig, how: signal.Signals, acknowledged: int
 ) -> None:
     """Everything acknowledged before the kill is there after it, and is not scored again."""
@@ -167,7 +167,7 @@ def test_killed_at_any_moment_it_goes_on(
 
 
 def test_two_processes_may_fill_one_cache(config: PrecomputeConfig) -> None:
-    """Each has a journal of its own; what both scored is counted once."""
+    """Each has a separate journal; completions scored by both are counted once."""
     quiet(config)
     fingerprint = model_fingerprint(config.model)
     reader = open_cache(config.cache, fingerprint)
@@ -183,7 +183,7 @@ def test_two_processes_may_fill_one_cache(config: PrecomputeConfig) -> None:
 
 
 def test_sums_are_those_of_the_tokens(config: PrecomputeConfig, tmp_path: Path) -> None:
-    """A sums-only cache holds what the sums of a whole one are, in a folder of its own."""
+    """A sums-only cache has a separate folder, and equals the sums of a token cache."""
     whole = quiet(config)
     result = quiet(dataclasses.replace(config, sums_only=True))
     assert (result.new, result.hits) == (32, 0)

@@ -1,4 +1,4 @@
-"""The pass on Ray: the numbers of a pass in one process, whoever computes them and whoever dies."""
+"""The pass on Ray gives the log-probs of a pass in one process, even if actors die."""
 
 import itertools
 import os
@@ -47,7 +47,7 @@ def test_a_cpu_always_stays_free(
 
 @pytest.mark.parametrize(("wanted", "cpus", "gpus"), [(None, 0, 0), (40, 2, 0), (5, 32, 4)])
 def test_what_cannot_be_placed_is_refused(wanted: int | None, cpus: float, gpus: float) -> None:
-    """Ray Data would wait for ever, and say nothing."""
+    """Ray Data would hang silently."""
     with pytest.raises(RayPassError, match="Ray cannot place"):
         place(wanted, cpus, gpus, 100, 10)
 
@@ -121,7 +121,7 @@ def test_the_same_numbers_as_in_one_process(
 def test_an_actor_that_dies_is_replaced(
     cluster: Any, config: PrecomputeConfig, tmp_path: Path
 ) -> None:
-    """The one that takes its place scores only what is not durable yet."""
+    """Its replacement scores only completions that are not durable yet."""
     cache, killed, over = Path(config.cache), [], threading.Event()
 
     def kill_the_first() -> None:
@@ -154,5 +154,5 @@ def test_an_actor_that_dies_is_replaced(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_a_worker_that_fails_says_why(cluster: Any, config: PrecomputeConfig) -> None:
-    with pytest.raises(RayPassError, match=r"a worker of Ray failed: .*cuda:7.* cannot be used"):
+    with pytest.raises(RayPassError, match=r"a Ray worker failed: .*cuda:7.* cannot be used"):
         precompute(on_ray(config, device="cuda:7"), show_progress=False)

@@ -1,4 +1,4 @@
-"""Wrong numbers are refused before they train or are kept: re-scored, the first loss, limits."""
+"""Wrong log-probs are refused before training or storing: samples, first loss, limits."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def with_(config: TrainConfig, **changes: object) -> TrainConfig:
 
 
 def fill(config: TrainConfig, **changes: object) -> Path:
-    """Fill a cache beside the output with the reference's log-probs."""
+    """Fill a cache next to the output with the reference's log-probs."""
     cache = Path(config.output).parent / "cache"
     wanted = PrecomputeConfig(config.model, config.data, cache, precision=config.precision)
     precompute(dataclasses.replace(wanted, **changes), show_progress=False)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_hits_are_scored_again_before_others_are_added(
     cache = rewritten(cache, config, store, one_completion)
     more = write_pairs(tmp_path / "more.jsonl", 20)
     before = len(open_cache(cache, model_fingerprint(config.model)))
-    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="the reference cannot be trusted"):
         fill(config, data=[more], cache=cache)
     assert len(open_cache(cache, model_fingerprint(config.model))) == before
 
@@ -132,7 +132,7 @@ def test_hits_are_scored_again_before_others_are_added(
 def test_with_adapters_the_cache_is_compared_on_resuming_too(
     config: TrainConfig, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The policy has moved, and with its adapters off it is the reference still."""
+    """The policy has changed, but without its adapters it still is the reference."""
     cache = fill(config)
     config = with_(config, cache=cache, lora=LoraSettings(rank=4), lr=1e-2, save_every=1)
     update = DPOTrainer._update
@@ -146,7 +146,7 @@ def test_with_adapters_the_cache_is_compared_on_resuming_too(
         patch.setattr(DPOTrainer, "_update", stopping)
         train(config, show_progress=False)
     wrong = rewritten(cache, config, store, two_that_cancel)
-    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="the reference cannot be trusted"):
         train(with_(config, resume=True, cache=wrong), show_progress=False)
 
 
@@ -184,7 +184,7 @@ def test_both_layouts_are_within_the_bounds(
     assert result.steps == len(result.history) > 0
 
 
-def test_other_conditions_are_told_and_the_sample_is_named(
+def test_different_conditions_are_reported_with_the_sample(
     config: TrainConfig, capsys: pytest.CaptureFixture[str], make_model: Callable[..., Path]
 ) -> None:
     cache = fill(config)
@@ -193,10 +193,10 @@ def test_other_conditions_are_told_and_the_sample_is_named(
     known = {"layout": "shared", "device": "cpu", "attention": "logratio_shared_prompt"}
     assert stored | known == stored
     train(with_(config, cache=cache, overwrite=True), show_progress=False)
-    assert "made under" not in capsys.readouterr().err
+    assert "filled under" not in capsys.readouterr().err
     path.write_text(json.dumps(stored | {"transformers": "4.0", "layout": "padded"}))
     train(with_(config, cache=cache, overwrite=True), show_progress=False)
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "made under" in line]
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "filled under" in line]
     assert "layout padded (here shared), transformers 4.0 (here " in told
     assert "32 completions scored again" in told
     other = with_(
@@ -238,12 +238,12 @@ def test_the_first_loss_is_the_known_one(
 
 
 @pytest.mark.parametrize("change", [1e-2, -1e-3, math.nan])
-def test_a_loss_that_begins_elsewhere_is_refused(
+def test_a_wrong_initial_loss_is_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, change: float
 ) -> None:
     wrong = dataclasses.replace(PAIR_LOSSES["dpo"], function=offset_loss(change))
     monkeypatch.setitem(PAIR_LOSSES, "dpo", wrong)
-    with pytest.raises(UntrustedReferenceError, match=r"in place of 0\.693147"):
+    with pytest.raises(UntrustedReferenceError, match=r"instead of 0\.693147"):
         train(config, show_progress=False)
     assert not list(Path(config.output).glob("*.safetensors"))
 
@@ -288,7 +288,7 @@ def test_a_cache_with_another_number_of_tokens_is_refused(
     writer.close()
     reader = CacheReader.open(tmp_path, fingerprint.digest)
     batch = to_torch(lay_out(store, np.array([3]), "padded"))
-    with pytest.raises(StaleCacheError, match=r"\[E604\] the cache holds 2 tokens"):
+    with pytest.raises(StaleCacheError, match=r"\[E604\] the cache has 2 tokens"):
         CachedReference(store, reader, tmp_path).logps(batch)
 
 
@@ -311,7 +311,7 @@ def fill_sums(config: TrainConfig, edit: Callable[[np.ndarray, np.ndarray], None
 
 
 def nothing(_counts: np.ndarray, _sums: np.ndarray) -> None:
-    """Leave them as they are."""
+    """Change nothing."""
 
 
 def one_more(counts: np.ndarray, _sums: np.ndarray) -> None:
@@ -349,7 +349,7 @@ def test_the_flag_adds_to_sums_where_there_are_only_sums(
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (one_more, StaleCacheError, r"\[E604\] the cache holds sums of"),
+        (one_more, StaleCacheError, r"\[E604\] the cache has sums of"),
         (a_bit_less, UntrustedReferenceError, r"of a completion of .*pairs\.jsonl:3 "),
     ],
 )
@@ -366,7 +366,7 @@ def test_sums_are_no_tokens(config: TrainConfig, store: Store) -> None:
         config=with_(config, cache=fill_sums(config, nothing)), show_progress=False
     ).cached
     assert isinstance(cached, CachedSums)
-    with pytest.raises(StaleCacheError, match="log-probs of tokens are asked for"):
+    with pytest.raises(StaleCacheError, match="log-probs of tokens are needed"):
         cached.logps(to_torch(lay_out(store, np.array([2]), "padded")))
 
 

@@ -1,4 +1,4 @@
-"""The scorer: memory that runs out in the middle of a pass costs nothing but a smaller batch."""
+"""The scorer: running out of memory during a pass only makes batches smaller."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,14 +62,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     scored = short_of_memory(monkeypatch, lambda number, tokens: tokens <= 40, error)
     result = precompute(other, show_progress=False)
     assert max(scored) <= 40
-    assert "going on with" in capsys.readouterr().err
+    assert "retrying with" in capsys.readouterr().err
     assert (result.new, result.hits) == (32, 0)
     assert np.allclose(values(other, result), whole, atol=1e-5)
     lengths = prepare(other, show_progress=False).store.shared_lengths()
     assert sum(scored) == lengths.sum(), "a group was scored twice or not at all"
 
 
-def test_memory_that_ends_in_the_middle_is_no_end(
+def test_running_out_of_memory_during_a_pass_loses_nothing(
     config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process takes the GPU's memory after three batches: half from there on."""
@@ -84,7 +84,7 @@ def test_one_group_that_does_not_fit_is_named_and_the_rest_kept(
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory")
     short_of_memory(monkeypatch, lambda number, tokens: number <= 2, error)
-    with pytest.raises(MemoryShortageError, match=r"one group alone \(.*pairs.jsonl:\d+, \d+ tok"):
+    with pytest.raises(MemoryShortageError, match=r"a single group \(.*pairs.jsonl:\d+, \d+ tok"):
         precompute(config, show_progress=False)
     monkeypatch.undo()
     again = precompute(config, show_progress=False)

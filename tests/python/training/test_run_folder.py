@@ -1,4 +1,4 @@
-"""A run's folder: what is replaced, what is kept, who may write, and what a full disk leaves."""
+"""A run's folder: replacing and keeping runs, locking, and full disks."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def command(config: TrainConfig, *more: object) -> tuple[object, ...]:
 
 
 class TestFinished:
-    """A finished run is returned, or replaced when that is asked for, and never in silence."""
+    """A finished run is returned, or replaced on request, and never silently."""
 
     @pytest.mark.parametrize("more", [(), ("--resume",), ("--dry-run",)])
     def test_the_same_settings_end_at_once(
@@ -79,7 +79,7 @@ class TestFinished:
             ({"token_budget": 64}, "token_budget"),
         ],
     )
-    def test_other_settings_need_to_be_asked_for(
+    def test_other_settings_need_overwrite(
         self, config: TrainConfig, tmp_path: Path, changes: dict[str, object], names: str
     ) -> None:
         quiet(config)
@@ -146,7 +146,7 @@ class TestFinished:
     def test_a_model_that_no_run_made_stays_even_with_overwrite(
         self, config: TrainConfig, make_model: Callable[..., Path]
     ) -> None:
-        with pytest.raises(ConfigError, match="not made here"):
+        with pytest.raises(ConfigError, match="logratio did not train"):
             quiet(with_(config, output=make_model("precious"), overwrite=True))
 
 
@@ -191,7 +191,7 @@ class TestOneAtATime:
 
 
 class TestFullDisk:
-    """Metrics never stop a run; a failed save leaves what was there, and ends with a sentence."""
+    """Metrics never stop a run; a failed save keeps earlier files and ends with a clear error."""
 
     @pytest.fixture
     def disk(self, tmp_path: Path) -> Iterator[Path]:
@@ -215,12 +215,12 @@ class TestFullDisk:
         assert ended.stderr.count("cannot be written (No space left on device)") == 1
         (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
         assert "the model could not be saved" in line
-        assert "--resume" in line or "there is none before it" in line
+        assert "--resume" in line or "no earlier checkpoint exists" in line
         assert "Traceback" not in ended.stderr
         assert {path: path.read_bytes() for path in kept} == kept
         assert not (out / ".saving").exists()
 
-    def test_metrics_that_find_room_again_are_whole(
+    def test_metrics_are_complete_once_the_disk_has_space(
         self, disk: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         filler = disk / "filler"
@@ -247,14 +247,14 @@ class TestFullDisk:
             log.write(1, {"loss": 1.0})
         err = capsys.readouterr().err
         assert err.count("cannot be written") == 1
-        assert "its last 3 records are missing" in err
+        assert "the last 3 records are missing" in err
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
 
     def test_a_failed_checkpoint_leaves_the_one_before(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(checkpoints, "save_file", fails_from(4, save_file))
-        with pytest.raises(SaveError, match=r"update 2 .*checkpoint-00000001 is whole") as ended:
+        with pytest.raises(SaveError, match=r"update 2 .*checkpoint-00000001 is complete") as ended:
             quiet(with_(config, batch_size=4, save_every=1))
         assert "No space left on device" in str(ended.value)
         monkeypatch.undo()
@@ -268,7 +268,7 @@ class TestFullDisk:
 
         real = PreTrainedModel.save_pretrained
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails_from(0, real))
-        with pytest.raises(SaveError, match=r"checkpoint-00000002 holds all that was trained"):
+        with pytest.raises(SaveError, match=r"checkpoint-00000002 holds the trained weights"):
             quiet(config)
         monkeypatch.undo()
         assert quiet(with_(config, resume=True)) == []
@@ -332,13 +332,13 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=type)
-def test_a_missing_tracker_is_a_sentence(
+def test_a_missing_tracker_is_a_note(
     error: Exception,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """metrics.jsonl has everything, and the run goes on."""
+    """metrics.jsonl contains everything, and the run continues."""
 
     class Failing:
         def find_spec(self, name: str, *_: object) -> None:
@@ -355,10 +355,8 @@ def test_a_missing_tracker_is_a_sentence(
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
     assert not (tmp_path / "tensorboard").exists()
     (said,) = capsys.readouterr().err.splitlines()
-    assert (
-        said
-        == f"no TensorBoard events ({str(error).splitlines()[0]}); metrics.jsonl has every metric"
-    )
+    reason = str(error).splitlines()[0]
+    assert said == f"no TensorBoard events ({reason}); metrics.jsonl contains all metrics"
 
 
 def events(folder: Path) -> list[tuple[int, str, float]]:
@@ -379,7 +377,7 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
 class TestBeta:
     """β comes from the policy's training; another one is reported."""
 
-    def test_it_is_the_runs_own(self, run: Run, config: TrainConfig, tmp_path: Path) -> None:
+    def test_it_is_that_of_the_run(self, run: Run, config: TrainConfig, tmp_path: Path) -> None:
         quiet(with_(config, beta=0.3))
         given = ("--policy", config.output, "--reference", config.model)
         result = tmp_path / "r.json"
@@ -389,7 +387,7 @@ class TestBeta:
         for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
             code, _, err = run(name, *given, *rest, "--beta", "0.5", "--dry-run")
             assert code == 0, err
-            assert "beta is 0.5 as given; the policy was trained with 0.3" in err
+            assert "using beta 0.5; the policy was trained with 0.3" in err
         assert reward_beta(config.output, None) == 0.3
 
     def test_without_a_run_it_must_be_given(
@@ -399,12 +397,12 @@ class TestBeta:
         for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
             code, _, err = run(name, *given, *rest)
             assert code == 2
-            assert "give --beta, that of the policy's training: there is no" in err
+            assert "give --beta, the β that the policy was trained with: " in err
 
     @pytest.mark.parametrize("loss", ["sft", "simpo"])
     def test_a_loss_without_a_reference_has_none(self, config: TrainConfig, loss: str) -> None:
         quiet(with_(config, loss=loss))
-        with pytest.raises(ConfigError, match="names no β against a reference"):
+        with pytest.raises(ConfigError, match="records none for a reference"):
             evaluate(EvaluateConfig(config.output, config.model, config.data))
         assert reward_beta(config.output, 0.2) == 0.2
 
@@ -414,7 +412,7 @@ def OUTPUT(tmp_path: Path) -> tuple[object, ...]:  # noqa: N802
 
 
 class TestFolders:
-    """What a folder holds is decided once, for every command that loads one."""
+    """Every command that loads a folder interprets it in the same way."""
 
     def test_a_model_with_an_adapter_in_it_is_refused_everywhere(
         self, run: Run, config: TrainConfig, tmp_path: Path
@@ -437,7 +435,7 @@ class TestFolders:
         for given in commands:
             code, _, err = run(*given)
             assert code == 2
-            assert "holds a whole model (model.safetensors) and an adapter" in err
+            assert "contains both a full model (model.safetensors) and an adapter" in err
         (folder / "adapter_config.json").unlink()
         assert run(*commands[0], "--dry-run")[0] == 0
 
@@ -512,7 +510,7 @@ class TestFolders:
         given = command(config, "--lora", "--lora-target", "nonsense", *more, "--dry-run")
         code, _, err = run(*given)
         assert code == 2
-        assert "lora target 'nonsense' is no layer of" in err
+        assert "lora target 'nonsense' matches no layer of" in err
         assert "k_proj" in err
         assert "Traceback" not in err
 

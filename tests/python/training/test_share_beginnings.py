@@ -115,8 +115,10 @@ def test_precompute_scores_the_same_with_fewer_tokens(
     assert 0 < tokens[True] < tokens[False] * 0.6
 
 
-def test_a_run_is_resumed_only_as_it_began(tiny_model: Path, talks: Path, tmp_path: Path) -> None:
-    """Sums in another order round otherwise: `--resume` goes on bit for bit, or not at all."""
+def test_a_run_is_resumed_only_with_the_same_setting(
+    tiny_model: Path, talks: Path, tmp_path: Path
+) -> None:
+    """Another order of summation rounds differently, and `--resume` must be bit-identical."""
     config = TrainConfig(tiny_model, [talks], tmp_path / "out", lr=1e-3, share_beginnings=True)
     train(config, show_progress=False)
     with pytest.raises(FileExistsError, match="share_beginnings"):

@@ -56,7 +56,7 @@ def test_shares_add_up_and_none_is_scored_twice(config: PrecomputeConfig) -> Non
 def test_a_share_is_the_same_whatever_was_done_before(
     config: PrecomputeConfig, tmp_path: Path
 ) -> None:
-    """So a process that lists late does not take up what another one is at."""
+    """A process that starts later must not score what another one is working on."""
     before = prepare(shared(config, "2/3"), show_progress=False)
     mine = before.keys[before.work.rows]
     precompute(shared(config, "1/3"), show_progress=False)
@@ -93,7 +93,7 @@ def test_standard_input_is_refused_where_several_would_read_it(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process only"):
+    with pytest.raises(ConfigError, match="only one process"):
         prepare(PrecomputeConfig(config.model, ["-"], config.cache), show_progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Shares: every group in exactly one, told by content alone."""
+"""Shares: every group is in exactly one, chosen by its content alone."""
 
 import numpy as np
 import pytest
@@ -51,6 +51,6 @@ def test_flag_and_torchrun_together(
 
 
 @pytest.mark.parametrize("given", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3"])
-def test_what_is_no_share_is_refused(given: str) -> None:
+def test_malformed_shares_are_refused(given: str) -> None:
     with pytest.raises(ShareError, match=r"1/N to N/N"):
         share_of(given, {})

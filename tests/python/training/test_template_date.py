@@ -188,7 +188,7 @@ def test_a_run_is_resumed_and_its_policy_read_under_its_date(
     assert plan.rules.date == FIRST  # which the bundle records
 
 
-def test_the_flag_sets_a_date_that_a_template_has_of_its_own(
+def test_the_flag_overrides_the_date_of_a_template(
     model: Path, chats: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     (model / "chat_template.jinja").write_text(DATED)
@@ -204,7 +204,7 @@ def test_the_flag_sets_a_date_that_a_template_has_of_its_own(
     assert ready.config.rules.date == NEXT
 
 
-def test_an_unfinished_store_goes_on_under_its_date(
+def test_an_unfinished_store_continues_with_its_date(
     model: Path, chats: Path, tmp_path: Path, today: Today, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, told = tmp_path / "chats.store", list[str]()

@@ -1,4 +1,4 @@
-"""The token budget: found by trying, halved where memory ends, and nothing lost by either."""
+"""The token budget grows by trying, is halved when memory runs out, and loses no group."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -129,5 +129,5 @@ def test_free_memory_is_what_the_container_allows(
         (ValueError("out of memory"), False),
     ],
 )
-def test_which_errors_a_smaller_batch_may_avoid(error: Exception, smaller_may_do: bool) -> None:
+def test_out_of_memory_errors_are_recognised(error: Exception, smaller_may_do: bool) -> None:
     assert is_out_of_memory(error) is smaller_may_do

@@ -1,4 +1,4 @@
-"""Switches of the process: float32 products, deterministic kernels, CUDA's allocator."""
+"""Process-wide settings: float32 products, deterministic kernels, CUDA's allocator."""
 
 import dataclasses
 import os
@@ -84,7 +84,7 @@ def test_rounded_products_are_off_inside_and_back_after(
         assert BACKENDS.cuda.matmul.allow_tf32 is False
         raise KeyError
     assert precisions() == before
-    assert "off while logratio computes" in capsys.readouterr().err
+    assert "disabled while logratio computes" in capsys.readouterr().err
 
 
 def test_exact_products_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ def test_an_update_has_no_operation_without_a_deterministic_kernel(config: Train
         (None, "PYTORCH_CUDA_ALLOC_CONF", False),
     ],
 )
-def test_expandable_segments_are_asked_for_unless_the_user_said_something(
+def test_expandable_segments_are_enabled_unless_the_user_set_the_allocator(
     device: str | None, own: str | None, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ALLOCATOR:

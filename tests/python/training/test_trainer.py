@@ -125,7 +125,7 @@ def test_resume_of_another_run_is_refused(config: TrainConfig) -> None:
         quiet(with_(config, resume=True, lr=1e-4))
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quiet(with_(config, output=tmp_path / "straight"))
@@ -187,7 +187,7 @@ def test_a_cache_of_another_model_is_refused_with_the_difference(
 ) -> None:
     cache = tmp_path / "cache"
     precompute(PrecomputeConfig(make_model("b", 7), config.data, cache), show_progress=False)
-    with pytest.raises(StaleCacheError, match=r"another reference .*differs in weights"):
+    with pytest.raises(StaleCacheError, match=r"different reference .*differs in weights"):
         quiet(with_(config, cache=cache))
 
 
@@ -202,7 +202,7 @@ def test_a_cache_that_lacks_rows_is_refused(config: TrainConfig, tmp_path: Path)
 def test_a_cache_with_wrong_numbers_is_refused(
     config: TrainConfig, tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
-    """The fingerprint says it is this model's; the numbers are another's."""
+    """The fingerprint is that of this model, but the log-probs are not."""
     cache, other = tmp_path / "cache", make_model("b", 7)
     precompute(PrecomputeConfig(other, config.data, cache), show_progress=False)
     right, wrong = model_fingerprint(config.model), model_fingerprint(other)
@@ -213,7 +213,7 @@ def test_a_cache_with_wrong_numbers_is_refused(
     writer = CacheWriter(cache / right.name, right.digest)
     writer.append(keys, offsets, logps)
     writer.close()
-    with pytest.raises(UntrustedReferenceError, match="do not trust it"):
+    with pytest.raises(UntrustedReferenceError, match="the reference cannot be trusted"):
         quiet(with_(config, cache=cache))
 
 
@@ -324,9 +324,9 @@ def test_lora_trains_adapters_only_and_loads_again(
 def test_a_model_is_never_written_over(
     config: TrainConfig, make_model: Callable[..., Path]
 ) -> None:
-    with pytest.raises(ConfigError, match="own folder"):
+    with pytest.raises(ConfigError, match="folder of an input model"):
         quiet(with_(config, output=config.model))
-    with pytest.raises(ConfigError, match="not made here"):
+    with pytest.raises(ConfigError, match="logratio did not train"):
         quiet(with_(config, output=make_model("precious")))
 
 
@@ -348,7 +348,7 @@ def test_bf16_stays_near_fp32(config: TrainConfig, tmp_path: Path) -> None:
         assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
 
 
-def test_threads_that_hurt_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_threads_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from logratio.training import torch_settings
 
     cpu, times = torch.device("cpu"), iter([0.4, 0.1, 0.1, 0.1])

@@ -1,4 +1,4 @@
-"""A cache changes nothing but the time: warm, cold and without, the same weights; never a miss."""
+"""Training gives the same weights with a warm cache, a cold cache and none."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def dropout(monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., Path]) -> Iterator[Path]:
-    """A model whose policy drops 30 % of its attention: what the trainer itself never does."""
+    """A policy with 30 % attention dropout, which the trainer itself never uses."""
     folder = make_model("dropout")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 0.3}))

@@ -1,4 +1,4 @@
-"""Attention in which every completion sees its prompt and itself, for any transformers model."""
+"""Attention of completions to their prompt and themselves, for any transformers model."""
 
 from logratio.logps.attention.interface import NAME, SharedPromptError, shared_prompts
 from logratio.logps.attention.kernels import use_kernel

@@ -1,4 +1,4 @@
-"""FlashAttention: its passes apart, and attention to the prompt and to oneself merged."""
+"""Merged FlashAttention: attention to the prompt and within the sequence, in separate calls."""
 
 from collections.abc import Callable
 from functools import cache
@@ -20,16 +20,17 @@ Backward = Callable[
 
 
 class Flash(NamedTuple):
-    """A kernel.
+    """The forward and backward pass of a FlashAttention kernel.
 
     Attributes:
-        forward: from queries `[T, H, D]`, keys and values `[K, Hk, D]`, where their sequences
-            begin, whether a query sees the keys up to its own place only (aligned at the end of a
-            sequence), and the factor of the scores (`D ** -0.5` where None), to the output
-            `[T, H, D]` and the log-sum-exp of the scores, float32 `[H, T]`. A query without keys
-            has an output of 0 and an infinite log-sum-exp, of either sign.
-        backward: from the output's gradient, the queries, keys and values, the output, the
-            log-sum-exp, and the rest as before, to the gradients of queries, keys and values.
+        forward: Maps queries `[T, H, D]`, keys and values `[K, Hk, D]`, their `Bounds`, whether the
+            attention is causal (aligned at the end of a sequence), and the scale of the scores
+            (None: `D ** -0.5`) to the output `[T, H, D]` and the log-sum-exp of the scores, float32
+            `[H, T]`. A query without keys has an output of 0 and a log-sum-exp of plus or minus
+            infinity.
+        backward: Maps the output's gradient, the queries, keys and values, the output, the
+            log-sum-exp, and the other arguments of `forward` to the gradients of queries, keys and
+            values.
     """
 
     forward: Forward
@@ -37,7 +38,7 @@ class Flash(NamedTuple):
 
 
 def flash_of(kernel: Kernel) -> Flash:
-    """Return the passes of the kernel that "merged" or "flash3_merged" builds on."""
+    """Return the FlashAttention kernel that "merged" or "flash3_merged" uses."""
     return _flash3() if kernel == "flash3_merged" else TORCH
 
 
@@ -59,7 +60,7 @@ def _backward(
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The state of random numbers for dropout, of which there is none.
+    # The random state of dropout is required, but not used.
     random = torch.zeros(2, dtype=torch.uint64, device=out.device)
     unused = torch.empty(0, device=out.device)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
@@ -69,17 +70,20 @@ def _backward(
 
 
 def _filled(bounds: Bounds) -> tuple[Tensor, Tensor, int, int]:
-    """Give lengths to torch, which takes sequences of one query at most to have exactly one."""
+    """Return the arguments of torch's operators, with a maximum of at least two queries.
+
+    With a maximum of one, torch assumes that every sequence has exactly one query.
+    """
     return bounds.queries, bounds.keys, max(2, bounds.max_queries), bounds.max_keys
 
 
 TORCH = Flash(_forward, _backward)
-"""torch's own operators, FlashAttention-2: what its `varlen_attn` calls."""
+"""torch's operators of FlashAttention-2, which `varlen_attn` uses too."""
 
 
 @cache
 def _flash3() -> Flash:
-    """Return FlashAttention-3's own."""
+    """Return the FlashAttention-3 kernel."""
     package = import_module("flash_attn_interface")
 
     def forward(
@@ -128,26 +132,32 @@ def attend_merged(
     """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Args:
-        query: `[1, H, T, D]`, in a dtype that the kernel takes.
-        key: `[1, Hk, T, D]`; `Hk` divides `H`.
-        value: as `key`.
-        sequences: who sees whom.
-        flash: the kernel.
-        scaling: factor of the scores; `D ** -0.5` where None.
+        query: Queries `[1, H, T, D]`, in a dtype that the kernel supports.
+        key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: Values, with the shape of `key`.
+        sequences: Sequences of the row.
+        flash: The kernel.
+        scaling: Scale of the scores; None: `D ** -0.5`.
     """
     states = (part[0].transpose(0, 1) for part in (query, key, value))
     return cast(Tensor, _Merged.apply(*states, sequences, flash, scaling))[None]
 
 
 def merging_pays(sequences: Sequences, heads: int, key_heads: int) -> bool:
-    """Tell whether merging moves fewer numbers than gathering the keys does: an estimate.
+    """Estimate whether merging moves less data than gathering the keys.
 
-    Counted is what each moves besides the attention itself, forward and backward, in units of a
-    token's queries (`H * D`). Gathering: keys and values read and written, their gradients
-    brought back. Merging: a second output and gradient of the queries, the latter in float32,
-    and the sums with the first. Both: gradients of the keys, which FlashAttention-2 makes for
-    each head of the queries and then adds up. So pairs are gathered, and eight completions of a
-    prompt that is a third of the tokens are merged. The products are the same, and not counted.
+    The estimate counts the data that each method moves in addition to the attention itself, forward
+    and backward, in units of a token's queries (`H * D`). Gathering reads and writes keys and
+    values, and scatters their gradients. Merging writes a second output and a second gradient of
+    the queries, the latter in float32, and adds them to the first. Both write gradients of the
+    keys, which FlashAttention-2 computes for each query head and then sums. The matrix products are
+    the same and not counted. For example, pairs are gathered, and eight completions of a prompt
+    that has a third of the tokens are merged.
+
+    Args:
+        sequences: Sequences of the row.
+        heads: Heads of the queries.
+        key_heads: Heads of the keys.
     """
     share = key_heads / heads
     gradients = 2 if heads == key_heads else 4 + 2 * share
@@ -190,16 +200,18 @@ class _Merged(torch.autograd.Function):
         parts = flash.backward(gradient, prompts, *whole, sequences.on_prompts, False, scaling)
         totals[0].add_(parts[0])
         for total, part in zip(totals[1:], parts[1:], strict=True):
-            total.index_copy_(0, rows, part.add_(total.index_select(0, rows)))  # each row once
+            # Rows are distinct, so index_copy_ is deterministic, unlike index_add_.
+            total.index_copy_(0, rows, part.add_(total.index_select(0, rows)))
         return *totals, None, None, None
 
 
 def _merge(own: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge outputs `[T, H, D]` and log-sum-exps `[H, T]`; what has no keys in `theirs` is `own`.
+    """Merge outputs `[T, H, D]` and log-sum-exps `[H, T]` of attention to disjoint sets of keys.
 
-    Shares stay in float32, and outputs in their own dtype: each is read and written in place.
-    In bfloat16 the output is then 1.9e-3 from float64, that of one call 1.6e-3, and the gradient of
-    the queries 2.4e-3 and 1.4e-3: a rounding more (relative norms, of random numbers).
+    Queries without keys in `theirs` keep the output of `own`. Shares are float32, and outputs keep
+    their dtype and are updated in place. In bfloat16 this adds one rounding: on random data, the
+    relative error to float64 is 1.9e-3 for the output and 2.4e-3 for the gradient of the queries,
+    against 1.6e-3 and 1.4e-3 for a single call.
     """
     (out, lse), (other, other_lse) = own, theirs
     other_lse = other_lse.masked_fill(other_lse == torch.inf, -torch.inf)

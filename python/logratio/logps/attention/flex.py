@@ -1,7 +1,7 @@
-"""Attention of a whole row by FlexAttention: for what variable-length kernels do not take.
+"""Attention of a whole row by FlexAttention, for cases that variable-length kernels do not support.
 
-The row attends to itself under a block mask that is made from the sequences, so nothing is
-gathered; soft-capping is a function of the scores. Compiled on a GPU, at its first use.
+A block mask computed from the sequences restricts the attention, so no keys are gathered.
+Soft-capping is a score function. On a GPU, FlexAttention is compiled on first use.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from logratio.logps.batch import Sequences
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Whether the query (third) may see the key (fourth), both int positions in the row."""
+"""Returns whether a query (third argument) may see a key (fourth), both positions in the row."""
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
-"""For rows of fewer than 128 tokens torch has a kernel meant for decoding, which fails where they
-and the queries' heads a key's head has make more than its tile holds."""
+"""For rows of fewer than 128 tokens torch uses a decoding kernel, which fails if the tokens times
+the query heads per key head exceed its tile. This option disables it."""
 
 VARIANTS = 64
-"""A model has some four to seven (with gradients and without, one tile and several, dtypes), and a
-process may have several models; torch gives up after eight."""
+"""Limit of recompilations; torch's default is eight. A model needs four to seven variants (with and
+without gradients, one or several tiles, dtypes), and a process may have several models."""
 
 
 def attend_row(
@@ -37,9 +37,18 @@ def attend_row(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`; `Hk` heads of keys divide `H`.
+    """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`.
 
-    On the CPU it has no backward pass, and makes the whole `[T, T]` of scores.
+    On the CPU it has no backward pass, and materializes all `[T, T]` scores.
+
+    Args:
+        query: Queries `[1, H, T, D]`.
+        key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: Values `[1, Hk, T, Dv]`.
+        sequences: Sequences of the row.
+        scaling: Scale of the scores; None: `D ** -0.5`.
+        window: A token sees itself and the `window - 1` tokens before it; None: all before it.
+        softcap: Cap of the scores; None: no cap.
     """
     if window not in sequences.masks:
         sequences.masks[window] = block_mask(sequences, window)
@@ -61,7 +70,7 @@ def attend_row(
 
 
 def block_mask(sequences: Sequences, window: int | None) -> BlockMask:
-    """Make the mask of a row of `T` tokens, on the device of `sequences`."""
+    """Create the block mask of a row of `T` tokens, on the device of `sequences`."""
     device = sequences.key_index.device
     create: Callable[..., BlockMask] = create_block_mask
     if device.type == "cuda":
@@ -71,14 +80,14 @@ def block_mask(sequences: Sequences, window: int | None) -> BlockMask:
 
 
 def visible(sequences: Sequences, window: int | None) -> MaskFunction:
-    """Return the function that says who sees whom: prompt and own tokens, none that come later.
+    """Return the mask function: a token sees its prompt and its sequence, up to itself.
 
     Args:
-        sequences: who belongs to what.
-        window: a token sees itself and the `window - 1` before it in its sequence.
+        sequences: Sequences of the row.
+        window: A token sees itself and the `window - 1` tokens before it; None: all before it.
     """
     own, prompt = sequences.of_token, sequences.prompt_of_token
-    # Tensors, where a captured number would be one more thing to compile for.
+    # Captured as tensors: torch.compile would specialize on a captured number.
     position = sequences.positions
     earliest = torch.zeros_like(position) if window is None else position - (window - 1)
 
@@ -90,8 +99,8 @@ def visible(sequences: Sequences, window: int | None) -> MaskFunction:
 
 
 def _capped(softcap: float, device: torch.device) -> ScoreFunction:
-    """Return what caps scores, which are float32 there."""
-    # Filled on the device: a copy would wait for it.
+    """Return a score function that caps scores, which are float32."""
+    # Filled on the device, because a copy from the host would synchronize.
     cap = torch.full((), softcap, dtype=torch.float32, device=device)
 
     def capped(score: Tensor, _b: Tensor, _h: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
@@ -102,9 +111,9 @@ def _capped(softcap: float, device: torch.device) -> ScoreFunction:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for any length at once; a compilation for each new length takes many seconds.
+    """Compile for dynamic lengths, since recompiling for each length takes many seconds.
 
-    Whole or not at all: where a part could not be compiled, scores would be made whole instead.
+    With `fullgraph`, a failure raises an error; a graph break would materialize all scores.
     """
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
 

@@ -1,4 +1,7 @@
-"""Attention of a whole row in a call or two a layer, by a kernel that was tried here: for CUDA."""
+"""Attention of a whole row in one or two kernel calls per layer, for CUDA.
+
+Kernels are tested on this machine before use: see `failure`.
+"""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ from logratio.logps.attention.kernels import (
     Wanted,
     kernel_for,
     missing_kernels,
-    tell,
+    report_choice,
 )
 from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.sdpa import Scoring
@@ -38,12 +41,12 @@ def attend_in_one_call(
     """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Args:
-        kernel: any but "sdpa".
-        query: `[1, H, T, D]`, in a dtype that the kernel takes.
-        key: `[1, Hk, T, D]`; `Hk` divides `H`.
-        value: `[1, Hk, T, Dv]`.
-        sequences: who sees whom.
-        scoring: what becomes of the scores; what the kernel does not do is left out.
+        kernel: Any kernel except "sdpa".
+        query: Queries `[1, H, T, D]`, in a dtype that the kernel supports.
+        key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: Values `[1, Hk, T, Dv]`.
+        sequences: Sequences of the row.
+        scoring: Scale, window, cap and dropout; settings that the kernel lacks are ignored.
     """
     if kernel == "flex":
         return attend_row(
@@ -65,23 +68,24 @@ def attend_in_one_call(
 
 
 GROUPS = ((70, (60, 40)), (30, (50, 20)))
-"""Lengths of prompts and completions: together more than a kernel's largest tile, of 128."""
+"""Lengths of prompts and completions in the test; the total exceeds the largest tile, 128."""
 TOLERANCE = 0.05
-"""Of the norm: far above the rounding of bfloat16, far below a mask that is wrong."""
+"""Tolerance relative to the norm: far above bfloat16 rounding, far below the error of a wrong
+mask."""
 WINDOW = 37
-"""Tokens of the window that is tried where a layer has one: it ends inside prompts, inside
-completions and between the two, and is no multiple of a tile. One more or less moves values and
-gradients by a tenth of their norm: twice the tolerance."""
+"""Window of the test for layers that have one. It ends within prompts, within completions and
+between the two, and is not a multiple of a tile. A window that is one token longer or shorter
+changes values and gradients by a tenth of their norm, twice the tolerance."""
 
 
 @cache
 def failure(kernel: Kernel, wanted: Wanted, device: torch.device) -> str | None:
-    """Say why a kernel does not do what is wanted, or return None; tried once in a process.
+    """Test a kernel once per process; return the reason why it fails, or None.
 
     Raises:
-        torch.OutOfMemoryError: there is no memory for a few hundred tokens.
+        torch.OutOfMemoryError: There is not enough memory for a few hundred tokens.
     """
-    # A thread of its own has no autocast, no_grad, checkpoint or hook of the caller's.
+    # A new thread is free of the caller's autocast, no_grad, checkpoint and hooks.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_failure, kernel, wanted, device).result()
 
@@ -92,14 +96,14 @@ def _failure(kernel: Kernel, wanted: Wanted, device: torch.device) -> str | None
             worst = _worst_gap(kernel, wanted, device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # compilers and launchers have errors of many types
+    except Exception as error:  # compilers and launchers raise errors of many types
         reason = (str(error).splitlines() or [""])[0]
         return f"it fails here: {type(error).__name__}: {reason[:200]}"
-    return None if worst <= TOLERANCE else f"its numbers are wrong here, by {worst:.2g}"
+    return None if worst <= TOLERANCE else f"its results are wrong here, by {worst:.2g}"
 
 
 def _worst_gap(kernel: Kernel, wanted: Wanted, device: torch.device) -> float:
-    """Return how far values or gradients are from attention's definition, relative to its norm."""
+    """Return the largest relative error of values and gradients to float64 attention."""
     row, states = row_of(GROUPS, device), _states(wanted, device)
     query, key, value = states
     scoring = Scoring(softcap=wanted.softcap, window=WINDOW if wanted.windowed else None)
@@ -114,7 +118,7 @@ def _worst_gap(kernel: Kernel, wanted: Wanted, device: torch.device) -> float:
 
 
 def _states(wanted: Wanted, device: torch.device) -> list[Tensor]:
-    """Draw queries, keys and values, without torch's own random numbers."""
+    """Draw random queries, keys and values, without advancing torch's global generator."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(prompt + sum(answers) for prompt, answers in GROUPS)
     sizes = (
@@ -127,7 +131,7 @@ def _states(wanted: Wanted, device: torch.device) -> list[Tensor]:
 
 
 def row_of(groups: Iterable[tuple[int, tuple[int, ...]]], device: torch.device) -> Sequences:
-    """Lay groups of these lengths end to end; each has a prompt and as many completions."""
+    """Build the sequences of a row from lengths of prompts and of their completions."""
     groups = list(groups)
     queries, keys, index, at = [0], [0], list[int](), 0
     for prompt, answers in groups:
@@ -158,7 +162,7 @@ def row_of(groups: Iterable[tuple[int, tuple[int, ...]]], device: torch.device) 
 def _by_definition(
     states: list[Tensor], row: Sequences, softcap: float | None, window: int | None
 ) -> Tensor:
-    """Attend sequence by sequence in float64: `[1, T, H, D]`."""
+    """Compute the attention by its definition, sequence by sequence in float64: `[1, T, H, D]`."""
     query, key, value = (part.double() for part in states)
     times, parts = query.shape[1] // key.shape[1], []
     ends = (row.cu_seqlens_q.tolist(), row.cu_seqlens_k.tolist())
@@ -185,20 +189,20 @@ def attend_fused(
 ) -> Tensor | None:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 
-    The first use of a kernel on a GPU is said, with the reason for each faster one passed over.
+    On a GPU, the choice of a kernel is printed once, with the reason for each faster one skipped.
 
     Args:
-        query: `[1, H, T, D]`.
-        key: `[1, Hk, T, D]`; `Hk` divides `H`.
-        value: `[1, Hk, T, Dv]`.
-        shared_prompt: where prompts and completions lie.
-        scoring: what becomes of the scores.
+        query: Queries `[1, H, T, D]`.
+        key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: Values `[1, Hk, T, Dv]`.
+        shared_prompt: Positions of prompts and completions in the row.
+        scoring: Scale, window, cap, dropout and sinks.
 
     Returns:
-        None where "sdpa" is the kernel: attention in several calls, as on a CPU.
+        The output, or None if the chosen kernel is "sdpa", which needs several calls.
 
     Raises:
-        KernelError: the kernel that `use_kernel` names cannot do it.
+        KernelError: The kernel set by `use_kernel` does not support this attention.
     """
     sequences = shared_prompt.sequences
     wanted = Wanted(
@@ -217,7 +221,7 @@ def attend_fused(
     )
     choice = choose(wanted, query.device, shared_prompt.kernel)
     if query.is_cuda:
-        tell(choice)
+        report_choice(choice)
     if choice.name == "sdpa" or sequences is None:
         return None
     query, key, value = (states.to(wanted.dtype) for states in (query, key, value))
@@ -226,7 +230,7 @@ def attend_fused(
 
 @cache
 def choose(wanted: Wanted, device: torch.device, forced: Kernel | None) -> Choice:
-    """Return the fastest kernel that does what is wanted and is seen to work here, or `forced`."""
+    """Return the fastest kernel that supports `wanted` and passes the test, or `forced`."""
     choice = kernel_for(wanted, missing := missing_kernels(), forced)
     while not forced and choice.name != "sdpa" and (why := failure(choice.name, wanted, device)):
         missing += ((choice.name, why),)
@@ -235,6 +239,6 @@ def choose(wanted: Wanted, device: torch.device, forced: Kernel | None) -> Choic
 
 
 def _dtype(states: Tensor) -> torch.dtype:
-    """Return what to compute in: autocast knows torch's own attention, not these kernels."""
+    """Return the compute dtype: autocast casts inputs of torch's SDPA, but not of these kernels."""
     kind = states.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype

@@ -1,8 +1,9 @@
-"""Attention for groups that lie end to end: every completion sees its prompt and itself.
+"""Shared-prompt attention, registered with transformers' attention interface.
 
-Registered with transformers' attention interface, so no model file is patched: a model whose
-implementation is `NAME` hands its queries, keys and values to `shared_prompt_attention`, together
-with the `SharedPrompt` that `completion_logps` passes to the model as a keyword.
+Groups are concatenated in one row, and every completion sees its prompt and itself. No model code
+is patched: a model whose attention implementation is `NAME` calls `shared_prompt_attention` with
+its queries, keys and values, and with the `SharedPrompt` that `completion_logps` passes to the
+model as a keyword argument.
 """
 
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ from logratio.logps.attention.tree import SharedTree, attend_tree
 
 NAME = "logratio_shared_prompt"
 HARMLESS = ("position_ids", "cache_position")
-"""Tensors that models hand to every attention, and that change no score."""
+"""Tensors that models pass to every attention function, and that do not affect scores."""
 
 
 class SharedPromptError(LogratioError, ValueError):
-    """The model's attention cannot keep the completions of a group apart."""
+    """The model's attention cannot separate the completions of a group."""
 
 
 def shared_prompt_attention(
@@ -46,10 +47,27 @@ def shared_prompt_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`.
 
+    Args:
+        module: The calling attention layer (unused).
+        query: Queries `[1, H, T, D]`.
+        key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: Values `[1, Hk, T, Dv]`.
+        attention_mask: Result of `_no_mask`.
+        shared_prompt: Positions of prompts and completions in the row.
+        scaling: Scale of the scores; None: `D ** -0.5`.
+        dropout: Dropout probability of the attention weights.
+        sliding_window: A token sees itself and the `sliding_window - 1` tokens before it.
+        softcap: Cap of the scores (Gemma 2).
+        s_aux: Attention sinks `[H]` (gpt-oss).
+        **options: Further arguments of the model; tensors among them are refused.
+
+    Returns:
+        The output, and None in place of attention weights.
+
     Raises:
-        SharedPromptError: the model did not pass `shared_prompt` on, or asks for something
-            (a position bias, a choice of keys, a window that only its mask has) that this attention
-            does not do.
+        SharedPromptError: The model does not pass `shared_prompt` to its attention, or needs a
+            feature that this attention lacks: a position bias, a selection of keys, or a window
+            that only its mask contains.
     """
     _refuse_unknown(shared_prompt, options)
     _refuse_mask(attention_mask, sliding_window)
@@ -71,33 +89,33 @@ def _refuse_unknown(
     options: dict[str, Any],
 ) -> None:
     if shared_prompt is None:
-        raise SharedPromptError("the model does not pass keywords on to its attention")
+        raise SharedPromptError("the model does not pass keyword arguments to its attention")
     for name, value in options.items():
         if isinstance(value, Tensor) and name not in HARMLESS:
             raise SharedPromptError(
-                f"its attention takes {name}, which that of shared prompts does not know"
+                f"its attention takes {name}, which shared-prompt attention does not support"
             )
 
 
 def _refuse_mask(asked: Tensor | None, window: int | None) -> None:
-    """Refuse a layer whose mask is to say something that its attention does not say itself.
+    """Refuse a layer whose mask restricts the attention in a way that its arguments do not.
 
-    The probe of the leak check is shorter than most windows, so that it would not see this.
+    The leak check cannot detect a missing window, because its probe is shorter than most windows.
     """
     if asked is not None and asked.numel():
-        raise SharedPromptError("the model makes masks of its own")
+        raise SharedPromptError("the model builds its attention masks itself")
     reach = None if asked is None else asked.shape[0]
     if reach != window:
-        raise SharedPromptError(f"its mask has a window of {reach}, its attention one of {window}")
+        raise SharedPromptError(f"the window of its mask is {reach}, of its attention {window}")
 
 
 def _no_mask(
     *_args: Any, local_size: int | None = None, device: Any = None, **_options: Any
 ) -> Tensor | None:
-    """Answer transformers' request for a mask with its window alone: `SharedPrompt` masks.
+    """Return the window of a mask that transformers requests, as the shape of an empty tensor.
 
-    Models hand masks on as tensors, so a window travels as the shape of one that holds nothing:
-    `[window, 1, 1, 0]`, which no device has to be waited for to read.
+    The masks themselves come from `SharedPrompt`. Models pass masks on as tensors, so the window is
+    encoded in the shape `[window, 1, 1, 0]`, which can be read without a device synchronization.
     """
     return None if local_size is None else torch.empty(local_size, 1, 1, 0, device=device)
 
@@ -108,10 +126,10 @@ AttentionMaskInterface.register(NAME, _no_mask)
 
 @contextmanager
 def shared_prompts(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` use shared-prompt attention inside the block, its own again after it.
+    """Use shared-prompt attention in `model` inside the block, and restore its attention after it.
 
     Raises:
-        SharedPromptError: the model has no attention that can be replaced.
+        SharedPromptError: The model's attention cannot be replaced.
     """
     before = model.config._attn_implementation
     if before == NAME:  # nested: the outer block restores it
@@ -122,8 +140,8 @@ def shared_prompts(model: PreTrainedModel) -> Iterator[None]:
     except (AttributeError, ValueError) as error:
         raise SharedPromptError(f"its attention cannot be replaced ({error})") from error
     try:
-        if model.config._attn_implementation != NAME:  # transformers logs that, and raises nothing
-            raise SharedPromptError("its attention is custom code, which cannot be replaced")
+        if model.config._attn_implementation != NAME:  # transformers only logs a warning
+            raise SharedPromptError("its attention is custom code and cannot be replaced")
         yield
     finally:
         model.set_attn_implementation(before)

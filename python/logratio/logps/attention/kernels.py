@@ -1,4 +1,4 @@
-"""Which kernel computes the attention of shared prompts, and why not a faster one."""
+"""Choose the kernel for shared-prompt attention, and explain why faster ones are not used."""
 
 import sys
 import sysconfig
@@ -19,9 +19,10 @@ from logratio.errors import LogratioError
 
 Kernel = Literal["flash3_merged", "flash3", "merged", "varlen", "flash_attn", "flex", "sdpa"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-"""Fastest first: variable-length attention of FlashAttention-3, torch (FlashAttention-2) and
-flash-attn 2, FlexAttention, and `scaled_dot_product_attention` group by group, which runs
-everywhere. Those that are "merged" attend to prompts apart, the others to gathered keys."""
+"""Kernels, fastest first: variable-length attention of FlashAttention-3, of torch
+(FlashAttention-2) and of flash-attn 2; FlexAttention; and `scaled_dot_product_attention` group by
+group, which runs everywhere. "Merged" kernels attend to prompts in a separate call; the other
+variable-length kernels attend to gathered keys."""
 
 MERGED: tuple[Kernel, ...] = ("flash3_merged", "merged")
 FLASH3: tuple[Kernel, ...] = ("flash3_merged", "flash3")
@@ -30,27 +31,27 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class KernelError(LogratioError, ValueError):
-    """A kernel that was asked for cannot do what the model needs."""
+    """The requested kernel does not support the model's attention."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a layer wants of its attention.
+    """Requirements of a layer on its attention kernel.
 
     Attributes:
-        device: "cpu", "cuda" ….
-        dtype: of queries, keys and values.
-        head_dim: of queries and keys.
-        value_dim: of values.
-        heads: of queries.
-        key_heads: of keys and values; divides `heads`.
-        softcap: scores are capped at this (Gemma 2), or None.
-        dropout: share of the attention weights to drop.
-        sinks: whether there are scores that have no value (gpt-oss).
-        sequences: whether the batch brings its `Sequences`.
-        windowed: whether a token sees the tokens of a window only; how many is no criterion.
-        repeated: whether a batch has its prompts' keys so often that gathering them costs more than
-            merging (`merged.merging_pays`).
+        device: Device type: "cpu", "cuda", and so on.
+        dtype: Dtype of queries, keys and values.
+        head_dim: Head dimension of queries and keys.
+        value_dim: Head dimension of values.
+        heads: Number of query heads.
+        key_heads: Number of key and value heads; divides `heads`.
+        softcap: Cap of the scores (Gemma 2), or None.
+        dropout: Dropout probability of the attention weights.
+        sinks: Whether the layer has attention sinks (gpt-oss).
+        sequences: Whether the batch has `Sequences`.
+        windowed: Whether the layer has a sliding window, of any length.
+        repeated: Whether prompts have so many completions that merging costs less than gathering
+            their keys (`flash.merging_pays`).
     """
 
     device: str
@@ -68,7 +69,7 @@ class Wanted:
 
 
 class Choice(NamedTuple):
-    """A kernel, and the reason for each faster one that was passed over."""
+    """The chosen kernel, and the reason for each faster one that was skipped."""
 
     name: Kernel
     passed_over: tuple[tuple[Kernel, str], ...]
@@ -79,20 +80,25 @@ class Choice(NamedTuple):
 
 
 Missing = tuple[tuple[Kernel, str], ...]
-"""Kernels that are not installed here, each with what is missing."""
+"""Kernels that are not installed, each with the missing dependency."""
 
 
 def kernel_for(wanted: Wanted, missing: Missing = (), forced: Kernel | None = None) -> Choice:
-    """Return the fastest kernel that does what is wanted, or `forced`.
+    """Return the fastest kernel that supports `wanted`, or `forced`.
+
+    Args:
+        wanted: Requirements of the layer.
+        missing: Kernels that cannot be used on this machine.
+        forced: The only kernel to consider; None: all.
 
     Raises:
-        KernelError: the forced one cannot do it; says why.
+        KernelError: The forced kernel does not support `wanted`; the message gives the reason.
     """
     passed_over: list[tuple[Kernel, str]] = []
     for name in KERNELS if forced is None else (forced,):
         reason = dict(missing).get(name) or _refusal(name, wanted)
         if forced is None and name in MERGED and not wanted.repeated:
-            reason = reason or "gathering these prompts' keys costs less"
+            reason = reason or "gathering the keys of these prompts costs less"
         if reason is None:
             break
         passed_over.append((name, reason))
@@ -102,7 +108,7 @@ def kernel_for(wanted: Wanted, missing: Missing = (), forced: Kernel | None = No
 
 
 def _refusal(name: Kernel, wanted: Wanted) -> str | None:
-    """Say why a kernel cannot do what is wanted, or return None."""
+    """Return the reason why a kernel does not support `wanted`, or None."""
     if name == "sdpa":
         return None
     if wanted.device != "cuda":
@@ -110,15 +116,15 @@ def _refusal(name: Kernel, wanted: Wanted) -> str | None:
     if not wanted.sequences:
         return "the batch was laid out without cu_seqlens_q"
     if wanted.sinks:
-        return "it has no sinks"
+        return "it does not support sinks"
     if wanted.dropout and name != "flash_attn":
-        return "it has no dropout"
+        return "it does not support dropout"
     if name == "flex":
         return _flex_refusal(wanted)
     if name not in ("flash3", "flash_attn") and wanted.softcap is not None:
-        return "it has no soft-capping"
+        return "it does not support soft-capping"
     if name in MERGED and wanted.windowed:
-        return "a window reaches from a completion into its prompt"
+        return "it does not support windows that extend from a completion into its prompt"
     return _flash_refusal(wanted)
 
 
@@ -133,7 +139,7 @@ def _flash_refusal(wanted: Wanted) -> str | None:
 
 
 def _flex_refusal(wanted: Wanted) -> str | None:
-    """Refuse what its tiles do not fit: at other head sizes they exceed the shared memory."""
+    """Refuse head dimensions for which FlexAttention's tiles exceed the GPU's shared memory."""
     if wanted.dtype not in (*HALF, torch.float32):
         return f"{wanted.dtype}"
     whole = 128 if wanted.dtype in HALF else 64
@@ -145,7 +151,7 @@ def _flex_refusal(wanted: Wanted) -> str | None:
 
 @cache
 def missing_kernels() -> Missing:
-    """Return which kernels are not installed here, and what each of them lacks."""
+    """Return the kernels that are not installed, and what each of them needs."""
     missing: list[tuple[Kernel, str]] = []
     if find_spec("flash_attn_interface") is None:
         missing += [(name, "FlashAttention-3 is not installed") for name in FLASH3]
@@ -157,7 +163,10 @@ def missing_kernels() -> Missing:
 
 
 def _flash_lacks() -> str | None:
-    """Say what is wrong with flash-attn 2, or return None: later ones share its name alone."""
+    """Return the reason why flash-attn 2 is not usable, or None.
+
+    Version 4 has the same package name, but not this function.
+    """
     if find_spec("flash_attn") is None:
         return "flash-attn is not installed"
     try:
@@ -168,13 +177,13 @@ def _flash_lacks() -> str | None:
 
 
 def _compiler_lacks() -> str | None:
-    """Name what Triton lacks to compile a kernel, or return None."""
+    """Return the missing dependency of Triton's compiler, or None."""
     if find_spec("triton") is None:
         return "triton"
     if not (environ.get("CC") or which("gcc") or which("clang")):
         return "a C compiler"
     scheme = sysconfig.get_default_scheme()
-    if scheme == "posix_local":  # Debian's own Python, whose header is not where it installs to
+    if scheme == "posix_local":  # Debian's Python, whose headers are in the prefix scheme
         scheme = "posix_prefix"
     if not (Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
         return "Python.h (the development files of Python)"
@@ -186,13 +195,13 @@ _FORCED: ContextVar[Kernel | None] = ContextVar("kernel", default=None)
 
 @contextmanager
 def use_kernel(name: Kernel) -> Iterator[None]:
-    """Let batches whose forward pass begins in this block use this kernel: for tests and benches.
+    """Use this kernel for batches whose forward pass starts in the block, for tests and benchmarks.
 
     Raises:
-        KernelError: no kernel has this name.
+        KernelError: The name is unknown.
     """
     if name not in KERNELS:
-        raise KernelError(f"no kernel is named {name!r}: choose one of {', '.join(KERNELS)}")
+        raise KernelError(f"unknown kernel {name!r}: choose one of {', '.join(KERNELS)}")
     token = _FORCED.set(name)
     try:
         yield
@@ -201,11 +210,14 @@ def use_kernel(name: Kernel) -> Iterator[None]:
 
 
 def forced_kernel() -> Kernel | None:
-    """Return what `use_kernel` asks for; a batch keeps it, for its backward runs elsewhere."""
+    """Return the kernel set by `use_kernel`, or None.
+
+    Batches store it, because their backward pass may run outside of the block, in another thread.
+    """
     return _FORCED.get()
 
 
 @cache
-def tell(choice: Choice) -> None:
-    """Say once which kernel is used on a GPU, and why not a faster one."""
-    sys.stderr.write(f"attention of shared prompts: {choice}\n")
+def report_choice(choice: Choice) -> None:
+    """Print, once per choice, which kernel is used on a GPU and why no faster one."""
+    sys.stderr.write(f"shared-prompt attention: {choice}\n")

@@ -1,4 +1,4 @@
-"""The calls of attention that a shared-prompt row is cut into, and their masks."""
+"""Split the attention of a shared-prompt row into calls of SDPA, and build their masks."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,49 +10,49 @@ from logratio.logps.attention.kernels import forced_kernel
 from logratio.logps.batch import SharedBatch
 
 SPLIT_CELLS = 4_000
-"""Scores of a head that a second call must spare a group."""
+"""A group's prompt gets a separate call if this saves at least so many scores per head."""
 ROW_TOKENS = 48
-"""Tokens of the longest group that is put in a row with others."""
+"""Largest number of tokens of a group that is batched with others in padded rows."""
 ROW_STEP = 8
 """Widths of rows are multiples of this many tokens."""
 TOKENS_PER_ROW = 60
-"""Tokens of a batch for each group in rows, up to which moving the batch pays."""
+"""Groups are moved into rows if the batch has at most so many tokens per group in rows."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens of a group: its prompt's, and each completion's."""
+    """Token counts of a group: of its prompt, and of each completion."""
 
     prompt: int
     completions: list[int]
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of the whole group."""
+        """Number of tokens of the group."""
         return self.prompt + sum(self.completions)
 
     @cached_property
     def lead(self) -> int:
-        """Tokens from the start of which each sees all before it."""
+        """Number of leading tokens with plain causal attention."""
         return self.prompt if len(self.completions) > 1 else self.tokens
 
     @cached_property
-    def spared(self) -> int:
-        """Scores that are not computed if the prompt has a call of its own."""
+    def saved_scores(self) -> int:
+        """Number of scores saved by a separate call for the prompt."""
         return self.prompt * (self.tokens - self.prompt // 2)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call: some queries of a block, and the keys of the same block that they may see.
+    """One attention call: queries of a block, and the keys of the same block that they may see.
 
     Attributes:
-        block: number of the block of tokens in `Plan.blocks`.
-        rows: `B`, groups that lie below one another in it.
-        queries: `B * Lq`, those of the call; a block's calls follow one another.
-        keys: `Lk`, the first of each row.
-        mask: `[B, 1, Lq, Lk]`, 0 where a query (row) sees a key (column) and -inf elsewhere;
-            None where the queries see every key up to their own place.
+        block: Index of the block of tokens in `Plan.blocks`.
+        rows: `B`, the number of groups in the block, one per row.
+        queries: `B * Lq`, the number of queries; calls of a block cover its queries in order.
+        keys: `Lk`, the number of leading keys of each row.
+        mask: 0 where a query sees a key and -inf elsewhere, `[B, 1, Lq, Lk]`; None for plain causal
+            attention.
     """
 
     block: int
@@ -64,13 +64,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Moves:
-    """Where tokens go so that groups lie in rows, and come from again.
+    """Permutation of tokens into padded rows, and back.
 
     Attributes:
-        take: int64 `[R]`, the token in each place; a place that fills a row up takes its group's
-            last token, so that nothing of another group is ever near.
-        put: int64 `[T]`, the place of each token.
-        real: bool `[R]`, False in places that fill up.
+        take: Token at each row position, int64 `[R]`. Padding repeats the last token of its group,
+            so that tokens of different groups never meet.
+        put: Row position of each token, int64 `[T]`.
+        real: False for padding, bool `[R]`.
     """
 
     take: Tensor
@@ -80,7 +80,13 @@ class Moves:
 
 @dataclass(frozen=True)
 class Plan:
-    """The calls of a row: `blocks` holds the (moved) tokens of each block, in order."""
+    """The attention calls of a row.
+
+    Attributes:
+        blocks: Number of (moved) tokens of each block, in order.
+        calls: The calls, in order of their queries.
+        moves: Permutation of the tokens; None if they stay in place.
+    """
 
     blocks: list[int]
     calls: list[Call]
@@ -95,14 +101,14 @@ def make_plan(
     dtype: torch.dtype,
     masked: bool,
 ) -> Plan:
-    """Choose the calls for groups that lie end to end, and make their masks.
+    """Choose the calls for concatenated groups, and build their masks.
 
     Args:
-        shapes: tokens of each group.
-        position_ids: int64 `[T]`.
-        window: tokens that a query looks back on, itself included; None: all.
-        dtype: of the masks.
-        masked: make a mask also where plain causal attention says the same.
+        shapes: Token counts of each group.
+        position_ids: Positions of the tokens, int64 `[T]`.
+        window: A token sees itself and the `window - 1` tokens before it; None: all before it.
+        dtype: Dtype of the masks.
+        masked: Build masks also for plain causal attention.
     """
     return _Planner(shapes, position_ids, window, dtype, masked).plan()
 
@@ -124,7 +130,7 @@ class _Planner:
         self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths
 
     def plan(self) -> Plan:
-        rows = alike(self.shapes)
+        rows = groups_in_rows(self.shapes)
         in_rows = {group for groups in rows.values() for group in groups}
         alone = [group for group in range(len(self.shapes)) if group not in in_rows]
         for group, start in zip(alone, self.starts[alone].tolist(), strict=True):
@@ -144,7 +150,7 @@ class _Planner:
         self.blocks.append(length)
         positions = self.positions[start : start + length][None]
         owners = self._owners([group], length)
-        if lead < length and shape.spared < SPLIT_CELLS:
+        if lead < length and shape.saved_scores < SPLIT_CELLS:
             lead = 0
         if lead:
             first = None if self._plain(lead) else self._mask(positions[:, :lead], owners[:, :lead])
@@ -164,11 +170,11 @@ class _Planner:
         self.calls.append(Call(block, len(groups), places, width, mask))
 
     def _plain(self, lead: int) -> bool:
-        """Tell whether plain causal attention over `lead` tokens needs no mask."""
+        """Return whether plain causal attention over `lead` tokens needs no mask."""
         return not self.masked and (self.window is None or self.window >= lead)
 
     def _places(self, groups: list[int], width: int) -> Tensor:
-        """Return the tokens of groups in rows: int64 `[B, width]`, the last one repeated."""
+        """Return the token at each row position, int64 `[B, width]`; the last one is repeated."""
         last = self.lengths[groups][:, None] - 1
         across = torch.arange(width, device=self.device)[None]
         return self.starts[groups][:, None] + torch.minimum(across, last)
@@ -184,8 +190,8 @@ class _Planner:
         return torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
     def _mask(self, positions: Tensor, owners: Tensor, start: int = 0) -> Tensor:
-        """Say whom the queries from `start` on see: `[B, L]` twice to `[B, 1, L - start, L]`."""
-        hidden = unseen(positions, owners, self.window, start)[:, None]
+        """Return the mask of the queries from `start`: `[B, L]` each to `[B, 1, L - start, L]`."""
+        hidden = hidden_keys(positions, owners, self.window, start)[:, None]
         zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         return zeros.masked_fill_(hidden, -torch.inf)
 
@@ -202,11 +208,11 @@ class _Planner:
         return Moves(take, put, real)
 
 
-def unseen(positions: Tensor, owners: Tensor, window: int | None, start: int = 0) -> Tensor:
-    """Return who must not be seen: bool `[B, L - start, L]`, queries down and keys across.
+def hidden_keys(positions: Tensor, owners: Tensor, window: int | None, start: int = 0) -> Tensor:
+    """Return which keys each query must not see: bool `[B, L - start, L]`.
 
-    A query sees the prompt (owner 0) and its own part, up to its own position, and no further back
-    than `window` tokens, itself included. Positions and owners are integers `[B, L]`.
+    A query sees the prompt (owner 0) and its completion, up to its position. With a window, it sees
+    only the `window` tokens that end with itself. Positions and owners are integers `[B, L]`.
     """
     own, mine = positions[:, start:, None], owners[:, start:, None]
     hidden = own < positions[:, None]
@@ -215,8 +221,8 @@ def unseen(positions: Tensor, owners: Tensor, window: int | None, start: int = 0
     return hidden.logical_or_((owners[:, None] != mine).logical_and_((owners != 0)[:, None]))
 
 
-def alike(shapes: list[Shape]) -> dict[int, list[int]]:
-    """Return the groups that go in rows, by the rows' width; none if it does not pay."""
+def groups_in_rows(shapes: list[Shape]) -> dict[int, list[int]]:
+    """Return the groups to batch in padded rows, by row width; empty if batching is not faster."""
     rows: dict[int, list[int]] = {}
     for group, shape in enumerate(shapes):
         if shape.tokens <= ROW_TOKENS:
@@ -232,19 +238,20 @@ def _numbered(lengths: list[int], width: int) -> list[int]:
 
 
 class SharedPrompt:
-    """Where each prompt and completion lies in the row, and the attention calls that follow.
+    """Positions of prompts and completions in a row, and the attention calls of the row.
 
     Attributes:
-        prompts: prompt tokens of each group.
-        completions: for each group, the tokens of each of its completions.
-        answers: tokens of all completions of each group.
-        groups: tokens of each group.
-        position_ids: int64 `[T]`, restarting at the prompt's length for each completion.
+        prompts: Prompt tokens of each group.
+        completions: Tokens of each completion of each group.
+        answers: Tokens of all completions of each group.
+        groups: Tokens of each group.
+        position_ids: Positions, which restart at the prompt's length for each completion, int64
+            `[T]`.
     """
 
     def __init__(self, batch: SharedBatch) -> None:
         tokens = sum(batch.prompt_lengths) + sum(map(sum, batch.completion_lengths))
-        # What fills the row up to a fixed width is a prompt that none answers.
+        # Padding at the end of the row is treated as a prompt without completions.
         filler = batch.input_ids.shape[1] - tokens
         self.prompts = batch.prompt_lengths + [filler] * (filler > 0)
         self.completions = batch.completion_lengths + [[]] * (filler > 0)
@@ -255,12 +262,12 @@ class SharedPrompt:
         self._plans: dict[tuple[int | None, torch.dtype, bool], Plan] = {}
 
     def plan(self, window: int | None, dtype: torch.dtype, *, masked: bool = False) -> Plan:
-        """Return the calls that attend for this row, made once and used by every layer alike.
+        """Return the attention calls of this row, computed once for all layers.
 
         Args:
-            window: tokens that a query looks back on, itself included; None: all.
-            dtype: of the queries, and so of the masks.
-            masked: give a mask also where plain causal attention says the same.
+            window: A token sees itself and the `window - 1` tokens before it; None: all before it.
+            dtype: Dtype of the queries and masks.
+            masked: Build masks also for plain causal attention.
         """
         key = (window, dtype, masked)
         if key not in self._plans:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention in the calls of a plan: for a CPU, where a call costs little."""
+"""Attention by torch's SDPA in the calls of a plan, for CPUs, where each call costs little."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ from logratio.logps.attention.plan import Moves, SharedPrompt
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a model's attention does with its scores.
+    """Options of a model's attention that affect its scores.
 
     Attributes:
-        scaling: factor on the products of queries and keys; None: `D ** -0.5`.
-        dropout: probability.
-        window: tokens that a query looks back on, itself included; None: all.
-        softcap: `c` where scores are `c * tanh(scores / c)` (Gemma 2); None: as they are.
-        sinks: `[H]`, a score beside the keys' that has no value (gpt-oss); None: no such score.
+        scaling: Scale of the scores; None: `D ** -0.5`.
+        dropout: Dropout probability of the attention weights.
+        window: A token sees itself and the `window - 1` tokens before it; None: all before it.
+        softcap: Cap `c` of the scores, `c * tanh(scores / c)` (Gemma 2); None: no cap.
+        sinks: Attention sinks `[H]`: an additional score without a value (gpt-oss); None: no sinks.
     """
 
     scaling: float | None = None
@@ -31,7 +31,7 @@ class Scoring:
 
     @property
     def is_plain(self) -> bool:
-        """Whether torch's own attention does all of it."""
+        """Whether torch's SDPA supports all options."""
         return self.softcap is None and self.sinks is None
 
 
@@ -40,7 +40,7 @@ def attend(
 ) -> Tensor:
     """Attend within each group of the row: `[1, H, T, D]` to `[1, T, H, D]`, contiguous.
 
-    Keys and values may have fewer heads, each for as many queries' heads (GQA).
+    Keys and values may have fewer heads (GQA).
     """
     plan = shared_prompt.plan(scoring.window, query.dtype, masked=not scoring.is_plain)
     if plan.moves:
@@ -54,18 +54,18 @@ def attend(
             k, v = k[:, :, : call.keys], v[:, :, : call.keys]
         out.append(_one_row(attend_call(q, k, v, call.mask, scoring)))
     attended = torch.cat(out, dim=2).transpose(1, 2)
-    # Both are views of a tensor without the first axis: compiled layers guard on that.
+    # Both results are views of a tensor without the first axis: compiled layers guard on that.
     if plan.moves is None:
         return attended[0].contiguous()[None]
-    tokens: Tensor = _BackAgain.apply(attended[0], plan.moves)
+    tokens: Tensor = _FromRows.apply(attended[0], plan.moves)
     return tokens[None]
 
 
 def attend_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     """Attend in one call: queries `[B, H, Lq, D]`, keys and values `[B, Hk, Lk, D]`.
 
-    The mask is `[B, 1, Lq, Lk]`, added to the scores; None: plain causal attention, which a scoring
-    that is not plain never asks for.
+    The mask `[B, 1, Lq, Lk]` is added to the scores. None means plain causal attention, and is
+    allowed only if `scoring.is_plain`.
     """
     return (_torch_call if scoring.is_plain else _own_call)(q, k, v, mask, scoring)
 
@@ -87,9 +87,10 @@ def _torch_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: S
 
 
 def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Serve several heads of queries with one of keys: on a CPU torch's fused kernel does it.
+    """Prepare keys and values for GQA: on a CPU, torch's fused kernel supports it directly.
 
-    On CUDA its only kernel that takes a mask does not, and torch would go on without a fused one.
+    On CUDA the only fused kernel with masks does not, and torch would use an unfused one, so keys
+    and values are repeated.
     """
     if q.device.type == "cpu":
         return k, v, {"enable_gqa": True}
@@ -98,12 +99,12 @@ def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dic
 
 
 def _own_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    """Attend with scores that torch has no kernel for, softmax in float32 or wider."""
+    """Attend with a cap or sinks, which torch's SDPA lacks; softmax in float32 or wider."""
     assert mask is not None
     rows, heads, length, depth = q.shape
     shape = (rows, k.shape[1], heads // k.shape[1], length)
     scale = depth**-0.5 if scoring.scaling is None else scoring.scaling
-    # The heads that one head of keys serves lie below one another: no copy of the keys is made.
+    # Query heads with the same key head are stacked along the length, so keys are not copied.
     scores = q.reshape(rows, k.shape[1], -1, depth) @ k.transpose(2, 3) * scale
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
@@ -114,7 +115,7 @@ def _own_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Sco
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Normalise scores `[B, Hk, H / Hk, Lq, Lk]` with a head's sink beside them, if it has one."""
+    """Return the softmax of scores `[B, Hk, H / Hk, Lq, Lk]`, including sinks if there are any."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
     if sinks is None:
         return scores.softmax(dim=-1, dtype=dtype)
@@ -125,25 +126,25 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _in_rows(heads: Tensor, moves: Moves) -> Tensor:
-    """Move tokens to their places: `[1, H, T, D]` to `[1, H, R, D]`."""
+    """Move tokens into rows: `[1, H, T, D]` to `[1, H, R, D]`."""
     moved: Tensor = _IntoRows.apply(heads[0].transpose(0, 1), moves)
     return moved.transpose(0, 1)[None]
 
 
 def _rows(heads: Tensor, rows: int) -> Tensor:
-    """Put the groups of a block below one another: `[1, H, B * L, D]` to `[B, H, L, D]`."""
+    """Split a block into its rows: `[1, H, B * L, D]` to `[B, H, L, D]`."""
     return heads if rows == 1 else heads[0].unflatten(1, (rows, -1)).transpose(0, 1)
 
 
 def _one_row(heads: Tensor) -> Tensor:
-    """Put groups end to end again: `[B, H, L, D]` to `[1, H, B * L, D]`."""
+    """Concatenate rows to a block: `[B, H, L, D]` to `[1, H, B * L, D]`."""
     return heads if len(heads) == 1 else heads.transpose(0, 1).flatten(1, 2)[None]
 
 
 class _IntoRows(torch.autograd.Function):
-    """`x[take]`, with a gradient that is a look-up too: `index_add` is many times as slow.
+    """`x[take]`, with the gradient `g[put]`: `index_add` would be many times slower.
 
-    What fills a row up is seen by nothing that counts, so it has no gradient to give back.
+    The gradient of padding is 0, because no real token sees it, so it need not be added.
     """
 
     @staticmethod
@@ -156,8 +157,8 @@ class _IntoRows(torch.autograd.Function):
         return gradient.index_select(0, ctx.moves.put), None
 
 
-class _BackAgain(torch.autograd.Function):
-    """`x[put]`: the way back, which leaves out what fills rows up."""
+class _FromRows(torch.autograd.Function):
+    """`x[put]`: the inverse of `_IntoRows`, which drops padding."""
 
     @staticmethod
     def forward(ctx: Any, places: Tensor, moves: Moves) -> Tensor:

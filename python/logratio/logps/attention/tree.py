@@ -1,17 +1,17 @@
-"""Attention in a tree of tokens: a sequence sees its own path, whatever branches off from it.
+"""Attention in a prefix tree of tokens: each token sees the tokens on its path from the root.
 
-The row of a `TreeBatch` is a tree in depth-first order: each run goes on from some token before it.
-With `end(k)` the first token after everything that goes on from token `k`, a token `q` sees `k`
-exactly where `k <= q < end(k)`.
+The row of a `TreeBatch` is a tree in depth-first order: each run continues from an earlier token.
+Let `end(k)` be the first position after all descendants of token `k`. Then token `q` sees `k` if
+and only if `k <= q < end(k)`.
 
-Attention takes neighbouring runs in one call. Its queries are a stretch of the row, its keys the
-path of its first run and the same stretch, so that whatever any of them sees is there:
+Consecutive runs are computed in one call. The queries of a call are a span of the row; its keys are
+the path of its first run, followed by the same span, and include all keys that any query sees:
 
-    cells of a call = queries · (path + queries), and half of that for a run without a path
+    cost of a call = queries · (path + queries), or half of that for a run without a path
 
-A path is copied for each call that goes on from it, and the gradients of the copies are added up in
-a fixed order. How runs are cut into calls is chosen so that the cells, `CALL` for each call, and
-`COPY` for each copied key, are fewest; no choice changes a result beyond rounding.
+The path is copied for each call, and the gradients of the copies are summed in a fixed order. The
+split into calls minimizes the total of these costs, plus `CALL` for each call and `COPY` for each
+copied key. The split changes results only by rounding.
 """
 
 from collections.abc import Sequence
@@ -29,50 +29,51 @@ from logratio.logps.attention.sdpa import Scoring, attend_call
 from logratio.logps.batch import TreeBatch
 
 CALL = 4_000
-"""Scores of a head that take as long as one more call."""
+"""Cost of one more call, in scores per head."""
 COPY = 4
-"""Scores of a head that take as long as copying one key and its value, and their gradients back."""
+"""Cost of copying one key and its value, and adding back their gradients, in scores per head."""
 LOOK_BACK = 64
-"""Most runs of a call."""
+"""Maximum number of runs in a call."""
 
-Pieces = tuple[tuple[int, int], ...]
-"""Stretches of the row, each its first token and the one after its last."""
+Spans = tuple[tuple[int, int], ...]
+"""Spans of the row, each as (start, stop)."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call: a stretch of queries, and the keys that they may see.
+    """One attention call: a span of queries, and the keys that they may see.
 
     Attributes:
-        start: the first query's token.
-        stop: the token after the last query.
-        path: what the first run goes on from; the keys are these tokens, then the queries' own.
-        mask: `[1, 1, Lq, Lk]`, 0 where a query (row) sees a key (column) and -inf elsewhere; None
-            where there is no path and each query sees every key up to its own place.
+        start: Position of the first query.
+        stop: Position after the last query.
+        path: Spans that precede the first run on its path. The keys are these tokens, followed by
+            the span of the queries.
+        mask: 0 where a query sees a key and -inf elsewhere, `[1, 1, Lq, Lk]`; None for plain causal
+            attention without a path.
     """
 
     start: int
     stop: int
-    path: Pieces
+    path: Spans
     mask: Tensor | None
 
     @property
     def queries(self) -> int:
-        """How many there are."""
+        """Number of queries."""
         return self.stop - self.start
 
     @property
-    def keys(self) -> Pieces:
-        """All keys as stretches of the row, the queries' own tokens last."""
+    def keys(self) -> Spans:
+        """Spans of all keys; the last one is that of the queries."""
         return (*self.path, (self.start, self.stop))
 
 
 class SharedTree:
-    """Where the runs of a tree lie, and the attention calls that follow.
+    """Positions of the runs of a tree in a row, and the attention calls of the row.
 
     Attributes:
-        kernel: that `use_kernel` asks for; a tree has attention in several calls only.
-        sequences: None: variable-length kernels do not take a tree.
+        kernel: The kernel set by `use_kernel`; trees support only "sdpa".
+        sequences: None, because variable-length kernels do not support trees.
     """
 
     def __init__(self, batch: TreeBatch) -> None:
@@ -87,30 +88,30 @@ class SharedTree:
         self._plans: dict[tuple[int | None, torch.dtype, bool], list[Call]] = {}
 
     def plan(self, window: int | None, dtype: torch.dtype, *, masked: bool = False) -> list[Call]:
-        """Return the calls that attend for this row, made once and used by every layer alike.
+        """Return the attention calls of this row, computed once for all layers.
 
         Args:
-            window: tokens that a query looks back on, itself included; None: all.
-            dtype: of the queries, and so of the masks.
-            masked: give a mask also where plain causal attention says the same.
+            window: A token sees itself and the `window - 1` tokens before it; None: all before it.
+            dtype: Dtype of the queries and masks.
+            masked: Build masks also for plain causal attention.
         """
         key = (window, dtype, masked)
         if key not in self._plans:
             lengths = np.array([len(path) for path in self._paths])
-            cuts = cut(self._starts, lengths)
+            cuts = split_runs(self._starts, lengths)
             self._plans[key] = [self._call(a, b, *key) for a, b in pairwise(cuts)]
         return self._plans[key]
 
     def _call(
         self, first: int, last: int, window: int | None, dtype: torch.dtype, masked: bool
     ) -> Call:
-        """Make the call of runs `first` to `last` (exclusive)."""
+        """Create the call of runs `first` to `last` (exclusive)."""
         start, stop = int(self._starts[first]), int(self._starts[last])
         path, mask = self._paths[first], None
         is_causal = last == first + 1 and not len(path)
         if masked or not is_causal or (window is not None and window < stop - start):
             mask = self._mask(path, start, stop, window, dtype)
-        return Call(start, stop, _pieces(path), mask)
+        return Call(start, stop, _spans(path), mask)
 
     def _mask(
         self, path: np.ndarray, start: int, stop: int, window: int | None, dtype: torch.dtype
@@ -126,32 +127,35 @@ class SharedTree:
 
 
 def _ends(starts: np.ndarray, keys: list[np.ndarray], paths: list[np.ndarray]) -> np.ndarray:
-    """Return the first token after all that goes on from each token, int64 `[T]`."""
+    """Return the position after all descendants of each token, int64 `[T]`."""
     ends = np.full(starts[-1], starts[-1], dtype=np.int64)
     for left, start, path in zip(keys[:-1], starts[1:-1], paths[1:], strict=True):
-        ends[left[len(path) :]] = start  # the next run branches off before these
+        ends[left[len(path) :]] = start  # the next run does not continue from these tokens
     return ends
 
 
-def _pieces(path: np.ndarray) -> Pieces:
-    """Return tokens, int64, rising, as stretches of the row."""
+def _spans(path: np.ndarray) -> Spans:
+    """Convert ascending positions, int64, to spans of the row."""
     breaks = np.flatnonzero(np.diff(path) != 1) + 1
     return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(path, breaks) if len(part))
 
 
-def cut(starts: np.ndarray, paths: np.ndarray) -> list[int]:
-    """Cut runs into the cheapest calls; return where each begins, and how many runs there are.
+def split_runs(starts: np.ndarray, paths: np.ndarray) -> list[int]:
+    """Split runs into calls of the lowest total cost, by dynamic programming.
 
     Args:
-        starts: int64 `[Q + 1]`, the first token of each run, and `T`.
-        paths: int64 `[Q]`, tokens that each run goes on from.
+        starts: First token of each run, and `T`, int64 `[Q + 1]`.
+        paths: Number of tokens on the path before each run, int64 `[Q]`.
+
+    Returns:
+        Index of the first run of each call, followed by `Q`.
     """
     best, before = np.zeros(len(starts)), np.zeros(len(starts), dtype=np.int64)
     for last in range(1, len(starts)):
         first = max(0, last - LOOK_BACK)
         queries, known = starts[last] - starts[first:last], paths[first:last]
         cells = (queries * (known + queries)).astype(np.float64)
-        if known[-1] == 0:  # a run by itself needs no mask, and half of the scores
+        if known[-1] == 0:  # a single run without a path is plain causal: half of the scores
             cells[-1] /= 2
         costs = best[first:last] + cells + COPY * known + CALL
         before[last] = first + int(costs.argmin())
@@ -167,22 +171,22 @@ def attend_tree(
 ) -> Tensor:
     """Attend along the paths of a tree: `[1, H, T, D]` to `[1, T, H, D]`, contiguous.
 
-    Keys and values may have fewer heads, each for as many queries' heads (GQA).
+    Keys and values may have fewer heads (GQA).
     """
     calls = tree.plan(scoring.window, query.dtype, masked=not scoring.is_plain)
-    stretches = [call.keys for call in calls]
-    keys, values = gather(key, stretches), gather(value, stretches)
+    spans = [call.keys for call in calls]
+    keys, values = gather(key, spans), gather(value, spans)
     queries = query.split([call.queries for call in calls], dim=2)
     parts = zip(queries, keys, values, calls, strict=True)
     attended = torch.cat([attend_call(q, k, v, call.mask, scoring) for q, k, v, call in parts], 2)
     return attended.transpose(1, 2)[0].contiguous()[None]
 
 
-def gather(states: Tensor, calls: Sequence[Pieces]) -> tuple[Tensor, ...]:
+def gather(states: Tensor, calls: Sequence[Spans]) -> tuple[Tensor, ...]:
     """Return the keys (or values) of each call: `[1, H, T, D]` to `[1, H, Lk, D]` each.
 
-    The last stretches of all calls are the whole row, each token once. Gradients of copies are
-    added up in the order of the calls, in float32 or wider.
+    The last spans of all calls must cover the row, each token once. Gradients of copies are summed
+    in the order of the calls, in float32 or wider.
     """
     gathered: tuple[Tensor, ...] = _Gather.apply(states, calls)
     return gathered
@@ -190,10 +194,10 @@ def gather(states: Tensor, calls: Sequence[Pieces]) -> tuple[Tensor, ...]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, calls: Sequence[Pieces]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, states: Tensor, calls: Sequence[Spans]) -> tuple[Tensor, ...]:
         ctx.calls, ctx.shape = calls, states.shape
         return tuple(
-            torch.cat([states[:, :, start:stop] for start, stop in pieces], 2) for pieces in calls
+            torch.cat([states[:, :, start:stop] for start, stop in spans], 2) for spans in calls
         )
 
     @staticmethod
@@ -201,12 +205,12 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
         total = gradients[0].new_empty(ctx.shape, dtype=dtype)
-        for pieces, gradient in zip(ctx.calls, gradients, strict=True):
-            (start, stop), length = pieces[-1], gradient.shape[2]
+        for spans, gradient in zip(ctx.calls, gradients, strict=True):
+            (start, stop), length = spans[-1], gradient.shape[2]
             total[:, :, start:stop] = gradient[:, :, length - (stop - start) :]
-        for pieces, gradient in zip(ctx.calls, gradients, strict=True):
+        for spans, gradient in zip(ctx.calls, gradients, strict=True):
             at = 0
-            for start, stop in pieces[:-1]:
+            for start, stop in spans[:-1]:
                 total[:, :, start:stop] += gradient[:, :, at : at + stop - start]
                 at += stop - start
         return total.to(gradients[0].dtype), None

@@ -1,4 +1,4 @@
-"""Attention of all sequences of a batch in one variable-length call a layer: for CUDA."""
+"""Attention of all sequences of a batch in one variable-length call per layer, for CUDA."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,12 +16,11 @@ from logratio.logps.batch import Sequences
 
 
 def gather_keys(states: Tensor, sequences: Sequences) -> Tensor:
-    """Return the keys (or values) of every sequence, end to end: `[T, H, D]` to `[K, H, D]`.
+    """Return the concatenated keys (or values) of all sequences: `[T, H, D]` to `[K, H, D]`.
 
-    A prompt's token is there once for its prompt and once for each completion, and its gradient is
-    the sum over these places. The sum is taken in a fixed order, so it is the same at every run;
-    that of `index_select` adds with atomics on CUDA and is not. It is accumulated in float32 and
-    rounded once, whatever the dtype.
+    A prompt token occurs once for its prompt and once for each completion, and its gradient is the
+    sum over these copies. The sum has a fixed order, so it is deterministic, unlike the gradient of
+    `index_select`, which uses atomics on CUDA. It is accumulated in float32 and rounded once.
     """
     return cast(Tensor, _Gather.apply(states, sequences))
 
@@ -40,8 +39,8 @@ class _Gather(torch.autograd.Function):
         parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
         if counted is not None:
             parts = parts.masked_fill_(~counted[:, :, None, None], 0)
-        summed = parts.sum(1, dtype=gradient.dtype)  # which autocast would make float32
-        return total.index_copy_(0, tokens, summed), None  # each token once: no atomics
+        summed = parts.sum(1, dtype=gradient.dtype)  # autocast would return float32
+        return total.index_copy_(0, tokens, summed), None  # tokens are distinct: deterministic
 
 
 def attend_sequences(
@@ -59,19 +58,19 @@ def attend_sequences(
     """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`.
 
     Args:
-        query: float16 or bfloat16 `[1, H, T, D]`.
-        key: `[1, Hk, T, D]`; `Hk` divides `H`.
-        value: as `key`.
-        sequences: who sees whom.
-        kernel: "flash3", "varlen" or "flash_attn", as `kernel_for` chose.
-        scaling: factor of the scores; one over the root of `D` where None.
-        softcap: scores are capped at this; "varlen" has none.
-        dropout: share of the weights to drop; "flash_attn" alone has it.
-        window: a token sees itself and the `window - 1` before it in its sequence.
+        query: Queries `[1, H, T, D]`, float16 or bfloat16.
+        key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
+        value: Values, with the shape of `key`.
+        sequences: Sequences of the row.
+        kernel: "flash3", "varlen" or "flash_attn".
+        scaling: Scale of the scores; None: `D ** -0.5`.
+        softcap: Cap of the scores; not supported by "varlen".
+        dropout: Dropout probability; supported by "flash_attn" only.
+        window: A token sees itself and the `window - 1` tokens before it; None: all before it.
     """
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     keys, values = gather_keys(keys, sequences), gather_keys(values, sequences)
-    # All of them align causal attention and windows at the end of unequal lengths.
+    # For unequal lengths, all kernels align causal attention and windows at the end.
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
     if kernel == "varlen":
         out = _torch_varlen(queries, keys, values, sequences, scale=scaling, **options)
@@ -87,10 +86,10 @@ def attend_sequences(
 def _torch_varlen(
     queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, **options: Any
 ) -> Tensor:
-    """Call torch's kernel, FlashAttention-2 inside.
+    """Call torch's `varlen_attn` with FlashAttention-2.
 
-    cuDNN's, its other one, aligns causal attention of unequal lengths at the start: torch does not
-    choose it for them, and here it is barred as well.
+    Its other backend, cuDNN, aligns causal attention of unequal lengths at the start. torch does
+    not choose it for such lengths; it is disabled here to be safe.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -102,14 +101,14 @@ def _torch_varlen(
 
 @cache
 def _grouping() -> dict[str, bool]:
-    """Say that keys may have fewer heads; torch 2.11 has them too, and does not ask."""
+    """Return the argument that enables GQA; torch 2.11 supports GQA without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _flash_function(kernel: Kernel) -> Callable[..., Tensor]:
-    """Return a package's own function; those of FlashAttention 2 and 3 have one name."""
+    """Return the variable-length function of FlashAttention-2 or 3; both have the same name."""
     name = "flash_attn_interface" if kernel == "flash3" else "flash_attn"
     function: Callable[..., Tensor] = import_module(name).flash_attn_varlen_func
     return function

@@ -1,4 +1,4 @@
-"""Attention to the prompt and to oneself, merged: the same as attention to gathered keys.
+"""Merged attention to the prompt and within the sequence equals attention to gathered keys.
 
 The kernel's work is done plainly on a CPU, in float64; what is checked is what it is handed, and
 what becomes of its two outputs and two gradients.
@@ -55,7 +55,7 @@ def nothing_remembered() -> Iterator[None]:
 
 
 def visible(groups: Groups) -> Tensor:
-    """Who sees whom, bool `[T, T]`, from the lengths alone."""
+    """Visibility of keys, bool `[T, T]`, from the lengths alone."""
     numbers = count()
     rows = [
         (group, number, [next(numbers) for _ in range(length)])
@@ -210,8 +210,8 @@ def lengthwise(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Ten
     ("kernel", "reason"),
     [
         (PLAIN, None),
-        (Flash(plain_forward, forgetful), "its numbers are wrong here"),
-        (Flash(lengthwise, plain_backward), "its numbers are wrong here"),
+        (Flash(plain_forward, forgetful), "its results are wrong here"),
+        (Flash(lengthwise, plain_backward), "its results are wrong here"),
     ],
 )
 def test_the_trial_covers_both_passes(kernel: Flash, reason: str | None) -> None:

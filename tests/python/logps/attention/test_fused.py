@@ -90,9 +90,9 @@ def test_a_kernel_that_works_is_let_through(
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
-        (blind, "its numbers are wrong here, by "),
-        (slipped, "its numbers are wrong here, by 1"),
-        (empty, "its numbers are wrong here, by nan"),
+        (blind, "its results are wrong here, by "),
+        (slipped, "its results are wrong here, by 1"),
+        (empty, "its results are wrong here, by nan"),
         (failing, "it fails here: ValueError: Invalid block options"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_kernel_that_does_not_is_described_in_a_line(
 
 def test_a_cap_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Wanted("cuda", torch.float32, 16, 16, softcap=2.0)
-    assert "numbers are wrong" in str(tried(uncapped, monkeypatch, wanted))
+    assert "results are wrong" in str(tried(uncapped, monkeypatch, wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -122,7 +122,7 @@ def test_a_window_that_is_off_by_one_is_seen(
     windowed = dataclasses.replace(WANTED, dtype=dtype, windowed=True)
     assert tried(right, monkeypatch, windowed) is None
     fused.failure.cache_clear()
-    assert "numbers are wrong" in str(tried(shifted, monkeypatch, windowed))
+    assert "results are wrong" in str(tried(shifted, monkeypatch, windowed))
     plain = dataclasses.replace(windowed, windowed=False)
     assert tried(shifted, monkeypatch, plain) is None
 
@@ -156,9 +156,9 @@ def test_nothing_of_the_caller_reaches_the_trial(monkeypatch: pytest.MonkeyPatch
 
 def test_the_next_kernel_is_taken_and_the_reason_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {
-        "flash3_merged": "its numbers are wrong here, by 0.3",
+        "flash3_merged": "its results are wrong here, by 0.3",
         "flash3": "it fails here: RuntimeError: only Hopper GPUs",
-        "merged": "its numbers are wrong here, by 0.3",
+        "merged": "its results are wrong here, by 0.3",
         "varlen": "it fails here: RuntimeError: only Ampere GPUs",
     }
     monkeypatch.setattr(fused, "failure", lambda kernel, *_: broken.get(kernel))

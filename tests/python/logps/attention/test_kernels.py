@@ -83,21 +83,21 @@ def test_a_choice_reads_as_a_sentence() -> None:
     assert str(kernel_for(wanted(windowed=True), NO_FLASH)) == (
         "varlen (not flash3_merged: FlashAttention-3 is not installed; "
         "not flash3: FlashAttention-3 is not installed; "
-        "not merged: a window reaches from a completion into its prompt)"
+        "not merged: it does not support windows that extend from a completion into its prompt)"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "what", "missing", "reason"),
     [
-        ("merged", wanted(windowed=True), (), "a window reaches"),
-        ("merged", wanted(softcap=30.0), (), "no soft-capping"),
+        ("merged", wanted(windowed=True), (), "does not support windows"),
+        ("merged", wanted(softcap=30.0), (), "not support soft-capping"),
         ("flash3_merged", wanted(), NO_FLASH3, "not installed"),
-        ("flash3", wanted(dropout=0.5), (), "no dropout"),
+        ("flash3", wanted(dropout=0.5), (), "not support dropout"),
         ("varlen", wanted(torch.float32), (), "neither float16 nor bfloat16"),
-        ("varlen", wanted(softcap=30.0), (), "no soft-capping"),
+        ("varlen", wanted(softcap=30.0), (), "not support soft-capping"),
         ("flash_attn", wanted(), NO_FLASH, "not installed"),
-        ("flex", wanted(dropout=0.5), (), "no dropout"),
+        ("flex", wanted(dropout=0.5), (), "not support dropout"),
         ("flex", wanted(torch.float64), (), "float64"),
         ("varlen", wanted(size=12), (), "heads of 12"),
         ("varlen", wanted(value_dim=32), (), "values of 32"),
@@ -127,7 +127,7 @@ def test_a_forced_kernel_reaches_the_attention() -> None:
 
 
 def test_an_unknown_kernel_is_named() -> None:
-    sentence = "no kernel is named 'cudnn': choose one of flash3_merged, "
+    sentence = "unknown kernel 'cudnn': choose one of flash3_merged, "
     with pytest.raises(KernelError, match=sentence), use_kernel("cudnn"):  # type: ignore[arg-type]
         pass
 
@@ -169,7 +169,7 @@ def test_flash_attn_is_what_has_its_function(
 
 def test_a_kernel_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     choice = kernel_for(wanted(torch.float32), NOTHING)
-    kernels.tell.cache_clear()
+    kernels.report_choice.cache_clear()
     for _ in range(3):
-        kernels.tell(choice)
-    assert capsys.readouterr().err == f"attention of shared prompts: {choice}\n"
+        kernels.report_choice(choice)
+    assert capsys.readouterr().err == f"shared-prompt attention: {choice}\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from logratio._rust import Store
 from logratio.logps.attention import shared_prompts, tree
-from logratio.logps.attention.tree import CALL, COPY, cut, gather
+from logratio.logps.attention.tree import CALL, COPY, gather, split_runs
 from logratio.logps.batch import Part, TreeBatch
 from logratio.logps.checks import check_tree
 from logratio.logps.completion import batch_of, completion_loss, groups_of, limits_of, score
@@ -179,7 +179,7 @@ def test_cuts_are_the_cheapest() -> None:
         starts = np.concatenate([[0], np.cumsum(own)])
         inner = [c for n in range(6) for c in combinations(range(1, 6), n)]
         best = min(price((0, *chosen, 6), starts, paths) for chosen in inner)
-        assert price(tuple(cut(starts, paths)), starts, paths) == best
+        assert price(tuple(split_runs(starts, paths)), starts, paths) == best
 
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
