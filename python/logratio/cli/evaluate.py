@@ -25,19 +25,19 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int,
-        typer.Option(help="Completions to draw from the policy for its KL to the reference, "
-                     "which held-out pairs cannot give."),
+        typer.Option(help="Completions to sample from the policy to estimate its KL to the "
+                     "reference, which held-out pairs cannot estimate."),
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest drawn completion.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results there as JSON.")
+        Path | None, typer.Option("--json", help="Write the results to this file as JSON.")
     ] = None,
     reading: Reading = READING,
     token_budget: Annotated[
         int,
-        typer.Option(help="Tokens computed at a time. Lower it when memory is short: no result "
-                     "changes.", rich_help_panel=options.MACHINE),
+        typer.Option(help="Tokens per forward pass. A lower value saves memory and leaves the "
+                     "results unchanged.", rich_help_panel=options.MACHINE),
     ] = 16384,
     precision: options.PrecisionOption = None,
     device: options.Device = None,

@@ -202,8 +202,8 @@ def test_what_the_cache_lacks_is_counted(tmp_path: Path) -> None:
     ("names", "asked", "reason"),
     [
         ([], None, "no reference cache here; `logratio precompute --cache` makes one"),
-        (["aa", "ab"], None, r"(?s)2 references .* fit, and one is wanted.*\n  aa .*\n  ab "),
-        (["aa", "ab"], "a", "2 references .* fit, and one is wanted"),
+        (["aa", "ab"], None, r"(?s)2 references .* match, expected one.*\n  aa .*\n  ab "),
+        (["aa", "ab"], "a", "2 references .* match, expected one"),
         (["aa", "ab"], "b", r"(?s)no reference is named b;.*\n  aa .*\n  ab "),
         (["aa.sums"], None, "0 references with log-probs of every token fit"),
     ],
