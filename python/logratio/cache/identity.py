@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.errors import LogratioError
 
 
@@ -30,7 +30,7 @@ def record_conditions(folder: Path, soft: Mapping[str, Any]) -> None:
     text = json.dumps(dict(soft), indent=1, sort_keys=True)
     path = folder / f"conditions-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     if not path.exists():
-        write_whole(path, text)
+        write_atomic(path, text)
 
 
 def read_conditions(folder: Path) -> list[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from logratio.cache.identity import (
 )
 from logratio.cache.logps import open_reader
 from logratio.cache.results import Change
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.errors import LogratioError
 
 KEY_BYTES, COUNT_BYTES, SUM_BYTES, LOGP_BYTES = 32, 4, 8, 4
@@ -145,6 +145,6 @@ def _write_fingerprint(folder: Path, sources: Sequence[StoredReference]) -> list
         if source.hard:
             soft = dict(next(iter(source.soft), {}))
             fields = {"digest": source.digest.hex(), "hard": source.hard, "soft": soft}
-            write_whole(folder / FINGERPRINT_FILE, json.dumps(fields, indent=1))
+            write_atomic(folder / FINGERPRINT_FILE, json.dumps(fields, indent=1))
             return [soft]
     return []

@@ -12,7 +12,7 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.options import READING, TOKENS, Reading, Tokens, takes_flags
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.errors import InputError, LogratioError
 from logratio.forecast import check_writable
 
@@ -227,7 +227,7 @@ def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) 
     """Print the report, and write the requested files."""
     typer.echo(analysis.to_text())
     if json_file:
-        write_whole(json_file, json.dumps(analysis.to_dict(), indent=1) + "\n")
+        write_atomic(json_file, json.dumps(analysis.to_dict(), indent=1) + "\n")
     if picture:
         from logratio.data.analysis.plots import draw
 

@@ -44,7 +44,7 @@ def evaluate(
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
     """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
-    from logratio.durable import write_whole
+    from logratio.durable import write_atomic
     from logratio.forecast import check_writable
     from logratio.training.config import EvaluateConfig
     from logratio.training.evaluation import prepare
@@ -73,7 +73,7 @@ def evaluate(
         result = ready.run()
         _print_evaluation(result)
         if json_file:
-            write_whole(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
+            write_atomic(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -229,7 +229,7 @@ def test_a_forged_fingerprint_is_named_and_its_log_probs_are_not_read(tmp_path: 
         with pytest.raises(DamagedFingerprintError, match=r"fingerprint\.json: its fields do not"):
             act()
     (folder / "fingerprint.json").write_text("{")
-    assert "no readable fingerprint" in cache.verify()[0].problems[0]
+    assert "cannot read the fingerprint" in cache.verify()[0].problems[0]
     (folder / "fingerprint.json").unlink()
     (report,) = cache.verify()
     assert report.is_whole
@@ -242,7 +242,7 @@ def test_a_renamed_folder_is_reported_with_its_expected_name(tmp_path: Path) -> 
     moved = folder.rename(tmp_path / "worker3")
     (report,) = ReferenceCache(moved).inspect()
     assert report.problems == (
-        f"training looks for {folder.name}, and this folder is named worker3: rename it",
+        f"this folder is named worker3, but training looks for {folder.name}: rename it",
     )
 
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from repository import ROOT, manifest, tracked
 
-from logratio.extras import ALONE
+from logratio.extras import WITHOUT_CPU_VARIANT
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 PINS = (".ci/constraints.txt", ".ci/quantized.txt", ".ci/server.txt", ".ci/tools.txt")
@@ -139,12 +139,14 @@ def test_every_extra_has_a_twin_with_the_other_runtime() -> None:
     def twin(requirement: str) -> str:
         return requirement.replace("onnxruntime-gpu", "onnxruntime").replace("]", "-cpu]")
 
-    kinds = {name: needs for name, needs in extras().items() if name not in ALONE}
+    kinds = {name: needs for name, needs in extras().items() if name not in WITHOUT_CPU_VARIANT}
     kinds = {name: needs for name, needs in kinds.items() if not name.endswith("-cpu")}
     assert {f"{name}-cpu": [twin(need) for need in kinds[name]] for name in kinds} == {
         name: needs for name, needs in extras().items() if name.endswith("-cpu")
     }
-    assert not set(RUNTIMES) & {Requirement(need).name for name in ALONE for need in extras()[name]}
+    assert not set(RUNTIMES) & {
+        Requirement(need).name for name in WITHOUT_CPU_VARIANT for need in extras()[name]
+    }
 
 
 def test_base_install_has_no_runtime() -> None:
@@ -183,10 +185,16 @@ def requirements() -> list[tuple[str, Requirement]]:
     project = manifest("pyproject.toml")["project"]
     groups = manifest("pyproject.toml")["dependency-groups"]
     apart = extras()["quantized"]
-    tested = ALONE - {"plots", "quantized"}
+    tested = WITHOUT_CPU_VARIANT - {"plots", "quantized"}
     alone = [*chain(*(extras()[name] for name in sorted(tested)))]
     served = [
-        *chain(*(extras()[name] for name in extras() if name == "plots" or name not in ALONE))
+        *chain(
+            *(
+                extras()[name]
+                for name in extras()
+                if name == "plots" or name not in WITHOUT_CPU_VARIANT
+            )
+        )
     ]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],

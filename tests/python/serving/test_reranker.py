@@ -98,7 +98,7 @@ def test_an_invalid_candidate_does_not_affect_the_others(reranker: Reranker) -> 
     scores = reranker.score(PROMPT, texts)
     assert [score.error is None for score in scores] == [True, False, False, False, False, True]
     assert "R301" in str(scores[1].error) and "R301" in str(scores[2].error)
-    assert scores[3].error == "601 tokens, and 508 are left of 512"
+    assert scores[3].error == "601 tokens; the prompt leaves 508 of 512"
     assert "surrogate" in str(scores[4].error)
     assert all(math.isnan(score.reward) for score in scores if score.error)
     alone = reranker.score(PROMPT, ["sad", "happy"])
@@ -122,7 +122,10 @@ def test_best_of_nothing_is_an_error(reranker: Reranker) -> None:
 def test_completions_are_truncated_only_on_request(bundle: Path) -> None:
     with_rules(bundle, max_length=10)
     long = "happy sad loud happy sad loud happy"
-    assert Reranker.load(bundle).score(PROMPT, [long])[0].error == "8 tokens, and 6 are left of 10"
+    assert (
+        Reranker.load(bundle).score(PROMPT, [long])[0].error
+        == "8 tokens; the prompt leaves 6 of 10"
+    )
     cut = Reranker.load(bundle, truncate_completions=True).score(PROMPT, [long, "sad"])
     assert [(score.tokens, score.truncated, score.error) for score in cut] == [
         (6, True, None),
@@ -310,7 +313,7 @@ def test_file_is_ranked_row_by_row(reranker: Reranker, tmp_path: Path) -> None:
     assert summary.failed_prompts == {"R304": 1}
     assert summary.to_text() == (
         "3 prompts, 3 candidates with a reward, 1 without (see `errors`); "
-        "[R304] 1 prompts not taken (see `error`)"
+        "[R304] 1 prompts refused (see `error`)"
     )
     assert seen == [(3, source.stat().st_size, source.stat().st_size)]
 

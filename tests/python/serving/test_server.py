@@ -140,8 +140,8 @@ def test_stopping_server_is_not_ready(reranker: Reranker) -> None:
 def test_openapi_describes_the_score(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     assert {"/v1/rerank", "/v2/rerank", "/rerank", "/livez", "/readyz"} == set(schema["paths"])
-    assert "never compare them across queries" in json.dumps(schema["paths"]["/v1/rerank"])
-    assert "never compare them across queries" in schema["info"]["description"]
+    assert "never across queries" in json.dumps(schema["paths"]["/v1/rerank"])
+    assert "never across queries" in schema["info"]["description"]
     assert client.get("/docs").status_code == 404
     assert client.get("/redoc").status_code == 404
 
@@ -191,7 +191,7 @@ def test_a_body_at_the_limit_is_accepted_and_one_byte_more_is_not(reranker: Rera
     with client_of(reranker, body_bytes=len(body)) as client:
         assert client.post("/v1/rerank", content=body, headers=JSON).status_code == 200
         message = refused(client, 413, "body_too_large", content=body + b" ", headers=JSON)
-        assert message == f"a request may have {len(body)} bytes"
+        assert message == f"the limit is {len(body)} bytes per request"
         chunked = (body[i : i + 1] for i in range(len(body)))
         assert client.post("/v1/rerank", content=chunked, headers=JSON).status_code == 200
         longer = iter([body, b" "])  # has no Content-Length
@@ -227,7 +227,7 @@ def test_a_document_that_cannot_be_scored_has_an_error(
     assert found == expected
     assert answer["errors"] == [
         {"index": 1, "code": "document", "message": "[R301] an empty completion"},
-        {"index": 3, "code": "document", "message": "601 tokens, and 508 are left of 512"},
+        {"index": 3, "code": "document", "message": "601 tokens; the prompt leaves 508 of 512"},
     ]
     none = {"query": QUERY, "documents": ["", " "]}
     message = refused(client, 422, "document", json=none)
