@@ -193,6 +193,13 @@ class PreferenceTokenizer:
         takes_pairs: Whether `encode_pairs` can be called.
     """
 
+    def __repr__(self) -> str:
+        template = "a chat template" if self.chat_template is not None else "no chat template"
+        return (
+            f"PreferenceTokenizer({self.vocabulary_size:,} ids, {template}, "
+            f"max_length={self.rules.max_length})"
+        )
+
     def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
         """Use a tokenizer under rules.
 
