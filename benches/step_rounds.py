@@ -1,4 +1,4 @@
-"""Rounds of fresh processes: every arm once a round, another one first in each."""
+"""Rounds of new processes: every arm once per round, in rotating order."""
 
 import json
 import os

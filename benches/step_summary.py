@@ -1,8 +1,8 @@
-"""Records of rounds to one row: ratios within a round, their median, and how sure it is.
+"""Summarise the records of rounds in a row: ratios per round, median and spread.
 
-`ratio` is pairs a second of one arm over the other's, from the total of the measured updates, and
-`memory_ratio` its peak above the model over the other's. A row is flagged where the control, ours
-run twice, is not 1 within FLAGGED.
+`ratio` is the pairs per second of one arm over the other's, over all measured updates, and
+`memory_ratio` the ratio of their peaks above the model. A row is flagged if the control, ours run
+twice, differs from 1 by more than FLAGGED.
 """
 
 from collections.abc import Mapping, Sequence

@@ -210,4 +210,4 @@ class TestExitCodes:
         assert (code, err) == (2, "error: nothing.jsonl: no such file or folder\n")
         code, err = ended("train", "--bf16")
         assert code == 2
-        assert err.startswith("error: there is no --bf16; use instead: --precision bf16")
+        assert err.startswith("error: no option --bf16; use instead: --precision bf16")
