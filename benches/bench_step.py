@@ -8,9 +8,9 @@ learning rate, β and clipping. Arms run in new processes, alternating. Losses, 
 norms are compared before a time is accepted (`step_gate.py`), and ours runs twice as a control.
 Arms are in `step_arms.py`, material in `step_material.py`, ratios in `step_summary.py`. Each
 comparison is a row of results/step-*.jsonl. Memory is the peak above the model (`step_memory.py`).
-With `--device cuda` the defaults are about five processes on one model of 0.5B (`PLANS`), to take only
-minutes. Without TRL its arms are left out; `--install-rival` downloads it. Each worker's record is
-stored when it ends (step-records.jsonl). This has not run on a GPU yet.
+With `--device cuda` the defaults are about five processes on one model of 0.5B (`PLANS`), to take
+only minutes. Without TRL its arms are left out; `--install-rival` downloads it. Each worker's
+record is stored when it ends (step-records.jsonl). This has not run on a GPU yet.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 Creates a folder with `model/`, the store `pairs.store`, the reference's `cache/`, and for each
 order of the pairs a file `ORDER.jsonl` with one update per line, exactly those of our planner, so
 that every arm gets the same updates. `hh` are real HH pairs as GPT-2 tokens (LOGRATIO_SHARED,
-default ../shared); for smaller vocabularies the ids are taken modulo the size, and are no longer text. The
-other shapes are random ids of random lengths, without that folder. The cache has the precision in
-which the arms train.
+default ../shared); for smaller vocabularies the ids are taken modulo the size, and are no longer
+text. The other shapes are random ids of random lengths, without that folder. The cache has the
+precision in which the arms train.
 """
 
 import json
