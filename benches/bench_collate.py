@@ -265,7 +265,7 @@ def scaling(most: int) -> Iterator[Row]:
 def per_group(work: Callable[[], object], count: int) -> Row:
     """Return the shortest wall time and the least CPU time, of all threads, of three runs.
 
-    On a machine that others use, CPU time says more.
+    On a shared machine, CPU time is more reliable.
     """
     walls, cpus = [], []
     for _ in range(3):

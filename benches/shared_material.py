@@ -52,7 +52,7 @@ def rival_python(given: str | None, folder: Path, *, install: bool) -> str | Non
 
     Args:
         given: an interpreter that the user names.
-        folder: where a new environment goes, on top of this one's packages.
+        folder: where to create a new environment, which also has this one's packages.
         install: whether to download TRL where it is not installed.
     """
     if given:

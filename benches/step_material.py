@@ -47,7 +47,7 @@ class Wanted:
         model: a name in `step_models.MODELS`.
         data: "hh" or a name in `SHAPES`.
         batch: pairs an update.
-        updates: of the whole run; there are exactly as many pairs.
+        updates: number of updates in the run; exactly as many pairs are created.
         seed: of the weights, the choice of the pairs and their order.
         threads: of torch.
         device: where the reference pass runs.
@@ -106,7 +106,7 @@ def real_pairs(
     """Return HH pairs in a seeded permutation."""
     store, _ = build_store([SHARED / HH], tokenizer)
     if count > len(store):
-        raise ValueError(f"{count} pairs are wanted, and there are {len(store)}")
+        raise ValueError(f"{count} pairs are needed, but only {len(store)} exist")
     chosen = np.random.default_rng(seed).permutation(len(store))[:count]
     pairs: list[Pair] = []
     for group in chosen:

@@ -122,7 +122,7 @@ class Recorder:
         self._stamp()
 
     def fed(self, pairs: Callable[[], list[Pair]]) -> None:
-        """Keep what goes through the model for the present update; it is read at the end."""
+        """Store the model's inputs of the current update; they are hashed at the end."""
         self._fed[-1].append(pairs)
 
     def updated(self, loss: float, chosen: float, rejected: float, grad_norm: float) -> None:

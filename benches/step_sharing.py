@@ -35,7 +35,7 @@ CANDIDATE = ROLES.index("candidate")
 
 
 def apart(store: Store) -> Store:
-    """Make each completion a group of its own, behind its own copy of the prompt."""
+    """Turn each completion into a separate group, with a copy of the prompt."""
     writer = StoreWriter()
     for group in range(len(store)):
         prompt, completions, masks, _ = store.group(group)

@@ -82,7 +82,7 @@ def compare(rounds: Rounds, arm: str, against: str, warmup: int) -> dict[str, An
 
 
 def control(rounds: Rounds, warmup: int) -> dict[str, Any]:
-    """Return what ours run twice says about the machine."""
+    """Return the ratio of two runs of ours, a measure of the machine's noise."""
     ratios = speed_ratios(rounds, "ours-again", "ours", warmup, cold=False)
     middle = median(ratios)
     return {

@@ -235,11 +235,11 @@ class Scheduler:
 
     def _wait(self, job: Job, others: Sequence[Job]) -> float:
         """Return the seconds that other requests would delay this request's last run."""
-        own = self._needed(job)
+        needed = self._needed(job)
         needs = [self._needed(other) for other in others]
-        first = sum(need for need in needs if need <= own)
+        first = sum(need for need in needs if need <= needed)
         behind = sum(needs) - first
-        turns = (first + own) * _EARLIEST_SHARE / (1 - _EARLIEST_SHARE)
+        turns = (first + needed) * _EARLIEST_SHARE / (1 - _EARLIEST_SHARE)
         return self._busy() + first + min(behind, turns)
 
     def _overrun(self, jobs: Sequence[Job], delay: float) -> float:
