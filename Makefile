@@ -1,21 +1,21 @@
-# `make demo` and `make test` do all their set-up on a fresh clone: a Python environment of the
-# clone's own in .venv, the pinned dependencies with their hashes, the Rust module. What is set up
-# once is kept, so that the second run starts at once and needs no network.
-# Needed: Rust, Python 3.11 or newer with venv, a C compiler as linker.
+# `make demo` and `make test` set up a fresh clone: a Python environment in .venv, the pinned
+# dependencies with hashes, and the Rust module. The set-up is kept, so that the second run starts
+# at once and needs no network.
+# Requirements: Rust, Python 3.11 or newer with venv, a C compiler as linker.
 
 PYTHON ?= python3
-# The kind of ONNX Runtime: onnxruntime (CPU) or onnxruntime-gpu. An environment holds one of them.
+# The ONNX Runtime: onnxruntime (CPU) or onnxruntime-gpu. An environment can only have one of them.
 RUNTIME ?= onnxruntime
-# Two threads at most: runs of one seed then agree between machines of two cores and more.
+# At most two threads, so that runs with the same seed agree between machines with two or more cores.
 OMP_NUM_THREADS ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 1)
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# Relative paths only: a clone may lie in a folder whose name has spaces.
+# Relative paths only: the path of the clone may contain spaces.
 BIN := .venv/bin
 PINNED := .venv/pinned-$(RUNTIME)
 BUILT := .venv/built
-# Apart from the rest: peft imports it wherever it finds it, which takes as long as torch itself.
+# In a separate folder: peft imports bitsandbytes if it is installed, which takes as long as torch.
 QUANTIZED := .venv/quantized
 
 .DEFAULT_GOAL := help
@@ -50,27 +50,27 @@ check: $(BUILT) ## formatting, lints, types and documentation, without the tests
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest logratio._rust
 
-setup: $(BUILT) ## the environment alone: .venv with the dependencies and this package, editable
+setup: $(BUILT) ## only the environment: .venv with the dependencies and this package, editable
 
-bench-rust: $(BUILT) ## time the Rust half
+bench-rust: $(BUILT) ## time the Rust core
 	cargo bench --locked
 
-# Sets nothing up: it is for a machine that may have no network and no Rust. See benches/gpu.py for
-# what it needs; GPU_FLAGS="--device cpu --tiny" rehearses it.
+# Needs no set-up, because the GPU machine may have no network and no Rust. See benches/gpu.py for the
+# requirements; GPU_FLAGS="--device cpu --tiny" is a rehearsal.
 gpu: ## tests and benches on a GPU in under 12 minutes: make gpu OUT=folder PYTHON=python3
 	$(PYTHON) benches/gpu.py --out "$(or $(OUT),gpu-results)" $(GPU_FLAGS)
 
 docs: $(BUILT) ## the table of error codes, and the API reference in target/docs
 	$(BIN)/python python/docs/build.py target/docs
 
-clean: ## remove what was built; .venv stays (delete it to start anew)
+clean: ## remove build outputs; keeps .venv (delete it for a fresh set-up)
 	rm -rf target dist python/logratio/_rust*.so $(BUILT)
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
 
-# Python files need no rebuild: the package is installed editable. pip may not reach for anything
-# here, so a dependency that has no pin stops the build instead of slipping in. maturin installs into
-# the environment that is active, whose ever it is, unless told.
+# Python files need no rebuild, since the package is installed editable. pip has no index here, so
+# that a dependency without a pin fails the build. VIRTUAL_ENV is set because maturin otherwise
+# installs into any active environment.
 $(BUILT): $(PINNED) Cargo.toml Cargo.lock pyproject.toml $(shell find rust -type f)
 	env -u CONDA_PREFIX VIRTUAL_ENV="$$PWD/.venv" PIP_NO_INDEX=1 PIP_QUIET=1 \
 		$(BIN)/maturin develop --release --locked
@@ -95,7 +95,7 @@ $(PINNED): .venv/created .ci/constraints.txt .ci/tools.txt .ci/quantized.txt .ci
 		{ echo '`$(PYTHON) -m venv` failed: on Debian and Ubuntu, install python3-venv.' >&2; exit 1; }
 	@touch $@
 
-# Writes no address of an index and no path: the files serve every machine.
+# Emits no index address and no path, so that the files work on every machine.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make pins" $(UPGRADE)
 

@@ -2,10 +2,11 @@
 
     python benches/bench_cache.py [--only NAME …] [--folder DIR] [--keys 10000000]
 
-`append` writes sums and log-probs in durable blocks, in turns with a plain file that is written and
-synced in the same blocks. `seal` turns a journal into a shard beside a plain copy. `join` opens a
-sealed cache of `--keys` completions and joins as many keys in a process of its own, whose peak
-memory is read. `rows` reads random rows as numpy batches. Raw rows go to results/cache.jsonl.
+`append` writes sums and log-probs in durable blocks, alternating with a plain file that is written
+and synced in the same blocks. `seal` converts a journal to a shard, compared with a plain copy.
+`join` opens a cache of `--keys` completions and joins as many keys in a separate process, and
+measures its peak memory. `rows` reads random rows as numpy batches. Raw rows go to
+results/cache.jsonl.
 """
 
 import argparse
@@ -30,9 +31,9 @@ RESULTS = HERE / "results" / "cache.jsonl"
 FINGERPRINT = bytes(range(32))
 ROUNDS = 5
 TOKENS = 100
-"""Log-probs of a completion: about what a chat answer has."""
+"""Log-probs per completion, typical of a chat answer."""
 BATCH = 4096
-"""Rows that are read at once."""
+"""Rows per read."""
 
 Row = dict[str, Any]
 
@@ -72,13 +73,13 @@ print(opened - start, joined - opened, resident - base + keys.nbytes)
 
 
 def random_keys(count: int, seed: int) -> np.ndarray:
-    """Return keys as uniform as hashes are, `[count, 32]`."""
+    """Return random keys, uniform like hashes, `[count, 32]`."""
     words = np.random.default_rng(seed).integers(0, 2**64, (count, 4), dtype=np.uint64)
     return words.view(np.uint8)
 
 
 def fill(writer: CacheWriter, keys: np.ndarray, tokens: int, block: int) -> None:
-    """Append `tokens` log-probs for each key, `block` completions at a time."""
+    """Append `tokens` log-probs for each key, in blocks of `block` completions."""
     logps = -np.random.default_rng(2).random(block * tokens, dtype=np.float32)
     for start in range(0, len(keys), block):
         own = keys[start : start + block]
@@ -99,7 +100,7 @@ def append_sums(folder: Path, block: int) -> Row:
 
 
 def append_logps(folder: Path, block: int) -> Row:
-    """Time durable blocks of log-probs, beside a plain file synced as often."""
+    """Time durable blocks of log-probs, and a plain file synced as often."""
     keys = random_keys(40 * block, 0)
     writer = CacheWriter(folder, FINGERPRINT)
     start = perf_counter()
@@ -116,7 +117,7 @@ def append_logps(folder: Path, block: int) -> Row:
 
 
 def plain_write(path: Path, total: int, blocks: int) -> float:
-    """Return the seconds that as many bytes take, written and synced in as many blocks."""
+    """Return the seconds to write and sync as many bytes in as many blocks."""
     chunk = os.urandom(1 << 16) * (total // blocks // (1 << 16) + 1)
     chunk = chunk[: total // blocks]
     with path.open("wb", buffering=0) as file:
@@ -130,7 +131,7 @@ def plain_write(path: Path, total: int, blocks: int) -> float:
 
 
 def bench_append(root: Path, _keys: int) -> Iterator[Row]:
-    """Yield rates of durable appends, in turns."""
+    """Yield rates of durable appends, alternating."""
     for turn in range(ROUNDS):
         for block in (1024, 16384):
             folder = root / f"append-{turn}-{block}"
@@ -141,7 +142,7 @@ def bench_append(root: Path, _keys: int) -> Iterator[Row]:
 
 
 def bench_seal(root: Path, _keys: int) -> Iterator[Row]:
-    """Yield the time that a journal takes to become a shard."""
+    """Yield the time to convert a journal to a shard."""
     for turn in range(ROUNDS):
         folder = root / f"seal-{turn}"
         writer = CacheWriter(folder, FINGERPRINT)
@@ -154,7 +155,7 @@ def bench_seal(root: Path, _keys: int) -> Iterator[Row]:
 
 
 def sealed(root: Path, count: int, tokens: int) -> tuple[Path, np.ndarray]:
-    """Make a sealed cache of `count` completions in journals of a million."""
+    """Create a cache of `count` completions from journals of a million."""
     folder, keys = root / f"sealed-{count}-{tokens}", random_keys(count, 3)
     for start in range(0, count, 1_000_000):
         writer = CacheWriter(folder, FINGERPRINT)
@@ -164,7 +165,7 @@ def sealed(root: Path, count: int, tokens: int) -> tuple[Path, np.ndarray]:
 
 
 def bench_join(root: Path, count: int) -> Iterator[Row]:
-    """Yield the time and memory of opening and joining, from 10,000 keys on."""
+    """Yield the time and memory of opening and joining, from 10,000 keys."""
     sizes = [10**power for power in range(4, 9) if 10**power < count] + [count]
     for size in sizes:
         folder, keys = sealed(root, size, 8)
@@ -186,7 +187,7 @@ def bench_join(root: Path, count: int) -> Iterator[Row]:
 
 
 def bench_rows(root: Path, _keys: int) -> Iterator[Row]:
-    """Yield how many rows of a million a second are read, in random order."""
+    """Yield the rate of reading a million rows in random order."""
     for tokens in (20, TOKENS, 300):
         count = 1_000_000 if tokens < 300 else 300_000
         folder, keys = sealed(root, count, tokens)
@@ -200,7 +201,7 @@ def bench_rows(root: Path, _keys: int) -> Iterator[Row]:
             seconds = perf_counter() - start
             yield {
                 "name": "rows",
-                "turn": turn,  # 0: blocks are compared with their checksums
+                "turn": turn,  # 0: also verifies the blocks' checksums
                 "tokens": tokens,
                 "rows_per_s": count / seconds,
                 "bytes_per_s": 4 * tokens * count / seconds,
@@ -211,7 +212,7 @@ BENCHES = {"append": bench_append, "seal": bench_seal, "join": bench_join, "rows
 
 
 def summarize(rows: list[Row]) -> None:
-    """Print the median of every measure, per kind of row."""
+    """Print the median of every measure per kind of row."""
     measures = ("_per_s", "_s", "_per_key", "share_of_plain")
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -224,7 +225,7 @@ def summarize(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Run the benches that are asked for, and keep every row."""
+    """Run the selected benches, and store every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=BENCHES, default=list(BENCHES))
     parser.add_argument("--folder", type=Path, help="on the disk to measure")

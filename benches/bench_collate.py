@@ -1,10 +1,10 @@
-"""How full, how fast, how flat: the planner, the layouts and the feed, beside TRL's collator.
+"""Utilisation, speed and scaling of the planner, the layouts and the feed, against TRL's collator.
 
     python benches/bench_collate.py [--rival-python PATH] [--only NAME …] [--most 10000000]
 
-`--rival-python` is an interpreter that has TRL; without it one is made in a temporary folder. Real
-lengths come from the HH pairs that LOGRATIO_SHARED (default ../shared) holds. Every measurement is
-a row of results/collate.jsonl; times are of one thread where not said otherwise.
+`--rival-python` is an interpreter with TRL; without it, one is created in a temporary folder. Real
+lengths come from the HH pairs in LOGRATIO_SHARED (default ../shared). Every measurement is a row of
+results/collate.jsonl; times are of one thread unless stated otherwise.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def real_store(name: str = HH) -> Store:
 
 
 def wholly_counted(store: Store) -> np.ndarray:
-    """Return the groups without tokens that do not count: TRL has no mask for them."""
+    """Return the groups without masked tokens: TRL has no mask for them."""
     parts = np.add.reduceat(
         store.completion_lengths() - store.counted_lengths(), store.completion_offsets()[:-1]
     )
@@ -60,7 +60,7 @@ def wholly_counted(store: Store) -> np.ndarray:
 
 
 def store_of_pairs(count: int, prompt: int, answer: int, folder: Path) -> Store:
-    """Write `count` generated pairs, each prompt and answer of half to three halves the tokens."""
+    """Write `count` generated pairs, with lengths between 0.5 and 1.5 times the tokens."""
     random = np.random.default_rng(0)
     writer = StoreWriter(folder / f"{count}.store")
     for start in range(0, count, 65536):
@@ -83,7 +83,7 @@ def store_of_pairs(count: int, prompt: int, answer: int, folder: Path) -> Store:
 
 
 def best(work: Callable[[], object], least: float = 0.3, times: int = 3) -> float:
-    """Return the shortest of at least `times` runs and `least` seconds of them."""
+    """Return the shortest of at least `times` runs, over at least `least` seconds."""
     taken: list[float] = []
     while len(taken) < times or sum(taken) < least:
         start = perf_counter()
@@ -93,7 +93,7 @@ def best(work: Callable[[], object], least: float = 0.3, times: int = 3) -> floa
 
 
 def fullness() -> Iterator[Row]:
-    """Measure how full micro-batches of updates of 64 real pairs are, and how full they can be."""
+    """Measure the utilisation of micro-batches of 64 real pairs per update, and its bound."""
     for name, order in product((HH, LLAMA_FACTORY), ("length_grouped", "shuffled")):
         store = real_store(name)
         lengths = store.shared_lengths().astype(np.int64)
@@ -106,7 +106,7 @@ def fullness() -> Iterator[Row]:
             tokens = lengths[plan.order[: 64 * updates]]
             each = tokens.reshape(updates, 64).sum(axis=1)
             held = np.add.reduceat(tokens, plan.micro_offsets[:batches])
-            held = np.minimum(held, budget)  # a group above the budget stands alone
+            held = np.minimum(held, budget)  # a group above the budget is a separate batch
             fewest = int(np.ceil(each / budget).sum())
             yield {
                 "what": "fullness", "data": name, "order": order, "token_budget": budget,
@@ -120,7 +120,7 @@ def fullness() -> Iterator[Row]:
 
 @contextmanager
 def rival(python: str | None, rows: Path) -> Iterator[Callable[..., Any]]:
-    """Start TRL's collator, in an environment of its own if none is given."""
+    """Start TRL's collator, in a new environment if none is given."""
     with tempfile.TemporaryDirectory() as folder:
         if python is None:
             venv.create(Path(folder) / "venv", with_pip=True)
@@ -155,7 +155,7 @@ def check_equal(store: Store, groups: np.ndarray, ask: Callable[..., Any], file:
 
 
 def collation(python: str | None, blocks: int = 12) -> Iterator[Row]:
-    """Time the same padded tensors from both, in turns, and a copy of as many bytes."""
+    """Time both for the same padded tensors, alternating, and a copy of as many bytes."""
     store, random = real_store(), np.random.default_rng(0)
     usable = wholly_counted(store)
     with tempfile.TemporaryDirectory() as name:
@@ -169,14 +169,14 @@ def collation(python: str | None, blocks: int = 12) -> Iterator[Row]:
 
 
 def row_of(store: Store, number: int) -> dict[str, list[int]]:
-    """Return a pair as TRL's collator takes it."""
+    """Return a pair in the format of TRL's collator."""
     prompt, (chosen, rejected), _, _ = store.group(number)
     ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     return {name: array.tolist() for name, array in ids.items()}
 
 
 def compare(store: Store, groups: np.ndarray, ask: Callable[..., Any], blocks: int) -> Row:
-    """Measure one batch, ours and theirs in turns."""
+    """Measure one batch with both, alternating."""
     arenas = BufferPool()
 
     def ours() -> list[torch.Tensor]:
@@ -244,7 +244,7 @@ def feeding() -> Iterator[Row]:
 
 
 def scaling(most: int) -> Iterator[Row]:
-    """Plan and feed stores of growing size: time a group, and the memory beside mapped files."""
+    """Plan and feed stores of growing size: time per group, and memory without mapped files."""
     count = 10_000
     while count <= most:
         with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +265,7 @@ def scaling(most: int) -> Iterator[Row]:
 def per_group(work: Callable[[], object], count: int) -> Row:
     """Return the shortest wall time and the least CPU time, of all threads, of three runs.
 
-    On a machine that others use, CPU time says more.
+    On a shared machine, CPU time is more reliable.
     """
     walls, cpus = [], []
     for _ in range(3):
@@ -287,13 +287,13 @@ def drain(feed: Feed) -> None:
 
 
 def resident_mib() -> float:
-    """Return the memory this process holds beside mapped files, where Linux says so."""
+    """Return this process's memory without mapped files, on Linux."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return float(fields["RssAnon"].split()[0]) / 1024
 
 
 def main() -> None:
-    """Measure, print, keep the rows."""
+    """Measure, print and store the rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rival-python", help="an interpreter that has TRL")
     parser.add_argument("--most", type=int, default=10_000_000, help="groups of the largest store")

@@ -1,12 +1,12 @@
-"""From preference data to a sealed store: beside TRL's preparation, and up to 10 million pairs.
+"""Build a store from preference data: against TRL's preparation, and up to 10 million pairs.
 
     python benches/bench_data.py [--rival-python PATH] [--only NAME …] [--most 10000000]
 
 `prepare` times the real HH pairs (LOGRATIO_SHARED, default ../shared) and 20,000 recombined ones,
-ours from the file to the sealed store, TRL's `_prepare_dataset` from rows in memory, both cold, in
-fresh processes, in turns. `ids` streams generated pairs of about 100 token ids from Parquet,
-`text` recombined pairs through the tokenizer; each in a process of its own whose peak memory is
-read. Raw rows go to results/data.jsonl.
+ours from the file to the finished store, TRL's `_prepare_dataset` from rows in memory, both without
+caches, in new processes, alternating. `ids` streams generated pairs of about 100 token ids from
+Parquet, `text` tokenizes recombined pairs; each in a separate process whose peak memory is
+measured. Raw rows go to results/data.jsonl.
 """
 
 import argparse
@@ -69,11 +69,11 @@ print(json.dumps({"seconds": seconds, "open_seconds": open_seconds,
     "first": {"prompt_ids": prompt.tolist(), "chosen_ids": chosen.tolist(),
               "rejected_ids": rejected.tolist()}}))
 """
-"""Memory beyond the maps is looked at fifty times a second."""
+"""Samples the memory without mapped files fifty times a second."""
 
 
 def run(python: str, *words: Any) -> Row:
-    """Run a measurement in a process of its own."""
+    """Run a measurement in a separate process."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
@@ -110,7 +110,7 @@ def real_rows() -> list[dict[str, str]]:
 
 
 def recombined(rows: list[dict[str, str]], count: int) -> Iterator[dict[str, str]]:
-    """Draw prompts and answers of `rows` anew."""
+    """Recombine prompts and answers of `rows` at random."""
     random = np.random.default_rng(0)
     answers = [row[side] for row in rows for side in ("chosen", "rejected")]
     for _ in range(count):
@@ -127,7 +127,7 @@ def write(path: Path, rows: Iterator[dict[str, str]]) -> Path:
 
 
 def prepare(python: str, folder: Path) -> Iterator[Row]:
-    """Time both in turns, TRL with one and with two processes."""
+    """Time both, alternating, TRL with one and two processes."""
     rows = real_rows()
     sets = {"HH": iter(rows), "HH recombined": recombined(rows, 20_000)}
     for name, drawn in sets.items():
@@ -191,7 +191,7 @@ def scale(name: str, sizes: list[int], folder: Path) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Measure what was asked for, and keep the rows."""
+    """Run the selected measurements, and store the rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rival-python", help="an interpreter that has TRL")
     parser.add_argument("--only", nargs="+", choices=("prepare", "ids", "text"))

@@ -1,13 +1,13 @@
-"""The reference pass beside TRL's own, and again with everything cached.
+"""The reference pass against TRL's, and with everything cached.
 
     python benches/bench_precompute.py [--rival-python PATH] [--only NAME …] [--pairs 400]
 
-The same pairs, model and threads, fresh processes in turns. Ours is timed from the opened store to
-the sealed cache, with the model's load and all start-up checks; TRL's pass alone, with its model in
-memory, at its default batch of 8 and at larger ones. `hh` are real HH pairs with a model of random
-weights and GPT-2's vocabulary, `stories` real pairs of short stories with a trained model of 3
-million parameters (LOGRATIO_SHARED, default ../shared). The sums of both must agree. Raw rows go to
-results/precompute.jsonl.
+The same pairs, model and threads, in new processes, alternating. Ours is timed from the open store
+to the finished cache, including loading the model and all start-up checks; TRL's is timed with its
+model in memory, at its default batch of 8 and at larger ones. `hh` are real HH pairs with a model
+of random weights and GPT-2's vocabulary, `stories` real pairs of short stories with a trained model
+of 3 million parameters (LOGRATIO_SHARED, default ../shared). The sums of both must agree. Raw rows
+go to results/precompute.jsonl.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def hh_material(folder: Path, pairs: int) -> tuple[Path, Path]:
 
 
 def decoded(store: Any, tokenizer: Any, path: Path, pairs: int) -> Path:
-    """Write groups back as text of one turn each, which both sides tokenize alike."""
+    """Write groups as text of one turn each, which both sides tokenize alike."""
     chosen = np.linspace(0, len(store) - 1, pairs).astype(int)
     with path.open("w") as file:
         for group in chosen:
@@ -84,7 +84,7 @@ def decoded(store: Any, tokenizer: Any, path: Path, pairs: int) -> Path:
 
 
 def stories_material(folder: Path, pairs: int) -> tuple[Path, Path]:
-    """Take the first pairs of stories, and the model trained on such."""
+    """Return the first pairs of stories, and the model trained on such stories."""
     path = folder / "rows.jsonl"
     lines = (SHARED / STORIES).read_text().splitlines()[:pairs]
     rows = [json.loads(line) for line in lines]
@@ -95,18 +95,18 @@ def stories_material(folder: Path, pairs: int) -> tuple[Path, Path]:
 
 MATERIAL = {"hh": hh_material, "stories": stories_material}
 NEEDED = {"hh": (GPT2, HH), "stories": (STORIES, STORIES3M)}
-"""Of the shared folder."""
+"""Files in the shared folder."""
 
 
 def run(command: list[str]) -> Row:
-    """Run a process; return what its last line says."""
+    """Run a process; return its last line as JSON."""
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result: Row = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def bench(name: str, rival: str, pairs: int) -> Iterator[Row]:
-    """Yield the seconds of both sides, in turns."""
+    """Yield the seconds of both sides, alternating."""
     with tempfile.TemporaryDirectory() as temporary:
         model, rows = MATERIAL[name](Path(temporary), pairs)
         for turn in range(ROUNDS):
@@ -144,7 +144,7 @@ def summarize(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Run the benches that are asked for, and keep every row."""
+    """Run the selected benches, and store every row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rival-python")
     parser.add_argument("--only", nargs="*", choices=MATERIAL, default=list(MATERIAL))

@@ -1,16 +1,16 @@
-"""A training step of ours beside the plain recipe's and TRL's: pairs a second, and memory.
+"""A training step against the plain recipe's and TRL's: pairs per second, and memory.
 
     python benches/bench_step.py [--models small large] [--data hh …] [--arms plain trl …]
         [--ladder] [--flatness] [--rounds 3] [--device cuda] [--install-rival]
 
-The same pairs in the same updates for every arm, proved by hash; the same weights, AdamW, rate, β
-and clipping; fresh processes in turns; losses, sums and gradient norms compared before any time
-counts (`step_gate.py`); ours twice as a control. Arms are in `step_arms.py`, material in
-`step_material.py`, ratios in `step_summary.py`. One row a comparison goes to results/step-*.jsonl.
-Memory is the peak above the model (`step_memory.py`). With `--device cuda` the defaults are a plan
-of some five processes on one model of 0.5B (`PLANS`), which is to fit in minutes. Where TRL is not
-installed its arms are left out; `--install-rival` downloads it. Each worker's record is kept as
-soon as it ends (step-records.jsonl). Nothing of this has run on a GPU yet.
+Every arm has the same pairs in the same updates (checked by hash), and the same weights, AdamW,
+learning rate, β and clipping. Arms run in new processes, alternating. Losses, sums and gradient
+norms are compared before a time is accepted (`step_gate.py`), and ours runs twice as a control.
+Arms are in `step_arms.py`, material in `step_material.py`, ratios in `step_summary.py`. Each
+comparison is a row of results/step-*.jsonl. Memory is the peak above the model (`step_memory.py`).
+With `--device cuda` the defaults are about five processes on one model of 0.5B (`PLANS`), to take
+only minutes. Without TRL its arms are left out; `--install-rival` downloads it. Each worker's
+record is stored when it ends (step-records.jsonl). This has not run on a GPU yet.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from step_tuning import CANDIDATES, tuned
 
 DEFAULT_BATCH = {"large": 8, "0.5B": 8, "1.5B": 8}
 BESIDE = ("ours", "ours-again", "ours-fastest", "ours-cold")
-"""Of ours, what is compared with rivals; the first is the default, and the gate's measure."""
+"""Our arms compared with rivals; the first is the default, and the standard of the gate."""
 PLANS: dict[str, dict[str, Any]] = {
     "cpu": {
         "models": ["small", "large"],
@@ -61,8 +61,8 @@ PLANS: dict[str, dict[str, Any]] = {
         "batch": 32,
     },
 }
-"""What is measured on a device where the command line asks for nothing else. Tuned arms (trl-tuned,
-ours-fastest) take a process a candidate, which is more than minutes on a GPU hold."""
+"""Default measurements per device. Tuned arms (trl-tuned, ours-fastest) take one process per
+candidate, which is too long for a GPU."""
 
 SHOWN = (
     *("arm", "against", "timed", "ratio", "interval", "memory_ratio", "flagged", "failure"),
@@ -74,7 +74,7 @@ Row = dict[str, Any]
 
 
 def make_material(wanted: Wanted) -> Row:
-    """Fill a folder in a process of its own; return what it says about it."""
+    """Create the material in a separate process; return its description."""
     told = Path(wanted.folder) / "wanted.json"
     told.write_text(json.dumps(asdict(wanted)))
     run_script(sys.executable, "step_material.py", [str(told)], wanted.threads)
@@ -96,7 +96,7 @@ def measured_flops(spec: Spec, model: str) -> float:
 def session(
     options: argparse.Namespace, spec: Spec, names: Sequence[str], pythons: Pythons, about: Row
 ) -> Iterator[tuple[str, Row]]:
-    """Run the arms of one order; yield each comparison with the name of its file."""
+    """Run the arms with one order; yield each comparison with the name of its file."""
     arms, tuning = dict(ARMS), Row()
     own = [name for name in BESIDE if name in options.ours]
     for name in [name for name in CANDIDATES if name in {*own, *names}]:
@@ -134,7 +134,7 @@ def session(
 
 
 def common_spec(options: argparse.Namespace, batch: int) -> Spec:
-    """Return what every worker of a run is told, without its material and its arm."""
+    """Return the settings common to all workers of a run, without material and arm."""
     return Spec(
         material="",
         result="",
@@ -150,7 +150,7 @@ def common_spec(options: argparse.Namespace, batch: int) -> Spec:
 
 
 def bench(options: argparse.Namespace, model: str, data: str, pythons: Pythons) -> None:
-    """Run all arms on one material, and keep every row."""
+    """Run all arms on one material, and store every row."""
     batch = options.batch or DEFAULT_BATCH.get(model, 16)
     spec = common_spec(options, batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +170,7 @@ def bench(options: argparse.Namespace, model: str, data: str, pythons: Pythons) 
 
 
 def flatness(options: argparse.Namespace, model: str, data: str) -> None:
-    """Measure cost per pair and sharing's gain on one material, and keep every row."""
+    """Measure the cost per pair and the gain of sharing, and store every row."""
     spec = common_spec(options, BATCH)
     about = described(options, spec, model, data)
     for pairs in options.pairs:
@@ -189,7 +189,7 @@ def flatness(options: argparse.Namespace, model: str, data: str) -> None:
 
 
 def described(options: argparse.Namespace, spec: Spec, model: str, data: str) -> Row:
-    """Return what a row says of how it came about."""
+    """Return the fields of a row that describe how it was measured."""
     peak = run_script(
         sys.executable,
         "step_flops.py",
@@ -215,7 +215,7 @@ def described(options: argparse.Namespace, spec: Spec, model: str, data: str) ->
 
 
 def installed(name: str) -> str:
-    """Return a package's version; TRL's is the one that is asked for where it lies elsewhere."""
+    """Return a package's version; for TRL in another environment, the requested one."""
     if name == "trl" and find_spec("trl") is None:
         return RIVAL.removeprefix("trl==")
     if name == "logratio":
@@ -235,7 +235,7 @@ def keep(folder: Path, name: str, row: Row) -> None:
 
 
 def with_rival(options: argparse.Namespace, folder: Path) -> str | None:
-    """Return the interpreter of TRL's arms; where there is none, say so and leave them out."""
+    """Return the interpreter of TRL's arms; if there is none, print that they are left out."""
     rivals = [name for name in options.arms if name.startswith("trl")]
     if options.flatness or not rivals:
         return None
@@ -251,7 +251,7 @@ def with_rival(options: argparse.Namespace, folder: Path) -> str | None:
 
 
 def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line, and fill in the plan of its device."""
+    """Parse the command line, with the defaults of its device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS)
     parser.add_argument("--data", nargs="*", choices=["hh", *SHAPES], default=["hh"])
@@ -282,7 +282,7 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the selected measurements."""
     options = parsed()
     if "hh" in options.data:
         check_shared(GPT2, HH)

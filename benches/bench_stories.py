@@ -1,9 +1,9 @@
-"""Does the policy learn, on real weights: story preferences with stories3M, over three seeds.
+"""Check that the policy learns story preferences with stories3M, over three seeds.
 
     python benches/bench_stories.py            # prints a table, appends to benches/results/
 
-Needs the material that LOGRATIO_SHARED names (default ../shared). The hidden truth is a rule on
-words (its README has it); generations and best-of-8 are judged by the rule, never by the model.
+Needs the material in LOGRATIO_SHARED (default ../shared). The ground truth is a rule on words (see
+its README); generations and best-of-8 are scored by the rule, not by the model.
 """
 
 import json
@@ -41,7 +41,7 @@ POSITIVE = re.compile(
 NEGATIVE = re.compile(
     r"\b(sad|cr(y|ied|ying)|scared|hurt|angry|mad|afraid|lost|broke\w*|bad|mean|worried)\b", re.I
 )
-RULES = TokenizationRules(append_eos=False)  # the stories are cut at 48 tokens
+RULES = TokenizationRules(append_eos=False)  # the stories are truncated at 48 tokens
 BETA, HELD_OUT, PROMPTS, CANDIDATES, NEW_TOKENS = 0.1, 173, 96, 8, 48
 RESULTS = Path(__file__).parent / "results" / "stories.jsonl"
 
@@ -62,7 +62,7 @@ class StoryResult:
 
     @property
     def recovered(self) -> float:
-        """How far the reward gets from a random choice (0) to the oracle's (1)."""
+        """Position of the reward between a random choice (0) and the oracle (1)."""
         return (self.best_of_reward - self.best_of_random) / (
             self.best_of_oracle - self.best_of_random
         )
@@ -113,7 +113,7 @@ def run_seed(seed: int, shared: Path, folder: Path) -> StoryResult:
 
 
 def run_seeds(seeds: range, shared: Path, folder: Path) -> list[StoryResult]:
-    """Run several seeds, each in a process with one thread, as many at once as there are cores."""
+    """Run several seeds, each in a process with one thread, one process per core."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         running = [pool.submit(run_seed, seed, shared, folder / str(seed)) for seed in seeds]
         return [future.result() for future in running]
@@ -168,7 +168,7 @@ def interval(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Run three seeds, print the table and keep the raw rows."""
+    """Run three seeds, print the table and store the raw rows."""
     check_shared(STORIES, STORIES3M)
     with tempfile.TemporaryDirectory() as folder:
         results = run_seeds(range(3), SHARED.resolve(), Path(folder))

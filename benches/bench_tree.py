@@ -1,15 +1,15 @@
-"""Beginnings shared across groups, against prompts shared in groups: tokens, and time of an update.
+"""Prefixes shared across groups, against prompts shared in groups: tokens, and time of an update.
 
     python benches/bench_tree.py [--model narrow] [--rounds 3] [--pairs 32] [--shapes system …]
 
-The same updates of the same drawn pairs in both layouts, in turns (A B B A …) in one process: the
-log-probs, a DPO-like loss and its gradients, and a pass without gradients in the order of
-`precompute`. Before anything is timed the log-probs of both must agree. One row a shape goes to
-results/tree.jsonl. Seconds are CPU time of one thread, which a busy machine does not move. Shapes:
+The same updates of the same random pairs in both layouts, alternating (A B B A …) in one process:
+the log-probs, a DPO-like loss and its gradients, and a pass without gradients in the order of
+`precompute`. The log-probs of both must agree first. Each shape is a row of results/tree.jsonl.
+Seconds are CPU time of one thread, which does not depend on the load of the machine. Shapes:
 
 - system: one system prompt of 500 tokens, then a question of 60 and two answers of 120 tokens;
 - turns: conversations of 4 rated turns, a question of 40 and two answers of 100 tokens each;
-- apart: a prompt of 150 and two answers of 80 tokens, nothing in common (what asking for it costs).
+- apart: a prompt of 150 and two answers of 80 tokens, nothing in common (the overhead).
 """
 
 import argparse
@@ -52,18 +52,18 @@ NARROW = LlamaConfig(
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
 Drawn = Callable[[int], np.ndarray]
-"""From a number of tokens to their ids."""
+"""Maps a number of tokens to random ids."""
 
 
 def system(ids: Drawn, pairs: int) -> Iterator[Pair]:
-    """Yield questions below one system prompt."""
+    """Yield questions after one system prompt."""
     start = ids(500)
     for _ in range(pairs):
         yield np.concatenate([start, ids(60)]), ids(120), ids(120)
 
 
 def turns(ids: Drawn, pairs: int) -> Iterator[Pair]:
-    """Yield the turns of conversations that go on with the chosen answer."""
+    """Yield the turns of conversations that continue with the chosen answer."""
     for _ in range(pairs // 4):
         prompt = ids(0)
         for _ in range(4):
@@ -157,7 +157,7 @@ def by_row(model: nn.Module, batches: list[Batch]) -> dict[int, float]:
 
 
 def in_turns(run: Callable[[str], float], rounds: int) -> dict[str, list[float]]:
-    """Run both layouts in turns, after one turn unseen; return the seconds of each."""
+    """Run both layouts alternately, after an untimed run; return the seconds of each."""
     found: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     for turn in range(-1, rounds):
         for layout in LAYOUTS if turn % 2 else LAYOUTS[::-1]:
@@ -168,7 +168,7 @@ def in_turns(run: Callable[[str], float], rounds: int) -> dict[str, list[float]]
 
 
 def tokens(batches: list[Batch]) -> int:
-    """Count what is computed."""
+    """Count the computed tokens."""
     return sum(batch.input_ids.numel() for batch in batches)
 
 
@@ -201,7 +201,7 @@ def measure(model: nn.Module, store: Store, rounds: int, budget: int, order: str
 
 
 def main() -> None:
-    """Measure each shape, print its row and keep it."""
+    """Measure each shape, print and store its row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

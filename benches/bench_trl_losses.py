@@ -1,9 +1,9 @@
-"""Do our losses agree with TRL's DPOTrainer on the same batches? To 1e-5, or this fails.
+"""Check that losses agree with TRL's DPOTrainer on the same batches to 1e-5.
 
     python benches/bench_trl_losses.py
 
-Makes an environment of its own in a temporary folder, installs TRL there (it is no dependency of
-this project), and compares DPO and IPO on random batches, policy and reference different models.
+Creates an environment in a temporary folder, installs TRL there (it is not a dependency of this
+project), and compares DPO and IPO on random batches, with different policy and reference.
 """
 
 import json
@@ -78,7 +78,7 @@ def ours() -> dict[str, list[float]]:
 
 
 def theirs(folder: str) -> dict[str, list[float]]:
-    """Compute the same with TRL's trainer, whatever it does inside."""
+    """Compute the same with TRL's trainer."""
     found: dict[str, list[float]] = {}
     for name, loss_type in LOSSES.items():
         trainer = trl_trainer(folder, loss_type)
@@ -92,7 +92,7 @@ def theirs(folder: str) -> dict[str, list[float]]:
 
 
 def trl_trainer(folder: str, loss_type: str) -> Any:
-    """Build TRL's trainer; its data set is only there to satisfy the constructor."""
+    """Build TRL's trainer; its dataset only satisfies the constructor."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -133,7 +133,7 @@ def trl_batch(pairs: list[tuple[list[int], list[list[int]]]]) -> dict[str, torch
 
 
 def run_theirs(folder: Path) -> dict[str, list[float]]:
-    """Install TRL beside our own packages and run this file there."""
+    """Install TRL in addition to our packages, and run this file there."""
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -148,7 +148,7 @@ def run_theirs(folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Compare, print, keep the rows, and fail beyond the tolerance."""
+    """Compare, print and store the rows, and fail beyond the tolerance."""
     if sys.argv[1:2] == ["--theirs"]:
         print(json.dumps(theirs(sys.argv[2])))
         return

@@ -1,17 +1,16 @@
-"""The first minutes on a GPU: checks and tests, then benches, the most important first.
+"""Checks, tests and benches for a few minutes on a GPU, the most important first.
 
     make gpu OUT=DIR
     python benches/gpu.py --out DIR [--wheels DIR] [--minutes 11.5] [--device cpu --tiny]
 
 Needed: Python 3.11 or newer with torch, transformers, numpy, tokenizers and pytest; this package,
 installed or built in place (python/logratio/_rust*.so). TRL's arms need trl, datasets, dill and
-multiprocess: `--wheels` names a folder of wheels, which are unpacked into DIR without an index; a
-step whose module is missing is skipped, the others run. No step downloads anything.
+multiprocess: `--wheels` names a folder of wheels, which are unpacked into DIR without an index. A
+step whose module is missing is skipped. No step downloads anything.
 
-Each step has its own time limit, and all of them together end before `--minutes`. Logs go to
-DIR/NN-name.log, as they are written, and one JSON line for each step and finding to
-DIR/results.jsonl when the step ends, so that a run that is cut off leaves what it had.
-`--device cpu --tiny` rehearses every step.
+Each step has a time limit, and all steps together end before `--minutes`. Logs are streamed to
+DIR/NN-name.log, and each step and result is a JSON line of DIR/results.jsonl, written when the step
+ends, so that an interrupted run keeps its results. `--device cpu --tiny` is a rehearsal.
 """
 
 import argparse
@@ -32,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 NEEDED = ("torch", "transformers", "numpy", "tokenizers", "pytest")
 GRACE = 5
-"""Seconds between asking a step to end and ending it."""
+"""Seconds between asking a step to end and killing it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def plan(device: str, *, tiny: bool, out: Path) -> list[Step]:
 
 
 class Runner:
-    """Runs steps until the time is over."""
+    """Runs steps until the time is up."""
 
     def __init__(self, out: Path, minutes: float, environment: Mapping[str, str]) -> None:
         self.out, self.environment = out, environment
@@ -87,7 +86,7 @@ class Runner:
         self._running: subprocess.Popen[bytes] | None = None
 
     def run(self, number: int, step: Step) -> str:
-        """Run one step; return what became of it: ok, failed, cut off or skipped."""
+        """Run one step; return its status: ok, failed, cut off or skipped."""
         log, start, found = self.out / f"{number:02}-{step.name}.log", time.monotonic(), {}
         missing = [name for name in step.needs if not self._has(name)]
         left = min(step.seconds, self.end - start - GRACE)
@@ -119,7 +118,7 @@ class Runner:
         return status
 
     def stop(self) -> None:
-        """End the running step and what it started."""
+        """End the running step and its child processes."""
         process, self._running = self._running, None
         if process is None:
             return
@@ -133,7 +132,7 @@ class Runner:
                 continue
 
     def keep(self, **row: Any) -> None:
-        """Append a row to the results, and to the disk."""
+        """Append a row to the results, and sync it to disk."""
         with (self.out / "results.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -148,7 +147,7 @@ class Runner:
 
 
 def environment(out: Path) -> dict[str, str]:
-    """Return that of every step: unpacked wheels, this tree's package if built, no network."""
+    """Return the environment of the steps: unpacked wheels, this package, no network."""
     path = [str(out / "wheels")]
     if any((ROOT / "python" / "logratio").glob("_rust*.so")):
         path.append(str(ROOT / "python"))
@@ -158,7 +157,7 @@ def environment(out: Path) -> dict[str, str]:
 
 
 def unpack(wheels: Path, out: Path) -> None:
-    """Install each wheel of a folder beside the results: no index, no dependencies."""
+    """Unpack each wheel of a folder into the results, without index and dependencies."""
     files = sorted(map(str, wheels.glob("*.whl")))
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     subprocess.run([*command, "--target", str(out / "wheels"), *files], check=bool(files))

@@ -1,12 +1,12 @@
-"""Parts of a step by themselves, for `gpu.py`; one JSON line a finding, as soon as it is there.
+"""Parts of a training step for `gpu.py`; each result is printed as a JSON line immediately.
 
     python benches/gpu_parts.py layers|attention|tiles [--device cpu] [--tiny]
 
 `layers`: one update of 8 layers with the sizes of Llama 3 8B, weights made on the device: plain,
 compiled, with adapters. `attention`: each kernel, forward and backward, on pairs, on long prompts
-and on many completions, at 8k and 16k tokens. `tiles`: a position's share of the head, by the size
-of a tile of logits, at three vocabularies. `mfu` counts what has to be computed against a matrix
-product that is timed on the spot.
+and on many completions, at 8k and 16k tokens. `tiles`: time of the head per position, by the size
+of a tile of logits, with three vocabularies. `mfu` is the required work relative to the speed of a
+matrix product measured in the same run.
 """
 
 import argparse
@@ -71,7 +71,7 @@ POSITIONS = 8_192
 
 
 def seconds(run: Callable[[], object], device: str, times: int = 5) -> float:
-    """Time a run, after two that are not timed; the median."""
+    """Return the median time of a run, after two warm-up runs."""
     taken = []
     for number in range(times + 2):
         if device == "cuda":
@@ -97,7 +97,7 @@ def groups_of(lengths: Lengths, times: int, vocabulary: int) -> list[Group]:
 
 
 def batch_on(device: str, groups: list[Group]) -> SharedBatch:
-    """Lay out groups in one row, with all that kernels on that device need."""
+    """Lay out groups in one row, with the arrays that the device's kernels need."""
     batch = batch_of(groups, "shared", device)
     assert isinstance(batch, SharedBatch)
     return batch
@@ -120,7 +120,7 @@ def layers(options: argparse.Namespace) -> None:
         try:
             model = _made(config, options.device, adapters=name == "lora")
             found = _update(model, groups, options.device, compiled=name == "compiled")
-        except Exception as error:  # the others are worth having
+        except Exception as error:  # continue with the others
             say(what="layers", arm=name, failure=f"{type(error).__name__}: {error}"[:300])
             continue
         flops = sum(forward_flops(config, len(p), map(len, c), shared=True) for p, c in groups)
@@ -207,7 +207,7 @@ def _timed(
             return {"forward": seconds(forward, device), "both": both}
     except SharedPromptError as error:
         return {"refused": str(error)[:300]}
-    except Exception as error:  # a kernel that fails here is a finding
+    except Exception as error:  # a kernel that fails here is a result
         return {"failure": f"{type(error).__name__}: {error}"[:300]}
 
 

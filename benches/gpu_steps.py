@@ -1,4 +1,4 @@
-"""What `gpu.py` measures itself; each part prints one JSON line a finding, as soon as it is there.
+"""Measurements of `gpu.py`; each result is printed as a JSON line immediately.
 
     python benches/gpu_steps.py smoke|train [--device cpu] [--tiny]
 
@@ -40,12 +40,12 @@ WATCHED = 3
 
 
 def say(**found: Any) -> None:
-    """Print a finding."""
+    """Print a result."""
     print(json.dumps(found), flush=True)
 
 
 def smoke(options: argparse.Namespace) -> None:
-    """Look at what every later step builds on."""
+    """Check the requirements of all later steps."""
     say(what="versions", python=platform.python_version(), **{p: _version(p) for p in PACKAGES})
     on_gpu = options.device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else platform.processor()
@@ -82,7 +82,7 @@ def _version(package: str) -> str | None:
 
 
 def _failure(kernel: kernels.Kernel, wanted: kernels.Wanted) -> str | None:
-    """Say why a kernel is not used here; None where it works."""
+    """Return why a kernel is not used here; None if it works."""
     try:
         kernels.kernel_for(wanted, kernels.missing_kernels(), kernel)
     except kernels.KernelError as error:
@@ -91,7 +91,7 @@ def _failure(kernel: kernels.Kernel, wanted: kernels.Wanted) -> str | None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train for a few updates, watched."""
+    """Train for a few instrumented updates."""
     real = not options.tiny and (SHARED / HH).exists() and (SHARED / GPT2).exists()
     model, batch = ("toy", 2) if options.tiny else ("0.5B", 16)
     precision = "bf16-weights"
@@ -118,7 +118,7 @@ def train(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _watched(on_gpu: bool) -> Iterator[None]:
-    """Let each update of the loop be said: its time and waits; the last one's profile."""
+    """Print the time and device waits of each update, and profile the last one."""
     update: Callable[..., Any] = DPOTrainer._update
     done = 0
 

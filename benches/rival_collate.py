@@ -1,4 +1,4 @@
-"""TRL's collator on request, in TRL's own environment: `bench_collate.py` starts it and asks.
+"""A server for TRL's collator in TRL's environment; `bench_collate.py` starts it.
 
 Reads commands from standard input, one JSON list a line, and answers with one JSON value a line:
 ["load", file of rows], ["time", row numbers], ["save", row numbers, file to write].

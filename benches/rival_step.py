@@ -1,11 +1,11 @@
-"""TRL's DPOTrainer on the material of bench_step.py, watched from outside; run by it.
+"""TRL's DPOTrainer on the material of bench_step.py, instrumented; run by it.
 
     python rival_step.py SPEC.json
 
-The trainer gets the same ids (its own tokenization is left out), takes them in the file's order,
-and makes its reference log-probs itself, before training (`precompute_ref_log_probs`). Everything
-that is not named here is TRL's default; `config` in the arm's settings are fields of DPOConfig, and
-`micro_batch` is its batch per device, whose default of 8 holds where an update has more pairs.
+The trainer gets the same ids (without its tokenization) in the order of the file, and computes its
+reference log-probs before training (`precompute_ref_log_probs`). All other settings are TRL's
+defaults; `config` in the arm's settings are fields of DPOConfig, and
+`micro_batch` is its batch per device, with a default of 8 if an update has more pairs.
 """
 
 import json
@@ -27,7 +27,7 @@ DEFAULT_BATCH = 8
 
 
 class Watched(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer; what is overridden calls it and notes what it did."""
+    """TRL's trainer with overridden methods that record what it does."""
 
     def __init__(self, record: Recorder, *given: Any, **named: Any) -> None:
         self.record = record
@@ -46,7 +46,7 @@ class Watched(DPOTrainer):  # type: ignore[misc]
         return scored
 
     def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
-        """Note the loss and what it was made of."""
+        """Record the loss and its inputs."""
         names = ("input_ids", "attention_mask", "completion_mask")
         self.record.fed(partial(padded_pairs, *(inputs[name] for name in names)))
         loss = super().compute_loss(model, inputs, *given, **named)
@@ -58,7 +58,7 @@ class Watched(DPOTrainer):  # type: ignore[misc]
         return self._norm
 
     def end_update(self) -> None:
-        """Hand the update's means over; micro-batches are equally large."""
+        """Record the update's means; micro-batches have equal sizes."""
         parts, found = len(self._losses), self._metrics["train"]
         means = [sum(found[f"logps/{side}"][-parts:]) / parts for side in ("chosen", "rejected")]
         loss = float(torch.stack(self._losses).mean())
@@ -67,21 +67,21 @@ class Watched(DPOTrainer):  # type: ignore[misc]
 
 
 class Stamps(TrainerCallback):
-    """Tells the record where training and each update begin and end."""
+    """Records the start and end of training and of each update."""
 
     trainer: Watched
 
     def on_train_begin(self, *given: Any, **named: Any) -> None:
-        """Begin the clock."""
+        """Start the clock."""
         self.trainer.record.begin()
 
     def on_step_end(self, *given: Any, **named: Any) -> None:
-        """Note an update; it comes before TRL's own logging, which the next one then pays."""
+        """Record an update; TRL logs after this, in the time of the next update."""
         self.trainer.end_update()
 
 
 def arguments(spec: Spec, output: str) -> DPOConfig:
-    """Return TRL's defaults with what every arm has in common, and the arm's own settings."""
+    """Return TRL's defaults with the settings of all arms and of this arm."""
     micro = min(spec.settings.get("micro_batch", DEFAULT_BATCH), spec.batch)
     if spec.batch % micro:
         raise ValueError(f"{spec.batch} pairs an update are no whole number of {micro}")

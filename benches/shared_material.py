@@ -1,6 +1,6 @@
-"""The real data and models that benches read, and the other library that they time.
+"""Find the real data and models of the benches, and an environment with TRL.
 
-Both are looked for before anything long, and what is missing is named with what to do about it.
+Benches call these functions first; an error names what is missing and the remedy.
 """
 
 import os
@@ -19,7 +19,7 @@ LLAMA_FACTORY = "data/llamafactory/dpo_en_demo.json"
 
 
 def _found() -> Path:
-    """Return what LOGRATIO_SHARED names, else `shared` next to the repository, else in it."""
+    """Return the folder LOGRATIO_SHARED, or `shared` next to the repository, or in it."""
     if named := os.environ.get("LOGRATIO_SHARED"):
         return Path(named)
     root = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ SHARED = _found()
 
 
 def check_shared(*needed: str) -> None:
-    """End the process where a file of the shared folder is missing.
+    """Exit if a file of the shared folder is missing.
 
     Args:
         needed: paths in the folder.
@@ -48,11 +48,11 @@ def check_shared(*needed: str) -> None:
 
 
 def rival_python(given: str | None, folder: Path, *, install: bool) -> str | None:
-    """Return an interpreter that has TRL, or None.
+    """Return an interpreter with TRL, or None.
 
     Args:
         given: an interpreter that the user names.
-        folder: where a new environment goes, on top of this one's packages.
+        folder: where to create a new environment, which also has this one's packages.
         install: whether to download TRL where it is not installed.
     """
     if given:

@@ -1,4 +1,4 @@
-"""The arms of bench_step.py: a name, the worker that runs it, and what is particular to it.
+"""The arms of bench_step.py: name, worker and settings.
 
 A new rung of the ladder is one line: `config` takes any field of TrainConfig, `patches` any name of
 `step_patches.PATCHES`.
@@ -11,12 +11,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to do the same updates.
+    """A way to compute the same updates.
 
     Attributes:
-        worker: the script, beside this file.
-        settings: as the worker reads them.
-        order: of the pairs, for it and for ours beside it.
+        worker: The script, in this folder.
+        settings: Settings for the worker.
+        order: Order of the pairs, for this arm and for ours compared with it.
     """
 
     worker: str
@@ -51,7 +51,7 @@ LADDER: Mapping[str, Arm] = {
     ),
     "all-undone": _ours(cache=False, patches=["separate_rows", "head_everywhere"]),
 }
-"""Ours with one thing undone each, or put in: the layers compiled."""
+"""Ours with one optimisation removed each, or compiled layers added."""
 
 RIVALS: Mapping[str, Arm] = {
     "plain": Arm("step_plain.py", {"reference": "frozen"}),

@@ -1,4 +1,4 @@
-"""Does a pair cost the same however many there are, and does sharing give what it should?"""
+"""Measure whether the cost per pair is constant, and the gain of sharing prompts."""
 
 import json
 import sys

@@ -1,10 +1,10 @@
-"""How much of a step is work that must be done, and what the machine could do.
+"""Count the required work of a step, and measure the peak speed of the machine.
 
     python step_flops.py DEVICE PRECISION THREADS
 
-prints the floating-point operations a second of a large matrix product here. Useful work counts
-each prompt once, no padding, the head at completion positions only, and nothing that is computed
-again; so any arm's share of the peak (MFU) says how fast it does what has to be done.
+prints the floating-point operations per second of a large matrix product. Useful work counts each
+prompt once, no padding, the head only at completion positions, and no recomputation, so that the
+share of the peak (MFU) can be compared between arms.
 """
 
 import json
@@ -49,14 +49,14 @@ def forward_flops(config: Any, prompt: int, completions: Iterable[int], *, share
 
 
 def useful_flops(config: Any, pairs: Iterable[tuple[int, int, int]]) -> float:
-    """Count what training on pairs of (prompt, chosen, rejected) tokens has to compute."""
+    """Count the operations of training on pairs of (prompt, chosen, rejected) tokens."""
     return TRAINING * sum(
         forward_flops(config, prompt, sides, shared=True) for prompt, *sides in pairs
     )
 
 
 def measured_peak(device: str, precision: str) -> float:
-    """Time a square matrix product; operations a second of the best of some runs."""
+    """Return the operations per second of a square matrix product, the best of several runs."""
     size, kind = SIZE[device], torch.float32 if precision == "fp32" else torch.bfloat16
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     best = float("inf")

@@ -1,4 +1,4 @@
-"""Before an arm's time counts: did it feed the same pairs, and compute the same numbers?"""
+"""Check that an arm used the same pairs and computed the same numbers, before its time counts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ SUMS = {"fp32": 1e-4, "bf16": 1e-2, "bf16-weights": 1e-2}
 NORM = {"fp32": 1e-3, "bf16": 5e-2, "bf16-weights": 5e-2}
 """Relative; the gradient's norm at the first update, before it is clipped."""
 LOSSES = {"fp32": 1e-3, "bf16": 5e-2, "bf16-weights": 5e-2}
-"""Relative; each update's loss, which rounding moves more and more as the runs go apart."""
+"""Relative; each update's loss, whose rounding differences grow during training."""
 
 
 class GateError(RuntimeError):
-    """An arm did other work than ours, so that its time says nothing."""
+    """An arm did other work than ours, so its time cannot be compared."""
 
 
 def check(ours: Record, theirs: Record, precision: str) -> dict[str, float]:

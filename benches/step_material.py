@@ -1,13 +1,13 @@
-"""What the arms of bench_step.py train on: models of random weights, pairs of token ids.
+"""Training material of bench_step.py: models with random weights, and pairs of token ids.
 
     python step_material.py WANTED.json
 
-In a folder it leaves `model/`, the sealed `pairs.store`, the reference's `cache/`, and for each
-order of the pairs a file `ORDER.jsonl` with one update a line, exactly the updates that our planner
-makes of the store, so that every arm can be given the same. `hh` are real HH pairs in GPT-2's
-tokens (LOGRATIO_SHARED, default ../shared); where a model's vocabulary is smaller the ids are taken
-modulo its size, and are no text any more. The other shapes are random ids of drawn lengths, which
-need nothing of that folder. The cache is made in the precision that the arms train in.
+Creates a folder with `model/`, the store `pairs.store`, the reference's `cache/`, and for each
+order of the pairs a file `ORDER.jsonl` with one update per line, exactly those of our planner, so
+that every arm gets the same updates. `hh` are real HH pairs as GPT-2 tokens (LOGRATIO_SHARED,
+default ../shared); for smaller vocabularies the ids are taken modulo the size, and are no longer
+text. The other shapes are random ids of random lengths, without that folder. The cache has the
+precision in which the arms train.
 """
 
 import json
@@ -40,14 +40,14 @@ ORDERS = ("shuffled", "length_grouped")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which material, and where.
+    """The requested material.
 
     Attributes:
-        folder: where it is to be.
+        folder: where to create it.
         model: a name in `step_models.MODELS`.
         data: "hh" or a name in `SHAPES`.
         batch: pairs an update.
-        updates: of the whole run; there are exactly as many pairs.
+        updates: number of updates in the run; exactly as many pairs are created.
         seed: of the weights, the choice of the pairs and their order.
         threads: of torch.
         device: where the reference pass runs.
@@ -77,7 +77,7 @@ class Shape:
 SHAPES = {
     "long-prompt": Shape(600, 100, 0.3),
     "short-prompt": Shape(30, 200, 0.5),
-    "no-gain": Shape(1, 200, 0.0),  # nothing is shared and nothing padded
+    "no-gain": Shape(1, 200, 0.0),  # nothing shared or padded
 }
 
 
@@ -103,10 +103,10 @@ def drawn_pairs(shape: Shape, count: int, vocabulary: int, seed: int) -> list[Pa
 def real_pairs(
     tokenizer: PreferenceTokenizer, count: int, vocabulary: int, seed: int
 ) -> list[Pair]:
-    """Take HH pairs by a seeded permutation."""
+    """Return HH pairs in a seeded permutation."""
     store, _ = build_store([SHARED / HH], tokenizer)
     if count > len(store):
-        raise ValueError(f"{count} pairs are wanted, and there are {len(store)}")
+        raise ValueError(f"{count} pairs are needed, but only {len(store)} exist")
     chosen = np.random.default_rng(seed).permutation(len(store))[:count]
     pairs: list[Pair] = []
     for group in chosen:
@@ -134,7 +134,7 @@ def write_model(folder: Path, name: str, data: str, seed: int) -> None:
 
 
 def write_store(path: Path, pairs: list[Pair], tokenizer: PreferenceTokenizer) -> Store:
-    """Seal pairs of ids as `logratio data build` seals what it reads."""
+    """Write pairs of ids to a store, as `logratio data build` does."""
     writer = StoreWriter(path)
     roles = np.array([ROLES.index("chosen"), ROLES.index("rejected")], dtype=np.uint8)
     for line, (prompt, *sides) in enumerate(pairs, 1):
@@ -155,7 +155,7 @@ def write_store(path: Path, pairs: list[Pair], tokenizer: PreferenceTokenizer) -
 
 def plan_updates(store: Store, order: str, batch: int, seed: int) -> list[np.ndarray]:
     """Return the groups of each update, in our planner's order."""
-    budget = AT_ONCE["cpu"]  # an update has the same groups whatever the budget
+    budget = AT_ONCE["cpu"]  # the groups of an update do not depend on the budget
     settings = FeedSettings(groups_per_update=batch, token_budget=budget, order=order, seed=seed)
     plan = settings.plan(store, epoch=0)
     updates = -(-len(store) // batch)
@@ -163,7 +163,7 @@ def plan_updates(store: Store, order: str, batch: int, seed: int) -> list[np.nda
 
 
 def write_updates(path: Path, store: Store, updates: list[np.ndarray], sums: np.ndarray) -> None:
-    """Write one update a line: ids of each pair and the reference's sums, `[G, 2]`."""
+    """Write one update per line: ids of each pair and the reference's sums, `[G, 2]`."""
     with path.open("w") as file:
         for groups in updates:
             rows = []
@@ -196,7 +196,7 @@ def reference_sums(wanted: Wanted, store: Store) -> tuple[np.ndarray, float]:
 
 
 def make(wanted: Wanted) -> dict[str, Any]:
-    """Fill the folder; return what is worth a line: lengths, and how long the reference took."""
+    """Fill the folder; return a summary: lengths, and the time of the reference pass."""
     folder = Path(wanted.folder)
     write_model(folder / "model", wanted.model, wanted.data, wanted.seed)
     tokenizer = PreferenceTokenizer.load(folder / "model")
@@ -219,7 +219,7 @@ def make(wanted: Wanted) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make what the file on the command line wants, in a process whose memory is given back."""
+    """Create the material that the file on the command line requests."""
     wanted = Wanted(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(wanted.threads)
     (Path(wanted.folder) / "material.json").write_text(json.dumps(make(wanted)))

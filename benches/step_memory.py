@@ -1,8 +1,8 @@
-"""Memory of a worker: resident pages on the CPU, the allocator's own count on a GPU (untested).
+"""Memory of a worker: resident pages on the CPU, the allocator's count on a GPU (untested).
 
-Above the model is the highest figure between the first and the last update, less what was there
-when the policy had been loaded and nothing else: gradients, the optimizer's moments, a reference in
-memory, activations and logits all count. Every arm is measured alike.
+The memory above the model is the peak between the first and the last update, minus the memory with
+only the policy loaded. It includes gradients, the optimizer's moments, a reference in memory,
+activations and logits. Every arm is measured in the same way.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ class Memory:
         self.is_reset = False
 
     def mark_policy(self) -> None:
-        """Note what is there with the policy alone, freed memory given back first."""
+        """Record the memory with only the policy, after returning freed memory to the system."""
         gc.collect()
         if self.is_cuda:
             self.policy = torch.cuda.memory_allocated()
@@ -43,7 +43,7 @@ class Memory:
         self.policy = status_bytes("VmRSS")
 
     def begin(self) -> None:
-        """Note the peak so far, and let the peak of the updates begin."""
+        """Record the peak so far, and reset it for the updates."""
         if self.is_cuda:
             self.before = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -57,7 +57,7 @@ class Memory:
             print(f"the peak includes what came before the updates: {error}")
 
     def end(self) -> None:
-        """Note the peak of the updates."""
+        """Record the peak of the updates."""
         if self.is_cuda:
             self.peak = torch.cuda.max_memory_allocated()
             self.reserved = torch.cuda.max_memory_reserved()
@@ -65,7 +65,7 @@ class Memory:
             self.peak = status_bytes("VmHWM")
 
     def report(self, parameters: int) -> dict[str, Any]:
-        """Return all of it, for a policy with so many float32 weights that are trained."""
+        """Return all measurements, for a policy with this number of trained float32 weights."""
         above = self.peak - self.policy
         return {
             "policy": self.policy,

@@ -1,4 +1,4 @@
-"""The models of bench_step.py, by name: sizes only, the weights are random; and toy for tests."""
+"""Sizes of the models of bench_step.py, by name; the weights are random. `toy` is for tests."""
 
 from collections.abc import Callable, Mapping
 
@@ -39,4 +39,4 @@ MODELS: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "0.5B": lambda: _qwen2(24, 896, 4_864, 14, 2),
     "1.5B": lambda: _qwen2(28, 1_536, 8_960, 12, 2),
 }
-"""The last two are for a GPU and have run on none yet."""
+"""The last two are for a GPU, and have not run on one yet."""

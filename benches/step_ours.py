@@ -1,11 +1,11 @@
-"""Our own trainer as users run it, watched from outside; run by bench_step.py.
+"""The trainer as users run it, instrumented; run by bench_step.py.
 
     python step_ours.py SPEC.json
 
-`logratio.training.prepare(TrainConfig(…)).run()` with the material's sealed store and cache. What
-is particular to an arm is in its settings: `config` are fields of TrainConfig, `cache` False holds
-the reference as a second model, `precompute` fills a fresh cache first, in this process, `patches`
-are names in `step_patches.PATCHES`. The run is left after its last update, before it saves.
+Runs `DPOTrainer(TrainConfig(…))` with the store and cache of the material. The settings of an arm:
+`config` are fields of TrainConfig, `cache` False keeps the reference as a second model in memory,
+`precompute` fills a new cache first, in this process, and `patches` are names in
+`step_patches.PATCHES`. The run stops after its last update, before it saves.
 """
 
 import tempfile
@@ -29,11 +29,11 @@ from logratio.training.trainer import DPOTrainer
 
 
 class AllUpdatesDone(Exception):  # noqa: N818
-    """Ends the run where the measurement ends."""
+    """Raised to end the run when the measurement is complete."""
 
 
 def pairs_of(layout: Layout) -> Callable[[], list[Pair]]:
-    """Copy what a micro-batch feeds, and return what reads the pairs out of it later."""
+    """Copy the inputs of a micro-batch; return a function that extracts its pairs later."""
     prompts, sides = layout.prompt_lengths.tolist(), layout.completion_lengths.reshape(-1, 2)
     ids, is_shared = layout.input_ids.copy(), isinstance(layout, SharedLayout)
 
@@ -57,7 +57,7 @@ def pairs_of(layout: Layout) -> Callable[[], list[Pair]]:
 
 
 def watch(spec: Spec, record: Recorder) -> None:
-    """Put the recorder into the trainer: at the policy, the feed and each update."""
+    """Add the recorder to the trainer: at the policy, the feed and each update."""
     build, update, feed = TRAINER.build_policy, TRAINER.DPOTrainer._update, TRAINER.DPOTrainer._feed
 
     def built(*given: Any) -> nn.Module:
@@ -73,7 +73,7 @@ def watch(spec: Spec, record: Recorder) -> None:
         for micro in batches:
             record.fed(pairs_of(micro.layout))
             yield micro
-            del micro  # or its buffer would wait here for the next one
+            del micro  # frees its buffer for the next one
 
     def updated(self: Any, *given: Any) -> Any:
         *before, batches = given
@@ -87,12 +87,12 @@ def watch(spec: Spec, record: Recorder) -> None:
     replace(TRAINER, "build_policy", built)
     replace(TRAINER.DPOTrainer, "_feed", began)
     replace(TRAINER.DPOTrainer, "_update", updated)
-    if spec.order != FeedSettings.order:  # the loop has no setting for it
+    if spec.order != FeedSettings.order:  # the trainer has no setting for it
         replace(TRAINER, "FeedSettings", partial(FeedSettings, order=spec.order))
 
 
 def configuration(spec: Spec, output: Path) -> TrainConfig:
-    """Return the settings of the run: those of every arm, and the arm's own."""
+    """Return the settings of all arms and of this arm."""
     folder, settings = Path(spec.material), spec.settings
     if spec.precision not in get_args(Precision):
         raise ValueError(f"we have no precision {spec.precision}")

@@ -1,8 +1,8 @@
-"""Rungs of the ladder that no setting of ours reaches: one part is put back to what others do.
+"""Patches for the ladder: replace one optimisation by the usual implementation.
 
-Each patch is a function without arguments in `PATCHES`; it exchanges a part of ours in the worker
-that named it. That part must be there, and what it was exchanged for must have been called when all
-is over (`check_used`): a rung never measures what it is not.
+Each patch is a function without arguments in `PATCHES`, which replaces a function in the worker
+that names it. The function must exist, and the replacement must have been called in the end
+(`check_used`), so that a rung always measures what its name says.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from logratio.logps.batch import Batch, SharedBatch
 from logratio.logps.head import head_logits
 from logratio.training import activations, trainer
 
-TRAINER: Any = trainer  # modules as what they are here: things whose parts are exchanged
+TRAINER: Any = trainer  # typed as Any, since patches replace their functions
 
 _CALLED: set[str] = set()
 Logps = Callable[[nn.Module, Batch], Tensor]
 
 
 def replace(module: Any, name: str, new: Any) -> None:
-    """Exchange a part that must exist.
+    """Replace a function, which must exist.
 
     Raises:
         AttributeError: it does not: the patch has to be written anew.
@@ -36,7 +36,7 @@ def replace(module: Any, name: str, new: Any) -> None:
 
 
 def check_used(names: Sequence[str]) -> None:
-    """Refuse a run in which a patch was put in and never called.
+    """Refuse a run in which a patch was installed but never called.
 
     Raises:
         RuntimeError: it names the patch.
@@ -55,7 +55,7 @@ def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_logps(name: str, logps: Logps) -> None:
-    """Let the loop make its loss of these log-probs, and autograd the gradients."""
+    """Compute the loss from these log-probs, and the gradients by autograd."""
 
     def loss(model: nn.Module, batch: Batch, loss_of: Any) -> Tensor:
         whole: Tensor = loss_of(logps(model, batch), batch.targets.whole)
@@ -65,13 +65,13 @@ def _with_logps(name: str, logps: Logps) -> None:
 
 
 def separate_rows() -> None:
-    """Two padded rows a pair, of our own collator, in place of shared prompts."""
+    """Use two padded rows per pair instead of shared prompts."""
     choice = _noted("separate_rows", lambda *_, **__: ("padded", "the bench asks for it"))
     replace(TRAINER, "choose_layout", choice)
 
 
 def own_prompts() -> None:
-    """Each completion behind its own copy of the prompt, end to end: nothing shared or padded."""
+    """Copy the prompt for each completion, end to end: nothing is shared or padded."""
 
     def loss(model: nn.Module, batch: Batch, loss_of: Any) -> Tensor:
         whole: Tensor = completion.completion_loss(model, apart(batch), loss_of)
@@ -81,7 +81,7 @@ def own_prompts() -> None:
 
 
 def apart(batch: Batch) -> SharedBatch:
-    """Lay the same targets out in a row in which a prompt is there once for each completion."""
+    """Lay out the same targets in a row with a copy of the prompt for each completion."""
     assert isinstance(batch, SharedBatch)
     index, logits, lengths = list[int](), list[int](), list[tuple[int, int]]()
     at = 0
@@ -108,12 +108,12 @@ def apart(batch: Batch) -> SharedBatch:
 
 
 def logps_first() -> None:
-    """All log-probs, then the loss, then gradients: the head's tiles are made once more."""
+    """Compute log-probs, loss and gradients separately: the head's tiles are recomputed."""
     _with_logps("logps_first", completion.completion_logps)
 
 
 def whole_head() -> None:
-    """Whole logits at the completions' positions, no tiles, nothing made again."""
+    """Full logits at the completions' positions, without tiles or recomputation."""
 
     def logps(model: nn.Module, batch: Batch) -> Tensor:
         inner, targets = completion.transformer(model), batch.targets
@@ -126,7 +126,7 @@ def whole_head() -> None:
 
 
 def head_everywhere() -> None:
-    """Whole logits at every position, prompts included, as a model's own forward makes them."""
+    """Full logits at every position, including prompts, as in a model's forward."""
 
     def logps(model: nn.Module, batch: Batch) -> Tensor:
         inner, targets = completion.transformer(model), batch.targets
@@ -138,7 +138,7 @@ def head_everywhere() -> None:
 
 
 def one_width() -> None:
-    """Rows filled up to the token budget, and layers compiled for that width alone."""
+    """Rows padded to the token budget, and layers compiled for that width only."""
     settings, compiled = TRAINER.FeedSettings, partial(torch.compile, dynamic=False)
 
     def filled(**given: Any) -> Any:

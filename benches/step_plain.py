@@ -1,9 +1,9 @@
-"""The plain recipe of the DPO paper's own code, written anew; run by bench_step.py.
+"""A reimplementation of the DPO paper's code; run by bench_step.py.
 
     python step_plain.py SPEC.json
 
-Chosen and rejected sequences of an update lie in one right-padded batch `[2B, T]`, as long as the
-longest; logits of every position are taken whole in float32, then log_softmax and gather. The
+Chosen and rejected sequences of an update are one right-padded batch `[2B, T]`. Logits of every
+position are computed in float32, then log_softmax and gather. The
 reference is a second, frozen model that runs in every step (`{"reference": "frozen"}`), or its sums
 are given (`{"reference": "given"}`).
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-PAD = 0  # its id is never seen: the mask leaves it out
+PAD = 0  # its id has no effect: it is masked
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def sums(model: nn.Module, rows: Rows) -> Tensor:
 
 
 def cosine(done: int, updates: int) -> float:
-    """Return the share of the rate that update `done` (from 0) has."""
+    """Return the factor of the learning rate of update `done` (from 0)."""
     return 0.5 * (1 + math.cos(math.pi * done / updates))
 
 
@@ -96,7 +96,7 @@ class PlainTrainer:
     def _load(self) -> nn.Module:
         path = Path(self.spec.material) / "model"
         model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=self.spec.weights)
-        return model.to(self.spec.device).eval()  # it has no dropout; eval makes sure
+        return model.to(self.spec.device).eval()  # it has no dropout; eval() makes sure
 
     def update(self, pairs: list[dict[str, Any]]) -> None:
         """Do one update."""

@@ -1,8 +1,8 @@
-"""What a worker of bench_step.py is told, and what it writes down; every arm records alike.
+"""Input and output of the workers of bench_step.py, the same for every arm.
 
-A worker calls `loaded` with its policy, `begin` before its first update, `fed` with what goes
-through the model and `updated` after each update. What it fed is kept as it was and hashed when all
-is over, so that no clock runs meanwhile.
+A worker calls `loaded` with its policy, `begin` before its first update, `fed` with the model's
+inputs, and `updated` after each update. The inputs are hashed at the end, outside the measured
+time.
 """
 
 import json
@@ -26,13 +26,13 @@ Pair = tuple[Ids, Ids, Ids]
 
 @dataclass(frozen=True)
 class Spec:
-    """What one worker does.
+    """The task of one worker.
 
     Attributes:
         material: folder that `step_material.make` filled.
-        result: file for what it measured.
-        arm: its name.
-        settings: what is particular to the arm; its worker knows the names.
+        result: file for its measurements.
+        arm: name of the arm.
+        settings: settings of the arm for its worker.
         order: of the pairs: "shuffled" or "length_grouped".
         batch: pairs an update.
         warmup: updates before the measured ones.
@@ -65,11 +65,11 @@ class Spec:
 
     @property
     def weights(self) -> torch.dtype:
-        """What the policy's weights are loaded in."""
+        """The dtype of the policy's weights."""
         return torch.bfloat16 if self.precision == "bf16-weights" else torch.float32
 
     def write(self, path: Path) -> None:
-        """Write it for a worker's command line."""
+        """Write the file for a worker's command line."""
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
@@ -82,7 +82,7 @@ class Spec:
 
 
 def pair_hash(pairs: Sequence[Pair]) -> str:
-    """Name the pairs of one update by their ids, whatever their order: 16 hex digits."""
+    """Hash the ids of the pairs of one update, independent of their order: 16 hex digits."""
     digests = sorted(_digest(pair) for pair in pairs)
     return blake2b(b"".join(digests), digest_size=8).hexdigest()
 
@@ -122,7 +122,7 @@ class Recorder:
         self._stamp()
 
     def fed(self, pairs: Callable[[], list[Pair]]) -> None:
-        """Keep what goes through the model for the present update; it is read at the end."""
+        """Store the model's inputs of the current update; they are hashed at the end."""
         self._fed[-1].append(pairs)
 
     def updated(self, loss: float, chosen: float, rejected: float, grad_norm: float) -> None:

@@ -1,4 +1,4 @@
-"""Rounds of fresh processes: every arm once a round, another one first in each."""
+"""Rounds of new processes: every arm once per round, in rotating order."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def run_script(python: str, script: str, arguments: Sequence[str], threads: int)
     """Run a script of this folder; return what it printed last.
 
     Raises:
-        WorkerError: it failed; the end of what it said goes to the terminal.
+        WorkerError: it failed; the end of its output is printed.
     """
     command = [python, str(HERE / script), *arguments]
     done = subprocess.run(
@@ -86,7 +86,7 @@ def run_rounds(
 ) -> tuple[list[dict[str, Record]], dict[str, str], dict[str, dict[str, float]]]:
     """Run every arm in every round, the first of `names` being "ours".
 
-    `ended` is called with each record that passed the gate, as soon as it is there.
+    `ended` is called with each record that passed the gate, immediately.
 
     Returns:
         The records of each round by arm, without arms that failed; why those failed; and the gaps

@@ -1,10 +1,10 @@
-"""Time of pairs that share their prompt beside the time of their rows apart; no padding in either.
+"""Time of pairs with a shared prompt against separate rows, both without padding.
 
     python step_sharing.py MATERIAL MODEL DEVICE PRECISION THREADS ROUNDS
 
 The same log-probs and their gradient, by the same engine: once as groups of two completions, once
-as two groups of one. `time_ratio` is to be near `token_ratio`, the tokens with and without
-sharing; `work_ratio` counts operations, with those of head and attention, of which it saves less.
+as two groups of one. `time_ratio` should be near `token_ratio`, the tokens with and without
+sharing; `work_ratio` counts operations, including head and attention, where sharing saves less.
 """
 
 import json
@@ -35,7 +35,7 @@ CANDIDATE = ROLES.index("candidate")
 
 
 def apart(store: Store) -> Store:
-    """Make each completion a group of its own, behind its own copy of the prompt."""
+    """Turn each completion into a separate group, with a copy of the prompt."""
     writer = StoreWriter()
     for group in range(len(store)):
         prompt, completions, masks, _ = store.group(group)

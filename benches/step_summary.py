@@ -1,8 +1,8 @@
-"""Records of rounds to one row: ratios within a round, their median, and how sure it is.
+"""Summarise the records of rounds in a row: ratios per round, median and spread.
 
-`ratio` is pairs a second of one arm over the other's, from the total of the measured updates, and
-`memory_ratio` its peak above the model over the other's. A row is flagged where the control, ours
-run twice, is not 1 within FLAGGED.
+`ratio` is the pairs per second of one arm over the other's, over all measured updates, and
+`memory_ratio` the ratio of their peaks above the model. A row is flagged if the control, ours run
+twice, differs from 1 by more than FLAGGED.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ def compare(rounds: Rounds, arm: str, against: str, warmup: int) -> dict[str, An
 
 
 def control(rounds: Rounds, warmup: int) -> dict[str, Any]:
-    """Return what ours run twice says about the machine."""
+    """Return the ratio of two runs of ours, a measure of the machine's noise."""
     ratios = speed_ratios(rounds, "ours-again", "ours", warmup, cold=False)
     middle = median(ratios)
     return {

@@ -1,4 +1,4 @@
-"""Arms whose settings are found by trying, before anything is compared: on either side."""
+"""Arms whose settings are tuned before the comparison, for both sides."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,14 +1,14 @@
 """Preference optimisation: train on preferences, cache the reference, serve the implicit reward.
 
-The library turns on one number, the log-ratio ``log π(y|x) - log π_ref(y|x)``: how much more likely
-a trained policy makes a completion ``y`` of a prompt ``x`` than the reference it started from.
-`logratio.training` moves it, the reference cache keeps its second half on disk, and ``beta`` times
-it is the reward that `logratio.export` exports and `logratio.serving` ranks with.
+The central quantity is the log-ratio ``log π(y|x) - log π_ref(y|x)``: how much more likely a
+completion ``y`` of a prompt ``x`` is under the trained policy than under the reference.
+`logratio.training` optimises it, `logratio.cache` stores the reference log-probs on disk, and
+`logratio.export` and `logratio.serving` use ``beta`` times it as the reward for ranking.
 
-Importing this package is free: each name loads its module when it is first used.
+Importing this package is cheap: each name imports its module on first use.
 """
 
-TYPE_CHECKING = False  # type checkers read it as true, and `typing` need not be loaded
+TYPE_CHECKING = False  # type checkers treat it as True; avoids importing `typing`
 
 __version__: str
 

@@ -1,12 +1,12 @@
-"""The bundle: the folder that `scoring` writes and `serving` reads, and the only thing they share.
+"""The bundle format: the folder that `logratio.export` writes and `logratio.serving` reads.
 
     scorer.onnx             the graph, with its weights
-    scorer.onnx.data        the weights, where graph and weights together pass 2 GB
+    scorer.onnx.data        the weights, if graph and weights together exceed 2 GB
     tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja
-    bundle.json             what this module describes
+    bundle.json             the manifest, described in this module
 
-Knows files and JSON only (standard library), so that a server can check a bundle before any
-other library sees a byte of it.
+Uses only the standard library, so that a server can verify a bundle before any other library
+reads it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any, get_args, get_origin
 from logratio.errors import LogratioError
 
 FORMAT_VERSION = 2
-"""Version 2 added fields with defaults; a bundle of version 1 has none of them, and is read."""
+"""Version 2 added fields with defaults, so bundles of version 1 can still be read."""
 _READABLE = (1, FORMAT_VERSION)
 MANIFEST = "bundle.json"
 GRAPH = "scorer.onnx"
@@ -45,30 +45,30 @@ INPUTS = {
     "token_index": 2,
     "token_row": 2,
 }
-"""Names and ranks of the graph's inputs, all int64: what `_rust.candidate_layout` fills."""
+"""Names and ranks of the graph's inputs, all int64, as filled by `_rust.candidate_layout`."""
 OUTPUTS = ("reward", "policy_logps", "reference_logps")
-"""Names of the graph's outputs, all float32 `[N]`: one number per candidate."""
+"""Names of the graph's outputs, all float32 `[N]`, one value per candidate."""
 GOLDEN_GROUPS = 3
-"""Least golden groups of a bundle: those of token ids. Those of text come on top."""
+"""Minimum number of golden groups, which are given as token ids; text groups are additional."""
 CHUNK = 128
-"""Completion tokens that the head scores at a time: `chunk` logits rows are held, never all."""
+"""Completion tokens per chunk of the head, which bounds the number of logits in memory."""
 
 PARITY = (1e-4, 1e-6)
-"""Export: nats per sequence by which the graph may differ from torch, fixed and per nat summed."""
+"""Tolerance at export in nats per sequence, absolute and relative to the sum of log-probs."""
 REPLAY = (1e-3, 1e-5)
-"""Load: the same on another machine, whose kernels round differently."""
+"""Tolerance at load: larger, because kernels of other machines round differently."""
 
 _MANIFEST_LIMIT = 16 * 2**20
 _BLOCK = 2**20
 
 
 class BundleError(LogratioError, ValueError):
-    """The folder is not a bundle, was altered, or is of a newer format."""
+    """The folder is not a bundle, was altered, or has a newer format."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as it was written: its bytes and their SHA-256 in hexadecimal."""
+    """The size of a file in bytes, and its SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -76,14 +76,14 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What is in the graph.
+    """Properties of the graph.
 
     Attributes:
-        opset: ONNX operator set that it really uses.
-        kind: ``two_models``, or ``adapter``: one base whose adapter is on for the policy.
-        chunk: Completion tokens that the head scores at a time.
-        vocabulary_size: Ids are below it.
-        max_positions: The longest sequence that the models were made for; None: not recorded.
+        opset: The ONNX opset of the graph.
+        kind: ``two_models``; or ``adapter``, one base model with an adapter for the policy.
+        chunk: Completion tokens per chunk of the head.
+        vocabulary_size: Vocabulary size of the models; token ids are below it.
+        max_positions: Longest sequence that the models support; None if not recorded.
     """
 
     opset: int
@@ -95,16 +95,16 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class GoldenGroup:
-    """A prompt and candidates of it with their right answers, computed by torch.
+    """A prompt and candidates with the log-probs that torch computed.
 
     Attributes:
-        prompt_ids: The prompt.
-        candidates: Ids of each candidate.
-        policy_logps: Nats, one sum per candidate.
-        reference_logps: The same under the reference.
-        prompt: The prompt's text where the ids come from text: encoding it must give these ids.
-        completions: The candidates' texts, likewise.
-        messages: In the place of a prompt's text, the turns of a chat.
+        prompt_ids: Token ids of the prompt.
+        candidates: Token ids of each candidate.
+        policy_logps: Log-prob sums of the policy, one per candidate, in nats.
+        reference_logps: The same for the reference.
+        prompt: The prompt's text if the ids come from text: tokenizing it must give these ids.
+        completions: The candidates' texts, in the same way.
+        messages: The chat messages, instead of `prompt`.
     """
 
     prompt_ids: list[int]
@@ -124,14 +124,14 @@ class Manifest:
         beta: The reward is beta times the log-ratio.
         policy: Readable fingerprint of the policy.
         reference: Readable fingerprint of the reference.
-        tokenization: Rules by which text became ids in training.
-        special_ids: ``bos``, ``eos`` and ``pad``; None where there is none.
-        graph: What is in the graph.
-        files: Every file of the folder but this one.
-        golden: Groups with known answers, replayed at every load.
-        parity: Largest differences in nats that the export measured, by check.
-        versions: Of the libraries that made the bundle.
-        format_version: Of this description; see `FORMAT_VERSION`.
+        tokenization: The tokenization rules of the training.
+        special_ids: Ids of ``bos``, ``eos`` and ``pad``; None for a missing one.
+        graph: Properties of the graph.
+        files: Every file of the folder except the manifest.
+        golden: Groups with known log-probs, verified at every load.
+        parity: Largest differences from torch measured at export, in nats, by check.
+        versions: Versions of the libraries that created the bundle.
+        format_version: Version of the format; see `FORMAT_VERSION`.
     """
 
     beta: float
@@ -148,11 +148,11 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """A short name for logs and answers: which policy this is."""
+        """A short name of the policy for logs and responses."""
         return f"logratio-{str(self.policy.get('digest', ''))[:12] or 'unnamed'}"
 
     def to_json(self) -> str:
-        """Write the manifest as it stands in the folder."""
+        """Return the manifest as JSON, the content of ``bundle.json``."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
@@ -162,7 +162,7 @@ def graph_properties(
     reference: Mapping[str, Any],
     format_version: int = FORMAT_VERSION,
 ) -> dict[str, str]:
-    """Return what the graph repeats of the manifest, so that the two cannot be mixed up."""
+    """Return the metadata stored in the graph, which ties it to the manifest."""
     return {
         "logratio.format_version": str(format_version),
         "logratio.beta": repr(beta),
@@ -172,42 +172,42 @@ def graph_properties(
 
 
 def tolerance(logps: float, limits: tuple[float, float]) -> float:
-    """Return the nats by which a sum of `logps` may be off under `PARITY` or `REPLAY`."""
+    """Return the tolerance in nats of the sum `logps` under `PARITY` or `REPLAY`."""
     return limits[0] + limits[1] * abs(logps)
 
 
 def digest_of(folder: str | Path) -> str:
-    """Return the SHA-256 of ``bundle.json``, in hexadecimal: it names the bundle and all its files.
+    """Return the SHA-256 of ``bundle.json`` in hexadecimal, which identifies all files.
 
     Raises:
-        BundleError: There is none.
+        BundleError: The folder is not a bundle.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder")
     if not (folder / MANIFEST).exists():
         raise BundleError(f"{folder}: no {MANIFEST}, so this is not a bundle")
-    return hashlib.sha256(_read_plainly(folder, MANIFEST, _MANIFEST_LIMIT)).hexdigest()
+    return hashlib.sha256(_read_regular_file(folder, MANIFEST, _MANIFEST_LIMIT)).hexdigest()
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Measure and hash a file that was just written."""
+    """Return the size and hash of a file."""
     with path.open("rb") as file:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read ``bundle.json`` and check every value's type; the other files are not touched.
+    """Read ``bundle.json`` and check the type of every value; other files are not read.
 
     Raises:
-        BundleError: No bundle, a newer format, or a value that cannot be.
+        BundleError: The folder is not a bundle, has a newer format, or a value is invalid.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder")
     if not (folder / MANIFEST).exists():
         raise BundleError(f"{folder}: no {MANIFEST}, so this is not a bundle")
-    content = _read_plainly(folder, MANIFEST, _MANIFEST_LIMIT)
+    content = _read_regular_file(folder, MANIFEST, _MANIFEST_LIMIT)
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -217,20 +217,20 @@ def read_manifest(folder: str | Path) -> Manifest:
     version = values.get("format_version")
     if type(version) is not int or version not in _READABLE:
         raise BundleError(
-            f"{folder}: bundle format {version!r}, and this logratio reads up to {FORMAT_VERSION}; "
-            "install a version of logratio that knows it, or export again"
+            f"{folder}: bundle format {version!r}; this logratio reads up to {FORMAT_VERSION}: "
+            "install a newer version of logratio, or export again"
         )
     return _manifest(values, str(folder / MANIFEST))
 
 
 def verify_files(folder: str | Path, manifest: Manifest) -> None:
-    """Check that the folder holds exactly the files that the manifest lists, byte for byte.
+    """Check that the folder contains exactly the files that the manifest lists.
 
-    Each must be a regular file with one name on disk (no symbolic link, no hard link through
-    which a file from elsewhere could come in), of the size and SHA-256 that were written down.
+    Each must be a regular file of the listed size and SHA-256. Symbolic links and hard links are
+    refused, because they could bring in files from elsewhere.
 
     Raises:
-        BundleError: Names the file and the rule it breaks.
+        BundleError: A file breaks a rule; the message names both.
     """
     folder = Path(folder)
     present = {entry.name for entry in folder.iterdir()} - {MANIFEST}
@@ -243,32 +243,32 @@ def verify_files(folder: str | Path, manifest: Manifest) -> None:
 
 
 def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
-    descriptor = _open_plainly(folder, name)
+    descriptor = _open_regular_file(folder, name)
     with os.fdopen(descriptor, "rb") as file:
         if (size := os.fstat(descriptor).st_size) != entry.size:
-            raise BundleError(f"{folder / name}: {size} bytes, {entry.size} were written")
+            raise BundleError(f"{folder / name}: {size} bytes instead of {entry.size}")
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            raise BundleError(f"{folder / name}: altered (its SHA-256 is not the one written)")
+            raise BundleError(f"{folder / name}: altered (its SHA-256 differs from the manifest)")
 
 
-def _read_plainly(folder: Path, name: str, limit: int) -> bytes:
-    with os.fdopen(_open_plainly(folder, name), "rb") as file:
+def _read_regular_file(folder: Path, name: str, limit: int) -> bytes:
+    with os.fdopen(_open_regular_file(folder, name), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise BundleError(f"{folder / name}: above {limit} bytes")
+        raise BundleError(f"{folder / name}: larger than {limit} bytes")
     return content
 
 
-def _open_plainly(folder: Path, name: str) -> int:
-    """Open a regular file of the folder itself, following no link."""
+def _open_regular_file(folder: Path, name: str) -> int:
+    """Open a regular file in the folder; links are refused."""
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise BundleError(f"{folder / name}: cannot be opened as a plain file") from error
+        raise BundleError(f"{folder / name}: cannot be opened as a regular file") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         os.close(descriptor)
-        raise BundleError(f"{folder / name}: not a regular file with one name (a link?)")
+        raise BundleError(f"{folder / name}: not a regular file with a single name (a link?)")
     return descriptor
 
 
@@ -277,21 +277,21 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
     if not (math.isfinite(manifest.beta) and manifest.beta > 0):
         raise BundleError(f"{where}: beta is {manifest.beta}, not above 0")
     if not manifest.golden:
-        raise BundleError(f"{where}: no golden group, so nothing shows that it scores rightly")
+        raise BundleError(f"{where}: no golden group, so its scores cannot be verified")
     if manifest.format_version > 1 and len(manifest.golden) < GOLDEN_GROUPS:
         raise BundleError(
-            f"{where}: {len(manifest.golden)} golden groups, and an export writes at least "
+            f"{where}: {len(manifest.golden)} golden groups, but an export writes at least "
             f"{GOLDEN_GROUPS}"
         )
     _check_length(manifest, where)
     if not (1 <= manifest.graph.chunk <= 2**16 and manifest.graph.vocabulary_size < 2**31):
-        raise BundleError(f"{where}: its graph cannot be")
+        raise BundleError(f"{where}: its graph has impossible properties")
     for name in manifest.files:
         if name not in FILE_NAMES:
-            raise BundleError(f"{where}: a bundle has no file {name!r}")
+            raise BundleError(f"{where}: lists {name!r}, which is not a file of a bundle")
     for name in (GRAPH, TOKENIZER_FILES[0]):
         if name not in manifest.files:
-            raise BundleError(f"{where}: lists no {name}")
+            raise BundleError(f"{where}: does not list {name}")
     for group in manifest.golden:
         _check_golden(group, manifest.graph.vocabulary_size, where)
     return manifest
@@ -301,7 +301,7 @@ def _check_length(manifest: Manifest, where: str) -> None:
     length, positions = manifest.tokenization.get("max_length"), manifest.graph.max_positions
     if positions is not None and isinstance(length, int) and length > positions:
         raise BundleError(
-            f"{where}: its rules allow {length:,} tokens, and its models {positions:,}"
+            f"{where}: its rules allow {length:,} tokens, but its models only {positions:,}"
         )
 
 
@@ -309,13 +309,13 @@ def _check_golden(group: GoldenGroup, vocabulary_size: int, where: str) -> None:
     lengths = {len(group.candidates), len(group.policy_logps), len(group.reference_logps)}
     rows = [group.prompt_ids, *group.candidates]
     if len(lengths) != 1 or len(rows) < 2 or not all(rows):
-        raise BundleError(f"{where}: a golden group does not add up")
+        raise BundleError(f"{where}: a golden group has inconsistent lengths")
     if not all(0 <= id_ < vocabulary_size for row in rows for id_ in row):
         raise BundleError(f"{where}: a golden group has ids outside the vocabulary")
 
 
 def _build(kind: Any, values: object, where: str) -> Any:
-    """Make a dataclass of a JSON object: every field without a default, no unknown one."""
+    """Build a dataclass from a JSON object, with all required fields and no unknown ones."""
     if not isinstance(values, Mapping):
         raise BundleError(f"{where}: {kind.__name__} is not an object")
     declared = {field.name: field.type for field in fields(kind)}
@@ -331,7 +331,7 @@ def _build(kind: Any, values: object, where: str) -> Any:
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
-    """Return a JSON value if it is of `kind`, with dataclasses rebuilt inside it."""
+    """Return a JSON value as `kind`, with nested dataclasses."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any or type(value) is kind:
         return value

@@ -1,4 +1,4 @@
-"""Files that are on the disk when a call returns, and whole under their names."""
+"""Write files atomically, and synced to disk when the call returns."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,17 +20,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def settle(path: Path) -> None:
-    """Sync a finished file, and give it the mode that the umask allows.
+def finalize(path: Path) -> None:
+    """Sync a finished file, and set the file mode of the umask.
 
-    safetensors makes its files readable by their owner alone, whatever the umask is.
+    safetensors ignores the umask and makes its files readable only by their owner.
     """
     path.chmod(_mode_of_new_files(path.parent))
     sync(path)
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """Return the mode of a file that is made in `folder`; asking for the umask would change it."""
+    """Return the mode of new files in `folder`; reading the umask itself would change it."""
     probe = folder / f".mode-{secrets.token_hex(8)}"
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -42,11 +42,11 @@ def _mode_of_new_files(folder: Path) -> int:
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` where nothing goes wrong, or goes.
+    """Yield a temporary path next to `path`; rename it to `path` on success, else remove it.
 
-    A crash leaves the old file or the new one.
+    After a crash, `path` is either the old file or the new one.
     """
-    # No number of the process: those of two hosts on one folder may be the same.
+    # A random name: process ids on two hosts that share the folder may be equal.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
@@ -58,8 +58,8 @@ def published(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that comes whole or not at all, in a folder that is made if need be."""
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file atomically; creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with published(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -67,9 +67,9 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Raise what a library reports of the disk in an error of its own as an `OSError` of `path`.
+    """Convert a library's own exception about the file system to an `OSError` of `path`.
 
-    safetensors raises a `SafetensorError` where the disk is full.
+    For example, safetensors raises a `SafetensorError` if the disk is full.
     """
     try:
         yield
@@ -84,12 +84,12 @@ def system_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process until the block ends; the lock goes with the process.
+    """Lock a folder for this process until the block or the process ends.
 
-    File systems that lock no folders (some network file systems) let everybody in.
+    On file systems without locks (some network file systems) it has no effect.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: Another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The base class of every exception that logratio defines, and those that every part raises."""
+"""The base class of logratio's exceptions, and exceptions used by several modules."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ _DATA_SUFFIXES = (
 
 
 class LogratioError(Exception):
-    """Base of all of logratio's own exceptions: catch this one to catch them all.
+    """Base class of all logratio exceptions.
 
-    Each exception also derives from the built-in class that fits it (`ValueError`, `OSError` …).
+    Each exception also derives from the matching built-in class (`ValueError`, `OSError` …).
     """
 
 
@@ -29,7 +29,7 @@ class SettingTypeError(LogratioError, TypeError):
 
 
 class ArgumentError(LogratioError, ValueError):
-    """An argument of the compiled module is not possible."""
+    """An argument of the compiled module is invalid."""
 
 
 class CorruptStoreError(LogratioError, ValueError):
@@ -37,30 +37,30 @@ class CorruptStoreError(LogratioError, ValueError):
 
 
 class CorruptCacheError(LogratioError, ValueError):
-    """A file of a cache is damaged, holds impossible values, or belongs to another reference."""
+    """A file of a cache is damaged, has impossible values, or is of another reference."""
 
 
 class InputError(LogratioError, OSError):
-    """A file or folder cannot be used as asked."""
+    """A file or folder cannot be used."""
 
 
 class MissingInputError(LogratioError, FileNotFoundError):
-    """A file or folder that is to be read does not exist."""
+    """A file or folder to read does not exist."""
 
 
 class IsFolderError(LogratioError, IsADirectoryError):
-    """A folder is named where a file is expected."""
+    """A folder is given where a file is expected."""
 
 
 def fetching_advice(
     given: object, kind: Literal["model", "dataset"], place: Path | None = None
 ) -> str:
-    """Return how to fetch what looks like an id of the Hugging Face hub, or nothing.
+    """Return advice to download `given` if it looks like an id of the Hugging Face hub, else "".
 
     Args:
-        given: the name of a folder or file that does not exist.
-        kind: what was to be there.
-        place: where it has to be; a folder of its last name where None.
+        given: The name of a folder or file that does not exist.
+        kind: What was expected there.
+        place: The folder to download to. None: a folder with the last part of the id.
     """
     found = _HUB_ID.fullmatch(str(given))
     if not found or Path(found[1]).parts[0] in ("data", ".."):
@@ -72,6 +72,6 @@ def fetching_advice(
     target = place or Path(name).name
     option = "--repo-type dataset " if kind == "dataset" else ""
     return (
-        f". If it is a {kind} of the Hugging Face hub, fetch it first: `hf download {name} "
-        f"{option}--local-dir {target}`" + ("" if place else f", and give {target}")
+        f". If it is a {kind} on the Hugging Face hub, download it first: `hf download {name} "
+        f"{option}--local-dir {target}`" + ("" if place else f", and pass {target}")
     )

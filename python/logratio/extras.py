@@ -1,36 +1,41 @@
-"""Import what only an extra brings, or say in one sentence which extra is missing."""
+"""Import optional dependencies, with an error message that names the missing extra."""
 
 import importlib
 from types import ModuleType
 
 from logratio.errors import LogratioError
 
-ALONE = {"plots", "quantized", "ray", "trl"}
-"""Extras without a `-cpu` twin: they run no graph."""
+WITHOUT_CPU_VARIANT = {"plots", "quantized", "ray", "trl"}
+"""Extras without a `-cpu` variant, because they do not need ONNX Runtime."""
 
 
 class MissingExtraError(LogratioError, ImportError):
-    """A library is missing that an optional part of logratio needs."""
+    """An optional dependency is not installed."""
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, which comes with `extra`.
+    """Import `module`, which `extra` installs.
 
     Args:
-        module: dotted name of the module.
-        extra: name in pyproject.toml of an extra that carries it: not that of a `-cpu` twin.
+        module: Dotted name of the module.
+        extra: Name in pyproject.toml of an extra with the module, without `-cpu`.
+
+    Returns:
+        The module.
 
     Raises:
-        MissingExtraError: `module` is not installed; the message has the line that installs it.
-        ImportError: `module` is there, but something that it imports itself is not.
+        MissingExtraError: `module` is not installed; the message has the command to install it.
+        ImportError: `module` is installed, but one of its own imports is not.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        twin = "" if extra in ALONE else f", or 'logratio[{extra}-cpu]' where there is no CUDA"
+        variant = (
+            "" if extra in WITHOUT_CPU_VARIANT else f", or 'logratio[{extra}-cpu]' without CUDA"
+        )
         raise MissingExtraError(
-            f"{error.name} is not installed; it comes with pip install 'logratio[{extra}]'{twin}",
+            f"{error.name} is not installed: pip install 'logratio[{extra}]'{variant}",
             name=error.name,
         ) from None

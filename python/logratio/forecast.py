@@ -1,4 +1,4 @@
-"""What a command will need, said before it starts."""
+"""Estimate the resources of a command before it starts."""
 
 import os
 import shutil
@@ -10,14 +10,14 @@ from logratio.errors import LogratioError
 
 @dataclass(frozen=True)
 class Forecast:
-    """Estimates, from counts of parameters and tokens and a short measurement of the machine.
+    """Estimates from counts of parameters and tokens, and a short benchmark of the machine.
 
     Attributes:
-        memory_bytes: resident at the peak, on the device that computes.
-        disk_bytes: written in all.
-        disk_path: where, to compare with what is free.
-        seconds: of computing.
-        notes: what the estimate rests on.
+        memory_bytes: Peak memory on the device that computes.
+        disk_bytes: Total bytes written.
+        disk_path: The path written to, to report the free space.
+        seconds: Compute time.
+        notes: The basis of the estimate.
     """
 
     memory_bytes: float
@@ -41,12 +41,12 @@ class OutputError(LogratioError, OSError):
 
 
 def check_writable(folder: Path, needed_bytes: float = 0) -> None:
-    """Refuse an output folder that cannot be written to or is too full, before anything long.
+    """Check that an output folder is writable and has enough free space.
 
-    Creates nothing: a folder that does not exist is judged by the nearest one that does.
+    Creates nothing: for a folder that does not exist, the nearest existing parent is checked.
 
     Raises:
-        OutputError: with the path and the reason.
+        OutputError: It is not; the message has the path and the reason.
     """
     parent = existing_parent(folder)
     if not parent.is_dir():
@@ -54,11 +54,11 @@ def check_writable(folder: Path, needed_bytes: float = 0) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{folder}: cannot write here (no permission to write to {parent})")
     if (free := shutil.disk_usage(parent).free) < needed_bytes:
-        raise OutputError(f"{folder}: needs {size(needed_bytes)}, and {size(free)} are free")
+        raise OutputError(f"{folder}: needs {size(needed_bytes)}, but only {size(free)} are free")
 
 
 def existing_parent(path: Path) -> Path:
-    """Return the nearest folder of `path` that exists."""
+    """Return `path` or its nearest parent that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -66,7 +66,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes for people."""
+    """Format a number of bytes, for example "1.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -75,7 +75,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people."""
+    """Format a time in seconds, for example "12 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Progress on anything that takes more than two seconds: a bar on a terminal, lines in a log."""
+"""Progress of work that takes more than two seconds: a bar on a terminal, lines in a log."""
 
 import math
 import sys
@@ -10,28 +10,34 @@ from threading import Thread
 from typing import TypeVar
 
 PATIENCE = 2.0
-"""Seconds before anything is shown."""
+"""Seconds before progress is shown."""
 LINE_EVERY = 10.0
-"""Seconds between lines where standard error is no terminal."""
+"""Seconds between lines if standard error is not a terminal."""
 
 Advance = Callable[..., None]
 Result = TypeVar("Result")
 
 
-def say(sentence: str) -> None:
-    """Write a line to standard error, or nothing where that is closed or on a full disk."""
+def say(message: str) -> None:
+    """Print a line on standard error; ignore errors, for example if it is closed."""
     with suppress(OSError, ValueError):
-        sys.stderr.write(sentence + "\n")
+        sys.stderr.write(message + "\n")
         sys.stderr.flush()
 
 
 @contextmanager
 def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterator[Advance]:
-    """Show how far a long job is, with its rate and the time left.
+    """Show the progress of a long job, with its rate and the time left.
+
+    Args:
+        what: A short description of the job.
+        total: Amount of work, in units.
+        unit: Name of the unit.
+        show: Whether to show anything.
 
     Yields:
-        advance(amount, note=""): call it after each piece of work, with units done and a few
-        words on how it goes.
+        advance(amount, note=""): Call it after each piece of work, with the units done and a short
+        status.
     """
     if not show:
         yield lambda amount, note="": None
@@ -44,16 +50,17 @@ def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterat
 
 @contextmanager
 def reading_progress(*, show: bool = True) -> Iterator[Callable[[int, int, int], None]]:
-    """Show how far data is read.
+    """Show the progress of reading data.
 
     Yields:
-        tell(rows, position, size): what `logratio.data.build_store` calls; `size` 0: not known.
+        report(rows, position, size): The callback for `build_store`, with the rows read, and the
+        position and total size in bytes; a `size` of 0 is unknown.
     """
     with ExitStack() as stack:
         bars: list[Advance] = []
         done = 0
 
-        def tell(rows: int, position: int, size: int) -> None:
+        def report(rows: int, position: int, size: int) -> None:
             nonlocal done
             if not bars:
                 bar = progress("reading", size or math.inf, "B", show=show)
@@ -61,7 +68,7 @@ def reading_progress(*, show: bool = True) -> Iterator[Callable[[int, int, int],
             bars[0](position - done, f"{rows:,} rows")
             done = position
 
-        yield tell
+        yield report
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
 
 
 class _Lines:
-    """A line every ten seconds, for logs."""
+    """Prints a line every ten seconds, for logs."""
 
     def __init__(self, what: str, total: float, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
@@ -124,24 +131,27 @@ class _Lines:
 
 
 def awaited(what: str, act: Callable[[], Result]) -> Result:
-    """Run one long call of which nobody knows how far it is, and show that it lives.
+    """Run a long call without progress information, and show that it is still running.
 
-    It runs on a thread: Ctrl-C reaches compiled code only when it returns, and here it ends the
-    wait at once. The call itself ends with the process.
+    The call runs in a daemon thread. Python handles Ctrl-C only after compiled code returns; this
+    way it interrupts the wait immediately, and the call stops with the process.
 
     Args:
-        what: A few words on what is done.
-        act: The call; what it raises is raised here.
+        what: A short description of the call.
+        act: The call; its exceptions are raised here.
+
+    Returns:
+        The result of the call.
     """
     future: Future[Result] = Future()
-    Thread(target=_settle, args=(future, act), daemon=True).start()
+    Thread(target=_set_result, args=(future, act), daemon=True).start()
     wait([future], PATIENCE)
     if not future.done():
         (_spin if sys.stderr.isatty() else _report_alive)(what, future)
     return future.result()
 
 
-def _settle(future: "Future[Result]", act: Callable[[], Result]) -> None:
+def _set_result(future: "Future[Result]", act: Callable[[], Result]) -> None:
     try:
         future.set_result(act())
     except BaseException as error:

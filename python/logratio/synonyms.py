@@ -1,7 +1,7 @@
-"""Names of transformers, TRL and other trainers: their names here, or what to use instead.
+"""Option names of transformers, TRL and other trainers, and their equivalents here.
 
-The one table of them, for flags and for fields. A name with exactly the same meaning is accepted;
-any other is an error that says what has its effect.
+The same tables serve command line flags and config fields. A name with exactly the same meaning is
+accepted; any other raises an error that names the alternative.
 """
 
 import re
@@ -18,7 +18,7 @@ Kind = TypeVar("Kind")
 
 
 class ForeignFlagError(LogratioError, ValueError):
-    """A flag of another tool that has no equal here."""
+    """A flag of another trainer without an exact equivalent."""
 
 
 SAME: Mapping[str, str] = {
@@ -40,29 +40,29 @@ SAME: Mapping[str, str] = {
     "--warmup-ratio": "--warmup",
 }
 VALUES: Mapping[tuple[str, str], str] = {("--loss-type", "sigmoid"): "dpo"}
-"""Values that a flag with the same meaning spells differently."""
+"""Values with another name in a flag of the same meaning."""
 
 _BATCH = (
     "--batch-size is the number of pairs in an update (TRL's per-device batch × accumulation × "
-    "devices); --token-budget bounds what is computed at a time and changes no result"
+    "devices); --token-budget bounds the micro-batch and does not change results"
 )
-_PRECISION = "--precision fp32, bf16 (autocast) or bf16-weights; there is no fp16"
+_PRECISION = "--precision fp32, bf16 (autocast) or bf16-weights; fp16 is not supported"
 _METRICS = (
-    "every update is written to metrics.jsonl and TensorBoard's events in --output; leave it out"
+    "every update is logged to metrics.jsonl and TensorBoard events in --output; leave it out"
 )
 _EVALUATION = (
-    "run `logratio evaluate --policy OUTPUT --reference MODEL --data held_out.jsonl` after the run"
+    "run `logratio evaluate --policy OUTPUT --reference MODEL --data held_out.jsonl` after it"
 )
-_HUB = "data are files: `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then --data DIR"
+_HUB = "local files: `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then --data DIR"
 _ONE_PROCESS = "training runs in one process on one device; leave it out"
 _TARGETS = "--lora-target NAME, once for each name"
-_DROPOUT = "dropout is off in training, so that two passes see the same network; leave it out"
+_DROPOUT = "dropout is always off, so that two passes use the same network; leave it out"
 
 INSTEAD: Mapping[str, str] = {
-    "--attn-implementation": "attention is chosen at the start; leave it out",
+    "--attn-implementation": "the attention kernel is chosen automatically; leave it out",
     "--bf16": "--precision bf16",
     "--compile-layers": "--compile on, or auto",
-    "--config": "flags are given on the command line; there is no configuration file",
+    "--config": "command line flags; configuration files are not supported",
     "--dataset": _HUB,
     "--dataset-config": _HUB,
     "--dataset-name": _HUB,
@@ -86,46 +86,46 @@ INSTEAD: Mapping[str, str] = {
     "--lora-dropout": _DROPOUT,
     "--lora-modules": _TARGETS,
     "--lora-target-modules": _TARGETS,
-    "--lr-scheduler-type": "the rate rises over --warmup, then falls along a cosine to 0",
-    "--max-completion-length": "--max-length bounds prompt + completion",
-    "--max-seq-length": "--max-length bounds prompt + completion",
+    "--lr-scheduler-type": "--warmup, a linear warmup followed by cosine decay to 0",
+    "--max-completion-length": "--max-length, the maximum of prompt + completion",
+    "--max-seq-length": "--max-length, the maximum of prompt + completion",
     "--max-steps": "--epochs; an update has --batch-size pairs",
     "--micro-batch-size": _BATCH,
     "--optim": "--optimizer adamw, adamw8bit or adamw-host",
-    "--padding-free": "nothing is padded; leave it out",
-    "--per-device-eval-batch-size": "--token-budget bounds what is computed at a time",
+    "--padding-free": "batches are never padded; leave it out",
+    "--per-device-eval-batch-size": "--token-budget, the tokens computed at a time",
     "--per-device-train-batch-size": _BATCH,
     "--precompute-ref-log-probs": "--cache DIR --precompute",
     "--reference-free": "--loss simpo, which has no reference",
     "--report-to": _METRICS,
     "--resume-from-checkpoint": "--resume, which finds the newest valid checkpoint in --output",
-    "--rpo-alpha": "there is no such term here; leave it out",
+    "--rpo-alpha": "this loss term is not supported; leave it out",
     "--save-strategy": "--save-every N, in updates; 0 for none",
     "--save-total-limit": "the last two checkpoints are kept; leave it out",
-    "--tf32": "float32 products are never rounded; --precision bf16 is the fast one",
+    "--tf32": "--precision bf16 for speed; float32 never uses TF32",
     "--torch-compile": "--compile on, or auto",
     "--torch-dtype": _PRECISION,
     "--train-batch-size": _BATCH,
-    "--trust-remote-code": "code from a model's folder is never run; leave it out",
+    "--trust-remote-code": "code in a model folder is never run; leave it out",
     "--use-cpu": "--device cpu",
-    "--use-logits-to-keep": "logits are only made where they count; leave it out",
-    "--warmup-steps": "--warmup, the share of the updates in which the rate rises, as 0.1",
-    "--weight-decay": "weights do not decay here; leave it out",
+    "--use-logits-to-keep": "logits are only computed for loss tokens; leave it out",
+    "--warmup-steps": "--warmup, a share of the updates, such as 0.1",
+    "--weight-decay": "weight decay is not supported; leave it out",
 }
 
 
 def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
-    """Spell flags as the command does.
+    """Translate flags of other trainers to those of the command.
 
     Args:
-        arguments: of the command line.
-        known: the command's own flags, which mean what they mean here.
+        arguments: The command line.
+        known: The command's flags, which are never translated.
 
     Raises:
-        ForeignFlagError: a flag of another tool has no equal; says what to do.
+        ForeignFlagError: A flag has no exact equivalent; the message names the alternative.
     """
     spelled: list[str] = []
-    given = ""  # the foreign flag that a value belongs to
+    given = ""  # the flag before the current value
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if not flag.startswith("--"):
@@ -138,18 +138,18 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
         elif SAME.get(given) in known:
             flag, value = SAME[given], VALUES.get((given, value), value)
         elif given in INSTEAD:
-            raise ForeignFlagError(f"there is no {flag}; use instead: {INSTEAD[given]}")
+            raise ForeignFlagError(f"no option {flag}; use instead: {INSTEAD[given]}")
         spelled.append(flag + equals + value)
     return spelled
 
 
 def takes_known_names(
-    **own: str,
+    **aliases: str,
 ) -> Callable[[type[Kind]], type[Kind]]:
-    """Let a dataclass of settings take the names of other trainers for its fields.
+    """Let a dataclass accept other trainers' names for its fields.
 
     Args:
-        own: Further names that mean a field, as ``r="rank"``.
+        aliases: Further names of fields, such as ``r="rank"``.
 
     Example:
         ``TrainConfig(model="m", data="d", output_dir="o", learning_rate=1e-6)``
@@ -160,7 +160,7 @@ def takes_known_names(
 
         @wraps(plain)
         def init(self: Any, *arguments: Any, **settings: Any) -> None:
-            plain(self, *arguments, **_as_fields(kind, settings, own))
+            plain(self, *arguments, **_as_fields(kind, settings, aliases))
 
         kind.__init__ = init  # type: ignore[method-assign]
         return kind
@@ -168,30 +168,32 @@ def takes_known_names(
     return decorated
 
 
-def _as_fields(kind: Any, settings: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
-    """Name settings as the fields of a dataclass.
+def _as_fields(
+    kind: Any, settings: Mapping[str, Any], aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """Rename settings to the fields of a dataclass.
 
     Raises:
-        ConfigError: A name of another trainer has no equal; says what to use.
-        SettingTypeError: A name is unknown, or a field is named twice.
+        ConfigError: A name has no exact equivalent; the message names the alternative.
+        SettingTypeError: A name is unknown, or a field is given twice.
     """
     known = {field.name for field in fields(kind)}
     named: dict[str, Any] = {}
     for given, value in settings.items():
         flag = "--" + given.replace("_", "-")
-        name = own.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
+        name = aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
         if given in known:
             name = given
         elif name not in known:
             raise _unknown(kind, given, flag)
         elif name in settings or name in named:
-            raise SettingTypeError(f"{kind.__name__}: {given} is {name}, which is given too")
+            raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")
         named[name] = VALUES.get((flag, value), value) if isinstance(value, str) else value
     return named
 
 
 def _unknown(kind: Any, given: str, flag: str) -> LogratioError:
-    """Say what to write in place of a name that is no field."""
+    """Return the error for a name that is not a field, with a suggestion."""
     start = f"{kind.__name__} has no {given}"
     if flag in INSTEAD:
         advice = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), INSTEAD[flag])
@@ -205,7 +207,7 @@ def _unknown(kind: Any, given: str, flag: str) -> LogratioError:
 
 
 def _nested(kind: Any) -> list[tuple[str, Any]]:
-    """List the fields of a dataclass that hold one themselves."""
+    """Return the fields of a dataclass that are dataclasses themselves."""
     hints = get_type_hints(kind)
     inner = [(name, one) for name, hint in hints.items() for one in (hint, *get_args(hint))]
     return [(name, one) for name, one in inner if isinstance(one, type) and is_dataclass(one)]

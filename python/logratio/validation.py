@@ -1,7 +1,7 @@
-"""Settings checked against their own annotations: a wrong type names its field.
+"""Check the fields of settings dataclasses against their annotations.
 
-`check_fields` is the one mechanism. A dataclass calls it in its ``__post_init__``; what a field may
-hold is in its annotation and nowhere else.
+A dataclass calls `check_fields` in its ``__post_init__``; its annotations are the only description
+of the allowed values.
 """
 
 import types
@@ -26,37 +26,39 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Converted:
-    """In an annotation, ``Annotated[T, Converted(f)]``: the field holds ``f(value)``."""
+    """In ``Annotated[T, Converted(f)]``: the field is set to ``f(value)``."""
 
     by: Callable[[Any], Any]
 
 
 def check_kind(settings: object, kind: type) -> None:
-    """Refuse settings of another class, as a dict.
+    """Check that settings are of a class, and not for example a dict.
 
     Raises:
-        SettingTypeError: names both.
+        SettingTypeError: They are of another class.
     """
     if not isinstance(settings, kind):
         name, given = kind.__name__, type(settings).__name__
         hint = f": write {name}(**settings)" if isinstance(settings, Mapping) else ""
-        raise SettingTypeError(f"a {name} is wanted, not a {given}{hint}")
+        raise SettingTypeError(f"expected a {name}, not a {given}{hint}")
 
 
 class _MisfitError(Exception):
-    """A value is not of a kind."""
+    """A value does not match an annotation."""
 
 
 def check_fields(settings: Any) -> None:
-    """Compare every field of a dataclass with its annotation.
+    """Check every field of a dataclass against its annotation.
 
-    Whole numbers serve as numbers, lists as tuples, and numpy's scalars as Python's: the field then
-    holds what its annotation says. Nothing else is converted: "1e-4" is no number, True no whole
-    number, and a string no list.
+    Converts int to float, list to tuple, and numpy scalars to Python scalars, as annotated. Nothing
+    else is converted: "1e-4" is not a number, True is not an int, and a string is not a list.
+
+    Args:
+        settings: The dataclass instance; converted values are stored in it.
 
     Raises:
-        SettingTypeError: names the field, what it takes, and what was given.
-        ConfigError: a word is not one of those that the field knows.
+        SettingTypeError: A field has the wrong type.
+        ConfigError: A string is not one of the allowed values of a field.
     """
     hints = _hints(cast(Hashable, type(settings)))
     for field in fields(settings):
@@ -66,7 +68,7 @@ def check_fields(settings: Any) -> None:
             fitted = _fitted(hint, given)
         except _MisfitError:
             raise _refusal(field.name, hint, given) from None
-        except SettingTypeError as error:  # of what the annotation converts by
+        except SettingTypeError as error:  # raised by the annotation's converter
             raise SettingTypeError(f"{field.name}: {error}") from None
         if fitted is not given:
             object.__setattr__(settings, field.name, fitted)
@@ -85,7 +87,7 @@ def _refusal(name: str, hint: Any, given: Any) -> SettingTypeError | ConfigError
 
 
 def _fitted(hint: Any, given: Any) -> Any:
-    """Return a value as its annotation wants it, or raise `_MisfitError`."""
+    """Return a value converted to its annotation, or raise `_MisfitError`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return given
@@ -114,7 +116,7 @@ def _fitted_to_one(hints: Sequence[Any], given: Any) -> Any:
 
 
 def _fitted_items(origin: Any, arguments: tuple[Any, ...], given: Any) -> Any:
-    """Return a list or tuple whose items fit; a string is neither."""
+    """Return a list or tuple with converted items; a string is neither."""
     _fitting(given, isinstance(given, list | tuple))
     kinds = arguments[:1] * len(given) if origin is not tuple or ... in arguments else arguments
     _fitting(given, len(kinds) == len(given))
@@ -142,14 +144,14 @@ def _fitting(given: Any, fits: bool) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the kind itself."""
+    """Return the members of a union, or the annotation itself."""
     if get_origin(hint) is Annotated:
         return _choices(get_args(hint)[0])
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _words(hint: Any) -> str:
-    """Say what a field takes."""
+    """Describe the values that an annotation allows."""
     kinds = _choices(hint)
     if len(kinds) > 1:
         *first, last = [_words(kind) for kind in kinds]

@@ -1,4 +1,4 @@
-"""Bundles that were altered: each is refused, and the refusal names the file and the rule."""
+"""Altered bundles are refused, and the message names the file and the broken rule."""
 
 import json
 import os
@@ -41,7 +41,7 @@ GRAPH_INFO = {"opset": 23, "kind": "two_models", "chunk": 128, "vocabulary_size"
 
 @pytest.fixture
 def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny bundle, to be damaged."""
+    """A copy of the tiny bundle that a test may damage."""
     return copy_bundle(tmp_path_factory, tmp_path / "bundle")
 
 
@@ -53,7 +53,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def refusal(bundle: Path) -> str:
-    """Why a bundle is not loaded."""
+    """Return the error message of loading a bundle."""
     with pytest.raises(BundleError) as caught:
         Reranker.load(bundle)
     return str(caught.value)
@@ -67,7 +67,7 @@ def test_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [GRAPH, "tokenizer.json", "tokenizer_config.json"])
-def test_flipped_bit_is_found(bundle: Path, name: str) -> None:
+def test_a_flipped_bit_is_detected(bundle: Path, name: str) -> None:
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
     (bundle / name).write_bytes(data)
@@ -75,12 +75,12 @@ def test_flipped_bit_is_found(bundle: Path, name: str) -> None:
     assert name in refusal(bundle)
 
 
-def test_cut_file_is_found(bundle: Path) -> None:
+def test_a_truncated_file_is_detected(bundle: Path) -> None:
     os.truncate(bundle / GRAPH, 1000)
     assert "1000 bytes" in refusal(bundle)
 
 
-def test_further_file_is_refused(bundle: Path) -> None:
+def test_an_extra_file_is_refused(bundle: Path) -> None:
     (bundle / "libcustom.so").write_bytes(b"\x7fELF")
     assert "libcustom.so: not listed" in refusal(bundle)
 
@@ -94,7 +94,7 @@ def test_links_are_refused(bundle: Path, tmp_path: Path) -> None:
     outside = tmp_path / "elsewhere"
     (bundle / GRAPH).rename(outside)
     (bundle / GRAPH).symlink_to(outside)
-    assert "plain file" in refusal(bundle)
+    assert "regular file" in refusal(bundle)
     (bundle / GRAPH).unlink()
     (bundle / GRAPH).hardlink_to(outside)
     assert "not a regular file with one name" in refusal(bundle)
@@ -109,12 +109,12 @@ def test_links_are_refused(bundle: Path, tmp_path: Path) -> None:
 def test_linked_manifest_is_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / MANIFEST).rename(tmp_path / "manifest")
     (bundle / MANIFEST).symlink_to(tmp_path / "manifest")
-    assert "plain file" in refusal(bundle)
+    assert "regular file" in refusal(bundle)
 
 
 def test_newer_format_is_refused_by_name(bundle: Path) -> None:
     rewrite_manifest(bundle, format_version=3)
-    assert "bundle format 3, and this logratio reads up to 2" in refusal(bundle)
+    assert "bundle format 3; this logratio reads up to 2" in refusal(bundle)
 
 
 def test_an_older_format_is_read(bundle: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_older_format_is_read(bundle: Path) -> None:
     assert read_manifest(bundle).beta == content["beta"]
 
 
-def test_what_is_no_bundle_is_told_apart(bundle: Path, tmp_path: Path) -> None:
+def test_folders_that_are_not_bundles_are_refused(bundle: Path, tmp_path: Path) -> None:
     assert "no such bundle folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no bundle.json" in refusal(tmp_path / "empty")
@@ -136,41 +136,41 @@ def test_what_is_no_bundle_is_told_apart(bundle: Path, tmp_path: Path) -> None:
     (bundle / MANIFEST).write_text("[1]")
     assert "not a JSON object" in refusal(bundle)
     (bundle / MANIFEST).write_bytes(b" " * (16 * 2**20 + 1))
-    assert "above 16777216 bytes" in refusal(bundle)
+    assert "larger than 16777216 bytes" in refusal(bundle)
 
 
 @pytest.mark.parametrize(
     "name", ["../scorer.onnx", "/etc/passwd", "a/b", ".hidden", "weights.bin", "SCORER.ONNX"]
 )
-def test_only_known_file_names_are_taken(bundle: Path, content: dict[str, Any], name: str) -> None:
+def test_only_known_file_names_are_accepted(
+    bundle: Path, content: dict[str, Any], name: str
+) -> None:
     rewrite_manifest(bundle, files=content["files"] | {name: content["files"][GRAPH]})
-    assert f"a bundle has no file {name!r}" in refusal(bundle)
+    assert f"lists {name!r}, which is not a file of a bundle" in refusal(bundle)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"beta": 0.5}, "logratio.beta is not the one in the manifest"),
+        ({"beta": 0.5}, "logratio.beta differs from the manifest"),
         ({"beta": -1.0}, "not above 0"),
         ({"beta": True}, "wrong type"),
         ({"beta": "0.1"}, "wrong type"),
         ({"golden": []}, "no golden group"),
-        ({"policy": {"digest": "00"}}, "logratio.policy is not the one"),
+        ({"policy": {"digest": "00"}}, "logratio.policy differs from the manifest"),
         ({"surprise": 1}, "surprise is unknown"),
-        ({"files": {}}, "lists no scorer.onnx"),
+        ({"files": {}}, "does not list scorer.onnx"),
         ({"special_ids": {"bos": 1, "eos": 3, "pad": 2}}, "special tokens"),
         ({"tokenization": {"max_length": 1}}, "tokenizer or rules"),
         ({"tokenization": {"no_such_rule": 1}}, "tokenizer or rules"),
         ({"graph": GRAPH_INFO | {"vocabulary_size": 5}}, "outside the vocabulary"),
-        ({"graph": GRAPH_INFO | {"chunk": 0}}, "graph cannot be"),
-        ({"graph": GRAPH_INFO | {"chunk": 2**62}}, "graph cannot be"),
-        ({"graph": GRAPH_INFO | {"vocabulary_size": 2**31}}, "graph cannot be"),
-        ({"graph": GRAPH_INFO | {"vocabulary_size": 19}}, "tokenizer knows more ids"),
+        ({"graph": GRAPH_INFO | {"chunk": 0}}, "impossible properties"),
+        ({"graph": GRAPH_INFO | {"chunk": 2**62}}, "impossible properties"),
+        ({"graph": GRAPH_INFO | {"vocabulary_size": 2**31}}, "impossible properties"),
+        ({"graph": GRAPH_INFO | {"vocabulary_size": 19}}, "tokenizer has more ids"),
     ],
 )
-def test_values_that_cannot_be_are_refused(
-    bundle: Path, change: dict[str, Any], reason: str
-) -> None:
+def test_invalid_values_are_refused(bundle: Path, change: dict[str, Any], reason: str) -> None:
     rewrite_manifest(bundle, **change)
     assert reason in refusal(bundle)
 
@@ -209,7 +209,7 @@ def test_any_change_of_a_manifest_is_refused_or_harmless(
 
 
 def change_graph(bundle: Path, change: Callable[[onnx_ir.Model], None]) -> None:
-    """Alter the graph and list the altered file, as one would who wants it to be loaded."""
+    """Alter the graph and list the altered file in the manifest, as an attacker would."""
     model = onnx_ir.load(bundle / GRAPH)
     for value in model.graph.initializers.values():
         assert value.const_value is not None
@@ -220,7 +220,7 @@ def change_graph(bundle: Path, change: Callable[[onnx_ir.Model], None]) -> None:
     accept_files(bundle)
 
 
-def test_other_weights_are_found_by_the_golden_groups(bundle: Path) -> None:
+def test_the_golden_groups_detect_other_weights(bundle: Path) -> None:
     def double_a_weight(model: onnx_ir.Model) -> None:
         values = model.graph.initializers.values()
         largest = max(values, key=lambda value: value.const_value.size)  # type: ignore[union-attr]
@@ -233,14 +233,14 @@ def test_other_weights_are_found_by_the_golden_groups(bundle: Path) -> None:
     assert "gives a golden candidate the reward" in refusal(bundle)
 
 
-def test_other_golden_values_are_found(bundle: Path, content: dict[str, Any]) -> None:
+def test_other_golden_values_are_detected(bundle: Path, content: dict[str, Any]) -> None:
     golden = json.loads(json.dumps(content["golden"]))
     golden[0]["policy_logps"][0] += 0.1
     rewrite_manifest(bundle, golden=golden)
     assert "gives a golden candidate the reward" in refusal(bundle)
 
 
-def test_golden_ids_that_the_graph_does_not_know_are_refused(
+def test_golden_ids_outside_the_vocabulary_are_refused(
     bundle: Path, content: dict[str, Any]
 ) -> None:
     golden = json.loads(json.dumps(content["golden"]))
@@ -249,7 +249,7 @@ def test_golden_ids_that_the_graph_does_not_know_are_refused(
     assert "the graph fails on a golden group" in refusal(bundle)
 
 
-def test_other_tokenization_is_found(bundle: Path) -> None:
+def test_another_tokenization_is_detected(bundle: Path) -> None:
     path = bundle / "tokenizer.json"
     path.write_text(path.read_text().replace('"Whitespace"', '"WhitespaceSplit"'))
     accept_files(bundle)
@@ -264,12 +264,12 @@ def test_graph_with_other_inputs_or_outputs_is_refused(bundle: Path) -> None:
         model.graph.inputs[0].name = "another_input"
 
     change_graph(bundle, rename_output)
-    assert "its outputs are not a scorer's" in refusal(bundle)
+    assert "its outputs are not those of a scorer" in refusal(bundle)
     change_graph(bundle, rename_input)
-    assert "its inputs are not a scorer's" in refusal(bundle)
+    assert "its inputs are not those of a scorer" in refusal(bundle)
 
 
-def test_graph_that_is_none_is_refused(bundle: Path) -> None:
+def test_a_file_that_is_not_a_graph_is_refused(bundle: Path) -> None:
     for junk in (b"", b"\x00", b"no graph at all", b"\xff" * 100):
         (bundle / GRAPH).write_bytes(junk)
         accept_files(bundle)
@@ -278,7 +278,7 @@ def test_graph_that_is_none_is_refused(bundle: Path) -> None:
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "secret", "x/../../secret"])
 @pytest.mark.parametrize("nested", [False, True], ids=["weight", "in a subgraph"])
-def test_graph_cannot_point_outside(
+def test_a_graph_cannot_refer_to_files_outside_the_bundle(
     bundle: Path, tmp_path: Path, location: str, nested: bool
 ) -> None:
     (tmp_path / "secret").write_bytes(bytes(4))
@@ -297,7 +297,7 @@ def test_graph_cannot_point_outside(
     assert f"its weights point outside the bundle ({location!r})" in refusal(bundle)
 
 
-def test_only_the_bundles_own_weights_may_be_pointed_at(
+def test_a_graph_may_only_refer_to_the_bundles_weights(
     bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     (bundle / GRAPH).unlink()
@@ -314,7 +314,7 @@ def test_only_the_bundles_own_weights_may_be_pointed_at(
 
 
 def read_or_refused(content: bytes) -> list[str]:
-    """What a graph refers to; nothing where it is refused. Any other error fails the test."""
+    """Return the files a graph refers to; none if it is refused. Other errors fail the test."""
     try:
         return list(external_locations(content))
     except BundleError as error:
@@ -324,7 +324,7 @@ def read_or_refused(content: bytes) -> list[str]:
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(junk: bytes) -> None:
+def test_random_bytes_are_read_or_refused(junk: bytes) -> None:
     assert all(isinstance(name, str) for name in read_or_refused(junk))
 
 
@@ -357,7 +357,7 @@ def test_fewer_golden_groups_than_an_export_writes_are_refused(
     bundle: Path, content: dict[str, Any]
 ) -> None:
     rewrite_manifest(bundle, golden=content["golden"][:1])
-    assert "1 golden groups, and an export writes at least 3" in refusal(bundle)
+    assert "1 golden groups, but an export writes at least 3" in refusal(bundle)
 
 
 def test_a_length_beyond_the_models_positions_is_refused(
@@ -365,7 +365,7 @@ def test_a_length_beyond_the_models_positions_is_refused(
 ) -> None:
     assert content["graph"]["max_positions"] == 512
     rewrite_manifest(bundle, tokenization=content["tokenization"] | {"max_length": 513})
-    assert "its rules allow 513 tokens, and its models 512" in refusal(bundle)
+    assert "its rules allow 513 tokens, but its models only 512" in refusal(bundle)
 
 
 def test_a_chat_template_needs_a_golden_chat(bundle: Path) -> None:
@@ -389,7 +389,7 @@ def test_the_expected_digest_names_one_bundle(bundle: Path) -> None:
 
 
 class Session:
-    """A session whose rewards are not what they should be, or which never ends."""
+    """A session with wrong rewards, or which never returns."""
 
     def __init__(self, session: Any, act: str) -> None:
         self.session, self.act = session, act
@@ -409,12 +409,12 @@ class Session:
 def test_rewards_are_compared_with_the_other_two_outputs(bundle: Path) -> None:
     reranker = Reranker.load(bundle)
     reranker._session = Session(reranker._session, "shift")
-    with pytest.raises(BundleError, match="rewards that are not beta times the log-ratio"):
+    with pytest.raises(BundleError, match="rewards are not beta times the log-ratio"):
         reranker.score("the cat", ["sad"])
 
 
-def test_a_graph_that_never_ends_is_given_up(bundle: Path) -> None:
+def test_a_graph_that_never_ends_times_out(bundle: Path) -> None:
     reranker = Reranker.load(bundle)
     reranker._session = Session(reranker._session, "loop")
-    with pytest.raises(BundleError, match=r"the graph did not end within 0\.2 s"):
+    with pytest.raises(BundleError, match=r"the graph did not finish within 0\.2 s"):
         reranker.replay(0.2)

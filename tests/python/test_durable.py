@@ -1,17 +1,17 @@
-"""Whole files: a crash in the middle leaves the old text, never half of the new."""
+"""Atomic writes: a failure leaves the old text, never part of the new."""
 
 from pathlib import Path
 
 import pytest
 
 from logratio import durable
-from logratio.durable import sync, write_whole
+from logratio.durable import sync, write_atomic
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    write_whole(path, "old")
-    write_whole(path, "new")
+    write_atomic(path, "old")
+    write_atomic(path, "new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
@@ -20,14 +20,14 @@ def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file.json"
-    write_whole(path, "old")
+    write_atomic(path, "old")
 
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(durable, "sync", full)
     with pytest.raises(OSError, match="space"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
 
 

@@ -1,4 +1,4 @@
-"""What a missing extra says."""
+"""The error message of a missing extra."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from repository import manifest
 
-from logratio.extras import ALONE, MissingExtraError, require
+from logratio.extras import WITHOUT_CPU_VARIANT, MissingExtraError, require
 
 
 def test_present_module_is_imported() -> None:
@@ -24,8 +24,8 @@ def test_missing_module_names_both_kinds_of_the_extra(monkeypatch: pytest.Monkey
     assert caught.value.name == "fastapi"
 
 
-@pytest.mark.parametrize("extra", sorted(ALONE))
-def test_extra_without_a_twin_names_none(extra: str) -> None:
+@pytest.mark.parametrize("extra", sorted(WITHOUT_CPU_VARIANT))
+def test_an_extra_without_a_cpu_variant(extra: str) -> None:
     extras = manifest("pyproject.toml")["project"]["optional-dependencies"]
     assert extra in extras and f"{extra}-cpu" not in extras
     with pytest.raises(MissingExtraError, match=rf"pip install 'logratio\[{extra}\]'$"):
@@ -37,7 +37,7 @@ def test_missing_submodule_counts_as_its_library() -> None:
         require("absent_library.inner", "rank")
 
 
-def test_library_that_lacks_its_own_dependency_is_not_called_missing(
+def test_a_missing_dependency_of_a_library_is_reported_as_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "half_installed.py").write_text("import absent_library\n")

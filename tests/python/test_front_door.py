@@ -1,4 +1,4 @@
-"""The Python face: a wrong type names its field, one input is a list of one, one base class."""
+"""The Python API: type errors name the field, one input may be given alone, one base class."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -68,10 +68,10 @@ def test_a_wrong_type_names_its_field(
     kind: Callable[..., object], given: dict[str, Any], wrong: dict[str, Any], words: str
 ) -> None:
     kind(**given)
-    with pytest.raises(SettingTypeError) as told:
+    with pytest.raises(SettingTypeError) as caught:
         kind(**{**given, **wrong})
-    assert words in str(told.value)
-    assert isinstance(told.value, TypeError)
+    assert words in str(caught.value)
+    assert isinstance(caught.value, TypeError)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def test_a_wrong_type_names_its_field(
         ({"read_mode": "mmap"}, "read_mode must be one of map, pread"),
     ],
 )
-def test_a_word_that_no_setting_knows_is_answered_with_those_it_knows(
+def test_an_unknown_value_is_answered_with_the_allowed_ones(
     wrong: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         TrainConfig(**RUN, **wrong)
-    assert words in str(told.value)
+    assert words in str(caught.value)
 
 
-def test_what_means_the_same_is_taken() -> None:
+def test_equivalent_types_are_converted() -> None:
     same: dict[str, Any] = {"batch_size": np.int64(4), "label_smoothing": np.float32(0.25)}
     same["mix"] = [1, 2]
     config = TrainConfig(**RUN, lr=1, **same)
@@ -102,7 +102,7 @@ def test_what_means_the_same_is_taken() -> None:
 
 
 def test_every_settings_class_is_checked() -> None:
-    """A new one that does not call `check_fields` is found here."""
+    """Detects a new settings class that does not call `check_fields`."""
     import logratio.training.config as config
     from logratio.data.store import build
 
@@ -114,9 +114,9 @@ def test_every_settings_class_is_checked() -> None:
         and kind.__name__.endswith(("Config", "Settings", "Rules"))
     ]  # fmt: skip
     assert len(found) >= 6
+    kind: Any
     for kind in found:
-        check: Any = vars(kind)["__post_init__"]
-        assert "check_fields" in check.__code__.co_names, kind
+        assert "check_fields" in kind.__post_init__.__code__.co_names, kind
 
 
 @dataclasses.dataclass
@@ -143,7 +143,7 @@ def test_other_annotations() -> None:
 
 
 class TestOneInput:
-    """A path or a table alone is a list of one, wherever data is named."""
+    """One path or table may be given instead of a list, wherever data is given."""
 
     def test_in_every_call(self, tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
         tokenizer = PreferenceTokenizer.load(tiny_model)
@@ -158,17 +158,17 @@ class TestOneInput:
         assert config.data == [pairs_file]
         assert train(config, show_progress=False).steps == 1
 
-    def test_a_path_with_a_dash_is_no_standard_input(self) -> None:
+    def test_a_path_with_a_dash_is_not_standard_input(self) -> None:
         assert "-" not in PrecomputeConfig("m", "a-b.jsonl", "c").data
 
-    def test_tables_are_not_taken_apart(self) -> None:
+    def test_a_table_is_not_treated_as_a_list(self) -> None:
         table = pyarrow.table({"prompt": ["a"]})
         assert as_inputs(table) == [table]
         assert as_inputs((table, "x")) == [table, "x"]
         assert as_inputs(path for path in ("a", "b")) == ["a", "b"]
 
 
-def test_one_string_is_no_list_of_candidates(tmp_path: Path) -> None:
+def test_one_string_is_not_a_list_of_candidates(tmp_path: Path) -> None:
     from logratio.serving.reranker import Reranker
 
     reranker = object.__new__(Reranker)  # the check comes before anything of the bundle
@@ -195,14 +195,14 @@ def test_one_string_is_no_list_of_candidates(tmp_path: Path) -> None:
         lambda folder, pairs: FeedSettings(groups_per_update=0, token_budget=1),
     ],
 )
-def test_a_users_mistake_is_one_of_ours(
+def test_a_users_mistake_raises_a_logratio_error(
     tiny_model: Path, pairs_file: Path, act: Callable[[Path, Path], object]
 ) -> None:
     with pytest.raises(LogratioError):
         act(tiny_model, pairs_file)
 
 
-def test_exceptions_of_the_compiled_module_are_ours_too(tmp_path: Path) -> None:
+def test_exceptions_of_the_compiled_module_are_logratio_errors(tmp_path: Path) -> None:
     from logratio import _rust
     from logratio.errors import ArgumentError, CorruptCacheError, CorruptStoreError
 
@@ -238,16 +238,18 @@ def test_names_of_other_trainers_are_fields() -> None:
         ({"per_device_train_batch_size": 8}, "batch_size is the number of pairs in an update"),
         ({"learning_rte": 1e-4}, "has no learning_rte"),
         ({"batchsize": 8}, "did you mean batch_size?"),
-        ({"learning_rate": 1e-4, "lr": 1e-5}, "learning_rate is lr, which is given too"),
+        ({"learning_rate": 1e-4, "lr": 1e-5}, "learning_rate means lr, which is given too"),
     ],
 )
-def test_an_unknown_name_says_what_to_write(wrong: dict[str, Any], words: str) -> None:
-    with pytest.raises((SettingTypeError, ConfigError)) as told:
+def test_an_unknown_name_is_answered_with_a_suggestion(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises((SettingTypeError, ConfigError)) as caught:
         TrainConfig(**RUN, **wrong)
-    assert words in str(told.value)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("call", [train, precompute, evaluate, export_bundle])
 def test_settings_of_another_class_are_refused(call: Callable[..., object]) -> None:
-    with pytest.raises(SettingTypeError, match=r"Config is wanted, not a dict: write \w+\(\*\*"):
+    with pytest.raises(
+        SettingTypeError, match=r"expected a \w+Config, not a dict: write \w+\(\*\*"
+    ):
         call(dict(RUN))

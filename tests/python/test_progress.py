@@ -1,4 +1,4 @@
-"""Progress and forecasts: said in time, in plain numbers, and out of the way when not wanted."""
+"""Progress bars, log lines and forecasts."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from logratio.forecast import Forecast, OutputError, check_writable, duration, s
 from logratio.progress import awaited, progress
 
 
-def test_lines_where_there_is_no_terminal(
+def test_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LINE_EVERY", 0.0)
@@ -72,7 +72,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
         check_writable(tmp_path, 1e18)
 
 
-def test_a_long_call_is_awaited_and_shows_that_it_lives(
+def test_a_long_call_reports_that_it_is_running(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert awaited("adding", lambda: 2 + 3) == 5

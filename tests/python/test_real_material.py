@@ -1,4 +1,4 @@
-"""The whole path on real data and real weights, where they are at hand."""
+"""All steps on real data and real weights, if they are available."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def test_the_policy_learns_story_preferences(shared: Path, tmp_path: Path) -> No
     assert recovered >= 1 / 3, results
 
 
-def test_a_thousand_real_dialogues_through_the_whole_path(shared: Path, tmp_path: Path) -> None:
+def test_all_steps_on_a_thousand_real_dialogues(shared: Path, tmp_path: Path) -> None:
     """HH transcripts with the GPT-2 tokenizer: cache, training, evaluation, export, ranking."""
     data = first_dialogues(shared, tmp_path / "hh.jsonl.gz", 1100)
     model = gpt2_with_real_tokenizer(shared, tmp_path / "model")
@@ -67,7 +67,7 @@ def test_a_thousand_real_dialogues_through_the_whole_path(shared: Path, tmp_path
 
 
 def first_dialogues(shared: Path, target: Path, count: int) -> Path:
-    """Write the first `count` real pairs to a file of their own."""
+    """Write the first `count` real pairs to a separate file."""
     with gzip.open(shared / "data" / "hh" / "harmless-base.test.jsonl.gz", "rt") as source:
         lines = list(islice(source, count))
     with gzip.open(target, "wt") as file:

@@ -1,4 +1,4 @@
-"""Words from elsewhere: other trainers' flags and ids of the hub, answered with what works here."""
+"""Flags of other trainers and ids of the hub are accepted, or answered with the alternative."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def test_the_same_meaning_is_accepted(
     assert (settings["lr"], settings["loss"], settings["lora"]["rank"]) == (1e-3, "dpo", 2)
 
 
-def test_the_table_names_flags_that_exist_and_none_that_is_ours() -> None:
+def test_the_tables_refer_to_existing_flags_and_shadow_none() -> None:
     every = TRAIN | flags_of(COMMAND, ["export"]) | flags_of(COMMAND, ["precompute"])
     assert set(SAME.values()) <= every
     assert not (SAME.keys() | INSTEAD.keys()) & TRAIN
@@ -58,14 +58,14 @@ def test_the_table_names_flags_that_exist_and_none_that_is_ours() -> None:
         ("--deepspeed", "one process"),
     ],
 )
-def test_another_tools_flag_is_answered(run: Run, flag: str, answer: str) -> None:
+def test_a_flag_of_another_trainer_is_answered(run: Run, flag: str, answer: str) -> None:
     code, _, err = run("train", flag, "x")
     assert code == 2
-    assert f"error: there is no {flag.partition('=')[0]}; use instead: " in err
+    assert f"error: no option {flag.partition('=')[0]}; use instead: " in err
     assert answer in err
 
 
-def test_a_flag_means_what_the_command_says_it_means() -> None:
+def test_the_commands_flags_take_precedence() -> None:
     assert translated(["--max_length", "5"], TRAIN) == ["--max-length", "5"]
     assert (
         translated(["rank", "--output", "--learning-rate"], {"--output"})[-1] == "--learning-rate"
@@ -73,11 +73,11 @@ def test_a_flag_means_what_the_command_says_it_means() -> None:
     assert translated(["--label", "a_b: 1=x"], TRAIN) == ["--label", "a_b: 1=x"]
     assert translated(["--loss", "sigmoid"], TRAIN) == ["--loss", "sigmoid"]
     assert translated(["--fp16", "x"], {"--fp16"}) == ["--fp16", "x"]
-    with pytest.raises(ForeignFlagError, match="there is no --fp16"):
+    with pytest.raises(ForeignFlagError, match="no option --fp16"):
         translated(["--fp16"], TRAIN)
 
 
-def test_a_flag_that_nobody_knows_stays_an_error(run: Run) -> None:
+def test_an_unknown_flag_is_an_error(run: Run) -> None:
     code, _, err = run("train", "--learnin-rate", "1")
     assert code == 2
     assert "No such option" in err
@@ -91,7 +91,7 @@ HUB = [
 
 
 @pytest.mark.parametrize(("name", "advice"), HUB)
-def test_a_models_id_where_a_folder_is_expected(
+def test_a_model_id_where_a_folder_is_expected(
     run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path, name: str, advice: str
 ) -> None:
     data = ("--data", pairs_file)
@@ -111,9 +111,7 @@ def test_a_models_id_where_a_folder_is_expected(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_data_sets_id_where_files_are_expected(
-    run: Run, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_dataset_id_where_files_are_expected(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     name = "trl-lib/ultrafeedback_binarized"
     advice = f"hf download {name} --repo-type dataset --local-dir ultrafeedback_binarized"
     for given in (
@@ -148,11 +146,11 @@ def test_an_adapter_whose_base_is_on_the_hub(
         *(("data/model", "model"), ("", "model")),
     ],
 )
-def test_a_plain_path_is_no_id(name: str, kind: Any) -> None:
+def test_a_plain_path_is_not_an_id(name: str, kind: Any) -> None:
     assert fetching_advice(name, kind) == ""
 
 
-def test_a_folder_that_is_there_makes_it_a_path(
+def test_a_name_in_an_existing_folder_is_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -162,12 +160,12 @@ def test_a_folder_that_is_there_makes_it_a_path(
 
 
 class TestExitCodes:
-    """0 done, 1 a check found something, 2 not possible, 128 + n after a signal."""
+    """0 success, 1 a check found a problem, 2 not possible, 128 + n after a signal."""
 
     def test_help_states_them(self, run: Run) -> None:
         code, out, _ = run("--help")
         assert code == 0
-        assert "Exit codes: 0 done; 1 a check" in " ".join(out.replace("│", " ").split())
+        assert "Exit codes: 0, success; 1, a check" in " ".join(out.replace("│", " ").split())
 
     def test_damage_is_1_and_the_sound_stores_are_still_named(
         self, run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
@@ -198,7 +196,7 @@ class TestExitCodes:
         assert run(*arguments)[0] == 2
 
     def test_the_process_itself(self, tmp_path: Path) -> None:
-        """A few as real processes; the others are called here."""
+        """A few cases in real processes; the others are called directly."""
 
         def ended(*arguments: str) -> tuple[int, str]:
             command = [sys.executable, "-m", "logratio", *arguments]
@@ -212,4 +210,4 @@ class TestExitCodes:
         assert (code, err) == (2, "error: nothing.jsonl: no such file or folder\n")
         code, err = ended("train", "--bf16")
         assert code == 2
-        assert err.startswith("error: there is no --bf16; use instead: --precision bf16")
+        assert err.startswith("error: no option --bf16; use instead: --precision bf16")

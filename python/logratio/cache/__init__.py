@@ -1,4 +1,4 @@
-"""The reference cache, for anyone: inspected, verified, merged, exported, read. Loads no torch."""
+"""Inspect, verify, merge, export and read the reference cache. Does not import torch."""
 
 from logratio._rust import content_key
 from logratio.cache.cache import NoReferenceError, ReferenceCache

@@ -1,4 +1,4 @@
-"""A cache's root: the folders of all its references, and what can be done with them."""
+"""`ReferenceCache`: the root folder of a cache and the operations on its references."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,28 +11,43 @@ from logratio.errors import LogratioError
 
 
 class NoReferenceError(LogratioError, LookupError):
-    """There is no cache here, or not the reference that was asked for."""
+    """The folder has no cache, or not the requested reference."""
 
 
 class ReferenceCache:
-    """The folder that `logratio precompute --cache` fills, or the folder of one reference in it.
+    """A reference cache: the folder of `logratio precompute --cache`, or one reference's folder.
 
-    Any number of processes may write into it meanwhile. Methods that take `name` work on the one
-    reference whose folder has that name, or on all whose names begin so; without it, on all.
+    Any number of processes may write to it at the same time. Methods with a `name` argument use the
+    reference whose folder has that name, or all whose names have that prefix; without it, all.
+
+    Args:
+        root: The folder.
+
+    Example:
+        >>> cache = ReferenceCache("cache")
+        >>> for report in cache.inspect():
+        ...     print(report.to_text())
+        >>> token_counts, sums = cache.open().sums(store.keys())
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
+    def __repr__(self) -> str:
+        return f"ReferenceCache({str(self.root)!r})"
+
     def references(self, name: str | None = None) -> list[StoredReference]:
-        """Return the references that are in it, by name.
+        """Return the references in the cache, sorted by name.
+
+        Args:
+            name: Only the reference with this name or prefix.
 
         Raises:
-            NoReferenceError: There is none, or none of that name; says which there are.
+            NoReferenceError: No reference matches; the message lists those in the cache.
             OSError: The folder cannot be read.
         """
         if not self.root.is_dir():
-            raise NoReferenceError(f"{self.root}: there is no such folder")
+            raise NoReferenceError(f"{self.root}: no such folder")
         found = find_references(self.root)
         if not found:
             raise NoReferenceError(
@@ -46,53 +61,62 @@ class ReferenceCache:
         raise NoReferenceError(f"{self.root}: no reference is named {name}; {_listed(found)}")
 
     def reference(self, name: str | None = None, *, sums: bool | None = None) -> StoredReference:
-        """Return the only reference that fits.
+        """Return the only matching reference.
 
         Args:
-            name: Its name, or how it begins.
-            sums: Whether its folder keeps sums only; None: it does not matter.
+            name: Its name or a prefix.
+            sums: Whether its folder contains only sums; None: either.
 
         Raises:
-            NoReferenceError: None fits, or several do; says which there are.
+            NoReferenceError: None or several match; the message lists those in the cache.
         """
         found = self.references(name)
-        fitting = [r for r in found if sums is None or r.keeps_sums == sums]
-        if len(fitting) == 1:
-            return fitting[0]
-        kind = "" if sums is None else " with sums" if sums else " with log-probs of every token"
-        wanted = f"{len(fitting)} references{kind} fit, and one is wanted"
-        raise NoReferenceError(f"{self.root}: {wanted}; {_listed(found)}")
+        matching = [r for r in found if sums is None or r.keeps_sums == sums]
+        if len(matching) == 1:
+            return matching[0]
+        kind = "" if sums is None else " with sums" if sums else " with per-token log-probs"
+        raise NoReferenceError(
+            f"{self.root}: {len(matching)} references{kind} match, expected one; {_listed(found)}"
+        )
 
     def inspect(self, name: str | None = None) -> list[ReferenceReport]:
-        """Say what is in it: all of the journals is checked, and the seals of the shards.
+        """Report what the cache contains; checks journals completely, of shards the metadata.
+
+        Args:
+            name: Only the reference with this name or prefix.
 
         Raises:
-            NoReferenceError: No such reference.
+            NoReferenceError: No reference matches.
             OSError: A folder cannot be read.
         """
         return [_report(reference, every_byte=False) for reference in self.references(name)]
 
     def verify(self, name: str | None = None) -> list[ReferenceReport]:
-        """Compare every byte with what was written, and records of one completion with each other.
+        """Check every byte, and that no two records of one completion contradict each other.
+
+        Damage is part of the reports, not an exception.
+
+        Args:
+            name: Only the reference with this name or prefix.
 
         Raises:
-            NoReferenceError: No such reference.
+            NoReferenceError: No reference matches.
             OSError: A folder cannot be read.
         """
         return [_report(reference, every_byte=True) for reference in self.references(name)]
 
     def compact(self, name: str | None = None, *, other_hosts: bool = False) -> list[Change]:
-        """Rewrite shards and idle journals as few shards, each completion once; leftovers go.
+        """Rewrite shards and idle journals as a few shards, and remove leftover files.
 
-        At any moment, and after a loss of power at any moment, every record is in a file.
+        Every completion is kept once. Interruption and power failure at any moment lose no record.
 
         Args:
-            name: Which reference.
-            other_hosts: Take the journals of other hosts too: nobody writes there any more. Some
-                network file systems do not show their locks.
+            name: Only the reference with this name or prefix.
+            other_hosts: Also rewrite the journals of other hosts. Set it only if no other host is
+                writing: some network file systems do not show their locks.
 
         Raises:
-            NoReferenceError: No such reference.
+            NoReferenceError: No reference matches.
             CorruptCacheError: A file is damaged, or two records contradict each other.
             OSError: The disk is full, or the folder cannot be written; nothing is lost.
         """
@@ -107,20 +131,26 @@ class ReferenceCache:
         ]
 
     def plan_merge(self, others: Sequence[str | Path]) -> list[merging.Merge]:
-        """Say what `merge` would take over; it changes nothing. Raises what `merge` does."""
+        """Return what `merge` would add, without changes. Raises the same errors as `merge`."""
         return merging.plan_merges(self.root, [Path(other) for other in others])
 
     def merge(self, others: Sequence[str | Path]) -> list[Change]:
-        """Take over what other caches have and this one lacks; they stay as they are.
+        """Copy the records that this cache lacks from other caches, which are not changed.
 
-        References are matched by fingerprint; one that is not here yet gets a folder. Merging
-        again what was merged adds nothing.
+        References are matched by fingerprint; a new reference gets a new folder. Merging the same
+        cache again adds nothing.
+
+        Args:
+            others: Folders of the other caches.
+
+        Returns:
+            One change per reference.
 
         Raises:
-            MergeError: There is nothing to merge, or it would be merged into itself.
+            MergeError: There is nothing to merge, or a cache would be merged into itself.
             DamagedFingerprintError: A folder's fingerprint was altered.
             CorruptCacheError: A file is damaged, or two records of one completion contradict each
-                other; names the files. To that reference nothing was added.
+                other; the message names the files. Nothing is added to that reference.
             OSError: The disk is full, or a folder cannot be read or written; nothing is lost.
         """
         return [merge.run() for merge in self.plan_merge(others)]
@@ -134,29 +164,34 @@ class ReferenceCache:
     ) -> Exported:
         """Write one reference's log-probs as Parquet: `key`, `tokens`, `sum`, `logps`.
 
-        Memory stays bounded; the file comes whole or not at all. See `logratio.cache.parquet`.
+        Memory use is bounded, and no partial file is left. See `logratio.cache.parquet`.
+
+        Args:
+            path: The file to write.
+            name: Name or prefix of the reference; may be omitted if the cache has only one.
+            advance: Called after each row group with its rows and the total number of records.
 
         Raises:
-            NoReferenceError: No such reference, or several.
+            NoReferenceError: None or several references match.
             DamagedFingerprintError: The folder's fingerprint was altered.
             CorruptCacheError: A file is damaged, or two records contradict each other.
-            OSError: The disk is full, or the place cannot be written.
+            OSError: The disk is full, or the file cannot be written.
         """
         return parquet.export(self.reference(name), Path(path), advance)
 
     def open(
         self, name: str | bytes | None = None, *, sums: bool = False, pread: bool = False
     ) -> ReferenceLogps:
-        """Open one reference to read log-probs, or sums, by key.
+        """Open one reference to read its log-probs or sums by key.
 
         Args:
-            name: Its name, or how it begins, or the 32 bytes of its fingerprint's digest. Without
-                it there must be one only.
-            sums: Open the folder that keeps sums.
+            name: Its name, a prefix, or the 32 bytes of its fingerprint's digest; may be omitted
+                if the cache has only one.
+            sums: Open the folder that contains only sums.
             pread: Read without memory maps, for network file systems.
 
         Raises:
-            NoReferenceError: None fits, or several do.
+            NoReferenceError: None or several references match.
             DamagedFingerprintError: The folder's fingerprint was altered.
             CorruptCacheError: A file is damaged.
         """
@@ -172,14 +207,12 @@ class ReferenceCache:
         for reference in found:
             if (reference.digest, reference.keeps_sums) == (digest, sums):
                 return reference
-        raise NoReferenceError(
-            f"{self.root}: nothing of reference {digest.hex()}; {_listed(found)}"
-        )
+        raise NoReferenceError(f"{self.root}: no reference {digest.hex()}; {_listed(found)}")
 
 
 def _report(reference: StoredReference, *, every_byte: bool) -> ReferenceReport:
     folder = merging.open_folder(reference)
-    told = folder.verify() if every_byte else folder.inspect()
+    result = folder.verify() if every_byte else folder.inspect()
     files = [
         CacheFile(
             part["name"],
@@ -191,11 +224,11 @@ def _report(reference: StoredReference, *, every_byte: bool) -> ReferenceReport:
             torn_bytes=part["torn"],
             problem=part["problem"],
         )
-        for part in told["parts"]
+        for part in result["parts"]
     ]
-    problems = [*filter(None, [reference.problem]), *_misnamed(reference), *told["problems"]]
+    problems = [*filter(None, [reference.problem]), *_misnamed(reference), *result["problems"]]
     return ReferenceReport(
-        reference, tuple(files), told["distinct"], tuple(told["leftovers"]), tuple(problems)
+        reference, tuple(files), result["distinct"], tuple(result["leftovers"]), tuple(problems)
     )
 
 
@@ -203,7 +236,7 @@ def _misnamed(reference: StoredReference) -> list[str]:
     if reference.problem or reference.name == reference.proper_name:
         return []
     return [
-        f"training looks for {reference.proper_name}, and this folder is named {reference.name}: "
+        f"this folder is named {reference.name}, but training looks for {reference.proper_name}: "
         "rename it"
     ]
 

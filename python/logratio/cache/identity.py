@@ -1,4 +1,9 @@
-"""Which reference a folder of a cache belongs to, and the conditions it was filled under."""
+"""Identify the reference of a cache folder, and the conditions under which it was filled.
+
+`fingerprint.json` stores two kinds of fields. A difference in a hard field (weights, config,
+adapter, precision) makes another reference. Soft fields (device, layout, library versions) cause
+only rounding, so they are stored next to the hard fields but are not hashed.
+"""
 
 import hashlib
 import json
@@ -8,70 +13,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.errors import LogratioError
 
 
 class DamagedFingerprintError(LogratioError, ValueError):
-    """What a folder says of itself cannot be read, or is not what its digest was made from."""
+    """A folder's fingerprint cannot be read, or its fields do not match its digest."""
 
 
 def record_conditions(folder: Path, soft: Mapping[str, Any]) -> None:
-    """Store the soft fields under which a cache's folder is being filled.
+    """Store the soft fields of a writer in a cache folder.
 
-    Writers under the same conditions have one file, named after its content, so that no two
-    writers write different things to one.
+    The file is named after the hash of its content: writers with the same conditions share one
+    file, and no two writers ever write different content to it.
     """
     text = json.dumps(dict(soft), indent=1, sort_keys=True)
     path = folder / f"conditions-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     if not path.exists():
-        write_whole(path, text)
+        write_atomic(path, text)
 
 
 def read_conditions(folder: Path) -> list[Mapping[str, Any]]:
-    """Return the soft fields that a folder's writers left, one mapping a kind of writer.
+    """Return the soft fields of a folder's writers, one mapping per distinct set of conditions.
 
     Raises:
-        DamagedFingerprintError: a file of conditions cannot be read.
+        DamagedFingerprintError: A file of conditions cannot be read.
     """
     found: list[Mapping[str, Any]] = []
     for path in sorted(folder.glob("conditions-*.json")):
         try:
             found.append(dict(json.loads(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError) as error:
-            raise DamagedFingerprintError(f"{path}: no readable conditions ({error})") from error
+            raise DamagedFingerprintError(
+                f"{path}: cannot read the conditions ({error})"
+            ) from error
     return found
 
 
 Kind = Literal["per-token", "sums"]
 
 FINGERPRINT_FILE = "fingerprint.json"
-"""Says in each folder, readably, whose log-probs these are."""
+"""File in each folder that describes its reference in readable form."""
 SUMS = ".sums"
-"""What the name of a folder that keeps sums ends with."""
+"""Suffix of a folder that contains only sums."""
 NAME_DIGITS = 16
 SHOWN_DIGITS = 8
-"""Of the weights' hash: tells models of one architecture apart."""
+"""Shown digits of the weights' hash, which distinguish models of one architecture."""
 FLOAT32_TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.75
-"""What training's check of a sample allows a token whose conditions differ."""
+"""Nats per token; the same as in training's check of a sample under other conditions."""
 JOURNAL_HEADER = 64
 JOURNAL_MAGIC = b"LRJOURN1"
 KINDS: tuple[Kind, Kind] = ("per-token", "sums")
-"""As the number in a journal's header has them."""
+"""Indexed by the number in a journal's header."""
 
 
 @dataclass(frozen=True)
 class StoredReference:
-    """One folder of a cache: the log-probs, or sums, of one reference.
+    """One folder of a cache: the log-probs or sums of one reference.
 
     Attributes:
-        path: the folder.
-        kind: `per-token`, the log-prob of every completion token, or `sums`, one a completion.
-        digest: 32 bytes that name the reference: the hash of its hard fields.
-        hard: the fields of which any difference makes another reference; empty where the folder
-            has no `fingerprint.json`.
-        soft: the conditions that it was filled under, a mapping for each kind of writer.
-        problem: why `hard` and `soft` cannot be believed, or None.
+        path: The folder.
+        kind: `per-token`, the log-prob of every completion token; or `sums`, one per completion.
+        digest: The hash of the hard fields, 32 bytes, which identifies the reference.
+        hard: The fields that identify the reference; empty if the folder has no
+            `fingerprint.json`.
+        soft: The conditions under which the folder was filled, one mapping per kind of writer.
+        problem: Why `hard` and `soft` cannot be trusted, or None.
     """
 
     path: Path
@@ -88,31 +95,31 @@ class StoredReference:
 
     @property
     def proper_name(self) -> str:
-        """The name under which training looks for this folder."""
+        """The folder name that training expects."""
         return self.digest.hex()[:NAME_DIGITS] + (SUMS if self.kind == "sums" else "")
 
     @property
     def keeps_sums(self) -> bool:
-        """Whether it keeps sums only."""
+        """Whether the folder contains only sums."""
         return self.kind == "sums"
 
     @property
     def tolerance(self) -> float:
-        """Nats that two records of one completion may be apart: see `record_tolerance`."""
+        """Largest difference in nats per token between two records; see `record_tolerance`."""
         return record_tolerance(self.hard)
 
     def check(self) -> None:
-        """Refuse a folder of which nobody can say what it holds.
+        """Check that the folder's fingerprint can be trusted.
 
         Raises:
-            DamagedFingerprintError: the fingerprint in it was altered.
+            DamagedFingerprintError: The fingerprint was altered.
         """
         if self.problem:
             raise DamagedFingerprintError(self.problem)
 
     def describe(self) -> str:
-        """Return what the model is, in a few words: its kind, its sizes, what it computes in."""
-        return ", ".join(_described(self.hard)) or "no fingerprint.json says which model it is"
+        """Describe the model in a few words: its type, sizes and precision."""
+        return ", ".join(_described(self.hard)) or "unknown model (no fingerprint.json)"
 
 
 def _described(hard: Mapping[str, Any]) -> Iterator[str]:
@@ -137,11 +144,14 @@ def _described(hard: Mapping[str, Any]) -> Iterator[str]:
 
 
 def record_tolerance(hard: Mapping[str, Any]) -> float:
-    """Return the nats a token within which two records are two batches of one reference.
+    """Return the largest difference in nats per token between two records of one completion.
 
-    Batches of other shapes round differently: in float32 hardly, in bfloat16 and in products of
-    few bits by much. What no fingerprint tells is taken for float32: a contradiction is then told
-    that may be none, and none is passed over.
+    Log-probs depend on the shape of the batch through rounding: little in float32, much in bfloat16
+    and with quantized weights. An unknown dtype counts as float32: this may report a false
+    contradiction, but never misses one.
+
+    Args:
+        hard: The hard fields of the reference's fingerprint.
     """
     config = hard.get("config") or {}
     is_quantized = bool(hard.get("quantization") or config.get("quantization_config"))
@@ -150,35 +160,35 @@ def record_tolerance(hard: Mapping[str, Any]) -> float:
 
 
 def fingerprint_digest(hard: Mapping[str, Any]) -> bytes:
-    """Hash the hard fields of a fingerprint: 32 bytes."""
+    """Return the SHA-256 of a fingerprint's hard fields, 32 bytes."""
     text = json.dumps(hard, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 
 
 def find_references(root: Path) -> list[StoredReference]:
-    """Return the references whose folders lie in `root`, by name, or the one that `root` is of.
+    """Return the references in `root`, sorted by name, or the one whose folder `root` is.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: The folder cannot be listed.
     """
-    if own := read_reference(root):
-        return [own]
+    if reference := read_reference(root):
+        return [reference]
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     return [found for folder in folders if (found := read_reference(folder))]
 
 
 def read_reference(folder: Path) -> StoredReference | None:
-    """Say which reference a folder belongs to, or None where it is no folder of a cache."""
-    stored, soft, problem = _read_words(folder)
-    told = _told_by_files(folder)
-    digest = fingerprint_digest(stored["hard"]) if stored else told and told[0]
+    """Return the reference of a folder, or None if it is not a cache folder."""
+    stored, soft, problem = _read_fields(folder)
+    identity = _identity_from_files(folder)
+    digest = fingerprint_digest(stored["hard"]) if stored else identity and identity[0]
     if digest is None:
         if problem is None:
             return None
-        digest = bytes(32)  # no file says it: nothing in the folder can be read
+        digest = bytes(32)  # unknown: no file in the folder is readable
     return StoredReference(
         path=folder,
-        kind=told[1] if told else KINDS[folder.name.endswith(SUMS)],
+        kind=identity[1] if identity else KINDS[folder.name.endswith(SUMS)],
         digest=digest,
         hard=stored["hard"] if stored else {},
         soft=soft,
@@ -186,15 +196,15 @@ def read_reference(folder: Path) -> StoredReference | None:
     )
 
 
-def _read_words(
+def _read_fields(
     folder: Path,
 ) -> tuple[dict[str, Any] | None, tuple[Mapping[str, Any], ...], str | None]:
-    """Return a folder's fingerprint, all its conditions, and what is wrong with them."""
+    """Return a folder's fingerprint, all its conditions, and a problem with them or None."""
     path, stored = folder / FINGERPRINT_FILE, None
     try:
         stored = read_fingerprint(path) if path.exists() else None
-        own = [stored["soft"]] if stored else []
-        return stored, (*own, *read_conditions(folder)), None
+        first = [stored["soft"]] if stored else []
+        return stored, (*first, *read_conditions(folder)), None
     except DamagedFingerprintError as error:
         return stored, (), str(error)
 
@@ -203,30 +213,30 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
     """Read a fingerprint's `digest`, `hard` and `soft` fields.
 
     Raises:
-        DamagedFingerprintError: it cannot be read, or its fields do not hash to its digest.
+        DamagedFingerprintError: It cannot be read, or its fields do not match its digest.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         found = {"digest": fields["digest"], "hard": dict(fields["hard"])}
         found["soft"] = dict(fields.get("soft", {}))
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFingerprintError(f"{path}: no readable fingerprint ({error})") from error
+        raise DamagedFingerprintError(f"{path}: cannot read the fingerprint ({error})") from error
     if fingerprint_digest(found["hard"]).hex() != found["digest"]:
         raise DamagedFingerprintError(
-            f"{path}: its fields are not those that its digest was made from, so it was altered: "
-            "put the right file back, or remove it: it only says in words whose log-probs these are"
+            f"{path}: its fields do not match its digest, so the file was altered: restore it or "
+            "remove it (it only describes the reference in readable form)"
         )
     return found
 
 
-def _told_by_files(folder: Path) -> tuple[bytes, Kind] | None:
-    """Return the reference and kind that the first readable manifest or journal names."""
-    manifests = (_told_by_manifest(path) for path in sorted(folder.glob("*.manifest.json")))
-    journals = (_told_by_journal(path) for path in sorted(folder.glob("*.journal")))
-    return next((told for some in (manifests, journals) for told in some if told), None)
+def _identity_from_files(folder: Path) -> tuple[bytes, Kind] | None:
+    """Return the digest and kind in the first readable manifest or journal."""
+    manifests = (_identity_from_manifest(path) for path in sorted(folder.glob("*.manifest.json")))
+    journals = (_identity_from_journal(path) for path in sorted(folder.glob("*.journal")))
+    return next((found for some in (manifests, journals) for found in some if found), None)
 
 
-def _told_by_manifest(path: Path) -> tuple[bytes, Kind] | None:
+def _identity_from_manifest(path: Path) -> tuple[bytes, Kind] | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         digest, kind = bytes.fromhex(fields["fingerprint"]), fields["kind"]
@@ -235,7 +245,7 @@ def _told_by_manifest(path: Path) -> tuple[bytes, Kind] | None:
     return (digest, kind) if len(digest) == 32 and kind in KINDS else None
 
 
-def _told_by_journal(path: Path) -> tuple[bytes, Kind] | None:
+def _identity_from_journal(path: Path) -> tuple[bytes, Kind] | None:
     try:
         with path.open("rb") as file:
             header = file.read(JOURNAL_HEADER)

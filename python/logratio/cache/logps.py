@@ -1,4 +1,4 @@
-"""The log-probs of one reference, by key or by row."""
+"""Read the log-probs of one reference by key or by row."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,11 +9,11 @@ from logratio.errors import LogratioError
 
 
 class MissingCompletionsError(LogratioError, LookupError):
-    """The cache lacks completions that were asked for."""
+    """The cache lacks some of the requested completions."""
 
 
 def open_reader(reference: StoredReference, *, pread: bool = False) -> CacheReader:
-    """Open a reference's folder as the core does; raises what `ReferenceLogps` does."""
+    """Open the Rust reader of a reference's folder; raises the errors of `ReferenceLogps`."""
     return CacheReader.open(
         reference.path,
         reference.digest,
@@ -24,31 +24,39 @@ def open_reader(reference: StoredReference, *, pread: bool = False) -> CacheRead
 
 
 class ReferenceLogps:
-    """What one reference says of completions, as its folder stood when it was opened.
+    """The log-probs of one reference, in nats: a snapshot of its folder when it was opened.
 
-    A key is 32 bytes: `Store.keys()` has them for every completion of a data set, `content_key`
-    makes one from token ids; a folder of sums has those of `Store.sum_keys()`. Natural logarithms.
+    A key is 32 bytes. `Store.keys()` returns the keys of all completions of a dataset, and
+    `content_key` computes one from token ids. A folder of sums has the keys of `Store.sum_keys()`.
 
     Attributes:
-        reference: whose log-probs they are.
+        reference: The reference.
+
+    Example:
+        >>> reference = ReferenceCache("cache").open()
+        >>> offsets, logps = reference.logps(store.keys())
     """
 
     def __init__(self, reference: StoredReference, *, pread: bool = False) -> None:
-        """Open a reference's folder; writers may be at work in it.
+        """Open a reference's folder, which others may be writing to.
 
         Args:
-            reference: Of `ReferenceCache.references()`.
-            pread: Read by calls to the system instead of a memory map: a file that somebody cuts
-                meanwhile is then an error. For network file systems.
+            reference: One of `ReferenceCache.references()`.
+            pread: Read with `pread` instead of a memory map, for network file systems: a file
+                truncated while it is read then raises an error instead of crashing the process.
 
         Raises:
-            CorruptCacheError: A journal or the seal of a shard is damaged.
+            CorruptCacheError: A journal or the metadata of a shard is damaged.
         """
         self.reference = reference
         self._reader = open_reader(reference, pread=pread)
 
+    def __repr__(self) -> str:
+        name, kind = self.reference.name, self.reference.kind
+        return f"ReferenceLogps({name!r}, {kind}, {len(self):,} records, {self.tokens:,} tokens)"
+
     def __len__(self) -> int:
-        """Return the number of records, those that repeat a completion included."""
+        """Return the number of records, including repeated ones of the same completion."""
         return len(self._reader)
 
     @property
@@ -57,10 +65,13 @@ class ReferenceLogps:
         return self._reader.tokens
 
     def join(self, keys: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Return the row of each key, int64 `[n]`; -1 where it is missing.
+        """Look up keys.
 
         Args:
-            keys: uint8 `[n, 32]`.
+            keys: Keys, uint8 `[n, 32]`.
+
+        Returns:
+            The row of each key, int64 `[n]`; -1 if it is missing.
 
         Raises:
             CorruptCacheError: Two records of one key contradict each other.
@@ -68,32 +79,39 @@ class ReferenceLogps:
         return self._reader.join(keys)
 
     def read(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Read log-probs by row, as often as a training step needs them.
+        """Read per-token log-probs by row; fast enough for every training step.
 
         Args:
-            rows: int64 `[n]`, of `join`.
+            rows: Rows, int64 `[n]`, as returned by `join`.
 
         Returns:
             offsets: int64 `[n + 1]`: row i has `logps[offsets[i]:offsets[i + 1]]`.
-            logps: float32, one for each completion token.
+            logps: float32 `[total]`, one value per completion token, in nats.
 
         Raises:
-            IndexError: A row is -1 or beyond the last.
-            ValueError: The folder keeps sums only.
-            CorruptCacheError: A block that is read for the first time is damaged.
+            IndexError: A row is -1 or too large.
+            ValueError: The folder contains only sums.
+            CorruptCacheError: A block, checked on first read, is damaged.
         """
         return self._reader.read(rows)
 
     def read_sums(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
-        """Read token counts, uint32 `[n]`, and sums over those tokens, float64 `[n]`, by row.
+        """Read token counts and sums of log-probs by row.
 
-        Those of a folder of log-probs are over all tokens of a completion; those of a folder of
-        sums over the tokens that count.
+        In a folder of per-token log-probs they cover all tokens of a completion; in a folder of
+        sums, only its loss tokens.
+
+        Args:
+            rows: Rows, int64 `[n]`, as returned by `join`.
+
+        Returns:
+            counts: Number of tokens, uint32 `[n]`.
+            sums: Sums of their log-probs in nats, float64 `[n]`.
         """
         return self._reader.read_sums(rows)
 
     def logps(self, keys: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Read log-probs by key; returns what `read` does.
+        """Read per-token log-probs by key, `[n, 32]`; see `read`.
 
         Raises:
             MissingCompletionsError: A key is not in the cache.
@@ -101,7 +119,7 @@ class ReferenceLogps:
         return self.read(self._rows(keys))
 
     def sums(self, keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
-        """Read sums by key; returns what `read_sums` does.
+        """Read sums by key, `[n, 32]`; see `read_sums`.
 
         Raises:
             MissingCompletionsError: A key is not in the cache.

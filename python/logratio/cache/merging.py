@@ -1,4 +1,4 @@
-"""One cache takes over what others have."""
+"""Merge caches."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from logratio.cache.identity import (
 )
 from logratio.cache.logps import open_reader
 from logratio.cache.results import Change
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.errors import LogratioError
 
 KEY_BYTES, COUNT_BYTES, SUM_BYTES, LOGP_BYTES = 32, 4, 8, 4
 
 
 class MergeError(LogratioError, ValueError):
-    """Folders cannot become one."""
+    """The caches cannot be merged."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What one reference's folder is going to take over.
+    """The planned merge of one reference.
 
     Attributes:
-        target: the folder, which may not be there yet.
-        sources: folders of the same reference and kind in other caches.
-        completions: records in the sources: no more will be added.
-        bytes: what they take at most.
+        target: The folder to add to, which may not exist yet.
+        sources: Folders of the same reference and kind in other caches.
+        completions: Number of records in the sources, an upper bound of those added.
+        bytes: Upper bound of the bytes added.
     """
 
     target: StoredReference
@@ -43,12 +43,12 @@ class Merge:
     bytes: int
 
     def run(self) -> Change:
-        """Add what the target lacks. The sources stay as they are.
+        """Add the records that the target lacks. The sources are not changed.
 
         Raises:
-            CorruptCacheError: a file is damaged, or two records of one completion contradict each
-                other; both files are named. Nothing was added.
-            OSError: a full disk, a folder that cannot be written; nothing was added.
+            CorruptCacheError: A file is damaged, or two records of one completion contradict each
+                other; the message names both files. Nothing is added.
+            OSError: The disk is full, or the folder cannot be written. Nothing is added.
         """
         target = self.target
         target.path.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class Merge:
 
 
 def open_folder(reference: StoredReference) -> CacheFolder:
-    """Return what the core does to a reference's folder as a whole."""
+    """Open a reference's folder in the Rust core, to verify, merge or compact it."""
     return CacheFolder(
         reference.path,
         reference.digest,
@@ -67,37 +67,37 @@ def open_folder(reference: StoredReference) -> CacheFolder:
 
 
 def change(reference: StoredReference, done: Mapping[str, Any]) -> Change:
-    """Gather what the Rust core did to a folder."""
+    """Convert the result of the Rust core to a `Change`."""
     names = {name: tuple(done[name]) for name in ("shards", "removed", "in_use")}
     return Change(reference, done["completions"], done["repeats"], **names)
 
 
 def plan_merges(root: Path, others: Sequence[Path]) -> list[Merge]:
-    """Match the references of other caches with those of `root`, by their fingerprints.
+    """Match the references of other caches with those of `root` by fingerprint.
 
     Raises:
-        MergeError: a cache is merged into itself; there is nothing to merge; `root` is the folder
-            of one reference, and others have further ones.
-        DamagedFingerprintError: a folder's fingerprint was altered.
-        CorruptCacheError: a file of another cache is damaged.
-        OSError: a folder cannot be read.
+        MergeError: A cache would be merged into itself, there is nothing to merge, or `root` is the
+            folder of one reference and the others contain further references.
+        DamagedFingerprintError: A folder's fingerprint was altered.
+        CorruptCacheError: A file of another cache is damaged.
+        OSError: A folder cannot be read.
     """
     found = [(other, find_references(other)) for other in others]
     if empty := [str(other) for other, references in found if not references]:
         raise MergeError(f"{', '.join(empty)}: no reference cache here")
     sources = [reference for _, references in found for reference in references]
-    own = find_references(root) if root.is_dir() else []
-    for reference in [*own, *sources]:
+    existing = find_references(root) if root.is_dir() else []
+    for reference in [*existing, *sources]:
         reference.check()
     wanted = sorted({(source.digest, source.kind) for source in sources})
     return [
-        _plan(root, own, [source for source in sources if (source.digest, source.kind) == one])
+        _plan(root, existing, [source for source in sources if (source.digest, source.kind) == one])
         for one in wanted
     ]
 
 
-def _plan(root: Path, own: Sequence[StoredReference], sources: list[StoredReference]) -> Merge:
-    target = _target(root, own, sources[0])
+def _plan(root: Path, existing: Sequence[StoredReference], sources: list[StoredReference]) -> Merge:
+    target = _target(root, existing, sources[0])
     if any(target.path.resolve() == source.path.resolve() for source in sources):
         raise MergeError(f"{target.path} would be merged into itself: name other caches")
     readers = [open_reader(source) for source in sources]
@@ -106,27 +106,29 @@ def _plan(root: Path, own: Sequence[StoredReference], sources: list[StoredRefere
     return Merge(target, tuple(sources), records, entry_bytes(target, records, tokens))
 
 
-def _target(root: Path, own: Sequence[StoredReference], source: StoredReference) -> StoredReference:
-    for reference in own:
+def _target(
+    root: Path, existing: Sequence[StoredReference], source: StoredReference
+) -> StoredReference:
+    for reference in existing:
         if (reference.digest, reference.kind) == (source.digest, source.kind):
             return reference
-    if any(reference.path == root for reference in own):
+    if any(reference.path == root for reference in existing):
         raise MergeError(
-            f"{root} is the folder of one reference, and {source.path} is of another "
-            f"({source.describe()}): merge into the cache's root above it"
+            f"{root} is the folder of one reference, but {source.path} is of another "
+            f"({source.describe()}): merge into the root of the cache instead"
         )
     return replace(source, path=root / source.proper_name)
 
 
 def entry_bytes(reference: StoredReference, records: int, tokens: int) -> int:
-    """Count the bytes that records of so many tokens take on the disk, about."""
+    """Estimate the bytes of records on disk."""
     if reference.keeps_sums:
         return records * (KEY_BYTES + COUNT_BYTES + SUM_BYTES)
     return records * (KEY_BYTES + COUNT_BYTES) + tokens * LOGP_BYTES
 
 
 def _record_fingerprints(folder: Path, sources: Sequence[StoredReference]) -> None:
-    """Take over the readable fingerprint, and the conditions of every kind of writer."""
+    """Copy the readable fingerprint, and all conditions that are not yet recorded."""
     known = read_reference(folder)
     seen = list(known.soft) if known else []
     if not (folder / FINGERPRINT_FILE).exists():
@@ -138,11 +140,11 @@ def _record_fingerprints(folder: Path, sources: Sequence[StoredReference]) -> No
 
 
 def _write_fingerprint(folder: Path, sources: Sequence[StoredReference]) -> list[Mapping[str, Any]]:
-    """Write the first source's fingerprint that is in words; return the conditions in it."""
+    """Write the first readable fingerprint of the sources; return its conditions."""
     for source in sources:
         if source.hard:
             soft = dict(next(iter(source.soft), {}))
             fields = {"digest": source.digest.hex(), "hard": source.hard, "soft": soft}
-            write_whole(folder / FINGERPRINT_FILE, json.dumps(fields, indent=1))
+            write_atomic(folder / FINGERPRINT_FILE, json.dumps(fields, indent=1))
             return [soft]
     return []

@@ -1,4 +1,4 @@
-"""A reference's log-probs as a Parquet file, for anything that reads tables."""
+"""Export a reference's log-probs to a Parquet file."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from logratio.errors import IsFolderError
 from logratio.forecast import check_writable
 
 GROUP_TOKENS = 2**21
-"""Log-probs of a row group, about: 8 MB, which with its packed copy is all that memory holds."""
+"""Approximate log-probs per row group: 8 MB, which with its compressed copy bounds memory."""
 GROUP_ROWS = 2**16
 SUM_BYTES = 12
 
@@ -27,22 +27,25 @@ Advance = Callable[[int, int], object]
 def export(
     reference: StoredReference, path: Path, advance: Advance = lambda rows, total: None
 ) -> Exported:
-    """Write every completion of a reference once, ascending by key; the file comes whole or not.
+    """Write every completion of a reference once, sorted by key; no partial file is left.
 
-    Columns: `key` (fixed-size binary of 32), `tokens` (uint32), `sum` (float64: of the log-probs of
-    all tokens; of those that count, from a folder of sums) and, from a folder of log-probs,
-    `logps` (list of float32, natural logarithms). The file's metadata names the reference:
+    Columns: `key` (fixed-size binary of 32), `tokens` (uint32), `sum` (float64, nats: over all
+    tokens, or over the loss tokens from a folder of sums) and, from a folder of per-token
+    log-probs, `logps` (list of float32, nats). The file's metadata identifies the reference:
     `logratio.fingerprint`, `logratio.kind`, and its fields as JSON in `logratio.reference`.
 
     Args:
-        reference: What to write.
-        path: The file; one that is there is replaced once the new one is whole.
-        advance: Called after each piece, with its rows and the number of records in all.
+        reference: The reference to write.
+        path: The file; an existing one is replaced when the new one is complete.
+        advance: Called after each row group with its rows and the total number of records.
+
+    Returns:
+        The file and its counts.
 
     Raises:
         DamagedFingerprintError: The folder's fingerprint was altered.
         CorruptCacheError: A file is damaged, or two records of one key contradict each other.
-        OSError: The disk is full, or the place cannot be written; nothing of the file remains.
+        OSError: The disk is full, or the file cannot be written; no partial file remains.
     """
     reference.check()
     if path.is_dir():
@@ -74,7 +77,7 @@ def _write(
             advance(table.num_rows, len(reader))
         writer.close()
     except BaseException:
-        writer.is_open = False  # or it would write its end once more, to a file that is gone
+        writer.is_open = False  # otherwise its destructor writes the footer to a closed file
         raise
     return rows, tokens
 
@@ -90,17 +93,20 @@ def _schema(reference: StoredReference) -> Any:
     if not reference.keeps_sums:
         logps = pyarrow.list_(pyarrow.field("element", pyarrow.float32(), nullable=False))
         fields.append(pyarrow.field("logps", logps, nullable=False))
-    told = {"hard": dict(reference.hard), "soft": [dict(soft) for soft in reference.soft]}
+    fields_of_reference = {
+        "hard": dict(reference.hard),
+        "soft": [dict(soft) for soft in reference.soft],
+    }
     metadata = {
         "logratio.fingerprint": reference.digest.hex(),
         "logratio.kind": reference.kind,
-        "logratio.reference": json.dumps(told),
+        "logratio.reference": json.dumps(fields_of_reference),
     }
     return pyarrow.schema(fields, metadata)
 
 
 def _tables(reader: CacheReader, schema: Any) -> Iterator[Any]:
-    """Yield the completions in pieces of bounded size, ascending by key."""
+    """Yield the completions in tables of bounded size, sorted by key."""
     import pyarrow
 
     mean = max(1, reader.tokens // max(1, len(reader)))

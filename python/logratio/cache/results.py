@@ -1,4 +1,4 @@
-"""What is in a cache, and what was done to it."""
+"""Reports on the content of a cache, and results of operations on it."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -17,13 +17,13 @@ class CacheFile:
     """One file of log-probs.
 
     Attributes:
-        name: a shard's, a journal's, or the manifest's of a shard that is not what was written.
-        is_sealed: whether it is a shard, which never changes; a journal otherwise.
-        is_in_use: whether a writer holds it. Some network file systems do not show the writers
-            of other hosts.
-        completions, tokens, bytes: what it holds and how long it is; 0 where it is damaged.
-        torn_bytes: behind a journal's last whole block; nobody was told that they are written.
-        problem: what is wrong with it, or None.
+        name: Name of a shard, of a journal, or of the manifest of a damaged shard.
+        is_sealed: Whether it is a shard, which never changes; otherwise a journal.
+        is_in_use: Whether a writer has it open. Some network file systems do not show writers on
+            other hosts.
+        completions, tokens, bytes: Its contents and size; 0 if it is damaged.
+        torn_bytes: Bytes after a journal's last complete block, from a write that did not finish.
+        problem: What is wrong with the file, or None.
     """
 
     name: str
@@ -38,35 +38,35 @@ class CacheFile:
     @property
     def writer(self) -> str | None:
         """Host and process that wrote a journal; None for a shard."""
-        told = WRITER.fullmatch(self.name)
-        return f"host {told['host']}, process {told['process']}" if told else None
+        match = WRITER.fullmatch(self.name)
+        return f"host {match['host']}, process {match['process']}" if match else None
 
     @property
     def remedy(self) -> str:
-        """What to do about its problem."""
+        """How to repair the problem."""
         problem = self.problem or ""
         if "belongs to reference" in problem or " values, not " in problem:
-            return f"move {self.name} to the folder where it belongs"
+            return f"move {self.name} to the folder of its reference"
         if "version" in problem:
-            return "read it with the logratio that wrote it, or a newer one"
+            return "read it with the logratio version that wrote it, or a newer one"
         stem = self.name.removesuffix(MANIFEST)
         names = f"{stem}.arrow and {stem}{MANIFEST}" if stem != self.name else self.name
         return (
-            f"remove {names} and run `logratio precompute` again: its completions are scored "
-            "again, nothing else is lost"
+            f"remove {names} and run `logratio precompute` again: this recomputes its completions; "
+            "nothing else is lost"
         )
 
 
 @dataclass(frozen=True)
 class ReferenceReport:
-    """What one reference's folder holds, and what is wrong with it.
+    """The contents of one reference's folder, and its problems.
 
     Attributes:
-        reference: whose it is.
-        files: shards, then journals.
-        completions: different ones in all whole files; None where that cannot be said.
-        leftovers: names of files that mean nothing: what writers that died left behind.
-        problems: what concerns no single file.
+        reference: The reference.
+        files: The shards, then the journals.
+        completions: Number of distinct completions in the undamaged files; None if unknown.
+        leftovers: Names of unused files left by writers that were killed.
+        problems: Problems that do not concern a single file.
     """
 
     reference: StoredReference
@@ -77,31 +77,31 @@ class ReferenceReport:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems and not self.damaged
 
     @property
     def damaged(self) -> tuple[CacheFile, ...]:
-        """The files that are not what was written, or are not to be read here."""
+        """The files with a problem: damaged, or in the wrong folder."""
         return tuple(file for file in self.files if file.problem is not None)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all records, those that repeat a completion included."""
+        """Tokens of all records, including repeated ones of the same completion."""
         return sum(file.tokens for file in self.files)
 
     @property
     def bytes(self) -> int:
-        """Length of all whole files of log-probs."""
+        """Size of all undamaged files of log-probs."""
         return sum(file.bytes for file in self.files)
 
     @property
     def torn_bytes(self) -> int:
-        """Bytes behind the last whole blocks of journals."""
+        """Bytes after the last complete blocks of journals."""
         return sum(file.torn_bytes for file in self.files)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the report as a dict that can be written as JSON."""
         reference = self.reference
         totals = {"tokens": self.tokens, "bytes": self.bytes, "torn_bytes": self.torn_bytes}
         return {
@@ -130,7 +130,7 @@ class ReferenceReport:
         lines += [f"  holds      {self._holdings()}", f"  files      {self._files()}"]
         lines += [f"  in use     {f.name}: {f.writer}" for f in self.files if f.is_in_use]
         if self.torn_bytes:
-            lines.append(f"  torn       {self.torn_bytes:,} bytes that no writer acknowledged")
+            lines.append(f"  torn       {self.torn_bytes:,} bytes of unfinished writes")
         if self.leftovers:
             names = ", ".join(self.leftovers)
             lines.append(f"  leftovers  {names} (`logratio cache compact` removes them)")
@@ -147,7 +147,7 @@ class ReferenceReport:
         return f"{count(shards, 'shard')}, {count(len(self.files) - shards, 'journal')}"
 
     def complaints(self) -> list[str]:
-        """Say in lines what is wrong, and what to do about it."""
+        """Return lines that describe each problem and its remedy."""
         files = [
             line
             for file in self.damaged
@@ -159,7 +159,7 @@ class ReferenceReport:
 def _with_advice(problem: str) -> list[str]:
     line = f"problem: {problem}"
     if "contradicts the record" in problem:
-        return [line, "  what to do: remove the one of the two files that is not to be trusted"]
+        return [line, "  what to do: remove the one of the two files that you do not trust"]
     if problem.startswith("corrupt reference cache"):
         return [line, "  what to do: `logratio cache verify` names each damaged file"]
     return [line]
@@ -167,16 +167,16 @@ def _with_advice(problem: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Change:
-    """What merging or compacting did to one reference's folder.
+    """The result of merging into or compacting one reference's folder.
 
     Attributes:
-        reference: whose it is.
-        completions: completions in the shards that were written now.
-        repeats: records left out because another of the same completion was taken.
-        shards: names of the shards written now.
-        removed: names of the files that went, because their records are in the new shards or
-            because they belonged to nothing.
-        in_use: journals left alone: their writer lives, or may live on another host.
+        reference: The reference.
+        completions: Completions in the newly written shards.
+        repeats: Records left out because they repeat a completion.
+        shards: Names of the newly written shards.
+        removed: Names of the removed files: their records are in the new shards, or they were
+            leftovers.
+        in_use: Journals left alone because their writer is running, or may be on another host.
     """
 
     reference: StoredReference
@@ -193,24 +193,24 @@ class Change:
             count(len(self.shards), "shard"),
         )
         parts = [f"{completions} written to {shards}" if self.shards else "nothing to write"]
-        parts += [f"{self.repeats:,} repeated ones left out"] * bool(self.repeats)
+        parts += [f"{self.repeats:,} repeated records left out"] * bool(self.repeats)
         parts += [f"{count(len(self.removed), 'file')} removed"] * bool(self.removed)
         if self.in_use:
             names = ", ".join(self.in_use)
-            parts.append(f"left alone, for a writer may be at work: {names}")
+            parts.append(f"left alone because a writer may be using them: {names}")
         return f"{self.reference.path}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A Parquet file that was written.
+    """The result of an export to Parquet.
 
     Attributes:
-        path: where it is.
-        reference: whose log-probs it has.
-        rows: completions in it.
-        tokens: their tokens.
-        bytes: its length.
+        path: The file.
+        reference: The exported reference.
+        rows: Number of completions.
+        tokens: Number of their tokens.
+        bytes: Size of the file.
     """
 
     path: Path
@@ -221,5 +221,5 @@ class Exported:
 
 
 def count(number: int, noun: str) -> str:
-    """Write a number of things."""
+    """Format a number with its noun in singular or plural."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

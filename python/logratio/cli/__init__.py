@@ -1,3 +1,3 @@
-"""The command line: parse, call, print. Each command imports what it needs when it runs."""
+"""The command line. Each command imports its heavy dependencies when it runs, not at import."""
 
 from logratio.cli.app import main as main

@@ -1,4 +1,4 @@
-"""The command `logratio`: its commands, and how errors and signals end it."""
+"""The `logratio` command: its subcommands, and the exit code after errors and signals."""
 
 import errno
 import os
@@ -19,16 +19,16 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Preference optimisation from records to a served ranking.\n\n"
-    "One number runs through everything: the log-ratio log π(y|x) − log π_ref(y|x). "
-    "`precompute` caches the reference's half, `train` moves the policy's half, and β times it is "
-    "the reward that `export`, `rank` and `serve` carry to production. Start with "
-    "`logratio demo`.\n\n"
-    "Exit codes: 0 done; 1 a check (`inspect`, `verify`) found something; 2 the request cannot be "
-    "done, with the reason; 128 + n after signal n (130: Ctrl-C).",
+    help="Preference optimisation (the DPO family), from raw data to a served reranker.\n\n"
+    "All commands work with the log-ratio log π(y|x) − log π_ref(y|x). `precompute` caches the "
+    "reference log-probs, `train` optimises the policy, and `export`, `rank` and `serve` score "
+    "completions with the implicit reward β · log-ratio. Start with `logratio demo`.\n\n"
+    "Exit codes: 0, success; 1, a check (`inspect`, `verify`) found a problem; 2, the request "
+    "cannot be carried out, and the message gives the reason; 128 + n after signal n (130 for "
+    "Ctrl-C).",
 )
 BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX", "pyarrow"}
-"""What a server leaves out: it installs the wheel alone."""
+"""Packages that a serving machine may lack: it installs only the wheel."""
 
 for command in (
     precompute.precompute,
@@ -47,7 +47,7 @@ app.add_typer(cache.app, name="cache")
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context,
-    show: bool = typer.Option(False, "--version", help="Print the version and end."),
+    show: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
     """Answer `logratio --version`."""
     if show:
@@ -59,11 +59,14 @@ def version(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and end the process.
+    """Run the command line and exit the process.
 
-    With 0 where all was done; 1 where a check found something (`inspect`, `verify`); 2 where the
-    request cannot be done, with a sentence; 128 + n after signal n, as 130 after Ctrl-C. A fault of
-    the program ends with a traceback, and 1.
+    Exit codes: 0, success; 1, a check found a problem (`inspect`, `verify`); 2, the request cannot
+    be carried out, with a message; 128 + n after signal n, so 130 after Ctrl-C. A bug in the
+    program ends with a traceback and code 1.
+
+    Args:
+        arguments: The command line without the program's name; `sys.argv[1:]` by default.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(app)
@@ -77,20 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         end(2, f"this command needs {error.name}: pip install logratio")
     except Exception as error:
-        if os.environ.get("LOGRATIO_TRACEBACK") or not _is_told(error):
+        if os.environ.get("LOGRATIO_TRACEBACK") or not _is_expected(error):
             raise
-        end(getattr(error, "exit_code", 2), _sentence(error))
+        end(getattr(error, "exit_code", 2), _message(error))
     raise AssertionError("typer ends the process")
 
 
-def end(code: int, sentence: str) -> NoReturn:
-    """End the process with a sentence, whatever becomes of standard error."""
-    say(f"error: {sentence}")
+def end(code: int, message: str) -> NoReturn:
+    """Print the message and exit, even if standard error is closed."""
+    say(f"error: {message}")
     sys.exit(code)
 
 
 def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
-    """Return the flags of the command that the arguments name; of all above it too."""
+    """Return the flags of the command that the arguments name, and of its parent commands."""
     flags = {"--help"}
     for argument in (None, *arguments):
         inner = getattr(command, "commands", {})
@@ -116,14 +119,14 @@ def spread(arguments: Sequence[str]) -> list[str]:
     return spread_out
 
 
-def _is_told(error: Exception) -> bool:
-    """Tell an error that speaks to the user from a fault of the program."""
+def _is_expected(error: Exception) -> bool:
+    """Return whether the error is meant for the user, and is not a bug in the program."""
     return isinstance(error, OSError | LogratioError) or type(error).__module__ == "logratio._rust"
 
 
-def _sentence(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full: {error}; what was written before is kept, make room and go on"
+        return f"the disk is full: {error}; completed work is kept: free some space and run again"
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}"

@@ -1,4 +1,4 @@
-"""`logratio cache …`: what the reference cache holds, whether it is sound, and who gets it."""
+"""`logratio cache …`: inspect, verify, merge, compact and export the reference cache."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Look at the reference cache, check it, merge it, tidy it up, and export it.\n\n"
-    "`precompute --cache ROOT` makes a folder in ROOT for each reference model (its name is the "
-    "fingerprint of weights, config, adapter and precision). Each command takes ROOT, or one of "
-    "those folders, while writers are at work.",
+    help="Inspect, verify, merge, compact and export the reference cache.\n\n"
+    "`precompute --cache ROOT` creates one folder in ROOT for each reference model; its name is "
+    "the fingerprint of the weights, config, adapter and precision. Each command takes ROOT or one "
+    "of those folders, and may run while other processes write to the cache.",
 )
 
 Root = Annotated[
     Path,
-    typer.Argument(metavar="ROOT", help="What `--cache` names, or one reference's folder in it."),
+    typer.Argument(
+        metavar="ROOT", help="The cache (the value of `--cache`), or one reference's folder in it."
+    ),
 ]
 Name = Annotated[
     str | None,
     typer.Option(
         "--reference",
         metavar="NAME",
-        help="Only the reference whose folder is named so, or begins so.",
+        help="Only the reference whose folder has this name or prefix.",
     ),
 ]
 
 
 @app.callback()
 def cache() -> None:
-    """Look at the reference cache, check it, merge it, tidy it up, and export it."""
+    """Inspect, verify, merge, compact and export the reference cache."""
 
 
 @app.command()
@@ -45,21 +47,21 @@ def inspect(
     root: Root,
     reference: Name = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Everything as one JSON object, for programs.")
+        bool, typer.Option("--json", help="Print one JSON object, for programs.")
     ] = False,
 ) -> None:
-    """Say which references are in it, of which models, and what is there of each.
+    """List the references in the cache: the model, completions, tokens and files of each.
 
-    Reads journals whole and of shards the seals; `verify` compares every byte. Ends with 1 where
-    something is wrong.
+    Reads journals completely, but only the metadata of shards; `verify` checks every
+    byte. Exits with 1 if a file is damaged.
     """
     from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
 
     reports = awaited(f"inspecting {root}", lambda: ReferenceCache(root).inspect(reference))
     if as_json:
-        told = {"root": str(root), "references": [report.to_dict() for report in reports]}
-        typer.echo(json.dumps(told, indent=1))
+        summary = {"root": str(root), "references": [report.to_dict() for report in reports]}
+        typer.echo(json.dumps(summary, indent=1))
     else:
         typer.echo("\n\n".join(report.to_text() for report in reports))
     _end_with_1_unless_whole(reports)
@@ -67,10 +69,10 @@ def inspect(
 
 @app.command()
 def verify(root: Root, reference: Name = None) -> None:
-    """Compare every byte with what was written, and say what to do about damage.
+    """Check every byte of the cache, and explain how to repair damage.
 
-    Checks checksums, SHA-256, the order of keys, every value, and that no two records contradict
-    each other. Ends with 1 where something is wrong; each damaged file is named.
+    Checks the checksums, the SHA-256, the order of the keys, every value, and that no two records
+    contradict each other. Names each damaged file. Exits with 1 if a check fails.
     """
     from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
@@ -104,20 +106,21 @@ def _end_with_1_unless_whole(reports: Sequence["ReferenceReport"]) -> None:
 @app.command()
 def merge(
     into: Annotated[
-        Path, typer.Argument(metavar="INTO", help="The cache that gets what it lacks; made if new.")
+        Path, typer.Argument(metavar="INTO", help="The cache to add to; created if missing.")
     ],
     others: Annotated[
-        list[Path], typer.Argument(metavar="FROM…", help="Caches to take from; they stay as is.")
+        list[Path],
+        typer.Argument(metavar="FROM…", help="Caches to copy from; they are not changed."),
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what there is to merge, and stop there.")
+        bool, typer.Option("--dry-run", help="Print what would be merged, then stop.")
     ] = False,
 ) -> None:
-    """Put the caches of several machines or runs together.
+    """Merge the caches of several machines or runs.
 
-    References are matched by their fingerprints, so nothing of one model ever gets into another's
-    folder. What is there already is compared, not doubled: two records of one completion that
-    contradict each other stop it, with the names of both files. Merging twice changes nothing.
+    References are matched by fingerprint, so entries of different models are never mixed. A
+    completion that INTO already has is compared, not stored twice: if two records of one completion
+    contradict each other, the merge stops and names both files. Merging twice changes nothing.
     """
     from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
@@ -127,7 +130,7 @@ def merge(
     typer.echo(_forecast(into, sum(m.completions for m in merges), sum(m.bytes for m in merges)))
     if dry_run:
         return
-    with _told_what_is_kept([merge.target.path for merge in merges]):
+    with _remove_partial_files([merge.target.path for merge in merges]):
         for one in merges:
             typer.echo(awaited(f"merging into {one.target.path}", one.run).to_text())
 
@@ -149,22 +152,22 @@ def compact(
         bool,
         typer.Option(
             "--other-hosts",
-            help="Also the journals of other hosts: say so only when nobody writes there any more. "
-            "Some network file systems do not show that a writer on another host is alive.",
+            help="Also compact journals of other hosts. Use it only when no other host is writing: "
+            "some network file systems do not show that a writer on another host is alive.",
         ),
     ] = False,
 ) -> None:
-    """Turn journals and many shards into few, each completion once, and remove leftovers.
+    """Rewrite journals and many small shards as a few large shards, and remove leftover files.
 
-    Needs room for a second copy while it works. Journals in use are left alone. Cut it off at any
-    moment: no record is ever in no file.
+    Needs disk space for a second copy while it runs. Leaves journals in use alone. May be
+    interrupted at any moment without losing a record.
     """
     from logratio.cache.cache import ReferenceCache
     from logratio.progress import awaited
 
     cache = ReferenceCache(root)
     chosen = cache.references(reference)
-    with _told_what_is_kept([found.path for found in chosen]):
+    with _remove_partial_files([found.path for found in chosen]):
         for found in chosen:
             act = partial(cache.compact, found.name, other_hosts=other_hosts)
             (change,) = awaited(f"compacting {found.path}", act)
@@ -172,8 +175,8 @@ def compact(
 
 
 @contextmanager
-def _told_what_is_kept(folders: Sequence[Path]) -> Iterator[None]:
-    """After Ctrl-C, remove what this process left half-written, and say that nothing is lost."""
+def _remove_partial_files(folders: Sequence[Path]) -> Iterator[None]:
+    """After Ctrl-C, remove this process's partial files, and print that no record is lost."""
     import os
 
     try:
@@ -182,7 +185,7 @@ def _told_what_is_kept(folders: Sequence[Path]) -> Iterator[None]:
         for folder in folders:
             for partial in folder.glob(f"*-{os.getpid()}-*.partial"):
                 partial.unlink(missing_ok=True)
-        typer.echo("stopped: nothing is lost; the same command begins again", err=True)
+        typer.echo("stopped: nothing is lost; run the same command to start again", err=True)
         raise
 
 
@@ -194,9 +197,9 @@ def export(
 ) -> None:
     """Write one reference's log-probs as Parquet, for pandas, polars, DuckDB or another trainer.
 
-    Columns: `key`, `tokens`, `sum` (natural logarithms) and `logps`, a list with one for each
-    completion token. Pages carry checksums; the file's metadata names the reference. A file that
-    is there is replaced once the new one is whole.
+    Columns: `key`, `tokens`, `sum` (in nats) and `logps`, a list with one value per completion
+    token. Pages have checksums, and the file's metadata names the reference. An existing file is
+    replaced only when the new one is complete.
     """
     from logratio.cache.cache import ReferenceCache
     from logratio.forecast import size

@@ -12,7 +12,7 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.options import READING, TOKENS, Reading, Tokens, takes_flags
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.errors import InputError, LogratioError
 from logratio.forecast import check_writable
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ConflictsOption(StrEnum):
-    """What becomes of pairs that say the opposite of each other."""
+    """How to treat pairs that contradict each other."""
 
     KEEP = "keep"
     DROP_BOTH = "drop_both"
@@ -33,34 +33,35 @@ class ConflictsOption(StrEnum):
 def build(
     files: options.Rows,
     tokenizer: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder with tokenizer.json: the model's.")
+        Path, typer.Option(metavar="DIR", help="The model's folder, with tokenizer.json.")
     ],
-    output: Annotated[Path, typer.Option(help="The store to write, as `pairs.store`.")],
+    output: Annotated[Path, typer.Option(help="The store to write, for example `pairs.store`.")],
     refused: Annotated[
-        Path | None, typer.Option(help="Write refused rows there. Default: beside the store.")
+        Path | None, typer.Option(help="Write refused rows to this file. Default: next to the "
+                     "store.")
     ] = None,
     deduplicate: Annotated[
-        bool, typer.Option("--deduplicate/--keep-duplicates", help="Rows of the same tokens: keep "
-                           "one, or all.")
+        bool, typer.Option("--deduplicate/--keep-duplicates", help="Of rows with the same tokens, "
+                           "keep one or all.")
     ] = True,
     conflicts: Annotated[
-        ConflictsOption, typer.Option(help="A over B here and B over A there: keep all, drop both, "
-                                      "or keep what was said more often.")
+        ConflictsOption, typer.Option(help="If one row prefers A to B and another B to A: keep "
+                                      "both, drop both, or keep the more frequent preference.")
     ] = ConflictsOption.KEEP,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew, even if an earlier run was cut off.")
+        bool, typer.Option("--fresh", help="Start again instead of resuming an interrupted run.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a store that is there, once the new one is "
-                           "whole.")
+        bool, typer.Option("--overwrite", help="Replace an existing store when the new one is "
+                           "complete.")
     ] = False,
     demonstrations: options.Demonstrations = False,
     reading: Reading = READING,
 ) -> None:  # fmt: skip
-    """Tokenize once, for any number of runs: `train --data pairs.store` opens it in no time.
+    """Tokenize data once into a store, which `train --data pairs.store` opens without delay.
 
-    Cut it off at any moment (Ctrl-C, kill -9, a loss of power) and run it again: it goes on where
-    it was. Memory stays bounded whatever the size of the data.
+    May be interrupted at any moment (Ctrl-C, kill -9, a power failure): run it again to resume.
+    Memory use does not grow with the size of the data.
     """
     from logratio.data.store.build import build_store
     from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -69,11 +70,11 @@ def build(
 
     if output.exists() and not overwrite:
         raise InputError(
-            f"{output}: there is a file of this name; replace it with --overwrite, or name another"
+            f"{output}: file exists; replace it with --overwrite, or choose another --output"
         )
     check_writable(output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _told_what_is_kept(output), reading_progress() as progress:
+    with _report_saved_progress(output), reading_progress() as progress:
         store, report = build_store(
             files,
             PreferenceTokenizer.load(tokenizer, reading.rules),
@@ -92,14 +93,14 @@ def build(
 
 
 @contextmanager
-def _told_what_is_kept(output: Path) -> Iterator[None]:
-    """Say after Ctrl-C what the next run can go on from."""
+def _report_saved_progress(output: Path) -> Iterator[None]:
+    """After Ctrl-C, print where the next run can resume."""
     from logratio.data.store.build import is_saved
 
     try:
         yield
     except KeyboardInterrupt:
-        again = "the same command goes on where the last save was, at most ten seconds back"
+        again = "run the same command to resume from the last save, at most ten seconds ago"
         typer.echo(f"stopped: {again if is_saved(output) else 'nothing was saved yet'}", err=True)
         raise
 
@@ -107,7 +108,7 @@ def _told_what_is_kept(output: Path) -> Iterator[None]:
 def verify(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE…", help="Sealed stores.")],
 ) -> None:
-    """Read every byte of stores and compare it with their checksums. Ends with 1 at damage."""
+    """Check every byte of stores against their checksums. Exits with 1 if one is damaged."""
     from logratio.data.store.load import CorruptStoreError, verified
 
     damaged = False
@@ -123,12 +124,12 @@ def verify(
         raise typer.Exit(1)
 
 
-_OUTPUT = "What is written"
+_OUTPUT = "Output"
 _ALL_MAY_BE_BAD = Reading(max_bad_fraction=1.0)
 
 
 class RequestError(LogratioError, ValueError):
-    """The command's arguments cannot be followed together."""
+    """The command's arguments are incomplete or contradict each other."""
 
 
 @takes_flags
@@ -136,36 +137,37 @@ def report(
     files: options.Files,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder with the tokenizer.json that training will use: "
-                     "the model's. For a store: the one that made it, to name its tokens."),
+        typer.Option(metavar="DIR", help="The model's folder, with the tokenizer.json that "
+                     "training will use. For a store, its tokenizer, to show tokens as text."),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Write everything there.", rich_help_panel=_OUTPUT),
+        typer.Option("--json", help="Write the full report to this file.", rich_help_panel=_OUTPUT),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw lengths, length bias and padding there: .svg, .png or .pdf. Needs "
-                     "matplotlib, from the extra plots.", rich_help_panel=_OUTPUT),
+        typer.Option(help="Plot lengths, length bias and padding to this .svg, .png or .pdf file. "
+                     "Needs matplotlib: pip install 'logratio[plots]'.", rich_help_panel=_OUTPUT),
     ] = None,
     refused: Annotated[
         Path | None,
-        typer.Option(help="Write refused rows there: JSON lines of place, code, reason and row.",
+        typer.Option(help="Write refused rows to this file: JSON lines of place, code, reason and "
+                     "row.",
                      rich_help_panel=_OUTPUT),
     ] = None,
     near_duplicates: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Name groups whose windows of 5 tokens have this Jaccard "
-                     "index. 0: do not look."),
+        typer.Option(min=0, max=1, help="List groups whose sets of 5-token windows have at least "
+                     "this Jaccard index. 0 disables the search."),
     ] = 0.8,
     demonstrations: options.Demonstrations = False,
     reading: Reading = _ALL_MAY_BE_BAD,
 ) -> None:  # fmt: skip
-    """Account for every row, and say what the pairs are like.
+    """Report on preference data: rows kept and refused, near-duplicates, length bias, label noise.
 
-    Rows kept, refused and left out, by cause and place; near-duplicates; lengths of chosen against
-    rejected and what “the longer wins” would reach; a label-noise estimate; what padding would
-    cost. Malformed rows are counted and do not stop it, as they would stop `train`.
+    Counts rows kept, refused and left out, by cause and place. Compares the lengths of chosen and
+    rejected, with the accuracy of “the longer wins”; estimates label noise and the cost of padding.
+    Malformed rows are counted; unlike in `train`, they do not stop the command.
     """
     from logratio.data.analysis.plots import check_picture
     from logratio.data.analysis.report import analyse_store
@@ -192,10 +194,10 @@ def _analysed(
     threshold: float | None,
     refused: Path | None,
 ) -> "Analysis":
-    """Read files into a store on the disk, so that memory stays small, and analyse it.
+    """Read files into a temporary store on disk, which keeps memory small, and analyse it.
 
     Raises:
-        RequestError: no tokenizer is named.
+        RequestError: No tokenizer is given.
     """
     from logratio.data.analysis.report import analyse
     from logratio.data.store.build import build_store
@@ -204,8 +206,8 @@ def _analysed(
 
     if tokenizer is None:
         raise RequestError(
-            "lengths are in tokens: name the model's tokenizer with --tokenizer DIR, a folder that "
-            "holds tokenizer.json"
+            "lengths are in tokens: give the model's tokenizer with --tokenizer DIR, a folder with "
+            "tokenizer.json"
         )
     reader = PreferenceTokenizer.load(tokenizer, reading.rules)
     with TemporaryDirectory(prefix="logratio-") as folder, reading_progress() as tell:
@@ -222,10 +224,10 @@ def _analysed(
 
 
 def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) -> None:
-    """Print the report and write what was asked for."""
+    """Print the report, and write the requested files."""
     typer.echo(analysis.to_text())
     if json_file:
-        write_whole(json_file, json.dumps(analysis.to_dict(), indent=1) + "\n")
+        write_atomic(json_file, json.dumps(analysis.to_dict(), indent=1) + "\n")
     if picture:
         from logratio.data.analysis.plots import draw
 
@@ -235,14 +237,14 @@ def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Look at preference data, account for it, and make a store of it.",
+    help="Inspect preference data, report on it, and build and verify stores.",
 )
 _STYLES = {"": "", "title": "bold", "counts": "black on green", "fault": "red", "dim": "dim"}
 
 
 @app.callback()
 def data() -> None:
-    """Look at preference data, account for it, and make a store of it."""
+    """Inspect preference data, report on it, and build and verify stores."""
 
 
 @takes_flags
@@ -250,15 +252,15 @@ def inspect(
     files: options.Rows,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A model's folder: shows the tokens that it will read."),
+        typer.Option(help="A model's folder: show records as its tokens."),
     ] = None,
     reading: Tokens = TOKENS,
-    first: Annotated[int, typer.Option(min=1, help="Rows to look at, from the first.")] = 100,
+    first: Annotated[int, typer.Option(min=1, help="Number of rows to read.")] = 100,
 ) -> None:
-    """Say of each file what it is and why, and show a record with what counts in colour.
+    """Detect the format of each file, explain why, and show a record with loss tokens in colour.
 
-    Reads the first rows only. Without colour, what counts stands between ‹ and ›. Ends with 1
-    where a file, or a row of those looked at, is of no known format.
+    Reads only the first rows. Without colour, the tokens of the loss are between ‹ and ›. Exits
+    with 1 if a file, or one of the rows read, has no known format.
     """
     from rich.console import Console
     from rich.text import Text
@@ -268,7 +270,7 @@ def inspect(
 
     if tokenizer is None and reading.rules != TOKENS.rules:
         raise InputError(
-            "--tokenizer is missing: without it no limit and no template has an effect"
+            "--tokenizer is missing: without it, length limits and templates have no effect"
         )
     loaded = PreferenceTokenizer.load(tokenizer, reading.rules) if tokenizer else None
     found = look(files, reading.settings(), loaded, first)

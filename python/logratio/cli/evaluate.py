@@ -25,26 +25,26 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int,
-        typer.Option(help="Completions to draw from the policy for its KL to the reference, "
-                     "which held-out pairs cannot give."),
+        typer.Option(help="Completions to sample from the policy to estimate its KL to the "
+                     "reference, which held-out pairs cannot estimate."),
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest drawn completion.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results there as JSON.")
+        Path | None, typer.Option("--json", help="Write the results to this file as JSON.")
     ] = None,
     reading: Reading = READING,
     token_budget: Annotated[
         int,
-        typer.Option(help="Tokens computed at a time. Lower it when memory is short: no result "
-                     "changes.", rich_help_panel=options.MACHINE),
+        typer.Option(help="Tokens per forward pass. A lower value saves memory and leaves the "
+                     "results unchanged.", rich_help_panel=options.MACHINE),
     ] = 16384,
     precision: options.PrecisionOption = None,
     device: options.Device = None,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
     """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
-    from logratio.durable import write_whole
+    from logratio.durable import write_atomic
     from logratio.forecast import check_writable
     from logratio.training.config import EvaluateConfig
     from logratio.training.evaluation import prepare
@@ -73,7 +73,7 @@ def evaluate(
         result = ready.run()
         _print_evaluation(result)
         if json_file:
-            write_whole(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
+            write_atomic(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 def _print_evaluation(result: "Evaluation") -> None:

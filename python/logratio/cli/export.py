@@ -8,24 +8,26 @@ import typer
 
 from logratio.cli.options import DryRun, read_text_as
 
-Bundle = Annotated[Path, typer.Option(help="Folder that `logratio export` wrote.")]
+Bundle = Annotated[Path, typer.Option(help="Bundle folder written by `logratio export`.")]
 Fallback = Annotated[
     bool,
     typer.Option(
         "--allow-fallback",
-        help="Go on with the CPU where the requested execution provider cannot be used.",
+        help="Use the CPU if the requested execution provider is not available.",
     ),
 ]
 Digest = Annotated[
     str | None,
     typer.Option(
         metavar="SHA256",
-        help="Refuse any bundle but the one of this digest, which `logratio export` prints.",
+        help="Load the bundle only if it has this digest, as printed by `logratio export`.",
     ),
 ]
 Provider = Annotated[
     str | None,
-    typer.Option(help="onnxruntime execution provider, such as CUDAExecutionProvider."),
+    typer.Option(
+        help="onnxruntime execution provider, such as CUDAExecutionProvider. Default: CPU."
+    ),
 ]
 
 
@@ -43,17 +45,17 @@ def export(
         bool | None,
         typer.Option(
             "--chat/--text",
-            help="What a prompt that is a string is: a user's turn, which the chat template "
-            "writes, or text as it stands. Default: as the policy was trained.",
+            help="Whether a prompt given as a string is a user's message, formatted with the chat "
+            "template, or plain text. Default: as in the policy's training.",
             show_default=False,
         ),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Package policy and reference as one ONNX graph that scores N candidates of a prompt.
+    """Export policy and reference as one ONNX graph that scores N candidates of a prompt.
 
-    The prompt runs once for all candidates. Nothing is written unless onnxruntime's log-probs
-    equal torch's: within 1e-4 + 1e-6·|sum| nats per sequence.
+    The prompt is computed once for all candidates. The bundle is written only if onnxruntime's
+    log-probs match torch's within 1e-4 + 1e-6·|sum| nats per sequence.
     """
     from logratio.export.export import ExportConfig, export_bundle, plan_export
 
@@ -75,17 +77,17 @@ def rank(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="JSON lines with rewards and order. Default: the screen.")
+        Path | None,
+        typer.Option(help="JSON lines with rewards and order. Default: standard output."),
     ] = None,
     provider: Provider = None,
     allow_fallback: Fallback = False,
     digest: Digest = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Order candidates by their implicit reward, without torch.
+    """Rank candidates by their implicit reward, without torch.
 
-    A reward is defined up to a constant per prompt: it compares candidates of one prompt, never
-    those of two.
+    A reward is defined up to a constant per prompt, so compare only candidates of the same prompt.
     """
     from logratio.progress import progress
     from logratio.serving.rank_file import rank_file, rank_forecast
@@ -112,23 +114,25 @@ def rank(
 
 def serve(
     bundle: Bundle,
-    host: Annotated[str, typer.Option(help="Address to listen on; this machine only.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. The default accepts only local clients.")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     provider: Provider = None,
     allow_fallback: Fallback = False,
     digest: Digest = None,
     max_request_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens computed for one request. Default: 131,072."),
+        typer.Option(
+            min=1, help="Maximum number of tokens computed per request. Default: 131,072."
+        ),
     ] = None,
     request_seconds: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Most seconds from a request to its answer. Default: 30."),
+        typer.Option(min=0.1, help="Timeout of a request in seconds. Default: 30."),
     ] = None,
 ) -> None:
-    """Serve `POST /v1/rerank` in the Cohere/Jina shape: query = prompt, documents = candidates."""
+    """Serve `POST /v1/rerank` with the Cohere/Jina API: query = prompt, documents = candidates."""
     from logratio.serving.limits import Limits
     from logratio.serving.server import serve as run
 
@@ -150,10 +154,12 @@ def serve(
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("logratio-demo"),
-    seed: Annotated[int, typer.Option(help="Same seed, same table.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for all files.")] = Path("logratio-demo"),
+    seed: Annotated[
+        int, typer.Option(help="Seed of the data and models; the same seed gives the same table.")
+    ] = 0,
 ) -> None:
-    """Run the whole path on generated data, in minutes on a CPU, and print what came of it."""
+    """Run every step on generated data, in minutes on a CPU, and print the results."""
     from logratio.demo.report import show
     from logratio.demo.run import DemoConfig
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a parameter stands for many flags."""
+"""Options shared by several commands, and dataclasses whose fields become flags."""
 
 import inspect
 from collections.abc import Callable
@@ -18,12 +18,14 @@ Command = Callable[..., None]
 
 
 def takes_flags(command: Command) -> Command:
-    """Spread a command's dataclasses: every field is a flag of its own, in the parameter's place.
+    """Replace a command's dataclass parameters by one flag per field.
 
-    The command has a default for such a parameter, whose fields are the flags' defaults.
+    Such a parameter must have a default; the fields of the default are the flags' defaults.
     """
-    own = inspect.signature(command).parameters.values()
-    groups: dict[str, type[Any]] = {p.name: type(p.default) for p in own if is_dataclass(p.default)}
+    parameters = inspect.signature(command).parameters.values()
+    groups: dict[str, type[Any]] = {
+        p.name: type(p.default) for p in parameters if is_dataclass(p.default)
+    }
 
     @wraps(command)
     def called(**given: Any) -> None:
@@ -31,14 +33,14 @@ def takes_flags(command: Command) -> Command:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
-    spread = [flag for parameter in own for flag in _flags(parameter)]
+    spread = [flag for parameter in parameters for flag in _flags(parameter)]
     called.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     called.__annotations__ = {flag.name: flag.annotation for flag in spread}
     return called
 
 
 def _flags(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """Return a parameter, or those of the dataclass that it stands for."""
+    """Return the parameter itself, or one parameter per field of its dataclass."""
     given = parameter.default
     if not is_dataclass(given):
         return [parameter]
@@ -53,10 +55,10 @@ def _flags(parameter: inspect.Parameter) -> list[inspect.Parameter]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags that are called as the fields of a command's config that they fill."""
+    """Flags with the same names as the config fields that they set."""
 
     def settings(self) -> dict[str, Any]:
-        """Return them as the config takes them: words, and tuples of what was repeated."""
+        """Return the config's fields: enums as strings, repeated flags as tuples."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
@@ -70,14 +72,14 @@ DATA, MACHINE = "Data", "Machine"
 
 
 class ReadMode(StrEnum):
-    """How sealed shards of a cache are read."""
+    """How finished shards of a cache are read."""
 
     MAP = "map"
     PREAD = "pread"
 
 
 class Precision(StrEnum):
-    """What is computed in; weights are float32 in the first two."""
+    """The dtype of the computation; the weights are float32 in the first two."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -88,7 +90,7 @@ Files = Annotated[
     list[Path],
     typer.Argument(
         metavar="FILE…",
-        help="Preference data: files, folders, - for standard input; or one sealed store.",
+        help="Preference data: files, folders, - for standard input; or one store.",
     ),
 ]
 Rows = Annotated[
@@ -97,7 +99,11 @@ Rows = Annotated[
 ]
 Demonstrations = Annotated[
     bool,
-    typer.Option("--demonstrations", help="Read as `train --loss sft` does.", rich_help_panel=DATA),
+    typer.Option(
+        "--demonstrations",
+        help="Read demonstrations, as `train --loss sft` does.",
+        rich_help_panel=DATA,
+    ),
 ]
 Data = Annotated[
     list[Path],
@@ -105,20 +111,21 @@ Data = Annotated[
         "--data",
         metavar="FILE…",
         help="Preference data: JSON lines or arrays, CSV, Parquet, Arrow, plain, .gz or .zst; "
-        "folders; - for standard input; or one sealed store. `logratio data inspect` says what is "
-        "recognised. Several may follow.",
+        "folders; - for standard input; or one store. Several may follow. `logratio data inspect` "
+        "shows how a file is read.",
         rich_help_panel=DATA,
     ),
 ]
 ReadModeOption = Annotated[
     ReadMode,
-    typer.Option(help="How the cache is read. pread is for network file systems: a file that is "
-                 "cut meanwhile is then an error, not a crash.", rich_help_panel=MACHINE),
+    typer.Option(help="How the cache is read. Use pread on network file systems: a file truncated "
+                 "while it is read then raises an error instead of crashing the process.",
+                 rich_help_panel=MACHINE),
 ]  # fmt: skip
 PrecisionOption = Annotated[
     Precision | None,
-    typer.Option("--precision", help="bf16 is autocast over float32 weights; bf16-weights rounds "
-                 "the weights too. Default: bf16 on a GPU, fp32 on a CPU.",
+    typer.Option("--precision", help="bf16: autocast over float32 weights. bf16-weights: weights "
+                 "in bf16 too. Default: bf16 on a GPU, fp32 on a CPU.",
                  rich_help_panel=MACHINE),
 ]  # fmt: skip
 Device = Annotated[
@@ -130,22 +137,22 @@ ShareBeginnings = Annotated[
     bool,
     typer.Option(
         "--share-beginnings",
-        help="Compute what several groups begin with alike once: a system prompt, earlier turns of "
-        "a conversation. `data report` says what it saves. No result changes beyond rounding.",
+        help="Compute a prefix shared by several groups once: a system prompt, or earlier turns of "
+        "a conversation. Results change only by rounding. `data report` shows the saving.",
         rich_help_panel=MACHINE,
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check everything, say what it will need, and stop there."),
+    typer.Option("--dry-run", help="Check everything, print what it will need, then stop."),
 ]
 
 
-LIMITS = "How records become tokens"
+LIMITS = "Tokenization"
 
 
 class Lists(StrEnum):
-    """What becomes of a ranked or scored list."""
+    """How a ranked or scored list becomes records."""
 
     PAIRS = "pairs"
     BEST_WORST = "best_worst"
@@ -153,14 +160,14 @@ class Lists(StrEnum):
 
 
 class Strings(StrEnum):
-    """What a string is that spells a list of messages."""
+    """How to read a string that contains a list of messages."""
 
     MESSAGES = "messages"
     TEXT = "text"
 
 
 class PromptTruncation(StrEnum):
-    """What becomes of a prompt above the limit."""
+    """How to treat a prompt above the limit."""
 
     DROP = "drop"
     ERROR = "error"
@@ -170,14 +177,14 @@ class PromptTruncation(StrEnum):
 
 @dataclass(frozen=True)
 class Formats:
-    """What the data does not say about itself."""
+    """How rows become records, where it cannot be detected."""
 
     format_name: Annotated[
         str | None,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Read this format only, as `trl`, `orca`, `openai`. Default: detected.",
+            help="Read only this format, such as `trl`, `orca`, `openai`. Default: detected.",
             rich_help_panel=DATA,
         ),
     ] = None
@@ -186,9 +193,8 @@ class Formats:
         typer.Option(
             "--columns",
             metavar="NAME=KEY",
-            help="The data's key for a name that formats "
-            "know, as prompt=query, or a path to it, as prompt=info.post or chosen=answers.0.text. "
-            "Repeat it, or put commas between.",
+            help="Map a format's field to a key of the data: prompt=query; or to a path: "
+            "prompt=info.post, chosen=answers.0.text. Repeat the flag, or separate by commas.",
             rich_help_panel=DATA,
         ),
     ] = None
@@ -197,63 +203,63 @@ class Formats:
         typer.Option(
             "--label",
             metavar="'KEY: VALUE=OUTPUT …'",
-            help="What a label's values mean, "
-            "as 'preference: 1=output_1 2=output_2 0=tie'. Ranges: 'score: <0=a >0=b 0=tie', "
+            help="Meaning of a label's values, "
+            "such as 'preference: 1=output_1 2=output_2 0=tie'. Ranges: 'score: <0=a >0=b 0=tie', "
             "'score: 1..3=a 4=tie 5..7=b'; one-hot columns: 'winner_*: a=output_a b=output_b'; "
-            "for one completion alone 'label: 1=good 0=bad'.",
+            "for single completions: 'label: 1=good 0=bad'.",
             rich_help_panel=DATA,
         ),
     ] = None
     lists: Annotated[
-        Lists, typer.Option("--lists", help="What becomes of a ranked or scored list.",
+        Lists, typer.Option("--lists", help="How a ranked or scored list becomes records.",
                             rich_help_panel=DATA),
     ] = Lists.PAIRS  # fmt: skip
     strings: Annotated[
         Strings | None,
-        typer.Option("--strings", help="What a string is that spells a list of messages, as JSON "
-                     "or Python's repr. Default: a chat where all parts of a row are such strings, "
-                     "text where none is.", rich_help_panel=DATA),
+        typer.Option("--strings", help="How to read a string that contains a list of messages (as "
+                     "JSON or Python's repr). Default: messages if all parts of a row are such "
+                     "strings, text if none is.", rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     split: Annotated[
         str | None,
-        typer.Option("--split", metavar="NAME", help="The split to read of folders that hold "
-                     "several, as train. Default: the only one.", rich_help_panel=DATA),
+        typer.Option("--split", metavar="NAME", help="The split to read from folders with several, "
+                     "such as train. Default: the only one.", rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     score: Annotated[
         str | None,
-        typer.Option("--score", metavar="NAME", help="The score that ranks a list of answers, "
-                     "where there are several: a key, with dots into objects.",
+        typer.Option("--score", metavar="NAME", help="The score that ranks a list of responses, if "
+                     "rows have several: a key, with dots into objects.",
                      rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     encoding: Annotated[
         str | None,
-        typer.Option("--encoding", metavar="NAME", help="Of files of text, as cp1252 or utf-16. "
-                     "Default: UTF-8.", rich_help_panel=DATA),
+        typer.Option("--encoding", metavar="NAME", help="Encoding of text files, such as cp1252 or "
+                     "utf-16. Default: UTF-8.", rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     rows: Annotated[
         str | None,
-        typer.Option("--rows", metavar="LAYOUT", help="What every row goes through first: argilla, "
-                     "label-studio, math-shepherd, oasst, prm800k, or a Python function of yours, "
-                     "MODULE:FUNCTION, from a dict to a dict, a list of them, or None to leave the "
-                     "row out.", rich_help_panel=DATA),
+        typer.Option("--rows", metavar="LAYOUT", help="Transform every row first: argilla, "
+                     "label-studio, math-shepherd, oasst, prm800k, or your Python function "
+                     "MODULE:FUNCTION, which takes a dict and returns a dict, a list of dicts, or "
+                     "None to leave the row out.", rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     group_by: Annotated[
         str | None,
-        typer.Option("--group-by", metavar="KEY", help="Neighbours that say the same under a key, "
-                     "as prompt, become one row, with a list under every other key.",
+        typer.Option("--group-by", metavar="KEY", help="Merge consecutive rows with the same value "
+                     "of a key, such as prompt, into one row with a list under every other key.",
                      rich_help_panel=DATA),
     ] = None  # fmt: skip
 
     def settings(self, *, demonstrations: bool = False) -> "FormatSettings":
-        """Read them.
+        """Return the settings of these flags.
 
         Raises:
-            FormatSettingsError: They cannot be followed.
+            FormatSettingsError: A flag is malformed, or flags contradict each other.
         """
         from logratio.data.formats.settings import FormatSettings
 
@@ -285,24 +291,26 @@ class Formats:
 
 @dataclass(frozen=True)
 class Tokens(Formats):
-    """How records are read and become tokens."""
+    """How rows become records, and records become tokens."""
 
     max_length: Annotated[
         int,
         typer.Option(
-            help="Tokens of prompt + completion; completions are cut, and counted.",
+            help="Maximum tokens of prompt + completion. Longer completions are truncated.",
             rich_help_panel=LIMITS,
         ),
     ] = 1024
     max_prompt_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a prompt. Default: max-length − 1.", rich_help_panel=LIMITS),
+        typer.Option(
+            help="Maximum tokens of a prompt. Default: max-length − 1.", rich_help_panel=LIMITS
+        ),
     ] = None
     prompt_truncation: Annotated[
         PromptTruncation,
         typer.Option(
-            help="A prompt above the limit: drop the record (counted), stop with an "
-            "error, or keep its start or end.",
+            help="For a prompt above the limit: drop the record (and count it), stop with an "
+            "error, or keep the prompt's start or end.",
             rich_help_panel=LIMITS,
         ),
     ] = PromptTruncation.DROP
@@ -310,8 +318,8 @@ class Tokens(Formats):
         bool,
         typer.Option(
             "--eos/--no-eos",
-            help="End text completions with EOS. --no-eos when "
-            "completions were cut short. A chat template decides by itself.",
+            help="Append EOS to text completions. Use --no-eos if the completions are truncated. "
+            "With a chat template, the template decides.",
             rich_help_panel=LIMITS,
         ),
     ] = True
@@ -319,7 +327,7 @@ class Tokens(Formats):
         bool,
         typer.Option(
             "--split-special-tokens",
-            help="Read special tokens that are spelled in plain text as text.",
+            help="Tokenize the names of special tokens in the data as ordinary text.",
             rich_help_panel=LIMITS,
         ),
     ] = False
@@ -327,8 +335,8 @@ class Tokens(Formats):
         bool | None,
         typer.Option(
             "--chat/--text",
-            help="Where the tokenizer has a chat template: wrap plain text as the turns of user "
-            "and assistant, or read it as it stands. Default: as it stands, with a warning.",
+            help="If the tokenizer has a chat template: format plain text as user and assistant "
+            "messages, or leave it as plain text. Default: plain text, with a warning.",
             rich_help_panel=LIMITS,
             show_default=False,
         ),
@@ -337,15 +345,15 @@ class Tokens(Formats):
         str | None,
         typer.Option(
             metavar="2026-11-29",
-            help="The date that the chat template writes, where it has a clock. Default: that of "
-            "the store, the run, the policy or the cache; else today's, which is recorded.",
+            help="The date for chat templates that print today's date. Default: the date of the "
+            "store, run, policy or cache; otherwise today, which is recorded.",
             rich_help_panel=LIMITS,
         ),
     ] = None
 
     @property
     def rules(self) -> "TokenizationRules":
-        """How records become tokens."""
+        """The tokenization rules of these flags."""
         from logratio.data.tokenization.groups import TokenizationRules
 
         return TokenizationRules(
@@ -365,13 +373,13 @@ class Reading(Tokens):
 
     max_bad_fraction: Annotated[
         float,
-        typer.Option("--max-bad-fraction", help="Share of malformed rows to go on with; each is "
-                     "counted and named. 0 stops at any.", rich_help_panel=DATA),
+        typer.Option("--max-bad-fraction", help="Largest share of malformed rows to accept; each "
+                     "is counted and listed. 0: stop at the first.", rich_help_panel=DATA),
     ] = 0.0  # fmt: skip
 
 
 def read_text_as(chat: bool | None) -> "TextAs | None":
-    """Read --chat and --text."""
+    """Return the setting of --chat and --text; None if neither is given."""
     return None if chat is None else "chat" if chat else "text"
 
 

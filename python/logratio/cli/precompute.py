@@ -13,14 +13,14 @@ from logratio.cli.train import announce
 
 
 class Engine(StrEnum):
-    """Where `precompute` computes."""
+    """Where `precompute` runs."""
 
     LOCAL = "local"
     RAY = "ray"
 
 
 class Quantization(StrEnum):
-    """How few bits a weight is loaded in."""
+    """Bits per weight."""
 
     EIGHT = "8bit"
     FOUR = "4bit"
@@ -28,37 +28,37 @@ class Quantization(StrEnum):
 
 @dataclass(frozen=True)
 class Machine(Settings):
-    """What is computed on, in how many bits, and by how many."""
+    """Device, precision, and how the work is divided."""
 
     share: Annotated[
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Score only this part of the groups, told by content: "
-            "for job arrays, 1/8 to 8/8. torchrun shares by itself.",
+            help="Score only this share of the groups, split by content hash: 1/8 to 8/8 in a job "
+            "array. Under torchrun the share is set automatically.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None
     engine: Annotated[
         Engine,
         typer.Option(
-            help="ray: actors on an existing Ray cluster (RAY_ADDRESS) or a local "
-            "one. All machines must see the model and the cache.",
+            help="ray: use actors on an existing Ray cluster (RAY_ADDRESS) or a local one. All "
+            "machines must have access to the model and the cache.",
             rich_help_panel=options.MACHINE,
         ),
     ] = Engine.LOCAL
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Actors of Ray. Default: one a GPU, or one a CPU but one.",
+            help="Number of Ray actors. Default: one per GPU, or the number of CPUs − 1.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None
     token_budget: Annotated[
         int | None,
         typer.Option(
-            help="Tokens computed at a time. Default: found by trying. No result changes "
-            "beyond rounding.",
+            help="Tokens per forward pass. Default: found by trial. Results change only by "
+            "rounding.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None
@@ -67,7 +67,8 @@ class Machine(Settings):
     quantization: Annotated[
         Quantization | None,
         typer.Option(
-            help="Load the weights in 8 or 4 bits: another reference, with a folder of its own.",
+            help="Load the weights in 8 or 4 bits (bitsandbytes). This is another reference, "
+            "with a separate folder in the cache.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None
@@ -83,21 +84,21 @@ MACHINE = Machine()
 def precompute(
     model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
     data: options.Data,
-    cache: Annotated[Path, typer.Option(help="Root of the cache; made where it does not exist.")],
+    cache: Annotated[Path, typer.Option(help="Folder of the cache; created if missing.")],
     reading: Reading = READING,
     sums_only: Annotated[
         bool,
-        typer.Option("--sums-only", help="Keep one sum a completion, over the tokens that count: "
-                     "44 bytes, for billions. Losses that look at single tokens cannot read it."),
+        typer.Option("--sums-only", help="Store only the sum over each completion's loss tokens: "
+                     "44 bytes, for billions of completions. Per-token losses cannot use it."),
     ] = False,
     machine: Machine = MACHINE,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
-    """Score every completion with the reference model, once, into a cache.
+    """Compute the reference log-probs of every completion once, and store them in a cache.
 
-    `train --cache` then holds no reference model. Kill it at any moment and run it again: it goes
-    on where it was. Learning rate, β, loss and order never make an entry stale. Any number of
-    processes and hosts may fill one cache: start it under torchrun, or with --share, or on Ray.
+    `train --cache` then needs no reference model in memory. May be killed at any moment: run it
+    again to resume. Entries stay valid when learning rate, β, loss or data order change. Any number
+    of processes and hosts may fill one cache: use torchrun, --share or Ray.
     """
     from logratio.training.config import PrecomputeConfig
     from logratio.training.precomputation import prepare

@@ -1,4 +1,4 @@
-"""`logratio train`, with its flags by what they are about."""
+"""`logratio train` and its flags, grouped by help panel."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,7 +20,7 @@ LORA_PANEL, UPDATE_PANEL = "LoRA", "Update"
 
 
 class OptimizerName(StrEnum):
-    """Where the optimizer keeps its numbers, and how many bits they have."""
+    """Where the optimizer state is stored, and in how many bits."""
 
     ADAMW = "adamw"
     EIGHT = "adamw8bit"
@@ -28,7 +28,7 @@ class OptimizerName(StrEnum):
 
 
 class ActivationCheckpointing(StrEnum):
-    """Which layers are computed twice to save memory."""
+    """Which layers recompute their activations in the backward pass to save memory."""
 
     AUTO = "auto"
     OFF = "off"
@@ -36,7 +36,7 @@ class ActivationCheckpointing(StrEnum):
 
 
 class Compile(StrEnum):
-    """Whether decoder layers are compiled."""
+    """Whether the decoder layers are compiled."""
 
     OFF = "off"
     ON = "on"
@@ -54,10 +54,13 @@ class Loss(StrEnum):
 
 @dataclass(frozen=True)
 class Objective(Settings):
-    """What is minimised."""
+    """The loss and its parameters."""
 
     loss: Annotated[
-        Loss, typer.Option(help="sft trains on demonstrations, or on the chosen of pairs.")
+        Loss,
+        typer.Option(
+            help="The loss. sft trains on demonstrations, or on the chosen completions of pairs."
+        ),
     ] = Loss.DPO
     beta: Annotated[
         float | None,
@@ -67,14 +70,14 @@ class Objective(Settings):
         ),
     ] = None
     label_smoothing: Annotated[
-        float, typer.Option(help="Share of pairs thought flipped (dpo, simpo).")
+        float, typer.Option(help="Assumed probability that a label is flipped (dpo, simpo).")
     ] = 0.0
-    gamma: Annotated[float, typer.Option(help="The margin that simpo asks for.")] = 1.0
+    gamma: Annotated[float, typer.Option(help="Target margin of simpo.")] = 1.0
 
 
 @dataclass(frozen=True)
 class Update(Settings):
-    """How data become updates."""
+    """Optimisation schedule, checkpoints and the output folder."""
 
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=UPDATE_PANEL)] = (
         1e-6
@@ -82,16 +85,19 @@ class Update(Settings):
     warmup: Annotated[
         float,
         typer.Option(
-            help="Share of the updates in which the rate rises; then a cosine to 0.",
+            help="Share of the updates with linear warmup; a cosine decay to 0 follows.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = 0.1
     max_grad_norm: Annotated[
-        float, typer.Option(help="Gradients are scaled to this norm.", rich_help_panel=UPDATE_PANEL)
+        float, typer.Option(help="Clip gradients to this norm.", rich_help_panel=UPDATE_PANEL)
     ] = 1.0
     batch_size: Annotated[
         int,
-        typer.Option(help="Pairs per update, whatever the memory.", rich_help_panel=UPDATE_PANEL),
+        typer.Option(
+            help="Pairs per optimizer step. Does not affect memory use.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
     ] = 32
     epochs: Annotated[
         int, typer.Option(help="Passes over the data.", rich_help_panel=UPDATE_PANEL)
@@ -100,25 +106,27 @@ class Update(Settings):
         list[float] | None,
         typer.Option(
             metavar="WEIGHT",
-            help="Of each of --data, in their order; repeat it. An "
-            "epoch draws from them by weight. Default: every record once.",
+            help="Sampling weight of each --data, in order; repeat the flag. Default: no weights, "
+            "every record once per epoch.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of the order.", rich_help_panel=UPDATE_PANEL)] = 0
+    seed: Annotated[
+        int, typer.Option(help="Seed of the data order.", rich_help_panel=UPDATE_PANEL)
+    ] = 0
     deterministic: Annotated[
         bool,
         typer.Option(
             "--deterministic",
-            help="On a GPU, the same bits in every run on it: slower kernels that add in a fixed "
-            "order. A CPU gives the same bits in any case.",
+            help="On a GPU, use slower deterministic kernels, so that runs are bitwise identical. "
+            "Runs on a CPU always are.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = False
     save_every: Annotated[
         int,
         typer.Option(
-            help="Updates between checkpoints; 0 for none but at an interrupt.",
+            help="Updates between checkpoints; 0: only when interrupted.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = 200
@@ -126,7 +134,7 @@ class Update(Settings):
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the newest valid checkpoint in --output.",
+            help="Resume from the newest valid checkpoint in --output.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = False
@@ -134,8 +142,8 @@ class Update(Settings):
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace a run in --output by this one. Without it, a finished run with the same "
-            "settings ends at once with 0, and any other run is an error.",
+            help="Replace the run in --output. Without it, the command exits at once with 0 if "
+            "--output has a finished run with the same settings; any other run is an error.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = False
@@ -143,35 +151,38 @@ class Update(Settings):
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters instead of all weights."""
+    """Low-rank adapters instead of full fine-tuning."""
 
     lora: Annotated[
         bool,
         typer.Option(
             "--lora",
-            help="Train low-rank adapters; with them off, the model is its own reference.",
+            help="Train low-rank adapters; the base model without them is the reference.",
             rich_help_panel=LORA_PANEL,
         ),
     ] = False
     lora_rank: Annotated[
-        int | None, typer.Option(help="Their rank. Default: 16.", rich_help_panel=LORA_PANEL)
+        int | None,
+        typer.Option(help="Rank of the adapters. Default: 16.", rich_help_panel=LORA_PANEL),
     ] = None
     lora_alpha: Annotated[
-        float | None, typer.Option(help="Scale × rank. Default: 32.", rich_help_panel=LORA_PANEL)
+        float | None,
+        typer.Option(help="The scale is alpha / rank. Default: 32.", rich_help_panel=LORA_PANEL),
     ] = None
     lora_target: Annotated[
         list[str] | None,
         typer.Option(
-            help="A module's name; repeat it. Default: every linear layer but the head.",
+            help="Name of a module to adapt; repeat the flag. Default: every linear layer except "
+            "the head.",
             rich_help_panel=LORA_PANEL,
         ),
     ] = None
 
     def settings(self) -> "LoraSettings | None":
-        """Return the adapters' settings, where adapters are asked for.
+        """Return the settings of the adapters, or None without --lora.
 
         Raises:
-            ConfigError: nobody asked for adapters, and something is said of them.
+            ConfigError: A LoRA flag is given without --lora.
         """
         from logratio.errors import ConfigError
         from logratio.training.config import LoraSettings
@@ -188,21 +199,21 @@ class Lora:
 
 @dataclass(frozen=True)
 class Machine(Settings):
-    """What is computed on, and in how many bits."""
+    """Device, precision and memory."""
 
     token_budget: Annotated[
         int | None,
         typer.Option(
-            help="Tokens computed at a time. Lower it when memory is short: no result "
-            "changes. Default: 2,048 on a CPU, 8,192 on a GPU.",
+            help="Tokens per micro-batch. A lower value saves memory and leaves the results "
+            "unchanged. Default: 2,048 on a CPU, 8,192 on a GPU.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None
     activation_checkpointing: Annotated[
         ActivationCheckpointing,
         typer.Option(
-            help="Layers that keep their input only and are computed twice: as many as would not "
-            "fit, none or all. No result changes.",
+            help="Layers that recompute their activations in the backward pass: auto, as many as "
+            "memory requires; off, none; all. Results are unchanged.",
             rich_help_panel=options.MACHINE,
         ),
     ] = ActivationCheckpointing.AUTO
@@ -210,8 +221,8 @@ class Machine(Settings):
         bool,
         typer.Option(
             "--offload-activations",
-            help="Keep activations in host memory until the backward pass: less GPU memory for two "
-            "copies over the bus. No result changes.",
+            help="Keep activations in host memory until the backward pass: saves GPU memory, costs "
+            "two copies over the bus. Results are unchanged.",
             rich_help_panel=options.MACHINE,
         ),
     ] = False
@@ -220,8 +231,8 @@ class Machine(Settings):
         Compile,
         typer.Option(
             "--compile",
-            help="Compile the layers (torch.compile): up to a minute at the start. auto times both "
-            "ways first, and compiles where that is faster.",
+            help="Compile the decoder layers (torch.compile), which takes up to a minute. auto: "
+            "time both, and compile if that is faster.",
             rich_help_panel=options.MACHINE,
         ),
     ] = Compile.OFF
@@ -229,8 +240,8 @@ class Machine(Settings):
     optimizer: Annotated[
         OptimizerName,
         typer.Option(
-            help="adamw8bit keeps moments in 8 bits (bitsandbytes), inexact; adamw-host is exact, "
-            "in host memory, slower by two copies of the weights an update.",
+            help="adamw8bit: moments in 8 bits (bitsandbytes), not exact. adamw-host: exact, state "
+            "in host memory, slower by two copies of the weights per update.",
             rich_help_panel=options.MACHINE,
         ),
     ] = OptimizerName.ADAMW
@@ -249,10 +260,10 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for the trained model and its metrics.")],
     cache: Annotated[
         Path | None,
-        typer.Option(help="Reference log-probs made by `precompute`: no reference in memory."),
+        typer.Option(help="Reference log-probs made by `precompute`; saves the reference model."),
     ] = None,
     precompute: Annotated[
-        bool, typer.Option("--precompute", help="Score what --cache lacks first, then train.")
+        bool, typer.Option("--precompute", help="First compute the log-probs missing in --cache.")
     ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
@@ -266,9 +277,9 @@ def train(
 ) -> None:  # fmt: skip
     """Train a policy on preference pairs.
 
-    Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit on a CPU and, with
-    --deterministic, on a GPU. The output folder is
-    a model folder for transformers, with metrics.jsonl and TensorBoard's events beside it.
+    Ctrl-C saves a checkpoint and stops; --resume continues from it, bitwise identical on a CPU, and
+    on a GPU with --deterministic. The output folder is a transformers model folder that also
+    contains metrics.jsonl and TensorBoard events.
     """
     from logratio.training.config import TrainConfig
     from logratio.training.trainer import DPOTrainer
@@ -294,10 +305,10 @@ def train(
     if not trainer.finished:
         announce(trainer.dataset, trainer.forecast)
     if trainer.finished or not dry_run:
-        _tell(trainer.train())
+        _print_result(trainer.train())
 
 
-def _tell(result: "TrainResult") -> None:
+def _print_result(result: "TrainResult") -> None:
     last = result.history[-1] if result.history else {}
     shown = ("loss", "rewards/accuracies", "rewards/margins")
     metrics = ", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last)
@@ -308,7 +319,7 @@ def _tell(result: "TrainResult") -> None:
 
 
 def announce(dataset: "Dataset", forecast: "Forecast") -> None:
-    """Say what was read and what is needed, on standard error: results go to standard output."""
+    """Print the data report and the forecast on standard error; standard output is for results."""
     from logratio.data.analysis.report import analyse
 
     report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()

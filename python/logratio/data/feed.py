@@ -386,6 +386,12 @@ class Feed:
         self.position = Position()
         self._allocate = allocate or BufferPool()
 
+    def __repr__(self) -> str:
+        return (
+            f"Feed({len(self.store):,} groups, {self.epochs} epochs, rank {self.rank} of "
+            f"{self.world_size}, at epoch {self.position.epoch}, update {self.position.update})"
+        )
+
     @property
     def updates_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data."""

@@ -1,1 +1,1 @@
-"""The whole path on generated data: SFT, preferences, cache, DPO, evaluation, ONNX, best-of-N."""
+"""All steps on generated data: SFT, preferences, cache, DPO, evaluation, ONNX, best-of-N."""

@@ -1,4 +1,4 @@
-"""The demo's tables and pictures, and what to run next."""
+"""The demo's tables and plots, and the commands to run next."""
 
 import json
 from dataclasses import asdict
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def summary(result: DemoResult) -> dict[str, Any]:
-    """Return the table's numbers, for `demo.json` and the tests."""
+    """Return the results as a dict, for `demo.json` and the tests."""
     return {
         "win_rate": result.win_rate,
         "sft_rule": float(result.sft.rewards.mean()),
@@ -29,7 +29,7 @@ def summary(result: DemoResult) -> dict[str, Any]:
 
 
 def rows(result: DemoResult) -> list[tuple[str, str, str]]:
-    """Return the comparison's rows: what, SFT model, DPO policy."""
+    """Return the rows of the comparison: name, SFT model, DPO policy."""
     evaluation, kl = result.evaluation, result.evaluation.kl
     assert kl is not None
     accuracy = f"{evaluation.accuracy:.3f} ± {1.96 * evaluation.accuracy_standard_error:.3f}"
@@ -44,7 +44,7 @@ def rows(result: DemoResult) -> list[tuple[str, str, str]]:
 
 
 def best_of_rows(result: DemoResult) -> list[tuple[str, str, str, str]]:
-    """Return best-of-N's rows: N, chosen by the reward, at random, by the rule itself."""
+    """Return the rows of best-of-N: N, chosen by the reward, at random, and by the rule."""
     return [
         (
             f"best of {row.n}",
@@ -73,7 +73,7 @@ CURVES = (
 
 
 def draw_picture(folder: Path, result: DemoResult) -> Path:
-    """Write `demo.png`: three training curves and the two tables; return its path."""
+    """Write `demo.png` with three training curves and both tables; return its path."""
     from matplotlib.figure import Figure
 
     lines = (folder / "dpo" / "metrics.jsonl").read_text().splitlines()
@@ -109,7 +109,7 @@ FORECAST = "needs about 2 minutes on two idle cores, 2 GB of memory and 10 MB of
 
 
 def show(config: DemoConfig) -> DemoResult:
-    """Run the demo, print its tables, and write `demo.png` and `demo.json` beside the rest."""
+    """Run the demo, print its tables, and write `demo.png` and `demo.json`."""
     for module in NEEDED:
         require(module, "demo")
     console = Console()
@@ -121,7 +121,7 @@ def show(config: DemoConfig) -> DemoResult:
     picture = draw_picture(config.output, result)
     (config.output / "demo.json").write_text(json.dumps(summary(result), indent=1) + "\n")
     total = sum(result.seconds.values())
-    console.print(f"{total:.0f} s in all; pictures of the curves and the tables: {picture}")
+    console.print(f"{total:.0f} s in total; training curves and tables: {picture}")
     console.print(_next_steps(config.output), highlight=False, soft_wrap=True)
     return result
 
@@ -154,4 +154,4 @@ Next, on your own data (JSON lines with prompt, chosen, rejected) and model fold
   logratio export     --policy policy --reference MODEL --beta 0.1 --output bundle
   logratio serve      --bundle bundle
 
-or serve what the demo made:  logratio serve --bundle {folder / "bundle"}"""
+or serve the demo's model:  logratio serve --bundle {folder / "bundle"}"""

@@ -1,4 +1,4 @@
-"""The demo's steps, each through the same calls that a user makes."""
+"""The demo's steps, each with the public API."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Candidates:
-    """For each prompt, the texts drawn for it."""
+    """Sampled texts of each prompt."""
 
     prompts: list[str]
     texts: list[list[str]]
@@ -37,7 +37,7 @@ class Candidates:
         return zip(self.prompts, self.texts, strict=True)
 
     def pairs(self) -> Iterator[dict[str, str]]:
-        """Yield the rule's best and worst text of each prompt, where they differ."""
+        """Yield the best and worst text of each prompt by the rule, if their scores differ."""
         for prompt, texts in self:
             ranked = sorted(texts, key=lambda text: task.rule(prompt, text))
             worst, best = ranked[0], ranked[-1]
@@ -46,7 +46,7 @@ class Candidates:
 
 
 def draw(model_folder: Path, prompts: list[str], count: int, seed: int) -> Candidates:
-    """Draw `count` stories for each prompt from the model in `model_folder`."""
+    """Sample `count` stories per prompt from the model in `model_folder`."""
     from logratio.training.evaluation import sample_completions
     from logratio.training.models import load_model
 
@@ -68,14 +68,14 @@ SIZES = (1, 4, 16)
 
 @dataclass(frozen=True)
 class BestOf:
-    """The rule's mean score of the chosen story among the first `n`.
+    """The rule's mean score of the story chosen from the first `n`.
 
     Attributes:
-        n: candidates to choose from.
-        reward: chosen by the exported implicit reward.
-        random: the mean of the candidates, which is what a random choice gets.
-        oracle: chosen by the rule itself.
-        standard_error: of `reward`, over prompts.
+        n: Number of candidates.
+        reward: Chosen by the exported implicit reward.
+        random: The mean of the candidates, the expected score of a random choice.
+        oracle: Chosen by the rule itself.
+        standard_error: Standard error of `reward` over prompts.
     """
 
     n: int
@@ -86,7 +86,7 @@ class BestOf:
 
 
 def best_of(bundle: Path, candidates: Candidates) -> list[BestOf]:
-    """Let the bundle in `bundle` choose among each prompt's candidates."""
+    """Choose among each prompt's candidates with the bundle in the folder `bundle`."""
     from logratio.serving.reranker import Reranker
 
     reranker = Reranker.load(bundle)
@@ -118,11 +118,11 @@ class DemoConfig:
     """Settings of the demo.
 
     Attributes:
-        output: folder for everything it makes; a demo that was there before is replaced.
-        seed: of data, models, order and samples: same seed, same table.
-        demonstrations: stories for SFT.
-        preference_prompts: prompts whose sampled stories become pairs.
-        held_out_prompts: prompts that the table is made on.
+        output: Folder for all files; an earlier demo in it is replaced.
+        seed: Seed of data, models, order and samples; the same seed gives the same table.
+        demonstrations: Number of stories for SFT.
+        preference_prompts: Number of prompts whose sampled stories become pairs.
+        held_out_prompts: Number of prompts for the tables.
     """
 
     output: Path = Path("logratio-demo")
@@ -137,7 +137,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model's stories on the held-out prompts, by the hidden rule."""
+    """Scores by the hidden rule, and lengths, of a model's stories on held-out prompts."""
 
     rewards: np.ndarray
     lengths: np.ndarray
@@ -145,13 +145,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """The demo's measurements.
 
     Attributes:
-        sft, dpo: stories of both models, judged by the rule.
-        evaluation: the policy on held-out pairs, with its KL to the SFT model.
-        best_of: by N, the rule's score of the story that the exported reward picks.
-        seconds: of each step.
+        sft, dpo: Stories of both models, scored by the rule.
+        evaluation: The policy on held-out pairs, with its KL to the SFT model.
+        best_of: For each N, the rule's score of the story chosen by the exported reward.
+        seconds: Duration of each step.
     """
 
     sft: Judged
@@ -162,12 +162,12 @@ class DemoResult:
 
     @property
     def win_rate(self) -> float:
-        """Share of held-out prompts where DPO's story beats SFT's by the rule; ties half."""
+        """Share of held-out prompts where DPO's story beats SFT's by the rule; ties count half."""
         return float(((np.sign(self.dpo.rewards - self.sft.rewards) + 1) / 2).mean())
 
 
 class Demo:
-    """Folders and files of one demo, and the steps between them."""
+    """One demo: its files and its steps."""
 
     def __init__(self, config: DemoConfig, console: Console) -> None:
         self.config, self.console = config, console
@@ -176,18 +176,20 @@ class Demo:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> DemoResult:
-        """Do every step."""
+        """Run every step."""
         _replace(self.folder)
-        torch.set_num_threads(1)  # the model is tiny: threads that wait for each other cost more
+        torch.set_num_threads(
+            1
+        )  # the model is tiny: synchronising threads costs more than it saves
         seed = self.config.seed
         held_out = task.repeated(self._held_out, self.config.held_out_prompts)
         with self._step("SFT", "a small Llama learns to write stories"):
             self._sft()
-        with self._step("preferences", "its own stories, ranked by a rule that no model sees"):
+        with self._step("preferences", "its stories, ranked by a hidden rule"):
             self._preferences()
         with self._step("reference cache", "the SFT model's log-probs, once"):
             precompute(PrecomputeConfig(self._sft_model, self._pairs, self._cache, rules=RULES))
-        with self._step("DPO", "against the cache: no second model in memory"):
+        with self._step("DPO", "with the cache, so no second model in memory"):
             self._dpo()
         with self._step("evaluation", "held-out pairs and fresh samples"):
             evaluation = self._evaluate()
@@ -195,7 +197,7 @@ class Demo:
             dpo = _judge(draw(self._policy, held_out, 1, seed + 4))
         with self._step("export", "policy and reference as one ONNX graph, checked against torch"):
             export_bundle(ExportConfig(self._policy, self._sft_model, self._bundle))
-        with self._step("best-of-N", "the exported reward picks among the SFT model's stories"):
+        with self._step("best-of-N", "the exported reward chooses among the SFT model's stories"):
             ranked = best_of(self._bundle, draw(self._sft_model, held_out, 16, seed + 5))
         return DemoResult(sft, dpo, evaluation, ranked, self.seconds)
 
@@ -275,14 +277,16 @@ def _judge(candidates: Candidates) -> Judged:
 
 
 def _replace(folder: Path) -> None:
-    """Empty the folder of an earlier demo; refuse one that is something else.
+    """Remove the files of an earlier demo, and create the folder.
 
     Raises:
-        FileExistsError: the folder holds other things.
+        FileExistsError: The folder contains other files.
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
-            raise RunExistsError(f"{folder} is not empty and not an earlier demo; name another")
+            raise RunExistsError(
+                f"{folder} is not empty and not an earlier demo; choose another folder"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text(json.dumps({"made_by": "logratio demo"}))

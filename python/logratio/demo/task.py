@@ -1,7 +1,7 @@
-"""A language with a hidden rule: tiny stories about animals, and what makes one good.
+"""Generated data: tiny stories about animals, and a hidden rule that scores them.
 
-The rule is the ground truth that no model sees: preferences are made with it, and generations are
-judged by it, so the demo's table cannot flatter itself.
+The rule is the ground truth: it creates the preferences and scores the generations. No model sees
+it, so the demo's results are independent of the models.
 """
 
 import json
@@ -27,7 +27,7 @@ HELD_OUT_SHARE = 0.25
 
 
 def split_prompts(seed: int) -> tuple[list[str], list[str]]:
-    """Shuffle all 800 beginnings of stories and part them: for training, and held out."""
+    """Shuffle the 800 prompts and split them into training and held-out prompts."""
     everything = [
         f"{name} the {animal} went to the {place} ."
         for name, animal, place in product(NAMES, ANIMALS, PLACES)
@@ -38,12 +38,12 @@ def split_prompts(seed: int) -> tuple[list[str], list[str]]:
 
 
 def repeated(prompts: list[str], count: int) -> list[str]:
-    """Go through `prompts` again and again until there are `count`."""
+    """Return `count` prompts, repeating the list as needed."""
     return list(islice(cycle(prompts), count))
 
 
 def completion(prompt: str, draw: random.Random) -> str:
-    """Continue a story at random: what an unguided author writes, good and bad."""
+    """Continue a story at random, with good and bad moods."""
     animal = prompt.split()[2]
     return " " + " ".join(_sentence(animal, draw) for _ in range(draw.randint(2, 4)))
 
@@ -62,7 +62,7 @@ def _sentence(animal: str, draw: random.Random) -> str:
 
 
 def rule(prompt: str, text: str) -> int:
-    """Judge a story: good moods minus bad ones, and 2 less for every other animal it names."""
+    """Score a story: good moods minus bad ones, minus 2 for every other animal."""
     words, animal = text.split(), prompt.split()[2]
     good = sum(word in GOOD for word in words)
     bad = sum(word in BAD for word in words)
@@ -71,7 +71,7 @@ def rule(prompt: str, text: str) -> int:
 
 
 def demonstrations(prompts: list[str], seed: int) -> Iterator[dict[str, str]]:
-    """Yield a prompt/completion row for SFT for each prompt."""
+    """Yield a prompt/completion row for SFT per prompt."""
     draw = random.Random(seed)
     for prompt in prompts:
         yield {"prompt": prompt, "completion": completion(prompt, draw)}
@@ -84,7 +84,7 @@ def write_rows(path: Path, rows: Iterator[dict[str, str]] | list[dict[str, str]]
 
 
 def vocabulary() -> list[str]:
-    """List every word of the language, special tokens first."""
+    """Return every word of the language, special tokens first."""
     grammar = ["the", "a", "was", "and", "felt", "friend", "gave", "in", "went", "to", "."]
     return [*SPECIAL, *grammar, *ANIMALS, *NAMES, *PLACES, *GOOD, *BAD, *ACTIONS, *THINGS]
 

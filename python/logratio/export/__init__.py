@@ -1,6 +1,6 @@
-"""From trained models to a bundle: one ONNX graph of policy and reference, proved equal to torch.
+"""Export policy and reference as a bundle: one ONNX graph, verified against torch.
 
-`export_bundle(ExportConfig(...))` does what `logratio export` does.
+`export_bundle(ExportConfig(...))` is the Python form of `logratio export`.
 """
 
 from logratio.export.export import (

@@ -1,4 +1,4 @@
-"""From two model folders to a bundle, or to a refusal that leaves nothing behind."""
+"""Export two model folders as a bundle, or fail without leaving any file."""
 
 import json
 import math
@@ -70,11 +70,11 @@ from logratio.validation import check_fields, check_kind
 
 
 @contextmanager
-def beside(output: Path) -> Iterator[Path]:
-    """Make a folder beside `output`, removed in the end unless it was published.
+def partial_folder(output: Path) -> Iterator[Path]:
+    """Create a temporary folder next to `output`, and remove it unless it was published.
 
     Yields:
-        The folder, on the same file system, so that renaming it is one step.
+        The folder, on the same file system as `output`, so that the rename is atomic.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f".{output.name}.{os.getpid()}.partial")
@@ -87,11 +87,11 @@ def beside(output: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, manifest: Manifest, output: Path) -> None:
-    """Write the manifest, read everything back, and rename the folder to `output`.
+    """Write the manifest, verify all files, and rename the folder to `output`.
 
     Raises:
-        BundleError: What was written does not read back (a failing disk).
-        OSError: The disk is full, or `output` came into being meanwhile.
+        BundleError: A file does not read back as written (a failing disk).
+        OSError: The disk is full, or `output` was created in the meantime.
     """
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     verify_files(folder, read_manifest(folder))
@@ -105,12 +105,12 @@ LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 _PROCESS_BYTES = 0.9e9
 _COPIES, _COPIES_APART = 4.0, 2.0
-"""Of the weights at the peak: torch's and ONNX Runtime's, and two of a file that is one message."""
+"""Copies of the weights at the peak: torch's, ONNX Runtime's, and two more for a single file."""
 _SECONDS, _SECONDS_PER_LAYER, _BYTES_PER_SECOND = 8.0, 3.5, 2e8
 
 
 class ExportError(LogratioError, ValueError):
-    """The export cannot be made as asked; nothing was left in the output folder."""
+    """The export failed; no file is left in the output folder."""
 
 
 @takes_known_names(ref_model="reference")
@@ -120,14 +120,14 @@ class ExportConfig:
 
     Attributes:
         policy: Folder of the trained model or adapter.
-        reference: Folder of the model (or adapter) it was kept close to.
-        output: Folder of the bundle; new, or empty.
-        beta: The reward is beta times the log-ratio, in nats; that of the policy's training
-            (its ``training.json``) where None.
-        rules: How text becomes ids; None: as the policy was trained (its ``training.json``), else
-            the defaults, both cut to the positions that the models have.
-        text_as: What a prompt that is a string is: ``chat``, the turn of a user that the chat
-            template writes, or ``text``, as it stands. None: as the policy was trained.
+        reference: Folder of the reference model or adapter.
+        output: Folder of the bundle; must be new or empty.
+        beta: The reward is beta times the log-ratio in nats. None: the beta of the policy's
+            training (its ``training.json``).
+        rules: Tokenization rules. None: those of the policy's training (its ``training.json``),
+            or the defaults, limited to the models' maximum positions.
+        text_as: How to read a prompt given as a string: ``chat``, a user's message formatted with
+            the chat template; or ``text``, plain text. None: as in the policy's training.
     """
 
     policy: str | Path
@@ -143,15 +143,15 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that can begin.
+    """An export whose settings are valid.
 
     Attributes:
         policy: The policy's folder.
         reference: The reference's folder.
         beta: Reward per nat.
         output: The bundle's folder.
-        tokenizer: Loaded, with the bundle's rules.
-        config: The policy's.
+        tokenizer: The tokenizer with the bundle's rules.
+        config: The policy's config.
     """
 
     policy: Path
@@ -163,17 +163,17 @@ class ExportPlan:
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids that the models know; the tokenizer may use fewer."""
+        """Vocabulary size of the models; the tokenizer may have fewer ids."""
         return int(self.config.vocab_size)
 
     @property
     def rules(self) -> TokenizationRules:
-        """How text becomes ids."""
+        """The tokenization rules."""
         return self.tokenizer.rules
 
     @property
     def forecast(self) -> Forecast:
-        """What the export will need; equal weights are stored once, so it may be less."""
+        """Upper bound of memory, disk and time: equal weights are stored once."""
         disk = 4.0 * self._parameters()
         copies = _COPIES_APART if disk > SINGLE_FILE_BYTES else _COPIES
         layers = int(self.config.num_hidden_layers)
@@ -190,26 +190,29 @@ class ExportPlan:
         shares_base = (self.policy / ADAPTER_CONFIG).exists() and base_folder(
             self.policy
         ).resolve() == self.reference.resolve()
-        own = parameter_count(self.policy)
-        return own if shares_base else own + parameter_count(self.reference)
+        policy = parameter_count(self.policy)
+        return policy if shares_base else policy + parameter_count(self.reference)
 
 
 def plan_export(config: ExportConfig) -> Forecast:
-    """Check everything that can be checked without the weights, and say what the export needs.
+    """Check the settings without loading weights, and estimate memory, disk and time.
+
+    Args:
+        config: The settings of the export.
 
     Raises:
         ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
-            MissingExtraError: What stands in the way.
+            MissingExtraError: The export is not possible; the message gives the reason.
     """
     return make_plan(config).forecast
 
 
 def make_plan(config: ExportConfig) -> ExportPlan:
-    """Check everything that can be checked without the weights.
+    """Check the settings without loading weights.
 
     Raises:
         ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
-            MissingExtraError: What stands in the way.
+            MissingExtraError: The export is not possible; the message gives the reason.
     """
     check_kind(config, ExportConfig)
     refuse_multiple_processes("export")
@@ -220,18 +223,18 @@ def make_plan(config: ExportConfig) -> ExportPlan:
         check_model_folder(folder)
     beta = reward_beta(policy, config.beta)
     if not (math.isfinite(beta) and beta > 0):
-        raise ExportError(f"beta is {beta}; it is that of the training, above 0")
+        raise ExportError(f"beta is {beta}; it must be above 0, the beta of the training")
     _check_output(output)
     architecture = _architectures(policy, reference)
     folder = _tokenizer_folder(policy, reference)
     rules = _rules(config, policy, architecture)
     if config.rules is None:
-        rules = _settled(rules, _tokenizer(folder, rules))
+        rules = _with_default_text_as(rules, _tokenizer(folder, rules))
     tokenizer = _tokenizer(folder, rules)
     check_exportable(architecture, tokenizer.rules.max_length)
     if tokenizer.vocabulary_size > architecture.vocab_size:
         raise ExportError(
-            f"{folder}: its tokenizer knows {tokenizer.vocabulary_size} ids, and the policy "
+            f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, but the policy has "
             f"{architecture.vocab_size}"
         )
     plan = ExportPlan(policy, reference, beta, output, tokenizer, architecture)
@@ -241,22 +244,22 @@ def make_plan(config: ExportConfig) -> ExportPlan:
 
 def _check_output(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
-        raise ExportError(f"{output}: not empty, and a bundle never overwrites anything")
+        raise ExportError(f"{output}: not empty; an export never overwrites files")
     if output.exists() and not output.is_dir():
-        raise ExportError(f"{output}: a file of this name is in the way")
+        raise ExportError(f"{output}: is a file, not a folder")
 
 
 def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
-    """Return the policy's configuration; the reference may differ in all but the vocabulary."""
-    own, other = (architecture(base_folder(folder)) for folder in (policy, reference))
-    check_exportable(own, 0)
-    check_exportable(other, 0)
-    if own.vocab_size != other.vocab_size:
+    """Return the policy's config; the reference must have the same vocabulary."""
+    first, second = (architecture(base_folder(folder)) for folder in (policy, reference))
+    check_exportable(first, 0)
+    check_exportable(second, 0)
+    if first.vocab_size != second.vocab_size:
         raise ExportError(
-            f"policy and reference have different vocabularies ({own.vocab_size} and "
-            f"{other.vocab_size} ids), so their log-probs cannot be compared"
+            f"policy and reference have different vocabularies ({first.vocab_size} and "
+            f"{second.vocab_size} ids), so their log-probs cannot be compared"
         )
-    return own
+    return first
 
 
 def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -> TokenizationRules:
@@ -274,10 +277,9 @@ def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -
 
 
 def _trained_as(policy: Path) -> TextAs | None:
-    """Tell from the policy's training what a string is; None where the training does not tell.
+    """Return how the policy's training read strings; None if it is not recorded.
 
-    A policy that was trained on chats alone gets strings as a user's turn: nobody would want them
-    as they stand.
+    After training on chats only, a string is read as a user's message.
     """
     report = policy / DATA_REPORT_FILE
     try:
@@ -287,8 +289,8 @@ def _trained_as(policy: Path) -> TextAs | None:
     if counts.text_rows and counts.chat_rows:
         say(
             f"{report}: {counts.text_rows:,} rows were trained as plain text and "
-            f"{counts.chat_rows:,} through the chat template; the bundle reads strings as plain "
-            "text (--chat: as a user's turn)"
+            f"{counts.chat_rows:,} with the chat template; the bundle reads strings as plain text "
+            "(--chat: as a user's message)"
         )
         return "text"
     if counts.chat_rows:
@@ -296,19 +298,21 @@ def _trained_as(policy: Path) -> TextAs | None:
     return "text" if counts.text_rows else None
 
 
-def _settled(rules: TokenizationRules, tokenizer: PreferenceTokenizer) -> TokenizationRules:
-    """Choose what a string is where neither the user nor the training tells: say so."""
+def _with_default_text_as(
+    rules: TokenizationRules, tokenizer: PreferenceTokenizer
+) -> TokenizationRules:
+    """Read strings as chat if neither the user nor the training decides, and print a note."""
     if rules.text_as is not None or tokenizer.chat_template is None:
         return rules
     say(
-        "nothing records how the policy was trained: strings are read as a user's turn, which the "
-        "chat template writes (--text: as they stand)"
+        "no record of how the policy was trained: strings are read as a user's message with the "
+        "chat template (--text: as plain text)"
     )
     return replace(rules, text_as="chat")
 
 
 def _trained_rules(policy: Path) -> TokenizationRules | None:
-    """Read the rules that `logratio train` wrote beside the policy."""
+    """Read the rules that `logratio train` stored in the policy's folder."""
     settings = settings_of(policy)
     if settings is None:
         return None
@@ -316,7 +320,7 @@ def _trained_rules(policy: Path) -> TokenizationRules | None:
         return TokenizationRules.from_dict(settings["rules"])
     except (ValueError, KeyError, TypeError) as error:
         path = policy / SETTINGS_FILE
-        raise ExportError(f"{path}: its rules cannot be read ({error})") from error
+        raise ExportError(f"{path}: cannot read its rules ({error})") from error
 
 
 def _tokenizer_folder(policy: Path, reference: Path) -> Path:
@@ -324,7 +328,7 @@ def _tokenizer_folder(policy: Path, reference: Path) -> Path:
     found = next((folder for folder in places if (folder / TOKENIZER_FILES[0]).exists()), None)
     if found is None:
         raise ExportError(
-            f"neither {policy} nor {reference} holds a tokenizer.json; make one with transformers: "
+            f"no tokenizer.json in {policy} or {reference}; create one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return found
@@ -347,17 +351,21 @@ class ExportResult:
     """A finished bundle.
 
     Attributes:
-        output: Its folder.
-        manifest: What it says of itself.
-        seconds: The export took.
+        output: The bundle's folder.
+        manifest: The bundle's manifest.
+        seconds: Duration of the export.
     """
 
     output: Path
     manifest: Manifest
     seconds: float
 
+    def __repr__(self) -> str:
+        graph = self.manifest.graph
+        return f"ExportResult({str(self.output)!r}, {graph.kind}, opset {graph.opset})"
+
     def to_text(self) -> str:
-        """Tell it to a person."""
+        """Return a one-line summary."""
         graph, files = self.manifest.graph, self.manifest.files
         kind = "one base with its adapter" if graph.kind == "adapter" else "two models"
         worst = max(self.manifest.parity.values())
@@ -369,20 +377,31 @@ class ExportResult:
 
 
 def export_bundle(config: ExportConfig, *, show_progress: bool = True) -> ExportResult:
-    """Write policy and reference as a bundle that `serving` loads.
+    """Export policy and reference as a bundle that `Reranker.load` opens.
 
-    The bundle appears in `config.output` complete or not at all: it is written beside it, must
-    give torch's log-probs on golden groups, and is then renamed.
+    The bundle is written to a temporary folder, verified against torch's log-probs on golden
+    groups, and renamed to `config.output`, so no partial bundle is ever visible.
+
+    Args:
+        config: The settings of the export.
+        show_progress: Show a progress bar on a terminal.
+
+    Returns:
+        The bundle's folder, manifest and export time.
 
     Raises:
-        ExportError: The graph cannot be made, or does not give torch's log-probs.
-        ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: Before anything
-            long; see `plan_export`.
+        ExportError: The graph cannot be created, or its log-probs differ from torch's.
+        ModelFolderError, UnsupportedModelError, OutputError, MissingExtraError: As in
+            `plan_export`, before the models are loaded.
+
+    Example:
+        >>> result = export_bundle(ExportConfig("policy", "reference", "bundle"))
+        >>> print(result.to_text())
     """
     start = time.monotonic()
     plan = make_plan(config)
     with (
-        beside(plan.output) as folder,
+        partial_folder(plan.output) as folder,
         progress("exporting", _STEPS, "steps", show=show_progress) as advance,
     ):
         manifest = _Export(plan, folder).run(lambda done: advance(1, done))
@@ -392,18 +411,20 @@ def export_bundle(config: ExportConfig, *, show_progress: bool = True) -> Export
 
 
 class _Export:
-    """One export: the groups it is checked on, and the steps to a manifest."""
+    """One export: its verification groups and its steps."""
 
     def __init__(self, plan: ExportPlan, folder: Path) -> None:
         self._plan, self._folder = plan, folder
         length = plan.rules.max_length
-        self._carried = golden_inputs(plan.tokenizer, plan.vocabulary_size, length)
-        self._checked = self._carried + probing_inputs(plan.config, plan.vocabulary_size, length)
+        self._golden_inputs = golden_inputs(plan.tokenizer, plan.vocabulary_size, length)
+        self._checked = self._golden_inputs + probing_inputs(
+            plan.config, plan.vocabulary_size, length
+        )
         self._policy = model_fingerprint(plan.policy).to_dict()
         self._reference = model_fingerprint(plan.reference).to_dict()
 
     def run(self, report: Callable[[str], None]) -> Manifest:
-        """Write graph and tokenizer into the folder and return the manifest of both."""
+        """Write graph and tokenizer into the folder, and return the manifest."""
         pair, expected, training = _load(self._plan, self._checked)
         report("models loaded, golden log-probs computed")
         scorer = RewardScorer(pair.policy, pair.reference, self._plan.beta)
@@ -412,8 +433,8 @@ class _Export:
         try:
             parity = check_parity(session, self._plan.beta, self._checked, expected, training)
         except ParityError as error:
-            raise ExportError(f"the graph is not exact enough to be served: {error}") from error
-        report("graph equals torch")
+            raise ExportError(f"the graph is not exact enough: {error}") from error
+        report("graph verified against torch")
         files += write_tokenizer(self._plan.tokenizer.files, self._folder)
         return Manifest(
             beta=self._plan.beta,
@@ -429,16 +450,16 @@ class _Export:
                 max_positions(self._plan.config),
             ),
             files={name: bundle.describe_file(self._folder / name) for name in files},
-            golden=_golden(self._carried, expected),
+            golden=_golden(self._golden_inputs, expected),
             parity=parity,
             versions=_versions(),
         )
 
     def _write_graph(self, scorer: RewardScorer) -> tuple[Any, int, list[str]]:
-        """Write the graph in the newest opset that torch writes and ONNX Runtime opens.
+        """Write the graph in the newest opset that both torch and ONNX Runtime support.
 
         Returns:
-            A session on it, the opset, the files.
+            A session on the graph, its opset, and the names of the files.
         """
         properties = bundle.graph_properties(self._plan.beta, self._policy, self._reference)
         reasons = []
@@ -451,14 +472,14 @@ class _Export:
                 reasons.append(str(error))
                 for name in bundle.FILE_NAMES:
                     (self._folder / name).unlink(missing_ok=True)
-        raise ExportError(f"no ONNX graph can be made of this model ({'; '.join(reasons)})")
+        raise ExportError(f"this model cannot be exported to ONNX ({'; '.join(reasons)})")
 
 
 def _load(plan: ExportPlan, groups: Sequence[GoldenInput]) -> tuple[ModelPair, Expected, Expected]:
-    """Load both models and score the groups with each as it was loaded, before they are joined.
+    """Load both models, and score the groups with each before the models are joined.
 
     Returns:
-        The models, the log-probs by their own forward, the log-probs as training computes them.
+        The models, the log-probs of their own forward, and the log-probs of training's code.
     """
     policy, reference = (
         load_model(folder).requires_grad_(False) for folder in (plan.policy, plan.reference)
@@ -476,13 +497,13 @@ def _open(graph: Path) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     try:
         return runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library raises a dozen unrelated kinds
+    except Exception as error:  # the library raises many unrelated types
         reason = str(error).strip().split("\n")[0][:200]
         raise GraphError(f"ONNX Runtime cannot open it: {reason}") from error
 
 
 def _golden(groups: Sequence[GoldenInput], expected: Expected) -> list[GoldenGroup]:
-    """Join groups with their log-probs; `expected` goes on with groups that are not carried."""
+    """Combine the golden groups with their log-probs, which are the first of `expected`."""
     return [
         GoldenGroup(**asdict(group), policy_logps=policy, reference_logps=reference)
         for group, policy, reference in zip(
@@ -497,12 +518,12 @@ def _special_ids(plan: ExportPlan) -> dict[str, int | None]:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that had a hand in it."""
+    """Return the versions of the libraries that the export used."""
     names = (*VERSIONED, _runtime_distribution())
     return {name: metadata.version(name) for name in names}
 
 
 def _runtime_distribution() -> str:
-    """Name the build of ONNX Runtime that is installed."""
+    """Return the name of the installed ONNX Runtime package."""
     installed = {distribution.name for distribution in metadata.distributions()}
     return "onnxruntime-gpu" if "onnxruntime-gpu" in installed else "onnxruntime"

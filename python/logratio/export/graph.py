@@ -1,4 +1,4 @@
-"""A scorer as an ONNX graph: each half traced, both joined, made smaller, written."""
+"""Trace a scorer's two models to ONNX, join the graphs, optimise and write them."""
 
 import contextlib
 import hashlib
@@ -22,11 +22,11 @@ from logratio.logps.completion import transformer
 from logratio.training.fingerprint import IGNORED_CONFIG
 
 Half = tuple[Any, Mapping[str, np.ndarray]]
-"""An `onnx_ir.Model` with one output, and the values of the inputs that are weights."""
+"""An `onnx_ir.Model` with one output, and the values of its weight inputs."""
 
 
 def open_weights(graph: Any, names: Collection[str]) -> None:
-    """Turn a graph's weights into inputs, whose values no pass can rely on."""
+    """Turn a graph's weights into inputs, so that no optimisation pass uses their values."""
     for name in list(graph.initializers):
         if name in names:
             value = graph.initializers.pop(name)
@@ -35,12 +35,12 @@ def open_weights(graph: Any, names: Collection[str]) -> None:
 
 
 def joined(policy: Half, reference: Half, beta: float) -> Any:
-    """Join two halves with the same ids; the policy's model is changed and returned."""
+    """Join the graphs of policy and reference, which share inputs; modifies the policy's."""
     import onnx_ir
 
     model, weights = policy
     graph = model.graph
-    sums = [_close(graph, "policy", weights), _take_over(graph, *reference)]
+    sums = [_restore_weights(graph, "policy", weights), _move_into(graph, *reference)]
     factor = onnx_ir.Value(name="beta", const_value=onnx_ir.tensor(np.float32(beta), name="beta"))
     factor.dtype, factor.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape([])
     graph.register_initializer(factor)
@@ -53,8 +53,8 @@ def joined(policy: Half, reference: Half, beta: float) -> Any:
     return model
 
 
-def _close(graph: Any, prefix: str, weights: Mapping[str, np.ndarray]) -> Any:
-    """Give a half its weights and names of its own; return its output."""
+def _restore_weights(graph: Any, prefix: str, weights: Mapping[str, np.ndarray]) -> Any:
+    """Turn a half's inputs back into weights, prefix all names, and return its output."""
     import onnx_ir
 
     for node in graph.all_nodes():
@@ -71,12 +71,12 @@ def _close(graph: Any, prefix: str, weights: Mapping[str, np.ndarray]) -> Any:
     return graph.outputs[0]
 
 
-def _take_over(graph: Any, other: Any, weights: Mapping[str, np.ndarray]) -> Any:
+def _move_into(graph: Any, other: Any, weights: Mapping[str, np.ndarray]) -> Any:
     """Move another half's nodes and weights into `graph`; return its output there."""
     source = other.graph
-    sums = _close(source, "reference", weights)
-    for value, own in zip(source.inputs, graph.inputs, strict=True):
-        value.replace_all_uses_with(own)
+    sums = _restore_weights(source, "reference", weights)
+    for value, shared in zip(source.inputs, graph.inputs, strict=True):
+        value.replace_all_uses_with(shared)
     source.outputs.clear()
     for name, value in list(source.initializers.items()):
         del source.initializers[name]
@@ -88,9 +88,9 @@ def _take_over(graph: Any, other: Any, weights: Mapping[str, np.ndarray]) -> Any
 
 
 def smaller(model: Any) -> Any:
-    """Store equal weights once, compute equal things once, drop what only debuggers read.
+    """Remove duplicate weights, common subexpressions and debug metadata.
 
-    The exporter's notes on nodes hold this machine's paths, and more bytes than a small model.
+    The exporter's metadata contains paths of this machine, and may be larger than a small model.
     """
     import onnx_ir.passes.common as passes
 
@@ -107,9 +107,9 @@ def smaller(model: Any) -> Any:
 
 
 def _deduplicate(graph: Any) -> None:
-    """Store equal weights once: a fine-tune often leaves most of its reference as it was.
+    """Store equal weights once: policy and reference often share most of them.
 
-    (onnx_ir has a pass for it, which fails on weights that the exporter has transposed.)
+    The pass of onnx_ir fails on weights that the exporter has transposed.
     """
     first: dict[tuple[Any, ...], Any] = {}
     for name, value in list(graph.initializers.items()):
@@ -122,10 +122,10 @@ def _deduplicate(graph: Any) -> None:
 
 
 def _fold_transposes(graph: Any) -> None:
-    """Store weights as MatMul reads them.
+    """Store weights in the layout that MatMul reads.
 
-    The exporter folds the transpose of a weight with one reader only; here prompt and candidates
-    both read it, and ONNX Runtime would keep a second, transposed copy of every weight.
+    The exporter folds the transpose of a weight only if it has one reader. Here prompt and
+    candidates both read it, and ONNX Runtime would keep a second, transposed copy.
     """
     for value in list(graph.initializers.values()):
         readers = [use.node for use in value.uses()]
@@ -157,14 +157,14 @@ def _fold(graph: Any, value: Any, readers: list[Any], order: tuple[int, ...]) ->
 
 
 OPSETS = (23, 20)
-"""Tried in this order. 23 has attention, RMS norm and rotary embedding as operators of their own:
-half the nodes and a quarter less time on a CPU."""
+"""Tried in this order. Opset 23 has operators for attention, RMS norm and rotary embedding: half
+the nodes and a quarter less time on a CPU."""
 SINGLE_FILE_BYTES = 1_900_000_000
-"""Larger weights stand in a file of their own: a protobuf message ends at 2 GiB."""
+"""Larger weights go to a separate file, since a protobuf message is limited to 2 GiB."""
 
 _TRACED = ([[5, 6, 7, 8, 9], [10, 11, 12]], [[[1, 2, 3, 4], [5, 6]], [[7], [8, 9, 10]]])
 _TRACED_CHUNK = 4
-_CHATTY = (
+_NOISY_LOGGERS = (
     "torch.__trace",
     "torch.onnx",
     "onnxscript",
@@ -180,12 +180,16 @@ class GraphError(LogratioError, RuntimeError):
 
 
 def trace(scorer: RewardScorer, opset: int) -> Any:
-    """Trace a scorer into an `onnx_ir.Model` with every dimension but the ranks left open.
+    """Trace a scorer into an `onnx_ir.Model` with dynamic dimensions.
 
-    A model is traced once where policy and reference differ in their weights only.
+    Policy and reference are traced once if they differ only in their weights.
+
+    Args:
+        scorer: Policy and reference.
+        opset: The ONNX opset.
 
     Raises:
-        GraphError: torch or onnxscript cannot; with the cause.
+        GraphError: torch or onnxscript cannot export the model; the message gives the cause.
         MissingExtraError: onnx or onnxscript is not installed.
     """
     for module in ("onnx", "onnxscript"):
@@ -201,7 +205,7 @@ def trace(scorer: RewardScorer, opset: int) -> Any:
 
 
 def _trace_half(scorer: HalfScorer, opset: int) -> Any:
-    """Trace one model; its weights become inputs, so that no constant is computed from them."""
+    """Trace one model with its weights as inputs, so that no constant depends on them."""
     free = torch.export.Dim.DYNAMIC
     try:
         with _quietly(), torch.no_grad():
@@ -220,7 +224,7 @@ def _trace_half(scorer: HalfScorer, opset: int) -> Any:
             open_weights(program.model.graph, scorer.state_dict().keys())
             program.optimize()
             return program.model
-    except Exception as error:  # the exporter lets through whatever its passes raise
+    except Exception as error:  # the exporter raises the errors of its passes unchanged
         raise GraphError(f"opset {opset}: {_cause(error)}") from error
 
 
@@ -229,7 +233,7 @@ def _weights(scorer: HalfScorer) -> dict[str, Any]:
 
 
 def same_architecture(one: HalfScorer, other: HalfScorer) -> bool:
-    """Tell whether two models differ in their weights only, so that one graph describes both."""
+    """Return whether two models differ only in their weights, so that one trace serves both."""
     shapes = [
         {name: tensor.shape for name, tensor in half.state_dict().items()} for half in (one, other)
     ]
@@ -237,7 +241,7 @@ def same_architecture(one: HalfScorer, other: HalfScorer) -> bool:
     for values in settings:
         for name in IGNORED_CONFIG:
             values.pop(name, None)
-    is_adapted = one.model is other.model  # then one of them has its adapter off
+    is_adapted = one.model is other.model  # then one of them disables its adapter
     return not is_adapted and shapes[0] == shapes[1] and settings[0] == settings[1]
 
 
@@ -245,12 +249,12 @@ def write(model: Any, folder: Path, properties: Mapping[str, str]) -> list[str]:
     """Write a graph into a bundle's folder.
 
     Args:
-        model: What `trace` returned.
-        folder: Where to.
-        properties: Stored in the graph.
+        model: The model that `trace` returned.
+        folder: The folder.
+        properties: Metadata to store in the graph.
 
     Returns:
-        Names of the files: one, or two where the weights are too large for one.
+        Names of the files: one, or two if the weights are too large for one.
     """
     import onnx_ir
 
@@ -262,12 +266,12 @@ def write(model: Any, folder: Path, properties: Mapping[str, str]) -> list[str]:
 
 
 def feed(layout: Any) -> dict[str, Any]:
-    """Return a candidate layout as the graph's inputs."""
+    """Convert a candidate layout to the graph's inputs."""
     return {name: getattr(layout, name) for name in INPUTS}
 
 
 def _traced_inputs() -> tuple[Tensor, ...]:
-    """Make a small example with no dimension of 1, which tracing would take for a constant."""
+    """Return a small example; no dimension is 1, which tracing would treat as constant."""
     prompts, candidates = _TRACED
     layout = candidate_layout(
         [np.array(ids, dtype=np.int32) for ids in prompts],
@@ -278,7 +282,7 @@ def _traced_inputs() -> tuple[Tensor, ...]:
 
 
 def _cause(error: BaseException) -> str:
-    """Find the sentence at the bottom of the exporter's pages of advice."""
+    """Return the first line of the root cause: the exporter wraps it in long advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     first = (str(error).strip().splitlines() or [""])[0]
@@ -287,8 +291,8 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the exporter's progress, warnings and advice off the terminal inside the block."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
+    """Suppress the exporter's output, warnings and log messages."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

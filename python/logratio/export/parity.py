@@ -1,4 +1,4 @@
-"""The gate of every export: the graph gives torch's numbers on groups with known answers."""
+"""Verify an exported graph against torch's log-probs on golden groups."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class GoldenInput:
-    """A prompt and candidates, with their text where they come from text."""
+    """Token ids of a prompt and its candidates, with their text if they come from text."""
 
     prompt_ids: Ids
     candidates: list[Ids]
@@ -40,7 +40,7 @@ class GoldenInput:
 def golden_inputs(
     tokenizer: PreferenceTokenizer, vocabulary_size: int, max_length: int
 ) -> list[GoldenInput]:
-    """Choose the groups that a bundle carries: random ids of many lengths, a text and a chat."""
+    """Return the groups stored in a bundle: random ids of several lengths, a text and a chat."""
     lengths = [_fitted(prompt, candidates, max_length) for prompt, candidates in _LENGTHS]
     chosen = [_random_group(*group, vocabulary_size) for group in lengths]
     return chosen + list(_text_groups(tokenizer, max_length))
@@ -49,7 +49,7 @@ def golden_inputs(
 def probing_inputs(
     config: PreTrainedConfig, vocabulary_size: int, max_length: int
 ) -> list[GoldenInput]:
-    """Choose groups for the export alone: far longer than was traced, and past any window."""
+    """Return groups checked only at export: much longer than the trace, and past any window."""
     groups = [_fitted(*_LONG, max_length)]
     window = getattr(config, "sliding_window", None)
     if window and window + 2 * _PAST_WINDOW <= max_length:
@@ -69,7 +69,7 @@ def _random_group(prompt: int, candidates: Sequence[int], vocabulary_size: int) 
 
 
 def _text_groups(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[GoldenInput]:
-    """Yield groups made from text and from a chat, as far as the tokenizer can write them."""
+    """Yield a text and a chat group, if the tokenizer can encode them."""
     completions = list(_COMPLETIONS)
     if group := _encoded(tokenizer, _PROMPT, max_length):
         yield GoldenInput(*group, _PROMPT, completions)
@@ -81,10 +81,10 @@ def _text_groups(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[Go
 def _encoded(
     tokenizer: PreferenceTokenizer, prompt: str | list[dict[str, str]], max_length: int
 ) -> tuple[Ids, list[Ids]] | None:
-    """Encode a prompt and its completions; None where the tokenizer or the limit has no room."""
+    """Encode a prompt and its completions; None if it fails or exceeds the limit."""
     try:
         group = tokenizer.encode_completions(prompt, _COMPLETIONS)
-    except Exception:  # what tokenizers raises for words it does not know has no type of its own
+    except Exception:  # tokenizers raises plain Exception for unknown words
         return None
     candidates = [completion.ids for completion in group.completions]
     longest = max(map(len, candidates)) + len(group.prompt_ids)
@@ -93,9 +93,16 @@ def _encoded(
 
 @torch.no_grad()
 def plain_logps(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list[float]]:
-    """Score candidates the plain way: one unpadded sequence at a time, by the model's own forward.
+    """Score candidates one unpadded sequence at a time, with the model's own forward.
 
-    Shares nothing with the exported module, so that a fault of either shows.
+    Shares no code with the exported module, so it is an independent check.
+
+    Args:
+        model: A causal language model.
+        groups: Prompts and candidates.
+
+    Returns:
+        Log-prob sums in nats, one list per group, computed in float64 from the logits.
     """
     return [
         [_plain_sum(model, group.prompt_ids, candidate) for candidate in group.candidates]
@@ -112,7 +119,7 @@ def _plain_sum(model: nn.Module, prompt: Ids, candidate: Ids) -> float:
 
 @torch.no_grad()
 def training_logps(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list[float]]:
-    """Score candidates as training does: `completion_logps` in the padded layout."""
+    """Score candidates with training's code: `completion_logps` in the padded layout."""
     batch = batch_of([(group.prompt_ids, group.candidates) for group in groups], "padded")
     sums: Tensor = batch.targets.sums(score(model, batch))
     rows = iter(sums.tolist())
@@ -123,18 +130,18 @@ _OTHER_CHUNK = 32
 
 
 class ParityError(LogratioError, RuntimeError):
-    """The graph does not give torch's log-probs."""
+    """The graph's log-probs differ from torch's."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Nats of each candidate of each group, from torch."""
+    """Torch's log-prob sums of each candidate of each group, in nats."""
 
     policy: list[list[float]]
     reference: list[list[float]]
 
     def pairs(self) -> list[tuple[float, float]]:
-        """Return (policy, reference) of every candidate, group after group."""
+        """Return (policy, reference) of every candidate, in the order of the groups."""
         return [
             pair
             for groups in zip(self.policy, self.reference, strict=True)
@@ -144,7 +151,7 @@ class Expected:
 
 @dataclass
 class ParityReport:
-    """The largest difference from torch that each check met, in nats per sequence."""
+    """The largest difference from torch per check, in nats per sequence."""
 
     beta: float
     largest: dict[str, float] = field(default_factory=dict)
@@ -155,23 +162,23 @@ class ParityReport:
         """Compare a run's (reward, policy, reference) rows with torch.
 
         Raises:
-            ParityError: A row is further off than rounding explains.
+            ParityError: A difference is larger than rounding can explain.
         """
         for (policy, reference), (reward, *logps) in zip(expected, rows, strict=True):
             slack = 0.0
             for known, found in zip((policy, reference), logps, strict=True):
                 slack += tolerance(known, PARITY)
-                self._note(check, known, found, tolerance(known, PARITY))
+                self._record(check, known, found, tolerance(known, PARITY))
             known = self.beta * (policy - reference)
             if not abs(reward - known) <= self.beta * slack + 1e-6 * abs(known):
-                raise ParityError(f"{check}: a reward is {reward:.6g}, and torch gives {known:.6g}")
+                raise ParityError(f"{check}: a reward is {reward:.6g}; torch gives {known:.6g}")
 
-    def _note(self, check: str, known: float, found: float, slack: float) -> None:
+    def _record(self, check: str, known: float, found: float, slack: float) -> None:
         gap = abs(found - known)
-        if not gap <= slack:  # also where it is not a number
+        if not gap <= slack:  # also if the gap is NaN
             raise ParityError(
-                f"{check}: a candidate has {found:.6f} nats, torch gives {known:.6f} "
-                f"(at most {slack:.1e} is rounding)"
+                f"{check}: a candidate has {found:.6f} nats; torch gives {known:.6f} "
+                f"(tolerance {slack:.1e})"
             )
         self.largest[check] = max(self.largest.get(check, 0.0), gap)
 
@@ -183,17 +190,17 @@ def check_parity(
     expected: Expected,
     training: Expected,
 ) -> dict[str, float]:
-    """Compare a session with torch, and with itself in other company.
+    """Compare a session with torch, with the groups batched in several ways.
 
     Args:
         session: An ONNX Runtime session on the exported graph.
         beta: Reward per nat.
-        groups: What to score.
-        expected: Their log-probs by the models' own forward.
-        training: Their log-probs as training computes them.
+        groups: The groups to score.
+        expected: Their log-probs from the models' own forward.
+        training: Their log-probs from training's code.
 
     Returns:
-        The largest difference from torch that each check met, in nats.
+        The largest difference from torch per check, in nats.
 
     Raises:
         ParityError: A candidate's log-probs differ by more than `bundle.PARITY`.
@@ -210,7 +217,7 @@ def check_parity(
 def _variants(
     session: Any, groups: Sequence[GoldenInput]
 ) -> Iterator[tuple[str, list[list[float]]]]:
-    """Score all candidates in several ways: name and rows (reward, policy, reference) of each."""
+    """Score all candidates in several batchings; yield its name and (reward, policy, ref) rows."""
     yield "all groups padded together", _run(session, groups, CHUNK)
     by_group = [_run(session, [group], CHUNK) for group in groups]
     yield "each group alone", [row for rows in by_group for row in rows]

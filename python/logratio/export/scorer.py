@@ -1,4 +1,4 @@
-"""Policy and reference as one module: ids in, rewards out, the prompt run once."""
+"""Policy and reference as one module that computes rewards, with the prompt computed once."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,21 +35,21 @@ FAMILIES = frozenset(
         "starcoder2",
     }
 )
-"""transformers' `model_type`s whose graph was compared with torch at many shapes."""
+"""transformers' `model_type`s whose graph is tested against torch at many shapes."""
 
 _STATEFUL = ("mamba", "rwkv", "jamba", "zamba", "recurrent", "falcon_h1", "bamba", "lfm2", "_next")
 _EXPORTABLE_ATTENTION = ("sdpa", "eager")
 
 
 def check_exportable(config: PreTrainedConfig, max_length: int) -> None:
-    """Refuse a model whose exported graph would be wrong, or could not be made.
+    """Check that a model can be exported exactly.
 
     Args:
-        config: Of a causal language model.
-        max_length: Most tokens of a prompt and a completion together.
+        config: Config of a causal language model.
+        max_length: Maximum tokens of prompt + completion.
 
     Raises:
-        UnsupportedModelError: With the reason.
+        UnsupportedModelError: It cannot; the message gives the reason.
     """
     name = f"a {config.model_type} model"
     if config.model_type not in FAMILIES:
@@ -63,12 +63,12 @@ def check_exportable(config: PreTrainedConfig, max_length: int) -> None:
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """Return the longest sequence that a model was made for."""
+    """Return the longest sequence that a model supports, in tokens."""
     return int(config.max_position_embeddings)
 
 
 def use_exportable_attention(model: PreTrainedModel) -> None:
-    """Choose an attention that can be exported, which flash and flex attention cannot."""
+    """Select SDPA unless the model's attention can be exported; flash and flex cannot."""
     if model.config._attn_implementation not in _EXPORTABLE_ATTENTION:
         model.set_attn_implementation("sdpa")
 
@@ -76,12 +76,12 @@ def use_exportable_attention(model: PreTrainedModel) -> None:
 def _why_not(config: PreTrainedConfig) -> str:
     if any(word in config.model_type for word in _STATEFUL):
         return (
-            "its state runs through the tokens, so a prompt cannot be run once for many "
-            "candidates. Its rewards can still be computed with torch: `logratio evaluate`"
+            "it has a recurrent state, so a prompt cannot be computed once for many candidates. "
+            "Use torch instead: `logratio evaluate`"
         )
     if any("expert" in key for key in config.to_dict()):
-        return "mixtures of experts have no exact ONNX form yet"
-    return f"the families that were checked are {', '.join(sorted(FAMILIES))}"
+        return "mixtures of experts cannot be exported exactly yet"
+    return f"the supported families are {', '.join(sorted(FAMILIES))}"
 
 
 def _check_rope(rope: dict[str, Any], name: str, config: PreTrainedConfig, length: int) -> None:
@@ -95,21 +95,23 @@ def _check_rope(rope: dict[str, Any], name: str, config: PreTrainedConfig, lengt
         if length > original:
             raise UnsupportedModelError(
                 f"{name}: LongRoPE changes its factors above {original} tokens, which a graph "
-                f"cannot, and the rules allow {length}"
+                f"cannot do, and the rules allow {length} tokens"
             )
 
 
 class CandidateInputs(NamedTuple):
-    """What `_rust.candidate_layout` fills, int64 each.
+    """The graph's inputs, int64, as filled by `_rust.candidate_layout`.
+
+    `G` prompts of up to `P` tokens and `N` candidates of up to `C`; the head runs on `K` chunks.
 
     Attributes:
         prompt_ids: `[G, P]`, left-padded.
         prompt_mask: `[G, P]`, 1 on tokens.
         candidate_ids: `[N, C]`, right-padded.
         candidate_mask: `[N, C]`, 1 on tokens.
-        group: `[N]`, the prompt of each candidate.
-        token_index: `[K, chunk]`, place in `N·C` of each token to score, 0 in padding.
-        token_row: `[K, chunk]`, its candidate, `N` in padding.
+        group: `[N]`, the index of each candidate's prompt.
+        token_index: `[K, chunk]`, flat index in `[N, C]` of each token to score; 0 for padding.
+        token_row: `[K, chunk]`, the candidate of each token; `N` for padding.
     """
 
     prompt_ids: Tensor
@@ -122,14 +124,14 @@ class CandidateInputs(NamedTuple):
 
 
 class HalfScorer(nn.Module):
-    """Computes ``log π(y|x)`` of candidates under one model."""
+    """Compute ``log π(y|x)`` of candidates under one model."""
 
     def __init__(self, model: nn.Module, *, adapter_off: bool = False) -> None:
         """Wrap a model.
 
         Args:
             model: A causal language model, or a peft wrapper around one.
-            adapter_off: Score with the wrapped base alone.
+            adapter_off: Score with the base model, without its adapter.
         """
         super().__init__()
         self.model, self._adapter_off = model, adapter_off
@@ -144,7 +146,7 @@ class HalfScorer(nn.Module):
         token_index: Tensor,
         token_row: Tensor,
     ) -> Tensor:
-        """Score `CandidateInputs`: sums in nats, float32 `[N]`."""
+        """Return the sums of log-probs in nats, float32 `[N]`; see `CandidateInputs`."""
         inputs = CandidateInputs(
             prompt_ids, prompt_mask, candidate_ids, candidate_mask, group, token_index, token_row
         )
@@ -159,15 +161,15 @@ class HalfScorer(nn.Module):
 
 
 class RewardScorer(nn.Module):
-    """Computes ``beta * (log π(y|x) - log π_ref(y|x))`` for candidates y of prompts x."""
+    """Compute ``beta * (log π(y|x) - log π_ref(y|x))`` for candidates y of prompts x."""
 
     def __init__(self, policy: nn.Module, reference: nn.Module | None, beta: float) -> None:
-        """Join two models.
+        """Combine two models.
 
         Args:
             policy: The trained model.
-            reference: The reference; None: the policy is a peft model, and its base with the
-                adapter off is the reference, so that the base's weights are stored once.
+            reference: The reference. None: the policy is a peft model whose base, without the
+                adapter, is the reference, so that the base's weights are stored once.
             beta: Reward per nat.
         """
         super().__init__()
@@ -178,10 +180,10 @@ class RewardScorer(nn.Module):
         self.beta = beta
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score `CandidateInputs`.
+        """Score candidates; the inputs are those of `CandidateInputs`.
 
         Returns:
-            Rewards, and the policy's and the reference's sums in nats: float32 `[N]` each.
+            Rewards, policy sums and reference sums (in nats), each float32 `[N]`.
         """
         policy_logps, reference_logps = self.policy(*inputs), self.reference(*inputs)
         return self.beta * (policy_logps - reference_logps), policy_logps, reference_logps
@@ -192,20 +194,20 @@ def candidate_logps(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:
     hidden = _predicting_states(model, inputs).flatten(0, 1)
     target_ids = inputs.candidate_ids.flatten()[inputs.token_index]
     per_token_logps = _scan_head(model, hidden[inputs.token_index], target_ids)
-    # The last row takes the padding. float64: in float32 each addition rounds to a unit of the sum.
+    # Padding is added to the extra last row. float64 avoids rounding each addition in float32.
     sums = torch.zeros(inputs.candidate_ids.shape[0] + 1, dtype=torch.float64)
     added = sums.scatter_add(0, inputs.token_row.flatten(), per_token_logps.flatten().double())
     return added[:-1].float()
 
 
 def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:
-    """Return `[N, C, H]`: at each candidate token, the hidden state that predicts it."""
+    """Return the hidden state that predicts each candidate token, `[N, C, H]`."""
     body: Any = model.base_model
     prompt = body(
         input_ids=inputs.prompt_ids,
         attention_mask=inputs.prompt_mask,
         position_ids=(inputs.prompt_mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(),  # without a config, so that sliding layers keep everything
+        past_key_values=DynamicCache(),  # without a config, so that sliding layers keep all keys
         use_cache=True,
     )
     candidates = body(
@@ -220,17 +222,17 @@ def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tenso
 
 
 def _gathered(cache: Any, group: Tensor) -> DynamicCache:
-    """Give each candidate its prompt's keys and values."""
-    own = DynamicCache()
+    """Return a cache with each candidate's copy of its prompt's keys and values."""
+    gathered = DynamicCache()
     for number, layer in enumerate(cache.layers):
-        own.update(layer.keys[group], layer.values[group], number)
-    return own
+        gathered.update(layer.keys[group], layer.values[group], number)
+    return gathered
 
 
 def _candidate_positions(inputs: CandidateInputs) -> Tensor:
-    """Number a candidate's tokens on from its prompt's.
+    """Return position ids that continue from the prompt's, `[N, C]`.
 
-    Padding gets 0: counting on there would pass the end of a learned position table.
+    Padding gets 0, because higher numbers could exceed a learned position table.
     """
     lengths = inputs.prompt_mask.sum(-1)[inputs.group].unsqueeze(-1)
     places = torch.arange(inputs.candidate_ids.shape[1]).unsqueeze(0)
@@ -238,7 +240,7 @@ def _candidate_positions(inputs: CandidateInputs) -> Tensor:
 
 
 def _scan_head(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
-    """Apply the head chunk by chunk: `[K, chunk, H]` and `[K, chunk]` to log-probs `[K, chunk]`."""
+    """Return log-probs `[K, chunk]` of targets `[K, chunk]` given states `[K, chunk, H]`."""
 
     def score_chunk(number: Tensor, chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         states, targets = chunk
@@ -255,11 +257,11 @@ TWO_MODELS, ADAPTER = "two_models", "adapter"
 
 @dataclass(frozen=True)
 class ModelPair:
-    """What the scorer is made of.
+    """The models of a scorer.
 
     Attributes:
         policy: A model, or a peft model whose base is the reference.
-        reference: The other model; None where the policy's base with the adapter off is it.
+        reference: The reference model; None if it is the policy's base without the adapter.
     """
 
     policy: nn.Module
@@ -272,11 +274,11 @@ class ModelPair:
 
 
 def join(policy: nn.Module, reference: nn.Module) -> ModelPair:
-    """Choose how two loaded models go into one graph; adapters may be merged in place.
+    """Choose how to combine two loaded models in one graph; adapters may be merged in place.
 
-    A LoRA policy keeps its base once, with the adapter on for one pass and off for the other, if
-    that base is the reference. Every other adapter is merged into its own copy of the weights:
-    DoRA, adapters of the embeddings or the head, modules that were trained whole.
+    If the base of a LoRA policy is the reference, it is stored once, and the graph computes it with
+    and without the adapter. All other adapters (DoRA, adapters of embeddings or head, fully trained
+    modules) are merged into a copy of the weights.
     """
     if is_plain_lora(policy) and has_weights_of(policy, reference):
         return ModelPair(policy, None)
@@ -284,10 +286,10 @@ def join(policy: nn.Module, reference: nn.Module) -> ModelPair:
 
 
 def is_plain_lora(model: nn.Module) -> bool:
-    """Tell whether switching a model's adapter off is exact and the adapter all that was trained.
+    """Return whether disabling the adapter restores the base model exactly.
 
-    Only low-rank updates of linear layers of the body are: what else peft can train either
-    changes weights that switching off does not restore, or bypasses the layers it is added to.
+    This holds only for low-rank updates of the body's linear layers. Other peft methods change
+    weights that disabling does not restore, or bypass the layers they are added to.
     """
     if not isinstance(model, PeftModel) or len(model.peft_config) != 1:
         return False
@@ -318,7 +320,7 @@ def _adapts_ends(model: nn.Module) -> bool:
 
 
 def has_weights_of(policy: nn.Module, reference: nn.Module) -> bool:
-    """Tell whether a peft model's base equals a plain model, bit for bit."""
+    """Return whether a peft model's base is bitwise equal to a plain model."""
     if isinstance(reference, PeftModel):
         return False
     base = {

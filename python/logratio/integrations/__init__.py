@@ -1,5 +1,6 @@
-"""The reference's half for those who train elsewhere: columns for any trainer, and for TRL's.
+"""Use cached reference log-probs in other trainers.
 
-`logratio.integrations.table` writes a store's groups with their cached log-probs as a table, and
-needs no torch. `logratio.integrations.trl` gives TRL's `DPOTrainer` its reference from the cache.
+`logratio.integrations.table` writes the groups of a store with their cached log-probs as a table,
+and does not need torch. `logratio.integrations.trl` is TRL's `DPOTrainer` with the cache as its
+reference.
 """

@@ -1,4 +1,4 @@
-"""A store's groups with the reference's log-probs next to them, as a table for any trainer."""
+"""Tables of a store's groups with their reference log-probs, for any trainer."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +26,8 @@ from logratio.extras import require
 if TYPE_CHECKING:
     import pyarrow
 
-STRETCH_TOKENS = 2**20
-"""Tokens looked up together: some 20 MB of ids and log-probs."""
+CHUNK_TOKENS = 2**20
+"""Tokens per chunk: about 20 MB of ids and log-probs."""
 
 FIELDS = (
     *("input_ids", "target_ids", "completion_mask", "completion_offsets", "prompt_lengths"),
@@ -36,22 +36,21 @@ FIELDS = (
 
 
 class MissingLogpsError(LogratioError, ValueError):
-    """There is no such reference in the cache, or it lacks log-probs of the data."""
+    """The cache lacks the reference, or log-probs of the data."""
 
 
 def open_reference(
     cache: str | Path, name: str | None = None, *, sums: bool = False
 ) -> CacheReader:
-    """Open the log-probs of one reference below a cache's root, without looking at its model.
+    """Open the log-probs of one reference in a cache, without access to its model.
 
     Args:
-        cache: The root that `logratio precompute` filled.
-        name: Name of the reference's folder there, or how it begins; may be left out where there
-            is one reference only.
-        sums: The cache holds sums only.
+        cache: Root of the cache that `logratio precompute` filled.
+        name: Name or prefix of the reference's folder; may be omitted if there is only one.
+        sums: Open a folder that contains only sums.
 
     Raises:
-        MissingLogpsError: No reference is named so, or several are.
+        MissingLogpsError: None or several references match.
         DamagedFingerprintError, CorruptCacheError: The cache was altered.
     """
     try:
@@ -63,11 +62,11 @@ def open_reference(
 
 
 class CachedLogps:
-    """The reference's log-probs of a store's completions; keys are joined to rows once, here.
+    """The reference log-probs of a store's completions. Keys are looked up once, at creation.
 
     Attributes:
-        store: `N` completions.
-        missing: Completions that the cache lacks.
+        store: The store, with `N` completions.
+        missing: Number of completions that the cache lacks.
     """
 
     def __init__(self, store: Store, reader: CacheReader, *, sums: bool = False) -> None:
@@ -76,10 +75,14 @@ class CachedLogps:
         self.missing = int((self._rows < 0).sum())
 
     def check(self, source: object, advice: str) -> None:
-        """Refuse to go on where something is missing.
+        """Check that no completion is missing.
+
+        Args:
+            source: Name of the cache for the message.
+            advice: What the user can do, for the message.
 
         Raises:
-            MissingLogpsError: With the number of completions and `advice`.
+            MissingLogpsError: Some are; the message has their number and `advice`.
         """
         if self.missing:
             raise MissingLogpsError(
@@ -87,41 +90,41 @@ class CachedLogps:
                 f"cache; {advice}"
             )
 
-    def stretches(self) -> Iterator[SharedLayout]:
-        """Yield all groups in their order, laid out end to end, some at a time."""
+    def chunks(self) -> Iterator[SharedLayout]:
+        """Yield the layouts of all groups in order, in chunks of about `CHUNK_TOKENS`."""
         ends = np.cumsum(self.store.shared_lengths(), dtype=np.int64)
         first = 0
         while first < len(ends):
             done = int(ends[first - 1]) if first else 0
-            stop = max(first + 1, int(np.searchsorted(ends, done + STRETCH_TOKENS, "right")))
+            stop = max(first + 1, int(np.searchsorted(ends, done + CHUNK_TOKENS, "right")))
             yield self.store.shared_layout(np.arange(first, stop), fields=FIELDS)
             first = stop
 
     def per_token(self, layout: SharedLayout) -> NDArray[np.float32]:
-        """Return the log-prob of every completion token of a stretch, float32 `[S]`, in nats.
+        """Return the log-prob of every completion token of a chunk, float32 `[S]`, in nats.
 
         Raises:
-            MissingLogpsError: The cache holds sums only.
+            MissingLogpsError: The cache contains only sums.
         """
         if self._sums:
-            raise MissingLogpsError("the cache holds sums only, no log-prob of a token")
+            raise MissingLogpsError("the cache contains only sums, not per-token log-probs")
         _, logps = self._reader.read(self._rows[layout.completions])
         return logps
 
     def sums(
         self, layout: SharedLayout, weights: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
-        """Add up the log-probs of each completion of a stretch.
+        """Sum the log-probs of each completion of a chunk.
 
         Args:
-            layout: `N` completions of `S` tokens.
-            weights: float64 `[S]`; None: 1 for every token that counts.
+            layout: The chunk, with `N` completions of `S` tokens in total.
+            weights: Weight of each token, float64 `[S]`; None: 1 for every loss token.
 
         Returns:
-            float64 `[N]`, in nats.
+            The sums in nats, float64 `[N]`.
 
         Raises:
-            MissingLogpsError: Weights are given and the cache holds sums only.
+            MissingLogpsError: Weights are given, but the cache contains only sums.
         """
         if self._sums and weights is None:
             return self._reader.read_sums(self._rows[layout.completions])[1]
@@ -130,28 +133,28 @@ class CachedLogps:
         return np.add.reduceat(weighted, layout.completion_offsets[:-1])
 
 
-def counted_places(layout: SharedLayout) -> NDArray[np.int64]:
-    """Number the tokens that count within their completion, from 1 on: int64 `[S]`."""
+def loss_token_numbers(layout: SharedLayout) -> NDArray[np.int64]:
+    """Number the loss tokens of each completion from 1, int64 `[S]`."""
     counted = np.cumsum(layout.completion_mask, dtype=np.int64)
     first = layout.completion_offsets[:-1]
     before = counted[first] - layout.completion_mask[first]
-    places: NDArray[np.int64] = counted - np.repeat(before, np.diff(layout.completion_offsets))
-    return places
+    numbers: NDArray[np.int64] = counted - np.repeat(before, np.diff(layout.completion_offsets))
+    return numbers
 
 
 Columns = Mapping[str, Callable[[], "pyarrow.Array"]]
-"""What makes each column, for only some of them are wanted."""
+"""Functions that compute the columns; only the columns of the schema are computed."""
 
 
 def source_files(store: Store) -> tuple[NDArray[Any], NDArray[np.uint64]]:
-    """Return the name of each group's file, an array of objects, and its line in it."""
+    """Return the file name (object array) and line number of each group."""
     files, lines = store.sources()
     names = json.loads(store.metadata).get("files", [])
     return np.array([*names, None], object)[np.minimum(files, len(names))], lines
 
 
-class Stretch:
-    """Some groups of a store and their reference's log-probs: `G` groups, `N` completions."""
+class TableChunk:
+    """A chunk of `G` groups with `N` completions, and their reference log-probs."""
 
     def __init__(
         self,
@@ -168,13 +171,13 @@ class Stretch:
         return self._logps.sums(self._layout)
 
     def pairs(self) -> Columns:
-        """Make columns of `G` rows, of groups that are pairs."""
+        """Return columns of `G` rows, for groups that are pairs."""
         chosen = self._side("chosen", "ref_chosen", slice(0, None, 2))
         rejected = self._side("rejected", "ref_rejected", slice(1, None, 2))
         return {**self._groups(np.arange(len(self._layout.groups))), **chosen, **rejected}
 
     def completions(self) -> Columns:
-        """Make columns of `N` rows."""
+        """Return columns of `N` rows, one per completion."""
         layout = self._layout
         owners = np.repeat(np.arange(len(layout.groups)), layout.group_sizes)
         return {
@@ -185,7 +188,7 @@ class Stretch:
         }
 
     def _groups(self, owners: NDArray[np.int64]) -> Columns:
-        """Make the columns that say something of a row's group."""
+        """Return the columns that describe a row's group."""
         return {
             "prompt_ids": lambda: self._prompts().take(self._pa.array(owners)),
             "file": lambda: self._pa.array(self._files[owners], self._pa.string()),
@@ -193,17 +196,17 @@ class Stretch:
         }
 
     def _prompts(self) -> "pyarrow.Array":
-        """Cut the prompts out of a row of prompt, completions, prompt, completions."""
+        """Extract the prompts from the concatenated prompts and completions."""
         layout = self._layout
         first = np.cumsum(layout.group_sizes) - layout.group_sizes
-        behind = np.add.reduceat(layout.completion_lengths, first)
-        lengths = np.column_stack((layout.prompt_lengths, behind)).ravel()
+        after = np.add.reduceat(layout.completion_lengths, first)
+        lengths = np.column_stack((layout.prompt_lengths, after)).ravel()
         is_prompt = np.repeat(np.arange(len(lengths)) % 2 == 0, lengths)
         ends = np.cumsum(layout.prompt_lengths)
         return self._lists(layout.input_ids[is_prompt], np.concatenate(([0], ends)), np.int32)
 
     def _side(self, side: str, reference: str, rows: slice) -> Columns:
-        """Make the columns that say something of a completion, for some of them."""
+        """Return the columns that describe the completions in `rows`."""
         layout = self._layout
 
         def lists(values: NDArray[Any], dtype: Any) -> "pyarrow.Array":
@@ -228,7 +231,7 @@ Shape = Literal["pairs", "completions"]
 
 
 class ColumnsError(LogratioError, ValueError):
-    """The data cannot be written as the table that is asked for."""
+    """The data cannot be written as the requested table."""
 
 
 def reference_table(
@@ -241,35 +244,41 @@ def reference_table(
     shape: Shape = "pairs",
     per_token: bool = False,
 ) -> "ReferenceTable":
-    """Put the reference's log-probs beside the groups that they belong to.
+    """Create a table of groups with their reference log-probs.
 
-    A row of ``pairs`` has `prompt_ids`, `chosen_ids` and `rejected_ids`, and beside each side its
-    reference's sum: `ref_chosen_logps` and `ref_rejected_logps`, float64, in nats. A row of
-    ``completions``, of any kind of group, has `group` and `role`, `prompt_ids`, `completion_ids`
-    and `ref_logps`. Ids are lists of int32. Where a token does not count, sums are without it and
-    `chosen_mask`, … (lists of uint8) say which do. `per_token` adds `ref_chosen_per_token_logps`,
-    …, lists of float32, of every token. `file` and `line` say where a group comes from.
+    With the shape ``pairs``, a row has `prompt_ids`, `chosen_ids` and `rejected_ids`, and the sums
+    `ref_chosen_logps` and `ref_rejected_logps` (float64, in nats). With ``completions``, which
+    supports every kind of group, a row has `group`, `role`, `prompt_ids`, `completion_ids` and
+    `ref_logps`. Ids are lists of int32. If some tokens are excluded from the loss, the sums exclude
+    them too, and `chosen_mask`, … (lists of uint8) contain the loss mask. `per_token` adds
+    `ref_chosen_per_token_logps`, … (lists of float32, every token). `file` and `line` give the
+    source of a group.
 
     Args:
-        data: A store, or the path of a sealed one; or files, folders and tables to read, which
-            need `tokenizer`.
+        data: A store or its path; or files, folders and tables, which need `tokenizer`.
         cache: Root of the reference cache.
-        reference: Name of the reference's folder in it, or how it begins; may be left out where
-            there is one only.
-        tokenizer: What turns text into ids: the reference's, with the rules of its pass.
-        sums: The cache holds sums only.
-        shape: What a row is.
-        per_token: Write the log-prob of every token too.
+        reference: Name or prefix of the reference's folder; may be omitted if there is only one.
+        tokenizer: The reference's tokenizer, with the rules that `precompute` used.
+        sums: The cache contains only sums.
+        shape: ``pairs``, a row per pair; or ``completions``, a row per completion.
+        per_token: Also write the log-prob of every token.
+
+    Returns:
+        The table, which reads its data when it is used.
 
     Raises:
-        ColumnsError: Groups are no pairs; or the arguments contradict each other.
+        ColumnsError: Groups are not pairs, or the arguments contradict each other.
         MissingLogpsError: The cache lacks the reference, or completions.
         BadDataError, CorruptStoreError, CorruptCacheError: The data or the cache is damaged.
+
+    Example:
+        >>> table = reference_table("pairs.store", "cache")
+        >>> table.to_parquet("pairs.parquet")
     """
     if shape not in get_args(Shape):
         raise ColumnsError(f"shape is {shape!r}, not one of {', '.join(get_args(Shape))}")
     if sums and per_token:
-        raise ColumnsError("a cache with sums only has no log-prob of a token: leave per_token out")
+        raise ColumnsError("a cache with only sums has no per-token log-probs: leave per_token out")
     store = _store_of(data, tokenizer)
     if shape == "pairs":
         _check_pairs(store)
@@ -285,7 +294,7 @@ def _store_of(data: Store | Inputs, tokenizer: PreferenceTokenizer | None) -> St
     if is_store(inputs):
         return Store.open(inputs[0])
     if tokenizer is None:
-        raise ColumnsError("data that is no sealed store needs a tokenizer")
+        raise ColumnsError("data that is not a store needs a tokenizer")
     return build_store(inputs, tokenizer)[0]
 
 
@@ -294,21 +303,21 @@ def _check_pairs(store: Store) -> None:
     if (sizes == 2).all() and (store.roles().reshape(-1, 2) == PAIR).all():
         return
     raise ColumnsError(
-        "some groups are no pair of chosen and rejected: ask for the shape 'completions'"
+        "some groups are not a pair of chosen and rejected: use the shape 'completions'"
     )
 
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Groups and their reference's log-probs, read again for every use; see `reference_table`.
+    """Groups and their reference log-probs, read again for every use; see `reference_table`.
 
-    Anything that takes `__arrow_c_stream__` reads it (polars, duckdb, pyarrow). About a million
-    tokens are in memory at a time.
+    Libraries that support `__arrow_c_stream__` can read it directly (polars, duckdb, pyarrow). Only
+    about a million tokens are in memory at a time.
 
     Attributes:
-        logps: The store, and what the cache knows of it.
-        shape: What a row is.
-        per_token: There are columns with the log-prob of every token.
+        logps: The store and its log-probs.
+        shape: ``pairs`` or ``completions``.
+        per_token: Whether there are columns of per-token log-probs.
     """
 
     logps: CachedLogps
@@ -317,12 +326,12 @@ class ReferenceTable:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """What the columns of completions are named after."""
+        """Prefixes of the columns of completions."""
         return ("chosen", "rejected") if self.shape == "pairs" else ("completion",)
 
     @property
     def masked(self) -> bool:
-        """Whether there is a token that does not count, so that there are columns of masks."""
+        """Whether some tokens are excluded from the loss, so that there are mask columns."""
         store = self.logps.store
         return bool((store.counted_lengths() != store.completion_lengths()).any())
 
@@ -347,20 +356,20 @@ class ReferenceTable:
         """Yield the rows in the store's order.
 
         Raises:
-            CorruptStoreError, CorruptCacheError: A byte of what is read was altered.
+            CorruptStoreError, CorruptCacheError: The store or the cache is damaged.
         """
         pa = arrow("A table of reference log-probs")
         schema, files = self.schema, source_files(self.logps.store)
-        for layout in self.logps.stretches():
-            stretch = Stretch(layout, self.logps, files)
-            columns = stretch.pairs() if self.shape == "pairs" else stretch.completions()
+        for layout in self.logps.chunks():
+            chunk = TableChunk(layout, self.logps, files)
+            columns = chunk.pairs() if self.shape == "pairs" else chunk.completions()
             yield pa.record_batch([columns[name]() for name in schema.names], schema=schema)
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write a Parquet file, which has its name once it is whole.
+        """Write a Parquet file atomically.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         pq, schema = arrow("Parquet").parquet, self.schema
         with published(Path(path)) as partial, pq.ParquetWriter(str(partial), schema) as writer:
@@ -371,7 +380,7 @@ class ReferenceTable:
         """Return a `datasets.Dataset`.
 
         Args:
-            path: An Arrow file to write, which the dataset maps; None: every row is in memory.
+            path: An Arrow file to write and memory-map; None: keep all rows in memory.
 
         Raises:
             MissingExtraError: `datasets` is not installed.
@@ -386,11 +395,11 @@ class ReferenceTable:
         return datasets.Dataset.from_file(str(path))
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Hand the rows to another library, stretch by stretch."""
+        """Export the rows to another library as a stream of record batches."""
         reader = arrow("A table").RecordBatchReader.from_batches(self.schema, self.batches())
         return reader.__arrow_c_stream__(requested_schema)
 
 
 def reference_name(side: str) -> str:
-    """Say what the columns of a side's reference begin with, as other trainers spell it."""
+    """Return the prefix of a side's reference columns, as in TRL."""
     return "ref" if side == "completion" else f"ref_{side}"

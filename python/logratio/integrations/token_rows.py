@@ -1,4 +1,4 @@
-"""Rows as another trainer feeds them to its model, as a store: the same ids, so the same keys."""
+"""Store the token ids that another trainer feeds to its model, to look up their log-probs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from logratio.data.tokenization.groups import PAIR, GroupArrays
 from logratio.errors import LogratioError
 
 FED = {"input_ids", "attention_mask", "completion_mask"}
-"""What a collator may feed to a model: anything else could move a log-prob, and is in no key."""
+"""Allowed outputs of a collator: any other input could change log-probs, but is not in the keys."""
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
 class ForeignRowsError(LogratioError, ValueError):
-    """Rows are fed to the model in a way that a cache of token ids knows nothing of."""
+    """The collator feeds the model more than token ids, so the cache cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class TokenRows:
     """`R` pairs as a store.
 
     Attributes:
-        store: A completion for each side that has a token to score.
-        completions: int64 `[R, 2]`, the number of the chosen and the rejected completion in the
-            store; -1 where a side has no token to score.
+        store: One completion for each side with loss tokens.
+        completions: Index of the chosen and rejected completion in the store, int64 `[R, 2]`; -1
+            for a side without loss tokens.
     """
 
     store: Store
@@ -38,12 +38,13 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class _Sides:
-    """`2B` sequences, chosen and rejected by turns, in rows of `T`.
+    """`2B` sequences of length `T`, alternately chosen and rejected.
 
     Attributes:
-        ids: int32 `[2B, T]`.
-        prompt, completion: bool `[2B, T]`, the tokens before and from the first scored one on.
-        counts: bool `[2B, T]`, the tokens that are scored.
+        ids: Token ids, int32 `[2B, T]`.
+        prompt, completion: Masks of the tokens before and from the first loss token, bool
+            `[2B, T]`.
+        counts: Mask of the loss tokens, bool `[2B, T]`.
     """
 
     ids: NDArray[np.int32]
@@ -53,13 +54,13 @@ class _Sides:
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "_Sides":
-        """Read a batch of a collator that puts all chosen before all rejected sequences."""
+        """Convert a collated batch, in which all chosen sequences precede the rejected ones."""
         ids, fed, counts = (
-            _by_turns(batch[name]) for name in ("input_ids", "attention_mask", "completion_mask")
+            _interleaved(batch[name]) for name in ("input_ids", "attention_mask", "completion_mask")
         )
         fed, counts = fed == 1, counts == 1
         place = np.cumsum(fed, axis=1) - 1
-        # What stands first is predicted by nothing: trainers shift it away.
+        # No token predicts the first one: trainers shift it away.
         counts &= fed & (place > 0)
         first = np.where(counts.any(axis=1), np.argmax(counts, axis=1), 0)
         start = np.take_along_axis(place, first[:, None], axis=1)
@@ -68,18 +69,18 @@ class _Sides:
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """Which sequences have a token to score: bool `[2B]`."""
+        """Whether each sequence has loss tokens, bool `[2B]`."""
         return np.asarray(self.completion.any(axis=1))
 
     def same_prompt(self) -> NDArray[np.bool_]:
-        """Say of which pairs both sides are scored behind one and the same prompt: bool `[B]`."""
+        """Return which pairs have the same prompt and loss tokens on both sides, bool `[B]`."""
         prompts = np.where(self.prompt, self.ids, -1)
         same: NDArray[np.bool_] = (prompts[::2] == prompts[1::2]).all(axis=1)
         same &= self.scored[::2] & self.scored[1::2]
         return same
 
     def arrays(self, first_row: int) -> GroupArrays:
-        """Lay them out as groups: a pair where the prompt is one, else each side by itself."""
+        """Convert to groups: a pair if the prompts are equal, otherwise one group per side."""
         scored, same = self.scored, self.same_prompt()
         pairs = np.repeat(same, 2)
         leads = scored.copy()
@@ -98,8 +99,8 @@ class _Sides:
         )
 
 
-def _by_turns(tensor: Any) -> NDArray[Any]:
-    """Put row B+i behind row i: `[2B, T]`."""
+def _interleaved(tensor: Any) -> NDArray[Any]:
+    """Interleave the first and second half of the rows, `[2B, T]`."""
     rows = np.asarray(tensor)
     return rows.reshape(2, len(rows) // 2, -1).swapaxes(0, 1).reshape(rows.shape)
 
@@ -107,17 +108,17 @@ def _by_turns(tensor: Any) -> NDArray[Any]:
 def token_rows(
     batches: Iterable[Sequence[dict[str, Any]]], collate: Collate, path: Path | None = None
 ) -> TokenRows:
-    """Write rows to a store, as a trainer's own collator feeds them to its model.
+    """Write rows to a store exactly as a trainer's collator feeds them to its model.
 
     Args:
-        batches: Rows as the collator takes them.
-        collate: Makes `input_ids`, `attention_mask` and `completion_mask` of `B` rows: int64
-            `[2B, T]` each, all chosen sequences before all rejected ones, padded on either side.
-            What it cuts is cut here.
-        path: Where the store is to be; None: in memory.
+        batches: Batches of rows, the input of the collator.
+        collate: Returns `input_ids`, `attention_mask` and `completion_mask` of `B` rows: int64
+            `[2B, T]` each, all chosen sequences before the rejected ones, padded on either side.
+            Its truncation applies here too.
+        path: Path of the store; None: in memory.
 
     Raises:
-        ForeignRowsError: The collator feeds the model something else beside token ids.
+        ForeignRowsError: The collator feeds the model more than token ids.
     """
     writer, numbers, row, written = StoreWriter(path), [], 0, 0
     try:
@@ -125,7 +126,7 @@ def token_rows(
             batch = collate(list(rows))
             if extra := batch.keys() - FED:
                 raise ForeignRowsError(
-                    f"the collator feeds {', '.join(sorted(extra))} to the model beside token ids"
+                    f"the collator feeds {', '.join(sorted(extra))} to the model, more than ids"
                 )
             sides = _Sides.of(batch)
             sides.arrays(row + 1).push(writer)

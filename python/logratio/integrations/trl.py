@@ -1,4 +1,4 @@
-"""TRL's `DPOTrainer` with its reference from the cache: no reference model in memory."""
+"""TRL's `DPOTrainer` with the reference cache, so that no reference model is in memory."""
 
 import inspect
 import tempfile
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from logratio._rust import SharedLayout, Store
 from logratio.errors import LogratioError
 from logratio.extras import require
-from logratio.integrations.table import CachedLogps, counted_places
+from logratio.integrations.table import CachedLogps, loss_token_numbers
 from logratio.integrations.token_rows import Collate, TokenRows, token_rows
 from logratio.training.config import PathLike, Precision, PrecomputeConfig
 from logratio.training.dataset import Dataset
@@ -27,7 +27,7 @@ from logratio.training.reference import StaleCacheError, open_cache
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
 ROWS = 256
-"""Rows collated at a time."""
+"""Rows per collated batch."""
 
 
 def reference_columns(
@@ -42,30 +42,30 @@ def reference_columns(
     token_budget: int = 16384,
     device: str | None = None,
 ) -> Any:
-    """Return a tokenized dataset with the reference's log-probs in columns that TRL reads.
+    """Add the reference log-probs to a tokenized dataset, in the columns that TRL reads.
 
-    The ids of a row are those that `collate` makes of it: truncation is TRL's own, and so is which
-    tokens are scored. Columns of these names that are there already are replaced.
+    The rows are collated as in training, so truncation and loss tokens are those of TRL. Existing
+    columns with these names are replaced.
 
     Args:
-        dataset: A `datasets.Dataset` as TRL tokenized it: `prompt_ids`, `chosen_ids` and
+        dataset: A `datasets.Dataset` tokenized by TRL, with `prompt_ids`, `chosen_ids` and
             `rejected_ids`, lists of int.
         collate: TRL's data collator, with its `max_length` and `truncation_mode`.
         cache: Root of the reference cache.
         reference: Folder of the reference model or adapter.
-        precision: What the reference computes in; None: bf16 on a GPU, fp32 on a CPU.
+        precision: Precision of the reference; None: bf16 on a GPU, fp32 on a CPU.
         ld_alpha: Weight of the tokens beyond the shorter side's length (LD-DPO, Liu et al. 2024,
             arXiv 2409.06411); None: 1.
-        fill: Score what the cache lacks now, which loads the reference for as long as that takes.
-        token_budget: Of this pass: tokens in a batch.
-        device: Where this pass runs; None: a GPU where there is one.
+        fill: Compute missing log-probs first, which loads the reference for that time.
+        token_budget: Tokens per batch when filling the cache.
+        device: Device when filling the cache; None: a GPU if there is one.
 
     Returns:
         The dataset with `ref_chosen_logps` and `ref_rejected_logps`, float64, in nats.
 
     Raises:
-        StaleCacheError: The cache is another reference's, or lacks completions.
-        ForeignRowsError: The collator feeds more than token ids.
+        StaleCacheError: The cache is of another reference, or lacks completions.
+        ForeignRowsError: The collator feeds the model more than token ids.
     """
     settings = PrecomputeConfig(
         reference, [], cache, token_budget, precision=precision, device=device
@@ -90,9 +90,9 @@ def _batches(dataset: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def _fill(store: Store, settings: PrecomputeConfig) -> None:
-    """Score what is missing, with the pass of `logratio precompute`."""
+    """Compute missing log-probs as `logratio precompute` does."""
     if len(store):
-        data = Dataset(store, None, None)  # type: ignore[arg-type]  # neither is used
+        data = Dataset(store, None, None)  # type: ignore[arg-type]  # both are unused
         Precompute(settings, data, Share(), show_progress=True).run()
 
 
@@ -100,24 +100,24 @@ def _cached(store: Store, cache: PathLike, fingerprint: Fingerprint) -> CachedLo
     logps = CachedLogps(store, open_cache(cache, fingerprint))
     if logps.missing:
         raise StaleCacheError(
-            f"{cache}: {logps.missing:,} of {store.completions:,} completions, as TRL tokenizes "
-            "and cuts them, are not in the cache; fill=True scores them now"
+            f"{cache}: {logps.missing:,} of {store.completions:,} completions, as tokenized and "
+            "truncated by TRL, are not in the cache; fill=True computes them"
         )
     return logps
 
 
 def _sums(rows: TokenRows, logps: CachedLogps, ld_alpha: float | None) -> NDArray[np.float64]:
-    """Return what TRL sums up for each side: float64 `[R, 2]`, 0 where nothing is scored."""
-    every = np.zeros(rows.store.completions + 1)  # the last is what number -1 finds
+    """Return the sums of each side as TRL computes them, float64 `[R, 2]`; 0 without tokens."""
+    every = np.zeros(rows.store.completions + 1)  # index -1 reads the last, which stays 0
     weights = None if ld_alpha is None else _LengthWeights(rows, ld_alpha)
-    for layout in logps.stretches():
+    for layout in logps.chunks():
         every[layout.completions] = logps.sums(layout, weights(layout) if weights else None)
     sums: NDArray[np.float64] = every[rows.completions]
     return sums
 
 
 class _LengthWeights:
-    """LD-DPO: tokens beyond the shorter side's number of tokens that count weigh `alpha`."""
+    """LD-DPO weights: `alpha` for tokens beyond the shorter side's number of loss tokens."""
 
     def __init__(self, rows: TokenRows, alpha: float) -> None:
         self._alpha = alpha
@@ -126,47 +126,47 @@ class _LengthWeights:
         self._shared[rows.completions] = lengths.min(axis=1, keepdims=True)
 
     def __call__(self, layout: SharedLayout) -> NDArray[np.float64]:
-        """Return the weight of each token of a stretch: float64 `[S]`."""
+        """Return the weight of each token of a chunk, float64 `[S]`."""
         shared = np.repeat(self._shared[layout.completions], layout.completion_lengths)
-        weights = np.where(counted_places(layout) <= shared, 1.0, self._alpha)
+        weights = np.where(loss_token_numbers(layout) <= shared, 1.0, self._alpha)
         return weights * layout.completion_mask
 
 
 trl: Any = require("trl", "trl")
 
 TESTED = "1.16.0"
-"""The version of TRL that the tests run."""
+"""The version of TRL used in the tests."""
 HOOK = "_precompute_ref_logps"
 SAMPLE = 8
-"""Pairs that are scored again where the policy is its own reference."""
+"""Pairs scored again as a check if the policy is its own reference."""
 NATS = {"fp32": 1e-3, "bf16": 2.0}
-"""What rounding may move a sequence's sum by, beyond 1e-5 of it."""
+"""Absolute tolerance of a sequence's sum in nats, in addition to 1e-5 of it."""
 
 
 class TrlError(LogratioError, ValueError):
-    """TRL is another than the tested one, or its settings ask for what no cache can give."""
+    """This version of TRL, or its settings, cannot be used with a cache."""
 
 
 def check_trl(version: str, trainer: type) -> None:
-    """Refuse a TRL whose trainer cannot be given a cache; warn where it is not the tested one.
+    """Check that TRL's trainer has the method to override; warn if the version is not tested.
 
     Raises:
-        TrlError: The method that is overridden is missing, or takes something else.
+        TrlError: The method is missing or has other parameters.
     """
     hook = getattr(trainer, HOOK, None)
     takes = list(inspect.signature(hook).parameters) if hook else []
     if takes != ["self", "dataset", "name", "batch_size"]:
         raise TrlError(
-            f"trl {version} has no {trainer.__name__}.{HOOK}(dataset, name, batch_size) to give "
-            f"the cache to; install trl=={TESTED}, which is tested"
+            f"trl {version} has no {trainer.__name__}.{HOOK}(dataset, name, batch_size), which is "
+            f"needed to use the cache; install trl=={TESTED}, which is tested"
         )
     if version != TESTED:
-        warnings.warn(f"trl {version} is not tested here, trl {TESTED} is", stacklevel=3)
+        warnings.warn(f"trl {version} is not tested with logratio; trl {TESTED} is", stacklevel=3)
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the trainer below is told beside what TRL is told."""
+    """The arguments of the trainer below in addition to TRL's."""
 
     cache: PathLike
     folder: PathLike
@@ -176,29 +176,35 @@ class _Reference:
     check: bool
 
 
-class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional library's
-    """TRL's `DPOTrainer` that reads the reference's log-probs from a cache.
+class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # from an optional library
+    """TRL's `DPOTrainer` with reference log-probs from a cache.
 
-    Everything else is TRL's: tokenization, losses (`ld_alpha` included), callbacks, `evaluate`.
-    Unlike in TRL's own pass, a changed learning rate, seed or output folder finds everything in
-    the cache, and a changed truncation, precision or `ld_alpha` is never served another's sums.
+    Everything else is TRL's: tokenization, losses (including `ld_alpha`), callbacks, `evaluate`.
+    Unlike TRL's precomputed log-probs, the cache stays valid when the learning rate, seed or output
+    folder changes, and stale sums are never used when truncation, precision or `ld_alpha` changes.
 
     Args:
         cache: Root of the reference cache.
-        reference: Folder of the reference model: the model that training starts from, or with
-            `peft_config` the base. It must be the one that `model` was loaded from, or another one
-            on purpose; an adapter's folder is a reference too.
-        fill: Score what the cache lacks before training. With several processes the first one does
-            so while the others wait, no longer than `ddp_timeout`.
-        precision: What the reference computes in; None: bf16 where TRL trains in bf16.
-        token_budget: Of the reference's pass: tokens in a batch.
-        check: Where `model` was loaded from `reference`, score 8 pairs again before training, and
-            refuse a cache that says something else.
-        trainer: What `DPOTrainer` takes; `args` must have `precompute_ref_log_probs=True`.
+        reference: Folder of the reference model or adapter, usually the one that `model` was loaded
+            from; with `peft_config`, the base model.
+        fill: Compute missing log-probs before training. With several processes the first one
+            computes them, and the others wait for up to `ddp_timeout`.
+        precision: Precision of the reference; None: bf16 if TRL trains in bf16.
+        token_budget: Tokens per batch when filling the cache.
+        check: If `model` was loaded from `reference`, score 8 pairs again before training, and
+            raise an error if the cache differs.
+        trainer: Arguments of `DPOTrainer`; `args` must have `precompute_ref_log_probs=True`.
 
     Raises:
-        TrlError: Another TRL, or settings with which no cache can be used.
-        StaleCacheError: The cache is another reference's, or lacks completions, and not `fill`.
+        TrlError: The version of TRL or the settings cannot be used with a cache.
+        StaleCacheError: The cache is of another reference, or lacks completions without `fill`.
+
+    Example:
+        >>> args = DPOConfig("policy", precompute_ref_log_probs=True)
+        >>> trainer = CachedDPOTrainer(
+        ...     cache="cache", reference="model", model="model", args=args, train_dataset=dataset
+        ... )
+        >>> trainer.train()
     """
 
     def __init__(
@@ -217,28 +223,28 @@ class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional lib
         self._reference = _Reference(cache, reference, fill, precision, token_budget, check)
         super().__init__(**trainer)
         if self.ref_model is not None or not set(COLUMNS) <= {*self.train_dataset.column_names}:
-            raise TrlError(f"trl {trl.__version__} did not take its reference from the cache")
+            raise TrlError(f"trl {trl.__version__} did not use the cache for its reference")
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Take TRL's tokenized rows and put the cache's columns beside them."""
+        """Add the cache's columns to TRL's tokenized rows."""
         if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):
-            raise TrlError(f"the {name} dataset is a stream: a cache needs to know every row")
+            raise TrlError(f"the {name} dataset is a stream: the cache needs all rows in advance")
         _check_model(self.model)
         gpu = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        # What is drawn while scoring must not move what training draws: a full cache draws nothing.
+        # Filling the cache must not change the random state of training: a full cache would not.
         with torch.random.fork_rng(gpu), self.accelerator.main_process_first():
-            rows = self._looked_up(dataset)
+            rows = self._with_reference_columns(dataset)
             if self._reference.check and len(rows) and self._is_reference:
                 self._check_sample(rows)
         return rows
 
-    def _looked_up(self, dataset: Any) -> Any:
+    def _with_reference_columns(self, dataset: Any) -> Any:
         return reference_columns(
             dataset,
             self.data_collator,
             cache=self._reference.cache,
             reference=self._reference.folder,
-            precision=self._computes_in,
+            precision=self._precision,
             ld_alpha=self.ld_alpha,
             fill=self._reference.fill,
             token_budget=self._reference.token_budget,
@@ -246,22 +252,22 @@ class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional lib
         )
 
     @property
-    def _computes_in(self) -> Precision:
+    def _precision(self) -> Precision:
         low = self.args.bf16 or self.model.dtype == torch.bfloat16
         return self._reference.precision or ("bf16" if low else "fp32")
 
     @property
     def _is_reference(self) -> bool:
-        """Whether the model, whole and not yet trained, was loaded from the reference's folder."""
+        """Whether the model is unsharded, untrained, and loaded from the reference's folder."""
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         source, folder = Path(self.model.config._name_or_path), Path(self._reference.folder)
         return whole and not self.state.global_step and source.resolve() == folder.resolve()
 
     def _check_sample(self, rows: Any) -> None:
-        """Score some pairs with TRL's own pass and compare.
+        """Score some pairs with TRL's own code, and compare them with the cache.
 
         Raises:
-            StaleCacheError: The cache says something else.
+            StaleCacheError: They differ.
         """
         places = np.unique(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))
         sample = rows.select(places).select_columns([*IDS, *COLUMNS]).with_format(None)
@@ -269,11 +275,11 @@ class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional lib
         now = torch.cat(self.compute_ref_log_probs(self.model, batch)).float()
         kept = torch.cat([batch[name] for name in COLUMNS])
         gap = (now - kept).abs()
-        if not bool((gap <= NATS[self._computes_in] + 1e-5 * kept.abs()).all()):
+        if not bool((gap <= NATS[self._precision] + 1e-5 * kept.abs()).all()):
             raise StaleCacheError(
-                f"{self._reference.cache}: the model was loaded from {self._reference.folder}, and "
+                f"{self._reference.cache}: the model was loaded from {self._reference.folder}, but "
                 f"its log-probs are up to {float(gap.max()):.3g} nats per completion away from the "
-                "cache's: name another reference, or check=False if that is meant"
+                "cache's: use another reference, or check=False if this is intended"
             )
 
     def evaluate(
@@ -282,7 +288,7 @@ class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional lib
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate as TRL does; also on new data after training, for the cache is still there."""
+        """Evaluate as TRL does, and also on new data after training, with the cache."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return found
@@ -294,7 +300,7 @@ class CachedDPOTrainer(trl.DPOTrainer):  # type: ignore[misc]  # an optional lib
             return {name: value for part in parts for name, value in part.items()}
         rows = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
         rows = self._precompute_ref_logps(rows, "eval", self.args.per_device_eval_batch_size)
-        # Past DPOTrainer.evaluate, which would want a reference model to score these rows again.
+        # Skip DPOTrainer.evaluate, which would need a reference model to score these rows again.
         found = super(trl.DPOTrainer, self).evaluate(rows, ignore_keys, metric_key_prefix)
         return found
 
@@ -303,16 +309,18 @@ def _check_settings(trainer: dict[str, Any]) -> None:
     args = trainer.get("args")
     if args is None or not args.precompute_ref_log_probs:
         raise TrlError(
-            "give args=DPOConfig(precompute_ref_log_probs=True, ...): else TRL asks a model"
+            "pass args=DPOConfig(precompute_ref_log_probs=True, ...); otherwise TRL uses a model"
         )
     if trainer.get("ref_model") is not None:
         raise TrlError("leave ref_model out: the cache is the reference")
     if args.fp16:
-        raise TrlError("no reference is scored in fp16: use bf16 or fp32")
+        raise TrlError("fp16 is not supported for the reference: use bf16 or fp32")
     if trainer.get("quantization_config") is not None:
-        raise TrlError("the model is to be quantized, and the cache's reference would not be")
+        raise TrlError(
+            "quantization_config quantizes the model, but the cache's reference is not quantized"
+        )
 
 
 def _check_model(model: Any) -> None:
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        raise TrlError("the model is quantized, and the cache's reference would not be")
+        raise TrlError("the model is quantized, but the cache's reference is not")

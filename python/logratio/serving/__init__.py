@@ -1,7 +1,7 @@
-"""Use a bundle: best-of-N by its implicit reward, in a process, over files, over HTTP.
+"""Rank completions with a bundle's implicit reward: in Python, over files, or over HTTP.
 
-Loads numpy, tokenizers and jinja2; ONNX Runtime when a bundle is loaded, fastapi and uvicorn when
-it is served; never torch, never transformers.
+Imports numpy, tokenizers and jinja2; ONNX Runtime when a bundle is loaded; fastapi and uvicorn
+when it is served. Never imports torch or transformers.
 """
 
 from logratio.bundle import BundleError

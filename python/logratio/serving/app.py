@@ -1,4 +1,4 @@
-"""The HTTP application: requests checked, queued, scored, answered. Needs fastapi."""
+"""The HTTP application: validate, queue, score and answer requests. Needs fastapi."""
 
 import asyncio
 import logging
@@ -44,13 +44,13 @@ _log = logging.getLogger("logratio.serving")
 
 @dataclass
 class State:
-    """What changes while the server runs."""
+    """The mutable state of a running server."""
 
     draining: bool = False
 
 
 def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
-    """Make the application; ``app.state.server`` is its `State`."""
+    """Build the application; ``app.state.server`` is its `State`."""
     scheduler, state = Scheduler(limits), State()
 
     @asynccontextmanager
@@ -61,7 +61,7 @@ def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
         state.draining = True
         scheduler.close()
 
-    # No pages with scripts from elsewhere: /openapi.json is all there is to read.
+    # The documentation pages load scripts from other sites; /openapi.json is enough.
     app = FastAPI(
         title="logratio", description=_DESCRIPTION, version=reranker.manifest.versions["logratio"],
         lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -80,7 +80,7 @@ def build_app(reranker: Reranker, limits: Limits) -> FastAPI:
 
 
 class RerankService:
-    """Answers rerank requests."""
+    """Answer rerank requests."""
 
     def __init__(
         self, reranker: Reranker, limits: Limits, scheduler: Scheduler, state: State
@@ -89,7 +89,11 @@ class RerankService:
         self._scheduler, self._state = scheduler, state
 
     async def rerank(self, request: RerankRequest) -> RerankResponse:
-        """Check, have it computed, answer."""
+        """Check a request, wait for its scores, and build the response.
+
+        Raises:
+            RefusedError: The request is invalid, too large, too late, or cannot be scored.
+        """
         if self._state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
         texts = request.texts()
@@ -106,8 +110,8 @@ class RerankService:
         return self._response(number, request, texts, scoring)
 
     def _encode(self, request: RerankRequest, texts: Sequence[str]) -> Scoring:
-        """Turn text into runs of the graph; called in the scheduler's encoding thread."""
-        # What is too long never reaches the tokenizer: an empty text takes its place.
+        """Tokenize and plan the graph runs; called in the scheduler's encoding thread."""
+        # Texts over the limit are replaced by an empty one, so that the tokenizer never sees them.
         longest = self._limits.document_characters
         short = [text if len(text) <= longest else "" for text in texts]
         try:
@@ -158,16 +162,16 @@ def _error(score: Score) -> DocumentFault:
 
 
 def check_size(request: RerankRequest, texts: Sequence[str], limits: Limits) -> int:
-    """Refuse a request that is too large before its text is read by a tokenizer.
+    """Check a request's size before tokenization.
 
     Returns:
-        Characters of all that will be encoded.
+        Number of characters to tokenize.
 
     Raises:
-        RefusedError: 422.
+        RefusedError: 422, a limit is exceeded.
     """
     if not texts:
-        raise RefusedError(422, "no_documents", "there is no document to score")
+        raise RefusedError(422, "no_documents", "the request has no documents")
     if len(texts) > limits.documents:
         raise RefusedError(
             422, "too_many_documents", f"at most {limits.documents} documents a query"
@@ -175,14 +179,14 @@ def check_size(request: RerankRequest, texts: Sequence[str], limits: Limits) -> 
     query = request.query
     length = len(query) if isinstance(query, str) else sum(len(turn.content) for turn in query)
     if length > limits.query_characters:
-        raise RefusedError(422, "query", f"the query is above {limits.query_characters:,} "
+        raise RefusedError(422, "query", f"the query is longer than {limits.query_characters:,} "
                                          "characters")  # fmt: skip
     longest = limits.document_characters
     return length + sum(len(text) for text in texts if len(text) <= longest)
 
 
 def with_limits(group: CandidateGroup, texts: Sequence[str], limits: Limits) -> CandidateGroup:
-    """Give each document above a limit its error: cutting it would change its meaning."""
+    """Set an error on each document above a limit; truncating it would change its meaning."""
     candidates = [
         _limited(candidate, text, limits)
         for candidate, text in zip(group.candidates, texts, strict=True)
@@ -192,18 +196,18 @@ def with_limits(group: CandidateGroup, texts: Sequence[str], limits: Limits) -> 
 
 def _limited(candidate: Candidate, text: str, limits: Limits) -> Candidate:
     if len(text) > limits.document_characters:
-        return Candidate((), error=f"above {limits.document_characters:,} characters")
+        return Candidate((), error=f"longer than {limits.document_characters:,} characters")
     if limits.document_tokens is not None and len(candidate.ids) > limits.document_tokens:
-        return Candidate((), error=f"above {limits.document_tokens:,} tokens")
+        return Candidate((), error=f"longer than {limits.document_tokens:,} tokens")
     return candidate
 
 
 def _add_health(app: FastAPI, state: State) -> None:
-    @app.get("/livez", summary="The process answers")
+    @app.get("/livez", summary="The process is alive")
     async def livez() -> Health:
         return Health(status="live")
 
-    @app.get("/readyz", summary="Golden rewards were met at load, and the server is not stopping",
+    @app.get("/readyz", summary="The bundle is loaded and verified, and the server is not stopping",
              responses={503: {"model": ErrorResponse}})  # fmt: skip
     async def readyz() -> Health:
         if state.draining:
@@ -212,7 +216,7 @@ def _add_health(app: FastAPI, state: State) -> None:
 
 
 def _add_refusals(app: FastAPI) -> None:
-    """Answer every error in one shape, with nothing of the request in it."""
+    """Answer every error in the same format, without content of the request."""
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RefusedError)
@@ -225,7 +229,7 @@ def _add_refusals(app: FastAPI) -> None:
     async def other(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         code = {404: "not_found", 405: "method"}.get(error.status_code, "malformed")
-        known = {404: "no such path", 405: "no such method here"}
+        known = {404: "no such path", 405: "method not allowed"}
         message = known.get(error.status_code, "the request cannot be read")
         return await refused(request, RefusedError(error.status_code, code, message))
 
@@ -244,11 +248,11 @@ _KINDS = {
     "bool_type": "must be true or false",
     "greater_than_equal": "must be at least 1",
 }
-"""Kinds of pydantic's errors, in words; what it says itself may quote the request."""
+"""Messages for pydantic's error types; pydantic's own messages may quote the request."""
 
 
 def _where(error: RequestValidationError) -> str:
-    """Name the fields that are wrong and how, without their values."""
+    """Describe the invalid fields, without their values."""
     known = (*RerankRequest.model_fields, *Document.model_fields, "role", "content")
     faults = set()
     for fault in error.errors()[:20]:
@@ -256,6 +260,8 @@ def _where(error: RequestValidationError) -> str:
             return "the body is not JSON"
         parts = [str(part) for part in fault["loc"] if part in known or isinstance(part, int)]
         if not parts:
-            return "the body is no JSON object; is the header Content-Type: application/json set?"
+            return (
+                "the body is not a JSON object; is the header Content-Type: application/json set?"
+            )
         faults.add(f"{'.'.join(parts)} {_KINDS.get(fault['type'], 'has another type')}")
     return "; ".join(sorted(faults)[:5])

@@ -1,4 +1,4 @@
-"""Prompts and candidates as ids."""
+"""Prompts and candidates as token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.data.tokenization.tokenizer_files import read_tokenizer
 
 Prompt = str | Sequence[Message]
-"""Plain text, or the turns of a chat, which the bundle's chat template renders."""
+"""Plain text, or chat messages, which are formatted with the bundle's chat template."""
 
 _UNCUT = 2**31 - 1
 _HERE = Source("this prompt", 0)
@@ -26,12 +26,12 @@ _HERE = Source("this prompt", 0)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A candidate as ids.
+    """A tokenized candidate.
 
     Attributes:
-        ids: At least one token; empty where there is an error.
-        truncated: Whether its end was cut.
-        error: Why it cannot be scored; None: it can.
+        ids: Token ids, at least one; empty if there is an error.
+        truncated: Whether the end was truncated.
+        error: Why the candidate cannot be scored; None if it can.
     """
 
     ids: tuple[int, ...]
@@ -41,12 +41,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class CandidateGroup:
-    """A prompt and candidates of it, ready for the graph.
+    """A tokenized prompt and its candidates.
 
     Attributes:
-        prompt_ids: At least one token.
-        prompt_truncated: Whether the bundle's rules cut the prompt.
-        candidates: In the caller's order.
+        prompt_ids: Token ids of the prompt, at least one.
+        prompt_truncated: Whether the bundle's rules truncated the prompt.
+        candidates: The candidates in the caller's order.
     """
 
     prompt_ids: tuple[int, ...]
@@ -54,7 +54,7 @@ class CandidateGroup:
     candidates: tuple[Candidate, ...]
 
     def different(self) -> dict[tuple[int, ...], list[int]]:
-        """Return where each different sequence of ids stands; each is scored once."""
+        """Map each distinct sequence of ids to its indexes; each sequence is scored once."""
         places: dict[tuple[int, ...], list[int]] = {}
         for index, candidate in enumerate(self.candidates):
             if candidate.error is None:
@@ -63,15 +63,15 @@ class CandidateGroup:
 
 
 class CandidateEncoder:
-    """Turns text into ids as training did, except that no completion is cut unless asked for."""
+    """Tokenize as in training, except that completions are truncated only on request."""
 
     def __init__(self, folder: Path, rules: TokenizationRules, truncate: bool) -> None:
         """Load the tokenizer of a bundle.
 
         Args:
             folder: The bundle.
-            rules: Its rules.
-            truncate: Cut completions that are too long, instead of an error for each.
+            rules: The bundle's tokenization rules.
+            truncate: Truncate completions that are too long instead of setting an error.
         """
         self._max_length = rules.max_length
         self._truncate = truncate
@@ -79,19 +79,19 @@ class CandidateEncoder:
         self.tokenizer = PreferenceTokenizer(read_tokenizer(folder, as_written=True), uncut)
 
     def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
-        """Encode a prompt and candidates of it.
+        """Tokenize a prompt and its candidates.
 
-        A candidate that cannot be scored carries its reason; the others are not affected.
+        A candidate that cannot be scored gets an `error`; the others are not affected.
 
         Raises:
-            InvalidRecordError: The prompt cannot be taken; its `code` says why.
+            InvalidRecordError: The prompt is invalid; `code` gives the reason.
         """
         text = _checked(prompt)
         opening = self.tokenizer.encode_record(PreferenceRecord(text, (), _HERE))
         if isinstance(opening, Refusal):
             raise InvalidRecordError(opening.code, opening.reason)
         group, errors = self._encode(text, candidates)
-        # A chat template may ask with more than it writes before these answers.
+        # A chat template may render the prompt differently before a completion.
         prompt_ids = group.prompt_ids if group else opening.prompt_ids
         room = self._max_length - len(prompt_ids)
         ids = iter([completion.ids for completion in group.completions] if group else [])
@@ -109,10 +109,11 @@ class CandidateEncoder:
     def _encode(
         self, text: Text, candidates: Sequence[str]
     ) -> tuple[TokenizedGroup | None, dict[int, str]]:
-        """Encode together all candidates that can be taken: they share one prompt.
+        """Tokenize all valid candidates together, so that they share one prompt.
 
         Returns:
-            Their group, None if there is none, and the error of each other candidate by its index.
+            The group of the valid candidates (None if there are none), and the errors of the
+            others by index.
         """
         faults = {index: _fault(candidate) for index, candidate in enumerate(candidates)}
         errors = {index: fault for index, fault in faults.items() if fault}
@@ -122,12 +123,12 @@ class CandidateEncoder:
                 return self.tokenizer.encode_completions(text, taken), errors
             except InvalidRecordError as error:
                 alone = {index: self._error(text, candidates[index]) for index in sound}
-                found = {index: own for index, own in alone.items() if own}
+                found = {index: reason for index, reason in alone.items() if reason}
                 errors |= found or dict.fromkeys(sound, str(error))
         return None, errors
 
     def _error(self, text: Text, candidate: str) -> str | None:
-        """Say why a candidate cannot be taken, if it cannot."""
+        """Return why a candidate cannot be tokenized, or None."""
         try:
             self.tokenizer.encode_completion(text, candidate)
         except InvalidRecordError as error:
@@ -140,7 +141,8 @@ class CandidateEncoder:
         if self._truncate:
             return Candidate(tuple(ids[:room]), truncated=True)
         return Candidate(
-            (), error=f"{len(ids):,} tokens, and {room:,} are left of {self._max_length:,}"
+            (),
+            error=f"{len(ids):,} tokens; the prompt leaves {room:,} of {self._max_length:,}",
         )
 
 
@@ -148,12 +150,12 @@ def _checked(prompt: Prompt) -> Text:
     text = prompt if isinstance(prompt, str) else check_turns(prompt, "prompt")
     parts = [text] if isinstance(text, str) else [str(turn.get("content")) for turn in text]
     if not all(map(_is_sound, parts)):
-        raise InvalidRecordError("E104", "the prompt holds half a character (a lone surrogate)")
+        raise InvalidRecordError("E104", "the prompt contains a lone surrogate")
     return text
 
 
 def _is_sound(text: str) -> bool:
-    """Tell text from Python strings that no encoding can hold."""
+    """Return whether a string can be encoded as UTF-8, so has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -162,7 +164,7 @@ def _is_sound(text: str) -> bool:
 
 
 def _fault(candidate: str) -> str | None:
-    """Say what is wrong with a candidate that no tokenizer need look at."""
+    """Return the error of a candidate that can be rejected without tokenization, or None."""
     if not _is_sound(candidate):
-        return "[E104] half a character (a lone surrogate)"
+        return "[E104] the candidate contains a lone surrogate"
     return None if candidate.strip() else "[R301] a completion is empty"

@@ -1,4 +1,4 @@
-"""Connections and request bodies: bounded in number, size and time."""
+"""Limits on the number, size and duration of connections and request bodies."""
 
 import asyncio
 import json
@@ -23,13 +23,13 @@ class ClientGoneError(LogratioError):
 
 
 class BoundedBody:
-    """ASGI middleware that reads the body up to a limit and drops work of clients that leave."""
+    """ASGI middleware that limits the body, and cancels work when its client disconnects."""
 
     def __init__(self, app: App, limits: Limits) -> None:
         self._app, self._limits = app, limits
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Handle one request (or pass on what is none)."""
+        """Handle one HTTP request; pass other scopes to the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -39,7 +39,7 @@ class BoundedBody:
         except ClientGoneError:
             return
         except TimeoutError:
-            await refuse(send, RefusedError(408, "slow_body", "the request took too long"))
+            await refuse(send, RefusedError(408, "slow_body", "the request body took too long"))
         except RefusedError as error:
             await refuse(send, error)
         else:
@@ -47,8 +47,8 @@ class BoundedBody:
 
 
 async def _read(scope: MutableMapping[str, Any], receive: Receive, limit: int) -> bytes:
-    """Collect a body, counting bytes as they come: chunked requests state no length."""
-    too_large = RefusedError(413, "body_too_large", f"a request may have {limit:,} bytes")
+    """Read a body and count its bytes, since chunked requests have no Content-Length."""
+    too_large = RefusedError(413, "body_too_large", f"the limit is {limit:,} bytes per request")
     stated = dict(scope["headers"]).get(b"content-length", b"0")
     if stated.isdigit() and int(stated) > limit:
         raise too_large
@@ -67,7 +67,7 @@ async def _read(scope: MutableMapping[str, Any], receive: Receive, limit: int) -
 async def _answer(
     app: App, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send
 ) -> None:
-    """Let `app` answer, unless the client leaves first."""
+    """Run `app`, and cancel it if the client disconnects first."""
     gone = asyncio.ensure_future(_disconnect(receive))
     first = True
 
@@ -98,7 +98,7 @@ async def _disconnect(receive: Receive) -> Message:
 
 
 async def refuse(send: Send, error: RefusedError) -> None:
-    """Answer before the body was read; what is left of it ends the connection."""
+    """Send an error before the body is read, and close the connection."""
     content = json.dumps(error.body()).encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -112,22 +112,22 @@ async def refuse(send: Send, error: RefusedError) -> None:
 
 PROBES = frozenset({"/livez", "/readyz"})
 _CROWDED = RefusedError(503, "connections", "too many connections are open")
-_SLOW = RefusedError(408, "slow_header", "the request took too long to begin")
+_SLOW = RefusedError(408, "slow_header", "the request headers took too long")
 
 
 class Connections:
-    """What is open, and what of it is silent: nothing has come that could be answered."""
+    """The open connections, and which of them are silent: they have sent no complete request."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._open: set[GuardedProtocol] = set()
-        self._silent: dict[GuardedProtocol, None] = {}  # in the order in which they fell silent
+        self._silent: dict[GuardedProtocol, None] = {}  # in the order in which they became silent
 
     def open(self, connection: "GuardedProtocol") -> bool:
-        """Take a new connection in; where there is no room, one that is silent makes it.
+        """Add a new connection; at the limit, close the one that has been silent longest.
 
         Returns:
-            Whether it may stay.
+            Whether the connection may stay open.
         """
         limit = self.limits.connections
         if len(self._open) >= limit and self._silent:
@@ -139,12 +139,12 @@ class Connections:
         return len(self._open) <= limit + self.limits.probe_connections
 
     def close(self, connection: "GuardedProtocol") -> None:
-        """Forget a connection."""
+        """Remove a connection."""
         self._open.discard(connection)
         self._silent.pop(connection, None)
 
     def set_silent(self, connection: "GuardedProtocol", is_silent: bool) -> None:
-        """Note whether a connection waits for a request."""
+        """Record whether a connection is waiting for a request."""
         if not is_silent:
             self._silent.pop(connection, None)
         elif connection in self._open:
@@ -152,11 +152,11 @@ class Connections:
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's protocol, with a time limit on heads and on pauses in reading the answer.
+    """uvicorn's protocol, with timeouts on request headers and on clients that stop reading.
 
     Attributes:
         guarded: All connections of the server; see `protocol`.
-        is_crowded: Whether only probes are answered here.
+        is_crowded: Whether this connection only answers health probes.
     """
 
     guarded: ClassVar[Connections]
@@ -164,58 +164,61 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.is_crowded = False
-        self._head: asyncio.TimerHandle | None = None
-        self._pause: asyncio.TimerHandle | None = None
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, if there is room."""
+        """Accept the connection if the limits allow it."""
         super().connection_made(transport)
         if not self.guarded.open(self):
             transport.abort()
             return
         if self.is_crowded:
             self.app = _probes_only(self.app)
-        self._look(has_begun=True)
+        self._update_header_timer(has_begun=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Remove the connection and cancel its timers."""
         self.guarded.close(self)
-        self._head, self._pause = _cancelled(self._head), _cancelled(self._pause)
+        self._header_timer, self._write_timer = (
+            _cancelled(self._header_timer),
+            _cancelled(self._write_timer),
+        )
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on."""
+        """Process received bytes, and update the header timer."""
         super().data_received(data)
-        self._look(has_begun=True)
+        self._update_header_timer(has_begun=True)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, for as long as a silent connection may."""
+        """Mark the connection as silent until the next request."""
         super().on_response_complete()
-        self._look(has_begun=False)
+        self._update_header_timer(has_begun=False)
 
     def pause_writing(self) -> None:
-        """Give a client that does not read its answer some time."""
+        """Start the timeout for a client that stops reading its answer."""
         super().pause_writing()
         seconds = self.guarded.limits.body_seconds
-        self._pause = self.loop.call_later(seconds, self.transport.abort)
+        self._write_timer = self.loop.call_later(seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on with a client that reads again."""
+        """Cancel the timeout, since the client reads again."""
         super().resume_writing()
-        self._pause = _cancelled(self._pause)
+        self._write_timer = _cancelled(self._write_timer)
 
-    def _look(self, *, has_begun: bool) -> None:
-        """Start the clock of a head when it begins; stop it when it has come."""
+    def _update_header_timer(self, *, has_begun: bool) -> None:
+        """Start the header timeout when a request begins; cancel it after the headers."""
         is_silent = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
         self.guarded.set_silent(self, is_silent)
         if not is_silent:
-            self._head = _cancelled(self._head)
-        elif has_begun and self._head is None:
+            self._header_timer = _cancelled(self._header_timer)
+        elif has_begun and self._header_timer is None:
             seconds = self.guarded.limits.header_seconds
-            self._head = self.loop.call_later(seconds, self._give_up)
+            self._header_timer = self.loop.call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
-        """Close a connection whose request has not come; say so if it had begun."""
+        """Close a connection whose headers timed out; answer 408 if a request had begun."""
         if self.transport.is_closing():
             return
         if self.conn.trailing_data[0] and self.conn.our_state is h11.IDLE:
@@ -232,7 +235,7 @@ class GuardedProtocol(H11Protocol):
 
 
 def protocol(limits: Limits) -> type[GuardedProtocol]:
-    """Make the class of a server's connections."""
+    """Return a protocol class whose instances share one `Connections`."""
     return type("Connection", (GuardedProtocol,), {"guarded": Connections(limits)})
 
 
@@ -247,7 +250,7 @@ def _probes_only(app: Any) -> App:
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Cancel a timer, and return what takes its place: nothing."""
+    """Cancel a timer, and return None to assign in its place."""
     if timer is not None:
         timer.cancel()
     return None

@@ -1,4 +1,4 @@
-"""What a request may ask of the server, and the answers to one that asks too much."""
+"""Limits of the server, and the error responses when a request exceeds them."""
 
 import re
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from logratio.errors import LogratioError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on requests and connections; each is met with its own status.
+    """Limits on requests and connections, with the HTTP status when one is exceeded.
 
     Attributes:
-        body_bytes: Of a request, chunked or not: 413.
-        documents: Candidates of one query: 422.
-        document_characters: Of one candidate: an error for that candidate.
-        query_characters: Of the query, all turns together: 422.
-        document_tokens: Of one candidate; None: what the bundle's rules leave beside the query.
-            Never cut: an error for that candidate.
-        request_tokens: That the models compute for one request, padding included: 413.
-        run_tokens: In one run of the graph, the piece of work between two looks at deadlines and
-            at clients that have gone; see `runs.plan_runs`. Changes no score.
-        queue: Requests that wait or are computed; one more is 429.
-        queue_seconds: Longest expected wait before a request is computed: 503.
-        seconds: From the arrival to the answer: 504, and the work is dropped. A request that would
-            need more than half of it with the server to itself is 413.
-        body_seconds: For the request to arrive, and for each pause of a client that reads its
-            answer: 408, or the connection is closed.
-        header_seconds: For a request's first line and headers to arrive: 408, or the connection is
-            closed where nothing has come.
-        connections: Open at once. One more closes the connection that has been silent for longest;
-            where none is silent, it is answered 503, unless it is a health probe.
-        probe_connections: Places beyond `connections` for health probes.
-        shutdown_seconds: For requests in flight when the server is told to stop.
+        body_bytes: Size of a request body, chunked or not: 413.
+        documents: Candidates per query: 422.
+        document_characters: Characters per candidate: an error for that candidate.
+        query_characters: Characters of the query, all turns together: 422.
+        document_tokens: Tokens per candidate, which is never truncated: an error for that
+            candidate. None: the room that the bundle's rules leave after the query.
+        request_tokens: Tokens that the models compute for one request, including padding: 413.
+        run_tokens: Tokens in one run of the graph. The scheduler checks deadlines and disconnected
+            clients between runs; see `reranker.plan_runs`. Does not change scores.
+        queue: Requests that are waiting or being computed; one more is refused with 429.
+        queue_seconds: Longest expected wait before computation starts: 503.
+        seconds: Time from arrival to answer: 504, and the work is dropped. A request that would
+            need more than half of it on an idle server is refused with 413.
+        body_seconds: Time for the request body to arrive, and for each pause of a client that is
+            reading its answer: 408, or the connection is closed.
+        header_seconds: Time for the request line and headers to arrive: 408, or the connection is
+            closed if no byte has arrived.
+        connections: Open connections. One more closes the connection that has been idle longest;
+            if none is idle, it is refused with 503, unless it is a health probe.
+        probe_connections: Additional connections reserved for health probes.
+        shutdown_seconds: Time to finish requests in flight at shutdown.
     """
 
     body_bytes: int = 2 * 2**20
@@ -56,13 +56,13 @@ _CODE = re.compile(r"\[(\w+)\]")
 
 
 class RefusedError(LogratioError):
-    """A request gets no ranking.
+    """The server refuses a request.
 
     Attributes:
-        status: Of HTTP.
-        code: Stable, for programs.
-        message: For people; holds no prompt, no path.
-        retry_after: Seconds after which it would be taken, for 429 and 503.
+        status: The HTTP status.
+        code: A stable code for programs.
+        message: A message for people, without text of the request or paths.
+        retry_after: Seconds to wait before a retry, for 429 and 503.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after: int = 1) -> None:
@@ -71,15 +71,15 @@ class RefusedError(LogratioError):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, dict[str, str]]:
-        """Return the JSON to answer with."""
+        """Return the JSON body of the response."""
         return {"error": {"code": self.code, "message": self.message}}
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that go with it."""
+        """Return the headers of the response."""
         return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 
 def public_reason(reason: str) -> str:
-    """Replace the reason behind a code by the code's own words: a chat template may quote text."""
+    """Replace a reason by the general text of its code, since a chat template may quote text."""
     code = _CODE.match(reason)
     return f"[{code[1]}] {CODES[code[1]]}" if code and code[1] in CODES else reason

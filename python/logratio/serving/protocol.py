@@ -1,4 +1,4 @@
-"""The rerank request and answer in the shape of Cohere and Jina, as pydantic models."""
+"""The rerank request and response of the Cohere and Jina APIs, as pydantic models."""
 
 from typing import Annotated
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel, Field
 
 SCORES = (
     "`relevance_score` is the implicit reward β·(log π(document|query) − log π_ref(document|query))"
-    " in raw form. It is defined up to a constant of the query, so scores compare documents of ONE "
-    "query: never compare them across queries, nor with a fixed threshold."
+    ", not normalised. It is defined up to a constant per query: compare scores only between "
+    "documents of ONE query, never across queries or with a fixed threshold."
 )
 
 
 class Turn(BaseModel):
-    """One turn of a chat."""
+    """One chat message."""
 
     role: str
     content: str
@@ -25,11 +25,11 @@ class Document(BaseModel):
 
 
 class RerankRequest(BaseModel):
-    """A prompt and the completions to order."""
+    """A prompt and the completions to rank."""
 
     query: Annotated[
         str | list[Turn],
-        Field(description="The prompt: text, or chat turns for the bundle's chat template."),
+        Field(description="The prompt: text, or chat messages for the bundle's chat template."),
     ]
     documents: Annotated[
         list[str | Document], Field(description="The candidates: completions of the prompt.")
@@ -37,24 +37,24 @@ class RerankRequest(BaseModel):
     model: Annotated[
         str | None, Field(description="Accepted for compatibility; the server has one model.")
     ] = None
-    top_n: Annotated[int | None, Field(ge=1, description="Return the best n only.")] = None
-    return_documents: Annotated[bool, Field(description="Repeat each document's text.")] = False
+    top_n: Annotated[int | None, Field(ge=1, description="Return only the best n.")] = None
+    return_documents: Annotated[bool, Field(description="Include each document's text.")] = False
 
     def texts(self) -> list[str]:
         """Return the candidates as strings."""
         return [item if isinstance(item, str) else item.text for item in self.documents]
 
     def prompt(self) -> str | list[dict[str, str]]:
-        """Return the query as the reranker takes it."""
+        """Return the query in the format of `Reranker.encode`."""
         if isinstance(self.query, str):
             return self.query
         return [turn.model_dump() for turn in self.query]
 
 
 class Result(BaseModel):
-    """One document's place in the order."""
+    """One ranked document."""
 
-    index: Annotated[int, Field(description="Where the document stood in the request.")]
+    index: Annotated[int, Field(description="Index of the document in the request.")]
     relevance_score: Annotated[float, Field(description=SCORES)]
     document: Document | None = None
 
@@ -62,15 +62,16 @@ class Result(BaseModel):
 class DocumentFault(BaseModel):
     """Why one document has no score; the others are not affected."""
 
-    index: Annotated[int, Field(description="Where the document stood in the request.")]
+    index: Annotated[int, Field(description="Index of the document in the request.")]
     code: Annotated[
-        str, Field(description="`document`: it cannot be scored; `not_finite`: the model fails.")
+        str,
+        Field(description="`document`: it cannot be scored; `not_finite`: NaN or infinite score."),
     ]
     message: str
 
 
 class Usage(BaseModel):
-    """Tokens the model saw."""
+    """Tokens processed by the model."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -78,44 +79,44 @@ class Usage(BaseModel):
 
 
 class Meta(BaseModel):
-    """What the scores mean."""
+    """How to interpret the scores."""
 
     beta: Annotated[float, Field(description="Reward per nat of log-ratio.")]
     truncated_query: Annotated[
-        bool, Field(description="The bundle's rules cut the query; documents are never cut.")
+        bool, Field(description="Whether the query was truncated; documents never are.")
     ]
 
 
 class RerankResponse(BaseModel):
-    """Documents in order of reward, the best first; ties by index."""
+    """Documents sorted by reward, best first; ties by index."""
 
     id: str
     model: str
     results: Annotated[
-        list[Result], Field(description="Every document that has a score; `top_n` of them.")
+        list[Result], Field(description="The documents with a score, at most `top_n`.")
     ]
     errors: Annotated[
         list[DocumentFault] | None,
-        Field(description="Every document that has none, by index; absent where all have one."),
+        Field(description="The documents without a score, by index; absent if there are none."),
     ] = None
     meta: Meta
     usage: Usage
 
 
 class Problem(BaseModel):
-    """Why there is no ranking."""
+    """Why a request was refused."""
 
     code: str
     message: str
 
 
 class ErrorResponse(BaseModel):
-    """The answer to a request that gets no ranking."""
+    """The response to a refused request."""
 
     error: Problem
 
 
 class Health(BaseModel):
-    """What a probe gets."""
+    """The response to a health probe."""
 
     status: str

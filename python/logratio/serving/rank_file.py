@@ -1,4 +1,4 @@
-"""`logratio rank`: a file of prompts and candidates in, the same rows with rewards out."""
+"""`logratio rank`: read prompts and candidates from a file, write the rows with rewards."""
 
 import errno
 import json
@@ -26,16 +26,21 @@ from logratio.serving.candidates import CandidateGroup
 from logratio.serving.reranker import Reranker, Score, ranked
 
 _BYTES_PER_TOKEN = 4.0
-"""Of text, roughly, in English."""
+"""Approximate value for English text."""
 _COMPRESSION = 3.0
 _SIDE, _EFFICIENCY, _PROCESS_BYTES = 512, 0.5, 0.4e9
 
 
 def rank_forecast(bundle: str | Path, input_file: str | Path, output: Path | None) -> Forecast:
-    """Estimate what `rank_file` needs.
+    """Estimate the time, memory and disk space of `rank_file`.
+
+    Args:
+        bundle: The bundle's folder.
+        input_file: The file to rank.
+        output: The output file; None for standard output.
 
     Raises:
-        BundleError: The folder is no bundle.
+        BundleError: The folder is not a bundle.
         OSError: The input cannot be read.
     """
     files = read_manifest(Path(bundle)).files
@@ -62,21 +67,21 @@ def _flops_per_second() -> float:
 
 
 ROWS = 64
-"""Rows scored together, so that those of similar lengths share runs of the graph."""
+"""Rows scored together; rows of similar lengths share runs of the graph."""
 
 Progress = Callable[[int, int, int], None]
-"""Called with rows done, bytes read and bytes in all."""
+"""Called with the rows done, the bytes read and the total bytes."""
 
 
 @dataclass(slots=True)
 class RankSummary:
-    """What became of a file's rows.
+    """Counts of a ranked file.
 
     Attributes:
         rows: Rows written.
         candidates: Candidates with a reward.
-        failed_candidates: Candidates without: empty, or too long.
-        failed_prompts: Rows whose prompt could not be taken, by code.
+        failed_candidates: Candidates without a reward, because they are empty or too long.
+        failed_prompts: Number of rows with an invalid prompt, by code.
     """
 
     rows: int = 0
@@ -85,12 +90,12 @@ class RankSummary:
     failed_prompts: dict[str, int] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """Tell it to a person."""
+        """Return the summary as one line of text."""
         text = f"{self.rows:,} prompts, {self.candidates:,} candidates with a reward"
         if self.failed_candidates:
             text += f", {self.failed_candidates:,} without (see `errors`)"
         for code, count in sorted(self.failed_prompts.items()):
-            text += f"; [{code}] {count:,} prompts not taken (see `error`)"
+            text += f"; [{code}] {count:,} prompts refused (see `error`)"
         return text
 
 
@@ -101,21 +106,26 @@ def rank_file(
     *,
     progress: Progress | None = None,
 ) -> RankSummary:
-    """Score every row of a JSON lines file, in its order, in constant memory.
+    """Score every row of a JSON lines file, in order and in constant memory.
 
-    A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``, plain or gzip; other
-    keys pass through. It is written back with ``rewards`` (null without one), ``order`` (indexes,
-    the best first), ``policy_logps``, ``reference_logps`` and ``tokens``, with ``errors`` by index
-    where candidates have no reward, and with ``error`` alone where the prompt cannot be taken.
+    A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``; the file may be gzip.
+    Each row is written with its keys and, per candidate, ``rewards`` and ``tokens`` (null rewards
+    for candidates that cannot be scored), ``policy_logps`` and ``reference_logps`` in nats, and
+    ``order``: the indexes, best first. ``errors`` gives the reasons by index. A row with an invalid
+    prompt only gets ``error``.
 
     Args:
         reranker: The loaded bundle.
         input: The file to read.
-        output: The file to write, which appears once it is complete; None or "-": the screen.
-        progress: Told after each batch how far it is.
+        output: The file to write, which appears when complete; None or "-" for standard output.
+        progress: Called after each batch.
+
+    Returns:
+        The counts of rows and candidates.
 
     Raises:
-        BadDataError: A row is malformed; names file, line and code. No output file is left.
+        BadDataError: A row is malformed; the message has the file, line and code. No output file
+            is left.
         OSError: A file cannot be read or written.
     """
     lines = open_file(Path(input))
@@ -146,7 +156,7 @@ def _checked(row: Row, source: Source) -> Row:
     """Return a row that has a prompt and candidates.
 
     Raises:
-        BadDataError: It has not; names file, line and code.
+        BadDataError: One is missing or malformed; the message has the file, line and code.
     """
     try:
         _check_prompt(row)
@@ -187,7 +197,7 @@ def _value(row: Row, key: str) -> Any:
 
 
 def _rank(reranker: Reranker, batch: list[Row], summary: RankSummary) -> Iterator[Row]:
-    """Yield each row with what it got."""
+    """Yield each row with its scores."""
     encoded = [_encode(reranker, row) for row in batch]
     groups = [group for group in encoded if isinstance(group, CandidateGroup)]
     scored = iter(reranker.score_groups(groups))
@@ -235,7 +245,7 @@ def _number(value: float) -> float | None:
 
 @contextmanager
 def _open_output(path: Path | None) -> Iterator[IO[str]]:
-    """Open the screen, or a file beside `path` that becomes `path` when all went well."""
+    """Open standard output, or a partial file that is renamed to `path` on success."""
     if path is None:
         yield sys.stdout
         return

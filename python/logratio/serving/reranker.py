@@ -1,4 +1,4 @@
-"""Best-of-N by implicit reward: a loaded bundle that scores candidates of a prompt."""
+"""The reranker: score and rank the candidates of a prompt by implicit reward."""
 
 import math
 import time
@@ -31,19 +31,19 @@ from logratio.serving.candidates import Candidate, CandidateEncoder, CandidateGr
 from logratio.serving.session import Stop, open_session, stopped_after
 
 _PROMPT_SHARE = 4
-"""A bounded run may have this many times its prompt's tokens: the prompt is run anew in each."""
+"""A run may always have this multiple of its prompt's tokens: each run recomputes the prompt."""
 
 Piece = tuple[int, list[tuple[int, ...]]]
-"""Number of a group, and ids of some of its candidates."""
+"""The index of a group, and the ids of some of its candidates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What goes through the graph at once.
+    """The input of one run of the graph.
 
     Attributes:
-        pieces: Candidates, group after group.
-        tokens: That the models compute, padding included: the run's cost.
+        pieces: The candidates, grouped by prompt.
+        tokens: Tokens that the models compute, including padding: the cost of the run.
     """
 
     pieces: list[Piece]
@@ -53,18 +53,21 @@ class Run:
 def plan_runs(
     groups: Sequence[CandidateGroup], token_budget: int, run_tokens: int | None = None
 ) -> Iterator[Run]:
-    """Cut groups into runs of the graph, similar lengths together.
+    """Divide groups into runs of the graph, with similar lengths together.
 
-    A run of `G` prompts up to `P` tokens and `N` candidates up to `C` computes `G·P + N·C` tokens
-    and holds `G·P + N·(P + C)` positions: each prompt once, and for each candidate its own view of
-    a prompt's keys and values. A run stays within both bounds unless a single candidate is above
-    them; a group too large for one is spread over several.
+    A run of `G` prompts of up to `P` tokens and `N` candidates of up to `C` tokens computes
+    `G·P + N·C` tokens and holds `G·P + N·(P + C)` positions: each prompt once, and per candidate a
+    copy of its prompt's keys and values. A run exceeds the limits only if a single candidate does;
+    a group that is too large for one run is divided over several.
 
     Args:
-        groups: What is to be scored.
-        token_budget: Most positions in a run, which bounds its memory.
-        run_tokens: Most tokens in a run, which bounds its time; four times its longest prompt
-            where that is more. None: no bound.
+        groups: The groups to score.
+        token_budget: Maximum positions per run, which bounds its memory.
+        run_tokens: Maximum tokens per run, which bounds its time, but at least four times its
+            longest prompt. None: no limit.
+
+    Yields:
+        The runs; together they contain every distinct candidate once.
     """
     run: list[Piece] = []
     size = _RunSize()
@@ -111,7 +114,7 @@ class _RunSize:
         )
 
     def plus(self, prompt: int, candidate: int) -> "_RunSize":
-        """Add a candidate, and its prompt where `prompt` is not 0."""
+        """Return the size with another candidate, and with its prompt unless `prompt` is 0."""
         return _RunSize(
             self.prompts + bool(prompt),
             max(self.longest_prompt, prompt),
@@ -121,27 +124,27 @@ class _RunSize:
 
 
 LOAD_SECONDS = 300.0
-"""Most that the golden groups may take at load."""
+"""Timeout of the golden groups at load."""
 TOKEN_BUDGET = 16384
-"""Positions in one run of the graph, which bounds its memory; see `runs.plan_runs`."""
+"""Positions in one run of the graph, which bounds its memory; see `plan_runs`."""
 
 Sums = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a candidate got.
+    """The score of one candidate.
 
     Attributes:
-        index: Where the candidate stood in the request.
-        reward: beta times the log-ratio, beta in the bundle. It is defined up to a constant of
-            the prompt: it compares candidates of one prompt, never those of two. NaN with an error.
-        policy_logps: Nats, summed over the candidate's tokens, under the policy.
-        reference_logps: The same under the reference.
-        tokens: Tokens scored, EOS included where the bundle's rules append it.
-        truncated: Whether the prompt (by the bundle's rules) or the candidate (if asked for at
-            load) was cut.
-        error: Why there is no reward; None where there is one.
+        index: Index of the candidate in the request.
+        reward: β·(log π − log π_ref), with β from the bundle. It is defined up to a constant per
+            prompt, so compare only candidates of the same prompt. NaN if there is an error.
+        policy_logps: Sum of the policy's log-probs over the candidate's tokens, in nats.
+        reference_logps: The same for the reference.
+        tokens: Number of tokens scored, including EOS if the bundle's rules append it.
+        truncated: Whether the prompt (by the bundle's rules) or the candidate (if requested at
+            load) was truncated.
+        error: Why the candidate has no reward; None if it has one.
     """
 
     index: int
@@ -154,17 +157,21 @@ class Score:
 
 
 class NoCandidateError(LogratioError, ValueError):
-    """Of several candidates none can be scored."""
+    """None of the candidates can be scored."""
 
 
 class Reranker:
-    """Scores candidates of a prompt by the implicit reward of a bundle.
+    """Score candidates of a prompt by the implicit reward of a bundle.
 
     Safe to share between threads.
 
     Attributes:
-        manifest: What the bundle says of itself.
+        manifest: The bundle's manifest.
         provider: The execution provider in use.
+
+    Example:
+        >>> reranker = Reranker.load("bundle")
+        >>> reranker.best_of("What is DPO?", ["A method.", "No idea."]).index
     """
 
     def __init__(
@@ -175,6 +182,9 @@ class Reranker:
         self._session = session
         self._encoder = encoder
         self._token_budget = token_budget
+
+    def __repr__(self) -> str:
+        return f"Reranker({self.manifest.name!r}, β={self.manifest.beta:g}, {self.provider})"
 
     @classmethod
     def load(
@@ -189,24 +199,25 @@ class Reranker:
         digest: str | None = None,
         load_seconds: float = LOAD_SECONDS,
     ) -> "Reranker":
-        """Load a bundle: every file's hash is checked, and its golden groups are scored again.
+        """Load a bundle, check the hash of every file, and verify the scores of its golden groups.
 
         Args:
-            folder: What `logratio export` wrote.
-            providers: ONNX Runtime's execution providers, the wanted one first; None: the CPU.
-            allow_fallback: Go on with another provider where the first cannot be used.
-            threads: Within one run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
-            token_budget: Positions in one run of the graph: bounds memory, changes no result.
-            truncate_completions: Cut candidates that are too long and mark them, instead of an
-                error for each. A cut candidate's reward is that of its beginning.
-            digest: The SHA-256 of ``bundle.json``, as `logratio export` prints it: another bundle
-                is refused. None: any bundle.
-            load_seconds: Most seconds for the golden groups: a graph is a program, and may never
-                end.
+            folder: Folder written by `logratio export`.
+            providers: ONNX Runtime execution providers, the preferred one first; None for the CPU.
+            allow_fallback: Use another provider if the first is not available.
+            threads: Threads per run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
+            token_budget: Positions per run of the graph: bounds memory, does not change results.
+            truncate_completions: Truncate and mark candidates that are too long, instead of
+                setting an error. The reward is then that of the truncated text.
+            digest: The SHA-256 of ``bundle.json``, as printed by `logratio export`; a bundle with
+                another digest is refused. None: any bundle.
+            load_seconds: Timeout of the golden groups in seconds, since a graph may contain an
+                endless loop.
 
         Raises:
-            BundleError: The folder is no bundle, was altered, or does not score as it should.
-            ProviderError: ONNX Runtime would compute elsewhere than asked.
+            BundleError: The folder is not a bundle, was altered, or gives other scores than at
+                export.
+            ProviderError: ONNX Runtime would use another provider than the requested one.
             MissingExtraError: ONNX Runtime is not installed.
         """
         folder = Path(folder)
@@ -223,23 +234,36 @@ class Reranker:
         return reranker
 
     def score(self, prompt: Prompt, candidates: Sequence[str]) -> list[Score]:
-        """Score candidates of one prompt, in their order; equal candidates get equal scores.
+        """Score the candidates of one prompt; equal candidates get equal scores.
+
+        Args:
+            prompt: Text, or chat messages for the bundle's chat template.
+            candidates: The completions to score.
+
+        Returns:
+            One score per candidate, in the candidates' order.
 
         Raises:
-            InvalidRecordError: The prompt cannot be taken (too long for the bundle's rules, say).
+            InvalidRecordError: The prompt is invalid, for example too long for the bundle's rules.
         """
         return self.score_groups([self.encode(prompt, candidates)])[0]
 
     def score_many(self, requests: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[Score]]:
-        """Score several prompts' candidates, sharing runs of the graph: one list per prompt.
+        """Score the candidates of several prompts, which share runs of the graph.
+
+        Args:
+            requests: Pairs of a prompt and its candidates.
+
+        Returns:
+            One list of scores per prompt.
 
         Raises:
-            InvalidRecordError: A prompt cannot be taken; none is scored then.
+            InvalidRecordError: A prompt is invalid; no prompt is scored then.
         """
         return self.score_groups([self.encode(*request) for request in requests])
 
     def rank(self, prompt: Prompt, candidates: Sequence[str]) -> list[Score]:
-        """Order candidates by reward, the best first; ties by index, errors last."""
+        """Score candidates and sort them by reward, best first; ties by index, errors last."""
         return ranked(self.score(prompt, candidates))
 
     def best_of(self, prompt: Prompt, candidates: Sequence[str]) -> Score:
@@ -250,38 +274,38 @@ class Reranker:
         """
         order = self.rank(prompt, candidates)
         if not order or order[0].error is not None:
-            reason = order[0].error if order else "there is none"
+            reason = order[0].error if order else "the list is empty"
             raise NoCandidateError(f"no candidate can be scored: {reason}")
         return order[0]
 
     def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
-        """Turn text into ids, to look at lengths and errors before scoring.
+        """Tokenize a prompt and its candidates, to inspect lengths and errors before scoring.
 
         Raises:
-            SettingTypeError: The candidates are no list of strings, but one string, say.
-            InvalidRecordError: The prompt cannot be taken.
+            SettingTypeError: The candidates are not a list of strings, for example one string.
+            InvalidRecordError: The prompt is invalid.
         """
         if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
             raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
         return self._encoder.encode(prompt, candidates)
 
     def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:
-        """Score what `encode` returned: one list per group, in the candidates' order."""
+        """Score the results of `encode`: one list per group, in the candidates' order."""
         return self._score_groups(groups, None)
 
     def scoring(self, group: CandidateGroup, run_tokens: int) -> "Scoring":
-        """Cut the scoring of what `encode` returned into short runs of the graph.
+        """Divide the scoring of a result of `encode` into short runs of the graph.
 
         Args:
-            group: The prompt and its candidates.
-            run_tokens: Most tokens in a run; see `runs.plan_runs`.
+            group: The tokenized prompt and its candidates.
+            run_tokens: Maximum tokens per run; see `plan_runs`.
         """
         return Scoring(self, group, list(plan_runs([group], self._token_budget, run_tokens)))
 
     def timings(self) -> list[tuple[int, float]]:
-        """Score each golden group and return the tokens and the seconds of each run.
+        """Score each golden group, and return the tokens and seconds of each run.
 
-        A server warms up so, and learns how long a request will take.
+        A server uses this to warm up, and to estimate the time of requests.
         """
         found = []
         for known in self.manifest.golden:
@@ -305,7 +329,7 @@ class Reranker:
     def compute(
         self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None = None
     ) -> list[Sums]:
-        """Run the graph once: reward, policy and reference sums, candidate after candidate."""
+        """Run the graph once, and return reward, policy and reference sums per candidate."""
         layout = candidate_layout(
             [_array(groups[number].prompt_ids) for number, _ in run.pieces],
             [[_array(ids) for ids in candidates] for _, candidates in run.pieces],
@@ -317,22 +341,22 @@ class Reranker:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def _check_rewards(self, *columns: NDArray[np.float32]) -> None:
-        """Make sure that each reward is β times the other two outputs' difference."""
+        """Check that each reward is β times the difference of the other two outputs."""
         reward, policy, reference = (column.astype(np.float64) for column in columns)
         slack = REPLAY[0] + REPLAY[1] * (abs(policy) + abs(reference))
         beta = self.manifest.beta
         apart = abs(reward - beta * (policy - reference)) > beta * slack
-        if apart.any():  # not where one is no number: that candidate gets an error
-            raise BundleError("the graph gives rewards that are not beta times the log-ratio")
+        if apart.any():  # NaN compares as False: that candidate gets an error later
+            raise BundleError("the graph's rewards are not beta times the log-ratio")
 
     def replay(self, seconds: float = LOAD_SECONDS) -> None:
-        """Score the bundle's golden groups: the same text, ids and rewards as at the export.
+        """Check that the golden groups have the same ids and rewards here as at export.
 
         Args:
-            seconds: Most that the graph may take.
+            seconds: Timeout of the graph.
 
         Raises:
-            BundleError: Something on this machine gives other ids or rewards, or takes longer.
+            BundleError: Ids or rewards differ, or the graph takes longer.
         """
         golden = self.manifest.golden
         groups = [_golden_group(group) for group in golden]
@@ -341,10 +365,10 @@ class Reranker:
                 scored = self._score_groups(groups, stop)
             except BundleError:
                 raise
-            except Exception as error:  # the library raises a dozen unrelated kinds
+            except Exception as error:  # the library raises many unrelated types
                 if stop.asked:
                     raise BundleError(
-                        f"the graph did not end within {seconds:g} s on the golden groups"
+                        f"the graph did not finish within {seconds:g} s on the golden groups"
                     ) from error
                 raise BundleError("the graph fails on a golden group") from error
         for known, group, scores in zip(golden, groups, scored, strict=True):
@@ -353,12 +377,12 @@ class Reranker:
                 prompt is not None
                 and self._encoder.encode(prompt, known.completions or []) != group
             ):
-                raise BundleError("the tokenizer gives other ids here than at the export")
+                raise BundleError("the tokenizer gives other ids here than at export")
             self._compare(known, scores)
         self._check_chat()
 
     def _check_chat(self) -> None:
-        """Refuse a bundle with a chat template of which no golden group shows that it is right."""
+        """Check that a golden group covers the chat template, if the bundle has one."""
         tokenizer = self._encoder.tokenizer
         is_shown = any(
             group.messages is not None or (group.prompt is not None and tokenizer.wraps_text)
@@ -369,8 +393,8 @@ class Reranker:
         try:
             self._encoder.encode([{"role": "user", "content": "a"}], ["a"])
         except InvalidRecordError:
-            return  # an export cannot write one either
-        raise BundleError("no golden group is a chat, so nothing shows that its template is right")
+            return  # the template rejects this chat, so the export had none either
+        raise BundleError("no golden group is a chat, so its chat template cannot be verified")
 
     def _compare(self, known: GoldenGroup, scores: list[Score]) -> None:
         pairs = zip(known.policy_logps, known.reference_logps, strict=True)
@@ -384,17 +408,17 @@ class Reranker:
             )
             if not near:
                 raise BundleError(
-                    f"{self.provider} gives a golden candidate the reward {score.reward:.6g}, "
-                    f"and torch gave {reward:.6g} at the export"
+                    f"{self.provider} gives a golden candidate the reward {score.reward:.6g}; "
+                    f"torch gave {reward:.6g} at export"
                 )
 
 
 class Scoring:
-    """One prompt's candidates on their way through the graph, run by run.
+    """The scoring of one prompt's candidates, run by run.
 
     Attributes:
         group: The prompt and its candidates.
-        costs: Tokens of each run, in the order in which `step` takes them.
+        costs: Tokens of each run, in the order of `step`.
     """
 
     def __init__(self, reranker: Reranker, group: CandidateGroup, runs: Sequence[Run]) -> None:
@@ -411,16 +435,16 @@ class Scoring:
         self._sums.update(zip(candidates, rows, strict=True))
 
     def stop(self) -> None:
-        """End the run that another thread computes; `step` raises there."""
+        """Abort the run in another thread; `step` raises there."""
         self._stop.now()
 
     def scores(self) -> list[Score]:
-        """Return the scores in the candidates' order, once every run is done."""
+        """Return the scores in the candidates' order, after every run."""
         return scores_of(self.group, self._sums)
 
 
 def ranked(scores: Sequence[Score]) -> list[Score]:
-    """Order scores of one prompt: the best first, ties by index, errors last."""
+    """Sort the scores of one prompt: best first, ties by index, errors last."""
     return sorted(
         scores,
         key=lambda score: (score.error is not None, -score.reward if not score.error else 0.0,
@@ -437,9 +461,9 @@ def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncod
     tokenizer = encoder.tokenizer
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     if ids != manifest.special_ids:
-        raise BundleError(f"{folder}: its special tokens have other ids than at the export")
+        raise BundleError(f"{folder}: its special tokens have other ids than at export")
     if tokenizer.vocabulary_size > manifest.graph.vocabulary_size:
-        raise BundleError(f"{folder}: its tokenizer knows more ids than its model")
+        raise BundleError(f"{folder}: its tokenizer has more ids than its model")
     return encoder
 
 
@@ -453,7 +477,7 @@ def _array(ids: Sequence[int]) -> NDArray[np.int32]:
 
 
 def scores_of(group: CandidateGroup, sums: dict[tuple[int, ...], Sums]) -> list[Score]:
-    """Give each candidate of a group what its ids got, or its error."""
+    """Return one score per candidate: the sums of its ids, or its error."""
     return [_score(group, index, sums) for index in range(len(group.candidates))]
 
 
@@ -465,6 +489,6 @@ def _score(group: CandidateGroup, index: int, sums: dict[tuple[int, ...], Sums])
     reward, policy, reference = sums[candidate.ids]
     tokens = len(candidate.ids)
     if not (math.isfinite(policy) and math.isfinite(reference)):
-        error = "the model gives no finite log-prob"
+        error = "the model's log-prob is not finite"
         return Score(index, math.nan, math.nan, math.nan, tokens, truncated, error)
     return Score(index, reward, policy, reference, tokens, truncated)

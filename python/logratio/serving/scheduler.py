@@ -1,4 +1,4 @@
-"""Who computes next, and who is refused: one thread that computes, run by run of the graph."""
+"""The scheduler: admits or refuses requests, and orders their graph runs in one thread."""
 
 import asyncio
 import math
@@ -11,16 +11,16 @@ from typing import Protocol, TypeVar
 from logratio.serving.limits import Limits, RefusedError
 
 _MEMORY = 64
-"""Pieces of work that the estimate remembers, roughly: an older one weighs 1/e."""
+"""Effective number of recent observations; one that is this old has weight 1/e."""
 _SPREAD = 1e-3
-"""Of the sizes, below which a line through them would be guessed."""
+"""Relative variance of the sizes below which the two terms cannot be told apart."""
 
 
 @dataclass
 class Pace:
-    """A line through recent work: so much for each piece, and so much for each unit of its size.
+    """Online linear regression of cost on size: amount = fixed + slope · size.
 
-    Sums of the weights, sizes, amounts and their products; an older piece weighs less.
+    The fields are exponentially decayed sums of the weights, sizes, amounts and their products.
     """
 
     weight: float = 0.0
@@ -30,19 +30,19 @@ class Pace:
     product: float = 0.0
 
     def learn(self, size: float, amount: float) -> None:
-        """Take in a piece of work that has ended."""
+        """Add the size and measured amount of a finished piece of work."""
         new = (1.0, size, amount, size * size, size * amount)
         keep = 1 - 1 / _MEMORY
         for name, value in zip(self.__dataclass_fields__, new, strict=True):
             setattr(self, name, getattr(self, name) * keep + value)
 
     def of(self, size: float, pieces: int = 1) -> float:
-        """Return what work of this size is expected to take, cut into `pieces`; 0: nobody knows."""
+        """Return the expected amount for `size` in `pieces` pieces; 0 before any observation."""
         fixed, slope = self._line()
         return fixed * pieces + slope * size
 
     def _line(self) -> tuple[float, float]:
-        """Return what a piece takes whatever its size, and what each unit adds; none below 0."""
+        """Return the fixed cost of a piece and the slope per unit of size, both at least 0."""
         if not (self.weight and self.size):
             return 0.0, 0.0
         spread = self.weight * self.size_squared - self.size**2
@@ -56,14 +56,14 @@ class Pace:
         return (fixed, slope) if fixed >= 0 else proportional
 
 
-_OWN_SHARE = 0.5
-"""Of a request's time, the most that computing it may take on an idle server."""
-_ELDERS_SHARE = 0.25
-"""Of all time, what goes to the earliest deadline while shorter requests wait."""
+_IDLE_SHARE = 0.5
+"""Largest share of the request timeout that its computation may take on an idle server."""
+_EARLIEST_SHARE = 0.25
+"""Share of the time given to the earliest deadline while shorter requests are waiting."""
 _MARGIN = 0.1
-"""Of a request's time, what is kept free when it is accepted: run times are estimates."""
+"""Share of the request timeout kept as a margin at admission: run times are estimates."""
 _HOPELESS = 2.0
-"""Work is given up if it is expected to need this many times what is left of its time."""
+"""A request is dropped if it is expected to need this many times its remaining time."""
 
 
 class Work(Protocol):
@@ -79,7 +79,7 @@ class Work(Protocol):
         """Compute the next run; called in the computing thread."""
 
     def stop(self) -> None:
-        """End the run that is being computed, if there is one; called in any thread."""
+        """Abort the run being computed, if any; called in any thread."""
 
 
 W = TypeVar("W", bound=Work)
@@ -87,14 +87,15 @@ W = TypeVar("W", bound=Work)
 
 @dataclass(eq=False)
 class Job:
-    """A request that was accepted.
+    """An accepted request.
 
     Attributes:
-        deadline: On the event loop's clock.
-        guess: Tokens expected before its text is encoded.
-        done: Resolved when every run has ended.
-        work: None while its text is being encoded.
-        left: Tokens of each run that has not begun.
+        deadline: Time on the event loop's clock.
+        guess: Estimated tokens, used until the text is tokenized.
+        done: Resolved when every run has finished.
+        work: The work; None while the text is being tokenized.
+        left: Tokens of each run that has not started.
+        dropped: Whether the request is cancelled, late or refused.
     """
 
     deadline: float
@@ -106,10 +107,10 @@ class Job:
 
 
 class Scheduler:
-    """Accepts, orders and computes requests. Lives on one event loop.
+    """Admit, order and compute requests, on one event loop.
 
     Attributes:
-        pace: Seconds of a run by its tokens.
+        pace: Estimates the seconds of a run from its tokens.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -126,16 +127,18 @@ class Scheduler:
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="logratio-compute")
 
     async def run(self, characters: int, prepare: Callable[[], W]) -> W:
-        """Return the work that `prepare` makes, computed.
+        """Run `prepare`, compute the work it returns, and return that work.
+
+        Work that is refused or late, or whose caller is cancelled, is dropped: its current run is
+        aborted and no other starts.
 
         Args:
-            characters: Of the request, by which its cost is guessed until `prepare` has ended.
-            prepare: Called in a separate thread.
+            characters: Length of the request, to estimate its cost until `prepare` returns.
+            prepare: Tokenizes the request; called in a separate thread.
 
         Raises:
-            RefusedError: 429 or 503 where it cannot be computed in time, 413 where it never
-                could, 504 when time is up all the same. Work that is refused or late, or whose
-                caller was cancelled, is dropped: the run that is being computed is its last.
+            RefusedError: 429 or 503 if the server is too busy to compute it in time, 413 if it is
+                too large even for an idle server, 504 if its time is up.
         """
         job = self._admit(characters)
         try:
@@ -151,7 +154,7 @@ class Scheduler:
             self._drop(job)
 
     def close(self) -> None:
-        """Drop all work and end both threads."""
+        """Drop all work and stop both threads."""
         for job in [*self._jobs]:
             self._drop(job)
         if self._driver is not None:
@@ -160,7 +163,7 @@ class Scheduler:
         self._computing.shutdown(wait=False, cancel_futures=True)
 
     def _admit(self, characters: int) -> Job:
-        """Accept a request, or refuse it at once."""
+        """Accept a request, or refuse it immediately."""
         loop = asyncio.get_running_loop()
         if len(self._jobs) >= self._limits.queue:
             raise RefusedError(
@@ -168,7 +171,7 @@ class Scheduler:
             )
         guess = math.ceil(self._tokens_per_character.of(characters))
         job = Job(loop.time() + self._limits.seconds, guess, loop.create_future())
-        if self._jobs:  # a guess is no reason to refuse what has the server to itself
+        if self._jobs:  # on an idle server, do not refuse because of an estimate
             self._check_wait(job)
         self._jobs.append(job)
         return job
@@ -183,7 +186,7 @@ class Scheduler:
         return await loop.run_in_executor(self._encoding, unless_dropped)
 
     def _begin(self, job: Job, work: Work) -> None:
-        """Queue work whose cost is now known, or refuse it."""
+        """Queue work now that its cost is known, or refuse it."""
         job.work, job.left = work, [*work.costs]
         if not job.left:
             job.done.set_result(None)
@@ -195,28 +198,28 @@ class Scheduler:
         self._arrived.set()
 
     def _check_size(self, job: Job) -> None:
-        """Refuse what would be too much for an idle server."""
+        """Refuse a request that is too large even for an idle server."""
         tokens, limit = sum(job.left), self._limits.request_tokens
         if tokens > limit:
             raise RefusedError(
                 413, "too_many_tokens",
-                f"the request takes {tokens:,} tokens of computation (the query is computed again "
-                f"for every few documents), and the limit is {limit:,} (--max-request-tokens): "
-                "send fewer or shorter documents",
+                f"the request needs {tokens:,} tokens of computation (the query is recomputed for "
+                f"every few documents), above the limit of {limit:,} (--max-request-tokens): send "
+                "fewer or shorter documents",
             )  # fmt: skip
         needed = self._needed(job)
-        if needed > self._limits.seconds * _OWN_SHARE:
+        if needed > self._limits.seconds * _IDLE_SHARE:
             raise RefusedError(
                 413, "too_slow",
-                f"the request would take about {needed:,.0f} s here, and may take half of "
-                f"{self._limits.seconds:g} s (--request-seconds): send fewer or shorter documents",
+                f"the request would take about {needed:,.0f} s, more than half of the "
+                f"{self._limits.seconds:g} s of --request-seconds: send fewer or shorter documents",
             )  # fmt: skip
 
     def _check_wait(self, job: Job) -> None:
-        """Refuse what would wait for too long, or make any accepted request miss its deadline.
+        """Refuse a request that would wait too long, or make any request miss its deadline.
 
         Raises:
-            RefusedError: 503, with the seconds after which it would be accepted.
+            RefusedError: 503, with the seconds to wait before a retry.
         """
         others = [other for other in self._jobs if other is not job]
         excess = max(
@@ -226,24 +229,23 @@ class Scheduler:
         if excess > 0:
             raise RefusedError(
                 503, "busy",
-                "the server has more to compute than it can answer in time; try again after the "
-                "seconds in Retry-After",
+                "the server is too busy to answer in time; retry after the seconds in Retry-After",
                 retry_after=math.ceil(excess),
             )  # fmt: skip
 
     def _wait(self, job: Job, others: Sequence[Job]) -> float:
-        """Return the seconds until a request's last run would begin, without its own."""
-        own = self._needed(job)
+        """Return the seconds that other requests would delay this request's last run."""
+        needed = self._needed(job)
         needs = [self._needed(other) for other in others]
-        first = sum(need for need in needs if need <= own)
+        first = sum(need for need in needs if need <= needed)
         behind = sum(needs) - first
-        turns = (first + own) * _ELDERS_SHARE / (1 - _ELDERS_SHARE)
+        turns = (first + needed) * _EARLIEST_SHARE / (1 - _EARLIEST_SHARE)
         return self._busy() + first + min(behind, turns)
 
     def _overrun(self, jobs: Sequence[Job], delay: float) -> float:
-        """Return by how many seconds the worst deadline is missed, the earliest served first.
+        """Return the largest lateness in seconds with the earliest deadline first; below 0: none.
 
-        No order of service does better; below 0: none is missed.
+        That order minimises the largest lateness (Jackson's rule).
         """
         end, worst = self._now() + delay, -math.inf
         for job in sorted(jobs, key=_by_deadline):
@@ -252,16 +254,16 @@ class Scheduler:
         return worst
 
     def _needed(self, job: Job) -> float:
-        """Return the seconds that the runs of a job which have not begun are expected to take."""
+        """Return the expected seconds of a job's runs that have not started."""
         if job.work is None:
             runs = math.ceil(job.guess / self._limits.run_tokens)
             return self.pace.of(job.guess, runs)
         return self.pace.of(sum(job.left), len(job.left))
 
     def _busy(self) -> float:
-        """Return the seconds for which the run that is being computed is expected to go on.
+        """Return the expected remaining seconds of the current run.
 
-        One that is overdue is expected to take as long again as it is late.
+        An overdue run is expected to take as long again as it is overdue.
         """
         return abs(self._run_ends - self._now()) if self._running else 0.0
 
@@ -269,17 +271,17 @@ class Scheduler:
         return asyncio.get_running_loop().time()
 
     def _drop(self, job: Job) -> None:
-        """Forget a job; its run, if one is being computed, is ended."""
+        """Remove a job, and abort its current run."""
         job.dropped = True
         if job in self._jobs:
             self._jobs.remove(job)
         if job is self._running and job.work is not None:
             job.work.stop()
         if not job.done.cancel() and not job.done.cancelled():
-            job.done.exception()  # or asyncio logs that nobody has looked at it
+            job.done.exception()  # otherwise asyncio logs an unretrieved exception
 
     async def _drive(self) -> None:
-        """Compute run after run, for ever."""
+        """Compute one run after another, until cancelled."""
         while True:
             job = self._choose()
             if job is None:
@@ -289,7 +291,7 @@ class Scheduler:
                 await self._compute(job)
 
     def _choose(self) -> Job | None:
-        """Return the job whose next run is computed next; give up what is hopeless."""
+        """Return the job to compute next; fail those that cannot meet their deadline."""
         ready = [job for job in self._jobs if job.left and not job.done.done()]
         for job in [*ready]:
             if self._now() + self._needed(job) / _HOPELESS > job.deadline:
@@ -298,31 +300,33 @@ class Scheduler:
         if not ready:
             return None
         shortest = min(ready, key=lambda job: (self._needed(job), job.deadline))
-        elder = min(ready, key=_by_deadline)
+        earliest = min(ready, key=_by_deadline)
         run = self.pace.of(shortest.left[0])
-        if shortest is elder:
+        if shortest is earliest:
             self._credit = 0.0
-        elif self._credit >= self.pace.of(elder.left[0]) or self._squeezes(shortest, ready, run):
+        elif self._credit >= self.pace.of(earliest.left[0]) or self._causes_a_miss(
+            shortest, ready, run
+        ):
             self._credit = 0.0
-            return elder
+            return earliest
         else:
-            self._credit += run * _ELDERS_SHARE / (1 - _ELDERS_SHARE)
+            self._credit += run * _EARLIEST_SHARE / (1 - _EARLIEST_SHARE)
         return shortest
 
-    def _squeezes(self, chosen: Job, ready: Sequence[Job], run: float) -> bool:
-        """Tell whether a run of `chosen` now makes another miss a deadline that can be met."""
+    def _causes_a_miss(self, chosen: Job, ready: Sequence[Job], run: float) -> bool:
+        """Return whether running `chosen` now makes another miss a deadline it could meet."""
         others = [job for job in ready if job is not chosen]
         return self._overrun(others, run) > 0 >= self._overrun(others, 0)
 
     async def _compute(self, job: Job) -> None:
-        """Compute one run and learn from it."""
+        """Compute one run, and update the pace with its time."""
         assert job.work is not None
         tokens = job.left.pop(0)
         self._running, self._run_ends = job, self._now() + self.pace.of(tokens)
         try:
             loop = asyncio.get_running_loop()
             seconds = await loop.run_in_executor(self._computing, _timed, job.work.step)
-        except Exception as error:  # whatever it is, it is that request's alone
+        except Exception as error:  # any error fails only this request
             if not job.done.done():
                 job.done.set_exception(error)
         else:
@@ -344,4 +348,4 @@ def _by_deadline(job: Job) -> float:
 
 
 def _late() -> RefusedError:
-    return RefusedError(504, "deadline", "the time for this request is up")
+    return RefusedError(504, "deadline", "the request timed out")

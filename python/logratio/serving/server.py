@@ -1,4 +1,4 @@
-"""`logratio serve`: a bundle over HTTP, on uvicorn."""
+"""`logratio serve`: serve a bundle over HTTP with uvicorn."""
 
 import asyncio
 import errno
@@ -25,11 +25,15 @@ _KEEP_ALIVE_SECONDS = 60
 _HEADER_BYTES = 16 * 2**10
 _BACKLOG = 2048
 _OTHER_FILES = 64
-"""Files that the process needs for anything but connections."""
+"""File descriptors reserved for everything except connections."""
 
 
 def create_app(reranker: Reranker, limits: Limits | None = None) -> "FastAPI":
-    """Make an ASGI application that serves a loaded bundle, for any ASGI server.
+    """Create an ASGI application that serves a loaded bundle, for any ASGI server.
+
+    Args:
+        reranker: The loaded bundle.
+        limits: Limits on requests and connections.
 
     Raises:
         MissingExtraError: fastapi is not installed.
@@ -51,22 +55,22 @@ def serve(
     limits: Limits | None = None,
     digest: str | None = None,
 ) -> None:
-    """Serve a bundle until SIGTERM or Ctrl-C; requests in flight are answered first.
+    """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests in flight.
 
-    There is no authentication: on an address that others reach, a proxy has to bring it.
+    The server has no authentication: if others can reach the address, put a proxy in front.
 
     Args:
-        bundle: What `logratio export` wrote.
+        bundle: Folder written by `logratio export`.
         host: Address to listen on.
-        port: Port to listen on; 0: any free one.
-        providers: See `Reranker.load`, as the next two.
-        allow_fallback: See there.
-        threads: See there.
-        limits: What requests may ask for.
-        digest: See `Reranker.load`.
+        port: Port to listen on; 0 for any free port.
+        providers: As in `Reranker.load`.
+        allow_fallback: As in `Reranker.load`.
+        threads: As in `Reranker.load`.
+        limits: Limits on requests and connections.
+        digest: As in `Reranker.load`.
 
     Raises:
-        OSError: The address cannot be listened on.
+        OSError: The server cannot listen on the address.
         BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
     """
     uvicorn = require("uvicorn", "serve")
@@ -87,7 +91,7 @@ def serve(
 
 
 def within_open_files(limits: Limits) -> Limits:
-    """Lower the bound on connections to what the process may open: beyond it none is accepted."""
+    """Lower the connection limit to the number of files that the process may open."""
     import resource
 
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -98,10 +102,10 @@ def within_open_files(limits: Limits) -> Limits:
 
 
 def make_server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
-    """Make uvicorn's server; its ``run`` takes the listening sockets."""
+    """Create uvicorn's server; its ``run`` takes the listening sockets."""
     from logratio.serving.connections import protocol
 
-    class Server(uvicorn.Server):  # type: ignore[misc]  # known at run time only
+    class Server(uvicorn.Server):  # type: ignore[misc]  # known only at run time
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             app.state.server.draining = True
             super().handle_exit(sig, frame)
@@ -124,7 +128,7 @@ def make_server(uvicorn: Any, app: "FastAPI", limits: Limits) -> Any:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Take the address before the bundle is loaded: it may be in use."""
+    """Bind the address before the bundle is loaded, so that a used port fails early."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -143,8 +147,8 @@ def _announce(reranker: Reranker, host: str, port: int) -> None:
     )
     if not _is_loopback(host):
         sys.stderr.write(
-            f"{host} can be reached from other machines, and there is no authentication: put a "
-            "proxy with keys in front\n"
+            f"{host} can be reached from other machines, and the server has no authentication: "
+            "put a proxy with authentication in front\n"
         )
     sys.stderr.flush()
 
@@ -158,9 +162,9 @@ def _is_loopback(host: str) -> bool:
 
 @contextmanager
 def _stopping_quietly() -> Iterator[None]:
-    """Let SIGTERM end the server and not the process: uvicorn raises it again when all is done.
+    """Ignore the SIGTERM that uvicorn raises again after shutdown, so that the exit code is 0.
 
-    A second Ctrl-C interrupts asyncio while it stops: that needs no traceback either.
+    Also hide the traceback of a second Ctrl-C during shutdown.
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""An ONNX Runtime session on a bundle's graph, whose files are checked before it loads them."""
+"""Open an ONNX Runtime session on a bundle's graph, after checking its external data."""
 
 import mmap
 import os
@@ -14,7 +14,7 @@ from logratio.bundle import GRAPH, INPUTS, OUTPUTS, WEIGHTS, BundleError, Manife
 from logratio.errors import LogratioError
 from logratio.extras import require
 
-# For each message, the fields that hold messages in which a tensor can stand.
+# Per protobuf message type, the fields that can contain a tensor at any depth.
 _TREE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -40,14 +40,16 @@ Span = tuple[int, int]
 
 
 def check_external_data(graph: Path, allowed: frozenset[str]) -> None:
-    """Refuse a graph that points to files other than the allowed ones.
+    """Check that a graph's external data is only in the allowed files.
+
+    ONNX Runtime would read any path, so a manipulated graph could load files outside the bundle.
 
     Args:
         graph: The ONNX file.
-        allowed: Names, without folders, that tensors may refer to.
+        allowed: File names, without folders, that tensors may refer to.
 
     Raises:
-        BundleError: It points elsewhere, or is no protobuf message.
+        BundleError: A tensor refers to another file, or the file is not a protobuf message.
     """
     if graph.stat().st_size == 0:
         raise BundleError(f"{graph}: empty")
@@ -61,7 +63,7 @@ def external_locations(content: Buffer) -> Iterator[str]:
     """Yield every file name that a tensor of a serialized ModelProto refers to.
 
     Raises:
-        BundleError: The bytes are no such message.
+        BundleError: The bytes are not a ModelProto.
     """
     try:
         yield from _locations(content, (0, len(content)), "model", 0)
@@ -89,7 +91,7 @@ def _location(content: Buffer, span: Span) -> Iterator[str]:
 
 
 def _fields(content: Buffer, span: Span) -> Iterator[tuple[int, int, Span]]:
-    """Yield each field's number, wire type and, of bytes, where they stand."""
+    """Yield each field's number, wire type, and the span of its content."""
     at, end = span
     while at < end:
         tag, at = _varint(content, at)
@@ -103,9 +105,9 @@ def _fields(content: Buffer, span: Span) -> Iterator[tuple[int, int, Span]]:
         elif kind in (_FIXED64, _FIXED32):
             at += 8 if kind == _FIXED64 else 4
         else:
-            raise IndexError("a field of no known kind")
+            raise IndexError("unknown wire type")
         if at > end:
-            raise IndexError("a field passes the end of its message")
+            raise IndexError("a field exceeds its message")
         yield number, kind, (start, at)
 
 
@@ -119,40 +121,40 @@ def _varint(content: Buffer, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 63:
-            raise IndexError("a number is too long")
+            raise IndexError("a varint is too long")
 
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 keeps 10 bits: golden rewards would not be met
+_OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 has 10 mantissa bits: golden rewards would not match
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 
 
 class ProviderError(LogratioError, RuntimeError):
-    """The execution provider that was asked for cannot be used here."""
+    """The requested execution provider is not available."""
 
 
 class Stop:
-    """Ends a run of the graph from another thread, once the node being computed is done.
+    """Abort a run of the graph from another thread, after the node being computed.
 
     Attributes:
         asked: Whether `now` was called.
-        options: What the run takes as its ONNX Runtime options.
+        options: The ONNX Runtime options to pass to the run.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.options = require("onnxruntime", "rank").RunOptions()
-        self.options.log_severity_level = _FATAL_ONLY  # an end that was asked for is no error
+        self.options.log_severity_level = _FATAL_ONLY  # a requested abort is not an error
 
     def now(self) -> None:
-        """End the run, and every later one that takes these options."""
+        """Abort the run, and every later run with these options."""
         self.asked = True
         self.options.terminate = True
 
 
 @contextmanager
 def stopped_after(seconds: float) -> Iterator[Stop]:
-    """Give runs of the graph a time limit: a graph is a program, and may never end."""
+    """Limit the time of graph runs, since a graph may contain an endless loop."""
     stop = Stop()
     watchdog = threading.Timer(seconds, stop.now)
     watchdog.daemon = True
@@ -175,14 +177,17 @@ def open_session(
 
     Args:
         folder: The bundle.
-        manifest: What it says of itself.
-        providers: ONNX Runtime's execution providers, the wanted one first; None: the CPU.
-        allow_fallback: Go on with another provider where the first cannot be used.
-        threads: Within one run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
+        manifest: The bundle's manifest.
+        providers: ONNX Runtime execution providers, the preferred one first; None for the CPU.
+        allow_fallback: Use another provider if the first is not available.
+        threads: Threads per run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
+
+    Returns:
+        The ``onnxruntime.InferenceSession``.
 
     Raises:
-        BundleError: The graph is not the one that the manifest describes.
-        ProviderError: ONNX Runtime would compute elsewhere than asked.
+        BundleError: The graph does not match the manifest.
+        ProviderError: ONNX Runtime would use another provider than the requested one.
         MissingExtraError: ONNX Runtime is not installed.
     """
     runtime = require("onnxruntime", "rank")
@@ -205,11 +210,11 @@ def _open(runtime: Any, graph: Path, options: Any, wanted: list[str]) -> Any:
     available = set(runtime.get_available_providers())
     usable = [name for name in wanted if name in available] or [CPU]
     if CPU not in usable:
-        usable.append(CPU)  # shapes are computed there whatever the device
+        usable.append(CPU)  # shapes are computed on the CPU for every device
     pairs = [(name, _OPTIONS.get(name, {})) for name in usable]
     try:
         return runtime.InferenceSession(str(graph), options, providers=pairs)
-    except Exception as error:  # the library raises a dozen unrelated kinds
+    except Exception as error:  # the library raises many unrelated types
         reason = str(error).strip().split("\n")[0][:200]
         raise BundleError(f"{graph}: ONNX Runtime cannot open it ({reason})") from error
 
@@ -222,44 +227,44 @@ def _check_available(runtime: Any, wanted: str, allow_fallback: bool) -> None:
 
 def _fallback(wanted: str, used: str) -> str:
     return (
-        f"{wanted} cannot be used, and ONNX Runtime would go on with {used}; ask for {used}, "
+        f"{wanted} cannot be used, and ONNX Runtime would use {used} instead; request {used}, "
         "or allow the fallback"
     )
 
 
 def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
-    """Check that a session's graph has a bundle's inputs, outputs and properties.
+    """Check that a session's graph has the inputs, outputs and properties of the manifest.
 
     Raises:
-        BundleError: It is another graph.
+        BundleError: One of them differs.
     """
     inputs = {value.name: (value.type, len(value.shape)) for value in session.get_inputs()}
     outputs = {value.name: (value.type, len(value.shape)) for value in session.get_outputs()}
     if inputs != {name: ("tensor(int64)", rank) for name, rank in INPUTS.items()}:
-        raise BundleError(f"{where}: its inputs are not a scorer's")
+        raise BundleError(f"{where}: its inputs are not those of a scorer")
     if outputs != dict.fromkeys(OUTPUTS, ("tensor(float)", 1)):
-        raise BundleError(f"{where}: its outputs are not a scorer's")
+        raise BundleError(f"{where}: its outputs are not those of a scorer")
     properties = session.get_modelmeta().custom_metadata_map
     stated = graph_properties(
         manifest.beta, manifest.policy, manifest.reference, manifest.format_version
     )
     for name, value in stated.items():
         if properties.get(name) != value:
-            raise BundleError(f"{where}: its {name} is not the one in the manifest")
+            raise BundleError(f"{where}: its {name} differs from the manifest")
 
 
 def default_threads() -> int:
-    """Return the threads of one run: ``OMP_NUM_THREADS``, or the CPUs this process may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    if told.isdigit() and int(told) > 0:
-        return int(told)
+    """Return ``OMP_NUM_THREADS`` if set, else the number of CPUs this process may use."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value.isdigit() and int(value) > 0:
+        return int(value)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def warn_of_two_runtimes() -> None:
-    """Warn where two builds of ONNX Runtime are installed: they overwrite each other's files."""
+    """Warn if two builds of ONNX Runtime are installed: they overwrite each other's files."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(both) > 1:
         warnings.warn(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from logratio.durable import settle, sync, system_errors
+from logratio.durable import finalize, sync, system_errors
 from logratio.errors import LogratioError
 from logratio.training.optimizers import FUSED, MasterAdamW
 
@@ -249,7 +249,7 @@ def _write_manifest(folder: Path) -> None:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=1))
     for path in folder.iterdir():
-        settle(path)
+        finalize(path)
     sync(folder)
 
 

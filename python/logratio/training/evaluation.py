@@ -206,6 +206,12 @@ class Evaluation:
     calibration: Calibration
     kl: KlEstimate | None
 
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation({self.pairs:,} pairs, accuracy {self.accuracy:.3f}, "
+            f"margin {self.margin:.4g}, beta {self.beta:g})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the results as a dict that can be written as JSON."""
         return asdict(self)

@@ -158,6 +158,12 @@ class PrecomputeResult:
     seconds: float = 0.0
     share: str = "1/1"
 
+    def __repr__(self) -> str:
+        return (
+            f"PrecomputeResult({self.new:,} new, {self.hits:,} hits, {self.tokens:,} tokens, "
+            f"{str(self.folder)!r})"
+        )
+
     def to_text(self) -> str:
         """Return a one-line summary for the terminal."""
         left = f", {self.others:,} left to other shares" if self.share != "1/1" else ""

@@ -15,7 +15,7 @@ from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.cache.identity import FINGERPRINT_FILE, record_conditions
 from logratio.data.feed import lay_out, prefetch
 from logratio.data.store.load import source_names
-from logratio.durable import write_whole
+from logratio.durable import write_atomic
 from logratio.logps.batch import Layout, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import score
@@ -268,7 +268,7 @@ def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
     """Write the fingerprint as JSON, atomically, unless the folder already has one."""
     path = folder / FINGERPRINT_FILE
     if not path.exists():
-        write_whole(path, json.dumps(fingerprint.to_dict(), indent=1))
+        write_atomic(path, json.dumps(fingerprint.to_dict(), indent=1))
 
 
 def missing_rows(

@@ -22,7 +22,7 @@ from logratio import __version__
 from logratio._rust import Store
 from logratio.bundle import TOKENIZER_FILES
 from logratio.cache.identity import read_conditions, record_conditions
-from logratio.durable import locked, settle, sync, system_errors
+from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
@@ -217,7 +217,7 @@ def save_run(
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
         (partial / DATA_REPORT_FILE).write_text(json.dumps(dataset.report.to_dict(), indent=1))
         for path in partial.iterdir():
-            settle(path)
+            finalize(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""`ReferenceCache`: what a cache holds, what is wrong with it, and reading it."""
+"""`ReferenceCache`: inspect, verify, compact and read a cache."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-def test_references_are_found_and_told(tmp_path: Path) -> None:
+def test_references_are_found_and_described(tmp_path: Path) -> None:
     first, second = write(tmp_path, {1: [-1.0]}), write(tmp_path, {1: [-2.0]}, seed=1)
     sums = write_sums(tmp_path, {1: (3, -4.5)})
     (tmp_path / "notes").mkdir()
@@ -55,7 +55,7 @@ def test_references_are_found_and_told(tmp_path: Path) -> None:
     assert [r.path for r in ReferenceCache(sums).references()] == [sums]
 
 
-def test_the_digest_is_that_of_training(tiny_model: Path) -> None:
+def test_the_digest_equals_that_of_training(tiny_model: Path) -> None:
     told = fingerprint(3)
     assert Fingerprint(told["hard"], {}).digest.hex() == told["digest"]
     from logratio.cache.identity import fingerprint_digest
@@ -64,9 +64,9 @@ def test_the_digest_is_that_of_training(tiny_model: Path) -> None:
     assert fingerprint_digest(real.hard) == real.digest
 
 
-def test_a_name_chooses_and_a_wrong_one_says_which_there_are(tmp_path: Path) -> None:
+def test_a_name_selects_and_a_wrong_one_lists_the_references(tmp_path: Path) -> None:
     cache = ReferenceCache(tmp_path / "cache")
-    with pytest.raises(NoReferenceError, match="there is no such folder"):
+    with pytest.raises(NoReferenceError, match="no such folder"):
         cache.references()
     (tmp_path / "cache").mkdir()
     with pytest.raises(NoReferenceError, match="no reference cache here; `logratio precompute"):
@@ -79,9 +79,9 @@ def test_a_name_chooses_and_a_wrong_one_says_which_there_are(tmp_path: Path) -> 
         NoReferenceError, match=rf"named nothing; name one of\n  {folder.name} \(per-t"
     ):
         cache.references("nothing")
-    with pytest.raises(NoReferenceError, match="2 references fit, and one is wanted"):
+    with pytest.raises(NoReferenceError, match="2 references match, expected one"):
         cache.reference()
-    with pytest.raises(NoReferenceError, match="nothing of reference 0000"):
+    with pytest.raises(NoReferenceError, match="no reference 0000"):
         cache.open(bytes(32))
 
 
@@ -100,7 +100,7 @@ def test_precomputed_log_probs_are_read_by_key(
     assert "llama" in logps.reference.describe()
 
 
-def test_reading_gives_what_was_written_and_never_a_number_for_what_is_not_there(
+def test_reading_returns_what_was_written_and_refuses_missing_keys(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, {5: [-1.0, -2.5], 1: [-0.5]}, seal=True)
@@ -117,6 +117,14 @@ def test_reading_gives_what_was_written_and_never_a_number_for_what_is_not_there
     write_sums(tmp_path, {7: (4, -9.0)})
     tokens, sums = ReferenceCache(tmp_path).open(sums=True).sums(keys(7))
     assert (tokens.tolist(), sums.tolist()) == ([4], [-9.0])
+
+
+def test_repr_names_the_folder_and_its_contents(tmp_path: Path) -> None:
+    folder = write(tmp_path, {5: [-1.0, -2.5], 1: [-0.5]})
+    cache = ReferenceCache(tmp_path)
+    assert repr(cache) == f"ReferenceCache({str(tmp_path)!r})"
+    described = f"ReferenceLogps({folder.name!r}, per-token, 2 records, 3 tokens)"
+    assert repr(cache.open()) == described
 
 
 def test_inspecting_counts_shards_journals_torn_bytes_and_leftovers(tmp_path: Path) -> None:
@@ -146,7 +154,7 @@ def test_inspecting_counts_shards_journals_torn_bytes_and_leftovers(tmp_path: Pa
 
 
 @pytest.mark.parametrize("what", ["arrow", "manifest.json", "journal"])
-def test_verifying_names_the_damaged_file_and_what_to_do(tmp_path: Path, what: str) -> None:
+def test_verify_names_the_damaged_file_and_its_remedy(tmp_path: Path, what: str) -> None:
     folder = write(tmp_path, random_records(range(200)), seal=True)
     write(tmp_path, random_records(range(200, 220)), random_records(range(220, 240)))
     other = write(tmp_path, {1: [-1.0]}, seed=1)
@@ -162,16 +170,16 @@ def test_verifying_names_the_damaged_file_and_what_to_do(tmp_path: Path, what: s
     assert path.name in file.remedy
     assert "run `logratio precompute` again" in damaged.to_text()
     assert damaged.completions == (40 if what != "journal" else 200)
-    # What is said to be done is enough.
+    # The suggested remedy repairs the cache.
     for name in file.remedy.removeprefix("remove ").split(" and run")[0].split(" and "):
         (folder / name).unlink()
     assert all(report.is_whole for report in ReferenceCache(tmp_path).verify())
 
 
-def test_a_flipped_bit_in_a_value_is_seen_by_verify(tmp_path: Path) -> None:
+def test_verify_detects_a_flipped_bit(tmp_path: Path) -> None:
     folder = write(tmp_path, random_records(range(2000)), seal=True)
     (shard,) = folder.glob("*.arrow")
-    flip(shard, 500)  # in a key: the seal, which is all of a shard that inspect reads, is whole
+    flip(shard, 500)  # in a key: inspect reads only the shard's metadata, which is intact
     (report,) = ReferenceCache(tmp_path).inspect()
     assert "what to do: `logratio cache verify` names each damaged file" in report.to_text()
     flip(shard, 500)
@@ -183,13 +191,13 @@ def test_a_flipped_bit_in_a_value_is_seen_by_verify(tmp_path: Path) -> None:
     assert ReferenceCache(tmp_path).verify()[0].is_whole
 
 
-def test_a_file_of_another_reference_is_to_be_moved_not_removed(tmp_path: Path) -> None:
+def test_the_remedy_for_a_file_of_another_reference_is_to_move_it(tmp_path: Path) -> None:
     folder, other = write(tmp_path, {1: [-1.0]}), write(tmp_path, {2: [-1.0]}, seed=1)
     (journal,) = other.glob("*.journal")
     journal.rename(folder / journal.name)
     report = ReferenceCache(folder).verify()[0]
     (file,) = report.damaged
-    assert file.remedy == f"move {journal.name} to the folder where it belongs"
+    assert file.remedy == f"move {journal.name} to the folder of its reference"
 
 
 def test_records_that_contradict_each_other_are_a_problem(tmp_path: Path) -> None:
@@ -202,7 +210,7 @@ def test_records_that_contradict_each_other_are_a_problem(tmp_path: Path) -> Non
     assert "what to do: remove the one of the two files" in report.to_text()
 
 
-def test_a_forged_fingerprint_is_named_and_its_log_probs_are_not_given_away(tmp_path: Path) -> None:
+def test_a_forged_fingerprint_is_named_and_its_log_probs_are_not_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "cache", {1: [-1.0]})
     told = fingerprint()
     told["hard"]["config"]["hidden_size"] = 64
@@ -218,23 +226,23 @@ def test_a_forged_fingerprint_is_named_and_its_log_probs_are_not_given_away(tmp_
         lambda: cache.export(tmp_path / "out.parquet"),
         lambda: ReferenceCache(tmp_path / "new").merge([tmp_path / "cache"]),
     ):
-        with pytest.raises(DamagedFingerprintError, match=r"fingerprint\.json: its fields are no"):
+        with pytest.raises(DamagedFingerprintError, match=r"fingerprint\.json: its fields do not"):
             act()
     (folder / "fingerprint.json").write_text("{")
-    assert "no readable fingerprint" in cache.verify()[0].problems[0]
+    assert "cannot read the fingerprint" in cache.verify()[0].problems[0]
     (folder / "fingerprint.json").unlink()
     (report,) = cache.verify()
     assert report.is_whole
-    assert report.reference.describe() == "no fingerprint.json says which model it is"
+    assert report.reference.describe() == "unknown model (no fingerprint.json)"
     assert cache.open().logps(keys(1))[1].tolist() == [-1.0]
 
 
-def test_a_renamed_folder_is_a_problem_that_says_its_name(tmp_path: Path) -> None:
+def test_a_renamed_folder_is_reported_with_its_expected_name(tmp_path: Path) -> None:
     folder = write(tmp_path, {1: [-1.0]})
     moved = folder.rename(tmp_path / "worker3")
     (report,) = ReferenceCache(moved).inspect()
     assert report.problems == (
-        f"training looks for {folder.name}, and this folder is named worker3: rename it",
+        f"this folder is named worker3, but training looks for {folder.name}: rename it",
     )
 
 
@@ -249,7 +257,7 @@ def test_compacting_keeps_every_completion_once(tmp_path: Path) -> None:
     assert (change.completions, change.repeats, len(change.shards)) == (100, 50, 1)
     assert len(change.in_use) == 1
     assert change.in_use[0] in change.to_text()
-    assert (folder / "away-1-ab.partial").exists()  # another host's
+    assert (folder / "away-1-ab.partial").exists()  # of another host
     living.close()
     (change,) = ReferenceCache(tmp_path).compact(other_hosts=True)
     assert "away-1-ab.partial" in change.removed
@@ -258,7 +266,7 @@ def test_compacting_keeps_every_completion_once(tmp_path: Path) -> None:
     assert [file.is_sealed for file in report.files] == [True]
 
 
-def test_a_cache_that_cannot_be_written_can_be_looked_at_checked_and_exported(
+def test_a_read_only_cache_can_be_inspected_verified_and_exported(
     tmp_path: Path, small_disk: Path
 ) -> None:
     folder = write(small_disk, {1: [-1.0]}, seal=True)

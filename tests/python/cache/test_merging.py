@@ -1,4 +1,4 @@
-"""One cache takes over what others have: exactly that, or nothing."""
+"""Merging caches adds exactly the missing records, or nothing."""
 
 import json
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def test_merging_gives_the_exact_union(tmp_path: Path) -> None:
     assert sum(r.completions or 0 for r in into.inspect()) == 302
 
 
-def test_merging_takes_over_the_fingerprints_of_all_conditions(tmp_path: Path) -> None:
+def test_merging_copies_the_fingerprint_and_all_conditions(tmp_path: Path) -> None:
     write(tmp_path / "a", {1: [-1.0]})
     other = write(tmp_path / "b", {2: [-1.0]})
     told = fingerprint(torch="9.9", device="H100")
@@ -72,7 +72,7 @@ def test_merging_takes_over_the_fingerprints_of_all_conditions(tmp_path: Path) -
     assert len(list(found.path.glob("conditions-*.json"))) == 2
 
 
-def test_merging_what_contradicts_adds_nothing_and_names_both_files(tmp_path: Path) -> None:
+def test_merging_contradictory_records_adds_nothing_and_names_both_files(tmp_path: Path) -> None:
     folder = write(tmp_path / "into", {1: [-1.0], 2: [-2.0]})
     other = write(tmp_path / "from", {2: [-2.5], 3: [-3.0]})
     with pytest.raises(CorruptCacheError, match="contradicts") as caught:
@@ -88,7 +88,10 @@ def test_two_batches_of_a_coarse_reference_agree(tmp_path: Path) -> None:
         write(tmp_path / place, {1: [logp]}, seed=BF16)
     into = ReferenceCache(tmp_path / "into")
     (change,) = into.merge([tmp_path / "near"])
-    assert (change.completions, change.repeats) == (1, 1)  # no shard had it, only a journal
+    assert (change.completions, change.repeats) == (
+        1,
+        1,
+    )  # it was only in a journal, not in a shard
     with pytest.raises(CorruptCacheError, match="contradicts"):
         into.merge([tmp_path / "far"])
     write(tmp_path / "into", {1: [-1.5]}, seed=BF16)
@@ -108,11 +111,11 @@ def test_two_batches_of_a_coarse_reference_agree(tmp_path: Path) -> None:
         ({"compute_dtype": "float32", "config": {"quantization_config": {"bits": 4}}}, False),
     ],
 )
-def test_what_rounds_coarsely_is_allowed_more(hard: dict[str, object], is_exact: bool) -> None:
+def test_low_precision_has_a_larger_tolerance(hard: dict[str, object], is_exact: bool) -> None:
     assert record_tolerance(hard) == (1e-3 if is_exact else 0.75)
 
 
-def test_a_merge_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_merge_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "into", {1: [-1.0]})
     write(tmp_path / "from", {1: [-1.0]}, seed=1)
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""A reference as Parquet: what was written, for whoever reads it, whole or not at all."""
+"""Export to Parquet: exact values, readable by other libraries, no partial files."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-def test_parquet_is_what_was_written_for_whoever_reads_it(
+def test_parquet_contains_what_was_written_for_every_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "GROUP_ROWS", 64)
@@ -70,7 +70,7 @@ def test_parquet_is_what_was_written_for_whoever_reads_it(
 def same(
     rows: list[tuple[object, ...]], wanted: list[tuple[bytes, int, float, list[float]]]
 ) -> bool:
-    """Compare rows: everything exactly but the sum, whose order of addition is free."""
+    """Compare rows exactly, except the sum, whose order of addition may differ."""
     found = [(bytes(key), tokens, list(logps)) for key, tokens, _, logps in rows]  # type: ignore[call-overload]
     assert found == [(key, tokens, logps) for key, tokens, _, logps in wanted]
     return np.allclose([row[2] for row in rows], [row[2] for row in wanted], rtol=1e-14, atol=0)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_sums_are_exported_without_log_probs_of_tokens(tmp_path: Path) -> None:
     ]
 
 
-def test_pages_of_parquet_carry_checksums(tmp_path: Path) -> None:
+def test_pages_of_parquet_have_checksums(tmp_path: Path) -> None:
     write(tmp_path / "cache", random_records(range(100)))
     path = tmp_path / "out.parquet"
     ReferenceCache(tmp_path / "cache").export(path)
@@ -116,7 +116,7 @@ def test_the_file_is_read_without_our_library(tmp_path: Path) -> None:
     assert subprocess.check_output(command, text=True).split() == ["3", "-7.0", "-7.0"]
 
 
-def test_a_failed_export_leaves_what_was_there(
+def test_a_failed_export_keeps_the_existing_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "cache", random_records(range(100)), seal=True)
@@ -140,7 +140,7 @@ def test_a_failed_export_leaves_what_was_there(
         cache.export(path.parent)
 
 
-def test_row_groups_hold_few_log_probs_however_long_completions_are(
+def test_row_groups_are_bounded_for_long_completions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "GROUP_TOKENS", 100)
@@ -152,7 +152,7 @@ def test_row_groups_hold_few_log_probs_however_long_completions_are(
         assert [told.row_group(i).num_rows for i in range(told.num_row_groups)] == rows
 
 
-def test_a_full_disk_keeps_nothing_of_the_file(
+def test_a_full_disk_leaves_no_partial_file(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The command line: flags are fields, --help teaches, and bad input ends in one sentence."""
+"""The command line: flags match config fields, help texts, one-line error messages."""
 
 import dataclasses
 import gzip
@@ -37,7 +37,7 @@ def fields(config: type) -> set[str]:
         inner = {field.name for field in dataclasses.fields(nested[name])}
         prefix = "lora_" if name == "lora" else ""
         names |= {prefix + field for field in inner}
-    return names - {"rules", "formats", "demonstrations", "kinds"}  # which the command decides
+    return names - {"rules", "formats", "demonstrations", "kinds"}  # set by the command
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_data_takes_several_files() -> None:
     assert spread(["rank", "--data=a", "b"]) == ["rank", "--data=a", "b"]
 
 
-def test_help_teaches(run: Run) -> None:
+def test_help_lists_and_explains_flags(run: Run) -> None:
     code, out, _ = run("train", "--help")
     assert code == 0
     for word in ("--beta", "keeps the policy closer", "--no-eos", "--lora-rank", "--resume"):
@@ -166,7 +166,7 @@ def test_malformed_rows_are_named(
         ({**GOOD, "prompt": "the cat " * 30}, "R304"),
     ],
 )
-def test_useless_rows_are_counted_and_training_goes_on(
+def test_useless_rows_are_counted_and_training_continues(
     run: Run, tiny_model: Path, tmp_path: Path, row: dict[str, str], code: str
 ) -> None:
     data = write(tmp_path / "pairs.jsonl", json.dumps(GOOD), json.dumps(row))
@@ -252,7 +252,7 @@ def test_disk_full_during_precompute(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was acknowledged before is kept, and the next run goes on from it."""
+    """Log-probs written before the error are kept, and the next run resumes from them."""
     from logratio.training import reference_scorer
 
     monkeypatch.setattr(reference_scorer, "BLOCK_TOKENS", 1)
@@ -294,7 +294,7 @@ class FullDisk:
         self.writer.close()
 
 
-def test_a_lean_install_says_what_training_needs(
+def test_an_install_without_torch_names_the_missing_package(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("logratio.training")]:
@@ -305,7 +305,7 @@ def test_a_lean_install_says_what_training_needs(
     assert one_line(err) == "error: this command needs torch: pip install logratio"
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(
+def test_a_bug_in_the_program_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("logratio.training.trainer.check_config", lambda _: 1 / 0)

@@ -1,4 +1,4 @@
-"""`logratio cache …`: what is printed, how it ends, and what Ctrl-C leaves."""
+"""`logratio cache …`: output, exit codes, and the files left after Ctrl-C."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def command(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
             main(["cache", *(str(argument) for argument in arguments)])
-        told = capsys.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
 
     return command
 
 
-def test_precomputed_log_probs_go_through_all_commands(
+def test_all_commands_on_precomputed_log_probs(
     tiny_model: Path,
     pairs_file: Path,
     tmp_path: Path,
@@ -49,8 +49,7 @@ def test_precomputed_log_probs_go_through_all_commands(
         return capsys.readouterr().out
 
     logratio("precompute", "--model", tiny_model, "--data", pairs_file, "--cache", "a")
-    told = logratio("cache", "inspect", "a")
-    assert "model      llama, 2 layers" in told
+    assert "model      llama, 2 layers" in logratio("cache", "inspect", "a")
     (name,) = [path.name for path in (tmp_path / "a").iterdir()]
     assert f"a/{name}: sound, 32 completions" in logratio("cache", "verify", "a")
     assert f"b/{name}: 32 completions written to 1 shard" in logratio("cache", "merge", "b", "a")
@@ -66,7 +65,7 @@ def test_precomputed_log_probs_go_through_all_commands(
     assert again.startswith("0 completions")
 
 
-def test_inspect_says_what_is_there_and_who_writes(run: Run, tmp_path: Path) -> None:
+def test_inspect_reports_contents_and_writers(run: Run, tmp_path: Path) -> None:
     folder = write(tmp_path, {1: [-1.0, -2.0]}, seal=True)
     write_sums(tmp_path, {1: (2, -3.0), 2: (2, -3.0)})
     writer = CacheWriter(folder, digest())
@@ -78,15 +77,15 @@ def test_inspect_says_what_is_there_and_who_writes(run: Run, tmp_path: Path) -> 
     assert f"process {os.getpid()}" in out
     assert f"{folder}.sums (sums)" in out
     ended, out, _ = run("inspect", tmp_path, "--json", "--reference", f"{folder.name}.sums")
-    told = json.loads(out)
-    assert told["root"] == str(tmp_path)
-    (reference,) = told["references"]
+    summary = json.loads(out)
+    assert summary["root"] == str(tmp_path)
+    (reference,) = summary["references"]
     assert (reference["kind"], reference["completions"], reference["whole"]) == ("sums", 2, True)
     assert reference["hard"]["config"]["hidden_size"] == 32
     writer.close()
 
 
-def test_damage_is_named_and_ends_with_1(run: Run, tmp_path: Path) -> None:
+def test_damaged_files_are_named_and_the_exit_code_is_1(run: Run, tmp_path: Path) -> None:
     folder = write(tmp_path, random_records(range(50)), seal=True)
     whole = write(tmp_path, {1: [-1.0]}, seed=1)
     (shard,) = folder.glob("*.arrow")
@@ -106,14 +105,14 @@ def test_damage_is_named_and_ends_with_1(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_merge_forecasts_and_names_contradictions(run: Run, tmp_path: Path) -> None:
+def test_merge_prints_a_forecast_and_names_contradictions(run: Run, tmp_path: Path) -> None:
     into, other = tmp_path / "into", tmp_path / "from"
     write(other, {1: [-1.0, -2.0], 2: [-3.0]})
     ended, out, _ = run("merge", into, other, "--dry-run")
     assert (ended, into.exists()) == (0, False)
     assert out.startswith("at most 2 completions, 84 B to add (")
     assert run("merge", into, other)[0] == 0
-    assert "nothing to write; 2 repeated ones left out" in run("merge", into, other)[1]
+    assert "nothing to write; 2 repeated records left out" in run("merge", into, other)[1]
     bad = write(tmp_path / "bad", {2: [-3.5]})
     ended, _, err = run("merge", into, tmp_path / "bad")
     (journal,) = bad.glob("*.journal")
@@ -122,27 +121,27 @@ def test_merge_forecasts_and_names_contradictions(run: Run, tmp_path: Path) -> N
     assert (ended, "merged into itself" in err) == (2, True)
 
 
-def test_compact_leaves_other_hosts_alone_unless_told(run: Run, tmp_path: Path) -> None:
+def test_compact_needs_a_flag_for_journals_of_other_hosts(run: Run, tmp_path: Path) -> None:
     folder = write(tmp_path, {1: [-1.0]})
     (journal,) = folder.glob("*.journal")
     journal.rename(folder / "away-7-00ff.journal")
     ended, out, _ = run("compact", tmp_path)
     assert ended == 0
-    assert "left alone, for a writer may be at work: away-7-00ff.journal" in out
+    assert "left alone because a writer may be using them: away-7-00ff.journal" in out
     ended, out, _ = run("compact", tmp_path, "--other-hosts")
     assert "1 completion written to 1 shard; 1 file removed" in out
     assert len(CacheReader.open(folder, digest())) == 1
     assert not list(folder.glob("*.journal"))
 
 
-def test_a_wrong_request_says_which_references_there_are(run: Run, tmp_path: Path) -> None:
+def test_a_wrong_request_lists_the_references(run: Run, tmp_path: Path) -> None:
     folder = write(tmp_path / "cache", {1: [-1.0]})
     write(tmp_path / "cache", {1: [-1.0]}, seed=1)
     ended, _, err = run("export", tmp_path / "cache", tmp_path / "out.parquet")
     assert ended == 2
-    assert "2 references fit, and one is wanted; name one of" in err
+    assert "2 references match, expected one; name one of" in err
     assert f"\n  {folder.name} (per-token: llama, " in err
-    assert run("inspect", tmp_path / "none")[2].endswith("there is no such folder\n")
+    assert run("inspect", tmp_path / "none")[2].endswith("no such folder\n")
     (tmp_path / "empty").mkdir()
     for command in ("inspect", "verify", "compact"):
         ended, _, err = run(command, tmp_path / "empty")
@@ -150,7 +149,7 @@ def test_a_wrong_request_says_which_references_there_are(run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", ["merge", "compact"])
-def test_ctrl_c_ends_at_once_and_leaves_nothing_half_written(
+def test_ctrl_c_stops_at_once_and_removes_partial_files(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     folder = write(tmp_path / "cache", {1: [-1.0]})
@@ -169,7 +168,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_half_written(
     monkeypatch.setattr(ReferenceCache, "compact", endless)
     others = [tmp_path / "other"] if command == "merge" else []
     ended, _, err = run(command, tmp_path / "cache", *others)
-    assert [thread.is_alive() for thread in calls] == [True]  # it was not waited for
+    assert [thread.is_alive() for thread in calls] == [True]  # the command did not wait for it
     going.set()
     assert ended == 130
     assert "stopped: nothing is lost" in err

@@ -1,4 +1,4 @@
-"""`--data` of every command: stdin, folders, packed files and tables."""
+"""`--data` of every command: stdin, folders, compressed files and tables."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_commands_read_stdin_folders_and_tables(
     assert "16 rows read: 16 kept" in err
 
 
-def test_folder_of_something_else_is_told_in_a_sentence(
+def test_a_folder_without_data_is_a_one_line_error(
     run: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "weights.bin").write_bytes(b"x")
@@ -74,7 +74,7 @@ def test_folder_of_something_else_is_told_in_a_sentence(
     assert "unknown type (weights.bin)" in err
 
 
-def test_ctrl_c_in_build_tells_what_is_kept(
+def test_ctrl_c_in_build_reports_saved_progress(
     run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Intake, *row: object) -> bool:
@@ -91,7 +91,7 @@ def test_ctrl_c_in_build_tells_what_is_kept(
     monkeypatch.setattr(ingest, "BATCH_ROWS", 4)
     monkeypatch.setattr(Intake, "close", interrupted)
     code, err = run(*command)
-    assert "goes on where the last save was" in err
+    assert "resume from the last save" in err
     monkeypatch.undo()
     code, err = run(*command)
     assert code == 0

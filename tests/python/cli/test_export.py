@@ -1,4 +1,4 @@
-"""`logratio export`, `rank` and `serve` from the command line, and their refusals."""
+"""`logratio export`, `rank` and `serve` from the command line, and their error messages."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def test_ranking_into_a_file(folder: Path, tmp_path: Path) -> None:
     assert len(output.read_text().splitlines()) == 2
 
 
-def test_dry_runs_say_what_is_needed_and_stop(
+def test_dry_runs_print_a_forecast_and_stop(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle, rows = folder / "bundle", folder / "candidates.jsonl"
@@ -91,7 +91,7 @@ def test_dry_runs_say_what_is_needed_and_stop(
     ],
     ids=["output-taken", "no-bundle", "no-input", "no-folder"],
 )
-def test_refusals_are_one_sentence(
+def test_errors_are_one_line(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: Callable[[Path], list[str]],

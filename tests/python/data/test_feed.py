@@ -47,6 +47,11 @@ def places(batches: Iterator[MicroBatch]) -> list[tuple[int, int, list[int]]]:
     return [(b.epoch, b.update, b.layout.groups.tolist()) for b in batches]
 
 
+def test_the_repr_of_a_feed_has_its_position() -> None:
+    feed = Feed(make_store(43), SETTINGS, epochs=2, rank=1, world_size=2)
+    assert repr(feed) == "Feed(43 groups, 2 epochs, rank 1 of 2, at epoch 0, update 0)"
+
+
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_a_feed_is_the_plan_laid_out(layout: str, depth: int) -> None:

@@ -1,4 +1,4 @@
-"""The demo: its task is fair, its small sibling learns, and it never eats a folder of yours."""
+"""The demo: its task, a small run that learns, and protection of existing folders."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from logratio.demo.run import Demo, DemoConfig
 from logratio.extras import MissingExtraError
 
 
-def test_the_rule_by_hand() -> None:
+def test_the_rule_on_examples() -> None:
     prompt = "Ana the cat went to the river ."
     assert task.rule(prompt, " the cat was happy .") == 1
     assert task.rule(prompt, " the cat was sad . the cat was kind .") == 0
@@ -38,7 +38,7 @@ def test_the_tokenizer_knows_every_word(tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == text
 
 
-def test_data_come_from_the_seed() -> None:
+def test_the_seed_determines_the_data() -> None:
     prompts, _ = task.split_prompts(3)
     assert prompts == task.split_prompts(3)[0] != task.split_prompts(4)[0]
     assert list(task.demonstrations(prompts, 3)) == list(task.demonstrations(prompts, 3))
@@ -51,14 +51,14 @@ def test_held_out_prompts_are_held_out() -> None:
     assert not set(training) & set(held_out)
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="not an earlier demo"):
         Demo(DemoConfig(output=tmp_path), Console(quiet=True)).run()
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_what_is_missing_is_said_before_anything_long(
+def test_missing_extras_are_reported_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -1,4 +1,4 @@
-"""Exports: ONNX Runtime gives torch's numbers, or nothing is left behind."""
+"""Exports: ONNX Runtime gives torch's numbers, or the export leaves no file."""
 
 import json
 import re
@@ -20,7 +20,15 @@ from transformers import PreTrainedConfig
 from logratio._rust import candidate_layout
 from logratio.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 from logratio.data import TokenizationRules
-from logratio.export import ExportConfig, ExportError, export, export_bundle, graph, plan_export
+from logratio.export import (
+    ExportConfig,
+    ExportError,
+    ExportResult,
+    export,
+    export_bundle,
+    graph,
+    plan_export,
+)
 from logratio.export.graph import GraphError, feed
 from logratio.extras import MissingExtraError
 from logratio.forecast import OutputError
@@ -34,7 +42,7 @@ Group = tuple[list[int], list[list[int]]]
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `bundle`, `policy` and `reference`."""
+    """A folder with `bundle`, `policy` and `reference`."""
     return tiny_bundle(tmp_path_factory)
 
 
@@ -45,7 +53,7 @@ def save_family(folder: Path, config: PreTrainedConfig, seed: int) -> Path:
 
 
 def rewards(bundle: Path, groups: Sequence[Group], chunk: int = 128) -> list[np.ndarray]:
-    """Run a bundle's graph with nothing of `serving`: rewards, policy sums, reference sums."""
+    """Run a bundle's graph without `serving`; return rewards, policy sums, reference sums."""
     session = onnxruntime.InferenceSession(bundle / GRAPH, providers=["CPUExecutionProvider"])
     layout = candidate_layout(
         [np.array(prompt, np.int32) for prompt, _ in groups],
@@ -90,7 +98,7 @@ def test_bundle_gives_torchs_rewards(tiny_folder: Path) -> None:
     )
 
 
-def test_bundle_says_what_it_is(tiny_folder: Path) -> None:
+def test_the_manifest_describes_the_bundle(tiny_folder: Path) -> None:
     folder = tiny_folder / "bundle"
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
@@ -100,19 +108,26 @@ def test_bundle_says_what_it_is(tiny_folder: Path) -> None:
     assert manifest.policy["digest"] != manifest.reference["digest"]
     assert manifest.policy["hard"]["config"]["model_type"] == "llama"
     assert manifest.special_ids == {"bos": 1, "eos": 2, "pad": 2}
-    assert TokenizationRules.from_dict(manifest.tokenization).max_length == 512  # the positions
+    # max_length is limited to the models' positions.
+    assert TokenizationRules.from_dict(manifest.tokenization).max_length == 512
     assert set(manifest.files) == {GRAPH, "tokenizer.json", "tokenizer_config.json"}
     assert 0 < max(manifest.parity.values()) < 1e-4
     assert sum(group.prompt is not None for group in manifest.golden) == 1
 
 
-def test_graph_carries_nothing_of_the_machine_it_was_made_on(tiny_folder: Path) -> None:
+def test_the_repr_of_a_result_is_one_line(tiny_folder: Path) -> None:
+    output = tiny_folder / "bundle"
+    result = ExportResult(output, read_manifest(output), 1.5)
+    assert repr(result) == f"ExportResult({str(output)!r}, two_models, opset 23)"
+
+
+def test_the_graph_contains_no_paths_of_this_machine(tiny_folder: Path) -> None:
     content = (tiny_folder / "bundle" / GRAPH).read_bytes()
     places = [b"site-packages", str(tiny_folder.parent).encode(), str(Path.cwd()).encode()]
     assert [place for place in places if place in content] == []
 
 
-def test_graph_repeats_no_weight_transposed_at_run_time(tiny_folder: Path) -> None:
+def test_the_graph_has_no_transpose_of_a_weight(tiny_folder: Path) -> None:
     model = onnx_ir.load(tiny_folder / "bundle" / GRAPH)
     transposed = [
         node.name
@@ -129,7 +144,7 @@ def weight_bytes(bundle: Path) -> int:
 
 
 def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
-    """Save an adapter that does something."""
+    """Save an adapter with an effect."""
     chosen: dict[str, Any] = {"r": 4, "target_modules": "all-linear", **settings}
     with quietly():
         model = peft.get_peft_model(
@@ -144,12 +159,12 @@ def adapter_of(base: Path, folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_adapter_is_exported_beside_one_base_in_silence(
+def test_an_adapter_shares_its_base_and_export_prints_nothing(
     make_model: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base = make_model("base")
     adapter = adapter_of(base, tmp_path / "adapter")
-    (tmp_path / "bundle").mkdir()  # an empty folder may be there
+    (tmp_path / "bundle").mkdir()  # an empty folder is allowed
     capfd.readouterr()
     forecast = plan_export(ExportConfig(adapter, base, tmp_path / "bundle", BETA))
     result = export_bundle(
@@ -172,10 +187,10 @@ def test_adapter_is_exported_beside_one_base_in_silence(
 def test_family_gives_torchs_rewards(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if family == "gpt2":  # one family goes the way of those that opset 23 cannot express
+    if family == "gpt2":  # one family takes the path of those that opset 23 cannot express
         monkeypatch.setattr(export, "OPSETS", (20,))
     config = FAMILIES[family]()
-    if family not in ("gemma3", "qwen3"):  # one layer shows as much in less time
+    if family not in ("gemma3", "qwen3"):  # one layer is enough, and faster
         config.num_hidden_layers = 1
     policy, reference = (
         save_family(tmp_path / name, config, seed) for seed, name in enumerate("pr")
@@ -189,7 +204,7 @@ def test_family_gives_torchs_rewards(
 
 @pytest.fixture
 def ready_graph(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Exports write the tiny bundle's graph, whatever models they are given: no tracing."""
+    """Make every export write the tiny bundle's graph, without tracing."""
     monkeypatch.setattr(export, "trace", lambda scorer, opset: tiny_graph(tmp_path_factory))
 
 
@@ -202,7 +217,7 @@ def exported(tiny_folder: Path, output: Path, **changes: Any) -> export.ExportRe
 
 
 @pytest.mark.usefixtures("ready_graph")
-def test_wrong_graph_is_refused_and_leaves_nothing(
+def test_a_wrong_graph_is_refused_and_leaves_no_file(
     tiny_folder: Path, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     other, output = make_model("other", seed=7), tmp_path / "there" / "bundle"
@@ -214,7 +229,7 @@ def test_wrong_graph_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.usefixtures("ready_graph")
-def test_interrupt_leaves_nothing(
+def test_an_interrupt_leaves_no_file(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -227,7 +242,7 @@ def test_interrupt_leaves_nothing(
 
 
 @pytest.mark.usefixtures("ready_graph")
-def test_large_weights_stand_in_a_file_of_their_own(
+def test_large_weights_go_to_a_separate_file(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "SINGLE_FILE_BYTES", 1000)
@@ -239,7 +254,7 @@ def test_large_weights_stand_in_a_file_of_their_own(
     assert split.score("the cat", texts) == whole.score("the cat", texts)
 
 
-def test_next_opset_is_tried_where_one_cannot_be_written_or_opened(
+def test_the_next_opset_is_tried_if_one_fails(
     tiny_folder: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -268,7 +283,7 @@ def test_next_opset_is_tried_where_one_cannot_be_written_or_opened(
 
 
 @pytest.mark.usefixtures("ready_graph")
-def test_rules_are_those_of_the_training(
+def test_the_rules_of_the_training_are_used(
     tiny_folder: Path, tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
     policy = make_model("policy")
@@ -294,7 +309,7 @@ def test_short_limits_are_exported_too(tiny_folder: Path, tmp_path: Path, length
     Reranker.load(tmp_path / "bundle")
 
 
-def test_plan_says_what_is_needed_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_plan_is_a_forecast_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "bundle"
     config = ExportConfig(tiny_folder / "policy", tiny_folder / "reference", output, BETA)
     forecast = plan_export(config)
@@ -319,7 +334,7 @@ def test_bad_requests_are_refused_before_weights_are_loaded(
     with pytest.raises(ExportError, match="not empty"):
         exported(tiny_folder, tiny_folder / "bundle")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ExportError, match="in the way"):
+    with pytest.raises(ExportError, match="is a file, not a folder"):
         exported(tiny_folder, tmp_path / "file")
     with pytest.raises(OutputError, match="cannot write here"):
         exported(tiny_folder, tmp_path / "file" / "bundle")
@@ -328,9 +343,9 @@ def test_bad_requests_are_refused_before_weights_are_loaded(
     assert not (tmp_path / "b").exists()
 
 
-def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+def test_incompatible_models_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     mamba = save_family(tmp_path / "mamba", mamba_config(), 0)
-    with pytest.raises(UnsupportedModelError, match="carry a state across tokens"):
+    with pytest.raises(UnsupportedModelError, match="has a recurrent state"):
         exported(tiny_folder, tmp_path / "b", policy=mamba)
     other = save_family(tmp_path / "other", FAMILIES["llama"](), 0)
     with pytest.raises(ExportError, match=r"different vocabularies \(20 and 211 ids\)"):
@@ -352,7 +367,7 @@ def test_models_that_do_not_fit_are_refused(tiny_folder: Path, tmp_path: Path) -
         exported(tiny_folder, tmp_path / "b", policy=bare)
 
 
-def test_tokenizer_may_stand_with_the_reference(
+def test_the_tokenizer_may_be_in_the_references_folder(
     tiny_folder: Path, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     policy = make_model("bare")

@@ -1,4 +1,4 @@
-"""The scorer module against the models' own forward, in torch: no graph is made here."""
+"""The scorer module against the models' own forward, in torch, without export."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,7 +124,7 @@ def test_scorer_agrees_with_what_training_computes() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
-def test_padding_and_neighbours_do_not_move_a_reward(family: str) -> None:
+def test_padding_and_batch_do_not_change_a_reward(family: str) -> None:
     scorer = RewardScorer(tiny(FAMILIES[family](), 0, 2.0), tiny(FAMILIES[family](), 1, 2.0), 1.0)
     groups = groups_of(5, [4, 21], 2, 9)
     together = run(scorer, groups)[0]
@@ -133,7 +133,7 @@ def test_padding_and_neighbours_do_not_move_a_reward(family: str) -> None:
 
 
 def test_padding_never_counts_past_a_learned_position_table() -> None:
-    # GPT-2 has 512 positions: beside a prompt of 510 tokens, a candidate of 30 is padding only.
+    # GPT-2 has 512 positions: after a prompt of 510 tokens, a padded row of 30 exceeds them.
     policy, reference = tiny(FAMILIES["gpt2"](), 0, 2.0), tiny(FAMILIES["gpt2"](), 1, 2.0)
     long, short = groups_of(6, [510, 3], 1, 1)
     groups = [long, (short[0], [list(range(3, 33))])]
@@ -142,7 +142,7 @@ def test_padding_never_counts_past_a_learned_position_table() -> None:
 
 
 def adapted(seed: int = 3, **settings: Any) -> peft.PeftModel:
-    """A tiny Llama with an adapter that does something."""
+    """A tiny Llama with an adapter that has an effect."""
     base = tiny(FAMILIES["llama"](), 0, 2.0)
     chosen = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
     with quietly():
@@ -172,7 +172,7 @@ def test_plain_adapter_shares_its_base() -> None:
     pair = join(policy, reference)
     assert pair.kind == "adapter"
     _, policy_logps, reference_logps = run(RewardScorer(pair.policy, None, 0.1), groups)
-    assert (expected - other).abs().min() > 0.01  # the adapter is not idle
+    assert (expected - other).abs().min() > 0.01  # the adapter has an effect
     torch.testing.assert_close(policy_logps.double(), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(reference_logps.double(), other, atol=1e-4, rtol=0)
 
@@ -199,8 +199,8 @@ def test_other_adapters_are_merged_and_exact(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(reference_logps.double(), sums(reference, groups), atol=1e-4, rtol=0)
 
 
-def test_merging_an_adapted_head_leaves_tied_embeddings_alone() -> None:
-    # peft merges into the one weight that head and embeddings share; the inputs would change too.
+def test_merging_an_adapted_head_keeps_tied_embeddings() -> None:
+    # peft would merge into the weight shared by head and embeddings, which changes the inputs.
     config = LlamaConfig(**GROUPED, tie_word_embeddings=True)
     model = tiny(config, 0, 2.0)
     with quietly(), pytest.warns(UserWarning, match="tie_word_embeddings"):
@@ -228,7 +228,7 @@ def test_two_adapters_on_one_base_are_merged() -> None:
     torch.testing.assert_close(reference_logps.double(), other, atol=1e-4, rtol=0)
 
 
-def test_one_graph_serves_two_models_that_differ_in_weights_only() -> None:
+def test_models_that_differ_only_in_weights_are_traced_once() -> None:
     def half(seed: int, **settings: Any) -> HalfScorer:
         return HalfScorer(tiny(LlamaConfig(**{**GROUPED, **settings}), seed, 2.0))
 
@@ -246,7 +246,7 @@ def test_adapter_on_another_base_is_merged() -> None:
 @pytest.mark.parametrize(
     ("config", "length", "reason"),
     [
-        (mamba_config(), 16, "carry a state across tokens"),
+        (mamba_config(), 16, "recurrent state"),
         (MixtralConfig(**NO_HEAD_DIM), 16, "mixtures of experts"),
         (FAMILIES["gpt2"](), 513, "512 positions"),
         (longrope(), 65, "LongRoPE"),
@@ -258,7 +258,7 @@ def test_adapter_on_another_base_is_merged() -> None:
             16,
             "dynamic RoPE",
         ),
-        (PreTrainedConfig(**SIZES), 16, "families that were checked"),
+        (PreTrainedConfig(**SIZES), 16, "supported families"),
     ],
     ids=["state", "experts", "positions", "longrope", "dynamic", "unknown"],
 )
@@ -269,5 +269,5 @@ def test_models_without_an_exact_graph_are_refused(
         check_exportable(config, length)
 
 
-def test_longrope_is_taken_where_its_factors_are_constant() -> None:
+def test_longrope_is_exported_where_its_factors_are_constant() -> None:
     check_exportable(longrope(), 64)

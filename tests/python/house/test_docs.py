@@ -1,4 +1,4 @@
-"""Documents that cannot lie: their code runs, their commands and files exist."""
+"""The documentation is true: its code runs, its commands and files exist."""
 
 import re
 import runpy
@@ -19,7 +19,7 @@ from logratio.data.records import CODES, CURES
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(name for name in tracked() if name.endswith(".md"))
 RUN = ["README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"]
-"""Pages whose Python runs, each on what the ones before it left."""
+"""Pages with Python code; each page uses the files of the pages before it."""
 
 
 def blocks(language: str, pages: Sequence[str] = PAGES) -> list[str]:
@@ -43,7 +43,7 @@ def test_python_blocks_run_one_after_the_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The pages speak of a folder with a model in model/ and preferences in pairs.jsonl.
+    # The pages assume a model in model/ and preference pairs in pairs.jsonl.
     assert make_model("model") == tmp_path / "model"
     assert pairs_file == tmp_path / "pairs.jsonl"
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def help_of(*words: str) -> str:
     ).stdout
 
 
-def test_commands_take_the_options_that_the_pages_give_them() -> None:
+def test_commands_in_the_pages_use_existing_options() -> None:
     for call in commands("logratio"):
         words = [word for word in call if re.fullmatch("[a-z]+", word)]
         shown = help_of(*words[: 2 if words[0] in {"cache", "data"} else 1])
@@ -77,7 +77,7 @@ def test_commands_take_the_options_that_the_pages_give_them() -> None:
 
 
 @pytest.mark.parametrize("call", commands("make"), ids=" ".join)
-def test_make_has_the_target_that_a_page_names(call: list[str]) -> None:
+def test_make_targets_in_the_pages_exist(call: list[str]) -> None:
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert next(word for word in call if "=" not in word and not word.startswith("-")) in targets
 
@@ -88,7 +88,7 @@ def test_a_public_name_can_be_imported(name: str) -> None:
     assert name in dir(logratio)
 
 
-def test_readme_is_read_in_one_sitting() -> None:
+def test_readme_is_short() -> None:
     assert README.count("\n") <= 200
 
 
@@ -97,14 +97,14 @@ def test_every_guide_is_linked_from_readme() -> None:
     assert guides == set(re.findall(r"\]\((python/docs/[^)#]+)\)", README))
 
 
-def test_every_code_has_a_cure_and_the_page_has_them_all() -> None:
+def test_every_code_has_a_cure_and_is_on_the_page() -> None:
     assert CODES.keys() == CURES.keys()
     page = ROOT / "python" / "docs" / "troubleshooting.md"
     build = runpy.run_path(str(page.with_name("build.py")))
     assert page.read_text() == build["with_codes"](page.read_text()), "run `make docs`"
 
 
-@pytest.mark.parametrize("heading", ["Where to look", "By hand, and why"])
+@pytest.mark.parametrize("heading", ["Where to look", "Own implementations, and why"])
 def test_the_tables_of_the_architecture_page_name_files(heading: str) -> None:
     page = (ROOT / "python" / "docs" / "architecture.md").read_text()
     table = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
@@ -115,7 +115,7 @@ def test_the_tables_of_the_architecture_page_name_files(heading: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_relative_links_lead_somewhere(page: str) -> None:
+def test_relative_links_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
     links = re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", text)
     local = [link for link in links if not re.match(r"[a-z]+:", link)]
@@ -123,7 +123,7 @@ def test_relative_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_within_a_page_meet_a_heading(page: str) -> None:
+def test_links_within_a_page_have_a_heading(page: str) -> None:
     text = (ROOT / page).read_text()
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}

@@ -1,4 +1,4 @@
-"""Who may import whom: the rules that keep training, scoring and serving apart."""
+"""Import rules, which keep training, export and serving independent."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ GRAPHS = {"onnx", "onnxscript", "onnxruntime"}
 SERVER = {"fastapi", "starlette", "uvicorn"}
 HEAVY = TORCH | GRAPHS | SERVER | {"numpy", "tokenizers", "jinja2", "matplotlib", "tensorboardX"}
 
-# What the modules of a folder (or a module beside the folders) may never name, at whatever depth.
+# Modules that a folder (or top-level module) must never import, anywhere in its code.
 FORBIDDEN = {
     "data": {*TORCH, *GRAPHS, *SERVER}
     | {f"logratio.{folder}" for folder in ("training", "export", "serving", "cli", "demo")},
@@ -33,12 +33,12 @@ FORBIDDEN = {
     "bundle": {*HEAVY, "logratio"},
     "extras": {*HEAVY, "logratio"},
 }
-# The compiled module has a face: what stands above the folders below takes their word for it.
+# Only these folders import the compiled module directly; others use it through them.
 MAY_NAME_RUST = {"cache", "data", "integrations", "logps", "training", "export", "serving"}
 
 
 def imported(source: str, package: str) -> Iterator[str]:
-    """Dotted names that `source`, a module of `package`, imports anywhere in it."""
+    """Return the dotted names that `source`, a module of `package`, imports anywhere."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,24 +49,24 @@ def imported(source: str, package: str) -> Iterator[str]:
 
 
 def breaches(names: Iterator[str], forbidden: set[str]) -> set[str]:
-    """Names that are a forbidden module, or lie in one."""
+    """Return the names that are or belong to a forbidden module."""
     return {name for name in names if any(f"{name}.".startswith(f"{no}.") for no in forbidden)}
 
 
 def room(path: Path) -> str:
-    """First folder below the package, or the module itself."""
+    """Return the first folder below the package, or the module itself."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def loaded_by(code: str) -> set[str]:
-    """Top-level names in `sys.modules` after `code` ran in a fresh interpreter."""
+    """Return the top-level names in `sys.modules` after running `code` in a new interpreter."""
     report = "print(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", f"import sys\n{code}\n{report}"]
     return set(subprocess.check_output(command, text=True).split("\n")[-2].split())
 
 
 @pytest.mark.parametrize("path", python_sources(), ids=relative)
-def test_module_names_only_what_its_folder_may(path: Path) -> None:
+def test_modules_import_only_what_their_folder_may(path: Path) -> None:
     package = ".".join(["logratio", *path.relative_to(PACKAGE).parent.parts])
     names = list(imported(path.read_text(), package))
     named = (name for name in names if not name.startswith("logratio.errors"))
@@ -86,12 +86,12 @@ def test_module_names_only_what_its_folder_may(path: Path) -> None:
         ("import torchless", set()),
     ],
 )
-def test_every_spelling_of_an_import_is_seen(source: str, found: set[str]) -> None:
+def test_every_form_of_import_is_detected(source: str, found: set[str]) -> None:
     names = imported(source, "logratio.serving")
     assert breaches(names, {"torch", "logratio.training"}) == found
 
 
-def test_importing_the_package_is_free() -> None:
+def test_importing_the_package_is_cheap() -> None:
     before = loaded_by("")
     assert loaded_by("import logratio") - before == {"logratio"}
 
@@ -105,9 +105,7 @@ def test_importing_the_package_is_free() -> None:
         ("training", GRAPHS | SERVER),
     ],
 )
-def test_folder_with_all_its_modules_loads_nothing_of_the_others(
-    folder: str, never: set[str]
-) -> None:
+def test_importing_a_folder_loads_no_forbidden_library(folder: str, never: set[str]) -> None:
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for path in sorted((PACKAGE / folder).rglob("*.py"))
@@ -116,7 +114,7 @@ def test_folder_with_all_its_modules_loads_nothing_of_the_others(
     assert not loaded_by("\n".join(f"import {module}" for module in modules)) & never
 
 
-def test_importing_the_integrations_is_free() -> None:
+def test_importing_the_integrations_is_cheap() -> None:
     assert loaded_by("import logratio.integrations") - loaded_by("") == {"logratio"}
 
 
@@ -125,8 +123,8 @@ def test_columns_for_other_trainers_need_no_torch() -> None:
     assert not loaded & (TORCH | GRAPHS | SERVER | {"datasets", "pyarrow", "trl"})
 
 
-def test_training_loads_the_writer_of_metrics_in_a_run_only() -> None:
-    """A machine that only precomputes or evaluates need not have it."""
+def test_training_imports_the_metrics_writer_only_in_a_run() -> None:
+    """A machine that only precomputes or evaluates does not need it."""
     assert "tensorboardX" not in loaded_by("import logratio.training")
 
 
@@ -134,7 +132,7 @@ def test_command_line_loads_nothing_heavy_before_a_command_runs() -> None:
     assert not loaded_by("import logratio.cli") & HEAVY
 
 
-def test_pyarrow_waits_for_a_container_that_needs_it() -> None:
+def test_pyarrow_is_imported_only_for_formats_that_need_it() -> None:
     assert "pyarrow" not in loaded_by("import logratio.data.readers")
 
 
@@ -160,7 +158,7 @@ def exceptions_of_the_package() -> Iterator[tuple[str, ast.ClassDef]]:
                 yield f"{relative(path)}:{node.name}", node
 
 
-def test_every_exception_derives_from_the_one_base_class() -> None:
+def test_every_exception_derives_from_the_base_class() -> None:
     found = dict(exceptions_of_the_package())
     own = {node.name for node in found.values()} | {"Exception"}
     bases = {name: {ast.unparse(base) for base in node.bases} for name, node in found.items()}

@@ -1,4 +1,4 @@
-"""What is shipped: the sdist builds the wheel, the wheel is whole, the pins cover the manifest."""
+"""Packaging: the sdist builds the wheel, the wheel is complete, pins cover the manifest."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from repository import ROOT, manifest, tracked
 
-from logratio.extras import ALONE
+from logratio.extras import WITHOUT_CPU_VARIANT
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 PINS = (".ci/constraints.txt", ".ci/quantized.txt", ".ci/server.txt", ".ci/tools.txt")
@@ -29,7 +29,7 @@ PIN = re.compile(
 
 
 def run(*command: object, folder: Path, **environment: str) -> str:
-    """Run `command` in `folder`; its output is shown where it fails."""
+    """Run `command` in `folder`; show its output if it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
@@ -43,7 +43,7 @@ def run(*command: object, folder: Path, **environment: str) -> str:
 
 
 def maturin(*arguments: object, folder: Path) -> None:
-    # Dependencies that `make` compiled are taken from there: only the crate itself is built again.
+    # Reuse the dependencies that `make` compiled; only the crate itself is built again.
     target = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target"))
     run(
         sys.executable,
@@ -71,7 +71,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the sdist and without the network."""
     folder = tmp_path_factory.mktemp("wheel")
-    # An archive's dates are old: cargo would take what it compiled from the tree for this source's.
+    # Files in an archive have old dates: cargo would reuse the build of the working tree.
     (sdist / "rust" / "lib.rs").touch()
     maturin("build", "--release", "--locked", "-i", sys.executable, "-o", folder, folder=sdist)
     (built,) = folder.glob("*.whl")
@@ -79,13 +79,13 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources() -> set[str]:
-    """Tracked files of the package, as the wheel names them."""
+    """Return the tracked files of the package with their names in the wheel."""
     inside = (name for name in tracked() if name.startswith("python/logratio/"))
     return {name.removeprefix("python/") for name in inside}
 
 
 @pytest.mark.slow
-def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
+def test_the_sdist_contains_what_the_build_needs(sdist: Path) -> None:
     inside = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     needed = {"Cargo.toml", "Cargo.lock", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
     rust = {name for name in tracked() if name.startswith("rust/")}
@@ -94,7 +94,7 @@ def test_sdist_holds_what_the_build_needs(sdist: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_from_the_sdist_is_whole(wheel: Path) -> None:
+def test_the_wheel_from_the_sdist_is_complete(wheel: Path) -> None:
     version = manifest("Cargo.toml")["package"]["version"]
     assert wheel.name.startswith(f"logratio-{version}-cp311-abi3-")
     with zipfile.ZipFile(wheel) as packed:
@@ -130,21 +130,23 @@ def test_wheel_runs_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
 
 
 def extras() -> dict[str, list[str]]:
-    """Requirements of each extra, as the manifest has them."""
+    """Return the requirements of each extra in the manifest."""
     found: dict[str, list[str]] = manifest("pyproject.toml")["project"]["optional-dependencies"]
     return found
 
 
-def test_every_extra_has_a_twin_with_the_other_runtime() -> None:
+def test_every_extra_has_a_variant_with_the_other_runtime() -> None:
     def twin(requirement: str) -> str:
         return requirement.replace("onnxruntime-gpu", "onnxruntime").replace("]", "-cpu]")
 
-    kinds = {name: needs for name, needs in extras().items() if name not in ALONE}
+    kinds = {name: needs for name, needs in extras().items() if name not in WITHOUT_CPU_VARIANT}
     kinds = {name: needs for name, needs in kinds.items() if not name.endswith("-cpu")}
     assert {f"{name}-cpu": [twin(need) for need in kinds[name]] for name in kinds} == {
         name: needs for name, needs in extras().items() if name.endswith("-cpu")
     }
-    assert not set(RUNTIMES) & {Requirement(need).name for name in ALONE for need in extras()[name]}
+    assert not set(RUNTIMES) & {
+        Requirement(need).name for name in WITHOUT_CPU_VARIANT for need in extras()[name]
+    }
 
 
 def test_base_install_has_no_runtime() -> None:
@@ -156,7 +158,7 @@ def test_base_install_has_no_runtime() -> None:
 
 
 def pins(*files: str) -> dict[str, Version]:
-    """Version of every pin in `files`."""
+    """Return the version of every pin in `files`."""
     found = [hit for name in files for hit in PIN.finditer((ROOT / name).read_text())]
     versions = {hit["name"]: Version(hit["version"]) for hit in found}
     assert all(versions[hit["name"]] == Version(hit["version"]) for hit in found), "two versions"
@@ -164,14 +166,14 @@ def pins(*files: str) -> dict[str, Version]:
 
 
 @pytest.mark.parametrize("name", [*PINS, *(f".ci/{runtime}.txt" for runtime in RUNTIMES)])
-def test_pins_are_nothing_but_pins_with_hashes(name: str) -> None:
+def test_pin_files_contain_only_pins_with_hashes(name: str) -> None:
     text = (ROOT / name).read_text()
     rest = [line for line in PIN.sub("", text).splitlines() if not line.startswith("#")]
     assert not rest
     assert pins(name)
 
 
-def test_no_file_of_pins_holds_two_runtimes() -> None:
+def test_no_pin_file_contains_two_runtimes() -> None:
     assert not set(pins(*PINS)) & set(RUNTIMES)
     assert [set(pins(f".ci/{runtime}.txt")) for runtime in RUNTIMES] == [{r} for r in RUNTIMES]
     versions = pins(*(f".ci/{runtime}.txt" for runtime in RUNTIMES))
@@ -179,14 +181,20 @@ def test_no_file_of_pins_holds_two_runtimes() -> None:
 
 
 def requirements() -> list[tuple[str, Requirement]]:
-    """Each requirement of the manifest with the file that pins it."""
+    """Return each requirement of the manifest with the file that pins it."""
     project = manifest("pyproject.toml")["project"]
     groups = manifest("pyproject.toml")["dependency-groups"]
     apart = extras()["quantized"]
-    tested = ALONE - {"plots", "quantized"}
+    tested = WITHOUT_CPU_VARIANT - {"plots", "quantized"}
     alone = [*chain(*(extras()[name] for name in sorted(tested)))]
     served = [
-        *chain(*(extras()[name] for name in extras() if name == "plots" or name not in ALONE))
+        *chain(
+            *(
+                extras()[name]
+                for name in extras()
+                if name == "plots" or name not in WITHOUT_CPU_VARIANT
+            )
+        )
     ]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],

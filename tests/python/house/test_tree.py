@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check: what lies where, how large, what is never done."""
+"""Rules for the source tree: names and sizes of files, and forbidden constructs."""
 
 import ast
 import os
@@ -29,7 +29,7 @@ def test_top_level_is_fixed() -> None:
     assert {name.split("/")[0] for name in tracked()} == TOP_LEVEL
 
 
-def test_no_file_is_named_after_nothing() -> None:
+def test_file_names_are_specific() -> None:
     assert not [name for name in tracked() if set(Path(name).with_suffix("").parts) & VAGUE]
 
 
@@ -43,7 +43,7 @@ def test_python_file_and_its_functions_are_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", rust_sources(), ids=relative)
-def test_rust_file_is_short_and_keeps_to_its_side(path: Path) -> None:
+def test_rust_files_are_short_and_keep_python_apart(path: Path) -> None:
     code = path.read_text().split("\n#[cfg(test)]\nmod tests {")[0]
     assert code.count("\n") <= 600, "is it still one idea?"
     spoken = re.sub(r"//.*", "", code)
@@ -53,7 +53,7 @@ def test_rust_file_is_short_and_keeps_to_its_side(path: Path) -> None:
         assert not re.search(r"\b(pyo3|numpy)\b", spoken)
 
 
-def test_unsafe_code_is_denied_but_for_the_map() -> None:
+def test_unsafe_code_is_denied_except_for_the_memory_map() -> None:
     assert manifest("Cargo.toml")["lints"]["rust"]["unsafe_code"] == "deny"
     assert "unsafe_code" in (ROOT / "rust/mmap.rs").read_text()
 
@@ -63,10 +63,10 @@ def test_cargo_runs_every_rust_test() -> None:
     assert listed == {relative(path) for path in (ROOT / "tests" / "rust").glob("*.rs")}
 
 
-def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
+def test_no_file_contains_a_registry_or_a_machines_path() -> None:
     found = []
     for name in tracked():
-        if name == "Cargo.lock":  # cargo itself writes its registry's address there
+        if name == "Cargo.lock":  # cargo writes the address of its registry
             continue
         text = (ROOT / name).read_text(errors="ignore")
         found += [(name, hit.group()) for hit in HOSTS.finditer(text)]
@@ -75,7 +75,7 @@ def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
 
 
 def risks(source: str) -> Iterator[str]:
-    """What in `source` can run code that came with data, or hides what it runs."""
+    """Return the constructs in `source` that can run code from data, or hide what they run."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in PICKLES)
@@ -91,7 +91,7 @@ def risks(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", python_sources(), ids=relative)
-def test_nothing_that_is_read_can_run(path: Path) -> None:
+def test_data_is_never_executed(path: Path) -> None:
     assert not list(risks(path.read_text()))
 
 
@@ -108,12 +108,12 @@ def test_nothing_that_is_read_can_run(path: Path) -> None:
         ("load(path, trust_remote_code=False)", []),
     ],
 )
-def test_a_risk_is_seen(source: str, found: list[str]) -> None:
+def test_a_risk_is_detected(source: str, found: list[str]) -> None:
     assert list(risks(source)) == found
 
 
 @pytest.mark.parametrize("path", python_sources(), ids=relative)
-def test_the_reference_is_spelt_out(path: Path) -> None:
+def test_names_spell_out_the_reference(path: Path) -> None:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
@@ -122,15 +122,15 @@ def test_the_reference_is_spelt_out(path: Path) -> None:
     assert not [name for name in names if name.startswith("ref_")]
 
 
-def test_stubs_and_sources_are_all_the_package_holds() -> None:
+def test_the_package_contains_only_sources_and_stubs() -> None:
     inside = [name for name in tracked() if name.startswith(relative(PACKAGE))]
     assert {Path(name).suffix for name in inside} <= {".py", ".pyi", ".typed"}
 
 
 def run_make(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the Makefile alone, in an empty folder."""
+    """Run the Makefile in an empty folder."""
     make = shutil.which("make")
-    assert make, "the house is built with make"
+    assert make, "make is not installed"
     shutil.copy(ROOT / "Makefile", folder)
     return subprocess.run(
         [make, "-C", str(folder), *arguments],
@@ -141,21 +141,21 @@ def run_make(*arguments: str, folder: Path, **environment: str) -> subprocess.Co
     )
 
 
-def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+def test_make_names_the_required_python(tmp_path: Path) -> None:
     done = run_make(".venv/created", "PYTHON=no-such-python", folder=tmp_path)
     assert done.returncode != 0
     assert "logratio needs Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
-def test_make_says_that_rust_is_missing(tmp_path: Path) -> None:
+def test_make_reports_missing_rust(tmp_path: Path) -> None:
     done = run_make(".venv/created", folder=tmp_path, PATH=str(tmp_path))
     assert done.returncode != 0
     assert "logratio needs Rust" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
-def test_ci_fails_where_the_shared_material_is_absent(tmp_path: Path) -> None:
+def test_ci_fails_without_the_shared_material(tmp_path: Path) -> None:
     done = subprocess.run(
         ["sh", str(ROOT / ".ci" / "run")],
         env=os.environ | {"LOGRATIO_SHARED": str(tmp_path / "absent")},

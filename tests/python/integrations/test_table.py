@@ -1,4 +1,4 @@
-"""A store's groups with their reference log-probs: every row, by hand, from the cache itself."""
+"""Tables of groups with reference log-probs, compared with rows built in plain Python."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ NAME = FINGERPRINT.hex()[:16]
 def make_store(
     groups: int, sizes: tuple[int, ...], *, masked: bool = False, path: Path | None = None
 ) -> Store:
-    """Write random groups of so many completions."""
+    """Write random groups of the given numbers of completions."""
     random, writer = np.random.default_rng(0), StoreWriter(path)
     for group in range(groups):
         count = sizes[group % len(sizes)]
@@ -38,7 +38,7 @@ def make_store(
         mask = np.ones(total, np.uint8)
         if masked and group % 3 == 0:
             mask[random.random(total) < 0.4] = 0
-            mask[np.cumsum(lengths) - lengths] = 1  # no completion is of no use
+            mask[np.cumsum(lengths) - lengths] = 1  # every completion has a loss token
         writer.push(
             random.integers(0, 50, random.integers(1, 7)).astype(np.int32),
             random.integers(0, 50, total).astype(np.int32),
@@ -66,7 +66,7 @@ def make_cache(root: Path, store: Store, name: str = NAME) -> Path:
 
 
 def write_sums(folder: Path, store: Store, sums: np.ndarray) -> None:
-    """Make a folder one of sums."""
+    """Convert a folder to one of sums."""
     shutil.rmtree(folder, ignore_errors=True)
     writer = CacheWriter(folder, FINGERPRINT, sums=True)
     writer.append_sums(store.sum_keys(), store.counted_lengths(), sums)
@@ -75,7 +75,7 @@ def write_sums(folder: Path, store: Store, sums: np.ndarray) -> None:
 
 
 def expected_rows(store: Store, root: Path, shape: Shape, *, masks: bool) -> list[dict[str, Any]]:
-    """Put every row together in plain Python."""
+    """Build every row in plain Python."""
     reader, keys = CacheReader.open(root / NAME, FINGERPRINT), store.keys()
     rows, number = [], 0
     for index in range(len(store)):
@@ -112,8 +112,8 @@ def assert_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("shape", "sizes"), [("pairs", (2,)), ("completions", (1, 2, 5))])
-@pytest.mark.parametrize("tokens", [1, 100, lookup.STRETCH_TOKENS])
-def test_every_row_is_its_groups(
+@pytest.mark.parametrize("tokens", [1, 100, lookup.CHUNK_TOKENS])
+def test_every_row_matches_its_group(
     shape: Shape,
     sizes: tuple[int, ...],
     masked: bool,
@@ -121,7 +121,7 @@ def test_every_row_is_its_groups(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lookup, "STRETCH_TOKENS", tokens)
+    monkeypatch.setattr(lookup, "CHUNK_TOKENS", tokens)
     store = make_store(60, sizes, masked=masked)
     root = make_cache(tmp_path, store)
     table = reference_table(store, root, shape=shape, per_token=True)
@@ -131,7 +131,7 @@ def test_every_row_is_its_groups(
     assert_rows(pa.Table.from_batches(batches).to_pylist(), expected)
 
 
-def test_parquet_dataset_and_stream_hold_the_same_rows(tmp_path: Path) -> None:
+def test_parquet_dataset_and_stream_have_the_same_rows(tmp_path: Path) -> None:
     store = make_store(30, (2,))
     table = reference_table(store, make_cache(tmp_path, store))
     expected = pa.Table.from_batches(table.batches()).to_pylist()
@@ -146,9 +146,7 @@ def test_parquet_dataset_and_stream_hold_the_same_rows(tmp_path: Path) -> None:
     assert not [*tmp_path.glob(".*")]
 
 
-def test_a_file_that_broke_off_is_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(30, (2,))
     table = reference_table(store, make_cache(tmp_path, store))
     (tmp_path / "pairs.parquet").write_text("the old one")
@@ -159,9 +157,7 @@ def test_a_file_that_broke_off_is_not_there(
     assert not [*tmp_path.glob(".*")]
 
 
-def test_data_may_be_a_sealed_store_or_files(
-    tiny_model: Path, pairs_file: Path, tmp_path: Path
-) -> None:
+def test_data_may_be_a_store_or_files(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
     tokenizer = PreferenceTokenizer.load(tiny_model)
     store, _ = build_store([pairs_file], tokenizer, tmp_path / "pairs.store")
     root = make_cache(tmp_path / "cache", store)
@@ -175,7 +171,7 @@ def test_data_may_be_a_sealed_store_or_files(
         reference_table(pairs_file, root)
 
 
-def test_what_precompute_left_is_found_and_is_the_references(
+def test_precomputed_log_probs_are_found_and_equal_the_references(
     tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -192,7 +188,7 @@ def test_what_precompute_left_is_found_and_is_the_references(
             assert row[f"ref_{side}_logps"] == pytest.approx(float(logps.sum()), abs=1e-4)
 
 
-def test_what_the_cache_lacks_is_counted(tmp_path: Path) -> None:
+def test_missing_completions_are_counted(tmp_path: Path) -> None:
     make_cache(tmp_path, make_store(20, (2,)))
     with pytest.raises(MissingLogpsError, match=r"20 of 60 completions are not in the cache"):
         reference_table(make_store(30, (2,)), tmp_path)
@@ -202,13 +198,13 @@ def test_what_the_cache_lacks_is_counted(tmp_path: Path) -> None:
     ("names", "asked", "reason"),
     [
         ([], None, "no reference cache here; `logratio precompute --cache` makes one"),
-        (["aa", "ab"], None, r"(?s)2 references .* fit, and one is wanted.*\n  aa .*\n  ab "),
-        (["aa", "ab"], "a", "2 references .* fit, and one is wanted"),
+        (["aa", "ab"], None, r"(?s)2 references .* match, expected one.*\n  aa .*\n  ab "),
+        (["aa", "ab"], "a", "2 references .* match, expected one"),
         (["aa", "ab"], "b", r"(?s)no reference is named b;.*\n  aa .*\n  ab "),
         (["aa.sums"], None, "0 references with log-probs of every token fit"),
     ],
 )
-def test_reference_that_is_not_one_is_refused(
+def test_an_ambiguous_or_missing_reference_is_refused(
     names: list[str], asked: str | None, reason: str, tmp_path: Path
 ) -> None:
     store = make_store(2, (2,))
@@ -220,7 +216,7 @@ def test_reference_that_is_not_one_is_refused(
         reference_table(store, tmp_path, reference=asked)
 
 
-def test_reference_is_found_by_how_its_name_begins(tmp_path: Path) -> None:
+def test_a_reference_is_found_by_prefix(tmp_path: Path) -> None:
     store = make_store(2, (2,))
     for name in ("aa", "ab"):
         make_cache(tmp_path, store, name)
@@ -230,13 +226,13 @@ def test_reference_is_found_by_how_its_name_begins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sizes", "reason"),
     [
-        ({}, (2, 3), "some groups are no pair"),
-        ({}, (1,), "some groups are no pair"),
+        ({}, (2, 3), "some groups are not a pair"),
+        ({}, (1,), "some groups are not a pair"),
         ({"shape": "rows"}, (2,), "shape is 'rows', not one of pairs, completions"),
         ({"sums": True, "per_token": True}, (2,), "leave per_token out"),
     ],
 )
-def test_what_cannot_be_a_table_is_refused(
+def test_impossible_tables_are_refused(
     options: dict[str, Any], sizes: tuple[int, ...], reason: str, tmp_path: Path
 ) -> None:
     store = make_store(6, sizes)
@@ -251,16 +247,16 @@ def test_a_cache_of_sums_gives_the_same_sums(tmp_path: Path) -> None:
     write_sums(root / f"{NAME}.sums", store, expected["ref_logps"].to_numpy())
     found = polars.DataFrame(reference_table(store, root, shape="completions", sums=True))
     assert found.equals(expected)
-    with pytest.raises(MissingLogpsError, match="holds sums only"):
+    with pytest.raises(MissingLogpsError, match="contains only sums"):
         logps = lookup.CachedLogps(store, lookup.open_reference(root, sums=True), sums=True)
-        logps.per_token(next(logps.stretches()))
+        logps.per_token(next(logps.chunks()))
 
 
-def test_places_of_tokens_that_count() -> None:
+def test_loss_tokens_are_numbered_per_completion() -> None:
     store = make_store(50, (1, 2, 5), masked=True)
     layout = store.shared_layout(np.arange(50), fields=lookup.FIELDS)
     expected: list[int] = []
     for index in range(50):
         for mask in store.group(index)[2]:
             expected += [int(mask[: place + 1].sum()) for place in range(len(mask))]
-    assert lookup.counted_places(layout).tolist() == expected
+    assert lookup.loss_token_numbers(layout).tolist() == expected

@@ -1,4 +1,4 @@
-"""Another trainer's rows as a store: its ids, its cuts, its masks, so our keys."""
+"""Rows of another trainer as a store: the same ids, truncation and masks give the same keys."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +11,11 @@ from logratio._rust import content_key
 from logratio.integrations.token_rows import ForeignRowsError, TokenRows, token_rows
 
 Sequence = tuple[list[int], list[int]]
-"""Ids fed to a model, and 1 where the trainer scores one."""
+"""Ids fed to a model, and the trainer's loss mask."""
 
 
 def batch_of(sequences: list[Sequence], side: str) -> Mapping[str, Any]:
-    """Pad sequences as collators do; padding looks like a token that counts."""
+    """Pad sequences as collators do; the padding looks like a loss token."""
     width = max(len(ids) for ids, _ in sequences)
     batch = {
         "input_ids": np.full((len(sequences), width), 7),
@@ -31,7 +31,7 @@ def batch_of(sequences: list[Sequence], side: str) -> Mapping[str, Any]:
 
 
 def written(pairs: list[tuple[Sequence, Sequence]], side: str, size: int, path: Path) -> TokenRows:
-    """Write pairs, `size` a batch, through a collator that pads on `side`."""
+    """Write pairs, `size` per batch, with a collator that pads on `side`."""
 
     def collate(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
         return batch_of([row["chosen"] for row in rows] + [row["rejected"] for row in rows], side)
@@ -41,7 +41,7 @@ def written(pairs: list[tuple[Sequence, Sequence]], side: str, size: int, path: 
 
 
 def random_pairs(count: int) -> list[tuple[Sequence, Sequence]]:
-    """Pairs with one prompt or two, with tokens left out, and without any token that counts."""
+    """Pairs with one prompt or two, with masked tokens, and without any loss token."""
     random = np.random.default_rng(0)
 
     def side(prompt: list[int]) -> Sequence:
@@ -57,7 +57,7 @@ def random_pairs(count: int) -> list[tuple[Sequence, Sequence]]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_side_has_the_key_of_the_ids_that_are_fed(side: str, tmp_path: Path) -> None:
+def test_every_side_has_the_key_of_the_collated_ids(side: str, tmp_path: Path) -> None:
     pairs = random_pairs(300)
     rows = written(pairs, side, 7, tmp_path / "rows.store")
     keys, groups = rows.store.keys(), [rows.store.group(i) for i in range(len(rows.store))]
@@ -78,7 +78,7 @@ def test_every_side_has_the_key_of_the_ids_that_are_fed(side: str, tmp_path: Pat
 
 def test_one_prompt_is_stored_once_and_two_are_two_groups(tmp_path: Path) -> None:
     same = (([1, 2, 3], [0, 0, 1]), ([1, 2, 4, 5], [0, 0, 1, 1]))
-    cut = (([2, 3], [0, 1]), ([4, 5], [1, 1]))  # "keep_end" left less of one prompt
+    cut = (([2, 3], [0, 1]), ([4, 5], [1, 1]))  # "keep_end" kept less of one prompt
     rows = written([same, cut], "right", 2, tmp_path / "rows.store")
     assert [rows.store.group(i)[0].tolist() for i in range(len(rows.store))] == [[1, 2], [2], [4]]
     assert rows.completions.tolist() == [[0, 1], [2, 3]]
@@ -90,7 +90,7 @@ def test_no_rows_are_an_empty_store(tmp_path: Path) -> None:
     assert (len(rows.store), rows.completions.shape) == (0, (0, 2))
 
 
-def test_anything_fed_beside_ids_is_refused() -> None:
+def test_inputs_other_than_ids_are_refused() -> None:
     def collate(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
         return {**batch_of([([1, 2], [0, 1])] * 2, "right"), "pixel_values": None}
 

@@ -1,4 +1,4 @@
-"""TRL's own DPOTrainer and ours, side by side: the same losses, and no reference model."""
+"""CachedDPOTrainer gives the losses of TRL's DPOTrainer, without a reference model."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from trl_trainers import cached, load, losses, settings
 from logratio.integrations.trl import COLUMNS, TESTED, CachedDPOTrainer, TrlError, check_trl
 from logratio.training.reference import StaleCacheError
 
-# TRL's and its dependencies' own advice is not what is tested.
+# Warnings of TRL and its dependencies are not under test.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LN_2 = 0.6931471805599453
@@ -31,7 +31,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Keep the bars of transformers and datasets off the output."""
+    """Disable the progress bars of transformers and datasets."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     yield
@@ -52,13 +52,13 @@ def assert_same(found: list[float], expected: list[float]) -> None:
         {"ld_alpha": 0.0, "max_length": 9},
         {"max_length": 9},
         {"max_length": 7, "truncation_mode": "keep_end"},
-        {"max_length": 3, "truncation_mode": "keep_end"},  # nothing of a prompt is left
+        {"max_length": 3, "truncation_mode": "keep_end"},  # no prompt token is left
         {"loss_type": "ipo"},
         {"pad_to_multiple_of": 16, "loss_type": "apo_zero"},
     ],
     ids=str,
 )
-def test_losses_are_those_of_trl_with_its_own_reference(
+def test_losses_equal_those_of_trl_with_a_reference_model(
     options: dict[str, Any], parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     expected = losses(DPOTrainer(args=settings(tmp_path, **options), **parts()))
@@ -80,7 +80,7 @@ def test_reference_may_be_another_model_than_the_policy(
     assert abs(found[0] - LN_2) > 0.01
 
 
-def test_adapters_have_the_base_as_reference(
+def test_the_base_is_the_reference_of_adapters(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     expected = losses(DPOTrainer(args=settings(tmp_path), peft_config=LORA, **parts()))
@@ -90,10 +90,10 @@ def test_adapters_have_the_base_as_reference(
     assert expected[0] == pytest.approx(LN_2, abs=1e-6)
 
 
-def test_adapter_that_was_trained_before_is_its_own_reference(
+def test_an_already_trained_adapter_is_its_own_reference(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Elsewhere the base was taken for the reference of an adapter on an adapter."""
+    """Regression: the base was used as the reference of an adapter on an adapter."""
     torch.manual_seed(0)
     made = get_peft_model(load(tiny_model), LORA)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_adapter_that_was_trained_before_is_its_own_reference(
 def test_a_filled_cache_trains_the_same_weights_as_an_empty_one(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """With dropout, TRL's own pass moves the random numbers of what comes after it."""
+    """With dropout, filling the cache must not change the random state of training."""
     dropping = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5)
     weights = []
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_a_filled_cache_trains_the_same_weights_as_an_empty_one(
     assert all(torch.equal(cold[name], warm[name]) for name in cold)
 
 
-def test_model_that_is_not_what_its_folder_says_is_found_out(
+def test_a_model_that_differs_from_its_folder_is_detected(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     changed = parts()
@@ -144,7 +144,7 @@ def test_model_that_is_not_what_its_folder_says_is_found_out(
     assert CachedDPOTrainer(**asked, check=False, **changed).ref_model is None
 
 
-def test_columns_are_what_trl_computes_itself(
+def test_columns_equal_what_trl_computes(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     args = settings(tmp_path, precompute_ref_log_probs=True, ld_alpha=0.5)
@@ -181,14 +181,14 @@ def test_a_step_runs_the_policy_once_and_no_reference(
     ],
     ids=str,
 )
-def test_what_changes_no_id_is_found_without_a_model(
+def test_settings_that_change_no_ids_need_no_model(
     change: dict[str, Any],
     parts: Callable[..., Any],
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """TRL scores everything anew for most of these, and serves ld_alpha the wrong sums."""
+    """TRL recomputes everything for most of these, and uses wrong sums for ld_alpha."""
     cached(tmp_path, tiny_model, parts(peft_config=LORA))
     monkeypatch.setattr("logratio.training.reference_scorer.load_model", None)
     monkeypatch.chdir(tmp_path)
@@ -203,10 +203,10 @@ def test_what_changes_no_id_is_found_without_a_model(
     [{"max_length": 7, "truncation_mode": "keep_end"}, {"max_length": 9}, {"bf16": True}],
     ids=str,
 )
-def test_what_changes_a_log_prob_is_never_served_the_old_one(
+def test_settings_that_change_log_probs_never_use_old_ones(
     change: dict[str, Any], parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """TRL serves the old sums without a word."""
+    """TRL uses the old sums silently."""
     cached(tmp_path, tiny_model, parts())
     args = settings(tmp_path, precompute_ref_log_probs=True, **change)
     asked: dict[str, Any] = {"cache": tmp_path / "cache", "reference": tiny_model, "args": args}
@@ -220,7 +220,7 @@ def test_what_changes_a_log_prob_is_never_served_the_old_one(
 def test_new_data_is_evaluated_after_training(
     parts: Callable[..., Any], tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
 ) -> None:
-    """TRL refuses: it has no reference left. The policy before training gives ln 2, exactly."""
+    """TRL refuses, as it has no reference. The policy before training gives exactly ln 2."""
     trainer = cached(tmp_path, tiny_model, parts(eval_dataset={"held": Dataset.from_list(pairs)}))
     unseen = Dataset.from_list([{**pair, "prompt": "a" + pair["prompt"][3:]} for pair in pairs])
     before = trainer.evaluate(unseen)["eval_loss"]
@@ -241,7 +241,7 @@ def test_new_data_is_evaluated_after_training(
 def test_two_processes_share_one_cache_of_rows_in_memory(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """TRL's second process dies after all the work: the first one's file is not to be found."""
+    """With TRL the second process fails: it does not find the file of the first."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 16)
     expected = losses(DPOTrainer(args=settings(tmp_path), **parts()))
     worker = Path(__file__).parents[2] / "support" / "worker_cached_trainer.py"
@@ -260,7 +260,7 @@ def test_two_processes_share_one_cache_of_rows_in_memory(
     assert_same(first["losses"], expected)
 
 
-def test_rows_without_a_scored_token_sum_to_nothing(
+def test_rows_without_loss_tokens_sum_to_zero(
     parts: Callable[..., Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     cached(tmp_path, tiny_model, parts())
@@ -287,7 +287,7 @@ def test_stale_columns_are_replaced(
         ({}, {"quantization_config": object()}, "quantized"),
     ],
 )
-def test_what_no_cache_can_serve_is_refused(
+def test_settings_that_cannot_use_a_cache_are_refused(
     options: dict[str, Any],
     more: dict[str, Any],
     reason: str,
@@ -308,7 +308,7 @@ def test_a_stream_is_refused(
         cached(tmp_path, tiny_model, parts(train_dataset=stream))
 
 
-def test_another_trl_is_warned_of_or_refused() -> None:
+def test_another_version_of_trl_warns_or_is_refused() -> None:
     class Renamed:
         def compute_reference(self) -> None: ...
 

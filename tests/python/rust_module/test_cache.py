@@ -1,4 +1,4 @@
-"""The reference cache as Python sees it: types, errors, a full disk, no GIL."""
+"""The Python bindings of the cache: types, errors, a full disk, the GIL."""
 
 import errno
 import fcntl
@@ -23,14 +23,14 @@ def keys(*numbers: int) -> NDArray[np.uint8]:
 
 
 def append(writer: CacheWriter, records: dict[int, list[float]]) -> None:
-    """Append one block of `records`: log-probs by the number of the key."""
+    """Append one block of `records`, which map the number of a key to its log-probs."""
     offsets = np.cumsum([0, *(len(values) for values in records.values())])
     flat = [value for values in records.values() for value in values]
     writer.append(keys(*records), offsets.astype(np.int64), np.array(flat, dtype=np.float32))
 
 
 def write(folder: Path, *blocks: dict[int, list[float]]) -> None:
-    """Append `blocks` to a journal of their own."""
+    """Append `blocks` to a new journal."""
     writer = CacheWriter(folder, FINGERPRINT)
     for records in blocks:
         append(writer, records)
@@ -72,7 +72,7 @@ def test_rows_come_back_by_key(tmp_path: Path) -> None:
     assert logps.tolist() == [-1.0, -2.5, -4.0, -5.0, -6.0, -1.0, -2.5]
 
 
-def test_a_missing_row_is_never_read_as_a_number(tmp_path: Path) -> None:
+def test_reading_a_missing_row_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, {5: [-1.0]})
     reader = CacheReader.open(tmp_path, FINGERPRINT)
     for wrong in (-1, 1):
@@ -80,7 +80,7 @@ def test_a_missing_row_is_never_read_as_a_number(tmp_path: Path) -> None:
             reader.read(np.array([0, wrong]))
 
 
-def test_writers_share_a_folder_and_repeat_each_other(tmp_path: Path) -> None:
+def test_writers_share_a_folder_and_may_repeat_records(tmp_path: Path) -> None:
     write(tmp_path, {1: [-1.0], 2: [-2.0]})
     write(tmp_path, {2: [-2.0], 3: [-3.0]})
     reader = CacheReader.open(tmp_path, FINGERPRINT)
@@ -99,7 +99,7 @@ def test_a_torn_tail_is_counted_and_damage_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
     reader = CacheReader.open(tmp_path, FINGERPRINT)
-    assert (len(reader), reader.torn_bytes) == (1, 182)  # such a block has 192 bytes
+    assert (len(reader), reader.torn_bytes) == (1, 182)  # a block has 192 bytes
     damaged = bytearray(whole)
     damaged[130] ^= 1
     path.write_bytes(damaged)
@@ -119,7 +119,7 @@ def test_another_reference_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.01])
-def test_values_that_are_no_log_probs_are_refused(tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_log_probs_are_refused(tmp_path: Path, value: float) -> None:
     writer = CacheWriter(tmp_path, FINGERPRINT)
     with pytest.raises(CorruptCacheError, match="no log-prob"):
         append(writer, {1: [-1.0, value]})
@@ -127,7 +127,7 @@ def test_values_that_are_no_log_probs_are_refused(tmp_path: Path, value: float) 
     assert len(CacheReader.open(tmp_path, FINGERPRINT)) == 1
 
 
-def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_inconsistent_arguments_are_refused(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, FINGERPRINT)
     logps = np.array([-1.0], dtype=np.float32)
     with pytest.raises(ValueError, match=r"\[n, 32\]"):
@@ -138,16 +138,16 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         writer.append(keys(1), np.array([0, 1]), logps.astype(np.float64))
 
 
-def test_a_closed_writer_takes_no_more(tmp_path: Path) -> None:
+def test_a_closed_writer_refuses_appends(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, FINGERPRINT)
     writer.close()
     writer.close()
-    assert list(tmp_path.iterdir()) == []  # a journal without a block is nothing
+    assert list(tmp_path.iterdir()) == []  # a journal without blocks is removed
     with pytest.raises(ValueError, match="closed"):
         append(writer, {1: [-1.0]})
 
 
-def test_a_living_journal_is_locked(tmp_path: Path) -> None:
+def test_a_journal_in_use_is_locked(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, FINGERPRINT)
     append(writer, {1: [-1.0]})
     with journal(tmp_path).open() as file:
@@ -157,7 +157,7 @@ def test_a_living_journal_is_locked(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_the_systems_errors_keep_their_number_and_path(tmp_path: Path) -> None:
+def test_system_errors_keep_their_number_and_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         CacheReader.open(tmp_path / "missing", FINGERPRINT)
     (tmp_path / "file").touch()
@@ -187,7 +187,7 @@ write(folder, {2: [-2.0] * 100})
 
 
 def test_a_failed_write_poisons_the_writer_and_loses_nothing(tmp_path: Path) -> None:
-    """The system's limit on a file's size cuts a real write short, as a full disk does."""
+    """The system's file size limit makes a real write fail, as a full disk does."""
     done = run_here(HITS_A_LIMIT, tmp_path)
     assert done.stdout.split() == ["OSError", str(errno.EFBIG), "ArgumentError", "None"]
     reader = CacheReader.open(tmp_path, FINGERPRINT)
@@ -206,7 +206,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_is_said_and_the_cache_goes_on_when_there_is_room(small_disk: Path) -> None:
+def test_a_full_disk_is_an_error_and_writing_continues_with_free_space(small_disk: Path) -> None:
     folder, filler = small_disk / "cache", small_disk / "filler"
     filler.write_bytes(bytes(40_000))
     writer = CacheWriter(folder, FINGERPRINT)
@@ -257,14 +257,14 @@ while True:
     try:
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
         break
-    except OSError:  # nobody reads yet
+    except OSError:  # no reader yet
         time.sleep(0.01)
 opening.join()
 """
 
 
-def test_opening_lets_other_threads_run(tmp_path: Path) -> None:
-    """Opening a pipe waits for its writer, here a second thread: with the GIL held, for ever."""
+def test_opening_releases_the_gil(tmp_path: Path) -> None:
+    """Opening a pipe waits for its writer, a second thread; with the GIL held, forever."""
     os.mkfifo(tmp_path / "pipe.journal")
     done = run_here(WAITS_FOR_A_PIPE, tmp_path / "pipe.journal")
     assert (done.returncode, done.stderr) == (0, "")

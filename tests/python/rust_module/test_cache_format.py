@@ -1,4 +1,4 @@
-"""A reader of caches written from rust/cache/FORMAT.md alone, against what the library writes."""
+"""A reader written only from rust/cache/FORMAT.md reads what the library writes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ FINGERPRINT = bytes(range(32))
 BLOCK = 65_536
 
 Records = dict[bytes, tuple[int, list[float]]]
-"""By key: the number of tokens, and their log-probs or their one sum."""
+"""By key: the number of tokens, and their log-probs or their sum."""
 
 
 def signed(header: bytes) -> bool:
@@ -126,7 +126,7 @@ def read_batch(data: bytes, places: tuple[int, ...], *, sums: bool) -> Records:
 
 
 def read_arrow(table: pa.Table, *, sums: bool) -> Records:
-    """Take the records of a shard from what an Arrow reader made of it."""
+    """Return the records of a shard from the table of an Arrow reader."""
     keys = table["key"].to_pylist()
     if sums:
         pairs = zip(table["tokens"].to_pylist(), table["sum"].to_pylist(), strict=True)
@@ -235,7 +235,7 @@ def test_a_reader_of_the_format_reads_what_the_library_reads(
 
 
 def seal_one(folder: Path, *, sums: bool) -> tuple[Path, Records]:
-    """Seal a shard of more than one block of checksums."""
+    """Write a shard with more than one block of checksums."""
     numbers = list(range(3000))
     writer = CacheWriter(folder, FINGERPRINT, sums=sums)
     append(writer, numbers, sums=sums)
@@ -268,7 +268,7 @@ def test_duckdb_queries_a_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sums", [False, True])
-def test_what_arrow_does_not_notice_the_library_does(tmp_path: Path, sums: bool) -> None:
+def test_the_library_detects_damage_that_arrow_does_not(tmp_path: Path, sums: bool) -> None:
     path, wanted = seal_one(tmp_path, sums=sums)
     data = bytearray(path.read_bytes())
     value = struct.pack("<d" if sums else "<f", wanted[max(wanted)][1][0])

@@ -1,4 +1,4 @@
-"""Every array of both layouts equals the oracle's, whatever was in the buffer before."""
+"""Every array of both layouts equals the oracle's, also in a reused buffer."""
 
 import gc
 import pickle
@@ -45,7 +45,7 @@ options = st.builds(
 
 @settings(deadline=None, max_examples=200)
 @given(batches, options, st.sampled_from(["shared", "padded"]))
-def test_every_array_is_the_oracles(
+def test_every_array_equals_the_oracles(
     batch: tuple[list[Group], list[int]], chosen: Options, layout: str
 ) -> None:
     groups, numbers = batch
@@ -72,7 +72,7 @@ def test_every_array_is_the_oracles(
     assert (dirty[found.nbytes :] == 0xA5).all()
 
 
-def test_the_table_says_where_each_array_lies() -> None:
+def test_the_table_has_the_offset_of_each_array() -> None:
     layout = lay_out(store_of(random_groups(0)), np.array([2, 0]), "padded")
     end = 0
     for name, (dtype, start, shape) in layout.table.items():
@@ -104,7 +104,7 @@ def test_an_array_that_was_not_laid_out_is_named() -> None:
         ({"arena": np.zeros(9999, np.uint8)[1:]}, "a multiple of 8 bytes"),
     ],
 )
-def test_what_cannot_be_laid_out_is_refused(wrong: dict[str, object], sentence: str) -> None:
+def test_impossible_layouts_are_refused(wrong: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         lay_out(store_of(random_groups(0)), np.array([0, 1]), **wrong)  # type: ignore[arg-type]
 
@@ -116,7 +116,7 @@ def bottom_right_causal(queries: int, keys: int) -> Tensor:
 
 @pytest.mark.parametrize("width", [None, 400])
 @pytest.mark.parametrize("seed", range(5))
-def test_variable_length_attention_is_the_per_group_attention(seed: int, width: int | None) -> None:
+def test_variable_length_attention_equals_attention_per_group(seed: int, width: int | None) -> None:
     groups, numbers = random_groups(seed), np.array([3, 0, 4, 1])
     store = store_of(groups)
     torch.manual_seed(seed)
@@ -158,17 +158,17 @@ def test_a_fixed_width_changes_no_log_prob(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
-def test_one_copy_of_the_buffer_holds_every_array(layout: str) -> None:
+def test_one_copy_of_the_buffer_contains_every_array(layout: str) -> None:
     arrays = lay_out(store_of(random_groups(2)), np.array([1, 3]), layout)
     tensors = _Tensors(arrays, torch.device("meta"))
-    tensors._bytes = torch.from_numpy(arrays.arena.copy())  # as a device holds them
+    tensors._bytes = torch.from_numpy(arrays.arena.copy())  # as on a device
     for name in arrays.table:
         own = getattr(arrays, name)
         assert str(tensors[name].dtype) == f"torch.{own.dtype}", name
         assert np.array_equal(tensors[name].numpy(), own), name
 
 
-def test_a_buffer_comes_back_when_its_last_view_is_gone() -> None:
+def test_a_buffer_is_reused_after_its_last_view_is_freed() -> None:
     arenas, store, numbers = BufferPool(), store_of(random_groups(0)), np.array([0, 1])
     layout = lay_out(store, numbers, arena=arenas)
     ids = torch.from_numpy(layout.input_ids)[2:]

@@ -1,4 +1,4 @@
-"""The planner equals the one written apart, ids and all, through `Store.plan`."""
+"""`Store.plan` equals an independent planner."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def found(store: Store, **request: Any) -> list[list[list[int]]]:
 @pytest.mark.parametrize("order", ["length_grouped", "shuffled", "sorted"])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_plan_is_the_oracles(order: str, mixed: bool, seed: int) -> None:
+def test_the_plan_equals_the_oracles(order: str, mixed: bool, seed: int) -> None:
     random = np.random.default_rng(seed)
     count = int(random.integers(1, 400))
     lengths = [int(n) for n in random.integers(2, 60, count)]
@@ -67,7 +67,7 @@ def test_an_impossible_mixture_is_refused(wrong: dict[str, Any], sentence: str) 
         store.plan(order="sorted", groups_per_update=2, token_budget=9, **wrong)
 
 
-def test_a_large_plan_is_the_same_in_one_thread_and_in_many() -> None:
+def test_a_large_plan_does_not_depend_on_threads() -> None:
     lengths = [2 + 7919 * n % 97 for n in range(70_000)]
     request = Request(lengths, "length_grouped", 1, 0, 64, 512)
     store = make_store(lengths)

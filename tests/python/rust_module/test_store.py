@@ -1,4 +1,4 @@
-"""The store, the plan and the layouts as Python sees them: types, shapes, errors."""
+"""The Python bindings of store, plan and layouts: types, shapes, errors."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from rust_stores import ids, make_store, push_pair, u8, u32
 from logratio._rust import ROLES, StoreWriter, candidate_layout, content_key
 
 
-def test_a_store_says_what_it_holds() -> None:
+def test_a_store_describes_its_contents() -> None:
     store = make_store()
     assert (len(store), store.completions, store.tokens) == (2, 3, 10)
     assert store.metadata == '{"files": ["a.jsonl"]}'
@@ -31,7 +31,7 @@ def test_a_store_says_what_it_holds() -> None:
         assert found.tolist() == expected, name
 
 
-def test_a_group_comes_back() -> None:
+def test_a_group_is_read_back() -> None:
     prompt, completions, masks, roles = make_store().group(0)
     assert prompt.tolist() == [1, 2, 3]
     assert [one.tolist() for one in completions] == [[4], [5, 6, 7]]
@@ -86,7 +86,7 @@ def test_layouts_are_contiguous_arrays_of_their_type() -> None:
                 array = getattr(layout, name)
                 assert array.dtype == other.get(name, np.int64), name
                 assert array.flags.c_contiguous, name
-                assert array.flags.writeable, name  # torch warns about views of others
+                assert array.flags.writeable, name  # torch warns about read-only arrays
 
 
 def test_a_layout_outlives_its_store() -> None:
@@ -174,7 +174,7 @@ def test_numbers_out_of_range_are_index_errors() -> None:
             store.padded_layout(np.array([wrong]))
 
 
-def test_a_finished_writer_takes_no_more() -> None:
+def test_a_finished_writer_refuses_groups() -> None:
     writer = StoreWriter()
     writer.finish()
     with pytest.raises(ValueError, match="closed"):

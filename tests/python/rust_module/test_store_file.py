@@ -1,4 +1,4 @@
-"""Stores at a path: opened, damaged, pickled, shared by processes, and the system's errors."""
+"""Stores in files: opening, damage, pickling, several processes, and system errors."""
 
 import errno
 import os
@@ -88,7 +88,7 @@ def test_a_store_is_opened_by_its_digest(tmp_path: Path) -> None:
         Store.open(tmp_path / "pairs.store", digest="00")
 
 
-def test_the_systems_errors_keep_their_number_and_path(tmp_path: Path) -> None:
+def test_system_errors_keep_their_number_and_path(tmp_path: Path) -> None:
     missing = tmp_path / "missing" / "pairs.store"
     with pytest.raises(FileNotFoundError) as caught:
         Store.open(missing)
@@ -99,7 +99,7 @@ def test_the_systems_errors_keep_their_number_and_path(tmp_path: Path) -> None:
         StoreWriter(tmp_path).finish()
 
 
-def test_an_unfinished_writer_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_writer_leaves_no_file(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "pairs.store")
     push_pair(writer)
     with pytest.raises(OSError, match="another writer"):
@@ -125,8 +125,8 @@ for _ in range(2):
 """
 
 
-def test_a_failed_write_leaves_the_older_store(tmp_path: Path) -> None:
-    """The system's limit on a file's size cuts a real write short, as a full disk does."""
+def test_a_failed_write_keeps_the_old_store(tmp_path: Path) -> None:
+    """The system's file size limit makes a real write fail, as a full disk does."""
     path = tmp_path / "pairs.store"
     make_store(path)
     command = [sys.executable, "-c", HITS_A_LIMIT, str(path)]
@@ -146,14 +146,14 @@ while True:
     try:
         os.close(os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK))
         break
-    except OSError:  # nobody reads yet
+    except OSError:  # no reader yet
         time.sleep(0.01)
 opening.join()
 """
 
 
-def test_opening_lets_other_threads_run(tmp_path: Path) -> None:
-    """Opening a pipe waits for its writer, here a second thread: with the GIL held, for ever."""
+def test_opening_releases_the_gil(tmp_path: Path) -> None:
+    """Opening a pipe waits for its writer, a second thread; with the GIL held, forever."""
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "-c", WAITS_FOR_A_PIPE, str(tmp_path / "pipe")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -1,4 +1,4 @@
-"""A reader of stores written from rust/store/FORMAT.md alone, against what the library writes."""
+"""A reader written only from rust/store/FORMAT.md reads what the library writes."""
 
 import struct
 from pathlib import Path
@@ -16,12 +16,12 @@ from logratio._rust import CorruptStoreError, Store, StoreWriter
 BLOCK = 65_536
 
 
-def test_the_checksum_is_the_one_of_its_name() -> None:
+def test_the_checksum_is_the_named_algorithm() -> None:
     assert crc32c(b"123456789") == 0xE3069283
 
 
 class StoreFile(NamedTuple):
-    """What FORMAT.md says is in a file."""
+    """The contents of a file according to FORMAT.md."""
 
     columns: dict[str, NDArray[Any]]
     metadata: str
@@ -88,9 +88,7 @@ def push(writer: StoreWriter, group: Group, line: int) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(dataset=st.lists(groups, max_size=8), metadata=st.text(max_size=9))
-def test_the_file_is_what_the_format_says(
-    tmp_path: Path, dataset: list[Group], metadata: str
-) -> None:
+def test_the_file_matches_the_format(tmp_path: Path, dataset: list[Group], metadata: str) -> None:
     writer = StoreWriter(tmp_path / "a.store")
     for line, group in enumerate(dataset):
         push(writer, group, line)
@@ -113,15 +111,15 @@ def test_the_file_is_what_the_format_says(
 
 
 def make_long(path: Path) -> Store:
-    """Two groups whose ids fill three blocks and a bit."""
+    """Two groups whose ids fill a little more than three blocks."""
     writer = StoreWriter(path)
     for line in range(2):
         push(writer, (list(range(line, 15_000)), [(list(range(12_000)), 3)]), line)
     return writer.finish()
 
 
-def test_blocks_are_where_the_format_says(tmp_path: Path) -> None:
-    """A flip in any block is found where that block is read, and the block is named."""
+def test_blocks_are_at_the_documented_offsets(tmp_path: Path) -> None:
+    """A flipped bit in any block is detected when the block is read, and the block is named."""
     path = tmp_path / "a.store"
     make_long(path)
     data = path.read_bytes()
@@ -139,7 +137,7 @@ def test_blocks_are_where_the_format_says(tmp_path: Path) -> None:
             store.verify()
 
 
-def test_progress_is_what_the_format_says(tmp_path: Path) -> None:
+def test_progress_matches_the_format(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "a.store", deduplicate=True)
     for line in [1, 2, 1, 1]:
         push(writer, ([line], [([5, 6], 0)]), line)

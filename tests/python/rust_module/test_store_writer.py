@@ -1,4 +1,4 @@
-"""The store's writer as Python sees it: many groups at once, duplicates, death and resumption."""
+"""The Python bindings of the store writer: batches, duplicates, kills and resuming."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def pairs(prompts: list[int], answers: list[tuple[int, int]]) -> dict[str, NDArr
     }
 
 
-def test_duplicates_and_opposites_are_told_by_number() -> None:
+def test_duplicates_and_opposites_are_reported_by_number() -> None:
     writer = StoreWriter(deduplicate=True)
     answers = [(5, 6), (6, 5), (5, 6), (6, 5), (7, 8)]
     outcome, first = writer.push_many(**pairs([1, 1, 1, 1, 2], answers))
@@ -56,7 +56,7 @@ def test_duplicates_and_opposites_are_told_by_number() -> None:
     assert len(writer.finish()) == 3
 
 
-def test_a_writer_keeps_duplicates_unless_asked() -> None:
+def test_a_writer_keeps_duplicates_by_default() -> None:
     writer = StoreWriter()
     outcome, first = writer.push_many(**pairs([1, 1], [(5, 6), (5, 6)]))
     assert (outcome.tolist(), first.tolist()) == ([0, 0], [-1, -1])
@@ -100,14 +100,14 @@ def test_checkpoints_need_a_path(tmp_path: Path) -> None:
 
 
 def batch(number: int) -> dict[str, NDArray[Any]]:
-    """Three hundred pairs, many of them said before, the same in every run."""
+    """Three hundred pairs with many duplicates, the same in every run."""
     random = np.random.default_rng(number)
     prompts = random.integers(0, 4000, GROUPS).tolist()
     return pairs(prompts, [((5, 6), (6, 5))[one] for one in random.integers(0, 2, GROUPS)])
 
 
 def write_all(writer: StoreWriter, start: int = 0, every: int = 0) -> Store:
-    """Push the batches from `start` on, say so, and save a checkpoint now and then."""
+    """Push the batches from `start`, print the progress, and sometimes save a checkpoint."""
     for number in range(start, BATCHES):
         writer.push_many(**batch(number))
         print(number, flush=True)
@@ -135,7 +135,7 @@ def start(code: str, path: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_killed_writer_goes_on_as_if_nothing_had_happened(tmp_path: Path, seed: int) -> None:
+def test_a_killed_writer_resumes_with_the_same_result(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "a.store"
     chance = random.Random(seed)
     began = []
@@ -170,13 +170,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def unlike(number: int) -> dict[str, NDArray[Any]]:
-    """A batch none of whose pairs is in another one."""
+    """A batch without pairs of other batches."""
     columns = batch(number)
     columns["prompt_ids"] += 4000 * number
     return columns
 
 
-def test_a_full_disk_is_said_and_the_checkpoint_before_it_holds(small_disk: Path) -> None:
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_is_kept(small_disk: Path) -> None:
     path, filler = small_disk / "a.store", small_disk / "filler"
     filler.write_bytes(bytes(500_000))
     writer, saved = StoreWriter(path, deduplicate=True), 0
@@ -241,7 +241,7 @@ print(len(writer.finish()))
 """
 
 
-def test_a_forked_child_leaves_its_parents_writer_alone(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_touch_its_parents_writer(tmp_path: Path) -> None:
     with start(FORKS, tmp_path / "a.store") as process:
         output = process.communicate()[0]
     assert output.splitlines() == [

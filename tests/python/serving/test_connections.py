@@ -1,4 +1,4 @@
-"""Silent and slow connections on real sockets: they are closed, and probes are always answered."""
+"""Silent and slow connections on real sockets are closed, and probes are always answered."""
 
 import socket
 import threading
@@ -44,7 +44,7 @@ def connected(server: Any) -> socket.socket:
 
 
 def answer(connection: socket.socket) -> bytes:
-    """Everything up to the end, also where the other side resets it."""
+    """Read up to the end, even if the other side resets the connection."""
     parts = []
     try:
         while part := connection.recv(4096):
@@ -60,7 +60,7 @@ def probe(server: Any) -> bytes:
         return answer(connection)
 
 
-def test_probes_are_answered_beside_any_number_of_silent_connections(server: Any) -> None:
+def test_probes_are_answered_despite_many_silent_connections(server: Any) -> None:
     silent = [connected(server) for _ in range(30)]
     try:
         for _ in range(3):
@@ -77,7 +77,7 @@ def test_a_silent_connection_is_closed(server: Any) -> None:
         assert time.monotonic() - start < 5
 
 
-def test_a_head_that_comes_too_slowly_is_cut_off(server: Any) -> None:
+def test_slow_headers_time_out(server: Any) -> None:
     with connected(server) as connection:
         start = time.monotonic()
         found = b""
@@ -92,7 +92,7 @@ def test_a_head_that_comes_too_slowly_is_cut_off(server: Any) -> None:
         assert found == b"" or found.startswith(b"HTTP/1.1 408")
 
 
-def test_a_slow_body_is_cut_off(server: Any) -> None:
+def test_a_slow_body_times_out(server: Any) -> None:
     with connected(server) as connection:
         head = b"POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
         connection.sendall(head + b"content-type: application/json\r\n\r\n{")

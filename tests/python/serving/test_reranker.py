@@ -1,4 +1,4 @@
-"""The reranker and `rank_file`: torch's order, without torch."""
+"""The reranker and `rank_file` give torch's rewards, without torch."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ def reranker(folder: Path) -> Reranker:
 
 @pytest.fixture
 def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny bundle, to be changed."""
+    """A copy of the tiny bundle that a test may change."""
     return copy_bundle(tmp_path_factory, tmp_path / "bundle")
 
 
@@ -84,7 +84,7 @@ def test_scores_are_torchs_rewards_of_the_training_tokens(folder: Path, reranker
     assert reranker.best_of(PROMPT, TEXTS).index == order[0]
 
 
-def test_equal_candidates_get_equal_scores_and_the_first_leads(reranker: Reranker) -> None:
+def test_equal_candidates_get_equal_scores_and_keep_their_order(reranker: Reranker) -> None:
     texts = ["sad", "happy", "sad", "happy", "happy"]
     scores = reranker.score(PROMPT, texts)
     assert scores[0].reward == scores[2].reward
@@ -93,17 +93,22 @@ def test_equal_candidates_get_equal_scores_and_the_first_leads(reranker: Reranke
     assert order in ([0, 2, 1, 3, 4], [1, 3, 4, 0, 2])
 
 
-def test_candidate_that_cannot_be_scored_leaves_the_others_alone(reranker: Reranker) -> None:
+def test_an_invalid_candidate_does_not_affect_the_others(reranker: Reranker) -> None:
     texts = ["sad", "", " \n", "sad " * 600, "half \ud800 a character", "happy"]
     scores = reranker.score(PROMPT, texts)
     assert [score.error is None for score in scores] == [True, False, False, False, False, True]
     assert "R301" in str(scores[1].error) and "R301" in str(scores[2].error)
-    assert scores[3].error == "601 tokens, and 508 are left of 512"
+    assert scores[3].error == "601 tokens; the prompt leaves 508 of 512"
     assert "surrogate" in str(scores[4].error)
     assert all(math.isnan(score.reward) for score in scores if score.error)
     alone = reranker.score(PROMPT, ["sad", "happy"])
     assert [scores[0].reward, scores[5].reward] == [score.reward for score in alone]
     assert [score.index for score in reranker.rank(PROMPT, texts)][2:] == [1, 2, 3, 4]
+
+
+def test_repr_has_name_beta_and_provider(reranker: Reranker) -> None:
+    name = reranker.manifest.name
+    assert repr(reranker) == f"Reranker({name!r}, β={BETA:g}, CPUExecutionProvider)"
 
 
 def test_best_of_nothing_is_an_error(reranker: Reranker) -> None:
@@ -114,10 +119,13 @@ def test_best_of_nothing_is_an_error(reranker: Reranker) -> None:
         reranker.best_of(PROMPT, [""])
 
 
-def test_completions_are_cut_only_if_asked(bundle: Path) -> None:
+def test_completions_are_truncated_only_on_request(bundle: Path) -> None:
     with_rules(bundle, max_length=10)
     long = "happy sad loud happy sad loud happy"
-    assert Reranker.load(bundle).score(PROMPT, [long])[0].error == "8 tokens, and 6 are left of 10"
+    assert (
+        Reranker.load(bundle).score(PROMPT, [long])[0].error
+        == "8 tokens; the prompt leaves 6 of 10"
+    )
     cut = Reranker.load(bundle, truncate_completions=True).score(PROMPT, [long, "sad"])
     assert [(score.tokens, score.truncated, score.error) for score in cut] == [
         (6, True, None),
@@ -188,7 +196,7 @@ def test_token_budget_bounds_runs_and_changes_no_score(folder: Path, budget: int
             assert one.reward == pytest.approx(other.reward, abs=1e-5)
 
 
-def test_runs_hold_every_candidate_once_within_the_budget() -> None:
+def test_runs_contain_every_candidate_once_within_the_budget() -> None:
     random = np.random.default_rng(0)
 
     def group(prompt: int, count: int) -> CandidateGroup:
@@ -241,7 +249,7 @@ def test_missing_runtime_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("wanted", ["CUDAExecutionProvider", "NoSuchExecutionProvider"])
-def test_provider_is_the_one_asked_for_or_an_error(folder: Path, wanted: str) -> None:
+def test_an_unavailable_provider_is_an_error(folder: Path, wanted: str) -> None:
     import onnxruntime
 
     if wanted in onnxruntime.get_available_providers():
@@ -252,7 +260,7 @@ def test_provider_is_the_one_asked_for_or_an_error(folder: Path, wanted: str) ->
     assert reranker.provider == "CPUExecutionProvider"
 
 
-def test_two_runtimes_in_one_environment_are_warned_of(
+def test_two_runtimes_in_one_environment_cause_a_warning(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = metadata.distribution
@@ -265,7 +273,7 @@ def test_two_runtimes_in_one_environment_are_warned_of(
         Reranker.load(folder / "bundle")
 
 
-def test_threads_are_those_that_the_environment_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert default_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
@@ -305,12 +313,12 @@ def test_file_is_ranked_row_by_row(reranker: Reranker, tmp_path: Path) -> None:
     assert summary.failed_prompts == {"R304": 1}
     assert summary.to_text() == (
         "3 prompts, 3 candidates with a reward, 1 without (see `errors`); "
-        "[R304] 1 prompts not taken (see `error`)"
+        "[R304] 1 prompts refused (see `error`)"
     )
     assert seen == [(3, source.stat().st_size, source.stat().st_size)]
 
 
-def test_screen_gets_the_rows_without_an_output(
+def test_rows_go_to_stdout_without_an_output(
     reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in.jsonl.gz"

@@ -1,4 +1,4 @@
-"""One thread that computes: who is next, who is refused at once, what is dropped."""
+"""The scheduler: order of requests, refusal at admission, and dropped work."""
 
 import asyncio
 import threading
@@ -17,7 +17,7 @@ SECONDS_PER_TOKEN = 1e-4
 
 @dataclass
 class Fake:
-    """Work of known cost, which says what it computes."""
+    """Work of known cost, which logs its runs."""
 
     name: str
     costs: list[int]
@@ -36,7 +36,7 @@ class Fake:
 
 
 def run(act: Callable[[Scheduler, list[str]], Awaitable[Any]], **limits: Any) -> list[str]:
-    """Let `act` use a scheduler that knows the pace; return what was computed, in order."""
+    """Let `act` use a scheduler with a known pace; return the computed runs in order."""
     log: list[str] = []
 
     async def main() -> None:
@@ -88,7 +88,7 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
     run(act, seconds=30.0)
 
 
-def test_work_of_a_client_that_left_ends_with_the_run_that_is_computed() -> None:
+def test_work_of_a_disconnected_client_stops_in_its_current_run() -> None:
     async def act(scheduler: Scheduler, log: list[str]) -> None:
         left = asyncio.create_task(scheduler.run(10, lambda: Fake("left", [20000] * 5, log)))
         await begun(log, "left")
@@ -100,7 +100,7 @@ def test_work_of_a_client_that_left_ends_with_the_run_that_is_computed() -> None
     assert run(act) == ["left", "next"]
 
 
-def test_what_cannot_meet_its_deadline_is_refused_at_once_with_an_honest_time() -> None:
+def test_a_request_that_would_be_late_is_refused_with_a_retry_time() -> None:
     async def act(scheduler: Scheduler, log: list[str]) -> None:
         tasks = []
         refused = 0
@@ -115,15 +115,15 @@ def test_what_cannot_meet_its_deadline_is_refused_at_once_with_an_honest_time() 
                 refused += 1
                 assert (error.status, error.code) == (503, "busy")
                 assert error.retry_after >= 1
-        assert 3 <= 12 - refused <= 6  # nearly as many as the time has room for
-        # Nothing was begun that was not answered.
+        assert 3 <= 12 - refused <= 6  # nearly as many as fit into the time
+        # Every request that was started was also answered.
         assert len(log) == 4 * (12 - refused)
 
     run(act, seconds=1.0)
 
 
 def test_overload_leaves_throughput_near_capacity() -> None:
-    """Three times the load: computing what expires on the way would answer hardly any."""
+    """At three times the capacity: computing requests that expire would answer hardly any."""
     answered, late, offered, each = 0, 0, 60, 250
 
     async def act(scheduler: Scheduler, log: list[str]) -> None:
@@ -135,7 +135,7 @@ def test_overload_leaves_throughput_near_capacity() -> None:
             try:
                 await scheduler.run(20, lambda: Fake(str(number), [each], log))
             except RefusedError as error:
-                late += error.status == 504  # a machine that stumbles makes a few late
+                late += error.status == 504  # a short stall of the machine makes a few late
                 assert error.status in (429, 503, 504)
                 return False
             return True
@@ -145,7 +145,7 @@ def test_overload_leaves_throughput_near_capacity() -> None:
     start = time.perf_counter()
     log = run(act, seconds=0.5)
     took = time.perf_counter() - start
-    assert len(log) <= answered + late  # nothing else was computed for nobody
+    assert len(log) <= answered + late  # no other request was computed
     assert late <= 0.1 * offered
     assert answered * each * SECONDS_PER_TOKEN > 0.3 * took
 
@@ -162,7 +162,7 @@ def test_a_request_that_is_too_large_is_refused_with_the_flag() -> None:
     assert run(act, request_tokens=1000, seconds=0.15) == []
 
 
-def test_a_fault_is_that_requests_alone() -> None:
+def test_an_error_fails_only_its_request() -> None:
     async def act(scheduler: Scheduler, log: list[str]) -> None:
         broken = Fake("broken", [10], log)
         broken.stop()
@@ -173,7 +173,7 @@ def test_a_fault_is_that_requests_alone() -> None:
     assert run(act) == ["broken", "next"]
 
 
-def test_the_pace_learns_what_each_run_takes_and_what_each_token_adds() -> None:
+def test_the_pace_learns_the_cost_per_run_and_per_token() -> None:
     pace = Pace()
     assert pace.of(1000) == 0
     for tokens in (100, 500, 1000, 100, 700):

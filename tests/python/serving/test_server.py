@@ -1,4 +1,4 @@
-"""The rerank API: its shape, its order, its limits, and what it never says."""
+"""The rerank API: format, order, limits, and no request text in errors or logs."""
 
 import http.client
 import json
@@ -87,7 +87,7 @@ def test_documents_may_be_objects_and_are_returned_on_request(
         "documents": [{"text": DOCUMENTS[0]}, *DOCUMENTS[1:]],
         "return_documents": True,
         "top_n": 2,
-        "max_tokens_per_doc": 4096,  # other servers' options do not hurt
+        "max_tokens_per_doc": 4096,  # options of other servers are ignored
     }
     results = client.post("/v1/rerank", json=request).json()["results"]
     assert [result["index"] for result in results] == [
@@ -115,13 +115,13 @@ def test_chat_turns_need_and_use_the_bundles_template(
     )
     with client_of(Reranker.load(with_template(bundle, template))) as chats:
         assert chats.post("/v1/rerank", json=request).status_code == 200
-        # A template may quote what was said: its own words do not reach the answer.
+        # A template may quote the chat: its message must not appear in the answer.
         request = {"query": [{"role": "user", "content": CANARY}], "documents": ["sad"]}
         message = refused(chats, 422, "query", json=request)
         assert message == "[E403] turns whose roles make no prompt and answer"
 
 
-def test_health_tells_living_from_ready(client: TestClient) -> None:
+def test_liveness_and_readiness_are_separate(client: TestClient) -> None:
     assert client.get("/livez").json() == {"status": "live"}
     assert client.get("/readyz").json() == {"status": "ready"}
 
@@ -137,11 +137,11 @@ def test_stopping_server_is_not_ready(reranker: Reranker) -> None:
         refused(client, 503, "draining", json={"query": QUERY, "documents": DOCUMENTS})
 
 
-def test_openapi_says_what_a_score_is(client: TestClient) -> None:
+def test_openapi_describes_the_score(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     assert {"/v1/rerank", "/v2/rerank", "/rerank", "/livez", "/readyz"} == set(schema["paths"])
-    assert "never compare them across queries" in json.dumps(schema["paths"]["/v1/rerank"])
-    assert "never compare them across queries" in schema["info"]["description"]
+    assert "never across queries" in json.dumps(schema["paths"]["/v1/rerank"])
+    assert "never across queries" in schema["info"]["description"]
     assert client.get("/docs").status_code == 404
     assert client.get("/redoc").status_code == 404
 
@@ -177,7 +177,7 @@ def test_malformed_requests_are_refused(client: TestClient, content: bytes) -> N
     assert response.json()["error"]["code"] == "malformed"
 
 
-def test_half_characters_are_refused(client: TestClient) -> None:
+def test_lone_surrogates_are_refused(client: TestClient) -> None:
     for content in (
         b'{"query": "\\ud800", "documents": ["a"]}',
         b'{"query": "a", "documents": ["\\udfff"]}',
@@ -186,19 +186,19 @@ def test_half_characters_are_refused(client: TestClient) -> None:
         assert response.status_code == 422
 
 
-def test_body_at_the_limit_is_taken_and_one_byte_more_is_not(reranker: Reranker) -> None:
+def test_a_body_at_the_limit_is_accepted_and_one_byte_more_is_not(reranker: Reranker) -> None:
     body = json.dumps({"query": QUERY, "documents": ["sad"]}).encode()
     with client_of(reranker, body_bytes=len(body)) as client:
         assert client.post("/v1/rerank", content=body, headers=JSON).status_code == 200
         message = refused(client, 413, "body_too_large", content=body + b" ", headers=JSON)
-        assert message == f"a request may have {len(body)} bytes"
+        assert message == f"the limit is {len(body)} bytes per request"
         chunked = (body[i : i + 1] for i in range(len(body)))
         assert client.post("/v1/rerank", content=chunked, headers=JSON).status_code == 200
-        longer = iter([body, b" "])  # which states no length
+        longer = iter([body, b" "])  # has no Content-Length
         refused(client, 413, "body_too_large", content=longer, headers=JSON)
 
 
-def test_documents_at_the_limits_are_taken_and_more_are_not(reranker: Reranker) -> None:
+def test_documents_at_the_limits_are_accepted_and_more_are_not(reranker: Reranker) -> None:
     limits = {"documents": 3, "document_characters": 8, "query_characters": 7}
     with client_of(reranker, document_tokens=3, **limits) as client:
 
@@ -217,7 +217,7 @@ def test_documents_at_the_limits_are_taken_and_more_are_not(reranker: Reranker) 
         assert status("the cat", ["a b c"]) == (422, "document")
 
 
-def test_a_document_that_cannot_be_scored_has_its_own_error(
+def test_a_document_that_cannot_be_scored_has_an_error(
     client: TestClient, reranker: Reranker
 ) -> None:
     documents = ["sad", " ", "happy", "sad " * 600]
@@ -227,7 +227,7 @@ def test_a_document_that_cannot_be_scored_has_its_own_error(
     assert found == expected
     assert answer["errors"] == [
         {"index": 1, "code": "document", "message": "[R301] an empty completion"},
-        {"index": 3, "code": "document", "message": "601 tokens, and 508 are left of 512"},
+        {"index": 3, "code": "document", "message": "601 tokens; the prompt leaves 508 of 512"},
     ]
     none = {"query": QUERY, "documents": ["", " "]}
     message = refused(client, 422, "document", json=none)
@@ -237,7 +237,7 @@ def test_a_document_that_cannot_be_scored_has_its_own_error(
 
 
 class HeldReranker(Reranker):
-    """Waits before it reads a request, so that a test sees the queue behind it."""
+    """Waits before it reads a request, so that the queue fills up."""
 
     released = threading.Event()
     seen: Sequence[str] = ()
@@ -276,14 +276,14 @@ def test_full_queue_sheds_and_recovers(held: HeldReranker) -> None:
         shed = [future.result() for future in asked if future.done()]
         assert {response.status_code for response in shed} == {429}
         assert {response.headers["retry-after"] for response in shed} == {"1"}
-        assert client.get("/livez").status_code == 200  # nothing waits for the worker but scoring
+        assert client.get("/livez").status_code == 200  # only scoring waits for the worker
         held.released.set()
         codes = [future.result().status_code for future in asked]
         assert sorted(codes) == [200] * 3 + [429] * 5
         assert ask(client, "a").status_code == 200
 
 
-def test_late_request_is_given_up_and_never_computed(held: HeldReranker) -> None:
+def test_a_late_request_is_dropped_and_never_computed(held: HeldReranker) -> None:
     with client_of(held, seconds=2.0, queue=2) as client, ThreadPoolExecutor(2) as pool:
 
         def ask_two() -> list[int]:
@@ -308,13 +308,13 @@ def test_concurrent_requests_get_their_own_scores(client: TestClient, reranker: 
 
 
 class BrokenReranker(Reranker):
-    """Fails with the request's own text, as a library might."""
+    """Raises an error that quotes the request, as a library might."""
 
     def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
         raise RuntimeError(f"cannot read {prompt} in /secret/path")
 
 
-def test_fault_is_answered_and_logged_without_the_request(
+def test_an_error_is_answered_and_logged_without_the_request(
     folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = BrokenReranker.load(folder)
@@ -356,7 +356,7 @@ def test_missing_extra_is_named(reranker: Reranker, monkeypatch: pytest.MonkeyPa
 
 @contextmanager
 def running(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server in a process of its own, and its port."""
+    """A server in a separate process, and its port."""
     code = "import sys; from logratio.serving.server import serve; serve(sys.argv[1], port=0)"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(bundle)], stderr=subprocess.PIPE, text=True
@@ -372,7 +372,7 @@ def running(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.communicate()
 
 
-def test_server_answers_in_its_own_process_and_stops_on_sigterm(folder: Path) -> None:
+def test_a_server_process_answers_and_stops_on_sigterm(folder: Path) -> None:
     with running(folder) as (process, port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         body = json.dumps({"query": QUERY, "documents": DOCUMENTS})
@@ -417,7 +417,7 @@ def test_request_in_flight_is_answered_before_the_server_stops(folder: Path) -> 
         assert process.wait(20) == 0
 
 
-def test_client_that_leaves_frees_its_place(folder: Path) -> None:
+def test_a_disconnected_client_frees_its_place(folder: Path) -> None:
     with running(folder) as (_, port):
         body = json.dumps({"query": "the cat", "documents": ["sad " * 400] * 200})
         for _ in range(80):  # more than the queue holds
@@ -442,7 +442,7 @@ def test_client_that_leaves_frees_its_place(folder: Path) -> None:
         assert set(statuses) <= {200, 503}
 
 
-def test_address_in_use_is_told_before_the_bundle_is_loaded(tmp_path: Path) -> None:
+def test_a_used_address_is_reported_before_the_bundle_is_loaded(tmp_path: Path) -> None:
     import socket
 
     from logratio.serving.server import serve

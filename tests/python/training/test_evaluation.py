@@ -20,6 +20,7 @@ def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:
     assert result.margin == 0.0
     assert result.kl is not None
     assert result.kl.nats == 0.0
+    assert repr(result) == "Evaluation(16 pairs, accuracy 0.500, margin 0, beta 0.1)"
 
 
 def test_a_trained_policy_is_seen_to_prefer(

@@ -38,6 +38,8 @@ def quiet(config: PrecomputeConfig) -> PrecomputeResult:
 def test_values_are_the_oracles(config: PrecomputeConfig) -> None:
     result = quiet(config)
     assert (result.new, result.hits) == (32, 0)
+    shown = f"PrecomputeResult(32 new, 0 hits, {result.tokens:,} tokens, {str(result.folder)!r})"
+    assert repr(result) == shown
     store = load_dataset(config.model, config.data, config.rules, show_progress=False).store
     reader = open_cache(config.cache, model_fingerprint(config.model))
     model = in_float64(load_model(config.model))

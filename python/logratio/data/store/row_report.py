@@ -82,6 +82,12 @@ class DataReport:
     cuts: dict[str, Counter[int]] = field(default_factory=dict)
     date: str | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"DataReport({self.read:,} rows read: {self.kept:,} kept, {self.refused:,} refused, "
+            f"{self.deduplicated:,} duplicates)"
+        )
+
     @property
     def refused(self) -> int:
         """Number of refused rows."""

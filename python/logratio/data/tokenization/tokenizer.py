@@ -199,6 +199,13 @@ class PreferenceTokenizer:
         >>> [completion.ids for completion in group.completions]  # lists of token ids
     """
 
+    def __repr__(self) -> str:
+        template = "a chat template" if self.chat_template is not None else "no chat template"
+        return (
+            f"PreferenceTokenizer({self.vocabulary_size:,} ids, {template}, "
+            f"max_length={self.rules.max_length})"
+        )
+
     def __init__(self, files: TokenizerFiles, rules: TokenizationRules) -> None:
         """Compile the chat template and the rules.
 

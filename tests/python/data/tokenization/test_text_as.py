@@ -167,7 +167,7 @@ def test_a_bundle_reads_strings_as_training_did(
         ((0, 9), None, "chat", ""),
         ((9, 0), None, "text", ""),
         ((4, 5), None, "text", "4 rows were trained as plain text and 5 through the chat template"),
-        (None, None, "chat", "nothing records how the policy was trained"),
+        (None, None, "chat", "no record of how the policy was trained"),
         ((9, 0), "chat", "chat", ""),
         (None, "text", "text", ""),
     ],

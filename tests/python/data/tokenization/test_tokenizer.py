@@ -105,6 +105,12 @@ def test_bos_is_where_transformers_puts_it(kind: str, config: dict[str, bool]) -
     assert (ours.encode_prompt("the cat")[0] == BOS) == kind.endswith("bos")
 
 
+def test_the_repr_has_the_vocabulary_and_template() -> None:
+    tokenizer = load("words", "{% for m in messages %}{{ m.content }}{% endfor %}", max_length=64)
+    size = tokenizer.vocabulary_size
+    assert repr(tokenizer) == f"PreferenceTokenizer({size:,} ids, a chat template, max_length=64)"
+
+
 def test_bos_is_never_doubled() -> None:
     tokenizer = load("words with bos")
     assert tokenizer.encode_prompt("<s> the cat") == tokenizer.encode_prompt("the cat")
