@@ -111,7 +111,7 @@ def test_a_reference_with_a_smaller_embedding_is_refused(
     config = json.loads((padded / "config.json").read_text())
     (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
     assert embedding_rows(padded) == 64
-    with pytest.raises(VocabularyError, match="embedding for 20 ids"):
+    with pytest.raises(VocabularyError, match="embedding has 20 rows"):
         evaluation.prepare(EvaluateConfig(padded, tiny_model, [data], device="cpu", beta=0.1))
 
 
