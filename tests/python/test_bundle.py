@@ -97,7 +97,7 @@ def test_links_are_refused(bundle: Path, tmp_path: Path) -> None:
     assert "regular file" in refusal(bundle)
     (bundle / GRAPH).unlink()
     (bundle / GRAPH).hardlink_to(outside)
-    assert "not a regular file with one name" in refusal(bundle)
+    assert "not a regular file with a single name" in refusal(bundle)
     (bundle / GRAPH).unlink()
     os.mkfifo(bundle / GRAPH)
     assert "not a regular file" in refusal(bundle)

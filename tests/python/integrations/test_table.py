@@ -201,7 +201,7 @@ def test_missing_completions_are_counted(tmp_path: Path) -> None:
         (["aa", "ab"], None, r"(?s)2 references .* match, expected one.*\n  aa .*\n  ab "),
         (["aa", "ab"], "a", "2 references .* match, expected one"),
         (["aa", "ab"], "b", r"(?s)no reference is named b;.*\n  aa .*\n  ab "),
-        (["aa.sums"], None, "0 references with log-probs of every token fit"),
+        (["aa.sums"], None, "0 references with per-token log-probs match"),
     ],
 )
 def test_an_ambiguous_or_missing_reference_is_refused(
