@@ -18,6 +18,8 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import DPOTrainer
 from trl_trainers import cached, load, losses, settings
+from trl_trainers import pairs as pairs
+from trl_trainers import parts as parts
 
 from logratio.integrations.trl import COLUMNS, TESTED, CachedDPOTrainer, TrlError, check_trl
 from logratio.training.reference import StaleCacheError

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_graphs import graphs as graphs
 from gradients import assert_equal, gradients
 from tiny_models import FAMILIES, SIZES, tiny
 from transformers import LlamaConfig
