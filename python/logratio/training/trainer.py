@@ -90,7 +90,7 @@ class SaveError(LogratioError, OSError):
     """A model or checkpoint could not be written; files saved earlier are unchanged."""
 
 
-_SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
+_SHOWN = ("loss", "rewards/accuracies")
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ class TrainResult:
 
     def __repr__(self) -> str:
         last = self.history[-1] if self.history else {}
-        figures = "".join(f", {name} {value:.4g}" for name, value in last.items() if name in _SHOWN)
+        figures = "".join(f", {name} {last[name]:.4g}" for name in _SHOWN if name in last)
         state = "already finished, " if self.was_finished else ""
-        return f"TrainResult({str(self.output)!r}, {state}{self.steps:,} updates{figures})"
+        counted = "1 update" if self.steps == 1 else f"{self.steps:,} updates"
+        return f"TrainResult({str(self.output)!r}, {state}{counted}{figures})"
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
