@@ -20,7 +20,7 @@ QUANTIZED := .venv/quantized
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test families torture check setup pins bench-rust gpu docs clean
+.PHONY: help demo test quick families long torture check setup pins bench-rust gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -33,9 +33,16 @@ test: check ## every check and every test: what CI runs
 	cargo test --locked
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+quick: $(BUILT) ## lints and the quick tests of the package, in under three minutes
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(QUICK)
+
 families: $(BUILT) ## score every causal language model of the installed transformers, for minutes
 	$(BIN)/python -m pytest -m families tests/python/logps/test_families.py tests/python/logps/test_every_family.py \
 		-n auto --maxprocesses 4
+
+long: $(BUILT) ## train small real models on three seeds, for ten minutes
+	$(BIN)/python -m pytest -m long tests/python/test_real_material.py
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power
 	LOGRATIO_POWER_LOSSES=100 LOGRATIO_KILLS=5 LOGRATIO_FORGERIES=100 LOGRATIO_WRITERS=5 \

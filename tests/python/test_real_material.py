@@ -29,6 +29,7 @@ from logratio.training.evaluation import sample_completions
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
 
+@pytest.mark.long
 def test_the_policy_learns_story_preferences(shared: Path, tmp_path: Path) -> None:
     """Three seeds: the issue's bounds, each on the mean."""
     results = run_seeds(range(3), shared, tmp_path)
