@@ -37,7 +37,7 @@ from logratio.training import LoraSettings
 from logratio.training.activations import LayerOptions, layer_options
 from logratio.training.config import Precision
 from logratio.training.models import autocast
-from logratio.training.optimizers import make_optimizer
+from logratio.training.optimizers import AdamSettings, make_optimizer
 from logratio.training.policy import with_lora
 
 PRECISION: Precision = "bf16-weights"
@@ -142,7 +142,10 @@ def _update(
 ) -> dict[str, Any]:
     """Time an update's two halves; the peak is above the weights."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer, batch = make_optimizer("adamw", weights, 1e-6), batch_on(device, groups)
+    optimizer, batch = (
+        make_optimizer("adamw", weights, AdamSettings(1e-6)),
+        batch_on(device, groups),
+    )
 
     def loss_of(logps: Tensor, part: Part) -> Tensor:
         better, worse = part.targets.sums(logps).view(-1, 2).unbind(1)

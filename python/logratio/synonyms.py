@@ -24,6 +24,7 @@ class ForeignFlagError(LogratioError, ValueError):
 SAME: Mapping[str, str] = {
     "--learning-rate": "--lr",
     "--lora-r": "--lora-rank",
+    "--lr-scheduler-type": "--lr-scheduler",
     "--loss-type": "--loss",
     "--model-name-or-path": "--model",
     "--model-path": "--model",
@@ -35,11 +36,17 @@ SAME: Mapping[str, str] = {
     "--ref-model-name-or-path": "--reference",
     "--reference-model": "--reference",
     "--save-steps": "--save-every",
+    "--save-total-limit": "--keep-checkpoints",
     "--train-file": "--data",
     "--use-peft": "--lora",
     "--warmup-ratio": "--warmup",
 }
-VALUES: Mapping[tuple[str, str], str] = {("--loss-type", "sigmoid"): "dpo"}
+VALUES: Mapping[tuple[str, str], str] = {
+    ("--loss-type", "sigmoid"): "dpo",
+    ("--lr-scheduler-type", "constant_with_warmup"): "constant",
+    ("--lr-scheduler-type", "cosine_with_min_lr"): "cosine",
+    ("--lr-scheduler-type", "warmup_stable_decay"): "wsd",
+}
 """Values with another name in a flag of the same meaning."""
 
 _BATCH = (
@@ -86,10 +93,8 @@ INSTEAD: Mapping[str, str] = {
     "--lora-dropout": _DROPOUT,
     "--lora-modules": _TARGETS,
     "--lora-target-modules": _TARGETS,
-    "--lr-scheduler-type": "--warmup, a linear warmup followed by cosine decay to 0",
     "--max-completion-length": "--max-length, the maximum of prompt + completion",
     "--max-seq-length": "--max-length, the maximum of prompt + completion",
-    "--max-steps": "--epochs; an update has --batch-size pairs",
     "--micro-batch-size": _BATCH,
     "--optim": "--optimizer adamw, adamw8bit or adamw-host",
     "--padding-free": "batches are never padded; leave it out",
@@ -101,7 +106,6 @@ INSTEAD: Mapping[str, str] = {
     "--resume-from-checkpoint": "--resume, which finds the newest valid checkpoint in --output",
     "--rpo-alpha": "this loss term is not supported; leave it out",
     "--save-strategy": "--save-every N, in updates; 0 for none",
-    "--save-total-limit": "the last two checkpoints are kept; leave it out",
     "--tf32": "--precision bf16 for speed; float32 never uses TF32",
     "--torch-compile": "--compile on, or auto",
     "--torch-dtype": _PRECISION,
@@ -110,7 +114,6 @@ INSTEAD: Mapping[str, str] = {
     "--use-cpu": "--device cpu",
     "--use-logits-to-keep": "logits are only computed for loss tokens; leave it out",
     "--warmup-steps": "--warmup, a share of the updates, such as 0.1",
-    "--weight-decay": "weight decay is not supported; leave it out",
 }
 
 

@@ -22,7 +22,7 @@ from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Quantization
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.models import QuantizationError, is_quantized, precision_of, quietly
-from logratio.training.optimizers import make_optimizer, state_bytes
+from logratio.training.optimizers import AdamSettings, make_optimizer, state_bytes
 from logratio.training.precomputation import prepare
 
 KINDS: dict[Quantization, type[torch.nn.Module]] = {"8bit": Linear8bitLt, "4bit": Linear4bit}
@@ -154,7 +154,7 @@ def test_moments_in_8_bits_train_nearly_as_exact_ones(
 def test_state_bytes_match_the_8_bit_state(tiny_model: Path) -> None:
     """Blocks of 256 share a float32 scale; small tensors stay in float32."""
     weight = torch.nn.Parameter(torch.randn(256, 256))
-    optimizer = make_optimizer("adamw8bit", [weight], 1e-3)
+    optimizer = make_optimizer("adamw8bit", [weight], AdamSettings(1e-3))
     weight.grad = torch.randn(256, 256)
     optimizer.step()
     state = optimizer.state[weight]

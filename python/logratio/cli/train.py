@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from logratio.forecast import Forecast
     from logratio.training.config import LoraSettings
     from logratio.training.dataset import Dataset
-    from logratio.training.trainer import TrainResult
+    from logratio.training.run_folder import TrainResult
 
 LORA_PANEL, UPDATE_PANEL = "LoRA", "Update"
 
@@ -41,6 +41,15 @@ class Compile(StrEnum):
     OFF = "off"
     ON = "on"
     AUTO = "auto"
+
+
+class Schedule(StrEnum):
+    """Decay of the learning rate after the warmup."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    WSD = "wsd"
 
 
 class Loss(StrEnum):
@@ -85,10 +94,49 @@ class Update(Settings):
     warmup: Annotated[
         float,
         typer.Option(
-            help="Share of the updates with linear warmup; a cosine decay to 0 follows.",
+            help="Share of the updates with linear warmup; --lr-scheduler decays the rate after.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = 0.1
+    lr_scheduler: Annotated[
+        Schedule,
+        typer.Option(
+            help="Decay of the learning rate. wsd: constant, then linear over the last --decay.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
+    ] = Schedule.COSINE
+    min_lr_rate: Annotated[
+        float,
+        typer.Option(
+            help="Learning rate at the end, as a share of --lr.", rich_help_panel=UPDATE_PANEL
+        ),
+    ] = 0.0
+    decay: Annotated[
+        float,
+        typer.Option(
+            help="Share of the updates after the warmup in which wsd decays.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
+    ] = 0.2
+    weight_decay: Annotated[
+        float,
+        typer.Option(
+            help="Weight decay of matrices (AdamW); norms and biases have none.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
+    ] = 0.0
+    adam_beta1: Annotated[
+        float,
+        typer.Option(help="Decay rate of the first moments.", rich_help_panel=UPDATE_PANEL),
+    ] = 0.9
+    adam_beta2: Annotated[
+        float,
+        typer.Option(help="Decay rate of the second moments.", rich_help_panel=UPDATE_PANEL),
+    ] = 0.999
+    adam_epsilon: Annotated[
+        float,
+        typer.Option(help="Added to the root of the second moments.", rich_help_panel=UPDATE_PANEL),
+    ] = 1e-8
     max_grad_norm: Annotated[
         float, typer.Option(help="Clip gradients to this norm.", rich_help_panel=UPDATE_PANEL)
     ] = 1.0
@@ -102,6 +150,13 @@ class Update(Settings):
     epochs: Annotated[
         int, typer.Option(help="Passes over the data.", rich_help_panel=UPDATE_PANEL)
     ] = 1
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of updates, in place of --epochs; data is repeated or cut.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
+    ] = None
     mix: Annotated[
         list[float] | None,
         typer.Option(
@@ -130,6 +185,9 @@ class Update(Settings):
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = 200
+    keep_checkpoints: Annotated[
+        int, typer.Option(help="Checkpoints to keep.", rich_help_panel=UPDATE_PANEL)
+    ] = 2
     resume: Annotated[
         bool,
         typer.Option(

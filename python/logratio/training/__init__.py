@@ -23,8 +23,8 @@ from logratio.training.nonfinite import NonFiniteError
 from logratio.training.precomputation import PrecomputeResult, ShareError, precompute
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
-from logratio.training.run_folder import RunExistsError
-from logratio.training.trainer import DPOTrainer, SaveError, TrainResult, train
+from logratio.training.run_folder import RunExistsError, TrainResult
+from logratio.training.trainer import DPOTrainer, SaveError, train
 
 __all__ = [
     "DPOTrainer",

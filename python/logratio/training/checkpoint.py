@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from logratio.durable import finalize, sync, system_errors
 from logratio.errors import LogratioError
+from logratio.training.config import UNRECORDED
 from logratio.training.optimizers import FUSED, MasterAdamW
 
 
@@ -63,7 +64,6 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
 
 MANIFEST = "manifest.json"
-KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,14 @@ class Position:
     identity: dict[str, Any]
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: Position) -> Path:
-    """Write `checkpoint-<step>` to `folder`, and remove all but the last two checkpoints.
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    at: Position,
+    keep: int = 2,
+) -> Path:
+    """Write `checkpoint-<step>` to `folder`, and remove all but the last `keep` checkpoints.
 
     The checkpoint is written under a temporary name and renamed when complete.
 
@@ -108,7 +114,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at: P
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _checkpoints(folder)[KEPT:]:
+    for old in _checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -146,7 +152,7 @@ def load_newest(
 
 
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    saved = json.loads((path / "state.json").read_text())["identity"]
+    saved = UNRECORDED | json.loads((path / "state.json").read_text())["identity"]
     if changed := [name for name, value in identity.items() if saved.get(name) != value]:
         raise ResumeError(f"{path}: the run to resume differs in {', '.join(changed)}")
 

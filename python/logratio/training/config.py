@@ -1,8 +1,9 @@
 """Settings of the commands: one frozen dataclass per command, one field per flag."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
@@ -14,6 +15,7 @@ Precision = Literal["fp32", "bf16", "bf16-weights"]
 OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
 ActivationCheckpointing = Literal["auto", "off", "all"]
 Compile = Literal["off", "on", "auto"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
@@ -62,10 +64,19 @@ class TrainConfig:
         label_smoothing: Assumed share of pairs whose labels are flipped (dpo and simpo).
         gamma: Target margin of simpo.
         lr: Peak learning rate.
-        warmup: Share of the updates with a rising learning rate; it then decays to 0 (cosine).
+        warmup: Share of the updates with a rising learning rate; `lr_scheduler` decays it after.
+        lr_scheduler: Decay of the learning rate: "cosine"; "linear"; "constant", none; or "wsd",
+            constant, then linear over the last `decay` of the updates (arXiv 2404.06395).
+        min_lr_rate: The learning rate at the end, as a share of `lr`.
+        decay: Share of the updates after the warmup in which "wsd" decays.
+        weight_decay: Decoupled weight decay (AdamW) of matrices; norms and biases have none.
+        adam_beta1: Decay rate of the first moments.
+        adam_beta2: Decay rate of the second moments.
+        adam_epsilon: Added to the root of the second moments.
         max_grad_norm: Gradients are clipped to this norm.
         batch_size: Groups (pairs, demonstrations) per update, regardless of micro-batches.
         epochs: Passes over the data.
+        max_steps: Number of updates, in place of `epochs`: data is repeated or cut.
         token_budget: Tokens per micro-batch. A lower value saves memory and leaves the result
             unchanged. None: 2,048 on a CPU, 8,192 on a GPU.
         activation_checkpointing: Decoder layers that keep only their input and are recomputed in
@@ -90,6 +101,7 @@ class TrainConfig:
         deterministic: On a GPU, use kernels that add in a fixed order, so that the same settings
             give the same bits on the same GPU and library versions. Runs on a CPU always do.
         save_every: Updates between checkpoints; 0: a checkpoint only when interrupted.
+        keep_checkpoints: Number of checkpoints to keep, the newest.
         resume: Continue from the newest valid checkpoint in `output`.
         overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
             the same settings is returned without training, and any other run is an error. The
@@ -114,9 +126,17 @@ class TrainConfig:
     gamma: float = 1.0
     lr: float = 1e-6
     warmup: float = 0.1
+    lr_scheduler: Schedule = "cosine"
+    min_lr_rate: float = 0.0
+    decay: float = 0.2
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     batch_size: int = 32
     epochs: int = 1
+    max_steps: int | None = None
     mix: tuple[float, ...] | None = None
     token_budget: int | None = None
     activation_checkpointing: ActivationCheckpointing = "auto"
@@ -128,6 +148,7 @@ class TrainConfig:
     seed: int = 0
     deterministic: bool = False
     save_every: int = 200
+    keep_checkpoints: int = 2
     resume: bool = False
     overwrite: bool = False
     device: str | None = None
@@ -140,6 +161,16 @@ class TrainConfig:
         check_fields(self)
         if isinstance(self.compile_layers, bool):
             object.__setattr__(self, "compile_layers", "on" if self.compile_layers else "off")
+
+
+UNRECORDED: Mapping[str, Any] = {
+    name: getattr(TrainConfig, name)
+    for name in (
+        *("lr_scheduler", "min_lr_rate", "decay", "weight_decay", "max_steps"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    )
+}
+"""Settings that runs of the first version did not record, with the values that they ran with."""
 
 
 @takes_known_names(train_dataset="data")

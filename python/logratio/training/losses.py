@@ -230,15 +230,6 @@ def _sides(column: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
-    """Return the learning rate after `done` of `updates` updates: linear warmup, cosine decay."""
-    warmup = math.ceil(config.warmup * updates)
-    if done < warmup:
-        return config.lr * (done + 1) / warmup
-    progress_share = (done - warmup) / max(1, updates - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress_share))
-
-
 def pair_columns(losses: Tensor, pairs: PairLogps, rewards: PairRewards) -> dict[str, Tensor]:
     """Return the metrics of each pair by name, float64 `[B]`, on the device of `losses`.
 

@@ -26,6 +26,7 @@ from logratio.training.models import (
     weights_dtype,
 )
 from logratio.training.optimizers import gradient_bytes, state_bytes
+from logratio.training.schedule import RunLength
 from logratio.training.validation import reference_kind
 
 FORWARD, TRAIN = 2, 6
@@ -83,7 +84,7 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     kind = reference_kind(config)
     frozen = (config.reference or config.model) if kind == "frozen" else None
     lengths = store.shared_lengths()
-    tokens = float(lengths.sum()) * config.epochs
+    tokens = float(lengths.mean()) * RunLength.of(config, len(store)).groups
     longest = int(lengths.max())
     at_once = min(max(training_budget(config), longest), config.batch_size * longest)
     twice = config.activation_checkpointing == "all"

@@ -1,11 +1,13 @@
 """AdamW with state on the device, in 8 bits, or on the host.
 
-Loshchilov and Hutter 2019, arXiv 1711.05101, with β1 0.9, β2 0.999, ε 1e-8 and no weight decay.
+Loshchilov and Hutter 2019, arXiv 1711.05101. Weight decay is decoupled, and not applied to norms
+and biases.
 Bytes of state per weight: 8 (adamw), 2 (adamw8bit), 0 on the GPU and 12 on the host (adamw-host).
 With weights in bfloat16, adamw takes 4 more for their float32 copy.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,17 +15,49 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from logratio.extras import require
-from logratio.training.config import OptimizerName
+from logratio.training.config import OptimizerName, TrainConfig
 
 FUSED = ("cpu", "cuda")
 """Devices with a fused AdamW kernel; on a CPU it is 4 times as fast, and equally exact."""
-BETAS, EPSILON = (0.9, 0.999), 1e-8
 AT_ONCE = 2**26
 """Maximum number of values updated together; float32 copies of their gradients take 256 MiB."""
 
 
+@dataclass(frozen=True)
+class AdamSettings:
+    """The numbers of AdamW.
+
+    Attributes:
+        lr: Initial learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moments.
+        weight_decay: Of matrices; norms and biases have none.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "AdamSettings":
+        """Return the settings that a run has."""
+        betas = config.adam_beta1, config.adam_beta2
+        return cls(config.lr, betas, config.adam_epsilon, config.weight_decay)
+
+    def groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """Return parameter groups of torch's optimizers: matrices, and what does not decay."""
+        common = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        if not self.weight_decay:
+            return [{"params": list(parameters), "weight_decay": 0.0, **common}]
+        matrices = [p for p in parameters if p.dim() > 1]
+        vectors = [p for p in parameters if p.dim() <= 1]
+        decays = ((matrices, self.weight_decay), (vectors, 0.0))
+        return [{"params": some, "weight_decay": decay, **common} for some, decay in decays if some]
+
+
 def make_optimizer(
-    name: OptimizerName, parameters: Sequence[nn.Parameter], lr: float
+    name: OptimizerName, parameters: Sequence[nn.Parameter], settings: AdamSettings
 ) -> torch.optim.Optimizer:
     """Create the optimizer called `name`.
 
@@ -35,30 +69,22 @@ def make_optimizer(
     Args:
         name: Name of the optimizer.
         parameters: Parameters to train.
-        lr: Initial learning rate.
+        settings: The numbers of AdamW.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
     if name == "adamw8bit":
         library = require("bitsandbytes", "quantized")
-        made = library.optim.AdamW8bit(
-            parameters, lr=lr, betas=BETAS, eps=EPSILON, weight_decay=0.0
-        )
+        made = library.optim.AdamW8bit(settings.groups(parameters))
         assert isinstance(made, torch.optim.Optimizer)
         return made
     if name == "adamw-host":
-        return MasterAdamW(parameters, lr, torch.device("cpu"))
+        return MasterAdamW(settings.groups(parameters), torch.device("cpu"))
     if any(p.dtype != torch.float32 for p in parameters):
-        return MasterAdamW(parameters, lr)
-    return torch.optim.AdamW(
-        parameters,
-        lr=lr,
-        betas=BETAS,
-        eps=EPSILON,
-        weight_decay=0.0,
-        fused=all(p.device.type in FUSED for p in parameters),
-    )
+        return MasterAdamW(settings.groups(parameters))
+    fused = all(p.device.type in FUSED for p in parameters)
+    return torch.optim.AdamW(settings.groups(parameters), fused=fused)
 
 
 def state_bytes(name: OptimizerName, dtype: torch.dtype, device: torch.device) -> float:
@@ -96,10 +122,8 @@ class MasterAdamW(torch.optim.Optimizer):
         factor: Scale applied to the gradients in the next step, float32; None: no scaling.
     """
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, home: torch.device | None = None
-    ) -> None:
-        super().__init__(parameters, {"lr": lr})
+    def __init__(self, groups: list[dict[str, Any]], home: torch.device | None = None) -> None:
+        super().__init__(groups, {})
         self.home = home
         self.factor: Tensor | None = None
 
@@ -119,10 +143,12 @@ class MasterAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             for parameters, gradients in _prefetch_gradients(_lists(trained), self.state_device):
-                self._update(parameters, gradients, group["lr"])
+                self._update(parameters, gradients, group)
         self.factor = None
 
-    def _update(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+    def _update(
+        self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+    ) -> None:
         states = [self._state(parameter) for parameter in parameters]
         masters = [state.get("master", p) for state, p in zip(states, parameters, strict=True)]
         if self.factor is not None:
@@ -136,11 +162,11 @@ class MasterAdamW(torch.optim.Optimizer):
             [state["step"] for state in states],
             fused=masters[0].device.type in FUSED,
             amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=lr,
-            weight_decay=0.0,
-            eps=EPSILON,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
             maximize=False,
         )
         pairs = zip(parameters, masters, strict=True)

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
 from logratio.training import checkpoint
-from logratio.training.config import PathLike, TrainConfig
+from logratio.training.config import UNRECORDED, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.metrics import METRICS_FILE
-from logratio.training.models import ADAPTER_CONFIG, precision_of, quietly, training_budget
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    precision_of,
+    quietly,
+    training_budget,
+)
 from logratio.training.validation import beta_of
 
 SETTINGS_FILE = "training.json"
@@ -43,7 +48,7 @@ MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 _COMPARED = (
     *("loss", "label_smoothing", "gamma", "lr", "warmup", "max_grad_norm", "batch_size"),
     *("epochs", "optimizer", "compile_layers", "seed", "deterministic", "mix"),
-    "share_beginnings",
+    *("share_beginnings", *UNRECORDED),
 )
 
 
@@ -149,6 +154,7 @@ def refuse_different_run(
     if before is None:
         why = "from a version of logratio that did not record its identity"
     else:
+        before = UNRECORDED | before
         names = [name for name, value in now.items() if before.get(name) != value]
         why = f"which differs in {', '.join(names)}" if names else ""
     if why:
@@ -341,3 +347,32 @@ def date_miss(folder: Path, date: str | None) -> str:
 def _date_field(fields: Mapping[str, Any]) -> str | None:
     found = fields.get(_FIELD)
     return found if isinstance(found, str) else None
+
+
+_SHOWN = ("loss", "rewards/accuracies")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a training run.
+
+    Attributes:
+        output: Folder of the trained model, readable with `from_pretrained`.
+        steps: Number of updates of the whole run.
+        history: One dict of metrics per update done by this process; metrics of all updates if
+            the run had already finished.
+        was_finished: True if an earlier run with the same settings had already produced the
+            model, so no training was done.
+    """
+
+    output: Path
+    steps: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    was_finished: bool = False
+
+    def __repr__(self) -> str:
+        last = self.history[-1] if self.history else {}
+        figures = "".join(f", {name} {last[name]:.4g}" for name in _SHOWN if name in last)
+        state = "already finished, " if self.was_finished else ""
+        counted = "1 update" if self.steps == 1 else f"{self.steps:,} updates"
+        return f"TrainResult({str(self.output)!r}, {state}{counted}{figures})"

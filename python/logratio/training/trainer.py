@@ -8,7 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +36,7 @@ from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.losses import averages, learning_rate, make_objective
+from logratio.training.losses import averages, make_objective
 from logratio.training.memory import training_forecast
 from logratio.training.metrics import MetricsLog
 from logratio.training.models import (
@@ -48,6 +48,7 @@ from logratio.training.models import (
 )
 from logratio.training.nonfinite import NonFiniteError, not_finite
 from logratio.training.optimizers import (
+    AdamSettings,
     clip_gradients,
     make_optimizer,
     state_bytes,
@@ -68,6 +69,7 @@ from logratio.training.reference import (
 from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import (
     CHECKPOINTS,
+    TrainResult,
     finished_run,
     history_of,
     identity,
@@ -75,6 +77,7 @@ from logratio.training.run_folder import (
     refuse_different_run,
     save_run,
 )
+from logratio.training.schedule import RunLength, learning_rate
 from logratio.training.torch_settings import (
     ask_for_expandable_segments,
     exact_products,
@@ -88,35 +91,6 @@ REFUSED_FILE = "refused.jsonl"
 
 class SaveError(LogratioError, OSError):
     """A model or checkpoint could not be written; files saved earlier are unchanged."""
-
-
-_SHOWN = ("loss", "rewards/accuracies")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a training run.
-
-    Attributes:
-        output: Folder of the trained model, readable with `from_pretrained`.
-        steps: Number of updates of the whole run.
-        history: One dict of metrics per update done by this process; metrics of all updates if
-            the run had already finished.
-        was_finished: True if an earlier run with the same settings had already produced the
-            model, so no training was done.
-    """
-
-    output: Path
-    steps: int
-    history: list[dict[str, float]] = field(default_factory=list)
-    was_finished: bool = False
-
-    def __repr__(self) -> str:
-        last = self.history[-1] if self.history else {}
-        figures = "".join(f", {name} {last[name]:.4g}" for name in _SHOWN if name in last)
-        state = "already finished, " if self.was_finished else ""
-        counted = "1 update" if self.steps == 1 else f"{self.steps:,} updates"
-        return f"TrainResult({str(self.output)!r}, {state}{counted}{figures})"
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
@@ -229,7 +203,8 @@ class DPOTrainer:
         )
         self.store = self.dataset.store
         self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
-        self.updates = config.epochs * math.ceil(len(self.store) / config.batch_size)
+        self._length = RunLength.of(config, len(self.store))
+        self.updates = self._length.updates
         self.finished: TrainResult | None = None
         if finished:
             refuse_different_run(config, finished, identity(config, self.store))
@@ -347,7 +322,7 @@ class DPOTrainer:
         self.policy, self.reference, self.layout = policy, reference, layout
         self.identity = identity(config, self.store)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config.optimizer, self.parameters, config.lr)
+        self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.device = self.parameters[0].device
         self.objective = make_objective(config, beta_of(config))
         self._recent: deque[dict[str, float]] = deque(maxlen=5)
@@ -397,7 +372,7 @@ class DPOTrainer:
 
     def _run_updates(self) -> list[dict[str, float]]:
         """Run all updates after the last checkpoint; return the metrics of each."""
-        config, groups_in_all = self.config, len(self.store) * self.config.epochs
+        config, groups_in_all = self.config, self._length.groups
         start = self._resume() if config.resume else 0
         if self.reference is not None:
             self._check_start(self.reference, is_first=start == 0)
@@ -418,6 +393,8 @@ class DPOTrainer:
                     self._recent.append(values)
                     _report(advance, groups, values)
                     self._maybe_save(step, interrupted())
+                    if step == self.updates:  # before the end of the data, with max_steps
+                        break
         return history
 
     def _feed(self, start: int) -> Feed:
@@ -425,7 +402,7 @@ class DPOTrainer:
         feed = Feed(
             self.store,
             self._feed_settings,
-            epochs=self.config.epochs,
+            epochs=self._length.epochs,
             allocate=buffers_for(self.device),
         )
         feed.start_after(start)
@@ -550,7 +527,9 @@ class DPOTrainer:
         """
         at = checkpoint.Position(step, self.identity)
         try:
-            return checkpoint.save(self._checkpoints, self.policy, self.optimizer, at)
+            return checkpoint.save(
+                self._checkpoints, self.policy, self.optimizer, at, self.config.keep_checkpoints
+            )
         except OSError as error:
             last = checkpoint.newest(self._checkpoints)
             kept = (

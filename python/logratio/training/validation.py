@@ -15,6 +15,7 @@ from logratio.training.models import (
     default_device,
 )
 from logratio.training.policy import check_lora_targets
+from logratio.training.schedule import DECAYS
 
 
 def check_config(config: TrainConfig) -> None:
@@ -49,9 +50,16 @@ def check_config(config: TrainConfig) -> None:
     check_writable(Path(config.output))
 
 
+_RANGES = (
+    *(("min_lr_rate", 0.0, 1.0), ("decay", 1e-6, 1.0), ("weight_decay", 0.0, 10.0)),
+    *(("adam_beta1", 0.0, 0.999999), ("adam_beta2", 0.0, 0.99999999), ("adam_epsilon", 0.0, 1.0)),
+)
+"""Settings with the smallest and the largest value that make sense."""
+
+
 def _check_ranges(config: TrainConfig) -> None:
     """Check the ranges of numeric settings."""
-    for name in ("batch_size", "epochs", "token_budget"):
+    for name in ("batch_size", "epochs", "token_budget", "max_steps", "keep_checkpoints"):
         count = getattr(config, name)
         if count is not None and count < 1:
             raise ConfigError(f"{name} must be at least 1, not {count}")
@@ -59,6 +67,13 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ConfigError(f"lr must be above 0, not {config.lr}")
     if not 0 <= config.warmup < 1:
         raise ConfigError(f"warmup is a share of the updates, in [0, 1), not {config.warmup}")
+    if config.lr_scheduler not in DECAYS:
+        known = ", ".join(DECAYS)
+        raise ConfigError(f"lr_scheduler {config.lr_scheduler!r} is unknown; there are {known}")
+    for name, low, high in _RANGES:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{name} must be in [{low:g}, {high:g}], not {value}")
 
 
 def _check_options(config: TrainConfig) -> None:

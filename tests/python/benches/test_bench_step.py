@@ -46,8 +46,8 @@ from logratio.logps.batch import to_torch
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
 from logratio.training import TrainConfig
-from logratio.training.losses import learning_rate
 from logratio.training.reference import StaleCacheError, cached_reference
+from logratio.training.schedule import learning_rate
 
 
 def some_pairs(count: int = 5, seed: int = 0) -> list[Pair]:

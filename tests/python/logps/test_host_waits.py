@@ -34,7 +34,7 @@ from logratio.logps.head_loss import head_loss, unit_gradient
 from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, precompute, trainer
 from logratio.training.dataset import load_dataset
 from logratio.training.models import load_model
-from logratio.training.optimizers import clip_gradients, make_optimizer
+from logratio.training.optimizers import AdamSettings, clip_gradients, make_optimizer
 from logratio.training.policy import with_lora
 from logratio.training.reference import (
     AdapterReference,
@@ -253,7 +253,7 @@ def test_scoring_on_cuda_waits_for_nothing(family: str, fake_cuda: FakeTensorMod
 def test_a_step_on_cuda_waits_for_nothing(dtype: torch.dtype, fake_cuda: FakeTensorMode) -> None:
     with fake_cuda, HostWaits() as waits:
         weights = [nn.Parameter(torch.empty(n, 8, device="cuda", dtype=dtype)) for n in (2, 3)]
-        optimizer = make_optimizer("adamw", weights, 1e-3)
+        optimizer = make_optimizer("adamw", weights, AdamSettings(1e-3))
         for _ in range(2):
             for weight in weights:
                 weight.grad = torch.empty_like(weight)

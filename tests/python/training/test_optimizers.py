@@ -21,6 +21,7 @@ from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import OptimizerName, Precision
 from logratio.training.fingerprint import parameter_count
 from logratio.training.optimizers import (
+    AdamSettings,
     MasterAdamW,
     clip_gradients,
     make_optimizer,
@@ -64,7 +65,7 @@ def oracle(start: Sequence[Tensor], steps: Sequence[Sequence[Tensor]]) -> list[T
 def test_a_step_is_that_of_the_paper(name: OptimizerName, dtype: torch.dtype) -> None:
     weights = parameters(dtype)
     expected = oracle(weights, [gradients(step, dtype) for step in range(STEPS)])
-    optimizer = make_optimizer(name, weights, LR)
+    optimizer = make_optimizer(name, weights, AdamSettings(LR))
     for step in range(STEPS):
         for weight, gradient in zip(weights, gradients(step, dtype), strict=True):
             weight.grad = gradient
@@ -78,7 +79,10 @@ def test_a_step_is_that_of_the_paper(name: OptimizerName, dtype: torch.dtype) ->
 
 def test_float32_on_the_host_is_torch_s_own_to_the_bit() -> None:
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
-    one, other = make_optimizer("adamw-host", ours, LR), make_optimizer("adamw", theirs, LR)
+    one, other = (
+        make_optimizer("adamw-host", ours, AdamSettings(LR)),
+        make_optimizer("adamw", theirs, AdamSettings(LR)),
+    )
     assert isinstance(one, MasterAdamW)
     assert isinstance(other, torch.optim.AdamW)
     for step in range(STEPS):
@@ -92,7 +96,7 @@ def test_float32_on_the_host_is_torch_s_own_to_the_bit() -> None:
 def test_updates_that_bfloat16_cannot_hold_are_not_lost() -> None:
     """1 + 1e-5 is 1 in bfloat16; a thousand such updates are 1.01."""
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    optimizer = make_optimizer("adamw", [weight], 1e-5)
+    optimizer = make_optimizer("adamw", [weight], AdamSettings(1e-5))
     for _ in range(1000):
         weight.grad = torch.full((1,), -0.5, dtype=torch.bfloat16)
         optimizer.step()
@@ -103,7 +107,10 @@ def test_updates_that_bfloat16_cannot_hold_are_not_lost() -> None:
 
 def test_a_weight_without_a_gradient_stays_and_a_closure_is_refused() -> None:
     first, second, _ = parameters(torch.bfloat16)
-    optimizer, before = MasterAdamW([first, second], LR), first.detach().clone()
+    optimizer, before = (
+        MasterAdamW(AdamSettings(LR).groups([first, second])),
+        first.detach().clone(),
+    )
     second.grad = torch.ones_like(second)
     optimizer.step()
     assert torch.equal(first, before)
@@ -116,7 +123,7 @@ def test_a_weight_without_a_gradient_stays_and_a_closure_is_refused() -> None:
 @pytest.mark.parametrize("name", EXACT)
 def test_state_bytes_are_those_of_the_state(name: OptimizerName, dtype: torch.dtype) -> None:
     weights = parameters(dtype)
-    optimizer = make_optimizer(name, weights, LR)
+    optimizer = make_optimizer(name, weights, AdamSettings(LR))
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
@@ -133,7 +140,7 @@ def test_state_bytes_are_those_of_the_state(name: OptimizerName, dtype: torch.dt
 
 def test_gradients_are_clipped_by_their_norm_in_float32() -> None:
     weights = parameters(torch.float32)
-    optimizer = make_optimizer("adamw", weights, LR)
+    optimizer = make_optimizer("adamw", weights, AdamSettings(LR))
     for weight, gradient in zip(weights, gradients(2, torch.float32), strict=True):
         weight.grad = gradient
     truth = torch.cat([g.double().flatten() for g in gradients(2, torch.float32)]).norm()
@@ -155,7 +162,7 @@ def test_clipping_rounds_no_bfloat16_gradient_again(name: OptimizerName, most: f
     scales = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
     clipped = [[g.double() * s for g in step] for step, s in zip(steps, scales, strict=True)]
     expected = oracle(weights, clipped)
-    optimizer = make_optimizer(name, weights, LR)
+    optimizer = make_optimizer(name, weights, AdamSettings(LR))
     for step, norm in zip(steps, norms, strict=True):
         for weight, gradient in zip(weights, step, strict=True):
             weight.grad = gradient
@@ -184,7 +191,7 @@ def test_many_micro_batches_are_added_up_in_float32() -> None:
     assert total is not None
     assert float(((total.double() - truth).abs() / truth).max()) < 1e-6
     assert float(((rounded.double() - truth).abs() / truth).max()) > 0.01  # what it was before
-    optimizer = make_optimizer("adamw", [weight], LR)
+    optimizer = make_optimizer("adamw", [weight], AdamSettings(LR))
     clip_gradients(optimizer, 1.0)
     optimizer.step()
     expected = oracle([torch.ones(64, 8)], [[truth / truth.norm()]])[0]
@@ -201,7 +208,7 @@ def test_a_step_is_a_few_operations_over_lists(monkeypatch: pytest.MonkeyPatch) 
     for most in (2**26, 23, 1):
         monkeypatch.setattr(optimizers, "AT_ONCE", most)
         weights = parameters(torch.bfloat16)
-        optimizer = make_optimizer("adamw", weights, LR)
+        optimizer = make_optimizer("adamw", weights, AdamSettings(LR))
         for step in range(STEPS):
             for weight, gradient in zip(weights, gradients(step, torch.bfloat16), strict=True):
                 weight.grad = gradient
@@ -341,7 +348,7 @@ def test_clipping_is_over_lists_and_to_the_bit_what_one_by_one_gives() -> None:
     dtype = torch.float32
     for most in (0.25, 1e6):
         weights, alone = parameters(dtype), gradients(2, dtype)
-        optimizer = make_optimizer("adamw", weights, LR)
+        optimizer = make_optimizer("adamw", weights, AdamSettings(LR))
         for weight, gradient in zip(weights, gradients(2, dtype), strict=True):
             weight.grad = gradient
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in alone]
@@ -357,3 +364,37 @@ def test_clipping_is_over_lists_and_to_the_bit_what_one_by_one_gives() -> None:
         )
         assert ("aten::_foreach_mul_" in seen.names) == (most < 1)
         assert "aten::mul_" not in seen.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_decay_and_the_moments_rates_are_adamw_s(dtype: torch.dtype) -> None:
+    """Against AdamW written out in float64; norms and biases do not decay."""
+    settings = AdamSettings(1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    matrix = nn.Parameter(torch.randn(4, 3, generator=torch.manual_seed(0)).to(dtype))
+    bias = nn.Parameter(torch.randn(3, generator=torch.manual_seed(1)).to(dtype))
+    optimizer = make_optimizer("adamw", [matrix, bias], settings)
+    expected = {}
+    for parameter, decay in ((matrix, 0.1), (bias, 0.0)):
+        value = parameter.detach().double()
+        first, second = torch.zeros_like(value), torch.zeros_like(value)
+        for step in range(1, 4):
+            gradient = torch.full_like(value, 0.5 / step)
+            first = 0.8 * first + 0.2 * gradient
+            second = 0.95 * second + 0.05 * gradient**2
+            value = value * (1 - 1e-2 * decay)
+            moved = (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-6)
+            value = value - 1e-2 * moved
+        expected[parameter] = value
+    for step in range(1, 4):
+        for parameter in (matrix, bias):
+            parameter.grad = torch.full_like(parameter, 0.5 / step)
+        optimizer.step()
+    for parameter, value in expected.items():
+        exact = 1e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=exact)
+
+
+def test_without_decay_all_weights_are_one_group() -> None:
+    """So checkpoints of earlier versions load."""
+    weights = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    assert len(make_optimizer("adamw", weights, AdamSettings(LR)).param_groups) == 1

@@ -1,0 +1,75 @@
+"""The length of a run, and the learning rate of each of its updates."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from logratio.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The length of a run.
+
+    Attributes:
+        updates: Number of updates.
+        epochs: Passes over the data, begun or finished.
+        groups: Number of groups in all updates.
+    """
+
+    updates: int
+    epochs: int
+    groups: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, groups: int) -> "RunLength":
+        """Return the length of a run over `groups` groups.
+
+        `max_steps` takes precedence over `epochs`, as in transformers: data is repeated or cut.
+        """
+        per_epoch = math.ceil(groups / config.batch_size)
+        updates = config.max_steps or config.epochs * per_epoch
+        whole, rest = divmod(updates, per_epoch)
+        seen = whole * groups + rest * config.batch_size
+        return cls(updates, math.ceil(updates / per_epoch), seen)
+
+
+def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
+    """Return the learning rate of the update after `done` of `updates` updates.
+
+    A linear warmup, then the decay that `config.lr_scheduler` names, from the peak `config.lr` down
+    to `config.min_lr_rate` of it.
+    """
+    warmup = math.ceil(config.warmup * updates)
+    if done < warmup:
+        return config.lr * (done + 1) / warmup
+    passed = (done - warmup) / max(1, updates - warmup)
+    high = DECAYS[config.lr_scheduler](passed, config.decay)
+    return config.lr * (config.min_lr_rate + (1 - config.min_lr_rate) * high)
+
+
+def _cosine(passed: float, _: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * passed))
+
+
+def _linear(passed: float, _: float) -> float:
+    return 1 - passed
+
+
+def _constant(*_: float) -> float:
+    return 1.0
+
+
+def _stable(passed: float, decay: float) -> float:
+    """Stay at the peak, then fall linearly over the last `decay` (WSD, arXiv 2404.06395)."""
+    return min(1.0, (1 - passed) / decay)
+
+
+DECAYS: Mapping[str, Callable[[float, float], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "wsd": _stable,
+}
+"""Shares of the peak, from the share of the updates after the warmup that have passed, in [0, 1),
+and the share of them in which "wsd" decays."""

@@ -1,0 +1,104 @@
+"""The length of a run and its learning rates: each schedule by hand, and as transformers has it."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from logratio import TrainConfig, train
+from logratio.errors import ConfigError
+from logratio.training.schedule import DECAYS, RunLength, learning_rate
+from logratio.training.trainer import DPOTrainer
+
+CONFIG = TrainConfig("model", ["pairs"], "out", lr=2.0, warmup=0.2)
+
+
+def rates(config: TrainConfig, updates: int = 10) -> list[float]:
+    return [learning_rate(config, done, updates) for done in range(updates)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "theirs"),
+    [
+        ({}, "cosine", {}),
+        ({"lr_scheduler": "linear"}, "linear", {}),
+        ({"lr_scheduler": "constant"}, "constant_with_warmup", {}),
+        ({"min_lr_rate": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ],
+)
+def test_a_schedule_equals_that_of_transformers(
+    settings: dict[str, Any], name: str, theirs: dict[str, Any]
+) -> None:
+    """Theirs starts the warmup at 0; ours at the first step, so no update is lost."""
+    warmup, updates = 4, 20
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = get_scheduler(name, optimizer, warmup, updates, scheduler_specific_kwargs=theirs)
+    wanted = []
+    for _ in range(updates):
+        wanted.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    found = rates(replace(CONFIG, **settings), updates)
+    assert found[warmup:] == pytest.approx(wanted[warmup:])
+    assert found[:warmup] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+def test_wsd_stays_and_then_falls_to_its_floor() -> None:
+    config = replace(CONFIG, lr_scheduler="wsd", decay=0.5, min_lr_rate=0.5, warmup=0.0)
+    assert rates(config, 8) == pytest.approx([2.0] * 5 + [1.75, 1.5, 1.25])
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_every_schedule_starts_at_the_peak_and_never_rises(name: str) -> None:
+    found = rates(replace(CONFIG, lr_scheduler=name, min_lr_rate=0.25), 50)[10:]
+    assert found[0] == 2.0
+    assert all(later <= earlier for earlier, later in pairwise(found))
+    assert found[-1] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({"epochs": 2}, RunLength(6, 2, 20)),
+        ({"max_steps": 2}, RunLength(2, 1, 8)),
+        ({"max_steps": 3}, RunLength(3, 1, 10)),
+        ({"max_steps": 7, "epochs": 9}, RunLength(7, 3, 24)),
+    ],
+)
+def test_a_run_of_ten_groups_by_four(settings: dict[str, Any], length: RunLength) -> None:
+    assert RunLength.of(replace(CONFIG, batch_size=4, **settings), 10) == length
+
+
+def test_max_steps_ends_a_run_and_schedules_it(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        tiny_model, pairs_file, tmp_path / "out", batch_size=8, max_steps=3, lr=1e-3, warmup=0.0
+    )
+    trainer = DPOTrainer(config=config, show_progress=False)
+    result = trainer.train()
+    assert [row["lr"] for row in result.history] == pytest.approx(rates(replace(config), 3))
+    assert (result.steps, trainer.updates) == (3, 3)
+    assert [row["epoch"] for row in result.history] == [0.5, 1.0, 1.5]
+    again = train(replace(config), show_progress=False)
+    assert again.was_finished
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_scheduler": "sawtooth"}, {"min_lr_rate": 1.5}, {"decay": 0.0}, {"max_steps": 0},
+        {"weight_decay": -0.1}, {"adam_beta2": 1.0}, {"adam_epsilon": -1.0},
+        {"keep_checkpoints": 0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(
+    settings: dict[str, Any], tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((ConfigError, TypeError), match=next(iter(settings))):
+        DPOTrainer(tiny_model, pairs_file, output=tmp_path / "out", **settings)
