@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from logratio import TrainConfig, train
 from logratio.errors import ConfigError
+from logratio.training.config import Schedule
 from logratio.training.schedule import DECAYS, RunLength, learning_rate
 from logratio.training.trainer import DPOTrainer
 
@@ -52,8 +53,8 @@ def test_wsd_stays_and_then_falls_to_its_floor() -> None:
     assert rates(config, 8) == pytest.approx([2.0] * 5 + [1.75, 1.5, 1.25])
 
 
-@pytest.mark.parametrize("name", DECAYS)
-def test_every_schedule_starts_at_the_peak_and_never_rises(name: str) -> None:
+@pytest.mark.parametrize("name", get_args(Schedule))
+def test_every_schedule_starts_at_the_peak_and_never_rises(name: Schedule) -> None:
     found = rates(replace(CONFIG, lr_scheduler=name, min_lr_rate=0.25), 50)[10:]
     assert found[0] == 2.0
     assert all(later <= earlier for earlier, later in pairwise(found))
@@ -71,6 +72,10 @@ def test_every_schedule_starts_at_the_peak_and_never_rises(name: str) -> None:
 )
 def test_a_run_of_ten_groups_by_four(settings: dict[str, Any], length: RunLength) -> None:
     assert RunLength.of(replace(CONFIG, batch_size=4, **settings), 10) == length
+
+
+def test_every_name_has_a_schedule() -> None:
+    assert set(DECAYS) == set(get_args(Schedule))
 
 
 def test_max_steps_ends_a_run_and_schedules_it(
