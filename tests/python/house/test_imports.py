@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,28 @@ def test_every_exception_derives_from_the_base_class() -> None:
     bases = {name: {ast.unparse(base) for base in node.bases} for name, node in found.items()}
     assert len(found) > 30
     assert not [name for name, its in bases.items() if not its & own]
+
+
+def first_imports() -> dict[str, set[str]]:
+    """Return the modules of the package that each imports when it is first imported itself."""
+    modules = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in python_sources()
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found[name] = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= (names & modules.keys()) or {node.module}
+        found[name].discard(name)
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = first_imports()
+    assert sum(map(len, graph.values())) > 500
+    TopologicalSorter(graph).prepare()  # raises CycleError with the modules
