@@ -41,8 +41,8 @@ families: $(BUILT) ## score every causal language model of the installed transfo
 	$(BIN)/python -m pytest -m families tests/python/logps/test_families.py tests/python/logps/test_every_family.py \
 		-n auto --maxprocesses 4
 
-long: $(BUILT) ## train small real models on three seeds, for ten minutes
-	$(BIN)/python -m pytest -m long tests/python/test_real_material.py
+long: $(BUILT) ## tests that take minutes each: trainings, a rehearsal of make gpu
+	$(BIN)/python -m pytest -m long
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power
 	LOGRATIO_POWER_LOSSES=100 LOGRATIO_KILLS=5 LOGRATIO_FORGERIES=100 LOGRATIO_WRITERS=5 \

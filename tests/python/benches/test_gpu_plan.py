@@ -136,7 +136,7 @@ def test_a_part_of_a_step_is_measured(
         assert all(row["microseconds_a_row"] > 0 for row in said)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_step_is_rehearsed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny"])
