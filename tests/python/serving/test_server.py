@@ -118,7 +118,7 @@ def test_chat_turns_need_and_use_the_bundles_template(
         # A template may quote the chat: its message must not appear in the answer.
         request = {"query": [{"role": "user", "content": CANARY}], "documents": ["sad"]}
         message = refused(chats, 422, "query", json=request)
-        assert message == "[E403] turns whose roles make no prompt and answer"
+        assert message == "[E403] turns whose roles do not form a prompt and an answer"
 
 
 def test_liveness_and_readiness_are_separate(client: TestClient) -> None:

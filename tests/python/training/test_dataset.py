@@ -76,7 +76,7 @@ def test_ids_that_the_data_does_not_use_are_accepted(
 
 
 def test_export_refuses_it_too(larger: Path, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="its tokenizer knows 21 ids, and the policy 20"):
+    with pytest.raises(ExportError, match="its tokenizer has 21 ids, but the policy has 20"):
         plan_export(ExportConfig(larger, tiny_model, tmp_path / "bundle", 0.1))
 
 

@@ -196,7 +196,7 @@ def test_impossible_requests_are_refused(
     other = save(tmp_path / "other", byte_level())
     build_store([file], PreferenceTokenizer.load(folder), "rows.store")
     for arguments, words in {
-        (file,): "name the model's tokenizer with --tokenizer DIR",
+        (file,): "give the model's tokenizer with --tokenizer DIR",
         (file, "--tokenizer", folder, "--picture", "a.jpg"): "a picture is .svg, .png or .pdf",
         ("rows.store", file): "is a sealed store, which must be the only input",
         ("rows.store", "--tokenizer", other): "built with another tokenizer",

@@ -167,7 +167,7 @@ def test_listed_places_are_not_overcounted(tmp_path: Path) -> None:
     """Both sides of one row were truncated: the report lists one place."""
     row = text("the cat", " ran on the mat", " sat on the mat")
     told = report(tmp_path, [row, text("the dog", " ran", " sat")], 5)
-    assert "[W503] 2 × a completion was cut" in told
+    assert "[W503] 2 × a completion was truncated" in told
     assert "more" not in told.split("[W503]")[1].split("\n\n")[0]
 
 

@@ -96,7 +96,7 @@ def test_without_the_flag_the_refusal_names_it(tmp_path: Path, run: Run) -> None
         code, out, _ = run("data", "inspect", path, "--encoding", encoding)
         assert code == 0 and "naïve café" in out
     code, _, err = run("data", "inspect", path, "--encoding", "klingon")
-    assert code == 2 and "no text in 'klingon'" in err
+    assert code == 2 and "unknown text encoding 'klingon'" in err
 
 
 def test_tables_have_no_encoding(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_saved_dict_of_splits(tmp_path: Path) -> None:
     for split in ("train", "test_hard"):
         (rows,) = open_inputs([tmp_path / "sets"], Reading(split))
         assert f"/{split}/" in rows.name
-    with pytest.raises(TypeError, match="'train', 'test_hard', and 'golden' is none of them"):
+    with pytest.raises(TypeError, match="'train', 'test_hard', but not 'golden'"):
         open_inputs([datasets.DatasetDict(train=part, test_hard=part)], Reading("golden"))
     (rows,) = open_inputs([datasets.DatasetDict(train=part, test=part)], Reading("train"))
     assert rows.size == 1

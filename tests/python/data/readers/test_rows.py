@@ -185,7 +185,7 @@ def test_an_object_over_several_lines_is_explained(tmp_path: Path, first: str) -
     path.write_text(first)
     _, refusal = next(iter(open_file(path)))
     assert isinstance(refusal, Refusal)
-    assert "write an object in one line" in refusal.reason
+    assert "write each object on one line" in refusal.reason
 
 
 def test_archives_are_named(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_an_input_that_is_not_data_is_refused() -> None:
     splits = datasets.DatasetDict(
         train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS)
     )
-    with pytest.raises(TypeError, match="of the splits 'train', 'test': give one of them"):
+    with pytest.raises(TypeError, match="with the splits 'train', 'test': pass one of them"):
         open_inputs([splits])
     with pytest.raises(TypeError, match="a list is not data: give paths, '-' for stdin"):
         open_inputs([ROWS])

@@ -141,7 +141,7 @@ def test_a_store_records_text_as(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(TEXT) + "\n")
     build_store([path], load(folder), out)
     load_store(out, load(folder, text_as="text"))  # the same ids
-    with pytest.raises(StoreMismatchError, match="text_as None, and here they are text_as chat"):
+    with pytest.raises(StoreMismatchError, match="text_as None, but now they are text_as chat"):
         load_store(out, load(folder, text_as="chat"))
 
 
@@ -166,7 +166,7 @@ def test_a_bundle_reads_strings_as_training_did(
     [
         ((0, 9), None, "chat", ""),
         ((9, 0), None, "text", ""),
-        ((4, 5), None, "text", "4 rows were trained as plain text and 5 through the chat template"),
+        ((4, 5), None, "text", "4 rows were trained as plain text and 5 with the chat template"),
         (None, None, "chat", "no record of how the policy was trained"),
         ((9, 0), "chat", "chat", ""),
         (None, "text", "text", ""),
