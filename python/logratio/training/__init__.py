@@ -18,8 +18,8 @@ from logratio.training.dataset import VocabularyError
 from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
 from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError
+from logratio.training.metrics import NonFiniteError
 from logratio.training.models import DeviceError, ModelFolderError, QuantizationError, load_model
-from logratio.training.nonfinite import NonFiniteError
 from logratio.training.precomputation import PrecomputeResult, ShareError, precompute
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from logratio._rust import ROLES, Census, Store
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.readers.inputs import Inputs, as_inputs
+from logratio.data.readers.inputs import Input, Inputs, as_inputs
 from logratio.data.store.build import build_store
 from logratio.data.store.load import datasets_of, is_store, load_store, rules_of, source_names
 from logratio.data.store.row_report import DataReport
@@ -74,14 +74,8 @@ def load_dataset(
             differently.
         ConfigError: No records are left, or one is longer than the model's positions.
     """
-    tokenizer = PreferenceTokenizer.load(Path(model), rules)
-    check_ids(model, tokenizer)
     data = as_inputs(data)
-    if rules.date is None and tokenizer.reads_date:
-        is_sealed = is_store(data)
-        date = rules_of(Store.open(data[0])).date if is_sealed else None
-        date = date or (recorded_date() if recorded_date and not is_sealed else None)
-        tokenizer = PreferenceTokenizer(tokenizer.files, replace(rules, date=date))
+    tokenizer = _tokenizer_for(data, model, rules, recorded_date)
     if is_store(data):
         store, report = load_store(data[0], tokenizer)
     else:
@@ -102,6 +96,24 @@ def load_dataset(
     _check_positions(model, store)
     check_embedding(model, tokenizer, store)
     return Dataset(store, report, tokenizer)
+
+
+def _tokenizer_for(
+    data: list[Input],
+    model: PathLike,
+    rules: TokenizationRules,
+    recorded_date: Callable[[], str | None] | None,
+) -> PreferenceTokenizer:
+    """Load the tokenizer of a model, with the date of a sealed store or of earlier work."""
+    tokenizer = PreferenceTokenizer.load(Path(model), rules)
+    check_ids(model, tokenizer)
+    if rules.date or not tokenizer.reads_date:
+        return tokenizer
+    if is_store(data):
+        date = rules_of(Store.open(data[0])).date
+    else:
+        date = recorded_date() if recorded_date else None
+    return PreferenceTokenizer(tokenizer.files, replace(rules, date=date))
 
 
 def load_training_data(

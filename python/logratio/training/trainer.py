@@ -38,7 +38,7 @@ from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import averages, make_objective
 from logratio.training.memory import training_forecast
-from logratio.training.metrics import MetricsLog
+from logratio.training.metrics import MetricsLog, NonFiniteError, not_finite
 from logratio.training.models import (
     autocast,
     default_device,
@@ -46,7 +46,6 @@ from logratio.training.models import (
     precision_of,
     training_budget,
 )
-from logratio.training.nonfinite import NonFiniteError, not_finite
 from logratio.training.optimizers import (
     AdamSettings,
     clip_gradients,
@@ -493,7 +492,9 @@ class DPOTrainer:
         culprits = [
             int(one) for one, value in zip(groups, sums, strict=True) if not math.isfinite(value)
         ]
-        return not_finite(step, values, [*self._recent], self._names(culprits, len(groups)))
+        return not_finite(
+            step, values, self._recent, self._names(culprits, len(groups)), self.config.lr
+        )
 
     def _names(self, culprits: list[int], groups: int) -> str:
         if len(culprits) == groups > 1:

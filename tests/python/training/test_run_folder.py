@@ -18,8 +18,7 @@ from logratio.durable import locked
 from logratio.errors import ConfigError
 from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
 from logratio.training import checkpoint as checkpoints
-from logratio.training.metrics import MetricsLog
-from logratio.training.nonfinite import NonFiniteError
+from logratio.training.metrics import MetricsLog, NonFiniteError
 from logratio.training.run_folder import RunExistsError, reward_beta
 from logratio.training.trainer import DPOTrainer, SaveError
 

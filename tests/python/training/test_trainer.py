@@ -31,8 +31,8 @@ from logratio.training import (
 from logratio.training.checkpoint import ResumeError, RunInterruptedError
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.metrics import NonFiniteError
 from logratio.training.models import ModelFolderError, load_model
-from logratio.training.nonfinite import NonFiniteError
 from logratio.training.reference import StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.trainer import DPOTrainer
@@ -356,9 +356,9 @@ def test_slow_threads_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch_settings.advice(cpu) is None  # there is one thread
     torch.set_num_threads(2)
     try:
-        told = torch_settings.advice(cpu)
-        assert told is not None
-        assert "4.0 times" in told
+        expected = torch_settings.advice(cpu)
+        assert expected is not None
+        assert "4.0 times" in expected
         assert torch_settings.advice(cpu) is None
         assert torch.get_num_threads() == 2
     finally:
