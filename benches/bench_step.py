@@ -75,9 +75,9 @@ Row = dict[str, Any]
 
 def make_material(wanted: Wanted) -> Row:
     """Create the material in a separate process; return its description."""
-    told = Path(wanted.folder) / "wanted.json"
-    told.write_text(json.dumps(asdict(wanted)))
-    run_script(sys.executable, "step_material.py", [str(told)], wanted.threads)
+    given = Path(wanted.folder) / "wanted.json"
+    given.write_text(json.dumps(asdict(wanted)))
+    run_script(sys.executable, "step_material.py", [str(given)], wanted.threads)
     said: Row = json.loads((Path(wanted.folder) / "material.json").read_text())
     return said
 
@@ -164,8 +164,8 @@ def bench(options: argparse.Namespace, model: str, data: str, pythons: Pythons) 
             names = [name for name in options.arms if ARMS[name].order == order]
             if not names:
                 continue
-            told = replace(spec, material=folder, order=order)
-            for file, row in session(options, told, names, pythons, about | {"order": order}):
+            own_spec = replace(spec, material=folder, order=order)
+            for file, row in session(options, own_spec, names, pythons, about | {"order": order}):
                 keep(options.results, file, row)
 
 
@@ -181,11 +181,11 @@ def flatness(options: argparse.Namespace, model: str, data: str) -> None:
                 *(spec.seed, spec.threads, spec.device, spec.precision),
             )
             said = make_material(wanted)
-            told = replace(spec, material=folder, warmup=1, measured=updates - 1)
-            record = run_arm("ours", ARMS["ours"], told, Pythons(None))
-            keep(options.results, "flatness", about | cost_per_pair(record, told, said))
+            own_spec = replace(spec, material=folder, warmup=1, measured=updates - 1)
+            record = run_arm("ours", ARMS["ours"], own_spec, Pythons(None))
+            keep(options.results, "flatness", about | cost_per_pair(record, own_spec, said))
             if pairs == min(options.pairs):
-                keep(options.results, "sharing", about | sharing(told, model, options.rounds))
+                keep(options.results, "sharing", about | sharing(own_spec, model, options.rounds))
 
 
 def described(options: argparse.Namespace, spec: Spec, model: str, data: str) -> Row:

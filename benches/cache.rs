@@ -22,7 +22,7 @@ fn keys(count: usize) -> Vec<Key> {
     (0..count).map(key).collect()
 }
 
-/// Appends `blocks` blocks to a journal of its own.
+/// Appends `blocks` blocks to a new journal.
 fn fill(folder: &Path, blocks: usize) {
     let mut writer = CacheWriter::create(folder, &FINGERPRINT).expect("creates");
     let offsets: Vec<i64> = (0..=BLOCK).map(|record| (record * TOKENS) as i64).collect();

@@ -34,7 +34,7 @@ def cost_per_pair(record: Row, spec: Spec, material: Row) -> Row:
 
 def sharing(spec: Spec, model: str, rounds: int) -> Row:
     """Run `step_sharing.py` on the material; return its row."""
-    told = (spec.device, spec.precision, str(spec.threads), str(rounds))
-    arguments = [spec.material, model, *told]
+    key = (spec.device, spec.precision, str(spec.threads), str(rounds))
+    arguments = [spec.material, model, *key]
     row: Row = json.loads(run_script(sys.executable, "step_sharing.py", arguments, spec.threads))
     return row

@@ -69,9 +69,9 @@ def run_arm(name: str, arm: Arm, spec: Spec, pythons: Pythons) -> Record:
         WorkerError: it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        result, told = Path(folder) / "record.json", Path(folder) / "spec.json"
-        replace(spec, result=str(result), arm=name, settings=dict(arm.settings)).write(told)
-        run_script(pythons.of(arm.worker), arm.worker, [str(told)], spec.threads)
+        result, given = Path(folder) / "record.json", Path(folder) / "spec.json"
+        replace(spec, result=str(result), arm=name, settings=dict(arm.settings)).write(given)
+        run_script(pythons.of(arm.worker), arm.worker, [str(given)], spec.threads)
         record: Record = json.loads(result.read_text())
     return record
 

@@ -1,6 +1,6 @@
 //! What all files of this crate have in common: little-endian integers, alignment, checksums.
 //!
-//! A header ends in the CRC32C of its own bytes. The data after it is covered by one CRC32C for each
+//! A header ends in the CRC32C of its bytes. The data after it is covered by one CRC32C for each
 //! [`BLOCK`], so that a reader checks only the blocks it reads.
 
 use std::{

@@ -30,7 +30,7 @@ impl Map {
         unsafe { Mmap::map(file) }.map(Self)
     }
 
-    /// Copies `bytes` to memory of its own.
+    /// Copies `bytes` to separate memory.
     pub fn copy_of(bytes: &[u8]) -> Result<Self> {
         let copy = || {
             let mut map = MmapMut::map_anon(bytes.len())?;

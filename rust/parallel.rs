@@ -19,7 +19,7 @@ pub(crate) fn threads(most: usize) -> usize {
     thread::available_parallelism().map_or(1, |count| count.get().min(most))
 }
 
-/// Calls `work` on each item, on a thread of its own.
+/// Calls `work` on each item, on a separate thread.
 pub(crate) fn each<I: Send, T: Send>(items: Vec<I>, work: impl Fn(I) -> T + Sync) -> Vec<T> {
     thread::scope(|scope| {
         let work = &work;

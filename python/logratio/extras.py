@@ -25,7 +25,7 @@ def require(module: str, extra: str) -> ModuleType:
 
     Raises:
         MissingExtraError: `module` is not installed; the message has the command to install it.
-        ImportError: `module` is installed, but one of its own imports is not.
+        ImportError: `module` is installed, but one of its imports is not.
     """
     try:
         return importlib.import_module(module)

@@ -103,7 +103,7 @@ pub const LARGEST: f32 = 1e-3;
 /// two sums further apart than this times the root of their number of tokens.
 pub const TOLERANCE: f32 = 1e-3;
 
-/// The two kinds of values, in folders of their own.
+/// The two kinds of values, in separate folders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ValueKind {
     /// The log-prob of every token, f32.

@@ -1,4 +1,4 @@
-//! Appends log-probs to a journal of its own.
+//! Appends log-probs to a new journal.
 
 use std::{
     io::{self, ErrorKind},

@@ -94,7 +94,7 @@ fn draw(mixture: Mixture<'_>, seed: u64, epoch: u64) -> Vec<u32> {
     drawn
 }
 
-/// A generator of its own for each number `at` of each `stream` of a seed.
+/// A separate generator for each number `at` of each `stream` of a seed.
 fn random(seed: u64, at: u64, stream: u64) -> ChaCha8Rng {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());

@@ -36,7 +36,7 @@ fn tolerant(cache: Cache, tolerance: Option<f32>) -> Cache {
     }
 }
 
-/// Append log-probs to a new journal of its own in `folder`, which is created if need be.
+/// Append log-probs to a new journal in `folder`, which is created if need be.
 ///
 /// Any number of writers may share a folder. `fingerprint` is 32 bytes that name the reference.
 /// With `sums`, the folder keeps one sum a completion.

@@ -61,7 +61,7 @@ arrays! {
             Ok(format!("{name}({})", arrays.join(", ")))
         }
 
-        /// Where each array lies: name to dtype, first byte, shape.
+        /// Place of each array: name to dtype, first byte, shape.
         #[getter]
         fn table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
             let table = PyDict::new(py);

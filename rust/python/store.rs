@@ -478,7 +478,7 @@ pub fn near_duplicates(
 /// Which tokens a store uses, and how its completions begin and end.
 #[pyclass(frozen, get_all, module = "logratio._rust")]
 pub struct Census {
-    /// How often each id stands in a prompt (once a group) or a completion: `[V]`.
+    /// How often each id occurs in a prompt (once a group) or a completion: `[V]`.
     uses: Py<PyArray1<i64>>,
     /// How many completions each id ends: `[V]`.
     ends: Py<PyArray1<i64>>,

@@ -240,7 +240,7 @@ fn keys_of(groups: &[Group<'_>]) -> Vec<Option<GroupKey>> {
 }
 
 impl Store {
-    /// Seals the groups for which `keep` holds as a store of their own, in the same order, at
+    /// Seals the groups for which `keep` holds as a separate store, in the same order, at
     /// `path` or in memory. Groups are copied one by one, so that memory stays bounded.
     pub fn select(&self, keep: &[bool], path: Option<&Path>, metadata: &str) -> Result<Self> {
         if keep.len() != self.len() {

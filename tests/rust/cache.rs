@@ -203,7 +203,7 @@ fn a_living_journal_is_locked_and_can_be_read() {
     file.try_lock().expect("free");
 }
 
-/// Readers beside a writer see whole blocks only, and never take growth for damage.
+/// Readers see only whole blocks while a writer appends, and never report growth as damage.
 #[test]
 fn readers_beside_a_writer_see_whole_blocks() {
     let folder = tempdir().expect("folder");

@@ -29,7 +29,7 @@ fn writes_until_it_is_killed() {
     be_a_child();
 }
 
-/// Each has a journal of its own, and compaction leaves alone what is written.
+/// Each has a separate journal, and compaction leaves alone what is written.
 #[test]
 fn a_hundred_writers_never_share_a_journal() {
     let folder = folder();

@@ -38,11 +38,11 @@ def fingerprint(seed: int = 0, **soft: str) -> dict[str, Any]:
 
 def folder_of(root: Path, seed: int = 0, *, sums: bool = False) -> Path:
     """The folder of one reference below a root, with its fingerprint."""
-    told = fingerprint(seed)
-    name = str(told["digest"])[:16]
+    recorded = fingerprint(seed)
+    name = str(recorded["digest"])[:16]
     folder = root / (f"{name}.sums" if sums else name)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fingerprint.json").write_text(json.dumps(told, indent=1))
+    (folder / "fingerprint.json").write_text(json.dumps(recorded, indent=1))
     return folder
 
 

@@ -151,7 +151,7 @@ SCALED_HEADS: Mapping[str, Family] = {
         GROUPED | {"lru_width": 64, "logits_soft_cap": 2.0, "attention_window_size": WINDOW},
     ),
 }
-"""Heads that scale or cap logits under names of their own."""
+"""Heads that scale or cap logits under other names."""
 
 UNKNOWN_HEADS: Mapping[str, Family] = {
     "modernbert-decoder": Family("modernbert-decoder", SIZES),

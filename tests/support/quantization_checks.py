@@ -159,9 +159,9 @@ def test_state_bytes_match_the_8_bit_state(tiny_model: Path) -> None:
     optimizer.step()
     state = optimizer.state[weight]
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
-    told = state_bytes("adamw8bit", torch.float32, weight.device) * weight.numel()
+    expected = state_bytes("adamw8bit", torch.float32, weight.device) * weight.numel()
     held = sum(state[n].nbytes for n in ("state1", "state2", "absmax1", "absmax2"))
-    assert told <= held <= 1.05 * told
+    assert expected <= held <= 1.05 * expected
 
 
 def test_resume_is_bitwise_in_8_bits(training: TrainConfig, tmp_path: Path) -> None:

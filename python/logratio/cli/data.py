@@ -37,8 +37,7 @@ def build(
     ],
     output: Annotated[Path, typer.Option(help="The store to write, for example `pairs.store`.")],
     refused: Annotated[
-        Path | None, typer.Option(help="Write refused rows to this file. Default: next to the "
-                     "store.")
+        Path | None, typer.Option(help="File for refused rows. Default: next to the store.")
     ] = None,
     deduplicate: Annotated[
         bool, typer.Option("--deduplicate/--keep-duplicates", help="Of rows with the same tokens, "

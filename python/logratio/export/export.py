@@ -479,7 +479,7 @@ def _load(plan: ExportPlan, groups: Sequence[GoldenInput]) -> tuple[ModelPair, E
     """Load both models, and score the groups with each before the models are joined.
 
     Returns:
-        The models, the log-probs of their own forward, and the log-probs of training's code.
+        The models, the log-probs of their forward pass, and the log-probs of training's code.
     """
     policy, reference = (
         load_model(folder).requires_grad_(False) for folder in (plan.policy, plan.reference)

@@ -252,7 +252,7 @@ class Tile:
         return self._filled.to(self._head.weight.dtype)[:, : len(self._head.weight)]
 
     def hidden_gradient(self, gradient: Tensor | None = None) -> Tensor:
-        """Return d(Σ gradient · logps) / d hidden, `[n, H]`; None stands for a gradient of ones."""
+        """Return d(Σ gradient · logps) / d hidden, `[n, H]`; None means a gradient of ones."""
         out = self._slopes @ self._head.weight
         factor = -self._head.transform.scale
         return out.mul_(factor if gradient is None else (gradient * factor)[:, None].to(out.dtype))

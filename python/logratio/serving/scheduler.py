@@ -13,7 +13,7 @@ from logratio.serving.limits import Limits, RefusedError
 _MEMORY = 64
 """Effective number of recent observations; one that is this old has weight 1/e."""
 _SPREAD = 1e-3
-"""Relative variance of the sizes below which the two terms cannot be told apart."""
+"""Relative variance of the sizes below which the two terms cannot be distinguished."""
 
 
 @dataclass

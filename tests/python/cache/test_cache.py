@@ -56,8 +56,8 @@ def test_references_are_found_and_described(tmp_path: Path) -> None:
 
 
 def test_the_digest_equals_that_of_training(tiny_model: Path) -> None:
-    told = fingerprint(3)
-    assert Fingerprint(told["hard"], {}).digest.hex() == told["digest"]
+    recorded = fingerprint(3)
+    assert Fingerprint(recorded["hard"], {}).digest.hex() == recorded["digest"]
     from logratio.cache.identity import fingerprint_digest
 
     real = model_fingerprint(tiny_model)
@@ -212,9 +212,9 @@ def test_records_that_contradict_each_other_are_a_problem(tmp_path: Path) -> Non
 
 def test_a_forged_fingerprint_is_named_and_its_log_probs_are_not_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "cache", {1: [-1.0]})
-    told = fingerprint()
-    told["hard"]["config"]["hidden_size"] = 64
-    (folder / "fingerprint.json").write_text(json.dumps(told))
+    recorded = fingerprint()
+    recorded["hard"]["config"]["hidden_size"] = 64
+    (folder / "fingerprint.json").write_text(json.dumps(recorded))
     cache = ReferenceCache(tmp_path / "cache")
     (report,) = cache.verify()
     assert not report.is_whole

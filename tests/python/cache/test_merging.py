@@ -58,15 +58,15 @@ def test_merging_gives_the_exact_union(tmp_path: Path) -> None:
 def test_merging_copies_the_fingerprint_and_all_conditions(tmp_path: Path) -> None:
     write(tmp_path / "a", {1: [-1.0]})
     other = write(tmp_path / "b", {2: [-1.0]})
-    told = fingerprint(torch="9.9", device="H100")
-    (other / "fingerprint.json").write_text(json.dumps(told))
+    recorded = fingerprint(torch="9.9", device="H100")
+    (other / "fingerprint.json").write_text(json.dumps(recorded))
     record_conditions(other, {"layout": "padded"})
     ReferenceCache(tmp_path / "new").merge([tmp_path / "a", tmp_path / "b"])
     (found,) = ReferenceCache(tmp_path / "new").references()
     assert found.name == other.name
-    assert found.hard == told["hard"]
+    assert found.hard == recorded["hard"]
     assert found.soft[0] == {"torch": "2.11.0"}
-    assert all(soft in found.soft for soft in (told["soft"], {"layout": "padded"}))
+    assert all(soft in found.soft for soft in (recorded["soft"], {"layout": "padded"}))
     ReferenceCache(tmp_path / "new").merge([tmp_path / "b"])
     assert len(list(found.path.glob("fingerprint*.json"))) == 1
     assert len(list(found.path.glob("conditions-*.json"))) == 2

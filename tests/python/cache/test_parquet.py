@@ -59,10 +59,10 @@ def test_parquet_contains_what_was_written_for_every_reader(
     assert same(rows, wanted)
     assert same(polars.read_parquet(path).rows(), wanted)
     assert same(duckdb.read_parquet(str(path)).fetchall(), wanted)
-    told = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
-    assert told["logratio.fingerprint"] == digest().hex()
-    assert told["logratio.kind"] == "per-token"
-    assert json.loads(told["logratio.reference"])["hard"] == fingerprint()["hard"]
+    metadata = {name.decode(): value.decode() for name, value in table.schema.metadata.items()}
+    assert metadata["logratio.fingerprint"] == digest().hex()
+    assert metadata["logratio.kind"] == "per-token"
+    assert json.loads(metadata["logratio.reference"])["hard"] == fingerprint()["hard"]
     assert [p.name for p in path.parent.iterdir()] == ["logps.parquet"]
     assert contents(folder) == records
 
@@ -148,8 +148,8 @@ def test_row_groups_are_bounded_for_long_completions(
     write(tmp_path / "long", {n: [-1.0] * 400 for n in range(3)}, seal=True)
     for name, rows in (("cache", [2] * 5), ("long", [1] * 3)):
         ReferenceCache(tmp_path / name).export(tmp_path / f"{name}.parquet")
-        told = pyarrow.parquet.read_metadata(tmp_path / f"{name}.parquet")
-        assert [told.row_group(i).num_rows for i in range(told.num_row_groups)] == rows
+        metadata = pyarrow.parquet.read_metadata(tmp_path / f"{name}.parquet")
+        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == rows
 
 
 def test_a_full_disk_leaves_no_partial_file(

@@ -185,8 +185,8 @@ def test_a_fault_is_reported_at_every_position(
     else:
         assert not report.warnings_by_code
     if fault.code:
-        (told,) = report.places[fault.code]
-        assert told == at or told.startswith(f"{at} ")
+        (place,) = report.places[fault.code]
+        assert place == at or place.startswith(f"{at} ")
     if name == "extra key":
         assert report.extra_keys == Counter(id=1)
 

@@ -110,7 +110,7 @@ def test_stores_account_for_damage(
             store, report = build_store([path], tokenizer, max_bad_fraction=1.0)
         except BadDataError as error:
             assert error.errors or "no row was kept" in error.summary, seed
-            assert all(told.startswith(path.as_posix()) for told in error.errors), seed
+            assert all(message.startswith(path.as_posix()) for message in error.errors), seed
             continue
         read, kept, refused, deduplicated = account(report)
         assert read == kept + refused + deduplicated, seed

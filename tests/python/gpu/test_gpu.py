@@ -322,10 +322,10 @@ def test_no_completion_sees_another(
     model = moved(rounded(family), DEVICE, dtype)
     layout, reason = choose_layout(model)
     assert (layout, reason) == ("shared", "leak check passed")
-    told = capsys.readouterr().err
-    assert "shared-prompt attention: " in told
+    message = capsys.readouterr().err
+    assert "shared-prompt attention: " in message
     with capsys.disabled():
-        print(f"\n{family}, {dtype}: {told.strip()}")
+        print(f"\n{family}, {dtype}: {message.strip()}")
     (prompt, (first, second)), *rest = random_groups(5)[1:]
     other = [(token + 1) % VOCABULARY for token in second]
     with torch.no_grad():
@@ -398,7 +398,7 @@ def long_prompts(count: int = 16) -> list[Group]:
 
 
 def one_by_one(groups: list[Group]) -> list[Group]:
-    """Each completion with a prompt of its own."""
+    """Each completion with a separate prompt."""
     return [(prompt, [answer]) for prompt, answers in groups for answer in answers]
 
 

@@ -87,8 +87,8 @@ def test_shared_weights_and_float32_modules_are_not_rounded() -> None:
 def test_load_model_rounds_frozen_models_and_the_forecast_agrees(tiny_model: Path) -> None:
     frozen = load_model(tiny_model, precision="bf16", frozen=True)
     assert not any(p.requires_grad for p in frozen.parameters())
-    told, held = frozen_bytes(tiny_model, "bf16"), sum(p.nbytes for p in frozen.parameters())
-    assert held == pytest.approx(told, rel=0.02)  # norms
+    expected, held = frozen_bytes(tiny_model, "bf16"), sum(p.nbytes for p in frozen.parameters())
+    assert held == pytest.approx(expected, rel=0.02)  # norms
     trained = load_model(tiny_model, precision="bf16")
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
 

@@ -165,6 +165,6 @@ def test_real_kernels_are_timed(
 ) -> None:
     monkeypatch.setattr(compile_trial, "SHORT", 0.0)
     train(replace(config, compile_layers="auto"), show_progress=False)
-    told = capsys.readouterr().err
-    assert "s plain" in told
-    assert "fails" not in told
+    message = capsys.readouterr().err
+    assert "s plain" in message
+    assert "fails" not in message

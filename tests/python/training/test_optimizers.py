@@ -133,9 +133,11 @@ def test_state_bytes_are_those_of_the_state(name: OptimizerName, dtype: torch.dt
         for value in state.values()
         if value.dim()
     )
-    told = state_bytes(name, dtype, torch.device("cpu"))
-    assert held == told * sum(weight.numel() for weight in weights)
-    assert state_bytes(name, dtype, torch.device("cuda")) == (0 if name == "adamw-host" else told)
+    expected = state_bytes(name, dtype, torch.device("cpu"))
+    assert held == expected * sum(weight.numel() for weight in weights)
+    assert state_bytes(name, dtype, torch.device("cuda")) == (
+        0 if name == "adamw-host" else expected
+    )
 
 
 def test_gradients_are_clipped_by_their_norm_in_float32() -> None:
@@ -326,8 +328,8 @@ def test_a_run_adds_up_in_float32_where_the_forecast_says_so(
     monkeypatch.setattr(trainer_module, "clip_gradients", noted)
     ready = DPOTrainer(config=dataclasses.replace(config, epochs=1), show_progress=False)
     added_up = not memory.fits_at_once(config, ready.store)
-    told = memory.training_bytes(config, None, added_up=added_up)
-    assert told == pytest.approx(each * parameter_count(config.model))
+    expected = memory.training_bytes(config, None, added_up=added_up)
+    assert expected == pytest.approx(each * parameter_count(config.model))
     ready.train()
     assert seen == {dtype}
 

@@ -1,4 +1,4 @@
-"""References in 8 and 4 bits: `quantization_checks.py`, in a process of its own.
+"""References in 8 and 4 bits: `quantization_checks.py`, in a separate process.
 
 Wherever peft finds bitsandbytes it imports it, which takes as long as torch; so `make` installs it
 apart, in `.venv/quantized`, and only these tests look there.

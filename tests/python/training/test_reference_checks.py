@@ -80,7 +80,7 @@ def fill(config: TrainConfig, **changes: object) -> Path:
 
 
 def rewritten(cache: Path, config: TrainConfig, store: Store, edit: Callable[..., None]) -> Path:
-    """Write a cache anew beside it, with `edit` done to its offsets and log-probs."""
+    """Write a copy of the cache next to it, with `edit` done to its offsets and log-probs."""
     fingerprint = model_fingerprint(config.model, precision_of(config))
     reader = open_cache(cache, fingerprint)
     offsets, logps = reader.read(reader.join(store.keys()))
@@ -196,9 +196,9 @@ def test_different_conditions_are_reported_with_the_sample(
     assert "filled under" not in capsys.readouterr().err
     path.write_text(json.dumps(stored | {"transformers": "4.0", "layout": "padded"}))
     train(with_(config, cache=cache, overwrite=True), show_progress=False)
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "filled under" in line]
-    assert "layout padded (here shared), transformers 4.0 (here " in told
-    assert "32 completions scored again" in told
+    (printed,) = [line for line in capsys.readouterr().err.splitlines() if "filled under" in line]
+    assert "layout padded (here shared), transformers 4.0 (here " in printed
+    assert "32 completions scored again" in printed
     other = with_(
         config, cache=cache, overwrite=True, model=make_model("b", 5), reference=config.model
     )

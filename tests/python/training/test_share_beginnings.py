@@ -135,5 +135,5 @@ def test_a_model_that_cannot_share_beginnings_says_so(
     monkeypatch.setattr("logratio.logps.checks.check_tree", lambda _: "it must not")
     config = PrecomputeConfig(tiny_model, [talks], tmp_path / "cache", share_beginnings=True)
     assert precompute(config, show_progress=False).new > 30
-    told = capsys.readouterr()
-    assert "within groups, not across them: it must not" in told.out + told.err
+    captured = capsys.readouterr()
+    assert "within groups, not across them: it must not" in captured.out + captured.err

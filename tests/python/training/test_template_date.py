@@ -207,7 +207,7 @@ def test_the_flag_overrides_the_date_of_a_template(
 def test_an_unfinished_store_continues_with_its_date(
     model: Path, chats: Path, tmp_path: Path, today: Today, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, told = tmp_path / "chats.store", list[str]()
+    path, messages = tmp_path / "chats.store", list[str]()
     monkeypatch.setattr(resume, "EVERY", 0.0)
     monkeypatch.setattr(ingest, "BATCH_ROWS", 1)
 
@@ -215,12 +215,12 @@ def test_an_unfinished_store_continues_with_its_date(
         if rows == 3:
             raise KeyboardInterrupt
 
-    build = partial(build_store, [chats], path=path, resume=True, tell=told.append)
+    build = partial(build_store, [chats], path=path, resume=True, tell=messages.append)
     with pytest.raises(KeyboardInterrupt):
         build(PreferenceTokenizer.load(model), progress=stop)
     today(NEXT)
     store, report = build(PreferenceTokenizer.load(model))
-    assert len(told) == 1 and "continues after" in told[0]
+    assert len(messages) == 1 and "continues after" in messages[0]
     assert (len(store), report.date) == (4, FIRST)
     whole, _ = build_store([chats], PreferenceTokenizer.load(model, rules(FIRST)))
     assert store.digest == whole.digest
@@ -228,4 +228,4 @@ def test_an_unfinished_store_continues_with_its_date(
     with pytest.raises(KeyboardInterrupt):
         build(PreferenceTokenizer.load(model, rules(FIRST)), progress=stop)
     store, report = build(PreferenceTokenizer.load(model, rules(NEXT)))
-    assert "starts from the beginning" in told[-1] and report.date == NEXT
+    assert "starts from the beginning" in messages[-1] and report.date == NEXT

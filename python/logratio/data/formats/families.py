@@ -1,4 +1,4 @@
-"""Find the format of a row: each family of formats checks whether the row is one of its own."""
+"""Find the format of a row: each family of formats checks whether it can read the row."""
 
 import re
 import shlex

@@ -178,7 +178,7 @@ def order(view: RowView, label: Label) -> tuple[str, str]:
 
 
 def _value(view: RowView, label: Label) -> object:
-    """Return a label's value; for one-hot columns, the value that the set column stands for."""
+    """Return a label's value; for one-hot columns, the value that the set column represents."""
     if STAR not in label.key:
         return view.take(label.key)
     columns = label.columns(view.every())

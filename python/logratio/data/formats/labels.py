@@ -15,7 +15,7 @@ from logratio.errors import LogratioError
 TIE, GOOD, BAD = "tie", "good", "bad"
 
 STAR = "*"
-"""In a label's key, stands for the label's value: ``winner_*`` matches ``winner_model_a``."""
+"""In a label's key, matches the label's value: ``winner_*`` matches ``winner_model_a``."""
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER})")

@@ -119,8 +119,8 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     dtype = torch.promote_types(scores.dtype, torch.float32)
     if sinks is None:
         return scores.softmax(dim=-1, dtype=dtype)
-    beside = sinks.view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat([scores, beside.to(scores.dtype)], dim=-1).softmax(dim=-1, dtype=dtype)[
+    sink_scores = sinks.view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink_scores.to(scores.dtype)], dim=-1).softmax(dim=-1, dtype=dtype)[
         ..., :-1
     ]
 

@@ -149,26 +149,26 @@ def test_rows_of_a_format_are_all_rows_that_were_read_as_it(tmp_path: Path) -> N
         text("the cat", " ran", " sat"),  # a duplicate
         text("the dog", " ran", 1),  # E203
     ]
-    told = report(tmp_path, rows, 5, max_bad_fraction=0.5)
-    assert "7 rows read: 1 kept, 5 refused, 1 duplicates" in told
-    assert "6 rows of trl" in told
+    printed = report(tmp_path, rows, 5, max_bad_fraction=0.5)
+    assert "7 rows read: 1 kept, 5 refused, 1 duplicates" in printed
+    assert "6 rows of trl" in printed
 
 
 def test_rows_and_their_groups_are_both_reported(tmp_path: Path) -> None:
     rows = [scored([3, 2, 1], "sat", "ran", "the"), scored([2, 1], "sat", "ran")]
-    told = report(tmp_path, rows)
-    assert "2 rows read: 1 kept" in told
-    assert "1 rows make 3 groups" in told
-    assert "label noise: cannot be estimated: a row holds several pairs" in told
+    printed = report(tmp_path, rows)
+    assert "2 rows read: 1 kept" in printed
+    assert "1 rows make 3 groups" in printed
+    assert "label noise: cannot be estimated: a row holds several pairs" in printed
     assert "rows make" not in report(tmp_path, [text("the cat", " ran", " sat")])
 
 
 def test_listed_places_are_not_overcounted(tmp_path: Path) -> None:
     """Both sides of one row were truncated: the report lists one place."""
     row = text("the cat", " ran on the mat", " sat on the mat")
-    told = report(tmp_path, [row, text("the dog", " ran", " sat")], 5)
-    assert "[W503] 2 × a completion was truncated" in told
-    assert "more" not in told.split("[W503]")[1].split("\n\n")[0]
+    printed = report(tmp_path, [row, text("the dog", " ran", " sat")], 5)
+    assert "[W503] 2 × a completion was truncated" in printed
+    assert "more" not in printed.split("[W503]")[1].split("\n\n")[0]
 
 
 def test_rows_that_no_container_could_read_were_looked_at_too(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ PAIRS: dict[str, tuple[str, Row, dict[str, Any], PreferenceRecord]] = {
         {},
         chat_pair(U, "c", "r"),
     ),
-    "whole chats beside the prompt's messages": (
+    "whole chats next to the prompt's messages": (
         "trl-chat",
         FULL | {"prompt": U},
         {},
@@ -117,13 +117,13 @@ PAIRS: dict[str, tuple[str, Row, dict[str, Any], PreferenceRecord]] = {
         {},
         chat_pair(U, "c", "r"),
     ),
-    "prompt beside a system prompt": (
+    "prompt next to a system prompt": (
         "orca",
         {"system_prompt": "s", "prompt": "u", **SIDES},
         {},
         chat_pair([system("s"), *U], "c", "r"),
     ),
-    "prompt beside an empty history": (
+    "prompt next to an empty history": (
         "orca",
         {"history": [], "prompt": "u", **SIDES},
         {},
@@ -480,7 +480,7 @@ BROKEN: dict[str, tuple[str, Row, dict[str, Any]]] = {
     "history is no list": ("E203", {"instruction": "u", "history": "a", **SIDES}, {}),
     "history of three": ("E203", {"instruction": "u", "history": [["a", "b", "c"]], **SIDES}, {}),
     "history of numbers": ("E203", {"instruction": "u", "history": [[1, 2]], **SIDES}, {}),
-    "history beside messages": ("E206", CHAT | {"history": [["a", "b"]]}, {}),
+    "history next to messages": ("E206", CHAT | {"history": [["a", "b"]]}, {}),
     "two system prompts": ("E206", CHAT | {"prompt": [system("s"), *U], "system": "t"}, {}),
     "system is a number": ("E203", {"question": "u", "system": 3, **SIDES}, {}),
     "question is a number": ("E203", {"question": 3, **SIDES}, {}),
@@ -507,7 +507,7 @@ BROKEN: dict[str, tuple[str, Row, dict[str, Any]]] = {
         {name: [system("t"), *chat] for name, chat in FULL.items()} | {"system": "s"},
         {},
     ),
-    "system beside a transcript": (
+    "system next to a transcript": (
         "E206",
         {"chosen": hh("u", "c"), "rejected": hh("u", "r"), "system": "s"},
         {},
@@ -533,14 +533,14 @@ BROKEN: dict[str, tuple[str, Row, dict[str, Any]]] = {
     "ms-swift, identical": ("R302", {"messages": [*U, *C], "rejected_response": "c"}, {}),
     "shp, no label": ("E201", {k: v for k, v in SHP.items() if k != "labels"}, {}),
     "shp, another label": ("E212", SHP | {"labels": 2}, {}),
-    "ab, not told": ("E209", AB, {}),
-    "ab, a value not told": ("E212", AB | {"preference": 3}, {"label": PAIRED}),
+    "ab, not given": ("E209", AB, {}),
+    "ab, a value not given": ("E212", AB | {"preference": 3}, {"label": PAIRED}),
     "ab, a tie": ("R310", AB | {"preference": 0}, {"label": PAIRED}),
     "ab, one answer": ("E212", AB, {"label": "preference: 1=output_1 0=tie"}),
     "ab, empty": ("R301", AB | {"output_1": ""}, {"label": PAIRED}),
-    "ab, by name and not told": ("E209", {"prompt": "u", "x": "a", "y": "b"}, {"format": "ab"}),
-    "thumb not told": ("E209", {"prompt": "u", "completion": "c", "label": 1}, {}),
-    "thumb's value not told": (
+    "ab, by name and not given": ("E209", {"prompt": "u", "x": "a", "y": "b"}, {"format": "ab"}),
+    "thumb not given": ("E209", {"prompt": "u", "completion": "c", "label": 1}, {}),
+    "thumb's value not given": (
         "E212",
         {"prompt": "u", "completion": "c", "label": 2},
         {"label": "label: 1=good 0=bad"},

@@ -238,9 +238,9 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "no keys": ("E206", {}),
     "demonstration": ("E206", {"prompt": "p", "completion": "c"}),
     "messages": ("E206", {"messages": [user("u"), assistant("a")]}),
-    "tools beside plain text": ("E206", TEXT | {"tools": [{"name": "f"}]}),
-    "a picture beside the prompt": ("E206", TEXT | {"images": ["a.png"]}),
-    "system beside a transcript": (
+    "tools next to plain text": ("E206", TEXT | {"tools": [{"name": "f"}]}),
+    "a picture next to the prompt": ("E206", TEXT | {"images": ["a.png"]}),
+    "system next to a transcript": (
         "E206",
         {"chosen": hh("a", "b"), "rejected": hh("a", "c"), "system": "Be kind."},
     ),

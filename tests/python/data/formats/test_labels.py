@@ -181,6 +181,6 @@ def test_public_datasets_are_read_as_their_cards_define(
     for value, better in expected:
         assert winner(row | {key: value}) == better
     assert detect([row | {key: expected[0][0]}]).format == name
-    told = f"{key}: <0=response_2 >0=response_1" if name == "helpsteer2" else None
-    if told:
-        assert winner(row | {key: -1}, told) == "good b"
+    label = f"{key}: <0=response_2 >0=response_1" if name == "helpsteer2" else None
+    if label:
+        assert winner(row | {key: -1}, label) == "good b"

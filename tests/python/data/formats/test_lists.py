@@ -96,5 +96,7 @@ def test_inspection_tells_it() -> None:
     import pyarrow as pa
 
     table = pa.Table.from_pylist([original()] * 2)
-    told = inspect([table]).to_text()
-    assert "[W525] 2 × a list that another score could also rank: ranked by 'overall_score'" in told
+    printed = inspect([table]).to_text()
+    assert (
+        "[W525] 2 × a list that another score could also rank: ranked by 'overall_score'" in printed
+    )

@@ -98,8 +98,8 @@ def test_a_text_prompt_stays_text_also_by_flag() -> None:
 
 def test_a_given_label_reads_the_same_turns() -> None:
     row = arena(["a"], ["b"], ["c"])
-    told = "winner_*: model_a=response_b model_b=response_a tie=tie"
-    assert record(row, label=told).completions[0].answer == (assistant("c"),)
+    label = "winner_*: model_a=response_b model_b=response_a tie=tie"
+    assert record(row, label=label).completions[0].answer == (assistant("c"),)
 
 
 def test_as_a_csv_file(tmp_path: Path) -> None:

@@ -402,14 +402,14 @@ def test_label_studio_several_comparisons_keep_their_names() -> None:
     row = task([compared("left", "helpful"), compared("right", "harmless")])
     (found,) = made("label-studio", row)
     assert (found["helpful"], found["harmless"]) == ("left", "right")
-    told = "harmless: left=answer1 right=answer2"
-    assert answers("label-studio", row, label=told) == [("B", "A")]
+    label = "harmless: left=answer1 right=answer2"
+    assert answers("label-studio", row, label=label) == [("B", "A")]
 
 
 def test_label_studio_choices() -> None:
     row = task([result("choices", {"choices": ["answer2"]}, "preference")])
-    told = "preference: answer1=answer1 answer2=answer2"
-    assert answers("label-studio", row, label=told) == [("B", "A")]
+    label = "preference: answer1=answer1 answer2=answer2"
+    assert answers("label-studio", row, label=label) == [("B", "A")]
 
 
 ITEMS = [{"id": id, "title": f"model {id}", "body": id.upper()} for id in "abc"]

@@ -89,10 +89,10 @@ def test_only_the_undecodable_record_is_refused(tmp_path: Path) -> None:
 
 def test_without_the_flag_the_refusal_names_it(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "rows.jsonl"
-    for encoding, told in (("cp1252", "--encoding cp1252"), ("utf-16", "--encoding utf-16")):
+    for encoding, message in (("cp1252", "--encoding cp1252"), ("utf-16", "--encoding utf-16")):
         path.write_bytes(rows_in("jsonl").encode(encoding))
         code, out, _ = run("data", "inspect", path)
-        assert code == 1 and told in out.replace("\n", " ")
+        assert code == 1 and message in out.replace("\n", " ")
         code, out, _ = run("data", "inspect", path, "--encoding", encoding)
         assert code == 0 and "naïve café" in out
     code, _, err = run("data", "inspect", path, "--encoding", "klingon")
@@ -184,7 +184,7 @@ def test_a_function_by_its_name(module: Callable[[str], None], run: Run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("shop", "as module:function"),
         ("shop:nothing", "shop has no function nothing"),
@@ -194,13 +194,13 @@ def test_a_function_by_its_name(module: Callable[[str], None], run: Run, tmp_pat
     ],
 )
 def test_an_unknown_function_name(
-    module: Callable[[str], None], run: Run, tmp_path: Path, name: str, told: str
+    module: Callable[[str], None], run: Run, tmp_path: Path, name: str, message: str
 ) -> None:
     module("pair = dict\n")
     (tmp_path / "needs.py").write_text("import missing_library\n")
     (tmp_path / "rows.jsonl").write_text("{}\n")
     code, _, err = run("data", "inspect", "rows.jsonl", "--rows", name)
-    assert code == 2 and told in " ".join(err.split()), err
+    assert code == 2 and message in " ".join(err.split()), err
 
 
 def test_neither_function_nor_name() -> None:

@@ -48,7 +48,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
         ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
         {"train": ["train-00000-of-00001.parquet"], "test": ["test-00000-of-00001.parquet"]},
     ),
-    "hub, names of its own": (
+    "hub, unknown names": (
         ("data/train_prefs-00000-of-00001.parquet", "data/train_sft-00000-of-00001.parquet"),
         {
             "train_prefs": ["train_prefs-00000-of-00001.parquet"],

@@ -411,8 +411,8 @@ def test_folders_are_their_data_files_in_order(tmp_path: Path) -> None:
     for kind, name in (("csv", "b"), ("jsonl", "a"), ("parquet", "inner/c")):
         (folder / "inner").mkdir(parents=True, exist_ok=True)
         write(folder, kind, "", ROWS, name)
-    for beside in ("README.md", "LICENSE", ".hidden", "_SUCCESS", "dataset_info.json"):
-        (folder / beside).write_text("x")
+    for other in ("README.md", "LICENSE", ".hidden", "_SUCCESS", "dataset_info.json"):
+        (folder / other).write_text("x")
     opened = open_inputs([folder, str(write(tmp_path, "jsonl", "", ROWS, "d"))])
     assert [Path(rows.name).name for rows in opened] == [
         "a.jsonl", "b.csv", "c.parquet", "d.jsonl"

@@ -57,7 +57,7 @@ def groups(store: Store) -> list[Any]:
     ] + [[part.tolist() for part in store.sources()]]
 
 
-def told(report: DataReport) -> dict[str, Any]:
+def message(report: DataReport) -> dict[str, Any]:
     """Places are listed in the order of discovery, which may differ within a batch."""
     whole = report.to_dict()
     return whole | {"places": {code: sorted(places) for code, places in whole["places"].items()}}
@@ -68,7 +68,7 @@ def built(inputs: list[Any], tokenizer: PreferenceTokenizer) -> Any:
         store, report = build_store(inputs, tokenizer, max_bad_fraction=1.0)
     except BadDataError as error:
         return str(error)
-    return groups(store), told(report)
+    return groups(store), message(report)
 
 
 def both_ways(inputs: list[Any], tokenizer: PreferenceTokenizer) -> Iterator[Any]:
@@ -160,5 +160,5 @@ def test_an_unreadable_table_stops_at_any_bad_fraction(
     good, cut = tmp_path / "good.parquet", tmp_path / "cut.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([START]), good)
     cut.write_bytes(good.read_bytes()[:-9])
-    for told in both_ways([good, cut], tokenizer):
-        assert "cut.parquet [E102]" in told
+    for message in both_ways([good, cut], tokenizer):
+        assert "cut.parquet [E102]" in message

@@ -137,12 +137,12 @@ def test_other_settings_start_over_with_the_reason(
     files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
     path = tmp_path / "out.store"
     interrupted(files, folder, path, monkeypatch)
-    told: list[str] = []
+    messages: list[str] = []
     _, report = build_store(
         files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, deduplicate=False,
-        resume=True, tell=told.append,
+        resume=True, tell=messages.append,
     )  # fmt: skip
-    assert "starts from the beginning: the checkpoint was made with deduplicate" in told[0]
+    assert "starts from the beginning: the checkpoint was made with deduplicate" in messages[0]
     assert report.deduplicated == 0
 
 
@@ -152,12 +152,12 @@ def test_a_changed_file_starts_over(
     files = [write_rows(tmp_path / "rows.jsonl", 5000, 3)]
     interrupted(files, folder, tmp_path / "out.store", monkeypatch)
     write_rows(files[0], 100, 4)
-    told: list[str] = []
+    messages: list[str] = []
     _, report = build_store(
         files, PreferenceTokenizer.load(folder), tmp_path / "out.store", max_bad_fraction=0.5,
-        resume=True, tell=told.append,
+        resume=True, tell=messages.append,
     )  # fmt: skip
-    assert "had other inputs" in told[0]
+    assert "had other inputs" in messages[0]
     assert report.read < 200
 
 
@@ -173,13 +173,13 @@ def test_another_list_of_refused_rows_starts_over(
     (tmp_path / "other.jsonl").write_text("kept by somebody else\n" * 500)
     interrupted(files, folder, path, monkeypatch, tmp_path / "gone.jsonl")
     (tmp_path / "gone.jsonl").unlink()
-    told: list[str] = []
+    messages: list[str] = []
     _, report = build_store(
         files, PreferenceTokenizer.load(folder), path, max_bad_fraction=0.5, resume=True,
-        refused=log, tell=told.append,
+        refused=log, tell=messages.append,
     )  # fmt: skip
-    assert len(told) == 1
-    assert reason in told[0]
+    assert len(messages) == 1
+    assert reason in messages[0]
     assert len(log.read_text().splitlines()) == report.refused
 
 

@@ -111,7 +111,7 @@ READ: dict[str, Layout] = {
         {"additional_special_tokens": ["<extra>"]},
         {"added_tokens.json": {"<extra>": 700, "<turn>": 701}},
     ),
-    "added_tokens.json beside a decoder": (
+    "added_tokens.json next to a decoder": (
         "bytes",
         {"added_tokens_decoder": {"900": EXTRA}},
         {"added_tokens.json": {"<turn>": 901}},
@@ -136,7 +136,7 @@ READ: dict[str, Layout] = {
         {},
         {"special_tokens_map.json": {"additional_special_tokens": ["<extra>"]}},
     ),
-    "older map beside a decoder": (
+    "older map next to a decoder": (
         "bytes",
         {"added_tokens_decoder": {"900": EXTRA}},
         {"special_tokens_map.json": {"mask_token": "<turn>"}},

@@ -195,7 +195,7 @@ WANTED = Wanted("cuda", torch.bfloat16, 16, 16, heads=4, key_heads=2, repeated=T
 
 
 def forgetful(gradient: Tensor, states: Any, out: Tensor, lse: Tensor, *rest: Any) -> Any:
-    """A backward pass that takes the output and log-sum-exp of its own keys: no longer merged."""
+    """A backward pass with the output and log-sum-exp of its own keys, not the merged ones."""
     own = plain_forward(*states, *rest)
     return plain_backward(gradient, states, *own, *rest)
 

@@ -206,10 +206,10 @@ def test_filler_changes_nothing() -> None:
 def test_flash_attn_is_called_by_its_own_names(
     kernel: Kernel, name: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, Any] = {}
+    passed_on: dict[str, Any] = {}
 
     def flash_attn_varlen_func(q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        told.update(options, positional=len(rest))
+        passed_on.update(options, positional=len(rest))
         return q
 
     module = type(torch)(name)
@@ -224,7 +224,7 @@ def test_flash_attn_is_called_by_its_own_names(
         softcap=30.0,
         window=7,
     )
-    assert told == {
+    assert passed_on == {
         "positional": 6,
         "causal": True,
         "window_size": (6, 0),
