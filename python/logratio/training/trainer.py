@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -357,7 +357,7 @@ class DPOTrainer:
             compiled = checkpoint.recorded(self._checkpoints, "compiled")
         if compiled is None:
             batches = micro_batches(self._feed_settings.plan(self.store, epoch=0))[:BATCHES]
-            rounds = self.updates * config.batch_size / sum(map(len, batches))
+            rounds = self._length.groups / sum(map(len, batches))
             verdict = try_compiling(self.policy, kept, lambda: self._rehearse(batches), rounds)
             say(f"--compile auto: {verdict.reason}")
             compiled = verdict.compiled
@@ -384,7 +384,9 @@ class DPOTrainer:
             advance(min(start * config.batch_size, groups_in_all))
             feed = self._feed(start)
             with closing(iter(feed)) as batches:
-                for step, (_, update) in enumerate(groupby(batches, _place), start + 1):
+                # With max_steps the data may go on after the last update.
+                wanted = islice(groupby(batches, _place), self.updates - start)
+                for step, (_, update) in enumerate(wanted, start + 1):
                     values, groups = self._update(step, update)
                     values["epoch"] = step / feed.updates_per_epoch
                     log.write(step, values)
@@ -392,8 +394,6 @@ class DPOTrainer:
                     self._recent.append(values)
                     _report(advance, groups, values)
                     self._maybe_save(step, interrupted())
-                    if step == self.updates:  # before the end of the data, with max_steps
-                        break
         return history
 
     def _feed(self, start: int) -> Feed:

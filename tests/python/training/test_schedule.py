@@ -1,5 +1,7 @@
 """The length of a run and its learning rates: each schedule by hand, and as transformers has it."""
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +13,11 @@ from transformers import get_scheduler
 
 from logratio import TrainConfig, train
 from logratio.errors import ConfigError
-from logratio.training.config import Schedule
+from logratio.training.checkpoint import ResumeError, _check_identity
+from logratio.training.config import UNRECORDED, Schedule
+from logratio.training.run_folder import RunExistsError
 from logratio.training.schedule import DECAYS, RunLength, learning_rate
-from logratio.training.trainer import DPOTrainer
+from logratio.training.trainer import DPOTrainer, SaveError
 
 CONFIG = TrainConfig("model", ["pairs"], "out", lr=2.0, warmup=0.2)
 
@@ -91,6 +95,49 @@ def test_max_steps_ends_a_run_and_schedules_it(
     assert [row["epoch"] for row in result.history] == [0.5, 1.0, 1.5]
     again = train(replace(config), show_progress=False)
     assert again.was_finished
+
+
+def test_a_run_that_only_lacks_its_model_trains_no_further_update(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though an epoch is not over: the checkpoint holds all updates that max_steps asks for."""
+
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    config = TrainConfig(
+        tiny_model, pairs_file, tmp_path / "out", batch_size=8, max_steps=3, warmup=0.0
+    )
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SaveError, match="--resume to save the model"),
+    ):
+        patch.setattr("logratio.training.trainer.save_run", full)
+        train(config, show_progress=False)
+    result = train(replace(config, resume=True), show_progress=False)
+    assert (result.steps, result.history) == (3, [])
+
+
+@pytest.mark.parametrize("changed", [{}, {"weight_decay": 0.1}, {"max_steps": 5}])
+def test_a_run_recorded_before_these_settings_ran_with_their_defaults(
+    changed: dict[str, Any], tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(tiny_model, pairs_file, tmp_path / "out", batch_size=8)
+    train(config, show_progress=False)
+    path = tmp_path / "out" / "training.json"
+    settings = json.loads(path.read_text())
+    recorded = settings["identity"]
+    settings["identity"] = {name: recorded[name] for name in recorded.keys() - UNRECORDED.keys()}
+    path.write_text(json.dumps(settings))
+    again = replace(config, **changed)
+    with pytest.raises(RunExistsError, match=next(iter(changed))) if changed else nullcontext():
+        assert train(again, show_progress=False).was_finished
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(json.dumps({"identity": settings["identity"]}))
+    now = recorded | changed
+    with pytest.raises(ResumeError, match=next(iter(changed))) if changed else nullcontext():
+        _check_identity(checkpoint, now)
 
 
 @pytest.mark.parametrize(
