@@ -170,7 +170,7 @@ def read_rated(view: RowView, settings: FormatSettings) -> Rated:
     ):
         numbers = view.take(numbers_name)
         if not isinstance(numbers, list) or len(numbers) != len(items):
-            reason = f"{key!r} and {view.key(numbers_name)!r} differ in length"
+            reason = f"{key!r} has {len(items)} answers, but {view.key(numbers_name)!r} does not"
             raise InvalidRecordError("E212", reason)
         answers, sort = [_answer_of(item) for item in items], numbers_name
     elif settings.score is not None:
