@@ -80,7 +80,7 @@ impl Store {
     fn __repr__(&self) -> String {
         let (groups, completions) = (self.0.len(), self.0.completions());
         let place = match self.0.path() {
-            Some(path) => format!("{path:?}"),
+            Some(path) => format!("\"{}\"", path.display()),
             None => "in memory".into(),
         };
         let tokens = self.0.tokens();
