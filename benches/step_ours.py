@@ -58,7 +58,7 @@ def pairs_of(layout: Layout) -> Callable[[], list[Pair]]:
 
 def watch(spec: Spec, record: Recorder) -> None:
     """Add the recorder to the trainer: at the policy, the feed and each update."""
-    build, update, feed = TRAINER.build_policy, TRAINER.DPOTrainer._update, TRAINER.DPOTrainer._feed
+    build, update, feed = TRAINER.build_policy, TRAINER.Updater.update, TRAINER.DPOTrainer._feed
 
     def built(*given: Any) -> nn.Module:
         policy: nn.Module = build(*given)
@@ -86,7 +86,7 @@ def watch(spec: Spec, record: Recorder) -> None:
 
     replace(TRAINER, "build_policy", built)
     replace(TRAINER.DPOTrainer, "_feed", began)
-    replace(TRAINER.DPOTrainer, "_update", updated)
+    replace(TRAINER.Updater, "update", updated)
     if spec.order != FeedSettings.order:  # the trainer has no setting for it
         replace(TRAINER, "FeedSettings", partial(FeedSettings, order=spec.order))
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from logratio.training.trainer import DPOTrainer
+from logratio.training.update import Updater
 
 
 class stop_after:  # noqa: N801 - reads as a context
@@ -16,16 +16,14 @@ class stop_after:  # noqa: N801 - reads as a context
 
     def __enter__(self) -> None:
         self.patch = pytest.MonkeyPatch()
-        update = DPOTrainer._update
+        update = Updater.update
 
-        def interrupted(
-            trainer: DPOTrainer, step: int, *rest: object
-        ) -> tuple[dict[str, float], int]:
+        def interrupted(updater: Updater, step: int, *rest: object) -> tuple[dict[str, float], int]:
             if step == self.step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return update(trainer, step, *rest)  # type: ignore[arg-type]
+            return update(updater, step, *rest)  # type: ignore[arg-type]
 
-        self.patch.setattr(DPOTrainer, "_update", interrupted)
+        self.patch.setattr(Updater, "update", interrupted)
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()

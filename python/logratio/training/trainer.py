@@ -3,31 +3,26 @@
 Each update covers a fixed number of groups, regardless of the micro-batch size: see `DPOTrainer`.
 """
 
-import math
 import shutil
-from collections import deque
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from logratio.data.feed import Feed, FeedSettings, MicroBatch, lay_out, micro_batches
+from logratio.data.feed import Feed, FeedSettings, MicroBatch, micro_batches
 from logratio.data.readers.inputs import Inputs
-from logratio.data.store.load import datasets_of, source_names
+from logratio.data.store.load import datasets_of
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import shared_prompts
-from logratio.logps.batch import Batch, Part, buffers_for, shape_for, to_torch
+from logratio.logps.batch import buffers_for, shape_for
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
-from logratio.logps.completion import completion_logps, completion_loss, transformer
-from logratio.logps.head_loss import unit_gradient
+from logratio.logps.completion import transformer
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
@@ -36,9 +31,8 @@ from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.losses import averages, make_objective
 from logratio.training.memory import training_forecast
-from logratio.training.metrics import MetricsLog, NonFiniteError, not_finite
+from logratio.training.metrics import MetricsLog
 from logratio.training.models import (
     autocast,
     default_device,
@@ -46,13 +40,7 @@ from logratio.training.models import (
     precision_of,
     training_budget,
 )
-from logratio.training.optimizers import (
-    AdamSettings,
-    clip_gradients,
-    make_optimizer,
-    state_bytes,
-    widen_gradients,
-)
+from logratio.training.optimizers import state_bytes
 from logratio.training.policy import build_policy
 from logratio.training.precomputation import Precompute, refuse_multiple_processes, share_of
 from logratio.training.reference import (
@@ -82,7 +70,8 @@ from logratio.training.torch_settings import (
     exact_products,
     fixed_order,
 )
-from logratio.training.validation import beta_of, check_config, reference_kind
+from logratio.training.update import Updater
+from logratio.training.validation import check_config, reference_kind
 from logratio.validation import check_kind
 
 REFUSED_FILE = "refused.jsonl"
@@ -110,15 +99,6 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     if show_progress:
         say(precision_note(config))
     return trainer.train()
-
-
-class _Scored(NamedTuple):
-    """Inputs of the metrics for some groups: losses `[B]`, the other fields `[N]`, on device."""
-
-    losses: Tensor
-    policy: Tensor
-    reference: Tensor
-    lengths: Tensor
 
 
 class DPOTrainer:
@@ -154,10 +134,6 @@ class DPOTrainer:
         >>> trainer.train()
         TrainResult('policy', 1,250 updates, loss 0.4127, rewards/accuracies 0.8125)
     """
-
-    policy: nn.Module
-    reference: Reference | None
-    layout: str
 
     def __init__(
         self,
@@ -299,7 +275,7 @@ class DPOTrainer:
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
-        with self._autocast(), side_effect_free(policy):
+        with autocast(precision_of(self.config), self.device), side_effect_free(policy):
             layout = self._choose_layout(policy, reference)
         self.begin(policy, reference, layout)
         with _attention(policy, layout), layer_options(policy, self._kept()):
@@ -310,21 +286,15 @@ class DPOTrainer:
         return TrainResult(output, self.updates, history)
 
     def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
-        """Create the optimizer and the objective; `train` calls this before the first update.
+        """Prepare the updates of `policy`; `train` calls this before the first one.
 
         Args:
             policy: The model to train: all its parameters that require gradients.
             reference: The reference model of the log-ratios; None if the loss has none.
             layout: Batch layout: "shared", "tree" or "padded".
         """
-        config = self.config
-        self.policy, self.reference, self.layout = policy, reference, layout
-        self.identity = identity(config, self.store)
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
-        self.device = self.parameters[0].device
-        self.objective = make_objective(config, beta_of(config))
-        self._recent: deque[dict[str, float]] = deque(maxlen=5)
+        self.updater = Updater(self.config, self.store, policy, reference, layout)
+        self.identity = identity(self.config, self.store)
 
     def _choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
         """Return the best layout that all models in memory support; print a note if slower."""
@@ -338,9 +308,11 @@ class DPOTrainer:
 
     def _kept(self) -> LayerOptions:
         """Choose how the policy's layers run; print a note if some are checkpointed."""
-        name = self.config.optimizer
-        state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in self.parameters)
-        choice = choose_checkpointing(self.config, self.store, self.policy, self.layout, state)
+        name, updater = self.config.optimizer, self.updater
+        state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in updater.parameters)
+        choice = choose_checkpointing(
+            self.config, self.store, updater.policy, updater.layout, state
+        )
         if choice.reason:
             say(choice.reason)
         wanted = self.config.compile_layers
@@ -352,29 +324,24 @@ class DPOTrainer:
 
         Compiled layers round differently, so the choice is part of the run's identity.
         """
-        config, compiled = self.config, None
+        config, updater, compiled = self.config, self.updater, None
         if config.resume:
             compiled = checkpoint.recorded(self._checkpoints, "compiled")
         if compiled is None:
             batches = micro_batches(self._feed_settings.plan(self.store, epoch=0))[:BATCHES]
             rounds = self._length.groups / sum(map(len, batches))
-            verdict = try_compiling(self.policy, kept, lambda: self._rehearse(batches), rounds)
+            verdict = try_compiling(updater.policy, kept, lambda: updater.rehearse(batches), rounds)
             say(f"--compile auto: {verdict.reason}")
             compiled = verdict.compiled
         self.identity["compiled"] = compiled
         return replace(kept, compiled=compiled)
 
-    def _rehearse(self, batches: Sequence[np.ndarray]) -> None:
-        """Accumulate the gradients of micro-batches, as an update does, without a step."""
-        for groups in batches:
-            self._backward(self._batch(groups), len(groups))
-
     def _run_updates(self) -> list[dict[str, float]]:
         """Run all updates after the last checkpoint; return the metrics of each."""
         config, groups_in_all = self.config, self._length.groups
         start = self._resume() if config.resume else 0
-        if self.reference is not None:
-            self._check_start(self.reference, is_first=start == 0)
+        if self.updater.reference is not None:
+            self._check_start(self.updater.reference, is_first=start == 0)
         history = []
         with (
             MetricsLog(Path(config.output), start) as log,
@@ -387,11 +354,11 @@ class DPOTrainer:
                 # With max_steps the data may go on after the last update.
                 wanted = islice(groupby(batches, _place), self.updates - start)
                 for step, (_, update) in enumerate(wanted, start + 1):
-                    values, groups = self._update(step, update)
+                    rate = learning_rate(config, step - 1, self.updates)
+                    values, groups = self.updater.update(step, rate, update)
                     values["epoch"] = step / feed.updates_per_epoch
                     log.write(step, values)
                     history.append(values)
-                    self._recent.append(values)
                     _report(advance, groups, values)
                     self._maybe_save(step, interrupted())
         return history
@@ -402,7 +369,7 @@ class DPOTrainer:
             self.store,
             self._feed_settings,
             epochs=self._length.epochs,
-            allocate=buffers_for(self.device),
+            allocate=buffers_for(self.updater.device),
         )
         feed.start_after(start)
         return feed
@@ -412,98 +379,22 @@ class DPOTrainer:
         return FeedSettings(
             groups_per_update=self.config.batch_size,
             token_budget=training_budget(self.config),
-            layout=self.layout,
+            layout=self.updater.layout,
             seed=self.config.seed,
             weights=self.config.mix,
             datasets=datasets_of(self.store) if self.config.mix else None,
-            **shape_for(self.layout, self.device),
+            **shape_for(self.updater.layout, self.updater.device),
         )
-
-    def _update(self, step: int, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], int]:
-        """Run one update; return its metrics and its number of groups."""
-        rate = learning_rate(self.config, step - 1, self.updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        scored, groups = list[_Scored](), []
-        for micro in batches:
-            groups.append(micro.layout.groups.copy())
-            if len(groups) > 1:
-                widen_gradients(self.parameters)
-            scored += self._backward(to_torch(micro.layout, self.device), micro.groups)
-            del micro  # releases its buffer before the next micro-batch is requested
-        norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
-        columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
-        values = averages(columns, grad_norm=norm) | {"lr": rate}
-        if not all(map(math.isfinite, values.values())):
-            raise NonFiniteError(self._describe_nonfinite(step, values, groups))
-        self.optimizer.step()
-        return values, sum(map(len, groups))
-
-    def _backward(self, batch: Batch, count: int) -> list[_Scored]:
-        """Accumulate a micro-batch's gradient; return the inputs of its metrics, part by part."""
-        reference, scored = self._reference_sums(batch), list[_Scored]()
-
-        def share(logps: Tensor, part: Part) -> Tensor:
-            sums, lengths = part.targets.sums(logps), part.targets.lengths
-            references = reference[part.completions]
-            losses = self.objective.losses(sums, references, lengths)
-            scored.append(_Scored(losses.detach(), sums.detach(), references, lengths))
-            return losses.sum() / count
-
-        with self._autocast():
-            loss = completion_loss(self.policy, batch, share)
-        loss.backward(unit_gradient(loss.device, loss.dtype))
-        return scored
-
-    def _batch(self, groups: np.ndarray) -> Batch:
-        shape = shape_for(self.layout, self.device)
-        return to_torch(lay_out(self.store, groups, self.layout, **shape), self.device)
-
-    def _reference_sums(self, batch: Batch) -> Tensor:
-        """Return the summed log-probs `[N]` under the reference; zeros if there is none."""
-        if self.reference is None:
-            return torch.zeros(len(batch.targets.rows), dtype=torch.float64, device=self.device)
-        with self._autocast():
-            return self.reference.sums(batch)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        """Return an autocast context for one pass.
-
-        Autocast caches its casts of the weights, with or without gradients, until it exits. So a
-        block must not outlive an update, nor mix passes with and without gradients.
-        """
-        return autocast(precision_of(self.config), self.device)
 
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
         """Run the start-up checks of the reference, and print their note if they have one."""
-        objective = self.objective if is_first else None
-        note = check_start(self.config, self.store, self.policy, reference, self.layout, objective)
+        updater = self.updater
+        objective = updater.objective if is_first else None
+        note = check_start(
+            self.config, self.store, updater.policy, reference, updater.layout, objective
+        )
         if note:
             say(note)
-
-    def _describe_nonfinite(
-        self, step: int, values: dict[str, float], batches: list[np.ndarray]
-    ) -> str:
-        """Describe the values and records that are not finite, and the likely cause."""
-        groups = np.concatenate(batches)
-        with torch.no_grad():
-            sums = [self._policy_sum(self._batch(group[None])) for group in groups]
-        culprits = [
-            int(one) for one, value in zip(groups, sums, strict=True) if not math.isfinite(value)
-        ]
-        return not_finite(
-            step, values, self._recent, self._names(culprits, len(groups)), self.config.lr
-        )
-
-    def _names(self, culprits: list[int], groups: int) -> str:
-        if len(culprits) == groups > 1:
-            return f"all {groups} of the update"
-        return ", ".join(source_names(self.store, culprits)) or "no single record"
-
-    def _policy_sum(self, batch: Batch) -> float:
-        with self._autocast():
-            return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
 
     def _maybe_save(self, step: int, signal: int | None) -> None:
         every = self.config.save_every
@@ -529,7 +420,11 @@ class DPOTrainer:
         at = checkpoint.Position(step, self.identity)
         try:
             return checkpoint.save(
-                self._checkpoints, self.policy, self.optimizer, at, self.config.keep_checkpoints
+                self._checkpoints,
+                self.updater.policy,
+                self.updater.optimizer,
+                at,
+                self.config.keep_checkpoints,
             )
         except OSError as error:
             last = checkpoint.newest(self._checkpoints)
@@ -544,7 +439,9 @@ class DPOTrainer:
 
     def _resume(self) -> int:
         folder = self._checkpoints
-        at, refused = checkpoint.load_newest(folder, self.policy, self.optimizer, self.identity)
+        at, refused = checkpoint.load_newest(
+            folder, self.updater.policy, self.updater.optimizer, self.identity
+        )
         for sentence in refused:
             say(f"skipped a damaged checkpoint: {sentence}")
         if at is None:
@@ -556,7 +453,7 @@ class DPOTrainer:
     def _save_model(self) -> None:
         """Save the model; if that fails, save a checkpoint so that --resume can save it later."""
         try:
-            save_run(self.policy, self.config, self.dataset, self.identity, self.updates)
+            save_run(self.updater.policy, self.config, self.dataset, self.identity, self.updates)
         except OSError as error:
             what = f"the model could not be saved ({error})"
             try:

@@ -223,8 +223,8 @@ def test_ours_and_plain_pass_the_gate(tmp_path: Path, monkeypatch: pytest.Monkey
         (TRAINER, "DPOTrainer"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))  # the worker exchanges them
-    for name in ("_feed", "_update"):
-        monkeypatch.setattr(TRAINER.DPOTrainer, name, getattr(TRAINER.DPOTrainer, name))
+    for owner, name in ((TRAINER.DPOTrainer, "_feed"), (TRAINER.Updater, "update")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(TRAINER, "FeedSettings", TRAINER.FeedSettings)
     make(Wanted(str(tmp_path), "toy", "hh", batch=3, updates=2))
     records = []

@@ -186,7 +186,7 @@ def test_an_update_waits_once(
     with shared_prompts(transformer(policy)):
         for number, update in updates:
             with HostWaits() as waits:
-                values, groups = training._update(number + 1, update)
+                values, groups = training.updater.update(number + 1, 1e-4, update)
             assert waits.found == {"to the host": 1}
             assert groups == (12, 4)[number]
             assert values["loss"] == values["grad_norm"] == 1.0
@@ -223,7 +223,7 @@ def test_rows_on_cuda_are_of_few_lengths(
     run = config()
     training = DPOTrainer(config=run, show_progress=False)
     training.begin(load_model(run.model), None, "shared")
-    training.device = torch.device("cuda")
+    training.updater.device = torch.device("cuda")
     monkeypatch.setattr(trainer, "buffers_for", lambda _: None)
     widths = {micro.layout.input_ids.size for micro in training._feed(0)}
     assert widths == {128}

@@ -15,6 +15,7 @@ from torch import nn
 from logratio.training import TrainConfig, checkpoint, compile_trial, train
 from logratio.training.activations import LayerOptions
 from logratio.training.compile_trial import Verdict, compare, try_compiling
+from logratio.training.models import load_model
 from logratio.training.run_folder import identity
 from logratio.training.trainer import DPOTrainer
 
@@ -138,6 +139,7 @@ def test_a_resumed_run_keeps_its_decision(
     monkeypatch.setattr("logratio.training.trainer.try_compiling", refuse)
     resumed = replace(config, compile_layers="auto", resume=True)
     trainer = DPOTrainer(config=resumed, show_progress=False)
+    trainer.begin(load_model(config.model), None, "padded")
     trainer.identity = {}
     assert trainer._try_compiling(LayerOptions(2)) == LayerOptions(2, compiled=True)
     assert trainer.identity == {"compiled": True}, "every later checkpoint records it"

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from logratio.errors import ConfigError
 from logratio.extras import MissingExtraError
 from logratio.training import LoraSettings, TrainConfig, memory, optimizers, train
-from logratio.training import trainer as trainer_module
+from logratio.training import update as update_module
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import OptimizerName, Precision
 from logratio.training.fingerprint import parameter_count
@@ -325,7 +325,7 @@ def test_a_run_adds_up_in_float32_where_the_forecast_says_so(
             seen.update(p.grad.dtype for p in group["params"])
         return clip_gradients(optimizer, most)
 
-    monkeypatch.setattr(trainer_module, "clip_gradients", noted)
+    monkeypatch.setattr(update_module, "clip_gradients", noted)
     ready = DPOTrainer(config=dataclasses.replace(config, epochs=1), show_progress=False)
     added_up = not memory.fits_at_once(config, ready.store)
     expected = memory.training_bytes(config, None, added_up=added_up)

@@ -53,6 +53,7 @@ from logratio.training.reference_checks import (
     starts_at_reference,
 )
 from logratio.training.trainer import DPOTrainer
+from logratio.training.update import Updater
 
 
 @pytest.fixture
@@ -135,15 +136,15 @@ def test_with_adapters_the_cache_is_compared_on_resuming_too(
     """The policy has changed, but without its adapters it still is the reference."""
     cache = fill(config)
     config = with_(config, cache=cache, lora=LoraSettings(rank=4), lr=1e-2, save_every=1)
-    update = DPOTrainer._update
+    update = Updater.update
 
-    def stopping(trainer: DPOTrainer, step: int, *rest: object) -> object:
+    def stopping(updater: Updater, step: int, *rest: object) -> object:
         if step == 3:
             raise RunInterruptedError(15, "stopped")
-        return update(trainer, step, *rest)  # type: ignore[arg-type]
+        return update(updater, step, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(RunInterruptedError):
-        patch.setattr(DPOTrainer, "_update", stopping)
+        patch.setattr(Updater, "update", stopping)
         train(config, show_progress=False)
     wrong = rewritten(cache, config, store, two_that_cancel)
     with pytest.raises(UntrustedReferenceError, match="the reference cannot be trusted"):

@@ -17,6 +17,7 @@ from logratio.training.fingerprint import model_fingerprint
 from logratio.training.reference import open_cache
 from logratio.training.reference_scorer import ReferenceScorer
 from logratio.training.trainer import DPOTrainer
+from logratio.training.update import Updater
 
 
 @pytest.fixture
@@ -60,9 +61,9 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
     )
     seen: list[list[frozenset[int]]] = []
     sizes: list[int] = []
-    update = DPOTrainer._update
+    update = Updater.update
 
-    def watched(self: DPOTrainer, step: int, batches: object) -> object:
+    def watched(self: Updater, step: int, rate: float, batches: object) -> object:
         groups: list[int] = []
 
         def each() -> object:
@@ -71,11 +72,11 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
                 sizes.append(micro.layout.input_ids.size)
                 yield micro
 
-        done = update(self, step, each())  # type: ignore[arg-type]
+        done = update(self, step, rate, each())  # type: ignore[arg-type]
         seen[-1].append(frozenset(groups))
         return done
 
-    monkeypatch.setattr(DPOTrainer, "_update", watched)
+    monkeypatch.setattr(Updater, "update", watched)
     history, computed = [], []
     for config in (apart, together):
         seen.append([])

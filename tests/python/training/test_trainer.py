@@ -220,7 +220,7 @@ def test_a_cache_with_wrong_numbers_is_refused(
 def test_non_finite_stops_before_the_weights_and_names_the_record(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from logratio.training import trainer as module
+    from logratio.training import update as module
 
     real, real_loss = completion_logps, completion_loss
 
