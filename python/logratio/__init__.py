@@ -13,6 +13,7 @@ TYPE_CHECKING = False  # type checkers treat it as True; avoids importing `typin
 __version__: str
 
 __all__ = [
+    "Callback",
     "ConfigError",
     "DPOTrainer",
     "EvaluateConfig",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from logratio.export import ExportConfig, export_bundle
     from logratio.serving import Reranker
     from logratio.training import (
+        Callback,
         DPOTrainer,
         EvaluateConfig,
         LoraSettings,
@@ -72,6 +74,7 @@ else:
         ),
         "serving": ("Reranker",),
         "training": (
+            "Callback",
             "DPOTrainer",
             "EvaluateConfig",
             "LoraSettings",

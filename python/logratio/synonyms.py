@@ -22,10 +22,14 @@ class ForeignFlagError(LogratioError, ValueError):
 
 
 SAME: Mapping[str, str] = {
+    "--early-stopping-patience": "--early-stop",
+    "--eval-file": "--eval-data",
+    "--eval-steps": "--eval-every",
     "--learning-rate": "--lr",
     "--lora-r": "--lora-rank",
     "--lr-scheduler-type": "--lr-scheduler",
     "--loss-type": "--loss",
+    "--metric-for-best-model": "--best-metric",
     "--model-name-or-path": "--model",
     "--model-path": "--model",
     "--num-epochs": "--epochs",
@@ -39,6 +43,7 @@ SAME: Mapping[str, str] = {
     "--save-total-limit": "--keep-checkpoints",
     "--train-file": "--data",
     "--use-peft": "--lora",
+    "--validation-file": "--eval-data",
     "--warmup-ratio": "--warmup",
 }
 VALUES: Mapping[tuple[str, str], str] = {
@@ -57,9 +62,7 @@ _PRECISION = "--precision fp32, bf16 (autocast) or bf16-weights; fp16 is not sup
 _METRICS = (
     "every update is logged to metrics.jsonl and TensorBoard events in --output; leave it out"
 )
-_EVALUATION = (
-    "run `logratio evaluate --policy OUTPUT --reference MODEL --data held_out.jsonl` after it"
-)
+_EVALUATION = "--eval-data FILE or --eval-share 0.05, with --eval-every N; default: each epoch"
 _HUB = "local files: `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then --data DIR"
 _ONE_PROCESS = "training runs in one process on one device; leave it out"
 _TARGETS = "--lora-target NAME, once for each name"
@@ -78,7 +81,6 @@ INSTEAD: Mapping[str, str] = {
     "--disable-dropout": _DROPOUT,
     "--do-eval": _EVALUATION,
     "--dtype": _PRECISION,
-    "--eval-steps": _EVALUATION,
     "--eval-strategy": _EVALUATION,
     "--evaluation-strategy": _EVALUATION,
     "--fp16": _PRECISION,
@@ -86,6 +88,7 @@ INSTEAD: Mapping[str, str] = {
     "--full-determinism": "--deterministic",
     "--gradient-accumulation-steps": _BATCH,
     "--gradient-checkpointing": "--activation-checkpointing auto (the default), all or off",
+    "--load-best-model-at-end": "--best-metric METRIC, whose best model is saved",
     "--load-in-4bit": "--quantization 4bit, of `logratio precompute`",
     "--load-in-8bit": "--quantization 8bit, of `logratio precompute`",
     "--logging-dir": _METRICS,

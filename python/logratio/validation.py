@@ -107,12 +107,20 @@ def _fitted(hint: Any, given: Any) -> Any:
 
 
 def _fitted_to_one(hints: Sequence[Any], given: Any) -> Any:
-    for hint in hints:
+    """Return a value converted to the first annotation that it matches.
+
+    Annotations with a converter come last, because a converter raises its own errors.
+    """
+    for hint in sorted(hints, key=_is_annotated):
         try:
             return _fitted(hint, given)
         except _MisfitError:
             continue
     raise _MisfitError
+
+
+def _is_annotated(hint: Any) -> bool:
+    return get_origin(hint) is Annotated
 
 
 def _fitted_items(origin: Any, arguments: tuple[Any, ...], given: Any) -> Any:

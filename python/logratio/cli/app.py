@@ -106,15 +106,15 @@ def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
 
 
 def spread(arguments: Sequence[str]) -> list[str]:
-    """Allow `--data a b c` for `--data a --data b --data c`."""
+    """Allow `--data a b c` for `--data a --data b --data c`, and so for `--eval-data`."""
     spread_out: list[str] = []
-    inside = False
+    inside = ""
     for argument in arguments:
         is_value = argument == "-" or not argument.startswith("-")
-        if inside and is_value and spread_out[-1] != "--data":
-            spread_out.append("--data")
+        if inside and is_value and spread_out[-1] != inside:
+            spread_out.append(inside)
         elif not is_value:
-            inside = argument == "--data"
+            inside = argument if argument in ("--data", "--eval-data") else ""
         spread_out.append(argument)
     return spread_out
 

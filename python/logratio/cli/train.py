@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from logratio.training.dataset import Dataset
     from logratio.training.run_folder import TrainResult
 
-LORA_PANEL, UPDATE_PANEL = "LoRA", "Update"
+LORA_PANEL, UPDATE_PANEL, EVALUATION_PANEL = "LoRA", "Update", "Held-out evaluation"
 
 
 class OptimizerName(StrEnum):
@@ -208,6 +208,65 @@ class Update(Settings):
 
 
 @dataclass(frozen=True)
+class HeldOut(Settings):
+    """Evaluation of held-out data during the run."""
+
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE…",
+            help="Held-out data, in the same forms as --data. Several may follow.",
+            rich_help_panel=EVALUATION_PANEL,
+        ),
+    ] = None
+    eval_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of --data to hold out instead, chosen by prompt, such as 0.05.",
+            rich_help_panel=EVALUATION_PANEL,
+        ),
+    ] = 0.0
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Updates between evaluations. Default: one after each epoch. The last update is "
+            "always followed by one.",
+            rich_help_panel=EVALUATION_PANEL,
+        ),
+    ] = None
+    eval_samples: Annotated[
+        int,
+        typer.Option(
+            help="Completions to sample at each evaluation, for the KL divergence from the "
+            "reference and samples.jsonl.",
+            rich_help_panel=EVALUATION_PANEL,
+        ),
+    ] = 0
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Maximum length of a sampled completion.", rich_help_panel=EVALUATION_PANEL
+        ),
+    ] = 128
+    best_metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Save the model that was best in this metric, such as rewards/accuracies or "
+            "loss, instead of the last one.",
+            rich_help_panel=EVALUATION_PANEL,
+        ),
+    ] = None
+    early_stop: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this many evaluations in a row without a better --best-metric.",
+            rich_help_panel=EVALUATION_PANEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adapters instead of full fine-tuning."""
 
@@ -307,7 +366,7 @@ class Machine(Settings):
     device: options.Device = None
 
 
-OBJECTIVE, UPDATE, LORA, MACHINE = Objective(), Update(), Lora(), Machine()
+OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), Lora(), Machine()
 """The defaults."""
 
 
@@ -328,6 +387,7 @@ def train(
     ] = None,
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
+    held_out: HeldOut = HELD_OUT,
     lora: Lora = LORA,
     reading: Reading = READING,
     machine: Machine = MACHINE,
@@ -352,6 +412,7 @@ def train(
             reference=reference,
             **objective.settings(),
             **update.settings(),
+            **held_out.settings(),
             **machine.settings(),
             lora=lora.settings(),
             rules=reading.rules,

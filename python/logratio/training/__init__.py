@@ -6,6 +6,7 @@ does; the parts can be used alone.
 
 from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import completion_logps
+from logratio.training.callbacks import Callback, CallbackError, RunState
 from logratio.training.checkpoint import ResumeError, RunInterruptedError
 from logratio.training.config import (
     EvaluateConfig,
@@ -16,6 +17,7 @@ from logratio.training.config import (
 )
 from logratio.training.dataset import VocabularyError
 from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
+from logratio.training.held_out import HeldOutResult, Sample
 from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError
 from logratio.training.metrics import NonFiniteError
@@ -27,10 +29,13 @@ from logratio.training.run_folder import RunExistsError, TrainResult
 from logratio.training.trainer import DPOTrainer, SaveError, train
 
 __all__ = [
+    "Callback",
+    "CallbackError",
     "DPOTrainer",
     "DeviceError",
     "EvaluateConfig",
     "Evaluation",
+    "HeldOutResult",
     "ImpossibleLogpError",
     "KlEstimate",
     "LoraSettings",
@@ -44,7 +49,9 @@ __all__ = [
     "ResumeError",
     "RunExistsError",
     "RunInterruptedError",
+    "RunState",
     "SFTConfig",
+    "Sample",
     "SaveError",
     "ShareError",
     "StaleCacheError",

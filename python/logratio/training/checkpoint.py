@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -64,6 +64,7 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
 
 MANIFEST = "manifest.json"
+_BEST = "best-"
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ class Position:
     Attributes:
         step: Number of updates done.
         identity: Settings that identify the run, so that another run is not resumed from it.
+        selection: State of the choice of the best evaluation; None in checkpoints of versions
+            without evaluation.
     """
 
     step: int
     identity: dict[str, Any]
+    selection: dict[str, Any] | None = None
 
 
 def save(
@@ -97,26 +101,78 @@ def save(
         OSError: The checkpoint was not written; earlier ones are unchanged.
     """
     final = folder / f"checkpoint-{at.step:08d}"
-    partial = folder / f".partial-{at.step:08d}"
+    with _whole_or_absent(final) as partial:
+        save_file(_trainable(model), partial / "weights.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        save_file(_random_states(), partial / "random.safetensors")
+        state = {**asdict(at), "python_random": random.getstate()}
+        (partial / "state.json").write_text(json.dumps(state))
+    for old in _checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    _remove_bests(folder, at)
+    return final
+
+
+def save_best(folder: Path, model: nn.Module, step: int) -> Path:
+    """Write the trained weights after update `step` to `best-<step>` in `folder`.
+
+    Earlier ones stay until no checkpoint needs them: see `save`.
+
+    Raises:
+        OSError: The weights were not written.
+    """
+    final = folder / f"{_BEST}{step:08d}"
+    with _whole_or_absent(final) as partial:
+        save_file(_trainable(model), partial / "weights.safetensors")
+    return final
+
+
+@contextmanager
+def _whole_or_absent(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `final`, with a manifest, if the block succeeds."""
+    partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         with system_errors(partial):
-            save_file(_trainable(model), partial / "weights.safetensors")
-            save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-            save_file(_random_states(), partial / "random.safetensors")
-        state = {"step": at.step, "identity": at.identity, "python_random": random.getstate()}
-        (partial / "state.json").write_text(json.dumps(state))
+            yield partial
         _write_manifest(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        sync(folder)
+        sync(final.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def load_best(folder: Path, model: nn.Module, step: int) -> None:
+    """Restore the weights of `save_best`.
+
+    Raises:
+        ResumeError: They are missing or damaged; `model` was not changed.
+    """
+    path = folder / f"{_BEST}{step:08d}"
+    if reason := damage(path):
+        raise ResumeError(f"{path}: the best model so far cannot be read: {reason}")
+    _restore_weights(path, model)
+
+
+def _remove_bests(folder: Path, at: Position) -> None:
+    """Remove the best models that neither `at` nor a kept checkpoint refers to."""
+    states = [at.selection, *(_state(path).get("selection") for path in _checkpoints(folder))]
+    needed = {state["best_step"] for state in states if state}
+    for path in folder.glob(f"{_BEST}*"):
+        if int(path.name.removeprefix(_BEST)) not in needed:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """Read the state of a checkpoint; empty if it cannot be read."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 class ResumeError(LogratioError, ValueError):
@@ -170,14 +226,18 @@ def damage(path: Path) -> str | None:
 
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    _restore_weights(path, model)
+    _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+    state = json.loads((path / "state.json").read_text())
+    _restore_random(load_file(path / "random.safetensors"), state["python_random"])
+    return Position(state["step"], state["identity"], state.get("selection"))
+
+
+def _restore_weights(path: Path, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(path / "weights.safetensors").items():
             parameters[name].copy_(value)
-    _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
-    state = json.loads((path / "state.json").read_text())
-    _restore_random(load_file(path / "random.safetensors"), state["python_random"])
-    return Position(state["step"], state["identity"])
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -272,10 +332,8 @@ def newest(folder: Path) -> Path | None:
 def recorded(folder: Path, name: str) -> Any:
     """Return the value of `name` in the newest readable checkpoint's identity, or None."""
     for path in _checkpoints(folder):
-        try:
-            return json.loads((path / "state.json").read_text())["identity"].get(name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+        if isinstance(found := _state(path).get("identity"), dict):
+            return found.get(name)
     return None
 
 

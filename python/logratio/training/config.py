@@ -41,7 +41,7 @@ class LoraSettings:
         check_fields(self)
 
 
-@takes_known_names(train_dataset="data", ref_model="reference")
+@takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run.
@@ -102,6 +102,18 @@ class TrainConfig:
             give the same bits on the same GPU and library versions. Runs on a CPU always do.
         save_every: Updates between checkpoints; 0: a checkpoint only when interrupted.
         keep_checkpoints: Number of checkpoints to keep, the newest.
+        eval_data: Held-out data, in the same forms as `data`; None: see `eval_share`.
+        eval_share: Share of `data` to hold out, chosen by prompt, so that no prompt is both trained
+            on and evaluated.
+        eval_every: Updates between evaluations; None: one at the end of each epoch. The last update
+            is always followed by one.
+        eval_samples: Completions sampled from the policy at each evaluation, to estimate its KL
+            divergence from the reference and to write `samples.jsonl`.
+        max_new_tokens: Maximum length of a sampled completion.
+        best_metric: Save the model of the evaluation that was best in this metric, for example
+            "rewards/accuracies" or "loss", instead of the last one.
+        early_stop: Stop after this many evaluations in a row that were not better than the best in
+            `best_metric`.
         resume: Continue from the newest valid checkpoint in `output`.
         overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
             the same settings is returned without training, and any other run is an error. The
@@ -149,6 +161,13 @@ class TrainConfig:
     deterministic: bool = False
     save_every: int = 200
     keep_checkpoints: int = 2
+    eval_data: Inputs | None = None
+    eval_share: float = 0.0
+    eval_every: int | None = None
+    eval_samples: int = 0
+    max_new_tokens: int = 128
+    best_metric: str | None = None
+    early_stop: int | None = None
     resume: bool = False
     overwrite: bool = False
     device: str | None = None
@@ -168,12 +187,14 @@ UNRECORDED: Mapping[str, Any] = {
     for name in (
         *("lr_scheduler", "min_lr_rate", "decay", "weight_decay", "max_steps"),
         *("adam_beta1", "adam_beta2", "adam_epsilon"),
+        *("eval_data", "eval_share", "eval_every", "eval_samples", "max_new_tokens"),
+        *("best_metric", "early_stop"),
     )
 }
 """Settings that runs of the first version did not record, with the values that they ran with."""
 
 
-@takes_known_names(train_dataset="data")
+@takes_known_names(train_dataset="data", eval_dataset="eval_data")
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     """`TrainConfig` with `loss="sft"`: training on demonstrations, without a reference.

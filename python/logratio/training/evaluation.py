@@ -1,6 +1,6 @@
 """Evaluate a policy on held-out preferences: accuracy, calibration, KL from the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,6 +16,7 @@ from logratio._rust import ROLES, Store
 from logratio.data.feed import Feed, FeedSettings
 from logratio.errors import ConfigError
 from logratio.forecast import Forecast
+from logratio.logps.attention.interface import own_attention
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import batch_of, limits_of, score, transformer
@@ -108,7 +109,7 @@ def sample_completions(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     drawn: list[list[int]] = [[] for _ in prompts]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), own_attention(transformer(model)):
         torch.manual_seed(seed)
         for start in range(0, len(order), SAMPLE_ROWS):
             rows = order[start : start + SAMPLE_ROWS]
@@ -258,38 +259,53 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     )
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
-    _check_samples(config, dataset.store)
+    models = config.policy, config.reference
+    check_sampling(models, config.samples, config.max_new_tokens, dataset.store)
     return Evaluating(config, dataset, beta, show_progress)
 
 
-def _check_samples(config: EvaluateConfig, store: Store) -> None:
-    """Check the settings of the sampling against the prompts and the models."""
-    if config.samples < 0 or config.max_new_tokens < 1:
+def check_sampling(
+    models: Sequence[PathLike], samples: int, max_new_tokens: int, store: Store
+) -> None:
+    """Check the settings of the sampling against the prompts and the models.
+
+    Args:
+        models: Folders of the models that complete or score the samples; the policy first.
+        samples: Number of completions to sample.
+        max_new_tokens: Maximum length of a completion.
+        store: The groups whose prompts are completed.
+
+    Raises:
+        ConfigError: A setting is out of range, or a sample could be longer than a model allows.
+    """
+    if samples < 0 or max_new_tokens < 1:
         raise ConfigError("samples must be at least 0 and max_new_tokens at least 1")
-    positions = max_positions(config.policy)
-    needed = int(store.prompt_lengths().max()) + config.max_new_tokens
-    if config.samples and positions and needed > positions:
+    if not samples:
+        return
+    positions = max_positions(models[0])
+    needed = int(store.prompt_lengths().max()) + max_new_tokens
+    if positions and needed > positions:
         raise ConfigError(
             f"the longest prompt and max_new_tokens need {needed} positions, and the model has "
             f"{positions}: lower max_new_tokens or max_prompt_length"
         )
-    _check_length_limits(config, needed)
+    for folder in models:
+        _check_length_limits(folder, needed)
 
 
-def _check_length_limits(config: EvaluateConfig, needed: int) -> None:
+def _check_length_limits(folder: PathLike, needed: int) -> None:
     """Refuse to sample if the length or the other rows of a batch change the distribution.
 
     Some families switch RoPE factors or keys beyond a length: see `limits_of`.
     """
-    for folder in (config.policy, config.reference) if config.samples else ():
-        model = AutoConfig.from_pretrained(base_folder(folder), local_files_only=True)
-        for limit in limits_of(model):
-            if needed > limit.tokens:
-                raise ConfigError(
-                    f"{folder}: cannot sample up to {needed} tokens, because its {limit.what} "
-                    f"uses different factors or keys beyond {limit.tokens} tokens: lower "
-                    "max_new_tokens or max_prompt_length until both fit, or set samples to 0"
-                )
+    model = AutoConfig.from_pretrained(base_folder(folder), local_files_only=True)
+    for limit in limits_of(model):
+        if needed > limit.tokens:
+            raise ConfigError(
+                f"{folder}: cannot sample up to {needed} tokens, because its {limit.what} "
+                f"uses different factors or keys beyond {limit.tokens} tokens: lower "
+                "max_new_tokens or max_prompt_length until both fit, or set samples to 0"
+            )
 
 
 class Evaluating:
@@ -352,10 +368,15 @@ class Evaluating:
             stop_ids=self.dataset.tokenizer.stop_ids,
             seed=self.config.seed,
         )
-        ratios = drawn_logratios(policy, reference, prompts, drawn)
-        error = float(ratios.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
-        lengths = [len(ids) for ids in drawn]
-        return KlEstimate(float(ratios.mean()), error, count, float(np.mean(lengths)))
+        return kl_estimate(drawn_logratios(policy, reference, prompts, drawn), drawn)
+
+
+def kl_estimate(logratios: np.ndarray, drawn: Sequence[Sequence[int]]) -> KlEstimate:
+    """Estimate the KL divergence from the log-ratios `[n]` of completions drawn from the policy."""
+    count = len(logratios)
+    error = float(logratios.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    length = float(np.mean([len(ids) for ids in drawn]))
+    return KlEstimate(float(logratios.mean()), error, count, length)
 
 
 def drawn_logratios(
@@ -365,12 +386,19 @@ def drawn_logratios(
     drawn: list[list[int]],
 ) -> np.ndarray:
     """Return log π − log π_ref of each sampled completion, float64 `[n]`."""
+    ratios: np.ndarray = drawn_sums(policy, prompts, drawn) - drawn_sums(reference, prompts, drawn)
+    return ratios
+
+
+def drawn_sums(model: nn.Module, prompts: list[list[int]], drawn: list[list[int]]) -> np.ndarray:
+    """Return the summed log-prob of each sampled completion, float64 `[n]`, in nats."""
     parts = []
     for start in range(0, len(prompts), 64):
         stop = start + 64
         groups = [(p, [c]) for p, c in zip(prompts[start:stop], drawn[start:stop], strict=True)]
-        batch = batch_of(groups, "padded", next(policy.parameters()).device)
-        parts.append(_sums(policy, batch) - _sums(reference, batch))
+        batch = batch_of(groups, "padded", next(model.parameters()).device)
+        with own_attention(transformer(model)):
+            parts.append(model_sums(model, batch).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -386,8 +414,31 @@ def store_sums(
         advance: Called with the number of groups after each batch.
     """
     layout, _ = choose_layout(model)
-    sums = np.zeros(store.completions)
     device = next(model.parameters()).device
+    return sums_over(
+        store, lambda batch: model_sums(model, batch), token_budget, layout, device, advance
+    )
+
+
+def sums_over(
+    store: Store,
+    sums_of: Callable[[Batch], Tensor],
+    token_budget: int,
+    layout: str,
+    device: torch.device,
+    advance: Advance = lambda *_: None,
+) -> np.ndarray:
+    """Return the sums that `sums_of` gives for every completion in a store, float64 `[N]`.
+
+    Args:
+        store: Tokenized groups.
+        sums_of: Returns the sums of a batch's completions, `[n]`.
+        token_budget: Tokens computed at a time.
+        layout: Batch layout: "shared", "tree" or "padded".
+        device: Device of the batches.
+        advance: Called with the number of groups after each batch.
+    """
+    sums = np.zeros(store.completions)
     settings = FeedSettings(
         order="sorted",
         groups_per_update=len(store),
@@ -398,14 +449,15 @@ def store_sums(
     with closing(iter(Feed(store, settings, allocate=buffers_for(device)))) as feed:
         for micro in feed:
             batch = to_torch(micro.layout, device)
-            sums[batch.targets.rows] = _sums(model, batch)
+            sums[batch.targets.rows] = sums_of(batch).cpu().numpy()
             advance(len(batch.targets.groups))
     return sums
 
 
 @torch.no_grad()
-def _sums(model: nn.Module, batch: Batch) -> np.ndarray:
-    return batch.targets.sums(score(model, batch)).cpu().numpy()
+def model_sums(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the summed log-probs of a batch's completions under a model, float64 `[n]`."""
+    return batch.targets.sums(score(model, batch))
 
 
 def summarize(

@@ -1,6 +1,7 @@
 """Estimates of the memory and time of a pass, and the number of tokens computed at a time."""
 
 import json
+import math
 import os
 import re
 import time
@@ -79,8 +80,14 @@ def seconds(
     return flops / (EFFICIENCY * flops_per_second(device, precision))
 
 
-def training_forecast(config: TrainConfig, store: Store) -> Forecast:
-    """Estimate the needs of a training run; the memory is that of its device."""
+def training_forecast(config: TrainConfig, store: Store, held_out: Store | None = None) -> Forecast:
+    """Estimate the needs of a training run; the memory is that of its device.
+
+    Args:
+        config: Settings of the run.
+        store: The groups to train on.
+        held_out: Held-out groups, or None. The time to sample completions is not included.
+    """
     kind = reference_kind(config)
     frozen = (config.reference or config.model) if kind == "frozen" else None
     lengths = store.shared_lengths()
@@ -93,6 +100,9 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
     if kind in ("adapter", "frozen"):
         other = frozen or config.model
         work += seconds(other, tokens, FORWARD, config.device, precision)
+    if held_out:
+        seen = float(held_out.shared_lengths().sum()) * _evaluations(config, len(store))
+        work += seconds(config.model, seen, FORWARD, config.device, precision)
     weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
     kept = kept_bytes(config.model, precision, twice=twice)
     return Forecast(
@@ -104,6 +114,13 @@ def training_forecast(config: TrainConfig, store: Store) -> Forecast:
         seconds=work,
         notes=f"reference {kind}, {tokens:,.0f} tokens, {precision_note(config)}",
     )
+
+
+def _evaluations(config: TrainConfig, groups: int) -> int:
+    """Return the number of evaluations of a run over `groups` groups that does not stop early."""
+    length = RunLength.of(config, groups)
+    every = config.eval_every or math.ceil(groups / config.batch_size)
+    return math.ceil(length.updates / every)
 
 
 def fits_at_once(config: TrainConfig, store: Store) -> bool:

@@ -17,10 +17,12 @@ from logratio.errors import LogratioError
 from logratio.progress import say
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class MetricsLog:
-    """Writes `metrics.jsonl` and TensorBoard events to the output folder, one row per update.
+    """Writes metrics, evaluations, samples and TensorBoard events to the output folder.
 
     A failed write never stops a run: it is reported once, and the rows are kept in memory and
     written when the disk has space again. Without tensorboardX, no events are written.
@@ -28,17 +30,39 @@ class MetricsLog:
 
     def __init__(self, output: Path, resume_step: int) -> None:
         self._reported = False
-        rows = output / METRICS_FILE
-        self._rows = _Appended(rows, _size_up_to(rows, resume_step))
+        self._rows, self._evaluations, self._samples = (
+            _Appended(output / name, _size_up_to(output / name, resume_step))
+            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE)
+        )
         self._events = _new_events(output / "tensorboard", resume_step)
 
     @property
     def _files(self) -> list["_Appended"]:
-        return [self._rows, self._events] if self._events else [self._rows]
+        rows = [self._rows, self._evaluations, self._samples]
+        return [*rows, self._events] if self._events else rows
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one row. All values must be finite: the trainer stops on others."""
-        self._rows.add((json.dumps({"step": step, **values}) + "\n").encode())
+        """Append the row of an update. Its values are finite: the trainer stops on others."""
+        self._rows.add(_line({"step": step, **values}))
+        self._add_scalars(step, values)
+
+    def write_evaluation(
+        self, row: Mapping[str, Any], metrics: Mapping[str, float], samples: Sequence[Any]
+    ) -> None:
+        """Append an evaluation, with its samples.
+
+        Args:
+            row: The row of `evaluations.jsonl`, with the number of updates as `step`.
+            metrics: Its scalars, for TensorBoard.
+            samples: Rows of `samples.jsonl`.
+        """
+        self._evaluations.add(_line(row))
+        for sample in samples:
+            self._samples.add(_line({"step": row["step"], **sample}))
+        self._add_scalars(row["step"], metrics)
+
+    def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add scalars to the TensorBoard events, and report the first failure of any file."""
         scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
         if self._events:
             self._events.add(_event(step=step, summary={"value": scalars}))
@@ -59,6 +83,10 @@ class MetricsLog:
             file.close()
             if file.waiting:
                 say(f"{file.path}: incomplete, the last {len(file.waiting):,} records are missing")
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
 
 
 class _Appended:

@@ -13,13 +13,14 @@ import numpy as np
 
 from logratio._rust import CacheFolder
 from logratio.cache.identity import record_tolerance
+from logratio.data.readers.inputs import Inputs
 from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, duration, size
 from logratio.progress import progress, say
 from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
-from logratio.training.config import PrecomputeConfig
+from logratio.training.config import PrecomputeConfig, TrainConfig
 from logratio.training.dataset import Dataset, load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.memory import token_budget
@@ -31,6 +32,7 @@ from logratio.training.models import (
     precision_note,
     precision_of,
 )
+from logratio.training.reference import holds_sums_only
 from logratio.training.reference_scorer import (
     ReferenceScorer,
     Work,
@@ -125,6 +127,34 @@ def _parse(given: str) -> tuple[int, int]:
     if not 1 <= index <= count:
         raise ShareError(f"share must be one of 1/N to N/N, for example 2/4, not {given!r}")
     return index - 1, count
+
+
+def pass_of_run(
+    config: TrainConfig, dataset: Dataset, data: Inputs, show_progress: bool
+) -> "Precompute":
+    """Return the pass that fills the cache of a training run.
+
+    Args:
+        config: Settings of the run, with a cache.
+        dataset: The tokenized data.
+        data: What it was read from.
+        show_progress: Draw a progress bar.
+    """
+    reference, precision = config.reference or config.model, precision_of(config)
+    wanted = PrecomputeConfig(
+        reference,
+        data,
+        str(config.cache),
+        sums_only=holds_sums_only(str(config.cache), model_fingerprint(reference, precision)),
+        share_beginnings=config.share_beginnings,
+        read_mode=config.read_mode,
+        precision=precision,
+        device=config.device,
+        rules=config.rules,
+        formats=config.formats,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    return Precompute(wanted, dataset, share_of("1/1", {}), show_progress)
 
 
 RESUME = "completed scores are in the cache; run again to continue"

@@ -31,7 +31,7 @@ from logratio.training.config import UNRECORDED, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.metrics import METRICS_FILE
+from logratio.training.metrics import EVALUATIONS_FILE, METRICS_FILE
 from logratio.training.models import (
     ADAPTER_CONFIG,
     precision_of,
@@ -48,7 +48,7 @@ MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 _COMPARED = (
     *("loss", "label_smoothing", "gamma", "lr", "warmup", "max_grad_norm", "batch_size"),
     *("epochs", "optimizer", "compile_layers", "seed", "deterministic", "mix"),
-    *("share_beginnings", *UNRECORDED),
+    *("share_beginnings", *(name for name in UNRECORDED if name != "eval_data")),
 )
 
 
@@ -56,12 +56,15 @@ class RunExistsError(LogratioError, FileExistsError):
     """The output folder contains a run that would be lost, or another process is using it."""
 
 
-def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, store: Store | None = None, held_out: Store | None = None
+) -> dict[str, Any]:
     """Return the settings that must be equal for two runs to count as the same run.
 
     Args:
         config: Settings of the run.
         store: Data of the run, whose digest is included; None: without the data.
+        held_out: Held-out data of the run, or None; its digest is included with that of `store`.
 
     Returns:
         Values after a round trip through JSON, that is, with lists instead of tuples.
@@ -84,7 +87,8 @@ def identity(config: TrainConfig, store: Store | None = None) -> dict[str, Any]:
         "precision": precision_of(config),
         "lora": asdict(config.lora) if config.lora else None,
     }
-    data = {"data": store.digest} if store else {}
+    held = held_out.digest if held_out else None
+    data = {"data": store.digest, "eval_data": held} if store else {}
     plain: dict[str, Any] = json.loads(json.dumps(fields | models | own | data))
     return plain
 
@@ -185,8 +189,23 @@ def locked_output(output: Path) -> Iterator[Path]:
         ) from error
 
 
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended.
+
+    Attributes:
+        steps: Number of updates done.
+        best_step: Number of updates of the saved model, if an earlier one was better.
+        stop_reason: Why the run ended before its last update; None: it did not.
+    """
+
+    steps: int
+    best_step: int | None = None
+    stop_reason: str | None = None
+
+
 def save_run(
-    policy: nn.Module, config: TrainConfig, dataset: Dataset, ran: dict[str, Any], steps: int
+    policy: nn.Module, config: TrainConfig, dataset: Dataset, ran: dict[str, Any], end: RunEnd
 ) -> None:
     """Write the model or adapter, its tokenizer and the settings to the output folder.
 
@@ -198,7 +217,7 @@ def save_run(
         config: Settings of the run.
         dataset: Data of the run.
         ran: Identity of the run.
-        steps: Number of updates done.
+        end: How the run ended.
 
     Raises:
         OSError: The files could not be written; nothing was changed.
@@ -217,7 +236,7 @@ def save_run(
             **asdict(config),
             "beta": beta_of(config),
             "precision": precision_of(config),
-            "steps": steps,
+            **asdict(end),
             "identity": ran,
         }
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
@@ -243,6 +262,29 @@ def _publish(partial: Path, output: Path) -> None:
             stale.unlink(missing_ok=True)
     partial.rmdir()
     sync(output)
+
+
+def finished_result(output: Path, settings: Mapping[str, Any]) -> "TrainResult":
+    """Return the result of a finished run, from its settings and the rows in its folder."""
+    steps = int(settings["steps"])
+    return TrainResult(
+        output,
+        steps,
+        history_of(output, steps),
+        was_finished=True,
+        evaluations=evaluations_of(output),
+        best_step=settings.get("best_step"),
+        stop_reason=settings.get("stop_reason"),
+    )
+
+
+def evaluations_of(output: Path) -> list[dict[str, Any]]:
+    """Read the evaluations of a run; empty if there are none."""
+    try:
+        lines = (output / EVALUATIONS_FILE).read_text().splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
 
 
 def history_of(output: Path, steps: int) -> list[dict[str, float]]:
@@ -349,7 +391,7 @@ def _date_field(fields: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-_SHOWN = ("loss", "rewards/accuracies")
+_SHOWN = ("loss", "rewards/accuracies", "eval_loss", "eval_rewards/accuracies")
 
 
 @dataclass(frozen=True)
@@ -363,15 +405,23 @@ class TrainResult:
             the run had already finished.
         was_finished: True if an earlier run with the same settings had already produced the
             model, so no training was done.
+        evaluations: The rows of `evaluations.jsonl`: one per evaluation of held-out data.
+        best_step: Number of updates of the saved model with `best_metric`; else None.
+        stop_reason: Why the run ended before its last update; None: it did not.
     """
 
     output: Path
     steps: int
     history: list[dict[str, float]] = field(default_factory=list)
     was_finished: bool = False
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
+    stop_reason: str | None = None
 
     def __repr__(self) -> str:
         last = self.history[-1] if self.history else {}
+        if self.evaluations:
+            last = last | self.evaluations[-1]
         figures = "".join(f", {name} {last[name]:.4g}" for name in _SHOWN if name in last)
         state = "already finished, " if self.was_finished else ""
         counted = "1 update" if self.steps == 1 else f"{self.steps:,} updates"

@@ -4,6 +4,7 @@ Each update covers a fixed number of groups, regardless of the micro-batch size:
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -26,11 +27,13 @@ from logratio.logps.completion import transformer
 from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
+from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
-from logratio.training.config import PathLike, PrecomputeConfig, TrainConfig
+from logratio.training.config import PathLike, TrainConfig
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
 from logratio.training.metrics import MetricsLog
 from logratio.training.models import (
@@ -42,29 +45,33 @@ from logratio.training.models import (
 )
 from logratio.training.optimizers import state_bytes
 from logratio.training.policy import build_policy
-from logratio.training.precomputation import Precompute, refuse_multiple_processes, share_of
+from logratio.training.precomputation import Precompute, pass_of_run, refuse_multiple_processes
 from logratio.training.reference import (
+    CachedReference,
+    CachedSums,
     FrozenReference,
     Reference,
     build_reference,
     cache_folder,
     cached_reference,
-    holds_sums_only,
     side_effect_free,
     sums_folder,
 )
 from logratio.training.reference_checks import check_start
 from logratio.training.run_folder import (
     CHECKPOINTS,
+    RunEnd,
     TrainResult,
+    evaluations_of,
+    finished_result,
     finished_run,
-    history_of,
     identity,
     locked_output,
     refuse_different_run,
     save_run,
 )
 from logratio.training.schedule import RunLength, learning_rate
+from logratio.training.selection import Selection
 from logratio.training.torch_settings import (
     ask_for_expandable_segments,
     exact_products,
@@ -111,6 +118,7 @@ class DPOTrainer:
         model: Folder of the model to start from (safetensors, tokenizer.json).
         data: Preference data, as in `TrainConfig`.
         config: All settings at once, instead of `model`, `data` and `settings`.
+        callbacks: Called during the run: see `Callback`.
         show_progress: Draw progress bars and print notes.
         dry_run: Create no files. The trainer then offers a forecast but cannot train.
         **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names.
@@ -118,7 +126,8 @@ class DPOTrainer:
     Attributes:
         config: The settings; `rules` holds the rules that the data was tokenized with.
         dataset: The tokenized groups, the outcome of every input row, and the tokenizer.
-        store: The tokenized groups.
+        store: The tokenized groups to train on.
+        held_out: The evaluation of held-out groups; None without `eval_data` and `eval_share`.
         device: The device to train on.
         updates: Number of updates in the whole run.
         finished: The result of an earlier run with the same settings, or None.
@@ -141,6 +150,7 @@ class DPOTrainer:
         data: Inputs | None = None,
         *,
         config: TrainConfig | None = None,
+        callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
         dry_run: bool = False,
         **settings: Any,
@@ -153,11 +163,13 @@ class DPOTrainer:
         refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
         check_config(config)
+        check_metric(config)
         if config.rules.date is None:
             config = replace(
                 config, rules=replace(config.rules, date=run_folder.date_of_run(config))
             )
         self.show_progress, self.dry_run = show_progress, dry_run
+        self.callbacks = check_callbacks(callbacks)
         self.device = default_device(config.device)
         with ExitStack() as held:
             if not dry_run:
@@ -176,17 +188,36 @@ class DPOTrainer:
             show_progress=self.show_progress,
             recorded_date=lambda: _date_of_cache(config),
         )
-        self.store = self.dataset.store
         self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
+        self.held_out = self._divide(writes=not (self.dry_run or finished))
         self._length = RunLength.of(config, len(self.store))
         self.updates = self._length.updates
         self.finished: TrainResult | None = None
         if finished:
-            refuse_different_run(config, finished, identity(config, self.store))
-            steps, output = int(finished["steps"]), Path(config.output)
-            self.finished = TrainResult(output, steps, history_of(output, steps), was_finished=True)
-        reads_cache = not (config.precompute or finished)
-        self.cached = cached_reference(config, self.store) if reads_cache else None
+            refuse_different_run(config, finished, self._identity())
+            self.finished = finished_result(Path(config.output), finished)
+        self.cached: CachedReference | CachedSums | None = None
+        if not (config.precompute or finished):
+            self._open_cache()
+
+    def _divide(self, *, writes: bool) -> HeldOut | None:
+        """Set the groups to train on; return the evaluation of the held-out ones, if any."""
+        self._data = divide(
+            self.config, self.dataset, writes=writes, show_progress=self.show_progress
+        )
+        self.store = self._data.train
+        if self._data.held_out is None:
+            return None
+        return HeldOut(self.config, self._data.held_out, self.dataset.tokenizer)
+
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.config, self.store, self._data.held_out)
+
+    def _open_cache(self) -> None:
+        """Look all completions up in the cache, if the run has one."""
+        self.cached = cached_reference(self.config, self.store)
+        if self.cached and self.held_out:
+            self.held_out.cached = self.cached.over(self.held_out.store)
 
     def __repr__(self) -> str:
         groups = "demonstrations" if self.config.loss == "sft" else "pairs"
@@ -200,45 +231,28 @@ class DPOTrainer:
     @cached_property
     def forecast(self) -> Forecast:
         """Memory, disk space and time of the run, including the precompute pass if requested."""
-        run = training_forecast(self.config, self.store)
-        if self._pass is None:
-            return run
-        before = self._pass.forecast
-        return replace(
-            run,
-            memory_bytes=max(run.memory_bytes, before.memory_bytes),
-            disk_bytes=run.disk_bytes + before.disk_bytes,
-            seconds=run.seconds + before.seconds,
-            notes=f"{run.notes}; {before.notes}",
-        )
+        run = training_forecast(self.config, self.store, self._data.held_out)
+        for before in (one.forecast for one in self._passes):
+            run = replace(
+                run,
+                memory_bytes=max(run.memory_bytes, before.memory_bytes),
+                disk_bytes=run.disk_bytes + before.disk_bytes,
+                seconds=run.seconds + before.seconds,
+                notes=f"{run.notes}; {before.notes}",
+            )
+        return run
 
     @cached_property
-    def _pass(self) -> Precompute | None:
-        """The pass that fills the cache before training; None without `precompute`."""
-        if not self.config.precompute:
-            return None
+    def _passes(self) -> list[Precompute]:
+        """The passes over the data and `eval_data` that fill the cache before training."""
         config = self.config
-        wanted = PrecomputeConfig(
-            config.reference or config.model,
-            config.data,
-            str(config.cache),
-            sums_only=self._has_sums_only,
-            share_beginnings=config.share_beginnings,
-            read_mode=config.read_mode,
-            precision=precision_of(config),
-            device=config.device,
-            rules=config.rules,
-            formats=config.formats,
-            max_bad_fraction=config.max_bad_fraction,
-        )
-        return Precompute(wanted, self.dataset, share_of("1/1", {}), self.show_progress)
-
-    @property
-    def _has_sums_only(self) -> bool:
-        fingerprint = model_fingerprint(
-            self.config.reference or self.config.model, precision_of(self.config)
-        )
-        return holds_sums_only(str(self.config.cache), fingerprint)
+        if not config.precompute:
+            return []
+        passes = [pass_of_run(config, self.dataset, config.data, self.show_progress)]
+        if self._data.dataset and config.eval_data is not None:
+            held = self._data.dataset
+            passes.append(pass_of_run(config, held, config.eval_data, self.show_progress))
+        return passes
 
     def train(self) -> TrainResult:
         """Train and save the model. Returns at once if an earlier run has already finished.
@@ -269,9 +283,10 @@ class DPOTrainer:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         if slow := torch_settings.advice(self.device):
             say(slow)
-        if self._pass is not None:
-            self._pass.run()
-            self.cached = cached_reference(self.config, self.store)
+        for before in self._passes:
+            before.run()
+        if self._passes:
+            self._open_cache()
         torch.manual_seed(self.config.seed)
         policy = build_policy(self.config, str(self.device))
         reference = self.cached or build_reference(self.config, policy)
@@ -279,11 +294,12 @@ class DPOTrainer:
             layout = self._choose_layout(policy, reference)
         self.begin(policy, reference, layout)
         with _attention(policy, layout), layer_options(policy, self._kept()):
-            history = self._run_updates()
+            result = self._run_updates()
         with interrupts():  # a signal must not prevent saving the trained model
-            self._save_model()
+            self._save_model(result)
             shutil.rmtree(self._checkpoints, ignore_errors=True)
-        return TrainResult(output, self.updates, history)
+        self._call("on_end", result)
+        return result
 
     def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
         """Prepare the updates of `policy`; `train` calls this before the first one.
@@ -294,7 +310,10 @@ class DPOTrainer:
             layout: Batch layout: "shared", "tree" or "padded".
         """
         self.updater = Updater(self.config, self.store, policy, reference, layout)
-        self.identity = identity(self.config, self.store)
+        self.identity = self._identity()
+        self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
+        self.selection = Selection(self.config.best_metric, self.config.early_stop)
+        self._evaluations: list[dict[str, Any]] = []
 
     def _choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
         """Return the best layout that all models in memory support; print a note if slower."""
@@ -336,10 +355,10 @@ class DPOTrainer:
         self.identity["compiled"] = compiled
         return replace(kept, compiled=compiled)
 
-    def _run_updates(self) -> list[dict[str, float]]:
-        """Run all updates after the last checkpoint; return the metrics of each."""
+    def _run_updates(self) -> TrainResult:
+        """Run all updates after the last checkpoint, and the evaluations between them."""
         config, groups_in_all = self.config, self._length.groups
-        start = self._resume() if config.resume else 0
+        start = self.state.step = self._resume() if config.resume else 0
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
@@ -350,18 +369,93 @@ class DPOTrainer:
         ):
             advance(min(start * config.batch_size, groups_in_all))
             feed = self._feed(start)
+            self._per_epoch = feed.updates_per_epoch
+            self._call("on_start")
+            self._evaluate(log, interrupted)  # if a signal interrupted the last evaluation
             with closing(iter(feed)) as batches:
                 # With max_steps the data may go on after the last update.
                 wanted = islice(groupby(batches, _place), self.updates - start)
                 for step, (_, update) in enumerate(wanted, start + 1):
+                    if self.state.stop_reason:
+                        break
                     rate = learning_rate(config, step - 1, self.updates)
                     values, groups = self.updater.update(step, rate, update)
-                    values["epoch"] = step / feed.updates_per_epoch
+                    self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
+                    values["epoch"] = self.state.epoch
                     log.write(step, values)
                     history.append(values)
                     _report(advance, groups, values)
+                    self._call("on_update", values)
+                    self._evaluate(log, interrupted)
                     self._maybe_save(step, interrupted())
-        return history
+        return self._result(history)
+
+    def _evaluate(self, log: MetricsLog, interrupted: Callable[[], int | None]) -> None:
+        """Evaluate held-out groups if it is time, and keep the weights if they are the best.
+
+        A signal ends the evaluation, which is repeated when the run is resumed.
+        """
+        step = self.state.step
+        if self.held_out is None or not self._is_due(step):
+            return
+        try:
+            result = self.held_out.evaluate(step, self.updater, interrupted)
+        except EvaluationInterruptedError:
+            return
+        if self.selection.note(step, result.metrics):
+            self._save_best(step)
+        log.write_evaluation(result.to_dict(), result.metrics, result.sample_rows())
+        if self.show_progress:
+            say(result.to_text())
+        self._evaluations.append(result.to_dict())
+        self._call("on_evaluate", result)
+        if self.selection.is_exhausted:
+            best = f"the best {self.selection.metric} was after update {self.selection.best_step}"
+            self.state.stop(f"{self.config.early_stop} evaluations without improvement: {best}")
+
+    def _is_due(self, step: int) -> bool:
+        """Whether an evaluation follows update `step` and has not been done."""
+        if step in (0, self.selection.evaluated):
+            return False
+        is_last = step == self.updates or self.state.stop_reason is not None
+        return is_last or step % (self.config.eval_every or self._per_epoch) == 0
+
+    def _save_best(self, step: int) -> None:
+        try:
+            checkpoint.save_best(self._checkpoints, self.updater.policy, step)
+        except OSError as error:
+            raise SaveError(f"the best model could not be saved ({error})") from error
+
+    def _call(self, method: str, *given: Any) -> None:
+        """Call a method of every callback.
+
+        Raises:
+            CallbackError: A callback raised an exception; a checkpoint has been saved.
+        """
+        for callback in self.callbacks:
+            try:
+                getattr(callback, method)(self.state, *given)
+            except Exception as error:
+                saved = method not in ("on_end", "on_checkpoint") and self.save(self.state.step)
+                where = f"; {saved} can be continued with --resume" if saved else ""
+                name = f"{type(callback).__name__}.{method}"
+                raise CallbackError(f"{name} raised {error!r}{where}") from error
+
+    def _result(self, history: list[dict[str, float]]) -> TrainResult:
+        """Restore the best weights, if the run keeps them, and describe the run."""
+        step, best = self.state.step, self.selection.best_step
+        if best not in (None, step):
+            checkpoint.load_best(self._checkpoints, self.updater.policy, best)
+        if reason := self.state.stop_reason:
+            say(f"stopped after update {step:,} of {self.updates:,}: {reason}")
+        return TrainResult(
+            Path(self.config.output),
+            step,
+            history,
+            evaluations=self._evaluations,
+            best_step=best,
+            stop_reason=self.state.stop_reason,
+        )
 
     def _feed(self, start: int) -> Feed:
         """Return the micro-batches after update `start`."""
@@ -398,10 +492,10 @@ class DPOTrainer:
 
     def _maybe_save(self, step: int, signal: int | None) -> None:
         every = self.config.save_every
-        if step == self.updates:
+        if step == self.updates and not (self.held_out and self._is_due(step)):
             return
         if signal or (every > 0 and step % every == 0):
-            self.save(step)
+            self._call("on_checkpoint", self.save(step))
         if signal:
             raise RunInterruptedError(
                 signal, f"saved update {step} in {self._checkpoints}; continue with --resume"
@@ -417,7 +511,7 @@ class DPOTrainer:
         Raises:
             SaveError: The checkpoint cannot be written; earlier ones are unchanged.
         """
-        at = checkpoint.Position(step, self.identity)
+        at = checkpoint.Position(step, self.identity, self.selection.state())
         try:
             return checkpoint.save(
                 self._checkpoints,
@@ -448,16 +542,22 @@ class DPOTrainer:
             say(f"{folder}: no checkpoint yet, starting from the first update")
             return 0
         say(f"{folder}: resuming after update {at.step:,}")
+        if at.selection:
+            self.selection.restore(at.selection)
+        self._evaluations = [
+            row for row in evaluations_of(Path(self.config.output)) if row["step"] <= at.step
+        ]
         return at.step
 
-    def _save_model(self) -> None:
+    def _save_model(self, result: TrainResult) -> None:
         """Save the model; if that fails, save a checkpoint so that --resume can save it later."""
         try:
-            save_run(self.updater.policy, self.config, self.dataset, self.identity, self.updates)
+            end = RunEnd(result.steps, result.best_step, result.stop_reason)
+            save_run(self.updater.policy, self.config, self.dataset, self.identity, end)
         except OSError as error:
             what = f"the model could not be saved ({error})"
             try:
-                saved = self.save(self.updates)
+                saved = self.save(result.steps)
             except SaveError as worse:
                 raise SaveError(f"{what}, and {worse}") from error
             raise SaveError(

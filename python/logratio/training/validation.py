@@ -36,6 +36,7 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.label_smoothing < 0.5:
         raise ConfigError("label_smoothing must be in [0, 0.5)")
     _check_options(config)
+    _check_evaluation(config)
     _check_memory(config)
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
@@ -91,6 +92,26 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError("precompute fills a cache: give its folder with --cache")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"loss {config.loss} has no reference; remove --cache and --reference")
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    """Check the settings of held-out evaluation."""
+    if not 0 <= config.eval_share < 1:
+        raise ConfigError(f"eval_share is a share of the data, in [0, 1), not {config.eval_share}")
+    if config.eval_share and config.eval_data is not None:
+        raise ConfigError("eval_data and eval_share both name held-out data: give one of them")
+    for name in ("eval_every", "early_stop"):
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+    wanted = [n for n in ("eval_every", "eval_samples", "best_metric") if getattr(config, n)]
+    if wanted and config.eval_data is None and not config.eval_share:
+        raise ConfigError(f"{wanted[0]} needs held-out data: give eval_data or eval_share")
+    if config.early_stop and not config.best_metric:
+        raise ConfigError(
+            "early_stop needs best_metric, the metric that must improve, for example "
+            "rewards/accuracies or loss"
+        )
 
 
 def _check_memory(config: TrainConfig) -> None:

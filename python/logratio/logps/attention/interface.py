@@ -9,6 +9,7 @@ model as a keyword argument.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,26 @@ def shared_prompts(model: PreTrainedModel) -> Iterator[None]:
     try:
         if model.config._attn_implementation != NAME:  # transformers only logs a warning
             raise SharedPromptError("its attention is custom code and cannot be replaced")
+        _REPLACED[model] = before
         yield
     finally:
+        _REPLACED.pop(model, None)
         model.set_attn_implementation(before)
+
+
+_REPLACED: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""Models inside a block of `shared_prompts`, with their own attention."""
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use the model's own attention, for example to generate, also inside `shared_prompts`."""
+    before = _REPLACED.get(model)
+    if before is None:
+        yield
+        return
+    model.set_attn_implementation(before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)

@@ -1,0 +1,96 @@
+"""Callbacks: code of the user that a trainer calls during a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.errors import ConfigError, LogratioError
+from logratio.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from logratio.training.held_out import HeldOutResult
+    from logratio.training.run_folder import TrainResult
+
+
+class CallbackError(LogratioError, RuntimeError):
+    """A callback raised an exception; the run has been saved and can be resumed."""
+
+
+@dataclass
+class RunState:
+    """The state of a run, as callbacks see it.
+
+    Attributes:
+        config: Settings of the run.
+        updates: Number of updates planned.
+        policy: The model that is trained. Do not change it.
+        tokenizer: The tokenizer of the run.
+        step: Number of updates done.
+        epoch: Passes over the data done, with fractions.
+        stop_reason: Why the run ends early; None: it does not.
+    """
+
+    config: TrainConfig
+    updates: int
+    policy: nn.Module
+    tokenizer: PreferenceTokenizer
+    step: int = 0
+    epoch: float = 0.0
+    stop_reason: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """End the run after this update; the model is saved as at the end of a whole run."""
+        self.stop_reason = reason
+
+
+class Callback:
+    """Base class of callbacks: override the methods that you need.
+
+    A trainer calls them in its own thread, so a slow method delays the run. If a method raises an
+    exception, the trainer saves a checkpoint and ends with `CallbackError`.
+
+    Example:
+        >>> class StopAtMargin(Callback):
+        ...     def on_update(self, state, metrics):
+        ...         if metrics["rewards/margins"] > 2.0:
+        ...             state.stop("the margin is above 2")
+    """
+
+    def on_start(self, state: RunState) -> None:
+        """Called once, before the first update of this process."""
+
+    def on_update(self, state: RunState, metrics: Mapping[str, float]) -> None:
+        """Called after each update.
+
+        Args:
+            state: The run.
+            metrics: The row of `metrics.jsonl`, computed before the update's step.
+        """
+
+    def on_evaluate(self, state: RunState, result: "HeldOutResult") -> None:
+        """Called after each evaluation of held-out data."""
+
+    def on_checkpoint(self, state: RunState, folder: Path) -> None:
+        """Called after a checkpoint has been saved to `folder`."""
+
+    def on_end(self, state: RunState, result: "TrainResult") -> None:
+        """Called once the model has been saved."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    """Check that every callback is an instance of `Callback`.
+
+    Raises:
+        ConfigError: One is not; the message names it.
+    """
+    for one in callbacks:
+        if not isinstance(one, Callback):
+            raise ConfigError(
+                f"callbacks must be instances of logratio.Callback, not {one!r}; see "
+                "`help(logratio.Callback)`"
+            )
+    return tuple(callbacks)

@@ -1,0 +1,412 @@
+"""Evaluation of held-out groups during a run: the split, the metrics, samples."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logratio._rust import Store
+from logratio.data.readers.inputs import as_inputs
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.errors import ConfigError, LogratioError
+from logratio.logps.batch import Batch
+from logratio.progress import say
+from logratio.training.config import TrainConfig
+from logratio.training.dataset import Dataset, load_training_data
+from logratio.training.evaluation import (
+    KlEstimate,
+    calibration,
+    check_sampling,
+    drawn_sums,
+    kl_estimate,
+    model_sums,
+    sample_completions,
+    sums_over,
+)
+from logratio.training.losses import averages, make_objective
+from logratio.training.models import load_model, precision_of, training_budget
+from logratio.training.reference import FrozenReference, Reference, side_effect_free
+from logratio.training.update import Updater
+from logratio.training.validation import beta_of, needs_reference
+
+REFUSED_FILE = "refused_eval.jsonl"
+_SAMPLED = ("kl", "sample_length", "reference_sample_length")
+"""Metrics of sampled completions."""
+
+
+def check_metric(config: TrainConfig) -> None:
+    """Check that `best_metric` is among the metrics of the run's evaluations.
+
+    Raises:
+        ConfigError: It is not; the message lists the metrics.
+    """
+    if config.best_metric is None:
+        return
+    count = 1 if config.loss == "sft" else 2
+    none, ones = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
+    objective = make_objective(config, beta_of(config))
+    known = [*objective.columns(objective.losses(none, none, ones), none, none, ones)]
+    known += ["expected_calibration_error"] * (config.loss != "sft")
+    known += _SAMPLED if config.eval_samples and needs_reference(config) else ()
+    if config.best_metric.removeprefix("eval_") not in known:
+        raise ConfigError(
+            f"best_metric {config.best_metric!r} is unknown; choose from {', '.join(known)}"
+        )
+
+
+def split_by_prompt(store: Store, share: float, seed: int) -> np.ndarray:
+    """Choose held-out groups so that no prompt is on both sides.
+
+    Args:
+        store: The tokenized groups.
+        share: Share of the groups to hold out, in (0, 1). Groups of one prompt stay together, so
+            the result is as close to it as whole prompts allow.
+        seed: Seed of the choice. It depends on a prompt's token ids, not on its position.
+
+    Returns:
+        Whether each group is held out, bool `[G]`.
+
+    Raises:
+        ConfigError: There are fewer than two prompts.
+    """
+    salt = str(seed).encode()
+    hashes = [
+        hashlib.sha256(salt + store.group(group)[0].tobytes()).digest()
+        for group in range(len(store))
+    ]
+    prompts, which, counts = np.unique(
+        np.array(hashes, dtype="S32"), return_inverse=True, return_counts=True
+    )
+    if len(prompts) < 2:
+        raise ConfigError("eval_share needs at least two different prompts in the data")
+    # Prompts are in the order of their hashes, which is random but for the seed.
+    taken = int(np.searchsorted(np.cumsum(counts), share * len(store), side="left")) + 1
+    held: np.ndarray = which < min(taken, len(prompts) - 1)
+    return held
+
+
+@dataclass(frozen=True)
+class HeldOutData:
+    """The data of a run, divided.
+
+    Attributes:
+        train: Groups to train on.
+        held_out: Groups to evaluate on; None: no evaluation.
+        dataset: The tokenized `eval_data`; None if the groups come from the training data.
+    """
+
+    train: Store
+    held_out: Store | None = None
+    dataset: Dataset | None = None
+
+
+def divide(
+    config: TrainConfig, dataset: Dataset, *, writes: bool, show_progress: bool
+) -> HeldOutData:
+    """Load `eval_data`, or hold a share of the training data out.
+
+    Args:
+        config: Settings of the run; `rules` are those that the training data was tokenized with.
+        dataset: The training data.
+        writes: Write the refused rows of `eval_data` to the output folder.
+        show_progress: Draw a progress bar.
+
+    Raises:
+        BadDataError, ConfigError: As raised by `load_training_data` and `split_by_prompt`.
+    """
+    if config.eval_data is not None:
+        held = load_training_data(
+            replace(config, data=as_inputs(config.eval_data), mix=None),
+            refused=Path(config.output) / REFUSED_FILE if writes else None,
+            show_progress=show_progress,
+            recorded_date=lambda: config.rules.date,
+        )
+        _report_shared_prompts(dataset.store, held.store)
+        return HeldOutData(dataset.store, held.store, held)
+    if not config.eval_share:
+        return HeldOutData(dataset.store)
+    store = dataset.store
+    held_out = split_by_prompt(store, config.eval_share, config.seed)
+    train, held_store = (
+        store.select(keep, metadata=store.metadata) for keep in (~held_out, held_out)
+    )
+    return HeldOutData(train, held_store)
+
+
+def _report_shared_prompts(train: Store, held_out: Store) -> None:
+    """Print how many held-out groups have a prompt that is trained on."""
+    trained = {train.group(group)[0].tobytes() for group in range(len(train))}
+    shared = sum(held_out.group(group)[0].tobytes() in trained for group in range(len(held_out)))
+    if shared:
+        say(
+            f"{shared:,} of {len(held_out):,} held-out groups have a prompt that is also in the "
+            "training data, so their accuracy says little about new prompts"
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with a completion of the policy and one of the reference, as text."""
+
+    prompt: str
+    policy: str
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """An evaluation of held-out groups.
+
+    Attributes:
+        step: Number of updates done.
+        groups: Number of held-out groups.
+        metrics: Means over the groups, under the names of training with `eval_` in front.
+        accuracy_interval: 95 % Wilson interval of the accuracy; None without pairs.
+        sources: Number of groups and accuracy (or loss, for demonstrations) of each input file.
+        kl: Estimated KL divergence from the reference, if samples were requested.
+        samples: Sampled completions.
+        chosen_rewards, rejected_rewards: Rewards of the groups, float64 `[B]`; None without pairs.
+    """
+
+    step: int
+    groups: int
+    metrics: dict[str, float]
+    accuracy_interval: tuple[float, float] | None = None
+    sources: dict[str, tuple[int, float]] = field(default_factory=dict)
+    kl: KlEstimate | None = None
+    samples: list[Sample] = field(default_factory=list)
+    chosen_rewards: np.ndarray | None = None
+    rejected_rewards: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        shown = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl")
+        figures = [f"{name} {self.metrics[name]:.4g}" for name in shown if name in self.metrics]
+        return f"HeldOutResult(step {self.step:,}, {', '.join(figures)})"
+
+    def to_text(self) -> str:
+        """Return one line for the terminal."""
+        text = f"update {self.step:,}: held-out loss {self.metrics['eval_loss']:.4f}"
+        if self.accuracy_interval:
+            low, high = self.accuracy_interval
+            accuracy = self.metrics["eval_rewards/accuracies"]
+            margin = self.metrics["eval_rewards/margins"]
+            text += f", accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}], margin {margin:.3f}"
+        if self.kl:
+            text += f", KL {self.kl.nats:.2f} ± {1.96 * self.kl.standard_error:.2f} nats"
+        return text
+
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of `samples.jsonl`, without the number of the update."""
+        return [asdict(sample) for sample in self.samples]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row of `evaluations.jsonl`: everything but samples and single rewards."""
+        return {
+            "step": self.step,
+            "groups": self.groups,
+            **self.metrics,
+            "accuracy_interval": list(self.accuracy_interval) if self.accuracy_interval else None,
+            "sources": {
+                name: {"groups": count, "value": value}
+                for name, (count, value) in self.sources.items()
+            },
+            "kl": asdict(self.kl) if self.kl else None,
+        }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` trials (Wilson 1927)."""
+    z = 1.959963984540054
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z * spread / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class EvaluationInterruptedError(LogratioError):
+    """A signal ended an evaluation before it was complete."""
+
+
+class HeldOut:
+    """The held-out groups of a run; scores of the reference are computed once.
+
+    Args:
+        config: Settings of the run.
+        store: The held-out groups.
+        tokenizer: The tokenizer of the run.
+
+    Attributes:
+        cached: The reference's log-probs of these groups from a cache, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: Store,
+        tokenizer: PreferenceTokenizer,
+    ) -> None:
+        self.config, self.store, self.tokenizer = config, store, tokenizer
+        self.cached: Reference | None = None
+        self._interrupted: Callable[[], int | None] = lambda: None
+        self._reference_sums: np.ndarray | None = None
+        self._reference_texts: list[list[int]] | None = None
+        models = [config.model, *([config.reference] if config.reference else [])]
+        check_sampling(models, config.eval_samples, config.max_new_tokens, store)
+
+    def evaluate(
+        self,
+        step: int,
+        updater: Updater,
+        interrupted: Callable[[], int | None] = lambda: None,
+    ) -> HeldOutResult:
+        """Evaluate the policy; its mode and the random states are unchanged.
+
+        Args:
+            step: Number of updates done.
+            updater: The policy, the reference and the objective.
+            interrupted: Returns the number of a signal that should end the evaluation, or None.
+
+        Raises:
+            EvaluationInterruptedError: `interrupted` returned a number.
+        """
+        self._interrupted = interrupted
+        with side_effect_free(updater.policy), updater.autocast():
+            policy = self._sums(updater, lambda batch: model_sums(updater.policy, batch))
+            if self._reference_sums is None:
+                self._reference_sums = self._of_reference(updater)
+        columns = self._columns(updater, policy, self._reference_sums)
+        metrics = {f"eval_{name}": value for name, value in averages(columns).items()}
+        result = HeldOutResult(step, len(self.store), metrics, sources=self._sources(columns))
+        if "rewards/accuracies" in columns:
+            result = _with_pairs(result, columns)
+        return self._with_samples(result, updater) if self.config.eval_samples else result
+
+    def _sums(self, updater: Updater, of: Callable[[Batch], Tensor]) -> np.ndarray:
+        budget = training_budget(self.config)
+        return sums_over(
+            self.store, of, budget, updater.layout, updater.device, lambda *_: self._heed_signal()
+        )
+
+    def _of_reference(self, updater: Updater) -> np.ndarray:
+        """Return the summed log-probs under the reference, float64 `[N]`; zeros without one."""
+        reference = self.cached or updater.reference
+        if reference is None:
+            return np.zeros(self.store.completions)
+        return self._sums(updater, reference.sums)
+
+    def _columns(
+        self, updater: Updater, policy: np.ndarray, reference: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Return the loss and the metrics of each group, as in training, float64 `[B]`."""
+        lengths = torch.from_numpy(self.store.counted_lengths().astype(np.float64))
+        policies, references = torch.from_numpy(policy), torch.from_numpy(reference)
+        losses = updater.objective.losses(policies, references, lengths)
+        return updater.objective.columns(losses, policies, references, lengths)
+
+    @cached_property
+    def _files(self) -> tuple[list[str], np.ndarray]:
+        """The names of the input files, and the file of each group."""
+        files, _ = self.store.sources()
+        return json.loads(self.store.metadata).get("files", []), files
+
+    def _sources(self, columns: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+        names, files = self._files
+        values = columns.get("rewards/accuracies", columns["loss"]).numpy()
+        return {
+            names[one] if one < len(names) else "?": (
+                int((files == one).sum()),
+                float(values[files == one].mean()),
+            )
+            for one in np.unique(files)
+        }
+
+    def _with_samples(self, result: HeldOutResult, updater: Updater) -> HeldOutResult:
+        """Add sampled completions of policy and reference, and the KL that they estimate."""
+        policy, config = updater.policy, self.config
+        prompts = [
+            self.store.group(i % len(self.store))[0].tolist() for i in range(config.eval_samples)
+        ]
+        with side_effect_free(policy):
+            with updater.autocast():
+                drawn = self._draw(policy, prompts)
+                sums = drawn_sums(policy, prompts, drawn)
+            if updater.reference is None:
+                return replace(result, samples=self._texts(prompts, drawn, None))
+            with _reference_model(config, updater) as reference, updater.autocast():
+                if self._reference_texts is None:
+                    self._reference_texts = self._draw(reference, prompts)
+                ratios = sums - drawn_sums(reference, prompts, drawn)
+        kl = kl_estimate(ratios, drawn)
+        lengths = [len(ids) for ids in self._reference_texts]
+        values = kl.nats, kl.mean_length, float(np.mean(lengths))
+        extra = {f"eval_{name}": value for name, value in zip(_SAMPLED, values, strict=True)}
+        samples = self._texts(prompts, drawn, self._reference_texts)
+        return replace(result, metrics=result.metrics | extra, kl=kl, samples=samples)
+
+    def _draw(self, model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+        drawn = sample_completions(
+            model,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            seed=self.config.seed,
+        )
+        self._heed_signal()
+        return drawn
+
+    def _heed_signal(self) -> None:
+        if self._interrupted():
+            raise EvaluationInterruptedError
+
+    def _texts(
+        self, prompts: list[list[int]], drawn: list[list[int]], others: list[list[int]] | None
+    ) -> list[Sample]:
+        decode = self.tokenizer.decode
+        return [
+            Sample(decode(prompt), decode(mine), None if others is None else decode(others[n]))
+            for n, (prompt, mine) in enumerate(zip(prompts, drawn, strict=True))
+        ]
+
+
+def _with_pairs(result: HeldOutResult, columns: Mapping[str, Tensor]) -> HeldOutResult:
+    """Add what only pairs have: the interval of the accuracy, calibration, single rewards."""
+    margins = columns["rewards/margins"].numpy()
+    error = calibration(margins).expected_error
+    accuracy = result.metrics["eval_rewards/accuracies"]
+    return replace(
+        result,
+        metrics=result.metrics | {"eval_expected_calibration_error": error},
+        accuracy_interval=wilson(accuracy, result.groups),
+        chosen_rewards=columns["rewards/chosen"].numpy(),
+        rejected_rewards=columns["rewards/rejected"].numpy(),
+    )
+
+
+@contextmanager
+def _reference_model(config: TrainConfig, updater: Updater) -> Iterator[nn.Module]:
+    """Yield the reference as a model that can generate.
+
+    It is in memory, or is the policy without its adapters, or, if the run reads its log-probs from
+    a cache, is loaded for the time of the block.
+    """
+    if isinstance(updater.reference, FrozenReference):
+        yield updater.reference.model
+    elif config.lora and not config.reference:
+        with updater.policy.disable_adapter():  # type: ignore[operator]  # peft's
+            yield updater.policy
+    else:
+        yield load_model(
+            config.reference or config.model,
+            device=updater.device,
+            precision=precision_of(config),
+            frozen=True,
+        )
