@@ -32,6 +32,7 @@ from logratio.logps.attention.fused import failure
 from logratio.training import TrainConfig
 from logratio.training.config import Precision
 from logratio.training.trainer import DPOTrainer
+from logratio.training.update import Updater
 
 HEADS = ((32, 8, 128), (14, 2, 64), (12, 12, 64))
 PACKAGES = ("torch", "transformers", "numpy", "triton", "trl", "datasets", "tensorboardX")
@@ -119,10 +120,10 @@ def train(options: argparse.Namespace) -> None:
 @contextmanager
 def _watched(on_gpu: bool) -> Iterator[None]:
     """Print the time and device waits of each update, and profile the last one."""
-    update: Callable[..., Any] = DPOTrainer._update
+    update: Callable[..., Any] = Updater.update
     done = 0
 
-    def watched(self: DPOTrainer, *given: Any) -> Any:
+    def watched(self: Updater, *given: Any) -> Any:
         nonlocal done
         done += 1
         if done > WATCHED:
@@ -143,11 +144,11 @@ def _watched(on_gpu: bool) -> Iterator[None]:
         say(what="update", number=done, seconds=taken, waits=sum(places.values()), places=waits)
         return result
 
-    setattr(DPOTrainer, "_update", watched)  # noqa: B010
+    setattr(Updater, "update", watched)  # noqa: B010
     try:
         yield
     finally:
-        setattr(DPOTrainer, "_update", update)  # noqa: B010
+        setattr(Updater, "update", update)  # noqa: B010
 
 
 def _profiled(run: Callable[[], Any], on_gpu: bool) -> Any:

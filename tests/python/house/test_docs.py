@@ -18,7 +18,10 @@ from logratio.data.records import CODES, CURES
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(name for name in tracked() if name.endswith(".md"))
-RUN = ["README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"]
+RUN = [
+    *("README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"),
+    "python/docs/training.md",
+]
 """Pages with Python code; each page uses the files of the pages before it."""
 
 

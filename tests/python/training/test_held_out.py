@@ -20,7 +20,7 @@ from stop_after import stop_after
 from torch import Tensor
 
 from logratio._rust import Store, StoreWriter
-from logratio.errors import ConfigError
+from logratio.errors import ConfigError, LogratioError
 from logratio.training import (
     Callback,
     HeldOutResult,
@@ -258,7 +258,7 @@ class Watched(Callback):
 def overshooting(config: TrainConfig) -> TrainConfig:
     """Held-out pairs of which most have the opposite label: they get worse after some updates."""
     path = Path(config.output).parent / "opposite.jsonl"
-    rows = [json.loads(line) for line in Path(config.data[0]).read_text().splitlines()]  # type: ignore[index]
+    rows = [json.loads(line) for line in Path(config.data[0]).read_text().splitlines()]
     path.write_text(
         "".join(
             json.dumps(
@@ -338,7 +338,7 @@ def test_a_damaged_best_model_is_named(config: TrainConfig) -> None:
         quiet(config)
     (best,) = (Path(config.output) / "checkpoints").glob("best-*")
     (best / "weights.safetensors").write_bytes(b"torn")
-    with pytest.raises(module.LogratioError, match=r"best-.*weights\.safetensors was altered"):
+    with pytest.raises(LogratioError, match=r"best-.*weights\.safetensors was altered"):
         quiet(with_(config, resume=True))
 
 
@@ -403,7 +403,7 @@ def test_the_command_takes_the_flags_and_those_of_transformers(
 ) -> None:
     held, other = tmp_path / "held.jsonl", write_pairs(tmp_path / "other.jsonl", 5)
     code, _, err = run(
-        *("train", "--model", config.model, "--data", config.data[0], "--output", tmp_path / "x"),  # type: ignore[index]
+        *("train", "--model", config.model, "--data", config.data[0], "--output", tmp_path / "x"),
         *("--batch-size", 8, "--eval-data", held, other, "--eval-steps", 1, "--eval-samples", 2),
         *("--metric-for-best-model", "eval_rewards/accuracies", "--max-new-tokens", 3),
     )
