@@ -28,6 +28,10 @@ class SettingTypeError(LogratioError, TypeError):
     """A setting or an argument has the wrong type."""
 
 
+class UnknownSettingError(ConfigError, SettingTypeError):
+    """Settings have no field of this name; the message names the alternative."""
+
+
 class ArgumentError(LogratioError, ValueError):
     """An argument of the compiled module is invalid."""
 

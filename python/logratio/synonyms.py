@@ -5,14 +5,14 @@ accepted; any other raises an error that names the alternative.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from logratio.errors import ConfigError, LogratioError, SettingTypeError
+from logratio.errors import LogratioError, SettingTypeError, UnknownSettingError
 
 Kind = TypeVar("Kind")
 
@@ -55,69 +55,81 @@ VALUES: Mapping[tuple[str, str], str] = {
 """Values with another name in a flag of the same meaning."""
 
 _BATCH = (
-    "--batch-size is the number of pairs in an update (TRL's per-device batch × accumulation × "
-    "devices); --token-budget bounds the micro-batch and does not change results"
+    "set `--batch-size`, the number of pairs in an update (TRL's per-device batch × accumulation × "
+    "devices); `--token-budget` bounds the micro-batch and does not change results"
 )
-_PRECISION = "--precision fp32, bf16 (autocast) or bf16-weights; fp16 is not supported"
-_METRICS = (
-    "every update is logged to metrics.jsonl and TensorBoard events in --output; leave it out"
+_PRECISION = "use `--precision fp32`, `bf16` (autocast) or `bf16-weights`; there is no fp16"
+_EVALUATION = (
+    "give `--eval-data FILE` or `--eval-share 0.05`, with `--eval-every N`; default: each epoch"
 )
-_EVALUATION = "--eval-data FILE or --eval-share 0.05, with --eval-every N; default: each epoch"
-_HUB = "local files: `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then --data DIR"
-_ONE_PROCESS = "training runs in one process on one device; leave it out"
-_TARGETS = "--lora-target NAME, once for each name"
-_DROPOUT = "dropout is always off, so that two passes use the same network; leave it out"
+_HUB = (
+    "download it with `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then give "
+    "`--data DIR`"
+)
+_TARGETS = "use `--lora-target NAME`; repeat it for further names"
+_LENGTH = "use `--max-length N`, the maximum of prompt + completion"
 
 INSTEAD: Mapping[str, str] = {
-    "--attn-implementation": "the attention kernel is chosen automatically; leave it out",
-    "--bf16": "--precision bf16",
-    "--compile-layers": "--compile on, or auto",
-    "--config": "command line flags; configuration files are not supported",
+    "--bf16": "use `--precision bf16`",
+    "--compile-layers": "use `--compile on` or `auto`",
+    "--config": "give command line flags; configuration files are not supported",
     "--dataset": _HUB,
     "--dataset-config": _HUB,
     "--dataset-name": _HUB,
-    "--ddp": _ONE_PROCESS,
-    "--deepspeed": _ONE_PROCESS,
-    "--disable-dropout": _DROPOUT,
     "--do-eval": _EVALUATION,
     "--dtype": _PRECISION,
     "--eval-strategy": _EVALUATION,
     "--evaluation-strategy": _EVALUATION,
     "--fp16": _PRECISION,
-    "--fsdp": _ONE_PROCESS,
-    "--full-determinism": "--deterministic",
+    "--full-determinism": "use `--deterministic`",
     "--gradient-accumulation-steps": _BATCH,
-    "--gradient-checkpointing": "--activation-checkpointing auto (the default), all or off",
-    "--load-best-model-at-end": "--best-metric METRIC, whose best model is saved",
-    "--load-in-4bit": "--quantization 4bit, of `logratio precompute`",
-    "--load-in-8bit": "--quantization 8bit, of `logratio precompute`",
+    "--gradient-checkpointing": "use `--activation-checkpointing auto` (the default), `all` or "
+    "`off`",
+    "--load-best-model-at-end": "use `--best-metric METRIC`, whose best model is saved",
+    "--load-in-4bit": "use `--quantization 4bit` of `logratio precompute`",
+    "--load-in-8bit": "use `--quantization 8bit` of `logratio precompute`",
+    "--lora-modules": _TARGETS,
+    "--lora-target-modules": _TARGETS,
+    "--max-completion-length": _LENGTH,
+    "--max-seq-length": _LENGTH,
+    "--micro-batch-size": _BATCH,
+    "--optim": "use `--optimizer adamw`, `adamw8bit` or `adamw-host`",
+    "--per-device-eval-batch-size": "use `--token-budget N`, the tokens computed at a time",
+    "--per-device-train-batch-size": _BATCH,
+    "--precompute-ref-log-probs": "use `--cache DIR --precompute`",
+    "--reference-free": "use `--loss simpo`, which has no reference",
+    "--resume-from-checkpoint": "use `--resume`, which finds the newest valid checkpoint in the "
+    "output folder",
+    "--save-strategy": "use `--save-every N`, in updates; 0 for none",
+    "--tf32": "use `--precision bf16` for speed; float32 never uses TF32",
+    "--torch-compile": "use `--compile on` or `auto`",
+    "--torch-dtype": _PRECISION,
+    "--train-batch-size": _BATCH,
+    "--use-cpu": "use `--device cpu`",
+    "--warmup-steps": "use `--warmup 0.1`, a share of the updates",
+}
+"""What to do instead of giving a flag: a clause, with flags in backticks."""
+
+_METRICS = "every update is logged to metrics.jsonl and TensorBoard events in the output folder"
+_ONE_PROCESS = "training runs in one process on one device"
+_DROPOUT = "dropout is always off, so that two passes use the same network"
+
+UNSUPPORTED: Mapping[str, str] = {
+    "--attn-implementation": "the attention kernel is chosen automatically",
+    "--ddp": _ONE_PROCESS,
+    "--deepspeed": _ONE_PROCESS,
+    "--disable-dropout": _DROPOUT,
+    "--fsdp": _ONE_PROCESS,
     "--logging-dir": _METRICS,
     "--logging-steps": _METRICS,
     "--lora-dropout": _DROPOUT,
-    "--lora-modules": _TARGETS,
-    "--lora-target-modules": _TARGETS,
-    "--max-completion-length": "--max-length, the maximum of prompt + completion",
-    "--max-seq-length": "--max-length, the maximum of prompt + completion",
-    "--micro-batch-size": _BATCH,
-    "--optim": "--optimizer adamw, adamw8bit or adamw-host",
-    "--padding-free": "batches are never padded; leave it out",
-    "--per-device-eval-batch-size": "--token-budget, the tokens computed at a time",
-    "--per-device-train-batch-size": _BATCH,
-    "--precompute-ref-log-probs": "--cache DIR --precompute",
-    "--reference-free": "--loss simpo, which has no reference",
+    "--padding-free": "batches are never padded",
     "--report-to": _METRICS,
-    "--resume-from-checkpoint": "--resume, which finds the newest valid checkpoint in --output",
-    "--rpo-alpha": "this loss term is not supported; leave it out",
-    "--save-strategy": "--save-every N, in updates; 0 for none",
-    "--tf32": "--precision bf16 for speed; float32 never uses TF32",
-    "--torch-compile": "--compile on, or auto",
-    "--torch-dtype": _PRECISION,
-    "--train-batch-size": _BATCH,
-    "--trust-remote-code": "code in a model folder is never run; leave it out",
-    "--use-cpu": "--device cpu",
-    "--use-logits-to-keep": "logits are only computed for loss tokens; leave it out",
-    "--warmup-steps": "--warmup, a share of the updates, such as 0.1",
+    "--rpo-alpha": "no loss has this term",
+    "--trust-remote-code": "code in a model folder is never run",
+    "--use-logits-to-keep": "logits are only computed for the tokens of the loss",
 }
+"""Why a flag without any equivalent is not needed or does not exist: a clause without flags."""
 
 
 def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
@@ -144,9 +156,15 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
         elif SAME.get(given) in known:
             flag, value = SAME[given], VALUES.get((given, value), value)
         elif given in INSTEAD:
-            raise ForeignFlagError(f"no option {flag}; use instead: {INSTEAD[given]}")
+            raise ForeignFlagError(f"no option {flag}: {INSTEAD[given]}")
+        elif given in UNSUPPORTED:
+            raise ForeignFlagError(f"{flag} is not supported: {UNSUPPORTED[given]}. Remove it.")
         spelled.append(flag + equals + value)
     return spelled
+
+
+_ALIASES: dict[type, Mapping[str, str]] = {}
+"""Further names of the fields of each class that `takes_known_names` decorates."""
 
 
 def takes_known_names(
@@ -163,10 +181,11 @@ def takes_known_names(
 
     def decorated(kind: type[Kind]) -> type[Kind]:
         plain = kind.__init__
+        _ALIASES[kind] = aliases
 
         @wraps(plain)
         def init(self: Any, *arguments: Any, **settings: Any) -> None:
-            plain(self, *arguments, **_as_fields(kind, settings, aliases))
+            plain(self, *arguments, **as_fields(kind, settings))
 
         kind.__init__ = init  # type: ignore[method-assign]
         return kind
@@ -174,45 +193,105 @@ def takes_known_names(
     return decorated
 
 
-def _as_fields(
-    kind: Any, settings: Mapping[str, Any], aliases: Mapping[str, str]
-) -> dict[str, Any]:
+def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rename settings to the fields of a dataclass.
 
     Raises:
-        ConfigError: A name has no exact equivalent; the message names the alternative.
-        SettingTypeError: A name is unknown, or a field is given twice.
+        UnknownSettingError: A name is unknown or has no exact equivalent; the message names the
+            alternative.
+        SettingTypeError: A field is given twice.
     """
     known = {field.name for field in fields(kind)}
     named: dict[str, Any] = {}
     for given, value in settings.items():
-        flag = "--" + given.replace("_", "-")
-        name = aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
-        if given in known:
-            name = given
-        elif name not in known:
-            raise _unknown(kind, given, flag)
-        elif name in settings or name in named:
+        name = given if given in known else own_name(kind, given)
+        if name not in known:
+            raise UnknownSettingError(_unknown(kind, given))
+        if name != given and (name in settings or name in named):
             raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")
-        named[name] = VALUES.get((flag, value), value) if isinstance(value, str) else value
+        named[name] = own_value(given, value)
     return named
 
 
-def _unknown(kind: Any, given: str, flag: str) -> LogratioError:
+def own_name(kind: type, given: str) -> str:
+    """Return the name here of a setting that another trainer calls `given`; else `given`."""
+    flag = _flag(given)
+    aliases = _ALIASES.get(kind, {})
+    return aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
+
+
+def own_value(given: str, value: Any) -> Any:
+    """Return the value here of the setting `given`, such as "dpo" for a loss_type "sigmoid"."""
+    return VALUES.get((_flag(given), value), value) if isinstance(value, str) else value
+
+
+def foreign_names() -> list[str]:
+    """Return the names of other trainers' settings with an equivalent here."""
+    return [flag[2:].replace("-", "_") for flag in SAME]
+
+
+def instead_of(given: str) -> str | None:
+    """Return what to do instead of giving a setting without an equivalent, in terms of fields."""
+    flag = _flag(given)
+    if flag in UNSUPPORTED:
+        return f"{UNSUPPORTED[flag]}. Remove it."
+    advice = INSTEAD.get(flag)
+    return advice and re.sub("`(--[^`]*)`", lambda quoted: f"`{_as_settings(quoted[1])}`", advice)
+
+
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """Return the name that `given` probably misspells; None if no name is similar enough."""
+    near = get_close_matches(given, list(known), 1, cutoff=0.8)
+    return near[0] if near else None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_FIELDS = {
+    "compile": "compile_layers={}",
+    "lora_target": "lora=LoraSettings(targets=({},))",
+    "max_length": "rules=TokenizationRules(max_length={})",
+}
+"""How flags are written in Python if not as a field of the same name."""
+_SWITCHES = {"deterministic", "precompute", "resume"}
+
+
+def _as_settings(flags: str) -> str:
+    """Return flags and their values as keyword arguments of settings."""
+    found = re.findall(r"--([a-z][a-z0-9-]*)(?: ((?!--)\S+))?", flags)
+    return ", ".join(_as_setting(flag.replace("-", "_"), value) for flag, value in found)
+
+
+def _as_setting(name: str, value: str) -> str:
+    if name in _SWITCHES:
+        return f"{name}=True"
+    if not value:
+        return name
+    is_example = value.isupper()
+    shown = "…" if is_example else value if value[0].isdigit() and "." in value else f'"{value}"'
+    return _FIELDS.get(name, f"{name}={{}}").format(shown)
+
+
+def _unknown(kind: Any, given: str) -> str:
     """Return the error for a name that is not a field, with a suggestion."""
     start = f"{kind.__name__} has no {given}"
-    if flag in INSTEAD:
-        advice = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), INSTEAD[flag])
-        return ConfigError(f"{start}; use instead: {advice}")
-    for field, inner in _nested(kind):
+    if _flag(given) in UNSUPPORTED:
+        return f"{kind.__name__}: {given} is not supported: {instead_of(given)}"
+    if advice := instead_of(given):
+        return f"{start}: {advice}"
+    for field, inner in nested(kind):
         for name in (given, given.removeprefix(f"{field}_")):
             if name in {one.name for one in fields(inner)}:
-                return SettingTypeError(f"{start}: write {field}={inner.__name__}({name}=…)")
-    near = get_close_matches(given, [field.name for field in fields(kind)], 1)
-    return SettingTypeError(f"{start}" + (f": did you mean {near[0]}?" if near else ""))
+                return f"{start}: write {field}={inner.__name__}({name}=…)"
+    known = {field.name for field in fields(kind)}
+    others = [*foreign_names(), *_ALIASES.get(kind, ())]
+    near = nearest(given, [*known, *(name for name in others if own_name(kind, name) in known)])
+    return f"{start}: did you mean {near}?" if near else start
 
 
-def _nested(kind: Any) -> list[tuple[str, Any]]:
+def nested(kind: Any) -> list[tuple[str, Any]]:
     """Return the fields of a dataclass that are dataclasses themselves."""
     hints = get_type_hints(kind)
     inner = [(name, one) for name, hint in hints.items() for one in (hint, *get_args(hint))]

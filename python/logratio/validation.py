@@ -4,9 +4,10 @@ A dataclass calls `check_fields` in its ``__post_init__``; its annotations are t
 of the allowed values.
 """
 
+import math
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -31,6 +32,37 @@ class Converted:
     by: Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class Range:
+    """In ``Annotated[float, Range(0, 1)]``: the finite numbers that a field allows.
+
+    Attributes:
+        low: The smallest number, or the limit if it is excluded; None: no limit.
+        high: The largest number, or the limit if it is excluded; None: no limit.
+        without_low: Whether `low` itself is excluded.
+        without_high: Whether `high` itself is excluded.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    without_low: bool = False
+    without_high: bool = False
+
+    def has(self, number: float) -> bool:
+        """Whether a number is in the range."""
+        if not math.isfinite(number):
+            return False
+        if number in (self.low, self.high):
+            return not (self.without_low if number == self.low else self.without_high)
+        return (self.low is None or number > self.low) and (self.high is None or number < self.high)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.without_low else 'at least'} {self.low}"
+        high = f"{'below' if self.without_high else 'at most'} {self.high}"
+        limits = [text for text, at in ((low, self.low), (high, self.high)) if at is not None]
+        return " and ".join(limits) or "finite"
+
+
 def check_kind(settings: object, kind: type) -> None:
     """Check that settings are of a class, and not for example a dict.
 
@@ -47,6 +79,13 @@ class _MisfitError(Exception):
     """A value does not match an annotation."""
 
 
+class _OutsideError(Exception):
+    """A number is outside the range of an annotation."""
+
+    def __init__(self, allowed: Range, given: float) -> None:
+        super().__init__(f"must be {allowed}, not {given}")
+
+
 def check_fields(settings: Any) -> None:
     """Check every field of a dataclass against its annotation.
 
@@ -58,7 +97,8 @@ def check_fields(settings: Any) -> None:
 
     Raises:
         SettingTypeError: A field has the wrong type.
-        ConfigError: A string is not one of the allowed values of a field.
+        ConfigError: A string is not one of the allowed values of a field, or a number is outside
+            the range of its field.
     """
     hints = _hints(cast(Hashable, type(settings)))
     for field in fields(settings):
@@ -68,6 +108,8 @@ def check_fields(settings: Any) -> None:
             fitted = _fitted(hint, given)
         except _MisfitError:
             raise _refusal(field.name, hint, given) from None
+        except _OutsideError as error:
+            raise ConfigError(f"{field.name} {error}") from None
         except SettingTypeError as error:  # raised by the annotation's converter
             raise SettingTypeError(f"{field.name}: {error}") from None
         if fitted is not given:
@@ -93,7 +135,7 @@ def _fitted(hint: Any, given: Any) -> Any:
         return given
     if origin is Annotated:
         converted = [extra.by(given) for extra in arguments[1:] if isinstance(extra, Converted)]
-        return converted[0] if converted else _fitted(arguments[0], given)
+        return converted[0] if converted else _in_range(arguments, given)
     if origin in (Union, types.UnionType):
         return _fitted_to_one(arguments, given)
     if origin is Literal:
@@ -104,6 +146,15 @@ def _fitted(hint: Any, given: Any) -> Any:
     if origin in (Mapping, dict):
         return _fitting(given, isinstance(given, Mapping))
     return _fitted_scalar(origin or hint, given)
+
+
+def _in_range(arguments: Sequence[Any], given: Any) -> Any:
+    """Return a value converted to an annotation, whose ranges follow it in `arguments`."""
+    fitted = _fitted(arguments[0], given)
+    for allowed in arguments[1:]:
+        if isinstance(allowed, Range) and not allowed.has(fitted):
+            raise _OutsideError(allowed, given)
+    return fitted
 
 
 def _fitted_to_one(hints: Sequence[Any], given: Any) -> Any:
@@ -149,6 +200,23 @@ def _fitting(given: Any, fits: bool) -> Any:
     if not fits:
         raise _MisfitError
     return given
+
+
+def changes(settings: Any) -> str:
+    """Return the ``repr`` of a dataclass with the fields that differ from their defaults."""
+    given = ((field, getattr(settings, field.name)) for field in fields(settings) if field.repr)
+    shown = (f"{field.name}={value!r}" for field, value in given if not _is_default(field, value))
+    return f"{type(settings).__qualname__}({', '.join(shown)})"
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    if field.default_factory is not MISSING:
+        return bool(value == field.default_factory())
+    return (
+        field.default is not MISSING
+        and type(value) is type(field.default)
+        and (bool(value == field.default))
+    )
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pyarrow
@@ -25,12 +25,13 @@ from logratio.training import (
     EvaluateConfig,
     LoraSettings,
     PrecomputeConfig,
+    SFTConfig,
     TrainConfig,
     evaluate,
     precompute,
     train,
 )
-from logratio.validation import check_fields
+from logratio.validation import Range, check_fields
 
 RUN: dict[str, Any] = {"model": "m", "data": ["d"], "output": "o"}
 PAIR: dict[str, Any] = {"policy": "p", "reference": "r"}
@@ -116,7 +117,85 @@ def test_every_settings_class_is_checked() -> None:
     assert len(found) >= 6
     kind: Any
     for kind in found:
-        assert "check_fields" in kind.__post_init__.__code__.co_names, kind
+        called = [base.__post_init__.__code__.co_names for base in kind.__mro__[:-1]]
+        assert any("check_fields" in names for names in called), kind
+
+
+def numeric_fields(kind: type) -> dict[str, list[Range]]:
+    """Return the ranges of each field of a dataclass that takes numbers other than bools."""
+
+    def parts(hint: Any) -> list[Any]:
+        return [hint, *(part for inner in get_args(hint) for part in parts(inner))]
+
+    hints = get_type_hints(kind, include_extras=True)
+    every = {field.name: parts(hints[field.name]) for field in dataclasses.fields(kind)}
+    return {
+        name: [part for part in inside if isinstance(part, Range)]
+        for name, inside in every.items()
+        if {int, float} & {part for part in inside if isinstance(part, type)}
+    }
+
+
+RANGED = (TrainConfig, SFTConfig, PrecomputeConfig, EvaluateConfig, ExportConfig, DemoConfig)
+
+
+@pytest.mark.parametrize("kind", RANGED)
+def test_every_number_has_a_range_of_finite_values(kind: type) -> None:
+    given: dict[type, dict[str, Any]] = {
+        PrecomputeConfig: {"model": "m", "data": "d", "cache": "c"},
+        EvaluateConfig: {"policy": "p", "reference": "r", "data": "d"},
+        ExportConfig: EXPORT,
+        DemoConfig: {},
+    }
+    assert numeric_fields(kind)
+    for name, ranges in numeric_fields(kind).items():
+        assert ranges, f"{kind.__name__}.{name} takes any number"
+        hint = get_type_hints(kind)[name]
+        is_list = "tuple" in str(hint)
+        is_float = "float" in str(hint)
+        for wrong in [-1, *([float("nan"), float("inf")] if is_float else [])]:
+            settings = given.get(kind, RUN) | {name: [wrong] if is_list else wrong}
+            with pytest.raises(ConfigError, match=f"{name} must be (at least|above) .*, not "):
+                kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, not 1.0"),
+        ({"save_every": -5}, "save_every must be at least 0, not -5"),
+        ({"max_bad_fraction": 2.0}, "max_bad_fraction must be at least 0 and at most 1, not 2.0"),
+        ({"lr": 0}, "lr must be above 0, not 0"),
+        ({"decay": 0.0}, "decay must be above 0 and at most 1, not 0.0"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, not 0.5"),
+        ({"mix": (1.0, -1.0)}, "mix must be at least 0, not -1.0"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_when_the_settings_are_made(
+    wrong: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**RUN, **wrong)
+    assert str(caught.value) == words
+
+
+def test_sft_settings_take_no_other_loss_and_no_beta() -> None:
+    assert SFTConfig(**RUN).loss == "sft"
+    with pytest.raises(ConfigError, match="SFTConfig has the loss sft: use TrainConfig for dpo"):
+        SFTConfig(**RUN, loss="dpo")
+    with pytest.raises(ConfigError, match="SFTConfig has no beta"):
+        SFTConfig(**RUN, beta=0.1)
+
+
+def test_the_repr_of_settings_shows_what_differs_from_the_defaults() -> None:
+    config = TrainConfig("m", "d", "o", lr=1e-5, lora=LoraSettings(rank=4), compile_layers=True)
+    assert repr(config) == (
+        "TrainConfig(model='m', data=['d'], output='o', lr=1e-05, compile_layers='on', "
+        "lora=LoraSettings(rank=4))"
+    )
+    assert repr(SFTConfig("m", "d", "o")) == "SFTConfig(model='m', data=['d'], output='o')"
+    assert repr(TokenizationRules(max_length=8)) == "TokenizationRules(max_length=8)"
+    assert repr(FormatSettings()) == "FormatSettings()"
 
 
 @dataclasses.dataclass
@@ -234,9 +313,14 @@ def test_names_of_other_trainers_are_fields() -> None:
         ({"columns": {"prompt": "q"}}, "write formats=FormatSettings(columns=…)"),
         ({"max_length": 8}, "write rules=TokenizationRules(max_length=…)"),
         ({"lora_rank": 8}, "write lora=LoraSettings(rank=…)"),
-        ({"bf16": True}, "use instead: precision bf16"),
-        ({"per_device_train_batch_size": 8}, "batch_size is the number of pairs in an update"),
-        ({"learning_rte": 1e-4}, "has no learning_rte"),
+        ({"bf16": True}, 'has no bf16: use `precision="bf16"`'),
+        ({"per_device_train_batch_size": 8}, "set `batch_size`, the number of pairs in an update"),
+        ({"rpo_alpha": 0.1}, "rpo_alpha is not supported: no loss has this term. Remove it."),
+        ({"torch_compile": True}, 'use `compile_layers="on"` or `auto`'),
+        ({"precompute_ref_log_probs": True}, "use `cache=…, precompute=True`"),
+        ({"max_seq_length": 9}, "use `rules=TokenizationRules(max_length=…)`"),
+        ({"learning_rte": 1e-4}, "did you mean learning_rate?"),
+        ({"lerning_rate": 1e-4}, "did you mean learning_rate?"),
         ({"batchsize": 8}, "did you mean batch_size?"),
         ({"learning_rate": 1e-4, "lr": 1e-5}, "learning_rate means lr, which is given too"),
     ],
@@ -245,6 +329,22 @@ def test_an_unknown_name_is_answered_with_a_suggestion(wrong: dict[str, Any], wo
     with pytest.raises((SettingTypeError, ConfigError)) as caught:
         TrainConfig(**RUN, **wrong)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "quiet", "x"])
+def test_a_name_that_resembles_no_field_has_no_suggestion(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**RUN, **{name: 1})
+    assert str(caught.value) == f"TrainConfig has no {name}"
+
+
+@pytest.mark.parametrize(
+    "kind", [*RANGED, LoraSettings, TokenizationRules, FormatSettings, FeedSettings]
+)
+def test_an_unknown_name_is_one_kind_of_error_in_all_settings(kind: Callable[..., object]) -> None:
+    with pytest.raises(ConfigError, match="has no wrong_name") as caught:
+        kind(wrong_name=1)
+    assert isinstance(caught.value, TypeError)
 
 
 @pytest.mark.parametrize("call", [train, precompute, evaluate, export_bundle])

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import typer
 
 from logratio.cli import cache, data, evaluate, export, precompute, train
+from logratio.cli.usage import UsageError, usage_message
 from logratio.errors import LogratioError
 from logratio.progress import say
 from logratio.synonyms import translated
@@ -70,20 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(app)
+    flags = flags_of(command, arguments)
     try:
-        arguments = spread(translated(arguments, flags_of(command, arguments)))
-        command.main(args=arguments, prog_name="logratio", standalone_mode=True)
+        arguments = spread(translated(arguments, flags))
+        sys.exit(command.main(args=arguments, prog_name="logratio", standalone_mode=False))
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in BASE:
             raise
         end(2, f"this command needs {error.name}: pip install logratio")
+    except UsageError as error:
+        if not str(error):  # no arguments: the help is printed already
+            sys.exit(2)
+        end(2, usage_message(error, arguments, flags))
     except Exception as error:
         if os.environ.get("LOGRATIO_TRACEBACK") or not _is_expected(error):
             raise
         end(getattr(error, "exit_code", 2), _message(error))
-    raise AssertionError("typer ends the process")
 
 
 def end(code: int, message: str) -> NoReturn:

@@ -309,7 +309,7 @@ class Lora:
         chosen: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
         if chosen and not self.lora:
             raise ConfigError(
-                f"lora-{next(iter(chosen)).removesuffix('s')} is given without --lora"
+                f"--lora-{next(iter(chosen)).removesuffix('s')} is given without --lora"
             )
         return LoraSettings(**chosen) if self.lora else None
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from logratio._rust import PaddedLayout, Plan, SharedLayout, Store, TreeLayout
 from logratio.errors import ConfigError, LogratioError
+from logratio.synonyms import takes_known_names
 from logratio.validation import check_fields
 
 T = TypeVar("T")
@@ -245,6 +246,7 @@ class FeedStateError(LogratioError, ValueError):
     """A saved position does not match the data or its order."""
 
 
+@takes_known_names()
 @dataclass(frozen=True, kw_only=True)
 class FeedSettings:
     """The order, batching and layout of a feed.

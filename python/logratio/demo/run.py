@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from logratio.training.evaluation import Evaluation, evaluate
 from logratio.training.precomputation import precompute
 from logratio.training.run_folder import RunExistsError
 from logratio.training.trainer import train
-from logratio.validation import check_fields
+from logratio.synonyms import takes_known_names
+from logratio.validation import Range, check_fields
 
 MAX_NEW_TOKENS = 64
 
@@ -113,6 +115,7 @@ BETA = 0.1
 RULES = TokenizationRules(max_length=96)
 
 
+@takes_known_names()
 @dataclass(frozen=True)
 class DemoConfig:
     """Settings of the demo.
@@ -126,10 +129,10 @@ class DemoConfig:
     """
 
     output: Path = Path("logratio-demo")
-    seed: int = 0
-    demonstrations: int = 4000
-    preference_prompts: int = 1500
-    held_out_prompts: int = 200
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    demonstrations: Annotated[int, Range(1)] = 4000
+    preference_prompts: Annotated[int, Range(1)] = 1500
+    held_out_prompts: Annotated[int, Range(2)] = 200
 
     def __post_init__(self) -> None:
         check_fields(self)

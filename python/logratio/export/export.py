@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import PreTrainedConfig
 
@@ -66,7 +66,7 @@ from logratio.training.models import (
 )
 from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import DATA_REPORT_FILE, SETTINGS_FILE, reward_beta, settings_of
-from logratio.validation import check_fields, check_kind
+from logratio.validation import Range, changes, check_fields, check_kind
 
 
 @contextmanager
@@ -133,9 +133,11 @@ class ExportConfig:
     policy: str | Path
     reference: str | Path
     output: str | Path
-    beta: float | None = None
+    beta: Annotated[float, Range(0, without_low=True)] | None = None
     rules: TokenizationRules | None = None
     text_as: TextAs | None = None
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         check_fields(self)

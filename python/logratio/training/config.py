@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
+from logratio.errors import ConfigError
 from logratio.synonyms import takes_known_names
-from logratio.validation import check_fields
+from logratio.validation import Range, changes, check_fields
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
@@ -20,6 +21,13 @@ Quantization = Literal["8bit", "4bit"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
 PathLike = str | Path
+Count = Annotated[int, Range(1)]
+CountOrNone = Annotated[int, Range(0)]
+Above0 = Annotated[float, Range(0, without_low=True)]
+AtLeast0 = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+ShareBelow1 = Annotated[float, Range(0, 1, without_high=True)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 
 @takes_known_names(r="rank", lora_alpha="alpha", target_modules="targets")
@@ -36,6 +44,8 @@ class LoraSettings:
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ()
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -133,48 +143,50 @@ class TrainConfig:
     read_mode: ReadMode = "map"
     reference: PathLike | None = None
     loss: str = "dpo"
-    beta: float | None = None
-    label_smoothing: float = 0.0
-    gamma: float = 1.0
-    lr: float = 1e-6
-    warmup: float = 0.1
+    beta: Above0 | None = None
+    label_smoothing: Annotated[float, Range(0, 0.5, without_high=True)] = 0.0
+    gamma: AtLeast0 = 1.0
+    lr: Above0 = 1e-6
+    warmup: ShareBelow1 = 0.1
     lr_scheduler: Schedule = "cosine"
-    min_lr_rate: float = 0.0
-    decay: float = 0.2
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    batch_size: int = 32
-    epochs: int = 1
-    max_steps: int | None = None
-    mix: tuple[float, ...] | None = None
-    token_budget: int | None = None
+    min_lr_rate: Share = 0.0
+    decay: Annotated[float, Range(0, 1, without_low=True)] = 0.2
+    weight_decay: AtLeast0 = 0.0
+    adam_beta1: ShareBelow1 = 0.9
+    adam_beta2: ShareBelow1 = 0.999
+    adam_epsilon: Share = 1e-8
+    max_grad_norm: Above0 = 1.0
+    batch_size: Count = 32
+    epochs: Count = 1
+    max_steps: Count | None = None
+    mix: tuple[AtLeast0, ...] | None = None
+    token_budget: Count | None = None
     activation_checkpointing: ActivationCheckpointing = "auto"
     offload_activations: bool = False
     share_beginnings: bool = False
     compile_layers: Compile | bool = "off"
     precision: Precision | None = None
     optimizer: OptimizerName = "adamw"
-    seed: int = 0
+    seed: Seed = 0
     deterministic: bool = False
-    save_every: int = 200
-    keep_checkpoints: int = 2
+    save_every: CountOrNone = 200
+    keep_checkpoints: Count = 2
     eval_data: Inputs | None = None
-    eval_share: float = 0.0
-    eval_every: int | None = None
-    eval_samples: int = 0
-    max_new_tokens: int = 128
+    eval_share: ShareBelow1 = 0.0
+    eval_every: Count | None = None
+    eval_samples: CountOrNone = 0
+    max_new_tokens: Count = 128
     best_metric: str | None = None
-    early_stop: int | None = None
+    early_stop: Count | None = None
     resume: bool = False
     overwrite: bool = False
     device: str | None = None
     lora: LoraSettings | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: Share = 0.0
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -205,6 +217,15 @@ class SFTConfig(TrainConfig):
 
     loss: str = "sft"
 
+    __repr__ = changes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss != "sft":
+            raise ConfigError(f"SFTConfig has the loss sft: use TrainConfig for {self.loss}")
+        if self.beta is not None:
+            raise ConfigError("SFTConfig has no beta: sft has no reference to stay close to")
+
 
 @takes_known_names()
 @dataclass(frozen=True)
@@ -229,19 +250,21 @@ class PrecomputeConfig:
     model: PathLike
     data: Inputs
     cache: PathLike
-    token_budget: int | None = None
+    token_budget: Count | None = None
     share_beginnings: bool = False
     sums_only: bool = False
     share: str | None = None
     engine: Engine = "local"
-    workers: int | None = None
+    workers: Count | None = None
     precision: Precision | None = None
     quantization: Quantization | None = None
     read_mode: ReadMode = "map"
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: Share = 0.0
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -267,16 +290,18 @@ class EvaluateConfig:
     policy: PathLike
     reference: PathLike
     data: Inputs
-    beta: float | None = None
-    samples: int = 0
-    max_new_tokens: int = 128
-    seed: int = 0
-    token_budget: int = 16384
+    beta: Above0 | None = None
+    samples: CountOrNone = 0
+    max_new_tokens: Count = 128
+    seed: Seed = 0
+    token_budget: Count = 16384
     precision: Precision | None = None
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: Share = 0.0
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -150,6 +150,8 @@ def default_device(device: str | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
+        if "Expected one of cpu" in reason or "Invalid device string" in reason:
+            reason = "device is cpu, cuda or cuda:N"
         raise DeviceError(f"device {device!r} cannot be used: {reason}") from error
     return chosen
 

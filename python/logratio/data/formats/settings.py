@@ -10,7 +10,8 @@ from logratio.data.formats.row import Strings
 from logratio.data.readers.derived_rows import RowFunction, as_row_function
 from logratio.data.readers.inputs import Reading
 from logratio.data.readers.rows import Row
-from logratio.validation import Converted, check_fields
+from logratio.synonyms import takes_known_names
+from logratio.validation import Converted, changes, check_fields
 
 Lists = Literal["pairs", "best_worst", "groups"]
 Kind = Literal["pair", "unpaired", "group", "demonstration"]
@@ -18,6 +19,7 @@ Kind = Literal["pair", "unpaired", "group", "demonstration"]
 answers; an answer to imitate."""
 
 
+@takes_known_names()
 @dataclass(frozen=True, slots=True)
 class FormatSettings:
     """How rows are read.
@@ -67,6 +69,8 @@ class FormatSettings:
         None
     )
     group_by: str | None = None
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         from logratio.data.formats.catalogue import KNOWN_NAMES, names_of_formats

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from logratio.data.store.ingest import Intake
 from logratio.data.store.row_report import BadDataError, DataReport, Ledger, write_refusal
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, InputError
-from logratio.validation import check_fields
+from logratio.validation import Range, check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -215,7 +215,7 @@ class IngestSettings:
     """The settings of `build_store` that concern rows."""
 
     formats: FormatSettings
-    max_bad_fraction: float
+    max_bad_fraction: Annotated[float, Range(0, 1)]
     deduplicate: bool
     conflicts: Conflicts
     resume: bool

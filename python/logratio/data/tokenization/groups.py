@@ -21,7 +21,8 @@ from logratio.data.records import (
     Source,
 )
 from logratio.errors import ConfigError
-from logratio.validation import check_fields
+from logratio.synonyms import takes_known_names
+from logratio.validation import changes, check_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ PromptTruncation = Literal["drop", "error", "keep_start", "keep_end"]
 TextAs = Literal["text", "chat"]
 
 
+@takes_known_names()
 @dataclass(frozen=True, slots=True)
 class TokenizationRules:
     """How text is tokenized. Every bundle records the rules, so that serving matches training.
@@ -110,6 +112,8 @@ class TokenizationRules:
     split_special_tokens: bool = False
     text_as: TextAs | None = None
     date: str | None = None
+
+    __repr__ = changes
 
     def __post_init__(self) -> None:
         check_fields(self)
