@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from logratio.errors import LogratioError
 
@@ -43,7 +44,7 @@ class OutputError(LogratioError, OSError):
 def check_writable(folder: Path, needed_bytes: float = 0) -> None:
     """Check that an output folder is writable and has enough free space.
 
-    Creates nothing: for a folder that does not exist, the nearest existing parent is checked.
+    For a folder that does not exist, the nearest existing parent is checked. Leaves nothing behind.
 
     Raises:
         OutputError: It is not; the message has the path and the reason.
@@ -53,6 +54,13 @@ def check_writable(folder: Path, needed_bytes: float = 0) -> None:
         raise OutputError(f"{folder}: cannot write here ({parent} is a file)")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{folder}: cannot write here (no permission to write to {parent})")
+    try:
+        # Permissions do not tell of a read-only disk, or of /proc.
+        with TemporaryDirectory(prefix=".logratio-", dir=parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{folder}: cannot write here ({parent}: {reason})") from error
     if (free := shutil.disk_usage(parent).free) < needed_bytes:
         raise OutputError(f"{folder}: needs {size(needed_bytes)}, but only {size(free)} are free")
 

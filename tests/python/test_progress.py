@@ -68,6 +68,8 @@ def test_sizes() -> None:
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     check_writable(tmp_path, 1)
+    check_writable(tmp_path / "a" / "b", 1)
+    assert not any(tmp_path.iterdir())
     with pytest.raises(OutputError, match="are free"):
         check_writable(tmp_path, 1e18)
 

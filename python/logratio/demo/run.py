@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.demo import task
 from logratio.export.export import ExportConfig, export_bundle
+from logratio.synonyms import takes_known_names
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from logratio.training.evaluation import Evaluation, evaluate
 from logratio.training.precomputation import precompute
 from logratio.training.run_folder import RunExistsError
 from logratio.training.trainer import train
-from logratio.synonyms import takes_known_names
 from logratio.validation import Range, check_fields
 
 MAX_NEW_TOKENS = 64

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from logratio.serving.connections import BoundedBody
 from logratio.serving.limits import Limits, RefusedError, public_reason
 from logratio.serving.protocol import (
     SCORES,
+    UNSUPPORTED,
     Document,
     DocumentFault,
     ErrorResponse,
@@ -27,6 +29,7 @@ from logratio.serving.protocol import (
     RerankRequest,
     RerankResponse,
     Result,
+    Turn,
     Usage,
 )
 from logratio.serving.reranker import Reranker, Score, Scoring, ranked
@@ -251,17 +254,47 @@ _KINDS = {
 """Messages for pydantic's error types; pydantic's own messages may quote the request."""
 
 
+_NAMES = (*RerankRequest.model_fields, *Document.model_fields, *Turn.model_fields)
+
+
 def _where(error: RequestValidationError) -> str:
     """Describe the invalid fields, without their values."""
-    known = (*RerankRequest.model_fields, *Document.model_fields, "role", "content")
-    faults = set()
+    faults: dict[str, str] = {}
     for fault in error.errors()[:20]:
         if fault["type"] == "json_invalid":
             return "the body is not JSON"
-        parts = [str(part) for part in fault["loc"] if part in known or isinstance(part, int)]
-        if not parts:
+        within = fault["loc"][1:]
+        place = [part for part in within if part in _NAMES or isinstance(part, int)]
+        if fault["type"] == "extra_forbidden":
+            faults[".".join(map(str, within))] = _extra(within)
+        elif not place:
             return (
                 "the body is not a JSON object; is the header Content-Type: application/json set?"
             )
-        faults.add(f"{'.'.join(parts)} {_KINDS.get(fault['type'], 'has another type')}")
-    return "; ".join(sorted(faults)[:5])
+        else:
+            faults |= _fault(place, fault["type"])
+    inner = {where.partition(".")[0] for where in faults if where.startswith("query.")}
+    return "; ".join(sorted(text for where, text in faults.items() if where not in inner)[:5])
+
+
+def _fault(place: Sequence[int | str], kind: str) -> dict[str, str]:
+    """Return an invalid value's place and what must be there."""
+    if place[0] == "documents" and len(place) > 1:  # neither kind of document fits
+        place, must = place[:2], "must be a string or an object with text"
+    elif place == ["query"] and kind != "missing":
+        must = "must be a string or a list of chat messages"
+    else:
+        must = _KINDS.get(kind, "has another type")
+    where = ".".join(map(str, place))
+    return {where: f"{where} {must}"}
+
+
+def _extra(within: Sequence[int | str]) -> str:
+    """Describe a field that is not supported; only plain words of the request are repeated."""
+    name = str(within[-1])
+    if name in UNSUPPORTED and len(within) == 1:
+        return f"{name} is not supported: {UNSUPPORTED[name]}"
+    shown = f" {name}" if re.fullmatch("[a-z_]{1,40}", name) else ""
+    model = RerankRequest if len(within) == 1 else Turn
+    place = "" if len(within) == 1 else " of a chat message"
+    return f"unknown field{shown}{place}: there are {', '.join(model.model_fields)}"

@@ -79,7 +79,16 @@ class RefusedError(LogratioError):
         return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 
+_LENGTHS = {"R304", "E304"}
+"""Codes whose reasons contain numbers only."""
+
+
 def public_reason(reason: str) -> str:
     """Replace a reason by the general text of its code, since a chat template may quote text."""
     code = _CODE.match(reason)
+    if code and code[1] in _LENGTHS:
+        return (
+            f"{reason}: shorten it; the limit is that of the policy's training "
+            "(`--max-prompt-length`, `--max-length`)"
+        )
     return f"[{code[1]}] {CODES[code[1]]}" if code and code[1] in CODES else reason

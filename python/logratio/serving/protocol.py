@@ -1,8 +1,9 @@
 """The rerank request and response of the Cohere and Jina APIs, as pydantic models."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 SCORES = (
     "`relevance_score` is the implicit reward β·(log π(document|query) − log π_ref(document|query))"
@@ -11,22 +12,42 @@ SCORES = (
 )
 
 
+UNSUPPORTED: Mapping[str, str] = {
+    "beta": "β is that of the bundle",
+    "max_chunks_per_doc": "documents are never divided or truncated",
+    "max_tokens_per_doc": "documents are never truncated; one that is too long gets an error",
+    "priority": "requests have no priority",
+    "rank_fields": "a document is a string, or an object with text",
+    "raw_scores": "scores are never normalised",
+    "return_embeddings": "the model computes no embeddings",
+    "return_text": "use return_documents",
+    "texts": "use documents",
+    "top_k": "use top_n",
+    "truncate": "documents are never truncated; one that is too long gets an error",
+    "truncation": "documents are never truncated; one that is too long gets an error",
+}
+"""Fields of other servers' requests (Cohere, Jina, Voyage, text-embeddings-inference) that would
+change the answer there. They are refused, because an answer without them would be another one."""
+
+
 class Turn(BaseModel):
     """One chat message."""
 
+    model_config = ConfigDict(extra="forbid")
     role: str
     content: str
 
 
 class Document(BaseModel):
-    """A candidate as an object."""
+    """A candidate as an object; fields other than `text` are ignored."""
 
     text: str
 
 
 class RerankRequest(BaseModel):
-    """A prompt and the completions to rank."""
+    """A prompt and the completions to rank. Unknown fields are refused."""
 
+    model_config = ConfigDict(extra="forbid")
     query: Annotated[
         str | list[Turn],
         Field(description="The prompt: text, or chat messages for the bundle's chat template."),

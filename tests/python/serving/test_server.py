@@ -87,7 +87,6 @@ def test_documents_may_be_objects_and_are_returned_on_request(
         "documents": [{"text": DOCUMENTS[0]}, *DOCUMENTS[1:]],
         "return_documents": True,
         "top_n": 2,
-        "max_tokens_per_doc": 4096,  # options of other servers are ignored
     }
     results = client.post("/v1/rerank", json=request).json()["results"]
     assert [result["index"] for result in results] == [
@@ -233,7 +232,40 @@ def test_a_document_that_cannot_be_scored_has_an_error(
     message = refused(client, 422, "document", json=none)
     assert message == "no document can be scored; document 0: [R301] an empty completion"
     prompt = {"query": "sad " * 600, "documents": ["sad"]}
-    assert "[R304]" in refused(client, 422, "query", json=prompt)
+    message = refused(client, 422, "query", json=prompt)
+    assert message.startswith("[R304] the prompt has 601 tokens, the limit is 511: shorten it; ")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"max_tokens_per_doc": 9}, "max_tokens_per_doc is not supported: documents are never"),
+        ({"beta": 1.0}, "beta is not supported: β is that of the bundle"),
+        ({"top_k": 3}, "top_k is not supported: use top_n"),
+        (
+            {"foo": 1},
+            "unknown field foo: there are query, documents, model, top_n, return_documents",
+        ),
+        ({"A text": 1}, "unknown field: there are query, documents,"),
+        ({"query": 5}, "query must be a string or a list of chat messages"),
+        ({"query": [{"role": "user"}]}, "query.0.content is missing"),
+        (
+            {"query": [{"role": "user", "content": "a", "name": "b"}]},
+            "unknown field name of a chat message: there are role, content",
+        ),
+        ({"documents": ["a", 5]}, "documents.1 must be a string or an object with text"),
+        ({"documents": [{"body": "a"}]}, "documents.0 must be a string or an object with text"),
+        ({"documents": "a"}, "documents must be a list"),
+        ({"top_n": 0}, "top_n must be at least 1"),
+    ],
+)
+def test_the_refusal_of_a_malformed_request_names_the_field_and_what_fits(
+    client: TestClient, wrong: dict[str, object], words: str
+) -> None:
+    request = {"query": QUERY, "documents": DOCUMENTS} | wrong
+    message = refused(client, 422, "malformed", json=request)
+    assert message.startswith(words)
+    assert ";" not in message.removeprefix(words) or "truncated;" in message
 
 
 class HeldReranker(Reranker):
