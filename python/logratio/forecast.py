@@ -87,3 +87,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: int, noun: str) -> str:
+    """Format a number with its noun in singular or plural, for example "1 pair" or "2,000 pairs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from logratio.cache.identity import StoredReference
-from logratio.forecast import size
+from logratio.forecast import count, size
 
 WRITER = re.compile(r"(?P<host>.+)-(?P<process>\d+)-[0-9a-f]+\.journal")
 MANIFEST = ".manifest.json"
@@ -218,8 +218,3 @@ class Exported:
     rows: int
     tokens: int
     bytes: int
-
-
-def count(number: int, noun: str) -> str:
-    """Format a number with its noun in singular or plural."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -87,8 +87,7 @@ def verify(root: Root, reference: Name = None) -> None:
 
 
 def _verdict(report: "ReferenceReport") -> str:
-    from logratio.cache.results import count
-    from logratio.forecast import size
+    from logratio.forecast import count, size
 
     path = report.reference.path
     if report.is_whole:

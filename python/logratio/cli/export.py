@@ -1,5 +1,6 @@
 """`logratio export`, `rank`, `serve` and `demo`."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +74,8 @@ def rank(
         typer.Option(
             "--input",
             metavar="FILE",
-            help='JSON lines: {"prompt": text or chat messages, "candidates": [text, …]}.',
+            help='JSON lines: {"prompt": text or chat messages, "candidates": [text, …]}; '
+            "- for standard input.",
         ),
     ],
     output: Annotated[
@@ -88,6 +90,7 @@ def rank(
     """Rank candidates by their implicit reward, without torch.
 
     A reward is defined up to a constant per prompt, so compare only candidates of the same prompt.
+    A row that cannot be ranked gets an `error`, and the command exits with 1.
     """
     from logratio.progress import progress
     from logratio.serving.rank_file import rank_file, rank_forecast
@@ -100,7 +103,8 @@ def rank(
     reranker = Reranker.load(
         bundle, providers=providers, allow_fallback=allow_fallback, digest=digest
     )
-    with progress("ranking", input_file.stat().st_size, "B") as advance:
+    total = math.inf if str(input_file) == "-" else input_file.stat().st_size
+    with progress("ranking", total, "B") as advance:
         done = 0
 
         def on_bytes(_rows: int, bytes_read: int, _total: int) -> None:
@@ -110,6 +114,8 @@ def rank(
 
         summary = rank_file(reranker, input_file, output, progress=on_bytes)
     typer.echo(summary.to_text(), err=True)
+    if summary.failed_rows:
+        raise typer.Exit(1)
 
 
 def serve(

@@ -15,13 +15,13 @@ import numpy as np
 
 from logratio.bundle import GRAPH, WEIGHTS, read_manifest
 from logratio.data.conversations import prompt as check_turns
-from logratio.data.readers.inputs import open_file
+from logratio.data.readers.inputs import STDIN, open_file
 from logratio.data.readers.json import json_type
 from logratio.data.readers.rows import Row, Rows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.data.store.row_report import BadDataError
 from logratio.errors import IsFolderError
-from logratio.forecast import Forecast
+from logratio.forecast import Forecast, check_writable, count
 from logratio.serving.candidates import CandidateGroup
 from logratio.serving.reranker import Reranker, Score, ranked
 
@@ -36,16 +36,21 @@ def rank_forecast(bundle: str | Path, input_file: str | Path, output: Path | Non
 
     Args:
         bundle: The bundle's folder.
-        input_file: The file to rank.
+        input_file: The file to rank, or "-" for standard input, whose length is unknown: then only
+            the memory is estimated.
         output: The output file; None for standard output.
 
     Raises:
         BundleError: The folder is not a bundle.
-        OSError: The input cannot be read.
+        OSError: The input cannot be read, or the output not written.
     """
+    if output:
+        check_writable(output.parent)
     files = read_manifest(Path(bundle)).files
     weights = float(sum(files[name].size for name in (GRAPH, WEIGHTS) if name in files))
-    text = Path(input_file).stat().st_size * (_COMPRESSION if str(input_file).endswith("gz") else 1)
+    is_stdin = str(input_file) == STDIN
+    packed = str(input_file).endswith(("gz", "zst"))
+    text = 0.0 if is_stdin else Path(input_file).stat().st_size * (_COMPRESSION if packed else 1)
     tokens = text / _BYTES_PER_TOKEN
     flops = 2 * weights / np.dtype(np.float32).itemsize * tokens
     return Forecast(
@@ -53,7 +58,8 @@ def rank_forecast(bundle: str | Path, input_file: str | Path, output: Path | Non
         disk_bytes=2 * text if output else 0,
         disk_path=output or Path(),
         seconds=flops / (_EFFICIENCY * _flops_per_second()),
-        notes=f"about {tokens:,.0f} tokens",
+        notes="time and disk depend on the length of standard input" if is_stdin
+        else f"about {tokens:,.0f} tokens",
     )
 
 
@@ -78,24 +84,28 @@ class RankSummary:
     """Counts of a ranked file.
 
     Attributes:
-        rows: Rows written.
+        rows: Rows read and written.
         candidates: Candidates with a reward.
         failed_candidates: Candidates without a reward, because they are empty or too long.
-        failed_prompts: Number of rows with an invalid prompt, by code.
+        failed_rows: Number of rows that could not be ranked, by code.
     """
 
     rows: int = 0
     candidates: int = 0
     failed_candidates: int = 0
-    failed_prompts: dict[str, int] = field(default_factory=dict)
+    failed_rows: dict[str, int] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """Return the summary as one line of text."""
-        text = f"{self.rows:,} prompts, {self.candidates:,} candidates with a reward"
+        ranked_rows = self.rows - sum(self.failed_rows.values())
+        text = (
+            f"{count(ranked_rows, 'prompt')} ranked, {count(self.candidates, 'candidate')} with a "
+            "reward"
+        )
         if self.failed_candidates:
             text += f", {self.failed_candidates:,} without (see `errors`)"
-        for code, count in sorted(self.failed_prompts.items()):
-            text += f"; [{code}] {count:,} prompts refused (see `error`)"
+        for code, number in sorted(self.failed_rows.items()):
+            text += f"; [{code}] {count(number, 'row')} refused (see `error`)"
         return text
 
 
@@ -108,15 +118,16 @@ def rank_file(
 ) -> RankSummary:
     """Score every row of a JSON lines file, in order and in constant memory.
 
-    A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``; the file may be gzip.
+    A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``; the file may be
+    compressed (gzip, zstd).
     Each row is written with its keys and, per candidate, ``rewards`` and ``tokens`` (null rewards
     for candidates that cannot be scored), ``policy_logps`` and ``reference_logps`` in nats, and
-    ``order``: the indexes, best first. ``errors`` gives the reasons by index. A row with an invalid
-    prompt only gets ``error``.
+    ``order``: the indexes, best first. ``errors`` gives the reasons by index. A row that cannot be
+    ranked, because it is malformed or its prompt is invalid, only gets ``error``.
 
     Args:
         reranker: The loaded bundle.
-        input: The file to read.
+        input: The file to read; "-" for standard input.
         output: The file to write, which appears when complete; None or "-" for standard output.
         progress: Called after each batch.
 
@@ -124,8 +135,7 @@ def rank_file(
         The counts of rows and candidates.
 
     Raises:
-        BadDataError: A row is malformed; the message has the file, line and code. No output file
-            is left.
+        BadDataError: The file has no rows, or is of an unsupported type. No output file is left.
         OSError: A file cannot be read or written.
     """
     lines = open_file(Path(input))
@@ -139,11 +149,15 @@ def rank_file(
     return summary
 
 
-def _batches(lines: Rows) -> Iterator[list[Row]]:
+Item = tuple[Row, InvalidRecordError | None]
+"""A row of the input, and why it cannot be ranked, if so; a row that is not JSON is empty."""
+_OF_THE_FILE = ("E106", "E112")
+"""Codes of files without rows."""
+
+
+def _batches(lines: Rows) -> Iterator[list[Item]]:
     batch = []
     for source, row in lines:
-        if isinstance(row, Refusal):
-            raise BadDataError("a row cannot be ranked:", (str(row),))
         batch.append(_checked(row, source))
         if len(batch) == ROWS:
             yield batch
@@ -152,19 +166,22 @@ def _batches(lines: Rows) -> Iterator[list[Row]]:
         yield batch
 
 
-def _checked(row: Row, source: Source) -> Row:
-    """Return a row that has a prompt and candidates.
+def _checked(row: Row | Refusal, source: Source) -> Item:
+    """Check that a row has a prompt and candidates.
 
     Raises:
-        BadDataError: One is missing or malformed; the message has the file, line and code.
+        BadDataError: The row stands for a whole file that has no rows.
     """
+    if isinstance(row, Refusal):
+        if row.code in _OF_THE_FILE:
+            raise BadDataError("nothing can be ranked:", (str(row),))
+        return {}, InvalidRecordError(row.code, f"{row.source}: {row.reason}")
     try:
         _check_prompt(row)
         _check_candidates(row)
     except InvalidRecordError as error:
-        refusal = Refusal(source, error.code, error.reason)
-        raise BadDataError("a row cannot be ranked:", (str(refusal),)) from None
-    return row
+        return row, InvalidRecordError(error.code, f"{source}: {error.reason}")
+    return row, None
 
 
 def _check_prompt(row: Row) -> None:
@@ -180,7 +197,7 @@ def _check_candidates(row: Row) -> None:
     if not isinstance(candidates, list):
         raise InvalidRecordError("E203", f"'candidates' is {json_type(candidates)}, not a list")
     if not candidates:
-        raise InvalidRecordError("E203", "'candidates' is empty")
+        raise InvalidRecordError("R318", "'candidates' is empty")
     for number, candidate in enumerate(candidates):
         if not isinstance(candidate, str):
             is_a = json_type(candidate)
@@ -196,15 +213,15 @@ def _value(row: Row, key: str) -> Any:
     return row[key]
 
 
-def _rank(reranker: Reranker, batch: list[Row], summary: RankSummary) -> Iterator[Row]:
+def _rank(reranker: Reranker, batch: list[Item], summary: RankSummary) -> Iterator[Row]:
     """Yield each row with its scores."""
-    encoded = [_encode(reranker, row) for row in batch]
+    encoded = [error or _encode(reranker, row) for row, error in batch]
     groups = [group for group in encoded if isinstance(group, CandidateGroup)]
     scored = iter(reranker.score_groups(groups))
-    for row, group in zip(batch, encoded, strict=True):
+    for (row, _), group in zip(batch, encoded, strict=True):
         summary.rows += 1
         if isinstance(group, InvalidRecordError):
-            codes = summary.failed_prompts
+            codes = summary.failed_rows
             codes[group.code] = codes.get(group.code, 0) + 1
             yield row | {"error": str(group)}
         else:

@@ -1,5 +1,6 @@
 """`logratio export`, `rank` and `serve` from the command line, and their error messages."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +48,26 @@ def test_ranking_prints_rewards_and_order(folder: Path, capsys: pytest.CaptureFi
     arguments = ("rank", "--bundle", folder / "bundle", "--input", folder / "candidates.jsonl")
     code, out, err = run(capsys, *arguments)
     assert code == 0
-    assert "2 prompts, 3 candidates with a reward" in err
+    assert "2 prompts ranked, 3 candidates with a reward" in err
     first, second = map(json.loads, out.splitlines())
     rewards = first["rewards"]
     assert first["order"] == sorted(range(2), key=lambda i: -rewards[i])
     assert second["order"] == [0]
     gaps = zip(first["policy_logps"], first["reference_logps"], strict=True)
     assert rewards == pytest.approx([0.1 * (p - r) for p, r in gaps], abs=1e-5)
+
+
+def test_ranking_reads_standard_input_and_exits_with_1_after_a_bad_row(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (folder / "candidates.jsonl").read_bytes()
+    arguments = ("rank", "--bundle", folder / "bundle", "--input", "-")
+    for content, expected in ((rows, 0), (b"{\n" + rows, 1)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        code, out, err = run(capsys, *arguments)
+        assert (code, len(out.splitlines())) == (expected, 2 + expected)
+        assert "depend on the length of standard input" in err
+    assert "[E101] 1 row refused" in err
 
 
 def test_ranking_into_a_file(folder: Path, tmp_path: Path) -> None:

@@ -310,10 +310,10 @@ def test_file_is_ranked_row_by_row(reranker: Reranker, tmp_path: Path) -> None:
     assert rows[1]["order"] == [0] and "errors" not in rows[1]
     assert rows[2]["error"].startswith("[R304]") and "rewards" not in rows[2]
     assert (summary.rows, summary.candidates, summary.failed_candidates) == (3, 3, 1)
-    assert summary.failed_prompts == {"R304": 1}
+    assert summary.failed_rows == {"R304": 1}
     assert summary.to_text() == (
-        "3 prompts, 3 candidates with a reward, 1 without (see `errors`); "
-        "[R304] 1 prompts refused (see `error`)"
+        "2 prompts ranked, 3 candidates with a reward, 1 without (see `errors`); "
+        "[R304] 1 row refused (see `error`)"
     )
     assert seen == [(3, source.stat().st_size, source.stat().st_size)]
 
@@ -339,18 +339,34 @@ def test_rows_go_to_stdout_without_an_output(
         ('{"prompt": null, "candidates": ["a"]}', "E202"),
         ('{"prompt": 3, "candidates": ["a"]}', "E203"),
         ('{"prompt": "a", "candidates": "b"}', "E203"),
-        ('{"prompt": "a", "candidates": []}', "E203"),
+        ('{"prompt": "a", "candidates": []}', "R318"),
         ('{"prompt": "a", "candidates": ["b", 3]}', "E203"),
         ('{"prompt": [{"role": "user"}], "candidates": ["b"]}', "E201"),
         ('{"prompt": "a", "candidates": ["\\ud800"]}', "E104"),
     ],
 )
-def test_malformed_row_is_named_and_leaves_no_output(
+def test_a_malformed_row_gets_an_error_and_the_others_are_ranked(
     reranker: Reranker, tmp_path: Path, line: str, code: str
 ) -> None:
-    source = write_rows(tmp_path / "in.jsonl", [ROWS[1]])
-    source.write_text(source.read_text() + line + "\n")
-    with pytest.raises(BadDataError, match=rf"in\.jsonl:2.*\[{code}\]"):
+    good = json.dumps(ROWS[1]) + "\n"
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(good + line + "\n" + good)
+    summary = rank_file(reranker, source, output)
+    first, second, third = map(json.loads, output.read_text().splitlines())
+    assert first["order"] == third["order"] == [0]
+    assert "rewards" not in second
+    assert second["error"].startswith(f"[{code}] ")
+    assert "in.jsonl:2: " in second["error"]
+    assert (summary.rows, summary.failed_rows) == (3, {code: 1})
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
+def test_a_file_without_rows_is_refused_and_leaves_no_output(
+    reranker: Reranker, tmp_path: Path, content: bytes
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(BadDataError, match=r"nothing can be ranked:\n.*in\.jsonl"):
         rank_file(reranker, source, tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == [source]
 
