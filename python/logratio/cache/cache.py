@@ -161,6 +161,7 @@ class ReferenceCache:
         name: str | None = None,
         *,
         advance: parquet.Advance = lambda rows, total: None,
+        overwrite: bool = False,
     ) -> Exported:
         """Write one reference's log-probs as Parquet: `key`, `tokens`, `sum`, `logps`.
 
@@ -170,14 +171,16 @@ class ReferenceCache:
             path: The file to write.
             name: Name or prefix of the reference; may be omitted if the cache has only one.
             advance: Called after each row group with its rows and the total number of records.
+            overwrite: Replace an existing file.
 
         Raises:
             NoReferenceError: None or several references match.
+            OutputError: The name does not end in ``.parquet``, or the file exists.
             DamagedFingerprintError: The folder's fingerprint was altered.
             CorruptCacheError: A file is damaged, or two records contradict each other.
             OSError: The disk is full, or the file cannot be written.
         """
-        return parquet.export(self.reference(name), Path(path), advance)
+        return parquet.export(self.reference(name), Path(path), advance, overwrite=overwrite)
 
     def open(
         self, name: str | bytes | None = None, *, sums: bool = False, pread: bool = False

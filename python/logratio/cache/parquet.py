@@ -14,7 +14,7 @@ from logratio.cache.merging import entry_bytes
 from logratio.cache.results import Exported
 from logratio.durable import published
 from logratio.errors import IsFolderError
-from logratio.forecast import check_writable
+from logratio.forecast import OutputError, check_writable
 
 GROUP_TOKENS = 2**21
 """Approximate log-probs per row group: 8 MB, which with its compressed copy bounds memory."""
@@ -25,7 +25,11 @@ Advance = Callable[[int, int], object]
 
 
 def export(
-    reference: StoredReference, path: Path, advance: Advance = lambda rows, total: None
+    reference: StoredReference,
+    path: Path,
+    advance: Advance = lambda rows, total: None,
+    *,
+    overwrite: bool = False,
 ) -> Exported:
     """Write every completion of a reference once, sorted by key; no partial file is left.
 
@@ -36,13 +40,16 @@ def export(
 
     Args:
         reference: The reference to write.
-        path: The file; an existing one is replaced when the new one is complete.
+        path: The file, whose name ends in ``.parquet``.
+        overwrite: Replace an existing file, when the new one is complete.
         advance: Called after each row group with its rows and the total number of records.
 
     Returns:
         The file and its counts.
 
     Raises:
+        OutputError: The name does not end in ``.parquet``, the file exists, or its folder cannot be
+            written.
         DamagedFingerprintError: The folder's fingerprint was altered.
         CorruptCacheError: A file is damaged, or two records of one key contradict each other.
         OSError: The disk is full, or the file cannot be written; no partial file remains.
@@ -50,6 +57,13 @@ def export(
     reference.check()
     if path.is_dir():
         raise IsFolderError(21, "is a folder; name a file to write", str(path))
+    if path.suffix != ".parquet":
+        raise OutputError(f"{path}: the export is a Parquet file: name it {path.stem}.parquet")
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path}: file exists; replace it with --overwrite (in Python overwrite=True), or "
+            "choose another name"
+        )
     reader = open_reader(reference)
     needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)
     check_writable(path.parent, needed)

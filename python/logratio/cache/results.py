@@ -192,8 +192,8 @@ class Change:
             count(self.completions, "completion"),
             count(len(self.shards), "shard"),
         )
-        parts = [f"{completions} written to {shards}" if self.shards else "nothing to write"]
-        parts += [f"{self.repeats:,} repeated records left out"] * bool(self.repeats)
+        parts = [f"{completions} written to {shards}" if self.shards else "nothing new"]
+        parts += [f"{count(self.repeats, 'repeated record')} left out"] * bool(self.repeats)
         parts += [f"{count(len(self.removed), 'file')} removed"] * bool(self.removed)
         if self.in_use:
             names = ", ".join(self.in_use)

@@ -137,10 +137,11 @@ def merge(
 def _forecast(path: Path, completions: int, needed: int) -> str:
     import shutil
 
-    from logratio.forecast import existing_parent, size
+    from logratio.forecast import count, existing_parent, size
 
     free = shutil.disk_usage(existing_parent(path)).free
-    return f"at most {completions:,} completions, {size(needed)} to add ({size(free)} free)"
+    read = f"comparing {count(completions, 'record')} with those of {path}"
+    return f"{read}; if none is there yet, {size(needed)} will be written ({size(free)} free)"
 
 
 @app.command()
@@ -193,15 +194,18 @@ def export(
     root: Root,
     output: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file to write.")],
     reference: Name = None,
-) -> None:
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file when the new one is "
+                           "complete.")
+    ] = False,
+) -> None:  # fmt: skip
     """Write one reference's log-probs as Parquet, for pandas, polars, DuckDB or another trainer.
 
     Columns: `key`, `tokens`, `sum` (in nats) and `logps`, a list with one value per completion
-    token. Pages have checksums, and the file's metadata names the reference. An existing file is
-    replaced only when the new one is complete.
+    token. Pages have checksums, and the file's metadata names the reference.
     """
     from logratio.cache.cache import ReferenceCache
-    from logratio.forecast import size
+    from logratio.forecast import count, size
     from logratio.progress import Advance, progress
 
     bars: list[Advance] = []
@@ -212,5 +216,6 @@ def export(
                 bars.append(stack.enter_context(progress("exporting", total, "completions")))
             bars[0](rows)
 
-        done = ReferenceCache(root).export(output, reference, advance=advance)
-    typer.echo(f"{done.rows:,} completions, {done.tokens:,} tokens, {size(done.bytes)}: {output}")
+        done = ReferenceCache(root).export(output, reference, advance=advance, overwrite=overwrite)
+    rows, tokens = count(done.rows, "completion"), count(done.tokens, "token")
+    typer.echo(f"{rows}, {tokens}, {size(done.bytes)}: {output}")

@@ -14,7 +14,7 @@ from logratio.cli import options
 from logratio.cli.options import READING, TOKENS, Reading, Tokens, takes_flags
 from logratio.durable import write_atomic
 from logratio.errors import InputError, LogratioError
-from logratio.forecast import check_writable
+from logratio.forecast import check_writable, count
 
 if TYPE_CHECKING:
     from logratio.data.analysis.report import Analysis
@@ -64,7 +64,6 @@ def build(
     """
     from logratio.data.store.build import build_store
     from logratio.data.tokenization.tokenizer import PreferenceTokenizer
-    from logratio.forecast import check_writable
     from logratio.progress import reading_progress
 
     if output.exists() and not overwrite:
@@ -88,7 +87,7 @@ def build(
             tell=lambda sentence: typer.echo(sentence, err=True),
         )
     typer.echo(report.to_text())
-    typer.echo(f"{len(store):,} groups, {store.tokens:,} tokens: {output}")
+    typer.echo(f"{count(len(store), 'group')}, {count(store.tokens, 'token')}: {output}")
 
 
 @contextmanager
@@ -118,7 +117,7 @@ def verify(
             damaged = True
             typer.echo(f"not sound: {error}")
         else:
-            typer.echo(f"{path}: sound, {len(store):,} groups, digest {store.digest}")
+            typer.echo(f"{path}: sound, {count(len(store), 'group')}, digest {store.digest}")
     if damaged:
         raise typer.Exit(1)
 
@@ -231,6 +230,7 @@ def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) 
         from logratio.data.analysis.plots import draw
 
         draw(analysis, picture)
+        typer.echo(f"picture: {picture}")
 
 
 app = typer.Typer(

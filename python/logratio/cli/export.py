@@ -162,7 +162,11 @@ def serve(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for all files.")] = Path("logratio-demo"),
     seed: Annotated[
-        int, typer.Option(help="Seed of the data and models; the same seed gives the same table.")
+        int,
+        typer.Option(
+            help="Seed of the data and models; the table differs between machines by "
+            "rounding, which training amplifies."
+        ),
     ] = 0,
 ) -> None:
     """Run every step on generated data, in minutes on a CPU, and print the results."""

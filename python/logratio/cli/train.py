@@ -428,13 +428,16 @@ def train(
 
 
 def _print_result(result: "TrainResult") -> None:
+    from logratio.forecast import count
+
     last = result.history[-1] if result.history else {}
     shown = ("loss", "rewards/accuracies", "rewards/margins")
     metrics = ", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last)
-    typer.echo(f"last update, before its step: {metrics}")
+    typer.echo(f"last batch, before its update: {metrics}")
     begin = "already finished: " if result.was_finished else ""
-    updates = "1 update" if result.steps == 1 else f"{result.steps:,} updates"
-    typer.echo(f"{begin}{updates}; model, metrics and settings: {result.output}")
+    typer.echo(
+        f"{begin}{count(result.steps, 'update')}; model, metrics and settings: {result.output}"
+    )
 
 
 def announce(dataset: "Dataset", forecast: "Forecast") -> None:

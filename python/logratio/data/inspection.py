@@ -26,6 +26,7 @@ from logratio.data.records import (
 )
 from logratio.data.tokenization.groups import TokenizedGroup
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.forecast import count
 
 Style = Literal["", "title", "counts", "fault", "dim"]
 
@@ -55,7 +56,7 @@ def show_record(record: PreferenceRecord) -> Iterator[Segment]:
     """Show a record as text."""
     yield Segment("  prompt\n", "title")
     if record.tools:
-        yield Segment(f"[{len(record.tools)} tools]\n", "dim")
+        yield Segment(f"[{count(len(record.tools), 'tool')}]\n", "dim")
     yield from _text(record.prompt)
     for number, completion in enumerate(record.completions):
         score = f" (score {record.scores[number]:g})" if record.scores else ""
@@ -70,7 +71,7 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
         group: The record's ids.
         decode: Decodes ids to text, including special tokens.
     """
-    yield Segment(f"  prompt, {len(group.prompt_ids):,} tokens\n", "title")
+    yield Segment(f"  prompt, {count(len(group.prompt_ids), 'token')}\n", "title")
     yield from _tokens(group.prompt_ids, [0] * len(group.prompt_ids), [], decode)
     for completion in group.completions:
         counted = f"{sum(completion.mask):,} of {len(completion.ids):,} tokens are trained"
@@ -206,7 +207,7 @@ class FileInspection:
         """Yield the printed result, in styled segments."""
         known = self.detection
         yield Segment(f"{self.name}\n", "title")
-        yield Segment(f"  container  {self.container}, {self.rows:,} rows inspected\n")
+        yield Segment(f"  container  {self.container}, {count(self.rows, 'row')} inspected\n")
         yield Segment(f"  format     {' and '.join(known.counts) or 'unknown'}\n")
         yield Segment(f"  why        {known.reason}\n")
         if self.example:
@@ -219,9 +220,9 @@ class FileInspection:
             yield Segment(f"  not read   {', '.join(self.keys_unread)}\n")
         for name, lacking in known.near.items():
             yield Segment(f"  similar    {name}, but it lacks {', '.join(lacking)}\n")
-        for code, count in self.warnings.items():
+        for code, number in self.warnings.items():
             detail = f": {code.what}" if isinstance(code, Omitted) else ""
-            yield Segment(f"  warning    [{code}] {count:,} × {CODES[code]}{detail}\n")
+            yield Segment(f"  warning    [{code}] {number:,} × {CODES[code]}{detail}\n")
         yield from self._refused()
         yield from self.shown
 

@@ -122,7 +122,8 @@ class DemoConfig:
 
     Attributes:
         output: Folder for all files; an earlier demo in it is replaced.
-        seed: Seed of data, models, order and samples; the same seed gives the same table.
+        seed: Seed of data, models, order and samples. The same seed gives the same data, and the
+            same table only on the same machine and versions: training amplifies rounding.
         demonstrations: Number of stories for SFT.
         preference_prompts: Number of prompts whose sampled stories become pairs.
         held_out_prompts: Number of prompts for the tables.

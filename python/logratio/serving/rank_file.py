@@ -58,7 +58,8 @@ def rank_forecast(bundle: str | Path, input_file: str | Path, output: Path | Non
         disk_bytes=2 * text if output else 0,
         disk_path=output or Path(),
         seconds=flops / (_EFFICIENCY * _flops_per_second()),
-        notes="time and disk depend on the length of standard input" if is_stdin
+        notes="time and disk depend on the length of standard input"
+        if is_stdin
         else f"about {tokens:,.0f} tokens",
     )
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -36,9 +37,16 @@ class RunInterruptedError(LogratioError):
         self.exit_code = 128 + signal_number
 
 
+_NOTICE = (
+    b"\nstopping once the work in progress is saved; press Ctrl-C again to stop without saving\n"
+)
+
+
 @contextmanager
 def interrupts() -> Iterator[Callable[[], int | None]]:
     """Catch the first signal inside the block; a second one ends the process at once.
+
+    The first one prints what happens now, since an update can take minutes.
 
     Yields:
         A function that returns the number of the received signal, or None.
@@ -51,6 +59,8 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
+        with suppress(OSError):  # not `say`: the signal may arrive inside a write to sys.stderr
+            os.write(2, _NOTICE)
         for caught in before:
             signal.signal(caught, signal.SIG_DFL)
 

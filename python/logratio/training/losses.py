@@ -1,4 +1,4 @@
-"""Preference losses as pure functions of log-probs, and a run's objective and schedule."""
+"""Preference losses as pure functions of log-probs, and the objective of a run."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -112,8 +112,16 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
         disk_bytes=weights + (_checkpoint_bytes(config) if config.save_every else 0),
         disk_path=Path(config.output),
         seconds=work,
-        notes=f"reference {kind}, {tokens:,.0f} tokens, {precision_note(config)}",
+        notes=f"{_REFERENCES[kind]}, {tokens:,.0f} tokens, {precision_note(config)}",
     )
+
+
+_REFERENCES = {
+    "none": "no reference",
+    "cached": "the reference's log-probs from the cache",
+    "adapter": "the reference is the model without its adapters",
+    "frozen": "a second model in memory as the reference",
+}
 
 
 def _evaluations(config: TrainConfig, groups: int) -> int:

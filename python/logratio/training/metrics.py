@@ -193,13 +193,13 @@ def not_finite(
         step: Number of the update.
         values: Its metrics, with the learning rate as `lr`.
         recent: Metrics of the preceding updates.
-        records: Names of the records whose log-probs are not finite.
+        records: The records whose log-probs are not finite, as a phrase.
         peak: Peak learning rate of the run.
     """
     bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
     return (
         f"update {step}: {bad} not finite; stopped before updating the weights "
-        f"(records: {records}). {_likely_cause(values['lr'], recent, peak)}"
+        f"({records}). {_likely_cause(values['lr'], recent, peak)}"
     )
 
 

@@ -24,7 +24,7 @@ from logratio.bundle import TOKENIZER_FILES
 from logratio.cache.identity import read_conditions, record_conditions
 from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
-from logratio.forecast import OutputError
+from logratio.forecast import OutputError, count
 from logratio.progress import say
 from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, PathLike, TrainConfig
@@ -317,8 +317,10 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
             say(f"using beta {given}; the policy was trained with {trained} ({path})")
         return given
     if trained is None:
-        why = f"{path} records none for a reference" if settings else f"{path} does not exist"
-        raise ConfigError(f"give --beta, the β that the policy was trained with: {why}")
+        why = f"{path} does not exist"
+        if settings:
+            why = f"{policy} was trained with {settings.get('loss')}, whose β weighs no log-ratio"
+        raise ConfigError(f"give --beta, the reward per nat of log-ratio: {why}")
     return trained
 
 
@@ -424,5 +426,5 @@ class TrainResult:
             last = last | self.evaluations[-1]
         figures = "".join(f", {name} {last[name]:.4g}" for name in _SHOWN if name in last)
         state = "already finished, " if self.was_finished else ""
-        counted = "1 update" if self.steps == 1 else f"{self.steps:,} updates"
+        counted = count(self.steps, "update")
         return f"TrainResult({str(self.output)!r}, {state}{counted}{figures})"

@@ -172,8 +172,9 @@ class Updater:
 
     def _names(self, culprits: list[int], groups: int) -> str:
         if len(culprits) == groups > 1:
-            return f"all {groups} of the update"
-        return ", ".join(source_names(self.store, culprits)) or "no single record"
+            return f"records: all {groups} of the update"
+        names = ", ".join(source_names(self.store, culprits))
+        return f"records: {names}" if names else "no single record is to blame"
 
     def _policy_sum(self, batch: Batch) -> float:
         with self.autocast():

@@ -25,6 +25,7 @@ from cache_folders import (
 )
 
 from logratio.cache import CorruptCacheError, ReferenceCache, parquet
+from logratio.forecast import OutputError
 
 
 @pytest.fixture
@@ -123,17 +124,21 @@ def test_a_failed_export_keeps_the_existing_file(
     cache, path = ReferenceCache(tmp_path / "cache"), tmp_path / "out" / "a.parquet"
     cache.export(path)
     before = path.read_bytes()
+    with pytest.raises(OutputError, match=r"a\.parquet: file exists; replace it with --overwrite"):
+        cache.export(path)
+    with pytest.raises(OutputError, match=r"a\.csv: .* name it a\.parquet"):
+        cache.export(path.with_suffix(".csv"))
 
     def interrupted(rows: int, total: int) -> None:
         assert (rows, total) == (100, 100)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.export(path, advance=interrupted)
+        cache.export(path, advance=interrupted, overwrite=True)
     (shard,) = folder.glob("*.arrow")
     flip(shard, 400)
     with pytest.raises(CorruptCacheError, match=shard.name):
-        cache.export(path)
+        cache.export(path, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["a.parquet"]
     assert path.read_bytes() == before
     with pytest.raises(IsADirectoryError, match="name a file"):

@@ -112,7 +112,7 @@ def test_merge_prints_a_forecast_and_names_contradictions(run: Run, tmp_path: Pa
     assert (ended, into.exists()) == (0, False)
     assert out.startswith("at most 2 completions, 84 B to add (")
     assert run("merge", into, other)[0] == 0
-    assert "nothing to write; 2 repeated records left out" in run("merge", into, other)[1]
+    assert "nothing new; 2 repeated records left out" in run("merge", into, other)[1]
     bad = write(tmp_path / "bad", {2: [-3.5]})
     ended, _, err = run("merge", into, tmp_path / "bad")
     (journal,) = bad.glob("*.journal")

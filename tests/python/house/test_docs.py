@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, its commands and files exist."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -14,6 +15,7 @@ import pytest
 from repository import PACKAGE, ROOT, manifest, tracked
 
 import logratio
+from logratio.data.formats.catalogue import FORMATS
 from logratio.data.records import CODES, CURES
 
 README = (ROOT / "README.md").read_text()
@@ -115,6 +117,44 @@ def test_the_tables_of_the_architecture_page_name_files(heading: str) -> None:
     assert len(paths) >= 10
     places = (ROOT, PACKAGE)
     assert not [path for path in paths if not any((place / path).is_file() for place in places)]
+
+
+def test_each_row_of_where_to_look_names_what_its_files_define() -> None:
+    page = (ROOT / "python" / "docs" / "architecture.md").read_text()
+    table = page.partition("## Where to look\n")[2].partition("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ") and ".py`" in row]
+    assert len(rows) >= 10
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.(?:py|rs))`(?: \(`(\w+)`)?", row)
+        assert named
+        for path, name in named:
+            file = next(place / path for place in (ROOT, PACKAGE) if (place / path).is_file())
+            assert name, f"{path}: name what it defines, as (`name`)"
+            defines = rf"^(?:class|def|pub fn) {name}\b|^{name}(?::.*)? = "
+            assert re.search(defines, file.read_text(), re.M), f"{path} defines no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_functions_in_tables_can_be_imported(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for before, table in re.findall(
+        r"([^\n]*\n(?:[^\n]*\n)?)\n\| function \|.*\n((?:\|.*\n)+)", text
+    ):
+        module = importlib.import_module(re.findall(r"`(logratio[\w.]*)`", before)[-1])
+        names = re.findall(r"^\| `(\w+)[(`]", table, re.M)
+        assert names
+        assert not [name for name in names if name not in module.__all__]
+
+
+def test_the_number_of_formats_is_that_of_the_code() -> None:
+    (others,) = re.findall(r"\[(\d+) other formats\]", README)
+    (every,) = re.findall(r"(\d+) formats, detected", (ROOT / "CHANGELOG.md").read_text())
+    listed = (ROOT / "python" / "docs" / "data.md").read_text().partition("## Formats\n")[2]
+    rows = re.findall(r"^\| (`.*?) \|", listed.partition("\n\n###")[0], re.M)
+    names = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    assert names >= FORMATS.keys()
+    assert int(every) == len(FORMATS)
+    assert int(others) == len(FORMATS.keys() - {"trl", "trl-chat", "trl-chat-implicit"})
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -401,7 +401,7 @@ class TestBeta:
     @pytest.mark.parametrize("loss", ["sft", "simpo"])
     def test_a_loss_without_a_reference_has_none(self, config: TrainConfig, loss: str) -> None:
         quiet(with_(config, loss=loss))
-        with pytest.raises(ConfigError, match="records none for a reference"):
+        with pytest.raises(ConfigError, match="whose β weighs no log-ratio"):
             evaluate(EvaluateConfig(config.output, config.model, config.data))
         assert reward_beta(config.output, 0.2) == 0.2
 

@@ -45,6 +45,7 @@ from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
+from logratio.forecast import count
 
 NOTABLE_SIMILAR = 0.01
 """Warn if at least this share of the groups resembles an earlier one."""
@@ -225,7 +226,7 @@ def _bias(bias: LengthBias | None) -> list[str]:
     ]
     if bias.strength is None:
         sentences.append(
-            f"no warning: that takes |d| ≥ {SMALL_EFFECT}, or P ≥ {SMALL_SUPERIORITY} or "
+            f"not notable: a warning needs |d| ≥ {SMALL_EFFECT}, or P ≥ {SMALL_SUPERIORITY} or "
             f"≤ {1 - SMALL_SUPERIORITY:.2f}, and an interval without “no effect”"
         )
     return sentences
@@ -233,7 +234,7 @@ def _bias(bias: LengthBias | None) -> list[str]:
 
 def _compared(bias: LengthBias) -> str:
     if bias.kind == "paired":
-        return f"{bias.chosen.count:,} pairs"
+        return count(bias.chosen.count, "pair")
     return f"{bias.chosen.count:,} up × {bias.rejected.count:,} down"
 
 
@@ -274,12 +275,10 @@ def _sharing(found: Sharing | None) -> list[str]:
     saved = {name: _percent(found.saved(name)) for name in ("micro_batches", "one_pass")}
     most = {name: _percent(found.saved(name)) for name in ("updates", "whole")}
     return [
-        f"shared beginnings: of {found.grouped:,} tokens with each prompt once per group, "
-        f"`train --share-beginnings` computes {found.micro_batches:,}: {saved['micro_batches']} "
-        f"saved (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens)",
-        f"`precompute --share-beginnings` computes {found.one_pass:,}: {saved['one_pass']} saved",
-        f"the most that larger micro-batches can save: {most['updates']} in training, "
-        f"{most['whole']} in `precompute`",
+        f"shared beginnings: --share-beginnings would save {saved['micro_batches']} of the tokens in "
+        f"`train` (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens) and "
+        f"{saved['one_pass']} in `precompute`",
+        f"with micro-batches of any size, at most {most['updates']} and {most['whole']}",
     ]
 
 
@@ -300,8 +299,8 @@ def _tokens(use: TokenUse) -> list[str]:
         lines.append(f"{use.unknown:,} tokens have ids outside the tokenizer's vocabulary")
     if use.compared:
         lines.append(
-            f"all completions begin with one token in {_percent(use.same_start / use.compared)} "
-            f"of the groups"
+            f"in {_percent(use.same_start / use.compared)} of the groups, all completions begin with "
+            "the same token"
         )
     return lines
 
@@ -315,8 +314,8 @@ def _similarity(found: Similarity | None, groups: int) -> list[str]:
     return [
         f"near-duplicates: {found.similar:,} of {groups:,} groups resemble an earlier one "
         "(roles are ignored)",
-        f"  {_percent(found.similar / groups)}, in {found.clusters:,} clusters of up to "
-        f"{found.largest:,} groups; {rule}",
+        f"  {_percent(found.similar / groups)}, in {count(found.clusters, 'cluster')} of up to "
+        f"{count(found.largest, 'group')}; {rule}",
         *(f"  {example}" for example in found.examples[:_SHOWN]),
     ]
 
