@@ -90,5 +90,5 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number with its noun in singular or plural, for example "1 pair" or "2,000 pairs"."""
+    """Format a number with its noun in singular or plural, for example "1 pair", "2,000 pairs"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -110,7 +110,8 @@ def test_merge_prints_a_forecast_and_names_contradictions(run: Run, tmp_path: Pa
     write(other, {1: [-1.0, -2.0], 2: [-3.0]})
     ended, out, _ = run("merge", into, other, "--dry-run")
     assert (ended, into.exists()) == (0, False)
-    assert out.startswith("at most 2 completions, 84 B to add (")
+    assert out.startswith("comparing 2 records with those of ")
+    assert "if none is there yet, 84 B will be written (" in out
     assert run("merge", into, other)[0] == 0
     assert "nothing new; 2 repeated records left out" in run("merge", into, other)[1]
     bad = write(tmp_path / "bad", {2: [-3.5]})

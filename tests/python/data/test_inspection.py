@@ -164,7 +164,7 @@ def test_scores_tools_steps_and_controls_are_shown() -> None:
     step = (Completion("chosen", "2. b", "1. a\n"),)
     record = PreferenceRecord((user("q"),), step, here, ({"name": "f"},), ends=False)
     shown = plain(show_record(record))
-    assert "[1 tools]" in shown and "  chosen\n1. a\n‹2. b›\n" in shown
+    assert "[1 tool]" in shown and "  chosen\n1. a\n‹2. b›\n" in shown
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     answer = (call, {"role": "tool", "content": "4"}, assistant("a"), assistant("b", weight=0))
     shown = plain(

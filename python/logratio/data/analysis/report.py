@@ -275,8 +275,8 @@ def _sharing(found: Sharing | None) -> list[str]:
     saved = {name: _percent(found.saved(name)) for name in ("micro_batches", "one_pass")}
     most = {name: _percent(found.saved(name)) for name in ("updates", "whole")}
     return [
-        f"shared beginnings: --share-beginnings would save {saved['micro_batches']} of the tokens in "
-        f"`train` (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens) and "
+        f"shared beginnings: --share-beginnings would save {saved['micro_batches']} of the tokens "
+        f"in `train` (updates of {UPDATE} groups, micro-batches of {BUDGET:,} tokens) and "
         f"{saved['one_pass']} in `precompute`",
         f"with micro-batches of any size, at most {most['updates']} and {most['whole']}",
     ]
@@ -299,8 +299,8 @@ def _tokens(use: TokenUse) -> list[str]:
         lines.append(f"{use.unknown:,} tokens have ids outside the tokenizer's vocabulary")
     if use.compared:
         lines.append(
-            f"in {_percent(use.same_start / use.compared)} of the groups, all completions begin with "
-            "the same token"
+            f"in {_percent(use.same_start / use.compared)} of the groups, all completions begin "
+            "with the same token"
         )
     return lines
 
