@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from logratio._rust import CacheReader
 from logratio.cache.identity import StoredReference
 from logratio.errors import LogratioError
+from logratio.forecast import count
 
 
 class MissingCompletionsError(LogratioError, LookupError):
@@ -53,7 +54,8 @@ class ReferenceLogps:
 
     def __repr__(self) -> str:
         name, kind = self.reference.name, self.reference.kind
-        return f"ReferenceLogps({name!r}, {kind}, {len(self):,} records, {self.tokens:,} tokens)"
+        records, tokens = count(len(self), "record"), count(self.tokens, "token")
+        return f"ReferenceLogps({name!r}, {kind}, {records}, {tokens})"
 
     def __len__(self) -> int:
         """Return the number of records, including repeated ones of the same completion."""

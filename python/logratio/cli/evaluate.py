@@ -80,7 +80,9 @@ def _print_evaluation(result: "Evaluation") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("held-out", f"{result.pairs:,} pairs")
+    from logratio.forecast import count
+
+    table = Table("held-out", count(result.pairs, "pair"))
     error = 1.96 * result.accuracy_standard_error
     table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
     table.add_row(f"reward margin (β {result.beta:g})", f"{result.margin:.4f}")

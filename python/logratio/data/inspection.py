@@ -25,7 +25,7 @@ from logratio.data.records import (
     Text,
 )
 from logratio.data.tokenization.groups import TokenizedGroup
-from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer, is_rendered
 from logratio.forecast import count
 
 Style = Literal["", "title", "counts", "fault", "dim"]
@@ -181,6 +181,7 @@ class FileInspection:
         warnings: Number of kept rows per warning.
         example: The first record.
         shown: The first record, as segments.
+        refused_formats: Formats of rows that were recognised and refused.
         imitated: A phrase about the rows that ``train --loss sft`` would read.
         is_wrapped: Whether plain text is wrapped as turns of a chat.
     """
@@ -195,6 +196,7 @@ class FileInspection:
     warnings: Mapping[str, int]
     example: PreferenceRecord | None
     shown: tuple[Segment, ...]
+    refused_formats: tuple[str, ...] = ()
     imitated: str = ""
     is_wrapped: bool = False
 
@@ -208,7 +210,8 @@ class FileInspection:
         known = self.detection
         yield Segment(f"{self.name}\n", "title")
         yield Segment(f"  container  {self.container}, {count(self.rows, 'row')} inspected\n")
-        yield Segment(f"  format     {' and '.join(known.counts) or 'unknown'}\n")
+        formats = " and ".join(known.counts or self.refused_formats)
+        yield Segment(f"  format     {formats or 'unknown'}\n")
         yield Segment(f"  why        {known.reason}\n")
         if self.example:
             yield Segment(f"  becomes    {_becomes(self.example, self.is_wrapped)}\n")
@@ -302,7 +305,7 @@ def _file(
         else:
             rows.append((source, row))
     results, imitated = _tried(rows, settings), _tried(rows, replace(settings, demonstrations=True))
-    is_imitated = not any(map(_is_read, results)) and any(map(_is_read, imitated))
+    is_imitated = not any(map(_is_read, results)) and any(map(_demonstrates, imitated))
     if is_imitated:
         results = imitated
     refusals += [
@@ -315,6 +318,8 @@ def _file(
     refusals += [group for group in encoded if isinstance(group, Refusal)]
 
     def by(one: Decoded) -> Iterator[str]:
+        if tokenizer is None and any(is_rendered(record) for record in one.records):
+            yield "W523"  # otherwise the tokenizer notes it, or refuses the row
         if tokenizer and tokenizer.bypasses_template and not one.is_chat:
             yield "W518"
 
@@ -338,6 +343,7 @@ def _file(
         example=example,
         shown=_shown(example, encoded, tokenizer),
         is_wrapped=tokenizer is not None and tokenizer.wraps_text,
+        refused_formats=_refused_formats(results),
         imitated=_imitated(imitated, rows[0][1] if is_imitated else None),
     )
 
@@ -349,6 +355,16 @@ def _tried(rows: Iterable[tuple[Source, Row]], settings: FormatSettings) -> list
 
 def _is_read(result: Result) -> bool:
     return isinstance(result, Decoded)
+
+
+def _refused_formats(results: Sequence[Result]) -> tuple[str, ...]:
+    found = [one.format for one in results if isinstance(one, InvalidRecordError) and one.format]
+    return tuple(dict.fromkeys(found))
+
+
+def _demonstrates(result: Result) -> bool:
+    """Whether a row has nothing to compare its answer with, unlike a pair that is refused."""
+    return isinstance(result, Decoded) and FORMATS[result.format].demonstrates
 
 
 def _imitated(results: Sequence[Result], first: Row | None) -> str:
@@ -366,7 +382,7 @@ def _imitated(results: Sequence[Result], first: Row | None) -> str:
     only = ""
     if first is not None:
         only = f"; preference losses cannot use it{layouts.advice(first)}"
-    return f"reads {len(read):,} of {len(results):,} rows: {what}{only}"
+    return f"reads {len(read):,} of {count(len(results), 'row')}: {what}{only}"
 
 
 def _imitates(name: str) -> str:

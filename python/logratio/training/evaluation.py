@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from logratio._rust import ROLES, Store
 from logratio.data.feed import Feed, FeedSettings
 from logratio.errors import ConfigError
-from logratio.forecast import Forecast
+from logratio.forecast import Forecast, count
 from logratio.logps.attention.interface import own_attention
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
@@ -209,7 +209,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return (
-            f"Evaluation({self.pairs:,} pairs, accuracy {self.accuracy:.3f}, "
+            f"Evaluation({count(self.pairs, 'pair')}, accuracy {self.accuracy:.3f}, "
             f"margin {self.margin:.4g}, beta {self.beta:g})"
         )
 
@@ -359,8 +359,8 @@ class Evaluating:
 
     def _kl(self, policy: nn.Module, reference: nn.Module) -> KlEstimate:
         """Estimate the KL from completions sampled from the policy for held-out prompts."""
-        store, count = self.dataset.store, self.config.samples
-        prompts = [store.group(i % len(store))[0].tolist() for i in range(count)]
+        store, wanted = self.dataset.store, self.config.samples
+        prompts = [store.group(i % len(store))[0].tolist() for i in range(wanted)]
         drawn = sample_completions(
             policy,
             prompts,
@@ -373,10 +373,10 @@ class Evaluating:
 
 def kl_estimate(logratios: np.ndarray, drawn: Sequence[Sequence[int]]) -> KlEstimate:
     """Estimate the KL divergence from the log-ratios `[n]` of completions drawn from the policy."""
-    count = len(logratios)
-    error = float(logratios.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    drawn = len(logratios)
+    error = float(logratios.std(ddof=1) / np.sqrt(drawn)) if drawn > 1 else float("nan")
     length = float(np.mean([len(ids) for ids in drawn]))
-    return KlEstimate(float(logratios.mean()), error, count, length)
+    return KlEstimate(float(logratios.mean()), error, drawn, length)
 
 
 def drawn_logratios(

@@ -16,7 +16,7 @@ from logratio.cache.identity import record_tolerance
 from logratio.data.readers.inputs import Inputs
 from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
-from logratio.forecast import Forecast, check_writable, duration, size
+from logratio.forecast import Forecast, check_writable, count, duration, size
 from logratio.progress import progress, say
 from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
@@ -190,17 +190,17 @@ class PrecomputeResult:
 
     def __repr__(self) -> str:
         return (
-            f"PrecomputeResult({self.new:,} new, {self.hits:,} hits, {self.tokens:,} tokens, "
-            f"{str(self.folder)!r})"
+            f"PrecomputeResult({self.new:,} new, {count(self.hits, 'hit')}, "
+            f"{count(self.tokens, 'token')}, {str(self.folder)!r})"
         )
 
     def to_text(self) -> str:
         """Return a one-line summary for the terminal."""
         left = f", {self.others:,} left to other shares" if self.share != "1/1" else ""
         return (
-            f"{self.new:,} completions scored ({self.tokens:,} tokens, "
+            f"{count(self.new, 'completion')} scored ({count(self.tokens, 'token')}, "
             f"{self.tokens / max(self.seconds, 1e-9):,.0f}/s), {self.hits:,} already in the cache, "
-            f"{self.duplicates:,} duplicates{left}; {size(self.nbytes)} written in "
+            f"{count(self.duplicates, 'duplicate')}{left}; {size(self.nbytes)} written in "
             f"{duration(self.seconds)}: {self.folder}"
         )
 

@@ -19,7 +19,7 @@ from logratio.data.feed import Feed, FeedSettings, MicroBatch, micro_batches
 from logratio.data.readers.inputs import Inputs
 from logratio.data.store.load import datasets_of
 from logratio.errors import ConfigError, LogratioError
-from logratio.forecast import Forecast, check_writable
+from logratio.forecast import Forecast, check_writable, count
 from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
@@ -220,12 +220,12 @@ class DPOTrainer:
             self.held_out.cached = self.cached.over(self.held_out.store)
 
     def __repr__(self) -> str:
-        groups = "demonstrations" if self.config.loss == "sft" else "pairs"
+        groups = "demonstration" if self.config.loss == "sft" else "pair"
         kind = reference_kind(self.config)
         reference = "" if kind == "none" else f", {kind} reference"
         return (
-            f"DPOTrainer({self.config.loss}, {len(self.store):,} {groups}, {self.updates:,} "
-            f"updates{reference}, {self.device})"
+            f"DPOTrainer({self.config.loss}, {count(len(self.store), groups)}, "
+            f"{count(self.updates, 'update')}{reference}, {self.device})"
         )
 
     @cached_property

@@ -102,6 +102,23 @@ def test_file_without_a_row(write: Callable[..., Path]) -> None:
     assert found.detection.reason == "no rows to inspect"
 
 
+def test_pairs_that_are_all_refused_are_not_shown_as_demonstrations(
+    write: Callable[..., Path],
+) -> None:
+    rows = [PAIR | {"chosen": PAIR["rejected"]}, PAIR | {"rejected": ""}, PAIR | {"rejected": None}]
+    shown = inspect([write(rows)]).to_text()
+    assert "demonstration" not in shown
+    for code in ("[R302]", "[R301]", "[E202]"):
+        assert code in shown
+    assert "  format     trl\n" in shown
+
+
+def test_rendered_messages_are_counted_without_a_tokenizer(write: Callable[..., Path]) -> None:
+    rendered = "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+    path = write([{"input": rendered, "chosen": "a", "rejected": "b"}])
+    assert "  warning    [W523] 1 × " in inspect([path]).to_text()
+
+
 def test_only_the_first_rows_are_read(write: Callable[..., Path]) -> None:
     path = write([PAIR] * 10 + ["{"])
     (found,) = inspect([path], rows=10).files

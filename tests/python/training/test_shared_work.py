@@ -85,7 +85,7 @@ def test_repeated_completions_are_counted_apart(config: PrecomputeConfig, tmp_pa
     result = precompute(PrecomputeConfig(config.model, [again], config.cache), show_progress=False)
     assert (result.new, result.duplicates, result.hits) == (3, 1, 0)
     assert "3 completions scored" in result.to_text()
-    assert "1 duplicates" in result.to_text()
+    assert "1 duplicate" in result.to_text()
 
 
 def test_standard_input_is_refused_where_several_would_read_it(

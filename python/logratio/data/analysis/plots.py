@@ -17,6 +17,7 @@ from logratio.data.analysis.token_use import BATCH, Padding
 from logratio.durable import published
 from logratio.errors import ConfigError
 from logratio.extras import require
+from logratio.forecast import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,8 +113,8 @@ def _title(analysis: Analysis) -> str:
 def _caption(analysis: Analysis) -> str:
     account = analysis.account
     return (
-        f"{account.read:,} rows read = {account.kept:,} kept + {account.refused:,} refused + "
-        f"{account.deduplicated:,} duplicates left out"
+        f"{count(account.read, 'row')} read = {account.kept:,} kept + "
+        f"{account.refused:,} refused + {count(account.deduplicated, 'duplicate')} left out"
     )
 
 
@@ -188,12 +189,12 @@ def _name_ends(axes: "Axes", *shown: Histogram) -> None:
     """Label the bars at both ends with the numbers that they count."""
     start, end, away = shown[0].start, shown[0].end, (_GAP + 0.5) * shown[0].width
     look: dict[str, Any] = {"ha": "center", "rotation": 90, "fontsize": 7}
-    for count, place, name in (
+    for number, place, name in (
         (max(bins.below for bins in shown), start - away, f"< {start:,}".replace("-", "−")),
         (max(bins.beyond for bins in shown), end + away, f"≥ {end:,}"),
     ):
-        if count:
-            axes.annotate(name, (place, count), (0, 2), textcoords="offset points", **look)
+        if number:
+            axes.annotate(name, (place, number), (0, 2), textcoords="offset points", **look)
 
 
 def _draw_computed(axes: "Axes", found: Padding) -> None:

@@ -130,8 +130,8 @@ def mixture_finding(account: DataReport) -> list[Finding]:
     if not (account.text_rows and account.chat_rows):
         return []
     text = (
-        f"{account.text_rows:,} rows of plain text, unchanged, and {account.chat_rows:,} rows that "
-        "the chat template rendered; --chat renders all of them"
+        f"{count(account.text_rows, 'row')} of plain text, unchanged, and "
+        f"{count(account.chat_rows, 'row')} that the chat template rendered; --chat renders all"
     )
     return [Finding("W519", text)]
 
@@ -187,8 +187,12 @@ def _table(analysis: "Analysis") -> list[str]:
         for name, numbers in analysis.lengths.items()
     ]
     kept = analysis.account.kept
-    made = [] if analysis.groups == kept else [f"{kept:,} rows make {analysis.groups:,} groups", ""]
-    return [*made, head, *rows]
+    made = (
+        []
+        if analysis.groups == kept
+        else [f"{count(analysis.groups, 'group')} from {count(kept, 'row')}", ""]
+    )
+    return [*([made, ""] if analysis.groups != kept else []), head, *rows]
 
 
 def _histograms(analysis: "Analysis") -> list[str]:

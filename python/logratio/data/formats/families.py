@@ -19,7 +19,13 @@ from logratio.data.records import InvalidRecordError
 
 _SIMILARITY = 0.8  # least ratio of difflib between two similar keys
 _MARK = re.compile(r"(?:[\W_]|(?<=[a-z]))([0-9]+|[A-Z])$|[\W_]([a-z]|left|right)$")
-_SYNONYMS = {"rating": "score", "ratings": "scores"}
+_SYNONYMS = {
+    "rating": "score",
+    "ratings": "scores",
+    **dict.fromkeys(("good", "better", "preferred", "accepted", "positive", "winner"), "chosen"),
+    **dict.fromkeys(("bad", "worse", "dispreferred", "negative", "loser"), "rejected"),
+}
+"""Words of keys, and the word of a format that they may mean; advice only, never read as such."""
 _MOST = 64  # most keys of a row that are compared
 
 Read = Callable[[Row, FormatSettings], object]

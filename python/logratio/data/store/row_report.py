@@ -16,6 +16,7 @@ from logratio.data.readers.rows import Row
 from logratio.data.records import CODES, Cut, Omitted, Refusal, Source, stops
 from logratio.data.tokenization.groups import CONFLICT, DUPLICATE, GroupArrays, TokenizedGroup
 from logratio.errors import LogratioError
+from logratio.forecast import count
 
 LISTED = 20
 """Most places that are listed per cause; all are counted."""
@@ -84,8 +85,8 @@ class DataReport:
 
     def __repr__(self) -> str:
         return (
-            f"DataReport({self.read:,} rows read: {self.kept:,} kept, {self.refused:,} refused, "
-            f"{self.deduplicated:,} duplicates)"
+            f"DataReport({count(self.read, 'row')} read: {self.kept:,} kept, "
+            f"{self.refused:,} refused, {count(self.deduplicated, 'duplicate')})"
         )
 
     @property
@@ -211,34 +212,34 @@ class DataReport:
         if self.broken:
             share = math.ceil(self.broken / self.read * 1000) / 1000 if self.read else 1
             lines.append(
-                f"{self.broken:,} rows are broken (E codes): training stops; --max-bad-fraction "
-                f"{share:g} leaves them out"
+                f"broken (E codes): {count(self.broken, 'row')}; training stops, unless "
+                f"--max-bad-fraction {share:g} leaves them out"
             )
         if self.kept:
             tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion"
             lines.append(f"{tokens} tokens")
-        lines += [f"{count:,} rows of {name}" for name, count in self.formats.items()]
+        lines += [f"{count(rows, 'row')} of {name}" for name, rows in self.formats.items()]
         if self.date:
             lines.append(f"the chat template writes the date: {self.date} (--date)")
         if self.blank_lines:
-            lines.append(f"{self.blank_lines:,} blank lines")
+            lines.append(count(self.blank_lines, "blank line"))
         if self.extra_keys:
             lines.append(f"keys that were not read: {', '.join(sorted(self.extra_keys))}")
         if self.left_out:
             lines.append(f"files that are not data and were not read: {', '.join(self.left_out)}")
         for counts in (self.refused_by_code, self.warnings_by_code):
-            for code, count in sorted(counts.items()):
-                lines.append(f"[{code}] {count:,} × {CODES[code]}")
-                lines += self._shown(code, count)
+            for code, number in sorted(counts.items()):
+                lines.append(f"[{code}] {number:,} × {CODES[code]}")
+                lines += self._shown(code, number)
         if self.deduplicated:
-            lines.append(f"{self.deduplicated:,} duplicates")
+            lines.append(count(self.deduplicated, "duplicate"))
             lines += self._shown("duplicate", self.deduplicated)
         return "\n".join(lines)
 
     def _counts(self) -> str:
         return (
-            f"{self.read:,} rows read: {self.kept:,} kept, {self.refused:,} refused, "
-            f"{self.deduplicated:,} duplicates left out"
+            f"{count(self.read, 'row')} read: {self.kept:,} kept, {self.refused:,} refused, "
+            f"{count(self.deduplicated, 'duplicate')} left out"
         )
 
     def _list(self, code: str, place: str) -> None:

@@ -72,9 +72,14 @@ def text_notes(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> lis
         notes.append("W504")
     if any("\0" in text for text in texts):
         notes.append("W505")
-    if record.is_chat and any(map(_HEADERS.search, texts)):
+    if is_rendered(record):
         notes.append("W523")
     return notes
+
+
+def is_rendered(record: PreferenceRecord) -> bool:
+    """Return whether a message of a record contains the markup of a common chat template."""
+    return record.is_chat and any(map(_HEADERS.search, record.texts()))
 
 
 def spells(record: PreferenceRecord, spelled: re.Pattern[str] | None) -> bool:

@@ -153,7 +153,7 @@ def test_text_in_an_svg_is_text(tmp_path: Path, few: Analysis) -> None:
     draw(few, tmp_path / "new folder" / "a.svg")
     texts = texts_in(tmp_path / "new folder" / "a.svg")
     assert "5 preference pairs" in texts
-    assert "7 rows read = 5 kept + 1 refused + 1 duplicates left out" in texts
+    assert "7 rows read = 5 kept + 1 refused + 1 duplicate left out" in texts
     assert "chosen: median 5.0, mean 4.8" in texts
 
 

@@ -76,7 +76,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 GOLDEN = """\
-7 rows read: 5 kept, 1 refused, 1 duplicates left out
+7 rows read: 5 kept, 1 refused, 1 duplicate left out
 13 prompt and 38 completion tokens
 7 rows of trl
 [R301] 1 × an empty completion
@@ -85,7 +85,7 @@ GOLDEN = """\
   rows.jsonl:6
 [W507] 1 × the same pair occurs with chosen and rejected exchanged
   rows.jsonl:3 against rows.jsonl:2
-1 duplicates
+1 duplicate
   rows.jsonl:4 repeats rows.jsonl:1
 
 tokens         median      mean       p95   longest          in all
@@ -211,7 +211,7 @@ def test_broken_rows_are_counted_and_do_not_stop_it(run: Run, file: Path, folder
     file.write_text(file.read_text() + "{\n")
     code, out, _ = run("data", "report", file, "--tokenizer", folder)
     assert code == 0
-    assert "8 rows read: 5 kept, 2 refused, 1 duplicates left out" in out
+    assert "8 rows read: 5 kept, 2 refused, 1 duplicate left out" in out
     stopped, _, err = run("data", "report", file, "--tokenizer", folder, "--max-bad-fraction", 0)
     assert stopped == 2
     assert "rows.jsonl:8" in err

@@ -33,6 +33,8 @@ def refusal(row: dict[str, Any]) -> str:
         {"prompt": "q", "chosen": "good", "rejeted": "bad"},
         {"Question": "q", "chosen-response": "good", "rejected-response": "bad"},
         {"prompt": "q", "my chosen": "x", "CHOSEN": "good", "rejected": "bad"},
+        {"instruction": "q", "good": "good", "bad": "bad"},
+        {"prompt": "q", "preferred": "good", "dispreferred": "bad"},
     ],
     ids=lambda row: ",".join(row),
 )
@@ -49,7 +51,7 @@ def test_a_key_of_another_case_or_with_a_slip_is_named(row: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "q", "good": "a", "bad": "b"},
+        {"prompt": "q", "first": "a", "second": "b"},
         {"prompt": "q", "Chosen": 1, "rejected": "b"},  # would still be refused
         {"prompt": "q", "chosen": "a", "id": 7},
     ],
@@ -150,7 +152,7 @@ def test_rows_of_a_format_are_all_rows_that_were_read_as_it(tmp_path: Path) -> N
         text("the dog", " ran", 1),  # E203
     ]
     printed = report(tmp_path, rows, 5, max_bad_fraction=0.5)
-    assert "7 rows read: 1 kept, 5 refused, 1 duplicates" in printed
+    assert "7 rows read: 1 kept, 5 refused, 1 duplicate" in printed
     assert "6 rows of trl" in printed
 
 
@@ -158,7 +160,7 @@ def test_rows_and_their_groups_are_both_reported(tmp_path: Path) -> None:
     rows = [scored([3, 2, 1], "sat", "ran", "the"), scored([2, 1], "sat", "ran")]
     printed = report(tmp_path, rows)
     assert "2 rows read: 1 kept" in printed
-    assert "1 rows make 3 groups" in printed
+    assert "3 groups from 1 row" in printed
     assert "label noise: cannot be estimated: a row holds several pairs" in printed
     assert "rows make" not in report(tmp_path, [text("the cat", " ran", " sat")])
 

@@ -362,7 +362,7 @@ def test_warnings_blanks_formats_and_extra_keys_are_counted(
 
 def test_the_repr_of_a_report_is_one_line() -> None:
     report = DataReport(read=2001, kept=1998, deduplicated=1, refused_by_code=Counter(R301=2))
-    assert repr(report) == "DataReport(2,001 rows read: 1,998 kept, 2 refused, 1 duplicates)"
+    assert repr(report) == "DataReport(2,001 rows read: 1,998 kept, 2 refused, 1 duplicate)"
 
 
 def test_report_that_does_not_add_up_is_a_fault() -> None:

@@ -124,7 +124,7 @@ def test_data_that_is_half_templated_is_warned_about(folder: Path, tmp_path: Pat
     assert (report.text_rows, report.chat_rows) == (1, 2)
     found, _ = analyse(store, report, tokenizer=tokenizer).findings  # and one on white space
     assert found.code == "W519"
-    assert "1 rows of plain text, unchanged, and 2 rows that the chat template" in found.text
+    assert "1 row of plain text, unchanged, and 2 rows that the chat template" in found.text
     assert DataReport.from_dict(report.to_dict()).chat_rows == 2
 
 
