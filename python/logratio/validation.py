@@ -31,6 +31,9 @@ class Converted:
 
     by: Callable[[Any], Any]
 
+    def __repr__(self) -> str:
+        return f"Converted({self.by.__name__})"
+
 
 @dataclass(frozen=True)
 class Range:
@@ -55,6 +58,9 @@ class Range:
         if number in (self.low, self.high):
             return not (self.without_low if number == self.low else self.without_high)
         return (self.low is None or number > self.low) and (self.high is None or number < self.high)
+
+    def __repr__(self) -> str:
+        return f"Range({self})"
 
     def __str__(self) -> str:
         low = f"{'above' if self.without_low else 'at least'} {self.low}"

@@ -1,6 +1,7 @@
 """The Python API: type errors name the field, one input may be given alone, one base class."""
 
 import dataclasses
+import inspect as inspect_module
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -22,6 +23,7 @@ from logratio.demo.run import DemoConfig
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
 from logratio.export.export import ExportConfig, export_bundle
 from logratio.training import (
+    DPOTrainer,
     EvaluateConfig,
     LoraSettings,
     PrecomputeConfig,
@@ -177,6 +179,13 @@ def test_a_number_outside_its_range_is_refused_when_the_settings_are_made(
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**RUN, **wrong)
     assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("kind", [*RANGED, DPOTrainer])
+def test_signatures_have_no_addresses_and_show_ranges(kind: type) -> None:
+    shown = str(inspect_module.signature(kind))
+    assert " at 0x" not in shown
+    assert kind not in (TrainConfig, SFTConfig) or "Range(at least 0 and below 1)" in shown
 
 
 def test_sft_settings_take_no_other_loss_and_no_beta() -> None:

@@ -88,6 +88,9 @@ class StoredReference:
     soft: tuple[Mapping[str, Any], ...] = ()
     problem: str | None = None
 
+    def __repr__(self) -> str:
+        return f"StoredReference({str(self.path)!r}, {self.kind}, {self.describe()})"
+
     @property
     def name(self) -> str:
         """The folder's name."""

@@ -75,6 +75,11 @@ class ReferenceReport:
     leftovers: tuple[str, ...]
     problems: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        state = "sound" if self.is_whole else "not sound"
+        path = str(self.reference.path)
+        return f"ReferenceReport({path!r}, {state}, {self._holdings()}, {self._files()})"
+
     @property
     def is_whole(self) -> bool:
         """Whether there are no problems."""

@@ -74,6 +74,9 @@ class CachedLogps:
         self._rows = reader.join(store.sum_keys() if sums else store.keys())
         self.missing = int((self._rows < 0).sum())
 
+    def __repr__(self) -> str:
+        return f"CachedLogps({self.store!r}, {self.missing:,} missing)"
+
     def check(self, source: object, advice: str) -> None:
         """Check that no completion is missing.
 

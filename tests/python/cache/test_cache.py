@@ -93,6 +93,8 @@ def test_precomputed_log_probs_are_read_by_key(
     )
     cache = ReferenceCache(tmp_path / "cache")
     (report,) = cache.verify()
+    assert repr(report).startswith(f"ReferenceReport({str(report.reference.path)!r}, sound, ")
+    assert "\\x" not in repr(report) and "\\x" not in repr(report.reference)
     assert (report.is_whole, report.completions, report.tokens) == (True, done.new, done.tokens)
     logps = cache.open(model_fingerprint(tiny_model).digest)
     assert logps.reference.path == done.folder

@@ -134,6 +134,7 @@ def test_every_row_matches_its_group(
 def test_parquet_dataset_and_stream_have_the_same_rows(tmp_path: Path) -> None:
     store = make_store(30, (2,))
     table = reference_table(store, make_cache(tmp_path, store))
+    assert "CachedLogps(Store(" in repr(table) and " at 0x" not in repr(table)
     expected = pa.Table.from_batches(table.batches()).to_pylist()
     assert not [name for name in expected[0] if "per_token" in name or "mask" in name]
     table.to_parquet(tmp_path / "pairs.parquet")

@@ -187,11 +187,7 @@ def _table(analysis: "Analysis") -> list[str]:
         for name, numbers in analysis.lengths.items()
     ]
     kept = analysis.account.kept
-    made = (
-        []
-        if analysis.groups == kept
-        else [f"{count(analysis.groups, 'group')} from {count(kept, 'row')}", ""]
-    )
+    made = f"{count(analysis.groups, 'group')} from {count(kept, 'row')}"
     return [*([made, ""] if analysis.groups != kept else []), head, *rows]
 
 
