@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from logratio import progress as module
-from logratio.forecast import Forecast, OutputError, check_writable, duration, size
+from logratio.forecast import Forecast, OutputError, check_writable, count, duration, size
 from logratio.progress import awaited, progress
 
 
@@ -72,6 +72,16 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
     with pytest.raises(OutputError, match="are free"):
         check_writable(tmp_path, 1e18)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_file_system_without_writing_is_refused_also_for_its_owner() -> None:
+    with pytest.raises(OutputError, match=r"/proc/foo: cannot write here \(/proc: "):
+        check_writable(Path("/proc/foo"))
+
+
+def test_numbers_agree_with_their_nouns() -> None:
+    assert [count(n, "pair") for n in (0, 1, 2000)] == ["0 pairs", "1 pair", "2,000 pairs"]
 
 
 def test_a_long_call_reports_that_it_is_running(

@@ -1,6 +1,5 @@
 """`logratio data …`: inspect, build, verify and report on preference data."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -12,7 +11,6 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.options import READING, TOKENS, Reading, Tokens, takes_flags
-from logratio.durable import write_atomic
 from logratio.errors import InputError, LogratioError
 from logratio.forecast import check_writable, count
 
@@ -138,10 +136,7 @@ def report(
         typer.Option(metavar="DIR", help="The model's folder, with the tokenizer.json that "
                      "training will use. For a store, its tokenizer, to show tokens as text."),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the full report to this file.", rich_help_panel=_OUTPUT),
-    ] = None,
+    json_file: options.JsonFile = None,
     picture: Annotated[
         Path | None,
         typer.Option(help="Plot lengths, length bias and padding to this .svg, .png or .pdf file. "
@@ -174,7 +169,8 @@ def report(
     if picture:
         check_picture(picture)
     for path in filter(None, (json_file, picture)):
-        check_writable(path.parent)
+        if not options.is_stdout(path):
+            check_writable(path.parent)
     threshold = near_duplicates or None
     if is_store(files):
         analysis = analyse_store(files[0], tokenizer=tokenizer, threshold=threshold)
@@ -223,14 +219,16 @@ def _analysed(
 
 def _finish(analysis: "Analysis", json_file: Path | None, picture: Path | None) -> None:
     """Print the report, and write the requested files."""
-    typer.echo(analysis.to_text())
+    to_stdout = options.is_stdout(json_file)
+    if not to_stdout:
+        typer.echo(analysis.to_text())
     if json_file:
-        write_atomic(json_file, json.dumps(analysis.to_dict(), indent=1) + "\n")
+        options.write_json(json_file, analysis.to_dict())
     if picture:
         from logratio.data.analysis.plots import draw
 
         draw(analysis, picture)
-        typer.echo(f"picture: {picture}")
+        typer.echo(f"picture: {picture}", err=to_stdout)
 
 
 app = typer.Typer(

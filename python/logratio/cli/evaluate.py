@@ -1,6 +1,5 @@
 """`logratio evaluate`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,9 +29,7 @@ def evaluate(
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results to this file as JSON.")
-    ] = None,
+    json_file: options.JsonFile = None,
     reading: Reading = READING,
     token_budget: Annotated[
         int,
@@ -44,7 +41,6 @@ def evaluate(
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
     """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
-    from logratio.durable import write_atomic
     from logratio.forecast import check_writable
     from logratio.training.config import EvaluateConfig
     from logratio.training.evaluation import prepare
@@ -66,14 +62,15 @@ def evaluate(
             max_bad_fraction=reading.max_bad_fraction,
         )
     )
-    if json_file:
+    if json_file and not options.is_stdout(json_file):
         check_writable(json_file.parent)
     announce(ready.dataset, ready.forecast)
     if not dry_run:
         result = ready.run()
-        _print_evaluation(result)
+        if not options.is_stdout(json_file):
+            _print_evaluation(result)
         if json_file:
-            write_atomic(json_file, json.dumps(result.to_dict(), indent=1) + "\n")
+            options.write_json(json_file, result.to_dict())
 
 
 def _print_evaluation(result: "Evaluation") -> None:

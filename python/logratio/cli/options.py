@@ -1,6 +1,7 @@
 """Options shared by several commands, and dataclasses whose fields become flags."""
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from logratio.durable import write_atomic
 
 if TYPE_CHECKING:
     from logratio.data.formats.settings import FormatSettings
@@ -142,10 +145,32 @@ ShareBeginnings = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the results to this file as JSON; -: to standard output, without the text.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, print what it will need, then stop."),
 ]
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write a result to the file of `--json`, or print it for "-"."""
+    text = json.dumps(values, indent=1) + "\n"
+    if is_stdout(file):
+        typer.echo(text, nl=False)
+    else:
+        write_atomic(file, text)
+
+
+def is_stdout(file: Path | None) -> bool:
+    """Whether a file's name stands for standard output."""
+    return file == Path("-")
 
 
 LIMITS = "Tokenization"

@@ -159,7 +159,7 @@ class TrainConfig:
     batch_size: Count = 32
     epochs: Count = 1
     max_steps: Count | None = None
-    mix: tuple[AtLeast0, ...] | None = None
+    mix: tuple[Above0, ...] | None = None
     token_budget: Count | None = None
     activation_checkpointing: ActivationCheckpointing = "auto"
     offload_activations: bool = False

@@ -1,7 +1,6 @@
 """Load the data of a run: tokenize it, and check it against the model and the loss."""
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.data.tokenization.tokenizer_files import read_tokenizer
 from logratio.errors import ConfigError, LogratioError
+from logratio.forecast import count
 from logratio.progress import reading_progress
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import tensor_shapes
@@ -188,13 +188,14 @@ def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:
     """Check that `mix` has one weight per input.
 
     Raises:
-        ConfigError: The number of weights is wrong, or a weight is not above 0.
+        ConfigError: The number of weights is wrong.
     """
     if mix is None:
         return
     inputs = max(datasets_of(store)) + 1
-    if len(mix) != inputs or not all(math.isfinite(weight) and weight > 0 for weight in mix):
-        raise ConfigError(f"mix must hold a weight above 0 for each of the {inputs} inputs")
+    if len(mix) != inputs:
+        given = count(len(mix), "weight")
+        raise ConfigError(f"mix has {given} for {count(inputs, 'input')}: give one for each")
 
 
 def _check_positions(model: PathLike, store: Store) -> None:

@@ -373,10 +373,10 @@ class Evaluating:
 
 def kl_estimate(logratios: np.ndarray, drawn: Sequence[Sequence[int]]) -> KlEstimate:
     """Estimate the KL divergence from the log-ratios `[n]` of completions drawn from the policy."""
-    drawn = len(logratios)
-    error = float(logratios.std(ddof=1) / np.sqrt(drawn)) if drawn > 1 else float("nan")
+    samples = len(logratios)
+    error = float(logratios.std(ddof=1) / np.sqrt(samples)) if samples > 1 else float("nan")
     length = float(np.mean([len(ids) for ids in drawn]))
-    return KlEstimate(float(logratios.mean()), error, drawn, length)
+    return KlEstimate(float(logratios.mean()), error, samples, length)
 
 
 def drawn_logratios(

@@ -319,8 +319,8 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
     if trained is None:
         why = f"{path} does not exist"
         if settings:
-            why = f"{policy} was trained with {settings.get('loss')}, whose β weighs no log-ratio"
-        raise ConfigError(f"give --beta, the reward per nat of log-ratio: {why}")
+            why = f"{policy} was trained with {settings.get('loss')}, a loss without a reference"
+        raise ConfigError(f"{why}: give --beta, the reward per nat of log-ratio")
     return trained
 
 

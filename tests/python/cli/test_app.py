@@ -106,6 +106,12 @@ def test_precompute_train_evaluate(
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["pairs"] == 16
     assert result["kl"]["samples"] == 4
+    code, out, _ = run("evaluate", *policy, "--json", "-")
+    assert code == 0
+    assert json.loads(out)["pairs"] == 16
+    code, out, _ = run("data", "report", pairs_file, "--tokenizer", tiny_model, "--json", "-")
+    assert code == 0
+    assert isinstance(json.loads(out), dict)
 
 
 def test_dry_run_writes_nothing_but_the_forecast(

@@ -396,12 +396,12 @@ class TestBeta:
         for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
             code, _, err = run(name, *given, *rest)
             assert code == 2
-            assert "give --beta, the β that the policy was trained with: " in err
+            assert "give --beta, the reward per nat of log-ratio" in err
 
     @pytest.mark.parametrize("loss", ["sft", "simpo"])
     def test_a_loss_without_a_reference_has_none(self, config: TrainConfig, loss: str) -> None:
         quiet(with_(config, loss=loss))
-        with pytest.raises(ConfigError, match="whose β weighs no log-ratio"):
+        with pytest.raises(ConfigError, match="a loss without a reference: give --beta"):
             evaluate(EvaluateConfig(config.output, config.model, config.data))
         assert reward_beta(config.output, 0.2) == 0.2
 
