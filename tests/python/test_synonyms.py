@@ -52,7 +52,7 @@ def test_the_tables_refer_to_existing_flags_and_shadow_none() -> None:
         ("--gradient-accumulation-steps=4", "--batch-size"),
         ("--gradient_checkpointing", "--activation-checkpointing"),
         ("--dataset-name", "--repo-type dataset"),
-        ("--eval-steps", "logratio evaluate"),
+        ("--eval-strategy", "--eval-every N"),
         ("--trust-remote-code", "never run"),
         ("--lora-target-modules", "--lora-target NAME"),
         ("--deepspeed", "one process"),

@@ -186,7 +186,11 @@ class Update(Settings):
         ),
     ] = 200
     keep_checkpoints: Annotated[
-        int, typer.Option(help="Checkpoints to keep.", rich_help_panel=UPDATE_PANEL)
+        int,
+        typer.Option(
+            help="Checkpoints to keep during the run; a finished run needs none.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
     ] = 2
     resume: Annotated[
         bool,

@@ -65,7 +65,13 @@ from logratio.training.models import (
     load_model,
 )
 from logratio.training.precomputation import refuse_multiple_processes
-from logratio.training.run_folder import DATA_REPORT_FILE, SETTINGS_FILE, reward_beta, settings_of
+from logratio.training.run_folder import (
+    DATA_REPORT_FILE,
+    SETTINGS_FILE,
+    note_unfinished,
+    reward_beta,
+    settings_of,
+)
 from logratio.validation import check_fields, check_kind
 
 
@@ -221,6 +227,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     policy, reference, output = map(Path, (config.policy, config.reference, config.output))
     for folder in (policy, reference):
         check_model_folder(folder)
+    note_unfinished(policy)
     beta = reward_beta(policy, config.beta)
     if not (math.isfinite(beta) and beta > 0):
         raise ExportError(f"beta is {beta}; it must be above 0, the beta of the training")

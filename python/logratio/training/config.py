@@ -101,7 +101,8 @@ class TrainConfig:
         deterministic: On a GPU, use kernels that add in a fixed order, so that the same settings
             give the same bits on the same GPU and library versions. Runs on a CPU always do.
         save_every: Updates between checkpoints; 0: a checkpoint only when interrupted.
-        keep_checkpoints: Number of checkpoints to keep, the newest.
+        keep_checkpoints: Number of checkpoints to keep during the run, the newest. A finished run
+            removes them.
         eval_data: Held-out data, in the same forms as `data`; None: see `eval_share`.
         eval_share: Share of `data` to hold out, chosen by prompt, so that no prompt is both trained
             on and evaluated.

@@ -41,7 +41,7 @@ from logratio.training.models import (
     quietly,
 )
 from logratio.training.precomputation import refuse_multiple_processes
-from logratio.training.run_folder import reward_beta
+from logratio.training.run_folder import note_unfinished, reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
 
@@ -247,6 +247,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     default_device(config.device)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
+    note_unfinished(config.policy)
     beta = reward_beta(config.policy, config.beta)
     dataset = load_dataset(
         config.policy,

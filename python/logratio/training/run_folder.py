@@ -159,8 +159,8 @@ def refuse_different_run(
         why = "from a version of logratio that did not record its identity"
     else:
         before = UNRECORDED | before
-        names = [name for name, value in now.items() if before.get(name) != value]
-        why = f"which differs in {', '.join(names)}" if names else ""
+        names = checkpoint.differences(before, now)
+        why = f"which differs in {names}" if names else ""
     if why:
         raise RunExistsError(
             f"{config.output} contains a finished run, {why}: choose another --output, or replace "
@@ -320,6 +320,15 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
         why = f"{path} records none for a reference" if settings else f"{path} does not exist"
         raise ConfigError(f"give --beta, the β that the policy was trained with: {why}")
     return trained
+
+
+def note_unfinished(policy: PathLike) -> None:
+    """Print a note if a model's folder also contains a run that has not finished."""
+    if newest := checkpoint.newest(Path(policy) / CHECKPOINTS):
+        say(
+            f"{policy}: contains {newest.name} of a run that has not finished; this is the model "
+            "of an earlier run. Continue the run with --resume to replace it"
+        )
 
 
 def _trained_beta(settings: dict[str, Any]) -> float | None:
