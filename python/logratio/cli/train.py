@@ -442,8 +442,11 @@ def _print_result(result: "TrainResult") -> None:
 
 
 def announce(dataset: "Dataset", forecast: "Forecast") -> None:
-    """Print the data report and the forecast on standard error; standard output is for results."""
+    """Print the data's counts, its warnings and the forecast on standard error.
+
+    Standard output is for results.
+    """
     from logratio.data.analysis.report import analyse
 
-    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()
+    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_summary()
     typer.echo(f"{report}\n{forecast.to_text()}", err=True)
