@@ -201,7 +201,7 @@ def load_model(
             precision=precision,
             frozen=frozen,
         )
-        adapted = _with_adapter(base, folder, device)
+        adapted = with_adapter(base, folder, device)
         if precision != "fp32":
             adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
@@ -247,7 +247,8 @@ def _check_weights(folder: Path, missing: Collection[str]) -> None:
         )
 
 
-def _with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
+def with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
+    """Load the adapter in `folder` over its base model; dropout is off."""
     from peft import PeftModel
 
     with quietly():
