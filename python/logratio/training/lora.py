@@ -147,8 +147,20 @@ def _check_base(config: TrainConfig) -> None:
             f"{what}: quantized weights cannot be trained; train adapters over them with --lora"
         )
     check_quantization(base, config.quantization)
+    if config.quantization == "8bit" and _uses_dora(config):
+        raise ConfigError(
+            "quantization 8bit with DoRA: peft's DoRA loses the scales of bitsandbytes' 8-bit "
+            "weights on a CPU, and was not tested elsewhere; choose 4bit, or leave DoRA out"
+        )
     if config.quantization and config.reference:
         check_quantization(base_folder(config.reference), config.quantization)
+
+
+def _uses_dora(config: TrainConfig) -> bool:
+    if config.lora:
+        return config.lora.use_dora
+    settings = json.loads((Path(config.model) / ADAPTER_CONFIG).read_text("utf-8"))
+    return bool(settings.get("use_dora"))
 
 
 def _check_settings(settings: LoraSettings, config: TrainConfig) -> None:

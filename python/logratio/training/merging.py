@@ -19,6 +19,7 @@ from logratio.forecast import check_writable
 from logratio.logps.completion import Group, batch_of, score, transformer
 from logratio.training.config import PathLike, Precision
 from logratio.training.fingerprint import parameter_count
+from logratio.training.memory import is_out_of_memory
 from logratio.training.models import (
     ADAPTER_CONFIG,
     ModelFolderError,
@@ -160,7 +161,9 @@ def _logps(model: nn.Module, groups: list[Group]) -> Tensor:
 def _merge(adapted: nn.Module, folder: Path) -> nn.Module:
     try:
         return merged(adapted)
-    except (NotImplementedError, ValueError, AttributeError) as error:
+    except (NotImplementedError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelFolderError(f"{folder}: peft cannot merge this adapter: {error}") from error
 
 
