@@ -218,7 +218,7 @@ def test_what_cannot_be_quantized_is_refused(
         ({"lora": LoraSettings(init="orthogonal")}, ConfigError, "not quantized"),
     ):
         with pytest.raises(error, match=message):
-            DPOTrainer(config=replace(config, **changes))  # type: ignore[arg-type]
+            DPOTrainer(config=replace(config, **changes))
 
 
 def test_a_stored_quantized_base_is_trained_and_not_merged_into(

@@ -39,7 +39,8 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
     # An absolute path lets the saved adapter find its base from any working directory.
     wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     widen_saved_modules(wrapped)
-    return wrapped.eval()
+    adapted: nn.Module = wrapped.eval()
+    return adapted
 
 
 def _peft_config(settings: LoraSettings) -> Any:
@@ -53,7 +54,7 @@ def _peft_config(settings: LoraSettings) -> Any:
         modules_to_save=list(settings.modules_to_save) or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=True if settings.init == "default" else settings.init,  # type: ignore[arg-type]
+        init_lora_weights=True if settings.init == "default" else settings.init,
         task_type="CAUSAL_LM",
     )
 

@@ -198,7 +198,7 @@ def _trained(config: TrainConfig) -> float:
         return 1.0
     folder, base = Path(config.model), base_folder(config.model)
     if config.lora is None:
-        own = sum(math.prod(shape) for _, shape in _tensors(folder))
+        own = float(sum(math.prod(shape) for _, shape in _tensors(folder)))
     else:
         own = 0.01 * parameter_count(base) + _saved_count(base, config.lora.modules_to_save)
     return min(1.0, own / parameter_count(folder))

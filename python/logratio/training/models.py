@@ -225,7 +225,7 @@ def _without_cpu_packing(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:

@@ -96,10 +96,10 @@ def _adapted(model: Any, layer: str, own: dict[str, Tensor]) -> Tensor:
     stem, settings = layer.removesuffix(".base_layer"), model.peft_config["default"]
     rank = settings.r**0.5 if settings.use_rslora else settings.r
     a, b = (own[f"{stem}.lora_{which}.default.weight"] for which in "AB")
-    weight = own[f"{layer}.weight"] + settings.lora_alpha / rank * (b @ a)
+    weight: Tensor = own[f"{layer}.weight"] + settings.lora_alpha / rank * (b @ a)
     if not settings.use_dora:
         return weight
-    magnitude = own[f"{stem}.lora_magnitude_vector.default.weight"]
+    magnitude: Tensor = own[f"{stem}.lora_magnitude_vector.default.weight"]
     return (magnitude / weight.norm(dim=1).detach())[:, None] * weight
 
 
