@@ -127,14 +127,18 @@ def test_a_run_starts_at_ln_2_learns_and_keeps_its_base(
     found = [row["loss"] for row in trainer.train().history]
     assert found[0] == pytest.approx(math.log(2), abs=1e-4)
     assert found[-1] < 0.5 * found[0]
-    kinds = [m for m in trainer.policy.modules() if isinstance(m, KINDS[bits])]
+    kinds = [m for m in trainer.updater.policy.modules() if isinstance(m, KINDS[bits])]
     assert len(kinds) == 14
-    assert {p.dtype for p in trainer.policy.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trainer.updater.policy.parameters() if p.requires_grad} == {
+        torch.float32
+    }
     batch = batch_of(GROUPS, "padded")
     fresh = load_model(config.model, quantization=bits)
     if precision == "fp32":
         with torch.no_grad():
-            assert torch.equal(score(fresh, batch), AdapterReference(trainer.policy).logps(batch))
+            assert torch.equal(
+                score(fresh, batch), AdapterReference(trainer.updater.policy).logps(batch)
+            )
     settings = json.loads((Path(config.output) / "training.json").read_text())
     assert settings["quantization"] == bits
 

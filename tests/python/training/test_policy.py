@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_a_run_starts_at_ln_2_and_saves_one_adapter(
     batch, cpu = batch_of(GROUPS, "padded"), torch.device("cpu")
     again = load_model(output, precision=precision, frozen=True)
     with torch.no_grad(), autocast(precision, cpu):
-        gap = (score(again, batch) - score(trainer.policy, batch)).abs().max()
+        gap = (score(again, batch) - score(trainer.updater.policy, batch)).abs().max()
     assert float(gap) < (1e-5 if precision == "fp32" else 0.1)
 
 
@@ -184,6 +185,26 @@ def test_another_reference_is_a_second_model(plain: Path, base: Path, tmp_path: 
     policy = build_policy(config, "cpu")
     assert isinstance(build_reference(config, policy), FrozenReference)
     assert len(losses(config)) == 8
+
+
+def evaluations(config: TrainConfig) -> list[dict[str, Any]]:
+    losses(config)
+    lines = (Path(config.output) / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_held_out_samples_compare_with_the_start(plain: Path, tmp_path: Path) -> None:
+    """Also if the reference is only in a cache, or is a second model with the same weights."""
+    kept = settings(plain, tmp_path, eval_share=0.25, eval_samples=2, max_new_tokens=4)
+    second = Path(shutil.copytree(plain, tmp_path / "second"))
+    cache = {"cache": tmp_path / "cache", "precompute": True}
+    expected = evaluations(dataclasses.replace(kept, output=tmp_path / "a", reference=second))
+    found = [evaluations(kept)]
+    found.append(evaluations(dataclasses.replace(kept, output=tmp_path / "b", **cache)))  # type: ignore[arg-type]
+    for rows in found:
+        for name in ("eval_loss", "eval_kl", "eval_reference_sample_length"):
+            values = [row[name] for row in rows]
+            assert values == pytest.approx([row[name] for row in expected], rel=1e-3, abs=1e-3)
 
 
 def test_the_forecast_is_that_of_an_adapter(plain: Path, tmp_path: Path) -> None:
