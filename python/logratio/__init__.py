@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "export_bundle",
     "load_model",
+    "merge_adapter",
     "precompute",
     "train",
 ]
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         TrainConfig,
         evaluate,
         load_model,
+        merge_adapter,
         precompute,
         train,
     )
@@ -83,6 +85,7 @@ else:
             "TrainConfig",
             "evaluate",
             "load_model",
+            "merge_adapter",
             "precompute",
             "train",
         ),

@@ -42,7 +42,9 @@ SAME: Mapping[str, str] = {
     "--save-steps": "--save-every",
     "--save-total-limit": "--keep-checkpoints",
     "--train-file": "--data",
+    "--use-dora": "--lora-dora",
     "--use-peft": "--lora",
+    "--use-rslora": "--lora-rslora",
     "--validation-file": "--eval-data",
     "--warmup-ratio": "--warmup",
 }
@@ -53,6 +55,11 @@ VALUES: Mapping[tuple[str, str], str] = {
     ("--lr-scheduler-type", "warmup_stable_decay"): "wsd",
 }
 """Values with another name in a flag of the same meaning."""
+SWITCHES: Mapping[str, tuple[str, str]] = {
+    "--load-in-4bit": ("--quantization", "4bit"),
+    "--load-in-8bit": ("--quantization", "8bit"),
+}
+"""Flags without a value that mean a value of another flag."""
 
 _BATCH = (
     "--batch-size is the number of pairs in an update (TRL's per-device batch × accumulation × "
@@ -66,7 +73,8 @@ _EVALUATION = "--eval-data FILE or --eval-share 0.05, with --eval-every N; defau
 _HUB = "local files: `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then --data DIR"
 _ONE_PROCESS = "training runs in one process on one device; leave it out"
 _TARGETS = "--lora-target NAME, once for each name"
-_DROPOUT = "dropout is always off, so that two passes use the same network; leave it out"
+_DROPOUT = "the model's dropout is always off; --lora-dropout is that of adapters; leave it out"
+_START = "--adapter continue, whose reference is the adapter at its start; leave it out"
 
 INSTEAD: Mapping[str, str] = {
     "--attn-implementation": "the attention kernel is chosen automatically; leave it out",
@@ -89,21 +97,22 @@ INSTEAD: Mapping[str, str] = {
     "--gradient-accumulation-steps": _BATCH,
     "--gradient-checkpointing": "--activation-checkpointing auto (the default), all or off",
     "--load-best-model-at-end": "--best-metric METRIC, whose best model is saved",
-    "--load-in-4bit": "--quantization 4bit, of `logratio precompute`",
-    "--load-in-8bit": "--quantization 8bit, of `logratio precompute`",
+    "--load-in-4bit": "--quantization 4bit, of `logratio precompute` and `logratio train`",
+    "--load-in-8bit": "--quantization 8bit, of `logratio precompute` and `logratio train`",
     "--logging-dir": _METRICS,
     "--logging-steps": _METRICS,
-    "--lora-dropout": _DROPOUT,
     "--lora-modules": _TARGETS,
     "--lora-target-modules": _TARGETS,
     "--max-completion-length": "--max-length, the maximum of prompt + completion",
     "--max-seq-length": "--max-length, the maximum of prompt + completion",
+    "--model-adapter-name": _START,
     "--micro-batch-size": _BATCH,
     "--optim": "--optimizer adamw, adamw8bit or adamw-host",
     "--padding-free": "batches are never padded; leave it out",
     "--per-device-eval-batch-size": "--token-budget, the tokens computed at a time",
     "--per-device-train-batch-size": _BATCH,
     "--precompute-ref-log-probs": "--cache DIR --precompute",
+    "--ref-adapter-name": _START,
     "--reference-free": "--loss simpo, which has no reference",
     "--report-to": _METRICS,
     "--resume-from-checkpoint": "--resume, which finds the newest valid checkpoint in --output",
@@ -143,6 +152,8 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
             flag = flag if flag in known else given
         elif SAME.get(given) in known:
             flag, value = SAME[given], VALUES.get((given, value), value)
+        elif not equals and SWITCHES.get(given, ("", ""))[0] in known:
+            flag, equals, value = SWITCHES[given][0], "=", SWITCHES[given][1]
         elif given in INSTEAD:
             raise ForeignFlagError(f"no option {flag}; use instead: {INSTEAD[given]}")
         spelled.append(flag + equals + value)
@@ -188,6 +199,8 @@ def _as_fields(
     for given, value in settings.items():
         flag = "--" + given.replace("_", "-")
         name = aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
+        if value is True and flag in SWITCHES:
+            name, value = (part.removeprefix("--") for part in SWITCHES[flag])
         if given in known:
             name = given
         elif name not in known:

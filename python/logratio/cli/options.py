@@ -86,6 +86,13 @@ class Precision(StrEnum):
     BF16_WEIGHTS = "bf16-weights"
 
 
+class Quantization(StrEnum):
+    """Bits per weight."""
+
+    EIGHT = "8bit"
+    FOUR = "4bit"
+
+
 Files = Annotated[
     list[Path],
     typer.Argument(

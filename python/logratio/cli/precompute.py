@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
+from logratio.cli.options import (
+    READING,
+    Quantization,
+    Reading,
+    ReadMode,
+    Settings,
+    takes_flags,
+)
 from logratio.cli.train import announce
 
 
@@ -17,13 +24,6 @@ class Engine(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
-
-
-class Quantization(StrEnum):
-    """Bits per weight."""
-
-    EIGHT = "8bit"
-    FOUR = "4bit"
 
 
 @dataclass(frozen=True)

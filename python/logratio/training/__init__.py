@@ -18,8 +18,10 @@ from logratio.training.config import (
 from logratio.training.dataset import VocabularyError
 from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
 from logratio.training.held_out import HeldOutResult, Sample
+from logratio.training.lora import read_lora_config
 from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError
+from logratio.training.merging import MergeError, MergeResult, merge_adapter
 from logratio.training.metrics import NonFiniteError
 from logratio.training.models import DeviceError, ModelFolderError, QuantizationError, load_model
 from logratio.training.precomputation import PrecomputeResult, ShareError, precompute
@@ -40,6 +42,8 @@ __all__ = [
     "KlEstimate",
     "LoraSettings",
     "MemoryShortageError",
+    "MergeError",
+    "MergeResult",
     "ModelFolderError",
     "NonFiniteError",
     "PairLogps",
@@ -65,7 +69,9 @@ __all__ = [
     "evaluate",
     "ipo_loss",
     "load_model",
+    "merge_adapter",
     "precompute",
+    "read_lora_config",
     "sft_loss",
     "simpo_loss",
     "train",

@@ -1,6 +1,6 @@
 """Settings of the commands: one frozen dataclass per command, one field per flag."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
+from logratio.errors import ConfigError
 from logratio.synonyms import takes_known_names
 from logratio.validation import check_fields
 
@@ -17,12 +18,32 @@ ActivationCheckpointing = Literal["auto", "off", "all"]
 Compile = Literal["off", "on", "auto"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Quantization = Literal["8bit", "4bit"]
+LoraInit = Literal["default", "gaussian", "orthogonal"]
+StartAdapter = Literal["merge", "continue"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
 PathLike = str | Path
 
 
-@takes_known_names(r="rank", lora_alpha="alpha", target_modules="targets")
+CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Values of peft's `init_lora_weights` that change the base's weights."""
+_CHANGES_BASE = "it changes the base's weights, so the base with adapters off is no reference"
+REFUSED_INITS: Mapping[Any, str] = {
+    **dict.fromkeys(CHANGING_INITS, _CHANGES_BASE),
+    "eva": "it computes the adapters from activations on data",
+    "mica": "it freezes half of each adapter, which checkpoints would not contain",
+    False: "the policy would not start as the reference",
+}
+"""Values of peft's `init_lora_weights` that are not supported, and why."""
+
+
+@takes_known_names(
+    r="rank",
+    lora_alpha="alpha",
+    target_modules="targets",
+    lora_dropout="dropout",
+    init_lora_weights="init",
+)
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685).
@@ -31,14 +52,42 @@ class LoraSettings:
         rank: Rank of the adapter matrices.
         alpha: The adapter's output is scaled by alpha / rank.
         targets: Names of the modules to adapt; if empty, all linear layers except the head.
+        dropout: Probability that an input of an adapter is set to 0 in a training pass. The
+            reference, the start-up checks and every evaluation run without dropout. Masks are
+            drawn per micro-batch, so `token_budget` then changes the result.
+        use_rslora: Scale by alpha / √rank instead (rank-stabilized LoRA, arXiv 2312.03732).
+        use_dora: Train the norm of each row of a weight apart from its direction (DoRA, arXiv
+            2402.09353).
+        modules_to_save: Names of further layers that are trained whole and saved with the adapter,
+            for example "lm_head", "embed_tokens" or "norm". As in peft, a name matches every
+            module whose path ends with it.
+        init: How new adapters start: "default", Kaiming-uniform A and zero B; "gaussian", normal A
+            and zero B; or "orthogonal", both not zero, with product zero. peft's True means
+            "default". The policy always starts as its base.
+
+    Raises:
+        ConfigError: A value of `init` is not supported; the message has the reason.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    init: LoraInit | bool = "default"
 
     def __post_init__(self) -> None:
+        given = self.init.partition("_niter")[0] if isinstance(self.init, str) else self.init
+        if isinstance(given, Hashable) and given in REFUSED_INITS:
+            raise ConfigError(
+                f"init {self.init!r} is not supported: {REFUSED_INITS[given]}; choose default, "
+                "gaussian or orthogonal"
+            )
         check_fields(self)
+        if self.init is True:
+            object.__setattr__(self, "init", "default")
 
 
 @takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
@@ -97,7 +146,8 @@ class TrainConfig:
             `precision_of`.
         optimizer: "adamw"; "adamw8bit", with moments in 8 bits; or "adamw-host", with state in
             host memory. For bf16 weights the optimizer keeps an exact fp32 copy: see `optimizers`.
-        seed: Seed of the data order and of new adapters. Dropout is off.
+        seed: Seed of the data order, of new adapters and of their dropout. The model's own dropout
+            is off.
         deterministic: On a GPU, use kernels that add in a fixed order, so that the same settings
             give the same bits on the same GPU and library versions. Runs on a CPU always do.
         save_every: Updates between checkpoints; 0: a checkpoint only when interrupted.
@@ -121,6 +171,11 @@ class TrainConfig:
             earlier model is kept until the new one is saved.
         device: Device to train on; None: a GPU if available, else the CPU.
         lora: Train these adapters instead of all weights.
+        adapter: How to start if `model` is the folder of an adapter: "merge" it into its base and
+            train all weights; or "continue", train the adapter further. The reference is then the
+            policy at its start, kept as a second, frozen adapter.
+        quantization: Load the base of the trained adapters, and the reference, in 8 or 4 bits
+            (QLoRA, arXiv 2305.14314; bitsandbytes). Needs `lora`, or `adapter="continue"`.
         rules: How records are tokenized.
         formats: How rows are read as records; detected by default.
         max_bad_fraction: Share of malformed rows above which the run is refused.
@@ -173,6 +228,8 @@ class TrainConfig:
     overwrite: bool = False
     device: str | None = None
     lora: LoraSettings | None = None
+    adapter: StartAdapter = "merge"
+    quantization: Quantization | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
@@ -182,6 +239,11 @@ class TrainConfig:
         if isinstance(self.compile_layers, bool):
             object.__setattr__(self, "compile_layers", "on" if self.compile_layers else "off")
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the run trains an adapter over a frozen base, new or continued."""
+        return self.lora is not None or self.adapter == "continue"
+
 
 UNRECORDED: Mapping[str, Any] = {
     name: getattr(TrainConfig, name)
@@ -190,6 +252,7 @@ UNRECORDED: Mapping[str, Any] = {
         *("adam_beta1", "adam_beta2", "adam_epsilon"),
         *("eval_data", "eval_share", "eval_every", "eval_samples", "max_new_tokens"),
         *("best_metric", "early_stop"),
+        *("adapter", "quantization"),
     )
 }
 """Settings that runs of the first version did not record, with the values that they ran with."""

@@ -201,18 +201,31 @@ def load_model(
             precision=precision,
             frozen=frozen,
         )
-        adapted = _with_adapter(base, folder, device)
+        adapted = with_adapter(base, folder, device)
         if precision != "fp32":
             adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
     special = loading_arguments(folder, device, quantization, precision)
     model = with_softcap(without_dropout(_load_weights(folder, precision, special))).eval()
+    if special:
+        _without_cpu_packing(model)
     if frozen:
         model = model.requires_grad_(False)
         if precision == "bf16" and not special:
             model = held_in_bfloat16(model)
     return model if special else model.to(device)
+
+
+def _without_cpu_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for a CPU kernel, in place, in forward passes.
+
+    That kernel has no backward pass: adapters below a packed layer would silently get no gradient.
+    It also computes in bfloat16 in every precision.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
@@ -247,7 +260,8 @@ def _check_weights(folder: Path, missing: Collection[str]) -> None:
         )
 
 
-def _with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
+def with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
+    """Load the adapter in `folder` over its base model; dropout is off."""
     from peft import PeftModel
 
     with quietly():
@@ -477,6 +491,8 @@ def quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft
+            # peft's, of trouble when merging: `merged` unties first.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

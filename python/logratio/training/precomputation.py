@@ -22,7 +22,7 @@ from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import PrecomputeConfig, TrainConfig
 from logratio.training.dataset import Dataset, load_dataset
-from logratio.training.fingerprint import model_fingerprint
+from logratio.training.fingerprint import model_fingerprint, reference_fingerprint
 from logratio.training.memory import token_budget
 from logratio.training.models import (
     base_folder,
@@ -140,15 +140,15 @@ def pass_of_run(
         data: What it was read from.
         show_progress: Draw a progress bar.
     """
-    reference, precision = config.reference or config.model, precision_of(config)
     wanted = PrecomputeConfig(
-        reference,
+        config.reference or config.model,
         data,
         str(config.cache),
-        sums_only=holds_sums_only(str(config.cache), model_fingerprint(reference, precision)),
+        sums_only=holds_sums_only(str(config.cache), reference_fingerprint(config)),
         share_beginnings=config.share_beginnings,
         read_mode=config.read_mode,
-        precision=precision,
+        precision=precision_of(config),
+        quantization=config.quantization,
         device=config.device,
         rules=config.rules,
         formats=config.formats,

@@ -27,7 +27,7 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
 from logratio.training import checkpoint
-from logratio.training.config import UNRECORDED, PathLike, TrainConfig
+from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
@@ -38,6 +38,7 @@ from logratio.training.models import (
     quietly,
     training_budget,
 )
+from logratio.training.policy import save_weights
 from logratio.training.validation import beta_of
 
 SETTINGS_FILE = "training.json"
@@ -74,7 +75,7 @@ def identity(
     compiled = config.compile_layers
     fields["compile_layers"] = compiled if compiled == "auto" else compiled == "on"
     models = {
-        name: model_fingerprint(folder, precision_of(config)).digest.hex()
+        name: model_fingerprint(folder, precision_of(config), config.quantization).digest.hex()
         for name, folder in (
             ("model", config.model),
             ("reference", config.reference or config.model),
@@ -85,12 +86,25 @@ def identity(
         "token_budget": training_budget(config),
         "beta": beta_of(config),
         "precision": precision_of(config),
-        "lora": asdict(config.lora) if config.lora else None,
+        "lora": _shape_of(config.lora) if config.lora else None,
     }
     held = held_out.digest if held_out else None
     data = {"data": store.digest, "eval_data": held} if store else {}
     plain: dict[str, Any] = json.loads(json.dumps(fields | models | own | data))
     return plain
+
+
+def _shape_of(lora: LoraSettings) -> dict[str, Any]:
+    """Return the settings of adapters; those that the first version did not record if not default.
+
+    So a run of the first version and a run with the same settings count as the same.
+    """
+    first = {"rank", "alpha", "targets"}
+    return {
+        name: value
+        for name, value in asdict(lora).items()
+        if name in first or value != getattr(LoraSettings, name)
+    }
 
 
 def settings_of(folder: PathLike) -> dict[str, Any] | None:
@@ -227,7 +241,7 @@ def save_run(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quietly(), system_errors(output):
-            policy.save_pretrained(partial)  # type: ignore[operator]
+            save_weights(policy, partial)
         for name in (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json"):
             if (source := Path(config.model) / name).exists():
                 shutil.copyfile(source, partial / name)

@@ -32,7 +32,7 @@ from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.dataset import load_training_data
-from logratio.training.fingerprint import model_fingerprint
+from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
 from logratio.training.metrics import MetricsLog
@@ -54,6 +54,7 @@ from logratio.training.reference import (
     build_reference,
     cache_folder,
     cached_reference,
+    same_random_state,
     side_effect_free,
     sums_folder,
 )
@@ -329,9 +330,10 @@ class DPOTrainer:
         """Choose how the policy's layers run; print a note if some are checkpointed."""
         name, updater = self.config.optimizer, self.updater
         state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in updater.parameters)
-        choice = choose_checkpointing(
-            self.config, self.store, updater.policy, updater.layout, state
-        )
+        with same_random_state(updater.policy):  # measuring draws the adapters' dropout
+            choice = choose_checkpointing(
+                self.config, self.store, updater.policy, updater.layout, state
+            )
         if choice.reason:
             say(choice.reason)
         wanted = self.config.compile_layers
@@ -569,7 +571,7 @@ class DPOTrainer:
 def _date_of_cache(config: TrainConfig) -> str | None:
     if config.cache is None:
         return None
-    reference = model_fingerprint(config.reference or config.model, precision_of(config))
+    reference = reference_fingerprint(config)
     folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
     return max(filter(None, map(run_folder.date_of_cache, folders)), default=None)
 

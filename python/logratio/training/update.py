@@ -26,7 +26,7 @@ from logratio.training.optimizers import (
     make_optimizer,
     widen_gradients,
 )
-from logratio.training.reference import Reference
+from logratio.training.reference import Reference, side_effect_free
 from logratio.training.validation import beta_of
 
 
@@ -161,7 +161,7 @@ class Updater:
     ) -> str:
         """Describe the values and records that are not finite, and the likely cause."""
         groups = np.concatenate(batches)
-        with torch.no_grad():
+        with torch.no_grad(), side_effect_free(self.policy):
             sums = [self._policy_sum(self._batch(group[None])) for group in groups]
         culprits = [
             int(one) for one, value in zip(groups, sums, strict=True) if not math.isfinite(value)

@@ -7,14 +7,13 @@ from logratio.errors import ConfigError
 from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.training.config import TrainConfig
+from logratio.training.lora import check_adapters
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
-    ADAPTER_CONFIG,
     check_model_folder,
     check_router_loss,
     default_device,
 )
-from logratio.training.policy import check_lora_targets
 from logratio.training.schedule import DECAYS
 
 
@@ -41,13 +40,7 @@ def check_config(config: TrainConfig) -> None:
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     check_router_loss(config.model)
-    if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
-        raise ConfigError(
-            f"{config.model} is itself an adapter: merge it first "
-            "(merge_and_unload() and save_pretrained() of peft), then add a new one"
-        )
-    if config.lora:
-        check_lora_targets(config.lora, config.model)
+    check_adapters(config)
     check_writable(Path(config.output))
 
 
@@ -126,7 +119,8 @@ def _check_optimizer(config: TrainConfig) -> None:
     """Refuse an optimizer that is not installed, or that would lose updates to rounding."""
     if config.optimizer != "adamw8bit":
         return
-    if config.precision == "bf16-weights" and not config.lora:
+    saved = config.lora.modules_to_save if config.lora else ()
+    if config.precision == "bf16-weights" and (saved or not config.trains_adapter):
         raise ConfigError(
             "adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would lose most "
             "updates to rounding: use adamw or adamw-host, or precision bf16, which takes as much "
@@ -153,4 +147,4 @@ def reference_kind(config: TrainConfig) -> str:
         return "none"
     if config.cache:
         return "cached"
-    return "adapter" if config.lora and not config.reference else "frozen"
+    return "adapter" if config.trains_adapter and not config.reference else "frozen"
