@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from logratio.config_file import YamlSettings
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
@@ -43,7 +44,7 @@ class LoraSettings:
 
 @takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(YamlSettings):
     """Settings of one training run.
 
     Attributes:
@@ -209,7 +210,7 @@ class SFTConfig(TrainConfig):
 
 @takes_known_names()
 @dataclass(frozen=True)
-class PrecomputeConfig:
+class PrecomputeConfig(YamlSettings):
     """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
 
     Attributes:
@@ -250,7 +251,7 @@ class PrecomputeConfig:
 
 @takes_known_names()
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(YamlSettings):
     """Settings of one evaluation.
 
     Attributes:

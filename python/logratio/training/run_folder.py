@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from logratio import __version__
 from logratio._rust import Store
 from logratio.bundle import TOKENIZER_FILES
 from logratio.cache.identity import read_conditions, record_conditions
-from logratio.durable import finalize, locked, sync, system_errors
+from logratio.config_file import unwritable
+from logratio.data.readers.inputs import STDIN
+from logratio.durable import finalize, locked, sync, system_errors, write_atomic
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
@@ -41,6 +43,7 @@ from logratio.training.models import (
 from logratio.training.validation import beta_of
 
 SETTINGS_FILE = "training.json"
+RUN_FILE = "run.yaml"
 DATA_REPORT_FILE = "data_report.json"
 CHECKPOINTS = "checkpoints"
 SAVING = ".saving"
@@ -285,6 +288,48 @@ def evaluations_of(output: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []
+
+
+def record_settings(config: TrainConfig) -> None:
+    """Write the settings of a run to `RUN_FILE` in its output folder.
+
+    The file has the values that the run uses, defaults included, and absolute paths, so that
+    `logratio train --config OUTPUT/run.yaml` repeats the run from any working directory. If it
+    cannot be written, a note is printed and the run continues.
+    """
+    path = Path(config.output) / RUN_FILE
+    needs_beta = config.loss in PAIR_LOSSES
+    used = replace(
+        config,
+        beta=beta_of(config) if needs_beta else None,
+        precision=precision_of(config),
+        token_budget=training_budget(config),
+        data=[_absolute(one) for one in config.data],
+        **{
+            name: folder and _absolute(folder)
+            for name in ("model", "output", "cache", "reference")
+            for folder in (getattr(config, name),)
+        },
+    )
+    try:
+        write_atomic(path, "".join(_comments(used, path)) + used.to_yaml())
+    except OSError as error:
+        say(f"{path} could not be written: {error}")
+
+
+def _absolute(given: Any) -> Any:
+    """Return the absolute path of a file or folder; any other input unchanged."""
+    is_path = isinstance(given, str | Path) and given != STDIN
+    return str(Path(given).absolute()) if is_path else given
+
+
+def _comments(config: TrainConfig, path: Path) -> Iterator[str]:
+    yield f"# The settings of a run of logratio {__version__}, defaults included.\n"
+    yield "# Repeat it in another folder: logratio train --config run.yaml --output FOLDER\n"
+    if STDIN in config.data:
+        yield "# The data was standard input: pipe the same rows in again.\n"
+    for name in (*unwritable(config), *unwritable(config.formats)):
+        yield f"# Not in this file, because it was a Python object: {name}\n"
 
 
 def history_of(output: Path, steps: int) -> list[dict[str, float]]:

@@ -67,6 +67,7 @@ from logratio.training.run_folder import (
     finished_run,
     identity,
     locked_output,
+    record_settings,
     refuse_different_run,
     save_run,
 )
@@ -359,6 +360,7 @@ class DPOTrainer:
         """Run all updates after the last checkpoint, and the evaluations between them."""
         config, groups_in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
+        record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []

@@ -27,7 +27,7 @@ from logratio.training import (
 
 
 def flags(command: Callable[..., None]) -> set[str]:
-    return set(inspect.signature(command).parameters) - {"dry_run", "json_file"}
+    return set(inspect.signature(command).parameters) - {"config", "dry_run", "json_file"}
 
 
 def fields(config: type) -> set[str]:
