@@ -75,7 +75,7 @@ class YamlSettings:
             ConfigError, SettingTypeError: The settings contradict each other, or one is missing.
 
         Example:
-            >>> TrainConfig.from_yaml("run.yaml", lr=2e-6).lr
+            >>> TrainConfig.from_yaml("policy/run.yaml", lr=2e-6).lr
             2e-06
         """
         values: Values = read_values(cls, path) | as_fields(cls, overrides)
