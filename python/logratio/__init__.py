@@ -26,6 +26,7 @@ __all__ = [
     "Reranker",
     "SFTConfig",
     "Store",
+    "SweepConfig",
     "TokenizationRules",
     "TrainConfig",
     "build_store",
@@ -33,6 +34,7 @@ __all__ = [
     "export_bundle",
     "load_model",
     "precompute",
+    "sweep",
     "train",
 ]
 
@@ -49,10 +51,12 @@ if TYPE_CHECKING:
         LoraSettings,
         PrecomputeConfig,
         SFTConfig,
+        SweepConfig,
         TrainConfig,
         evaluate,
         load_model,
         precompute,
+        sweep,
         train,
     )
 else:
@@ -80,10 +84,12 @@ else:
             "LoraSettings",
             "PrecomputeConfig",
             "SFTConfig",
+            "SweepConfig",
             "TrainConfig",
             "evaluate",
             "load_model",
             "precompute",
+            "sweep",
             "train",
         ),
     }

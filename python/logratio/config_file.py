@@ -5,9 +5,9 @@ with "_" or "-"; names of transformers and TRL are accepted as on the command li
 nested settings (`rules`, `formats`, `lora`) are keys of the file or of a block.
 
 Scalars are read as in YAML 1.2, so ``1e-6`` is a number and ``off`` a word. If that does not fit a
-field, ``yes``, ``no``, ``on`` and ``off`` are read as truth values, and numbers as text. Anything
-else that does not fit is an error with file and line. No tag is honoured, so no file can create
-another object.
+field, ``yes``, ``no``, ``on`` and ``off`` are read as truth values, numbers as text, and one value
+as a list of one. Anything else that does not fit is an error with file and line. No tag is
+honoured, so no file can create another object.
 """
 
 import re
@@ -341,13 +341,15 @@ class _Reading:
         raise self.error(node, first)
 
     def _readings(self, given: str, node: yaml.Node) -> Iterator[Any]:
-        """Yield a value as YAML 1.2 reads it, with yes and no as truth values, and as text."""
+        """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list."""
         plain = self._plain(node, _text if given in INPUTS else _scalar)
         if given == "chat":
             plain = {True: "chat", False: "text"}.get(_truth(plain), plain)  # type: ignore[arg-type]
         yield plain
         yield self._plain(node, lambda one: _truth(_scalar(one)))
         yield self._plain(node, _text)
+        if isinstance(node, yaml.ScalarNode):
+            yield [plain]
 
     def _plain(self, node: yaml.Node, read: Callable[[yaml.ScalarNode], Any]) -> Any:
         """Return a scalar, a list of scalars, or a mapping of scalars to scalars."""

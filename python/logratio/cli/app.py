@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluate, export, precompute, train
+from logratio.cli import cache, data, evaluate, export, precompute, sweep, train
 from logratio.errors import LogratioError
 from logratio.progress import say
 from logratio.synonyms import translated
@@ -34,6 +34,7 @@ for command in (
     precompute.precompute,
     train.train,
     evaluate.evaluate,
+    sweep.sweep,
     export.export,
     export.rank,
     export.serve,

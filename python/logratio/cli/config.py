@@ -68,16 +68,17 @@ def _set_defaults(context: typer.Context, kind: type, path: Path) -> None:
     """Make the settings in the file the defaults of the command's flags."""
     parameters = {one.name: one for one in context.command.params}
     settings = flat(kind, read_values(kind, path))
+    has = {key for key in settings if {key, PARAMETERS.get(key)} & parameters.keys()}
+    if other := [key for key, value in settings.items() if value and key not in has]:
+        raise ConfigError(f"{path}: {other[0]} cannot be set for this command")
     context.default_map = dict(
-        _as_default(parameters, key, value) for key, value in settings.items() if value is not None
+        _as_default(parameters, key, settings[key]) for key in has if settings[key] is not None
     )
 
 
 def _as_default(parameters: Mapping[Any, Any], key: str, value: Any) -> tuple[str, Any]:
-    """Return a command's parameter and its default, for a setting and its value."""
+    """Return a parameter of a command and its default, for a setting and its value."""
     name = key if key in parameters else PARAMETERS.get(key, key)
-    if name not in parameters:
-        raise ConfigError(f"{key} cannot be set for this command")
     parameter = parameters[name]
     if isinstance(value, Mapping):
         return name, [f"{one}={other}" for one, other in value.items()]

@@ -13,6 +13,7 @@ from logratio.training.config import (
     LoraSettings,
     PrecomputeConfig,
     SFTConfig,
+    SweepConfig,
     TrainConfig,
 )
 from logratio.training.dataset import VocabularyError
@@ -26,6 +27,8 @@ from logratio.training.precomputation import PrecomputeResult, ShareError, preco
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.run_folder import RunExistsError, TrainResult
+from logratio.training.sweep import sweep
+from logratio.training.sweep_results import SweepResult, SweepRow
 from logratio.training.trainer import DPOTrainer, SaveError, train
 
 __all__ = [
@@ -55,6 +58,9 @@ __all__ = [
     "SaveError",
     "ShareError",
     "StaleCacheError",
+    "SweepConfig",
+    "SweepResult",
+    "SweepRow",
     "TrainConfig",
     "TrainResult",
     "UnsupportedModelError",
@@ -68,5 +74,6 @@ __all__ = [
     "precompute",
     "sft_loss",
     "simpo_loss",
+    "sweep",
     "train",
 ]

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from logratio import __version__
 from logratio._rust import Store
 from logratio.bundle import TOKENIZER_FILES
 from logratio.cache.identity import read_conditions, record_conditions
-from logratio.config_file import unwritable
-from logratio.data.readers.inputs import STDIN
+from logratio.config_file import INPUTS, unwritable
+from logratio.data.readers.inputs import STDIN, as_inputs
 from logratio.durable import finalize, locked, sync, system_errors, write_atomic
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
@@ -298,32 +298,37 @@ def record_settings(config: TrainConfig) -> None:
     cannot be written, a note is printed and the run continues.
     """
     path = Path(config.output) / RUN_FILE
-    needs_beta = config.loss in PAIR_LOSSES
     used = replace(
-        config,
-        beta=beta_of(config) if needs_beta else None,
+        with_absolute_paths(config),
+        beta=beta_of(config) if config.loss in PAIR_LOSSES else None,
         precision=precision_of(config),
         token_budget=training_budget(config),
-        data=[_absolute(one) for one in config.data],
-        **{
-            name: folder and _absolute(folder)
-            for name in ("model", "output", "cache", "reference")
-            for folder in (getattr(config, name),)
-        },
     )
     try:
-        write_atomic(path, "".join(_comments(used, path)) + used.to_yaml())
+        write_atomic(path, "".join(_comments(used)) + used.to_yaml())
     except OSError as error:
         say(f"{path} could not be written: {error}")
 
 
-def _absolute(given: Any) -> Any:
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return settings that name the same files and folders from any working directory."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    inputs = {
+        name: [absolute(one) for one in as_inputs(given[name])]
+        for name in INPUTS
+        if given.get(name) is not None
+    }
+    folders = {name: absolute(given[name]) for name in ("model", "output", "cache", "reference")}
+    return replace(config, **inputs, **folders)
+
+
+def absolute(given: Any) -> Any:
     """Return the absolute path of a file or folder; any other input unchanged."""
     is_path = isinstance(given, str | Path) and given != STDIN
     return str(Path(given).absolute()) if is_path else given
 
 
-def _comments(config: TrainConfig, path: Path) -> Iterator[str]:
+def _comments(config: TrainConfig) -> Iterator[str]:
     yield f"# The settings of a run of logratio {__version__}, defaults included.\n"
     yield "# Repeat it in another folder: logratio train --config run.yaml --output FOLDER\n"
     if STDIN in config.data:
