@@ -206,6 +206,8 @@ def own_name(kind: type, given: str) -> str:
 
 def own_value(given: str, value: Any) -> Any:
     """Return the value here of the setting `given`, such as "dpo" for a loss_type "sigmoid"."""
+    if isinstance(value, list):
+        return [own_value(given, one) for one in value]
     return VALUES.get((_flag(given), value), value) if isinstance(value, str) else value
 
 

@@ -121,7 +121,7 @@ def sweep(
     again to continue. Exits with 1 if a run failed.
     """
     from logratio.training.config import SweepConfig, TrainConfig
-    from logratio.training.sweep import prepare
+    from logratio.training.sweep_runs import prepare
 
     shared = update.settings() | objective.settings() | machine.settings()
     base = TrainConfig(

@@ -27,8 +27,8 @@ from logratio.training.precomputation import PrecomputeResult, ShareError, preco
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.run_folder import RunExistsError, TrainResult
-from logratio.training.sweep import sweep
 from logratio.training.sweep_results import SweepResult, SweepRow
+from logratio.training.sweep_runs import sweep
 from logratio.training.trainer import DPOTrainer, SaveError, train
 
 __all__ = [

@@ -20,7 +20,7 @@ from logratio.training.precomputation_ray import cluster
 from logratio.training.sweep_results import SweepRow
 
 if TYPE_CHECKING:
-    from logratio.training.sweep import Do
+    from logratio.training.sweep_runs import Do
 
 
 def run_on_ray(
