@@ -122,7 +122,7 @@ def _missing(kind: Any, values: Values) -> list[str]:
     """Return the names of required fields without a value."""
     inner, missing = _blocks(kind), list[str]()
     for field in filter(_is_required, fields(kind)):
-        value = values.get(field.name, {} if field.name in inner else None)
+        value: Any = values.get(field.name, {} if field.name in inner else None)
         if _is_block(inner, field.name, value):
             missing += _missing(inner[field.name], value)
         elif field.name not in values:
@@ -343,8 +343,8 @@ class _Reading:
     def _readings(self, given: str, node: yaml.Node) -> Iterator[Any]:
         """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list."""
         plain = self._plain(node, _text if given in INPUTS else _scalar)
-        if given == "chat":
-            plain = {True: "chat", False: "text"}.get(_truth(plain), plain)  # type: ignore[arg-type]
+        if given == "chat" and isinstance(_truth(plain), bool):
+            plain = "chat" if _truth(plain) else "text"
         yield plain
         yield self._plain(node, lambda one: _truth(_scalar(one)))
         yield self._plain(node, _text)

@@ -99,6 +99,7 @@ def test_numbers_are_text_where_text_is_needed(file: Path) -> None:
         ('beta: "0.1"', 4, "beta must be a number or None, not '0.1'"),
         ("epochs: 1.5", 4, "epochs must be a whole number"),
         ("epochs: yes", 4, "epochs must be a whole number"),
+        ("chat: [a]", 4, "text_as must be one of text, chat or None"),
         ("deterministic: 1", 4, "deterministic must be True or False"),
         ("\nprecision: fp16", 5, "precision must be one of fp32, bf16"),
         ("lr: [1e-6]", 4, "lr must be a number"),
@@ -219,8 +220,8 @@ def test_a_value_without_text_is_left_out() -> None:
     config = TrainConfig("m", [table], "o", formats=FormatSettings(rows=lambda row: row))
     assert unwritable(config) == ["data"]
     assert unwritable(config.formats) == ["rows"]
-    assert "data:" not in config.to_yaml()
-    assert "rows:" not in config.to_yaml()
+    assert "\ndata:" not in config.to_yaml()
+    assert "\n  rows:" not in config.to_yaml()
 
 
 def test_flat_settings_have_the_keys_outside_blocks(file: Path) -> None:

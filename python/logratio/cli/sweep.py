@@ -11,10 +11,12 @@ from logratio.cli import options
 from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, takes_flags
 from logratio.cli.train import (
+    HELD_OUT,
     LORA,
     MACHINE,
     OBJECTIVE,
     UPDATE,
+    HeldOut,
     Lora,
     Machine,
     Objective,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from logratio.training.sweep_results import SweepResult, SweepRow
 
 GRID = "Grid"
-OWN = frozenset({"loss", "beta", "lr", "seed", "overwrite", "resume"})
+OWN = {"loss", "beta", "lr", "seed", "overwrite", "resume", "eval_data", "max_new_tokens"}
 """Settings of a run that a sweep sets itself, or takes as lists."""
 
 
@@ -109,6 +111,7 @@ def sweep(
     ] = False,
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
+    held_out: HeldOut = HELD_OUT,
     lora: Lora = LORA,
     reading: Reading = READING,
     machine: Machine = MACHINE,
@@ -123,7 +126,8 @@ def sweep(
     from logratio.training.config import SweepConfig, TrainConfig
     from logratio.training.sweep_runs import prepare
 
-    shared = update.settings() | objective.settings() | machine.settings()
+    groups = objective, update, held_out, machine
+    shared = {name: value for group in groups for name, value in group.settings().items()}
     base = TrainConfig(
         model,
         data,

@@ -72,7 +72,7 @@ class SweepRow:
 
     @property
     def accuracy_error(self) -> float:
-        """Standard error of `accuracy`: a 3.92th of the interval."""
+        """Standard error of `accuracy`: half the width of the interval, divided by 1.96."""
         low, high = self.accuracy_interval
         return (high - low) / (2 * 1.96)
 

@@ -35,12 +35,8 @@ from logratio.training.memory import training_forecast
 from logratio.training.models import precision_of
 from logratio.training.precomputation import precompute, refuse_multiple_processes
 from logratio.training.reference import holds_sums_only
-from logratio.training.run_folder import (
-    absolute,
-    date_of_store,
-    locked_output,
-    with_absolute_paths,
-)
+from logratio.training.run_file import absolute, with_absolute_paths
+from logratio.training.run_folder import date_of_store, locked_output
 from logratio.training.sweep_results import (
     ROWS_FILE,
     SweepResult,

@@ -58,6 +58,7 @@ from logratio.training.reference import (
     sums_folder,
 )
 from logratio.training.reference_checks import check_start
+from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
     CHECKPOINTS,
     RunEnd,
@@ -67,7 +68,6 @@ from logratio.training.run_folder import (
     finished_run,
     identity,
     locked_output,
-    record_settings,
     refuse_different_run,
     save_run,
 )
