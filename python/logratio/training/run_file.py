@@ -16,6 +16,8 @@ from logratio.training.models import precision_of, training_budget
 from logratio.training.validation import beta_of
 
 RUN_FILE = "run.yaml"
+FOLDERS = ("model", "output", "cache", "reference")
+"""Settings that name a folder."""
 
 
 def record_settings(config: TrainConfig) -> None:
@@ -41,12 +43,14 @@ def record_settings(config: TrainConfig) -> None:
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return settings that name the same files and folders from any working directory."""
     given = {field.name: getattr(config, field.name) for field in fields(config)}
-    inputs = {
+    inputs: dict[str, Any] = {
         name: [absolute(one) for one in as_inputs(given[name])]
         for name in INPUTS
         if given.get(name) is not None
     }
-    folders = {name: absolute(given[name]) for name in ("model", "output", "cache", "reference")}
+    folders: dict[str, Any] = {
+        name: absolute(given[name]) for name in ("model", "output", "cache", "reference")
+    }
     return replace(config, **inputs, **folders)
 
 

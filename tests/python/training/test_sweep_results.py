@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from logratio import extras
 from logratio.training.sweep_results import (
     SweepResult,
     SweepRow,
@@ -109,6 +108,6 @@ def test_a_picture_that_fails_stops_nothing(
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name=name)
 
-    monkeypatch.setattr(extras.importlib, "import_module", missing)
+    monkeypatch.setattr("logratio.extras.importlib.import_module", missing)
     assert try_to_draw(result(tmp_path), None) is None
     assert "pip install 'logratio[plots]'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from conftest import Run, write_pairs
 from safetensors.torch import load_file
 
+from logratio.data import build_store
 from logratio.errors import ConfigError, SettingTypeError
 from logratio.extras import MissingExtraError
 from logratio.training import (
@@ -19,7 +20,6 @@ from logratio.training import (
     SweepConfig,
     SweepResult,
     TrainConfig,
-    dataset,
     evaluate,
     evaluation,
     reference_scorer,
@@ -28,6 +28,7 @@ from logratio.training import (
     train,
 )
 from logratio.training import trainer as trainers
+from logratio.training.metrics import MetricsLog
 from logratio.training.run_folder import RunExistsError, locked_output
 from logratio.training.sweep_runs import prepare, runs_of
 
@@ -116,7 +117,7 @@ def test_the_reference_scores_once_and_the_data_is_tokenized_once(
     config: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built, scored = list[str](), list[int]()
-    build, score = dataset.build_store, reference_scorer.ReferenceScorer.score
+    build, score = build_store, reference_scorer.ReferenceScorer.score
 
     def counted_build(data: Any, *arguments: Any, **options: Any) -> Any:
         built.append(Path(data[0]).name)
@@ -126,7 +127,7 @@ def test_the_reference_scores_once_and_the_data_is_tokenized_once(
         scored.append(len(groups))
         return score(self, groups)
 
-    monkeypatch.setattr(dataset, "build_store", counted_build)
+    monkeypatch.setattr("logratio.training.dataset.build_store", counted_build)
     monkeypatch.setattr(reference_scorer.ReferenceScorer, "score", counted_score)
     monkeypatch.setattr(trainers, "build_reference", lambda *_: pytest.fail("a second model"))
     result = run_sweep(config)
@@ -166,7 +167,7 @@ def test_more_values_add_runs(config: SweepConfig, trained: list[str]) -> None:
 def test_an_interrupted_sweep_resumes_its_run(
     config: SweepConfig, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = trainers.MetricsLog.write
+    inner = MetricsLog.write
 
     def write(self: Any, step: int, values: Any) -> None:
         inner(self, step, values)
@@ -174,7 +175,7 @@ def test_an_interrupted_sweep_resumes_its_run(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainers.MetricsLog, "write", write)
+        patch.setattr(MetricsLog, "write", write)
         with pytest.raises(RunInterruptedError):
             run_sweep(config)
     assert [line["name"] for line in lines(config)] == ["dpo-beta0.1-lr0.001-seed0"]
