@@ -199,7 +199,8 @@ class Sweep:
             self._fill_cache(shared)
             rows = self._run_all(shared)
         found = [rows[Path(run.output).name] for run in self.runs]
-        result = SweepResult(self.output, found, *choose(found, self.config.kl_budget))
+        output = Path(self.config.base.output)
+        result = SweepResult(output, found, *choose(found, self.config.kl_budget))
         try_to_draw(result, self.config.kl_budget)
         return result
 
