@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
 
 if TYPE_CHECKING:
@@ -465,6 +466,7 @@ OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), L
 """The defaults."""
 
 
+@takes_config("TrainConfig")
 @takes_flags
 def train(
     model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
