@@ -26,6 +26,7 @@ __all__ = [
     "Reranker",
     "SFTConfig",
     "Store",
+    "SweepConfig",
     "TokenizationRules",
     "TrainConfig",
     "build_store",
@@ -34,6 +35,7 @@ __all__ = [
     "load_model",
     "merge_adapter",
     "precompute",
+    "sweep",
     "train",
 ]
 
@@ -50,11 +52,13 @@ if TYPE_CHECKING:
         LoraSettings,
         PrecomputeConfig,
         SFTConfig,
+        SweepConfig,
         TrainConfig,
         evaluate,
         load_model,
         merge_adapter,
         precompute,
+        sweep,
         train,
     )
 else:
@@ -82,11 +86,13 @@ else:
             "LoraSettings",
             "PrecomputeConfig",
             "SFTConfig",
+            "SweepConfig",
             "TrainConfig",
             "evaluate",
             "load_model",
             "merge_adapter",
             "precompute",
+            "sweep",
             "train",
         ),
     }

@@ -80,7 +80,6 @@ INSTEAD: Mapping[str, str] = {
     "--attn-implementation": "the attention kernel is chosen automatically; leave it out",
     "--bf16": "--precision bf16",
     "--compile-layers": "--compile on, or auto",
-    "--config": "command line flags; configuration files are not supported",
     "--dataset": _HUB,
     "--dataset-config": _HUB,
     "--dataset-name": _HUB,
@@ -160,6 +159,10 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
     return spelled
 
 
+_ALIASES: dict[type, Mapping[str, str]] = {}
+"""Further names of the fields of each class that `takes_known_names` decorates."""
+
+
 def takes_known_names(
     **aliases: str,
 ) -> Callable[[type[Kind]], type[Kind]]:
@@ -174,10 +177,11 @@ def takes_known_names(
 
     def decorated(kind: type[Kind]) -> type[Kind]:
         plain = kind.__init__
+        _ALIASES[kind] = aliases
 
         @wraps(plain)
         def init(self: Any, *arguments: Any, **settings: Any) -> None:
-            plain(self, *arguments, **_as_fields(kind, settings, aliases))
+            plain(self, *arguments, **as_fields(kind, settings))
 
         kind.__init__ = init  # type: ignore[method-assign]
         return kind
@@ -185,9 +189,7 @@ def takes_known_names(
     return decorated
 
 
-def _as_fields(
-    kind: Any, settings: Mapping[str, Any], aliases: Mapping[str, str]
-) -> dict[str, Any]:
+def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rename settings to the fields of a dataclass.
 
     Raises:
@@ -197,27 +199,53 @@ def _as_fields(
     known = {field.name for field in fields(kind)}
     named: dict[str, Any] = {}
     for given, value in settings.items():
-        flag = "--" + given.replace("_", "-")
-        name = aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
-        if value is True and flag in SWITCHES:
-            name, value = (part.removeprefix("--") for part in SWITCHES[flag])
-        if given in known:
-            name = given
-        elif name not in known:
-            raise _unknown(kind, given, flag)
-        elif name in settings or name in named:
+        name = given if given in known else own_name(kind, given)
+        if name not in known:
+            raise _unknown(kind, given)
+        if name != given and (name in settings or name in named):
             raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")
-        named[name] = VALUES.get((flag, value), value) if isinstance(value, str) else value
+        named[name] = own_value(given, value)
     return named
 
 
-def _unknown(kind: Any, given: str, flag: str) -> LogratioError:
+def own_name(kind: type, given: str) -> str:
+    """Return the name here of a setting that another trainer calls `given`; else `given`."""
+    flag = _flag(given)
+    flag = SWITCHES.get(flag, (flag, ""))[0]
+    aliases = _ALIASES.get(kind, {})
+    return aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
+
+
+def own_value(given: str, value: Any) -> Any:
+    """Return the value here of the setting `given`, such as "dpo" for a loss_type "sigmoid"."""
+    if isinstance(value, bool) and _flag(given) in SWITCHES:
+        return SWITCHES[_flag(given)][1] if value else None
+    if isinstance(value, list):
+        return [own_value(given, one) for one in value]
+    return VALUES.get((_flag(given), value), value) if isinstance(value, str) else value
+
+
+def foreign_names() -> list[str]:
+    """Return the names of other trainers' settings with an equivalent here."""
+    return [flag[2:].replace("-", "_") for flag in SAME]
+
+
+def instead_of(given: str) -> str | None:
+    """Return what to write instead of a setting without an equivalent, with names of fields."""
+    advice = INSTEAD.get(_flag(given))
+    return advice and re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), advice)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _unknown(kind: Any, given: str) -> LogratioError:
     """Return the error for a name that is not a field, with a suggestion."""
     start = f"{kind.__name__} has no {given}"
-    if flag in INSTEAD:
-        advice = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), INSTEAD[flag])
+    if advice := instead_of(given):
         return ConfigError(f"{start}; use instead: {advice}")
-    for field, inner in _nested(kind):
+    for field, inner in nested(kind):
         for name in (given, given.removeprefix(f"{field}_")):
             if name in {one.name for one in fields(inner)}:
                 return SettingTypeError(f"{start}: write {field}={inner.__name__}({name}=…)")
@@ -225,7 +253,7 @@ def _unknown(kind: Any, given: str, flag: str) -> LogratioError:
     return SettingTypeError(f"{start}" + (f": did you mean {near[0]}?" if near else ""))
 
 
-def _nested(kind: Any) -> list[tuple[str, Any]]:
+def nested(kind: Any) -> list[tuple[str, Any]]:
     """Return the fields of a dataclass that are dataclasses themselves."""
     hints = get_type_hints(kind)
     inner = [(name, one) for name, hint in hints.items() for one in (hint, *get_args(hint))]

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluate, export, merge, precompute, train
+from logratio.cli import cache, data, evaluate, export, merge, precompute, sweep, train
 from logratio.errors import LogratioError
 from logratio.progress import say
 from logratio.synonyms import translated
@@ -35,6 +35,7 @@ for command in (
     train.train,
     evaluate.evaluate,
     merge.merge,
+    sweep.sweep,
     export.export,
     export.rank,
     export.serve,

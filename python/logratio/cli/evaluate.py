@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, takes_flags
 from logratio.cli.train import announce
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from logratio.training.evaluation import Evaluation
 
 
+@takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
     policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.config import takes_config
 from logratio.cli.options import (
     READING,
     Quantization,
@@ -80,6 +81,7 @@ MACHINE = Machine()
 """The defaults."""
 
 
+@takes_config("PrecomputeConfig")
 @takes_flags
 def precompute(
     model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
 
 if TYPE_CHECKING:
@@ -465,6 +466,7 @@ OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), L
 """The defaults."""
 
 
+@takes_config("TrainConfig")
 @takes_flags
 def train(
     model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
@@ -534,8 +536,11 @@ def _print_result(result: "TrainResult") -> None:
 
 
 def announce(dataset: "Dataset", forecast: "Forecast") -> None:
-    """Print the data report and the forecast on standard error; standard output is for results."""
+    """Print the data's counts, its warnings and the forecast on standard error.
+
+    Standard output is for results.
+    """
     from logratio.data.analysis.report import analyse
 
-    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()
+    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_summary()
     typer.echo(f"{report}\n{forecast.to_text()}", err=True)

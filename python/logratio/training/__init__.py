@@ -13,6 +13,7 @@ from logratio.training.config import (
     LoraSettings,
     PrecomputeConfig,
     SFTConfig,
+    SweepConfig,
     TrainConfig,
 )
 from logratio.training.dataset import VocabularyError
@@ -28,6 +29,8 @@ from logratio.training.precomputation import PrecomputeResult, ShareError, preco
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.run_folder import RunExistsError, TrainResult
+from logratio.training.sweep_results import SweepResult, SweepRow
+from logratio.training.sweep_runs import sweep
 from logratio.training.trainer import DPOTrainer, SaveError, train
 
 __all__ = [
@@ -59,6 +62,9 @@ __all__ = [
     "SaveError",
     "ShareError",
     "StaleCacheError",
+    "SweepConfig",
+    "SweepResult",
+    "SweepRow",
     "TrainConfig",
     "TrainResult",
     "UnsupportedModelError",
@@ -74,5 +80,6 @@ __all__ = [
     "read_lora_config",
     "sft_loss",
     "simpo_loss",
+    "sweep",
     "train",
 ]

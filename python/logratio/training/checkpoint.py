@@ -231,8 +231,10 @@ def _values(before: Any, now: Any) -> str:
 def damage(path: Path) -> str | None:
     """Describe the damage of a checkpoint, or return None if it is intact."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        if not isinstance(files, dict) or "weights.safetensors" not in files:
+            return f"{MANIFEST} was altered"
+        for name, expected in files.items():
             if _digest(path / name) != expected:
                 return f"{name} was altered"
     except (OSError, ValueError, KeyError, TypeError) as error:

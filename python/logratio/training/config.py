@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from logratio.config_file import YamlSettings
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
@@ -92,7 +93,7 @@ class LoraSettings:
 
 @takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(YamlSettings):
     """Settings of one training run.
 
     Attributes:
@@ -272,7 +273,7 @@ class SFTConfig(TrainConfig):
 
 @takes_known_names()
 @dataclass(frozen=True)
-class PrecomputeConfig:
+class PrecomputeConfig(YamlSettings):
     """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
 
     Attributes:
@@ -313,7 +314,7 @@ class PrecomputeConfig:
 
 @takes_known_names()
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(YamlSettings):
     """Settings of one evaluation.
 
     Attributes:
@@ -341,6 +342,46 @@ class EvaluateConfig:
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
+@dataclass(frozen=True)
+class SweepConfig(YamlSettings):
+    """Settings of a sweep: one run for each combination of loss, β, learning rate and seed.
+
+    Attributes:
+        base: Settings that all runs share. Its `output` is the folder of the sweep, with one
+            subfolder per run, and its `cache` is filled before the first run (default: a folder in
+            `output`). Runs are always resumed; `overwrite` trains them all again.
+        eval_data: Held-out preference files; every run is evaluated on them.
+        loss: The losses to combine; each list may be empty: then it has the one value of `base`.
+        beta: Weights of the KL term.
+        lr: Peak learning rates.
+        seed: Seeds of the data order and of new adapters.
+        samples: Completions sampled from each policy to estimate its KL divergence from the
+            reference; 0: no estimate.
+        max_new_tokens: Maximum length of a sampled completion.
+        kl_budget: The best run is chosen among those with at most this KL divergence, in nats per
+            completion. None: among all.
+        engine: "local", one run after the other in this process; or "ray", several at a time on a
+            Ray cluster, each with one GPU, or one CPU if there are no GPUs.
+        workers: Number of runs at a time on Ray; None: as many as fit.
+    """
+
+    base: TrainConfig
+    eval_data: Inputs
+    loss: tuple[str, ...] = ()
+    beta: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    seed: tuple[int, ...] = ()
+    samples: int = 100
+    max_new_tokens: int = 128
+    kl_budget: float | None = None
+    engine: Engine = "local"
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -59,6 +59,7 @@ from logratio.training.reference import (
     sums_folder,
 )
 from logratio.training.reference_checks import check_start
+from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
     CHECKPOINTS,
     RunEnd,
@@ -361,6 +362,7 @@ class DPOTrainer:
         """Run all updates after the last checkpoint, and the evaluations between them."""
         config, groups_in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
+        record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []

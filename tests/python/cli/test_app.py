@@ -27,7 +27,7 @@ from logratio.training import (
 
 
 def flags(command: Callable[..., None]) -> set[str]:
-    own = {"dry_run", "json_file", "lora_config"}  # flags that are no fields
+    own = {"config", "dry_run", "json_file", "lora_config"}  # flags that are no fields
     return set(inspect.signature(command).parameters) - own
 
 
