@@ -45,6 +45,8 @@ FLAGS: Mapping[str, str] = {
     "eos": "append_eos",
     "chat": "text_as",
     "lora_target": "lora_targets",
+    "lora_rslora": "lora_use_rslora",
+    "lora_dora": "lora_use_dora",
 }
 """Flags with another name than their field."""
 INPUTS = ("data", "eval_data")

@@ -200,7 +200,8 @@ def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for given, value in settings.items():
         name = given if given in known else own_name(kind, given)
-        if name not in known:
+        is_off = value is False and _flag(given) in SWITCHES
+        if name not in known or is_off:
             raise _unknown(kind, given)
         if name != given and (name in settings or name in named):
             raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")
@@ -211,15 +212,14 @@ def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 def own_name(kind: type, given: str) -> str:
     """Return the name here of a setting that another trainer calls `given`; else `given`."""
     flag = _flag(given)
-    if flag in SWITCHES:
-        flag = SWITCHES[flag][0]
+    flag = SWITCHES.get(flag, (flag, ""))[0]
     aliases = _ALIASES.get(kind, {})
     return aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
 
 
 def own_value(given: str, value: Any) -> Any:
     """Return the value here of the setting `given`, such as "dpo" for a loss_type "sigmoid"."""
-    if _flag(given) in SWITCHES and isinstance(value, bool):
+    if isinstance(value, bool) and _flag(given) in SWITCHES:
         return SWITCHES[_flag(given)][1] if value else None
     if isinstance(value, list):
         return [own_value(given, one) for one in value]

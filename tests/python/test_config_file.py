@@ -71,6 +71,10 @@ def made(**settings: Any) -> TrainConfig:
         ("use_peft: true\nlora_r: 4", {"lora": LoraSettings(rank=4)}),
         ("lora: {r: 4, lora_alpha: 8}", {"lora": LoraSettings(4, 8.0)}),
         ("lora:\n  target_modules: [q_proj]", {"lora": LoraSettings(targets=("q_proj",))}),
+        ("load_in_4bit: true", {"quantization": "4bit"}),
+        ("load_in_4bit: false", {}),
+        ("lora: {use_rslora: yes}", {"lora": LoraSettings(use_rslora=True)}),
+        ("lora: on\nlora_dora: true", {"lora": LoraSettings(use_dora=True)}),
         ("lora: on\nlora_target: [q_proj]", {"lora": LoraSettings(targets=("q_proj",))}),
         (
             "formats: {format: trl, columns: {prompt: question}}",

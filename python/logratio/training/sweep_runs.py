@@ -266,7 +266,7 @@ class Sweep:
         cached = next((run.cache for run in map(self._cached, self.runs) if run.cache), None)
         if cached is None:
             return
-        fingerprint = model_fingerprint(self.reference, self.precision)
+        fingerprint = model_fingerprint(self.reference, self.precision, base.quantization)
         wanted = PrecomputeConfig(
             self.reference,
             shared.train,
@@ -277,6 +277,7 @@ class Sweep:
             workers=config.workers,
             read_mode=base.read_mode,
             precision=self.precision,
+            quantization=base.quantization,
             device=base.device,
             rules=base.rules,
         )

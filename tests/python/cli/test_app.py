@@ -98,9 +98,6 @@ def test_precompute_train_evaluate(
     assert "32 completions scored" in out
     assert "16 rows read: 16 kept" in err
     assert "needs about" in err
-    assert "[W508]" in err, "warnings are printed"
-    assert "`logratio data report` shows" in err
-    assert len(err.splitlines()) < 20, "and the rest is in the data report"
     run_train = ("train", *shared, "--cache", tmp_path / "cache", "--output", tmp_path / "out")
     code, out, err = run(*run_train, "--lr", "3e-3", "--batch-size", "4", "--epochs", "6")
     assert code == 0, err

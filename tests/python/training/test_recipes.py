@@ -57,7 +57,7 @@ def settings(name: str, folders: Mapping[str, Path], tmp_path: Path) -> TrainCon
 
 def test_every_recipe_has_a_row() -> None:
     assert RECIPES.keys() == FIGURES.keys()
-    assert len(RECIPES) >= 3
+    assert len(RECIPES) == 4
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -79,6 +79,13 @@ def test_the_figures_are_the_forecast(
 
 def bytes_of(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def bytes_in_4_bits(model: nn.Module) -> float:
+    """Bytes if all linear layers but the head take 4 bits, and a float32 scale per 64 weights."""
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
+    weights = sum(one.weight.numel() for name, one in layers.items() if name != "lm_head")
+    return bytes_of(model) - 2 * weights + weights / 2 + 4 * weights / 64
 
 
 def state_of_adamw(model: nn.Module) -> int:
@@ -104,7 +111,7 @@ def test_full_training_takes_the_bytes_of_the_model_s_parameters(
     assert memory.training_bytes(config, None) == weights + gradients + states
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("LoRA")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if "LoRA" in name])
 @pytest.mark.usefixtures("on_gpu")
 def test_lora_takes_at_most_the_forecast(
     name: str, folders: Mapping[str, Path], tmp_path: Path
@@ -114,7 +121,7 @@ def test_lora_takes_at_most_the_forecast(
     config = settings(name, folders, tmp_path)
     assert config.lora
     base = on_meta(ARCHITECTURES[Path(config.model).name], torch.bfloat16)
-    frozen = bytes_of(base)
+    frozen = bytes_in_4_bits(base) if config.quantization == "4bit" else bytes_of(base)
     how = LoraConfig(r=config.lora.rank, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers renamed
@@ -122,4 +129,4 @@ def test_lora_takes_at_most_the_forecast(
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     exact = frozen + adapters * (4 + 4 + 8)  # weights, gradients and moments in float32
     forecast = memory.training_bytes(config, None)
-    assert exact <= forecast < 1.15 * exact
+    assert exact <= forecast < 1.2 * exact
