@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
 from logratio.extras import require
+from logratio.hub import HubError, local_folder
 from logratio.training.bfloat16 import held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import (
     EvaluateConfig,
@@ -92,6 +94,7 @@ memory of 2,048; they were no faster with 6 layers of width 288, and a tenth fas
 768. Smaller micro-batches accumulate gradients more often. A GPU needs more tokens to be busy; the
 best number was not measured."""
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", TrainConfig, PrecomputeConfig, EvaluateConfig)
 
 
 class ModelFolderError(LogratioError, ValueError):
@@ -170,7 +173,7 @@ def load_model(
     """Load a causal language model, or an adapter with its base, in eval mode.
 
     Args:
-        folder: Folder of a model or an adapter.
+        folder: Folder of a model or an adapter, or an id of the Hugging Face hub.
         device: Device for the weights.
         quantization: Load the weights in 8 or 4 bits. None: load them unquantized; a checkpoint
             that is already quantized is loaded unchanged.
@@ -191,7 +194,7 @@ def load_model(
     Example:
         >>> model = load_model("sft-model", precision="bf16-weights")
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     check_model_folder(folder)
     if (folder / ADAPTER_CONFIG).exists():
         base = load_model(
@@ -292,15 +295,38 @@ def _base_module(end: Any) -> Any:
     return getattr(end, "base_layer", getattr(end, "original_module", end))
 
 
+def with_local_models(config: Config) -> Config:
+    """Return a command's settings with folders in place of ids of the Hugging Face hub.
+
+    A model that is not in the cache is downloaded: see `local_folder`.
+
+    Raises:
+        HubError: A model is not available.
+        ConfigError: A revision is given for a folder.
+    """
+    given = {name: getattr(config, name, None) for name in ("model", "reference", "policy")}
+    revision = getattr(config, "revision", None)
+    found: dict[str, Any] = {
+        name: local_folder(model, revision if name == "model" else None)
+        for name, model in given.items()
+        if model is not None
+    }
+    return replace(config, **found | ({"revision": None} if revision else {}))
+
+
 def base_folder(folder: str | Path) -> Path:
-    """Return the base model's folder of an adapter, or `folder` if it is not an adapter."""
+    """Return the base model's folder of an adapter, or `folder` if it is not an adapter.
+
+    The base may be an id of the Hugging Face hub: see `local_folder`.
+    """
     config = Path(folder) / ADAPTER_CONFIG
     if not config.exists():
         return Path(folder)
-    base = Path(json.loads(config.read_text())["base_model_name_or_path"])
+    settings = json.loads(config.read_text())
+    base = Path(settings["base_model_name_or_path"])
     if not base.is_absolute() and not base.exists() and (Path(folder) / base).exists():
         return Path(folder) / base
-    return base
+    return base if base.exists() else local_folder(base, settings.get("revision"))
 
 
 def check_model_folder(folder: Path) -> None:
@@ -393,8 +419,15 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _check_base(adapter: Path) -> None:
-    """Refuse an adapter whose base is not a local folder: peft often records only a hub id."""
-    base = base_folder(adapter)
+    """Refuse an adapter whose base is neither a local folder nor available from the hub."""
+    try:
+        base = base_folder(adapter)
+    except HubError as error:
+        name = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+        raise ModelFolderError(
+            f"{adapter}: its base model is missing: {error.reason}"
+            + fetching_advice(name, "model", adapter / name)
+        ) from error
     if not base.is_dir():
         place = base if base.is_absolute() else adapter / base
         raise ModelFolderError(

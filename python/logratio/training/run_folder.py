@@ -25,6 +25,7 @@ from logratio.cache.identity import read_conditions, record_conditions
 from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
+from logratio.hub import hub_origin, origin
 from logratio.progress import say
 from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, PathLike, TrainConfig
@@ -228,12 +229,15 @@ def save_run(
     try:
         with quietly(), system_errors(output):
             policy.save_pretrained(partial)  # type: ignore[operator]
+        _name_base(partial, Path(config.model))
         for name in (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json"):
             if (source := Path(config.model) / name).exists():
                 shutil.copyfile(source, partial / name)
         settings = {
             "version": __version__,
             **asdict(config),
+            "model": origin(config.model),
+            "reference": origin(config.reference) if config.reference else None,
             "beta": beta_of(config),
             "precision": precision_of(config),
             **asdict(end),
@@ -247,6 +251,18 @@ def save_run(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _publish(partial, output)
+
+
+def _name_base(saved: Path, folder: Path) -> None:
+    """Let a saved adapter name its base by hub id and commit, if that is where it is from.
+
+    peft would look up the id on the hub while saving, so it is written afterwards.
+    """
+    path, found = saved / ADAPTER_CONFIG, hub_origin(folder)
+    if path.exists() and found:
+        settings = json.loads(path.read_text("utf-8"))
+        settings |= dict(zip(("base_model_name_or_path", "revision"), found, strict=True))
+        path.write_text(json.dumps(settings, indent=2))
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -42,6 +42,7 @@ from logratio.training.models import (
     precision_note,
     precision_of,
     training_budget,
+    with_local_models,
 )
 from logratio.training.optimizers import state_bytes
 from logratio.training.policy import build_policy
@@ -78,7 +79,7 @@ from logratio.training.torch_settings import (
     fixed_order,
 )
 from logratio.training.update import Updater
-from logratio.training.validation import check_config, reference_kind
+from logratio.training.validation import check_folders, check_settings, reference_kind
 from logratio.validation import check_kind
 
 REFUSED_FILE = "refused.jsonl"
@@ -162,8 +163,10 @@ class DPOTrainer:
         config = config or TrainConfig(**given)
         refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
-        check_config(config)
+        check_settings(config)
         check_metric(config)
+        config = with_local_models(config)
+        check_folders(config)
         if config.rules.date is None:
             config = replace(
                 config, rules=replace(config.rules, date=run_folder.date_of_run(config))
