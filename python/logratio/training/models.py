@@ -27,6 +27,7 @@ from logratio.training.config import (
     Quantization,
     TrainConfig,
 )
+from logratio.training.given_model import given_model
 
 SCHEMES: dict[Quantization, str] = {
     "8bit": "LLM.int8, outliers from 6.0",
@@ -169,6 +170,7 @@ def load_model(
     quantization: Quantization | None = None,
     precision: Precision = "fp32",
     frozen: bool = False,
+    in_place: bool = False,
 ) -> nn.Module:
     """Load a causal language model, or an adapter with its base, in eval mode.
 
@@ -181,6 +183,8 @@ def load_model(
             4-bit weights, this is also the compute dtype.
         frozen: The weights will not be trained. They then require no gradient, and under "bf16"
             matrices are stored in bfloat16, since autocast would round them at each use.
+        in_place: Return a model that was given to the trainer as an object itself, instead of a
+            copy; `frozen` then stores no matrix in bfloat16, which would change the object.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
@@ -196,6 +200,12 @@ def load_model(
     """
     folder = local_folder(folder)
     check_model_folder(folder)
+    if given := given_model(folder):
+        found = _prepared(given.loaded(in_place=in_place), precision)
+        if frozen and not in_place:
+            found = held_in_bfloat16(found) if precision == "bf16" else found
+            found = found.requires_grad_(False)
+        return found.to(device)
     if (folder / ADAPTER_CONFIG).exists():
         base = load_model(
             base_folder(folder),
@@ -216,6 +226,19 @@ def load_model(
         if precision == "bf16" and not special:
             model = held_in_bfloat16(model)
     return model if special else model.to(device)
+
+
+def _prepared(model: nn.Module, precision: Precision) -> nn.Module:
+    """Prepare a model in memory like a loaded one, in place.
+
+    Buffers keep their dtype, as in `from_pretrained`: rounded rotary frequencies give other values.
+    Adapters keep float32.
+    """
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if "lora_" in name else weights_dtype(precision)
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+    return with_softcap(without_dropout(model)).eval()
 
 
 def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
@@ -346,6 +369,9 @@ def check_model_folder(folder: Path) -> None:
         )
     if not adapter and not (folder / "config.json").exists():
         raise ModelFolderError(f"{folder}: no config.json, so this is not a model folder")
+    if given_model(folder):
+        architecture(folder)
+        return
     if not any(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
         raise ModelFolderError(
             f"{folder}: no safetensors weights (other formats can run code when loaded); "

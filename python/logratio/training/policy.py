@@ -58,10 +58,13 @@ def check_lora_targets(settings: LoraSettings, folder: str | Path) -> None:
 def build_policy(config: TrainConfig, device: str) -> nn.Module:
     """Load the policy, with new adapters if configured; only trained weights require gradients."""
     precision, adapts = precision_of(config), config.lora is not None
-    model = load_model(config.model, device=device, precision=precision, frozen=adapts)
+    model = load_model(
+        config.model, device=device, precision=precision, frozen=adapts, in_place=True
+    )
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         return merged(model).requires_grad_(True)
     if config.lora is None:
         return model
-    policy = with_lora(model, config.lora, Path(config.model))
+    is_wrapped = hasattr(model, "peft_config")  # a peft model in memory
+    policy = model if is_wrapped else with_lora(model, config.lora, Path(config.model))
     return policy if precision == "fp32" else with_bfloat16_adapters(policy)

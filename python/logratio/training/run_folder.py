@@ -25,12 +25,12 @@ from logratio.cache.identity import read_conditions, record_conditions
 from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
-from logratio.hub import hub_origin, origin
 from logratio.progress import say
 from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.given_model import base_names, name_of, source_of
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.metrics import EVALUATIONS_FILE, METRICS_FILE
 from logratio.training.models import (
@@ -122,7 +122,7 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     """
     output = Path(config.output)
     for folder in (config.model, config.reference or config.model):
-        if output.resolve() == Path(folder).resolve():
+        if output.resolve() == source_of(folder).resolve():
             raise ConfigError(f"output {output} is the folder of an input model; choose another")
     settings, left = settings_of(output), checkpoint.newest(output / CHECKPOINTS)
     is_ours = settings is not None or left or (output / SAVING).exists()
@@ -236,8 +236,8 @@ def save_run(
         settings = {
             "version": __version__,
             **asdict(config),
-            "model": origin(config.model),
-            "reference": origin(config.reference) if config.reference else None,
+            "model": name_of(config.model),
+            "reference": name_of(config.reference) if config.reference else None,
             "beta": beta_of(config),
             "precision": precision_of(config),
             **asdict(end),
@@ -254,15 +254,14 @@ def save_run(
 
 
 def _name_base(saved: Path, folder: Path) -> None:
-    """Let a saved adapter name its base by hub id and commit, if that is where it is from.
+    """Let a saved adapter name its base so that it is found from anywhere.
 
-    peft would look up the id on the hub while saving, so it is written afterwards.
+    peft would look up an id on the hub while saving, so it is written afterwards.
     """
-    path, found = saved / ADAPTER_CONFIG, hub_origin(folder)
-    if path.exists() and found:
+    path = saved / ADAPTER_CONFIG
+    if path.exists() and not (folder / ADAPTER_CONFIG).exists():
         settings = json.loads(path.read_text("utf-8"))
-        settings |= dict(zip(("base_model_name_or_path", "revision"), found, strict=True))
-        path.write_text(json.dumps(settings, indent=2))
+        path.write_text(json.dumps(settings | base_names(folder), indent=2))
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -30,9 +30,10 @@ from logratio.training.activations import LayerOptions, choose_checkpointing, la
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
-from logratio.training.config import PathLike, TrainConfig
+from logratio.training.config import TrainConfig
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.given_model import given_model
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
 from logratio.training.metrics import MetricsLog
@@ -78,6 +79,7 @@ from logratio.training.torch_settings import (
     exact_products,
     fixed_order,
 )
+from logratio.training.trainer_arguments import trainer_arguments
 from logratio.training.update import Updater
 from logratio.training.validation import check_folders, check_settings, reference_kind
 from logratio.validation import check_kind
@@ -116,13 +118,23 @@ class DPOTrainer:
     `train` returns, no other process can train into it. It does not load the model.
 
     Args:
-        model: Folder of the model to start from (safetensors, tokenizer.json).
+        model: The model to start from: a folder (safetensors, tokenizer.json), an id of the
+            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` whose adapter is new. An object
+            is trained in place: its dropout is turned off, and it gets the device and the precision
+            of the run.
         data: Preference data, as in `TrainConfig`.
-        config: All settings at once, instead of `model`, `data` and `settings`.
+        tokenizer: A fast tokenizer of transformers, a folder or an id. None: that of the model's
+            folder or id.
+        reference: The reference: a folder, an id or a `PreTrainedModel`, which is used without a
+            copy. None: the model before its first update.
+        peft_config: A `LoraConfig` of peft, in place of `lora`.
+        config: All settings at once, instead of `model`, `data` and `settings`; or a `DPOConfig`
+            of TRL, whose fields become settings or are refused by name.
         callbacks: Called during the run: see `Callback`.
         show_progress: Draw progress bars and print notes.
         dry_run: Create no files. The trainer then offers a forecast but cannot train.
-        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names.
+        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names;
+            also TRL's arguments `args`, `processing_class`, `ref_model` and `train_dataset`.
 
     Attributes:
         config: The settings; `rules` holds the rules that the data was tokenized with.
@@ -147,20 +159,22 @@ class DPOTrainer:
 
     def __init__(
         self,
-        model: PathLike | None = None,
+        model: Any = None,
         data: Inputs | None = None,
         *,
-        config: TrainConfig | None = None,
+        tokenizer: Any = None,
+        reference: Any = None,
+        peft_config: Any = None,
+        config: Any = None,
         callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
         dry_run: bool = False,
         **settings: Any,
     ) -> None:
-        named: dict[str, Any] = {"model": model, "data": data}
+        named = {"model": model, "data": data, "reference": reference}
         given = {name: value for name, value in named.items() if value is not None} | settings
-        if config is not None and given:
-            raise ConfigError(f"config holds all settings: leave {', '.join(given)} out")
-        config = config or TrainConfig(**given)
+        arguments = trainer_arguments(given, tokenizer, peft_config, config)
+        config, self._models = arguments.config, arguments.models
         refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
         check_settings(config)
@@ -271,7 +285,8 @@ class DPOTrainer:
                 unchanged.
         """
         if self.finished:
-            say(f"{self.finished.output}: a run with these settings has already finished")
+            kept = "; the model in memory is unchanged" if given_model(self.config.model) else ""
+            say(f"{self.finished.output}: a run with these settings has already finished{kept}")
             return self.finished
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
