@@ -7,13 +7,14 @@ with another tokenizer gets a temporary folder too, with links to the weights.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,9 @@ class GivenModel:
     def __init__(
         self, model: Any = None, *, source: Path | None = None, is_reference: bool = False
     ) -> None:
-        self._temporary = TemporaryDirectory(prefix=_PREFIX if model is not None else "logratio-")
-        self.folder = Path(self._temporary.name).resolve()
+        prefix = _PREFIX if model is not None else "logratio-"
+        self.folder = Path(mkdtemp(prefix=prefix)).resolve()
+        finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.model, self.source, self.is_reference = model, source, is_reference
         _GIVEN[self.folder] = self
 
