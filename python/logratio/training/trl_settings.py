@@ -25,7 +25,6 @@ SAME_MEANING: Mapping[str, str] = {
     "seed": "seed",
     "full_determinism": "deterministic",
     "beta": "beta",
-    "label_smoothing": "label_smoothing",
     "activation_offloading": "offload_activations",
 }
 """Fields that are settings under the same or another name."""
@@ -35,7 +34,7 @@ COMPUTED = {
     *("max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
     *("bf16", "fp16", "model_init_kwargs", "torch_compile", "use_cpu", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "max_length", "loss_type"),
-    "precompute_ref_log_probs",
+    *("precompute_ref_log_probs", "label_smoothing"),
 }
 """Fields that settings are computed from."""
 
@@ -79,6 +78,8 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw8bit"),
 }
+_LOSSES = {"sigmoid": "dpo", "ipo": "ipo"}
+"""Losses of TRL with the same formula here."""
 _SCHEDULES = {"linear", "cosine", "constant"}
 
 
@@ -102,10 +103,10 @@ def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse_unsupported(args)
     found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
-    for part in (_length, _schedule, _machine, _checkpoints, _objective):
+    for part in (_length, _schedule, _machine, _checkpoints, _reference):
         found |= part(args)
-    if "rules" not in given:
-        found |= _rules(args)
+    for name, part in {"loss": _objective, "rules": _rules}.items():
+        found |= {} if name in given else part(args)
     for name, note in NOTED.items():
         if getattr(args, name, None) not in (None, "none", [], ["none"]):
             say(f"{name}: {note}")
@@ -226,16 +227,27 @@ def _checkpoints(args: Any) -> dict[str, Any]:
 
 
 def _objective(args: Any) -> dict[str, Any]:
-    """Return the loss and its reference."""
+    """Return the loss. A name of TRL may be that of another formula here, so few are accepted."""
     kinds = getattr(args, "loss_type", "sigmoid")
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if len(kinds) != 1:
-        raise _refusal("loss_type", kinds)
-    found: dict[str, Any] = {"loss": VALUES.get(("--loss-type", kinds[0]), kinds[0])}
-    if getattr(args, "precompute_ref_log_probs", False):
-        cache = Path(args.output_dir) / "reference-cache"
-        found |= {"cache": str(cache), "precompute": True}
-    return found
+    if len(kinds) != 1 or kinds[0] not in _LOSSES:
+        raise ConfigError(
+            f"args: loss_type={', '.join(kinds)} has no equivalent here: choose from "
+            f"{', '.join(_LOSSES)}, or give loss to the trainer itself"
+        )
+    if smoothing := getattr(args, "label_smoothing", 0.0):
+        raise ConfigError(
+            f"args: label_smoothing={smoothing} has no effect on the loss {kinds[0]} in TRL, and "
+            "would have one here: leave it out of args, or give it to the trainer itself"
+        )
+    return {"loss": _LOSSES[kinds[0]]}
+
+
+def _reference(args: Any) -> dict[str, Any]:
+    """Return where the reference's log-probs are stored, if they are computed first."""
+    if not getattr(args, "precompute_ref_log_probs", False):
+        return {}
+    return {"cache": str(Path(args.output_dir) / "reference-cache"), "precompute": True}
 
 
 def _rules(args: Any) -> dict[str, Any]:
