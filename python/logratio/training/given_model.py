@@ -49,7 +49,10 @@ class GivenModel:
         model: The object; None if the weights are linked in the folder.
         source: The folder that the weights were read from, or None.
         is_reference: Whether the object is used as a reference only, so that no copy is needed.
+        is_trained: Whether updates may have changed the weights.
     """
+
+    is_trained = False
 
     def __init__(
         self, model: Any = None, *, source: Path | None = None, is_reference: bool = False
@@ -83,6 +86,7 @@ class GivenModel:
         Args:
             in_place: The caller trains the object.
         """
+        assert not self.is_trained, "a copy of a trained model is not the start of its run"
         _ = self.weights_digest
         found: nn.Module = self.model
         if not (in_place or self.is_reference):

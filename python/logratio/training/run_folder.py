@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +369,13 @@ def date_of_run(config: TrainConfig) -> str | None:
         return _date_field(state["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a damaged checkpoint is reported when it is loaded
+
+
+def with_date(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the date of the run in the output folder, unless they have one."""
+    if config.rules.date is not None:
+        return config
+    return replace(config, rules=replace(config.rules, date=date_of_run(config)))
 
 
 def date_of_policy(folder: PathLike) -> str | None:

@@ -22,9 +22,9 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
-from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
+from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import transformer
-from logratio.progress import Advance, progress, say
+from logratio.progress import progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
@@ -36,7 +36,7 @@ from logratio.training.fingerprint import model_fingerprint
 from logratio.training.given_model import given_model
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
-from logratio.training.metrics import MetricsLog
+from logratio.training.metrics import MetricsLog, progress_note
 from logratio.training.models import (
     autocast,
     default_device,
@@ -171,20 +171,15 @@ class DPOTrainer:
         dry_run: bool = False,
         **settings: Any,
     ) -> None:
-        named = {"model": model, "data": data, "reference": reference}
-        given = {name: value for name, value in named.items() if value is not None} | settings
-        arguments = trainer_arguments(given, tokenizer, peft_config, config)
-        config, self._models = arguments.config, arguments.models
+        given = {"model": model, "data": data, "reference": reference} | settings
+        config, self._models = trainer_arguments(given, tokenizer, peft_config, config)
         refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
         check_settings(config)
         check_metric(config)
         config = with_local_models(config)
         check_folders(config)
-        if config.rules.date is None:
-            config = replace(
-                config, rules=replace(config.rules, date=run_folder.date_of_run(config))
-            )
+        config = run_folder.with_date(config)
         self.show_progress, self.dry_run = show_progress, dry_run
         self.callbacks = check_callbacks(callbacks)
         self.device = default_device(config.device)
@@ -337,8 +332,7 @@ class DPOTrainer:
         """Return the best layout that all models in memory support; print a note if slower."""
         models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
         wanted = self.config.share_beginnings
-        found = [choose_layout(model, share_beginnings=wanted) for model in models]
-        layout, reason = min(found, key=lambda one: LAYOUTS.index(one[0]))
+        layout, reason = choose_layout(*models, share_beginnings=wanted)
         if note := layout_note(layout, reason, share_beginnings=wanted):
             say(note)
         return layout
@@ -402,7 +396,7 @@ class DPOTrainer:
                     values["epoch"] = self.state.epoch
                     log.write(step, values)
                     history.append(values)
-                    _report(advance, groups, values)
+                    advance(groups, progress_note(values))
                     self._call("on_update", values)
                     self._evaluate(log, interrupted)
                     self._maybe_save(step, interrupted())
@@ -598,10 +592,3 @@ def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
 
 def _place(micro: MicroBatch) -> tuple[int, int]:
     return micro.epoch, micro.update
-
-
-def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
-    note = f"loss {values['loss']:.4f}"
-    if "rewards/accuracies" in values:
-        note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
-    advance(groups, note)

@@ -1,7 +1,7 @@
 """The arguments of the trainer as settings: objects, peft's config, and TRL's names."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ TRL_NAMES: Mapping[str, str] = {
     "train_dataset": "data",
 }
 """Arguments of TRL's DPOTrainer with another name here; `synonyms` has the names of fields."""
+_OF_TRAINER = ("model", "data", "reference", "tokenizer", "config")
+"""Arguments that None leaves out."""
 _UNSUPPORTED: Mapping[str, str] = {
     "data_collator": "batches are laid out from the tokenized data; leave it out",
     "compute_metrics": "the metrics of every update are in metrics.jsonl; leave it out",
@@ -35,22 +37,9 @@ _UNSUPPORTED: Mapping[str, str] = {
 """Arguments of TRL's DPOTrainer without an equivalent, and what to do instead."""
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The settings of a run, and the models that it was given as objects.
-
-    Attributes:
-        config: The settings, with folders for all models.
-        models: The objects; their folders are deleted with them.
-    """
-
-    config: TrainConfig
-    models: tuple[GivenModel, ...] = ()
-
-
 def trainer_arguments(
     given: Mapping[str, Any], tokenizer: Any = None, peft_config: Any = None, config: Any = None
-) -> Arguments:
+) -> tuple[TrainConfig, tuple[GivenModel, ...]]:
     """Combine the arguments of a trainer into its settings.
 
     Args:
@@ -60,6 +49,10 @@ def trainer_arguments(
         peft_config: A `LoraConfig` of peft, or None.
         config: A complete `TrainConfig`; or a `DPOConfig` of TRL, whose fields come after those in
             `given`.
+
+    Returns:
+        The settings, with folders for all objects; and the objects, which must be kept as long as
+        their folders are used.
 
     Raises:
         ConfigError, SettingTypeError, HubError: An argument cannot be used; the message names it.
@@ -79,7 +72,7 @@ def trainer_arguments(
             raise ConfigError("lora and peft_config both describe the adapters: give one of them")
         settings["lora"] = lora_settings(peft_config, _folder_of(settings))
     settings |= _of_object(models, settings, follows=is_trl)
-    return Arguments(kind(**settings), tuple(models.values()))
+    return kind(**settings), tuple(models.values())
 
 
 def _with_own_names(given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
@@ -91,10 +84,11 @@ def _with_own_names(given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
                 raise ConfigError(f"DPOTrainer has no {name}; use instead: {_UNSUPPORTED[name]}")
             continue
         ours = _own_name(name)
-        if named.get(ours) is not None and value is not None:
+        if value is None and ours in _OF_TRAINER:
+            continue
+        if named.get(ours) is not None:
             raise SettingTypeError(f"DPOTrainer: {name} means {ours}, which is given too")
-        if value is not None or ours not in named:
-            named[ours] = value
+        named[ours] = value
     return named
 
 
@@ -164,6 +158,11 @@ def _of_object(
         found["lora"] = lora = _adapter_of(given, settings)
     if lora is None and not any(p.requires_grad for p in given.model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient, so nothing is trained")
+    if settings.get("cache") and settings.get("eval_samples") and not settings.get("reference"):
+        raise ConfigError(
+            "eval_samples draws from the reference too, and with a cache no copy of the model in "
+            "memory is kept: give the reference's folder, or leave cache or eval_samples out"
+        )
     if lora is not None and given.source is None:
         raise ConfigError(
             "the adapter's base was not loaded from a folder or a hub id, so the saved adapter "

@@ -13,6 +13,7 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
 from logratio.progress import say
 from logratio.synonyms import INSTEAD, VALUES
+from logratio.training.selection import LOWER_IS_BETTER
 
 SAME_MEANING: Mapping[str, str] = {
     "output_dir": "output",
@@ -34,7 +35,8 @@ COMPUTED = {
     *("max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
     *("bf16", "fp16", "model_init_kwargs", "torch_compile", "use_cpu", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "max_length", "loss_type"),
-    *("precompute_ref_log_probs", "label_smoothing"),
+    *("precompute_ref_log_probs", "label_smoothing", "eval_strategy", "eval_steps"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 }
 """Fields that settings are computed from."""
 
@@ -53,10 +55,9 @@ WITHOUT_EFFECT = {
     *("average_tokens_across_devices", "ddp_find_unused_parameters", "ddp_bucket_cap_mb"),
     *("ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank"),
     # evaluation is not requested by these alone
-    *("eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only"),
+    *("do_eval", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
     *("include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
-    *("metric_for_best_model", "greater_is_better"),
     # logs and checkpoints
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"),
     *("logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm", "logging_dir"),
@@ -105,6 +106,8 @@ def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
     for part in (_length, _schedule, _machine, _checkpoints, _reference):
         found |= part(args)
+    if {"eval_data", "eval_dataset", "eval_share"} & given.keys():
+        found |= _evaluations(args)
     for name, part in {"loss": _objective, "rules": _rules}.items():
         found |= {} if name in given else part(args)
     for name, note in NOTED.items():
@@ -124,7 +127,7 @@ def _refuse_unsupported(args: Any) -> None:
             raise _refusal(field.name, value)
 
 
-_AS_PREPARED: Mapping[str, Any] = {"eval_strategy": "no", "fsdp": [], "deepspeed": None}
+_AS_PREPARED: Mapping[str, Any] = {"fsdp": []}
 """Values that `TrainingArguments` stores in place of a default."""
 
 
@@ -224,6 +227,25 @@ def _checkpoints(args: Any) -> dict[str, Any]:
     if given not in (None, False, True, "True", "False"):
         raise _refusal("resume_from_checkpoint", given)
     return found | ({"resume": True} if given in (True, "True") else {})
+
+
+def _evaluations(args: Any) -> dict[str, Any]:
+    """Return when held-out data is evaluated, and by which metric the best model is chosen."""
+    found: dict[str, Any] = {}
+    if _plain(args.eval_strategy) == "steps":
+        every = args.eval_steps or args.logging_steps
+        if every != int(every):
+            raise _refusal("eval_steps", every)
+        found["eval_every"] = int(every)
+    if args.load_best_model_at_end:
+        found["best_metric"] = metric = args.metric_for_best_model or "loss"
+        is_lower_better = metric.removeprefix("eval_") in LOWER_IS_BETTER
+        if args.greater_is_better is is_lower_better:
+            raise ConfigError(
+                f"args: greater_is_better={args.greater_is_better} has no equivalent here for "
+                f"{metric}: leave it at its default, or give best_metric to the trainer itself"
+            )
+    return found
 
 
 def _objective(args: Any) -> dict[str, Any]:

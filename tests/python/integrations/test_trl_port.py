@@ -164,7 +164,7 @@ def test_the_page_has_every_field(name: str) -> None:
 REFUSED: dict[str, Any] = {
     "dataloader_drop_last": True,
     "disable_dropout": False,
-    "eval_strategy": "epoch",
+    "eval_on_start": True,
     "f_divergence_type": "js_divergence",
     "label_smoothing": 0.1,
     "label_smoothing_factor": 0.1,
@@ -294,3 +294,46 @@ def test_a_peft_config_keeps_pefts_defaults(
     assert lora is not None
     assert (lora.rank, lora.alpha) == (wanted.r, wanted.lora_alpha)
     assert set(lora.targets) == set(wanted.target_modules)
+
+
+def test_held_out_data_is_evaluated_as_in_trl(
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "num_train_epochs": 5,
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "metric_for_best_model": "eval_rewards/accuracies",
+    }
+    found = []
+    held: Any = Dataset.from_list([{**one, "prompt": one["prompt"] + " loud"} for one in pairs])
+    for kind in (trl.DPOTrainer, logratio.DPOTrainer):
+        trainer: Any = kind(
+            model=load(tiny_model),
+            args=args_of(tmp_path / kind.__module__, **options),
+            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+            train_dataset=Dataset.from_list(pairs),
+            eval_dataset=held,
+        )
+        result = trainer.train()
+        rows = result.evaluations if kind is logratio.DPOTrainer else trainer.state.log_history
+        found.append([row["eval_loss"] for row in rows if "eval_loss" in row])
+    expected, ours = found
+    assert ours[: len(expected)] == pytest.approx(expected, abs=1e-5)
+    assert len(expected) >= 2
+    assert trainer.config.best_metric == "eval_rewards/accuracies"
+
+
+@pytest.mark.parametrize(
+    "change", [{"eval_steps": 0.5}, {"greater_is_better": True, "load_best_model_at_end": True}]
+)
+def test_evaluations_without_an_equivalent_are_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = args_of(tmp_path, **options | change)
+    with pytest.raises(ConfigError, match=f"args: {next(iter(change))}="):
+        settings_of_trl(args, {"eval_dataset": [{}]})

@@ -368,3 +368,18 @@ def test_a_model_of_an_unsupported_kind_is_refused(pairs: Path, tmp_path: Path) 
     model.config.use_bidirectional_attention = True
     with pytest.raises(ModelFolderError, match="no next-token log-probs"):
         DPOTrainer(model, pairs, tokenizer=word_tokenizer(), output=tmp_path / "o")
+
+
+def test_the_best_model_and_held_out_data_work_with_an_object(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"eval_share": 0.25, "eval_samples": 2, "max_new_tokens": 4, **FAST}
+    output = tmp_path / "a"
+    trainer = DPOTrainer(load(tiny_model), pairs, output=output, best_metric="loss", **given)
+    found = trainer.train().evaluations
+    expected = DPOTrainer(tiny_model, pairs, output=tmp_path / "b", best_metric="loss", **given)
+    assert found == expected.train().evaluations
+    with pytest.raises(ConfigError, match="no copy of the model in memory is kept"):
+        DPOTrainer(
+            load(tiny_model), pairs, output=tmp_path / "c", cache=tmp_path / "cache", **given
+        )
