@@ -160,4 +160,4 @@ def _plain_name(name: str) -> str:
 
 def _sha256(tensor: Tensor) -> str:
     content = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
-    return hashlib.sha256(content.numpy()).hexdigest()
+    return hashlib.sha256(content.numpy().data).hexdigest()

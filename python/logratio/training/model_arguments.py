@@ -88,7 +88,7 @@ def check_object(name: str, model: Any) -> None:
             f"{name} must be a folder, an id of the Hugging Face hub, or a PreTrainedModel, not "
             f"{type(model).__name__}"
         )
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base.config), ())  # type: ignore[arg-type]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base.config), ())
     if not isinstance(base, kind):
         raise ConfigError(
             f"{name} is a {type(base).__name__}, which is not a causal language model of "

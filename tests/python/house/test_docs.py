@@ -53,7 +53,9 @@ def test_python_blocks_run_one_after_the_other(
     assert pairs_file == tmp_path / "pairs.jsonl"
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    assert not [page for page in PAGES if page not in (*RUN, *ELSEWHERE) and blocks("python", [page])]
+    assert not [
+        page for page in PAGES if page not in (*RUN, *ELSEWHERE) and blocks("python", [page])
+    ]
     for page in RUN:
         assert blocks("python", [page])
         for number, block in enumerate(blocks("python", [page]), 1):

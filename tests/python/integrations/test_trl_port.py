@@ -241,7 +241,7 @@ def test_settings_of_the_call_take_precedence(
     args = args_of(tmp_path, loss_type="hinge", label_smoothing=0.2)
     with pytest.raises(ConfigError, match="loss_type=hinge has no equivalent here: choose from"):
         logratio.DPOTrainer(tiny_model, pairs, args=args)
-    smooth = {"loss": "dpo", "label_smoothing": 0.1, "dry_run": True}
+    smooth: dict[str, Any] = {"loss": "dpo", "label_smoothing": 0.1, "dry_run": True}
     trainer = logratio.DPOTrainer(tiny_model, pairs, args=args, **smooth)
     assert (trainer.config.loss, trainer.config.label_smoothing) == ("dpo", 0.1)
 
@@ -252,7 +252,7 @@ def test_arguments_without_an_equivalent_are_refused(
     given: dict[str, Any] = {"model": tiny_model, "args": args_of(tmp_path), "train_dataset": pairs}
     for name in ("data_collator", "compute_metrics", "quantization_config"):
         with pytest.raises(ConfigError, match=f"DPOTrainer has no {name}; use instead"):
-            logratio.DPOTrainer(**given, **{name: object()})
+            logratio.DPOTrainer(**given | {name: object()})
     with pytest.raises(SettingTypeError, match="train_dataset means data, which is given too"):
         logratio.DPOTrainer(data=pairs, **given)
     trainer = logratio.DPOTrainer(**given, data_collator=None, optimizers=(None, None))
@@ -289,7 +289,7 @@ def test_a_peft_config_keeps_pefts_defaults(
     trainer = logratio.DPOTrainer(
         tiny_model, pairs, peft_config=LoraConfig(), output=tmp_path, dry_run=True
     )
-    wanted = get_peft_model(load(tiny_model), LoraConfig()).peft_config["default"]
+    wanted: Any = get_peft_model(load(tiny_model), LoraConfig()).peft_config["default"]
     lora = trainer.config.lora
     assert lora is not None
     assert (lora.rank, lora.alpha) == (wanted.r, wanted.lora_alpha)
