@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from logratio.cache.identity import fingerprint_digest
@@ -110,6 +111,20 @@ class GivenModel:
     def parameter_count(self) -> int:
         """Count the parameters without an adapter; tied ones once."""
         return sum(tensor.numel() for _, tensor in self._tensors())
+
+    def changed_weight(self) -> str | None:
+        """Return the name of a weight that differs from the one in `source`; None if none does.
+
+        A weight that was rounded to the object's dtype while it was loaded is equal.
+        """
+        tensors = dict(self._tensors())
+        for path in sorted(self.source.glob("*.safetensors")) if self.source else ():
+            with safe_open(path, framework="pt") as file:
+                for name in tensors.keys() & set(file.keys()):
+                    own = tensors[name].detach().cpu()
+                    if not torch.equal(file.get_tensor(name).to(own.dtype), own):
+                        return name
+        return None
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that a folder would contain: of tied ones, only the source."""

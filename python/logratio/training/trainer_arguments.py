@@ -163,12 +163,23 @@ def _of_object(
             "eval_samples draws from the reference too, and with a cache no copy of the model in "
             "memory is kept: give the reference's folder, or leave cache or eval_samples out"
         )
-    if lora is not None and given.source is None:
-        raise ConfigError(
-            "the adapter's base was not loaded from a folder or a hub id, so the saved adapter "
-            "could not name it: save it with model.save_pretrained(folder) and load it from there"
-        )
+    if lora is not None:
+        _check_base(given)
     return found
+
+
+def _check_base(given: GivenModel) -> None:
+    """Refuse a model with adapters that the saved adapter could not name as its base."""
+    why = None
+    if given.source is None:
+        why = "was not loaded from a folder or a hub id"
+    elif name := given.changed_weight():
+        why = f"differs in {name} from {given.name}, from which it was loaded"
+    if why:
+        raise ConfigError(
+            f"the adapter's base {why}, so the saved adapter could not name it: save it with "
+            "model.save_pretrained(folder) and load it from there"
+        )
 
 
 def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:

@@ -207,6 +207,19 @@ def test_a_trained_adapter_needs_a_reference(tiny_model: Path, pairs: Path, tmp_
     assert isinstance(load_model(simpo.train().output), PeftModel)
 
 
+def test_the_base_of_an_adapter_must_be_the_model_that_it_names(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Otherwise the saved adapter would be loaded over other weights."""
+    given: dict[str, Any] = {"peft_config": ADAPTER, **FAST}
+    low = load(tiny_model, dtype=torch.bfloat16)
+    DPOTrainer(low, pairs, output=tmp_path / "a", dry_run=True, **given)
+    model = load(tiny_model)
+    DPOTrainer(model, pairs, output=tmp_path / "b", **FAST).train()
+    with pytest.raises(ConfigError, match=r"the adapter's base differs in .*weight from .*model0"):
+        DPOTrainer(model, pairs, output=tmp_path / "c", **given)
+
+
 def test_only_parameters_that_require_gradients_are_trained(
     tiny_model: Path, pairs: Path, tmp_path: Path
 ) -> None:
