@@ -202,8 +202,7 @@ def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for given, value in settings.items():
         name = given if given in known else own_name(kind, given)
-        is_off = value is False and _flag(given) in SWITCHES
-        if name not in known or is_off:
+        if name not in known:
             raise _unknown(kind, given)
         if name != given and (name in settings or name in named):
             raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")

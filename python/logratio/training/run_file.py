@@ -52,7 +52,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         if given.get(name) is not None
     }
     folders: dict[str, Any] = {name: absolute(given[name]) for name in FOLDERS}
-    models = {name: name_of(given[name]) for name in MODELS if given[name] is not None}
+    models: dict[str, Any] = {
+        name: name_of(given[name]) for name in MODELS if given[name] is not None
+    }
     return replace(config, **inputs, **folders, **models)
 
 
