@@ -245,13 +245,18 @@ def _prepared(model: nn.Module, precision: Precision) -> nn.Module:
     """Prepare a model in memory like a loaded one, in place.
 
     Buffers keep their dtype, as in `from_pretrained`: rounded rotary frequencies give other values.
-    Adapters keep float32.
+    Adapters keep float32, and their dropout, which `use_dropout` turns on.
     """
     for name, parameter in model.named_parameters():
         wanted = torch.float32 if "lora_" in name else weights_dtype(precision)
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)
-    return with_softcap(without_dropout(model)).eval()
+    modules = model.named_modules()
+    kept = {m: m.p for name, m in modules if isinstance(m, nn.Dropout) and "lora_" in name}
+    model = with_softcap(without_dropout(model)).eval()
+    for module, probability in kept.items():
+        module.p = probability
+    return model
 
 
 def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:

@@ -15,6 +15,7 @@ from logratio.training.given_model import GivenModel
 from logratio.training.lora import settings_of_peft
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.model_arguments import given_policy, given_reference
+from logratio.training.policy import TRAINED
 from logratio.training.trl_settings import is_training_arguments, settings_of_trl
 from logratio.validation import check_kind
 
@@ -143,6 +144,8 @@ def _of_object(
     given = models.get("model")
     if given is None or given.model is None:
         return {}
+    if settings.get("quantization") is not None:
+        raise ConfigError("quantization applies while weights are loaded: give the model's folder")
     found: dict[str, Any] = {}
     unset = (None, "bf16") if follows else (None,)
     if settings.get("precision") in unset and given.base.dtype == torch.bfloat16:
@@ -187,8 +190,10 @@ def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
     Without adapter the model is the reference, so the adapter must not have been trained.
     """
     adapters = given.model.peft_config
-    if len(adapters) != 1:
-        raise ConfigError(f"the model has the adapters {', '.join(adapters)}: keep one of them")
+    if [*adapters] != [TRAINED]:
+        raise ConfigError(
+            f"the model has the adapters {', '.join(adapters)}: keep one, named {TRAINED}"
+        )
     trained = any(bool(w.any()) for n, w in given.model.named_parameters() if "lora_B" in n)
     needs_start = settings.get("loss") not in _REFERENCE_FREE
     if trained and needs_start and settings.get("reference") is None:

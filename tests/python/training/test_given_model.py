@@ -220,6 +220,41 @@ def test_the_base_of_an_adapter_must_be_the_model_that_it_names(
         DPOTrainer(model, pairs, output=tmp_path / "c", **given)
 
 
+def test_the_dropout_of_a_peft_model_is_that_of_its_config(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    dropping = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.5
+    )
+    torch.manual_seed(0)
+    wrapped = get_peft_model(load(tiny_model), dropping)
+    trainer = DPOTrainer(wrapped, pairs, output=tmp_path / "a", **FAST)
+    plain = DPOTrainer(tiny_model, pairs, peft_config=ADAPTER, output=tmp_path / "b", **FAST)
+    # Both adapters start from the same numbers, so that only the dropout differs.
+    assert losses(trainer) != losses(plain)
+    layers = trainer.updater.policy.named_modules()
+    assert {m.p for name, m in layers if isinstance(m, torch.nn.Dropout) and "lora_" in name} == {
+        0.5
+    }
+
+
+def test_an_object_with_another_adapter_or_quantization_is_refused(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="quantization applies while weights are loaded"):
+        DPOTrainer(
+            load(tiny_model),
+            pairs,
+            output=tmp_path / "o",
+            peft_config=ADAPTER,
+            quantization="4bit",
+            **FAST,
+        )
+    named = get_peft_model(load(tiny_model), ADAPTER, adapter_name="mine")
+    with pytest.raises(ConfigError, match="the adapters mine: keep one, named default"):
+        DPOTrainer(named, pairs, output=tmp_path / "o", **FAST)
+
+
 def test_only_parameters_that_require_gradients_are_trained(
     tiny_model: Path, pairs: Path, tmp_path: Path
 ) -> None:
