@@ -36,9 +36,9 @@ from logratio.logps.head import Head, Tile, Transform
 from logratio.training import LoraSettings
 from logratio.training.activations import LayerOptions, layer_options
 from logratio.training.config import Precision
+from logratio.training.lora import with_lora
 from logratio.training.models import autocast
 from logratio.training.optimizers import AdamSettings, make_optimizer
-from logratio.training.policy import with_lora
 
 PRECISION: Precision = "bf16-weights"
 PAIRS = 16

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny_models import WORDS, save_tiny_model
@@ -15,6 +16,10 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 # A background job of a script ignores Ctrl-C; tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine is no defect of the code.
+hypothesis.settings.register_profile("logratio", deadline=None)
+hypothesis.settings.load_profile("logratio")
 
 Run = Callable[..., tuple[int, str, str]]
 

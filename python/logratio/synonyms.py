@@ -32,6 +32,7 @@ SAME: Mapping[str, str] = {
     "--metric-for-best-model": "--best-metric",
     "--model-name-or-path": "--model",
     "--model-path": "--model",
+    "--model-revision": "--revision",
     "--num-epochs": "--epochs",
     "--num-train-epochs": "--epochs",
     "--output-dir": "--output",
@@ -42,7 +43,9 @@ SAME: Mapping[str, str] = {
     "--save-steps": "--save-every",
     "--save-total-limit": "--keep-checkpoints",
     "--train-file": "--data",
+    "--use-dora": "--lora-dora",
     "--use-peft": "--lora",
+    "--use-rslora": "--lora-rslora",
     "--validation-file": "--eval-data",
     "--warmup-ratio": "--warmup",
 }
@@ -53,6 +56,11 @@ VALUES: Mapping[tuple[str, str], str] = {
     ("--lr-scheduler-type", "warmup_stable_decay"): "wsd",
 }
 """Values with another name in a flag of the same meaning."""
+SWITCHES: Mapping[str, tuple[str, str]] = {
+    "--load-in-4bit": ("--quantization", "4bit"),
+    "--load-in-8bit": ("--quantization", "8bit"),
+}
+"""Flags without a value that mean a value of another flag."""
 
 _BATCH = (
     "set `--batch-size`, the number of pairs in an update (TRL's per-device batch × accumulation × "
@@ -68,11 +76,11 @@ _HUB = (
 )
 _TARGETS = "use `--lora-target NAME`; repeat it for further names"
 _LENGTH = "use `--max-length N`, the maximum of prompt + completion"
+_START = "use `--adapter continue`, whose reference is the adapter at its start"
 
 INSTEAD: Mapping[str, str] = {
     "--bf16": "use `--precision bf16`",
     "--compile-layers": "use `--compile on` or `auto`",
-    "--config": "give command line flags; configuration files are not supported",
     "--dataset": _HUB,
     "--dataset-config": _HUB,
     "--dataset-name": _HUB,
@@ -86,17 +94,20 @@ INSTEAD: Mapping[str, str] = {
     "--gradient-checkpointing": "use `--activation-checkpointing auto` (the default), `all` or "
     "`off`",
     "--load-best-model-at-end": "use `--best-metric METRIC`, whose best model is saved",
-    "--load-in-4bit": "use `--quantization 4bit` of `logratio precompute`",
-    "--load-in-8bit": "use `--quantization 8bit` of `logratio precompute`",
+    "--load-in-4bit": "use `--quantization 4bit` of `logratio precompute` and `logratio train`",
+    "--load-in-8bit": "use `--quantization 8bit` of `logratio precompute` and `logratio train`",
     "--lora-modules": _TARGETS,
     "--lora-target-modules": _TARGETS,
     "--max-completion-length": _LENGTH,
     "--max-seq-length": _LENGTH,
     "--micro-batch-size": _BATCH,
+    "--model-adapter-name": _START,
     "--optim": "use `--optimizer adamw`, `adamw8bit` or `adamw-host`",
+    "--peft-config": "use `--lora` and its flags; in Python, DPOTrainer takes peft_config",
     "--per-device-eval-batch-size": "use `--token-budget N`, the tokens computed at a time",
     "--per-device-train-batch-size": _BATCH,
     "--precompute-ref-log-probs": "use `--cache DIR --precompute`",
+    "--ref-adapter-name": _START,
     "--reference-free": "use `--loss simpo`, which has no reference",
     "--resume-from-checkpoint": "use `--resume`, which finds the newest valid checkpoint in the "
     "output folder",
@@ -112,7 +123,7 @@ INSTEAD: Mapping[str, str] = {
 
 _METRICS = "every update is logged to metrics.jsonl and TensorBoard events in the output folder"
 _ONE_PROCESS = "training runs in one process on one device"
-_DROPOUT = "dropout is always off, so that two passes use the same network"
+_DROPOUT = "the model's dropout is always off, so that two passes use the same network"
 
 UNSUPPORTED: Mapping[str, str] = {
     "--attn-implementation": "the attention kernel is chosen automatically",
@@ -122,7 +133,6 @@ UNSUPPORTED: Mapping[str, str] = {
     "--fsdp": _ONE_PROCESS,
     "--logging-dir": _METRICS,
     "--logging-steps": _METRICS,
-    "--lora-dropout": _DROPOUT,
     "--padding-free": "batches are never padded",
     "--report-to": _METRICS,
     "--rpo-alpha": "no loss has this term",
@@ -155,6 +165,8 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
             flag = flag if flag in known else given
         elif SAME.get(given) in known:
             flag, value = SAME[given], VALUES.get((given, value), value)
+        elif not equals and SWITCHES.get(given, ("", ""))[0] in known:
+            flag, equals, value = SWITCHES[given][0], "=", SWITCHES[given][1]
         elif given in INSTEAD:
             raise ForeignFlagError(f"no option {flag}: {INSTEAD[given]}")
         elif given in UNSUPPORTED:
@@ -216,12 +228,17 @@ def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 def own_name(kind: type, given: str) -> str:
     """Return the name here of a setting that another trainer calls `given`; else `given`."""
     flag = _flag(given)
+    flag = SWITCHES.get(flag, (flag, ""))[0]
     aliases = _ALIASES.get(kind, {})
     return aliases.get(given) or SAME.get(flag, flag)[2:].replace("-", "_")
 
 
 def own_value(given: str, value: Any) -> Any:
     """Return the value here of the setting `given`, such as "dpo" for a loss_type "sigmoid"."""
+    if isinstance(value, bool) and _flag(given) in SWITCHES:
+        return SWITCHES[_flag(given)][1] if value else None
+    if isinstance(value, list):
+        return [own_value(given, one) for one in value]
     return VALUES.get((_flag(given), value), value) if isinstance(value, str) else value
 
 
@@ -230,13 +247,20 @@ def foreign_names() -> list[str]:
     return [flag[2:].replace("-", "_") for flag in SAME]
 
 
-def instead_of(given: str) -> str | None:
-    """Return what to do instead of giving a setting without an equivalent, in terms of fields."""
+def instead_of(given: str, *, in_file: bool = False) -> str | None:
+    """Return what to do instead of giving a setting without an equivalent, in terms of fields.
+
+    Args:
+        given: The setting's name elsewhere.
+        in_file: Write fields as in a settings file, not as in Python.
+    """
     flag = _flag(given)
     if flag in UNSUPPORTED:
         return f"{UNSUPPORTED[flag]}. Remove it."
     advice = INSTEAD.get(flag)
-    return advice and re.sub("`(--[^`]*)`", lambda quoted: f"`{_as_settings(quoted[1])}`", advice)
+    return advice and re.sub(
+        "`(--[^`]*)`", lambda quoted: f"`{_as_settings(quoted[1], in_file)}`", advice
+    )
 
 
 def nearest(given: str, known: Iterable[str]) -> str | None:
@@ -258,10 +282,17 @@ _FIELDS = {
 _SWITCHES = {"deterministic", "precompute", "resume"}
 
 
-def _as_settings(flags: str) -> str:
-    """Return flags and their values as keyword arguments of settings."""
+def _as_settings(flags: str, in_file: bool) -> str:
+    """Return flags and their values as keyword arguments, or as keys of a file."""
     found = re.findall(r"--([a-z][a-z0-9-]*)(?: ((?!--)\S+))?", flags)
-    return ", ".join(_as_setting(flag.replace("-", "_"), value) for flag, value in found)
+    write = _as_key if in_file else _as_setting
+    return ", ".join(write(flag.replace("-", "_"), value) for flag, value in found)
+
+
+def _as_key(name: str, value: str) -> str:
+    if name in _SWITCHES:
+        return f"{name}: true"
+    return f"{name}: {'…' if value.isupper() else value}" if value else name
 
 
 def _as_setting(name: str, value: str) -> str:

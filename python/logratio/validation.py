@@ -106,20 +106,28 @@ def check_fields(settings: Any) -> None:
         ConfigError: A string is not one of the allowed values of a field, or a number is outside
             the range of its field.
     """
-    hints = _hints(cast(Hashable, type(settings)))
     for field in fields(settings):
         given = getattr(settings, field.name)
-        hint = hints[field.name]
-        try:
-            fitted = _fitted(hint, given)
-        except _MisfitError:
-            raise _refusal(field.name, hint, given) from None
-        except _OutsideError as error:
-            raise ConfigError(f"{field.name} {error}") from None
-        except SettingTypeError as error:  # raised by the annotation's converter
-            raise SettingTypeError(f"{field.name}: {error}") from None
+        fitted = fitted_field(type(settings), field.name, given)
         if fitted is not given:
             object.__setattr__(settings, field.name, fitted)
+
+
+def fitted_field(kind: type, name: str, given: Any) -> Any:
+    """Return a value as the field `name` of a dataclass holds it.
+
+    Raises:
+        SettingTypeError, ConfigError: As raised by `check_fields`.
+    """
+    hint = _hints(cast(Hashable, kind))[name]
+    try:
+        return _fitted(hint, given)
+    except _MisfitError:
+        raise _refusal(name, hint, given) from None
+    except _OutsideError as error:
+        raise ConfigError(f"{name} {error}") from None
+    except SettingTypeError as error:  # raised by the annotation's converter
+        raise SettingTypeError(f"{name}: {error}") from None
 
 
 @cache

@@ -12,9 +12,18 @@ import pytest
 import typer
 from conftest import Run
 
+from logratio import TrainConfig
 from logratio.cli.app import app, flags_of
-from logratio.errors import fetching_advice
-from logratio.synonyms import INSTEAD, SAME, UNSUPPORTED, ForeignFlagError, instead_of, translated
+from logratio.errors import LogratioError, fetching_advice
+from logratio.synonyms import (
+    INSTEAD,
+    SAME,
+    SWITCHES,
+    UNSUPPORTED,
+    ForeignFlagError,
+    instead_of,
+    translated,
+)
 
 COMMAND: Any = typer.main.get_command(app)
 TRAIN = flags_of(COMMAND, ["train", "--model", "m"])
@@ -37,6 +46,7 @@ def test_the_same_meaning_is_accepted(
 def test_the_tables_refer_to_existing_flags_and_shadow_none() -> None:
     every = TRAIN | flags_of(COMMAND, ["export"]) | flags_of(COMMAND, ["precompute"])
     assert set(SAME.values()) <= every
+    assert {flag for flag, _ in SWITCHES.values()} <= TRAIN
     assert not (SAME.keys() | INSTEAD.keys() | UNSUPPORTED.keys()) & TRAIN
     assert not SAME.keys() & INSTEAD.keys()
     named = {flag for text in INSTEAD.values() for flag in re.findall("--[a-z-]+", text)}
@@ -74,6 +84,18 @@ def test_the_commands_flags_take_precedence() -> None:
     assert translated(["--fp16", "x"], {"--fp16"}) == ["--fp16", "x"]
     with pytest.raises(ForeignFlagError, match="no option --fp16"):
         translated(["--fp16"], TRAIN)
+
+
+def test_a_switch_means_a_value_of_another_flag() -> None:
+    assert translated(["--load_in_4bit", "--lora"], TRAIN) == ["--quantization=4bit", "--lora"]
+    with pytest.raises(ForeignFlagError, match="of `logratio precompute` and `logratio train`"):
+        translated(["--load-in-8bit"], flags_of(COMMAND, ["evaluate"]))
+    given: dict[str, Any] = {"load_in_8bit": True}
+    assert TrainConfig("m", "d", "o", **given).quantization == "8bit"
+    with pytest.raises(LogratioError, match="means quantization, which is given too"):
+        TrainConfig("m", "d", "o", quantization="4bit", **given)
+    off: dict[str, Any] = {"load_in_8bit": False}
+    assert TrainConfig("m", "d", "o", **off).quantization is None
 
 
 def test_an_unknown_flag_is_an_error(run: Run) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluate, export, precompute, train
+from logratio.cli import cache, data, evaluate, export, merge, precompute, sweep, train
 from logratio.cli.usage import UsageError, usage_message
 from logratio.errors import LogratioError
 from logratio.progress import say
@@ -35,6 +35,8 @@ for command in (
     precompute.precompute,
     train.train,
     evaluate.evaluate,
+    merge.merge,
+    sweep.sweep,
     export.export,
     export.rank,
     export.serve,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, takes_flags
 from logratio.cli.train import announce
 
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from logratio.training.evaluation import Evaluation
 
 
+@takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
-    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
-    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    policy: Annotated[Path, typer.Option(help="Folder or id of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder or id of the reference model.")],
     data: options.Data,
     beta: Annotated[
         float | None,

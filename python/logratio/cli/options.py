@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 
-def takes_flags(command: Command) -> Command:
+def takes_flags(command: Command, *, without: frozenset[str] = frozenset()) -> Command:
     """Replace a command's dataclass parameters by one flag per field.
 
     Such a parameter must have a default; the fields of the default are the flags' defaults.
+
+    Args:
+        command: The command.
+        without: Fields that become no flag and keep their defaults. The same holds for fields with
+            the name of another parameter of the command.
     """
     parameters = inspect.signature(command).parameters.values()
+    without |= {p.name for p in parameters if not is_dataclass(p.default)}
     groups: dict[str, type[Any]] = {
         p.name: type(p.default) for p in parameters if is_dataclass(p.default)
     }
@@ -33,16 +39,17 @@ def takes_flags(command: Command) -> Command:
     @wraps(command)
     def called(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+            names = [field.name for field in fields(group) if field.name not in without]
+            given[name] = group(**{field: given.pop(field) for field in names})
         command(**given)
 
-    spread = [flag for parameter in parameters for flag in _flags(parameter)]
+    spread = [flag for parameter in parameters for flag in _flags(parameter, without)]
     called.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     called.__annotations__ = {flag.name: flag.annotation for flag in spread}
     return called
 
 
-def _flags(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+def _flags(parameter: inspect.Parameter, without: frozenset[str]) -> list[inspect.Parameter]:
     """Return the parameter itself, or one parameter per field of its dataclass."""
     given = parameter.default
     if not is_dataclass(given):
@@ -53,6 +60,7 @@ def _flags(parameter: inspect.Parameter) -> list[inspect.Parameter]:
             name=field.name, default=getattr(given, field.name), annotation=hints[field.name]
         )
         for field in fields(given)
+        if field.name not in without
     ]
 
 
@@ -89,6 +97,13 @@ class Precision(StrEnum):
     BF16_WEIGHTS = "bf16-weights"
 
 
+class Quantization(StrEnum):
+    """Bits per weight."""
+
+    EIGHT = "8bit"
+    FOUR = "4bit"
+
+
 Files = Annotated[
     list[Path],
     typer.Argument(
@@ -117,6 +132,13 @@ Data = Annotated[
         "folders; - for standard input; or one store. Several may follow. `logratio data inspect` "
         "shows how a file is read.",
         rich_help_panel=DATA,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Branch, tag or commit of --model on the Hugging Face hub. Default: main.",
     ),
 ]
 ReadModeOption = Annotated[

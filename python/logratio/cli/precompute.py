@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from logratio.cli import options
-from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
+from logratio.cli.config import takes_config
+from logratio.cli.options import (
+    READING,
+    Quantization,
+    Reading,
+    ReadMode,
+    Settings,
+    takes_flags,
+)
 from logratio.cli.train import announce
 
 
@@ -17,13 +25,6 @@ class Engine(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
-
-
-class Quantization(StrEnum):
-    """Bits per weight."""
-
-    EIGHT = "8bit"
-    FOUR = "4bit"
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,15 @@ MACHINE = Machine()
 """The defaults."""
 
 
+@takes_config("PrecomputeConfig")
 @takes_flags
 def precompute(
-    model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder or Hugging Face id of the reference model or adapter.")
+    ],
     data: options.Data,
     cache: Annotated[Path, typer.Option(help="Folder of the cache; created if missing.")],
+    revision: options.Revision = None,
     reading: Reading = READING,
     sums_only: Annotated[
         bool,
@@ -109,6 +114,7 @@ def precompute(
             data,
             cache,
             sums_only=sums_only,
+            revision=revision,
             **machine.settings(),
             rules=reading.rules,
             formats=reading.settings(),

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from logratio.cli import options
+from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, ReadMode, Settings, takes_flags
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ class Schedule(StrEnum):
     LINEAR = "linear"
     CONSTANT = "constant"
     WSD = "wsd"
+
+
+class StartAdapter(StrEnum):
+    """How a run starts if its model is an adapter."""
+
+    MERGE = "merge"
+    CONTINUE = "continue"
 
 
 class Loss(StrEnum):
@@ -186,7 +194,11 @@ class Update(Settings):
         ),
     ] = 200
     keep_checkpoints: Annotated[
-        int, typer.Option(help="Checkpoints to keep.", rich_help_panel=UPDATE_PANEL)
+        int,
+        typer.Option(
+            help="Checkpoints to keep during the run; a finished run needs none.",
+            rich_help_panel=UPDATE_PANEL,
+        ),
     ] = 2
     resume: Annotated[
         bool,
@@ -295,23 +307,99 @@ class Lora:
         ),
     ] = None
 
+    lora_dropout: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability that an input of an adapter is dropped in training. Default: 0.",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = None
+    lora_rslora: Annotated[
+        bool,
+        typer.Option(
+            "--lora-rslora",
+            help="The scale is alpha / √rank (rank-stabilized LoRA).",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = False
+    lora_dora: Annotated[
+        bool,
+        typer.Option(
+            "--lora-dora",
+            help="Train the norm of each row of a weight apart from its direction (DoRA).",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = False
+    lora_modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of a further layer to train whole, such as lm_head, embed_tokens or norm; "
+            "repeat the flag.",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = None
+    lora_init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How adapters start: default, gaussian or orthogonal.",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = None
+    lora_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Read all settings of the adapters from peft's adapter_config.json, instead of "
+            "--lora and its flags.",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = None
+    adapter: Annotated[
+        StartAdapter,
+        typer.Option(
+            help="If --model is an adapter: merge it and train all weights, or continue to train "
+            "the adapter; the reference is then the adapter at its start.",
+            rich_help_panel=LORA_PANEL,
+        ),
+    ] = StartAdapter.MERGE
+
     def settings(self) -> "LoraSettings | None":
-        """Return the settings of the adapters, or None without --lora.
+        """Return the settings of new adapters, or None without --lora and --lora-config.
 
         Raises:
-            ConfigError: A LoRA flag is given without --lora.
+            ConfigError: A LoRA flag is given without --lora or with --lora-config, or the file of
+                --lora-config is not supported.
         """
         from logratio.errors import ConfigError
         from logratio.training.config import LoraSettings
+        from logratio.training.lora import read_lora_config
 
-        targets = tuple(self.lora_target) if self.lora_target is not None else None
-        given = {"rank": self.lora_rank, "alpha": self.lora_alpha, "targets": targets}
-        chosen: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        given = {name: getattr(self, flag) for name, flag in LORA_FLAGS.items()}
+        # A 0 is a value, which the settings check.
+        chosen = {n: v for n, v in given.items() if v is not None and v is not False and v != []}
+        flags = [LORA_FLAGS[name].replace("_", "-") for name in chosen]
+        if self.lora_config:
+            if flags:
+                raise ConfigError(f"{flags[0]} and lora-config: give one of them")
+            return read_lora_config(self.lora_config)
         if chosen and not self.lora:
-            raise ConfigError(
-                f"--lora-{next(iter(chosen)).removesuffix('s')} is given without --lora"
-            )
+            raise ConfigError(f"--{flags[0]} is given without --lora")
         return LoraSettings(**chosen) if self.lora else None
+
+
+LORA_FLAGS = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "targets": "lora_target",
+    "dropout": "lora_dropout",
+    "use_rslora": "lora_rslora",
+    "use_dora": "lora_dora",
+    "modules_to_save": "lora_modules_to_save",
+    "init": "lora_init",
+}
+"""Settings of adapters, and the flags that set them."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +442,14 @@ class Machine(Settings):
         ),
     ] = Compile.OFF
     precision: options.PrecisionOption = None
+    quantization: Annotated[
+        options.Quantization | None,
+        typer.Option(
+            help="Load the base of the adapters, and the reference, in 8 or 4 bits (QLoRA, "
+            "bitsandbytes). Needs --lora or --adapter continue.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
     optimizer: Annotated[
         OptimizerName,
         typer.Option(
@@ -370,9 +466,12 @@ OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), L
 """The defaults."""
 
 
+@takes_config("TrainConfig")
 @takes_flags
 def train(
-    model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder or Hugging Face id of the model to start from.")
+    ],
     data: options.Data,
     output: Annotated[Path, typer.Option(help="Folder for the trained model and its metrics.")],
     cache: Annotated[
@@ -383,8 +482,10 @@ def train(
         bool, typer.Option("--precompute", help="First compute the log-probs missing in --cache.")
     ] = False,
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
+        Path | None,
+        typer.Option(help="Folder or id of the reference model. Default: --model itself."),
     ] = None,
+    revision: options.Revision = None,
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
     held_out: HeldOut = HELD_OUT,
@@ -410,11 +511,13 @@ def train(
             cache=cache,
             precompute=precompute,
             reference=reference,
+            revision=revision,
             **objective.settings(),
             **update.settings(),
             **held_out.settings(),
             **machine.settings(),
             lora=lora.settings(),
+            adapter=lora.adapter.value,
             rules=reading.rules,
             formats=reading.settings(),
             max_bad_fraction=reading.max_bad_fraction,
@@ -441,8 +544,11 @@ def _print_result(result: "TrainResult") -> None:
 
 
 def announce(dataset: "Dataset", forecast: "Forecast") -> None:
-    """Print the data report and the forecast on standard error; standard output is for results."""
+    """Print the data's counts, its warnings and the forecast on standard error.
+
+    Standard output is for results.
+    """
     from logratio.data.analysis.report import analyse
 
-    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_text()
+    report = analyse(dataset.store, dataset.report, tokenizer=dataset.tokenizer).to_summary()
     typer.echo(f"{report}\n{forecast.to_text()}", err=True)

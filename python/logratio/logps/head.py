@@ -65,7 +65,7 @@ class Head:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head | None":
         """Return a model's head; None if it is more than a matrix (an adapter, 8-bit weights)."""
-        head = model.get_output_embeddings()
+        head = _active(model.get_output_embeddings())
         if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
             return None
         return cls(_whole(head.weight), _whole(head.bias), Transform.of(model))
@@ -80,6 +80,18 @@ class Head:
         """Return a detached copy of the head in the dtype of matrix products."""
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return replace(self, weight=self.weight.detach().to(dtype), bias=bias)
+
+
+def _active(head: Any) -> Any:
+    """Return the layer that peft's `modules_to_save` wrapper applies now; others unchanged.
+
+    That is the trained copy of the active adapter, or the original while adapters are disabled.
+    """
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        return head
+    names = [] if head.disable_adapters else [n for n in head.active_adapters if n in copies]
+    return copies[names[0]] if names else head.original_module
 
 
 def _whole(parameter: Any) -> Any:

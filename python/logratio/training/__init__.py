@@ -13,19 +13,24 @@ from logratio.training.config import (
     LoraSettings,
     PrecomputeConfig,
     SFTConfig,
+    SweepConfig,
     TrainConfig,
 )
 from logratio.training.dataset import VocabularyError
 from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
 from logratio.training.held_out import HeldOutResult, Sample
+from logratio.training.lora import read_lora_config
 from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError
+from logratio.training.merging import MergeError, MergeResult, merge_adapter
 from logratio.training.metrics import NonFiniteError
 from logratio.training.models import DeviceError, ModelFolderError, QuantizationError, load_model
 from logratio.training.precomputation import PrecomputeResult, ShareError, precompute
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.run_folder import RunExistsError, TrainResult
+from logratio.training.sweep_results import SweepResult, SweepRow
+from logratio.training.sweep_runs import sweep
 from logratio.training.trainer import DPOTrainer, SaveError, train
 
 __all__ = [
@@ -40,6 +45,8 @@ __all__ = [
     "KlEstimate",
     "LoraSettings",
     "MemoryShortageError",
+    "MergeError",
+    "MergeResult",
     "ModelFolderError",
     "NonFiniteError",
     "PairLogps",
@@ -55,6 +62,9 @@ __all__ = [
     "SaveError",
     "ShareError",
     "StaleCacheError",
+    "SweepConfig",
+    "SweepResult",
+    "SweepRow",
     "TrainConfig",
     "TrainResult",
     "UnsupportedModelError",
@@ -65,8 +75,11 @@ __all__ = [
     "evaluate",
     "ipo_loss",
     "load_model",
+    "merge_adapter",
     "precompute",
+    "read_lora_config",
     "sft_loss",
     "simpo_loss",
+    "sweep",
     "train",
 ]

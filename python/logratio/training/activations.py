@@ -96,7 +96,11 @@ def layer_options(model: nn.Module, kept: LayerOptions) -> Iterator[None]:
             twice = number < kept.checkpointed
             weights = shapes if kept.offload else None
             layer.forward = _Layer(
-                layer.forward, twice=twice, weights=weights, compiled=kept.compiled
+                layer.forward,
+                twice=twice,
+                weights=weights,
+                compiled=kept.compiled,
+                drops=any(map(drops_values, layer.modules())),
             )
         yield
     finally:
@@ -105,6 +109,11 @@ def layer_options(model: nn.Module, kept: LayerOptions) -> Iterator[None]:
             vars(layer).pop("forward", None)
             if own is not None:
                 layer.forward = own
+
+
+def drops_values(module: nn.Module) -> bool:
+    """Return whether a module is a dropout layer in training mode."""
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def _compiled(forward: Forward) -> Forward:
@@ -116,7 +125,8 @@ def _compiled(forward: Forward) -> Forward:
 class _Layer:
     """A layer's forward with checkpointing, offloading or compilation.
 
-    Tensors with a shape in `weights` are not offloaded; None: offload nothing.
+    Tensors with a shape in `weights` are not offloaded; None: offload nothing. If a layer drops
+    values at random, its second pass must draw the same numbers as its first.
     """
 
     def __init__(
@@ -126,8 +136,10 @@ class _Layer:
         twice: bool,
         weights: set[tuple[int, ...]] | None,
         compiled: bool,
+        drops: bool,
     ) -> None:
         self._plain, self._twice, self._weights = forward, twice, weights
+        self._drops = drops
         self._forward = _compiled(forward) if compiled else forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,9 +150,8 @@ class _Layer:
                 return self._forward(*args, **kwargs)
             if kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None:
                 raise RecomputationError("a second pass would fill the layer's key cache twice")
-            # Dropout is off, so no random state needs to be preserved.
             return checkpoint(
-                self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+                self._forward, *args, use_reentrant=False, preserve_rng_state=self._drops, **kwargs
             )
 
     def _hooks(self) -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,15 +219,32 @@ def load_newest(
 
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     saved = UNRECORDED | json.loads((path / "state.json").read_text())["identity"]
-    if changed := [name for name, value in identity.items() if saved.get(name) != value]:
-        raise ResumeError(f"{path}: the run to resume differs in {', '.join(changed)}")
+    if changed := differences(saved, identity):
+        raise ResumeError(
+            f"{path}: the run to resume differs in {changed}: give the same settings to continue "
+            "it, or --overwrite to start again"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Describe the settings in which two identities differ, with their values; "" if in none."""
+    names = [name for name, value in now.items() if before.get(name) != value]
+    return ", ".join(f"{name}{_values(before.get(name), now[name])}" for name in names)
+
+
+def _values(before: Any, now: Any) -> str:
+    """Return both values for a message, unless they are digests or too long to compare."""
+    texts = [json.dumps(value) for value in (before, now)]
+    return f" ({texts[0]} before, {texts[1]} now)" if max(map(len, texts)) < 30 else ""
 
 
 def damage(path: Path) -> str | None:
     """Describe the damage of a checkpoint, or return None if it is intact."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        if not isinstance(files, dict) or "weights.safetensors" not in files:
+            return f"{MANIFEST} was altered"
+        for name, expected in files.items():
             if _digest(path / name) != expected:
                 return f"{name} was altered"
     except (OSError, ValueError, KeyError, TypeError) as error:

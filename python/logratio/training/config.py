@@ -1,10 +1,11 @@
 """Settings of the commands: one frozen dataclass per command, one field per flag."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from logratio.config_file import YamlSettings
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
@@ -18,6 +19,8 @@ ActivationCheckpointing = Literal["auto", "off", "all"]
 Compile = Literal["off", "on", "auto"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Quantization = Literal["8bit", "4bit"]
+LoraInit = Literal["default", "gaussian", "orthogonal"]
+StartAdapter = Literal["merge", "continue"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
 PathLike = str | Path
@@ -30,7 +33,25 @@ ShareBelow1 = Annotated[float, Range(0, 1, without_high=True)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 
-@takes_known_names(r="rank", lora_alpha="alpha", target_modules="targets")
+CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Values of peft's `init_lora_weights` that change the base's weights."""
+_CHANGES_BASE = "it changes the base's weights, so the base with adapters off is no reference"
+REFUSED_INITS: Mapping[Any, str] = {
+    **dict.fromkeys(CHANGING_INITS, _CHANGES_BASE),
+    "eva": "it computes the adapters from activations on data",
+    "mica": "it freezes half of each adapter, which checkpoints would not contain",
+    False: "the policy would not start as the reference",
+}
+"""Values of peft's `init_lora_weights` that are not supported, and why."""
+
+
+@takes_known_names(
+    r="rank",
+    lora_alpha="alpha",
+    target_modules="targets",
+    lora_dropout="dropout",
+    init_lora_weights="init",
+)
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685).
@@ -39,25 +60,55 @@ class LoraSettings:
         rank: Rank of the adapter matrices.
         alpha: The adapter's output is scaled by alpha / rank.
         targets: Names of the modules to adapt; if empty, all linear layers except the head.
+        dropout: Probability that an input of an adapter is set to 0 in a training pass. The
+            reference, the start-up checks and every evaluation run without dropout. Masks are
+            drawn per micro-batch, so `token_budget` then changes the result.
+        use_rslora: Scale by alpha / √rank instead (rank-stabilized LoRA, arXiv 2312.03732).
+        use_dora: Train the norm of each row of a weight apart from its direction (DoRA, arXiv
+            2402.09353).
+        modules_to_save: Names of further layers that are trained whole and saved with the adapter,
+            for example "lm_head", "embed_tokens" or "norm". As in peft, a name matches every
+            module whose path ends with it.
+        init: How new adapters start: "default", Kaiming-uniform A and zero B; "gaussian", normal A
+            and zero B; or "orthogonal", both not zero, with product zero. peft's True means
+            "default". The policy always starts as its base.
+
+    Raises:
+        ConfigError: A value of `init` is not supported; the message has the reason.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    init: LoraInit | bool = "default"
 
     __repr__ = changes
 
     def __post_init__(self) -> None:
+        given = self.init.partition("_niter")[0] if isinstance(self.init, str) else self.init
+        if isinstance(given, Hashable) and given in REFUSED_INITS:
+            raise ConfigError(
+                f"init {self.init!r} is not supported: {REFUSED_INITS[given]}; choose default, "
+                "gaussian or orthogonal"
+            )
         check_fields(self)
+        if self.init is True:
+            object.__setattr__(self, "init", "default")
 
 
 @takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(YamlSettings):
     """Settings of one training run.
 
     Attributes:
-        model: Folder of the model to start from (safetensors, tokenizer.json).
+        model: Folder of the model to start from (safetensors, tokenizer.json), or an id of the
+            Hugging Face hub, as "organisation/name" or "organisation/name@revision".
+        revision: Branch, tag or commit of `model` on the hub; None: "main".
         data: Preference data: files, folders, "-" for standard input, tables, or one sealed store
             created by `logratio data build`.
         mix: Sampling weight of each entry of `data`. An epoch still has as many groups as the
@@ -68,7 +119,7 @@ class TrainConfig:
         precompute: Score completions that the cache lacks before training, in this process.
         read_mode: How sealed shards of the cache are read. "map" (mmap) is the fastest. "pread" is
             for network file systems: a truncated shard then raises an error instead of crashing.
-        reference: Folder of the reference model; None: `model`.
+        reference: Folder or id of the reference model; None: `model`.
         loss: One of `losses.LOSSES`.
         beta: Weight of the KL term; None: the default of the loss.
         label_smoothing: Assumed share of pairs whose labels are flipped (dpo and simpo).
@@ -107,11 +158,13 @@ class TrainConfig:
             `precision_of`.
         optimizer: "adamw"; "adamw8bit", with moments in 8 bits; or "adamw-host", with state in
             host memory. For bf16 weights the optimizer keeps an exact fp32 copy: see `optimizers`.
-        seed: Seed of the data order and of new adapters. Dropout is off.
+        seed: Seed of the data order, of new adapters and of their dropout. The model's own dropout
+            is off.
         deterministic: On a GPU, use kernels that add in a fixed order, so that the same settings
             give the same bits on the same GPU and library versions. Runs on a CPU always do.
         save_every: Updates between checkpoints; 0: a checkpoint only when interrupted.
-        keep_checkpoints: Number of checkpoints to keep, the newest.
+        keep_checkpoints: Number of checkpoints to keep during the run, the newest. A finished run
+            removes them.
         eval_data: Held-out data, in the same forms as `data`; None: see `eval_share`.
         eval_share: Share of `data` to hold out, chosen by prompt, so that no prompt is both trained
             on and evaluated.
@@ -130,6 +183,11 @@ class TrainConfig:
             earlier model is kept until the new one is saved.
         device: Device to train on; None: a GPU if available, else the CPU.
         lora: Train these adapters instead of all weights.
+        adapter: How to start if `model` is the folder of an adapter: "merge" it into its base and
+            train all weights; or "continue", train the adapter further. The reference is then the
+            policy at its start, kept as a second, frozen adapter.
+        quantization: Load the base of the trained adapters, and the reference, in 8 or 4 bits
+            (QLoRA, arXiv 2305.14314; bitsandbytes). Needs `lora`, or `adapter="continue"`.
         rules: How records are tokenized.
         formats: How rows are read as records; detected by default.
         max_bad_fraction: Share of malformed rows above which the run is refused.
@@ -182,9 +240,12 @@ class TrainConfig:
     overwrite: bool = False
     device: str | None = None
     lora: LoraSettings | None = None
+    adapter: StartAdapter = "merge"
+    quantization: Quantization | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: Share = 0.0
+    revision: str | None = None
 
     __repr__ = changes
 
@@ -192,6 +253,11 @@ class TrainConfig:
         check_fields(self)
         if isinstance(self.compile_layers, bool):
             object.__setattr__(self, "compile_layers", "on" if self.compile_layers else "off")
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the run trains an adapter over a frozen base, new or continued."""
+        return self.lora is not None or self.adapter == "continue"
 
 
 UNRECORDED: Mapping[str, Any] = {
@@ -201,6 +267,7 @@ UNRECORDED: Mapping[str, Any] = {
         *("adam_beta1", "adam_beta2", "adam_epsilon"),
         *("eval_data", "eval_share", "eval_every", "eval_samples", "max_new_tokens"),
         *("best_metric", "early_stop"),
+        *("adapter", "quantization"),
     )
 }
 """Settings that runs of the first version did not record, with the values that they ran with."""
@@ -229,11 +296,12 @@ class SFTConfig(TrainConfig):
 
 @takes_known_names()
 @dataclass(frozen=True)
-class PrecomputeConfig:
+class PrecomputeConfig(YamlSettings):
     """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
 
     Attributes:
-        model: Folder of the reference model or adapter.
+        model: Folder of the reference model or adapter, or an id of the Hugging Face hub.
+        revision: As in `TrainConfig`.
         data: As in `TrainConfig`; any mixture of inputs.
         cache: Root folder of the cache, with one subfolder per reference.
         token_budget: Tokens computed at a time; None: the largest number that fits and is useful.
@@ -263,6 +331,7 @@ class PrecomputeConfig:
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: Share = 0.0
+    revision: str | None = None
 
     __repr__ = changes
 
@@ -272,12 +341,13 @@ class PrecomputeConfig:
 
 @takes_known_names()
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(YamlSettings):
     """Settings of one evaluation.
 
     Attributes:
-        policy: Folder of the trained model or adapter.
-        reference: Folder of the reference model.
+        policy: Folder of the trained model or adapter, or an id of the Hugging Face hub, as
+            "organisation/name" or "organisation/name@revision".
+        reference: Folder or id of the reference model.
         data: Held-out preference files.
         beta: Reward per nat of log-ratio; None: the β that the policy was trained with.
         samples: Completions sampled from the policy to estimate its KL divergence from the
@@ -302,6 +372,46 @@ class EvaluateConfig:
     max_bad_fraction: Share = 0.0
 
     __repr__ = changes
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")
+@dataclass(frozen=True)
+class SweepConfig(YamlSettings):
+    """Settings of a sweep: one run for each combination of loss, β, learning rate and seed.
+
+    Attributes:
+        base: Settings that all runs share. Its `output` is the folder of the sweep, with one
+            subfolder per run, and its `cache` is filled before the first run (default: a folder in
+            `output`). Runs are always resumed; `overwrite` trains them all again.
+        eval_data: Held-out preference files; every run is evaluated on them.
+        loss: The losses to combine; each list may be empty: then it has the one value of `base`.
+        beta: Weights of the KL term.
+        lr: Peak learning rates.
+        seed: Seeds of the data order and of new adapters.
+        samples: Completions sampled from each policy to estimate its KL divergence from the
+            reference; 0: no estimate.
+        max_new_tokens: Maximum length of a sampled completion.
+        kl_budget: The best run is chosen among those with at most this KL divergence, in nats per
+            completion. None: among all.
+        engine: "local", one run after the other in this process; or "ray", several at a time on a
+            Ray cluster, each with one GPU, or one CPU if there are no GPUs.
+        workers: Number of runs at a time on Ray; None: as many as fit.
+    """
+
+    base: TrainConfig
+    eval_data: Inputs
+    loss: tuple[str, ...] = ()
+    beta: tuple[Above0, ...] = ()
+    lr: tuple[Above0, ...] = ()
+    seed: tuple[Seed, ...] = ()
+    samples: CountOrNone = 100
+    max_new_tokens: Count = 128
+    kl_budget: Above0 | None = None
+    engine: Engine = "local"
+    workers: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

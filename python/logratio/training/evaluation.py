@@ -39,9 +39,10 @@ from logratio.training.models import (
     precision_note,
     precision_of,
     quietly,
+    with_local_models,
 )
 from logratio.training.precomputation import refuse_multiple_processes
-from logratio.training.run_folder import reward_beta
+from logratio.training.run_folder import note_unfinished, reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
 
@@ -245,8 +246,10 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     refuse_multiple_processes("evaluate")
     ask_for_expandable_segments(config.device)
     default_device(config.device)
+    config = with_local_models(config)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
+    note_unfinished(config.policy)
     beta = reward_beta(config.policy, config.beta)
     dataset = load_dataset(
         config.policy,

@@ -19,13 +19,15 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from logratio.cache.identity import DamagedFingerprintError, fingerprint_digest, read_fingerprint
-from logratio.training.config import Precision, Quantization
+from logratio.training.config import Precision, Quantization, TrainConfig
+from logratio.training.given_model import given_model
 from logratio.training.models import (
     ADAPTER_CONFIG,
     SCHEMES,
     ModelFolderError,
     base_folder,
     check_model_folder,
+    precision_of,
 )
 
 NAMES = {
@@ -112,6 +114,8 @@ def _plain(value: Any) -> Any:
 VERSION = 2
 COMPUTE_DTYPE = "compute_dtype"
 """Name of the hard field that records the precision."""
+QUANTIZATION = "quantization"
+"""Name of the hard field that records quantization at loading; absent without it."""
 COMPUTES_IN: Mapping[Precision, str] = {
     "fp32": "float32",
     "bf16": "bfloat16 autocast over float32",
@@ -150,6 +154,12 @@ class Fingerprint:
         """The `--precision` that gives this fingerprint; None if there is no such precision."""
         stated = self.hard.get(COMPUTE_DTYPE)
         return next((name for name, words in COMPUTES_IN.items() if words == stated), None)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The `--quantization` that gives this fingerprint; None if there was none."""
+        stated = self.hard.get(QUANTIZATION)
+        return next((name for name, words in SCHEMES.items() if words == stated), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fingerprint as a dict, for `fingerprint.json` and the bundle."""
@@ -224,8 +234,14 @@ def model_fingerprint(
         COMPUTE_DTYPE: COMPUTES_IN[precision],
     }
     if quantization:
-        hard["quantization"] = SCHEMES[quantization]
+        hard[QUANTIZATION] = SCHEMES[quantization]
     return Fingerprint(hard, versions())
+
+
+def reference_fingerprint(config: TrainConfig) -> Fingerprint:
+    """Return the fingerprint of a run's reference, which names its folder in a cache."""
+    folder = config.reference or config.model
+    return model_fingerprint(folder, precision_of(config), config.quantization)
 
 
 def versions() -> dict[str, str]:
@@ -243,8 +259,11 @@ def _adapter(folder: Path) -> dict[str, Any]:
 def weights_digest(folder: Path, pattern: str) -> str:
     """Hash every tensor's name, dtype, shape and bytes, independently of the split into files.
 
-    If two files contain the same name, both tensors are hashed: either could be loaded.
+    The weights of a model in memory are those at the start of the run: see `given_model`. If two
+    files contain the same name, both tensors are hashed: either could be loaded.
     """
+    if given := given_model(folder):
+        return given.weights_digest
     tensors: dict[str, list[Any]] = {}
     for path in sorted(folder.glob(pattern)):
         for name, entry in _tensors(path):
@@ -285,6 +304,8 @@ def _sha256(file: Any, size: int) -> str:
 
 def parameter_count(folder: str | Path) -> int:
     """Count a model's parameters from its files' headers; includes the base of an adapter."""
+    if given := given_model(folder):
+        return given.parameter_count()
     folder = Path(folder)
     base = base_folder(folder)
     return sum(_elements(path) for part in {folder, base} for path in part.glob("*.safetensors"))

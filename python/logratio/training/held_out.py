@@ -34,7 +34,13 @@ from logratio.training.evaluation import (
 )
 from logratio.training.losses import averages, make_objective
 from logratio.training.models import load_model, precision_of, training_budget
-from logratio.training.reference import FrozenReference, Reference, side_effect_free
+from logratio.training.policy import as_reference
+from logratio.training.reference import (
+    AdapterReference,
+    FrozenReference,
+    Reference,
+    side_effect_free,
+)
 from logratio.training.update import Updater
 from logratio.training.validation import beta_of, needs_reference
 
@@ -400,13 +406,14 @@ def _reference_model(config: TrainConfig, updater: Updater) -> Iterator[nn.Modul
     """
     if isinstance(updater.reference, FrozenReference):
         yield updater.reference.model
-    elif config.lora and not config.reference:
-        with updater.policy.disable_adapter():  # type: ignore[operator]  # peft's
+    elif isinstance(updater.reference, AdapterReference) or (config.lora and not config.reference):
+        with as_reference(updater.policy):
             yield updater.policy
     else:
         yield load_model(
             config.reference or config.model,
             device=updater.device,
+            quantization=config.quantization,
             precision=precision_of(config),
             frozen=True,
         )

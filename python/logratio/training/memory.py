@@ -5,8 +5,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from logratio.errors import LogratioError
 from logratio.forecast import Forecast
 from logratio.logps.head import gpu_free_bytes
 from logratio.training.config import Precision, Quantization, TrainConfig
-from logratio.training.fingerprint import parameter_count
+from logratio.training.fingerprint import parameter_count, tensor_shapes
 from logratio.training.models import (
     AT_ONCE,
     base_folder,
     default_device,
+    is_quantized,
     precision_note,
     precision_of,
     training_budget,
@@ -148,29 +150,50 @@ def training_bytes(
         added_up: Whether updates accumulate gradients over several micro-batches.
     """
     count, precision = parameter_count(config.model), precision_of(config)
-    dtype = torch.float32 if config.lora else weights_dtype(precision)
+    dtype = torch.float32 if config.trains_adapter else weights_dtype(precision)
     states = state_bytes(config.optimizer, dtype, default_device(config.device))
     own = gradient_bytes(dtype, added_up=added_up) + states
+    if config.trains_adapter:  # adapters are further weights
+        own += dtype.itemsize
     weights = (
-        frozen_bytes(config.model, precision)
-        if config.lora
+        frozen_bytes(config.model, precision, config.quantization)
+        if config.trains_adapter
         else count * weights_dtype(precision).itemsize
     )
-    reference = frozen_bytes(frozen, precision) if frozen else 0
+    reference = frozen_bytes(frozen, precision, config.quantization) if frozen else 0
     return weights + count * own * _trained(config) + reference
 
 
-def frozen_bytes(model: str | Path, precision: Precision) -> float:
+QUANTIZED_BYTES: Mapping[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+"""Bytes per quantized weight. A float32 scale is shared by 64 weights in 4 bits, by a row in 8."""
+
+
+def frozen_bytes(
+    model: str | Path, precision: Precision, quantization: Quantization | None = None
+) -> float:
     """Estimate the size of the weights of a model that is not trained, in bytes.
 
-    Under bf16 all but the embeddings are stored in bfloat16: see `held_in_bfloat16`.
+    Under bf16 all but the embeddings are stored in bfloat16: see `held_in_bfloat16`. Embeddings and
+    head are not quantized.
     """
-    count = parameter_count(model)
-    if precision != "bf16":
-        return float(count * weights_dtype(precision).itemsize)
-    config = json.loads((base_folder(model) / "config.json").read_text())
-    embeddings = int(config.get("vocab_size", 0)) * _shape(model)[1]
-    return 2.0 * (count + min(count, embeddings))
+    count, itemsize = parameter_count(model), weights_dtype(precision).itemsize
+    embeddings = min(count, _embedding_count(model))
+    if is_quantized(base_folder(model)):
+        return float(sum(path.stat().st_size for path in base_folder(model).glob("*.safetensors")))
+    if quantization:
+        ends = min(count, embeddings * (1 if _is_tied(model) else 2))
+        return QUANTIZED_BYTES[quantization] * (count - ends) + itemsize * ends
+    return 2.0 * (count + embeddings) if precision == "bf16" else float(count * itemsize)
+
+
+def _embedding_count(model: str | Path) -> int:
+    """Return the number of weights of the input embeddings."""
+    return int(_config(model).get("vocab_size", 0)) * _shape(model)[1]
+
+
+def _is_tied(model: str | Path) -> bool:
+    """Return whether no head is stored apart from the embeddings."""
+    return not any("lm_head" in name for name, _ in _tensors(base_folder(model)))
 
 
 def _weight_bytes(config: TrainConfig) -> float:
@@ -179,12 +202,32 @@ def _weight_bytes(config: TrainConfig) -> float:
 
 def _trained(config: TrainConfig) -> float:
     """Return the approximate share of the weights that are trained."""
-    return 0.01 if config.lora else 1.0
+    if not config.trains_adapter:
+        return 1.0
+    folder, base = Path(config.model), base_folder(config.model)
+    if config.lora is None:
+        own = float(sum(math.prod(shape) for _, shape in _tensors(folder)))
+    else:
+        own = 0.01 * parameter_count(base) + _saved_count(base, config.lora.modules_to_save)
+    return min(1.0, own / parameter_count(folder))
+
+
+def _saved_count(base: Path, names: Sequence[str]) -> int:
+    """Count the weights of the layers that are trained whole."""
+    layers, ends = (
+        [(name.rpartition(".")[0], shape) for name, shape in _tensors(base)],
+        tuple(names),
+    )
+    return sum(math.prod(shape) for layer, shape in layers if layer.endswith(ends))
+
+
+def _tensors(folder: Path) -> list[tuple[str, list[int]]]:
+    return [entry for path in folder.glob("*.safetensors") for entry in tensor_shapes(path)]
 
 
 def _checkpoint_bytes(config: TrainConfig) -> float:
     """Estimate the size of the two kept checkpoints and the one that is being written."""
-    dtype = torch.float32 if config.lora else weights_dtype(precision_of(config))
+    dtype = torch.float32 if config.trains_adapter else weights_dtype(precision_of(config))
     each = dtype.itemsize + state_bytes(config.optimizer, dtype, torch.device("cpu"))
     return 3 * each * parameter_count(config.model) * _trained(config)
 
@@ -196,11 +239,7 @@ def scoring_bytes(
     precision: Precision = "fp32",
 ) -> float:
     """Estimate the bytes of a scoring pass: weights, process, and one layer's activations."""
-    if quantization is None:
-        weights = sum(frozen_bytes(model, precision) for model in models)
-    else:
-        each = {"8bit": 1.0, "4bit": 0.5}[quantization]
-        weights = each * sum(parameter_count(model) for model in models)
+    weights = sum(frozen_bytes(model, precision, quantization) for model in models)
     return PROCESS_BYTES + weights + position_bytes(models[0]) * tokens
 
 
@@ -248,9 +287,14 @@ def kept_bytes(model: str | Path, precision: Precision = "fp32", *, twice: bool 
     return weights_dtype(precision).itemsize * width * (layers + KEPT if twice else KEPT * layers)
 
 
+def _config(model: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((base_folder(model) / "config.json").read_text())
+    return found
+
+
 def _shape(model: str | Path) -> tuple[int, int]:
     """Read the number of layers and the hidden size of a model."""
-    config = json.loads((base_folder(model) / "config.json").read_text())
+    config = _config(model)
     layers = config.get("num_hidden_layers") or config.get("n_layer") or 12
     width = config.get("hidden_size") or config.get("n_embd") or 768
     return int(layers), int(width)

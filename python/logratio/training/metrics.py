@@ -21,6 +21,14 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 
+def progress_note(metrics: Mapping[str, float]) -> str:
+    """Return the metrics of an update that a progress bar shows."""
+    note = f"loss {metrics['loss']:.4f}"
+    if "rewards/accuracies" in metrics:
+        note += f" acc {metrics['rewards/accuracies']:.2f} margin {metrics['rewards/margins']:.3f}"
+    return note
+
+
 class MetricsLog:
     """Writes metrics, evaluations, samples and TensorBoard events to the output folder.
 

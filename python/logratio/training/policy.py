@@ -1,67 +1,125 @@
-"""Build the policy of a run: load the model, and add new LoRA adapters if configured."""
+"""Build the policy of a run: a model, a model with new adapters, or an adapter to train further.
 
+A policy that starts from an adapter and keeps it holds that adapter twice: as peft's "default",
+which is trained, and as `REFERENCE`, which stays as it was. So its reference needs no second model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from logratio.errors import ConfigError
 from logratio.training.bfloat16 import with_bfloat16_adapters
-from logratio.training.config import LoraSettings, TrainConfig
-from logratio.training.models import ADAPTER_CONFIG, load_model, merged, precision_of, quietly
+from logratio.training.config import TrainConfig
+from logratio.training.lora import use_dropout, widen_saved_modules, with_lora
+from logratio.training.models import (
+    ADAPTER_CONFIG,
+    base_folder,
+    load_model,
+    merged,
+    precision_of,
+    quietly,
+    with_adapter,
+    without_dropout,
+)
+from logratio.training.validation import reference_kind
 
-
-def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Module:
-    """Add new LoRA adapters to the model of `folder`; initially they do not change its output."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
-        lora_dropout=0.0,
-        target_modules=list(settings.targets) or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with quietly():
-        wrapped = get_peft_model(model, config)
-    # An absolute path lets the saved adapter find its base from any working directory.
-    wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
-    return wrapped
-
-
-def check_lora_targets(settings: LoraSettings, folder: str | Path) -> None:
-    """Check that every LoRA target names a module of the model that can have an adapter.
-
-    peft raises an error only if no target matches, and silently ignores single wrong names.
-
-    Raises:
-        ConfigError: A target matches no such module; the message lists the possible names.
-    """
-    if not settings.targets:
-        return
-    with quietly(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    paths = [path for path, module in model.named_modules() if isinstance(module, kinds)]
-    for target in settings.targets:
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            names = sorted({path.rpartition(".")[2] for path in paths})
-            raise ConfigError(
-                f"lora target {target!r} matches no layer of {folder} that can have an adapter; "
-                f"choose from {', '.join(names)}"
-            )
+TRAINED, REFERENCE = "default", "reference"
+"""Names of the adapters of a policy; peft's own name for the first."""
 
 
 def build_policy(config: TrainConfig, device: str) -> nn.Module:
-    """Load the policy, with new adapters if configured; only trained weights require gradients."""
-    precision, adapts = precision_of(config), config.lora is not None
-    model = load_model(config.model, device=device, precision=precision, frozen=adapts)
+    """Load the policy; only the weights to train require gradients.
+
+    Args:
+        config: Settings of the run.
+        device: Device for the weights.
+
+    Returns:
+        The policy in eval mode, except for the dropout of its adapters if `config.lora` has one.
+    """
+    if config.adapter == "continue":
+        return _continued(config, device)
+    model = load_model(
+        config.model,
+        device=device,
+        quantization=config.quantization,
+        precision=precision_of(config),
+        frozen=config.lora is not None,
+        in_place=True,
+    )
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         return merged(model).requires_grad_(True)
     if config.lora is None:
         return model
-    policy = with_lora(model, config.lora, Path(config.model))
-    return policy if precision == "fp32" else with_bfloat16_adapters(policy)
+    is_wrapped = hasattr(model, "peft_config")  # a peft model in memory
+    adapted = model if is_wrapped else with_lora(model, config.lora, Path(config.model))
+    policy = _in_precision(adapted, config)
+    if config.lora.dropout:
+        use_dropout(policy)
+    return policy
+
+
+def _in_precision(policy: nn.Module, config: TrainConfig) -> nn.Module:
+    return policy if precision_of(config) == "fp32" else with_bfloat16_adapters(policy)
+
+
+def _continued(config: TrainConfig, device: str) -> nn.Module:
+    """Load the adapter in `config.model` to train it, and a frozen copy if it is the reference."""
+    folder = Path(config.model)
+    base = load_model(
+        base_folder(folder),
+        device=device,
+        quantization=config.quantization,
+        precision=precision_of(config),
+        frozen=True,
+    )
+    policy: Any = with_adapter(base, folder, device)
+    adapters = [TRAINED]
+    if reference_kind(config) == "adapter":
+        with quietly():
+            policy.load_adapter(str(folder), REFERENCE, torch_device=device)
+        adapters.append(REFERENCE)
+        without_dropout(policy).eval()
+    if widen_saved_modules(policy):
+        _read_again(policy, folder, adapters)
+    policy.requires_grad_(False)
+    policy.set_adapter(TRAINED)
+    # An absolute path lets the saved adapter find its base from any working directory.
+    policy.peft_config[TRAINED].base_model_name_or_path = str(base_folder(folder).resolve())
+    return _in_precision(policy, config)
+
+
+def _read_again(policy: nn.Module, folder: Path, adapters: list[str]) -> None:
+    """Read the adapters' weights into copies of layers that were in bfloat16 at the first read."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    for name in adapters:
+        set_peft_model_state_dict(policy, dict(weights), adapter_name=name)
+
+
+@contextmanager
+def as_reference(policy: Any) -> Iterator[None]:
+    """Make a policy with adapters compute as its reference inside the block.
+
+    That is the frozen copy of the adapter that the policy started from, if there is one, else the
+    base model with its adapters disabled.
+    """
+    if REFERENCE not in policy.peft_config:
+        with policy.disable_adapter():
+            yield
+        return
+    policy.set_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        policy.set_adapter(TRAINED)
+
+
+def save_weights(policy: Any, folder: Path) -> None:
+    """Write the policy's model, or its trained adapter alone, to `folder` (safetensors)."""
+    selected = {"selected_adapters": [TRAINED]} if hasattr(policy, "get_base_model") else {}
+    policy.save_pretrained(folder, **selected)

@@ -136,7 +136,7 @@ def score_on_ray(config: PrecomputeConfig, work: Work) -> Generator[tuple[int, i
     Raises:
         RayPassError: The workers cannot be placed, or one failed; completed scores are durable.
     """
-    with _cluster() as ray, _groups_on_disk(config, work) as path:
+    with cluster() as ray, _groups_on_disk(config, work) as path:
         places = _places(config, ray)
         worker_config = replace(
             config,
@@ -208,7 +208,7 @@ def _places(config: PrecomputeConfig, ray: Any) -> Placement:
 
 
 @contextmanager
-def _cluster() -> Iterator[Any]:
+def cluster() -> Iterator[Any]:
     """Connect to a running cluster (RAY_ADDRESS, or on this machine), or start a local one."""
     # Ray reads these on import. The second keeps CUDA_VISIBLE_DEVICES: actors are given a device.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

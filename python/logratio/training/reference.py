@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +22,16 @@ from logratio.errors import LogratioError
 from logratio.logps.batch import Batch, Layout, TargetTokens, onto
 from logratio.logps.completion import score
 from logratio.training import run_folder
-from logratio.training.config import Precision, TrainConfig
+from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import (
     COMPUTE_DTYPE,
+    QUANTIZATION,
     Fingerprint,
-    model_fingerprint,
+    reference_fingerprint,
     stored_fingerprint,
 )
 from logratio.training.models import load_model, precision_of
+from logratio.training.policy import as_reference
 from logratio.training.validation import reference_kind
 
 
@@ -74,15 +76,18 @@ class FrozenReference(PerToken):
 
 
 class AdapterReference(PerToken):
-    """The policy with its adapters disabled, which takes no extra memory."""
+    """The policy without its trained adapter, or with that as it was at the start of the run.
+
+    It needs no second model: see `policy.as_reference`.
+    """
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
 
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
-        """Score the batch with the adapters disabled and in eval mode; return float32 `[S]`."""
-        with self.policy.disable_adapter(), evaluating(self.policy):  # type: ignore[operator]  # peft's
+        """Score the batch as the reference, in eval mode; return float32 `[S]`."""
+        with as_reference(self.policy), evaluating(self.policy):
             return score(self.policy, batch)
 
 
@@ -102,9 +107,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode inside the block, and restore the random states after it."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with evaluating(model), torch.random.fork_rng([*devices]):
+    with evaluating(model), same_random_state(model):
         yield
+
+
+def same_random_state(model: nn.Module) -> AbstractContextManager[None]:
+    """Restore torch's random states, of the host and the model's devices, after the block."""
+    return torch.random.fork_rng([*{p.device for p in model.parameters() if p.is_cuda}])
 
 
 def cache_folder(root: str | Path, fingerprint: Fingerprint) -> Path:
@@ -156,27 +165,42 @@ def holds_sums_only(root: str | Path, fingerprint: Fingerprint) -> bool:
 
 
 def _explain_miss(root: Path, fingerprint: Fingerprint) -> str:
-    advice = "run `logratio precompute` with this --model and --precision to fill it"
+    bits = fingerprint.quantization
+    flags = "--model, --precision and --quantization" if bits else "--model and --precision"
+    advice = f"run `logratio precompute` with this {flags} to fill it"
     others = sorted(root.glob(f"*/{FINGERPRINT_FILE}"))
     if not others:
         return f"{root}: no reference cache here; {advice}"
     found = "; ".join(_explain(path, fingerprint) for path in others)
-    if filled := _filled_in(others, fingerprint):
+    near = _differs_only_in(COMPUTE_DTYPE, others, fingerprint)
+    if near and (filled := near.precision):
         return (
             f"{root}: this cache was filled with --precision {filled}, and this run computes in "
             f"{fingerprint.precision} ({found}): give --precision {filled} here, or run "
             f"`logratio precompute` with --precision {fingerprint.precision}"
         )
+    if near := _differs_only_in(QUANTIZATION, others, fingerprint):
+        return (
+            f"{root}: this cache was filled with {_bits(near)}, and this run's reference has "
+            f"{_bits(fingerprint)} ({found}): {advice}"
+        )
     return f"{root}: this cache was filled with a different reference ({found}); {advice}"
 
 
-def _filled_in(paths: Sequence[Path], fingerprint: Fingerprint) -> Precision | None:
-    """Return the precision of a stored fingerprint that differs only in it, or None."""
+def _bits(fingerprint: Fingerprint) -> str:
+    bits = fingerprint.quantization
+    return f"--quantization {bits}" if bits else "no --quantization"
+
+
+def _differs_only_in(
+    name: str, paths: Sequence[Path], fingerprint: Fingerprint
+) -> Fingerprint | None:
+    """Return a stored fingerprint that differs only in one field, or None."""
     for path in paths:
         with suppress(DamagedFingerprintError):
             stored = stored_fingerprint(path)
-            if fingerprint.differences(stored.hard) == [COMPUTE_DTYPE]:
-                return stored.precision
+            if fingerprint.differences(stored.hard) == [name]:
+                return stored
     return None
 
 
@@ -301,7 +325,7 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     """
     if config.cache is None:
         return None
-    fingerprint = model_fingerprint(config.reference or config.model, precision_of(config))
+    fingerprint = reference_fingerprint(config)
     pread = config.read_mode == "pread"
     if holds_sums_only(config.cache, fingerprint):
         reader = open_cache(config.cache, fingerprint, sums=True, pread=pread)
@@ -344,6 +368,12 @@ def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
     if kind == "frozen":
         device = next(policy.parameters()).device
         return FrozenReference(
-            load_model(source, device=device, precision=precision_of(config), frozen=True)
+            load_model(
+                source,
+                device=device,
+                quantization=config.quantization,
+                precision=precision_of(config),
+                frozen=True,
+            )
         )
     return None

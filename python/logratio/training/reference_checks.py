@@ -16,7 +16,7 @@ from logratio.logps.attention.interface import NAME
 from logratio.logps.batch import Batch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training.config import Precision, TrainConfig
-from logratio.training.fingerprint import Fingerprint, model_fingerprint, versions
+from logratio.training.fingerprint import model_fingerprint, reference_fingerprint, versions
 from logratio.training.losses import PAIR_LOSSES, Objective
 from logratio.training.models import autocast, precision_of
 from logratio.training.reference import (
@@ -305,6 +305,7 @@ def _equal_in_memory(config: TrainConfig, policy: nn.Module, *, is_first: bool) 
         return None
     if is_first:
         return lambda batch: score(policy, batch)
+    # A continued adapter with a cache has no copy of its start in memory.
     return AdapterReference(policy).logps if config.lora and config.cache else None
 
 
@@ -382,5 +383,5 @@ def starts_at_reference(config: TrainConfig) -> bool:
         return False
     if config.reference is None:
         return True
-    start: Fingerprint = model_fingerprint(config.model, precision_of(config))
-    return start.digest == model_fingerprint(config.reference, precision_of(config)).digest
+    start = model_fingerprint(config.model, precision_of(config), config.quantization)
+    return start.digest == reference_fingerprint(config).digest

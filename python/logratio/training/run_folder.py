@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError, count
 from logratio.progress import say
 from logratio.training import checkpoint
-from logratio.training.config import UNRECORDED, PathLike, TrainConfig
+from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.given_model import base_names, name_of, source_of
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.metrics import EVALUATIONS_FILE, METRICS_FILE
 from logratio.training.models import (
@@ -38,6 +39,7 @@ from logratio.training.models import (
     quietly,
     training_budget,
 )
+from logratio.training.policy import save_weights
 from logratio.training.validation import beta_of
 
 SETTINGS_FILE = "training.json"
@@ -74,7 +76,7 @@ def identity(
     compiled = config.compile_layers
     fields["compile_layers"] = compiled if compiled == "auto" else compiled == "on"
     models = {
-        name: model_fingerprint(folder, precision_of(config)).digest.hex()
+        name: model_fingerprint(folder, precision_of(config), config.quantization).digest.hex()
         for name, folder in (
             ("model", config.model),
             ("reference", config.reference or config.model),
@@ -85,12 +87,25 @@ def identity(
         "token_budget": training_budget(config),
         "beta": beta_of(config),
         "precision": precision_of(config),
-        "lora": asdict(config.lora) if config.lora else None,
+        "lora": _shape_of(config.lora) if config.lora else None,
     }
     held = held_out.digest if held_out else None
     data = {"data": store.digest, "eval_data": held} if store else {}
     plain: dict[str, Any] = json.loads(json.dumps(fields | models | own | data))
     return plain
+
+
+def _shape_of(lora: LoraSettings) -> dict[str, Any]:
+    """Return the settings of adapters; those that the first version did not record if not default.
+
+    So a run of the first version and a run with the same settings count as the same.
+    """
+    first = {"rank", "alpha", "targets"}
+    return {
+        name: value
+        for name, value in asdict(lora).items()
+        if name in first or value != getattr(LoraSettings, name)
+    }
 
 
 def settings_of(folder: PathLike) -> dict[str, Any] | None:
@@ -121,7 +136,7 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     """
     output = Path(config.output)
     for folder in (config.model, config.reference or config.model):
-        if output.resolve() == Path(folder).resolve():
+        if output.resolve() == source_of(folder).resolve():
             raise ConfigError(f"output {output} is the folder of an input model; choose another")
     settings, left = settings_of(output), checkpoint.newest(output / CHECKPOINTS)
     is_ours = settings is not None or left or (output / SAVING).exists()
@@ -159,8 +174,8 @@ def refuse_different_run(
         why = "from a version of logratio that did not record its identity"
     else:
         before = UNRECORDED | before
-        names = [name for name, value in now.items() if before.get(name) != value]
-        why = f"which differs in {', '.join(names)}" if names else ""
+        names = checkpoint.differences(before, now)
+        why = f"which differs in {names}" if names else ""
     if why:
         raise RunExistsError(
             f"{config.output} contains a finished run, {why}: choose another --output, or replace "
@@ -227,13 +242,16 @@ def save_run(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quietly(), system_errors(output):
-            policy.save_pretrained(partial)  # type: ignore[operator]
+            save_weights(policy, partial)
+        _name_base(partial, Path(config.model))
         for name in (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json"):
             if (source := Path(config.model) / name).exists():
                 shutil.copyfile(source, partial / name)
         settings = {
             "version": __version__,
             **asdict(config),
+            "model": name_of(config.model),
+            "reference": name_of(config.reference) if config.reference else None,
             "beta": beta_of(config),
             "precision": precision_of(config),
             **asdict(end),
@@ -247,6 +265,17 @@ def save_run(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _publish(partial, output)
+
+
+def _name_base(saved: Path, folder: Path) -> None:
+    """Let a saved adapter name its base so that it is found from anywhere.
+
+    peft would look up an id on the hub while saving, so it is written afterwards.
+    """
+    path = saved / ADAPTER_CONFIG
+    if path.exists() and not (folder / ADAPTER_CONFIG).exists():
+        settings = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(settings | base_names(folder), indent=2))
 
 
 def _publish(partial: Path, output: Path) -> None:
@@ -324,6 +353,15 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
     return trained
 
 
+def note_unfinished(policy: PathLike) -> None:
+    """Print a note if a model's folder also contains a run that has not finished."""
+    if newest := checkpoint.newest(Path(policy) / CHECKPOINTS):
+        say(
+            f"{policy}: contains {newest.name} of a run that has not finished; this is the model "
+            "of an earlier run. Continue the run with --resume to replace it"
+        )
+
+
 def _trained_beta(settings: dict[str, Any]) -> float | None:
     """Return a run's β if its loss has a reference, else None."""
     loss = PAIR_LOSSES.get(settings.get("loss", ""))
@@ -347,6 +385,13 @@ def date_of_run(config: TrainConfig) -> str | None:
         return _date_field(state["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a damaged checkpoint is reported when it is loaded
+
+
+def with_date(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the date of the run in the output folder, unless they have one."""
+    if config.rules.date is not None:
+        return config
+    return replace(config, rules=replace(config.rules, date=date_of_run(config)))
 
 
 def date_of_policy(folder: PathLike) -> str | None:

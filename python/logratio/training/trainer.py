@@ -22,26 +22,28 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import Forecast, check_writable, count
 from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
-from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
+from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import transformer
-from logratio.progress import Advance, progress, say
+from logratio.progress import progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
-from logratio.training.config import PathLike, TrainConfig
+from logratio.training.config import TrainConfig
 from logratio.training.dataset import load_training_data
-from logratio.training.fingerprint import model_fingerprint
+from logratio.training.fingerprint import reference_fingerprint
+from logratio.training.given_model import given_model
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
-from logratio.training.metrics import MetricsLog
+from logratio.training.metrics import MetricsLog, progress_note
 from logratio.training.models import (
     autocast,
     default_device,
     precision_note,
     precision_of,
     training_budget,
+    with_local_models,
 )
 from logratio.training.optimizers import state_bytes
 from logratio.training.policy import build_policy
@@ -54,10 +56,12 @@ from logratio.training.reference import (
     build_reference,
     cache_folder,
     cached_reference,
+    same_random_state,
     side_effect_free,
     sums_folder,
 )
 from logratio.training.reference_checks import check_start
+from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
     CHECKPOINTS,
     RunEnd,
@@ -77,8 +81,9 @@ from logratio.training.torch_settings import (
     exact_products,
     fixed_order,
 )
+from logratio.training.trainer_arguments import trainer_arguments
 from logratio.training.update import Updater
-from logratio.training.validation import check_config, reference_kind
+from logratio.training.validation import check_folders, check_settings, reference_kind
 from logratio.validation import check_kind
 
 REFUSED_FILE = "refused.jsonl"
@@ -115,13 +120,23 @@ class DPOTrainer:
     `train` returns, no other process can train into it. It does not load the model.
 
     Args:
-        model: Folder of the model to start from (safetensors, tokenizer.json).
+        model: The model to start from: a folder (safetensors, tokenizer.json), an id of the
+            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` whose adapter is new. An object
+            is trained in place: its dropout is turned off, and it gets the device and the precision
+            of the run.
         data: Preference data, as in `TrainConfig`.
-        config: All settings at once, instead of `model`, `data` and `settings`.
+        tokenizer: A fast tokenizer of transformers, a folder or an id. None: that of the model's
+            folder or id.
+        reference: The reference: a folder, an id or a `PreTrainedModel`, which is used without a
+            copy. None: the model before its first update.
+        peft_config: A `LoraConfig` of peft, in place of `lora`.
+        config: All settings at once, instead of `model`, `data` and `settings`; or a `DPOConfig`
+            of TRL, whose fields become settings or are refused by name.
         callbacks: Called during the run: see `Callback`.
         show_progress: Draw progress bars and print notes.
         dry_run: Create no files. The trainer then offers a forecast but cannot train.
-        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names.
+        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names;
+            also TRL's arguments `args`, `processing_class`, `ref_model` and `train_dataset`.
 
     Attributes:
         config: The settings; `rules` holds the rules that the data was tokenized with.
@@ -146,28 +161,27 @@ class DPOTrainer:
 
     def __init__(
         self,
-        model: PathLike | None = None,
+        model: Any = None,
         data: Inputs | None = None,
         *,
-        config: TrainConfig | None = None,
+        tokenizer: Any = None,
+        reference: Any = None,
+        peft_config: Any = None,
+        config: Any = None,
         callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
         dry_run: bool = False,
         **settings: Any,
     ) -> None:
-        named: dict[str, Any] = {"model": model, "data": data}
-        given = {name: value for name, value in named.items() if value is not None} | settings
-        if config is not None and given:
-            raise ConfigError(f"config holds all settings: leave {', '.join(given)} out")
-        config = config or TrainConfig(**given)
+        given = {"model": model, "data": data, "reference": reference} | settings
+        config, self._models = trainer_arguments(given, tokenizer, peft_config, config)
         refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
-        check_config(config)
+        check_settings(config)
         check_metric(config)
-        if config.rules.date is None:
-            config = replace(
-                config, rules=replace(config.rules, date=run_folder.date_of_run(config))
-            )
+        config = with_local_models(config)
+        check_folders(config)
+        config = run_folder.with_date(config)
         self.show_progress, self.dry_run = show_progress, dry_run
         self.callbacks = check_callbacks(callbacks)
         self.device = default_device(config.device)
@@ -268,7 +282,8 @@ class DPOTrainer:
                 unchanged.
         """
         if self.finished:
-            say(f"{self.finished.output}: a run with these settings has already finished")
+            kept = "; the model in memory is unchanged" if given_model(self.config.model) else ""
+            say(f"{self.finished.output}: a run with these settings has already finished{kept}")
             return self.finished
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
@@ -319,8 +334,7 @@ class DPOTrainer:
         """Return the best layout that all models in memory support; print a note if slower."""
         models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
         wanted = self.config.share_beginnings
-        found = [choose_layout(model, share_beginnings=wanted) for model in models]
-        layout, reason = min(found, key=lambda one: LAYOUTS.index(one[0]))
+        layout, reason = choose_layout(*models, share_beginnings=wanted)
         if note := layout_note(layout, reason, share_beginnings=wanted):
             say(note)
         return layout
@@ -329,9 +343,10 @@ class DPOTrainer:
         """Choose how the policy's layers run; print a note if some are checkpointed."""
         name, updater = self.config.optimizer, self.updater
         state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in updater.parameters)
-        choice = choose_checkpointing(
-            self.config, self.store, updater.policy, updater.layout, state
-        )
+        with same_random_state(updater.policy):  # measuring draws the adapters' dropout
+            choice = choose_checkpointing(
+                self.config, self.store, updater.policy, updater.layout, state
+            )
         if choice.reason:
             say(choice.reason)
         wanted = self.config.compile_layers
@@ -359,6 +374,7 @@ class DPOTrainer:
         """Run all updates after the last checkpoint, and the evaluations between them."""
         config, groups_in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
+        record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
@@ -384,7 +400,7 @@ class DPOTrainer:
                     values["epoch"] = self.state.epoch
                     log.write(step, values)
                     history.append(values)
-                    _report(advance, groups, values)
+                    advance(groups, progress_note(values))
                     self._call("on_update", values)
                     self._evaluate(log, interrupted)
                     self._maybe_save(step, interrupted())
@@ -569,7 +585,7 @@ class DPOTrainer:
 def _date_of_cache(config: TrainConfig) -> str | None:
     if config.cache is None:
         return None
-    reference = model_fingerprint(config.reference or config.model, precision_of(config))
+    reference = reference_fingerprint(config)
     folders = cache_folder(config.cache, reference), sums_folder(config.cache, reference)
     return max(filter(None, map(run_folder.date_of_cache, folders)), default=None)
 
@@ -580,10 +596,3 @@ def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
 
 def _place(micro: MicroBatch) -> tuple[int, int]:
     return micro.epoch, micro.update
-
-
-def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
-    note = f"loss {values['loss']:.4f}"
-    if "rewards/accuracies" in values:
-        note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
-    advance(groups, note)

@@ -6,23 +6,21 @@ from logratio.errors import ConfigError
 from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.training.config import TrainConfig
+from logratio.training.lora import check_adapters
 from logratio.training.losses import LOSSES, PAIR_LOSSES
 from logratio.training.models import (
-    ADAPTER_CONFIG,
     check_model_folder,
     check_router_loss,
     default_device,
 )
-from logratio.training.policy import check_lora_targets
 
 
-def check_config(config: TrainConfig) -> None:
-    """Check the settings of a run.
+def check_settings(config: TrainConfig) -> None:
+    """Check the settings of a run that can be checked without its models.
 
     Raises:
         ConfigError: A setting is invalid; the message names it.
-        ModelFolderError: A folder contains no loadable model, or one that requests a router loss.
-        OutputError: The output folder is not writable.
+        DeviceError, MissingExtraError: The device or an optional dependency is not usable.
     """
     if config.loss not in LOSSES:
         raise ConfigError(f"loss {config.loss!r} is unknown; choose from {', '.join(LOSSES)}")
@@ -30,16 +28,20 @@ def check_config(config: TrainConfig) -> None:
     _check_options(config)
     _check_evaluation(config)
     _check_memory(config)
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Check the folders of a run, and the settings that depend on the model.
+
+    Raises:
+        ConfigError: A setting does not fit the model; the message names it.
+        ModelFolderError: A folder contains no loadable model, or one that requests a router loss.
+        OutputError: The output folder is not writable.
+    """
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     check_router_loss(config.model)
-    if config.lora and (Path(config.model) / ADAPTER_CONFIG).exists():
-        raise ConfigError(
-            f"{config.model} is itself an adapter: merge it first "
-            "(merge_and_unload() and save_pretrained() of peft), then add a new one"
-        )
-    if config.lora:
-        check_lora_targets(config.lora, config.model)
+    check_adapters(config)
     check_writable(Path(config.output))
 
 
@@ -97,7 +99,8 @@ def _check_optimizer(config: TrainConfig) -> None:
     """Refuse an optimizer that is not installed, or that would lose updates to rounding."""
     if config.optimizer != "adamw8bit":
         return
-    if config.precision == "bf16-weights" and not config.lora:
+    saved = config.lora.modules_to_save if config.lora else ()
+    if config.precision == "bf16-weights" and (saved or not config.trains_adapter):
         raise ConfigError(
             "adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would lose most "
             "updates to rounding: use adamw or adamw-host, or precision bf16, which takes as much "
@@ -124,4 +127,4 @@ def reference_kind(config: TrainConfig) -> str:
         return "none"
     if config.cache:
         return "cached"
-    return "adapter" if config.lora and not config.reference else "frozen"
+    return "adapter" if config.trains_adapter and not config.reference else "frozen"

@@ -27,7 +27,8 @@ from logratio.training import (
 
 
 def flags(command: Callable[..., None]) -> set[str]:
-    return set(inspect.signature(command).parameters) - {"dry_run", "json_file"}
+    own = {"config", "dry_run", "json_file", "lora_config"}  # flags that are no fields
+    return set(inspect.signature(command).parameters) - own
 
 
 def fields(config: type) -> set[str]:
@@ -55,6 +56,8 @@ def test_every_flag_is_a_field_and_every_field_a_flag(
         "append_eos": "eos",
         "text_as": "chat",
         "lora_targets": "lora_target",
+        "lora_use_rslora": "lora_rslora",
+        "lora_use_dora": "lora_dora",
         "format": "format_name",
     }
     expected = {renamed.get(name, name) for name in fields(config)}
@@ -314,7 +317,7 @@ def test_an_install_without_torch_names_the_missing_package(
 def test_a_bug_in_the_program_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("logratio.training.trainer.check_config", lambda _: 1 / 0)
+    monkeypatch.setattr("logratio.training.trainer.check_folders", lambda _: 1 / 0)
     arguments = ["--model", str(tiny_model), "--data", str(pairs_file), "--output", str(tmp_path)]
     with pytest.raises(ZeroDivisionError):
         main(["train", *arguments])

@@ -15,7 +15,7 @@ from tiny_bundle import tiny_bundle
 from tiny_models import save_tiny_model
 
 import logratio
-from logratio import PrecomputeConfig, TrainConfig, precompute, train
+from logratio import LoraSettings, PrecomputeConfig, TrainConfig, precompute, train
 from logratio.data import PreferenceTokenizer, Source, build_store
 from logratio.data.formats.decoder import Decoder
 from logratio.logps.completion import batch_of
@@ -56,6 +56,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = folder / "sft-model"
     precompute(PrecomputeConfig(model, pairs, folder / "cache"), show_progress=False)
     train(TrainConfig(model, pairs, folder / "policy"), show_progress=False)
+    adapter = TrainConfig(model, pairs, folder / "adapter", lora=LoraSettings(rank=2))
+    train(adapter, show_progress=False)
     build_store(pairs, PreferenceTokenizer.load(model), folder / "pairs.store")
     shutil.copytree(tiny_bundle(tmp_path_factory) / "bundle", folder / "bundle")
     return folder

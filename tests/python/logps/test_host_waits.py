@@ -33,9 +33,9 @@ from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit_gradient
 from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, precompute, trainer
 from logratio.training.dataset import load_dataset
+from logratio.training.lora import with_lora
 from logratio.training.models import load_model
 from logratio.training.optimizers import AdamSettings, clip_gradients, make_optimizer
-from logratio.training.policy import with_lora
 from logratio.training.reference import (
     AdapterReference,
     FrozenReference,

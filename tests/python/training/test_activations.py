@@ -28,7 +28,7 @@ from logratio.training.activations import (
     layers_that_do_not_fit,
     measure_layers,
 )
-from logratio.training.policy import with_lora
+from logratio.training.lora import with_lora
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])

@@ -17,9 +17,9 @@ from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings
 from logratio.training.bfloat16 import InputDtypeLinear, held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import Precision
+from logratio.training.lora import with_lora
 from logratio.training.memory import frozen_bytes
 from logratio.training.models import autocast, load_model
-from logratio.training.policy import with_lora
 
 CPU = torch.device("cpu")
 GROUPS = [

@@ -16,7 +16,7 @@ from logratio.logps.checks import batch_of
 from logratio.logps.completion import score, transformer
 from logratio.training import LoraSettings, TrainConfig, train
 from logratio.training.activations import LayerOptions, layer_options
-from logratio.training.policy import with_lora
+from logratio.training.lora import with_lora
 
 pytestmark = [
     # torch looks at `.grad` of what it traces, and warns of that itself.

@@ -26,8 +26,8 @@ from logratio.training.fingerprint import (
     parameter_count,
     stored_fingerprint,
 )
+from logratio.training.lora import with_lora
 from logratio.training.models import ModelFolderError
-from logratio.training.policy import with_lora
 from logratio.training.precomputation import prepare
 from logratio.training.reference import (
     StaleCacheError,

@@ -31,9 +31,9 @@ from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Precision
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.lora import with_lora
 from logratio.training.losses import PAIR_LOSSES, make_objective
 from logratio.training.models import precision_of
-from logratio.training.policy import with_lora
 from logratio.training.reference import (
     CachedReference,
     CachedSums,

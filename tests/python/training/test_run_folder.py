@@ -13,11 +13,13 @@ import torch
 from cache_folders import disk_of_128_kib
 from conftest import Run, write_pairs
 from safetensors.torch import load_file, save_file
+from stop_after import stop_after
 
 from logratio.durable import locked
 from logratio.errors import ConfigError
 from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
 from logratio.training import checkpoint as checkpoints
+from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.metrics import MetricsLog, NonFiniteError
 from logratio.training.run_folder import RunExistsError, reward_beta
 from logratio.training.trainer import DPOTrainer, SaveError
@@ -70,12 +72,15 @@ class TestFinished:
     @pytest.mark.parametrize(
         ("changes", "names"),
         [
-            ({"lr": 2e-3}, "lr"),
-            ({"loss": "ipo", "seed": 3}, "loss, seed"),
-            ({"beta": 0.3, "resume": True}, "beta"),
+            ({"lr": 2e-3}, r"lr \(0.001 before, 0.002 now\)"),
+            (
+                {"loss": "ipo", "seed": 3},
+                r'loss \("dpo" before, "ipo" now\), seed \(0 before, 3 now\)',
+            ),
+            ({"beta": 0.3, "resume": True}, r"beta \(0.1 before, 0.3 now\)"),
             ({"lora": LoraSettings(rank=2, targets=("q_proj",))}, "lora"),
             ({"data": ["OTHER"]}, "data"),
-            ({"token_budget": 64}, "token_budget"),
+            ({"token_budget": 64}, r"token_budget \(2048 before, 64 now\)"),
         ],
     )
     def test_other_settings_need_overwrite(
@@ -388,6 +393,19 @@ class TestBeta:
             assert code == 0, err
             assert "using beta 0.5; the policy was trained with 0.3" in err
         assert reward_beta(config.output, None) == 0.3
+
+    def test_an_unfinished_run_beside_the_model_is_named(
+        self, run: Run, config: TrainConfig, tmp_path: Path
+    ) -> None:
+        """The model is still that of the run before."""
+        quiet(config)
+        with pytest.raises(RunInterruptedError), stop_after(1):
+            quiet(with_(config, overwrite=True, lr=2e-3))
+        given = ("--policy", config.output, "--reference", config.model, "--dry-run")
+        for name, rest in (("evaluate", ("--data", *config.data)), ("export", OUTPUT(tmp_path))):
+            code, _, err = run(name, *given, *rest)
+            assert code == 0, err
+            assert "contains checkpoint-00000001 of a run that has not finished" in err
 
     def test_without_a_run_it_must_be_given(
         self, run: Run, config: TrainConfig, tmp_path: Path

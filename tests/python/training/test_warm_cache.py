@@ -23,7 +23,8 @@ from logratio.training import (
 )
 from logratio.training import models as models_module
 from logratio.training import trainer as trainer_module
-from logratio.training.policy import build_policy, with_lora
+from logratio.training.lora import with_lora
+from logratio.training.policy import build_policy
 from logratio.training.reference import AdapterReference, FrozenReference, StaleCacheError
 from logratio.training.trainer import DPOTrainer
 

@@ -38,11 +38,11 @@ _GAP = 2  # bins between the histogram and the bar of the numbers outside it
 
 # "default" overrides the user's matplotlibrc. Text in an SVG stays text, and the ids of its
 # elements are the same in every run.
-_STYLE: list[Any] = [
+STYLE: list[Any] = [
     "default",
     {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "logratio", "pdf.fonttype": 42},
 ]
-_NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
+NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 def check_picture(path: Path) -> None:
@@ -72,10 +72,10 @@ def draw(analysis: Analysis, path: Path) -> None:
     check_picture(path)
     from matplotlib import style
 
-    metadata = {"Title": _title(analysis), **_NO_DATE[path.suffix]}
+    metadata = {"Title": _title(analysis), **NO_DATE[path.suffix]}
     drawn = figure(analysis)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with style.context(_STYLE), published(path) as partial_file:
+    with style.context(STYLE), published(path) as partial_file:
         drawn.savefig(partial_file, format=path.suffix[1:], dpi=150, metadata=metadata)
 
 
@@ -96,7 +96,7 @@ def figure(analysis: Analysis) -> "Figure":
     last = len(panels) - 1
     # A panel without a neighbour fills its row.
     places = [[at, min(at + 1, last - 1)] for at in range(0, last, 2)] + [[last, last]]
-    with style.context(_STYLE):
+    with style.context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
         drawn = Figure(figsize=(10, 3 * len(places) + 0.7), layout=layout)
         drawn.suptitle(f"{_title(analysis)}\n{_caption(analysis)}", fontsize=11)

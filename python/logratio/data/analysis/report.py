@@ -179,6 +179,13 @@ def to_text(analysis: "Analysis") -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
+def to_summary(analysis: "Analysis") -> str:
+    """Return what a run needs to know: the counts of the rows, and the warnings."""
+    warnings = _wrapped([str(one) for one in analysis.findings])
+    more = "`logratio data report` shows lengths, length bias, label noise and what sharing saves"
+    return "\n".join([analysis.account.to_text(), *warnings, more])
+
+
 def _table(analysis: "Analysis") -> list[str]:
     head = f"{'tokens':<11}{'median':>10}{'mean':>10}{'p95':>10}{'longest':>10}{'in all':>16}"
     rows = [
@@ -383,6 +390,10 @@ class Analysis:
     def to_text(self) -> str:
         """Return the printed report, in lines of at most 80 columns except for long paths."""
         return to_text(self)
+
+    def to_summary(self) -> str:
+        """Return the counts of the rows and the warnings, as text."""
+        return to_summary(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""

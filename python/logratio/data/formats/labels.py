@@ -71,6 +71,11 @@ class Label:
         _check_ranges(text, meanings)
         return cls(key.strip(), meanings)
 
+    def to_flag(self) -> str:
+        """Return the text that `parse` reads as this label."""
+        words = (f"{shlex.quote(v)}={shlex.quote(m)}" for v, m in self.meanings.items())
+        return f"{self.key}: {' '.join(words)}"
+
     def answers(self) -> tuple[str, ...]:
         """Return the keys of the answers that the label chooses between."""
         ours = (TIE, GOOD, BAD)

@@ -192,6 +192,10 @@ class RowFunction:
     def __str__(self) -> str:
         return self.name
 
+    def to_flag(self) -> str | None:
+        """Return the name that reads as this function; None for a lambda or an inner function."""
+        return None if "<" in self.name else self.name
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowFunction) and self._function == other._function
 

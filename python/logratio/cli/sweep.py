@@ -1,0 +1,193 @@
+"""`logratio sweep`: a grid of runs, evaluated on held-out pairs."""
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from logratio.cli import options
+from logratio.cli.config import takes_config
+from logratio.cli.options import READING, Reading, takes_flags
+from logratio.cli.train import (
+    HELD_OUT,
+    LORA,
+    MACHINE,
+    OBJECTIVE,
+    UPDATE,
+    HeldOut,
+    Lora,
+    Machine,
+    Objective,
+    Update,
+)
+
+if TYPE_CHECKING:
+    from logratio.training.sweep_results import SweepResult, SweepRow
+
+GRID = "Grid"
+OWN = {"loss", "beta", "lr", "seed", "overwrite", "resume", "eval_data", "max_new_tokens"}
+"""Settings of a run that a sweep sets itself, or takes as lists."""
+
+
+class Loss(StrEnum):
+    """The losses of pairs."""
+
+    DPO = "dpo"
+    IPO = "ipo"
+    SIMPO = "simpo"
+
+
+class Engine(StrEnum):
+    """Where the runs are."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@takes_config("SweepConfig")
+@partial(takes_flags, without=frozenset({"resume"}))
+def sweep(
+    model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
+    data: options.Data,
+    eval_data: Annotated[
+        list[Path],
+        typer.Option(metavar="FILE", help="Held-out preference data; repeat the flag.",
+                     rich_help_panel=options.DATA),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the sweep, with one folder per run.")],
+    loss: Annotated[
+        list[Loss] | None,
+        typer.Option(help="A loss; repeat the flag. Default: dpo.", rich_help_panel=GRID),
+    ] = None,
+    beta: Annotated[
+        list[float] | None,
+        typer.Option(help="Weight of the KL term; repeat the flag. Default: that of the loss.",
+                     rich_help_panel=GRID),
+    ] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="Peak learning rate; repeat the flag. Default: 1e-6.",
+                     rich_help_panel=GRID),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Seed of the data order; repeat the flag. Default: 0.",
+                     rich_help_panel=GRID),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(help="Completions sampled from each policy to estimate its KL to the "
+                     "reference; 0: no estimate.", rich_help_panel=GRID),
+    ] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest sampled completion.", rich_help_panel=GRID)
+    ] = 128,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(help="Choose among runs with at most this KL, in nats per completion.",
+                     rich_help_panel=GRID),
+    ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="local: one run after the other. ray: several at a time on a Ray "
+                     "cluster (Ray Tune), each with one GPU, or one CPU if there are no GPUs.",
+                     rich_help_panel=options.MACHINE),
+    ] = Engine.LOCAL,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time on Ray. Default: as many as fit.",
+                     rich_help_panel=options.MACHINE),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Reference log-probs. Default: a folder in --output.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train all runs again.")
+    ] = False,
+    objective: Objective = OBJECTIVE,
+    update: Update = UPDATE,
+    held_out: HeldOut = HELD_OUT,
+    lora: Lora = LORA,
+    reading: Reading = READING,
+    machine: Machine = MACHINE,
+    dry_run: options.DryRun = False,
+) -> None:  # fmt: skip
+    """Train every combination of --loss, --beta, --lr and --seed, and choose one.
+
+    The data is tokenized once and the reference scores it once. Every run is evaluated on
+    --eval-data; the results are in sweep.jsonl and sweep.svg. May be stopped at any moment: run it
+    again to continue. Exits with 1 if a run failed.
+    """
+    from logratio.training.config import SweepConfig, TrainConfig
+    from logratio.training.sweep_runs import prepare
+
+    groups = objective, update, held_out, machine
+    shared = {name: value for group in groups for name, value in group.settings().items()}
+    base = TrainConfig(
+        model,
+        data,
+        output,
+        cache=cache,
+        reference=reference,
+        **{name: value for name, value in shared.items() if name not in OWN},
+        overwrite=overwrite,
+        lora=lora.settings(),
+        rules=reading.rules,
+        formats=reading.settings(),
+        max_bad_fraction=reading.max_bad_fraction,
+    )
+    config = SweepConfig(
+        base,
+        eval_data,
+        loss=tuple(one.value for one in loss or ()),
+        beta=tuple(beta or ()),
+        lr=tuple(lr or ()),
+        seed=tuple(seed or ()),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        kl_budget=kl_budget,
+        engine=engine.value,
+        workers=workers,
+    )
+    ready = prepare(config)
+    if dry_run:
+        typer.echo(ready.rehearse().to_text(), err=True)
+        for run in ready.runs:
+            typer.echo(Path(run.output).name)
+        return
+    result = ready.run()
+    _print_result(result)
+    if any(row.failed for row in result.rows):
+        raise typer.Exit(1)
+
+
+def _print_result(result: "SweepResult") -> None:
+    """Print one line per run, the most accurate first, and the chosen run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "loss", "β", "lr", "seed", "accuracy, 95 %", "KL, nats, 95 %", "margin")
+    for row in result.ranked:
+        chosen = "→" if row == result.best else ""
+        settings = row.loss, f"{row.beta:g}", f"{row.lr:g}", str(row.seed)
+        table.add_row(chosen, *settings, *_figures(row))
+    Console().print(table)
+    best = result.best.name if result.best else "none"
+    typer.echo(f"chosen: {best}: {result.reason}")
+    for row in result.rows:
+        if row.failed:
+            typer.echo(f"{row.name} failed: {row.failed}")
+    typer.echo(f"rows, runs and picture: {result.output}")
+
+
+def _figures(row: "SweepRow") -> tuple[str, ...]:
+    if row.failed or not row.evaluation:
+        return ("failed", "", "")
+    low, high = row.accuracy_interval
+    kl = f"{row.kl:.3g} ± {1.96 * row.kl_error:.2g}" if row.kl == row.kl else ""
+    return f"{row.accuracy:.3f} ({low:.2f}…{high:.2f})", kl, f"{row.evaluation['margin']:.3g}"

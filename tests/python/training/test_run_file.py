@@ -1,0 +1,84 @@
+"""`run.yaml` describes the run in its folder, and never stops it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pyarrow.json
+import pytest
+import yaml
+from stop_after import stop_after
+
+from logratio.data import FormatSettings
+from logratio.training import ResumeError, RunInterruptedError, SFTConfig, TrainConfig, train
+from logratio.training.run_file import RUN_FILE, record_settings, with_absolute_paths
+
+
+@pytest.fixture
+def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(tiny_model, [pairs_file], tmp_path / "out", lr=1e-3, batch_size=8)
+
+
+def written(config: TrainConfig) -> str:
+    return (Path(config.output) / RUN_FILE).read_text()
+
+
+def test_it_holds_the_values_that_the_run_uses(config: TrainConfig) -> None:
+    train(config, show_progress=False)
+    values = yaml.safe_load(written(config))
+    identity = json.loads((Path(config.output) / "training.json").read_text())["identity"]
+    for name in ("beta", "precision", "token_budget", "lr", "batch_size"):
+        assert values[name] == identity[name], name
+    assert "resume" not in values
+    assert written(config).startswith("# The settings of a run of logratio ")
+
+
+def test_a_run_without_beta_reads_back(config: TrainConfig, tmp_path: Path) -> None:
+    base = dataclasses.asdict(config) | {"loss": "sft", "output": tmp_path / "sft"}
+    sft = SFTConfig(**{**base, "rules": config.rules, "formats": config.formats})
+    assert not train(sft, show_progress=False).was_finished
+    again = TrainConfig.from_yaml(tmp_path / "sft" / RUN_FILE)
+    assert (again.loss, again.beta) == ("sft", None)
+    assert train(again, show_progress=False).was_finished
+
+
+def test_values_without_text_are_named_in_a_comment(config: TrainConfig, pairs_file: Path) -> None:
+    table = pyarrow.json.read_json(pairs_file)
+    formats = FormatSettings(rows=lambda row: row)
+    train(dataclasses.replace(config, data=[table], formats=formats), show_progress=False)
+    assert "# Not in this file, because it was a Python object: data\n" in written(config)
+    assert "# Not in this file, because it was a Python object: rows\n" in written(config)
+    record_settings(dataclasses.replace(config, data=["-"]))
+    assert "# The data was standard input" in written(config)
+    assert yaml.safe_load(written(config))["data"] == ["-"]
+
+
+def test_a_file_that_cannot_be_written_stops_nothing(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(config.output) / RUN_FILE).mkdir(parents=True)
+    assert train(config, show_progress=False).steps == 2
+    assert "run.yaml could not be written" in capsys.readouterr().err
+
+
+def test_a_refused_resume_leaves_the_file_of_the_run(config: TrainConfig) -> None:
+    with pytest.raises(RunInterruptedError), stop_after(1):
+        train(config, show_progress=False)
+    before = written(config)
+    with pytest.raises(ResumeError, match="differs in lr"):
+        train(dataclasses.replace(config, lr=1.0, resume=True), show_progress=False)
+    assert written(config) == before
+    train(TrainConfig.from_yaml(Path(config.output) / RUN_FILE, resume=True), show_progress=False)
+    assert written(config) == before
+
+
+def test_paths_are_absolute_and_tables_unchanged(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = object()
+    given = dataclasses.replace(config, model="m", output="o", cache="c", data=["d", "-", table])
+    found = with_absolute_paths(given)
+    assert [found.model, found.output, found.cache] == [str(tmp_path / name) for name in "moc"]
+    assert found.data == [str(tmp_path / "d"), "-", table]
+    assert found.reference is None
