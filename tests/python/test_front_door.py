@@ -28,6 +28,7 @@ from logratio.training import (
     LoraSettings,
     PrecomputeConfig,
     SFTConfig,
+    SweepConfig,
     TrainConfig,
     evaluate,
     precompute,
@@ -138,7 +139,10 @@ def numeric_fields(kind: type) -> dict[str, list[Range]]:
     }
 
 
-RANGED = (TrainConfig, SFTConfig, PrecomputeConfig, EvaluateConfig, ExportConfig, DemoConfig)
+RANGED = (
+    *(TrainConfig, SFTConfig, PrecomputeConfig, EvaluateConfig, SweepConfig),
+    *(ExportConfig, DemoConfig),
+)
 
 
 @pytest.mark.parametrize("kind", RANGED)
@@ -148,6 +152,7 @@ def test_every_number_has_a_range_of_finite_values(kind: type) -> None:
         EvaluateConfig: {"policy": "p", "reference": "r", "data": "d"},
         ExportConfig: EXPORT,
         DemoConfig: {},
+        SweepConfig: {"base": TrainConfig(**RUN), "eval_data": "d"},
     }
     assert numeric_fields(kind)
     for name, ranges in numeric_fields(kind).items():

@@ -172,7 +172,9 @@ def test_evaluating_changes_nothing_else(
 ) -> None:
     config = with_(config, lora=lora, epochs=1, eval_samples=2, max_new_tokens=4)
     without = with_(
-        config, eval_data=None, eval_every=None, eval_samples=0, output=tmp_path / "without"
+        with_(config, eval_data=None, eval_every=None, eval_samples=0),
+        max_new_tokens=TrainConfig.max_new_tokens,
+        output=tmp_path / "without",
     )
     assert quiet(config).history == quiet(without).history
     name = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -387,7 +389,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(
         ({"best_metric": "kl"}, "best_metric 'kl' is unknown"),
         ({"early_stop": 2}, "early_stop needs best_metric"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
-        ({"eval_data": None, "eval_share": 1.5}, "eval_share is a share"),
+        ({"eval_data": None, "eval_share": 1.5}, "eval_share must be at least 0 and below 1"),
         ({"eval_samples": 2, "max_new_tokens": 10_000}, "lower max_new_tokens"),
     ],
 )
