@@ -11,6 +11,7 @@ from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
 from logratio.synonyms import takes_known_names
+from logratio.training.trackers import ReportTo
 from logratio.validation import check_fields
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
@@ -166,6 +167,12 @@ class TrainConfig(YamlSettings):
             "rewards/accuracies" or "loss", instead of the last one.
         early_stop: Stop after this many evaluations in a row that were not better than the best in
             `best_metric`.
+        report_to: Where metrics go in addition to the output folder's files: "tensorboard",
+            "wandb", "mlflow", "trackio", or several; "none"; or "all" that are installed. None:
+            "tensorboard".
+        run_name: Name of the run in trackers; None: the name of the output folder.
+        project: Project (wandb, trackio) or experiment (mlflow) of the run; None: the tracker's
+            own setting, else "logratio".
         resume: Continue from the newest valid checkpoint in `output`.
         overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
             the same settings is returned without training, and any other run is an error. The
@@ -225,6 +232,9 @@ class TrainConfig(YamlSettings):
     max_new_tokens: int = 128
     best_metric: str | None = None
     early_stop: int | None = None
+    report_to: ReportTo = None
+    run_name: str | None = None
+    project: str | None = None
     resume: bool = False
     overwrite: bool = False
     device: str | None = None

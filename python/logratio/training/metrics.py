@@ -15,6 +15,7 @@ from typing import Any
 
 from logratio.errors import LogratioError
 from logratio.progress import say
+from logratio.training.trackers import dashboard_names
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -28,13 +29,13 @@ class MetricsLog:
     written when the disk has space again. Without tensorboardX, no events are written.
     """
 
-    def __init__(self, output: Path, resume_step: int) -> None:
+    def __init__(self, output: Path, resume_step: int, *, tensorboard: bool = True) -> None:
         self._reported = False
         self._rows, self._evaluations, self._samples = (
             _Appended(output / name, _size_up_to(output / name, resume_step))
             for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE)
         )
-        self._events = _new_events(output / "tensorboard", resume_step)
+        self._events = _new_events(output / "tensorboard", resume_step) if tensorboard else None
 
     @property
     def _files(self) -> list["_Appended"]:
@@ -63,8 +64,9 @@ class MetricsLog:
 
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add scalars to the TensorBoard events, and report the first failure of any file."""
-        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
         if self._events:
+            named = dashboard_names(values).items()
+            scalars = [{"tag": name, "simple_value": value} for name, value in named]
             self._events.add(_event(step=step, summary={"value": scalars}))
         for file in self._files:
             if (failure := file.failure) and not self._reported:
@@ -79,6 +81,10 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files, after one more attempt to write what is waiting."""
         for file in self._files:
             file.close()
             if file.waiting:

@@ -24,7 +24,7 @@ from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
 from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
 from logratio.logps.completion import transformer
-from logratio.progress import Advance, progress, say
+from logratio.progress import progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
@@ -35,7 +35,6 @@ from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
-from logratio.training.metrics import MetricsLog
 from logratio.training.models import (
     autocast,
     default_device,
@@ -81,6 +80,7 @@ from logratio.training.torch_settings import (
 )
 from logratio.training.update import Updater
 from logratio.training.validation import check_config, reference_kind
+from logratio.training.watching import Watch
 from logratio.validation import check_kind
 
 REFUSED_FILE = "refused.jsonl"
@@ -367,7 +367,7 @@ class DPOTrainer:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
         with (
-            MetricsLog(Path(config.output), start) as log,
+            Watch(config, start) as watch,
             interrupts() as interrupted,
             progress(config.loss, groups_in_all, "pairs", show=self.show_progress) as advance,
         ):
@@ -375,7 +375,7 @@ class DPOTrainer:
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
             self._call("on_start")
-            self._evaluate(log, interrupted)  # if a signal interrupted the last evaluation
+            self._evaluate(watch, interrupted)  # if a signal interrupted the last evaluation
             with closing(iter(feed)) as batches:
                 # With max_steps the data may go on after the last update.
                 wanted = islice(groupby(batches, _place), self.updates - start)
@@ -386,15 +386,14 @@ class DPOTrainer:
                     values, groups = self.updater.update(step, rate, update)
                     self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
                     values["epoch"] = self.state.epoch
-                    log.write(step, values)
                     history.append(values)
-                    _report(advance, groups, values)
+                    advance(groups, watch.updated(step, values))
                     self._call("on_update", values)
-                    self._evaluate(log, interrupted)
+                    self._evaluate(watch, interrupted)
                     self._maybe_save(step, interrupted())
         return self._result(history)
 
-    def _evaluate(self, log: MetricsLog, interrupted: Callable[[], int | None]) -> None:
+    def _evaluate(self, watch: Watch, interrupted: Callable[[], int | None]) -> None:
         """Evaluate held-out groups if it is time, and keep the weights if they are the best.
 
         A signal ends the evaluation, which is repeated when the run is resumed.
@@ -408,7 +407,7 @@ class DPOTrainer:
             return
         if self.selection.note(step, result.metrics):
             self._save_best(step)
-        log.write_evaluation(result.to_dict(), result.metrics, result.sample_rows())
+        watch.evaluated(result)
         if self.show_progress:
             say(result.to_text())
         self._evaluations.append(result.to_dict())
@@ -584,10 +583,3 @@ def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
 
 def _place(micro: MicroBatch) -> tuple[int, int]:
     return micro.epoch, micro.update
-
-
-def _report(advance: Advance, groups: int, values: dict[str, float]) -> None:
-    note = f"loss {values['loss']:.4f}"
-    if "rewards/accuracies" in values:
-        note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
-    advance(groups, note)

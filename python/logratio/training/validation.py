@@ -15,6 +15,7 @@ from logratio.training.models import (
     default_device,
 )
 from logratio.training.schedule import DECAYS
+from logratio.training.trackers import trackers_of
 
 
 def check_config(config: TrainConfig) -> None:
@@ -37,6 +38,7 @@ def check_config(config: TrainConfig) -> None:
     _check_options(config)
     _check_evaluation(config)
     _check_memory(config)
+    trackers_of(config.report_to)
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     check_router_loss(config.model)
