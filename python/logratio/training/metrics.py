@@ -1,4 +1,4 @@
-"""Metrics of a run in `metrics.jsonl` and TensorBoard, under the names that TRL uses."""
+"""Metrics of a run in files of its output folder, under the names that TRL uses."""
 
 import errno
 import json
@@ -20,10 +20,11 @@ from logratio.training.trackers import dashboard_names
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SPEED_FILE = "speed.jsonl"
 
 
 class MetricsLog:
-    """Writes metrics, evaluations, samples and TensorBoard events to the output folder.
+    """Writes metrics, evaluations, samples, speed and TensorBoard events to the output folder.
 
     A failed write never stops a run: it is reported once, and the rows are kept in memory and
     written when the disk has space again. Without tensorboardX, no events are written.
@@ -31,21 +32,31 @@ class MetricsLog:
 
     def __init__(self, output: Path, resume_step: int, *, tensorboard: bool = True) -> None:
         self._reported = False
-        self._rows, self._evaluations, self._samples = (
+        self._rows, self._evaluations, self._samples, self._speed = (
             _Appended(output / name, _size_up_to(output / name, resume_step))
-            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE)
+            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, SPEED_FILE)
         )
         self._events = _new_events(output / "tensorboard", resume_step) if tensorboard else None
 
     @property
     def _files(self) -> list["_Appended"]:
-        rows = [self._rows, self._evaluations, self._samples]
+        rows = [self._rows, self._evaluations, self._samples, self._speed]
         return [*rows, self._events] if self._events else rows
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append the row of an update. Its values are finite: the trainer stops on others."""
+    def write(
+        self, step: int, values: Mapping[str, float], speed: Mapping[str, float] | None = None
+    ) -> None:
+        """Append the row of an update. Its values are finite: the trainer stops on others.
+
+        Args:
+            step: Number of updates done.
+            values: Its metrics, the same in every run with the same settings on a CPU.
+            speed: Its figures of speed and memory, which differ between runs.
+        """
         self._rows.add(_line({"step": step, **values}))
-        self._add_scalars(step, values)
+        if speed:
+            self._speed.add(_line({"step": step, **speed}))
+        self._add_scalars(step, {**values, **(speed or {})})
 
     def write_evaluation(
         self, row: Mapping[str, Any], metrics: Mapping[str, float], samples: Sequence[Any]

@@ -367,11 +367,16 @@ class DPOTrainer:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
         with (
-            Watch(config, start) as watch,
+            Watch(config, start, self.updater.policy) as watch,
             interrupts() as interrupted,
-            progress(config.loss, groups_in_all, "pairs", show=self.show_progress) as advance,
+            progress(
+                config.loss,
+                groups_in_all,
+                "pairs",
+                show=self.show_progress,
+                done=min(start * config.batch_size, groups_in_all),
+            ) as advance,
         ):
-            advance(min(start * config.batch_size, groups_in_all))
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
             self._call("on_start")
@@ -383,7 +388,7 @@ class DPOTrainer:
                     if self.state.stop_reason:
                         break
                     rate = learning_rate(config, step - 1, self.updates)
-                    values, groups = self.updater.update(step, rate, update)
+                    values, groups = self.updater.update(step, rate, watch.counted(update))
                     self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
                     values["epoch"] = self.state.epoch
                     history.append(values)
