@@ -17,8 +17,8 @@ from logratio.training.config import (
     TrainConfig,
 )
 from logratio.training.dataset import VocabularyError
-from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
-from logratio.training.held_out import HeldOutResult, Sample
+from logratio.training.evaluation import Evaluation, KlEstimate, Sample, evaluate
+from logratio.training.held_out import HeldOutResult
 from logratio.training.lora import read_lora_config
 from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError

@@ -334,6 +334,7 @@ class EvaluateConfig(YamlSettings):
         beta: Reward per nat of log-ratio; None: the β that the policy was trained with.
         samples: Completions sampled from the policy to estimate its KL divergence from the
             reference; 0: no estimate.
+        samples_file: File for the prompts and the samples of policy and reference, as JSON lines.
         max_new_tokens: Maximum length of a sampled completion.
         seed: Seed of the sampling.
         token_budget, precision, device, rules, formats, max_bad_fraction: As in `TrainConfig`.
@@ -344,6 +345,7 @@ class EvaluateConfig(YamlSettings):
     data: Inputs
     beta: float | None = None
     samples: int = 0
+    samples_file: PathLike | None = None
     max_new_tokens: int = 128
     seed: int = 0
     token_budget: int = 16384

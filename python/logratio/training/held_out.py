@@ -24,12 +24,14 @@ from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset, load_training_data
 from logratio.training.evaluation import (
     KlEstimate,
+    Sample,
     calibration,
     check_sampling,
     drawn_sums,
     kl_estimate,
     model_sums,
     sample_completions,
+    sample_texts,
     sums_over,
 )
 from logratio.training.losses import averages, make_objective
@@ -157,15 +159,6 @@ def _report_shared_prompts(train: Store, held_out: Store) -> None:
             f"{shared:,} of {len(held_out):,} held-out groups have a prompt that is also in the "
             "training data, so their accuracy says little about new prompts"
         )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt with a completion of the policy and one of the reference, as text."""
-
-    prompt: str
-    policy: str
-    reference: str | None
 
 
 @dataclass(frozen=True)
@@ -376,11 +369,7 @@ class HeldOut:
     def _texts(
         self, prompts: list[list[int]], drawn: list[list[int]], others: list[list[int]] | None
     ) -> list[Sample]:
-        decode = self.tokenizer.decode
-        return [
-            Sample(decode(prompt), decode(mine), None if others is None else decode(others[n]))
-            for n, (prompt, mine) in enumerate(zip(prompts, drawn, strict=True))
-        ]
+        return sample_texts(self.tokenizer, prompts, drawn, others)
 
 
 def _with_pairs(result: HeldOutResult, columns: Mapping[str, Tensor]) -> HeldOutResult:
