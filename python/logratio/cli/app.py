@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluate, export, merge, precompute, sweep, train
+from logratio.cli import cache, data, evaluate, export, merge, precompute, report, sweep, train
 from logratio.errors import LogratioError
 from logratio.progress import say
 from logratio.synonyms import translated
@@ -36,6 +36,7 @@ for command in (
     evaluate.evaluate,
     merge.merge,
     sweep.sweep,
+    report.report,
     export.export,
     export.rank,
     export.serve,

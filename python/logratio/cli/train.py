@@ -281,7 +281,7 @@ class HeldOut(Settings):
 
 @dataclass(frozen=True)
 class Watching(Settings):
-    """Trackers of the run."""
+    """Trackers of the run, and its report."""
 
     report_to: Annotated[
         list[str] | None,
@@ -307,6 +307,15 @@ class Watching(Settings):
             rich_help_panel=WATCHING_PANEL,
         ),
     ] = None
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report/--no-report",
+            help="Write report.html in --output during the run and at its end; with pictures if "
+            "matplotlib is installed.",
+            rich_help_panel=WATCHING_PANEL,
+        ),
+    ] = True
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ class TrainConfig(YamlSettings):
         run_name: Name of the run in trackers; None: the name of the output folder.
         project: Project (wandb, trackio) or experiment (mlflow) of the run; None: the tracker's
             own setting, else "logratio".
+        report: Write `report.html`, in another process, during the run and at its end.
         resume: Continue from the newest valid checkpoint in `output`.
         overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
             the same settings is returned without training, and any other run is an error. The
@@ -235,6 +236,7 @@ class TrainConfig(YamlSettings):
     report_to: ReportTo = None
     run_name: str | None = None
     project: str | None = None
+    report: bool = True
     resume: bool = False
     overwrite: bool = False
     device: str | None = None

@@ -15,12 +15,8 @@ from typing import Any
 
 from logratio.errors import LogratioError
 from logratio.progress import say
+from logratio.report.run_files import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE, SPEED_FILE
 from logratio.training.trackers import dashboard_names
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-SPEED_FILE = "speed.jsonl"
 
 
 class MetricsLog:
@@ -32,6 +28,7 @@ class MetricsLog:
 
     def __init__(self, output: Path, resume_step: int, *, tensorboard: bool = True) -> None:
         self._reported = False
+        _remove_rows(output, resume_step)
         self._rows, self._evaluations, self._samples, self._speed = (
             _Appended(output / name, _size_up_to(output / name, resume_step))
             for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, SPEED_FILE)
@@ -177,6 +174,14 @@ def _event(**fields: Any) -> bytes:
     length = struct.pack("<Q", len(data))
     checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
     return length + checks[0] + data + checks[1]
+
+
+def _remove_rows(output: Path, resume_step: int) -> None:
+    """Remove the rows of an earlier run, unless this one continues it."""
+    if resume_step == 0:
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, SPEED_FILE):
+            with suppress(OSError):
+                (output / name).unlink(missing_ok=True)
 
 
 def _size_up_to(path: Path, step: int) -> int:

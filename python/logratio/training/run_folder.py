@@ -26,12 +26,17 @@ from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
+from logratio.report.run_files import (
+    DATA_REPORT_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SETTINGS_FILE,
+)
 from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.metrics import EVALUATIONS_FILE, METRICS_FILE
 from logratio.training.models import (
     ADAPTER_CONFIG,
     precision_of,
@@ -41,8 +46,6 @@ from logratio.training.models import (
 from logratio.training.policy import save_weights
 from logratio.training.validation import beta_of
 
-SETTINGS_FILE = "training.json"
-DATA_REPORT_FILE = "data_report.json"
 CHECKPOINTS = "checkpoints"
 SAVING = ".saving"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")

@@ -32,6 +32,7 @@ from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.dataset import load_training_data
+from logratio.training.drawing import Drawing
 from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
@@ -301,6 +302,7 @@ class DPOTrainer:
             self._save_model(result)
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         self._call("on_end", result)
+        self._drawing.finish()
         return result
 
     def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
@@ -316,6 +318,7 @@ class DPOTrainer:
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)
         self._evaluations: list[dict[str, Any]] = []
+        self._drawing = Drawing(Path(self.config.output), wanted=self.config.report)
 
     def _choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
         """Return the best layout that all models in memory support; print a note if slower."""
@@ -367,7 +370,7 @@ class DPOTrainer:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
         with (
-            Watch(config, start, self.updater.policy) as watch,
+            Watch(self.state, self.dataset.report, self._drawing) as watch,
             interrupts() as interrupted,
             progress(
                 config.loss,
@@ -395,7 +398,8 @@ class DPOTrainer:
                     advance(groups, watch.updated(step, values))
                     self._call("on_update", values)
                     self._evaluate(watch, interrupted)
-                    self._maybe_save(step, interrupted())
+                    if self._maybe_save(step, interrupted()):
+                        watch.saved()
         return self._result(history)
 
     def _evaluate(self, watch: Watch, interrupted: Callable[[], int | None]) -> None:
@@ -498,16 +502,19 @@ class DPOTrainer:
         if note:
             say(note)
 
-    def _maybe_save(self, step: int, signal: int | None) -> None:
+    def _maybe_save(self, step: int, signal: int | None) -> bool:
+        """Save a checkpoint if it is time, or after a signal; return whether it was saved."""
         every = self.config.save_every
         if step == self.updates and not (self.held_out and self._is_due(step)):
-            return
-        if signal or (every > 0 and step % every == 0):
+            return False
+        is_time = every > 0 and step % every == 0
+        if signal or is_time:
             self._call("on_checkpoint", self.save(step))
         if signal:
             raise RunInterruptedError(
                 signal, f"saved update {step} in {self._checkpoints}; continue with --resume"
             )
+        return is_time
 
     @property
     def _checkpoints(self) -> Path:

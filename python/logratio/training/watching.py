@@ -1,15 +1,18 @@
-"""What observes a run: files of metrics, trackers, speed. It can neither stop nor delay the run."""
+"""What observes a run: metrics, speed, trackers, report. It neither stops nor delays the run."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from logratio.data.feed import MicroBatch
-from logratio.training.config import TrainConfig
+from logratio.data.store.row_report import DataReport
+from logratio.progress import say
+from logratio.report.falling import Fall, FallDetector
+from logratio.training.callbacks import RunState
+from logratio.training.drawing import Drawing
 from logratio.training.metrics import MetricsLog
 from logratio.training.models import precision_of
+from logratio.training.run_info import write_run_info
 from logratio.training.speed import Speedometer, Work, peak_flops
 from logratio.training.trackers import close_all, reporters_of, trackers_of
 
@@ -18,21 +21,26 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Records the updates and evaluations of a run, from a `with` block.
+    """Records the updates and evaluations of a run, in a `with` block.
 
     Args:
-        config: Settings of the run.
-        start: Number of updates that an earlier process has done.
-        policy: The model that is trained.
+        state: The run; its `step` is the number of updates that an earlier process has done.
+        data: The report on the rows of the data.
+        drawing: The HTML report.
     """
 
-    def __init__(self, config: TrainConfig, start: int, policy: nn.Module) -> None:
-        output, device = Path(config.output), next(policy.parameters()).device
+    def __init__(self, state: RunState, data: DataReport, drawing: Drawing) -> None:
+        config, output = state.config, Path(state.config.output)
+        device = next(state.policy.parameters()).device
         peak = peak_flops(device, config.device, precision_of(config))
-        self._speed = Speedometer(Work.of(policy), peak, device)
+        self._speed = Speedometer(Work.of(state.policy), peak, device)
         wants_events = "tensorboard" in trackers_of(config.report_to)
-        self._log = MetricsLog(output, start, tensorboard=wants_events)
+        self._log = MetricsLog(output, state.step, tensorboard=wants_events)
         self._reporters = reporters_of(config, output)
+        self._falling, self._has_warned = FallDetector(), False
+        write_run_info(config, state.updates, device, data)
+        self._drawing = drawing
+        drawing.announce()
 
     def counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Begin an update: yield its micro-batches, and count their tokens."""
@@ -44,13 +52,27 @@ class Watch:
         self._log.write(step, values, speed)
         for one in self._reporters:
             one.send(step, values | speed)
+        self._warn(self._falling.update({"step": step, **values}))
         return f"{_note(values)}, {self._speed.note()}"
 
     def evaluated(self, result: "HeldOutResult") -> None:
         """Record an evaluation."""
-        self._log.write_evaluation(result.to_dict(), result.metrics, result.sample_rows())
+        row = result.to_dict()
+        self._log.write_evaluation(row, result.metrics, result.sample_rows())
         for one in self._reporters:
             one.send(result.step, result.metrics)
+        self._warn(self._falling.evaluation(row))
+        self._drawing.request()
+
+    def saved(self) -> None:
+        """Note that a checkpoint has been saved."""
+        self._drawing.request()
+
+    def _warn(self, fall: Fall | None) -> None:
+        """Print the first warning."""
+        if fall and not self._has_warned:
+            self._has_warned = True
+            say(f"warning: {fall.to_text()}")
 
     def __enter__(self) -> "Watch":
         return self
@@ -58,6 +80,8 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._log.close()
         close_all(self._reporters, failed=kind is not None)
+        if kind:
+            self._drawing.leave()
 
 
 def _note(values: dict[str, float]) -> str:
