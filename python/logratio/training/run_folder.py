@@ -37,6 +37,7 @@ from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainCo
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
+from logratio.training.model_card import Made, write_card
 from logratio.training.models import (
     ADAPTER_CONFIG,
     precision_of,
@@ -44,6 +45,7 @@ from logratio.training.models import (
     training_budget,
 )
 from logratio.training.policy import save_weights
+from logratio.training.run_info import versions
 from logratio.training.validation import beta_of
 
 CHECKPOINTS = "checkpoints"
@@ -258,12 +260,22 @@ def save_run(
         }
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
         (partial / DATA_REPORT_FILE).write_text(json.dumps(dataset.report.to_dict(), indent=1))
+        write_card(_made(policy, config, dataset, end), partial, output)
         for path in partial.iterdir():
             finalize(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _publish(partial, output)
+
+
+def _made(policy: nn.Module, config: TrainConfig, dataset: Dataset, end: RunEnd) -> Made:
+    """Return what the model card says, with the evaluation of the saved model, if there is one."""
+    step = end.best_step or end.steps
+    rows = evaluations_of(Path(config.output))
+    evaluation = next((row for row in reversed(rows) if row.get("step") == step), None)
+    device = next(policy.parameters()).device
+    return Made(config, dataset.report, step, end.stop_reason, evaluation, versions(device))
 
 
 def _publish(partial: Path, output: Path) -> None:
