@@ -67,7 +67,8 @@ class FallDetector:
         errors = recent.std(0, ddof=1) / np.sqrt(WINDOW)
         if (means > -LEAST).any() or (means + 2 * errors > 0).any():
             return None
-        return Fall(row["step"], *means.tolist(), f"mean of the last {WINDOW} updates")
+        chosen, rejected = map(float, means)
+        return Fall(row["step"], chosen, rejected, f"mean of the last {WINDOW} updates")
 
     def evaluation(self, row: Mapping[str, Any]) -> Fall | None:
         """Look at an evaluation: the log-ratios of the held-out pairs.

@@ -180,15 +180,15 @@ def _label(name: str) -> str:
 
 
 def _draw_histogram(axes: "Axes", title: str, histogram: Mapping[str, Any]) -> None:
-    counts = histogram["counts"]
+    counts, (low, high) = histogram["counts"], histogram["ends"]
     for name, heights in counts.items():
-        edges = np.linspace(*histogram["ends"], len(heights) + 1)
+        edges = np.linspace(low, high, len(heights) + 1)
         colour = _COLOURS.get(name, GREEN)
         axes.stairs(
             heights, edges, fill=True, alpha=0.5 if len(counts) > 1 else 0.85, color=colour,
             label=name,
         )  # fmt: skip
-    if histogram["ends"][0] < 0 < histogram["ends"][1]:
+    if low < 0 < high:
         axes.axvline(0, color="black", linestyle="--", linewidth=0.8)
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_ylabel("pairs")
