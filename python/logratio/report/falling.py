@@ -62,12 +62,12 @@ class FallDetector:
         self._recent.append((row["logratios/chosen"], row["logratios/rejected"]))
         if len(self._recent) < WINDOW:
             return None
-        recent = np.array(self._recent)
-        means = recent.mean(0)
-        errors = recent.std(0, ddof=1) / np.sqrt(WINDOW)
-        if (means > -LEAST).any() or (means + 2 * errors > 0).any():
+        chosen, rejected = (sum(side) / WINDOW for side in zip(*self._recent, strict=True))
+        if max(chosen, rejected) > -LEAST:
             return None
-        chosen, rejected = map(float, means)
+        errors = np.std(self._recent, 0, ddof=1) / np.sqrt(WINDOW)
+        if (np.array([chosen, rejected]) + 2 * errors > 0).any():
+            return None
         return Fall(row["step"], chosen, rejected, f"mean of the last {WINDOW} updates")
 
     def evaluation(self, row: Mapping[str, Any]) -> Fall | None:

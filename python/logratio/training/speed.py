@@ -4,6 +4,7 @@ All counts come from the layouts on the host and from the clock, so no figure ma
 for a GPU. An update ends with such a wait for its metrics, so the clock sees whole updates.
 """
 
+import math
 import resource
 import sys
 import time
@@ -137,6 +138,7 @@ class Speedometer:
         self._work, self._peak, self._device = work, peak, device
         self._recent: deque[Count] = deque(maxlen=WINDOW)
         self._count, self._start = Count(), 0.0
+        self._memory, self._looked = 0, -math.inf
 
     def counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Begin an update: yield its micro-batches, and count them."""
@@ -146,9 +148,12 @@ class Speedometer:
 
     def figures(self) -> dict[str, float]:
         """End an update, and return its figures by metric name."""
-        self._count.seconds = time.perf_counter() - self._start
+        now = time.perf_counter()
+        self._count.seconds = now - self._start
         self._recent.append(self._count)
-        return self._of([self._count]) | {"memory/peak_gb": peak_memory(self._device) / 1e9}
+        if now - self._looked > 1.0:  # on some machines the question takes a millisecond
+            self._memory, self._looked = peak_memory(self._device), now
+        return self._of([self._count]) | {"memory/peak_gb": self._memory / 1e9}
 
     def note(self) -> str:
         """Return a short text about the recent updates, for the progress line."""
