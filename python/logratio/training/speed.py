@@ -70,8 +70,8 @@ class Work:
         only; what is computed again for activation checkpointing counts none.
         """
         inner = transformer(policy)
-        head = _weights(inner.get_output_embeddings())  # type: ignore[operator]
-        apart = head | _weights(inner.get_input_embeddings())  # type: ignore[operator]
+        head = _weights(inner.get_output_embeddings())
+        apart = head | _weights(inner.get_input_embeddings())
         body = {p for p in policy.parameters() if p not in apart}
         return cls(_flops(body), _flops(head))
 

@@ -59,8 +59,8 @@ def test_it_says_how_the_model_was_made(config: TrainConfig) -> None:
 
 def test_the_hub_reads_it(config: TrainConfig) -> None:
     quiet(with_(config, lora=LoraSettings(rank=2), loss="ipo"))
-    data = ModelCard(card_of(config)).data.to_dict()
-    assert data == {
+    data: Any = ModelCard(card_of(config)).data
+    assert data.to_dict() == {
         "base_model": Path(config.model).name,
         "library_name": "peft",
         "pipeline_tag": "text-generation",

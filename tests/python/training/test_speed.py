@@ -18,7 +18,7 @@ from logratio.data.feed import Feed, FeedSettings
 from logratio.logps.completion import transformer
 from logratio.training import LoraSettings, RunInterruptedError, TrainConfig, load_model, speed
 from logratio.training.dataset import load_dataset
-from logratio.training.policy import with_lora
+from logratio.training.lora import with_lora
 from logratio.training.speed import Speedometer, Work, peak_flops, peak_memory
 from logratio.training.trainer import DPOTrainer
 
@@ -50,7 +50,7 @@ def flops_of_a_pass(model: torch.nn.Module, tokens: int) -> int:
         for operation, flops in counter.get_flop_counts()["Global"].items()
         if "attention" in str(operation) or "bmm" in str(operation)
     )
-    return counter.get_total_flops() - attention
+    return int(counter.get_total_flops() - attention)
 
 
 @pytest.mark.parametrize("rank", [None, 4])

@@ -23,7 +23,12 @@ from logratio.training.trainer import DPOTrainer
 @pytest.fixture
 def config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> TrainConfig:
     """Four updates; an evaluation after the last."""
-    settings = {"batch_size": 4, "save_every": 0, "eval_share": 0.01, "max_steps": 4}
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "save_every": 0,
+        "eval_share": 0.01,
+        "max_steps": 4,
+    }
     return TrainConfig(tiny_model, [pairs_file], tmp_path / "out", **settings)
 
 
@@ -98,7 +103,7 @@ def test_every_row_arrives_under_the_names_of_dashboards(
     recorded = install(name)
     config = with_(config, report_to=name, run_name="first", project="mine")
     result = quiet(config)
-    updates, evaluations = [], []
+    updates, evaluations = list[Any](), list[Any]()
     for row in recorded.of("log"):
         (evaluations if "eval/loss" in row else updates).append(row)
     assert [row["train/loss"] for row in updates] == [row["loss"] for row in rows_of(config)]
