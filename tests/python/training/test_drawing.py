@@ -73,6 +73,8 @@ def test_a_run_that_fails_leaves_a_report(config: TrainConfig) -> None:
         trainer.train()
     page = wait_for(Path(config.output) / "report.html")
     assert f"Not finished: 1 of {trainer.updates} updates" in page
+    for process in drawing._abandoned:
+        process.wait()
 
 
 def test_a_process_that_hangs_delays_no_update(
