@@ -68,7 +68,8 @@ _BATCH = (
 )
 _PRECISION = "--precision fp32, bf16 (autocast) or bf16-weights; fp16 is not supported"
 _METRICS = (
-    "every update is logged to metrics.jsonl and TensorBoard events in --output; leave it out"
+    "every update is logged to metrics.jsonl and TensorBoard events in --output, and to each "
+    "--report-to; leave it out"
 )
 _EVALUATION = "--eval-data FILE or --eval-share 0.05, with --eval-every N; default: each epoch"
 _HUB = "local files: `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then --data DIR"
@@ -115,7 +116,6 @@ INSTEAD: Mapping[str, str] = {
     "--precompute-ref-log-probs": "--cache DIR --precompute",
     "--ref-adapter-name": _START,
     "--reference-free": "--loss simpo, which has no reference",
-    "--report-to": _METRICS,
     "--resume-from-checkpoint": "--resume, which finds the newest valid checkpoint in --output",
     "--rpo-alpha": "this loss term is not supported; leave it out",
     "--save-strategy": "--save-every N, in updates; 0 for none",

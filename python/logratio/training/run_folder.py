@@ -26,13 +26,19 @@ from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError
 from logratio.progress import say
+from logratio.report.run_files import (
+    DATA_REPORT_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SETTINGS_FILE,
+)
 from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.given_model import base_names, name_of, source_of
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.metrics import EVALUATIONS_FILE, METRICS_FILE
+from logratio.training.model_card import Made, write_card
 from logratio.training.models import (
     ADAPTER_CONFIG,
     precision_of,
@@ -40,10 +46,9 @@ from logratio.training.models import (
     training_budget,
 )
 from logratio.training.policy import save_weights
+from logratio.training.run_info import versions
 from logratio.training.validation import beta_of
 
-SETTINGS_FILE = "training.json"
-DATA_REPORT_FILE = "data_report.json"
 CHECKPOINTS = "checkpoints"
 SAVING = ".saving"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
@@ -259,6 +264,7 @@ def save_run(
         }
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
         (partial / DATA_REPORT_FILE).write_text(json.dumps(dataset.report.to_dict(), indent=1))
+        write_card(_made(policy, config, dataset, end), partial, output)
         for path in partial.iterdir():
             finalize(path)
     except BaseException:
@@ -276,6 +282,15 @@ def _name_base(saved: Path, folder: Path) -> None:
     if path.exists() and not (folder / ADAPTER_CONFIG).exists():
         settings = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps(settings | base_names(folder), indent=2))
+
+
+def _made(policy: nn.Module, config: TrainConfig, dataset: Dataset, end: RunEnd) -> Made:
+    """Return what the model card says, with the evaluation of the saved model, if there is one."""
+    step = end.best_step or end.steps
+    rows = evaluations_of(Path(config.output))
+    evaluation = next((row for row in reversed(rows) if row.get("step") == step), None)
+    device = next(policy.parameters()).device
+    return Made(config, dataset.report, step, end.stop_reason, evaluation, versions(device))
 
 
 def _publish(partial: Path, output: Path) -> None:

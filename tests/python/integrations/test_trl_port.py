@@ -262,9 +262,9 @@ def test_arguments_without_an_equivalent_are_refused(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
+        ({"bias": "all"}, "peft_config: bias"),
+        ({"init_lora_weights": "pissa"}, "init 'pissa' is not supported"),
+        ({"rank_pattern": {"q_proj": 8}}, "peft_config: rank_pattern"),
         ({"target_modules": ".*_proj"}, "is a pattern"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"target_modules": ["q_porj"]}, "'q_porj' matches no layer"),

@@ -19,10 +19,10 @@ from logratio.durable import locked
 from logratio.errors import ConfigError
 from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
 from logratio.training import checkpoint as checkpoints
-from logratio.training.checkpoint import RunInterruptedError
+from logratio.training.checkpoint import RunInterruptedError, SaveError
 from logratio.training.metrics import MetricsLog, NonFiniteError
 from logratio.training.run_folder import RunExistsError, reward_beta
-from logratio.training.trainer import DPOTrainer, SaveError
+from logratio.training.trainer import DPOTrainer
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ class TestFullDisk:
         rows = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [*range(1, 401)]
         assert capsys.readouterr().err.count("cannot be written") == 1
-        assert events(disk / "tensorboard")[-1] == (400, "loss", 0.0)
+        assert events(disk / "tensorboard")[-1] == (400, "train/loss", 0.0)
 
     def test_what_is_missing_in_the_end_is_reported(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
