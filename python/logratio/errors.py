@@ -52,6 +52,19 @@ class IsFolderError(LogratioError, IsADirectoryError):
     """A folder is given where a file is expected."""
 
 
+def hub_id(given: object) -> str | None:
+    """Return the id of the Hugging Face hub that `given` looks like, or None.
+
+    A name in an existing folder is a path, as is one in `data/`.
+    """
+    found = _HUB_ID.fullmatch(str(given))
+    if not found or Path(found[1]).parts[0] in ("data", ".."):
+        return None
+    name = found[1]
+    is_path = "/" in name and Path(name).parent.exists() and name == str(given)
+    return None if is_path else name
+
+
 def fetching_advice(
     given: object, kind: Literal["model", "dataset"], place: Path | None = None
 ) -> str:
@@ -62,12 +75,10 @@ def fetching_advice(
         kind: What was expected there.
         place: The folder to download to. None: a folder with the last part of the id.
     """
-    found = _HUB_ID.fullmatch(str(given))
-    if not found or Path(found[1]).parts[0] in ("data", ".."):
+    name = hub_id(given)
+    if name is None:
         return ""
-    name = found[1]
-    is_path = "/" in name and Path(name).parent.exists() and name == str(given)
-    if is_path or (kind == "dataset" and ("/" not in name or name.endswith(_DATA_SUFFIXES))):
+    if kind == "dataset" and ("/" not in name or name.endswith(_DATA_SUFFIXES)):
         return ""
     target = place or Path(name).name
     option = "--repo-type dataset " if kind == "dataset" else ""

@@ -32,6 +32,7 @@ SAME: Mapping[str, str] = {
     "--metric-for-best-model": "--best-metric",
     "--model-name-or-path": "--model",
     "--model-path": "--model",
+    "--model-revision": "--revision",
     "--num-epochs": "--epochs",
     "--num-train-epochs": "--epochs",
     "--output-dir": "--output",
@@ -108,6 +109,7 @@ INSTEAD: Mapping[str, str] = {
     "--model-adapter-name": _START,
     "--micro-batch-size": _BATCH,
     "--optim": "--optimizer adamw, adamw8bit or adamw-host",
+    "--peft-config": "--lora; in Python, DPOTrainer takes peft_config",
     "--padding-free": "batches are never padded; leave it out",
     "--per-device-eval-batch-size": "--token-budget, the tokens computed at a time",
     "--per-device-train-batch-size": _BATCH,
@@ -200,8 +202,7 @@ def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for given, value in settings.items():
         name = given if given in known else own_name(kind, given)
-        is_off = value is False and _flag(given) in SWITCHES
-        if name not in known or is_off:
+        if name not in known:
             raise _unknown(kind, given)
         if name != given and (name in settings or name in named):
             raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
-    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
-    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    policy: Annotated[Path, typer.Option(help="Folder or id of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder or id of the reference model.")],
     data: options.Data,
     beta: Annotated[
         float | None,

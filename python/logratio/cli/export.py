@@ -32,8 +32,8 @@ Provider = Annotated[
 
 
 def export(
-    policy: Annotated[Path, typer.Option(help="Folder of the trained model or adapter.")],
-    reference: Annotated[Path, typer.Option(help="Folder of the reference model.")],
+    policy: Annotated[Path, typer.Option(help="Folder or id of the trained model or adapter.")],
+    reference: Annotated[Path, typer.Option(help="Folder or id of the reference model.")],
     output: Annotated[Path, typer.Option(help="Folder of the bundle; must be new or empty.")],
     beta: Annotated[
         float | None,

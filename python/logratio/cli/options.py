@@ -131,6 +131,13 @@ Data = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Branch, tag or commit of --model on the Hugging Face hub. Default: main.",
+    ),
+]
 ReadModeOption = Annotated[
     ReadMode,
     typer.Option(help="How the cache is read. Use pread on network file systems: a file truncated "

@@ -84,9 +84,12 @@ MACHINE = Machine()
 @takes_config("PrecomputeConfig")
 @takes_flags
 def precompute(
-    model: Annotated[Path, typer.Option(help="Folder of the reference model or adapter.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder or Hugging Face id of the reference model or adapter.")
+    ],
     data: options.Data,
     cache: Annotated[Path, typer.Option(help="Folder of the cache; created if missing.")],
+    revision: options.Revision = None,
     reading: Reading = READING,
     sums_only: Annotated[
         bool,
@@ -111,6 +114,7 @@ def precompute(
             data,
             cache,
             sums_only=sums_only,
+            revision=revision,
             **machine.settings(),
             rules=reading.rules,
             formats=reading.settings(),

@@ -510,7 +510,9 @@ WATCHING = Watching()
 @takes_config("TrainConfig")
 @takes_flags
 def train(
-    model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder or Hugging Face id of the model to start from.")
+    ],
     data: options.Data,
     output: Annotated[Path, typer.Option(help="Folder for the trained model and its metrics.")],
     cache: Annotated[
@@ -521,8 +523,10 @@ def train(
         bool, typer.Option("--precompute", help="First compute the log-probs missing in --cache.")
     ] = False,
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
+        Path | None,
+        typer.Option(help="Folder or id of the reference model. Default: --model itself."),
     ] = None,
+    revision: options.Revision = None,
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
     held_out: HeldOut = HELD_OUT,
@@ -549,6 +553,7 @@ def train(
             cache=cache,
             precompute=precompute,
             reference=reference,
+            revision=revision,
             **objective.settings(),
             **update.settings(),
             **held_out.settings(),

@@ -53,6 +53,7 @@ from logratio.export.scorer import (
 )
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent, size
+from logratio.hub import local_folder
 from logratio.logps.completion import transformer
 from logratio.progress import progress, say
 from logratio.report.run_files import DATA_REPORT_FILE, SETTINGS_FILE
@@ -120,8 +121,9 @@ class ExportConfig:
     """Settings of one export.
 
     Attributes:
-        policy: Folder of the trained model or adapter.
-        reference: Folder of the reference model or adapter.
+        policy: Folder of the trained model or adapter, or an id of the Hugging Face hub, as
+            "organisation/name" or "organisation/name@revision".
+        reference: Folder or id of the reference model or adapter.
         output: Folder of the bundle; must be new or empty.
         beta: The reward is beta times the log-ratio in nats. None: the beta of the policy's
             training (its ``training.json``).
@@ -219,7 +221,8 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     refuse_multiple_processes("export")
     for library in LIBRARIES:
         require(library, "export")
-    policy, reference, output = map(Path, (config.policy, config.reference, config.output))
+    policy, reference = map(local_folder, (config.policy, config.reference))
+    output = Path(config.output)
     for folder in (policy, reference):
         check_model_folder(folder)
     note_unfinished(policy)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from logratio._rust import SharedLayout, Store
 from logratio.errors import LogratioError
 from logratio.extras import require
+from logratio.hub import local_folder
 from logratio.integrations.table import CachedLogps, loss_token_numbers
 from logratio.integrations.token_rows import Collate, TokenRows, token_rows
 from logratio.training.config import PathLike, Precision, PrecomputeConfig
@@ -67,6 +68,7 @@ def reference_columns(
         StaleCacheError: The cache is of another reference, or lacks completions.
         ForeignRowsError: The collator feeds the model more than token ids.
     """
+    reference = local_folder(reference)
     settings = PrecomputeConfig(
         reference, [], cache, token_budget, precision=precision, device=device
     )

@@ -38,15 +38,15 @@ LAYOUTS = ("padded", "shared", "tree")
 """Layouts in order of speed. Every model supports "padded"; "tree" computes the fewest tokens."""
 
 
-def choose_layout(model: nn.Module, *, share_beginnings: bool = False) -> tuple[str, str]:
-    """Choose the fastest layout that gives correct log-probs for `model`.
+def choose_layout(*models: nn.Module, share_beginnings: bool = False) -> tuple[str, str]:
+    """Choose the fastest layout that gives correct log-probs for all `models`.
 
     The leak check perturbs one completion: the log-probs of the other must not change, and must
     have a zero gradient with respect to its tokens; and both layouts must agree. A model that fails
     gets the padded layout. "tree" must also pass a second leak check.
 
     Args:
-        model: The model, on its device.
+        models: The models, each on its device.
         share_beginnings: Whether to try "tree", which shares beginnings across groups.
 
     Returns:
@@ -55,6 +55,11 @@ def choose_layout(model: nn.Module, *, share_beginnings: bool = False) -> tuple[
     Raises:
         UnsupportedModelError: The model is not causal, or its head is not supported.
     """
+    found = [_layout_of(model, share_beginnings=share_beginnings) for model in models]
+    return min(found, key=lambda one: LAYOUTS.index(one[0]))
+
+
+def _layout_of(model: nn.Module, *, share_beginnings: bool) -> tuple[str, str]:
     layout, reason = _shared_or_padded(model)
     if layout == "shared" and share_beginnings:
         refusal = check_tree(model)

@@ -98,7 +98,9 @@ class TrainConfig(YamlSettings):
     """Settings of one training run.
 
     Attributes:
-        model: Folder of the model to start from (safetensors, tokenizer.json).
+        model: Folder of the model to start from (safetensors, tokenizer.json), or an id of the
+            Hugging Face hub, as "organisation/name" or "organisation/name@revision".
+        revision: Branch, tag or commit of `model` on the hub; None: "main".
         data: Preference data: files, folders, "-" for standard input, tables, or one sealed store
             created by `logratio data build`.
         mix: Sampling weight of each entry of `data`. An epoch still has as many groups as the
@@ -109,7 +111,7 @@ class TrainConfig(YamlSettings):
         precompute: Score completions that the cache lacks before training, in this process.
         read_mode: How sealed shards of the cache are read. "map" (mmap) is the fastest. "pread" is
             for network file systems: a truncated shard then raises an error instead of crashing.
-        reference: Folder of the reference model; None: `model`.
+        reference: Folder or id of the reference model; None: `model`.
         loss: One of `losses.LOSSES`.
         beta: Weight of the KL term; None: the default of the loss.
         label_smoothing: Assumed share of pairs whose labels are flipped (dpo and simpo).
@@ -246,6 +248,7 @@ class TrainConfig(YamlSettings):
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -289,7 +292,8 @@ class PrecomputeConfig(YamlSettings):
     """Settings of one pass of the reference over data: see `TrainConfig` for the other fields.
 
     Attributes:
-        model: Folder of the reference model or adapter.
+        model: Folder of the reference model or adapter, or an id of the Hugging Face hub.
+        revision: As in `TrainConfig`.
         data: As in `TrainConfig`; any mixture of inputs.
         cache: Root folder of the cache, with one subfolder per reference.
         token_budget: Tokens computed at a time; None: the largest number that fits and is useful.
@@ -319,6 +323,7 @@ class PrecomputeConfig(YamlSettings):
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)
     max_bad_fraction: float = 0.0
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -330,8 +335,9 @@ class EvaluateConfig(YamlSettings):
     """Settings of one evaluation.
 
     Attributes:
-        policy: Folder of the trained model or adapter.
-        reference: Folder of the reference model.
+        policy: Folder of the trained model or adapter, or an id of the Hugging Face hub, as
+            "organisation/name" or "organisation/name@revision".
+        reference: Folder or id of the reference model.
         data: Held-out preference files.
         beta: Reward per nat of log-ratio; None: the β that the policy was trained with.
         samples: Completions sampled from the policy to estimate its KL divergence from the

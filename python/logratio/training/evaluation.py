@@ -42,6 +42,7 @@ from logratio.training.models import (
     precision_note,
     precision_of,
     quietly,
+    with_local_models,
 )
 from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import note_unfinished, reward_beta
@@ -278,6 +279,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     refuse_multiple_processes("evaluate")
     ask_for_expandable_segments(config.device)
     default_device(config.device)
+    config = with_local_models(config)
     if config.samples_file is not None:
         if not config.samples:
             raise ConfigError("samples_file needs samples, the number of completions to sample")

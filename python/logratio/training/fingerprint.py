@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from logratio.cache.identity import DamagedFingerprintError, fingerprint_digest, read_fingerprint
 from logratio.training.config import Precision, Quantization, TrainConfig
+from logratio.training.given_model import given_model
 from logratio.training.models import (
     ADAPTER_CONFIG,
     SCHEMES,
@@ -258,8 +259,11 @@ def _adapter(folder: Path) -> dict[str, Any]:
 def weights_digest(folder: Path, pattern: str) -> str:
     """Hash every tensor's name, dtype, shape and bytes, independently of the split into files.
 
-    If two files contain the same name, both tensors are hashed: either could be loaded.
+    The weights of a model in memory are those at the start of the run: see `given_model`. If two
+    files contain the same name, both tensors are hashed: either could be loaded.
     """
+    if given := given_model(folder):
+        return given.weights_digest
     tensors: dict[str, list[Any]] = {}
     for path in sorted(folder.glob(pattern)):
         for name, entry in _tensors(path):
@@ -300,6 +304,8 @@ def _sha256(file: Any, size: int) -> str:
 
 def parameter_count(folder: str | Path) -> int:
     """Count a model's parameters from its files' headers; includes the base of an adapter."""
+    if given := given_model(folder):
+        return given.parameter_count()
     folder = Path(folder)
     base = base_folder(folder)
     return sum(_elements(path) for part in {folder, base} for path in part.glob("*.safetensors"))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from logratio.errors import ConfigError
+from logratio.errors import ConfigError, SettingTypeError
 from logratio.training.config import CHANGING_INITS, LoraSettings, PathLike, TrainConfig
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -293,19 +293,65 @@ def read_lora_config(path: PathLike) -> LoraSettings:
     """
     path = Path(path)
     path = path / ADAPTER_CONFIG if path.is_dir() else path
-    given = _json_object(path)
-    if (kind := given.pop("peft_type", "LORA")) != "LORA":
-        raise ConfigError(f"{path}: peft_type {kind} is not supported; only LORA is")
+    return _settings_of(_json_object(path), str(path))
+
+
+def settings_of_peft(given: Any, folder: PathLike) -> LoraSettings:
+    """Return the settings of the adapters that a `LoraConfig` of peft describes.
+
+    Args:
+        given: The config. Its default for `target_modules` depends on the model, as in peft.
+        folder: Folder of the model that gets the adapters.
+
+    Raises:
+        SettingTypeError: `given` is not a `LoraConfig`.
+        ConfigError: A field has no equivalent here and differs from peft's default; the message
+            names it.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(given, LoraConfig):
+        raise SettingTypeError(
+            f"peft_config must be a LoraConfig of peft, not {type(given).__name__}"
+        )
+    values = _as_json(given)
+    if values["target_modules"] is None:
+        values["target_modules"] = _default_targets(folder)
+    return _settings_of(values, "peft_config")
+
+
+def _default_targets(folder: PathLike) -> list[str]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    found = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if found is None:
+        raise ConfigError(
+            f"peft_config: peft has no default target_modules for {kind}: list their names, or "
+            'write "all-linear"'
+        )
+    return sorted(found)
+
+
+def _settings_of(given: dict[str, Any], where: str) -> LoraSettings:
+    """Return the settings that the fields of a `LoraConfig` describe.
+
+    Args:
+        given: The fields as JSON values.
+        where: Their origin, for messages.
+    """
+    if (kind := given.pop("peft_type", None)) not in (None, "LORA"):
+        raise ConfigError(f"{where}: peft_type {kind} is not supported; only LORA is")
     if (task := given.pop("task_type", None)) not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"{path}: task_type {task} is not supported; only CAUSAL_LM is")
+        raise ConfigError(f"{where}: task_type {task} is not supported; only CAUSAL_LM is")
     defaults = _peft_defaults()
     if refused := sorted(_unsupported(given, defaults)):
         raise ConfigError(
-            f"{path}: {', '.join(refused)} not supported by logratio train: remove from the file "
-            "what the adapters do not need"
+            f"{where}: {', '.join(refused)} not supported by logratio train: leave out what the "
+            "adapters do not need"
         )
     settings = {ours: given.get(name, defaults[name]) for name, ours in NAMES.items()}
-    return LoraSettings(**settings | _lists_of_names(settings, path))
+    return LoraSettings(**settings | _lists_of_names(settings, where))
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -323,8 +369,17 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _peft_defaults() -> dict[str, Any]:
     from peft import LoraConfig
 
-    found: dict[str, Any] = json.loads(json.dumps(asdict(LoraConfig()), default=str))
-    return found
+    return _as_json(LoraConfig())
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    """Return the fields of a peft config as JSON values, with sets as sorted lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _unsupported(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
@@ -335,14 +390,14 @@ def _unsupported(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Itera
             yield f"{name} {json.dumps(value)}"
 
 
-def _lists_of_names(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _lists_of_names(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return targets and modules_to_save as lists; "all-linear" or none as an empty one."""
     targets, saved = settings["targets"], settings["modules_to_save"]
     if isinstance(targets, str) and targets != "all-linear":
         raise ConfigError(
-            f"{path}: target_modules {targets!r} is a pattern; list the names of the modules, or "
+            f"{where}: target_modules {targets!r} is a pattern; list the names of the modules, or "
             'write "all-linear"'
         )
     if targets is None:
-        raise ConfigError(f'{path}: target_modules is missing; write names, or "all-linear"')
+        raise ConfigError(f'{where}: target_modules is missing; write names, or "all-linear"')
     return {"targets": [] if targets == "all-linear" else targets, "modules_to_save": saved or []}

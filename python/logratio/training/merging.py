@@ -16,6 +16,7 @@ from logratio.bundle import TOKENIZER_FILES
 from logratio.durable import finalize, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import check_writable
+from logratio.hub import local_folder
 from logratio.logps.completion import Group, batch_of, score, transformer
 from logratio.report.run_files import SETTINGS_FILE
 from logratio.training.config import PathLike, Precision
@@ -104,7 +105,7 @@ def merge_adapter(
         >>> merge_adapter("adapter", "whole").largest_gap < 1e-3
         True
     """
-    folder, output = Path(model), Path(output)
+    folder, output = local_folder(model), Path(output)
     _check(folder, output, dtype)
     where = default_device(device)
     stored = _dtype_of(base_folder(folder)) if dtype == "auto" else getattr(torch, dtype)

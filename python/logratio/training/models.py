@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
 from logratio.extras import require
+from logratio.hub import HubError, local_folder
 from logratio.training.bfloat16 import held_in_bfloat16, with_bfloat16_adapters
 from logratio.training.config import (
     EvaluateConfig,
@@ -25,6 +27,7 @@ from logratio.training.config import (
     Quantization,
     TrainConfig,
 )
+from logratio.training.given_model import given_model
 
 SCHEMES: dict[Quantization, str] = {
     "8bit": "LLM.int8, outliers from 6.0",
@@ -92,6 +95,7 @@ memory of 2,048; they were no faster with 6 layers of width 288, and a tenth fas
 768. Smaller micro-batches accumulate gradients more often. A GPU needs more tokens to be busy; the
 best number was not measured."""
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", TrainConfig, PrecomputeConfig, EvaluateConfig)
 
 
 class ModelFolderError(LogratioError, ValueError):
@@ -166,11 +170,12 @@ def load_model(
     quantization: Quantization | None = None,
     precision: Precision = "fp32",
     frozen: bool = False,
+    in_place: bool = False,
 ) -> nn.Module:
     """Load a causal language model, or an adapter with its base, in eval mode.
 
     Args:
-        folder: Folder of a model or an adapter.
+        folder: Folder of a model or an adapter, or an id of the Hugging Face hub.
         device: Device for the weights.
         quantization: Load the weights in 8 or 4 bits. None: load them unquantized; a checkpoint
             that is already quantized is loaded unchanged.
@@ -178,6 +183,8 @@ def load_model(
             4-bit weights, this is also the compute dtype.
         frozen: The weights will not be trained. They then require no gradient, and under "bf16"
             matrices are stored in bfloat16, since autocast would round them at each use.
+        in_place: Return a model that was given to the trainer as an object itself, instead of a
+            copy; `frozen` then stores no matrix in bfloat16, which would change the object.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
@@ -191,8 +198,14 @@ def load_model(
     Example:
         >>> model = load_model("sft-model", precision="bf16-weights")
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     check_model_folder(folder)
+    if given := given_model(folder):
+        found = _prepared(given.loaded(in_place=in_place), precision)
+        if frozen and not in_place:
+            found = held_in_bfloat16(found) if precision == "bf16" else found
+            found = found.requires_grad_(False)
+        return found.to(device)
     if (folder / ADAPTER_CONFIG).exists():
         base = load_model(
             base_folder(folder),
@@ -226,6 +239,24 @@ def _without_cpu_packing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def _prepared(model: nn.Module, precision: Precision) -> nn.Module:
+    """Prepare a model in memory like a loaded one, in place.
+
+    Buffers keep their dtype, as in `from_pretrained`: rounded rotary frequencies give other values.
+    Adapters keep float32, and their dropout, which `use_dropout` turns on.
+    """
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if "lora_" in name else weights_dtype(precision)
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+    modules = model.named_modules()
+    kept = {m: m.p for name, m in modules if isinstance(m, nn.Dropout) and "lora_" in name}
+    model = with_softcap(without_dropout(model)).eval()
+    for module, probability in kept.items():
+        module.p = probability
+    return model
 
 
 def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
@@ -306,15 +337,38 @@ def _base_module(end: Any) -> Any:
     return getattr(end, "base_layer", getattr(end, "original_module", end))
 
 
+def with_local_models(config: Config) -> Config:
+    """Return a command's settings with folders in place of ids of the Hugging Face hub.
+
+    A model that is not in the cache is downloaded: see `local_folder`.
+
+    Raises:
+        HubError: A model is not available.
+        ConfigError: A revision is given for a folder.
+    """
+    given = {name: getattr(config, name, None) for name in ("model", "reference", "policy")}
+    revision = getattr(config, "revision", None)
+    found: dict[str, Any] = {
+        name: local_folder(model, revision if name == "model" else None)
+        for name, model in given.items()
+        if model is not None
+    }
+    return replace(config, **found | ({"revision": None} if revision else {}))
+
+
 def base_folder(folder: str | Path) -> Path:
-    """Return the base model's folder of an adapter, or `folder` if it is not an adapter."""
+    """Return the base model's folder of an adapter, or `folder` if it is not an adapter.
+
+    The base may be an id of the Hugging Face hub: see `local_folder`.
+    """
     config = Path(folder) / ADAPTER_CONFIG
     if not config.exists():
         return Path(folder)
-    base = Path(json.loads(config.read_text())["base_model_name_or_path"])
+    settings = json.loads(config.read_text())
+    base = Path(settings["base_model_name_or_path"])
     if not base.is_absolute() and not base.exists() and (Path(folder) / base).exists():
         return Path(folder) / base
-    return base
+    return base if base.exists() else local_folder(base, settings.get("revision"))
 
 
 def check_model_folder(folder: Path) -> None:
@@ -334,6 +388,9 @@ def check_model_folder(folder: Path) -> None:
         )
     if not adapter and not (folder / "config.json").exists():
         raise ModelFolderError(f"{folder}: no config.json, so this is not a model folder")
+    if given_model(folder):
+        architecture(folder)
+        return
     if not any(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
         raise ModelFolderError(
             f"{folder}: no safetensors weights (other formats can run code when loaded); "
@@ -407,8 +464,15 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _check_base(adapter: Path) -> None:
-    """Refuse an adapter whose base is not a local folder: peft often records only a hub id."""
-    base = base_folder(adapter)
+    """Refuse an adapter whose base is neither a local folder nor available from the hub."""
+    try:
+        base = base_folder(adapter)
+    except HubError as error:
+        name = json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+        raise ModelFolderError(
+            f"{adapter}: its base model is missing: {error.reason}"
+            + fetching_advice(name, "model", adapter / name)
+        ) from error
     if not base.is_dir():
         place = base if base.is_absolute() else adapter / base
         raise ModelFolderError(

@@ -48,12 +48,15 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
         quantization=config.quantization,
         precision=precision_of(config),
         frozen=config.lora is not None,
+        in_place=True,
     )
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         return merged(model).requires_grad_(True)
     if config.lora is None:
         return model
-    policy = _in_precision(with_lora(model, config.lora, Path(config.model)), config)
+    is_wrapped = hasattr(model, "peft_config")  # a peft model in memory
+    adapted = model if is_wrapped else with_lora(model, config.lora, Path(config.model))
+    policy = _in_precision(adapted, config)
     if config.lora.dropout:
         use_dropout(policy)
     return policy

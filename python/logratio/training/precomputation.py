@@ -31,6 +31,7 @@ from logratio.training.models import (
     default_device,
     precision_note,
     precision_of,
+    with_local_models,
 )
 from logratio.training.reference import holds_sums_only
 from logratio.training.reference_scorer import (
@@ -238,7 +239,9 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
     share = share_of(config.share)
     if config.engine == "local":
         ask_for_expandable_segments(config.device)
-    check_config(config, share)
+    check_settings(config, share)
+    config = with_local_models(config)
+    check_folders(config)
     show_progress = show_progress and share.rank == 0
     dataset = load_dataset(
         config.model,
@@ -257,13 +260,12 @@ def _date_of_cache(config: PrecomputeConfig) -> str | None:
     return run_folder.date_of_cache(entries_of(config.sums_only).folder(config.cache, fingerprint))
 
 
-def check_config(config: PrecomputeConfig, share: Share) -> None:
-    """Check the settings of a pass.
+def check_settings(config: PrecomputeConfig, share: Share) -> None:
+    """Check the settings of a pass that can be checked without its model.
 
     Raises:
         ConfigError: A setting is invalid; the message names it.
-        DeviceError, ModelFolderError, QuantizationError, OutputError, MissingExtraError: The
-            device, model, quantization, cache folder or an optional dependency is not usable.
+        DeviceError, MissingExtraError: The device or an optional dependency is not usable.
     """
     if any(number is not None and number < 1 for number in (config.token_budget, config.workers)):
         raise ConfigError("token_budget and workers must be at least 1")
@@ -277,11 +279,20 @@ def check_config(config: PrecomputeConfig, share: Share) -> None:
         )
     if config.engine == "local":
         default_device(config.device)  # Ray workers may have devices that this machine lacks
+    if config.engine == "ray":
+        require("ray.data", "ray")
+
+
+def check_folders(config: PrecomputeConfig) -> None:
+    """Check the folders of a pass.
+
+    Raises:
+        ModelFolderError, QuantizationError, OutputError, MissingExtraError: The model, its
+            quantization, or the cache folder is not usable.
+    """
     check_model_folder(Path(config.model))
     check_quantization(base_folder(config.model), config.quantization)
     check_writable(Path(config.cache))
-    if config.engine == "ray":
-        require("ray.data", "ray")
 
 
 class Precompute:

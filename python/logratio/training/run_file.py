@@ -11,13 +11,16 @@ from logratio.data.readers.inputs import STDIN, as_inputs
 from logratio.durable import write_atomic
 from logratio.progress import say
 from logratio.training.config import TrainConfig
+from logratio.training.given_model import given_model, name_of
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import precision_of, training_budget
 from logratio.training.validation import beta_of
 
 RUN_FILE = "run.yaml"
-FOLDERS = ("model", "output", "cache", "reference")
+FOLDERS = ("output", "cache")
 """Settings that name a folder."""
+MODELS = ("model", "reference")
+"""Settings that name a model: a folder, or an id of the hub with its commit."""
 
 
 def record_settings(config: TrainConfig) -> None:
@@ -35,7 +38,7 @@ def record_settings(config: TrainConfig) -> None:
         token_budget=training_budget(config),
     )
     try:
-        write_atomic(path, "".join(_comments(used)) + used.to_yaml())
+        write_atomic(path, "".join(_comments(config, used)) + used.to_yaml())
     except OSError as error:
         say(f"{path} could not be written: {error}")
 
@@ -48,10 +51,11 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         for name in INPUTS
         if given.get(name) is not None
     }
-    folders: dict[str, Any] = {
-        name: absolute(given[name]) for name in ("model", "output", "cache", "reference")
+    folders: dict[str, Any] = {name: absolute(given[name]) for name in FOLDERS}
+    models: dict[str, Any] = {
+        name: name_of(given[name]) for name in MODELS if given[name] is not None
     }
-    return replace(config, **inputs, **folders)
+    return replace(config, **inputs, **folders, **models)
 
 
 def absolute(given: Any) -> Any:
@@ -60,10 +64,13 @@ def absolute(given: Any) -> Any:
     return str(Path(given).absolute()) if is_path else given
 
 
-def _comments(config: TrainConfig) -> Iterator[str]:
+def _comments(given: TrainConfig, config: TrainConfig) -> Iterator[str]:
     yield f"# The settings of a run of logratio {__version__}, defaults included.\n"
     yield "# Repeat it in another folder: logratio train --config run.yaml --output FOLDER\n"
     if STDIN in config.data:
         yield "# The data was standard input: pipe the same rows in again.\n"
+    for name in MODELS:
+        if (folder := getattr(given, name)) and given_model(folder):
+            yield f"# The {name} was an object in memory: save it, and name its folder here.\n"
     for name in (*unwritable(config), *unwritable(config.formats)):
         yield f"# Not in this file, because it was a Python object: {name}\n"

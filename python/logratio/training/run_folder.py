@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.given_model import base_names, name_of, source_of
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.model_card import Made, write_card
 from logratio.training.models import (
@@ -140,7 +141,7 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     """
     output = Path(config.output)
     for folder in (config.model, config.reference or config.model):
-        if output.resolve() == Path(folder).resolve():
+        if output.resolve() == source_of(folder).resolve():
             raise ConfigError(f"output {output} is the folder of an input model; choose another")
     settings, left = settings_of(output), checkpoint.newest(output / CHECKPOINTS)
     is_ours = settings is not None or left or (output / SAVING).exists()
@@ -247,12 +248,15 @@ def save_run(
     try:
         with quietly(), system_errors(output):
             save_weights(policy, partial)
+        _name_base(partial, Path(config.model))
         for name in (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json"):
             if (source := Path(config.model) / name).exists():
                 shutil.copyfile(source, partial / name)
         settings = {
             "version": __version__,
             **asdict(config),
+            "model": name_of(config.model),
+            "reference": name_of(config.reference) if config.reference else None,
             "beta": beta_of(config),
             "precision": precision_of(config),
             **asdict(end),
@@ -276,6 +280,17 @@ def _made(policy: nn.Module, config: TrainConfig, dataset: Dataset, end: RunEnd)
     evaluation = next((row for row in reversed(rows) if row.get("step") == step), None)
     device = next(policy.parameters()).device
     return Made(config, dataset.report, step, end.stop_reason, evaluation, versions(device))
+
+
+def _name_base(saved: Path, folder: Path) -> None:
+    """Let a saved adapter name its base so that it is found from anywhere.
+
+    peft would look up an id on the hub while saving, so it is written afterwards.
+    """
+    path = saved / ADAPTER_CONFIG
+    if path.exists() and not (folder / ADAPTER_CONFIG).exists():
+        settings = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(settings | base_names(folder), indent=2))
 
 
 def _publish(partial: Path, output: Path) -> None:
@@ -383,6 +398,13 @@ def date_of_run(config: TrainConfig) -> str | None:
         return _date_field(state["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a damaged checkpoint is reported when it is loaded
+
+
+def with_date(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the date of the run in the output folder, unless they have one."""
+    if config.rules.date is not None:
+        return config
+    return replace(config, rules=replace(config.rules, date=date_of_run(config)))
 
 
 def date_of_policy(folder: PathLike) -> str | None:

@@ -32,7 +32,7 @@ from logratio.training.dataset import (
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.memory import training_forecast
-from logratio.training.models import precision_of
+from logratio.training.models import precision_of, with_local_models
 from logratio.training.precomputation import precompute, refuse_multiple_processes
 from logratio.training.reference import holds_sums_only
 from logratio.training.run_file import absolute, with_absolute_paths
@@ -48,7 +48,7 @@ from logratio.training.sweep_results import (
     try_to_draw,
 )
 from logratio.training.trainer import train
-from logratio.training.validation import beta_of, check_config, needs_reference
+from logratio.training.validation import beta_of, check_folders, check_settings, needs_reference
 from logratio.validation import check_kind
 
 SWEEP_FILE = "sweep.yaml"
@@ -88,10 +88,12 @@ def prepare(config: SweepConfig, *, show_progress: bool = True) -> "Sweep":
     """Check the settings of a sweep and of each of its runs, without reading the data."""
     check_kind(config, SweepConfig)
     refuse_multiple_processes("sweep")
+    config = replace(config, base=with_local_models(config.base))
     runs = runs_of(config)
     _check_sweep(config)
     for run in runs:
-        check_config(run)
+        check_settings(run)
+        check_folders(run)
     return Sweep(config, runs, show_progress)
 
 

@@ -22,7 +22,7 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
-from logratio.logps.checks import LAYOUTS, choose_layout, layout_note
+from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import transformer
 from logratio.progress import progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
@@ -30,10 +30,11 @@ from logratio.training.activations import LayerOptions, choose_checkpointing, la
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
-from logratio.training.config import PathLike, TrainConfig
+from logratio.training.config import TrainConfig
 from logratio.training.dataset import load_training_data
 from logratio.training.drawing import Drawing
 from logratio.training.fingerprint import reference_fingerprint
+from logratio.training.given_model import given_model
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
 from logratio.training.models import (
@@ -42,6 +43,7 @@ from logratio.training.models import (
     precision_note,
     precision_of,
     training_budget,
+    with_local_models,
 )
 from logratio.training.optimizers import state_bytes
 from logratio.training.policy import build_policy
@@ -79,8 +81,9 @@ from logratio.training.torch_settings import (
     exact_products,
     fixed_order,
 )
+from logratio.training.trainer_arguments import trainer_arguments
 from logratio.training.update import Updater
-from logratio.training.validation import check_config, reference_kind
+from logratio.training.validation import check_folders, check_settings, reference_kind
 from logratio.training.watching import Watch
 from logratio.validation import check_kind
 
@@ -118,13 +121,23 @@ class DPOTrainer:
     `train` returns, no other process can train into it. It does not load the model.
 
     Args:
-        model: Folder of the model to start from (safetensors, tokenizer.json).
+        model: The model to start from: a folder (safetensors, tokenizer.json), an id of the
+            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` whose adapter is new. An object
+            is trained in place: its dropout is turned off, and it gets the device and the precision
+            of the run.
         data: Preference data, as in `TrainConfig`.
-        config: All settings at once, instead of `model`, `data` and `settings`.
+        tokenizer: A fast tokenizer of transformers, a folder or an id. None: that of the model's
+            folder or id.
+        reference: The reference: a folder, an id or a `PreTrainedModel`, which is used without a
+            copy. None: the model before its first update.
+        peft_config: A `LoraConfig` of peft, in place of `lora`.
+        config: All settings at once, instead of `model`, `data` and `settings`; or a `DPOConfig`
+            of TRL, whose fields become settings or are refused by name.
         callbacks: Called during the run: see `Callback`.
         show_progress: Draw progress bars and print notes.
         dry_run: Create no files. The trainer then offers a forecast but cannot train.
-        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names.
+        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names;
+            also TRL's arguments `args`, `processing_class`, `ref_model` and `train_dataset`.
 
     Attributes:
         config: The settings; `rules` holds the rules that the data was tokenized with.
@@ -149,28 +162,27 @@ class DPOTrainer:
 
     def __init__(
         self,
-        model: PathLike | None = None,
+        model: Any = None,
         data: Inputs | None = None,
         *,
-        config: TrainConfig | None = None,
+        tokenizer: Any = None,
+        reference: Any = None,
+        peft_config: Any = None,
+        config: Any = None,
         callbacks: Sequence[Callback] = (),
         show_progress: bool = True,
         dry_run: bool = False,
         **settings: Any,
     ) -> None:
-        named: dict[str, Any] = {"model": model, "data": data}
-        given = {name: value for name, value in named.items() if value is not None} | settings
-        if config is not None and given:
-            raise ConfigError(f"config holds all settings: leave {', '.join(given)} out")
-        config = config or TrainConfig(**given)
+        given = {"model": model, "data": data, "reference": reference} | settings
+        config, self._models = trainer_arguments(given, tokenizer, peft_config, config)
         refuse_multiple_processes("train")
         ask_for_expandable_segments(config.device)
-        check_config(config)
+        check_settings(config)
         check_metric(config)
-        if config.rules.date is None:
-            config = replace(
-                config, rules=replace(config.rules, date=run_folder.date_of_run(config))
-            )
+        config = with_local_models(config)
+        check_folders(config)
+        config = run_folder.with_date(config)
         self.show_progress, self.dry_run = show_progress, dry_run
         self.callbacks = check_callbacks(callbacks)
         self.device = default_device(config.device)
@@ -271,7 +283,8 @@ class DPOTrainer:
                 unchanged.
         """
         if self.finished:
-            say(f"{self.finished.output}: a run with these settings has already finished")
+            kept = "; the model in memory is unchanged" if given_model(self.config.model) else ""
+            say(f"{self.finished.output}: a run with these settings has already finished{kept}")
             return self.finished
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
@@ -324,8 +337,7 @@ class DPOTrainer:
         """Return the best layout that all models in memory support; print a note if slower."""
         models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
         wanted = self.config.share_beginnings
-        found = [choose_layout(model, share_beginnings=wanted) for model in models]
-        layout, reason = min(found, key=lambda one: LAYOUTS.index(one[0]))
+        layout, reason = choose_layout(*models, share_beginnings=wanted)
         if note := layout_note(layout, reason, share_beginnings=wanted):
             say(note)
         return layout
@@ -363,8 +375,9 @@ class DPOTrainer:
 
     def _run_updates(self) -> TrainResult:
         """Run all updates after the last checkpoint, and the evaluations between them."""
-        config, groups_in_all = self.config, self._length.groups
+        config, in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
+        done = min(start * config.batch_size, in_all)
         record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
@@ -372,13 +385,7 @@ class DPOTrainer:
         with (
             Watch(self.state, self.dataset.report, self._drawing) as watch,
             interrupts() as interrupted,
-            progress(
-                config.loss,
-                groups_in_all,
-                "pairs",
-                show=self.show_progress,
-                done=min(start * config.batch_size, groups_in_all),
-            ) as advance,
+            progress(config.loss, in_all, "pairs", show=self.show_progress, done=done) as advance,
         ):
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
@@ -398,8 +405,7 @@ class DPOTrainer:
                     advance(groups, watch.updated(step, values))
                     self._call("on_update", values)
                     self._evaluate(watch, interrupted)
-                    if self._maybe_save(step, interrupted()):
-                        watch.saved()
+                    self._maybe_save(step, interrupted())
         return self._result(history)
 
     def _evaluate(self, watch: Watch, interrupted: Callable[[], int | None]) -> None:
@@ -502,19 +508,16 @@ class DPOTrainer:
         if note:
             say(note)
 
-    def _maybe_save(self, step: int, signal: int | None) -> bool:
-        """Save a checkpoint if it is time, or after a signal; return whether it was saved."""
+    def _maybe_save(self, step: int, signal: int | None) -> None:
         every = self.config.save_every
         if step == self.updates and not (self.held_out and self._is_due(step)):
-            return False
-        is_time = every > 0 and step % every == 0
-        if signal or is_time:
+            return
+        if signal or (every > 0 and step % every == 0):
             self._call("on_checkpoint", self.save(step))
         if signal:
             raise RunInterruptedError(
                 signal, f"saved update {step} in {self._checkpoints}; continue with --resume"
             )
-        return is_time
 
     @property
     def _checkpoints(self) -> Path:

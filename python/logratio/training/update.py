@@ -17,6 +17,7 @@ from logratio.logps.batch import Batch, Part, shape_for, to_torch
 from logratio.logps.completion import completion_logps, completion_loss
 from logratio.logps.head_loss import unit_gradient
 from logratio.training.config import TrainConfig
+from logratio.training.given_model import given_model
 from logratio.training.losses import averages, make_objective
 from logratio.training.metrics import NonFiniteError, not_finite
 from logratio.training.models import autocast, precision_of
@@ -70,6 +71,8 @@ class Updater:
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.objective = make_objective(config, beta_of(config))
+        if given := given_model(config.model):
+            given.is_trained = True
         self._recent: deque[dict[str, float]] = deque(maxlen=5)
 
     def update(

@@ -18,13 +18,12 @@ from logratio.training.schedule import DECAYS
 from logratio.training.trackers import trackers_of
 
 
-def check_config(config: TrainConfig) -> None:
-    """Check the settings of a run.
+def check_settings(config: TrainConfig) -> None:
+    """Check the settings of a run that can be checked without its models.
 
     Raises:
         ConfigError: A setting is invalid; the message names it.
-        ModelFolderError: A folder contains no loadable model, or one that requests a router loss.
-        OutputError: The output folder is not writable.
+        DeviceError, MissingExtraError: The device or an optional dependency is not usable.
     """
     if config.loss not in LOSSES:
         raise ConfigError(f"loss {config.loss!r} is unknown; choose from {', '.join(LOSSES)}")
@@ -39,6 +38,16 @@ def check_config(config: TrainConfig) -> None:
     _check_evaluation(config)
     _check_memory(config)
     trackers_of(config.report_to)
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Check the folders of a run, and the settings that depend on the model.
+
+    Raises:
+        ConfigError: A setting does not fit the model; the message names it.
+        ModelFolderError: A folder contains no loadable model, or one that requests a router loss.
+        OutputError: The output folder is not writable.
+    """
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
     check_router_loss(config.model)

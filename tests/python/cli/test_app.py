@@ -311,7 +311,7 @@ def test_an_install_without_torch_names_the_missing_package(
 def test_a_bug_in_the_program_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("logratio.training.trainer.check_config", lambda _: 1 / 0)
+    monkeypatch.setattr("logratio.training.trainer.check_folders", lambda _: 1 / 0)
     arguments = ["--model", str(tiny_model), "--data", str(pairs_file), "--output", str(tmp_path)]
     with pytest.raises(ZeroDivisionError):
         main(["train", *arguments])

@@ -34,7 +34,7 @@ from logratio.training.models import (
     load_model,
     merged,
 )
-from logratio.training.validation import check_config
+from logratio.training.validation import check_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and transformers, on ties
 
@@ -64,7 +64,7 @@ def test_models_without_next_token_log_probs_are_refused(
             refused(folder)
     data = tmp_path / "none.jsonl"
     with pytest.raises(ModelFolderError, match=reason):
-        check_config(TrainConfig(folder, [data], tmp_path / "out", device="cpu"))
+        check_folders(TrainConfig(folder, [data], tmp_path / "out", device="cpu"))
 
 
 def test_bidirectional_attention_of_images_only_is_accepted(tmp_path: Path) -> None:

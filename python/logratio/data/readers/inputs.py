@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 from logratio.data.readers.arrow import (
     ARROW_MAGIC,
@@ -21,6 +21,7 @@ from logratio.data.readers.arrow import (
 from logratio.data.readers.csv import CsvRecords, delimiter_of
 from logratio.data.readers.derived_rows import GroupedRows, MappedRows, RowFunction
 from logratio.data.readers.json import HOLDS_ROWS, JsonArray, JsonLines
+from logratio.data.readers.row_list import ListRows, RowList, is_row_list, is_set
 from logratio.data.readers.rows import MAX_RECORD_BYTES, SPACE, ByteSource, Rows, TextRows
 from logratio.data.readers.tables import DatasetRows, StreamRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
@@ -331,32 +332,35 @@ def _is_ignored(path: Path) -> bool:
 
 
 Input: TypeAlias = Any
-"""A path (`str` or `Path`) of a file or folder, "-" for stdin, a `datasets.Dataset`, or anything
-with ``__arrow_c_stream__``: tables and readers of pyarrow, polars, duckdb."""
+"""A path (`str` or `Path`) of a file or folder, "-" for stdin, a list of dicts, a
+`datasets.Dataset`, or anything with ``__arrow_c_stream__``: tables and readers of pyarrow, pandas,
+polars, duckdb."""
 
 STDIN = "-"
 
 
 def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
-    """Return one input, or several, as a list.
+    """Return one input, or several, as a list. A list of dicts is one input: see `RowList`.
 
     Raises:
         SettingTypeError: The value is neither a path, nor a table, nor a sequence of these.
     """
     if isinstance(given, str | Path) or _is_table(given):
         return [given]
+    if is_row_list(given):
+        return [RowList(cast(Sequence[Any], given))]
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise SettingTypeError(f"a {type(given).__name__} is not data: {_WANTED}")
-    return list(given)
+    return [RowList(one) if is_row_list(one) else one for one in given]
 
 
 def _is_table(given: Any) -> bool:
-    return _is_set(given) or hasattr(given, "__arrow_c_stream__")
+    return isinstance(given, RowList) or is_set(given) or hasattr(given, "__arrow_c_stream__")
 
 
 _WANTED = (
-    "give paths, '-' for stdin, a datasets.Dataset, or a table with __arrow_c_stream__ (pyarrow, "
-    "polars' collected frames, duckdb)"
+    "give paths, '-' for stdin, a list of dicts, a datasets.Dataset, or a table with "
+    "__arrow_c_stream__ (pyarrow, pandas, polars' collected frames, duckdb)"
 )
 Inputs: TypeAlias = Annotated[Input | Sequence[Input], Converted(as_inputs)]
 """One input, or several."""
@@ -490,7 +494,7 @@ def _files(path: Path, split: str | None, left_out: list[Path]) -> list[Path]:
 
 def _one_split(table: Any, split: str | None) -> Any:
     """Return one split of a `datasets.DatasetDict`; any other value unchanged."""
-    if not (_is_set(table) and isinstance(table, dict)):
+    if not (is_set(table) and isinstance(table, dict)):
         return table
     name = chosen_split(table, split)
     if name is None:
@@ -503,12 +507,10 @@ def _one_split(table: Any, split: str | None) -> Any:
     return table[name]
 
 
-def _is_set(table: Any) -> bool:
-    return type(table).__module__.partition(".")[0] == "datasets"
-
-
 def _open_table(table: Any, name: str, limit: int) -> Rows:
-    if _is_set(table):
+    if isinstance(table, RowList):
+        return ListRows(table, name)
+    if is_set(table):
         return DatasetRows(table, name, limit)
     if hasattr(table, "__arrow_c_stream__"):
         return StreamRows(table, name, limit)

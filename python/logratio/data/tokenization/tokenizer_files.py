@@ -20,6 +20,7 @@ from logratio.data.tokenization.tokenizer_classes import (
     rebuilt,
 )
 from logratio.errors import MissingInputError, fetching_advice
+from logratio.hub import HubError, local_folder
 
 Json = dict[str, Any]
 
@@ -59,8 +60,9 @@ def read_tokenizer(
     """Read a tokenizer's folder as `AutoTokenizer` of transformers reads it.
 
     Args:
-        folder: Folder with ``tokenizer.json`` and usually ``tokenizer_config.json``. The model's
-            ``config.json`` (of the base, for an adapter) helps to choose the class.
+        folder: Folder with ``tokenizer.json`` and usually ``tokenizer_config.json``, or an id of
+            the Hugging Face hub. The model's ``config.json`` (of the base, for an adapter) helps
+            to choose the class.
         chat_template: Replaces the folder's template.
         as_written: Use ``tokenizer.json`` without the class and tokens that other files name. For
             the complete folders of `write_tokenizer`.
@@ -70,6 +72,7 @@ def read_tokenizer(
         TokenizerError: A file is malformed or names an unknown token, or transformers reads the
             folder in a way that is not implemented here.
     """
+    folder = local_folder(folder, weights=False)
     content = _tokenizer_json(folder)
     tokenizer, settings = _parsed(content, folder), json.loads(content)
     config, older = (
@@ -218,10 +221,16 @@ def _model_folder(folder: Path) -> Path:
     """Return the folder of the model's config: for an adapter, that of its base."""
     if (folder / "config.json").exists():
         return folder
-    base = _object(folder, "adapter_config.json").get("base_model_name_or_path")
+    adapter = _object(folder, "adapter_config.json")
+    base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str):
         return folder
-    return Path(base) if Path(base).exists() else folder / base
+    if not Path(base).exists() and (folder / base).exists():
+        return folder / base
+    try:
+        return local_folder(base, adapter.get("revision"), weights=False)
+    except HubError:  # the tokenizer may be complete without the base's config
+        return folder
 
 
 def _object(folder: Path, name: str) -> Json:

@@ -1,5 +1,6 @@
 """Every container yields the same rows, resumes at any mark, and reports damage."""
 
+import copy
 import gzip
 import json
 import os
@@ -20,7 +21,7 @@ import pytest
 from containers import ENCODE, FILES, PACK, TABLES, json_lines, parquet
 from piped import piped
 
-from logratio.data.readers import Row, Rows, open_file, open_inputs
+from logratio.data.readers import Row, Rows, as_inputs, open_file, open_inputs
 from logratio.data.records import Refusal, Source
 
 ROWS: list[Row] = [
@@ -137,6 +138,7 @@ MAKE_TABLE: dict[str, Callable[[], Any]] = {
     "pyarrow": lambda: TABLE,
     "pyarrow reader": lambda: stream_of(TABLE),
     "polars": lambda: polars.DataFrame(ROWS),
+    "pandas": lambda: datasets.Dataset.from_list(ROWS).to_pandas(),
     "duckdb": lambda: duckdb.from_arrow(TABLE).select("*"),
     "datasets": lambda: datasets.Dataset.from_list(ROWS),
     "datasets selected": lambda: datasets.Dataset.from_list(ROWS[::-1]).select(range(6, -1, -1)),
@@ -210,7 +212,34 @@ def test_an_input_that_is_not_data_is_refused() -> None:
     with pytest.raises(TypeError, match="with the splits 'train', 'test': pass one of them"):
         open_inputs([splits])
     with pytest.raises(TypeError, match="a list is not data: give paths, '-' for stdin"):
-        open_inputs([ROWS])
+        open_inputs([[["a"]]])
+
+
+@pytest.mark.parametrize("rows", [ROWS, CHAT, tuple(CHAT)], ids=["text", "chat", "tuple"])
+def test_a_list_of_dicts_is_one_input(rows: list[Row]) -> None:
+    (alone,) = open_inputs(rows)
+    _, opened = open_inputs([TABLE, rows])
+    expected = [(Source("<table 1>", i), row) for i, row in enumerate(rows, 1)]
+    assert list(opened) == list(opened) == expected
+    assert values(alone) == list(rows)
+    assert (opened.size, opened.position, opened.columns()) == (len(rows), len(rows), None)
+    for number, _ in enumerate(alone, 1):
+        mark = alone.mark()
+        (again,) = open_inputs(rows)
+        again.resume_from(mark)
+        assert values(again) == list(rows[number:])
+
+
+def test_rows_of_a_list_are_neither_changed_nor_copied_with_settings() -> None:
+    rows = [dict(row) for row in ROWS]
+    (listed,) = as_inputs(rows)
+    assert as_inputs([listed]) == [listed]
+    assert copy.deepcopy(listed) is listed
+    assert json.dumps([listed], default=str) == '["<7 rows in memory>"]'
+    for _, row in open_inputs([listed])[0]:
+        assert isinstance(row, dict)
+        row.clear()
+    assert rows == ROWS
 
 
 @pytest.mark.parametrize("kind", ENCODE)

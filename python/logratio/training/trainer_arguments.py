@@ -1,0 +1,207 @@
+"""The arguments of the trainer as settings: objects, peft's config, and TRL's names."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logratio.errors import ConfigError, SettingTypeError
+from logratio.hub import local_folder
+from logratio.synonyms import SAME
+from logratio.training.config import TrainConfig
+from logratio.training.given_model import GivenModel
+from logratio.training.lora import settings_of_peft
+from logratio.training.losses import PAIR_LOSSES
+from logratio.training.model_arguments import given_policy, given_reference
+from logratio.training.policy import TRAINED
+from logratio.training.trl_settings import is_training_arguments, settings_of_trl
+from logratio.validation import check_kind
+
+TRL_NAMES: Mapping[str, str] = {
+    "args": "config",
+    "processing_class": "tokenizer",
+    "ref_model": "reference",
+    "train_dataset": "data",
+}
+"""Arguments of TRL's DPOTrainer with another name here; `synonyms` has the names of fields."""
+_OF_TRAINER = ("model", "data", "reference", "tokenizer", "config")
+"""Arguments that None leaves out."""
+_UNSUPPORTED: Mapping[str, str] = {
+    "data_collator": "batches are laid out from the tokenized data; leave it out",
+    "compute_metrics": "the metrics of every update are in metrics.jsonl; leave it out",
+    "optimizers": "choose optimizer, lr, lr_scheduler and warmup",
+    "quantization_config": 'give the folder of a model, and quantization="4bit" or "8bit"',
+}
+"""Arguments of TRL's DPOTrainer without an equivalent, and what to do instead."""
+
+
+def trainer_arguments(
+    given: Mapping[str, Any], tokenizer: Any = None, peft_config: Any = None, config: Any = None
+) -> tuple[TrainConfig, tuple[GivenModel, ...]]:
+    """Combine the arguments of a trainer into its settings.
+
+    Args:
+        given: Fields of `TrainConfig` by any of their names; `model` and `reference` may be
+            objects.
+        tokenizer: See `given_policy`.
+        peft_config: A `LoraConfig` of peft, or None.
+        config: A complete `TrainConfig`; or a `DPOConfig` of TRL, whose fields come after those in
+            `given`.
+
+    Returns:
+        The settings, with folders for all objects; and the objects, which must be kept as long as
+        their folders are used.
+
+    Raises:
+        ConfigError, SettingTypeError, HubError: An argument cannot be used; the message names it.
+    """
+    named = _with_own_names(given, tokenizer=tokenizer, config=config)
+    tokenizer, config = named.pop("tokenizer"), named.pop("config")
+    if is_trl := is_training_arguments(config):
+        named = settings_of_trl(config, named) | named
+        config = None
+    if config is not None:
+        named = _fields_of(config, named)
+    kind = type(config) if config is not None else TrainConfig
+    models, folders = _folders(named, tokenizer)
+    settings = named | folders
+    if peft_config is not None:
+        if settings.get("lora") is not None:
+            raise ConfigError("lora and peft_config both describe the adapters: give one of them")
+        settings["lora"] = settings_of_peft(peft_config, _folder_of(settings))
+    settings |= _of_object(models, settings, follows=is_trl)
+    return kind(**settings), tuple(models.values())
+
+
+def _with_own_names(given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
+    """Rename TRL's arguments, and refuse those without an equivalent."""
+    named = dict(own)
+    for name, value in given.items():
+        if name in _UNSUPPORTED:
+            if value is not None and value != (None, None):
+                raise ConfigError(f"DPOTrainer has no {name}; use instead: {_UNSUPPORTED[name]}")
+            continue
+        ours = _own_name(name)
+        if value is None and ours in _OF_TRAINER:
+            continue
+        if named.get(ours) is not None:
+            raise SettingTypeError(f"DPOTrainer: {name} means {ours}, which is given too")
+        named[ours] = value
+    return named
+
+
+def _own_name(name: str) -> str:
+    """Return the name here of an argument that decides which model or data is used."""
+    field = SAME.get("--" + name.replace("_", "-"), "").removeprefix("--")
+    return TRL_NAMES.get(name, field if field in ("model", "reference", "data") else name)
+
+
+def _fields_of(config: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a complete config, with which no other setting may be given."""
+    check_kind(config, TrainConfig)
+    if taken := [name for name, value in others.items() if value is not None]:
+        raise ConfigError(f"config holds all settings: leave {', '.join(taken)} out")
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def _folders(
+    settings: Mapping[str, Any], tokenizer: Any
+) -> tuple[dict[str, GivenModel], dict[str, Any]]:
+    """Give folders to objects; return them and the settings that name their folders."""
+    model, reference = settings.get("model"), settings.get("reference")
+    models: dict[str, GivenModel] = {}
+    if model is None:
+        raise ConfigError("DPOTrainer needs a model: a folder, a hub id, or a PreTrainedModel")
+    if reference is model and not isinstance(model, str | Path):
+        raise ConfigError(
+            "model and reference are the same object, which training changes: leave reference out, "
+            "and a copy of the model is the reference"
+        )
+    if given := given_policy(model, tokenizer, settings.get("revision")):
+        models["model"] = given
+    if reference is not None and not isinstance(reference, str | Path):
+        models["reference"] = given_reference(reference)
+    folders: dict[str, Any] = {name: given.folder for name, given in models.items()}
+    return models, folders | ({"revision": None} if "model" in models else {})
+
+
+def _folder_of(settings: Mapping[str, Any]) -> Path:
+    return local_folder(settings["model"], settings.get("revision"), weights=False)
+
+
+def _of_object(
+    models: Mapping[str, GivenModel], settings: Mapping[str, Any], *, follows: bool
+) -> dict[str, Any]:
+    """Return the settings that follow from a model in memory: its precision and its adapter.
+
+    Args:
+        models: The models in memory.
+        settings: The other settings.
+        follows: Autocast leaves bfloat16 weights as they are, as in transformers.
+    """
+    given = models.get("model")
+    if given is None or given.model is None:
+        return {}
+    if settings.get("quantization") is not None:
+        raise ConfigError("quantization applies while weights are loaded: give the model's folder")
+    found: dict[str, Any] = {}
+    unset = (None, "bf16") if follows else (None,)
+    if settings.get("precision") in unset and given.base.dtype == torch.bfloat16:
+        found["precision"] = "bf16-weights"
+    lora = settings.get("lora")
+    if given.has_adapter:
+        if lora is not None:
+            raise ConfigError(
+                "the model is a peft model already: leave peft_config and lora out, or pass "
+                "model.merge_and_unload() to add another adapter"
+            )
+        found["lora"] = lora = _adapter_of(given, settings)
+    if lora is None and not any(p.requires_grad for p in given.model.parameters()):
+        raise ConfigError("no parameter of the model requires a gradient, so nothing is trained")
+    if settings.get("cache") and settings.get("eval_samples") and not settings.get("reference"):
+        raise ConfigError(
+            "eval_samples draws from the reference too, and with a cache no copy of the model in "
+            "memory is kept: give the reference's folder, or leave cache or eval_samples out"
+        )
+    if lora is not None:
+        _check_base(given)
+    return found
+
+
+def _check_base(given: GivenModel) -> None:
+    """Refuse a model with adapters that the saved adapter could not name as its base."""
+    why = None
+    if given.source is None:
+        why = "was not loaded from a folder or a hub id"
+    elif name := given.changed_weight():
+        why = f"differs in {name} from {given.name}, from which it was loaded"
+    if why:
+        raise ConfigError(
+            f"the adapter's base {why}, so the saved adapter could not name it: save it with "
+            "model.save_pretrained(folder) and load it from there"
+        )
+
+
+def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
+    """Return the settings of a peft model's adapter.
+
+    Without adapter the model is the reference, so the adapter must not have been trained.
+    """
+    adapters = given.model.peft_config
+    if [*adapters] != [TRAINED]:
+        raise ConfigError(
+            f"the model has the adapters {', '.join(adapters)}: keep one, named {TRAINED}"
+        )
+    trained = any(bool(w.any()) for n, w in given.model.named_parameters() if "lora_B" in n)
+    needs_start = settings.get("loss") not in _REFERENCE_FREE
+    if trained and needs_start and settings.get("reference") is None:
+        raise ConfigError(
+            "the model's adapter has been trained, so the model without it is not the start of "
+            "this run: pass the reference too, or model.merge_and_unload() to train all weights"
+        )
+    return settings_of_peft(next(iter(adapters.values())), given.folder)
+
+
+_REFERENCE_FREE = {name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference} | {"sft"}

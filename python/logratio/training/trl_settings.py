@@ -1,0 +1,296 @@
+"""A DPOConfig of TRL, or TrainingArguments of transformers, as settings of a run.
+
+Every field that changes the result is carried over, with its default too, or refused by name.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from logratio.data.tokenization.groups import TokenizationRules
+from logratio.errors import ConfigError
+from logratio.progress import say
+from logratio.synonyms import INSTEAD, VALUES
+from logratio.training.selection import LOWER_IS_BETTER
+from logratio.training.trackers import KNOWN
+
+SAME_MEANING: Mapping[str, str] = {
+    "output_dir": "output",
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "full_determinism": "deterministic",
+    "beta": "beta",
+    "activation_offloading": "offload_activations",
+}
+"""Fields that are settings under the same or another name."""
+
+COMPUTED = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
+    *("bf16", "fp16", "model_init_kwargs", "torch_compile", "use_cpu", "save_strategy"),
+    *("save_steps", "save_total_limit", "resume_from_checkpoint", "max_length", "loss_type"),
+    *("precompute_ref_log_probs", "label_smoothing", "eval_strategy", "eval_steps"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("report_to", "run_name", "project"),
+}
+"""Fields that settings are computed from."""
+
+WITHOUT_EFFECT = {
+    # the layout of batches, and how they are read
+    *("padding_free", "pad_to_multiple_of", "pad_token", "precompute_ref_batch_size"),
+    *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order"),
+    *("dataloader_multiprocessing_context", "remove_unused_columns", "length_column_name"),
+    *("label_names", "auto_find_batch_size", "use_liger_kernel", "liger_kernel_config"),
+    *("torch_empty_cache_steps", "accelerator_config", "use_cache"),
+    # memory: recomputed as far as needed
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+    *("activation_checkpointing_kwargs", "torch_compile_backend", "torch_compile_mode"),
+    # several devices; a run here has one
+    *("average_tokens_across_devices", "ddp_find_unused_parameters", "ddp_bucket_cap_mb"),
+    *("ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank"),
+    # evaluation is not requested by these alone
+    *("do_eval", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only"),
+    *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+    *("include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+    # logs and checkpoints
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node"),
+    *("logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm", "logging_dir"),
+    *("include_num_input_tokens_seen", "skip_memory_metrics", "debug", "save_only_model"),
+    *("save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("ignore_data_skip", "do_train", "do_predict", "data_seed", "overwrite_output_dir"),
+    *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    "hub_revision",
+    # parts of losses and schedules that are refused themselves
+    *("f_alpha_divergence_coef", "discopop_tau", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+}
+"""Fields that cannot change the trained weights here beyond rounding and the data's order."""
+
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw"),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw8bit"),
+}
+_LOSSES = {"sigmoid": "dpo", "ipo": "ipo"}
+"""Losses of TRL with the same formula here."""
+_SCHEDULES = {"linear", "cosine", "constant"}
+
+
+def is_training_arguments(given: Any) -> bool:
+    """Return whether `given` is `TrainingArguments` of transformers or a subclass of it."""
+    return any(kind.__name__ == "TrainingArguments" for kind in type(given).__mro__)
+
+
+def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that equals one with `args` in TRL, up to the order of the data.
+
+    Args:
+        args: A `DPOConfig` or `TrainingArguments`.
+        given: Settings that the caller gives in addition; they take precedence.
+
+    Returns:
+        Fields of `TrainConfig`.
+
+    Raises:
+        ConfigError: A field that changes the result has no equivalent; the message names it.
+    """
+    _refuse_unsupported(args)
+    found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
+    for part in (_length, _schedule, _machine, _checkpoints, _reference, _tracking):
+        found |= part(args)
+    if {"eval_data", "eval_dataset", "eval_share"} & given.keys():
+        found |= _evaluations(args)
+    for name, part in {"loss": _objective, "rules": _rules}.items():
+        found |= {} if name in given else part(args)
+    return found
+
+
+def _refuse_unsupported(args: Any) -> None:
+    """Refuse fields that change the result, are not carried over and differ from their default."""
+    for field in fields(args):
+        if field.name in {*SAME_MEANING, *COMPUTED, *WITHOUT_EFFECT}:
+            continue
+        made = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(args, field.name)
+        if value not in (made, None) and value != _AS_PREPARED.get(field.name):
+            raise _refusal(field.name, value)
+
+
+_AS_PREPARED: Mapping[str, Any] = {"fsdp": []}
+"""Values that `TrainingArguments` stores in place of a default."""
+
+
+def _refusal(name: str, value: Any) -> ConfigError:
+    flag = "--" + name.replace("_", "-")
+    advice = f"; use instead: {INSTEAD[flag]}" if flag in INSTEAD else "; leave it at its default"
+    return ConfigError(f"args: {name}={_plain(value)!r} has no equivalent here{advice}")
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of an enum of transformers; anything else unchanged."""
+    return getattr(value, "value", value)
+
+
+def _length(args: Any) -> dict[str, Any]:
+    """Return the number of groups per update, and of updates."""
+    per_device, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if args.max_steps > 0:
+        length: dict[str, Any] = {"max_steps": args.max_steps}
+    elif args.num_train_epochs == int(args.num_train_epochs):
+        length = {"epochs": int(args.num_train_epochs)}
+    else:
+        raise ConfigError(
+            f"args: num_train_epochs={args.num_train_epochs} is not whole: set max_steps"
+        )
+    return {"batch_size": per_device * steps, **length}
+
+
+def _schedule(args: Any) -> dict[str, Any]:
+    """Return the schedule of the learning rate, and the optimizer."""
+    kind, options = _plain(args.lr_scheduler_type), dict(args.lr_scheduler_kwargs or {})
+    found = {"lr_scheduler": VALUES.get(("--lr-scheduler-type", kind), kind)}
+    if kind == "cosine_with_min_lr":
+        found["min_lr_rate"] = options.pop("min_lr_rate", 0.0)
+    if kind not in _SCHEDULES | {"cosine_with_min_lr", "constant_with_warmup"}:
+        raise _refusal("lr_scheduler_type", kind)
+    if options:
+        raise _refusal("lr_scheduler_kwargs", options)
+    name = _plain(args.optim)
+    if name not in _OPTIMIZERS:
+        raise _refusal("optim", name)
+    warms_up = kind != "constant"
+    return {
+        **found,
+        "warmup": _warmup(args) if warms_up else 0.0,
+        "optimizer": _OPTIMIZERS[name],
+    }
+
+
+def _warmup(args: Any) -> float:
+    """Return the share of the updates with a rising learning rate."""
+    steps = getattr(args, "warmup_ratio", None) or args.warmup_steps
+    if steps < 1:
+        return float(steps)
+    if args.max_steps <= steps:
+        raise ConfigError(
+            f"args: warmup_steps={steps} is a number of updates, and warmup is a share of them: "
+            "write warmup_steps as a share such as 0.1, or set a larger max_steps"
+        )
+    share = steps / args.max_steps
+    return share if math.ceil(share * args.max_steps) == steps else math.nextafter(share, 0)
+
+
+def _machine(args: Any) -> dict[str, Any]:
+    """Return the precision and the device."""
+    if args.fp16:
+        raise _refusal("fp16", True)
+    options = dict(getattr(args, "model_init_kwargs", None) or {})
+    older = options.pop("torch_dtype", "float32")
+    dtype = str(options.pop("dtype", older)).removeprefix("torch.")
+    found: dict[str, Any] = {}
+    if "revision" in options:
+        found["revision"] = options.pop("revision")
+    if dtype not in ("float32", "bfloat16"):
+        raise _refusal("model_init_kwargs", {"dtype": dtype})
+    if others := options.keys() - {"attn_implementation", "use_cache", "low_cpu_mem_usage"}:
+        raise _refusal("model_init_kwargs", {name: options[name] for name in sorted(others)})
+    if dtype == "bfloat16":
+        found["precision"] = "bf16-weights"
+    else:
+        found["precision"] = "bf16" if args.bf16 else "fp32"
+    if args.use_cpu:
+        found["device"] = "cpu"
+    return found | ({"compile_layers": "on"} if args.torch_compile else {})
+
+
+def _checkpoints(args: Any) -> dict[str, Any]:
+    """Return when checkpoints are written, and whether a run is resumed."""
+    every = {"steps": args.save_steps, "no": 0}.get(_plain(args.save_strategy))
+    if every is None or every != int(every):
+        when = f"save_strategy {_plain(args.save_strategy)}, save_steps {args.save_steps}"
+        say(f"{when}: checkpoints are written every save_every updates, 200 by default")
+    found = {} if every is None or every != int(every) else {"save_every": int(every)}
+    if args.save_total_limit is not None:
+        found["keep_checkpoints"] = max(1, args.save_total_limit)
+    given = args.resume_from_checkpoint
+    if given not in (None, False, True, "True", "False"):
+        raise _refusal("resume_from_checkpoint", given)
+    return found | ({"resume": True} if given in (True, "True") else {})
+
+
+def _tracking(args: Any) -> dict[str, Any]:
+    """Return the trackers, the name of the run and its project; print a note for other trackers."""
+    given = args.report_to or []
+    names = [given] if isinstance(given, str) else list(given)
+    found: dict[str, Any] = {}
+    if known := [name for name in names if name in (*KNOWN, "all")]:
+        found["report_to"] = known
+    if others := [name for name in names if name not in (*KNOWN, "all", "none")]:
+        say(f"report_to: {', '.join(others)} is not supported; metrics.jsonl has all metrics")
+    if args.run_name not in (None, args.output_dir):
+        found["run_name"] = args.run_name
+    if getattr(args, "project", None) not in (None, "huggingface"):  # the default there
+        found["project"] = args.project
+    return found
+
+
+def _evaluations(args: Any) -> dict[str, Any]:
+    """Return when held-out data is evaluated, and by which metric the best model is chosen."""
+    found: dict[str, Any] = {}
+    if _plain(args.eval_strategy) == "steps":
+        every = args.eval_steps or args.logging_steps
+        if every != int(every):
+            raise _refusal("eval_steps", every)
+        found["eval_every"] = int(every)
+    if args.load_best_model_at_end:
+        found["best_metric"] = metric = args.metric_for_best_model or "loss"
+        is_lower_better = metric.removeprefix("eval_") in LOWER_IS_BETTER
+        if args.greater_is_better is is_lower_better:
+            raise ConfigError(
+                f"args: greater_is_better={args.greater_is_better} has no equivalent here for "
+                f"{metric}: leave it at its default, or give best_metric to the trainer itself"
+            )
+    return found
+
+
+def _objective(args: Any) -> dict[str, Any]:
+    """Return the loss. A name of TRL may be that of another formula here, so few are accepted."""
+    kinds = getattr(args, "loss_type", "sigmoid")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if len(kinds) != 1 or kinds[0] not in _LOSSES:
+        raise ConfigError(
+            f"args: loss_type={', '.join(kinds)} has no equivalent here: choose from "
+            f"{', '.join(_LOSSES)}, or give loss to the trainer itself"
+        )
+    if smoothing := getattr(args, "label_smoothing", 0.0):
+        raise ConfigError(
+            f"args: label_smoothing={smoothing} has no effect on the loss {kinds[0]} in TRL, and "
+            "would have one here: leave it out of args, or give it to the trainer itself"
+        )
+    return {"loss": _LOSSES[kinds[0]]}
+
+
+def _reference(args: Any) -> dict[str, Any]:
+    """Return where the reference's log-probs are stored, if they are computed first."""
+    if not getattr(args, "precompute_ref_log_probs", False):
+        return {}
+    return {"cache": str(Path(args.output_dir) / "reference-cache"), "precompute": True}
+
+
+def _rules(args: Any) -> dict[str, Any]:
+    """Return the tokenization rules."""
+    if not hasattr(args, "max_length"):
+        return {}
+    if args.max_length is None:
+        raise ConfigError(
+            "args: max_length=None does not truncate: give rules=TokenizationRules(max_length=…) "
+            "with a length that the model has positions for"
+        )
+    return {"rules": TokenizationRules(max_length=args.max_length)}
