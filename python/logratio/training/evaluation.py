@@ -279,11 +279,11 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     refuse_multiple_processes("evaluate")
     ask_for_expandable_segments(config.device)
     default_device(config.device)
+    config = with_local_models(config)
     if config.samples_file is not None:
         if not config.samples:
             raise ConfigError("samples_file needs samples, the number of completions to sample")
         check_writable(Path(config.samples_file).parent)
-    config = with_local_models(config)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
     note_unfinished(config.policy)

@@ -8,6 +8,7 @@ from typing import Any
 from logratio import __version__
 from logratio.data.store.row_report import DataReport
 from logratio.training.config import TrainConfig
+from logratio.training.given_model import name_of
 from logratio.training.run_info import resolved_settings
 from logratio.training.trackers import flat
 
@@ -91,8 +92,8 @@ def card_of(made: Made) -> str:
     parts = [
         f"---\n{_metadata(config)}\n---\n{MARK}",
         f"# {_cell(title)}",
-        f"A fine-tuned version of `{_name(config.model)}`, trained with {link} by logratio "
-        f"{__version__}.",
+        f"A fine-tuned version of `{_name(name_of(config.model))}`, trained with {link} by "
+        f"logratio {__version__}.",
         "## Use",
         f"```python\n{_usage(config)}\n```",
         "## Training",
@@ -117,7 +118,7 @@ def _metadata(config: TrainConfig) -> str:
 
     tags = [config.loss, "logratio", *(["lora"] if config.lora else [])]
     data = ModelCardData(
-        base_model=_name(config.model),
+        base_model=_name(name_of(config.model)).partition("@")[0],
         library_name="peft" if config.lora else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
@@ -145,7 +146,7 @@ def _training(made: Made) -> list[tuple[str, Any]]:
     rows = [
         ("method", config.loss),
         ("β", settings["beta"] if config.loss != "sft" else None),
-        ("reference", _name(config.reference) if config.reference else None),
+        ("reference", _name(name_of(config.reference)) if config.reference else None),
         ("data", ", ".join(map(_name, settings["data"]))),
         ("groups", f"{kept}, {data.deduplicated:,} duplicates left out)"),
         ("held-out data", ", ".join(map(_name, settings["eval_data"] or []))),

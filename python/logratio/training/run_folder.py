@@ -273,6 +273,15 @@ def save_run(
     _publish(partial, output)
 
 
+def _made(policy: nn.Module, config: TrainConfig, dataset: Dataset, end: RunEnd) -> Made:
+    """Return what the model card says, with the evaluation of the saved model, if there is one."""
+    step = end.best_step or end.steps
+    rows = evaluations_of(Path(config.output))
+    evaluation = next((row for row in reversed(rows) if row.get("step") == step), None)
+    device = next(policy.parameters()).device
+    return Made(config, dataset.report, step, end.stop_reason, evaluation, versions(device))
+
+
 def _name_base(saved: Path, folder: Path) -> None:
     """Let a saved adapter name its base so that it is found from anywhere.
 
@@ -282,15 +291,6 @@ def _name_base(saved: Path, folder: Path) -> None:
     if path.exists() and not (folder / ADAPTER_CONFIG).exists():
         settings = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps(settings | base_names(folder), indent=2))
-
-
-def _made(policy: nn.Module, config: TrainConfig, dataset: Dataset, end: RunEnd) -> Made:
-    """Return what the model card says, with the evaluation of the saved model, if there is one."""
-    step = end.best_step or end.steps
-    rows = evaluations_of(Path(config.output))
-    evaluation = next((row for row in reversed(rows) if row.get("step") == step), None)
-    device = next(policy.parameters()).device
-    return Made(config, dataset.report, step, end.stop_reason, evaluation, versions(device))
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -15,6 +15,7 @@ from logratio.data.store.row_report import DataReport
 from logratio.durable import write_atomic
 from logratio.report.run_files import INFO_FILE
 from logratio.training.config import TrainConfig
+from logratio.training.given_model import name_of
 from logratio.training.models import precision_of
 from logratio.training.trackers import plain_settings
 from logratio.training.validation import beta_of
@@ -41,8 +42,10 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def resolved_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings with the values that defaults depend on: β and the precision."""
-    chosen = {"beta": beta_of(config), "precision": precision_of(config)}
+    """Return the settings with the names of the models, β and the precision of the run."""
+    chosen: dict[str, Any] = {"beta": beta_of(config), "precision": precision_of(config)}
+    chosen["model"] = name_of(config.model)
+    chosen["reference"] = name_of(config.reference) if config.reference else None
     return plain_settings(config) | chosen
 
 

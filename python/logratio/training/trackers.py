@@ -67,11 +67,10 @@ def trackers_of(report_to: ReportTo) -> tuple[str, ...]:
         return ()
     if names == ("all",):
         return ("tensorboard", *filter(_is_installed, _TRACKERS))
-    known = ("tensorboard", *_TRACKERS)
     for name in names:
-        if name not in known:
+        if name not in KNOWN:
             raise ConfigError(
-                f"report_to {name!r} is unknown: give {', '.join(known)}, or none or all alone"
+                f"report_to {name!r} is unknown: give {', '.join(KNOWN)}, or none or all alone"
             )
         if name in _TRACKERS and not _is_installed(name):
             raise ConfigError(f"report_to {name}: its package is missing: pip install {name}")
@@ -216,6 +215,8 @@ class _Mlflow:
 
 
 _TRACKERS: Mapping[str, type[Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
+KNOWN = ("tensorboard", *_TRACKERS)
+"""Names of trackers."""
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
@@ -344,18 +345,17 @@ def close_all(reporters: Sequence[Reporter], *, failed: bool) -> None:
         one.close(deadline, failed=failed)
 
 
-def reporters_of(config: Any, output: Path) -> list[Reporter]:
+def reporters_of(config: Any, settings: Mapping[str, Any]) -> list[Reporter]:
     """Start the reporters that the settings of a run name; TensorBoard's events are not among them.
 
     Args:
         config: A `TrainConfig`.
-        output: Its output folder.
+        settings: The settings to record, as JSON has them.
     """
+    output = Path(config.output)
     names = [name for name in trackers_of(config.report_to) if name in _TRACKERS]
     if not names:
         return []
     ids = RunIds(output, resume=config.resume)
-    run = TrackedRun(
-        config.run_name or output.resolve().name, config.project, plain_settings(config)
-    )
+    run = TrackedRun(config.run_name or output.resolve().name, config.project, settings)
     return [Reporter(name, run, ids) for name in names]

@@ -371,8 +371,9 @@ class DPOTrainer:
 
     def _run_updates(self) -> TrainResult:
         """Run all updates after the last checkpoint, and the evaluations between them."""
-        config, groups_in_all = self.config, self._length.groups
+        config, in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
+        done = min(start * config.batch_size, in_all)
         record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
@@ -380,13 +381,7 @@ class DPOTrainer:
         with (
             Watch(self.state, self.dataset.report, self._drawing) as watch,
             interrupts() as interrupted,
-            progress(
-                config.loss,
-                groups_in_all,
-                "pairs",
-                show=self.show_progress,
-                done=min(start * config.batch_size, groups_in_all),
-            ) as advance,
+            progress(config.loss, in_all, "pairs", show=self.show_progress, done=done) as advance,
         ):
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
@@ -406,8 +401,7 @@ class DPOTrainer:
                     advance(groups, watch.updated(step, values))
                     self._call("on_update", values)
                     self._evaluate(watch, interrupted)
-                    if self._maybe_save(step, interrupted()):
-                        watch.saved()
+                    self._maybe_save(step, interrupted())
         return self._result(history)
 
     def _evaluate(self, watch: Watch, interrupted: Callable[[], int | None]) -> None:
@@ -504,19 +498,16 @@ class DPOTrainer:
         if note:
             say(note)
 
-    def _maybe_save(self, step: int, signal: int | None) -> bool:
-        """Save a checkpoint if it is time, or after a signal; return whether it was saved."""
+    def _maybe_save(self, step: int, signal: int | None) -> None:
         every = self.config.save_every
         if step == self.updates and not (self.held_out and self._is_due(step)):
-            return False
-        is_time = every > 0 and step % every == 0
-        if signal or is_time:
+            return
+        if signal or (every > 0 and step % every == 0):
             self._call("on_checkpoint", self.save(step))
         if signal:
             raise RunInterruptedError(
                 signal, f"saved update {step} in {self._checkpoints}; continue with --resume"
             )
-        return is_time
 
     @property
     def _checkpoints(self) -> Path:

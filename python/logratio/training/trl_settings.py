@@ -14,6 +14,7 @@ from logratio.errors import ConfigError
 from logratio.progress import say
 from logratio.synonyms import INSTEAD, VALUES
 from logratio.training.selection import LOWER_IS_BETTER
+from logratio.training.trackers import KNOWN
 
 SAME_MEANING: Mapping[str, str] = {
     "output_dir": "output",
@@ -102,7 +103,7 @@ def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse_unsupported(args)
     found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
-    for part in (_length, _schedule, _machine, _checkpoints, _trackers, _reference):
+    for part in (_length, _schedule, _machine, _checkpoints, _reference, _tracking):
         found |= part(args)
     if {"eval_data", "eval_dataset", "eval_share"} & given.keys():
         found |= _evaluations(args)
@@ -224,21 +225,18 @@ def _checkpoints(args: Any) -> dict[str, Any]:
     return found | ({"resume": True} if given in (True, "True") else {})
 
 
-_PROJECT = "huggingface"
-"""transformers' default for the project, which no other tracker than trackio uses there."""
-
-
-def _trackers(args: Any) -> dict[str, Any]:
-    """Return where metrics go; `trackers_of` refuses names that it does not know.
-
-    transformers' default, no tracker, is that of logratio: TensorBoard events.
-    """
+def _tracking(args: Any) -> dict[str, Any]:
+    """Return the trackers, the name of the run and its project; print a note for other trackers."""
     given = args.report_to or []
-    names = (given,) if isinstance(given, str) else tuple(given)
-    found: dict[str, Any] = {} if names in ((), ("none",)) else {"report_to": names}
-    if args.run_name is not None:
+    names = [given] if isinstance(given, str) else list(given)
+    found: dict[str, Any] = {}
+    if known := [name for name in names if name in (*KNOWN, "all")]:
+        found["report_to"] = known
+    if others := [name for name in names if name not in (*KNOWN, "all", "none")]:
+        say(f"report_to: {', '.join(others)} is not supported; metrics.jsonl has all metrics")
+    if args.run_name not in (None, args.output_dir):
         found["run_name"] = args.run_name
-    if getattr(args, "project", _PROJECT) != _PROJECT:
+    if getattr(args, "project", None) not in (None, "huggingface"):  # the default there
         found["project"] = args.project
     return found
 

@@ -10,9 +10,9 @@ from logratio.progress import say
 from logratio.report.falling import Fall, FallDetector
 from logratio.training.callbacks import RunState
 from logratio.training.drawing import Drawing
-from logratio.training.metrics import MetricsLog
+from logratio.training.metrics import MetricsLog, progress_note
 from logratio.training.models import precision_of
-from logratio.training.run_info import write_run_info
+from logratio.training.run_info import resolved_settings, write_run_info
 from logratio.training.speed import Speedometer, Work, peak_flops
 from logratio.training.trackers import close_all, reporters_of, trackers_of
 
@@ -36,7 +36,7 @@ class Watch:
         self._speed = Speedometer(Work.of(state.policy), peak, device)
         wants_events = "tensorboard" in trackers_of(config.report_to)
         self._log = MetricsLog(output, state.step, tensorboard=wants_events)
-        self._reporters = reporters_of(config, output)
+        self._reporters = reporters_of(config, resolved_settings(config))
         self._falling, self._has_warned = FallDetector(), False
         write_run_info(config, state.updates, device, data)
         self._drawing = drawing
@@ -53,7 +53,8 @@ class Watch:
         for one in self._reporters:
             one.send(step, values | speed)
         self._warn(self._falling.update({"step": step, **values}))
-        return f"{_note(values)}, {self._speed.note()}"
+        self._drawing.request()
+        return f"{progress_note(values)}, {self._speed.note()}"
 
     def evaluated(self, result: "HeldOutResult") -> None:
         """Record an evaluation."""
@@ -62,11 +63,6 @@ class Watch:
         for one in self._reporters:
             one.send(result.step, result.metrics)
         self._warn(self._falling.evaluation(row))
-        self._drawing.request()
-
-    def saved(self) -> None:
-        """Note that a checkpoint has been saved."""
-        self._drawing.request()
 
     def _warn(self, fall: Fall | None) -> None:
         """Print the first warning."""
@@ -82,10 +78,3 @@ class Watch:
         close_all(self._reporters, failed=kind is not None)
         if kind:
             self._drawing.leave()
-
-
-def _note(values: dict[str, float]) -> str:
-    note = f"loss {values['loss']:.4f}"
-    if "rewards/accuracies" in values:
-        note += f" acc {values['rewards/accuracies']:.2f} margin {values['rewards/margins']:.3f}"
-    return note

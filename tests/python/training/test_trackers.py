@@ -209,7 +209,7 @@ def test_several_blocked_trackers_share_one_wait(
         install(name, lambda _: never.wait() and None)
     monkeypatch.setattr(trackers, "PATIENCE", 0.5)
     reporters = trackers.reporters_of(
-        with_(config, report_to=["wandb", "mlflow", "trackio"]), Path(config.output)
+        with_(config, report_to=["wandb", "mlflow", "trackio"]), plain_settings(config)
     )
     for one in reporters:
         one.send(1, {"loss": 1.0})
