@@ -19,6 +19,14 @@ from logratio.report.run_files import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FI
 from logratio.training.trackers import dashboard_names
 
 
+def progress_note(metrics: Mapping[str, float]) -> str:
+    """Return the metrics of an update that a progress bar shows."""
+    note = f"loss {metrics['loss']:.4f}"
+    if "rewards/accuracies" in metrics:
+        note += f" acc {metrics['rewards/accuracies']:.2f} margin {metrics['rewards/margins']:.3f}"
+    return note
+
+
 class MetricsLog:
     """Writes metrics, evaluations, samples, speed and TensorBoard events to the output folder.
 
