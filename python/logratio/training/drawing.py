@@ -17,6 +17,8 @@ EVERY = 60.0
 """Seconds between the starts of two drawings."""
 PATIENCE = 20.0
 """Seconds that the end of a run waits for its report."""
+SHORT_PATIENCE = 5.0
+"""Seconds that a run which an exception ends waits for an earlier drawing."""
 _abandoned: list[subprocess.Popen[bytes]] = []
 _CODE = (
     "import os, sys; os.nice(10); from logratio.cli.app import main; "
@@ -88,6 +90,7 @@ class Drawing:
 
     def leave(self) -> None:
         """Write the report of a run that an exception ends; the process may outlive this one."""
+        self._wait(time.monotonic() + SHORT_PATIENCE)
         if self._is_idle():
             self._start(subprocess.DEVNULL)
         self._abandon()
@@ -95,6 +98,8 @@ class Drawing:
     def _abandon(self) -> None:
         """Keep the process out of the garbage collector, which warns of running processes."""
         if self._process:
+            if self._process.stderr:
+                self._process.stderr.close()
             _abandoned.append(self._process)
 
     def finish(self) -> None:
