@@ -11,10 +11,11 @@ the date that was recorded when the work started (`TokenizationRules.date`).
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -207,6 +208,53 @@ def locked_output(output: Path) -> Iterator[Path]:
         raise RunExistsError(
             f"{output}: another process is training into this folder; choose another --output"
         ) from error
+
+
+class OutputLock:
+    """A trainer's lock on its output folder, from its creation to the end of the training.
+
+    Until the training begins, a newer trainer of this process takes the lock over: a notebook cell
+    that is run again creates its trainer again.
+
+    Raises:
+        OutputError, RunExistsError: As raised by `locked_output`.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output = output.resolve()
+        if older := _WAITING.pop(self._output, None):
+            older.release()
+        self._held = ExitStack()
+        self._held.enter_context(locked_output(output))
+        self._is_held = True
+        _WAITING[self._output] = self
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        self._is_held = False
+        self._held.close()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Keep the lock during the block, and release it after it.
+
+        Raises:
+            RunExistsError: A newer trainer has taken the lock over.
+        """
+        if not self._is_held:
+            raise RunExistsError(
+                f"{self._output}: this trainer has trained already, or a newer one of this process "
+                "has its folder: create it again"
+            )
+        _WAITING.pop(self._output, None)
+        try:
+            yield
+        finally:
+            self.release()
+
+
+_WAITING: WeakValueDictionary[Path, OutputLock] = WeakValueDictionary()
+"""Locks of trainers of this process whose training has not begun, by output folder."""
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,13 @@ from logratio.training.reference_checks import check_start
 from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
     CHECKPOINTS,
+    OutputLock,
     RunEnd,
     TrainResult,
     evaluations_of,
     finished_result,
     finished_run,
     identity,
-    locked_output,
     refuse_different_run,
     save_run,
 )
@@ -182,11 +182,13 @@ class DPOTrainer:
         self.show_progress, self.dry_run = show_progress, dry_run
         self.callbacks = check_callbacks(callbacks)
         self.device = default_device(config.device)
-        with ExitStack() as held:
+        with ExitStack() as unlocking:
             if not dry_run:
-                held.enter_context(locked_output(Path(config.output)))
+                self._lock = OutputLock(Path(config.output))
+                unlocking.callback(self._lock.release)
             self._prepare(config)
-            self._held = ExitStack() if self.finished else held.pop_all()
+            if not self.finished:
+                unlocking.pop_all()
 
     def _prepare(self, config: TrainConfig) -> None:
         """Read the data, and look for a finished run and a filled cache."""
@@ -285,7 +287,7 @@ class DPOTrainer:
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
-        with self._held, exact_products(), fixed:
+        with self._lock.training(), exact_products(), fixed:
             return self._train()
 
     def _train(self) -> TrainResult:

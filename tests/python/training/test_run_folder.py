@@ -18,7 +18,16 @@ from stop_after import stop_after
 from logratio.durable import locked
 from logratio.errors import ConfigError
 from logratio.report.run_files import INFO_FILE
-from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
+from logratio.training import (
+    Callback,
+    EvaluateConfig,
+    LoraSettings,
+    RunState,
+    StaleCacheError,
+    TrainConfig,
+    evaluate,
+    train,
+)
 from logratio.training import checkpoint as checkpoints
 from logratio.training.checkpoint import RunInterruptedError, SaveError
 from logratio.training.metrics import MetricsLog, NonFiniteError
@@ -169,10 +178,37 @@ class TestOneAtATime:
 
     def test_the_lock_is_held_from_the_start_to_the_end(self, config: TrainConfig) -> None:
         ready = DPOTrainer(config=config, show_progress=False)
-        with pytest.raises(RunExistsError):
-            DPOTrainer(config=config, show_progress=False)
+        with pytest.raises(BlockingIOError), locked(Path(config.output)):
+            pass
         ready.train()
+        with locked(Path(config.output)):
+            pass
         assert train(config, show_progress=False).was_finished
+
+    def test_a_cell_of_a_notebook_can_run_again(self, config: TrainConfig) -> None:
+        """A trainer that has not begun gives its folder to a newer one, in the same process."""
+        older = DPOTrainer(config=with_(config, lr=2e-3), show_progress=False)
+        newer = DPOTrainer(config=config, show_progress=False)
+        with pytest.raises(RunExistsError, match="a newer one of this process has its folder"):
+            older.train()
+        with pytest.raises(BlockingIOError), locked(Path(config.output)):
+            pass
+        assert newer.train().steps == 2
+
+    def test_a_run_in_progress_keeps_its_folder(self, config: TrainConfig) -> None:
+        class Second(Callback):
+            def on_start(self, state: RunState) -> None:
+                with pytest.raises(RunExistsError, match="another process"):
+                    DPOTrainer(config=config, show_progress=False)
+
+        DPOTrainer(config=config, callbacks=[Second()], show_progress=False).train()
+
+    def test_a_failed_start_leaves_no_lock(self, config: TrainConfig) -> None:
+        bad = with_(config, cache=Path(config.output) / "cache")
+        with pytest.raises(StaleCacheError):
+            DPOTrainer(config=bad, show_progress=False)
+        with locked(Path(config.output)):
+            pass
 
     @pytest.mark.parametrize("name", ["train", "evaluate", "export"])
     def test_torchrun_with_two_processes_is_refused(
