@@ -14,6 +14,8 @@ from tiny_models import WORDS, save_tiny_model
 # Two threads on a crowded machine made small models 200 times slower; children inherit it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests of the report draw it; the runs of others need not, each for seconds.
+os.environ["LOGRATIO_NO_REPORT"] = "1"
 # A background job of a script ignores Ctrl-C; tests that send it would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -26,7 +26,9 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterator[Advance]:
+def progress(
+    what: str, total: float, unit: str, *, show: bool = True, done: float = 0.0
+) -> Iterator[Advance]:
     """Show the progress of a long job, with its rate and the time left.
 
     Args:
@@ -34,6 +36,7 @@ def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterat
         total: Amount of work, in units.
         unit: Name of the unit.
         show: Whether to show anything.
+        done: Amount of work that an earlier process did; it counts for no rate.
 
     Yields:
         advance(amount, note=""): Call it after each piece of work, with the units done and a short
@@ -42,10 +45,10 @@ def progress(what: str, total: float, unit: str, *, show: bool = True) -> Iterat
     if not show:
         yield lambda amount, note="": None
     elif sys.stderr.isatty():
-        with _bar(what, total, unit) as advance:
+        with _bar(what, total, unit, done) as advance:
             yield advance
     else:
-        yield _Lines(what, total, unit).advance
+        yield _Lines(what, total, unit, done).advance
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def reading_progress(*, show: bool = True) -> Iterator[Callable[[int, int, int],
 
 
 @contextmanager
-def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
+def _bar(what: str, total: float, unit: str, before: float) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -89,8 +92,8 @@ def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
     )
     start = time.monotonic()
     bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task(what, total=total, rate="", note="")
-    done = 0.0
+    task = bar.add_task(what, total=total, completed=int(before), rate="", note="")
+    done = before
 
     def advance(amount: float, note: str = "") -> None:
         nonlocal done
@@ -98,7 +101,7 @@ def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
         seconds = time.monotonic() - start
         if seconds > PATIENCE and not bar.live.is_started:
             bar.start()
-        rate = f"{done / max(seconds, 1e-9):,.1f} {unit}/s"
+        rate = f"{(done - before) / max(seconds, 1e-9):,.1f} {unit}/s"
         bar.update(task, completed=done, rate=rate, note=note)
 
     try:
@@ -111,9 +114,9 @@ def _bar(what: str, total: float, unit: str) -> Iterator[Advance]:
 class _Lines:
     """Prints a line every ten seconds, for logs."""
 
-    def __init__(self, what: str, total: float, unit: str) -> None:
+    def __init__(self, what: str, total: float, unit: str, before: float) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self.done = 0.0
+        self.before = self.done = before
         self.start = self.last = time.monotonic()
 
     def advance(self, amount: float, note: str = "") -> None:
@@ -122,7 +125,7 @@ class _Lines:
         if now - self.last < LINE_EVERY:
             return
         self.last = now
-        rate = self.done / (now - self.start)
+        rate = (self.done - self.before) / (now - self.start)
         left = (self.total - self.done) / rate if rate else float("inf")
         say(
             f"{self.what}: {self.done:,.0f}/{self.total:,.0f} {self.unit}, {rate:,.1f}/s, "

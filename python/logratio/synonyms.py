@@ -134,7 +134,6 @@ UNSUPPORTED: Mapping[str, str] = {
     "--logging-dir": _METRICS,
     "--logging-steps": _METRICS,
     "--padding-free": "batches are never padded",
-    "--report-to": _METRICS,
     "--rpo-alpha": "no loss has this term",
     "--trust-remote-code": "code in a model folder is never run",
     "--use-logits-to-keep": "logits are only computed for the tokens of the loss",

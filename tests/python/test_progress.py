@@ -21,6 +21,17 @@ def test_lines_without_a_terminal(
     assert "s left loss 1.0" in line
 
 
+def test_work_of_an_earlier_process_counts_for_no_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+    ticks = iter([0.0, 10.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(ticks))  # type: ignore[attr-defined]
+    with progress("dpo", 1000, "pairs", done=900) as advance:
+        advance(10)
+    assert capsys.readouterr().err == "dpo: 910/1,000 pairs, 1.0/s, 90 s left \n"
+
+
 def test_short_jobs_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("scoring", 2, "tokens") as advance:
         advance(2)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluate, export, merge, precompute, sweep, train
+from logratio.cli import cache, data, evaluate, export, merge, precompute, report, sweep, train
 from logratio.cli.usage import UsageError, usage_message
 from logratio.errors import LogratioError
 from logratio.progress import say
@@ -37,6 +37,7 @@ for command in (
     evaluate.evaluate,
     merge.merge,
     sweep.sweep,
+    report.report,
     export.export,
     export.rank,
     export.serve,
@@ -112,8 +113,11 @@ def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
     return flags
 
 
+_SPREAD = ("--data", "--eval-data", "--report-to")
+
+
 def spread(arguments: Sequence[str]) -> list[str]:
-    """Allow `--data a b c` for `--data a --data b --data c`, and so for `--eval-data`."""
+    """Allow `--data a b c` for `--data a --data b --data c`, and so for others in `_SPREAD`."""
     spread_out: list[str] = []
     inside = ""
     for argument in arguments:
@@ -121,7 +125,7 @@ def spread(arguments: Sequence[str]) -> list[str]:
         if inside and is_value and spread_out[-1] != inside:
             spread_out.append(inside)
         elif not is_value:
-            inside = argument if argument in ("--data", "--eval-data") else ""
+            inside = argument if argument in _SPREAD else ""
         spread_out.append(argument)
     return spread_out
 

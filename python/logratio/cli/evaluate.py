@@ -29,6 +29,11 @@ def evaluate(
         typer.Option(help="Completions to sample from the policy to estimate its KL to the "
                      "reference, which held-out pairs cannot estimate."),
     ] = 0,
+    samples_file: Annotated[
+        Path | None,
+        typer.Option(help="Write the prompts and the samples of policy and reference to this file, "
+                     "as JSON lines."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     json_file: options.JsonFile = None,
@@ -54,6 +59,7 @@ def evaluate(
             data,
             beta=beta,
             samples=samples,
+            samples_file=samples_file,
             max_new_tokens=max_new_tokens,
             seed=seed,
             token_budget=token_budget,

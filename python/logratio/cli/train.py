@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from logratio.training.run_folder import TrainResult
 
 LORA_PANEL, UPDATE_PANEL, EVALUATION_PANEL = "LoRA", "Update", "Held-out evaluation"
+WATCHING_PANEL = "Watching the run"
 
 
 class OptimizerName(StrEnum):
@@ -279,6 +280,45 @@ class HeldOut(Settings):
 
 
 @dataclass(frozen=True)
+class Watching(Settings):
+    """Trackers of the run, and its report."""
+
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TRACKER…",
+            help="tensorboard, wandb, mlflow, trackio, none or all; several may follow. wandb, "
+            "mlflow and trackio need their packages. Default: tensorboard.",
+            rich_help_panel=WATCHING_PANEL,
+        ),
+    ] = None
+    run_name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the run in trackers. Default: the name of --output.",
+            rich_help_panel=WATCHING_PANEL,
+        ),
+    ] = None
+    project: Annotated[
+        str | None,
+        typer.Option(
+            help="Project (wandb, trackio) or experiment (mlflow) of the run. Default: the "
+            "tracker's own setting, else logratio.",
+            rich_help_panel=WATCHING_PANEL,
+        ),
+    ] = None
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report/--no-report",
+            help="Write report.html in --output during the run and at its end; with pictures if "
+            "matplotlib is installed.",
+            rich_help_panel=WATCHING_PANEL,
+        ),
+    ] = True
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adapters instead of full fine-tuning."""
 
@@ -463,6 +503,7 @@ class Machine(Settings):
 
 
 OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), Lora(), Machine()
+WATCHING = Watching()
 """The defaults."""
 
 
@@ -489,6 +530,7 @@ def train(
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
     held_out: HeldOut = HELD_OUT,
+    watching: Watching = WATCHING,
     lora: Lora = LORA,
     reading: Reading = READING,
     machine: Machine = MACHINE,
@@ -515,6 +557,7 @@ def train(
             **objective.settings(),
             **update.settings(),
             **held_out.settings(),
+            **watching.settings(),
             **machine.settings(),
             lora=lora.settings(),
             adapter=lora.adapter.value,

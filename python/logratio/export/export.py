@@ -56,6 +56,7 @@ from logratio.forecast import Forecast, check_writable, existing_parent, size
 from logratio.hub import local_folder
 from logratio.logps.completion import transformer
 from logratio.progress import progress, say
+from logratio.report.run_files import DATA_REPORT_FILE, SETTINGS_FILE
 from logratio.synonyms import takes_known_names
 from logratio.training.fingerprint import model_fingerprint, parameter_count
 from logratio.training.models import (
@@ -66,13 +67,7 @@ from logratio.training.models import (
     load_model,
 )
 from logratio.training.precomputation import refuse_multiple_processes
-from logratio.training.run_folder import (
-    DATA_REPORT_FILE,
-    SETTINGS_FILE,
-    note_unfinished,
-    reward_beta,
-    settings_of,
-)
+from logratio.training.run_folder import note_unfinished, reward_beta, settings_of
 from logratio.validation import Range, changes, check_fields, check_kind
 
 

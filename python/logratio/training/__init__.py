@@ -7,7 +7,7 @@ does; the parts can be used alone.
 from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import completion_logps
 from logratio.training.callbacks import Callback, CallbackError, RunState
-from logratio.training.checkpoint import ResumeError, RunInterruptedError
+from logratio.training.checkpoint import ResumeError, RunInterruptedError, SaveError
 from logratio.training.config import (
     EvaluateConfig,
     LoraSettings,
@@ -17,8 +17,8 @@ from logratio.training.config import (
     TrainConfig,
 )
 from logratio.training.dataset import VocabularyError
-from logratio.training.evaluation import Evaluation, KlEstimate, evaluate
-from logratio.training.held_out import HeldOutResult, Sample
+from logratio.training.evaluation import Evaluation, KlEstimate, Sample, evaluate
+from logratio.training.held_out import HeldOutResult
 from logratio.training.lora import read_lora_config
 from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError
@@ -31,7 +31,7 @@ from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.run_folder import RunExistsError, TrainResult
 from logratio.training.sweep_results import SweepResult, SweepRow
 from logratio.training.sweep_runs import sweep
-from logratio.training.trainer import DPOTrainer, SaveError, train
+from logratio.training.trainer import DPOTrainer, train
 
 __all__ = [
     "Callback",

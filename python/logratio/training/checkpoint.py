@@ -37,6 +37,10 @@ class RunInterruptedError(LogratioError):
         self.exit_code = 128 + signal_number
 
 
+class SaveError(LogratioError, OSError):
+    """A model or checkpoint could not be written; files saved earlier are unchanged."""
+
+
 _NOTICE = (
     b"\nstopping once the work in progress is saved; press Ctrl-C again to stop without saving\n"
 )
@@ -108,10 +112,10 @@ def save(
         The folder of the new checkpoint.
 
     Raises:
-        OSError: The checkpoint was not written; earlier ones are unchanged.
+        SaveError: The checkpoint was not written; earlier ones are unchanged.
     """
     final = folder / f"checkpoint-{at.step:08d}"
-    with _whole_or_absent(final) as partial:
+    with _whole_or_absent(final, f"the checkpoint of update {at.step}") as partial:
         save_file(_trainable(model), partial / "weights.safetensors")
         save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         save_file(_random_states(), partial / "random.safetensors")
@@ -129,17 +133,21 @@ def save_best(folder: Path, model: nn.Module, step: int) -> Path:
     Earlier ones stay until no checkpoint needs them: see `save`.
 
     Raises:
-        OSError: The weights were not written.
+        SaveError: The weights were not written; checkpoints are unchanged.
     """
     final = folder / f"{_BEST}{step:08d}"
-    with _whole_or_absent(final) as partial:
+    with _whole_or_absent(final, f"the best model, of update {step},") as partial:
         save_file(_trainable(model), partial / "weights.safetensors")
     return final
 
 
 @contextmanager
-def _whole_or_absent(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `final`, with a manifest, if the block succeeds."""
+def _whole_or_absent(final: Path, what: str) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `final`, with a manifest, if the block succeeds.
+
+    Raises:
+        SaveError: Something could not be written; the message names `what`.
+    """
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -150,9 +158,19 @@ def _whole_or_absent(final: Path) -> Iterator[Path]:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync(final.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"{what} could not be saved ({error}); {_kept(final.parent)}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _kept(folder: Path) -> str:
+    last = newest(folder)
+    if last is None:
+        return "no earlier checkpoint exists"
+    return f"{last} is complete: free some disk space, then continue from it with --resume"
 
 
 def load_best(folder: Path, model: nn.Module, step: int) -> None:

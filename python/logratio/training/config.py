@@ -11,6 +11,7 @@ from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
 from logratio.synonyms import takes_known_names
+from logratio.training.trackers import ReportTo
 from logratio.validation import Range, changes, check_fields
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
@@ -177,6 +178,13 @@ class TrainConfig(YamlSettings):
             "rewards/accuracies" or "loss", instead of the last one.
         early_stop: Stop after this many evaluations in a row that were not better than the best in
             `best_metric`.
+        report_to: Where metrics go in addition to the output folder's files: "tensorboard",
+            "wandb", "mlflow", "trackio", or several; "none"; or "all" that are installed. None:
+            "tensorboard".
+        run_name: Name of the run in trackers; None: the name of the output folder.
+        project: Project (wandb, trackio) or experiment (mlflow) of the run; None: the tracker's
+            own setting, else "logratio".
+        report: Write `report.html`, in another process, during the run and at its end.
         resume: Continue from the newest valid checkpoint in `output`.
         overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
             the same settings is returned without training, and any other run is an error. The
@@ -236,6 +244,10 @@ class TrainConfig(YamlSettings):
     max_new_tokens: Count = 128
     best_metric: str | None = None
     early_stop: Count | None = None
+    report_to: ReportTo = None
+    run_name: str | None = None
+    project: str | None = None
+    report: bool = True
     resume: bool = False
     overwrite: bool = False
     device: str | None = None
@@ -352,6 +364,7 @@ class EvaluateConfig(YamlSettings):
         beta: Reward per nat of log-ratio; None: the β that the policy was trained with.
         samples: Completions sampled from the policy to estimate its KL divergence from the
             reference; 0: no estimate.
+        samples_file: File for the prompts and the samples of policy and reference, as JSON lines.
         max_new_tokens: Maximum length of a sampled completion.
         seed: Seed of the sampling.
         token_budget, precision, device, rules, formats, max_bad_fraction: As in `TrainConfig`.
@@ -362,6 +375,7 @@ class EvaluateConfig(YamlSettings):
     data: Inputs
     beta: Above0 | None = None
     samples: CountOrNone = 0
+    samples_file: PathLike | None = None
     max_new_tokens: Count = 128
     seed: Seed = 0
     token_budget: Count = 16384

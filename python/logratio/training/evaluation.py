@@ -1,5 +1,6 @@
 """Evaluate a policy on held-out preferences: accuracy, calibration, KL from the reference."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +15,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import ROLES, Store
 from logratio.data.feed import Feed, FeedSettings
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.durable import write_atomic
 from logratio.errors import ConfigError
-from logratio.forecast import Forecast, count
+from logratio.forecast import Forecast, check_writable, count
 from logratio.logps.attention.interface import own_attention
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
@@ -164,6 +167,36 @@ def _until_stop(completion: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A prompt with a completion of the policy and one of the reference, as text."""
+
+    prompt: str
+    policy: str
+    reference: str | None
+
+
+def sample_texts(
+    tokenizer: PreferenceTokenizer,
+    prompts: list[list[int]],
+    drawn: list[list[int]],
+    others: list[list[int]] | None,
+) -> list[Sample]:
+    """Decode sampled completions.
+
+    Args:
+        tokenizer: The tokenizer of the models.
+        prompts: Token ids of the prompts.
+        drawn: The policy's completion of each.
+        others: The reference's completion of each, or None.
+    """
+    decode = tokenizer.decode
+    return [
+        Sample(decode(prompt), decode(mine), None if others is None else decode(others[n]))
+        for n, (prompt, mine) in enumerate(zip(prompts, drawn, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
 class KlEstimate:
     """Monte Carlo estimate of the KL divergence of the policy from the reference.
 
@@ -227,8 +260,8 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
         show_progress: Draw progress bars and print notes.
 
     Raises:
-        ModelFolderError, BadDataError, ConfigError: A model folder, data row or setting is
-            invalid; raised before any model is loaded.
+        ModelFolderError, BadDataError, ConfigError, OutputError: A model folder, data row, setting
+            or the place of a file is invalid; raised before any model is loaded.
 
     Example:
         >>> evaluate(EvaluateConfig("policy", "sft-model", "held-out.jsonl")).accuracy
@@ -247,6 +280,10 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     ask_for_expandable_segments(config.device)
     default_device(config.device)
     config = with_local_models(config)
+    if config.samples_file is not None:
+        if not config.samples:
+            raise ConfigError("samples_file needs samples, the number of completions to sample")
+        check_writable(Path(config.samples_file).parent)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
     note_unfinished(config.policy)
@@ -364,14 +401,22 @@ class Evaluating:
         """Estimate the KL from completions sampled from the policy for held-out prompts."""
         store, wanted = self.dataset.store, self.config.samples
         prompts = [store.group(i % len(store))[0].tolist() for i in range(wanted)]
-        drawn = sample_completions(
-            policy,
+        drawn = self._draw(policy, prompts)
+        if self.config.samples_file is not None:
+            others = self._draw(reference, prompts)
+            samples = sample_texts(self.dataset.tokenizer, prompts, drawn, others)
+            rows = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in samples)
+            write_atomic(Path(self.config.samples_file), rows)
+        return kl_estimate(drawn_logratios(policy, reference, prompts, drawn), drawn)
+
+    def _draw(self, model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:
+        return sample_completions(
+            model,
             prompts,
             max_new_tokens=self.config.max_new_tokens,
             stop_ids=self.dataset.tokenizer.stop_ids,
             seed=self.config.seed,
         )
-        return kl_estimate(drawn_logratios(policy, reference, prompts, drawn), drawn)
 
 
 def kl_estimate(logratios: np.ndarray, drawn: Sequence[Sequence[int]]) -> KlEstimate:

@@ -22,14 +22,17 @@ from logratio.logps.batch import Batch
 from logratio.progress import say
 from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset, load_training_data
+from logratio.training.distributions import distributions
 from logratio.training.evaluation import (
     KlEstimate,
+    Sample,
     calibration,
     check_sampling,
     drawn_sums,
     kl_estimate,
     model_sums,
     sample_completions,
+    sample_texts,
     sums_over,
 )
 from logratio.training.losses import averages, make_objective
@@ -160,15 +163,6 @@ def _report_shared_prompts(train: Store, held_out: Store) -> None:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt with a completion of the policy and one of the reference, as text."""
-
-    prompt: str
-    policy: str
-    reference: str | None
-
-
-@dataclass(frozen=True)
 class HeldOutResult:
     """An evaluation of held-out groups.
 
@@ -181,6 +175,7 @@ class HeldOutResult:
         kl: Estimated KL divergence from the reference, if samples were requested.
         samples: Sampled completions.
         chosen_rewards, rejected_rewards: Rewards of the groups, float64 `[B]`; None without pairs.
+        distributions: Their histograms and calibration: see `distributions`; None without pairs.
     """
 
     step: int
@@ -192,6 +187,7 @@ class HeldOutResult:
     samples: list[Sample] = field(default_factory=list)
     chosen_rewards: np.ndarray | None = None
     rejected_rewards: np.ndarray | None = None
+    distributions: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         shown = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl")
@@ -226,6 +222,7 @@ class HeldOutResult:
                 for name, (count, value) in self.sources.items()
             },
             "kl": asdict(self.kl) if self.kl else None,
+            "distributions": self.distributions,
         }
 
 
@@ -376,15 +373,12 @@ class HeldOut:
     def _texts(
         self, prompts: list[list[int]], drawn: list[list[int]], others: list[list[int]] | None
     ) -> list[Sample]:
-        decode = self.tokenizer.decode
-        return [
-            Sample(decode(prompt), decode(mine), None if others is None else decode(others[n]))
-            for n, (prompt, mine) in enumerate(zip(prompts, drawn, strict=True))
-        ]
+        return sample_texts(self.tokenizer, prompts, drawn, others)
 
 
 def _with_pairs(result: HeldOutResult, columns: Mapping[str, Tensor]) -> HeldOutResult:
     """Add what only pairs have: the interval of the accuracy, calibration, single rewards."""
+    chosen, rejected = (columns[f"rewards/{side}"].numpy() for side in ("chosen", "rejected"))
     margins = columns["rewards/margins"].numpy()
     error = calibration(margins).expected_error
     accuracy = result.metrics["eval_rewards/accuracies"]
@@ -392,8 +386,9 @@ def _with_pairs(result: HeldOutResult, columns: Mapping[str, Tensor]) -> HeldOut
         result,
         metrics=result.metrics | {"eval_expected_calibration_error": error},
         accuracy_interval=wilson(accuracy, result.groups),
-        chosen_rewards=columns["rewards/chosen"].numpy(),
-        rejected_rewards=columns["rewards/rejected"].numpy(),
+        chosen_rewards=chosen,
+        rejected_rewards=rejected,
+        distributions=distributions(chosen, rejected),
     )
 
 

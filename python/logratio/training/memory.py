@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ LIVE, KEPT = 12, 34
 for the backward pass (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1)."""
 
 
+@cache
 def flops_per_second(device: str | None, precision: Precision = "fp32") -> float:
-    """Measure the speed of a matrix product on `device` for 0.1 s, in the dtype of the run."""
+    """Measure the speed of a matrix product on `device` for 0.1 s, in the dtype of the run.
+
+    Later calls of the process return the first measurement.
+    """
     where = default_device(device)
     size = PRODUCT.get(where.type, PRODUCT["cpu"])
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

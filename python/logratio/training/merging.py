@@ -18,6 +18,7 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import check_writable
 from logratio.hub import local_folder
 from logratio.logps.completion import Group, batch_of, score, transformer
+from logratio.report.run_files import SETTINGS_FILE
 from logratio.training.config import PathLike, Precision
 from logratio.training.fingerprint import parameter_count
 from logratio.training.memory import is_out_of_memory
@@ -33,7 +34,7 @@ from logratio.training.models import (
     quietly,
 )
 from logratio.training.reference_checks import TOLERANCES
-from logratio.training.run_folder import SETTINGS_FILE, settings_of
+from logratio.training.run_folder import settings_of
 
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 COPIED = (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json", "vocab.json",

@@ -1,4 +1,4 @@
-"""Metrics of a run in `metrics.jsonl` and TensorBoard, under the names that TRL uses."""
+"""Metrics of a run in files of its output folder, under the names that TRL uses."""
 
 import errno
 import json
@@ -15,10 +15,8 @@ from typing import Any
 
 from logratio.errors import LogratioError
 from logratio.progress import say
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+from logratio.report.run_files import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE, SPEED_FILE
+from logratio.training.trackers import dashboard_names
 
 
 def progress_note(metrics: Mapping[str, float]) -> str:
@@ -30,29 +28,40 @@ def progress_note(metrics: Mapping[str, float]) -> str:
 
 
 class MetricsLog:
-    """Writes metrics, evaluations, samples and TensorBoard events to the output folder.
+    """Writes metrics, evaluations, samples, speed and TensorBoard events to the output folder.
 
     A failed write never stops a run: it is reported once, and the rows are kept in memory and
     written when the disk has space again. Without tensorboardX, no events are written.
     """
 
-    def __init__(self, output: Path, resume_step: int) -> None:
+    def __init__(self, output: Path, resume_step: int, *, tensorboard: bool = True) -> None:
         self._reported = False
-        self._rows, self._evaluations, self._samples = (
+        _remove_rows(output, resume_step)
+        self._rows, self._evaluations, self._samples, self._speed = (
             _Appended(output / name, _size_up_to(output / name, resume_step))
-            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE)
+            for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, SPEED_FILE)
         )
-        self._events = _new_events(output / "tensorboard", resume_step)
+        self._events = _new_events(output / "tensorboard", resume_step) if tensorboard else None
 
     @property
     def _files(self) -> list["_Appended"]:
-        rows = [self._rows, self._evaluations, self._samples]
+        rows = [self._rows, self._evaluations, self._samples, self._speed]
         return [*rows, self._events] if self._events else rows
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append the row of an update. Its values are finite: the trainer stops on others."""
+    def write(
+        self, step: int, values: Mapping[str, float], speed: Mapping[str, float] | None = None
+    ) -> None:
+        """Append the row of an update. Its values are finite: the trainer stops on others.
+
+        Args:
+            step: Number of updates done.
+            values: Its metrics, the same in every run with the same settings on a CPU.
+            speed: Its figures of speed and memory, which differ between runs.
+        """
         self._rows.add(_line({"step": step, **values}))
-        self._add_scalars(step, values)
+        if speed:
+            self._speed.add(_line({"step": step, **speed}))
+        self._add_scalars(step, {**values, **(speed or {})})
 
     def write_evaluation(
         self, row: Mapping[str, Any], metrics: Mapping[str, float], samples: Sequence[Any]
@@ -71,8 +80,9 @@ class MetricsLog:
 
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add scalars to the TensorBoard events, and report the first failure of any file."""
-        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
         if self._events:
+            named = dashboard_names(values).items()
+            scalars = [{"tag": name, "simple_value": value} for name, value in named]
             self._events.add(_event(step=step, summary={"value": scalars}))
         for file in self._files:
             if (failure := file.failure) and not self._reported:
@@ -87,6 +97,10 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files, after one more attempt to write what is waiting."""
         for file in self._files:
             file.close()
             if file.waiting:
@@ -168,6 +182,14 @@ def _event(**fields: Any) -> bytes:
     length = struct.pack("<Q", len(data))
     checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
     return length + checks[0] + data + checks[1]
+
+
+def _remove_rows(output: Path, resume_step: int) -> None:
+    """Remove the rows of an earlier run, unless this one continues it."""
+    if resume_step == 0:
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, SPEED_FILE):
+            with suppress(OSError):
+                (output / name).unlink(missing_ok=True)
 
 
 def _size_up_to(path: Path, step: int) -> int:

@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils import logging as transformers_logging
 
 from logratio.errors import LogratioError, fetching_advice
@@ -381,6 +384,11 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder{fetching_advice(folder, 'model')}")
+    if (folder / "model_index.json").exists():
+        raise ModelFolderError(
+            f"{folder} contains a diffusion pipeline, which has no next-token log-probs: it is not "
+            "supported, and no support is planned"
+        )
     adapter = (folder / ADAPTER_CONFIG).exists()
     if adapter and (whole := _full_weights(folder)):
         raise ModelFolderError(
@@ -424,7 +432,7 @@ def architecture(folder: Path) -> PreTrainedConfig:
     if config.is_encoder_decoder:
         raise ModelFolderError(f"{name}, an encoder-decoder: only causal models are supported")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelFolderError(f"{name}, for which transformers has no causal language model")
+        raise ModelFolderError(name + _without_causal_model(config))
     if config.model_type == "reformer":
         raise ModelFolderError(
             f"{name}, whose attention hashes tokens at random: log-probs differ from call to call"
@@ -436,6 +444,16 @@ def architecture(folder: Path) -> PreTrainedConfig:
             "next-token log-probs"
         )
     return config
+
+
+def _without_causal_model(config: PreTrainedConfig) -> str:
+    """Explain why a model without a causal language model is refused."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return (
+            ", a vision-language model: records and batches contain text only. Images as part of a "
+            "prompt are planned; until then, save its language model alone and train that"
+        )
+    return ", for which transformers has no causal language model"
 
 
 def _check_adapter(folder: Path) -> None:

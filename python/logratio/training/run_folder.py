@@ -11,10 +11,11 @@ the date that was recorded when the work started (`TokenizationRules.date`).
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -26,13 +27,19 @@ from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError, count
 from logratio.progress import say
+from logratio.report.run_files import (
+    DATA_REPORT_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    SETTINGS_FILE,
+)
 from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.given_model import base_names, name_of, source_of
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.metrics import EVALUATIONS_FILE, METRICS_FILE
+from logratio.training.model_card import Made, write_card
 from logratio.training.models import (
     ADAPTER_CONFIG,
     precision_of,
@@ -40,10 +47,9 @@ from logratio.training.models import (
     training_budget,
 )
 from logratio.training.policy import save_weights
+from logratio.training.run_info import versions
 from logratio.training.validation import beta_of
 
-SETTINGS_FILE = "training.json"
-DATA_REPORT_FILE = "data_report.json"
 CHECKPOINTS = "checkpoints"
 SAVING = ".saving"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
@@ -204,6 +210,53 @@ def locked_output(output: Path) -> Iterator[Path]:
         ) from error
 
 
+class OutputLock:
+    """A trainer's lock on its output folder, from its creation to the end of the training.
+
+    Until the training begins, a newer trainer of this process takes the lock over: a notebook cell
+    that is run again creates its trainer again.
+
+    Raises:
+        OutputError, RunExistsError: As raised by `locked_output`.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output = output.resolve()
+        if older := _WAITING.pop(self._output, None):
+            older.release()
+        self._held = ExitStack()
+        self._held.enter_context(locked_output(output))
+        self._is_held = True
+        _WAITING[self._output] = self
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        self._is_held = False
+        self._held.close()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Keep the lock during the block, and release it after it.
+
+        Raises:
+            RunExistsError: A newer trainer has taken the lock over.
+        """
+        if not self._is_held:
+            raise RunExistsError(
+                f"{self._output}: this trainer has trained already, or a newer one of this process "
+                "has its folder: create it again"
+            )
+        _WAITING.pop(self._output, None)
+        try:
+            yield
+        finally:
+            self.release()
+
+
+_WAITING: WeakValueDictionary[Path, OutputLock] = WeakValueDictionary()
+"""Locks of trainers of this process whose training has not begun, by output folder."""
+
+
 @dataclass(frozen=True)
 class RunEnd:
     """How a run ended.
@@ -259,12 +312,22 @@ def save_run(
         }
         (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
         (partial / DATA_REPORT_FILE).write_text(json.dumps(dataset.report.to_dict(), indent=1))
+        write_card(_made(policy, config, dataset, end), partial, output)
         for path in partial.iterdir():
             finalize(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _publish(partial, output)
+
+
+def _made(policy: nn.Module, config: TrainConfig, dataset: Dataset, end: RunEnd) -> Made:
+    """Return what the model card says, with the evaluation of the saved model, if there is one."""
+    step = end.best_step or end.steps
+    rows = evaluations_of(Path(config.output))
+    evaluation = next((row for row in reversed(rows) if row.get("step") == step), None)
+    device = next(policy.parameters()).device
+    return Made(config, dataset.report, step, end.stop_reason, evaluation, versions(device))
 
 
 def _name_base(saved: Path, folder: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logratio.data.analysis.plots import BLUE, GREEN, NO_DATE, ORANGE, SKY, STYLE
+from logratio.colours import BLUE, GREEN, ORANGE, SKY
+from logratio.data.analysis.plots import NO_DATE, STYLE
 from logratio.data.analysis.statistics import wilson
 from logratio.durable import published, sync
 from logratio.extras import MissingExtraError, require

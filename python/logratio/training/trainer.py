@@ -18,7 +18,7 @@ from torch import nn
 from logratio.data.feed import Feed, FeedSettings, MicroBatch, micro_batches
 from logratio.data.readers.inputs import Inputs
 from logratio.data.store.load import datasets_of
-from logratio.errors import ConfigError, LogratioError
+from logratio.errors import ConfigError
 from logratio.forecast import Forecast, check_writable, count
 from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
@@ -28,15 +28,15 @@ from logratio.progress import progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
-from logratio.training.checkpoint import RunInterruptedError, interrupts
+from logratio.training.checkpoint import RunInterruptedError, SaveError, interrupts
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import TrainConfig
 from logratio.training.dataset import load_training_data
+from logratio.training.drawing import Drawing
 from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.given_model import given_model
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
-from logratio.training.metrics import MetricsLog, progress_note
 from logratio.training.models import (
     autocast,
     default_device,
@@ -64,13 +64,13 @@ from logratio.training.reference_checks import check_start
 from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
     CHECKPOINTS,
+    OutputLock,
     RunEnd,
     TrainResult,
     evaluations_of,
     finished_result,
     finished_run,
     identity,
-    locked_output,
     refuse_different_run,
     save_run,
 )
@@ -84,13 +84,10 @@ from logratio.training.torch_settings import (
 from logratio.training.trainer_arguments import trainer_arguments
 from logratio.training.update import Updater
 from logratio.training.validation import check_folders, check_settings, reference_kind
+from logratio.training.watching import Watch
 from logratio.validation import check_kind
 
 REFUSED_FILE = "refused.jsonl"
-
-
-class SaveError(LogratioError, OSError):
-    """A model or checkpoint could not be written; files saved earlier are unchanged."""
 
 
 def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
@@ -185,11 +182,13 @@ class DPOTrainer:
         self.show_progress, self.dry_run = show_progress, dry_run
         self.callbacks = check_callbacks(callbacks)
         self.device = default_device(config.device)
-        with ExitStack() as held:
+        with ExitStack() as unlocking:
             if not dry_run:
-                held.enter_context(locked_output(Path(config.output)))
+                self._lock = OutputLock(Path(config.output))
+                unlocking.callback(self._lock.release)
             self._prepare(config)
-            self._held = ExitStack() if self.finished else held.pop_all()
+            if not self.finished:
+                unlocking.pop_all()
 
     def _prepare(self, config: TrainConfig) -> None:
         """Read the data, and look for a finished run and a filled cache."""
@@ -288,7 +287,7 @@ class DPOTrainer:
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
-        with self._held, exact_products(), fixed:
+        with self._lock.training(), exact_products(), fixed:
             return self._train()
 
     def _train(self) -> TrainResult:
@@ -314,6 +313,7 @@ class DPOTrainer:
             self._save_model(result)
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         self._call("on_end", result)
+        self._drawing.finish()
         return result
 
     def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
@@ -329,6 +329,7 @@ class DPOTrainer:
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)
         self._evaluations: list[dict[str, Any]] = []
+        self._drawing = Drawing(Path(self.config.output), wanted=self.config.report)
 
     def _choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
         """Return the best layout that all models in memory support; print a note if slower."""
@@ -372,22 +373,22 @@ class DPOTrainer:
 
     def _run_updates(self) -> TrainResult:
         """Run all updates after the last checkpoint, and the evaluations between them."""
-        config, groups_in_all = self.config, self._length.groups
+        config, in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
+        done = min(start * config.batch_size, in_all)
         record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
         with (
-            MetricsLog(Path(config.output), start) as log,
+            Watch(self.state, self.dataset.report, self._drawing) as watch,
             interrupts() as interrupted,
-            progress(config.loss, groups_in_all, "pairs", show=self.show_progress) as advance,
+            progress(config.loss, in_all, "pairs", show=self.show_progress, done=done) as advance,
         ):
-            advance(min(start * config.batch_size, groups_in_all))
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
             self._call("on_start")
-            self._evaluate(log, interrupted)  # if a signal interrupted the last evaluation
+            self._evaluate(watch, interrupted)  # if a signal interrupted the last evaluation
             with closing(iter(feed)) as batches:
                 # With max_steps the data may go on after the last update.
                 wanted = islice(groupby(batches, _place), self.updates - start)
@@ -395,18 +396,17 @@ class DPOTrainer:
                     if self.state.stop_reason:
                         break
                     rate = learning_rate(config, step - 1, self.updates)
-                    values, groups = self.updater.update(step, rate, update)
+                    values, groups = self.updater.update(step, rate, watch.counted(update))
                     self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
                     values["epoch"] = self.state.epoch
-                    log.write(step, values)
                     history.append(values)
-                    advance(groups, progress_note(values))
+                    advance(groups, watch.updated(step, values))
                     self._call("on_update", values)
-                    self._evaluate(log, interrupted)
+                    self._evaluate(watch, interrupted)
                     self._maybe_save(step, interrupted())
         return self._result(history)
 
-    def _evaluate(self, log: MetricsLog, interrupted: Callable[[], int | None]) -> None:
+    def _evaluate(self, watch: Watch, interrupted: Callable[[], int | None]) -> None:
         """Evaluate held-out groups if it is time, and keep the weights if they are the best.
 
         A signal ends the evaluation, which is repeated when the run is resumed.
@@ -419,8 +419,8 @@ class DPOTrainer:
         except EvaluationInterruptedError:
             return
         if self.selection.note(step, result.metrics):
-            self._save_best(step)
-        log.write_evaluation(result.to_dict(), result.metrics, result.sample_rows())
+            checkpoint.save_best(self._checkpoints, self.updater.policy, step)
+        watch.evaluated(result)
         if self.show_progress:
             say(result.to_text())
         self._evaluations.append(result.to_dict())
@@ -435,12 +435,6 @@ class DPOTrainer:
             return False
         is_last = step == self.updates or self.state.stop_reason is not None
         return is_last or step % (self.config.eval_every or self._per_epoch) == 0
-
-    def _save_best(self, step: int) -> None:
-        try:
-            checkpoint.save_best(self._checkpoints, self.updater.policy, step)
-        except OSError as error:
-            raise SaveError(f"the best model could not be saved ({error})") from error
 
     def _call(self, method: str, *given: Any) -> None:
         """Call a method of every callback.
@@ -528,24 +522,8 @@ class DPOTrainer:
             SaveError: The checkpoint cannot be written; earlier ones are unchanged.
         """
         at = checkpoint.Position(step, self.identity, self.selection.state())
-        try:
-            return checkpoint.save(
-                self._checkpoints,
-                self.updater.policy,
-                self.updater.optimizer,
-                at,
-                self.config.keep_checkpoints,
-            )
-        except OSError as error:
-            last = checkpoint.newest(self._checkpoints)
-            kept = (
-                f"{last} is complete: free some disk space, then continue from it with --resume"
-                if last
-                else "no earlier checkpoint exists"
-            )
-            raise SaveError(
-                f"the checkpoint of update {step} could not be saved ({error}); {kept}"
-            ) from error
+        updater, keep = self.updater, self.config.keep_checkpoints
+        return checkpoint.save(self._checkpoints, updater.policy, updater.optimizer, at, keep)
 
     def _resume(self) -> int:
         folder = self._checkpoints

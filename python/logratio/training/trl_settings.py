@@ -14,6 +14,7 @@ from logratio.errors import ConfigError
 from logratio.progress import say
 from logratio.synonyms import VALUES, instead_of
 from logratio.training.selection import LOWER_IS_BETTER
+from logratio.training.trackers import KNOWN
 
 SAME_MEANING: Mapping[str, str] = {
     "output_dir": "output",
@@ -37,6 +38,7 @@ COMPUTED = {
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "max_length", "loss_type"),
     *("precompute_ref_log_probs", "label_smoothing", "eval_strategy", "eval_steps"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("report_to", "run_name", "project"),
 }
 """Fields that settings are computed from."""
 
@@ -63,7 +65,7 @@ WITHOUT_EFFECT = {
     *("logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm", "logging_dir"),
     *("include_num_input_tokens_seen", "skip_memory_metrics", "debug", "save_only_model"),
     *("save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
-    *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("ignore_data_skip", "do_train", "do_predict", "data_seed", "overwrite_output_dir"),
     *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     "hub_revision",
@@ -71,9 +73,6 @@ WITHOUT_EFFECT = {
     *("f_alpha_divergence_coef", "discopop_tau", "ref_model_mixup_alpha", "ref_model_sync_steps"),
 }
 """Fields that cannot change the trained weights here beyond rounding and the data's order."""
-
-NOTED = {"report_to": "metrics are in metrics.jsonl and TensorBoard events in the output folder"}
-"""Fields that are not carried over, with a note."""
 
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw"),
@@ -104,22 +103,19 @@ def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse_unsupported(args)
     found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
-    for part in (_length, _schedule, _machine, _checkpoints, _reference):
+    for part in (_length, _schedule, _machine, _checkpoints, _reference, _tracking):
         found |= part(args)
     if {"eval_data", "eval_dataset", "eval_share"} & given.keys():
         found |= _evaluations(args)
     for name, part in {"loss": _objective, "rules": _rules}.items():
         found |= {} if name in given else part(args)
-    for name, note in NOTED.items():
-        if getattr(args, name, None) not in (None, "none", [], ["none"]):
-            say(f"{name}: {note}")
     return found
 
 
 def _refuse_unsupported(args: Any) -> None:
     """Refuse fields that change the result, are not carried over and differ from their default."""
     for field in fields(args):
-        if field.name in {*SAME_MEANING, *COMPUTED, *WITHOUT_EFFECT, *NOTED}:
+        if field.name in {*SAME_MEANING, *COMPUTED, *WITHOUT_EFFECT}:
             continue
         made = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(args, field.name)
@@ -226,6 +222,22 @@ def _checkpoints(args: Any) -> dict[str, Any]:
     if given not in (None, False, True, "True", "False"):
         raise _refusal("resume_from_checkpoint", given)
     return found | ({"resume": True} if given in (True, "True") else {})
+
+
+def _tracking(args: Any) -> dict[str, Any]:
+    """Return the trackers, the name of the run and its project; print a note for other trackers."""
+    given = args.report_to or []
+    names = [given] if isinstance(given, str) else list(given)
+    found: dict[str, Any] = {}
+    if known := [name for name in names if name in (*KNOWN, "all")]:
+        found["report_to"] = known
+    if others := [name for name in names if name not in (*KNOWN, "all", "none")]:
+        say(f"report_to: {', '.join(others)} is not supported; metrics.jsonl has all metrics")
+    if args.run_name not in (None, args.output_dir):
+        found["run_name"] = args.run_name
+    if getattr(args, "project", None) not in (None, "huggingface"):  # the default there
+        found["project"] = args.project
+    return found
 
 
 def _evaluations(args: Any) -> dict[str, Any]:

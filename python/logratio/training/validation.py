@@ -13,6 +13,7 @@ from logratio.training.models import (
     check_router_loss,
     default_device,
 )
+from logratio.training.trackers import trackers_of
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -28,6 +29,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_options(config)
     _check_evaluation(config)
     _check_memory(config)
+    trackers_of(config.report_to)
 
 
 def check_folders(config: TrainConfig) -> None:

@@ -31,6 +31,9 @@ FORBIDDEN = {
     "integrations": {*GRAPHS, *SERVER}
     | {f"logratio.{folder}" for folder in ("export", "serving", "cli", "demo")},
     "demo": {"logratio.cli", "logratio._rust"},
+    "report": {*TORCH, *GRAPHS, *SERVER, "tokenizers", "pyarrow", "logratio._rust"}
+    | {f"logratio.{folder}" for folder in ("data", "cache", "logps", "training")}
+    | {f"logratio.{folder}" for folder in ("export", "serving", "integrations", "cli", "demo")},
     "bundle": {*HEAVY, "logratio"},
     "extras": {*HEAVY, "logratio"},
 }
@@ -104,6 +107,7 @@ def test_importing_the_package_is_cheap() -> None:
         ("cache", TORCH | GRAPHS | SERVER | {"tokenizers", "pyarrow"}),
         ("serving", TORCH | {"onnx", "onnxscript"}),
         ("training", GRAPHS | SERVER),
+        ("report", TORCH | GRAPHS | SERVER | {"tokenizers", "pyarrow", "matplotlib"}),
     ],
 )
 def test_importing_a_folder_loads_no_forbidden_library(folder: str, never: set[str]) -> None:

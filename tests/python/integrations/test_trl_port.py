@@ -220,6 +220,17 @@ def test_fields_become_settings(
     assert TrainConfig("model", "data", **found).output == str(tmp_path / "run")
 
 
+def test_trackers_are_carried_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"report_to", "run_name", "project"}
+    assert not names & settings_of_trl(args_of(tmp_path, report_to="none"), {}).keys()
+    args = args_of(tmp_path, report_to=["wandb", "comet_ml"], run_name="first", project="mine")
+    found = settings_of_trl(args, {})
+    assert [found[name] for name in ("report_to", "run_name", "project")] == [
+        *(["wandb"], "first", "mine"),
+    ]
+    assert "report_to: comet_ml is not supported" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("steps", range(1, 30))
 def test_a_number_of_warmup_updates_is_exact(steps: int, tmp_path: Path) -> None:
     from logratio.training.schedule import learning_rate
@@ -262,9 +273,9 @@ def test_arguments_without_an_equivalent_are_refused(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
+        ({"bias": "all"}, "peft_config: bias"),
+        ({"init_lora_weights": "pissa"}, "init 'pissa' is not supported"),
+        ({"rank_pattern": {"q_proj": 8}}, "peft_config: rank_pattern"),
         ({"target_modules": ".*_proj"}, "is a pattern"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"target_modules": ["q_porj"]}, "'q_porj' matches no layer"),

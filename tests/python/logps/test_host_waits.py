@@ -42,6 +42,7 @@ from logratio.training.reference import (
     Reference,
     cached_reference,
 )
+from logratio.training.speed import Speedometer, Work
 from logratio.training.trainer import DPOTrainer
 
 READING = {"aten::_local_scalar_dense", "aten::equal"}
@@ -183,10 +184,13 @@ def test_an_update_waits_once(
     training = DPOTrainer(config=run, show_progress=False)
     training.begin(policy, reference, "shared")
     updates = groupby(list(training._feed(0)), lambda micro: micro.update)
+    meter = Speedometer(Work.of(policy), 1e12, training.updater.device)
     with shared_prompts(transformer(policy)):
         for number, update in updates:
             with HostWaits() as waits:
-                values, groups = training.updater.update(number + 1, 1e-4, update)
+                counted = meter.counted(update)
+                values, groups = training.updater.update(number + 1, 1e-4, counted)
+                assert meter.figures()["speed/tokens_saved"] > 0
             assert waits.found == {"to the host": 1}
             assert groups == (12, 4)[number]
             assert values["loss"] == values["grad_norm"] == 1.0

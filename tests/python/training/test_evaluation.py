@@ -1,7 +1,9 @@
 """Evaluation: ties, margins and calibration by hand, and the KL against its exact value."""
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from logratio.errors import ConfigError
+from logratio.forecast import OutputError
 from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
 from logratio.training.evaluation import calibration, drawn_logratios, sample_completions
 
@@ -111,3 +114,36 @@ def test_calibration_by_hand() -> None:
         (3, pytest.approx(confident), pytest.approx(2 / 3)),
     ]
     assert result.expected_error == pytest.approx(0.75 * (confident - 2 / 3))
+
+
+def test_samples_of_both_models_are_kept(
+    tiny_model: Path, make_model: Callable[..., Path], pairs_file: Path, tmp_path: Path
+) -> None:
+    """Equal models write the same texts, as both are sampled with one seed."""
+    path = tmp_path / "new" / "samples.jsonl"
+    settings = EvaluateConfig(
+        make_model("other", 1), tiny_model, [pairs_file], beta=0.1, samples=20, max_new_tokens=5
+    )
+    without = evaluate(settings, show_progress=False)
+    kept = evaluate(replace(settings, samples_file=path), show_progress=False)
+    assert kept == without, "the file changes no result"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in pairs_file.read_text().splitlines()]
+    shown = [row["prompt"].removeprefix("<s> ") for row in rows]
+    assert shown == [*prompts, *prompts[:4]]
+    assert sum(row["policy"] != row["reference"] for row in rows) > 10
+    evaluate(replace(settings, policy=tiny_model, samples_file=path), show_progress=False)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row["policy"] == row["reference"] for row in rows)
+
+
+def test_a_file_of_samples_needs_samples_and_a_place(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(tiny_model, tiny_model, [pairs_file], beta=0.1, samples_file="s.jsonl")
+    with pytest.raises(ConfigError, match="samples_file needs samples"):
+        evaluate(config)
+    (tmp_path / "file").touch()
+    config = replace(config, samples=2, samples_file=tmp_path / "file" / "s.jsonl")
+    with pytest.raises(OutputError):
+        evaluate(config)

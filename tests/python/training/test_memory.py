@@ -1,6 +1,7 @@
 """Forecasts of time: a device is measured as the run will use it."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ class Products(TorchDispatchMode):
         if func is torch.ops.aten.mm.default:
             self.seen.add((args[0].dtype, len(args[0])))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def measured_anew() -> Iterator[None]:
+    """A process measures a device once; each test measures it again."""
+    measure = memory.flops_per_second
+    measure.cache_clear()
+    yield
+    measure.cache_clear()
+
+
+def test_a_process_measures_a_device_once() -> None:
+    assert memory.flops_per_second("cpu") == memory.flops_per_second("cpu")
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,12 @@ from transformers import (
     BertConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Idefics3Config,
     LlamaConfig,
+    LlavaConfig,
     MambaConfig,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     ReformerConfig,
     ViTConfig,
 )
@@ -46,11 +49,20 @@ def folder_of(config: PreTrainedConfig, folder: Path) -> Path:
     return folder
 
 
+def test_a_diffusion_pipeline_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ModelFolderError, match="a diffusion pipeline, which has no next-token"):
+        check_model_folder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (BartConfig(), "type bart, an encoder-decoder"),
         (ViTConfig(), "type vit, for which transformers has no causal language model"),
+        (LlavaConfig(), "type llava, a vision-language model: .* Images .* are planned"),
+        (Qwen2_5_VLConfig(), "type qwen2_5_vl, a vision-language model"),
+        (Idefics3Config(), "type idefics3, a vision-language model"),
         (ReformerConfig(is_decoder=True), "hashes tokens at random"),
         (Gemma3TextConfig(use_bidirectional_attention=True), "tokens attend to later tokens"),
     ],

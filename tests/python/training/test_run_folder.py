@@ -17,12 +17,22 @@ from stop_after import stop_after
 
 from logratio.durable import locked
 from logratio.errors import ConfigError
-from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
+from logratio.report.run_files import INFO_FILE
+from logratio.training import (
+    Callback,
+    EvaluateConfig,
+    LoraSettings,
+    RunState,
+    StaleCacheError,
+    TrainConfig,
+    evaluate,
+    train,
+)
 from logratio.training import checkpoint as checkpoints
-from logratio.training.checkpoint import RunInterruptedError
+from logratio.training.checkpoint import RunInterruptedError, SaveError
 from logratio.training.metrics import MetricsLog, NonFiniteError
 from logratio.training.run_folder import RunExistsError, reward_beta
-from logratio.training.trainer import DPOTrainer, SaveError
+from logratio.training.trainer import DPOTrainer
 
 
 @pytest.fixture
@@ -168,10 +178,37 @@ class TestOneAtATime:
 
     def test_the_lock_is_held_from_the_start_to_the_end(self, config: TrainConfig) -> None:
         ready = DPOTrainer(config=config, show_progress=False)
-        with pytest.raises(RunExistsError):
-            DPOTrainer(config=config, show_progress=False)
+        with pytest.raises(BlockingIOError), locked(Path(config.output)):
+            pass
         ready.train()
+        with locked(Path(config.output)):
+            pass
         assert train(config, show_progress=False).was_finished
+
+    def test_a_cell_of_a_notebook_can_run_again(self, config: TrainConfig) -> None:
+        """A trainer that has not begun gives its folder to a newer one, in the same process."""
+        older = DPOTrainer(config=with_(config, lr=2e-3), show_progress=False)
+        newer = DPOTrainer(config=config, show_progress=False)
+        with pytest.raises(RunExistsError, match="a newer one of this process has its folder"):
+            older.train()
+        with pytest.raises(BlockingIOError), locked(Path(config.output)):
+            pass
+        assert newer.train().steps == 2
+
+    def test_a_run_in_progress_keeps_its_folder(self, config: TrainConfig) -> None:
+        class Second(Callback):
+            def on_start(self, state: RunState) -> None:
+                with pytest.raises(RunExistsError, match="another process"):
+                    DPOTrainer(config=config, show_progress=False)
+
+        DPOTrainer(config=config, callbacks=[Second()], show_progress=False).train()
+
+    def test_a_failed_start_leaves_no_lock(self, config: TrainConfig) -> None:
+        bad = with_(config, cache=Path(config.output) / "cache")
+        with pytest.raises(StaleCacheError):
+            DPOTrainer(config=bad, show_progress=False)
+        with locked(Path(config.output)):
+            pass
 
     @pytest.mark.parametrize("name", ["train", "evaluate", "export"])
     def test_torchrun_with_two_processes_is_refused(
@@ -209,7 +246,8 @@ class TestFullDisk:
         out = disk / "out"
         config = TrainConfig(tiny_model, [pairs_file], out, batch_size=1, epochs=2)
         quiet(with_(config, batch_size=16, epochs=1, lora=LoraSettings(rank=1)))
-        kept = {p: p.read_bytes() for p in out.iterdir() if p.suffix in (".safetensors", ".json")}
+        files = {p for p in out.iterdir() if p.suffix in (".safetensors", ".json")}
+        kept = {p: p.read_bytes() for p in files - {out / INFO_FILE}}  # that of the new run
         arguments = [*map(str, command(config, "--epochs", 2, "--overwrite"))]
         code = FILLS_THE_DISK.format(filler=str(disk / "filler"), arguments=arguments)
         ended = subprocess.run(
@@ -241,7 +279,7 @@ class TestFullDisk:
         rows = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [*range(1, 401)]
         assert capsys.readouterr().err.count("cannot be written") == 1
-        assert events(disk / "tensorboard")[-1] == (400, "loss", 0.0)
+        assert events(disk / "tensorboard")[-1] == (400, "train/loss", 0.0)
 
     def test_what_is_missing_in_the_end_is_reported(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

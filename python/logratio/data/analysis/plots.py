@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logratio.colours import BLUE, GREEN, GREY, ORANGE, SKY
 from logratio.data.analysis.pairs import LengthBias
 from logratio.data.analysis.report import Analysis
 from logratio.data.analysis.statistics import Distribution, Histogram, binned, histogram, written
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".svg", ".png", ".pdf")
 """Supported file types."""
 
-# Colours that colour-blind readers can distinguish (Okabe and Ito).
-BLUE, ORANGE, GREEN, GREY, SKY = "#0072b2", "#d55e00", "#009e73", "#999999", "#56b4e9"
 _COLOURS = {"chosen": BLUE, "rejected": ORANGE, "completion": BLUE, "prompt": GREY, "group": GREY}
 
 _BINS = 40

@@ -1,0 +1,191 @@
+"""The model card: README.md next to the weights, which says how the model was made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logratio import __version__
+from logratio.data.store.row_report import DataReport
+from logratio.training.config import TrainConfig
+from logratio.training.given_model import name_of
+from logratio.training.run_info import resolved_settings
+from logratio.training.trackers import flat
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by logratio, which replaces this file unless this line is deleted. -->"
+_METHODS = {
+    "dpo": ("DPO", "2305.18290"),
+    "ipo": ("IPO", "2310.12036"),
+    "simpo": ("SimPO", "2405.14734"),
+    "sft": ("supervised fine-tuning", None),
+}
+"""Name of a method, and the number of its paper on arXiv."""
+_LEFT_OUT = {
+    *("model", "data", "output", "cache", "reference", "eval_data", "loss", "beta"),
+    *("resume", "overwrite", "report", "report_to", "run_name", "project", "device", "read_mode"),
+}
+"""Settings that are shown elsewhere on the card, or that do not change the model."""
+_EVALUATED = {
+    "eval_loss": "loss",
+    "eval_rewards/accuracies": "preference accuracy",
+    "eval_rewards/margins": "reward margin",
+    "eval_expected_calibration_error": "calibration error",
+    "eval_kl": "KL from the reference, nats per completion",
+    "eval_sample_length": "mean length of samples, tokens",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a model was made.
+
+    Attributes:
+        config: Settings of the run.
+        data: The report on the rows of its data.
+        steps: Number of updates of the saved model.
+        stop_reason: Why the run ended early; None: it did not.
+        evaluation: The row of the saved model's evaluation, or None.
+        versions: Versions of the libraries, by name.
+    """
+
+    config: TrainConfig
+    data: DataReport
+    steps: int
+    stop_reason: str | None
+    evaluation: Mapping[str, Any] | None
+    versions: Mapping[str, str]
+
+
+def write_card(made: Made, folder: Path, output: Path) -> None:
+    """Write the model card to `folder`, whose files will be moved to `output`.
+
+    A card in `output` that logratio did not write, or that lacks `MARK`, is kept.
+
+    Args:
+        made: How the model was made.
+        folder: The folder with the new files; a card that is already there is replaced.
+        output: The output folder of the run.
+    """
+    card = folder / CARD_FILE
+    card.unlink(missing_ok=True)  # peft writes one of its own
+    if _may_replace(output / CARD_FILE):
+        card.write_text(card_of(made), encoding="utf-8")
+
+
+def _may_replace(card: Path) -> bool:
+    """Return whether there is no card, or one that logratio wrote."""
+    try:
+        return MARK in card.read_text("utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
+    except OSError:  # it cannot be read, so it is kept
+        return False
+
+
+def card_of(made: Made) -> str:
+    """Return the card as Markdown, with metadata for the Hugging Face hub in front."""
+    config = made.config
+    name, paper = _METHODS[config.loss]
+    link = f"[{name}](https://arxiv.org/abs/{paper})" if paper else name
+    title = config.run_name or Path(config.output).resolve().name
+    parts = [
+        f"---\n{_metadata(config)}\n---\n{MARK}",
+        f"# {_cell(title)}",
+        f"A fine-tuned version of `{_name(name_of(config.model))}`, trained with {link} by "
+        f"logratio {__version__}.",
+        "## Use",
+        f"```python\n{_usage(config)}\n```",
+        "## Training",
+        _table(_training(made)),
+    ]
+    if made.evaluation:
+        step, groups = made.evaluation["step"], made.evaluation["groups"]
+        parts += [
+            "## Evaluation",
+            f"On {groups:,} held-out groups, after update {step:,}:",
+            _table(_evaluation(made.evaluation)),
+        ]
+    settings = [(one, value) for one, value in flat(resolved_settings(config)) if _matters(one)]
+    shown = [(name, value) for name, value in settings if value not in (None, "", [])]
+    parts += ["## Settings", _table(shown), "## Versions", _table(list(made.versions.items()))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(config: TrainConfig) -> str:
+    """Return the card's metadata as YAML."""
+    from huggingface_hub import ModelCardData
+
+    tags = [config.loss, "logratio", *(["lora"] if config.lora else [])]
+    data = ModelCardData(
+        base_model=_name(name_of(config.model)).partition("@")[0],
+        library_name="peft" if config.lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    return str(data.to_yaml())
+
+
+def _usage(config: TrainConfig) -> str:
+    """Return code that loads the model from its folder."""
+    folder = Path(config.output).resolve().name
+    package, kind = "transformers", "AutoModelForCausalLM"
+    if config.lora:
+        package, kind = "peft", "AutoPeftModelForCausalLM"
+    lines = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
+    if package == "transformers":
+        lines = [f"from transformers import {kind}, AutoTokenizer"]
+    lines += ["", f'model = {kind}.from_pretrained("{folder}")']
+    return "\n".join([*lines, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'])
+
+
+def _training(made: Made) -> list[tuple[str, Any]]:
+    config, data = made.config, made.data
+    settings = resolved_settings(config)
+    kept = f"{data.kept:,} kept of {data.read:,} rows ({data.refused:,} refused"
+    rows = [
+        ("method", config.loss),
+        ("β", settings["beta"] if config.loss != "sft" else None),
+        ("reference", _name(name_of(config.reference)) if config.reference else None),
+        ("data", ", ".join(map(_name, settings["data"]))),
+        ("groups", f"{kept}, {data.deduplicated:,} duplicates left out)"),
+        ("held-out data", ", ".join(map(_name, settings["eval_data"] or []))),
+        ("updates", f"{made.steps:,} of {config.batch_size:,} groups each"),
+        ("stopped early", made.stop_reason),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _evaluation(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, words in _EVALUATED.items():
+        if name in row:
+            text = f"{row[name]:.4g}"
+            if name == "eval_rewards/accuracies" and row.get("accuracy_interval"):
+                low, high = row["accuracy_interval"]
+                text += f" (95 %: {low:.3f} to {high:.3f})"
+            if name == "eval_kl" and row.get("kl"):
+                text += f" ± {1.96 * row['kl']['standard_error']:.2g} (95 %)"
+            rows.append((words, text))
+    return rows
+
+
+def _matters(name: str) -> bool:
+    return name.partition(".")[0] not in _LEFT_OUT
+
+
+def _name(given: object) -> str:
+    """Return a path as it was given, but only the last part of an absolute one."""
+    path = Path(str(given))
+    return path.name if path.is_absolute() else str(given)
+
+
+def _table(rows: Sequence[tuple[str, Any]]) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _cell(value: Any) -> str:
+    """Return a value as text that breaks neither a table nor the page."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
