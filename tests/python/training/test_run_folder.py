@@ -17,6 +17,7 @@ from stop_after import stop_after
 
 from logratio.durable import locked
 from logratio.errors import ConfigError
+from logratio.report.run_files import INFO_FILE
 from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
 from logratio.training import checkpoint as checkpoints
 from logratio.training.checkpoint import RunInterruptedError, SaveError
@@ -209,8 +210,8 @@ class TestFullDisk:
         out = disk / "out"
         config = TrainConfig(tiny_model, [pairs_file], out, batch_size=1, epochs=2)
         quiet(with_(config, batch_size=16, epochs=1, lora=LoraSettings(rank=1)))
-        kept = {p: p.read_bytes() for p in out.iterdir() if p.suffix in (".safetensors", ".json")}
-        del kept[out / "run_info.json"]  # it is of the run that was started last
+        files = {p for p in out.iterdir() if p.suffix in (".safetensors", ".json")}
+        kept = {p: p.read_bytes() for p in files - {out / INFO_FILE}}  # that of the new run
         arguments = [*map(str, command(config, "--epochs", 2, "--overwrite"))]
         code = FILLS_THE_DISK.format(filler=str(disk / "filler"), arguments=arguments)
         ended = subprocess.run(
