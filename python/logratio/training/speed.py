@@ -158,8 +158,9 @@ class Speedometer:
     def note(self) -> str:
         """Return a short text about the recent updates, for the progress line."""
         recent = self._of(list(self._recent))
-        share = f"{100 * recent['speed/mfu']:.0f} % MFU"
-        return f"{recent['speed/tokens_per_second']:,.0f} tokens/s {share}"
+        rate, saved = recent["speed/tokens_per_second"], 100 * recent["speed/tokens_saved"]
+        share, memory = 100 * recent["speed/mfu"], self._memory / 1e9
+        return f"{rate:,.0f} tokens/s, {saved:.0f} % saved, {share:.0f} % MFU, {memory:.1f} GB"
 
     def _of(self, counts: list[Count]) -> dict[str, float]:
         seconds = max(sum(one.seconds for one in counts), 1e-9)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_figures_are_counts_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["speed/tokens_saved"] == 0.25
     assert figures["speed/mfu"] == (6 * 30 + 2 * 10) / 2.0 / 100.0
     assert 0.05 < figures["memory/peak_gb"] < 1000
-    assert meter.note() == "15 tokens/s 100 % MFU"
+    memory = f"{figures['memory/peak_gb']:.1f} GB"
+    assert meter.note() == f"15 tokens/s, 25 % saved, 100 % MFU, {memory}"
 
 
 class Micro:
@@ -155,7 +157,7 @@ def test_the_progress_line_has_the_speed(
     line = next(line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line)
     assert line.startswith("dpo: 4/32 pairs, ")
     assert "s left loss 0.69" in line
-    assert line.endswith("% MFU")
+    assert re.search(r" tokens/s, \d+ % saved, \d+ % MFU, [\d.]+ GB$", line)
 
 
 def test_the_peak_is_the_data_sheets_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
