@@ -78,10 +78,10 @@ class LoraSettings:
         ConfigError: A value of `init` is not supported; the message has the reason.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Count = 16
+    alpha: Above0 = 32.0
     targets: tuple[str, ...] = ()
-    dropout: float = 0.0
+    dropout: ShareBelow1 = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()

@@ -1,7 +1,6 @@
 """LoRA adapters: their settings as peft's config, the checks of both, and their dropout."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -166,12 +165,6 @@ def _uses_dora(config: TrainConfig) -> bool:
 
 def _check_settings(settings: LoraSettings, config: TrainConfig) -> None:
     """Check the settings of new adapters."""
-    if settings.rank < 1:
-        raise ConfigError(f"lora rank must be at least 1, not {settings.rank}")
-    if not (math.isfinite(settings.alpha) and settings.alpha > 0):
-        raise ConfigError(f"lora alpha must be above 0, not {settings.alpha}")
-    if not 0 <= settings.dropout < 1:
-        raise ConfigError(f"lora dropout must be in [0, 1), not {settings.dropout}")
     if settings.init == "orthogonal":
         _check_orthogonal(settings, config)
     if settings.targets or settings.modules_to_save:
