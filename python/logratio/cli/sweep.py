@@ -1,29 +1,33 @@
 """`logratio sweep`: a grid of runs, evaluated on held-out pairs."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from logratio.cli import options
 from logratio.cli.config import takes_config
-from logratio.cli.options import READING, Reading, takes_flags
+from logratio.cli.options import READING, Reading, Settings, takes_flags
 from logratio.cli.train import (
     HELD_OUT,
     LORA,
     MACHINE,
     OBJECTIVE,
     UPDATE,
+    WATCHING,
     HeldOut,
     Lora,
     Machine,
     Objective,
     Update,
+    Watching,
 )
 
 if TYPE_CHECKING:
+    from logratio.training.config import SweepConfig
     from logratio.training.sweep_results import SweepResult, SweepRow
 
 GRID = "Grid"
@@ -46,77 +50,101 @@ class Engine(StrEnum):
     RAY = "ray"
 
 
+def _repeated(help_text: str) -> Any:
+    """Return an option that may be repeated, one value of the grid each time."""
+    return typer.Option(help=f"{help_text}; repeat the flag.", rich_help_panel=GRID)
+
+
+EvalData = Annotated[
+    list[Path],
+    typer.Option(
+        metavar="FILE",
+        help="Held-out preference data; repeat the flag.",
+        rich_help_panel=options.DATA,
+    ),
+]
+Output = Annotated[Path, typer.Option(help="Folder of the sweep, with one folder per run.")]
+Losses = Annotated[list[Loss] | None, _repeated("A loss (default: dpo)")]
+Betas = Annotated[
+    list[float] | None, _repeated("Weight of the KL term (default: that of the loss)")
+]
+Rates = Annotated[list[float] | None, _repeated("Peak learning rate (default: 1e-6)")]
+Seeds = Annotated[list[int] | None, _repeated("Seed of the data order (default: 0)")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Reference log-probs. Default: a folder in --output.")
+]
+Reference = Annotated[
+    Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Train all runs again.")]
+
+
+@dataclass(frozen=True)
+class Choice(Settings):
+    """How the runs are compared and where they run."""
+
+    samples: Annotated[
+        int,
+        typer.Option(
+            help="Completions sampled from each policy to estimate its KL to the reference; 0: no "
+            "estimate.",
+            rich_help_panel=GRID,
+        ),
+    ] = 100
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose among runs with at most this KL, in nats per completion.",
+            rich_help_panel=GRID,
+        ),
+    ] = None
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="local: one run after the other. ray: several at a time on a Ray cluster (Ray "
+            "Tune), each with one GPU, or one CPU if there are no GPUs.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = Engine.LOCAL
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at a time on Ray. Default: as many as fit.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
+
+
+CHOICE = Choice()
+
+
 @takes_config("SweepConfig")
 @partial(takes_flags, without=frozenset({"resume"}))
 def sweep(
     model: Annotated[Path, typer.Option(help="Folder of the model to start from.")],
     data: options.Data,
-    eval_data: Annotated[
-        list[Path],
-        typer.Option(metavar="FILE", help="Held-out preference data; repeat the flag.",
-                     rich_help_panel=options.DATA),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder of the sweep, with one folder per run.")],
-    loss: Annotated[
-        list[Loss] | None,
-        typer.Option(help="A loss; repeat the flag. Default: dpo.", rich_help_panel=GRID),
-    ] = None,
-    beta: Annotated[
-        list[float] | None,
-        typer.Option(help="Weight of the KL term; repeat the flag. Default: that of the loss.",
-                     rich_help_panel=GRID),
-    ] = None,
-    lr: Annotated[
-        list[float] | None,
-        typer.Option(help="Peak learning rate; repeat the flag. Default: 1e-6.",
-                     rich_help_panel=GRID),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Seed of the data order; repeat the flag. Default: 0.",
-                     rich_help_panel=GRID),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(help="Completions sampled from each policy to estimate its KL to the "
-                     "reference; 0: no estimate.", rich_help_panel=GRID),
-    ] = 100,
+    eval_data: EvalData,
+    output: Output,
+    loss: Losses = None,
+    beta: Betas = None,
+    lr: Rates = None,
+    seed: Seeds = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Longest sampled completion.", rich_help_panel=GRID)
     ] = 128,
-    kl_budget: Annotated[
-        float | None,
-        typer.Option(help="Choose among runs with at most this KL, in nats per completion.",
-                     rich_help_panel=GRID),
-    ] = None,
-    engine: Annotated[
-        Engine,
-        typer.Option(help="local: one run after the other. ray: several at a time on a Ray "
-                     "cluster (Ray Tune), each with one GPU, or one CPU if there are no GPUs.",
-                     rich_help_panel=options.MACHINE),
-    ] = Engine.LOCAL,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Runs at a time on Ray. Default: as many as fit.",
-                     rich_help_panel=options.MACHINE),
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Reference log-probs. Default: a folder in --output.")
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Folder of the reference model. Default: --model itself.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train all runs again.")
-    ] = False,
+    cache: Cache = None,
+    reference: Reference = None,
+    overwrite: Overwrite = False,
+    choice: Choice = CHOICE,
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
     held_out: HeldOut = HELD_OUT,
+    watching: Watching = WATCHING,
     lora: Lora = LORA,
     reading: Reading = READING,
     machine: Machine = MACHINE,
     dry_run: options.DryRun = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train every combination of --loss, --beta, --lr and --seed, and choose one.
 
     The data is tokenized once and the reference scores it once. Every run is evaluated on
@@ -124,36 +152,39 @@ def sweep(
     again to continue. Exits with 1 if a run failed.
     """
     from logratio.training.config import SweepConfig, TrainConfig
-    from logratio.training.sweep_runs import prepare
 
-    groups = objective, update, held_out, machine
-    shared = {name: value for group in groups for name, value in group.settings().items()}
     base = TrainConfig(
         model,
         data,
         output,
         cache=cache,
         reference=reference,
-        **{name: value for name, value in shared.items() if name not in OWN},
+        **_of_runs(objective, update, held_out, watching, machine),
         overwrite=overwrite,
         lora=lora.settings(),
         rules=reading.rules,
         formats=reading.settings(),
         max_bad_fraction=reading.max_bad_fraction,
     )
-    config = SweepConfig(
-        base,
-        eval_data,
-        loss=tuple(one.value for one in loss or ()),
-        beta=tuple(beta or ()),
-        lr=tuple(lr or ()),
-        seed=tuple(seed or ()),
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        kl_budget=kl_budget,
-        engine=engine.value,
-        workers=workers,
-    )
+    grid: dict[str, Any] = {
+        "loss": tuple(one.value for one in loss or ()),
+        "beta": tuple(beta or ()),
+        "lr": tuple(lr or ()),
+        "seed": tuple(seed or ()),
+    }
+    more = choice.settings() | {"max_new_tokens": max_new_tokens}
+    _run(SweepConfig(base, eval_data, **grid, **more), dry_run)
+
+
+def _of_runs(*groups: Settings) -> dict[str, Any]:
+    """Return the settings that all runs share."""
+    shared = {name: value for group in groups for name, value in group.settings().items()}
+    return {name: value for name, value in shared.items() if name not in OWN}
+
+
+def _run(config: "SweepConfig", dry_run: bool) -> None:
+    from logratio.training.sweep_runs import prepare
+
     ready = prepare(config)
     if dry_run:
         typer.echo(ready.rehearse().to_text(), err=True)

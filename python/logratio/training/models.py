@@ -207,10 +207,7 @@ def load_model(
     check_model_folder(folder)
     if given := given_model(folder):
         found = _prepared(given.loaded(in_place=in_place), precision)
-        if frozen and not in_place:
-            found = held_in_bfloat16(found) if precision == "bf16" else found
-            found = found.requires_grad_(False)
-        return found.to(device)
+        return (_frozen(found, precision) if frozen and not in_place else found).to(device)
     if (folder / ADAPTER_CONFIG).exists():
         base = load_model(
             base_folder(folder),
@@ -228,11 +225,14 @@ def load_model(
     model = with_softcap(without_dropout(_load_weights(folder, precision, special))).eval()
     if special:
         _without_cpu_packing(model)
-    if frozen:
-        model = model.requires_grad_(False)
-        if precision == "bf16" and not special:
-            model = held_in_bfloat16(model)
-    return model if special else model.to(device)
+        return model.requires_grad_(False) if frozen else model
+    return (_frozen(model, precision) if frozen else model).to(device)
+
+
+def _frozen(model: nn.Module, precision: Precision) -> nn.Module:
+    """Return a model that is not trained; under "bf16" its matrices are stored in bfloat16."""
+    model = model.requires_grad_(False)
+    return held_in_bfloat16(model) if precision == "bf16" else model
 
 
 def _without_cpu_packing(model: nn.Module) -> None:

@@ -169,8 +169,8 @@ def test_an_interrupted_sweep_resumes_its_run(
 ) -> None:
     inner = MetricsLog.write
 
-    def write(self: Any, step: int, values: Any) -> None:
-        inner(self, step, values)
+    def write(self: Any, step: int, *values: Any) -> None:
+        inner(self, step, *values)
         if len(trained) == 2 and step == 1:
             signal.raise_signal(signal.SIGINT)
 
