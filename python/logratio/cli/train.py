@@ -580,6 +580,10 @@ def _print_result(result: "TrainResult") -> None:
     shown = ("loss", "rewards/accuracies", "rewards/margins")
     metrics = ", ".join(f"{name} {last[name]:.4f}" for name in shown if name in last)
     typer.echo(f"last batch, before its update: {metrics}")
+    if result.best_step is not None:
+        row = next(row for row in result.evaluations if row["step"] == result.best_step)
+        loss = f"held-out loss {row['eval_loss']:.4f}"
+        typer.echo(f"the saved model is that of update {result.best_step:,}: {loss}")
     begin = "already finished: " if result.was_finished else ""
     typer.echo(
         f"{begin}{count(result.steps, 'update')}; model, metrics and settings: {result.output}"

@@ -85,7 +85,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     """Check that every callback is an instance of `Callback`.
 
     Raises:
-        ConfigError: One is not; the message names it.
+        ConfigError: One is not, or has a method that would never be called; the message names it.
     """
     for one in callbacks:
         if not isinstance(one, Callback):
@@ -93,4 +93,25 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
                 f"callbacks must be instances of logratio.Callback, not {one!r}; see "
                 "`help(logratio.Callback)`"
             )
+        _check_methods(one)
     return tuple(callbacks)
+
+
+def _check_methods(callback: Callback) -> None:
+    """Refuse methods that look like events and would never be called."""
+    known = {name for name in vars(Callback) if name.startswith("on_")}
+    for name in dir(callback):
+        if name.startswith("on_") and name not in known:
+            near = _TRANSFORMERS.get(name)
+            advice = f"use {near}" if near else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"{type(callback).__name__}.{name} is never called: {advice}")
+
+
+_TRANSFORMERS: Mapping[str, str] = {
+    "on_train_begin": "on_start",
+    "on_train_end": "on_end",
+    "on_step_end": "on_update",
+    "on_log": "on_update",
+    "on_save": "on_checkpoint",
+}
+"""Events of transformers' callbacks, and the methods that are called then here."""

@@ -66,7 +66,10 @@ def check_metric(config: TrainConfig) -> None:
     known = [*objective.columns(objective.losses(none, none, ones), none, none, ones)]
     known += ["expected_calibration_error"] * (config.loss != "sft")
     known += _SAMPLED if config.eval_samples and needs_reference(config) else ()
-    if config.best_metric.removeprefix("eval_") not in known:
+    name = config.best_metric.removeprefix("eval_")
+    if name in _SAMPLED and name not in known:
+        raise ConfigError(f"best_metric {name} is measured on samples: set eval_samples")
+    if name not in known:
         raise ConfigError(
             f"best_metric {config.best_metric!r} is unknown; choose from {', '.join(known)}"
         )
@@ -317,9 +320,11 @@ class HeldOut:
 
     @cached_property
     def _files(self) -> tuple[list[str], np.ndarray]:
-        """The names of the input files, and the file of each group."""
+        """The input files' names, if different without their folders, and each group's file."""
         files, _ = self.store.sources()
-        return json.loads(self.store.metadata).get("files", []), files
+        paths = json.loads(self.store.metadata).get("files", [])
+        names = [Path(path).name for path in paths]
+        return names if len({*names}) == len(names) else paths, files
 
     def _sources(self, columns: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
         names, files = self._files

@@ -119,7 +119,7 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
         disk_bytes=weights + (_checkpoint_bytes(config) if config.save_every else 0),
         disk_path=Path(config.output),
         seconds=work,
-        notes=f"{_REFERENCES[kind]}, {tokens:,.0f} tokens, {precision_note(config)}",
+        notes=f"{_reference_note(config, kind)}, {tokens:,.0f} tokens, {precision_note(config)}",
     )
 
 
@@ -129,6 +129,12 @@ _REFERENCES = {
     "adapter": "the reference is the model without its adapters",
     "frozen": "a second model in memory as the reference",
 }
+
+
+def _reference_note(config: TrainConfig, kind: str) -> str:
+    if kind == "adapter" and config.adapter == "continue":
+        return "the reference is the adapter at its start"
+    return _REFERENCES[kind]
 
 
 def _evaluations(config: TrainConfig, groups: int) -> int:

@@ -134,6 +134,12 @@ def _check_sweep(config: SweepConfig) -> None:
         raise ConfigError("workers are runs at a time on Ray: give --engine ray")
     if config.workers is not None and config.workers < 1:
         raise ConfigError(f"workers must be at least 1, not {config.workers}")
+    for name in ("eval_share", "eval_every", "eval_samples", "best_metric", "early_stop"):
+        if getattr(config.base, name):
+            raise ConfigError(
+                f"a sweep evaluates each run once, after its end, on the sweep's eval_data: leave "
+                f"{name} out"
+            )
     if config.engine == "ray":
         require("ray.tune", "ray")
     check_writable(Path(config.base.output))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -221,6 +222,9 @@ class DPOTrainer:
         self.store = self._data.train
         if self._data.held_out is None:
             return None
+        if self.show_progress:
+            count = len(self._data.held_out)
+            say(f"{len(self.store):,} groups to train on, {count:,} held out")
         return HeldOut(self.config, self._data.held_out, self.dataset.tokenizer)
 
     def _identity(self) -> dict[str, Any]:
@@ -282,6 +286,8 @@ class DPOTrainer:
         """
         if self.finished:
             kept = "; the model in memory is unchanged" if given_model(self.config.model) else ""
+            if reason := self.finished.stop_reason:
+                kept += f"; it stopped after update {self.finished.steps:,}: {reason}"
             say(f"{self.finished.output}: a run with these settings has already finished{kept}")
             return self.finished
         if self.dry_run:
@@ -401,7 +407,7 @@ class DPOTrainer:
                     values["epoch"] = self.state.epoch
                     history.append(values)
                     advance(groups, watch.updated(step, values))
-                    self._call("on_update", values)
+                    self._call("on_update", MappingProxyType(values))
                     self._evaluate(watch, interrupted)
                     self._maybe_save(step, interrupted())
         return self._result(history)

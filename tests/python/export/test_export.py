@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from logratio._rust import candidate_layout
 from logratio.bundle import GRAPH, WEIGHTS, read_manifest, verify_files
 from logratio.data import TokenizationRules
+from logratio.errors import ConfigError
 from logratio.export import (
     ExportConfig,
     ExportError,
@@ -329,7 +330,7 @@ def test_bad_requests_are_refused_before_weights_are_loaded(
     with pytest.raises(ModelFolderError, match="no such model folder"):
         exported(tiny_folder, tmp_path / "b", reference=tmp_path / "nowhere")
     for beta in (0.0, -0.1, float("nan"), float("inf")):
-        with pytest.raises(ExportError, match="beta"):
+        with pytest.raises(ConfigError, match="beta"):
             exported(tiny_folder, tmp_path / "b", beta=beta)
     with pytest.raises(ExportError, match="not empty"):
         exported(tiny_folder, tiny_folder / "bundle")

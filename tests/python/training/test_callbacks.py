@@ -114,5 +114,24 @@ def test_only_callbacks_are_accepted(config: TrainConfig) -> None:
         DPOTrainer(config=config, callbacks=[print], show_progress=False)  # type: ignore[list-item]
 
 
+class Transformers(Callback):
+    def on_step_end(self, args: object, state: object, control: object) -> None: ...
+
+
+def test_a_method_that_would_never_be_called_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="on_step_end is never called: use on_update"):
+        DPOTrainer(config=config, callbacks=[Transformers()], show_progress=False)
+
+
+class Forger(Callback):
+    def on_update(self, state: RunState, metrics: Mapping[str, float]) -> None:
+        metrics["loss"] = 0.0  # type: ignore[index]
+
+
+def test_a_callback_cannot_change_the_metrics(config: TrainConfig) -> None:
+    with pytest.raises(CallbackError, match="TypeError"):
+        DPOTrainer(config=config, callbacks=[Forger()], show_progress=False).train()
+
+
 def test_the_base_class_is_at_the_front_door() -> None:
     assert logratio.Callback is Callback

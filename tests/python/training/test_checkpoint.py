@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ def model(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
     return made, optimizer
 
 
-def save(folder: Path, step: int, keep: int = 2) -> Path:
+def save(folder: Path, step: int, keep: int = 2, made: Any = None) -> Path:
     """Save a checkpoint whose weights are all `step`, and whose best model is that of `step`."""
     torch.manual_seed(step)
-    made = model(float(step))
+    made = made or model(float(step))
     checkpoint.save_best(folder, made[0], step)
     selection = {"best": 0.0, "best_step": step, "waited": 0, "evaluated": step}
     return checkpoint.save(folder, *made, Position(step, {"seed": 1}, selection), keep)
@@ -80,11 +81,12 @@ def test_a_process_killed_at_any_point_of_a_save_loses_nothing(tmp_path: Path) -
     for step in (1, 2):
         save(start, step)
     found, point = set(), 0
+    third = model(3.0)  # made here, because a child cannot use autograd after its parent has
     while True:
         point += 1
         folder = tmp_path / f"killed-{point}"
         shutil.copytree(start, folder)
-        if not killed_at(point, lambda folder=folder: save(folder, 3)):  # type: ignore[misc]
+        if not killed_at(point, lambda folder=folder: save(folder, 3, made=third)):  # type: ignore[misc]
             break
         found.add(loaded(folder))
         save(folder, 4)  # leftovers of the killed save are in nobody's way

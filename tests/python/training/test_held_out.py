@@ -386,7 +386,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(
         ({"eval_share": 0.1}, "give one of them"),
         ({"eval_data": None}, "eval_every needs held-out data"),
         ({"best_metric": "accuracy"}, "choose from loss, .*rewards/accuracies"),
-        ({"best_metric": "kl"}, "best_metric 'kl' is unknown"),
+        ({"best_metric": "kl"}, "best_metric kl is measured on samples: set eval_samples"),
         ({"early_stop": 2}, "early_stop needs best_metric"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"eval_data": None, "eval_share": 1.5}, "eval_share must be at least 0 and below 1"),

@@ -215,8 +215,8 @@ def test_the_forecast_is_that_of_an_adapter(plain: Path, tmp_path: Path) -> None
         for how in ("continue", "merge")
     )
     assert kept.memory_bytes < whole.memory_bytes
-    assert "reference adapter" in kept.notes
-    assert "reference frozen" in whole.notes
+    assert "the reference is the adapter at its start" in kept.notes
+    assert "a second model in memory" in whole.notes
 
 
 def test_settings_that_do_not_fit_the_folder_are_refused(
@@ -257,6 +257,6 @@ def test_the_command_continues_an_adapter(run: Run, plain: Path, tmp_path: Path)
         *("--adapter", "continue", "--max-steps", 1),
     )
     assert code == 0, err
-    assert "reference adapter" in err
+    assert "the reference is the adapter at its start" in " ".join(err.split())
     assert (tmp_path / "o" / "adapter_model.safetensors").exists()
     assert json.loads((tmp_path / "o" / "training.json").read_text())["adapter"] == "continue"

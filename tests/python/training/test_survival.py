@@ -1,13 +1,15 @@
 """A signal in every phase of `logratio train`: exit code, what is left, resuming from it."""
 
 import json
-import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import write_pairs
+from repository import ROOT
 from safetensors.torch import load_file
 
 PHASES: dict[str, tuple[str, str]] = {
@@ -43,54 +45,35 @@ def arguments(material: tuple[Path, Path, Path], folder: Path, *more: str) -> li
     ]
 
 
-def ended(given: list[str], patch: Callable[[], None] = lambda: None) -> int:
-    """Run a command in a child process, which shares what this one has imported."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            from logratio.cli.app import main
-
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            patch()
-            main(given)
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+Ended = Callable[..., int]
 
 
-def sends(number: int, module: str, name: str, at: int, note: Path) -> Callable[[], None]:
-    """Return a patch that sends a signal before the `at`th call of a function, and makes `note`."""
+@pytest.fixture(scope="module")
+def ended() -> Iterator[Ended]:
+    """Run a command with signals in it; return its exit code."""
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "support" / "signalled_commands.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        answers = server.stdout
+        assert server.stdin
+        assert answers
 
-    def patch() -> None:
-        from importlib import import_module
+        def run(given: list[str], *signals: tuple[object, ...]) -> int:
+            print(
+                json.dumps({"arguments": given, "signals": signals}), file=server.stdin, flush=True
+            )
+            return int(answers.readline())
 
-        owner: object = import_module(module)
-        *outer, last = name.split(".")
-        for one in outer:
-            owner = getattr(owner, one)
-        real, calls = getattr(owner, last), 0
-
-        def watched(*args: object, **options: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                note.touch()
-                os.kill(os.getpid(), number)
-            return real(*args, **options)
-
-        setattr(owner, last, watched)
-
-    return patch
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture(scope="module")
 def whole(
-    material: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
+    ended: Ended, material: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, object]:
     """What a run gives that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
@@ -114,6 +97,7 @@ CASES = [
 
 @pytest.mark.parametrize(("phase", "number"), CASES)
 def test_a_signal_ends_the_run_and_resume_gives_the_same_bits(
+    ended: Ended,
     phase: str,
     number: int,
     material: tuple[Path, Path, Path],
@@ -122,7 +106,7 @@ def test_a_signal_ends_the_run_and_resume_gives_the_same_bits(
 ) -> None:
     at = 3 if phase in ("an update", "an evaluation", "saving a checkpoint") else 1
     code = ended(
-        arguments(material, tmp_path), sends(number, *PHASES[phase], at, tmp_path / "sent")
+        arguments(material, tmp_path), (number, *PHASES[phase], at, str(tmp_path / "sent"))
     )
     assert (tmp_path / "sent").exists()
     if phase == "saving the model":
@@ -141,15 +125,16 @@ BEFORE = ("reading the data", "loading the model", "the start-up checks")
 
 
 def test_a_second_signal_ends_the_process_at_once(
-    material: tuple[Path, Path, Path], whole: dict[str, object], tmp_path: Path
+    ended: Ended,
+    material: tuple[Path, Path, Path],
+    whole: dict[str, object],
+    tmp_path: Path,
 ) -> None:
     """And what was saved before is enough to resume."""
-
-    def patch() -> None:
-        sends(signal.SIGINT, *PHASES["an update"], 3, tmp_path / "first")()
-        sends(signal.SIGINT, *PHASES["saving a checkpoint"], 3, tmp_path / "second")()
-
-    assert ended(arguments(material, tmp_path), patch) in (-signal.SIGINT, 128 + signal.SIGINT)
+    first = (signal.SIGINT, *PHASES["an update"], 3, str(tmp_path / "first"))
+    second = (signal.SIGINT, *PHASES["saving a checkpoint"], 3, str(tmp_path / "second"))
+    code = ended(arguments(material, tmp_path), first, second)
+    assert code in (-signal.SIGINT, 128 + signal.SIGINT)
     assert (tmp_path / "second").exists()
     assert ended(arguments(material, tmp_path, "--resume")) == 0
     assert outcome(tmp_path) == whole

@@ -261,6 +261,8 @@ def test_a_second_sweep_in_the_folder_is_refused(config: SweepConfig) -> None:
         ({"lr": (0.0,)}, "lr must be above 0"),
         ({"base": {"label_smoothing": 0.1}, "loss": ("dpo", "ipo")}, "ipo has no label_smoothing"),
         ({"max_new_tokens": 600}, "lower max_new_tokens"),
+        ({"base": {"best_metric": "loss"}}, "leave best_metric out"),
+        ({"base": {"eval_share": 0.1}}, "leave eval_share out"),
     ],
 )
 def test_a_bad_setting_is_refused_before_any_training(

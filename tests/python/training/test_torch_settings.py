@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
 from logratio.training import reference_scorer as scorer_module
-from logratio.training import trainer as trainer_module
+from logratio.training import update as update_module
 from logratio.training.torch_settings import (
     ALLOCATOR,
     CUBLAS,
@@ -107,7 +107,7 @@ def test_every_pass_of_train_and_precompute_multiplies_exactly(
 
         return noted
 
-    for module, name in ((scorer_module, "score"), (trainer_module, "completion_loss")):
+    for module, name in ((scorer_module, "score"), (update_module, "completion_loss")):
         monkeypatch.setattr(module, name, noting(getattr(module, name)))
     BACKENDS.cuda.matmul.allow_tf32 = True
     cache = tmp_path / "cache"

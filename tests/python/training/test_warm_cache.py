@@ -175,7 +175,7 @@ def test_without_the_flag_a_missing_row_is_an_error_that_names_it(
 
 
 def test_the_flag_needs_a_cache(config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="--cache"):
+    with pytest.raises(ConfigError, match="give its folder as cache"):
         train(with_(config, precompute=True), show_progress=False)
 
 
