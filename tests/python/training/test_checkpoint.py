@@ -32,10 +32,10 @@ def model(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
 def save(folder: Path, step: int, keep: int = 2, made: Any = None) -> Path:
     """Save a checkpoint whose weights are all `step`, and whose best model is that of `step`."""
     torch.manual_seed(step)
-    made = made or model(float(step))
-    checkpoint.save_best(folder, made[0], step)
+    network, optimizer = made or model(float(step))
+    checkpoint.save_best(folder, network, step)
     selection = {"best": 0.0, "best_step": step, "waited": 0, "evaluated": step}
-    return checkpoint.save(folder, *made, Position(step, {"seed": 1}, selection), keep)
+    return checkpoint.save(folder, network, optimizer, Position(step, {"seed": 1}, selection), keep)
 
 
 def loaded(folder: Path) -> int:
