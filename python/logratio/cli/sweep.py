@@ -11,7 +11,7 @@ import typer
 from logratio.cli import options
 from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, Settings, takes_flags
-from logratio.cli.train import (
+from logratio.cli.train_flags import (
     HELD_OUT,
     LORA,
     MACHINE,
