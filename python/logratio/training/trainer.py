@@ -223,8 +223,8 @@ class DPOTrainer:
         if self._data.held_out is None:
             return None
         if self.show_progress:
-            count = len(self._data.held_out)
-            say(f"{len(self.store):,} groups to train on, {count:,} held out")
+            trained = count(len(self.store), "group")
+            say(f"{trained} to train on, {len(self._data.held_out):,} held out")
         return HeldOut(self.config, self._data.held_out, self.dataset.tokenizer)
 
     def _identity(self) -> dict[str, Any]:
@@ -433,7 +433,8 @@ class DPOTrainer:
         self._call("on_evaluate", result)
         if self.selection.is_exhausted:
             best = f"the best {self.selection.metric} was after update {self.selection.best_step}"
-            self.state.stop(f"{self.config.early_stop} evaluations without improvement: {best}")
+            waited = count(self.selection.waited, "evaluation")
+            self.state.stop(f"{waited} without improvement: {best}")
 
     def _is_due(self, step: int) -> bool:
         """Whether an evaluation follows update `step` and has not been done."""
