@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -146,19 +147,28 @@ def divide(
         return HeldOutData(dataset.store, held.store, held)
     if not config.eval_share:
         return HeldOutData(dataset.store)
-    store = dataset.store
-    held_out = split_by_prompt(store, config.eval_share, config.seed)
-    train, held_store = (
-        store.select(keep, metadata=store.metadata) for keep in (~held_out, held_out)
-    )
-    return HeldOutData(train, held_store)
+    held_out = split_by_prompt(dataset.store, config.eval_share, config.seed)
+    with TemporaryDirectory(dir=config.output if writes else None) as folder:
+        # The memory maps keep the data readable when the folder is deleted.
+        train = _selected(dataset.store, ~held_out, Path(folder) / "train.store")
+        return HeldOutData(train, _selected(dataset.store, held_out, Path(folder) / "held.store"))
+
+
+def _selected(store: Store, keep: np.ndarray, path: Path) -> Store:
+    """Return the groups for which `keep` holds, in a file: they may be larger than memory."""
+    return store.select(keep, path, store.metadata)
 
 
 def _report_shared_prompts(train: Store, held_out: Store) -> None:
     """Print how many held-out groups have a prompt that is trained on."""
-    trained = {train.group(group)[0].tobytes() for group in range(len(train))}
-    shared = sum(held_out.group(group)[0].tobytes() in trained for group in range(len(held_out)))
-    if shared:
+    held = [held_out.group(group)[0].tobytes() for group in range(len(held_out))]
+    wanted = set(held)  # the smaller of the two sides
+    trained = {
+        prompt
+        for group in range(len(train))
+        if (prompt := train.group(group)[0].tobytes()) in wanted
+    }
+    if shared := sum(prompt in trained for prompt in held):
         say(
             f"{shared:,} of {len(held_out):,} held-out groups have a prompt that is also in the "
             "training data, so their accuracy says little about new prompts"

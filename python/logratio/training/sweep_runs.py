@@ -124,16 +124,10 @@ def _check_loss(loss: str) -> None:
 
 def _check_sweep(config: SweepConfig) -> None:
     """Check the settings that only a sweep has."""
-    if config.samples < 0 or config.max_new_tokens < 1:
-        raise ConfigError("samples must be at least 0 and max_new_tokens at least 1")
-    if config.kl_budget is not None and not config.kl_budget > 0:
-        raise ConfigError(f"kl_budget must be above 0, not {config.kl_budget}")
     if config.kl_budget is not None and config.samples < 2:
         raise ConfigError("kl_budget needs an estimate of the KL: set samples to 2 or more")
     if config.workers is not None and config.engine != "ray":
         raise ConfigError("workers are runs at a time on Ray: give --engine ray")
-    if config.workers is not None and config.workers < 1:
-        raise ConfigError(f"workers must be at least 1, not {config.workers}")
     for name in ("eval_share", "eval_every", "eval_samples", "best_metric", "early_stop"):
         if getattr(config.base, name):
             raise ConfigError(

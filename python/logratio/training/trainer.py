@@ -394,6 +394,7 @@ class DPOTrainer:
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
             self._call("on_start")
+            self._stop_if_exhausted()  # if the run was killed between this and the end
             self._evaluate(watch, interrupted)  # if a signal interrupted the last evaluation
             with closing(iter(feed)) as batches:
                 # With max_steps the data may go on after the last update.
@@ -431,6 +432,10 @@ class DPOTrainer:
             say(result.to_text())
         self._evaluations.append(result.to_dict())
         self._call("on_evaluate", result)
+        self._stop_if_exhausted()
+
+    def _stop_if_exhausted(self) -> None:
+        """End the run if `early_stop` evaluations in a row were not better than the best."""
         if self.selection.is_exhausted:
             best = f"the best {self.selection.metric} was after update {self.selection.best_step}"
             waited = count(self.selection.waited, "evaluation")

@@ -312,6 +312,39 @@ def test_a_resumed_run_is_the_same_run(config: TrainConfig, tmp_path: Path, step
         assert rows_of(config, name) == rows_of(with_(config, output=tmp_path / "whole"), name)
 
 
+class Dies(Callback):
+    """Ends the process, as far as a test can, once the checkpoint of an update is written."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_checkpoint(self, state: RunState, folder: Path) -> None:
+        if state.step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_dies_after_its_last_evaluation_still_stops_early(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """The checkpoint has the state in which the run was about to stop."""
+    config = with_(overshooting(config), early_stop=2, epochs=6, save_every=1)
+    whole = quiet(with_(config, output=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        quiet(config, Dies(whole.steps))
+    resumed = quiet(with_(config, resume=True))
+    assert (resumed.steps, resumed.stop_reason) == (whole.steps, whole.stop_reason)
+    assert equal(weights(config.output), weights(tmp_path / "whole"))
+
+
+def test_the_divided_data_is_in_files_that_are_gone(config: TrainConfig) -> None:
+    config = with_(config, eval_data=None, eval_share=0.25)
+    trainer = DPOTrainer(config=config, show_progress=False)
+    assert trainer.store.path is not None, "mapped, not in memory"
+    assert not trainer.store.path.exists()
+    assert not [*Path(config.output).rglob("*.store")]
+    assert trainer.train().steps == 6
+
+
 @pytest.mark.parametrize("at", [2, 8])
 def test_a_signal_ends_an_evaluation_which_is_then_repeated(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
