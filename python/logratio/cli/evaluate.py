@@ -1,5 +1,6 @@
 """`logratio evaluate`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,11 +8,36 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.config import takes_config
-from logratio.cli.options import READING, Reading, takes_flags
+from logratio.cli.options import READING, Reading, Settings, takes_flags
 from logratio.cli.train import announce
 
 if TYPE_CHECKING:
     from logratio.training.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
+    """Completions that are sampled from the policy."""
+
+    samples: Annotated[
+        int,
+        typer.Option(
+            help="Completions to sample from the policy to estimate its KL to the reference, which "
+            "held-out pairs cannot estimate."
+        ),
+    ] = 0
+    samples_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the prompts and the samples of policy and reference to this file, as JSON "
+            "lines."
+        ),
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion.")] = 128
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0
+
+
+SAMPLING = Sampling()
 
 
 @takes_config("EvaluateConfig")
@@ -24,18 +50,7 @@ def evaluate(
         float | None,
         typer.Option(help="Reward per nat of log-ratio. Default: β of the policy's training."),
     ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(help="Completions to sample from the policy to estimate its KL to the "
-                     "reference, which held-out pairs cannot estimate."),
-    ] = 0,
-    samples_file: Annotated[
-        Path | None,
-        typer.Option(help="Write the prompts and the samples of policy and reference to this file, "
-                     "as JSON lines."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest sampled completion.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    sampling: Sampling = SAMPLING,
     json_file: options.JsonFile = None,
     reading: Reading = READING,
     token_budget: Annotated[
@@ -58,10 +73,7 @@ def evaluate(
             reference,
             data,
             beta=beta,
-            samples=samples,
-            samples_file=samples_file,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
+            **sampling.settings(),
             token_budget=token_budget,
             precision=precision.value if precision else None,
             device=device,

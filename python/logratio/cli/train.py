@@ -13,12 +13,14 @@ from logratio.cli.train_flags import (
     LORA,
     MACHINE,
     OBJECTIVE,
+    SOURCE,
     UPDATE,
     WATCHING,
     HeldOut,
     Lora,
     Machine,
     Objective,
+    ReferenceSource,
     Update,
     Watching,
 )
@@ -37,18 +39,8 @@ def train(
     ],
     data: options.Data,
     output: Annotated[Path, typer.Option(help="Folder for the trained model and its metrics.")],
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Reference log-probs made by `precompute`; saves the reference model."),
-    ] = None,
-    precompute: Annotated[
-        bool, typer.Option("--precompute", help="First compute the log-probs missing in --cache.")
-    ] = False,
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="Folder or id of the reference model. Default: --model itself."),
-    ] = None,
     revision: options.Revision = None,
+    source: ReferenceSource = SOURCE,
     objective: Objective = OBJECTIVE,
     update: Update = UPDATE,
     held_out: HeldOut = HELD_OUT,
@@ -57,7 +49,7 @@ def train(
     reading: Reading = READING,
     machine: Machine = MACHINE,
     dry_run: options.DryRun = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a policy on preference pairs.
 
     Ctrl-C saves a checkpoint and stops; --resume continues from it, bitwise identical on a CPU, and
@@ -72,10 +64,8 @@ def train(
             model,
             data,
             output,
-            cache=cache,
-            precompute=precompute,
-            reference=reference,
             revision=revision,
+            **source.settings(),
             **objective.settings(),
             **update.settings(),
             **held_out.settings(),

@@ -67,6 +67,23 @@ class Loss(StrEnum):
 
 
 @dataclass(frozen=True)
+class ReferenceSource(Settings):
+    """Where the reference's log-probs come from."""
+
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Reference log-probs made by `precompute`; saves the reference model."),
+    ] = None
+    precompute: Annotated[
+        bool, typer.Option("--precompute", help="First compute the log-probs missing in --cache.")
+    ] = False
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Folder or id of the reference model. Default: --model itself."),
+    ] = None
+
+
+@dataclass(frozen=True)
 class Objective(Settings):
     """The loss and its parameters."""
 
@@ -499,5 +516,5 @@ class Machine(Settings):
 
 
 OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), Lora(), Machine()
-WATCHING = Watching()
+WATCHING, SOURCE = Watching(), ReferenceSource()
 """The defaults."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logratio.colours import BLUE, GREEN, GREY, ORANGE
+from logratio.picture_style import BLUE, GREEN, GREY, ORANGE, STYLE
 from logratio.report.run_files import Row, RunFiles
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 POINTS = 300
 """Points of a curve; further updates are averaged."""
 COLUMNS = 3
-_STYLE: list[Any] = [
-    "default",
-    {"font.size": 8, "svg.hashsalt": "logratio", "svg.fonttype": "none"},
-]
 _COLOURS = {"chosen": BLUE, "rejected": ORANGE}
 
 
@@ -214,7 +210,7 @@ def _svg(panels: "Sequence[Panel]", columns: int = COLUMNS) -> bytes | None:
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)
-    with style.context(_STYLE):
+    with style.context(STYLE):
         drawn = Figure(figsize=(12, 2.6 * rows), layout="constrained")
         for number, panel in enumerate(panels, 1):
             axes = drawn.add_subplot(rows, columns, number)

@@ -1,13 +1,47 @@
-"""Histograms of an evaluation, small enough to be kept with each of them."""
+"""How held-out rewards are distributed: their calibration, and histograms to keep."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from logratio.training.evaluation import calibration
-
 BINS = 40
+"""Bins of a histogram."""
+TENTHS = 10
+"""Bins of the confidence, each a tenth of [0.5, 1]."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration of the implied preference probabilities.
+
+    Attributes:
+        expected_error: Expected calibration error: mean |confidence − accuracy| over pairs (Guo
+            et al. 2017, arXiv 1706.04599, eq. 3).
+        bins: (pairs, mean confidence, share correct) for each non-empty tenth of [0.5, 1].
+    """
+
+    expected_error: float
+    bins: list[tuple[int, float, float]]
+
+
+def calibration(margins: np.ndarray) -> Calibration:
+    """Compare the confidence max(σ(m), σ(−m)) of reward margins with their accuracy.
+
+    Args:
+        margins: Chosen minus rejected reward of each pair, float64 `[B]`.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -700, 700))))
+    right = (np.sign(margins) + 1) / 2
+    which = np.minimum(((confidence - 0.5) * 2 * TENTHS).astype(int), TENTHS - 1)
+    bins = [
+        (int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
+        for bin_number in range(TENTHS)
+        if (inside := which == bin_number).any()
+    ]
+    error = sum(n * abs(mean - share) for n, mean, share in bins) / len(margins)
+    return Calibration(float(error), bins)
 
 
 def distributions(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from logratio.training.dataset import (
     load_dataset,
     max_positions,
 )
+from logratio.training.distributions import Calibration, calibration
 from logratio.training.models import (
     autocast,
     base_folder,
@@ -48,41 +49,6 @@ from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import note_unfinished, reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
-
-BINS = 10
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Calibration of the implied preference probabilities.
-
-    Attributes:
-        expected_error: Expected calibration error: mean |confidence − accuracy| over pairs (Guo
-            et al. 2017, arXiv 1706.04599, eq. 3).
-        bins: (pairs, mean confidence, share correct) for each non-empty tenth of [0.5, 1].
-    """
-
-    expected_error: float
-    bins: list[tuple[int, float, float]]
-
-
-def calibration(margins: np.ndarray) -> Calibration:
-    """Compare the confidence max(σ(m), σ(−m)) of reward margins with their accuracy.
-
-    Args:
-        margins: Chosen minus rejected reward of each pair, float64 `[B]`.
-    """
-    confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -700, 700))))
-    right = (np.sign(margins) + 1) / 2
-    which = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    bins = [
-        (int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
-        for bin_number in range(BINS)
-        if (inside := which == bin_number).any()
-    ]
-    error = sum(n * abs(mean - share) for n, mean, share in bins) / len(margins)
-    return Calibration(float(error), bins)
-
 
 SAMPLE_ROWS = 256
 """Number of completions sampled in one batch."""

@@ -23,11 +23,10 @@ from logratio.logps.batch import Batch
 from logratio.progress import say
 from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset, load_training_data
-from logratio.training.distributions import distributions
+from logratio.training.distributions import calibration, distributions
 from logratio.training.evaluation import (
     KlEstimate,
     Sample,
-    calibration,
     check_sampling,
     drawn_sums,
     kl_estimate,

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logratio.colours import BLUE, GREEN, ORANGE, SKY
-from logratio.data.analysis.plots import NO_DATE, STYLE
 from logratio.data.analysis.statistics import wilson
 from logratio.durable import published, sync
 from logratio.extras import MissingExtraError, require
+from logratio.picture_style import BLUE, GREEN, NO_DATE, ORANGE, SKY, STYLE
 from logratio.progress import say
 from logratio.training.config import TrainConfig
 from logratio.training.evaluation import Evaluation

@@ -1,11 +1,12 @@
-"""Histograms that evaluations keep."""
+"""Calibration, and histograms that evaluations keep."""
 
 import json
 import math
 
 import numpy as np
+import pytest
 
-from logratio.training.distributions import BINS, distributions, histogram
+from logratio.training.distributions import BINS, calibration, distributions, histogram
 
 
 def test_counts_are_those_of_a_plain_loop() -> None:
@@ -38,3 +39,14 @@ def test_equal_and_huge_values_have_a_histogram() -> None:
     far = distributions(np.array([1e4, 0.0]), np.array([0.0, 1e4]))
     counts = far["gradient_weights"]["counts"]["weight"]
     assert (counts[0], counts[-1]) == (1, 1)
+
+
+def test_calibration_by_hand() -> None:
+    margins = np.array([0.0, 4.0, 4.0, -4.0])
+    confident = 1 / (1 + math.exp(-4))
+    result = calibration(margins)
+    assert result.bins == [
+        (1, 0.5, 0.5),
+        (3, pytest.approx(confident), pytest.approx(2 / 3)),
+    ]
+    assert result.expected_error == pytest.approx(0.75 * (confident - 2 / 3))

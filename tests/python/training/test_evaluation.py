@@ -13,7 +13,7 @@ import torch
 from logratio.errors import ConfigError
 from logratio.forecast import OutputError
 from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
-from logratio.training.evaluation import calibration, drawn_logratios, sample_completions
+from logratio.training.evaluation import drawn_logratios, sample_completions
 
 
 def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:
@@ -103,17 +103,6 @@ def test_samples_that_cannot_fit_are_refused_before_scoring(
     )
     with pytest.raises(ConfigError, match="positions"):
         evaluate(config)
-
-
-def test_calibration_by_hand() -> None:
-    margins = np.array([0.0, 4.0, 4.0, -4.0])
-    confident = 1 / (1 + math.exp(-4))
-    result = calibration(margins)
-    assert result.bins == [
-        (1, 0.5, 0.5),
-        (3, pytest.approx(confident), pytest.approx(2 / 3)),
-    ]
-    assert result.expected_error == pytest.approx(0.75 * (confident - 2 / 3))
 
 
 def test_samples_of_both_models_are_kept(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logratio.colours import BLUE, GREEN, GREY, ORANGE, SKY
 from logratio.data.analysis.pairs import LengthBias
 from logratio.data.analysis.report import Analysis
 from logratio.data.analysis.statistics import Distribution, Histogram, binned, histogram, written
@@ -19,6 +18,7 @@ from logratio.durable import published
 from logratio.errors import ConfigError
 from logratio.extras import require
 from logratio.forecast import count
+from logratio.picture_style import BLUE, GREEN, GREY, NO_DATE, ORANGE, SKY, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,14 +34,6 @@ _COLOURS = {"chosen": BLUE, "rejected": ORANGE, "completion": BLUE, "prompt": GR
 _BINS = 40
 _STEPS = [1, 2, 5, 10]  # of ticks, times a power of ten
 _GAP = 2  # bins between the histogram and the bar of the numbers outside it
-
-# "default" overrides the user's matplotlibrc. Text in an SVG stays text, and the ids of its
-# elements are the same in every run.
-STYLE: list[Any] = [
-    "default",
-    {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "logratio", "pdf.fonttype": 42},
-]
-NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
 
 
 def check_picture(path: Path) -> None:
