@@ -116,10 +116,10 @@ def _metadata(config: TrainConfig) -> str:
     """Return the card's metadata as YAML."""
     from huggingface_hub import ModelCardData
 
-    tags = [config.loss, "logratio", *(["lora"] if config.lora else [])]
+    tags = [config.loss, "logratio", *(["lora"] if config.trains_adapter else [])]
     data = ModelCardData(
         base_model=_name(name_of(config.model)).partition("@")[0],
-        library_name="peft" if config.lora else "transformers",
+        library_name="peft" if config.trains_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
     )
@@ -130,7 +130,7 @@ def _usage(config: TrainConfig) -> str:
     """Return code that loads the model from its folder."""
     folder = Path(config.output).resolve().name
     package, kind = "transformers", "AutoModelForCausalLM"
-    if config.lora:
+    if config.trains_adapter:
         package, kind = "peft", "AutoPeftModelForCausalLM"
     lines = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
     if package == "transformers":

@@ -37,7 +37,7 @@ from logratio.training import checkpoint
 from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.given_model import base_names, name_of, source_of
+from logratio.training.given_model import base_names, source_of
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.model_card import Made, write_card
 from logratio.training.models import (
@@ -47,7 +47,7 @@ from logratio.training.models import (
     training_budget,
 )
 from logratio.training.policy import save_weights
-from logratio.training.run_info import versions
+from logratio.training.run_info import resolved_settings, versions
 from logratio.training.validation import beta_of
 
 CHECKPOINTS = "checkpoints"
@@ -302,15 +302,11 @@ def save_run(
                 shutil.copyfile(source, partial / name)
         settings = {
             "version": __version__,
-            **asdict(config),
-            "model": name_of(config.model),
-            "reference": name_of(config.reference) if config.reference else None,
-            "beta": beta_of(config),
-            "precision": precision_of(config),
+            **resolved_settings(config),
             **asdict(end),
             "identity": ran,
         }
-        (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=str))
+        (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=1))
         (partial / DATA_REPORT_FILE).write_text(json.dumps(dataset.report.to_dict(), indent=1))
         write_card(_made(policy, config, dataset, end), partial, output)
         for path in partial.iterdir():

@@ -69,6 +69,19 @@ def test_the_hub_reads_it(config: TrainConfig) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in peft
+def test_an_adapter_that_was_trained_further_is_an_adapter(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    quiet(with_(config, lora=LoraSettings(rank=2)))
+    further = with_(config, model=config.output, adapter="continue", output=tmp_path / "further")
+    quiet(further)
+    card = card_of(further)
+    assert ModelCard(card).data.to_dict()["library_name"] == "peft"
+    assert "AutoPeftModelForCausalLM" in card
+
+
+# peft uses what transformers has renamed, which is warned of once in a process.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)])
 def test_its_code_loads_the_model(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, lora: LoraSettings | None
