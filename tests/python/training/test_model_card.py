@@ -76,7 +76,7 @@ def test_an_adapter_that_was_trained_further_is_an_adapter(
     further = with_(config, model=config.output, adapter="continue", output=tmp_path / "further")
     quiet(further)
     card = card_of(further)
-    assert ModelCard(card).data.to_dict()["library_name"] == "peft"
+    assert "library_name: peft" in card
     assert "AutoPeftModelForCausalLM" in card
 
 
