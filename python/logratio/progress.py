@@ -18,8 +18,24 @@ Advance = Callable[..., None]
 Result = TypeVar("Result")
 
 
-def say(message: str) -> None:
-    """Print a line on standard error; ignore errors, for example if it is closed."""
+_silent = False
+
+
+def be_silent() -> None:
+    """Print no more notes from this process: another one of the same run prints them."""
+    global _silent
+    _silent = True
+
+
+def say(message: str, *, urgent: bool = False) -> None:
+    """Print a line on standard error; ignore errors, for example if it is closed.
+
+    Args:
+        message: The line.
+        urgent: Print it even after `be_silent`.
+    """
+    if _silent and not urgent:
+        return
     with suppress(OSError, ValueError):
         sys.stderr.write(message + "\n")
         sys.stderr.flush()

@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             sys.exit(2)
         end(2, usage_message(error, arguments, flags))
     except Exception as error:
+        if getattr(error, "is_printed", False):  # by another process of the run
+            sys.exit(getattr(error, "exit_code", 2))
         if os.environ.get("LOGRATIO_TRACEBACK") or not _is_expected(error):
             raise
         end(getattr(error, "exit_code", 2), _message(error))
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def end(code: int, message: str) -> NoReturn:
     """Print the message and exit, even if standard error is closed."""
-    say(f"error: {message}")
+    say(f"error: {message}", urgent=True)
     sys.exit(code)
 
 
@@ -136,6 +138,11 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return _sentence(error) + notes
+
+
+def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}; completed work is kept: free some space and run again"
     if isinstance(error, OSError) and error.strerror:

@@ -79,6 +79,10 @@ def train(
         ),
         dry_run=dry_run,
     )
+    if not trainer.processes.is_first:
+        if trainer.finished or not dry_run:
+            trainer.train()
+        return
     if not trainer.finished:
         announce(trainer.dataset, trainer.forecast)
     if trainer.finished or not dry_run:

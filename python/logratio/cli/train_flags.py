@@ -33,6 +33,15 @@ class ActivationCheckpointing(StrEnum):
     ALL = "all"
 
 
+class Parallel(StrEnum):
+    """How several processes hold the model."""
+
+    AUTO = "auto"
+    DDP = "ddp"
+    FSDP = "fsdp"
+    HSDP = "hsdp"
+
+
 class Compile(StrEnum):
     """Whether the decoder layers are compiled."""
 
@@ -512,6 +521,15 @@ class Machine(Settings):
         ),
     ] = OptimizerName.ADAMW
     read_mode: options.ReadModeOption = ReadMode.MAP
+    parallel: Annotated[
+        Parallel,
+        typer.Option(
+            help="How several processes (torchrun) hold the model. ddp: each a whole one. fsdp: "
+            "each a shard of every weight. hsdp: sharded within a host, replicated across hosts. "
+            "auto: ddp if it fits. Results are unchanged but for rounding.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = Parallel.AUTO
     device: options.Device = None
 
 

@@ -11,12 +11,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from logratio.errors import LogratioError
 from logratio.logps.attention.interface import SharedPromptError
 from logratio.logps.batch import Batch, TreeBatch
-from logratio.logps.completion import Group, limits_of, score, transformer
+from logratio.logps.completion import Group, inside, limits_of, score, transformer
 from logratio.logps.completion import batch_of as batch_of
 from logratio.logps.head import head_logits
 
@@ -271,10 +270,9 @@ def check_head(model: nn.Module) -> None:
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():
         own = _own_logits(model, ids)
-        hidden = inner.base_model(input_ids=ids, use_cache=False)[0][0]
     if not bool(own.isfinite().all()):
         raise UnsupportedModelError(f"{_name(model)}: its logits are not finite")
-    if not (gap := _head_gap(inner, hidden, own)) <= _tolerance(model):
+    if not (gap := inside(model, _head_gap, ids, own)) <= _tolerance(model):
         raise UnsupportedModelError(
             f"{_name(model)}: its head is not supported: it must be a matrix with optional bias, "
             f"scale and cap (logits differ by {gap:.2g})"
@@ -284,7 +282,7 @@ def check_head(model: nn.Module) -> None:
 def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the logits of the wrapped model for ids `[1, T]`, float32 `[T, V]`."""
     try:
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits: Tensor = transformer(model)(input_ids=ids, use_cache=False).logits[0].float()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -299,10 +297,12 @@ def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _head_gap(model: PreTrainedModel, hidden: Tensor, own: Tensor) -> float:
+def _head_gap(model: nn.Module, ids: Tensor, own: Tensor) -> float:
     """Return the largest difference between `head_logits` and the model's logits `[n, V]`."""
+    inner = transformer(model)
+    hidden = inner.base_model(input_ids=ids, use_cache=False)[0][0]
     try:
-        return _gap(own, head_logits(model, hidden).float())
+        return _gap(own, head_logits(inner, hidden).float())
     except RuntimeError:  # shapes differ: the head has layers before or after the matrix
         return float("inf")
 
@@ -314,12 +314,12 @@ def check_causality(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: They do.
     """
-    prompt, completions = _probe(model, seed=0)[0]
-    ids = torch.tensor([prompt + completions[0]], device=transformer(model).device)
+    inner, (prompt, completions) = transformer(model), _probe(model, seed=0)[0]
+    ids = torch.tensor([prompt + completions[0]], device=inner.device)
     changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % transformer(model).config.get_text_config().vocab_size
+    changed[0, -1] = (ids[0, -1] + 1) % inner.config.get_text_config().vocab_size
     first, second = (
-        torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
+        torch.log_softmax(inner(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
         for row in (ids, changed)
     )
     if not (moved := _gap(first, second)) <= _tolerance(model, SAME_CALLS):

@@ -3,10 +3,10 @@
 All log-probs of the library are computed here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -224,6 +224,22 @@ def restore_order(states: list[Tensor], calls: list[Call]) -> Tensor:
     return torch.cat(states).index_select(0, torch.from_numpy(places).to(states[0].device))
 
 
+ENTRANCE = "_logratio_pass"
+"""Name of the method of a sharded model that runs a pass over body and head: see `inside`."""
+Result = TypeVar("Result")
+
+
+def inside(model: nn.Module, job: Callable[..., Result], *given: Any) -> Result:
+    """Return `job(model, *given)`, run where a sharded model has gathered its head's weight.
+
+    FSDP gathers weights around a forward pass. A pass over body and head is not the model's own
+    forward, so `training.parallel.sharding` registers a method for it, which other models lack.
+    """
+    enter = vars(transformer(model)).get(ENTRANCE)
+    result: Result = enter(job, model, *given) if enter else job(model, *given)
+    return result
+
+
 def transformer(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside a peft wrapper, or the model itself."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -252,6 +268,10 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
         >>> batch.targets.sums(completion_logps(model, batch)).shape
         torch.Size([2])
     """
+    return inside(model, _logps, batch)
+
+
+def _logps(model: nn.Module, batch: Batch) -> Tensor:
     inner, target_ids = transformer(model), batch.targets.target_ids
     hidden = _target_states(inner, batch)
     if (head := Head.of(inner)) is None:
@@ -331,6 +351,10 @@ def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
     Raises:
         SharedPromptError: As in `completion_logps`.
     """
+    return inside(model, _loss, batch, loss_of)
+
+
+def _loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
     inner, targets = transformer(model), batch.targets
     hidden = _target_states(inner, batch)
     head = Head.of(inner)

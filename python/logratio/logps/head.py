@@ -68,7 +68,7 @@ class Head:
         head = _active(model.get_output_embeddings())
         if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
             return None
-        return cls(_whole(head.weight), _whole(head.bias), Transform.of(model))
+        return cls(head.weight, head.bias, Transform.of(model))
 
     @property
     def is_trained(self) -> bool:
@@ -92,11 +92,6 @@ def _active(head: Any) -> Any:
         return head
     names = [] if head.disable_adapters else [n for n in head.active_adapters if n in copies]
     return copies[names[0]] if names else head.original_module
-
-
-def _whole(parameter: Any) -> Any:
-    """Gather a parameter that FSDP2 has sharded."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

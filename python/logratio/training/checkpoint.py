@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from logratio.durable import finalize, sync, system_errors
 from logratio.errors import LogratioError
 from logratio.training.config import UNRECORDED
-from logratio.training.optimizers import FUSED, MasterAdamW
+from logratio.training.optimizers import FUSED, MasterAdamW, create_state
+from logratio.training.parallel.processes import Processes
+from logratio.training.parallel.sharded_files import is_sharded, read_shards, write_shards
 
 
 class RunInterruptedError(LogratioError):
@@ -78,6 +81,9 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
 
 
 MANIFEST = "manifest.json"
+SHARDS = "shards"
+"""Subfolder with the tensors of a sharded model, of all processes."""
+ALONE = Processes()
 _BEST = "best-"
 
 
@@ -103,10 +109,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     at: Position,
     keep: int = 2,
+    processes: Processes = ALONE,
 ) -> Path:
     """Write `checkpoint-<step>` to `folder`, and remove all but the last `keep` checkpoints.
 
-    The checkpoint is written under a temporary name and renamed when complete.
+    The checkpoint is written under a temporary name and renamed when complete. All processes of a
+    run call this together. The first one writes a model that every process has; each writes its
+    shards of a sharded one.
 
     Returns:
         The folder of the new checkpoint.
@@ -115,19 +124,25 @@ def save(
         SaveError: The checkpoint was not written; earlier ones are unchanged.
     """
     final = folder / f"checkpoint-{at.step:08d}"
-    with _whole_or_absent(final, f"the checkpoint of update {at.step}") as partial:
-        save_file(_trainable(model), partial / "weights.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+    tensors = {
+        "weights": _trainable(model),
+        "optimizer": _optimizer_tensors(model, optimizer),
+    }
+
+    def add(partial: Path) -> None:
         save_file(_random_states(), partial / "random.safetensors")
         state = {**asdict(at), "python_random": random.getstate()}
         (partial / "state.json").write_text(json.dumps(state))
-    for old in _checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    _remove_bests(folder, at)
+
+    _write(final, f"the checkpoint of update {at.step}", tensors, processes, add)
+    if processes.is_first:
+        for old in _checkpoints(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+        _remove_bests(folder, at)
     return final
 
 
-def save_best(folder: Path, model: nn.Module, step: int) -> Path:
+def save_best(folder: Path, model: nn.Module, step: int, processes: Processes = ALONE) -> Path:
     """Write the trained weights after update `step` to `best-<step>` in `folder`.
 
     Earlier ones stay until no checkpoint needs them: see `save`.
@@ -136,25 +151,80 @@ def save_best(folder: Path, model: nn.Module, step: int) -> Path:
         SaveError: The weights were not written; checkpoints are unchanged.
     """
     final = folder / f"{_BEST}{step:08d}"
-    with _whole_or_absent(final, f"the best model, of update {step},") as partial:
-        save_file(_trainable(model), partial / "weights.safetensors")
+    weights = {"weights": _trainable(model)}
+    _write(final, f"the best model, of update {step},", weights, processes)
     return final
 
 
-@contextmanager
-def _whole_or_absent(final: Path, what: str) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `final`, with a manifest, if the block succeeds.
+def _write(
+    final: Path,
+    what: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    processes: Processes,
+    add: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Write tensors, one file for each name, or shards of them all; `add` adds other files.
 
     Raises:
         SaveError: Something could not be written; the message names `what`.
     """
-    partial = final.with_name(f".partial-{final.name}")
+    if any(isinstance(t, DTensor) for some in tensors.values() for t in some.values()):
+        _write_together(final, what, tensors, processes, add)
+        return
+    if processes.is_first:
+        with _whole_or_absent(final, what) as partial:
+            for name, some in tensors.items():
+                save_file(dict(some), partial / f"{name}.safetensors")
+            add(partial)
+            _write_manifest(partial, _digests(partial))
+    processes.wait()
+
+
+def _write_together(
+    final: Path,
+    what: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    processes: Processes,
+    add: Callable[[Path], None],
+) -> None:
+    """Write every process's shards; the first process completes the folder."""
+    together = {name: tensor for some in tensors.values() for name, tensor in some.items()}
+    with ExitStack() as stack:
+        partial = _partial(final)
+        if processes.is_first:
+            stack.enter_context(_whole_or_absent(final, what))
+        processes.wait()
+        try:
+            write_shards(together, partial / SHARDS)
+            own = _digests(partial, processes.rank, processes.count)
+        except OSError as error:
+            if processes.is_first:
+                raise
+            raise SaveError(f"{what} could not be saved ({error})") from error
+        digests = {name: hashed for some in processes.share(own) for name, hashed in some.items()}
+        if processes.is_first:
+            add(partial)
+            _write_manifest(partial, digests | _digests(partial, skip=SHARDS))
+    processes.wait()
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".partial-{final.name}")
+
+
+@contextmanager
+def _whole_or_absent(final: Path, what: str) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `final` if the block succeeds.
+
+    Raises:
+        SaveError: Something could not be written; the message names `what`.
+    """
+    partial = _partial(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         with system_errors(partial):
             yield partial
-        _write_manifest(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync(final.parent)
@@ -173,14 +243,14 @@ def _kept(folder: Path) -> str:
     return f"{last} is complete: free some disk space, then continue from it with --resume"
 
 
-def load_best(folder: Path, model: nn.Module, step: int) -> None:
+def load_best(folder: Path, model: nn.Module, step: int, processes: Processes = ALONE) -> None:
     """Restore the weights of `save_best`.
 
     Raises:
         ResumeError: They are missing or damaged; `model` was not changed.
     """
     path = folder / f"{_BEST}{step:08d}"
-    if reason := damage(path):
+    if reason := damage(path, processes):
         raise ResumeError(f"{path}: the best model so far cannot be read: {reason}")
     _restore_weights(path, model)
 
@@ -212,8 +282,11 @@ def load_newest(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
+    processes: Processes = ALONE,
 ) -> tuple[Position | None, list[str]]:
     """Restore the newest valid checkpoint in `folder`, if it belongs to the run with `identity`.
+
+    It may have been written by another number of processes, sharded or not.
 
     Returns:
         The restored position, or None if `folder` has no checkpoints; and a message for each
@@ -225,7 +298,7 @@ def load_newest(
     """
     refused = []
     for path in _checkpoints(folder):
-        if reason := damage(path):
+        if reason := damage(path, processes):
             refused.append(f"{path}: {reason}")
             continue
         _check_identity(path, identity)
@@ -256,33 +329,59 @@ def _values(before: Any, now: Any) -> str:
     return f" ({texts[0]} before, {texts[1]} now)" if max(map(len, texts)) < 30 else ""
 
 
-def damage(path: Path) -> str | None:
-    """Describe the damage of a checkpoint, or return None if it is intact."""
+def damage(path: Path, processes: Processes = ALONE) -> str | None:
+    """Describe the damage of a checkpoint, or return None if it is intact.
+
+    Processes of a run call this together; each reads a part of the files.
+    """
+    found = processes.share(_damage(path, processes.rank, processes.count))
+    return next((reason for reason in found if reason), None)
+
+
+def _damage(path: Path, part: int, parts: int) -> str | None:
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-        if not isinstance(files, dict) or "weights.safetensors" not in files:
+        if not any(name.startswith(("weights.safetensors", SHARDS)) for name in dict(files)):
             return f"{MANIFEST} was altered"
-        for name, expected in files.items():
+        for name, expected in [*files.items()][part::parts]:
             if _digest(path / name) != expected:
                 return f"{name} was altered"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"incomplete ({error})"
     return None
 
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     _restore_weights(path, model)
-    _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+    if _is_whole(path, model):
+        _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+    else:
+        create_state(optimizer)
+        read_shards(_optimizer_tensors(model, optimizer), _shards(path))
     state = json.loads((path / "state.json").read_text())
     _restore_random(load_file(path / "random.safetensors"), state["python_random"])
     return Position(state["step"], state["identity"], state.get("selection"))
 
 
 def _restore_weights(path: Path, model: nn.Module) -> None:
+    if not _is_whole(path, model):
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        read_shards(trained, _shards(path))
+        return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(path / "weights.safetensors").items():
             parameters[name].copy_(value)
+
+
+def _is_whole(path: Path, model: nn.Module) -> bool:
+    """Return whether neither a checkpoint nor the model is sharded."""
+    return not (path / SHARDS).exists() and not is_sharded(model)
+
+
+def _shards(path: Path) -> Path:
+    """Return the folder with a checkpoint's tensors."""
+    return path / SHARDS if (path / SHARDS).exists() else path
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -302,9 +401,11 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensor = torch.as_tensor(value).contiguous()  # bitsandbytes stores its step as an int
-            place = tensor.device, tensor.data_ptr()
-            tensors[f"{name}:{key}"] = tensor.clone() if place in seen else tensor
-            seen.add(place)
+            if not isinstance(tensor, DTensor):
+                place = tensor.device, tensor.data_ptr()
+                tensor = tensor.clone() if place in seen else tensor
+                seen.add(place)
+            tensors[f"{name}:{key}"] = tensor
     return tensors
 
 
@@ -356,12 +457,21 @@ def _restore_random(states: dict[str, Tensor], python_random: list[Any]) -> None
             torch.cuda.set_rng_state(states[f"cuda:{device}"], device)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}, indent=1))
+def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    manifest = {"format_version": 1, "files": dict(sorted(digests.items()))}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in folder.iterdir():
-        finalize(path)
+        if path.is_file():
+            finalize(path)
     sync(folder)
+
+
+def _digests(folder: Path, part: int = 0, parts: int = 1, skip: str = "") -> dict[str, str]:
+    """Hash the files in a folder and its subfolders, or every `parts`-th of them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in files]
+    kept = [name for name in names if not skip or not name.startswith(skip)]
+    return {name: _digest(folder / name) for name in kept[part::parts]}
 
 
 def _digest(path: Path) -> str:

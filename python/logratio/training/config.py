@@ -24,6 +24,7 @@ LoraInit = Literal["default", "gaussian", "orthogonal"]
 StartAdapter = Literal["merge", "continue"]
 Engine = Literal["local", "ray"]
 ReadMode = Literal["map", "pread"]
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 PathLike = str | Path
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]
@@ -189,6 +190,10 @@ class TrainConfig(YamlSettings):
         overwrite: Replace a finished or unfinished run in `output`. If False, a finished run with
             the same settings is returned without training, and any other run is an error. The
             earlier model is kept until the new one is saved.
+        parallel: How several processes (torchrun) hold the model: "ddp", each a whole one; "fsdp",
+            each a shard of every weight (FSDP2); "hsdp", sharded within each host and replicated
+            across hosts; "auto", "ddp" if weights, gradients and optimizer state fit. Leaves the
+            result unchanged but for rounding.
         device: Device to train on; None: a GPU if available, else the CPU.
         lora: Train these adapters instead of all weights.
         adapter: How to start if `model` is the folder of an adapter: "merge" it into its base and
@@ -250,6 +255,7 @@ class TrainConfig(YamlSettings):
     report: bool = True
     resume: bool = False
     overwrite: bool = False
+    parallel: Parallel = "auto"
     device: str | None = None
     lora: LoraSettings | None = None
     adapter: StartAdapter = "merge"

@@ -25,6 +25,7 @@ from logratio.progress import reading_progress
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import tensor_shapes
 from logratio.training.models import base_folder, quietly
+from logratio.training.parallel.processes import Processes
 
 STORE_FILE = "train.store"
 """Temporary file of a run's tokenized data, in its output folder."""
@@ -122,14 +123,20 @@ def load_training_data(
     refused: Path | None,
     show_progress: bool,
     recorded_date: Callable[[], str | None],
+    folder: Path | None = None,
+    processes: Processes | None = None,
 ) -> Dataset:
     """Tokenize the data of a run, and check that it suits the loss and the reference.
+
+    With several processes, the leader of each host tokenizes, and the others open what it wrote.
 
     Args:
         config: Settings of the run.
         refused: File for the refused rows; None: they are only counted.
         show_progress: Draw a progress bar.
         recorded_date: As in `load_dataset`.
+        folder: Folder for the tokenized data, as a temporary file; None: the system's.
+        processes: The processes of the run; None: this one alone.
 
     Raises:
         BadDataError, StoreMismatchError, VocabularyError, ConfigError: See `load_dataset`,
@@ -137,11 +144,11 @@ def load_training_data(
     """
     is_sft = config.loss == "sft"
     formats = replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",))
-    with nullcontext(refused.parent) if refused else TemporaryDirectory() as folder:
-        path = Path(folder) / STORE_FILE
-        dataset = load_dataset(
+
+    def load(data: Inputs, path: Path) -> Dataset:
+        return load_dataset(
             config.model,
-            config.data,
+            data,
             config.rules,
             formats,
             path=path,
@@ -150,13 +157,43 @@ def load_training_data(
             show_progress=show_progress,
             recorded_date=recorded_date,
         )
-        # The memory map keeps the data readable; deleting the file now means no crash leaves it.
-        path.unlink(missing_ok=True)
+
+    dataset = _once_per_host(load, config.data, folder, processes or Processes())
     roles = ("demonstration",) if is_sft else ("chosen", "rejected")
     check_groups(dataset.store, roles, f"the loss {config.loss}")
     check_mix(config.mix, dataset.store)
     if config.reference:
         check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
+    return dataset
+
+
+def _once_per_host(
+    load: Callable[[Inputs, Path], Dataset],
+    data: Inputs,
+    folder: Path | None,
+    processes: Processes,
+) -> Dataset:
+    """Load data in the leader of each host, and what it has written in the others."""
+    if processes.hosts > 1 and "-" in as_inputs(data):
+        raise ConfigError(
+            "standard input reaches one host only: give files, or a store of `data build`"
+        )
+    loaded = list[Dataset]()
+    with nullcontext(folder) if folder else TemporaryDirectory() as chosen:
+        path = Path(chosen) / (
+            STORE_FILE if processes.count == 1 else f"{processes.host}-train.store"
+        )
+
+        def lead() -> list[str]:
+            loaded.append(load(data, path))
+            return [str(path)] if path.exists() else [str(one) for one in as_inputs(data)]
+
+        written = processes.from_leader(lead)
+        dataset = loaded[0] if loaded else load([*written], path)
+        processes.wait()
+        if processes.leads_host:
+            # Memory maps keep the data readable; deleting the file now means no crash leaves it.
+            path.unlink(missing_ok=True)
     return dataset
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import ROLES, Store
-from logratio.data.feed import Feed, FeedSettings
+from logratio.data.feed import Feed, FeedSettings, lay_out
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.durable import write_atomic
 from logratio.errors import ConfigError
@@ -45,6 +44,8 @@ from logratio.training.models import (
     quietly,
     with_local_models,
 )
+from logratio.training.parallel.processes import Processes
+from logratio.training.parallel.shares import updates_of
 from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import note_unfinished, reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
@@ -441,8 +442,12 @@ def sums_over(
     layout: str,
     device: torch.device,
     advance: Advance = lambda *_: None,
+    processes: Processes | None = None,
 ) -> np.ndarray:
     """Return the sums that `sums_of` gives for every completion in a store, float64 `[N]`.
+
+    Several processes divide the work, and all get the whole result. All compute the same number of
+    batches, as a sharded model needs.
 
     Args:
         store: Tokenized groups.
@@ -451,7 +456,9 @@ def sums_over(
         layout: Batch layout: "shared", "tree" or "padded".
         device: Device of the batches.
         advance: Called with the number of groups after each batch.
+        processes: The processes that do the work together; None: this one alone.
     """
+    processes = processes or Processes()
     sums = np.zeros(store.completions)
     settings = FeedSettings(
         order="sorted",
@@ -460,12 +467,26 @@ def sums_over(
         layout=layout,
         **shape_for(layout, device),
     )
-    with closing(iter(Feed(store, settings, allocate=buffers_for(device)))) as feed:
-        for micro in feed:
+    own = Feed(
+        store,
+        settings,
+        rank=processes.rank,
+        world_size=processes.count,
+        allocate=buffers_for(device),
+    )
+    for most, found in updates_of(own, processes, 0, own.updates_per_epoch):
+        done = 0
+        for micro in found:
             batch = to_torch(micro.layout, device)
             sums[batch.targets.rows] = sums_of(batch).cpu().numpy()
+            done += 1
             advance(len(batch.targets.groups))
-    return sums
+        for _ in range(done, most):
+            shortest = np.array([store.shared_lengths().argmin()])
+            sums_of(to_torch(lay_out(store, shortest, layout, **shape_for(layout, device)), device))
+            advance(0)
+    whole: np.ndarray = processes.total(torch.from_numpy(sums)).numpy()
+    return whole
 
 
 @torch.no_grad()

@@ -36,12 +36,14 @@ from logratio.training.evaluation import (
     sums_over,
 )
 from logratio.training.losses import averages, make_objective
-from logratio.training.models import load_model, precision_of, training_budget
+from logratio.training.models import training_budget
+from logratio.training.parallel.processes import Processes
 from logratio.training.policy import as_reference
 from logratio.training.reference import (
     AdapterReference,
     FrozenReference,
     Reference,
+    reference_builder,
     side_effect_free,
 )
 from logratio.training.update import Updater
@@ -122,7 +124,12 @@ class HeldOutData:
 
 
 def divide(
-    config: TrainConfig, dataset: Dataset, *, writes: bool, show_progress: bool
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    writes: bool,
+    show_progress: bool,
+    processes: Processes | None = None,
 ) -> HeldOutData:
     """Load `eval_data`, or hold a share of the training data out.
 
@@ -131,16 +138,21 @@ def divide(
         dataset: The training data.
         writes: Write the refused rows of `eval_data` to the output folder.
         show_progress: Draw a progress bar.
+        processes: The processes of the run; None: this one alone.
 
     Raises:
         BadDataError, ConfigError: As raised by `load_training_data` and `split_by_prompt`.
     """
     if config.eval_data is not None:
+        output = Path(config.output) if writes else None
+        is_first = processes is None or processes.is_first
         held = load_training_data(
             replace(config, data=as_inputs(config.eval_data), mix=None),
-            refused=Path(config.output) / REFUSED_FILE if writes else None,
+            refused=output / REFUSED_FILE if output and is_first else None,
             show_progress=show_progress,
             recorded_date=lambda: config.rules.date,
+            folder=output,
+            processes=processes,
         )
         _report_shared_prompts(dataset.store, held.store)
         return HeldOutData(dataset.store, held.store, held)
@@ -294,12 +306,13 @@ class HeldOut:
             EvaluationInterruptedError: `interrupted` returned a number.
         """
         self._interrupted = interrupted
+        updater.strategy.settle()
         with side_effect_free(updater.policy), updater.autocast():
             policy = self._sums(updater, lambda batch: model_sums(updater.policy, batch))
             if self._reference_sums is None:
                 self._reference_sums = self._of_reference(updater)
         columns = self._columns(updater, policy, self._reference_sums)
-        metrics = {f"eval_{name}": value for name, value in averages(columns).items()}
+        metrics = {f"eval_{name}": value for name, value in averages(columns)[0].items()}
         result = HeldOutResult(step, len(self.store), metrics, sources=self._sources(columns))
         if "rewards/accuracies" in columns:
             result = _with_pairs(result, columns)
@@ -308,7 +321,13 @@ class HeldOut:
     def _sums(self, updater: Updater, of: Callable[[Batch], Tensor]) -> np.ndarray:
         budget = training_budget(self.config)
         return sums_over(
-            self.store, of, budget, updater.layout, updater.device, lambda *_: self._heed_signal()
+            self.store,
+            of,
+            budget,
+            updater.layout,
+            updater.device,
+            lambda *_: self._heed_signal(),
+            updater.processes,
         )
 
     def _of_reference(self, updater: Updater) -> np.ndarray:
@@ -419,10 +438,4 @@ def _reference_model(config: TrainConfig, updater: Updater) -> Iterator[nn.Modul
         with as_reference(updater.policy):
             yield updater.policy
     else:
-        yield load_model(
-            config.reference or config.model,
-            device=updater.device,
-            quantization=config.quantization,
-            precision=precision_of(config),
-            frozen=True,
-        )
+        yield updater.load(reference_builder(config))

@@ -265,9 +265,25 @@ def demonstration_columns(losses: Tensor, logps: Tensor, lengths: Tensor) -> dic
     return {"loss": losses, "logps/chosen": logps, "lengths/chosen": lengths}
 
 
-def averages(columns: dict[str, Tensor], **scalars: Tensor) -> dict[str, float]:
-    """Average columns, `[B]` each, and copy the means and `scalars` to the host in one transfer."""
-    means = torch.stack([*columns.values()]).mean(1, dtype=torch.float64)
+def averages(
+    columns: dict[str, Tensor],
+    total: Callable[[Tensor], Tensor] = lambda values: values,
+    **scalars: Tensor,
+) -> tuple[dict[str, float], int]:
+    """Average columns, `[B]` each, and copy the means and `scalars` to the host in one transfer.
+
+    Args:
+        columns: The metrics of each group.
+        total: Sums values over all processes of a run.
+        **scalars: Metrics of the whole update, equal in all processes.
+
+    Returns:
+        The values by name, and the number of groups.
+    """
+    stacked = torch.stack([*columns.values()])
+    sums = stacked.sum(1, dtype=torch.float64)
+    sums = total(torch.cat([sums, sums.new_full((1,), stacked.shape[1])]))
     alone = [scalar.to(torch.float64).view(1) for scalar in scalars.values()]
-    values = torch.cat([means, *alone]).tolist()  # the only point where the host waits
-    return dict(zip([*columns, *scalars], values, strict=True))
+    values = torch.cat([sums[:-1] / sums[-1], *alone, sums[-1:]])
+    *found, count = values.tolist()  # the only point where the host waits
+    return dict(zip([*columns, *scalars], found, strict=True)), int(count)

@@ -147,13 +147,14 @@ def precision_note(config: TrainConfig | PrecomputeConfig | EvaluateConfig) -> s
 def default_device(device: str | None) -> torch.device:
     """Return `device`; if it is None, a GPU if one is available, else the CPU.
 
-    With several visible GPUs, torchrun's LOCAL_RANK selects one.
+    With several visible GPUs, torchrun's LOCAL_RANK selects one, also for "cuda".
 
     Raises:
         DeviceError: torch does not know the device, or it is not available.
     """
     try:
-        chosen = torch.device(device or (_local_gpu() if torch.cuda.is_available() else "cpu"))
+        any_gpu = torch.cuda.is_available() and device in (None, "cuda")
+        chosen = torch.device(_local_gpu() if any_gpu else device or "cpu")
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -181,7 +182,7 @@ def load_model(
 
     Args:
         folder: Folder of a model or an adapter, or an id of the Hugging Face hub.
-        device: Device for the weights.
+        device: Device for the weights; "meta": build the model without reading weights.
         quantization: Load the weights in 8 or 4 bits. None: load them unquantized; a checkpoint
             that is already quantized is loaded unchanged.
         precision: "bf16-weights" rounds weights to bfloat16 and keeps adapters in float32. For
@@ -221,6 +222,9 @@ def load_model(
             adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
+    if torch.device(device).type == "meta":
+        empty = with_softcap(without_dropout(_without_weights(folder, precision))).eval()
+        return _frozen(empty, precision) if frozen else empty
     special = loading_arguments(folder, device, quantization, precision)
     model = with_softcap(without_dropout(_load_weights(folder, precision, special))).eval()
     if special:
@@ -264,6 +268,16 @@ def _prepared(model: nn.Module, precision: Precision) -> nn.Module:
     return model
 
 
+def _without_weights(folder: Path, precision: Precision) -> nn.Module:
+    """Build the model of a folder with undefined weights, for a caller that fills them."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with quietly():
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=weights_dtype(precision), trust_remote_code=False
+        )
+    return model
+
+
 def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
     """Load a model and check that no weight is missing; `special` is passed to transformers."""
     try:
@@ -304,7 +318,8 @@ def with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> n
         model: nn.Module = PeftModel.from_pretrained(base, folder, local_files_only=True)
     model = without_dropout(model).eval()
     # peft has put the adapter on the device of the quantized weights, which cannot be moved.
-    return model if getattr(base, "is_quantized", False) else model.to(device)
+    stays = getattr(base, "is_quantized", False) or torch.device(device).type == "meta"
+    return model if stays else model.to(device)
 
 
 def merged(model: nn.Module) -> nn.Module:

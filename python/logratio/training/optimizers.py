@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import all_reduce
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from logratio.extras import require
@@ -151,13 +154,15 @@ class MasterAdamW(torch.optim.Optimizer):
     ) -> None:
         states = [self._state(parameter) for parameter in parameters]
         masters = [state.get("master", p) for state, p in zip(states, parameters, strict=True)]
+        # The step is the same for every value, so a sharded weight is updated shard by shard.
+        masters, gradients = [*map(local, masters)], [*map(local, gradients)]
         if self.factor is not None:
             torch._foreach_mul_(gradients, self.factor.to(gradients[0].device))
         adamw(
             masters,
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=masters[0].device.type in FUSED,
@@ -169,20 +174,36 @@ class MasterAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        pairs = zip(parameters, masters, strict=True)
-        _round_into([pair for pair in pairs if pair[0] is not pair[1]])
+        pairs = zip(map(local, parameters), masters, strict=True)
+        if "master" in states[0]:  # or in none: weights of a list have one dtype and device
+            _round_into([*pairs])
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a weight, created if it has none; sharded like the weight."""
         state: dict[str, Tensor] = self.state[parameter]
         home = self.state_device(parameter)
         if not state:
             if parameter.dtype != torch.float32 or parameter.device != home:
                 state["master"] = parameter.detach().to(home, torch.float32, copy=True)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=home)
+                state[name] = torch.zeros_like(parameter, dtype=torch.float32, device=home)
             on = home.type in FUSED
             state["step"] = torch.zeros((), dtype=torch.float32, device=home if on else "cpu")
         return state
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state that the first step of "adamw" would create, to be filled from a file."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(optimizer, MasterAdamW):
+            optimizer._state(parameter)
+        elif not optimizer.state[parameter]:
+            on = parameter.device if parameter.device.type in FUSED else "cpu"
+            optimizer.state[parameter].update(
+                step=torch.zeros((), dtype=torch.float32, device=on),
+                exp_avg=torch.zeros_like(parameter),
+                exp_avg_sq=torch.zeros_like(parameter),
+            )
 
 
 def _lists(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -263,6 +284,11 @@ def _round_into(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         parameter.copy_(host.copy_(master), non_blocking=True)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, in the same memory; others unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def widen_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Convert gradients to float32 before another micro-batch is accumulated into them.
 
@@ -284,11 +310,14 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     bfloat16 gradients are not rounded again.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    lists = _by_device_and_dtype(p.grad for p in parameters if p.grad is not None)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    lists = _by_device_and_dtype(map(local, gradients))
     norms: list[Tensor] = []
     for each in lists:
-        norms += torch._foreach_norm(each, 2, torch.float32)
+        norms += torch._foreach_norm(each, 2, torch.promote_types(each[0].dtype, torch.float32))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if isinstance(gradients[0], DTensor):
+        norm = _over_shards(norm, gradients[0].device_mesh)
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
     if scale.device.type == "cpu" and float(scale) == 1.0:
         return norm
@@ -298,6 +327,13 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> Tensor:
     for each in lists:
         torch._foreach_mul_(each, scale)
     return norm
+
+
+def _over_shards(norm: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the norm of whole gradients from those of this process's shards."""
+    squares = norm.square()
+    all_reduce(squares, group=mesh.get_group("shard"))
+    return squares.sqrt()
 
 
 def _by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -6,10 +6,11 @@ which is trained, and as `REFERENCE`, which stays as it was. So its reference ne
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from logratio.training.bfloat16 import with_bfloat16_adapters
 from logratio.training.config import TrainConfig
@@ -35,7 +36,7 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
 
     Args:
         config: Settings of the run.
-        device: Device for the weights.
+        device: Device for the weights; "meta": without weights, for a caller that fills them.
 
     Returns:
         The policy in eval mode, except for the dropout of its adapters if `config.lora` has one.
@@ -55,7 +56,9 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
     if config.lora is None:
         return model
     is_wrapped = hasattr(model, "peft_config")  # a peft model in memory
-    adapted = model if is_wrapped else with_lora(model, config.lora, Path(config.model))
+    # Initialisations such as PiSSA decompose the weights, which are not there yet.
+    lora = config.lora if device != "meta" else replace(config.lora, init="default")
+    adapted = model if is_wrapped else with_lora(model, lora, Path(config.model))
     policy = _in_precision(adapted, config)
     if config.lora.dropout:
         use_dropout(policy)
@@ -119,7 +122,14 @@ def as_reference(policy: Any) -> Iterator[None]:
         policy.set_adapter(TRAINED)
 
 
-def save_weights(policy: Any, folder: Path) -> None:
-    """Write the policy's model, or its trained adapter alone, to `folder` (safetensors)."""
+def save_weights(policy: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the policy's model, or its trained adapter alone, to `folder` (safetensors).
+
+    Args:
+        policy: The policy.
+        folder: The folder.
+        weights: Whole weights by name, in place of those of a policy that is sharded.
+    """
     selected = {"selected_adapters": [TRAINED]} if hasattr(policy, "get_base_model") else {}
-    policy.save_pretrained(folder, **selected)
+    gathered = {} if weights is None else {"state_dict": weights}
+    policy.save_pretrained(folder, **selected, **gathered)

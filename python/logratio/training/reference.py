@@ -1,7 +1,7 @@
 """Sources of the reference's log-probs: a frozen model, the policy's base, or a cache."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -360,20 +360,34 @@ def check_possible(logps: np.ndarray, store: Store, layout: Layout) -> None:
     )
 
 
-def build_reference(config: TrainConfig, policy: nn.Module) -> Reference | None:
-    """Create the reference of a run without a cache; None if the loss needs none."""
-    kind, source = reference_kind(config), config.reference or config.model
+def build_reference(
+    config: TrainConfig,
+    policy: nn.Module,
+    load: Callable[[Callable[[str], nn.Module]], nn.Module] | None = None,
+) -> Reference | None:
+    """Create the reference of a run without a cache; None if the loss needs none.
+
+    Args:
+        config: Settings of the run.
+        policy: The policy, on its device.
+        load: Returns the model that a function builds on a device, for example in shards; None: on
+            the policy's device.
+    """
+    kind = reference_kind(config)
     if kind == "adapter":
         return AdapterReference(policy)
     if kind == "frozen":
-        device = next(policy.parameters()).device
-        return FrozenReference(
-            load_model(
-                source,
-                device=device,
-                quantization=config.quantization,
-                precision=precision_of(config),
-                frozen=True,
-            )
-        )
+        device = str(next(policy.parameters()).device)
+        return FrozenReference((load or (lambda build: build(device)))(reference_builder(config)))
     return None
+
+
+def reference_builder(config: TrainConfig) -> Callable[[str], nn.Module]:
+    """Return a function that loads the reference of a run onto a device."""
+    return lambda device: load_model(
+        config.reference or config.model,
+        device=device,
+        quantization=config.quantization,
+        precision=precision_of(config),
+        frozen=True,
+    )

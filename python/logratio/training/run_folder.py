@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from logratio import __version__
 from logratio._rust import Store
@@ -273,7 +273,12 @@ class RunEnd:
 
 
 def save_run(
-    policy: nn.Module, config: TrainConfig, dataset: Dataset, ran: dict[str, Any], end: RunEnd
+    policy: nn.Module,
+    config: TrainConfig,
+    dataset: Dataset,
+    ran: dict[str, Any],
+    end: RunEnd,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the model or adapter, its tokenizer and the settings to the output folder.
 
@@ -286,6 +291,7 @@ def save_run(
         dataset: Data of the run.
         ran: Identity of the run.
         end: How the run ended.
+        weights: Whole weights by name, if those of `policy` are sharded.
 
     Raises:
         OSError: The files could not be written; nothing was changed.
@@ -295,7 +301,7 @@ def save_run(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quietly(), system_errors(output):
-            save_weights(policy, partial)
+            save_weights(policy, partial, weights)
         _name_base(partial, Path(config.model))
         for name in (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json"):
             if (source := Path(config.model) / name).exists():

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +124,11 @@ class Count:
                 self.tokens += int(prompts.sum()) + targets
         return micro
 
+    def over_all(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the counts by their sums over all processes, which `total` computes."""
+        counts = torch.tensor([self.groups, self.tokens, self.rows, self.targets])
+        self.groups, self.tokens, self.rows, self.targets = total(counts).tolist()
+
 
 class Speedometer:
     """Measures the updates of a run.
@@ -132,10 +137,17 @@ class Speedometer:
         work: FLOPs of the policy.
         peak: FLOPs per second that MFU is relative to.
         device: The device of the run, whose memory is reported.
+        total: Sums counts over all processes of the run.
     """
 
-    def __init__(self, work: Work, peak: float, device: torch.device) -> None:
-        self._work, self._peak, self._device = work, peak, device
+    def __init__(
+        self,
+        work: Work,
+        peak: float,
+        device: torch.device,
+        total: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+    ) -> None:
+        self._work, self._peak, self._device, self._total = work, peak, device, total
         self._recent: deque[Count] = deque(maxlen=WINDOW)
         self._count, self._start = Count(), 0.0
         self._memory, self._looked = 0, -math.inf
@@ -150,6 +162,7 @@ class Speedometer:
         """End an update, and return its figures by metric name."""
         now = time.perf_counter()
         self._count.seconds = now - self._start
+        self._count.over_all(self._total)
         self._recent.append(self._count)
         if now - self._looked > 1.0:  # on some machines the question takes a millisecond
             self._memory, self._looked = peak_memory(self._device), now

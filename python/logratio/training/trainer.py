@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
+from datetime import date
 from functools import cached_property
-from itertools import groupby, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from logratio.data.feed import Feed, FeedSettings, MicroBatch, micro_batches
+from logratio.data.feed import Feed, FeedSettings, micro_batches
 from logratio.data.readers.inputs import Inputs
 from logratio.data.store.load import datasets_of
 from logratio.errors import ConfigError
@@ -25,7 +25,7 @@ from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
 from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import transformer
-from logratio.progress import progress, say
+from logratio.progress import be_silent, progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
@@ -47,8 +47,15 @@ from logratio.training.models import (
     with_local_models,
 )
 from logratio.training.optimizers import state_bytes
+from logratio.training.parallel.agreement import refuse_differences, refuse_separate_outputs
+from logratio.training.parallel.lifeline import ending_together
+from logratio.training.parallel.placement import Placement
+from logratio.training.parallel.processes import join_processes
+from logratio.training.parallel.sharded_files import is_sharded, whole_weights
+from logratio.training.parallel.shares import updates_of
+from logratio.training.parallel.strategy import Whole
 from logratio.training.policy import build_policy
-from logratio.training.precomputation import Precompute, pass_of_run, refuse_multiple_processes
+from logratio.training.precomputation import Precompute, pass_of_run
 from logratio.training.reference import (
     CachedReference,
     CachedSums,
@@ -83,9 +90,9 @@ from logratio.training.torch_settings import (
     fixed_order,
 )
 from logratio.training.trainer_arguments import trainer_arguments
-from logratio.training.update import Updater
+from logratio.training.update import Load, Updater
 from logratio.training.validation import check_folders, check_settings, reference_kind
-from logratio.training.watching import Watch
+from logratio.training.watching import Unwatched, Watch
 from logratio.validation import check_kind
 
 REFUSED_FILE = "refused.jsonl"
@@ -173,34 +180,49 @@ class DPOTrainer:
     ) -> None:
         given = {"model": model, "data": data, "reference": reference} | settings
         config, self._models = trainer_arguments(given, tokenizer, peft_config, config)
-        refuse_multiple_processes("train")
-        ask_for_expandable_segments(config.device)
-        check_settings(config)
-        check_metric(config)
-        config = with_local_models(config)
-        check_folders(config)
-        config = run_folder.with_date(config)
+        self.processes = join_processes()
+        if not self.processes.is_first:
+            be_silent()
+            show_progress = False
         self.show_progress, self.dry_run = show_progress, dry_run
         self.callbacks = check_callbacks(callbacks)
-        self.device = default_device(config.device)
-        with ExitStack() as unlocking:
-            if not dry_run:
+        with self._together(), ExitStack() as unlocking:
+            ask_for_expandable_segments(config.device)
+            check_settings(config)
+            check_metric(config)
+            config = with_local_models(config)
+            check_folders(config)
+            config = run_folder.with_date(config)
+            self.device = default_device(config.device)
+            if not dry_run and self.processes.is_first:
                 self._lock = OutputLock(Path(config.output))
                 unlocking.callback(self._lock.release)
+            self.processes.enter("while reading the data")
             self._prepare(config)
             if not self.finished:
                 unlocking.pop_all()
 
+    def _together(self) -> AbstractContextManager[None]:
+        """Return a context that ends all processes of the run if this one fails in it."""
+        return ending_together(self.processes.lifeline, self.processes.rank)
+
     def _prepare(self, config: TrainConfig) -> None:
         """Read the data, and look for a finished run and a filled cache."""
-        finished = finished_run(config)
+        finished = self.processes.from_first(lambda: finished_run(config))
         if finished:
             refuse_different_run(config, finished, identity(config))
+        output = None if self.dry_run or finished else Path(config.output)
+        # Clocks of several hosts may be on two sides of midnight.
+        today = (
+            self.processes.from_first(date.today().isoformat) if self.processes.hosts > 1 else None
+        )
         self.dataset = load_training_data(
             config,
-            refused=None if self.dry_run or finished else Path(config.output) / REFUSED_FILE,
+            refused=output / REFUSED_FILE if output and self.processes.is_first else None,
             show_progress=self.show_progress,
-            recorded_date=lambda: _date_of_cache(config),
+            recorded_date=lambda: _date_of_cache(config) or today,
+            folder=output,
+            processes=self.processes,
         )
         self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
         self.held_out = self._divide(writes=not (self.dry_run or finished))
@@ -217,7 +239,11 @@ class DPOTrainer:
     def _divide(self, *, writes: bool) -> HeldOut | None:
         """Set the groups to train on; return the evaluation of the held-out ones, if any."""
         self._data = divide(
-            self.config, self.dataset, writes=writes, show_progress=self.show_progress
+            self.config,
+            self.dataset,
+            writes=writes,
+            show_progress=self.show_progress,
+            processes=self.processes,
         )
         self.store = self._data.train
         if self._data.held_out is None:
@@ -293,44 +319,70 @@ class DPOTrainer:
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
-        with self._lock.training(), exact_products(), fixed:
+        lock = self._lock.training() if self.processes.is_first else nullcontext()
+        with self._together(), lock, exact_products(), fixed:
             return self._train()
 
     def _train(self) -> TrainResult:
-        output = Path(self.config.output)
-        check_writable(output, self.forecast.disk_bytes)
-        if self.config.overwrite:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
-        if slow := torch_settings.advice(self.device):
-            say(slow)
+        self._meet()
         for before in self._passes:
             before.run()
+        self.processes.wait()
         if self._passes:
             self._open_cache()
+        self.processes.enter("while the model was loaded")
+        placement = Placement(self.config, self.processes, self.device)
         torch.manual_seed(self.config.seed)
-        policy = build_policy(self.config, str(self.device))
-        reference = self.cached or build_reference(self.config, policy)
+        policy = placement.load(lambda device: build_policy(self.config, device))
+        reference = self.cached or build_reference(self.config, policy, placement.load)
+        strategy = placement.strategy(policy)
         with autocast(precision_of(self.config), self.device), side_effect_free(policy):
             layout = self._choose_layout(policy, reference)
-        self.begin(policy, reference, layout)
+        self.begin(policy, reference, layout, strategy, placement.load)
         with _attention(policy, layout), layer_options(policy, self._kept()):
             result = self._run_updates()
+        self.processes.enter("while the model was saved")
         with interrupts():  # a signal must not prevent saving the trained model
             self._save_model(result)
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
         self._call("on_end", result)
         self._drawing.finish()
         return result
 
-    def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
+    def _meet(self) -> None:
+        """Check what can stop the run before expensive work; create the group of processes."""
+        output = Path(self.config.output)
+        if self.processes.is_first:
+            check_writable(output, self.forecast.disk_bytes)
+            if self.config.overwrite:
+                shutil.rmtree(self._checkpoints, ignore_errors=True)
+        if slow := torch_settings.advice(self.device):
+            say(slow)
+        refuse_separate_outputs(self.processes, output)
+        self.processes.start_group(self.device)
+        refuse_differences(self.processes, self._identity(), self.store)
+
+    def begin(
+        self,
+        policy: nn.Module,
+        reference: Reference | None,
+        layout: str,
+        strategy: Whole | None = None,
+        load: Load | None = None,
+    ) -> None:
         """Prepare the updates of `policy`; `train` calls this before the first one.
 
         Args:
             policy: The model to train: all its parameters that require gradients.
             reference: The reference model of the log-ratios; None if the loss has none.
             layout: Batch layout: "shared", "tree" or "padded".
+            strategy: How passes of the policy run; None: in this process alone.
+            load: Returns the model that a function builds on a device, whole or in shards; None:
+                whole.
         """
-        self.updater = Updater(self.config, self.store, policy, reference, layout)
+        config, store = self.config, self.store
+        self.updater = Updater(
+            config, store, policy, reference, layout, strategy, self.processes, load
+        )
         self.identity = self._identity()
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)
@@ -341,7 +393,8 @@ class DPOTrainer:
         """Return the best layout that all models in memory support; print a note if slower."""
         models = [policy, *([reference.model] if isinstance(reference, FrozenReference) else [])]
         wanted = self.config.share_beginnings
-        layout, reason = choose_layout(*models, share_beginnings=wanted)
+        found = choose_layout(*models, share_beginnings=wanted)
+        layout, reason = self.processes.from_first(lambda: found)
         if note := layout_note(layout, reason, share_beginnings=wanted):
             say(note)
         return layout
@@ -356,8 +409,9 @@ class DPOTrainer:
             )
         if choice.reason:
             say(choice.reason)
+        layers = self.processes.highest(choice.layers)
         wanted = self.config.compile_layers
-        kept = LayerOptions(choice.layers, self.config.offload_activations, compiled=wanted == "on")
+        kept = LayerOptions(layers, self.config.offload_activations, compiled=wanted == "on")
         return self._try_compiling(kept) if wanted == "auto" else kept
 
     def _try_compiling(self, kept: LayerOptions) -> LayerOptions:
@@ -373,7 +427,7 @@ class DPOTrainer:
             rounds = self._length.groups / sum(map(len, batches))
             verdict = try_compiling(updater.policy, kept, lambda: updater.rehearse(batches), rounds)
             say(f"--compile auto: {verdict.reason}")
-            compiled = verdict.compiled
+            compiled = self.processes.from_first(lambda: verdict.compiled)
         self.identity["compiled"] = compiled
         return replace(kept, compiled=compiled)
 
@@ -382,28 +436,31 @@ class DPOTrainer:
         config, in_all = self.config, self._length.groups
         start = self.state.step = self._resume() if config.resume else 0
         done = min(start * config.batch_size, in_all)
-        record_settings(config)
+        if self.processes.is_first:
+            record_settings(config)
         if self.updater.reference is not None:
             self._check_start(self.updater.reference, is_first=start == 0)
         history = []
         with (
-            Watch(self.state, self.dataset.report, self._drawing) as watch,
-            interrupts() as interrupted,
+            self._watch() as watch,
+            interrupts() as received,
             progress(config.loss, in_all, "pairs", show=self.show_progress, done=done) as advance,
         ):
+            interrupted = self._agreed(received)
             feed = self._feed(start)
             self._per_epoch = feed.updates_per_epoch
             self._call("on_start")
             self._stop_if_exhausted()  # if the run was killed between this and the end
             self._evaluate(watch, interrupted)  # if a signal interrupted the last evaluation
-            with closing(iter(feed)) as batches:
-                # With max_steps the data may go on after the last update.
-                wanted = islice(groupby(batches, _place), self.updates - start)
-                for step, (_, update) in enumerate(wanted, start + 1):
+            shares = updates_of(feed, self.processes, start, self.updates)
+            with closing(shares):
+                for step, (most, batches) in enumerate(shares, start + 1):
                     if self.state.stop_reason:
                         break
+                    self.processes.enter(f"during update {step:,}")
                     rate = learning_rate(config, step - 1, self.updates)
-                    values, groups = self.updater.update(step, rate, watch.counted(update))
+                    counted = watch.counted(batches)
+                    values, groups = self.updater.update(step, rate, counted, most)
                     self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
                     values["epoch"] = self.state.epoch
                     history.append(values)
@@ -413,7 +470,17 @@ class DPOTrainer:
                     self._maybe_save(step, interrupted())
         return self._result(history)
 
-    def _evaluate(self, watch: Watch, interrupted: Callable[[], int | None]) -> None:
+    def _watch(self) -> Unwatched:
+        """Return what records the run: only the first process does."""
+        if not self.processes.is_first:
+            return Unwatched(self.processes)
+        return Watch(self.state, self.dataset.report, self._drawing, self.processes)
+
+    def _agreed(self, received: Callable[[], int | None]) -> Callable[[], int | None]:
+        """Let a signal of any process count for all, at the next call that all make together."""
+        return lambda: self.processes.highest(received() or 0) or None
+
+    def _evaluate(self, watch: Unwatched, interrupted: Callable[[], int | None]) -> None:
         """Evaluate held-out groups if it is time, and keep the weights if they are the best.
 
         A signal ends the evaluation, which is repeated when the run is resumed.
@@ -426,7 +493,8 @@ class DPOTrainer:
         except EvaluationInterruptedError:
             return
         if self.selection.note(step, result.metrics):
-            checkpoint.save_best(self._checkpoints, self.updater.policy, step)
+            self.updater.strategy.settle()
+            checkpoint.save_best(self._checkpoints, self.updater.policy, step, self.processes)
         watch.evaluated(result)
         if self.show_progress:
             say(result.to_text())
@@ -458,16 +526,21 @@ class DPOTrainer:
             try:
                 getattr(callback, method)(self.state, *given)
             except Exception as error:
-                saved = method not in ("on_end", "on_checkpoint") and self.save(self.state.step)
+                can_save = self.processes.count == 1 and method not in ("on_end", "on_checkpoint")
+                saved = can_save and self.save(self.state.step)
                 where = f"; {saved} can be continued with --resume" if saved else ""
                 name = f"{type(callback).__name__}.{method}"
                 raise CallbackError(f"{name} raised {error!r}{where}") from error
+        if self.callbacks and method != "on_end":
+            reasons = self.processes.share(self.state.stop_reason)
+            self.state.stop_reason = next(filter(None, reasons), None)
 
     def _result(self, history: list[dict[str, float]]) -> TrainResult:
         """Restore the best weights, if the run keeps them, and describe the run."""
         step, best = self.state.step, self.selection.best_step
         if best not in (None, step):
-            checkpoint.load_best(self._checkpoints, self.updater.policy, best)
+            self.updater.strategy.settle()
+            checkpoint.load_best(self._checkpoints, self.updater.policy, best, self.processes)
         if reason := self.state.stop_reason:
             say(f"stopped after update {step:,} of {self.updates:,}: {reason}")
         return TrainResult(
@@ -485,6 +558,8 @@ class DPOTrainer:
             self.store,
             self._feed_settings,
             epochs=self._length.epochs,
+            rank=self.processes.rank,
+            world_size=self.processes.count,
             allocate=buffers_for(self.updater.device),
         )
         feed.start_after(start)
@@ -499,8 +574,17 @@ class DPOTrainer:
             seed=self.config.seed,
             weights=self.config.mix,
             datasets=datasets_of(self.store) if self.config.mix else None,
+            attention_cost=self._attention_cost,
             **shape_for(self.updater.layout, self.updater.device),
         )
+
+    @property
+    def _attention_cost(self) -> float:
+        """The cost of an attended pair of tokens in tokens, by which processes share an update."""
+        if self.processes.count == 1:
+            return 0.0
+        text = transformer(self.updater.policy).config.get_text_config()
+        return 1 / (6 * int(text.hidden_size))
 
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
         """Run the start-up checks of the reference, and print their note if they have one."""
@@ -535,12 +619,16 @@ class DPOTrainer:
         """
         at = checkpoint.Position(step, self.identity, self.selection.state())
         updater, keep = self.updater, self.config.keep_checkpoints
-        return checkpoint.save(self._checkpoints, updater.policy, updater.optimizer, at, keep)
+        updater.strategy.settle()
+        return checkpoint.save(
+            self._checkpoints, updater.policy, updater.optimizer, at, keep, self.processes
+        )
 
     def _resume(self) -> int:
-        folder = self._checkpoints
+        folder, updater = self._checkpoints, self.updater
+        updater.strategy.settle()
         at, refused = checkpoint.load_newest(
-            folder, self.updater.policy, self.updater.optimizer, self.identity
+            folder, updater.policy, updater.optimizer, self.identity, self.processes
         )
         for sentence in refused:
             say(f"skipped a damaged checkpoint: {sentence}")
@@ -559,7 +647,13 @@ class DPOTrainer:
         """Save the model; if that fails, save a checkpoint so that --resume can save it later."""
         try:
             end = RunEnd(result.steps, result.best_step, result.stop_reason)
-            save_run(self.updater.policy, self.config, self.dataset, self.identity, end)
+            self.updater.strategy.settle()
+            policy, is_first = self.updater.policy, self.processes.is_first
+            weights = whole_weights(policy, keep=is_first) if is_sharded(policy) else None
+            if is_first:
+                save_run(policy, self.config, self.dataset, self.identity, end, weights)
+                shutil.rmtree(self._checkpoints, ignore_errors=True)
+            self.processes.wait()
         except OSError as error:
             what = f"the model could not be saved ({error})"
             try:
@@ -582,7 +676,3 @@ def _date_of_cache(config: TrainConfig) -> str | None:
 
 def _attention(policy: nn.Module, layout: str) -> AbstractContextManager[None]:
     return nullcontext() if layout == "padded" else shared_prompts(transformer(policy))
-
-
-def _place(micro: MicroBatch) -> tuple[int, int]:
-    return micro.epoch, micro.update

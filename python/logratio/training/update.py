@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from logratio._rust import Store
 from logratio.data.feed import MicroBatch, lay_out
 from logratio.data.store.load import source_names
 from logratio.logps.batch import Batch, Part, shape_for, to_torch
-from logratio.logps.completion import completion_logps, completion_loss
+from logratio.logps.completion import completion_logps
 from logratio.logps.head_loss import unit_gradient
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
@@ -27,8 +28,13 @@ from logratio.training.optimizers import (
     make_optimizer,
     widen_gradients,
 )
+from logratio.training.parallel.processes import Processes
+from logratio.training.parallel.strategy import Whole
 from logratio.training.reference import Reference, side_effect_free
 from logratio.training.validation import beta_of
+
+Load = Callable[[Callable[[str], nn.Module]], nn.Module]
+"""Loads a model where a run has its models, from a function that builds it on a device."""
 
 
 class Scored(NamedTuple):
@@ -49,6 +55,9 @@ class Updater:
         policy: The model to train.
         reference: The reference model of the log-ratios; None if the loss has none.
         layout: Batch layout: "shared", "tree" or "padded".
+        strategy: How passes of the policy run; None: in this process alone.
+        processes: The processes of the run.
+        load: Returns the model that a function builds on a device, whole or in shards; None: whole.
 
     Attributes:
         parameters: The trained parameters.
@@ -64,60 +73,104 @@ class Updater:
         policy: nn.Module,
         reference: Reference | None,
         layout: str,
+        strategy: Whole | None = None,
+        processes: Processes | None = None,
+        load: Load | None = None,
     ) -> None:
         self.config, self.store = config, store
         self.policy, self.reference, self.layout = policy, reference, layout
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.strategy, self.processes = strategy or Whole(policy), processes or Processes()
+        self.parameters = self.strategy.parameters
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
+        self.load = load or (lambda build: build(str(self.device)))
         self.objective = make_objective(config, beta_of(config))
         if given := given_model(config.model):
             given.is_trained = True
         self._recent: deque[dict[str, float]] = deque(maxlen=5)
 
     def update(
-        self, step: int, rate: float, batches: Iterator[MicroBatch]
+        self, step: int, rate: float, batches: Iterator[MicroBatch], most: int = 0
     ) -> tuple[dict[str, float], int]:
         """Run one update.
 
         Args:
             step: Number of the update, from 1.
             rate: Learning rate.
-            batches: The micro-batches of the update.
+            batches: The micro-batches of the update that fall to this process.
+            most: The largest number of micro-batches of any process.
 
         Returns:
-            The metrics of the update, and its number of groups.
+            The metrics of the update, and its number of groups, over all processes.
 
         Raises:
             NonFiniteError: A loss or gradient is not finite; the weights were not changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self._seed(step)
+        self.strategy.settle()
         self.optimizer.zero_grad(set_to_none=True)
-        scored, groups = list[Scored](), []
-        for micro in batches:
-            groups.append(micro.layout.groups.copy())
-            if len(groups) > 1:
+        scored, groups, nothing = list[Scored](), list[np.ndarray](), list[Scored]()
+        for number, (micro, last) in enumerate(self._passes(batches, most)):
+            if number:
                 widen_gradients(self.parameters)
-            scored += self.accumulate(to_torch(micro.layout, self.device), micro.groups)
-            del micro  # releases its buffer before the next micro-batch is requested
+            if micro is None:
+                nothing = self._take_part(last=last)
+                continue
+            groups.append(micro.layout.groups.copy())
+            batch = to_torch(micro.layout, self.device)
+            scored += self.accumulate(batch, micro.update_groups, last=last)
+            del micro, batch  # releases its buffer before the next micro-batch is requested
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
-        columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
-        values = averages(columns, grad_norm=norm) | {"lr": rate}
+        columns = self.objective.columns(*map(torch.cat, zip(*(scored or nothing), strict=True)))
+        values, count = averages(columns, self.processes.total, grad_norm=norm)
+        values |= {"lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._describe_nonfinite(step, values, groups))
         self.optimizer.step()
         self._recent.append(values)
-        return values, sum(map(len, groups))
+        return values, count
 
-    def accumulate(self, batch: Batch, count: int) -> list[Scored]:
+    def _seed(self, step: int) -> None:
+        """Let every process but the first draw the adapters' dropout from numbers of its own."""
+        if self.processes.rank:
+            drawn = np.random.SeedSequence((self.config.seed, self.processes.rank, step))
+            torch.manual_seed(int(drawn.generate_state(1)[0]))
+
+    def _passes(
+        self, batches: Iterator[MicroBatch], most: int
+    ) -> Iterator[tuple[MicroBatch | None, bool]]:
+        """Yield each micro-batch, and None where the others need this process; and if it ends."""
+        done = 0
+        for micro in batches:
+            done += 1
+            yield micro, done == self.strategy.passes(micro.count, most)
+            del micro
+        passes = self.strategy.passes(done, most)
+        for number in range(done, passes):
+            yield None, number + 1 == passes
+
+    def _take_part(self, *, last: bool) -> list[Scored]:
+        """Compute a pass without groups: one that adds 0 to all gradients, and no metrics."""
+        scored = self.accumulate(self._smallest, math.inf, last=last)
+        return [Scored(*(column[:0] for column in part)) for part in scored[:1]]
+
+    @cached_property
+    def _smallest(self) -> Batch:
+        """The group with the fewest tokens, as a batch."""
+        return self._batch(np.array([self.store.shared_lengths().argmin()]))
+
+    def accumulate(self, batch: Batch, count: float, *, last: bool = True) -> list[Scored]:
         """Accumulate a micro-batch's gradient; return the inputs of its metrics, part by part.
 
         Args:
             batch: The micro-batch.
             count: Number of groups in the whole update, over which the loss is a mean.
+            last: Whether it is this process's last one of the update.
         """
         reference, scored = self._reference_sums(batch), list[Scored]()
+        count = count / self.strategy.factor
 
         def share(logps: Tensor, part: Part) -> Tensor:
             sums, lengths = part.targets.sums(logps), part.targets.lengths
@@ -126,9 +179,10 @@ class Updater:
             scored.append(Scored(losses.detach(), sums.detach(), references, lengths))
             return losses.sum() / count
 
-        with self.autocast():
-            loss = completion_loss(self.policy, batch, share)
-        loss.backward(unit_gradient(loss.device, loss.dtype))
+        with self.strategy.adding(last=last):
+            with self.autocast():
+                loss = self.strategy.loss(batch, share)
+            loss.backward(unit_gradient(loss.device, loss.dtype))
         return scored
 
     def rehearse(self, batches: Sequence[np.ndarray]) -> None:
@@ -163,22 +217,24 @@ class Updater:
         self, step: int, values: dict[str, float], batches: list[np.ndarray]
     ) -> str:
         """Describe the values and records that are not finite, and the likely cause."""
-        groups = np.concatenate(batches)
+        own = np.concatenate(batches) if batches else np.empty(0, np.int64)
         with torch.no_grad(), side_effect_free(self.policy):
-            sums = [self._policy_sum(self._batch(group[None])) for group in groups]
-        culprits = [
-            int(one) for one, value in zip(groups, sums, strict=True) if not math.isfinite(value)
-        ]
-        return not_finite(
-            step, values, self._recent, self._names(culprits, len(groups)), self.config.lr
-        )
-
-    def _names(self, culprits: list[int], groups: int) -> str:
-        if len(culprits) == groups > 1:
-            return f"records: all {groups} of the update"
-        names = ", ".join(source_names(self.store, culprits))
-        return f"records: {names}" if names else "no single record is to blame"
+            sums = [self._policy_sum(self._batch(group[None])) for group in own]
+            for _ in range(len(own), self.processes.highest(len(own))):
+                self._policy_sum(self._smallest)  # if the model is sharded, others need this pass
+        found = [int(one) for one, value in zip(own, sums, strict=True) if not math.isfinite(value)]
+        everyone = self.processes.share(source_names(self.store, found))
+        names = [name for theirs in everyone for name in theirs]
+        groups = sum(self.processes.share(len(own)))
+        return not_finite(step, values, self._recent, _named(names, groups), self.config.lr)
 
     def _policy_sum(self, batch: Batch) -> float:
         with self.autocast():
             return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
+
+
+def _named(culprits: list[str], groups: int) -> str:
+    """Describe the records that are to blame among the `groups` of an update."""
+    if len(culprits) == groups > 1:
+        return f"records: all {groups} of the update"
+    return f"records: {', '.join(culprits)}" if culprits else "no single record is to blame"

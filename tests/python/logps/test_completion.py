@@ -243,5 +243,5 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
         "simpo": math.log1p(math.exp(1 - beta * (chosen / 40_000 - rejected / 39_001))),
     }[loss]
     assert float(losses[0]) == pytest.approx(expected, rel=1e-9)
-    assert averages(columns)["logps/chosen"] == pytest.approx(chosen, rel=1e-14)
+    assert averages(columns)[0]["logps/chosen"] == pytest.approx(chosen, rel=1e-14)
     assert {column.dtype for column in columns.values()} == {torch.float64}

@@ -1,0 +1,219 @@
+"""The processes of a run, and what they tell each other.
+
+Numbers that every update needs travel through torch's process group. Everything else (settings,
+places of files, reasons to stop) is JSON in torch's key-value store, which exists before the group
+and so has no timeout of its own while one process of a host tokenizes data for hours.
+"""
+
+import atexit
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from logratio.errors import ConfigError
+from logratio.training.parallel.lifeline import Lifeline
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)
+"""Longest wait for another process; `Lifeline` ends the wait if that process has died."""
+
+
+class Processes:
+    """This process and the others of the run; by default, this one alone.
+
+    All processes must call the same methods in the same order.
+
+    Attributes:
+        rank: Index of this process, from 0.
+        count: Number of processes.
+        local_rank: Index of this process on its host.
+        host: Index of its host.
+        hosts: Number of hosts.
+    """
+
+    def __init__(
+        self, rank: int = 0, count: int = 1, local_rank: int = 0, host: int = 0, hosts: int = 1
+    ) -> None:
+        self.rank, self.count, self.local_rank = rank, count, local_rank
+        self.host, self.hosts = host, hosts
+        self.lifeline: Lifeline | None = None
+        self._store: Any = None
+        self._asked = 0
+
+    def __repr__(self) -> str:
+        return f"Processes(rank {self.rank} of {self.count}, host {self.host} of {self.hosts})"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files of the run and prints."""
+        return self.rank == 0
+
+    @property
+    def leads_host(self) -> bool:
+        """Whether this process works for the others of its host."""
+        return self.local_rank == 0
+
+    @property
+    def per_host(self) -> int:
+        """Number of processes of a host."""
+        return self.count // self.hosts
+
+    def connect(self, store: Any) -> None:
+        """Use torch's key-value `store`, and begin to watch the other processes."""
+        store.set_timeout(PATIENCE)
+        self._store = PrefixStore("logratio", store)
+        self.lifeline = Lifeline(self.rank, self.count, PrefixStore("alive", store.clone()))
+        self.lifeline.start()
+
+    def enter(self, phase: str) -> None:
+        """Name what this process does now, for the message if it dies."""
+        if self.lifeline:
+            self.lifeline.phase = phase
+
+    def start_group(self, device: torch.device, timeout: timedelta | None = None) -> None:
+        """Create torch's process group, unless it exists. GPUs use NCCL, the rest gloo."""
+        if self.count == 1 or dist.is_initialized():
+            return
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", self._store),
+            rank=self.rank,
+            world_size=self.count,
+            timeout=timeout,
+        )
+        atexit.register(_end_group)
+
+    def share(self, value: Any) -> list[Any]:
+        """Return the `value` of every process, in the order of their ranks. Values are JSON."""
+        if self.count == 1:
+            return [value]
+        self._asked += 1
+        key = f"{self._asked}"
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.count)]
+
+    def from_first(self, value: Callable[[], T]) -> T:
+        """Return `value()` of the first process, where alone it is called. It is JSON."""
+        if self.count == 1:
+            return value()
+        self._asked += 1
+        if self.is_first:
+            self._store.set(f"{self._asked}", json.dumps(value()))
+        found: T = json.loads(self._store.get(f"{self._asked}"))
+        return found
+
+    def from_leader(self, value: Callable[[], T]) -> T:
+        """Return `value()` of this host's leader, where alone it is called. It is JSON."""
+        if self.count == 1:
+            return value()
+        self._asked += 1
+        key = f"{self._asked}/host/{self.host}"
+        if self.leads_host:
+            self._store.set(key, json.dumps(value()))
+        found: T = json.loads(self._store.get(key))
+        return found
+
+    def wait(self) -> None:
+        """Wait until all processes have called this."""
+        self.share(None)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over all processes; the same bits in each."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def most(self, values: Tensor) -> Tensor:
+        """Return the largest of `values` over all processes, element by element."""
+        if self.count > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def highest(self, number: int) -> int:
+        """Return the highest `number` of any process."""
+        return int(self.most(torch.tensor(number))) if self.count > 1 else number
+
+
+def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:
+    """Describe the processes that torchrun started, from its environment variables.
+
+    Raises:
+        ConfigError: The variables contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
+        return Processes()
+    try:
+        rank, count = (int(environment[name]) for name in names[:2])
+        local = int(environment.get("LOCAL_RANK", rank))
+        per_host = int(environment.get("LOCAL_WORLD_SIZE", count))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers, as torchrun sets "
+            f"them ({error})"
+        ) from error
+    if not (0 <= rank < count and 0 <= local < per_host and count % per_host == 0):
+        found = ", ".join(f"{name} {environment.get(name)}" for name in names)
+        raise ConfigError(f"the environment variables contradict each other: {found}")
+    host = int(environment.get("GROUP_RANK", rank // per_host))
+    return Processes(rank, count, local, host, count // per_host)
+
+
+_joined: Processes | None = None
+
+
+def join_processes() -> Processes:
+    """Return the processes of this run, connected; the same object at every call.
+
+    Raises:
+        ConfigError: The environment variables are wrong, or the other processes are not reached.
+    """
+    global _joined
+    if _joined is None:
+        found = processes_of()
+        if found.count > 1:
+            found.connect(_own_store(found) if dist.is_initialized() else _rendezvous(found))
+        _joined = found
+    return _joined
+
+
+def _rendezvous(processes: Processes) -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        return next(iter(rendezvous("env://", processes.rank, processes.count)))[0]
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"the {processes.count} processes cannot reach each other at MASTER_ADDR "
+            f"{os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')}: {error}"
+        ) from error
+
+
+def _own_store(processes: Processes) -> Any:
+    """Create a store for processes whose group somebody else has created, for example Ray."""
+    place: list[Any] = [None]
+    store = None
+    if processes.is_first:
+        store = TCPStore(socket.gethostname(), 0, None, True, wait_for_workers=False)
+        place = [(store.host, store.port)]
+    dist.broadcast_object_list(place)
+    if store is None:
+        store = TCPStore(*place[0], None, False, wait_for_workers=False)
+    return store
+
+
+def _end_group() -> None:
+    with suppress(Exception):
+        dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""Tensors in shards, in safetensors files: torch.distributed.checkpoint with Hugging Face's format.
+
+Each process writes one file with its shards and their places in the whole tensors. Any number of
+processes can read them, and files of whole tensors too. Unlike torch's own format, no file is a
+pickle.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model's parameters are divided among processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write sharded tensors to `folder`; all processes call this together.
+
+    Raises:
+        OSError: A process could not write; the message names its rank. The same in all processes.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:
+        raise OSError(_reasons(error)) from error
+
+
+def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill tensors from the files in `folder`, in shards or whole.
+
+    Processes with shards call this together; a process with whole tensors reads alone.
+
+    Raises:
+        OSError: A process could not read; the message names its rank.
+    """
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        load(dict(tensors), storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        raise OSError(_reasons(error)) from error
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
+
+
+def whole_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Gather the whole weights of a sharded policy on the host, one at a time.
+
+    All processes call this together; those that do not `keep` the weights get an empty dict.
+    Frozen weights of a policy with adapters stay away: only the adapters are saved.
+    """
+    gathered, kept = dict[int, Tensor](), dict[str, Tensor]()
+    has_adapters = hasattr(policy, "peft_config")
+    named: Any = policy.state_dict(keep_vars=True).items()
+    for name, tensor in named:
+        if has_adapters and not tensor.requires_grad:
+            continue
+        if id(tensor) not in gathered:  # tied weights are one tensor
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered[id(tensor)] = whole.detach().cpu() if keep else tensor
+        if keep:
+            kept[name] = gathered[id(tensor)]
+    return kept

@@ -1,0 +1,133 @@
+"""How a policy's passes run: in one process, replicated (DDP), or sharded (FSDP2).
+
+Each process computes the gradient of its own micro-batches. The loss of each is divided by the
+number of groups of the whole update, so an update's gradient is the sum over all processes, and
+depends neither on their number nor on how groups are divided among them.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from logratio.logps.batch import Batch
+from logratio.logps.completion import completion_loss, transformer
+from logratio.logps.head_loss import LossOf
+
+
+class Whole:
+    """The whole model in one process.
+
+    Attributes:
+        factor: Factor of the loss of each micro-batch.
+        parameters: The trained parameters.
+    """
+
+    factor = 1
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.policy = policy
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+
+    def loss(self, batch: Batch, loss_of: LossOf) -> Tensor:
+        """Return `completion_loss` of the policy."""
+        return completion_loss(self.policy, batch, loss_of)
+
+    def passes(self, own: int, _most: int) -> int:
+        """Return how many micro-batches to compute in an update, with or without groups.
+
+        Args:
+            own: Number of micro-batches of this process.
+            most: The largest number of any process.
+        """
+        return own
+
+    def adding(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of a forward and backward pass; gradients meet after the last one."""
+        return nullcontext()
+
+    def settle(self) -> None:
+        """Drop weights that passes without gradients have gathered, before they are outdated."""
+
+
+class Replicated(Whole):
+    """The whole model in every process (DistributedDataParallel).
+
+    Args:
+        policy: The policy, equal in all processes.
+        processes: Number of processes.
+        some_unused: Whether a trained weight may get no gradient in an update.
+    """
+
+    def __init__(self, policy: nn.Module, processes: int, *, some_unused: bool) -> None:
+        super().__init__(policy)
+        self.factor = processes  # the engine averages, and an update's gradient is a sum
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the buffers' new name is not in 2.11
+            self._engine = DistributedDataParallel(
+                _Passes(policy),
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=some_unused,
+            )
+
+    def loss(self, batch: Batch, loss_of: LossOf) -> Tensor:
+        """Return `completion_loss`, computed where the engine sees it."""
+        loss: Tensor = self._engine(completion_loss, batch, loss_of)
+        return loss
+
+    def passes(self, own: int, _most: int) -> int:
+        """Return `own`, or 1 without groups: the engine waits for every process."""
+        return max(own, 1)
+
+    def adding(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Sum the gradients over all processes during the last backward pass."""
+        held: AbstractContextManager[Any] = nullcontext() if last else self._engine.no_sync()
+        return held
+
+
+class _Passes(nn.Module):
+    """The only door to a model under DDP, which acts on calls of a module's forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, job: Callable[..., Tensor], *given: Any) -> Tensor:
+        return job(self.model, *given)
+
+
+class Sharded(Whole):
+    """A shard of every weight in each process (FSDP2): see `sharding.shard`.
+
+    Every pass gathers weights from all processes, so all compute the same number of micro-batches.
+
+    Args:
+        policy: The sharded policy.
+        whole_gradients: Keep whole gradients until the last micro-batch of an update, which saves
+            communication. False: keep only this process's shard, which saves memory.
+    """
+
+    def __init__(self, policy: nn.Module, *, whole_gradients: bool) -> None:
+        super().__init__(policy)
+        self._root: Any = transformer(policy)
+        self._whole_gradients = whole_gradients
+
+    def passes(self, _own: int, most: int) -> int:
+        """Return `most`."""
+        return most
+
+    def adding(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Sum the gradients over all processes, if this is the time."""
+        self._root.set_requires_gradient_sync(last or not self._whole_gradients)
+        return nullcontext()
+
+    def settle(self) -> None:
+        """Keep only this process's shard of every weight."""
+        for part in self._root.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
