@@ -3,12 +3,13 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from rank_server import RankServer
 from tiny_models import WORDS, save_tiny_model
 
 # Two threads on a crowded machine made small models 200 times slower; children inherit it.
@@ -45,6 +46,13 @@ def shared() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama and a word-level tokenizer; never changed by a test."""
     return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
+    """Runs functions in several ranks, which train together."""
+    with RankServer(tmp_path_factory.mktemp("ranks")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -170,7 +170,6 @@ class Updater:
             last: Whether it is this process's last one of the update.
         """
         reference, scored = self._reference_sums(batch), list[Scored]()
-        count = count / self.strategy.factor
 
         def share(logps: Tensor, part: Part) -> Tensor:
             sums, lengths = part.targets.sums(logps), part.targets.lengths

@@ -79,7 +79,7 @@ class Placement:
             fits = trained <= SMALL_SHARE * memory.free_on(self.device)
             return Sharded(policy, whole_gradients=bool(self.processes.highest(not fits) == 0))
         if self.mode == "ddp":
-            return Replicated(policy, self.processes.count, some_unused=_has_experts(policy))
+            return Replicated(policy, some_unused=_has_experts(policy))
         return Whole(policy)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -23,11 +25,8 @@ class Whole:
     """The whole model in one process.
 
     Attributes:
-        factor: Factor of the loss of each micro-batch.
         parameters: The trained parameters.
     """
-
-    factor = 1
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -59,13 +58,11 @@ class Replicated(Whole):
 
     Args:
         policy: The policy, equal in all processes.
-        processes: Number of processes.
         some_unused: Whether a trained weight may get no gradient in an update.
     """
 
-    def __init__(self, policy: nn.Module, processes: int, *, some_unused: bool) -> None:
+    def __init__(self, policy: nn.Module, *, some_unused: bool) -> None:
         super().__init__(policy)
-        self.factor = processes  # the engine averages, and an update's gradient is a sum
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the buffers' new name is not in 2.11
             self._engine = DistributedDataParallel(
@@ -74,6 +71,8 @@ class Replicated(Whole):
                 gradient_as_bucket_view=True,
                 find_unused_parameters=some_unused,
             )
+        # Its own hook averages, with a factor rounded to float32.
+        self._engine.register_comm_hook(None, _sum_gradients)
 
     def loss(self, batch: Batch, loss_of: LossOf) -> Tensor:
         """Return `completion_loss`, computed where the engine sees it."""
@@ -88,6 +87,13 @@ class Replicated(Whole):
         """Sum the gradients over all processes during the last backward pass."""
         held: AbstractContextManager[Any] = nullcontext() if last else self._engine.no_sync()
         return held
+
+
+def _sum_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients over all processes, while the backward pass goes on."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 class _Passes(nn.Module):

@@ -1,0 +1,114 @@
+"""One process, two and three train the same weights, replicated and sharded, in float64."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_pairs
+from rank_server import RankServer
+from safetensors.torch import load_file
+from tiny_models import WORDS, tiny, word_tokenizer
+from transformers import LlamaConfig
+
+TRAIN = "rank_workers:train_in_float64"
+EXACT = 1e-12
+TIED = "tied"
+"""The name of the case that needs another model."""
+
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "dpo": {},
+    "few groups": {"batch_size": 2, "token_budget": 20},
+    "lora": {"lora": {"rank": 4}, "lr": 1e-2},
+    "cached": {"cache": "cache", "precompute": True},
+    "simpo": {"loss": "simpo"},
+    "padded": {"activation_checkpointing": "all", "weight_decay": 0.1},
+    "evaluated": {"eval_share": 0.3, "eval_every": 2, "best_metric": "loss", "eval_samples": 3},
+    TIED: {},
+}
+WAYS = [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")]
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Train a case once for each way; return its folder."""
+    data = write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 14)
+    tied = save_tied(tmp_path_factory.mktemp("tied"))
+
+    @cache
+    def run(case: str, count: int, parallel: str, hosts: int = 1, whole: bool = True) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        settings = {
+            **{"model": str(tied if case == TIED else tiny_model), "data": str(data)},
+            **{"output": str(folder / "out"), "batch_size": 4, "epochs": 2, "lr": 1e-3},
+            **{"token_budget": 48, "report": False},
+            **({"parallel": parallel} if count > 1 else {}),
+            **CASES[case],
+        }
+        if "cache" in settings:
+            settings["cache"] = str(folder / "cache")
+        ranks(count, TRAIN, settings, whole, hosts=hosts).well()
+        return folder / "out"
+
+    return run
+
+
+def save_tied(folder: Path) -> Path:
+    """Write a model whose head is its embedding."""
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 24, "intermediate_size": 40}
+    config = LlamaConfig(
+        **sizes,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    tiny(config, scale=2.0).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("count", "parallel"), WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_metrics_equal_those_of_one_process(
+    trained: Train, case: str, count: int, parallel: str
+) -> None:
+    agrees(trained(case, 1, ""), trained(case, count, parallel))
+
+
+@pytest.mark.parametrize("case", ["dpo", "lora"])
+def test_hybrid_shards_on_two_hosts_give_the_same_weights(trained: Train, case: str) -> None:
+    agrees(trained(case, 1, ""), trained(case, 4, "hsdp", 2))
+
+
+@pytest.mark.parametrize("case", ["few groups", TIED])
+def test_gradients_may_be_summed_after_each_micro_batch(trained: Train, case: str) -> None:
+    agrees(trained(case, 1, ""), trained(case, 2, "fsdp", 1, False))
+
+
+def agrees(alone: Path, several: Path) -> None:
+    """Check that two runs have the same weights, metrics and evaluations."""
+    assert gap(alone, several) < EXACT
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        for one, other in zip(numbers(alone / name), numbers(several / name), strict=True):
+            assert other == pytest.approx(one, rel=1e-9, abs=1e-9)
+
+
+def gap(one: Path, other: Path) -> float:
+    """Return the largest difference of two runs' weights."""
+    left, right = (load_file(next(path.glob("*model.safetensors"))) for path in (one, other))
+    assert left.keys() == right.keys()
+    assert all(value.dtype == torch.float64 for value in left.values())
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def numbers(file: Path) -> list[dict[str, float]]:
+    """Read the numbers of a file of metrics."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in rows]

@@ -1,0 +1,54 @@
+"""What the ranks of a test do: see `forked_ranks`."""
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from logratio import Callback, DPOTrainer, LoraSettings
+from logratio.logps import checks
+from logratio.training import models, trainer, update
+from logratio.training.optimizers import AdamSettings
+from logratio.training.parallel import placement
+
+
+def train_in_float64(settings: Mapping[str, Any], whole_gradients: bool = True) -> None:
+    """Train with weights, gradients and optimizer state in float64."""
+    models.weights_dtype = lambda _: torch.float64  # type: ignore[assignment]
+    build = trainer.build_policy
+    trainer.build_policy = lambda *given: build(*given).double()  # adapters too
+    for limits in (checks.TOLERANCE, checks.SAME_CALLS):
+        limits[torch.float64] = 1e-9
+    update.make_optimizer = _plain_adamw  # type: ignore[assignment]
+    placement.SMALL_SHARE = 1.0 if whole_gradients else 0.0
+    train(settings)
+
+
+def _plain_adamw(
+    _name: str, parameters: Sequence[nn.Parameter], settings: AdamSettings
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(settings.groups(parameters))
+
+
+def train(settings: Mapping[str, Any], kill_after: int | None = None) -> None:
+    """Train; optionally end with SIGTERM after an update."""
+    given = dict(settings)
+    if "lora" in given:
+        given["lora"] = LoraSettings(**given["lora"])
+    callbacks = [] if kill_after is None else [SignalAfter(kill_after)]
+    DPOTrainer(**given, callbacks=callbacks).train()
+
+
+class SignalAfter(Callback):
+    """Sends SIGTERM to its process after an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_update(self, state: Any, _metrics: Mapping[str, float]) -> None:
+        """Send the signal if it is time."""
+        if state.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
