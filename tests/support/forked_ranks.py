@@ -11,6 +11,7 @@ environment variables that torchrun would set, and rank 0 keeps the common store
 import atexit
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -31,8 +32,12 @@ def run(
     folder: str,
     hosts: int = 1,
     signals: Sequence[Sequence[Any]] = (),
+    killed: Sequence[int] = (),
 ) -> list[int]:
-    """Run the function in `ranks` children; return their exit codes."""
+    """Run the function in `ranks` children; return their exit codes.
+
+    The ranks `killed` get a SIGKILL once all others have ended, as a launcher sends it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,7 +47,14 @@ def run(
             _become(rank, ranks, hosts, port, folder)
             _call(call, given, [one for at, *one in signals if at == rank])
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [_ended(child) for rank, child in enumerate(children) if rank not in killed]
+    for rank in killed:
+        os.kill(children[rank], signal.SIGKILL)
+    return codes + [_ended(children[rank]) for rank in killed]
+
+
+def _ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _become(rank: int, ranks: int, hosts: int, port: int, folder: str) -> None:

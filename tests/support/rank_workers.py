@@ -1,6 +1,7 @@
 """What the ranks of a test do: see `forked_ranks`."""
 
 import os
+import resource
 import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from logratio import Callback, DPOTrainer, LoraSettings
 from logratio.logps import checks
 from logratio.training import models, trainer, update
 from logratio.training.optimizers import AdamSettings
-from logratio.training.parallel import placement
+from logratio.training.parallel import lifeline, placement
 
 
 def train_in_float64(settings: Mapping[str, Any], whole_gradients: bool = True) -> None:
@@ -52,3 +53,22 @@ class SignalAfter(Callback):
         """Send the signal if it is time."""
         if state.step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_differently(settings: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> None:
+    """Train with settings of which each rank has some of its own."""
+    train(dict(settings) | dict(own[int(os.environ["RANK"])]))
+
+
+def train_with_small_files(settings: Mapping[str, Any], rank: int, most: int) -> None:
+    """Train; the files that one rank writes cannot grow beyond `most` bytes, as on a full disk."""
+    if int(os.environ["RANK"]) == rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    train(settings)
+
+
+def train_impatiently(settings: Mapping[str, Any]) -> None:
+    """Train; a silent rank counts as dead after two seconds."""
+    lifeline.STALE, lifeline.GRACE = 2.0, 1.0
+    train(settings)

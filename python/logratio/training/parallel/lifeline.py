@@ -6,6 +6,7 @@ others, and the second one the first. Once a failure is known, every process has
 end by itself (torch's collectives usually fail at once), then its thread ends it.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -20,10 +21,12 @@ from logratio.progress import say
 
 BEAT = 0.5
 """Seconds between two numbers."""
-STALE = 15.0
+STALE = 12.0
 """Seconds without a new number after which a process counts as dead."""
-GRACE = 10.0
+GRACE = 5.0
 """Seconds that a process has to end after a failure of any process."""
+ENDED = -1
+"""The number of a process that has ended as it should."""
 BLAME = 4.0
 """Seconds in which a process whose collective failed looks for the one that caused it."""
 
@@ -54,9 +57,11 @@ class Lifeline(Thread):
     def __init__(self, rank: int, count: int, store: Any) -> None:
         super().__init__(name="logratio-lifeline", daemon=True)
         self._rank, self._count, self._store = rank, count, store
-        self._numbers: dict[int, tuple[int, float]] = {}
+        self._numbers: dict[int, tuple[int | None, float]] = {}
         self._ended = Event()
         self.phase = "at the start"
+        self._beat(0)
+        atexit.register(self.end)
 
     def run(self) -> None:
         """Count, watch, and end the process after a failure; called by `start`."""
@@ -85,12 +90,13 @@ class Lifeline(Thread):
 
     def _look(self, rank: int, stale: float = STALE) -> str | None:
         """Describe a process that has not counted for `stale` seconds, and record its failure."""
-        state = json.loads(self._store.get(f"{rank}")) if self._store.check([f"{rank}"]) else {}
-        number, now = state.get("number", 0), time.monotonic()
-        before, since = self._numbers.get(rank, (-1, now))
-        if number != before:
-            self._numbers[rank] = number, now
-        elif state and number >= 0 and now - since > stale:
+        if not self._store.check([f"{rank}"]):
+            return None  # it has not begun yet; its launcher knows if it never does
+        state, now = json.loads(self._store.get(f"{rank}")), time.monotonic()
+        before, since = self._numbers.get(rank, (None, now))
+        if state["number"] != before:
+            self._numbers[rank] = state["number"], now
+        elif state["number"] != ENDED and now - since > stale:
             where = f"rank {rank} (host {state['host']}, process {state['process']})"
             return f"{where} died or stopped {state['phase']}"
         return None
@@ -128,11 +134,20 @@ class Lifeline(Thread):
             time.sleep(BEAT)
         return None
 
+    def follow(self) -> None:
+        """Wait until the first process has ended, so that its launcher does not cut its end off."""
+        end = time.monotonic() + GRACE
+        with suppress(Exception):
+            while self._rank and time.monotonic() < end:
+                if json.loads(self._store.get("0")).get("number") == ENDED:
+                    return
+                time.sleep(BEAT / 5)
+
     def end(self) -> None:
         """Stop counting; from now on a silence is no failure."""
         self._ended.set()
         with suppress(Exception):
-            self._store.set(f"{self._rank}", json.dumps({"number": -1}))
+            self._store.set(f"{self._rank}", json.dumps({"number": ENDED}))
 
     def _leave(self) -> None:
         """End this process, unless it ends by itself."""
@@ -160,6 +175,7 @@ def ending_together(lifeline: Lifeline | None, rank: int) -> Iterator[None]:
         if isinstance(error, LogratioError | OSError | TypeError) or not _is_collective(error):
             error.add_note(f"rank {rank}, host {socket.gethostname()}")
             error.is_printed = not lifeline.report(str(error))  # type: ignore[attr-defined]
+            lifeline.follow()
             raise
         lost = lifeline.culprit() or f"the processes lost each other: {error}"
         if lifeline.report(lost):

@@ -1,0 +1,153 @@
+"""A rank that fails, dies, stops or differs: all ranks end, one message names it, and the run can
+be resumed.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_pairs
+from rank_server import Ended, RankServer
+from safetensors.torch import load_file
+
+LONGEST = 60.0
+"""Seconds in which all ranks must end."""
+MOMENTS = {
+    "the start": ("logratio.training.trainer", "build_policy", 1),
+    "an update": ("logratio.training.update", "clip_gradients", 3),
+    "a checkpoint": ("logratio.training.checkpoint", "_optimizer_tensors", 2),
+}
+"""Moments of a run: before the call of this function with this number."""
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture
+def settings(tiny_model: Path, tmp_path: Path) -> Settings:
+    data = write_pairs(tmp_path / "pairs.jsonl", 12)
+    return {
+        **{"model": str(tiny_model), "data": str(data), "output": str(tmp_path / "out")},
+        **{"batch_size": 4, "epochs": 2, "lr": 1e-3, "save_every": 1, "report": False},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """The weights of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    data = write_pairs(folder / "pairs.jsonl", 12)
+
+    def run(parallel: str) -> dict[str, Any]:
+        output = folder / parallel
+        if not output.exists():
+            ranks(
+                2,
+                "rank_workers:train",
+                {
+                    **{"model": str(tiny_model), "data": str(data), "output": str(output)},
+                    **{"batch_size": 4, "epochs": 2, "lr": 1e-3, "parallel": parallel},
+                    "report": False,
+                },
+            ).well()
+        return load_file(output / "model.safetensors")
+
+    return run
+
+
+def failed(ended: Ended, started: float) -> str:
+    """Check that no rank ended well, in time; return all that was printed."""
+    assert all(ended.codes), ended.printed
+    assert time.monotonic() - started < LONGEST
+    return "\n".join(ended.printed)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_rank_ends_the_run_which_resumes(
+    ranks: RankServer,
+    settings: Settings,
+    undisturbed: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    moment: str,
+    parallel: str,
+) -> None:
+    settings["parallel"] = parallel
+    module, name, call = MOMENTS[moment]
+    killed = [1, signal.SIGKILL, module, name, call, str(tmp_path / "killed")]
+    started = time.monotonic()
+    ended = ranks(2, "rank_workers:train_impatiently", settings, signals=[killed])
+    printed = failed(ended, started)
+    assert (tmp_path / "killed").exists()
+    assert "rank 1 (host" in printed
+    assert "died or stopped" in printed
+    ranks(2, "rank_workers:train", settings | {"resume": True}).well()
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(trained[name].equal(value) for name, value in undisturbed(parallel).items())
+
+
+def test_a_stopped_rank_ends_the_run(ranks: RankServer, settings: Settings, tmp_path: Path) -> None:
+    stopped = [1, signal.SIGSTOP, *MOMENTS["an update"], str(tmp_path / "stopped")]
+    started = time.monotonic()
+    ended = ranks(2, "rank_workers:train_impatiently", settings, signals=[stopped], killed=[1])
+    assert "rank 1 (host" in failed(ended, started)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_in_one_rank_saves_all_and_the_run_resumes(
+    ranks: RankServer,
+    settings: Settings,
+    undisturbed: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    parallel: str,
+) -> None:
+    settings |= {"parallel": parallel, "save_every": 0}
+    sent = [1, signal.SIGTERM, *MOMENTS["an update"], str(tmp_path / "sent")]
+    started = time.monotonic()
+    printed = failed(ranks(2, "rank_workers:train", settings, signals=[sent]), started)
+    assert "SIGTERM: saved update 3" in printed
+    ranks(2, "rank_workers:train", settings | {"resume": True}).well()
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(trained[name].equal(value) for name, value in undisturbed(parallel).items())
+
+
+def test_a_full_disk_on_one_rank_names_it_and_keeps_the_last_checkpoint(
+    ranks: RankServer, settings: Settings, tmp_path: Path
+) -> None:
+    settings["parallel"] = "fsdp"
+    started = time.monotonic()
+    ended = ranks(2, "rank_workers:train_with_small_files", settings, 1, 20_000)
+    assert "rank 1: [Errno 27]" in failed(ended, started)
+    assert not list((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))
+    ranks(2, "rank_workers:train", settings | {"resume": True}).well()
+
+
+def test_different_data_is_refused_by_the_name_of_the_file(
+    ranks: RankServer, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    same, first = write_pairs(tmp_path / "same.jsonl", 5), write_pairs(tmp_path / "own.jsonl", 6)
+    other = write_pairs(tmp_path / "other" / "own.jsonl", 7)
+    own = [{"data": [str(same), str(one)]} for one in (first, other)]
+    started = time.monotonic()
+    ended = ranks(2, "rank_workers:train_differently", settings, own, hosts=2)
+    printed = failed(ended, started)
+    assert "ranks 0 and 1 would train different runs: they differ in data" in printed
+    assert "own.jsonl" in printed
+    assert "same.jsonl" not in printed.partition("would train")[2].partition("\n")[0]
+
+
+def test_different_settings_are_refused_by_name(ranks: RankServer, settings: Settings) -> None:
+    own: list[Settings] = [{"seed": 0}, {"seed": 1}]
+    ended = ranks(2, "rank_workers:train_differently", settings, own)
+    assert "they differ in seed (0 before, 1 now)" in failed(ended, time.monotonic())
+
+
+def test_bad_data_is_reported_once(ranks: RankServer, settings: Settings) -> None:
+    Path(settings["data"]).write_text('{"prompt": 1}\n')
+    printed = failed(ranks(2, "rank_workers:train", settings), time.monotonic())
+    assert printed.count("pairs.jsonl:1") >= 1
