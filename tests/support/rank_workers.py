@@ -23,7 +23,7 @@ def train_in_float64(settings: Mapping[str, Any], whole_gradients: bool = True) 
     trainer.build_policy = lambda *given: build(*given).double()  # adapters too
     for limits in (checks.TOLERANCE, checks.SAME_CALLS):
         limits[torch.float64] = 1e-9
-    update.make_optimizer = _plain_adamw  # type: ignore[assignment]
+    update.make_optimizer = _plain_adamw  # type: ignore[attr-defined]
     placement.SMALL_SHARE = 1.0 if whole_gradients else 0.0
     train(settings)
 

@@ -82,6 +82,10 @@ def evaluate(
             max_bad_fraction=reading.max_bad_fraction,
         )
     )
+    if not ready.processes.is_first:
+        if not dry_run:
+            ready.run()
+        return
     if json_file and not options.is_stdout(json_file):
         check_writable(json_file.parent)
     announce(ready.dataset, ready.forecast)

@@ -158,7 +158,7 @@ def load_training_data(
             recorded_date=recorded_date,
         )
 
-    dataset = _once_per_host(load, config.data, folder, processes or Processes())
+    dataset = once_per_host(load, config.data, folder, processes or Processes())
     roles = ("demonstration",) if is_sft else ("chosen", "rejected")
     check_groups(dataset.store, roles, f"the loss {config.loss}")
     check_mix(config.mix, dataset.store)
@@ -167,13 +167,24 @@ def load_training_data(
     return dataset
 
 
-def _once_per_host(
+def once_per_host(
     load: Callable[[Inputs, Path], Dataset],
     data: Inputs,
     folder: Path | None,
     processes: Processes,
 ) -> Dataset:
-    """Load data in the leader of each host, and what it has written in the others."""
+    """Load data in the leader of each host, and what it has written in the other processes.
+
+    Args:
+        load: Loads inputs, and writes them to a file unless they are a sealed store.
+        data: The inputs.
+        folder: Folder for the file, which is deleted once all processes have it mapped; None: the
+            system's folder for temporary files.
+        processes: The processes; all call this together.
+
+    Raises:
+        ConfigError: Processes on several hosts cannot all read standard input.
+    """
     if processes.hosts > 1 and "-" in as_inputs(data):
         raise ConfigError(
             "standard input reaches one host only: give files, or a store of `data build`"

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import ROLES, Store
 from logratio.data.feed import Feed, FeedSettings, lay_out
+from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.durable import write_atomic
 from logratio.errors import ConfigError
@@ -22,7 +23,7 @@ from logratio.logps.attention.interface import own_attention
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import batch_of, limits_of, score, transformer
-from logratio.progress import Advance, progress, say
+from logratio.progress import Advance, be_silent, progress, say
 from logratio.training import memory, run_folder
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.dataset import (
@@ -31,6 +32,7 @@ from logratio.training.dataset import (
     check_reference,
     load_dataset,
     max_positions,
+    once_per_host,
 )
 from logratio.training.distributions import Calibration, calibration
 from logratio.training.models import (
@@ -44,9 +46,9 @@ from logratio.training.models import (
     quietly,
     with_local_models,
 )
-from logratio.training.parallel.processes import Processes
+from logratio.training.parallel.lifeline import ending_together
+from logratio.training.parallel.processes import Processes, join_processes
 from logratio.training.parallel.shares import updates_of
-from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.run_folder import note_unfinished, reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
@@ -243,7 +245,15 @@ def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluatio
 def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluating":
     """Check the settings and folders, and tokenize the data, without loading a model."""
     check_kind(config, EvaluateConfig)
-    refuse_multiple_processes("evaluate")
+    processes = join_processes()
+    if not processes.is_first:
+        be_silent()
+        show_progress = False
+    with ending_together(processes.lifeline, processes.rank):
+        return _prepare(config, processes, show_progress=show_progress)
+
+
+def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: bool) -> "Evaluating":
     ask_for_expandable_segments(config.device)
     default_device(config.device)
     config = with_local_models(config)
@@ -255,20 +265,27 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
         check_model_folder(Path(folder))
     note_unfinished(config.policy)
     beta = reward_beta(config.policy, config.beta)
-    dataset = load_dataset(
-        config.policy,
-        config.data,
-        config.rules,
-        replace(config.formats, kinds=("pair",)),
-        max_bad_fraction=config.max_bad_fraction,
-        show_progress=show_progress,
-        recorded_date=lambda: run_folder.date_of_policy(config.policy),
-    )
+
+    def load(data: Inputs, path: Path | None) -> Dataset:
+        return load_dataset(
+            config.policy,
+            data,
+            config.rules,
+            replace(config.formats, kinds=("pair",)),
+            path=path,
+            max_bad_fraction=config.max_bad_fraction,
+            show_progress=show_progress,
+            recorded_date=lambda: run_folder.date_of_policy(config.policy),
+        )
+
+    is_alone = processes.count == 1
+    data = config.data
+    dataset = load(data, None) if is_alone else once_per_host(load, data, None, processes)
     check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
     check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
     models = config.policy, config.reference
     check_sampling(models, config.samples, config.max_new_tokens, dataset.store)
-    return Evaluating(config, dataset, beta, show_progress)
+    return Evaluating(config, dataset, beta, show_progress, processes)
 
 
 def check_sampling(
@@ -316,11 +333,20 @@ def _check_length_limits(folder: PathLike, needed: int) -> None:
 
 
 class Evaluating:
-    """A prepared evaluation: `run` performs it, `forecast` estimates its cost."""
+    """A prepared evaluation: `run` performs it, `forecast` estimates its cost.
+
+    Under torchrun, processes share the pairs, each with whole models. The first one samples.
+    """
 
     def __init__(
-        self, config: EvaluateConfig, dataset: Dataset, beta: float, show_progress: bool
+        self,
+        config: EvaluateConfig,
+        dataset: Dataset,
+        beta: float,
+        show_progress: bool,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
         self.beta = beta
         self.device, self.precision = default_device(config.device), precision_of(config)
@@ -346,7 +372,15 @@ class Evaluating:
         )
 
     def run(self) -> Evaluation:
-        """Score the pairs, sample completions if requested, and summarize."""
+        """Score the pairs, sample completions if requested, and summarize.
+
+        Only the first of several processes has the KL.
+        """
+        with ending_together(self.processes.lifeline, self.processes.rank):
+            self.processes.start_group(self.device)
+            return self._run()
+
+    def _run(self) -> Evaluation:
         policy = self._load(self.config.policy)
         reference = self._load(self.config.reference)
         store = self.dataset.store
@@ -356,9 +390,13 @@ class Evaluating:
             autocast(self.precision, self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
-            policy_logps = store_sums(policy, store, self.config.token_budget, advance)
-            reference_logps = store_sums(reference, store, self.config.token_budget, advance)
-            kl = self._kl(policy, reference) if self.config.samples else None
+            policy_logps, reference_logps = (
+                store_sums(model, store, self.config.token_budget, advance, self.processes)
+                for model in (policy, reference)
+            )
+            samples = self.config.samples and self.processes.is_first
+            kl = self._kl(policy, reference) if samples else None
+        self.processes.wait()
         return summarize(store, policy_logps - reference_logps, self.beta, kl)
 
     def _load(self, folder: PathLike) -> nn.Module:
@@ -418,7 +456,11 @@ def drawn_sums(model: nn.Module, prompts: list[list[int]], drawn: list[list[int]
 
 
 def store_sums(
-    model: nn.Module, store: Store, token_budget: int, advance: Advance = lambda *_: None
+    model: nn.Module,
+    store: Store,
+    token_budget: int,
+    advance: Advance = lambda *_: None,
+    processes: Processes | None = None,
 ) -> np.ndarray:
     """Return the summed log-probs of every completion in a store, float64 `[N]`, in nats.
 
@@ -427,12 +469,15 @@ def store_sums(
         store: Tokenized groups.
         token_budget: Tokens computed at a time.
         advance: Called with the number of groups after each batch.
+        processes: As in `sums_over`.
     """
     layout, _ = choose_layout(model)
     device = next(model.parameters()).device
-    return sums_over(
-        store, lambda batch: model_sums(model, batch), token_budget, layout, device, advance
-    )
+
+    def sums_of(batch: Batch) -> Tensor:
+        return model_sums(model, batch)
+
+    return sums_over(store, sums_of, token_budget, layout, device, advance, processes)
 
 
 def sums_over(

@@ -33,6 +33,7 @@ from logratio.training.models import (
     precision_of,
     with_local_models,
 )
+from logratio.training.parallel.processes import Processes
 from logratio.training.reference import holds_sums_only
 from logratio.training.reference_scorer import (
     ReferenceScorer,
@@ -117,8 +118,7 @@ def refuse_multiple_processes(command: str, environment: Mapping[str, str] = os.
     if count > 1:
         raise ShareError(
             f"{command} runs in one process, and torchrun started {count} (WORLD_SIZE): each would "
-            f"do the whole work. Start it without torchrun; only `logratio precompute` divides its "
-            "work among processes"
+            "do the whole work. Start it without torchrun"
         )
 
 
@@ -131,7 +131,11 @@ def _parse(given: str) -> tuple[int, int]:
 
 
 def pass_of_run(
-    config: TrainConfig, dataset: Dataset, data: Inputs, show_progress: bool
+    config: TrainConfig,
+    dataset: Dataset,
+    data: Inputs,
+    show_progress: bool,
+    processes: Processes,
 ) -> "Precompute":
     """Return the pass that fills the cache of a training run.
 
@@ -140,6 +144,7 @@ def pass_of_run(
         dataset: The tokenized data.
         data: What it was read from.
         show_progress: Draw a progress bar.
+        processes: The processes of the run, which share the pass.
     """
     wanted = PrecomputeConfig(
         config.reference or config.model,
@@ -155,7 +160,8 @@ def pass_of_run(
         formats=config.formats,
         max_bad_fraction=config.max_bad_fraction,
     )
-    return Precompute(wanted, dataset, share_of("1/1", {}), show_progress)
+    rank, count = processes.rank, processes.count
+    return Precompute(wanted, dataset, Share(rank, count, rank, count), show_progress)
 
 
 RESUME = "completed scores are in the cache; run again to continue"

@@ -291,10 +291,11 @@ class DPOTrainer:
         config = self.config
         if not config.precompute:
             return []
-        passes = [pass_of_run(config, self.dataset, config.data, self.show_progress)]
+        shown, processes = self.show_progress, self.processes
+        passes = [pass_of_run(config, self.dataset, config.data, shown, processes)]
         if self._data.dataset and config.eval_data is not None:
             held = self._data.dataset
-            passes.append(pass_of_run(config, held, config.eval_data, self.show_progress))
+            passes.append(pass_of_run(config, held, config.eval_data, shown, processes))
         return passes
 
     def train(self) -> TrainResult:

@@ -1,6 +1,4 @@
-"""A rank that fails, dies, stops or differs: all ranks end, one message names it, and the run can
-be resumed.
-"""
+"""If a rank fails, dies, stops or differs, all ranks end, and one message names it."""
 
 import signal
 import time

@@ -60,7 +60,7 @@ def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPa
 
 def save_tied(folder: Path) -> Path:
     """Write a model whose head is its embedding."""
-    sizes = {"vocab_size": len(WORDS), "hidden_size": 24, "intermediate_size": 40}
+    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 24, "intermediate_size": 40}
     config = LlamaConfig(
         **sizes,
         num_hidden_layers=3,
