@@ -14,8 +14,9 @@ from logratio._rust import Store
 from logratio.data.feed import MicroBatch, lay_out
 from logratio.data.store.load import source_names
 from logratio.logps.batch import Batch, Part, shape_for, to_torch
-from logratio.logps.completion import completion_logps, completion_loss
+from logratio.logps.completion import completion_logps, completion_loss, route
 from logratio.logps.head_loss import unit_gradient
+from logratio.logps.router import RouterSums
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
 from logratio.training.losses import averages, make_objective
@@ -27,7 +28,8 @@ from logratio.training.optimizers import (
     make_optimizer,
     widen_gradients,
 )
-from logratio.training.reference import Reference, side_effect_free
+from logratio.training.reference import Reference, same_random_state, side_effect_free
+from logratio.training.router_loss import RouterLoss
 from logratio.training.validation import beta_of
 
 
@@ -54,6 +56,7 @@ class Updater:
         parameters: The trained parameters.
         optimizer: The optimizer, with its state.
         objective: The loss and its metrics.
+        router: The load-balancing loss of a mixture of experts; None: there is none.
         device: The device of the policy.
     """
 
@@ -71,6 +74,7 @@ class Updater:
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.objective = make_objective(config, beta_of(config))
+        self.router = RouterLoss.of(config, policy)
         if given := given_model(config.model):
             given.is_trained = True
         self._recent: deque[dict[str, float]] = deque(maxlen=5)
@@ -95,6 +99,8 @@ class Updater:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         scored, groups = list[Scored](), []
+        if self.router:
+            batches = self.router.start(batches, self._route)
         for micro in batches:
             groups.append(micro.layout.groups.copy())
             if len(groups) > 1:
@@ -103,7 +109,8 @@ class Updater:
             del micro  # releases its buffer before the next micro-batch is requested
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
         columns = self.objective.columns(*map(torch.cat, zip(*scored, strict=True)))
-        values = averages(columns, grad_norm=norm) | {"lr": rate}
+        router = {"aux_loss": self.router.value()} if self.router else {}
+        values = averages(columns, grad_norm=norm, **router) | {"lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._describe_nonfinite(step, values, groups))
         self.optimizer.step()
@@ -126,10 +133,21 @@ class Updater:
             scored.append(Scored(losses.detach(), sums.detach(), references, lengths))
             return losses.sum() / count
 
+        sums = self.router.sums() if self.router else None
         with self.autocast():
-            loss = completion_loss(self.policy, batch, share)
-        loss.backward(unit_gradient(loss.device, loss.dtype))
+            terms = [completion_loss(self.policy, batch, share, sums.add if sums else None)]
+        if self.router and sums:
+            terms.append(self.router.share(sums))
+        terms = [term for term in terms if term.requires_grad]  # routers may see no trained weight
+        torch.autograd.backward(terms, [unit_gradient(t.device, t.dtype) for t in terms])
         return scored
+
+    def _route(self, batches: list[MicroBatch], sums: RouterSums) -> None:
+        """Add the tokens of an update to the sums of its load-balancing loss."""
+        with same_random_state(self.policy):  # adapters drop the same values as in training
+            for micro in batches:
+                with self.autocast():
+                    route(self.policy, to_torch(micro.layout, self.device), sums.add)
 
     def rehearse(self, batches: Sequence[np.ndarray]) -> None:
         """Accumulate the gradients of micro-batches, as an update does, without a step.
