@@ -11,6 +11,7 @@ from torch import nn
 
 from logratio import Callback, DPOTrainer, LoraSettings
 from logratio.logps import checks
+from logratio.logps.completion import transformer
 from logratio.training import models, trainer, update
 from logratio.training.optimizers import AdamSettings
 from logratio.training.parallel import lifeline, placement
@@ -19,11 +20,17 @@ from logratio.training.parallel import lifeline, placement
 def train_in_float64(settings: Mapping[str, Any], whole_gradients: bool = True) -> None:
     """Train with weights, gradients and optimizer state in float64."""
     models.weights_dtype = lambda _: torch.float64  # type: ignore[assignment]
-    build = trainer.build_policy
-    trainer.build_policy = lambda *given: build(*given).double()  # adapters too
+    build: Any = vars(trainer)["build_policy"]
+
+    def built(*given: Any) -> nn.Module:
+        policy = build(*given).double()  # adapters too
+        transformer(policy).set_experts_implementation("eager")  # grouped products have no float64
+        return policy  # type: ignore[no-any-return]
+
+    vars(trainer)["build_policy"] = built
     for limits in (checks.TOLERANCE, checks.SAME_CALLS):
         limits[torch.float64] = 1e-9
-    update.make_optimizer = _plain_adamw  # type: ignore[attr-defined]
+    vars(update)["make_optimizer"] = _plain_adamw
     placement.SMALL_SHARE = 1.0 if whole_gradients else 0.0
     train(settings)
 

@@ -113,6 +113,13 @@ class Objective(Settings):
         float, typer.Option(help="Assumed probability that a label is flipped (dpo, simpo).")
     ] = 0.0
     gamma: Annotated[float, typer.Option(help="Target margin of simpo.")] = 1.0
+    router_aux_loss_coef: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the router's load-balancing loss of a mixture of experts; 0: none. "
+            "Default: that of the model's config if it sets output_router_logits, else 0."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

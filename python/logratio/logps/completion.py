@@ -27,6 +27,9 @@ from logratio.logps.head_loss import LossOf, head_logps, head_loss
 Group = tuple[list[int], list[list[int]]]
 """Token ids of a prompt and of each of its completions."""
 
+Routed = Callable[[Batch, tuple[Tensor, ...] | None], None]
+"""Receives a batch of one call of the body, and the logits of each layer's router, if there are."""
+
 _LAYOUTS = {SharedBatch: "shared", TreeBatch: "tree", PaddedBatch: "padded"}
 
 TOP_K = ("index_topk", "keep_window_size")
@@ -235,8 +238,14 @@ def inside(model: nn.Module, job: Callable[..., Result], *given: Any) -> Result:
     FSDP gathers weights around a forward pass. A pass over body and head is not the model's own
     forward, so `training.parallel.sharding` registers a method for it, which other models lack.
     """
-    enter = vars(transformer(model)).get(ENTRANCE)
-    result: Result = enter(job, model, *given) if enter else job(model, *given)
+    root = vars(transformer(model))
+    enter = root.pop(ENTRANCE, None)  # passes inside a pass go on without it
+    if enter is None:
+        return job(model, *given)
+    try:
+        result: Result = enter(job, model, *given)
+    finally:
+        root[ENTRANCE] = enter
     return result
 
 
@@ -298,21 +307,39 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
         return completion_logps(model, batch)
 
 
-def _target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+@torch.no_grad()
+def route(model: nn.Module, batch: Batch, routed: Routed) -> None:
+    """Run the body of a mixture of experts for its routers only, without gradients.
+
+    Args:
+        model: As in `completion_logps`.
+        batch: As in `completion_logps`.
+        routed: Called once per call of the body.
+
+    Raises:
+        SharedPromptError: As in `completion_logps`.
+    """
+    inside(model, lambda model: _target_states(transformer(model), batch, routed))
+
+
+def _target_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
     """Run the body in as many calls as needed; return the hidden states that predict targets."""
     limits = limits_of(model.config)
     calls, is_kept = split_by_limits(batch, limits), any(limit.is_kept for limit in limits)
-    return restore_order([_states_of_call(model, call.batch, is_kept) for call in calls], calls)
+    states = [_states_of_call(model, call.batch, is_kept, routed) for call in calls]
+    return restore_order(states, calls)
 
 
-def _states_of_call(model: PreTrainedModel, batch: Batch, is_kept: bool) -> Tensor:
+def _states_of_call(
+    model: PreTrainedModel, batch: Batch, is_kept: bool, routed: Routed | None
+) -> Tensor:
     if is_kept:
         reset_dynamic_rope(model)
-    states = _hidden_states(model, batch).flatten(0, 1)
+    states = _hidden_states(model, batch, routed).flatten(0, 1)
     return states.index_select(0, batch.targets.logit_index)
 
 
-def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _hidden_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
     """Run the body without the head: `[rows, T, H]`."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     takes_positions = "position_ids" in signature(model.base_model.forward).parameters
@@ -331,12 +358,19 @@ def _hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
         inputs["attention_mask"] = batch.attention_mask
         if takes_positions:
             inputs["position_ids"] = batch.position_ids
-    hidden = model.base_model(**inputs)[0]
+    if routed:
+        inputs["output_router_logits"] = True
+    output = model.base_model(**inputs)
+    if routed:
+        routed(batch, getattr(output, "router_logits", None))
+    hidden = output[0]
     assert isinstance(hidden, Tensor)
     return hidden
 
 
-def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
+def completion_loss(
+    model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None = None
+) -> Tensor:
     """Compute a loss of `batch`'s log-probs, and its gradients in the same pass over the logits.
 
     Args:
@@ -344,6 +378,8 @@ def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
         batch: As in `completion_logps`.
         loss_of: Maps the log-probs of a part of the batch (complete groups), float32 `[s]`, to the
             part's share of the loss, a scalar. It is called once per part, with autograd enabled.
+        routed: Called once per call of the body, with differentiable logits of its routers; only
+            for mixtures of experts.
 
     Returns:
         The sum over the parts, a scalar; differentiable.
@@ -351,12 +387,12 @@ def completion_loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
     Raises:
         SharedPromptError: As in `completion_logps`.
     """
-    return inside(model, _loss, batch, loss_of)
+    return inside(model, _loss, batch, loss_of, routed)
 
 
-def _loss(model: nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
+def _loss(model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None) -> Tensor:
     inner, targets = transformer(model), batch.targets
-    hidden = _target_states(inner, batch)
+    hidden = _target_states(inner, batch, routed)
     head = Head.of(inner)
     if head is None:
         return loss_of(_module_logps(inner, hidden, targets.target_ids), targets.whole)

@@ -65,6 +65,7 @@ PANELS = (
     Curves("Length of the pairs, tokens", ("lengths/chosen", "lengths/rejected")),
     Curves("Calibration error", held_out=("eval_expected_calibration_error",)),
     Curves("Gradient norm", ("grad_norm",)),
+    Curves("Load-balancing loss of the router", ("aux_loss",)),
     Curves("Learning rate", ("lr",)),
     Curves("Tokens per second", ("speed/tokens_per_second",), from_zero=True),
     Curves("MFU", ("speed/mfu",), from_zero=True),

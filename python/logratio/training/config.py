@@ -126,6 +126,9 @@ class TrainConfig(YamlSettings):
         beta: Weight of the KL term; None: the default of the loss.
         label_smoothing: Assumed share of pairs whose labels are flipped (dpo and simpo).
         gamma: Target margin of simpo.
+        router_aux_loss_coef: Weight of the router's load-balancing loss of a mixture of experts,
+            which is added to the loss of each update: see `router_loss`. 0: none. None: that of the
+            model's config if the config sets `output_router_logits`, else 0.
         lr: Peak learning rate.
         warmup: Share of the updates with a rising learning rate; `lr_scheduler` decays it after.
         lr_scheduler: Decay of the learning rate: "cosine"; "linear"; "constant", none; or "wsd",
@@ -217,6 +220,7 @@ class TrainConfig(YamlSettings):
     beta: Above0 | None = None
     label_smoothing: Annotated[float, Range(0, 0.5, without_high=True)] = 0.0
     gamma: AtLeast0 = 1.0
+    router_aux_loss_coef: AtLeast0 | None = None
     lr: Above0 = 1e-6
     warmup: ShareBelow1 = 0.1
     lr_scheduler: Schedule = "cosine"
@@ -287,7 +291,7 @@ UNRECORDED: Mapping[str, Any] = {
         *("best_metric", "early_stop"),
         *("adapter", "quantization"),
     )
-}
+} | {"router_aux_loss_coef": 0.0}
 """Settings that runs of the first version did not record, with the values that they ran with."""
 
 

@@ -30,6 +30,7 @@ from logratio.training.models import (
     weights_dtype,
 )
 from logratio.training.optimizers import gradient_bytes, state_bytes
+from logratio.training.router_loss import router_coefficient
 from logratio.training.schedule import RunLength
 from logratio.training.validation import reference_kind
 
@@ -110,6 +111,8 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
     if held_out:
         seen = float(held_out.shared_lengths().sum()) * _evaluations(config, len(store))
         work += seconds(config.model, seen, FORWARD, config.device, precision)
+    if not fits_at_once(config, store) and router_coefficient(config):  # the pass that counts
+        work += seconds(config.model, tokens, FORWARD, config.device, precision)
     weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
     kept = kept_bytes(config.model, precision, twice=twice)
     return Forecast(

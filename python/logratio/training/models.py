@@ -523,26 +523,6 @@ def _full_weights(folder: Path) -> Path | None:
     return next((file for file in files if not file.name.startswith("adapter_")), None)
 
 
-def check_router_loss(folder: str | Path) -> None:
-    """Refuse to train a mixture of experts whose config requests a router loss.
-
-    Log-probs are computed from the model's body, where transformers adds no router loss: it would
-    be ignored silently.
-
-    Raises:
-        ModelFolderError: The config sets `output_router_logits`.
-    """
-    path = base_folder(folder) / "config.json"
-    config = json.loads(path.read_text())
-    for part in (config, config.get("text_config") or {}):
-        if part.get("output_router_logits"):
-            raise ModelFolderError(
-                f"{path} sets output_router_logits, which requests the router's load-balancing "
-                f"loss (router_aux_loss_coef {part.get('router_aux_loss_coef', 'unset')}); it is "
-                "not supported: set output_router_logits to false"
-            )
-
-
 def without_dropout(model: Model) -> Model:
     """Set every dropout probability of `model` to 0, in place: all passes must be identical."""
     for module in model.modules():

@@ -14,6 +14,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model, name_of
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.models import precision_of, training_budget
+from logratio.training.router_loss import router_coefficient
 from logratio.training.validation import beta_of
 
 RUN_FILE = "run.yaml"
@@ -36,6 +37,7 @@ def record_settings(config: TrainConfig) -> None:
         beta=beta_of(config) if config.loss in PAIR_LOSSES else None,
         precision=precision_of(config),
         token_budget=training_budget(config),
+        router_aux_loss_coef=router_coefficient(config),
     )
     try:
         write_atomic(path, "".join(_comments(config, used)) + used.to_yaml())

@@ -47,6 +47,7 @@ from logratio.training.models import (
     training_budget,
 )
 from logratio.training.policy import save_weights
+from logratio.training.router_loss import router_coefficient
 from logratio.training.run_info import resolved_settings, versions
 from logratio.training.validation import beta_of
 
@@ -93,6 +94,7 @@ def identity(
         "token_budget": training_budget(config),
         "beta": beta_of(config),
         "precision": precision_of(config),
+        "router_aux_loss_coef": router_coefficient(config),
         "lora": _shape_of(config.lora) if config.lora else None,
     }
     held = held_out.digest if held_out else None

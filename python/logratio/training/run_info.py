@@ -17,6 +17,7 @@ from logratio.report.run_files import INFO_FILE
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import name_of
 from logratio.training.models import precision_of
+from logratio.training.router_loss import router_coefficient
 from logratio.training.trackers import plain_settings
 from logratio.training.validation import beta_of
 
@@ -42,8 +43,9 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def resolved_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings with the names of the models, β and the precision of the run."""
+    """Return the settings with the names of the models and the resolved values of the run."""
     chosen: dict[str, Any] = {"beta": beta_of(config), "precision": precision_of(config)}
+    chosen["router_aux_loss_coef"] = router_coefficient(config)
     chosen["model"] = name_of(config.model)
     chosen["reference"] = name_of(config.reference) if config.reference else None
     return plain_settings(config) | chosen

@@ -16,6 +16,7 @@ from logratio.training.lora import settings_of_peft
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.model_arguments import given_policy, given_reference
 from logratio.training.policy import TRAINED
+from logratio.training.router_loss import coefficient_in_trl
 from logratio.training.trl_settings import is_training_arguments, settings_of_trl
 from logratio.validation import check_kind
 
@@ -72,6 +73,8 @@ def trainer_arguments(
             raise ConfigError("lora and peft_config both describe the adapters: give one of them")
         settings["lora"] = settings_of_peft(peft_config, _folder_of(settings))
     settings |= _of_object(models, settings, follows=is_trl)
+    if is_trl and settings.get("router_aux_loss_coef", 0.0) is None:  # TRL's default
+        settings["router_aux_loss_coef"] = coefficient_in_trl(_folder_of(settings))
     return kind(**settings), tuple(models.values())
 
 

@@ -28,6 +28,7 @@ SAME_MEANING: Mapping[str, str] = {
     "full_determinism": "deterministic",
     "beta": "beta",
     "activation_offloading": "offload_activations",
+    "router_aux_loss_coef": "router_aux_loss_coef",
 }
 """Fields that are settings under the same or another name."""
 

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ from logratio._rust import Store
 from logratio.data.feed import MicroBatch, lay_out
 from logratio.data.store.load import source_names
 from logratio.logps.batch import Batch, Part, shape_for, to_torch
-from logratio.logps.completion import completion_logps
-from logratio.logps.head_loss import unit_gradient
+from logratio.logps.completion import completion_logps, completion_loss, route
+from logratio.logps.head_loss import LossOf, unit_gradient
+from logratio.logps.router import RouterSums
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
 from logratio.training.losses import averages, make_objective
@@ -30,7 +31,8 @@ from logratio.training.optimizers import (
 )
 from logratio.training.parallel.processes import Processes
 from logratio.training.parallel.strategy import Whole
-from logratio.training.reference import Reference, side_effect_free
+from logratio.training.reference import Reference, same_random_state, side_effect_free
+from logratio.training.router_loss import RouterLoss
 from logratio.training.validation import beta_of
 
 Load = Callable[[Callable[[str], nn.Module]], nn.Module]
@@ -63,6 +65,7 @@ class Updater:
         parameters: The trained parameters.
         optimizer: The optimizer, with its state.
         objective: The loss and its metrics.
+        router: The load-balancing loss of a mixture of experts; None: there is none.
         device: The device of the policy.
     """
 
@@ -85,6 +88,7 @@ class Updater:
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.load = load or (lambda build: build(str(self.device)))
         self.objective = make_objective(config, beta_of(config))
+        self.router = RouterLoss.of(config, policy)
         if given := given_model(config.model):
             given.is_trained = True
         self._recent: deque[dict[str, float]] = deque(maxlen=5)
@@ -111,6 +115,8 @@ class Updater:
         self._seed(step)
         self.strategy.settle()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.router:
+            batches = self.router.start(batches, partial(self._route, most), self.processes)
         scored, groups, nothing = list[Scored](), list[np.ndarray](), list[Scored]()
         for number, (micro, last) in enumerate(self._passes(batches, most)):
             if number:
@@ -124,7 +130,10 @@ class Updater:
             del micro, batch  # releases its buffer before the next micro-batch is requested
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
         columns = self.objective.columns(*map(torch.cat, zip(*(scored or nothing), strict=True)))
-        values, count = averages(columns, self.processes.total, grad_norm=norm)
+        scalars = {"grad_norm": norm}
+        if self.router:
+            scalars["aux_loss"] = self.processes.total(self.router.value())
+        values, count = averages(columns, self.processes.total, **scalars)
         values |= {"lr": rate}
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._describe_nonfinite(step, values, groups))
@@ -180,9 +189,38 @@ class Updater:
 
         with self.strategy.adding(last=last):
             with self.autocast():
-                loss = self.strategy.loss(batch, share)
+                loss = self.strategy.run(self._job(counts=math.isfinite(count)), batch, share)
             loss.backward(unit_gradient(loss.device, loss.dtype))
         return scored
+
+    def _job(self, *, counts: bool) -> Callable[..., Tensor]:
+        """Return the loss of a batch as a function of the model, with that of its routers, if any.
+
+        Args:
+            counts: Whether the batch counts; False: it only gives the other processes a pass.
+        """
+        if (router := self.router) is None:
+            return completion_loss
+
+        def both(model: nn.Module, batch: Batch, share: LossOf) -> Tensor:
+            sums = router.sums()
+            loss = completion_loss(model, batch, share, sums.add)
+            return loss + router.share(sums) if counts else loss
+
+        return both
+
+    def _route(self, most: int, batches: list[MicroBatch], sums: RouterSums) -> None:
+        """Add the tokens of this process's micro-batches to the sums of an update's routers."""
+        nothing = RouterSums(sums.top_k)
+        with same_random_state(self.policy):  # adapters drop the same values as in training
+            for micro in batches:
+                with self.autocast():
+                    route(self.policy, to_torch(micro.layout, self.device), sums.add)
+            for _ in range(len(batches), self.strategy.passes(len(batches), most)):
+                with self.autocast():
+                    route(self.policy, self._smallest, nothing.add)
+        if not batches:
+            sums.counts, sums.tokens = 0 * nothing.counts, 0 * nothing.tokens
 
     def rehearse(self, batches: Sequence[np.ndarray]) -> None:
         """Accumulate the gradients of micro-batches, as an update does, without a step.
@@ -224,7 +262,7 @@ class Updater:
         found = [int(one) for one, value in zip(own, sums, strict=True) if not math.isfinite(value)]
         everyone = self.processes.share(source_names(self.store, found))
         names = [name for theirs in everyone for name in theirs]
-        groups = sum(self.processes.share(len(own)))
+        groups = int(self.processes.total(torch.tensor(len(own))))
         return not_finite(step, values, self._recent, _named(names, groups), self.config.lr)
 
     def _policy_sum(self, batch: Batch) -> float:

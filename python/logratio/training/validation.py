@@ -8,11 +8,8 @@ from logratio.forecast import check_writable
 from logratio.training.config import TrainConfig
 from logratio.training.lora import check_adapters
 from logratio.training.losses import LOSSES, PAIR_LOSSES
-from logratio.training.models import (
-    check_model_folder,
-    check_router_loss,
-    default_device,
-)
+from logratio.training.models import check_model_folder, default_device
+from logratio.training.router_loss import router_coefficient
 from logratio.training.trackers import trackers_of
 
 
@@ -37,12 +34,12 @@ def check_folders(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: A setting does not fit the model; the message names it.
-        ModelFolderError: A folder contains no loadable model, or one that requests a router loss.
+        ModelFolderError: A folder contains no loadable model.
         OutputError: The output folder is not writable.
     """
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
-    check_router_loss(config.model)
+    router_coefficient(config)
     check_adapters(config)
     check_writable(Path(config.output))
 

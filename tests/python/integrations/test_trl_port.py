@@ -13,8 +13,10 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from repository import ROOT
+from tiny_models import WORDS, tiny, word_tokenizer
 from transformers import AutoTokenizer
 from trl import DPOConfig
 from trl_trainers import load
@@ -179,7 +181,6 @@ REFUSED: dict[str, Any] = {
     "optim": "sgd",
     "push_to_hub": True,
     "resume_from_checkpoint": "run/checkpoint-4",
-    "router_aux_loss_coef": 0.1,
     "sync_ref_model": True,
     "train_sampling_strategy": "sequential",
     "truncation_mode": "keep_end",
@@ -305,6 +306,34 @@ def test_a_peft_config_keeps_pefts_defaults(
     assert lora is not None
     assert (lora.rank, lora.alpha) == (wanted.r, wanted.lora_alpha)
     assert set(lora.targets) == set(wanted.target_modules)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+def test_a_mixture_of_experts_gives_the_losses_of_trl(
+    coefficient: float | None, pairs: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """One micro-batch an update: TRL's loss is that of a micro-batch, ours that of an update."""
+    fields = {"vocab_size": len(WORDS), "router_aux_loss_coef": 0.3, "pad_token_id": 0}
+    tiny(FAMILIES["mixtral"].config(**fields), scale=2.0).save_pretrained(tmp_path / "mixtral")
+    word_tokenizer().save_pretrained(tmp_path / "mixtral")
+    options = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    found = []
+    for kind in (trl.DPOTrainer, logratio.DPOTrainer):
+        trainer: Any = kind(
+            model=load(tmp_path / "mixtral"),
+            args=args_of(tmp_path / kind.__module__, router_aux_loss_coef=coefficient, **options),
+            processing_class=AutoTokenizer.from_pretrained(tmp_path / "mixtral"),
+            train_dataset=Dataset.from_list(pairs),
+        )
+        result = trainer.train()
+        is_ours = kind is logratio.DPOTrainer
+        found.append(result.history if is_ours else trainer.state.log_history[:4])
+    assert trainer.config.router_aux_loss_coef == (coefficient or 0.3)
+    for expected, ours in zip(*found, strict=True):
+        assert ours["aux_loss"] == pytest.approx(expected["aux_loss"], abs=5e-5)
+        whole = ours["loss"] + trainer.config.router_aux_loss_coef * ours["aux_loss"]
+        assert whole == pytest.approx(expected["loss"], abs=5e-5)
+    assert abs(ours["aux_loss"] - found[1][0]["aux_loss"]) > 1e-3
 
 
 def test_held_out_data_is_evaluated_as_in_trl(

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, MIXTURES, SCALED_HEADS, UNKNOWN_HEADS, VOCABULARY, WINDOW
 from gpu_families import FAMILIES as ON_GPU
 from oracle import Group, in_float64, per_token_logps
-from tiny_models import tiny, word_tokenizer
+from tiny_models import tiny
 from torch import Tensor
 from transformers import Gemma2PreTrainedModel, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,9 +28,8 @@ from logratio.logps.checks import (
     choose_layout,
 )
 from logratio.logps.completion import score
-from logratio.training import TrainConfig, train
 from logratio.training.config import Precision
-from logratio.training.models import ModelFolderError, autocast, load_model, with_softcap
+from logratio.training.models import autocast, load_model, with_softcap
 
 SHARED = [name for name, family in FAMILIES.items() if family.layout == "shared"]
 LAYOUTS = [
@@ -314,29 +313,6 @@ def test_every_head_is_known(family: str) -> None:
 def test_an_unknown_head_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match="head"):
         check_head(tiny(UNKNOWN_HEADS[family].config(), scale=4.0))
-
-
-def save_mixture(folder: Path, **changes: Any) -> Path:
-    """Write a tiny Mixtral and the word-level tokenizer."""
-    tiny(FAMILIES["mixtral"].config(**changes)).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_a_router_loss_that_would_be_left_out_is_refused(tmp_path: Path, pairs_file: Path) -> None:
-    model = save_mixture(tmp_path / "model", output_router_logits=True, router_aux_loss_coef=0.02)
-    with pytest.raises(ModelFolderError, match=r"coef 0\.02.*set output_router_logits to false"):
-        train(TrainConfig(model=model, data=[pairs_file], output=tmp_path / "policy", lr=1e-4))
-    assert not (tmp_path / "policy").exists()
-
-
-def test_a_mixture_of_experts_trains_without_its_router_loss(
-    tmp_path: Path, pairs_file: Path
-) -> None:
-    model, output = save_mixture(tmp_path / "model"), tmp_path / "policy"
-    train(TrainConfig(model=model, data=[pairs_file], output=output, lr=1e-4))
-    before, after = (load_model(folder).state_dict() for folder in (model, output))
-    assert any(not torch.equal(before[name], after[name]) for name in before if "gate" in name)
 
 
 def test_a_cap_is_not_left_to_an_attention_that_has_none(tmp_path: Path) -> None:

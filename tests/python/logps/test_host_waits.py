@@ -31,6 +31,7 @@ from logratio.logps.batch import Part, Shape, SharedBatch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit_gradient
+from logratio.logps.router import RouterSums, balancing_loss
 from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, precompute, trainer
 from logratio.training.dataset import load_dataset
 from logratio.training.lora import with_lora
@@ -194,6 +195,19 @@ def test_an_update_waits_once(
             assert waits.found == {"to the host": 1}
             assert groups == (12, 4)[number]
             assert values["loss"] == values["grad_norm"] == 1.0
+
+
+def test_the_sums_of_routers_do_not_wait() -> None:
+    store = store_of(random_groups(0))
+    batch = to_torch(lay_out(store, np.arange(len(store)), "shared", **GPU), "meta")
+    logits = torch.ones(batch.input_ids.numel(), 8, device="meta", requires_grad=True)
+    with HostWaits() as waits:
+        sums = RouterSums(top_k=2)
+        sums.add(batch, [logits, logits])
+        loss = balancing_loss(sums, sums)
+        loss.backward(unit_gradient(loss.device, loss.dtype))
+    assert not waits.found
+    assert logits.grad is not None
 
 
 def test_a_gradient_that_is_known_to_be_one_is_not_multiplied(like_cuda: None) -> None:

@@ -230,7 +230,9 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
     def poisoned(policy: torch.nn.Module, batch: Batch) -> Tensor:
         return poison(real(policy, batch), batch.targets)
 
-    def poisoned_loss(policy: torch.nn.Module, batch: Batch, loss_of: LossOf) -> Tensor:
+    def poisoned_loss(
+        policy: torch.nn.Module, batch: Batch, loss_of: LossOf, _routed: None
+    ) -> Tensor:
         return real_loss(policy, batch, lambda x, part: loss_of(poison(x, part.targets), part))
 
     monkeypatch.setattr(module, "completion_logps", poisoned)

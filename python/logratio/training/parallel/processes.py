@@ -206,11 +206,12 @@ def _own_store(processes: Processes) -> Any:
     place: list[Any] = [None]
     store = None
     if processes.is_first:
-        store = TCPStore(socket.gethostname(), 0, None, True, wait_for_workers=False)
+        store = TCPStore(socket.gethostname(), 0, None, is_master=True, wait_for_workers=False)
         place = [(store.host, store.port)]
     dist.broadcast_object_list(place)
     if store is None:
-        store = TCPStore(*place[0], None, False, wait_for_workers=False)
+        host, port = place[0]
+        store = TCPStore(host, port, None, is_master=False, wait_for_workers=False)
     return store
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from logratio.logps.batch import Batch
-from logratio.logps.completion import completion_loss, transformer
-from logratio.logps.head_loss import LossOf
+from logratio.logps.completion import inside, transformer
 
 
 class Whole:
@@ -32,9 +31,9 @@ class Whole:
         self.policy = policy
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
 
-    def loss(self, batch: Batch, loss_of: LossOf) -> Tensor:
-        """Return `completion_loss` of the policy."""
-        return completion_loss(self.policy, batch, loss_of)
+    def run(self, job: Callable[..., Tensor], *given: Any) -> Tensor:
+        """Return `job(policy, *given)`, a loss whose gradient is that of a micro-batch."""
+        return job(self.policy, *given)
 
     def passes(self, own: int, _most: int) -> int:
         """Return how many micro-batches to compute in an update, with or without groups.
@@ -74,9 +73,9 @@ class Replicated(Whole):
         # Its own hook averages, with a factor rounded to float32.
         self._engine.register_comm_hook(None, _sum_gradients)
 
-    def loss(self, batch: Batch, loss_of: LossOf) -> Tensor:
-        """Return `completion_loss`, computed where the engine sees it."""
-        loss: Tensor = self._engine(completion_loss, batch, loss_of)
+    def run(self, job: Callable[..., Tensor], *given: Any) -> Tensor:
+        """Return `job(policy, *given)`, computed where the engine sees it."""
+        loss: Tensor = self._engine(job, *given)
         return loss
 
     def passes(self, own: int, _most: int) -> int:
@@ -89,7 +88,7 @@ class Replicated(Whole):
         return held
 
 
-def _sum_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(_state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """Sum a bucket of gradients over all processes, while the backward pass goes on."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
@@ -122,6 +121,10 @@ class Sharded(Whole):
         super().__init__(policy)
         self._root: Any = transformer(policy)
         self._whole_gradients = whole_gradients
+
+    def run(self, job: Callable[..., Tensor], *given: Any) -> Tensor:
+        """Return `job(policy, *given)`, computed where the root's weights are gathered."""
+        return inside(self.policy, job, *given)
 
     def passes(self, _own: int, most: int) -> int:
         """Return `most`."""

@@ -12,12 +12,12 @@ from conftest import write_pairs
 from rank_server import RankServer
 from safetensors.torch import load_file
 from tiny_models import WORDS, tiny, word_tokenizer
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 TRAIN = "rank_workers:train_in_float64"
 EXACT = 1e-12
-TIED = "tied"
-"""The name of the case that needs another model."""
+TIED, EXPERTS = "tied", "experts"
+"""The cases that need other models."""
 
 CASES: Mapping[str, Mapping[str, Any]] = {
     "dpo": {},
@@ -28,8 +28,12 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "padded": {"activation_checkpointing": "all", "weight_decay": 0.1},
     "evaluated": {"eval_share": 0.3, "eval_every": 2, "best_metric": "loss", "eval_samples": 3},
     TIED: {},
+    EXPERTS: {"router_aux_loss_coef": 0.1, "batch_size": 2, "loss": "simpo"},
 }
-WAYS = [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")]
+WAYS = {
+    **{case: [(2, "ddp"), (3, "fsdp")] for case in CASES},
+    "dpo": [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")],
+}
 
 Train = Callable[..., Path]
 
@@ -38,13 +42,15 @@ Train = Callable[..., Path]
 def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train a case once for each way; return its folder."""
     data = write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 14)
-    tied = save_tied(tmp_path_factory.mktemp("tied"))
+    models = dict.fromkeys(CASES, tiny_model)
+    models[TIED] = save(tmp_path_factory.mktemp("tied"), LlamaConfig, tie_word_embeddings=True)
+    models[EXPERTS] = save(tmp_path_factory.mktemp("experts"), MixtralConfig, num_local_experts=3)
 
     @cache
     def run(case: str, count: int, parallel: str, hosts: int = 1, whole: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("run")
         settings = {
-            **{"model": str(tied if case == TIED else tiny_model), "data": str(data)},
+            **{"model": str(models[case]), "data": str(data)},
             **{"output": str(folder / "out"), "batch_size": 4, "epochs": 2, "lr": 1e-3},
             **{"token_budget": 48, "report": False},
             **({"parallel": parallel} if count > 1 else {}),
@@ -58,24 +64,27 @@ def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPa
     return run
 
 
-def save_tied(folder: Path) -> Path:
-    """Write a model whose head is its embedding."""
-    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 24, "intermediate_size": 40}
-    config = LlamaConfig(
-        **sizes,
+def save(folder: Path, config: type[Any], **settings: Any) -> Path:
+    """Write a small model of a family to `folder`."""
+    made = config(
+        vocab_size=len(WORDS),
+        hidden_size=24,
+        intermediate_size=40,
         num_hidden_layers=3,
         num_attention_heads=2,
-        tie_word_embeddings=True,
+        num_key_value_heads=2,
         bos_token_id=1,
         eos_token_id=2,
+        **settings,
     )
-    tiny(config, scale=2.0).save_pretrained(folder)
+    tiny(made, scale=2.0).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize(("count", "parallel"), WAYS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "count", "parallel"), [(case, *way) for case, ways in WAYS.items() for way in ways]
+)
 def test_weights_and_metrics_equal_those_of_one_process(
     trained: Train, case: str, count: int, parallel: str
 ) -> None:
