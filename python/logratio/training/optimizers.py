@@ -155,7 +155,7 @@ class MasterAdamW(torch.optim.Optimizer):
         states = [self._state(parameter) for parameter in parameters]
         masters = [state.get("master", p) for state, p in zip(states, parameters, strict=True)]
         # The step is the same for every value, so a sharded weight is updated shard by shard.
-        masters, gradients = [*map(local, masters)], [*map(local, gradients)]
+        masters = [*map(local, masters)]
         if self.factor is not None:
             torch._foreach_mul_(gradients, self.factor.to(gradients[0].device))
         adamw(
@@ -231,7 +231,7 @@ def _prefetch_gradients(
     """
     waiting: tuple[list[Tensor], Callable[[], list[Tensor]]] | None = None
     for parameters in lists:
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         started = parameters, _start_copy(gradients, state_device(parameters[0]))
         if waiting:
             yield waiting[0], waiting[1]()

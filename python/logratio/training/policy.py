@@ -17,6 +17,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.lora import use_dropout, widen_saved_modules, with_lora
 from logratio.training.models import (
     ADAPTER_CONFIG,
+    adapter_settings,
     base_folder,
     load_model,
     merged,
@@ -83,10 +84,13 @@ def _continued(config: TrainConfig, device: str) -> nn.Module:
     adapters = [TRAINED]
     if reference_kind(config) == "adapter":
         with quietly():
-            policy.load_adapter(str(folder), REFERENCE, torch_device=device)
+            if device == "meta":
+                policy.add_adapter(REFERENCE, adapter_settings(folder))
+            else:
+                policy.load_adapter(str(folder), REFERENCE, torch_device=device)
         adapters.append(REFERENCE)
         without_dropout(policy).eval()
-    if widen_saved_modules(policy):
+    if widen_saved_modules(policy) and device != "meta":
         _read_again(policy, folder, adapters)
     policy.requires_grad_(False)
     policy.set_adapter(TRAINED)

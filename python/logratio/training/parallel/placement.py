@@ -17,7 +17,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
 from logratio.training.models import base_folder, is_quantized, precision_of
 from logratio.training.parallel.processes import Processes
-from logratio.training.parallel.sharding import load_sharded, mesh_of
+from logratio.training.parallel.sharding import load_sharded, mesh_of, shard
 from logratio.training.parallel.strategy import Replicated, Sharded, Whole
 from logratio.training.validation import reference_kind
 
@@ -68,6 +68,10 @@ class Placement:
         """
         if not self.is_sharded:
             return build(str(self.device))
+        if self.config.quantization:  # a quantized weight is made on its device, with its scales
+            model = build(str(self.device))
+            shard(model, self.mesh, autocast=False)
+            return model
         autocast = precision_of(self.config) == "bf16"
         first = self.processes.is_first
         return load_sharded(build, self.mesh, self.device, first=first, autocast=autocast)
@@ -96,7 +100,7 @@ def _mode(config: TrainConfig, processes: Processes, device: torch.device) -> Mo
     frozen = config.reference or config.model if reference_kind(config) == "frozen" else None
     needed = memory.training_bytes(config, frozen)
     room = SHARE * memory.free_on(device) / (processes.per_host if device.type == "cpu" else 1)
-    if needed <= room or config.quantization or given_model(config.model):
+    if needed <= room or config.quantization == "8bit" or given_model(config.model):
         return "fsdp" if _sums_in_bfloat16(config) else "ddp"
     mode: Mode = "hsdp" if needed / processes.per_host <= room and processes.hosts > 1 else "fsdp"
     say(
@@ -130,11 +134,13 @@ def check_sharded(config: TrainConfig) -> None:
         ConfigError: The message names the setting and the reason.
     """
     reason = ""
-    if config.quantization or is_quantized(base_folder(Path(config.model))):
+    if config.quantization == "8bit":
         reason = (
-            "bitsandbytes keeps 8-bit and 4-bit weights in tensors of its own, with their scales "
-            "outside of them, and FSDP2 shards ordinary tensors only: use parallel ddp"
+            "bitsandbytes keeps the scales of 8-bit weights in attributes of the weight, which "
+            "FSDP2 loses: use quantization 4bit, or parallel ddp"
         )
+    elif is_quantized(base_folder(Path(config.model))):
+        reason = "the model's folder has quantized weights, which are not sharded: use parallel ddp"
     elif config.optimizer == "adamw8bit":
         reason = (
             "the optimizer adamw8bit of bitsandbytes cannot read shards: use adamw, whose state is "
