@@ -64,12 +64,14 @@ def plan(device: str, *, tiny: bool, out: Path) -> list[Step]:
     parts = {
         name: ("benches/gpu_parts.py", name, *own) for name in ("layers", "attention", "tiles")
     }
+    several = ("-m", "pytest", "tests/python/gpu/test_gpu_parallel.py", *tests[3:])
     return [
-        Step("smoke", ("benches/gpu_steps.py", "smoke", *own), 60),
+        Step("smoke", ("benches/gpu_steps.py", "smoke", *own), 45),
         Step("tests", (*tests, "-k", "not flex and not float32 and not time_follows"), 100),
         Step("train", ("benches/gpu_steps.py", "train", *own), 90),
-        Step("bench_step", (*bench, *arms), 180),
-        Step("layers", parts["layers"], 90),
+        Step("bench_step", (*bench, *arms), 150),
+        Step("parallel", several, 60),
+        Step("layers", parts["layers"], 75),
         Step("tiles", parts["tiles"], 25),
         Step("attention", parts["attention"], 50),
         Step("tests_flex", (*tests, "-k", "flex and bfloat16 and gemma2"), 60),

@@ -537,6 +537,14 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = Parallel.AUTO
+    async_save: Annotated[
+        bool | None,
+        typer.Option(
+            help="Write checkpoints of a sharded model while the run goes on, from a copy in host "
+            "memory. Default: on GPUs.",
+            rich_help_panel=options.MACHINE,
+        ),
+    ] = None
     device: options.Device = None
 
 

@@ -7,7 +7,8 @@ does; the parts can be used alone.
 from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import completion_logps
 from logratio.training.callbacks import Callback, CallbackError, RunState
-from logratio.training.checkpoint import ResumeError, RunInterruptedError, SaveError
+from logratio.training.checkpoint import ResumeError, RunInterruptedError
+from logratio.training.checkpoint_folder import SaveError
 from logratio.training.config import (
     EvaluateConfig,
     LoraSettings,

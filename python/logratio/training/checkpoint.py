@@ -1,6 +1,5 @@
 """Atomic checkpoints, and the signal handling that saves one when a run is interrupted."""
 
-import hashlib
 import json
 import os
 import random
@@ -8,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,12 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from logratio.durable import finalize, sync, system_errors
 from logratio.errors import LogratioError
+from logratio.training.checkpoint_folder import (
+    Writing,
+    damage,
+    is_whole,
+    tensor_folder,
+)
 from logratio.training.config import UNRECORDED
 from logratio.training.optimizers import FUSED, MasterAdamW, create_state
-from logratio.training.parallel.processes import Processes
-from logratio.training.parallel.sharded_files import is_sharded, read_shards, write_shards
+from logratio.training.parallel.processes import ALONE, Processes
+from logratio.training.parallel.sharded_files import read_shards
 
 
 class RunInterruptedError(LogratioError):
@@ -38,10 +42,6 @@ class RunInterruptedError(LogratioError):
     def __init__(self, signal_number: int, where: str) -> None:
         super().__init__(f"{signal.Signals(signal_number).name}: {where}")
         self.exit_code = 128 + signal_number
-
-
-class SaveError(LogratioError, OSError):
-    """A model or checkpoint could not be written; files saved earlier are unchanged."""
 
 
 _NOTICE = (
@@ -80,10 +80,6 @@ def interrupts() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-MANIFEST = "manifest.json"
-SHARDS = "shards"
-"""Subfolder with the tensors of a sharded model, of all processes."""
-ALONE = Processes()
 _BEST = "best-"
 
 
@@ -123,23 +119,47 @@ def save(
     Raises:
         SaveError: The checkpoint was not written; earlier ones are unchanged.
     """
-    final = folder / f"checkpoint-{at.step:08d}"
-    tensors = {
-        "weights": _trainable(model),
-        "optimizer": _optimizer_tensors(model, optimizer),
-    }
+    final = begin_save(folder, model, optimizer, at, processes).finish()
+    if processes.is_first:
+        remove_old(folder, at, keep)
+    return final
+
+
+def begin_save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    at: Position,
+    processes: Processes = ALONE,
+    *,
+    background: bool = False,
+) -> Writing:
+    """Begin to write a checkpoint, which `finish` of the result completes: see `save`.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        model: The model.
+        optimizer: Its optimizer.
+        at: Progress of the run.
+        processes: The processes of the run.
+        background: Write the shards of a sharded model while the run goes on.
+    """
 
     def add(partial: Path) -> None:
         save_file(_random_states(), partial / "random.safetensors")
         state = {**asdict(at), "python_random": random.getstate()}
         (partial / "state.json").write_text(json.dumps(state))
 
-    _write(final, f"the checkpoint of update {at.step}", tensors, processes, add)
-    if processes.is_first:
-        for old in _checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-        _remove_bests(folder, at)
-    return final
+    tensors = {"weights": _trainable(model), "optimizer": _optimizer_tensors(model, optimizer)}
+    final, what = folder / f"checkpoint-{at.step:08d}", f"the checkpoint of update {at.step}"
+    return Writing(final, what, tensors, processes, add, background=background)
+
+
+def remove_old(folder: Path, at: Position, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints, and the best models that no checkpoint needs."""
+    for old in _checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    _remove_bests(folder, at)
 
 
 def save_best(folder: Path, model: nn.Module, step: int, processes: Processes = ALONE) -> Path:
@@ -152,95 +172,7 @@ def save_best(folder: Path, model: nn.Module, step: int, processes: Processes = 
     """
     final = folder / f"{_BEST}{step:08d}"
     weights = {"weights": _trainable(model)}
-    _write(final, f"the best model, of update {step},", weights, processes)
-    return final
-
-
-def _write(
-    final: Path,
-    what: str,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    processes: Processes,
-    add: Callable[[Path], None] = lambda _: None,
-) -> None:
-    """Write tensors, one file for each name, or shards of them all; `add` adds other files.
-
-    Raises:
-        SaveError: Something could not be written; the message names `what`.
-    """
-    if any(isinstance(t, DTensor) for some in tensors.values() for t in some.values()):
-        _write_together(final, what, tensors, processes, add)
-        return
-    if processes.is_first:
-        with _whole_or_absent(final, what) as partial:
-            for name, some in tensors.items():
-                save_file(dict(some), partial / f"{name}.safetensors")
-            add(partial)
-            _write_manifest(partial, _digests(partial))
-    processes.wait()
-
-
-def _write_together(
-    final: Path,
-    what: str,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    processes: Processes,
-    add: Callable[[Path], None],
-) -> None:
-    """Write every process's shards; the first process completes the folder."""
-    together = {name: tensor for some in tensors.values() for name, tensor in some.items()}
-    with ExitStack() as stack:
-        partial = _partial(final)
-        if processes.is_first:
-            stack.enter_context(_whole_or_absent(final, what))
-        processes.wait()
-        try:
-            write_shards(together, partial / SHARDS)
-            own = _digests(partial, processes.rank, processes.count)
-        except OSError as error:
-            if processes.is_first:
-                raise
-            raise SaveError(f"{what} could not be saved ({error})") from error
-        digests = {name: hashed for some in processes.share(own) for name, hashed in some.items()}
-        if processes.is_first:
-            add(partial)
-            _write_manifest(partial, digests | _digests(partial, skip=SHARDS))
-    processes.wait()
-
-
-def _partial(final: Path) -> Path:
-    return final.with_name(f".partial-{final.name}")
-
-
-@contextmanager
-def _whole_or_absent(final: Path, what: str) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `final` if the block succeeds.
-
-    Raises:
-        SaveError: Something could not be written; the message names `what`.
-    """
-    partial = _partial(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        with system_errors(partial):
-            yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(final.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(f"{what} could not be saved ({error}); {_kept(final.parent)}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _kept(folder: Path) -> str:
-    last = newest(folder)
-    if last is None:
-        return "no earlier checkpoint exists"
-    return f"{last} is complete: free some disk space, then continue from it with --resume"
+    return Writing(final, f"the best model, of update {step},", weights, processes).finish()
 
 
 def load_best(folder: Path, model: nn.Module, step: int, processes: Processes = ALONE) -> None:
@@ -329,59 +261,27 @@ def _values(before: Any, now: Any) -> str:
     return f" ({texts[0]} before, {texts[1]} now)" if max(map(len, texts)) < 30 else ""
 
 
-def damage(path: Path, processes: Processes = ALONE) -> str | None:
-    """Describe the damage of a checkpoint, or return None if it is intact.
-
-    Processes of a run call this together; each reads a part of the files.
-    """
-    found = processes.share(_damage(path, processes.rank, processes.count))
-    return next((reason for reason in found if reason), None)
-
-
-def _damage(path: Path, part: int, parts: int) -> str | None:
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        if not any(name.startswith(("weights.safetensors", SHARDS)) for name in dict(files)):
-            return f"{MANIFEST} was altered"
-        for name, expected in [*files.items()][part::parts]:
-            if _digest(path / name) != expected:
-                return f"{name} was altered"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"incomplete ({error})"
-    return None
-
-
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     _restore_weights(path, model)
-    if _is_whole(path, model):
+    if is_whole(path, model):
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
     else:
         create_state(optimizer)
-        read_shards(_optimizer_tensors(model, optimizer), _shards(path))
+        read_shards(_optimizer_tensors(model, optimizer), tensor_folder(path))
     state = json.loads((path / "state.json").read_text())
     _restore_random(load_file(path / "random.safetensors"), state["python_random"])
     return Position(state["step"], state["identity"], state.get("selection"))
 
 
 def _restore_weights(path: Path, model: nn.Module) -> None:
-    if not _is_whole(path, model):
+    if not is_whole(path, model):
         trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        read_shards(trained, _shards(path))
+        read_shards(trained, tensor_folder(path))
         return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in load_file(path / "weights.safetensors").items():
             parameters[name].copy_(value)
-
-
-def _is_whole(path: Path, model: nn.Module) -> bool:
-    """Return whether neither a checkpoint nor the model is sharded."""
-    return not (path / SHARDS).exists() and not is_sharded(model)
-
-
-def _shards(path: Path) -> Path:
-    """Return the folder with a checkpoint's tensors."""
-    return path / SHARDS if (path / SHARDS).exists() else path
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -455,28 +355,6 @@ def _restore_random(states: dict[str, Tensor], python_random: list[Any]) -> None
     for device in range(torch.cuda.device_count()):
         if f"cuda:{device}" in states:
             torch.cuda.set_rng_state(states[f"cuda:{device}"], device)
-
-
-def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    manifest = {"format_version": 1, "files": dict(sorted(digests.items()))}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in folder.iterdir():
-        if path.is_file():
-            finalize(path)
-    sync(folder)
-
-
-def _digests(folder: Path, part: int = 0, parts: int = 1, skip: str = "") -> dict[str, str]:
-    """Hash the files in a folder and its subfolders, or every `parts`-th of them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [str(path.relative_to(folder)) for path in files]
-    kept = [name for name in names if not skip or not name.startswith(skip)]
-    return {name: _digest(folder / name) for name in kept[part::parts]}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest(folder: Path) -> Path | None:

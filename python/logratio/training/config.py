@@ -197,6 +197,8 @@ class TrainConfig(YamlSettings):
             each a shard of every weight (FSDP2); "hsdp", sharded within each host and replicated
             across hosts; "auto", "ddp" if weights, gradients and optimizer state fit. Leaves the
             result unchanged but for rounding.
+        async_save: Write the checkpoints of a sharded model while the run goes on, from a copy in
+            host memory. None: on GPUs.
         device: Device to train on; None: a GPU if available, else the CPU.
         lora: Train these adapters instead of all weights.
         adapter: How to start if `model` is the folder of an adapter: "merge" it into its base and
@@ -260,6 +262,7 @@ class TrainConfig(YamlSettings):
     resume: bool = False
     overwrite: bool = False
     parallel: Parallel = "auto"
+    async_save: bool | None = None
     device: str | None = None
     lora: LoraSettings | None = None
     adapter: StartAdapter = "merge"

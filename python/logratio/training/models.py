@@ -315,8 +315,9 @@ def with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> n
     from peft import PeftModel, get_peft_model
 
     if torch.device(device).type == "meta":
-        empty: Any = get_peft_model(base, adapter_settings(folder))  # type: ignore[arg-type]
-        return without_dropout(empty).eval()
+        empty: Any = base
+        adapted: nn.Module = get_peft_model(empty, adapter_settings(folder))
+        return without_dropout(adapted).eval()
     with quietly():
         model: nn.Module = PeftModel.from_pretrained(base, folder, local_files_only=True)
     model = without_dropout(model).eval()

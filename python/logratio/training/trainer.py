@@ -29,7 +29,8 @@ from logratio.progress import be_silent, progress, say
 from logratio.training import checkpoint, run_folder, torch_settings
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState, check_callbacks
-from logratio.training.checkpoint import RunInterruptedError, SaveError, interrupts
+from logratio.training.checkpoint import Position, RunInterruptedError, interrupts
+from logratio.training.checkpoint_folder import SaveError
 from logratio.training.compile_trial import BATCHES, try_compiling
 from logratio.training.config import TrainConfig
 from logratio.training.dataset import load_training_data
@@ -49,7 +50,7 @@ from logratio.training.models import (
 from logratio.training.optimizers import state_bytes
 from logratio.training.parallel.agreement import refuse_differences, refuse_separate_outputs
 from logratio.training.parallel.lifeline import ending_together
-from logratio.training.parallel.placement import Placement
+from logratio.training.parallel.placement import SHARDED, Placement
 from logratio.training.parallel.processes import join_processes
 from logratio.training.parallel.sharded_files import is_sharded, whole_weights
 from logratio.training.parallel.shares import updates_of
@@ -69,6 +70,7 @@ from logratio.training.reference import (
     sums_folder,
 )
 from logratio.training.reference_checks import check_start
+from logratio.training.run_checkpoints import RunCheckpoints
 from logratio.training.run_file import record_settings
 from logratio.training.run_folder import (
     CHECKPOINTS,
@@ -359,7 +361,7 @@ class DPOTrainer:
         if slow := torch_settings.advice(self.device):
             say(slow)
         refuse_separate_outputs(self.processes, output)
-        self.processes.start_group(self.device)
+        self.processes.start_group(self.device, even_alone=self.config.parallel in SHARDED)
         refuse_differences(self.processes, self._identity(), self.store)
 
     def begin(
@@ -384,6 +386,7 @@ class DPOTrainer:
         self.updater = Updater(
             config, store, policy, reference, layout, strategy, self.processes, load
         )
+        self.checkpoints = RunCheckpoints(config, self.updater)
         self.identity = self._identity()
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)
@@ -469,6 +472,7 @@ class DPOTrainer:
                     self._call("on_update", MappingProxyType(values))
                     self._evaluate(watch, interrupted)
                     self._maybe_save(step, interrupted())
+            self.checkpoints.finish()
         return self._result(history)
 
     def _watch(self) -> Unwatched:
@@ -494,8 +498,7 @@ class DPOTrainer:
         except EvaluationInterruptedError:
             return
         if self.selection.note(step, result.metrics):
-            self.updater.strategy.settle()
-            checkpoint.save_best(self._checkpoints, self.updater.policy, step, self.processes)
+            self.checkpoints.save_best(step)
         watch.evaluated(result)
         if self.show_progress:
             say(result.to_text())
@@ -540,8 +543,7 @@ class DPOTrainer:
         """Restore the best weights, if the run keeps them, and describe the run."""
         step, best = self.state.step, self.selection.best_step
         if best not in (None, step):
-            self.updater.strategy.settle()
-            checkpoint.load_best(self._checkpoints, self.updater.policy, best, self.processes)
+            self.checkpoints.load_best(best)
         if reason := self.state.stop_reason:
             say(f"stopped after update {step:,} of {self.updates:,}: {reason}")
         return TrainResult(
@@ -598,15 +600,24 @@ class DPOTrainer:
             say(note)
 
     def _maybe_save(self, step: int, signal: int | None) -> None:
+        if folder := self.checkpoints.completed():
+            self._call("on_checkpoint", folder)
         every = self.config.save_every
         if step == self.updates and not (self.held_out and self._is_due(step)):
             return
         if signal or (every > 0 and step % every == 0):
-            self._call("on_checkpoint", self.save(step))
+            folder = self.checkpoints.begin(self._position(step))
+            if signal:
+                folder = folder or self.checkpoints.finish()
+            if folder:
+                self._call("on_checkpoint", folder)
         if signal:
             raise RunInterruptedError(
                 signal, f"saved update {step} in {self._checkpoints}; continue with --resume"
             )
+
+    def _position(self, step: int) -> Position:
+        return Position(step, self.identity, self.selection.state())
 
     @property
     def _checkpoints(self) -> Path:
@@ -618,25 +629,12 @@ class DPOTrainer:
         Raises:
             SaveError: The checkpoint cannot be written; earlier ones are unchanged.
         """
-        at = checkpoint.Position(step, self.identity, self.selection.state())
-        updater, keep = self.updater, self.config.keep_checkpoints
-        updater.strategy.settle()
-        return checkpoint.save(
-            self._checkpoints, updater.policy, updater.optimizer, at, keep, self.processes
-        )
+        return self.checkpoints.save(self._position(step))
 
     def _resume(self) -> int:
-        folder, updater = self._checkpoints, self.updater
-        updater.strategy.settle()
-        at, refused = checkpoint.load_newest(
-            folder, updater.policy, updater.optimizer, self.identity, self.processes
-        )
-        for sentence in refused:
-            say(f"skipped a damaged checkpoint: {sentence}")
+        at = self.checkpoints.resume(self.identity)
         if at is None:
-            say(f"{folder}: no checkpoint yet, starting from the first update")
             return 0
-        say(f"{folder}: resuming after update {at.step:,}")
         if at.selection:
             self.selection.restore(at.selection)
         self._evaluations = [

@@ -254,9 +254,9 @@ class Updater:
         self, step: int, values: dict[str, float], batches: list[np.ndarray]
     ) -> str:
         """Describe the values and records that are not finite, and the likely cause."""
-        own = np.concatenate(batches) if batches else np.empty(0, np.int64)
+        own = np.concatenate([*batches, np.empty(0, np.int64)])
         with torch.no_grad(), side_effect_free(self.policy):
-            sums = [self._policy_sum(self._batch(group[None])) for group in own]
+            sums = [self._policy_sum(self._batch(np.array([group]))) for group in own]
             for _ in range(len(own), self.processes.highest(len(own))):
                 self._policy_sum(self._smallest)  # if the model is sharded, others need this pass
         found = [int(one) for one, value in zip(own, sums, strict=True) if not math.isfinite(value)]

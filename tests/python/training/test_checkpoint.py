@@ -13,6 +13,7 @@ from torch import nn
 
 from logratio.training import checkpoint
 from logratio.training.checkpoint import Position, ResumeError
+from logratio.training.checkpoint_folder import MANIFEST
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 
@@ -136,7 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_reason(
 def test_a_damaged_manifest_is_passed_over(tmp_path: Path, content: str) -> None:
     for step in (1, 2):
         newest = save(tmp_path, step)
-    (newest / checkpoint.MANIFEST).write_text(content)
+    (newest / MANIFEST).write_text(content)
     assert loaded(tmp_path) == 1
 
 

@@ -29,7 +29,8 @@ from logratio.training import (
     train,
 )
 from logratio.training import checkpoint as checkpoints
-from logratio.training.checkpoint import RunInterruptedError, SaveError
+from logratio.training.checkpoint import RunInterruptedError
+from logratio.training.checkpoint_folder import SaveError
 from logratio.training.metrics import MetricsLog, NonFiniteError
 from logratio.training.run_folder import RunExistsError, reward_beta
 from logratio.training.trainer import DPOTrainer

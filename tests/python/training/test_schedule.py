@@ -13,7 +13,8 @@ from transformers import get_scheduler
 
 from logratio import TrainConfig, train
 from logratio.errors import ConfigError
-from logratio.training.checkpoint import ResumeError, SaveError, _check_identity
+from logratio.training.checkpoint import ResumeError, _check_identity
+from logratio.training.checkpoint_folder import SaveError
 from logratio.training.config import UNRECORDED, Schedule
 from logratio.training.run_folder import RunExistsError
 from logratio.training.schedule import DECAYS, RunLength, learning_rate

@@ -22,6 +22,7 @@ from logratio.training.parallel.strategy import Replicated, Sharded, Whole
 from logratio.training.validation import reference_kind
 
 Mode = Literal["one", "ddp", "fsdp", "hsdp"]
+SHARDED = ("fsdp", "hsdp")
 SHARE = 0.7
 """Share of a device's memory that weights, gradients and optimizer state of a replicated model may
 take; activations and the head's tiles need the rest."""
@@ -38,8 +39,8 @@ class Placement:
         device: Device of this process.
 
     Attributes:
-        mode: "one" process; "ddp", replicated; "fsdp", sharded over all processes; or "hsdp",
-            sharded within each host and replicated across hosts.
+        mode: "one", the whole model in one process; "ddp", replicated; "fsdp", sharded over all
+            processes; or "hsdp", sharded within each host and replicated across hosts.
     """
 
     def __init__(self, config: TrainConfig, processes: Processes, device: torch.device) -> None:
@@ -53,7 +54,7 @@ class Placement:
     @property
     def is_sharded(self) -> bool:
         """Whether models are sharded."""
-        return self.mode in ("fsdp", "hsdp")
+        return self.mode in SHARDED
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -94,7 +95,7 @@ def _has_experts(policy: nn.Module) -> bool:
 
 def _mode(config: TrainConfig, processes: Processes, device: torch.device) -> Mode:
     if processes.count == 1:
-        return "one"
+        return "fsdp" if config.parallel in SHARDED else "one"
     if config.parallel != "auto":
         return config.parallel
     frozen = config.reference or config.model if reference_kind(config) == "frozen" else None

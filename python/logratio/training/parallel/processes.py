@@ -12,12 +12,13 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from logratio.errors import ConfigError
 from logratio.training.parallel.lifeline import Lifeline
@@ -79,21 +80,38 @@ class Processes:
         if self.lifeline:
             self.lifeline.phase = phase
 
-    def start_group(self, device: torch.device, timeout: timedelta | None = None) -> None:
-        """Create torch's process group, unless it exists. GPUs use NCCL, the rest gloo."""
-        if self.count == 1 or dist.is_initialized():
+    def start_group(
+        self,
+        device: torch.device,
+        *,
+        even_alone: bool = False,
+        timeout: timedelta | None = None,
+    ) -> None:
+        """Create torch's process group, unless it exists. GPUs use NCCL, the rest gloo.
+
+        Args:
+            device: Device of this process.
+            even_alone: Create a group of one process too.
+            timeout: Longest duration of a collective; None: torch's default.
+        """
+        if dist.is_initialized() or (self.count == 1 and not even_alone):
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend,
-            store=PrefixStore("group", self._store),
+            store=PrefixStore("group", self._store) if self._store else HashStore(),
             rank=self.rank,
             world_size=self.count,
             timeout=timeout,
         )
         atexit.register(_end_group)
+
+    @cached_property
+    def group_for_writing(self) -> Any:
+        """A group of its own for threads that write files, so that no collectives get mixed up."""
+        return dist.new_group(backend="gloo")
 
     def share(self, value: Any) -> list[Any]:
         """Return the `value` of every process, in the order of their ranks. Values are JSON."""
@@ -144,6 +162,10 @@ class Processes:
     def highest(self, number: int) -> int:
         """Return the highest `number` of any process."""
         return int(self.most(torch.tensor(number))) if self.count > 1 else number
+
+
+ALONE = Processes()
+"""A process that trains by itself."""
 
 
 def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:

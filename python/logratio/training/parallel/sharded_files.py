@@ -6,6 +6,8 @@ pickle.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
+
+from logratio.training.parallel.processes import Processes
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -25,17 +29,40 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: Path, processes: Processes, *, background: bool
+) -> "Future[None]":
     """Write sharded tensors to `folder`; all processes call this together.
 
-    Raises:
-        OSError: A process could not write; the message names its rank. The same in all processes.
+    Args:
+        tensors: The tensors by name.
+        folder: The folder, on a file system that all processes share.
+        processes: The processes.
+        background: Copy the tensors to host memory, and write the copy in a thread.
+
+    Returns:
+        The end of the writing. Its exception, if any, is the same in all processes: see `reasons`.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    done = Future[None]()
+    if background:
+        group = processes.group_for_writing
+        started: Any = async_save(dict(tensors), storage_writer=writer, process_group=group)
+        started.add_done_callback(partial(_pass_on, done))
+        return done
     try:
         save(dict(tensors), storage_writer=writer)
+        done.set_result(None)
     except CheckpointException as error:
-        raise OSError(_reasons(error)) from error
+        done.set_exception(error)
+    return done
+
+
+def _pass_on(done: "Future[None]", started: "Future[Any]") -> None:
+    if error := started.exception():
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -51,11 +78,13 @@ def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     try:
         load(dict(tensors), storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
-        raise OSError(_reasons(error)) from error
+        raise OSError(reasons(error)) from error
 
 
-def _reasons(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
+def reasons(error: BaseException) -> str:
+    """Describe which ranks could not write or read, and why; "" for another exception."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return "; ".join(f"rank {rank}: {reason}" for rank, (reason, _) in failures.items())
 
 
 def whole_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:

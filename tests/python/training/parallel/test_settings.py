@@ -48,7 +48,7 @@ def distance(one: Path, other: Path) -> float:
     """Return the Euclidean distance of two models."""
     left, right = (load_file(path / "model.safetensors") for path in (one, other))
     squares = [(left[name].double() - right[name].double()).square().sum() for name in left]
-    return float(sum(squares)) ** 0.5
+    return float(sum(squares) ** 0.5)
 
 
 def losses(folder: Path) -> list[float]:
@@ -135,10 +135,18 @@ def test_what_cannot_be_sharded_is_refused_with_the_reason(
     assert message.lower() in "".join(ended.printed).lower()
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("first", "then", "async_save"), [(1, 2, None), (2, 1, False), (2, 3, True)]
+)
 def test_a_run_resumes_with_another_number_of_processes(
-    ranks: RankServer, settings: Settings, tmp_path: Path, first: int, then: int
+    ranks: RankServer,
+    settings: Settings,
+    tmp_path: Path,
+    first: int,
+    then: int,
+    async_save: bool | None,
 ) -> None:
+    settings |= {"save_every": 1, "async_save": async_save}
     settings |= {"eval_share": 0.3, "eval_every": 2, "best_metric": "loss", "parallel": "fsdp"}
     ranks(1, TRAIN, settings | {"output": str(tmp_path / "whole")}).well()
     settings |= {"output": str(tmp_path / "parts")}
