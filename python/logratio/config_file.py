@@ -21,6 +21,7 @@ from typing import Any, Self
 import yaml
 
 from logratio.errors import ConfigError, LogratioError, MissingInputError
+from logratio.setting_names import with_fields
 from logratio.synonyms import (
     as_fields,
     foreign_names,
@@ -313,7 +314,8 @@ class _Reading:
             try:
                 _made(block, values)
             except LogratioError as error:
-                raise self.error(self._cause(block, values, path, error), error) from error
+                cause = self._cause(block, values, path, error)
+                raise self.error(cause, with_fields(str(error))) from error
 
     def _cause(
         self, block: Any, values: Values, path: tuple[str, ...], error: LogratioError
@@ -340,7 +342,7 @@ class _Reading:
                 return value
             except LogratioError as error:
                 first = first or error
-        raise self.error(node, first)
+        raise self.error(node, with_fields(str(first)))
 
     def _readings(self, given: str, node: yaml.Node) -> Iterator[Any]:
         """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list."""

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread
 from typing import TypeVar
 
+from logratio.setting_names import worded
+
 PATIENCE = 2.0
 """Seconds before progress is shown."""
 LINE_EVERY = 10.0
@@ -21,7 +23,7 @@ Result = TypeVar("Result")
 def say(message: str) -> None:
     """Print a line on standard error; ignore errors, for example if it is closed."""
     with suppress(OSError, ValueError):
-        sys.stderr.write(message + "\n")
+        sys.stderr.write(worded(message) + "\n")
         sys.stderr.flush()
 
 

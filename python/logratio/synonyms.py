@@ -20,6 +20,8 @@ Kind = TypeVar("Kind")
 class ForeignFlagError(LogratioError, ValueError):
     """A flag of another trainer without an exact equivalent."""
 
+    __str__ = Exception.__str__  # it names the flag as it was given
+
 
 SAME: Mapping[str, str] = {
     "--early-stopping-patience": "--early-stop",

@@ -12,6 +12,7 @@ from logratio.cli import cache, data, evaluate, export, merge, precompute, repor
 from logratio.cli.usage import UsageError, usage_message
 from logratio.errors import LogratioError
 from logratio.progress import say
+from logratio.setting_names import flags_in_messages
 from logratio.synonyms import translated
 
 app = typer.Typer(
@@ -72,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: The command line without the program's name; `sys.argv[1:]` by default.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with flags_in_messages():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> NoReturn:
     command = typer.main.get_command(app)
     flags = flags_of(command, arguments)
     try:

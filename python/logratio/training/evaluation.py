@@ -248,7 +248,7 @@ def prepare(config: EvaluateConfig, *, show_progress: bool = True) -> "Evaluatin
     config = with_local_models(config)
     if config.samples_file is not None:
         if not config.samples:
-            raise ConfigError("samples_file needs samples, the number of completions to sample")
+            raise ConfigError("--samples-file needs --samples, the number of completions to sample")
         check_writable(Path(config.samples_file).parent)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
@@ -285,15 +285,15 @@ def check_sampling(
         ConfigError: A setting is out of range, or a sample could be longer than a model allows.
     """
     if samples < 0 or max_new_tokens < 1:
-        raise ConfigError("samples must be at least 0 and max_new_tokens at least 1")
+        raise ConfigError("--samples must be at least 0 and --max-new-tokens at least 1")
     if not samples:
         return
     positions = max_positions(models[0])
     needed = int(store.prompt_lengths().max()) + max_new_tokens
     if positions and needed > positions:
         raise ConfigError(
-            f"the longest prompt and max_new_tokens need {needed} positions, and the model has "
-            f"{positions}: lower max_new_tokens or max_prompt_length"
+            f"the longest prompt and --max-new-tokens need {needed} positions, and the model has "
+            f"{positions}: lower --max-new-tokens or --max-prompt-length"
         )
     for folder in models:
         _check_length_limits(folder, needed)
@@ -310,7 +310,7 @@ def _check_length_limits(folder: PathLike, needed: int) -> None:
             raise ConfigError(
                 f"{folder}: cannot sample up to {needed} tokens, because its {limit.what} "
                 f"uses different factors or keys beyond {limit.tokens} tokens: lower "
-                "max_new_tokens or max_prompt_length until both fit, or set samples to 0"
+                "--max-new-tokens or --max-prompt-length until both fit, or draw no samples"
             )
 
 

@@ -125,14 +125,14 @@ def _check_loss(loss: str) -> None:
 def _check_sweep(config: SweepConfig) -> None:
     """Check the settings that only a sweep has."""
     if config.kl_budget is not None and config.samples < 2:
-        raise ConfigError("kl_budget needs an estimate of the KL: set samples to 2 or more")
+        raise ConfigError("--kl-budget needs an estimate of the KL: set --samples to 2 or more")
     if config.workers is not None and config.engine != "ray":
-        raise ConfigError("workers are runs at a time on Ray: give --engine ray")
+        raise ConfigError("--workers are runs at a time on Ray: give --engine ray")
     for name in ("eval_share", "eval_every", "eval_samples", "best_metric", "early_stop"):
         if getattr(config.base, name):
             raise ConfigError(
-                f"a sweep evaluates each run once, after its end, on the sweep's eval_data: leave "
-                f"{name} out"
+                f"a sweep evaluates each run once, after its end, on the sweep's --eval-data: leave "
+                f"--{name.replace('_', '-')} out"
             )
     if config.engine == "ray":
         require("ray.tune", "ray")

@@ -103,7 +103,7 @@ class TestFinished:
             other.write_text(other.read_text() + json.dumps(bad) + "\n")
             changes = {"data": [other]}
         before = state(Path(config.output))
-        with pytest.raises(RunExistsError, match=rf"differs in {names}: .*--overwrite"):
+        with pytest.raises(RunExistsError, match=rf"differs in {names}: .*overwrite=True"):
             quiet(with_(config, **changes))
         assert state(Path(config.output)) == before
 
@@ -457,7 +457,7 @@ class TestBeta:
     @pytest.mark.parametrize("loss", ["sft", "simpo"])
     def test_a_loss_without_a_reference_has_none(self, config: TrainConfig, loss: str) -> None:
         quiet(with_(config, loss=loss))
-        with pytest.raises(ConfigError, match="a loss without a reference: give --beta"):
+        with pytest.raises(ConfigError, match="a loss without a reference: give beta"):
             evaluate(EvaluateConfig(config.output, config.model, config.data))
         assert reward_beta(config.output, 0.2) == 0.2
 

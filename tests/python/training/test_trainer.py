@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_skipped(
 def test_an_unfinished_run_is_not_started_over(config: TrainConfig) -> None:
     with pytest.raises(RunInterruptedError), stop_after(2):
         quiet(config)
-    with pytest.raises(FileExistsError, match="--resume"):
+    with pytest.raises(FileExistsError, match="resume=True"):
         quiet(config)
     quiet(with_(config, resume=True))
     assert not (Path(config.output) / "checkpoints").exists()

@@ -16,6 +16,7 @@ from logratio.data.readers.rows import Row
 from logratio.data.records import CODES, Cut, Omitted, Refusal, Source, stops
 from logratio.data.tokenization.groups import CONFLICT, DUPLICATE, GroupArrays, TokenizedGroup
 from logratio.errors import LogratioError
+from logratio.setting_names import worded
 from logratio.forecast import count
 
 LISTED = 20
@@ -38,7 +39,7 @@ class BadDataError(LogratioError, ValueError):
         self.errors = errors
 
     def __str__(self) -> str:
-        return "\n".join((self.summary, *self.errors))
+        return worded("\n".join((self.summary, *self.errors)))
 
 
 @dataclass(slots=True)
