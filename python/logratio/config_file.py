@@ -23,6 +23,7 @@ import yaml
 from logratio.errors import ConfigError, LogratioError, MissingInputError
 from logratio.setting_names import with_fields
 from logratio.synonyms import (
+    aliases_of,
     as_fields,
     foreign_names,
     instead_of,
@@ -30,7 +31,7 @@ from logratio.synonyms import (
     own_name,
     own_value,
 )
-from logratio.validation import fitted_field
+from logratio.validation import fitted_field, split_list
 
 Values = dict[str, Any]
 """Fields and their values; the fields of nested settings are in a dict of their own."""
@@ -270,8 +271,8 @@ class _Reading:
             raise self.error(key, "a key must be a word")
         given = key.value.replace("-", "_")
         places = _places(kind)
-        for name in (FLAGS.get(given, given), own_name(kind, given)):
-            if name in places:
+        for spelled in (given, own_name(kind, given)):
+            if (name := FLAGS.get(spelled, spelled)) in places:
                 return places[name], given
         raise self.error(key, _unknown(kind, key.value, given))
 
@@ -334,21 +335,27 @@ class _Reading:
 
     def _value(self, place: Place, given: str, node: yaml.Node) -> Any:
         """Return the first reading of a value that fits the field."""
-        first: LogratioError | None = None
+        errors: list[tuple[bool, str]] = []
         for reading in self._readings(given, node):
             value = own_value(given, reading)
             try:
                 fitted_field(place.owner, place.path[-1], value)
                 return value
             except LogratioError as error:
-                first = first or error
-        raise self.error(node, with_fields(str(first)))
+                errors.append((isinstance(reading, list), with_fields(str(error))))
+        errors.sort(key=lambda one: one[0])  # of several readings, that as one value comes first
+        raise self.error(node, errors[0][1])
 
     def _readings(self, given: str, node: yaml.Node) -> Iterator[Any]:
-        """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list."""
+        """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list.
+
+        ``q_proj, v_proj`` without brackets is first read as a list, if it is no file's name.
+        """
         plain = self._plain(node, _text if given in INPUTS else _scalar)
         if given == "chat" and isinstance(_truth(plain), bool):
             plain = "chat" if _truth(plain) else "text"
+        if isinstance(plain, str) and given not in INPUTS and "," in plain:
+            yield [_scalar(yaml.ScalarNode(str(node.tag), one)) for one in split_list(plain)]
         yield plain
         yield self._plain(node, lambda one: _truth(_scalar(one)))
         yield self._plain(node, _text)
@@ -424,11 +431,17 @@ def _unknown(kind: Any, key: str, given: str) -> str:
     """Describe a key that no field has, and what to write instead."""
     if given in OF_A_CALL:
         return f"{key} belongs to one call, not to a file: give --{given.replace('_', '-')}"
+    for name, block in _blocks(kind).items():
+        if name in SWITCHES and own_name(block, given) in _places(block):
+            return f"unknown key {key}: write it below `{name}:`, indented"
     if advice := instead_of(given, in_file=True):
         return f"unknown key {key}: {advice}"
-    known = {name: name for name in (*FLAGS, *_places(kind))}
-    known |= {name: own for name in foreign_names() if (own := own_name(kind, name)) in known}
-    near = get_close_matches(given, known, 1)
+    known = {
+        name: name for name in (*FLAGS, *_places(kind)) if FLAGS.get(name, name) in _places(kind)
+    }
+    names = (*foreign_names(), *aliases_of(kind))
+    known |= {name: own for name in names if (own := own_name(kind, name)) in known}
+    near = get_close_matches(given, known, 1, cutoff=0.7)
     return f"unknown key {key}" + (f": did you mean {known[near[0]]}?" if near else "")
 
 

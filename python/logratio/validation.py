@@ -222,6 +222,11 @@ def _fitting(given: Any, fits: bool) -> Any:
     return given
 
 
+def split_list(text: str) -> list[str]:
+    """Return the items of a list that is written with commas, such as "q_proj, v_proj"."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def changes(settings: Any) -> str:
     """Return the ``repr`` of a dataclass with the fields that differ from their defaults."""
     given = ((field, getattr(settings, field.name)) for field in fields(settings) if field.repr)

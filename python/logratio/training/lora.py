@@ -226,9 +226,9 @@ def _check_saved_modules(settings: LoraSettings, model: Any, folder: PathLike) -
             _check_not_adapted(name, path, settings, is_linear=_is_linear(modules[path], head))
             if modules[path] in tied:
                 raise ConfigError(
-                    f"--lora-modules-to-save {name!r}: the head and the input embeddings of {folder} "
-                    "share one matrix, and a trained copy of one would separate them; adapt "
-                    f"{name} with --lora-target instead, or train all weights"
+                    f"--lora-modules-to-save {name!r}: the head and the input embeddings of "
+                    f"{folder} share one matrix, and a trained copy of one would separate "
+                    f"them; adapt {name} with --lora-target instead, or train all weights"
                 )
 
 
@@ -242,8 +242,8 @@ def _check_not_adapted(name: str, path: str, settings: LoraSettings, *, is_linea
     named = any(path == target or path.endswith(f".{target}") for target in settings.targets)
     if named or (is_linear and not settings.targets):
         raise ConfigError(
-            f"--lora-modules-to-save {name!r}: {path} gets an adapter too; name the layers to adapt "
-            f"with --lora-target, without {name}"
+            f"--lora-modules-to-save {name!r}: {path} gets an adapter too; name the layers to "
+            f"adapt with --lora-target, without {name}"
         )
 
 

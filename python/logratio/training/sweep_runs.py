@@ -131,8 +131,8 @@ def _check_sweep(config: SweepConfig) -> None:
     for name in ("eval_share", "eval_every", "eval_samples", "best_metric", "early_stop"):
         if getattr(config.base, name):
             raise ConfigError(
-                f"a sweep evaluates each run once, after its end, on the sweep's --eval-data: leave "
-                f"--{name.replace('_', '-')} out"
+                "a sweep evaluates each run once, after its end, on the sweep's --eval-data: "
+                f"leave --{name.replace('_', '-')} out"
             )
     if config.engine == "ray":
         require("ray.tune", "ray")

@@ -105,9 +105,9 @@ def _check_optimizer(config: TrainConfig) -> None:
     saved = config.lora.modules_to_save if config.lora else ()
     if config.precision == "bf16-weights" and (saved or not config.trains_adapter):
         raise ConfigError(
-            "--optimizer adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would lose most "
-            "updates to rounding: use adamw or adamw-host, or --precision bf16, which takes as much "
-            "memory"
+            "--optimizer adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would "
+            "lose most updates to rounding: use adamw or adamw-host, or --precision bf16, which "
+            "takes as much memory"
         )
     require("bitsandbytes", "quantized")
 

@@ -16,8 +16,8 @@ from logratio.data.readers.rows import Row
 from logratio.data.records import CODES, Cut, Omitted, Refusal, Source, stops
 from logratio.data.tokenization.groups import CONFLICT, DUPLICATE, GroupArrays, TokenizedGroup
 from logratio.errors import LogratioError
-from logratio.setting_names import worded
 from logratio.forecast import count
+from logratio.setting_names import worded
 
 LISTED = 20
 """Most places that are listed per cause; all are counted."""

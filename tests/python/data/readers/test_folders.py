@@ -71,7 +71,7 @@ def test_a_split_is_chosen_or_refused_with_the_list(kind: str, tmp_path: Path) -
     names, splits = LAYOUTS[kind]
     folder = layout(tmp_path / "set", *names)
     with pytest.raises(
-        OSError, match="Holds several splits; choose one with formats.split"
+        OSError, match=r"Holds several splits; choose one with formats\.split"
     ) as caught:
         read(folder)
     for split, files in splits.items():
