@@ -145,7 +145,7 @@ def _refusal(name: str, flag: str, hint: Any, given: Any) -> SettingTypeError | 
     taken = f"must be {_words(hint)}, not {given!r}"
     if isinstance(given, str) and any(get_origin(kind) is Literal for kind in _choices(hint)):
         return ConfigError(f"{flag} {taken}")
-    return SettingTypeError(f"{name} {taken} ({_article(type(given).__name__)})")
+    return SettingTypeError(f"{name} {taken} ({with_article(type(given).__name__)})")
 
 
 def _fitted(hint: Any, given: Any) -> Any:
@@ -265,8 +265,9 @@ def _words(hint: Any) -> str:
         return f"a list, each item {_words(arguments[0])}"
     if origin in (Mapping, dict):
         return "a dict"
-    return _WORDS.get(kind) or _article(getattr(kind, "__name__", str(kind)))
+    return _WORDS.get(kind) or with_article(getattr(kind, "__name__", str(kind)))
 
 
-def _article(name: str) -> str:
+def with_article(name: str) -> str:
+    """Return a name with "a" or "an" in front."""
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -304,9 +304,14 @@ def settings_of_peft(given: Any, folder: PathLike) -> LoraSettings:
     from peft import LoraConfig
 
     if not isinstance(given, LoraConfig):
-        raise SettingTypeError(
-            f"peft_config must be a LoraConfig of peft, not {type(given).__name__}"
+        hint = (
+            "only LoRA adapters are trained: give a LoraConfig, or leave peft_config out to train "
+            "all weights"
         )
+        if isinstance(given, dict):
+            hint = "write LoraConfig(**peft_config)"
+        kind = type(given).__name__
+        raise SettingTypeError(f"peft_config must be a LoraConfig of peft, not {kind}: {hint}")
     values = _as_json(given)
     if values["target_modules"] is None:
         values["target_modules"] = _default_targets(folder)
@@ -334,14 +339,15 @@ def _settings_of(given: dict[str, Any], where: str) -> LoraSettings:
         where: Their origin, for messages.
     """
     if (kind := given.pop("peft_type", None)) not in (None, "LORA"):
-        raise ConfigError(f"{where}: peft_type {kind} is not supported; only LORA is")
+        raise ConfigError(f"{where}: peft_type {kind} is not supported: give a plain LoraConfig")
     if (task := given.pop("task_type", None)) not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"{where}: task_type {task} is not supported; only CAUSAL_LM is")
+        raise ConfigError(
+            f"{where}: task_type {task} is not supported: write CAUSAL_LM, or leave it out"
+        )
     defaults = _peft_defaults()
     if refused := sorted(_unsupported(given, defaults)):
         raise ConfigError(
-            f"{where}: {', '.join(refused)} not supported by logratio train: leave out what the "
-            "adapters do not need"
+            f"{where}: {', '.join(refused)} not supported: leave out what the adapters do not need"
         )
     settings = {ours: given.get(name, defaults[name]) for name, ours in NAMES.items()}
     return LoraSettings(**settings | _lists_of_names(settings, where))

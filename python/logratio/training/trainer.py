@@ -83,6 +83,7 @@ from logratio.training.torch_settings import (
     fixed_order,
 )
 from logratio.training.trainer_arguments import trainer_arguments
+from logratio.training.trainer_methods import TransformersMethods
 from logratio.training.update import Updater
 from logratio.training.validation import check_folders, check_settings, reference_kind
 from logratio.training.watching import Watch
@@ -111,7 +112,7 @@ def train(config: TrainConfig, *, show_progress: bool = True) -> TrainResult:
     return trainer.train()
 
 
-class DPOTrainer:
+class DPOTrainer(TransformersMethods):
     """Trains a policy on preferences, or on demonstrations with ``loss="sft"``.
 
     The constructor checks the settings, tokenizes the data and locks the output folder: until
@@ -133,7 +134,8 @@ class DPOTrainer:
         callbacks: Called during the run: see `Callback`.
         show_progress: Draw progress bars and print notes.
         dry_run: Create no files. The trainer then offers a forecast but cannot train.
-        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names;
+        **settings: Other fields of `TrainConfig`, under their logratio, transformers or TRL names
+            (without `output`, the folder is named after the model, such as "Qwen3-0.6B-DPO");
             also TRL's arguments `args`, `processing_class`, `ref_model` and `train_dataset`.
 
     Attributes:
@@ -166,7 +168,7 @@ class DPOTrainer:
         reference: Any = None,
         peft_config: Any = None,
         config: Any = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Callback | Sequence[Callback] | None = (),
         show_progress: bool = True,
         dry_run: bool = False,
         **settings: Any,
@@ -289,6 +291,7 @@ class DPOTrainer:
             if reason := self.finished.stop_reason:
                 kept += f"; it stopped after update {self.finished.steps:,}: {reason}"
             say(f"{self.finished.output}: a run with these settings has already finished{kept}")
+            self.result = self.finished
             return self.finished
         if self.dry_run:
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
@@ -320,6 +323,7 @@ class DPOTrainer:
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         self._call("on_end", result)
         self._drawing.finish()
+        self.result = result
         return result
 
     def begin(self, policy: nn.Module, reference: Reference | None, layout: str) -> None:
@@ -407,6 +411,7 @@ class DPOTrainer:
                     self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
                     values["epoch"] = self.state.epoch
                     history.append(values)
+                    self.state.log(values)
                     advance(groups, watch.updated(step, values))
                     self._call("on_update", MappingProxyType(values))
                     self._evaluate(watch, interrupted)
@@ -431,6 +436,7 @@ class DPOTrainer:
         if self.show_progress:
             say(result.to_text())
         self._evaluations.append(result.to_dict())
+        self.state.log(result.metrics)
         self._call("on_evaluate", result)
         self._stop_if_exhausted()
 
