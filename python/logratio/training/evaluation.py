@@ -134,11 +134,21 @@ def _until_stop(completion: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with a completion of the policy and one of the reference, as text."""
+    """A prompt with a completion of the policy and one of the reference, as text.
+
+    Attributes:
+        prompt: The prompt, without the token that begins every text.
+        policy: The policy's completion, without the token that ends it.
+        reference: The reference's completion; None: there is no reference.
+        policy_truncated: Whether the policy's completion was cut at the maximum length.
+        reference_truncated: The same for the reference; None: there is no reference.
+    """
 
     prompt: str
     policy: str
     reference: str | None
+    policy_truncated: bool = False
+    reference_truncated: bool | None = None
 
 
 def sample_texts(
@@ -155,11 +165,26 @@ def sample_texts(
         drawn: The policy's completion of each.
         others: The reference's completion of each, or None.
     """
-    decode = tokenizer.decode
+    theirs: Sequence[list[int] | None] = others or [None] * len(drawn)
     return [
-        Sample(decode(prompt), decode(mine), None if others is None else decode(others[n]))
-        for n, (prompt, mine) in enumerate(zip(prompts, drawn, strict=True))
+        Sample(
+            tokenizer.decode(prompt[prompt[:1] == [tokenizer.bos_id] :]),
+            _text(tokenizer, mine),
+            None if other is None else _text(tokenizer, other),
+            _is_truncated(tokenizer, mine),
+            None if other is None else _is_truncated(tokenizer, other),
+        )
+        for prompt, mine, other in zip(prompts, drawn, theirs, strict=True)
     ]
+
+
+def _text(tokenizer: PreferenceTokenizer, ids: list[int]) -> str:
+    """Decode a completion without the stop token and the space between it and the prompt."""
+    return tokenizer.decode(ids if _is_truncated(tokenizer, ids) else ids[:-1]).lstrip(" ")
+
+
+def _is_truncated(tokenizer: PreferenceTokenizer, ids: list[int]) -> bool:
+    return not ids or ids[-1] not in tokenizer.stop_ids
 
 
 @dataclass(frozen=True)
@@ -329,8 +354,6 @@ class Evaluating:
         """Memory and time of the evaluation."""
         models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
-        device, precision = self.config.device, self.precision
-        work = [memory.seconds(m, tokens, memory.FORWARD, device, precision) for m in models]
         return Forecast(
             memory_bytes=memory.scoring_bytes(
                 models,
@@ -339,7 +362,7 @@ class Evaluating:
             ),
             disk_bytes=0,
             disk_path=Path(),
-            seconds=sum(work),
+            seconds=memory.evaluation_seconds(self.config, self.dataset.store),
             notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples, "
             f"{precision_note(self.config)}",
         )

@@ -17,7 +17,7 @@ from logratio.data.store.load import is_store
 from logratio.durable import write_atomic
 from logratio.errors import ConfigError
 from logratio.extras import require
-from logratio.forecast import Forecast, check_writable
+from logratio.forecast import Forecast, check_writable, count
 from logratio.progress import say
 from logratio.training import evaluation
 from logratio.training.checkpoint import RunInterruptedError
@@ -31,7 +31,7 @@ from logratio.training.dataset import (
 )
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.memory import training_forecast
+from logratio.training.memory import FORWARD, evaluation_seconds, seconds, training_forecast
 from logratio.training.models import precision_of, with_local_models
 from logratio.training.precomputation import precompute, refuse_multiple_processes
 from logratio.training.reference import holds_sums_only
@@ -170,19 +170,26 @@ class Sweep:
 
     def rehearse(self) -> Forecast:
         """Tokenize the data in memory, and estimate the needs of the runs; writes nothing."""
-        self._tokenize(self.config.eval_data, None)
-        return self._forecast(self._tokenize(self.config.base.data, None).store)
+        held_out = self._tokenize(self.config.eval_data, None).store
+        return self._forecast(self._tokenize(self.config.base.data, None).store, held_out)
 
-    def _forecast(self, store: Store) -> Forecast:
-        """Estimate the needs of all runs, one after the other."""
+    def _forecast(self, store: Store, held_out: Store) -> Forecast:
+        """Estimate the needs of the reference pass and of all runs, one after the other."""
+        base, cached = self.config.base, [run for run in self.runs if needs_reference(run)]
+        tokens = float(store.shared_lengths().sum()) if cached else 0.0
+        where = base.device, self.precision
+        scoring = seconds(self.reference, tokens, FORWARD, *where) if tokens else 0.0
+        how = self._evaluation(Path(), base.model)
+        evaluating = len(self.runs) * evaluation_seconds(how, held_out)
         each = [training_forecast(self._cached(run), store) for run in self.runs]
         return replace(
             each[0],
             memory_bytes=max(one.memory_bytes for one in each),
             disk_bytes=sum(one.disk_bytes for one in each),
             disk_path=self.output,
-            seconds=sum(one.seconds for one in each),
-            notes=f"{len(each)} runs, without the reference pass and the evaluations",
+            seconds=sum(one.seconds for one in each) + scoring + evaluating,
+            notes=f"{count(len(each), 'run')} with the reference pass, each evaluated on "
+            f"{count(len(held_out), 'pair')} and {count(self.config.samples, 'sample')}",
         )
 
     def run(self) -> SweepResult:
@@ -230,8 +237,8 @@ class Sweep:
         held_out, trained = paths
         digest = Store.open(held_out).digest
         shared = Shared(trained, held_out, digest)
-        evaluation.prepare(self._evaluation(shared, base.model), show_progress=False)
-        forecast = self._forecast(dataset.store)
+        evaluation.prepare(self._evaluation(shared.held_out, base.model), show_progress=False)
+        forecast = self._forecast(dataset.store, Store.open(held_out))
         check_writable(self.output, forecast.disk_bytes)
         if self.show_progress:
             say(forecast.to_text())
@@ -301,7 +308,7 @@ class Sweep:
 
         do = partial(
             train_and_evaluate,
-            how=self._evaluation(shared, self.config.base.model),
+            how=self._evaluation(shared.held_out, self.config.base.model),
             digest=shared.held_out_digest,
             show_progress=self.show_progress,
         )
@@ -327,13 +334,13 @@ class Sweep:
             formats=FormatSettings(),  # a store has no rows
         )
 
-    def _evaluation(self, shared: Shared, policy: str | Path) -> EvaluateConfig:
+    def _evaluation(self, held_out: Path, policy: str | Path) -> EvaluateConfig:
         """Return the settings of the evaluations; each run replaces the policy and β."""
         base = self.config.base
         return EvaluateConfig(
             policy,
             Path(self.reference).absolute(),
-            [shared.held_out],
+            [held_out],
             beta=1.0,
             samples=self.config.samples,
             max_new_tokens=self.config.max_new_tokens,

@@ -255,7 +255,7 @@ def test_a_second_sweep_in_the_folder_is_refused(config: SweepConfig) -> None:
         ({"samples": -1}, "samples must be at least 0"),
         ({"samples": 1, "kl_budget": 1.0}, "set samples to 2 or more"),
         ({"kl_budget": 0.0}, "kl_budget must be above 0"),
-        ({"workers": 2}, "give --engine ray"),
+        ({"workers": 2}, "give engine ray"),
         ({"workers": 0, "engine": "ray"}, "workers must be at least 1"),
         ({"beta": (0.1, -1.0)}, "beta must be above 0"),
         ({"lr": (0.0,)}, "lr must be above 0"),
@@ -327,7 +327,7 @@ class TestCommand:
         code, out, err = run("sweep", "--config", file, "--dry-run", "--seed", "0", "--seed", "1")
         assert code == 0, err
         assert len(out.splitlines()) == 4
-        assert "4 runs, without the reference pass" in err
+        assert "4 runs with the reference pass, each evaluated on 20 pairs and 4 samples" in err
         assert not Path(config.base.output).exists()
 
     def test_a_failed_run_is_named_and_the_exit_code_is_1(
