@@ -211,12 +211,14 @@ class _Reading:
 
     Attributes:
         path: The file.
+        kind: The class of its settings.
         keys: The key that gave each field, by the path of the field.
         off: Paths of the blocks that are switched off.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.kind: Any = None
         self.keys: dict[tuple[str, ...], yaml.Node] = {}
         self.off: set[tuple[str, ...]] = set()
 
@@ -226,6 +228,7 @@ class _Reading:
 
     def values(self, kind: type) -> Values:
         """Return the values of the whole file."""
+        self.kind = kind
         found: Values = {}
         self._read_block(kind, self.root(), (), found)
         self._check_switches()
@@ -254,7 +257,7 @@ class _Reading:
     ) -> None:
         """Read the keys of a mapping into `found`; `above` is the path of the mapping."""
         for key, value in node.value:
-            place, given = self._place(kind, key)
+            place, given = self._place(kind, key, isinstance(value, yaml.MappingNode))
             path = (*above, *place.path)
             self._refuse_twice(path, key, given)
             if place.block and isinstance(value, yaml.MappingNode):
@@ -265,7 +268,7 @@ class _Reading:
             else:
                 _inner(found, path[:-1])[path[-1]] = self._value(place, given, value)
 
-    def _place(self, kind: Any, key: yaml.Node) -> tuple[Place, str]:
+    def _place(self, kind: Any, key: yaml.Node, is_block: bool) -> tuple[Place, str]:
         """Return the place of a key, and the key."""
         if not isinstance(key, yaml.ScalarNode):
             raise self.error(key, "a key must be a word")
@@ -274,7 +277,11 @@ class _Reading:
         for spelled in (given, own_name(kind, given)):
             if (name := FLAGS.get(spelled, spelled)) in places:
                 return places[name], given
-        raise self.error(key, _unknown(kind, key.value, given))
+        why = _unknown(kind, key.value, given)
+        if is_block and "did you" not in why:
+            blocks = ", ".join(_blocks(kind)) or "none"
+            why += f"; blocks here are {blocks}, and every other setting is a key of its own"
+        raise self.error(key, why)
 
     def _refuse_twice(self, path: tuple[str, ...], key: yaml.Node, given: str) -> None:
         if (before := self.keys.setdefault(path, key)) is not key:
@@ -344,7 +351,18 @@ class _Reading:
             except LogratioError as error:
                 errors.append((isinstance(reading, list), with_fields(str(error))))
         errors.sort(key=lambda one: one[0])  # of several readings, that as one value comes first
-        raise self.error(node, errors[0][1])
+        raise self.error(node, errors[0][1] + self._above(place, node))
+
+    def _above(self, place: Place, node: yaml.Node) -> str:
+        """Return advice if a list is given in a block, and the file itself has a list of the name.
+
+        In a sweep, `lr` of `base` is one number and `lr` of the file the values to combine.
+        """
+        own = _places(self.kind).get(place.path[-1])
+        is_list = isinstance(node, yaml.SequenceNode) and own is not None
+        if not is_list or place.owner is self.kind or own is None or own.owner is not self.kind:
+            return ""
+        return f"; the list {place.path[-1]} is a key of the file itself, outside of any block"
 
     def _readings(self, given: str, node: yaml.Node) -> Iterator[Any]:
         """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list.

@@ -211,11 +211,11 @@ def _print_result(result: "SweepResult") -> None:
         table.add_row(chosen, *settings, *_figures(row))
     Console().print(table)
     best = result.best.name if result.best else "none"
-    typer.echo(f"chosen: {best}: {result.reason}")
+    typer.echo(f"chosen: {best} ({result.reason})")
     for row in result.rows:
         if row.failed:
             typer.echo(f"{row.name} failed: {row.failed}")
-    typer.echo(f"rows, runs and picture: {result.output}")
+    typer.echo(f"models, rows (sweep.jsonl) and picture (sweep.svg): {result.output}")
 
 
 def _figures(row: "SweepRow") -> tuple[str, ...]:

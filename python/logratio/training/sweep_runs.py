@@ -20,7 +20,7 @@ from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, count
 from logratio.progress import say
 from logratio.training import evaluation
-from logratio.training.checkpoint import RunInterruptedError
+from logratio.training.checkpoint import RunInterruptedError, newest
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, SweepConfig, TrainConfig
 from logratio.training.dataset import (
     Dataset,
@@ -32,22 +32,24 @@ from logratio.training.dataset import (
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
 from logratio.training.memory import FORWARD, evaluation_seconds, seconds, training_forecast
+from logratio.training.model_card import add_evaluation
 from logratio.training.models import precision_of, with_local_models
 from logratio.training.precomputation import precompute, refuse_multiple_processes
 from logratio.training.reference import holds_sums_only
 from logratio.training.run_file import absolute, with_absolute_paths
-from logratio.training.run_folder import date_of_store, locked_output
+from logratio.training.run_folder import CHECKPOINTS, date_of_store, locked_output
 from logratio.training.sweep_results import (
     ROWS_FILE,
     SweepResult,
     SweepRow,
     append_row,
+    card_fields,
     choose,
     evaluation_fields,
     read_rows,
     try_to_draw,
 )
-from logratio.training.trainer import train
+from logratio.training.trainer import DPOTrainer
 from logratio.training.validation import beta_of, check_folders, check_settings, needs_reference
 from logratio.validation import check_kind
 
@@ -318,7 +320,9 @@ class Sweep:
 
             run_on_ray(self.config, runs, before, do, record)
         else:
-            for run, earlier in zip(runs, before, strict=True):
+            for number, (run, earlier) in enumerate(zip(runs, before, strict=True), 1):
+                if self.show_progress:
+                    say(f"run {number} of {len(runs)}: {Path(run.output).name}")
                 record(do(run, earlier))
         return rows
 
@@ -373,24 +377,32 @@ def train_and_evaluate(
     started = time.monotonic()
     held_out = {"digest": digest, "samples": how.samples, "max_new_tokens": how.max_new_tokens}
     try:
-        steps = train(run, show_progress=show_progress).steps
+        steps = DPOTrainer(config=_continued(run), show_progress=show_progress).train().steps
         if earlier and not earlier.failed and earlier.held_out == held_out:
             return earlier
         how = replace(how, policy=run.output, beta=beta_of(run))
-        found = evaluation.evaluate(how, show_progress=show_progress)
-        return SweepRow.of(
+        found = evaluation.prepare(how, show_progress=show_progress).run()
+        row = SweepRow.of(
             run,
             steps=steps,
             seconds=time.monotonic() - started,
             evaluation=evaluation_fields(found),
             held_out=held_out,
         )
+        add_evaluation(Path(run.output), card_fields(row))
+        return row
     except RunInterruptedError:
         raise
     except Exception as error:  # the other runs do not depend on this one
         return SweepRow.of(run, failed=f"{type(error).__name__}: {error}")
     finally:
         _release_memory()
+
+
+def _continued(run: TrainConfig) -> TrainConfig:
+    """Return the settings of a run that resumes only if it has been interrupted."""
+    started = newest(Path(run.output) / CHECKPOINTS) is not None
+    return replace(run, resume=run.resume and started)
 
 
 def _release_memory() -> None:
