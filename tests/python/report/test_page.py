@@ -90,7 +90,14 @@ def test_everything_is_on_the_page(folder: Path) -> None:
     for part in (
         *("Started now. Not finished: 40 of 80 updates done", "less likely than at the start"),
         *("0.8 [0.660, 0.890]", "1.5 ± 0.39", "speed/tokens_per_second", "two\nlines"),
-        *("refused_by_code.empty_prompt", "rules.max_length", "0.125", "torch", "9.9"),
+        *(
+            "refused_by_code.empty_prompt",
+            "rules.max_length",
+            "0.125",
+            "torch",
+            "9.9",
+            "two\nlines […]",
+        ),
         *("Samples after update 40", "Distributions in the last evaluation", "Curves"),
     ):
         assert part in text, part

@@ -111,6 +111,10 @@ def test_the_runs_equal_runs_and_evaluations_of_their_own(
     assert row.evaluation is not None
     assert row.evaluation["margin"] == found.margin
     assert result.best in result.rows
+    card = (result.output / row.name / "README.md").read_text()
+    low, high = row.accuracy_interval
+    shown = f"{row.accuracy:.4g} (95 %: {low:.3f} to {high:.3f})"
+    assert f"| preference accuracy | {shown} |" in card
 
 
 def test_the_reference_scores_once_and_the_data_is_tokenized_once(
@@ -340,7 +344,7 @@ class TestCommand:
         code, out, _ = run("sweep", "--config", file)
         assert code == 1
         assert "dpo-beta0.1-lr0.001-seed0 failed: RuntimeError: out of luck" in out
-        assert "chosen: none: no run has finished" in out
+        assert "chosen: none (no run has finished)" in out
 
     def test_the_file_has_its_own_errors(self, run: Run, file: Path) -> None:
         with file.open("a") as opened:
@@ -361,6 +365,14 @@ def test_settings_of_runs_are_keys_of_the_file(tmp_path: Path) -> None:
     config = SweepConfig.from_yaml(file)
     assert (config.beta, config.seed, config.lr) == ((0.1,), (0, 1), (1e-5,))
     assert (config.base.rules.max_length, config.base.lora and config.base.lora.rank) == (9, 4)
+    file.write_text("base: {model: m, data: d, output: o, lr: [1]}\neval_data: e\n")
+    with pytest.raises(ConfigError, match="the list lr is a key of the file itself"):
+        SweepConfig.from_yaml(file)
+    file.write_text(
+        "base:\n  model: m\n  data: d\n  output: o\n  lr: 1e-4\neval_data: e\nbeta: 0.1, 0.5\n"
+    )
+    nested = SweepConfig.from_yaml(file)
+    assert (nested.beta, nested.lr, nested.base.lr) == ((0.1, 0.5), (), 1e-4)
     file.write_text("model: m\n")
     with pytest.raises(ConfigError, match="data and output and eval_data must be given"):
         SweepConfig.from_yaml(file)
