@@ -9,11 +9,12 @@ from torch import nn
 
 from logratio.bundle import TOKENIZER_FILES
 from logratio.errors import ConfigError, LogratioError
+from logratio.report.run_files import SETTINGS_FILE
 from logratio.training.callbacks import RunState
 from logratio.training.config import TrainConfig
 from logratio.training.model_card import CARD_FILE
 from logratio.training.models import ADAPTER_CONFIG
-from logratio.training.run_folder import SETTINGS_FILE, TrainResult
+from logratio.training.run_folder import TrainResult
 
 _MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),

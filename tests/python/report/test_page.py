@@ -47,8 +47,7 @@ def evaluation(step: int) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The output folder of a run that was killed while it wrote a row."""
-    sample = {"prompt": EVIL, "policy": "two\nlines", "reference": None}
-    sample["policy_truncated"] = True
+    sample = {"prompt": EVIL, "policy": "two\nlines", "reference": None, "policy_truncated": True}
     files = {
         "metrics.jsonl": [update(step) for step in range(1, 41)],
         "evaluations.jsonl": [evaluation(20), evaluation(40)],
