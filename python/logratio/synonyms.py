@@ -97,8 +97,7 @@ INSTEAD: Mapping[str, str] = {
     "--gradient-checkpointing": "use `--activation-checkpointing auto` (the default), `all` or "
     "`off`",
     "--eval-on-start": "evaluate the model at the start with logratio.evaluate",
-    "--optim-args": "use `--adam-beta1 N`, `--adam-beta2 N`, `--adam-epsilon N` or "
-    "`--weight-decay N`",
+    "--optim-args": "use `--adam-epsilon N`, `--weight-decay N` and the other settings of AdamW",
     "--push-to-hub": "upload the output folder with `hf upload ORG/NAME FOLDER`",
     "--truncation-mode": "use `--prompt-truncation keep_start` or `keep_end`",
     "--load-best-model-at-end": "use `--best-metric METRIC`, whose best model is saved",

@@ -221,7 +221,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"sync_ref_model": True}, "the reference does not change during a run"),
     ({"neftune_noise_alpha": 1.0}, "embeddings get no noise"),
     ({"push_to_hub": True}, "`hf upload ORG/NAME FOLDER`"),
-    ({"optim_args": "a=1"}, "use `adam_beta1=…`"),
+    ({"optim_args": "a=1"}, "use `adam_epsilon=…`"),
     ({"lr_scheduler_type": "polynomial"}, "choose constant, cosine, linear"),
     ({"dataloader_drop_last": True}, "every epoch has all groups"),
 ]
