@@ -565,7 +565,7 @@ class TestFolders:
         given = command(config, "--lora", "--lora-target", "nonsense", *more, "--dry-run")
         code, _, err = run(*given)
         assert code == 2
-        assert "lora target 'nonsense' matches no layer of" in err
+        assert "--lora-target 'nonsense' matches no layer of" in err
         assert "k_proj" in err
         assert "Traceback" not in err
 
