@@ -21,7 +21,9 @@ from typing import Any, Self
 import yaml
 
 from logratio.errors import ConfigError, LogratioError, MissingInputError
+from logratio.setting_names import with_fields
 from logratio.synonyms import (
+    aliases_of,
     as_fields,
     foreign_names,
     instead_of,
@@ -29,7 +31,7 @@ from logratio.synonyms import (
     own_name,
     own_value,
 )
-from logratio.validation import fitted_field
+from logratio.validation import fitted_field, split_list
 
 Values = dict[str, Any]
 """Fields and their values; the fields of nested settings are in a dict of their own."""
@@ -209,12 +211,14 @@ class _Reading:
 
     Attributes:
         path: The file.
+        kind: The class of its settings.
         keys: The key that gave each field, by the path of the field.
         off: Paths of the blocks that are switched off.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.kind: Any = None
         self.keys: dict[tuple[str, ...], yaml.Node] = {}
         self.off: set[tuple[str, ...]] = set()
 
@@ -224,6 +228,7 @@ class _Reading:
 
     def values(self, kind: type) -> Values:
         """Return the values of the whole file."""
+        self.kind = kind
         found: Values = {}
         self._read_block(kind, self.root(), (), found)
         self._check_switches()
@@ -252,7 +257,7 @@ class _Reading:
     ) -> None:
         """Read the keys of a mapping into `found`; `above` is the path of the mapping."""
         for key, value in node.value:
-            place, given = self._place(kind, key)
+            place, given = self._place(kind, key, isinstance(value, yaml.MappingNode))
             path = (*above, *place.path)
             self._refuse_twice(path, key, given)
             if place.block and isinstance(value, yaml.MappingNode):
@@ -263,16 +268,20 @@ class _Reading:
             else:
                 _inner(found, path[:-1])[path[-1]] = self._value(place, given, value)
 
-    def _place(self, kind: Any, key: yaml.Node) -> tuple[Place, str]:
+    def _place(self, kind: Any, key: yaml.Node, is_block: bool) -> tuple[Place, str]:
         """Return the place of a key, and the key."""
         if not isinstance(key, yaml.ScalarNode):
             raise self.error(key, "a key must be a word")
         given = key.value.replace("-", "_")
         places = _places(kind)
-        for name in (FLAGS.get(given, given), own_name(kind, given)):
-            if name in places:
+        for spelled in (given, own_name(kind, given)):
+            if (name := FLAGS.get(spelled, spelled)) in places:
                 return places[name], given
-        raise self.error(key, _unknown(kind, key.value, given))
+        why = _unknown(kind, key.value, given)
+        if is_block and "did you" not in why:
+            blocks = ", ".join(_blocks(kind)) or "none"
+            why += f"; blocks here are {blocks}, and every other setting is a key of its own"
+        raise self.error(key, why)
 
     def _refuse_twice(self, path: tuple[str, ...], key: yaml.Node, given: str) -> None:
         if (before := self.keys.setdefault(path, key)) is not key:
@@ -313,7 +322,8 @@ class _Reading:
             try:
                 _made(block, values)
             except LogratioError as error:
-                raise self.error(self._cause(block, values, path, error), error) from error
+                cause = self._cause(block, values, path, error)
+                raise self.error(cause, with_fields(str(error))) from error
 
     def _cause(
         self, block: Any, values: Values, path: tuple[str, ...], error: LogratioError
@@ -332,21 +342,38 @@ class _Reading:
 
     def _value(self, place: Place, given: str, node: yaml.Node) -> Any:
         """Return the first reading of a value that fits the field."""
-        first: LogratioError | None = None
+        errors: list[tuple[bool, str]] = []
         for reading in self._readings(given, node):
             value = own_value(given, reading)
             try:
                 fitted_field(place.owner, place.path[-1], value)
                 return value
             except LogratioError as error:
-                first = first or error
-        raise self.error(node, first)
+                errors.append((isinstance(reading, list), with_fields(str(error))))
+        errors.sort(key=lambda one: one[0])  # of several readings, that as one value comes first
+        raise self.error(node, errors[0][1] + self._above(place, node))
+
+    def _above(self, place: Place, node: yaml.Node) -> str:
+        """Return advice if a list is given in a block, and the file itself has a list of the name.
+
+        In a sweep, `lr` of `base` is one number and `lr` of the file the values to combine.
+        """
+        own = _places(self.kind).get(place.path[-1])
+        is_list = isinstance(node, yaml.SequenceNode) and own is not None
+        if not is_list or place.owner is self.kind or own is None or own.owner is not self.kind:
+            return ""
+        return f"; the list {place.path[-1]} is a key of the file itself, outside of any block"
 
     def _readings(self, given: str, node: yaml.Node) -> Iterator[Any]:
-        """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list."""
+        """Yield a value as YAML 1.2 reads it, then as truth values, as text, and as a list.
+
+        ``q_proj, v_proj`` without brackets is first read as a list, if it is no file's name.
+        """
         plain = self._plain(node, _text if given in INPUTS else _scalar)
         if given == "chat" and isinstance(_truth(plain), bool):
             plain = "chat" if _truth(plain) else "text"
+        if isinstance(plain, str) and given not in INPUTS and "," in plain:
+            yield [_scalar(yaml.ScalarNode(str(node.tag), one)) for one in split_list(plain)]
         yield plain
         yield self._plain(node, lambda one: _truth(_scalar(one)))
         yield self._plain(node, _text)
@@ -422,11 +449,17 @@ def _unknown(kind: Any, key: str, given: str) -> str:
     """Describe a key that no field has, and what to write instead."""
     if given in OF_A_CALL:
         return f"{key} belongs to one call, not to a file: give --{given.replace('_', '-')}"
+    for name, block in _blocks(kind).items():
+        if name in SWITCHES and own_name(block, given) in _places(block):
+            return f"unknown key {key}: write it below `{name}:`, indented"
     if advice := instead_of(given, in_file=True):
         return f"unknown key {key}: {advice}"
-    known = {name: name for name in (*FLAGS, *_places(kind))}
-    known |= {name: own for name in foreign_names() if (own := own_name(kind, name)) in known}
-    near = get_close_matches(given, known, 1)
+    known = {
+        name: name for name in (*FLAGS, *_places(kind)) if FLAGS.get(name, name) in _places(kind)
+    }
+    names = (*foreign_names(), *aliases_of(kind))
+    known |= {name: own for name in names if (own := own_name(kind, name)) in known}
+    near = get_close_matches(given, known, 1, cutoff=0.7)
     return f"unknown key {key}" + (f": did you mean {known[near[0]]}?" if near else "")
 
 

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from logratio.setting_names import worded
+
 _HUB_ID = re.compile(
     r"(?:(?:https?:/+)?(?:huggingface\.co|hf\.co)/+|hf:/+)?(?:datasets/)?"
     r"(\w[\w.-]*(?:/\w[\w.-]*)?)"
@@ -16,8 +18,12 @@ _DATA_SUFFIXES = (
 class LogratioError(Exception):
     """Base class of all logratio exceptions.
 
-    Each exception also derives from the matching built-in class (`ValueError`, `OSError` …).
+    Each exception also derives from the matching built-in class (`ValueError`, `OSError` …). Its
+    text names settings as fields, and in the command line as flags.
     """
+
+    def __str__(self) -> str:
+        return worded(super().__str__())
 
 
 class ConfigError(LogratioError, ValueError):

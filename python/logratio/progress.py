@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread
 from typing import TypeVar
 
+from logratio.setting_names import worded
+
 PATIENCE = 2.0
 """Seconds before progress is shown."""
 LINE_EVERY = 10.0
@@ -37,7 +39,7 @@ def say(message: str, *, urgent: bool = False) -> None:
     if _silent and not urgent:
         return
     with suppress(OSError, ValueError):
-        sys.stderr.write(message + "\n")
+        sys.stderr.write(worded(message) + "\n")
         sys.stderr.flush()
 
 

@@ -20,6 +20,8 @@ Kind = TypeVar("Kind")
 class ForeignFlagError(LogratioError, ValueError):
     """A flag of another trainer without an exact equivalent."""
 
+    __str__ = Exception.__str__  # it names the flag as it was given
+
 
 SAME: Mapping[str, str] = {
     "--early-stopping-patience": "--early-stop",
@@ -27,6 +29,7 @@ SAME: Mapping[str, str] = {
     "--eval-steps": "--eval-every",
     "--learning-rate": "--lr",
     "--lora-r": "--lora-rank",
+    "--lora-target-modules": "--lora-target",
     "--lr-scheduler-type": "--lr-scheduler",
     "--loss-type": "--loss",
     "--metric-for-best-model": "--best-metric",
@@ -74,7 +77,7 @@ _HUB = (
     "download it with `hf download ORG/NAME --repo-type dataset --local-dir DIR`, then give "
     "`--data DIR`"
 )
-_TARGETS = "use `--lora-target NAME`; repeat it for further names"
+_TARGETS = "use `--lora-target NAME`, with one or more names"
 _LENGTH = "use `--max-length N`, the maximum of prompt + completion"
 _START = "use `--adapter continue`, whose reference is the adapter at its start"
 
@@ -93,11 +96,14 @@ INSTEAD: Mapping[str, str] = {
     "--gradient-accumulation-steps": _BATCH,
     "--gradient-checkpointing": "use `--activation-checkpointing auto` (the default), `all` or "
     "`off`",
+    "--eval-on-start": "evaluate the model at the start with logratio.evaluate",
+    "--optim-args": "use `--adam-epsilon N`, `--weight-decay N` and the other settings of AdamW",
+    "--push-to-hub": "upload the output folder with `hf upload ORG/NAME FOLDER`",
+    "--truncation-mode": "use `--prompt-truncation keep_start` or `keep_end`",
     "--load-best-model-at-end": "use `--best-metric METRIC`, whose best model is saved",
     "--load-in-4bit": "use `--quantization 4bit` of `logratio precompute` and `logratio train`",
     "--load-in-8bit": "use `--quantization 8bit` of `logratio precompute` and `logratio train`",
     "--lora-modules": _TARGETS,
-    "--lora-target-modules": _TARGETS,
     "--max-completion-length": _LENGTH,
     "--max-seq-length": _LENGTH,
     "--micro-batch-size": _BATCH,
@@ -126,11 +132,28 @@ _ONE_PROCESS = "training runs in one process on one device"
 _DROPOUT = "the model's dropout is always off, so that two passes use the same network"
 
 UNSUPPORTED: Mapping[str, str] = {
+    "--bias": "biases of the base are not trained",
+    "--lora-bias": "biases of the base are not trained",
+    "--lora-task-type": "models are causal language models",
+    "--peft-type": "adapters are LoRA adapters",
+    "--task-type": "models are causal language models",
     "--attn-implementation": "the attention kernel is chosen automatically",
     "--ddp": _ONE_PROCESS,
+    "--dataloader-drop-last": "every epoch has all groups",
     "--deepspeed": _ONE_PROCESS,
     "--disable-dropout": _DROPOUT,
+    "--f-divergence-type": "the losses use the reverse KL divergence",
     "--fsdp": _ONE_PROCESS,
+    "--fsdp-config": _ONE_PROCESS,
+    "--label-smoothing-factor": "it smooths a next-token loss, which these losses have not",
+    "--ld-alpha": "no loss has this term",
+    "--loss-weights": "a run has one loss",
+    "--neftune-noise-alpha": "embeddings get no noise",
+    "--parallelism-config": _ONE_PROCESS,
+    "--router-aux-loss-coef": "the router's load-balancing loss is not trained",
+    "--sync-ref-model": "the reference does not change during a run",
+    "--train-sampling-strategy": "groups are drawn in a random order, from the seed",
+    "--use-weighting": "no loss has these weights",
     "--logging-dir": _METRICS,
     "--logging-steps": _METRICS,
     "--padding-free": "batches are never padded",
@@ -241,6 +264,11 @@ def own_value(given: str, value: Any) -> Any:
     return VALUES.get((_flag(given), value), value) if isinstance(value, str) else value
 
 
+def aliases_of(kind: Any) -> Mapping[str, str]:
+    """Return the further names of a dataclass's fields, and the fields."""
+    return _ALIASES.get(kind, {})
+
+
 def foreign_names() -> list[str]:
     """Return the names of other trainers' settings with an equivalent here."""
     return [flag[2:].replace("-", "_") for flag in SAME]
@@ -313,7 +341,7 @@ def _unknown(kind: Any, given: str) -> str:
         return f"{start}: {advice}"
     for field, inner in nested(kind):
         for name in (given, given.removeprefix(f"{field}_")):
-            if name in {one.name for one in fields(inner)}:
+            if own_name(inner, name) in {one.name for one in fields(inner)}:
                 return f"{start}: write {field}={inner.__name__}({name}=…)"
     known = {field.name for field in fields(kind)}
     others = [*foreign_names(), *_ALIASES.get(kind, ())]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from logratio.errors import ConfigError, SettingTypeError
+from logratio.setting_names import flag_of
 
 _WORDS = {
     bool: "True or False",
@@ -120,12 +121,13 @@ def fitted_field(kind: type, name: str, given: Any) -> Any:
         SettingTypeError, ConfigError: As raised by `check_fields`.
     """
     hint = _hints(cast(Hashable, kind))[name]
+    flag = flag_of(kind.__name__, name)
     try:
         return _fitted(hint, given)
     except _MisfitError:
-        raise _refusal(name, hint, given) from None
+        raise _refusal(name, flag, hint, given) from None
     except _OutsideError as error:
-        raise ConfigError(f"{name} {error}") from None
+        raise ConfigError(f"{flag} {error}") from None
     except SettingTypeError as error:  # raised by the annotation's converter
         raise SettingTypeError(f"{name}: {error}") from None
 
@@ -135,11 +137,15 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _refusal(name: str, hint: Any, given: Any) -> SettingTypeError | ConfigError:
-    taken = f"{name} must be {_words(hint)}, not {given!r}"
+def _refusal(name: str, flag: str, hint: Any, given: Any) -> SettingTypeError | ConfigError:
+    """Return the error for a value of another type, or for another word than the allowed ones.
+
+    A flag has always a value of its type, so an error of types names the field.
+    """
+    taken = f"must be {_words(hint)}, not {given!r}"
     if isinstance(given, str) and any(get_origin(kind) is Literal for kind in _choices(hint)):
-        return ConfigError(taken)
-    return SettingTypeError(f"{taken} ({_article(type(given).__name__)})")
+        return ConfigError(f"{flag} {taken}")
+    return SettingTypeError(f"{name} {taken} ({with_article(type(given).__name__)})")
 
 
 def _fitted(hint: Any, given: Any) -> Any:
@@ -216,6 +222,11 @@ def _fitting(given: Any, fits: bool) -> Any:
     return given
 
 
+def split_list(text: str) -> list[str]:
+    """Return the items of a list that is written with commas, such as "q_proj, v_proj"."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def changes(settings: Any) -> str:
     """Return the ``repr`` of a dataclass with the fields that differ from their defaults."""
     given = ((field, getattr(settings, field.name)) for field in fields(settings) if field.repr)
@@ -254,8 +265,9 @@ def _words(hint: Any) -> str:
         return f"a list, each item {_words(arguments[0])}"
     if origin in (Mapping, dict):
         return "a dict"
-    return _WORDS.get(kind) or _article(getattr(kind, "__name__", str(kind)))
+    return _WORDS.get(kind) or with_article(getattr(kind, "__name__", str(kind)))
 
 
-def _article(name: str) -> str:
+def with_article(name: str) -> str:
+    """Return a name with "a" or "an" in front."""
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

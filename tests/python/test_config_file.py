@@ -115,8 +115,8 @@ def test_numbers_are_text_where_text_is_needed(file: Path) -> None:
         ("nonsense: 1", 4, "unknown key nonsense"),
         ("bf16: true", 4, "unknown key bf16: use `precision: bf16`"),
         ("gradient_accumulation_steps: 8", 4, "set `batch_size`, the number of pairs"),
-        ("resume: true", 4, "belongs to one call, not to a file: give --resume"),
-        ("dry-run: true", 4, "give --dry-run"),
+        ("resume: true", 4, "belongs to one call, not to a file: give resume=True"),
+        ("dry-run: true", 4, "give dry_run=True"),
         ("lr: 1\nlr: 1", 5, "lr is already given in line 4"),
         ("{}: 1", 4, "a key must be a word"),
         ("learning_rate: 1\nlr: 1", 5, "already given in line 4"),
@@ -126,7 +126,13 @@ def test_numbers_are_text_where_text_is_needed(file: Path) -> None:
         ("lora_rank: 8", 4, "lora_rank is given without lora: true"),
         ("lora: false\nlora_rank: 8", 5, "lora_rank is given without lora: true"),
         ("lora:\n  rnk: 8", 5, "unknown key rnk: did you mean rank?"),
-        ("formats:\n  lists: pairs\n  format: nope", 6, "the format 'nope' is not one of"),
+        ("lora:\n  target_modul: q", 5, "unknown key target_modul: did you mean targets?"),
+        ("lora:\n  bias: none", 5, "unknown key bias: biases of the base are not trained"),
+        ("r: 8", 4, "unknown key r: write it below `lora:`, indented"),
+        ("target_modules: [q]", 4, "unknown key target_modules: write it below `lora:`"),
+        ("grid:\n  lr: 1", 4, "unknown key grid; blocks here are lora, rules, formats"),
+        ("epochs: 1, 2", 4, "epochs must be a whole number, not '1, 2'"),
+        ("formats:\n  lists: pairs\n  format: nope", 6, "formats.format 'nope' is not one of"),
         ("date: tomorrow", 4, "write it as 2026-11-29"),
         ("rules:\n  max_length: 8\n  max_prompt_length: 9", 4, "max_prompt_length is 9"),
         ("kinds: [pair]", 4, "unknown key kinds"),
@@ -142,6 +148,36 @@ def test_an_error_has_the_line(file: Path, text: str, line: int, reason: str) ->
     with pytest.raises(ConfigFileError, match=reason) as caught:
         read(file, REQUIRED + text)
     assert str(caught.value).startswith(f"{file}:{line}: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("q_proj,v_proj", "q_proj, v_proj", '"q_proj, v_proj"', "[q_proj, v_proj]"),
+        *("\n    - q_proj\n    - v_proj", "[ q_proj , v_proj ]"),
+    ],
+)
+@pytest.mark.parametrize("key", ["targets", "target_modules", "target", "modules_to_save"])
+def test_a_list_may_be_written_with_commas(file: Path, text: str, key: str) -> None:
+    if key == "target":
+        given = f"{REQUIRED}lora: true\nlora_target: {text}\n".replace("\n    -", "\n  -")
+    else:
+        given = f"{REQUIRED}lora:\n  {key}: {text}\n"
+    lora = read(file, given).lora
+    assert lora
+    name = "modules_to_save" if key == "modules_to_save" else "targets"
+    assert getattr(lora, name) == ("q_proj", "v_proj")
+
+
+def test_a_comma_in_a_name_of_a_file_or_of_a_run_stays(file: Path) -> None:
+    config = read(file, "model: m\ndata: a,b.jsonl\noutput: o,p\nrun_name: a, b\nmix: 1, 2.5\n")
+    assert config.data in ("a,b.jsonl", ["a,b.jsonl"], ("a,b.jsonl",))
+    assert (config.output, config.run_name, config.mix) == ("o,p", "a, b", (1.0, 2.5))
+
+
+def test_all_linear_layers_have_the_name_of_peft(file: Path) -> None:
+    lora = read(file, REQUIRED + "lora:\n  r: 4\n  target_modules: all-linear\n").lora
+    assert lora and (lora.rank, lora.targets) == (4, ())
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "- a", "word", "[" * 5000, "a: \x00", b"\xff"])

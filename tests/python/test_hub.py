@@ -174,5 +174,5 @@ def test_a_missing_model_is_explained_before_anything_is_written(
     assert "it is not in the cache, and the Hugging Face hub cannot be reached" in err
     assert "hf download org/absent --local-dir absent" in err
     code, _, err = run("train", "--model", "org/absent", "--loss", "sft", "--beta", 1, *given)
-    assert "loss sft has no beta" in err  # a wrong setting is reported before a download
+    assert "--loss sft has no --beta" in err  # a wrong setting is reported before a download
     assert not (tmp_path / "o").exists()

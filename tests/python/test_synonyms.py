@@ -63,7 +63,7 @@ def test_the_tables_refer_to_existing_flags_and_shadow_none() -> None:
         ("--dataset-name", "--repo-type dataset"),
         ("--do-eval", "give `--eval-data FILE`"),
         ("--trust-remote-code", "error: --trust-remote-code is not supported: code in a model"),
-        ("--lora-target-modules", "--lora-target NAME"),
+        ("--lora-modules", "--lora-target NAME"),
         ("--deepspeed", "error: --deepspeed is not supported: training runs in one process"),
     ],
 )
@@ -82,6 +82,7 @@ def test_the_commands_flags_take_precedence() -> None:
     assert translated(["--label", "a_b: 1=x"], TRAIN) == ["--label", "a_b: 1=x"]
     assert translated(["--loss", "sigmoid"], TRAIN) == ["--loss", "sigmoid"]
     assert translated(["--fp16", "x"], {"--fp16"}) == ["--fp16", "x"]
+    assert translated(["--lora_target_modules", "q"], TRAIN) == ["--lora-target", "q"]
     with pytest.raises(ForeignFlagError, match="no option --fp16"):
         translated(["--fp16"], TRAIN)
 

@@ -61,8 +61,7 @@ def export(
         raise OutputError(f"{path}: the export is a Parquet file: name it {path.stem}.parquet")
     if path.exists() and not overwrite:
         raise OutputError(
-            f"{path}: file exists; replace it with --overwrite (in Python overwrite=True), or "
-            "choose another name"
+            f"{path}: file exists; replace it with --overwrite, or choose another name"
         )
     reader = open_reader(reference)
     needed = entry_bytes(reference, len(reader), reader.tokens) + SUM_BYTES * len(reader)

@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -12,7 +12,9 @@ from logratio.cli import cache, data, evaluate, export, merge, precompute, repor
 from logratio.cli.usage import UsageError, usage_message
 from logratio.errors import LogratioError
 from logratio.progress import say
+from logratio.setting_names import flags_in_messages
 from logratio.synonyms import translated
+from logratio.validation import split_list
 
 app = typer.Typer(
     name="logratio",
@@ -72,11 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: The command line without the program's name; `sys.argv[1:]` by default.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with flags_in_messages():
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> NoReturn:
     command = typer.main.get_command(app)
     flags = flags_of(command, arguments)
     try:
-        arguments = spread(translated(arguments, flags))
+        arguments = spread(translated(arguments, flags), lists_of(command, arguments))
         sys.exit(command.main(args=arguments, prog_name="logratio", standalone_mode=False))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -105,30 +111,65 @@ def end(code: int, message: str) -> NoReturn:
 def flags_of(command: Any, arguments: Sequence[str]) -> set[str]:
     """Return the flags of the command that the arguments name, and of its parent commands."""
     flags = {"--help"}
-    for argument in (None, *arguments):
-        inner = getattr(command, "commands", {})
-        if argument is None or argument in inner:
-            command = inner[argument] if argument else command
-            flags |= {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-        elif not argument.startswith("-"):
-            break
+    for called in _called(command, arguments):
+        flags |= {option for p in called.params for option in (*p.opts, *p.secondary_opts)}
     return flags
 
 
-_SPREAD = ("--data", "--eval-data", "--report-to")
+def _called(command: Any, arguments: Sequence[str]) -> Iterator[Any]:
+    """Yield the command, and the subcommands that the arguments name."""
+    yield command
+    for argument in arguments:
+        inner = getattr(command, "commands", {})
+        if argument in inner:
+            command = inner[argument]
+            yield command
+        elif not argument.startswith("-"):
+            break
 
 
-def spread(arguments: Sequence[str]) -> list[str]:
-    """Allow `--data a b c` for `--data a --data b --data c`, and so for others in `_SPREAD`."""
+def lists_of(command: Any, arguments: Sequence[str]) -> dict[str, bool]:
+    """Return the flags of lists of the command that the arguments name.
+
+    Returns:
+        Each flag, and whether a comma separates its values, as in no name of a file. Empty if the
+        command has arguments without a flag, which could be taken for values.
+    """
+    *_, called = _called(command, arguments)
+    if any(parameter.param_type_name == "argument" for parameter in called.params):
+        return {}
+    lists = [one for one in called.params if getattr(one, "multiple", False)]
+    return {flag: flag not in _FILES for one in lists for flag in one.opts}
+
+
+_FILES = ("--data", "--eval-data")
+"""Flags of lists of files."""
+
+
+def spread(arguments: Sequence[str], lists: Mapping[str, bool]) -> list[str]:
+    """Repeat the flags of lists: `--beta 0.1 0.5` and `--beta 0.1,0.5` for two `--beta`.
+
+    Args:
+        arguments: The command line.
+        lists: Flags of lists, and whether a comma separates their values.
+    """
     spread_out: list[str] = []
     inside = ""
     for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if equals and lists.get(flag):
+            spread_out += [f"{flag}={one}" for one in split_list(value) or [value]]
+            inside = ""
+            continue
         is_value = argument == "-" or not argument.startswith("-")
-        if inside and is_value and spread_out[-1] != inside:
-            spread_out.append(inside)
-        elif not is_value:
-            inside = argument if argument in _SPREAD else ""
-        spread_out.append(argument)
+        if not is_value:
+            inside = argument if argument in lists else ""
+            spread_out.append(argument)
+            continue
+        values = split_list(argument) if inside and lists[inside] else [argument]
+        for one in values or [argument]:
+            spread_out += [inside] if inside and spread_out[-1] != inside else []
+            spread_out.append(one)
     return spread_out
 
 

@@ -51,15 +51,17 @@ class Engine(StrEnum):
 
 
 def _repeated(help_text: str) -> Any:
-    """Return an option that may be repeated, one value of the grid each time."""
-    return typer.Option(help=f"{help_text}; repeat the flag.", rich_help_panel=GRID)
+    """Return an option for one or more values of the grid."""
+    return typer.Option(
+        metavar="VALUE…", help=f"{help_text}; several may follow.", rich_help_panel=GRID
+    )
 
 
 EvalData = Annotated[
     list[Path],
     typer.Option(
-        metavar="FILE",
-        help="Held-out preference data; repeat the flag.",
+        metavar="FILE…",
+        help="Held-out preference data; several may follow.",
         rich_help_panel=options.DATA,
     ),
 ]
@@ -209,11 +211,11 @@ def _print_result(result: "SweepResult") -> None:
         table.add_row(chosen, *settings, *_figures(row))
     Console().print(table)
     best = result.best.name if result.best else "none"
-    typer.echo(f"chosen: {best}: {result.reason}")
+    typer.echo(f"chosen: {best} ({result.reason})")
     for row in result.rows:
         if row.failed:
             typer.echo(f"{row.name} failed: {row.failed}")
-    typer.echo(f"rows, runs and picture: {result.output}")
+    typer.echo(f"models, rows (sweep.jsonl) and picture (sweep.svg): {result.output}")
 
 
 def _figures(row: "SweepRow") -> tuple[str, ...]:

@@ -198,9 +198,9 @@ class Update(Settings):
     mix: Annotated[
         list[float] | None,
         typer.Option(
-            metavar="WEIGHT",
-            help="Sampling weight of each --data, in order; repeat the flag. Default: no weights, "
-            "every record once per epoch.",
+            metavar="WEIGHT…",
+            help="Sampling weight of each --data, in order. Default: no weights, every record "
+            "once per epoch.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = None
@@ -370,8 +370,9 @@ class Lora:
     lora_target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name of a module to adapt; repeat the flag. Default: every linear layer except "
-            "the head.",
+            metavar="NAME…",
+            help="Names of the modules to adapt; several may follow. Default: every linear layer "
+            "except the head.",
             rich_help_panel=LORA_PANEL,
         ),
     ] = None
@@ -402,9 +403,9 @@ class Lora:
     lora_modules_to_save: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help="Name of a further layer to train whole, such as lm_head, embed_tokens or norm; "
-            "repeat the flag.",
+            metavar="NAME…",
+            help="Names of further layers to train whole, such as lm_head, embed_tokens or norm; "
+            "several may follow.",
             rich_help_panel=LORA_PANEL,
         ),
     ] = None

@@ -52,6 +52,7 @@ img { width: 100%; height: auto } .warning { background: #fdf0e6; border-left: 4
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% endmacro %}
+{% macro cut(is_cut) %}{% if is_cut %} […]{% endif %}{% endmacro %}
 {% if summary %}<h2>Last update</h2>{{ table(summary) }}{% endif %}
 {% if curves %}<h2>Curves</h2>
 <img alt="Metrics over the updates" src="data:image/svg+xml;base64,{{ curves }}">
@@ -65,8 +66,10 @@ intervals of accuracy and KL.</p>{% endif %}
 {% if samples %}<h2>Samples after update {{ samples[0].step }}</h2>
 <table><tr><th>prompt</th><th>policy</th><th>reference</th></tr>
 {% for one in samples %}<tr><td class="text">{{ one.prompt }}</td>
-<td class="text">{{ one.policy }}</td><td class="text">{{ one.reference or "" }}</td></tr>
-{% endfor %}</table>{% endif %}
+<td class="text">{{ one.policy }}{{ cut(one.policy_truncated) }}</td>
+<td class="text">{{ one.reference or "" }}{{ cut(one.reference_truncated) }}</td></tr>
+{% endfor %}</table>
+<p class="note">[…] marks a completion that was cut at the maximum length.</p>{% endif %}
 {% if data %}<h2>Data</h2>{{ table(data) }}{% endif %}
 {% if settings %}<h2>Settings</h2>{{ table(settings) }}{% endif %}
 {% if versions %}<h2>Versions and machine</h2>{{ table(versions) }}{% endif %}

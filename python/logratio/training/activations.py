@@ -386,7 +386,7 @@ def choose_checkpointing(
     asked = wanted == "all" or config.offload_activations or compiled
     if asked and not layers:
         raise ConfigError(
-            "activation_checkpointing all, offload_activations and compile_layers need decoder "
+            "--activation-checkpointing all, --offload-activations and --compile need decoder "
             f"layers of transformers, and {type(policy).__name__} has none"
         )
     if wanted != "auto":

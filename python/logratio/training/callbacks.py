@@ -1,7 +1,7 @@
 """Callbacks: code of the user that a trainer calls during a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ class RunState:
         step: Number of updates done.
         epoch: Passes over the data done, with fractions.
         stop_reason: Why the run ends early; None: it does not.
+        log_history: One row per update and evaluation of this process, with the names of
+            transformers: "loss", "learning_rate", "eval_loss", "step", "epoch".
     """
 
     config: TrainConfig
@@ -41,6 +43,22 @@ class RunState:
     step: int = 0
     epoch: float = 0.0
     stop_reason: str | None = None
+    log_history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def global_step(self) -> int:
+        """Number of updates done; the name of transformers."""
+        return self.step
+
+    @property
+    def max_steps(self) -> int:
+        """Number of updates planned; the name of transformers."""
+        return self.updates
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Add the metrics of an update or of an evaluation to `log_history`."""
+        named = {"learning_rate" if name == "lr" else name: one for name, one in values.items()}
+        self.log_history.append({**named, "epoch": self.epoch, "step": self.step})
 
     def stop(self, reason: str) -> None:
         """End the run after this update; the model is saved as at the end of a whole run."""
@@ -81,20 +99,34 @@ class Callback:
         """Called once the model has been saved."""
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
-    """Check that every callback is an instance of `Callback`.
+def check_callbacks(
+    callbacks: Callback | Sequence[Callback] | None,
+) -> tuple[Callback, ...]:
+    """Return one callback or several as a tuple; each must be an instance of `Callback`.
 
     Raises:
         ConfigError: One is not, or has a method that would never be called; the message names it.
     """
-    for one in callbacks:
+    given = () if callbacks is None else callbacks
+    every = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for one in every:
         if not isinstance(one, Callback):
-            raise ConfigError(
-                f"callbacks must be instances of logratio.Callback, not {one!r}; see "
-                "`help(logratio.Callback)`"
-            )
+            raise ConfigError(_refusal(one))
         _check_methods(one)
-    return tuple(callbacks)
+    return every
+
+
+def _refusal(given: object) -> str:
+    """Return why an object is no callback, and what to pass instead."""
+    if isinstance(given, type) and issubclass(given, Callback):
+        return f"callbacks: pass an instance, {given.__name__}(), not the class"
+    kind = given.__name__ if isinstance(given, type) else type(given).__name__
+    if kind == "EarlyStoppingCallback":
+        return f"callbacks: instead of {kind}, set early_stop and best_metric"
+    return (
+        f"callbacks must be instances of logratio.Callback, not {kind}: derive from it; its "
+        "methods are on_start, on_update, on_evaluate, on_checkpoint and on_end"
+    )
 
 
 def _check_methods(callback: Callback) -> None:

@@ -47,8 +47,12 @@ REFUSED_INITS: Mapping[Any, str] = {
 """Values of peft's `init_lora_weights` that are not supported, and why."""
 
 
+ALL_LINEAR = "all-linear"
+
+
 @takes_known_names(
     r="rank",
+    lora_r="rank",
     lora_alpha="alpha",
     target_modules="targets",
     lora_dropout="dropout",
@@ -61,7 +65,8 @@ class LoraSettings:
     Attributes:
         rank: Rank of the adapter matrices.
         alpha: The adapter's output is scaled by alpha / rank.
-        targets: Names of the modules to adapt; if empty, all linear layers except the head.
+        targets: Names of the modules to adapt; if empty, or peft's "all-linear", all linear layers
+            except the head.
         dropout: Probability that an input of an adapter is set to 0 in a training pass. The
             reference, the start-up checks and every evaluation run without dropout. Masks are
             drawn per micro-batch, so `token_budget` then changes the result.
@@ -97,6 +102,8 @@ class LoraSettings:
                 f"init {self.init!r} is not supported: {REFUSED_INITS[given]}; choose default, "
                 "gaussian or orthogonal"
             )
+        if self.targets in (ALL_LINEAR, (ALL_LINEAR,), [ALL_LINEAR]):
+            object.__setattr__(self, "targets", ())
         check_fields(self)
         if self.init is True:
             object.__setattr__(self, "init", "default")

@@ -243,7 +243,7 @@ def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:
     inputs = max(datasets_of(store)) + 1
     if len(mix) != inputs:
         given = count(len(mix), "weight")
-        raise ConfigError(f"mix has {given} for {count(inputs, 'input')}: give one for each")
+        raise ConfigError(f"--mix has {given} for {count(inputs, 'input')}: give one for each")
 
 
 def _check_positions(model: PathLike, store: Store) -> None:
@@ -254,7 +254,7 @@ def _check_positions(model: PathLike, store: Store) -> None:
     if positions and longest > positions:
         raise ConfigError(
             f"the longest sequence has {longest} tokens and the model {positions} positions: "
-            f"set max_length to {positions} or less"
+            f"set --max-length to {positions} or less"
         )
 
 

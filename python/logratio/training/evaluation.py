@@ -137,11 +137,21 @@ def _until_stop(completion: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with a completion of the policy and one of the reference, as text."""
+    """A prompt with a completion of the policy and one of the reference, as text.
+
+    Attributes:
+        prompt: The prompt, without the token that begins every text.
+        policy: The policy's completion, without the token that ends it.
+        reference: The reference's completion; None: there is no reference.
+        policy_truncated: Whether the policy's completion was cut at the maximum length.
+        reference_truncated: The same for the reference; None: there is no reference.
+    """
 
     prompt: str
     policy: str
     reference: str | None
+    policy_truncated: bool = False
+    reference_truncated: bool | None = None
 
 
 def sample_texts(
@@ -158,11 +168,26 @@ def sample_texts(
         drawn: The policy's completion of each.
         others: The reference's completion of each, or None.
     """
-    decode = tokenizer.decode
+    theirs: Sequence[list[int] | None] = others or [None] * len(drawn)
     return [
-        Sample(decode(prompt), decode(mine), None if others is None else decode(others[n]))
-        for n, (prompt, mine) in enumerate(zip(prompts, drawn, strict=True))
+        Sample(
+            tokenizer.decode(prompt[prompt[:1] == [tokenizer.bos_id] :]),
+            _text(tokenizer, mine),
+            None if other is None else _text(tokenizer, other),
+            _is_truncated(tokenizer, mine),
+            None if other is None else _is_truncated(tokenizer, other),
+        )
+        for prompt, mine, other in zip(prompts, drawn, theirs, strict=True)
     ]
+
+
+def _text(tokenizer: PreferenceTokenizer, ids: list[int]) -> str:
+    """Decode a completion without the stop token and the space between it and the prompt."""
+    return tokenizer.decode(ids if _is_truncated(tokenizer, ids) else ids[:-1]).lstrip(" ")
+
+
+def _is_truncated(tokenizer: PreferenceTokenizer, ids: list[int]) -> bool:
+    return not ids or ids[-1] not in tokenizer.stop_ids
 
 
 @dataclass(frozen=True)
@@ -259,7 +284,7 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
     config = with_local_models(config)
     if config.samples_file is not None:
         if not config.samples:
-            raise ConfigError("samples_file needs samples, the number of completions to sample")
+            raise ConfigError("--samples-file needs --samples, the number of completions to sample")
         check_writable(Path(config.samples_file).parent)
     for folder in (config.policy, config.reference):
         check_model_folder(Path(folder))
@@ -303,15 +328,15 @@ def check_sampling(
         ConfigError: A setting is out of range, or a sample could be longer than a model allows.
     """
     if samples < 0 or max_new_tokens < 1:
-        raise ConfigError("samples must be at least 0 and max_new_tokens at least 1")
+        raise ConfigError("--samples must be at least 0 and --max-new-tokens at least 1")
     if not samples:
         return
     positions = max_positions(models[0])
     needed = int(store.prompt_lengths().max()) + max_new_tokens
     if positions and needed > positions:
         raise ConfigError(
-            f"the longest prompt and max_new_tokens need {needed} positions, and the model has "
-            f"{positions}: lower max_new_tokens or max_prompt_length"
+            f"the longest prompt and --max-new-tokens need {needed} positions, and the model has "
+            f"{positions}: lower --max-new-tokens or --max-prompt-length"
         )
     for folder in models:
         _check_length_limits(folder, needed)
@@ -328,7 +353,7 @@ def _check_length_limits(folder: PathLike, needed: int) -> None:
             raise ConfigError(
                 f"{folder}: cannot sample up to {needed} tokens, because its {limit.what} "
                 f"uses different factors or keys beyond {limit.tokens} tokens: lower "
-                "max_new_tokens or max_prompt_length until both fit, or set samples to 0"
+                "--max-new-tokens or --max-prompt-length until both fit, or draw no samples"
             )
 
 
@@ -356,8 +381,6 @@ class Evaluating:
         """Memory and time of the evaluation."""
         models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
-        device, precision = self.config.device, self.precision
-        work = [memory.seconds(m, tokens, memory.FORWARD, device, precision) for m in models]
         return Forecast(
             memory_bytes=memory.scoring_bytes(
                 models,
@@ -366,7 +389,7 @@ class Evaluating:
             ),
             disk_bytes=0,
             disk_path=Path(),
-            seconds=sum(work),
+            seconds=memory.evaluation_seconds(self.config, self.dataset.store),
             notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples, "
             f"{precision_note(self.config)}",
         )

@@ -70,10 +70,10 @@ def check_metric(config: TrainConfig) -> None:
     known += _SAMPLED if config.eval_samples and needs_reference(config) else ()
     name = config.best_metric.removeprefix("eval_")
     if name in _SAMPLED and name not in known:
-        raise ConfigError(f"best_metric {name} is measured on samples: set eval_samples")
+        raise ConfigError(f"--best-metric {name} is measured on samples: set --eval-samples")
     if name not in known:
         raise ConfigError(
-            f"best_metric {config.best_metric!r} is unknown; choose from {', '.join(known)}"
+            f"--best-metric {config.best_metric!r} is unknown; choose from {', '.join(known)}"
         )
 
 
@@ -101,7 +101,7 @@ def split_by_prompt(store: Store, share: float, seed: int) -> np.ndarray:
         np.array(hashes, dtype="S32"), return_inverse=True, return_counts=True
     )
     if len(prompts) < 2:
-        raise ConfigError("eval_share needs at least two different prompts in the data")
+        raise ConfigError("--eval-share needs at least two different prompts in the data")
     # Prompts are in the order of their hashes, which is random but for the seed.
     taken = int(np.searchsorted(np.cumsum(counts), share * len(store), side="left")) + 1
     held: np.ndarray = which < min(taken, len(prompts) - 1)

@@ -120,7 +120,7 @@ def _check_continued(folder: Path, *, is_adapter: bool) -> None:
     """Refuse to train further what is not a LoRA adapter over an unchanged base."""
     if not is_adapter:
         raise ConfigError(
-            f"adapter continue: {folder} is not an adapter; give --lora for a new one"
+            f"--adapter continue: {folder} is not an adapter; give --lora for a new one"
         )
     settings = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     kind, bias = settings.get("peft_type"), settings.get("bias", "none")
@@ -134,7 +134,7 @@ def _check_continued(folder: Path, *, is_adapter: bool) -> None:
     elif name in CHANGING_INITS:
         why = f"its init_lora_weights {init!r} would change the base's weights again"
     if why:
-        raise ConfigError(f"adapter continue: {folder} cannot be trained further: {why}")
+        raise ConfigError(f"--adapter continue: {folder} cannot be trained further: {why}")
 
 
 def _check_base(config: TrainConfig) -> None:
@@ -142,14 +142,14 @@ def _check_base(config: TrainConfig) -> None:
     base = base_folder(config.model)
     if not config.trains_adapter and (config.quantization or is_quantized(base)):
         bits = config.quantization
-        what = f"quantization {bits}" if bits else f"{base} is quantized"
+        what = f"--quantization {bits}" if bits else f"{base} is quantized"
         raise ConfigError(
             f"{what}: quantized weights cannot be trained; train adapters over them with --lora"
         )
     check_quantization(base, config.quantization)
     if config.quantization == "8bit" and _uses_dora(config):
         raise ConfigError(
-            "quantization 8bit with DoRA: peft's DoRA loses the scales of bitsandbytes' 8-bit "
+            "--quantization 8bit with DoRA: peft's DoRA loses the scales of bitsandbytes' 8-bit "
             "weights on a CPU, and was not tested elsewhere; choose 4bit, or leave DoRA out"
         )
     if config.quantization and config.reference:
@@ -175,11 +175,11 @@ def _check_settings(settings: LoraSettings, config: TrainConfig) -> None:
 
 def _check_orthogonal(settings: LoraSettings, config: TrainConfig) -> None:
     if settings.rank % 2:
-        raise ConfigError(f"lora init orthogonal needs an even rank, not {settings.rank}")
+        raise ConfigError(f"--lora-init orthogonal needs an even rank, not {settings.rank}")
     rounds = config.quantization or is_quantized(base_folder(config.model))
     if rounds or precision_of(config) != "fp32":
         raise ConfigError(
-            "lora init orthogonal needs precision fp32 and a base that is not quantized: peft "
+            "--lora-init orthogonal needs --precision fp32 and a base that is not quantized: peft "
             "rounds both matrices to the base's dtype, so their product would not be zero; choose "
             "default or gaussian"
         )
@@ -199,7 +199,7 @@ def _check_targets(targets: tuple[str, ...], model: nn.Module, folder: PathLike)
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in paths):
             raise ConfigError(
-                f"lora target {target!r} matches no layer of {folder} that can have an adapter; "
+                f"--lora-target {target!r} matches no layer of {folder} that can have an adapter; "
                 f"choose from {', '.join(_last_names(paths))}"
             )
 
@@ -219,16 +219,16 @@ def _check_saved_modules(settings: LoraSettings, model: Any, folder: PathLike) -
         if not paths or any(path not in layers for path in paths):
             what = "no layer" if not paths else f"{paths[0]}, which is not a single layer,"
             raise ConfigError(
-                f"lora modules_to_save {name!r} matches {what} of {folder}; choose from "
+                f"--lora-modules-to-save {name!r} matches {what} of {folder}; choose from "
                 f"{', '.join(_last_names(layers))}"
             )
         for path in paths:
             _check_not_adapted(name, path, settings, is_linear=_is_linear(modules[path], head))
             if modules[path] in tied:
                 raise ConfigError(
-                    f"lora modules_to_save {name!r}: the head and the input embeddings of {folder} "
-                    "share one matrix, and a trained copy of one would separate them; adapt "
-                    f"{name} with --lora-target instead, or train all weights"
+                    f"--lora-modules-to-save {name!r}: the head and the input embeddings of "
+                    f"{folder} share one matrix, and a trained copy of one would separate "
+                    f"them; adapt {name} with --lora-target instead, or train all weights"
                 )
 
 
@@ -242,8 +242,8 @@ def _check_not_adapted(name: str, path: str, settings: LoraSettings, *, is_linea
     named = any(path == target or path.endswith(f".{target}") for target in settings.targets)
     if named or (is_linear and not settings.targets):
         raise ConfigError(
-            f"lora modules_to_save {name!r}: {path} gets an adapter too; name the layers to adapt "
-            f"with --lora-target, without {name}"
+            f"--lora-modules-to-save {name!r}: {path} gets an adapter too; name the layers to "
+            f"adapt with --lora-target, without {name}"
         )
 
 
@@ -304,9 +304,14 @@ def settings_of_peft(given: Any, folder: PathLike) -> LoraSettings:
     from peft import LoraConfig
 
     if not isinstance(given, LoraConfig):
-        raise SettingTypeError(
-            f"peft_config must be a LoraConfig of peft, not {type(given).__name__}"
+        hint = (
+            "only LoRA adapters are trained: give a LoraConfig, or leave peft_config out to train "
+            "all weights"
         )
+        if isinstance(given, dict):
+            hint = "write LoraConfig(**peft_config)"
+        kind = type(given).__name__
+        raise SettingTypeError(f"peft_config must be a LoraConfig of peft, not {kind}: {hint}")
     values = _as_json(given)
     if values["target_modules"] is None:
         values["target_modules"] = _default_targets(folder)
@@ -334,14 +339,15 @@ def _settings_of(given: dict[str, Any], where: str) -> LoraSettings:
         where: Their origin, for messages.
     """
     if (kind := given.pop("peft_type", None)) not in (None, "LORA"):
-        raise ConfigError(f"{where}: peft_type {kind} is not supported; only LORA is")
+        raise ConfigError(f"{where}: peft_type {kind} is not supported: give a plain LoraConfig")
     if (task := given.pop("task_type", None)) not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"{where}: task_type {task} is not supported; only CAUSAL_LM is")
+        raise ConfigError(
+            f"{where}: task_type {task} is not supported: write CAUSAL_LM, or leave it out"
+        )
     defaults = _peft_defaults()
     if refused := sorted(_unsupported(given, defaults)):
         raise ConfigError(
-            f"{where}: {', '.join(refused)} not supported by logratio train: leave out what the "
-            "adapters do not need"
+            f"{where}: {', '.join(refused)} not supported: leave out what the adapters do not need"
         )
     settings = {ours: given.get(name, defaults[name]) for name, ours in NAMES.items()}
     return LoraSettings(**settings | _lists_of_names(settings, where))
@@ -351,11 +357,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"lora-config {path}: no such file") from None
+        raise ConfigError(f"--lora-config {path}: no such file") from None
     except ValueError as error:
-        raise ConfigError(f"lora-config {path} is not JSON: {error}") from error
+        raise ConfigError(f"--lora-config {path} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"lora-config {path} is not a JSON object")
+        raise ConfigError(f"--lora-config {path} is not a JSON object")
     return found
 
 

@@ -15,9 +15,9 @@ import torch
 
 from logratio._rust import Store
 from logratio.errors import LogratioError
-from logratio.forecast import Forecast
+from logratio.forecast import Forecast, count
 from logratio.logps.head import gpu_free_bytes
-from logratio.training.config import Precision, Quantization, TrainConfig
+from logratio.training.config import EvaluateConfig, Precision, Quantization, TrainConfig
 from logratio.training.fingerprint import parameter_count, tensor_shapes
 from logratio.training.models import (
     AT_ONCE,
@@ -41,6 +41,11 @@ PRODUCT = {"cpu": 768, "cuda": 8_192}
 GPU, a product of 768 takes no longer than its launch."""
 EFFICIENCY = 0.5
 """Approximate speed of a whole model as a share of a large matrix product's speed."""
+READ = {"cpu": 1e10, "cuda": 1.5e12}
+"""Bytes of weights that a device reads per second, approximately."""
+LAYER_STEP = 1e-3
+"""Seconds that transformers needs for a layer of one step of generation apart from its products,
+measured on a CPU."""
 PROCESS_BYTES = 0.95e9
 """Memory of the process with torch, transformers and peft imported, and of the head's tiles."""
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -94,7 +99,7 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
     Args:
         config: Settings of the run.
         store: The groups to train on.
-        held_out: Held-out groups, or None. The time to sample completions is not included.
+        held_out: Held-out groups, or None. Their scores and the samples count.
     """
     kind = reference_kind(config)
     frozen = (config.reference or config.model) if kind == "frozen" else None
@@ -108,9 +113,12 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
     if kind in ("adapter", "frozen"):
         other = frozen or config.model
         work += seconds(other, tokens, FORWARD, config.device, precision)
+    evaluated = ""
     if held_out:
-        seen = float(held_out.shared_lengths().sum()) * _evaluations(config, len(store))
-        work += seconds(config.model, seen, FORWARD, config.device, precision)
+        work += _held_out_seconds(config, held_out, _evaluations(config, len(store)), kind)
+        evaluated = f", {count(_evaluations(config, len(store)), 'evaluation')}"
+        if config.eval_samples:
+            evaluated += f" with {count(config.eval_samples, 'sample')}"
     if not fits_at_once(config, store) and router_coefficient(config):  # the pass that counts
         work += seconds(config.model, tokens, FORWARD, config.device, precision)
     weights = _weight_bytes(config) * parameter_count(config.model) * _trained(config)
@@ -122,7 +130,8 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
         disk_bytes=weights + (_checkpoint_bytes(config) if config.save_every else 0),
         disk_path=Path(config.output),
         seconds=work,
-        notes=f"{_reference_note(config, kind)}, {tokens:,.0f} tokens, {precision_note(config)}",
+        notes=f"{_reference_note(config, kind)}, {tokens:,.0f} tokens{evaluated}, "
+        f"{precision_note(config)}",
     )
 
 
@@ -138,6 +147,75 @@ def _reference_note(config: TrainConfig, kind: str) -> str:
     if kind == "adapter" and config.adapter == "continue":
         return "the reference is the adapter at its start"
     return _REFERENCES[kind]
+
+
+def _held_out_seconds(config: TrainConfig, store: Store, times: int, kind: str) -> float:
+    """Estimate the time of all evaluations of held-out groups during a run, in seconds.
+
+    The reference scores the groups once and samples once.
+    """
+    where = config.device, precision_of(config)
+    reference = config.reference or config.model
+    tokens = float(store.shared_lengths().sum())
+    total = times * seconds(config.model, tokens, FORWARD, *where)
+    if kind in ("adapter", "frozen"):
+        total += seconds(reference, tokens, FORWARD, *where)
+    if not config.eval_samples:
+        return total
+    drawn = sampled_tokens(store, config.eval_samples, config.max_new_tokens)
+    total += times * sampling_seconds(config.model, drawn, config.max_new_tokens, *where)
+    total += times * seconds(config.model, drawn, FORWARD, *where)
+    if kind != "none":
+        total += sampling_seconds(reference, drawn, config.max_new_tokens, *where)
+        total += times * seconds(reference, drawn, FORWARD, *where)
+    return total
+
+
+def evaluation_seconds(config: EvaluateConfig, store: Store) -> float:
+    """Estimate the time to score groups with policy and reference and to sample, in seconds.
+
+    Args:
+        config: Settings of the evaluation.
+        store: The held-out groups.
+    """
+    where = config.device, precision_of(config)
+    tokens = float(store.shared_lengths().sum())
+    drawn = sampled_tokens(store, config.samples, config.max_new_tokens)
+    models = config.policy, config.reference
+    total = sum(seconds(model, tokens + drawn, FORWARD, *where) for model in models)
+    samplers = models if config.samples_file else models[:1]
+    if config.samples:
+        total += sum(sampling_seconds(m, drawn, config.max_new_tokens, *where) for m in samplers)
+    return total
+
+
+def sampled_tokens(store: Store, samples: int, max_new_tokens: int) -> float:
+    """Return the tokens of samples with their prompts, if none stops early."""
+    return samples * (float(store.prompt_lengths().mean()) + max_new_tokens)
+
+
+def sampling_seconds(
+    model: str | Path,
+    tokens: float,
+    steps: int,
+    device: str | None,
+    precision: Precision = "fp32",
+) -> float:
+    """Estimate the time to sample completions together, one token of each per step, in seconds.
+
+    Args:
+        model: Folder of the model.
+        tokens: Number of tokens of all prompts and completions.
+        steps: Maximum length of a completion.
+        device: Device of the pass; None: the default.
+        precision: Precision of the pass.
+    """
+    speed = READ.get(default_device(device).type, READ["cpu"])
+    reading = steps * frozen_bytes(model, precision) / speed
+    layers, _ = _shape(base_folder(model))
+    return max(seconds(model, tokens, FORWARD, device, precision), reading) + (
+        steps * layers * LAYER_STEP
+    )
 
 
 def _evaluations(config: TrainConfig, groups: int) -> int:

@@ -137,7 +137,7 @@ def _check(folder: Path, output: Path, dtype: str) -> None:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"output {output} exists and is not empty; choose another folder")
+        raise ConfigError(f"--output {output} exists and is not empty; choose another folder")
 
 
 def _dtype_of(base: Path) -> torch.dtype:

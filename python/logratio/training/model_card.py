@@ -1,5 +1,6 @@
 """The model card: README.md next to the weights, which says how the model was made."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,12 @@ from typing import Any
 
 from logratio import __version__
 from logratio.data.store.row_report import DataReport
+from logratio.durable import write_atomic
+from logratio.errors import hub_id
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import name_of
+from logratio.training.losses import PAIR_LOSSES
+from logratio.training.models import ADAPTER_CONFIG
 from logratio.training.run_info import resolved_settings
 from logratio.training.trackers import flat
 
@@ -24,8 +29,15 @@ _METHODS = {
 _LEFT_OUT = {
     *("model", "data", "output", "cache", "reference", "eval_data", "loss", "beta"),
     *("resume", "overwrite", "report", "report_to", "run_name", "project", "device", "read_mode"),
+    *("precompute", "save_every", "keep_checkpoints", "offload_activations"),
+    *("activation_checkpointing", "revision"),
 }
 """Settings that are shown elsewhere on the card, or that do not change the model."""
+_OFF = {
+    *("label_smoothing", "gamma", "eval_share", "eval_samples", "max_bad_fraction"),
+    *("lora.dropout", "compile_layers", "formats.lists"),
+}
+"""Settings whose default does nothing."""
 _EVALUATED = {
     "eval_loss": "loss",
     "eval_rewards/accuracies": "preference accuracy",
@@ -100,16 +112,66 @@ def card_of(made: Made) -> str:
         _table(_training(made)),
     ]
     if made.evaluation:
-        step, groups = made.evaluation["step"], made.evaluation["groups"]
-        parts += [
-            "## Evaluation",
-            f"On {groups:,} held-out groups, after update {step:,}:",
-            _table(_evaluation(made.evaluation)),
-        ]
-    settings = [(one, value) for one, value in flat(resolved_settings(config)) if _matters(one)]
-    shown = [(name, value) for name, value in settings if value not in (None, "", [])]
-    parts += ["## Settings", _table(shown), "## Versions", _table(list(made.versions.items()))]
+        parts += _evaluation_section(made.evaluation)
+    shown = [(name, value) for name, value in flat(resolved_settings(config))
+             if _matters(name, value, config)]  # fmt: skip
+    parts += [_SETTINGS, _table(shown), "## Versions", _table(list(made.versions.items()))]
     return "\n\n".join(parts) + "\n"
+
+
+_SETTINGS = "## Settings"
+
+
+def add_evaluation(output: Path, row: Mapping[str, Any]) -> None:
+    """Add an evaluation to the card of a run that had none, such as that of a sweep.
+
+    A card that logratio did not write, or that has an evaluation, stays as it is.
+
+    Args:
+        output: The output folder of the run.
+        row: The evaluation, with the names of `evaluations.jsonl`.
+    """
+    card = output / CARD_FILE
+    if not card.is_file() or not _may_replace(card):
+        return
+    text = card.read_text("utf-8")
+    if "## Evaluation" not in text:
+        before, found, after = text.partition(f"{_SETTINGS}\n")
+        section = "\n\n".join(_evaluation_section(row))
+        write_atomic(card, f"{before}{section}\n\n{found}{after}")
+
+
+def _evaluation_section(row: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Evaluation",
+        f"On {row['groups']:,} held-out groups, after update {row['step']:,}:",
+        _table(_evaluation(row)),
+    ]
+
+
+def hub_name(folder: str | Path) -> str | None:
+    """Return the id of the hub that a model comes from, if that is known; else None.
+
+    It is known of a snapshot in the hub's cache, and of a folder whose config records it.
+    """
+    name = name_of(folder).partition("@")[0]
+    if _is_id(name):
+        return name
+    for file, key in (("config.json", "_name_or_path"), (ADAPTER_CONFIG, _BASE)):
+        try:
+            recorded = json.loads((Path(folder) / file).read_text("utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(recorded, str) and _is_id(recorded):
+            return recorded
+    return None
+
+
+_BASE = "base_model_name_or_path"
+
+
+def _is_id(name: str) -> bool:
+    return name.count("/") == 1 and hub_id(name) == name and not Path(name).exists()
 
 
 def _metadata(config: TrainConfig) -> str:
@@ -118,7 +180,7 @@ def _metadata(config: TrainConfig) -> str:
 
     tags = [config.loss, "logratio", *(["lora"] if config.trains_adapter else [])]
     data = ModelCardData(
-        base_model=_name(name_of(config.model)).partition("@")[0],
+        base_model=hub_name(config.model),
         library_name="peft" if config.trains_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
@@ -170,8 +232,34 @@ def _evaluation(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _matters(name: str) -> bool:
-    return name.partition(".")[0] not in _LEFT_OUT
+def _matters(name: str, value: Any, config: TrainConfig) -> bool:
+    """Whether a setting may have had an effect on the model of this run."""
+    outer = name.partition(".")[0]
+    if outer in _LEFT_OUT or outer in _without_effect(config) or value in (None, "", []):
+        return False
+    if name in _OFF and value in (0, "off", "pairs"):
+        return False
+    return value is not False or name == "rules.append_eos"
+
+
+def _without_effect(config: TrainConfig) -> set[str]:
+    """Return the settings that other settings of the run make void."""
+    void = set[str]()
+    if config.loss not in PAIR_LOSSES:
+        void |= {"label_smoothing", "gamma"}
+    else:
+        void |= {"label_smoothing", "gamma"} - PAIR_LOSSES[config.loss].options
+    if config.lr_scheduler != "wsd":
+        void.add("decay")
+    if config.lr_scheduler == "constant":
+        void.add("min_lr_rate")
+    if config.max_steps:
+        void.add("epochs")
+    if not config.eval_samples:
+        void.add("max_new_tokens")
+    if not (Path(config.model) / ADAPTER_CONFIG).exists():
+        void.add("adapter")
+    return void
 
 
 def _name(given: object) -> str:

@@ -126,7 +126,7 @@ def _parse(given: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", given)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= index <= count:
-        raise ShareError(f"share must be one of 1/N to N/N, for example 2/4, not {given!r}")
+        raise ShareError(f"--share must be one of 1/N to N/N, for example 2/4, not {given!r}")
     return index - 1, count
 
 
@@ -274,11 +274,11 @@ def check_settings(config: PrecomputeConfig, share: Share) -> None:
         DeviceError, MissingExtraError: The device or an optional dependency is not usable.
     """
     if any(number is not None and number < 1 for number in (config.token_budget, config.workers)):
-        raise ConfigError("token_budget and workers must be at least 1")
+        raise ConfigError("--token-budget and --workers must be at least 1")
     if config.workers is not None and config.engine != "ray":
-        raise ConfigError("workers are Ray actors: give --engine ray, or use torchrun instead")
+        raise ConfigError("--workers are Ray actors: give --engine ray, or use torchrun instead")
     if config.engine == "ray" and share.processes > 1:
-        raise ConfigError("the engine ray runs from one process: start it without torchrun")
+        raise ConfigError("--engine ray runs from one process: start it without torchrun")
     if "-" in config.data and share.processes > 1:
         raise ConfigError(
             "only one process can read standard input: give files, or a store of `data build`"

@@ -450,7 +450,7 @@ class ReferenceScorer:
             (place,) = source_names(self.store, arrays.groups.tolist())
             raise MemoryShortageError(
                 f"out of memory on {self.device} with a single group ({place}, {tokens:,} tokens): "
-                "lower max_length, or use --precision bf16 or a larger device; completed scores "
+                "lower --max-length, or use --precision bf16 or a larger device; completed scores "
                 "are in the cache"
             )
         self.budget.exceeded(tokens)

@@ -145,12 +145,12 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     output = Path(config.output)
     for folder in (config.model, config.reference or config.model):
         if output.resolve() == source_of(folder).resolve():
-            raise ConfigError(f"output {output} is the folder of an input model; choose another")
+            raise ConfigError(f"--output {output} is the folder of an input model; choose another")
     settings, left = settings_of(output), checkpoint.newest(output / CHECKPOINTS)
     is_ours = settings is not None or left or (output / SAVING).exists()
     if not is_ours and any(output.glob("*.safetensors")):
         raise ConfigError(
-            f"output {output} contains a model that logratio did not train; choose another"
+            f"--output {output} contains a model that logratio did not train; choose another"
         )
     if config.overwrite:
         return None

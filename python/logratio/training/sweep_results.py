@@ -131,6 +131,23 @@ def evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
     return fields
 
 
+def card_fields(row: SweepRow) -> dict[str, Any]:
+    """Return the evaluation of a run with the names of `evaluations.jsonl`, for its model card."""
+    found = row.evaluation or {}
+    fields = {
+        "step": row.steps,
+        "groups": found["pairs"],
+        "eval_rewards/accuracies": row.accuracy,
+        "accuracy_interval": row.accuracy_interval,
+        "eval_rewards/margins": found["margin"],
+        "eval_expected_calibration_error": found["calibration"]["expected_error"],
+    }
+    if found["kl"]:
+        fields |= {"eval_kl": row.kl, "kl": found["kl"]}
+        fields["eval_sample_length"] = found["kl"]["mean_length"]
+    return fields
+
+
 def read_rows(path: Path) -> dict[str, SweepRow]:
     """Read the last row of each run; a line that was cut off by a crash is left out."""
     if not path.exists():

@@ -17,10 +17,10 @@ from logratio.data.store.load import is_store
 from logratio.durable import write_atomic
 from logratio.errors import ConfigError
 from logratio.extras import require
-from logratio.forecast import Forecast, check_writable
+from logratio.forecast import Forecast, check_writable, count
 from logratio.progress import say
 from logratio.training import evaluation
-from logratio.training.checkpoint import RunInterruptedError
+from logratio.training.checkpoint import RunInterruptedError, newest
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, SweepConfig, TrainConfig
 from logratio.training.dataset import (
     Dataset,
@@ -31,23 +31,25 @@ from logratio.training.dataset import (
 )
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.losses import PAIR_LOSSES
-from logratio.training.memory import training_forecast
+from logratio.training.memory import FORWARD, evaluation_seconds, seconds, training_forecast
+from logratio.training.model_card import add_evaluation
 from logratio.training.models import precision_of, with_local_models
 from logratio.training.precomputation import precompute, refuse_multiple_processes
 from logratio.training.reference import holds_sums_only
 from logratio.training.run_file import absolute, with_absolute_paths
-from logratio.training.run_folder import date_of_store, locked_output
+from logratio.training.run_folder import CHECKPOINTS, date_of_store, locked_output
 from logratio.training.sweep_results import (
     ROWS_FILE,
     SweepResult,
     SweepRow,
     append_row,
+    card_fields,
     choose,
     evaluation_fields,
     read_rows,
     try_to_draw,
 )
-from logratio.training.trainer import train
+from logratio.training.trainer import DPOTrainer
 from logratio.training.validation import beta_of, check_folders, check_settings, needs_reference
 from logratio.validation import check_kind
 
@@ -125,14 +127,14 @@ def _check_loss(loss: str) -> None:
 def _check_sweep(config: SweepConfig) -> None:
     """Check the settings that only a sweep has."""
     if config.kl_budget is not None and config.samples < 2:
-        raise ConfigError("kl_budget needs an estimate of the KL: set samples to 2 or more")
+        raise ConfigError("--kl-budget needs an estimate of the KL: set --samples to 2 or more")
     if config.workers is not None and config.engine != "ray":
-        raise ConfigError("workers are runs at a time on Ray: give --engine ray")
+        raise ConfigError("--workers are runs at a time on Ray: give --engine ray")
     for name in ("eval_share", "eval_every", "eval_samples", "best_metric", "early_stop"):
         if getattr(config.base, name):
             raise ConfigError(
-                f"a sweep evaluates each run once, after its end, on the sweep's eval_data: leave "
-                f"{name} out"
+                "a sweep evaluates each run once, after its end, on the sweep's --eval-data: "
+                f"leave --{name.replace('_', '-')} out"
             )
     if config.engine == "ray":
         require("ray.tune", "ray")
@@ -170,19 +172,26 @@ class Sweep:
 
     def rehearse(self) -> Forecast:
         """Tokenize the data in memory, and estimate the needs of the runs; writes nothing."""
-        self._tokenize(self.config.eval_data, None)
-        return self._forecast(self._tokenize(self.config.base.data, None).store)
+        held_out = self._tokenize(self.config.eval_data, None).store
+        return self._forecast(self._tokenize(self.config.base.data, None).store, held_out)
 
-    def _forecast(self, store: Store) -> Forecast:
-        """Estimate the needs of all runs, one after the other."""
+    def _forecast(self, store: Store, held_out: Store) -> Forecast:
+        """Estimate the needs of the reference pass and of all runs, one after the other."""
+        base, cached = self.config.base, [run for run in self.runs if needs_reference(run)]
+        tokens = float(store.shared_lengths().sum()) if cached else 0.0
+        where = base.device, self.precision
+        scoring = seconds(self.reference, tokens, FORWARD, *where) if tokens else 0.0
+        how = self._evaluation(Path(), base.model)
+        evaluating = len(self.runs) * evaluation_seconds(how, held_out)
         each = [training_forecast(self._cached(run), store) for run in self.runs]
         return replace(
             each[0],
             memory_bytes=max(one.memory_bytes for one in each),
             disk_bytes=sum(one.disk_bytes for one in each),
             disk_path=self.output,
-            seconds=sum(one.seconds for one in each),
-            notes=f"{len(each)} runs, without the reference pass and the evaluations",
+            seconds=sum(one.seconds for one in each) + scoring + evaluating,
+            notes=f"{count(len(each), 'run')} with the reference pass, each evaluated on "
+            f"{count(len(held_out), 'pair')} and {count(self.config.samples, 'sample')}",
         )
 
     def run(self) -> SweepResult:
@@ -230,8 +239,8 @@ class Sweep:
         held_out, trained = paths
         digest = Store.open(held_out).digest
         shared = Shared(trained, held_out, digest)
-        evaluation.prepare(self._evaluation(shared, base.model), show_progress=False)
-        forecast = self._forecast(dataset.store)
+        evaluation.prepare(self._evaluation(shared.held_out, base.model), show_progress=False)
+        forecast = self._forecast(dataset.store, Store.open(held_out))
         check_writable(self.output, forecast.disk_bytes)
         if self.show_progress:
             say(forecast.to_text())
@@ -301,7 +310,7 @@ class Sweep:
 
         do = partial(
             train_and_evaluate,
-            how=self._evaluation(shared, self.config.base.model),
+            how=self._evaluation(shared.held_out, self.config.base.model),
             digest=shared.held_out_digest,
             show_progress=self.show_progress,
         )
@@ -311,7 +320,9 @@ class Sweep:
 
             run_on_ray(self.config, runs, before, do, record)
         else:
-            for run, earlier in zip(runs, before, strict=True):
+            for number, (run, earlier) in enumerate(zip(runs, before, strict=True), 1):
+                if self.show_progress:
+                    say(f"run {number} of {len(runs)}: {Path(run.output).name}")
                 record(do(run, earlier))
         return rows
 
@@ -327,13 +338,13 @@ class Sweep:
             formats=FormatSettings(),  # a store has no rows
         )
 
-    def _evaluation(self, shared: Shared, policy: str | Path) -> EvaluateConfig:
+    def _evaluation(self, held_out: Path, policy: str | Path) -> EvaluateConfig:
         """Return the settings of the evaluations; each run replaces the policy and β."""
         base = self.config.base
         return EvaluateConfig(
             policy,
             Path(self.reference).absolute(),
-            [shared.held_out],
+            [held_out],
             beta=1.0,
             samples=self.config.samples,
             max_new_tokens=self.config.max_new_tokens,
@@ -366,24 +377,32 @@ def train_and_evaluate(
     started = time.monotonic()
     held_out = {"digest": digest, "samples": how.samples, "max_new_tokens": how.max_new_tokens}
     try:
-        steps = train(run, show_progress=show_progress).steps
+        steps = DPOTrainer(config=_continued(run), show_progress=show_progress).train().steps
         if earlier and not earlier.failed and earlier.held_out == held_out:
             return earlier
         how = replace(how, policy=run.output, beta=beta_of(run))
-        found = evaluation.evaluate(how, show_progress=show_progress)
-        return SweepRow.of(
+        found = evaluation.prepare(how, show_progress=show_progress).run()
+        row = SweepRow.of(
             run,
             steps=steps,
             seconds=time.monotonic() - started,
             evaluation=evaluation_fields(found),
             held_out=held_out,
         )
+        add_evaluation(Path(run.output), card_fields(row))
+        return row
     except RunInterruptedError:
         raise
     except Exception as error:  # the other runs do not depend on this one
         return SweepRow.of(run, failed=f"{type(error).__name__}: {error}")
     finally:
         _release_memory()
+
+
+def _continued(run: TrainConfig) -> TrainConfig:
+    """Return the settings of a run that resumes only if it has been interrupted."""
+    started = newest(Path(run.output) / CHECKPOINTS) is not None
+    return replace(run, resume=run.resume and started)
 
 
 def _release_memory() -> None:

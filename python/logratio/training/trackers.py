@@ -22,7 +22,8 @@ from typing import Annotated, Any, Protocol, TypeAlias
 from logratio.durable import write_atomic
 from logratio.errors import ConfigError, SettingTypeError
 from logratio.progress import say
-from logratio.validation import Converted
+from logratio.synonyms import nearest
+from logratio.validation import Converted, split_list
 
 IDS_FILE = "trackers.json"
 PROJECT = "logratio"
@@ -41,7 +42,7 @@ def as_names(given: Any) -> tuple[str, ...] | None:
     """
     if given is None:
         return None
-    names = (given,) if isinstance(given, str) else given
+    names = split_list(given) if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
         raise SettingTypeError(f"give the names of trackers, not {given!r}")
     return tuple(names)
@@ -69,12 +70,30 @@ def trackers_of(report_to: ReportTo) -> tuple[str, ...]:
         return ("tensorboard", *filter(_is_installed, _TRACKERS))
     for name in names:
         if name not in KNOWN:
-            raise ConfigError(
-                f"report_to {name!r} is unknown: give {', '.join(KNOWN)}, or none or all alone"
-            )
+            raise ConfigError(f"--report-to {name}: {_refusal(name, names)}")
         if name in _TRACKERS and not _is_installed(name):
-            raise ConfigError(f"report_to {name}: its package is missing: pip install {name}")
+            raise ConfigError(f"--report-to {name}: its package is missing: pip install {name}")
     return tuple(dict.fromkeys(names))
+
+
+def _refusal(name: str, names: Sequence[str]) -> str:
+    """Return what to do instead of giving a name that is no tracker."""
+    if name in ("none", "all"):
+        others = ", ".join(one for one in names if one != name)
+        meaning = "no tracker" if name == "none" else "every tracker that is installed"
+        return f"it means {meaning}: give {name} alone, or only {others}"
+    known = f"choose from {', '.join(KNOWN)}, or give none or all alone"
+    if name in _ELSEWHERE:
+        return f"this tracker is not supported: {known}; a callback can send the metrics there"
+    near = nearest(name, (*KNOWN, "none", "all"))
+    return f"unknown tracker: {f'did you mean {near}? Otherwise ' if near else ''}{known}"
+
+
+_ELSEWHERE = {
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "neptune"),
+    *("swanlab",),
+}
+"""Trackers that transformers has in addition."""
 
 
 def _is_installed(name: str) -> bool:

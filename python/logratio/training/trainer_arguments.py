@@ -75,6 +75,7 @@ def trainer_arguments(
     settings |= _of_object(models, settings, follows=is_trl)
     if is_trl and settings.get("router_aux_loss_coef", 0.0) is None:  # TRL's default
         settings["router_aux_loss_coef"] = coefficient_in_trl(_folder_of(settings))
+    settings = _default_output(named) | settings
     return kind(**settings), tuple(models.values())
 
 
@@ -117,6 +118,10 @@ def _folders(
     models: dict[str, GivenModel] = {}
     if model is None:
         raise ConfigError("DPOTrainer needs a model: a folder, a hub id, or a PreTrainedModel")
+    if settings.get("data") is None:
+        raise ConfigError(
+            "DPOTrainer needs data: files, a list of dicts, a datasets.Dataset, or a table"
+        )
     if reference is model and not isinstance(model, str | Path):
         raise ConfigError(
             "model and reference are the same object, which training changes: leave reference out, "
@@ -128,6 +133,18 @@ def _folders(
         models["reference"] = given_reference(reference)
     folders: dict[str, Any] = {name: given.folder for name, given in models.items()}
     return models, folders | ({"revision": None} if "model" in models else {})
+
+
+def _default_output(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the output folder if none is given: named after the model, as in TRL."""
+    if {"output", "output_dir"} & settings.keys():
+        return {}
+    model = settings["model"]
+    given = model if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
+    name = Path(str(given)).name.partition("@")[0]
+    if not name:
+        raise ConfigError("DPOTrainer needs an output folder: give output")
+    return {"output": f"{name}-{'SFT' if settings.get('loss') == 'sft' else 'DPO'}"}
 
 
 def _folder_of(settings: Mapping[str, Any]) -> Path:
@@ -193,6 +210,12 @@ def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
     Without adapter the model is the reference, so the adapter must not have been trained.
     """
     adapters = given.model.peft_config
+    kinds = [getattr(one.peft_type, "value", one.peft_type) for one in adapters.values()]
+    if other := next((kind for kind in kinds if kind != "LORA"), None):
+        raise ConfigError(
+            f"the model has an adapter of type {other}, and only LoRA adapters are trained: pass "
+            "the base model, with a LoraConfig as peft_config or without an adapter"
+        )
     if [*adapters] != [TRAINED]:
         raise ConfigError(
             f"the model has the adapters {', '.join(adapters)}: keep one, named {TRAINED}"

@@ -106,8 +106,13 @@ def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
     for part in (_length, _schedule, _machine, _checkpoints, _reference, _tracking):
         found |= part(args)
-    if {"eval_data", "eval_dataset", "eval_share"} & given.keys():
+    if any(given.get(name) is not None for name in ("eval_data", "eval_dataset", "eval_share")):
         found |= _evaluations(args)
+    elif (strategy := _plain(args.eval_strategy)) != "no":
+        raise ConfigError(
+            f"args: eval_strategy={strategy!r} needs held-out data: give eval_dataset, or "
+            "eval_share=0.05"
+        )
     for name, part in {"loss": _objective, "rules": _rules}.items():
         found |= {} if name in given else part(args)
     return found
@@ -128,8 +133,8 @@ _AS_PREPARED: Mapping[str, Any] = {"fsdp": []}
 """Values that `TrainingArguments` stores in place of a default."""
 
 
-def _refusal(name: str, value: Any) -> ConfigError:
-    advice = instead_of(name) or "leave it at its default"
+def _refusal(name: str, value: Any, instead: str | None = None) -> ConfigError:
+    advice = instead or instead_of(name) or "leave it at its default"
     return ConfigError(f"args: {name}={_plain(value)!r} has no equivalent here: {advice}")
 
 
@@ -159,7 +164,7 @@ def _schedule(args: Any) -> dict[str, Any]:
     if kind == "cosine_with_min_lr":
         found["min_lr_rate"] = options.pop("min_lr_rate", 0.0)
     if kind not in _SCHEDULES | {"cosine_with_min_lr", "constant_with_warmup"}:
-        raise _refusal("lr_scheduler_type", kind)
+        raise _refusal("lr_scheduler_type", kind, f"choose {', '.join(sorted(_SCHEDULES))}")
     if options:
         raise _refusal("lr_scheduler_kwargs", options)
     name = _plain(args.optim)

@@ -139,7 +139,7 @@ class Updater:
             raise NonFiniteError(self._describe_nonfinite(step, values, groups))
         self.optimizer.step()
         self._recent.append(values)
-        return values, count
+        return values, sum(map(len, groups)) if self.processes.count == 1 else count
 
     def _seed(self, step: int) -> None:
         """Let every process but the first draw the adapters' dropout from numbers of its own."""

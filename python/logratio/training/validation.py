@@ -21,7 +21,7 @@ def check_settings(config: TrainConfig) -> None:
         DeviceError, MissingExtraError: The device or an optional dependency is not usable.
     """
     if config.loss not in LOSSES:
-        raise ConfigError(f"loss {config.loss!r} is unknown; choose from {', '.join(LOSSES)}")
+        raise ConfigError(f"--loss {config.loss!r} is unknown; choose from {', '.join(LOSSES)}")
     _check_schedule(config)
     _check_options(config)
     _check_evaluation(config)
@@ -48,40 +48,41 @@ def _check_schedule(config: TrainConfig) -> None:
     """Refuse settings that the schedule would silently ignore."""
     scheduler = config.lr_scheduler
     if config.min_lr_rate and scheduler == "constant":
-        raise ConfigError("lr_scheduler constant has no min_lr_rate: the rate does not decay")
+        raise ConfigError("--lr-scheduler constant has no --min-lr-rate: the rate does not decay")
     if config.decay != TrainConfig.decay and scheduler != "wsd":
-        raise ConfigError(f"lr_scheduler {scheduler} has no decay: only wsd has one")
+        raise ConfigError(f"--lr-scheduler {scheduler} has no --decay: only wsd has one")
 
 
 def _check_options(config: TrainConfig) -> None:
     """Refuse options that the loss would silently ignore, and options that conflict."""
     options = PAIR_LOSSES[config.loss].options if config.loss in PAIR_LOSSES else frozenset()
     if config.label_smoothing and "label_smoothing" not in options:
-        raise ConfigError(f"loss {config.loss} has no label_smoothing")
+        raise ConfigError(f"--loss {config.loss} has no --label-smoothing")
     if config.gamma != TrainConfig.gamma and "gamma" not in options:
-        raise ConfigError(f"loss {config.loss} has no gamma")
+        raise ConfigError(f"--loss {config.loss} has no --gamma")
     if config.loss == "sft" and config.beta is not None:
-        raise ConfigError("loss sft has no beta")
+        raise ConfigError("--loss sft has no --beta")
     if config.resume and config.overwrite:
-        raise ConfigError("resume continues a run and overwrite replaces it: give one of them")
+        raise ConfigError("--resume continues a run and --overwrite replaces it: give one of them")
     if config.precompute and not config.cache:
-        raise ConfigError("precompute fills a cache: give its folder as cache")
+        raise ConfigError("--precompute fills a cache: give its folder as --cache")
     if not needs_reference(config) and (config.cache or config.reference):
-        raise ConfigError(f"loss {config.loss} has no reference; remove cache and reference")
+        raise ConfigError(f"--loss {config.loss} has no reference; remove --cache and --reference")
 
 
 def _check_evaluation(config: TrainConfig) -> None:
     """Check the settings of held-out evaluation."""
     if config.eval_share and config.eval_data is not None:
-        raise ConfigError("eval_data and eval_share both name held-out data: give one of them")
+        raise ConfigError("--eval-data and --eval-share both name held-out data: give one of them")
     wanted = [n for n in ("eval_every", "eval_samples", "best_metric") if getattr(config, n)]
     if wanted and config.eval_data is None and not config.eval_share:
-        raise ConfigError(f"{wanted[0]} needs held-out data: give eval_data or eval_share")
+        flag = wanted[0].replace("_", "-")
+        raise ConfigError(f"--{flag} needs held-out data: give --eval-data or --eval-share")
     if config.max_new_tokens != TrainConfig.max_new_tokens and not config.eval_samples:
         raise ConfigError("max_new_tokens has no effect without samples: give eval_samples")
     if config.early_stop and not config.best_metric:
         raise ConfigError(
-            "early_stop needs best_metric, the metric that must improve, for example "
+            "--early-stop needs --best-metric, the metric that must improve, for example "
             "rewards/accuracies or loss"
         )
 
@@ -90,7 +91,7 @@ def _check_memory(config: TrainConfig) -> None:
     """Refuse memory settings that have no effect on the device."""
     device = default_device(config.device)
     if config.offload_activations and device.type == "cpu":
-        raise ConfigError("offload_activations has no effect on a CPU; remove it")
+        raise ConfigError("--offload-activations has no effect on a CPU; remove it")
     _check_optimizer(config)
 
 
@@ -101,9 +102,9 @@ def _check_optimizer(config: TrainConfig) -> None:
     saved = config.lora.modules_to_save if config.lora else ()
     if config.precision == "bf16-weights" and (saved or not config.trains_adapter):
         raise ConfigError(
-            "adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would lose most "
-            "updates to rounding: use adamw or adamw-host, or precision bf16, which takes as much "
-            "memory"
+            "--optimizer adamw8bit keeps no float32 copy of the weights, so bfloat16 weights would "
+            "lose most updates to rounding: use adamw or adamw-host, or --precision bf16, which "
+            "takes as much memory"
         )
     require("bitsandbytes", "quantized")
 

@@ -124,7 +124,9 @@ def test_a_failed_export_keeps_the_existing_file(
     cache, path = ReferenceCache(tmp_path / "cache"), tmp_path / "out" / "a.parquet"
     cache.export(path)
     before = path.read_bytes()
-    with pytest.raises(OutputError, match=r"a\.parquet: file exists; replace it with --overwrite"):
+    with pytest.raises(
+        OutputError, match=r"a\.parquet: file exists; replace it with overwrite=True"
+    ):
         cache.export(path)
     with pytest.raises(OutputError, match=r"a\.csv: .* name it a\.parquet"):
         cache.export(path.with_suffix(".csv"))

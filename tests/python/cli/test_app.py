@@ -76,10 +76,17 @@ def test_defaults_agree_with_the_python_call(command: Callable[..., None]) -> No
 
 
 def test_data_takes_several_files() -> None:
-    assert spread(["train", "--data", "a", "b", "--lr", "1", "--data", "c"]) == (
+    lists = {"--data": False, "--beta": True}
+    assert spread(["train", "--data", "a", "b", "--lr", "1", "--data", "c"], lists) == (
         ["train", "--data", "a", "--data", "b", "--lr", "1", "--data", "c"]
     )
-    assert spread(["rank", "--data=a", "b"]) == ["rank", "--data=a", "b"]
+    assert spread(["rank", "--data=a", "b"], lists) == ["rank", "--data=a", "b"]
+    assert spread(["--data", "a,b", "--beta", "1,2", "3"], lists) == (
+        ["--data", "a,b", "--beta", "1", "--beta", "2", "--beta", "3"]
+    )
+    assert spread(["--beta=1, 2", "--lr", "1", "--beta", ","], lists) == (
+        ["--beta=1", "--beta=2", "--lr", "1", "--beta", ","]
+    )
 
 
 def test_help_lists_and_explains_flags(run: Run) -> None:

@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_a_dash_is_a_value_of_data() -> None:
-    assert spread(["train", "--data", "a", "-", "--lr", "1", "-"]) == (
+    assert spread(["train", "--data", "a", "-", "--lr", "1", "-"], {"--data": False}) == (
         ["train", "--data", "a", "--data", "-", "--lr", "1", "-"]
     )
 

@@ -32,7 +32,13 @@ from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit_gradient
 from logratio.logps.router import RouterSums, balancing_loss
-from logratio.training import LoraSettings, PrecomputeConfig, TrainConfig, precompute, trainer
+from logratio.training import (
+    LoraSettings,
+    PrecomputeConfig,
+    TrainConfig,
+    precompute,
+    update_loop,
+)
 from logratio.training.dataset import load_dataset
 from logratio.training.lora import with_lora
 from logratio.training.models import load_model
@@ -144,7 +150,7 @@ def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the meta device get what CUDA gets, with an attention that is any function at all."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(trainer, "shape_for", lambda *_: GPU)
+    monkeypatch.setattr(update_loop, "shape_for", lambda *_: GPU)
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 300)  # of some 20 tokens: several parts
     monkeypatch.setattr(fused, "choose", lambda *_: Choice("varlen", ()))
     monkeypatch.setattr(varlen, "_torch_varlen", lambda q, k, v, *_, **__: q * k.sum() * v.sum())
@@ -242,7 +248,7 @@ def test_rows_on_cuda_are_of_few_lengths(
     training = DPOTrainer(config=run, show_progress=False)
     training.begin(load_model(run.model), None, "shared")
     training.updater.device = torch.device("cuda")
-    monkeypatch.setattr(trainer, "buffers_for", lambda _: None)
+    monkeypatch.setattr(update_loop, "buffers_for", lambda _: None)
     widths = {micro.layout.input_ids.size for micro in training._feed(0)}
     assert widths == {128}
 

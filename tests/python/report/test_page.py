@@ -47,7 +47,7 @@ def evaluation(step: int) -> dict[str, Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The output folder of a run that was killed while it wrote a row."""
-    sample = {"prompt": EVIL, "policy": "two\nlines", "reference": None}
+    sample = {"prompt": EVIL, "policy": "two\nlines", "reference": None, "policy_truncated": True}
     files = {
         "metrics.jsonl": [update(step) for step in range(1, 41)],
         "evaluations.jsonl": [evaluation(20), evaluation(40)],
@@ -89,7 +89,14 @@ def test_everything_is_on_the_page(folder: Path) -> None:
     for part in (
         *("Started now. Not finished: 40 of 80 updates done", "less likely than at the start"),
         *("0.8 [0.660, 0.890]", "1.5 ± 0.39", "speed/tokens_per_second", "two\nlines"),
-        *("refused_by_code.empty_prompt", "rules.max_length", "0.125", "torch", "9.9"),
+        *(
+            "refused_by_code.empty_prompt",
+            "rules.max_length",
+            "0.125",
+            "torch",
+            "9.9",
+            "two\nlines […]",
+        ),
         *("Samples after update 40", "Distributions in the last evaluation", "Curves"),
     ):
         assert part in text, part

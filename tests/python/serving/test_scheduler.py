@@ -152,10 +152,10 @@ def test_overload_leaves_throughput_near_capacity() -> None:
 
 def test_a_request_that_is_too_large_is_refused_with_the_flag() -> None:
     async def act(scheduler: Scheduler, log: list[str]) -> None:
-        with pytest.raises(RefusedError, match="--max-request-tokens") as error:
+        with pytest.raises(RefusedError, match="max_request_tokens") as error:
             await scheduler.run(10, lambda: Fake("big", [600, 600], log))
         assert error.value.status == 413
-        with pytest.raises(RefusedError, match="--request-seconds") as error:
+        with pytest.raises(RefusedError, match="request_seconds") as error:
             await scheduler.run(10, lambda: Fake("slow", [900], log))
         assert error.value.status == 413
 

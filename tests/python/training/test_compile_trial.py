@@ -118,7 +118,7 @@ def test_gradients_and_generators_are_as_before(
         seen.append((torch.equal(torch.get_rng_state(), before), gradients))
         return verdict
 
-    monkeypatch.setattr("logratio.training.trainer.try_compiling", watched)
+    monkeypatch.setattr("logratio.training.update_loop.try_compiling", watched)
     DPOTrainer(config=replace(config, compile_layers="auto"), show_progress=False).train()
     assert graphs
     assert seen == [(True, [])]
@@ -136,7 +136,7 @@ def test_a_resumed_run_keeps_its_decision(
     optimizer = torch.optim.AdamW(model.parameters())
     position = checkpoint.Position(1, {"compiled": True})
     checkpoint.save(Path(config.output) / "checkpoints", model, optimizer, position)
-    monkeypatch.setattr("logratio.training.trainer.try_compiling", refuse)
+    monkeypatch.setattr("logratio.training.update_loop.try_compiling", refuse)
     resumed = replace(config, compile_layers="auto", resume=True)
     trainer = DPOTrainer(config=resumed, show_progress=False)
     trainer.begin(load_model(config.model), None, "padded")

@@ -118,8 +118,10 @@ def test_samples_of_both_models_are_kept(
     assert kept == without, "the file changes no result"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     prompts = [json.loads(line)["prompt"] for line in pairs_file.read_text().splitlines()]
-    shown = [row["prompt"].removeprefix("<s> ") for row in rows]
-    assert shown == [*prompts, *prompts[:4]]
+    assert [row["prompt"] for row in rows] == [*prompts, *prompts[:4]]
+    for side in ("policy", "reference"):
+        assert not [row for row in rows if "</s>" in row[side]]
+        assert 0 < sum(row[f"{side}_truncated"] for row in rows) < 20
     assert sum(row["policy"] != row["reference"] for row in rows) > 10
     evaluate(replace(settings, policy=tiny_model, samples_file=path), show_progress=False)
     rows = [json.loads(line) for line in path.read_text().splitlines()]

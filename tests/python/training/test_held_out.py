@@ -236,7 +236,9 @@ def test_samples_of_both_models_are_kept(config: TrainConfig) -> None:
     quiet(with_(config, eval_samples=3, max_new_tokens=6, epochs=1))
     rows = rows_of(config, "samples.jsonl")
     assert [row["step"] for row in rows] == [2] * 3 + [4] * 3
-    assert all(row["prompt"].split()[1] == "the" or "the" in row["prompt"] for row in rows)
+    assert {row["prompt"].partition(" ")[0] for row in rows} == {"the"}, "without <s>"
+    assert not [row for row in rows if row["policy"][:1] == " " or "</s>" in row["policy"]]
+    assert not [row for row in rows if row["policy_truncated"] != (len(row["policy"].split()) == 6)]
     assert [row["reference"] for row in rows[:3]] == [row["reference"] for row in rows[3:]]
     last = rows_of(config)[-1]
     assert last["kl"]["samples"] == 3
@@ -400,10 +402,34 @@ def test_the_forecast_counts_the_evaluations(config: TrainConfig) -> None:
     trainer = DPOTrainer(config=with_(config, eval_every=3), show_progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "seconds", noted)
-        assert trainer.forecast.seconds == 3.0
+        assert trainer.forecast.seconds == 2.0 + 3 * 1.0 + 1.0, "the reference scores them once"
     assert trainer.held_out is not None
     tokens = float(trainer.held_out.store.shared_lengths().sum())
-    assert seen[-1] == (3 * tokens, memory.FORWARD)
+    assert seen[-2:] == [(tokens, memory.FORWARD)] * 2
+    assert ", 3 evaluations, " in trainer.forecast.notes
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_the_forecast_counts_the_samples(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """One second for each pass, whatever its size, and ten for each model that samples."""
+    monkeypatch.setattr(memory, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(memory, "sampling_seconds", lambda *_: 10.0)
+    config = with_(config, loss=loss, eval_every=4)
+    without, sampling = (
+        DPOTrainer(config=one, dry_run=True, show_progress=False).forecast
+        for one in (config, with_(config, eval_samples=5))
+    )
+    own, reference = 2 * (10 + 1), 10 + 2 * 1
+    assert sampling.seconds - without.seconds == own + (reference if loss == "dpo" else 0)
+    assert "2 evaluations with 5 samples" in sampling.notes
+
+
+def test_longer_and_more_samples_take_longer(tiny_model: Path) -> None:
+    one = memory.sampling_seconds(tiny_model, 1_000, 10, "cpu")
+    assert memory.sampling_seconds(tiny_model, 1_000, 20, "cpu") > 1.9 * one
+    assert memory.sampling_seconds(tiny_model, 1e12, 10, "cpu") > 10 * one
 
 
 def test_held_out_prompts_that_are_trained_on_are_counted(

@@ -340,7 +340,7 @@ def test_an_initialisation_without_an_exact_reference_is_refused(init: Any, reas
 
 def test_orthogonal_adapters_in_bfloat16_are_refused(config: TrainConfig) -> None:
     lora = LoraSettings(rank=4, init="orthogonal")
-    with pytest.raises(ConfigError, match="needs precision fp32"):
+    with pytest.raises(ConfigError, match=r"lora\.init orthogonal needs precision fp32"):
         DPOTrainer(config=with_(config, lora=lora, precision="bf16"))
 
 

@@ -1,6 +1,7 @@
 """The model card says how the model was made, and replaces no card of the user's."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from conftest import write_pairs
 from huggingface_hub import ModelCard
 
 from logratio.training import LoraSettings, TrainConfig, TrainResult
-from logratio.training.model_card import MARK
+from logratio.training.model_card import MARK, add_evaluation, hub_name
 from logratio.training.trainer import DPOTrainer
 
 
@@ -61,11 +62,66 @@ def test_the_hub_reads_it(config: TrainConfig) -> None:
     quiet(with_(config, lora=LoraSettings(rank=2), loss="ipo"))
     data: Any = ModelCard(card_of(config)).data
     assert data.to_dict() == {
-        "base_model": Path(config.model).name,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["ipo", "logratio", "lora"],
     }
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("config.json", "_name_or_path"), ("adapter_config.json", "base_model_name_or_path")],
+)
+def test_the_base_of_a_folder_is_the_id_that_it_records(
+    tmp_path: Path, file: str, key: str
+) -> None:
+    for recorded, expected in (
+        ("org/name", "org/name"),
+        (str(tmp_path), None),
+        ("model", None),
+        ("../org/name", None),
+        (3, None),
+    ):
+        (tmp_path / file).write_text(json.dumps({key: recorded}))
+        assert hub_name(tmp_path) == expected
+    (tmp_path / file).write_text("[")
+    assert hub_name(tmp_path) is None
+
+
+def test_the_base_in_the_cache_of_the_hub_is_its_id(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    assert hub_name(snapshot) == "org/name"
+
+
+def test_settings_without_effect_are_not_on_it(config: TrainConfig) -> None:
+    quiet(with_(config, max_steps=2, save_every=1))
+    plain = tables(card_of(config)).keys()
+    assert not {"gamma", "decay", "epochs", "max_new_tokens", "adapter", "save_every"} & plain
+    assert not {"label_smoothing", "deterministic", "compile_layers"} & plain
+    assert {"max_steps", "min_lr_rate", "weight_decay", "eval_every", "rules.append_eos"} <= plain
+    settings: dict[str, Any] = {"lr_scheduler": "wsd", "loss": "simpo", "label_smoothing": 0.1}
+    quiet(with_(config, overwrite=True, **settings))
+    assert {"gamma", "decay", "epochs", "label_smoothing"} <= tables(card_of(config)).keys()
+
+
+def test_an_evaluation_is_added_once_and_never_to_a_card_of_the_users(
+    config: TrainConfig,
+) -> None:
+    quiet(with_(config, eval_data=None, eval_every=None))
+    row = {"step": 4, "groups": 9, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 0.5}
+    output = Path(config.output)
+    before = card_of(config)
+    (output / "README.md").write_text(before.replace(MARK, ""))
+    add_evaluation(output, row)
+    assert card_of(config) == before.replace(MARK, "")
+    (output / "README.md").write_text(before)
+    for accuracy in (0.75, 0.5):
+        add_evaluation(output, row | {"eval_rewards/accuracies": accuracy})
+        card = card_of(config)
+        assert tables(card)["preference accuracy"] == "0.75"
+        assert card.index("## Training") < card.index("## Evaluation") < card.index("## Settings")
+    add_evaluation(output / "nowhere", row)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in peft

@@ -116,7 +116,7 @@ def test_a_model_that_fails_under_autocast_is_a_readable_error() -> None:
     model = AutoModelForCausalLM.from_config(small_config("dbrx"), dtype=torch.float32).eval()
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(UnsupportedModelError, match="code fails under --precision bf16"),
+        pytest.raises(UnsupportedModelError, match="code fails under precision bf16"),
     ):
         choose_layout(model)
 

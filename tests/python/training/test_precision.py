@@ -252,8 +252,8 @@ def test_a_miss_names_the_precision_as_its_cause(
         trainer_module.DPOTrainer(
             config=dataclasses.replace(config, cache=cache), show_progress=False
         )
-    assert "was filled with --precision fp32, and this run computes in bf16" in str(missed.value)
-    assert "give --precision fp32 here" in str(missed.value)
+    assert "was filled with precision fp32, and this run computes in bf16" in str(missed.value)
+    assert "give precision fp32 here" in str(missed.value)
     model = make_model("other", seed=1)
     other = dataclasses.replace(config, model=model, output=tmp_path / "another", cache=cache)
     with pytest.raises(StaleCacheError, match="was filled with a different reference"):

@@ -65,7 +65,7 @@ def test_chunks_hold_every_group_once(budget: int | None, workers: int) -> None:
 
 def test_workers_are_rays(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
     config = PrecomputeConfig(tiny_model, [pairs_file], tmp_path / "cache", workers=2)
-    with pytest.raises(ConfigError, match="--engine ray"):
+    with pytest.raises(ConfigError, match="engine ray"):
         prepare(config)
 
 

@@ -111,9 +111,9 @@ def test_a_run_that_only_lacks_its_model_trains_no_further_update(
     )
     with (
         monkeypatch.context() as patch,
-        pytest.raises(SaveError, match="--resume to save the model"),
+        pytest.raises(SaveError, match="resume=True to save the model"),
     ):
-        patch.setattr("logratio.training.trainer.save_run", full)
+        patch.setattr("logratio.training.update_loop.save_run", full)
         train(config, show_progress=False)
     result = train(replace(config, resume=True), show_progress=False)
     assert (result.steps, result.history) == (3, [])

@@ -16,7 +16,7 @@ PHASES: dict[str, tuple[str, str]] = {
     "reading the data": ("logratio.training.dataset", "build_store"),
     "the precompute pass": ("logratio.training.precomputation", "ReferenceScorer.score"),
     "loading the model": ("logratio.training.trainer", "build_policy"),
-    "the start-up checks": ("logratio.training.trainer", "check_start"),
+    "the start-up checks": ("logratio.training.update_loop", "check_start"),
     "an update": ("logratio.training.update", "clip_gradients"),
     "an evaluation": ("logratio.training.held_out", "sums_over"),
     "saving a checkpoint": ("logratio.training.checkpoint", "_optimizer_tensors"),

@@ -59,13 +59,13 @@ def lines(config: SweepConfig) -> list[dict[str, Any]]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the runs that were trained, in order."""
     names: list[str] = []
-    inner = trainers.DPOTrainer._run_updates
+    inner = trainers.DPOTrainer.run_updates
 
     def counted(self: trainers.DPOTrainer) -> Any:
         names.append(Path(self.config.output).name)
         return inner(self)
 
-    monkeypatch.setattr(trainers.DPOTrainer, "_run_updates", counted)
+    monkeypatch.setattr(trainers.DPOTrainer, "run_updates", counted)
     return names
 
 
@@ -111,6 +111,10 @@ def test_the_runs_equal_runs_and_evaluations_of_their_own(
     assert row.evaluation is not None
     assert row.evaluation["margin"] == found.margin
     assert result.best in result.rows
+    card = (result.output / row.name / "README.md").read_text()
+    low, high = row.accuracy_interval
+    shown = f"{row.accuracy:.4g} (95 %: {low:.3f} to {high:.3f})"
+    assert f"| preference accuracy | {shown} |" in card
 
 
 def test_the_reference_scores_once_and_the_data_is_tokenized_once(
@@ -192,7 +196,7 @@ def test_an_interrupted_sweep_resumes_its_run(
 def test_a_failed_run_is_recorded_and_the_sweep_continues(
     config: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = trainers.DPOTrainer._run_updates
+    inner = trainers.DPOTrainer.run_updates
 
     def fail(self: trainers.DPOTrainer) -> Any:
         if self.config.lr == 1e-3:
@@ -200,7 +204,7 @@ def test_a_failed_run_is_recorded_and_the_sweep_continues(
         return inner(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainers.DPOTrainer, "_run_updates", fail)
+        patch.setattr(trainers.DPOTrainer, "run_updates", fail)
         result = run_sweep(config)
     assert [row.failed for row in result.rows] == ["RuntimeError: out of luck", None]
     assert result.best == result.rows[1]
@@ -255,7 +259,7 @@ def test_a_second_sweep_in_the_folder_is_refused(config: SweepConfig) -> None:
         ({"samples": -1}, "samples must be at least 0"),
         ({"samples": 1, "kl_budget": 1.0}, "set samples to 2 or more"),
         ({"kl_budget": 0.0}, "kl_budget must be above 0"),
-        ({"workers": 2}, "give --engine ray"),
+        ({"workers": 2}, "give engine ray"),
         ({"workers": 0, "engine": "ray"}, "workers must be at least 1"),
         ({"beta": (0.1, -1.0)}, "beta must be above 0"),
         ({"lr": (0.0,)}, "lr must be above 0"),
@@ -327,7 +331,7 @@ class TestCommand:
         code, out, err = run("sweep", "--config", file, "--dry-run", "--seed", "0", "--seed", "1")
         assert code == 0, err
         assert len(out.splitlines()) == 4
-        assert "4 runs, without the reference pass" in err
+        assert "4 runs with the reference pass, each evaluated on 20 pairs and 4 samples" in err
         assert not Path(config.base.output).exists()
 
     def test_a_failed_run_is_named_and_the_exit_code_is_1(
@@ -336,11 +340,11 @@ class TestCommand:
         def fail(self: object) -> None:
             raise RuntimeError("out of luck")
 
-        monkeypatch.setattr(trainers.DPOTrainer, "_run_updates", fail)
+        monkeypatch.setattr(trainers.DPOTrainer, "run_updates", fail)
         code, out, _ = run("sweep", "--config", file)
         assert code == 1
         assert "dpo-beta0.1-lr0.001-seed0 failed: RuntimeError: out of luck" in out
-        assert "chosen: none: no run has finished" in out
+        assert "chosen: none (no run has finished)" in out
 
     def test_the_file_has_its_own_errors(self, run: Run, file: Path) -> None:
         with file.open("a") as opened:
@@ -361,6 +365,14 @@ def test_settings_of_runs_are_keys_of_the_file(tmp_path: Path) -> None:
     config = SweepConfig.from_yaml(file)
     assert (config.beta, config.seed, config.lr) == ((0.1,), (0, 1), (1e-5,))
     assert (config.base.rules.max_length, config.base.lora and config.base.lora.rank) == (9, 4)
+    file.write_text("base: {model: m, data: d, output: o, lr: [1]}\neval_data: e\n")
+    with pytest.raises(ConfigError, match="the list lr is a key of the file itself"):
+        SweepConfig.from_yaml(file)
+    file.write_text(
+        "base:\n  model: m\n  data: d\n  output: o\n  lr: 1e-4\neval_data: e\nbeta: 0.1, 0.5\n"
+    )
+    nested = SweepConfig.from_yaml(file)
+    assert (nested.beta, nested.lr, nested.base.lr) == ((0.1, 0.5), (), 1e-4)
     file.write_text("model: m\n")
     with pytest.raises(ConfigError, match="data and output and eval_data must be given"):
         SweepConfig.from_yaml(file)

@@ -163,7 +163,9 @@ def test_a_cache_hits_on_the_next_day(
     train(config, show_progress=False)
     kept = json.loads((tmp_path / "out" / "training.json").read_text())
     assert kept["rules"]["date"] == FIRST
-    with pytest.raises(StaleCacheError, match=rf"here {NEXT}.* with {FIRST}: give --date {FIRST}"):
+    with pytest.raises(
+        StaleCacheError, match=rf"here {NEXT}.* with {FIRST}: give rules.date {FIRST}"
+    ):
         DPOTrainer(
             config=replace(config, rules=rules(NEXT), output=tmp_path / "o"), show_progress=False
         )

@@ -268,8 +268,14 @@ class TestSettings:
                 trackers_of("trackio")
 
     def test_an_unknown_name_lists_the_known_ones(self, config: TrainConfig) -> None:
-        with pytest.raises(ConfigError, match="'neptune' is unknown: give tensorboard, wandb"):
-            DPOTrainer(config=with_(config, report_to="neptune"))
+        known = "choose from tensorboard, wandb, mlflow, trackio, or give none or all alone"
+        for name, why in (
+            ("neptune", f"this tracker is not supported: {known}; a callback can send"),
+            ("wandbb", f"unknown tracker: did you mean wandb. Otherwise {known}"),
+            ("nothing", f"unknown tracker: {known}"),
+        ):
+            with pytest.raises(ConfigError, match=f"report_to {name}: {why}"):
+                DPOTrainer(config=with_(config, report_to=name))
         with pytest.raises(SettingTypeError, match="report_to: give the names of trackers"):
             with_(config, report_to=3)
 
@@ -278,6 +284,18 @@ class TestSettings:
             monkeypatch.setitem(sys.modules, name, None)
         assert trackers_of("none") == trackers_of([]) == ()
         assert trackers_of("all") == trackers_of(None) == ("tensorboard",)
+
+    @pytest.mark.parametrize("given", [["none", "tensorboard"], "tensorboard, none"])
+    def test_none_with_a_tracker_is_refused(self, given: Any) -> None:
+        with pytest.raises(ConfigError, match="it means no tracker: give none alone, or only tens"):
+            trackers_of(given)
+        with pytest.raises(ConfigError, match="every tracker that is installed: give all alone"):
+            trackers_of(["tensorboard", "all"])
+
+    def test_names_with_commas_are_several(self) -> None:
+        assert trackers_of("tensorboard, tensorboard") == ("tensorboard",)
+        with pytest.raises(ConfigError, match="report_to nope:"):
+            trackers_of("tensorboard,nope")
 
     def test_without_tensorboard_there_are_no_events(self, config: TrainConfig) -> None:
         quiet(with_(config, report_to="none"))

@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_skipped(
 def test_an_unfinished_run_is_not_started_over(config: TrainConfig) -> None:
     with pytest.raises(RunInterruptedError), stop_after(2):
         quiet(config)
-    with pytest.raises(FileExistsError, match="--resume"):
+    with pytest.raises(FileExistsError, match="resume=True"):
         quiet(config)
     quiet(with_(config, resume=True))
     assert not (Path(config.output) / "checkpoints").exists()
@@ -231,7 +231,7 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
         return poison(real(policy, batch), batch.targets)
 
     def poisoned_loss(
-        policy: torch.nn.Module, batch: Batch, loss_of: LossOf, _routed: None
+        policy: torch.nn.Module, batch: Batch, loss_of: LossOf, _routed: None = None
     ) -> Tensor:
         return real_loss(policy, batch, lambda x, part: loss_of(poison(x, part.targets), part))
 

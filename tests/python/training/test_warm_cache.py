@@ -168,7 +168,7 @@ def test_without_the_flag_a_missing_row_is_an_error_that_names_it(
 ) -> None:
     few = with_(config, data=[write_pairs(tmp_path / "few.jsonl", 3)])
     cache = fill(few, tmp_path / "cache")
-    with pytest.raises(StaleCacheError, match=r"26 of 32 .* --precompute"):
+    with pytest.raises(StaleCacheError, match=r"26 of 32 .* precompute=True"):
         train(with_(config, cache=cache), show_progress=False)
     result = train(with_(config, cache=cache, precompute=True), show_progress=False)
     assert result.steps == 8

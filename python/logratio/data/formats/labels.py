@@ -59,15 +59,15 @@ class Label:
         try:
             words = shlex.split(rest)
         except ValueError as error:
-            raise FormatSettingsError(f"the label {text!r} cannot be parsed: {error}") from None
+            raise FormatSettingsError(f"--label {text!r} cannot be parsed: {error}") from None
         pairs = [word.rpartition("=") for word in words]
         is_read = colon and key.strip() and pairs and all(v and m for v, _, m in pairs)
         if not is_read or key.count(STAR) > 1:
-            raise FormatSettingsError(f"the label {text!r} cannot be parsed: {wanted}")
+            raise FormatSettingsError(f"--label {text!r} cannot be parsed: {wanted}")
         meanings: dict[str, str] = {}
         for value, _, meaning in pairs:
             if meanings.setdefault(_respelled(value), meaning) != meaning:
-                raise FormatSettingsError(f"the label {text!r} gives {value} two meanings")
+                raise FormatSettingsError(f"--label {text!r} gives {value} two meanings")
         _check_ranges(text, meanings)
         return cls(key.strip(), meanings)
 
@@ -179,11 +179,11 @@ def _check_ranges(text: str, meanings: Mapping[str, str]) -> None:
     ranges = [(word, found, m) for word, m in meanings.items() if (found := span(word))]
     for word, (low, _, high, _), _ in ranges:
         if low > high:
-            raise FormatSettingsError(f"the label {text!r}: the range {word} is empty")
+            raise FormatSettingsError(f"--label {text!r}: the range {word} is empty")
     for index, (word, found, meaning) in enumerate(ranges):
         for other, there, another in ranges[:index]:
             if meaning != another and _meet(found, there):
-                raise FormatSettingsError(f"the label {text!r}: {other} and {word} overlap")
+                raise FormatSettingsError(f"--label {text!r}: {other} and {word} overlap")
 
 
 def _meet(one: tuple[float, bool, float, bool], other: tuple[float, bool, float, bool]) -> bool:

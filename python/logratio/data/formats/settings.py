@@ -77,13 +77,13 @@ class FormatSettings:
 
         if self.lists not in get_args(Lists):
             known = ", ".join(get_args(Lists))
-            raise FormatSettingsError(f"lists is {self.lists!r}, not one of {known}")
+            raise FormatSettingsError(f"--lists is {self.lists!r}, not one of {known}")
         if self.strings not in (None, *get_args(Strings)):
             known = ", ".join(get_args(Strings))
-            raise FormatSettingsError(f"strings is {self.strings!r}, not one of {known}")
+            raise FormatSettingsError(f"--strings is {self.strings!r}, not one of {known}")
         if self.format is not None and self.format not in names_of_formats():
             known = ", ".join(names_of_formats())
-            raise FormatSettingsError(f"the format {self.format!r} is not one of {known}")
+            raise FormatSettingsError(f"--format {self.format!r} is not one of {known}")
         if isinstance(self.label, str):
             object.__setattr__(self, "label", Label.parse(self.label))
         check_fields(self)
@@ -92,7 +92,7 @@ class FormatSettings:
         for name in self.columns:
             if name not in KNOWN_NAMES:
                 known = ", ".join(sorted(KNOWN_NAMES))
-                raise FormatSettingsError(f"columns: no format reads {name!r}; known are {known}")
+                raise FormatSettingsError(f"--columns: no format reads {name!r}; known are {known}")
 
     @property
     def reading(self) -> Reading:
@@ -115,5 +115,5 @@ def _check_encoding(name: str) -> None:
         "".encode(name)
     except LookupError:
         raise FormatSettingsError(
-            f"encoding: unknown text encoding {name!r}; Python knows cp1252, utf-16, gb18030 …"
+            f"--encoding: unknown text encoding {name!r}; Python knows cp1252, utf-16, gb18030 …"
         ) from None

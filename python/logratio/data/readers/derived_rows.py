@@ -256,12 +256,12 @@ def _imported(name: str) -> Callable[[Row], Any]:
     module, colon, path = name.partition(":")
     if not (module and colon and path):
         known = ", ".join(LAYOUTS)
-        raise ConfigError(f"rows {name!r}: name a function as module:function, or one of {known}")
+        raise ConfigError(f"--rows {name!r}: name a function as module:function, or one of {known}")
     found: Any = _module(module, name)
     for part in path.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise ConfigError(f"rows {name!r}: {module} has no function {path}")
+        raise ConfigError(f"--rows {name!r}: {module} has no function {path}")
     called: Callable[[Row], Any] = found
     return called
 
@@ -274,11 +274,11 @@ def _module(module: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(
-                f"rows {name!r}: {module} needs {error.name}, which is missing"
+                f"--rows {name!r}: {module} needs {error.name}, which is missing"
             ) from error
         hint = f" (name the module, {module[:-3]})" if module.endswith(".py") else ""
         raise ConfigError(
-            f"rows {name!r}: no module {error.name!r}, neither in the working directory nor "
+            f"--rows {name!r}: no module {error.name!r}, neither in the working directory nor "
             f"installed{hint}"
         ) from error
     finally:

@@ -26,7 +26,7 @@ from logratio.data.readers.rows import MAX_RECORD_BYTES, SPACE, ByteSource, Rows
 from logratio.data.readers.tables import DatasetRows, StreamRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.errors import InputError, IsFolderError, SettingTypeError
-from logratio.validation import Converted
+from logratio.validation import Converted, with_article
 
 JSON_LINES, JSON_ARRAY, CSV = "JSON lines", "JSON array", "CSV"
 PARQUET, ARROW_FILE, ARROW_STREAM = "Parquet", "Arrow file", "Arrow stream"
@@ -350,8 +350,25 @@ def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
     if is_row_list(given):
         return [RowList(cast(Sequence[Any], given))]
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
-        raise SettingTypeError(f"a {type(given).__name__} is not data: {_WANTED}")
-    return [RowList(one) if is_row_list(one) else one for one in given]
+        hint = "a dict is one row: put it into a list; or " if isinstance(given, Mapping) else ""
+        raise SettingTypeError(f"{with_article(type(given).__name__)} is not data: {hint}{_WANTED}")
+    items = list(given)
+    _check_items(items)
+    return [RowList(one) if is_row_list(one) else one for one in items]
+
+
+def _check_items(items: Sequence[Any]) -> None:
+    """Refuse a list with dicts in which an item is no dict, and an item that is no data."""
+    has_rows = any(isinstance(item, Mapping) and not is_set(item) for item in items)
+    for number, item in enumerate(items, 1):
+        kind = with_article(type(item).__name__)
+        if has_rows and not (isinstance(item, Mapping) and not is_set(item)):
+            raise SettingTypeError(
+                f"row {number} of the list is {kind}, not a dict: each row is a dict such "
+                'as {"prompt": …, "chosen": …, "rejected": …}'
+            )
+        if not (isinstance(item, str | Path) or _is_table(item) or is_row_list(item) or has_rows):
+            raise SettingTypeError(f"item {number} of the list is {kind}: {_WANTED}")
 
 
 def _is_table(given: Any) -> bool:

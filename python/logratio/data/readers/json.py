@@ -9,6 +9,7 @@ from typing import Any
 
 from logratio.data.readers.rows import HEAD, OTHER_ENCODING, SPACE, Row, TextRows
 from logratio.data.records import InvalidRecordError, Refusal, Source
+from logratio.validation import with_article
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NAMES = re.compile(r'"\s*+:')
@@ -70,7 +71,7 @@ def json_type(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     if type(value) in names or value is None:
         return names.get(type(value), "null")
-    return "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    return "a number" if isinstance(value, int | float) else with_article(type(value).__name__)
 
 
 def _object(text: str) -> dict[str, Any]:

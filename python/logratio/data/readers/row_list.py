@@ -65,7 +65,12 @@ class ListRows:
             yield source, Refusal(source, "E106", NO_ROW)
         while self._row < len(self._rows):
             self._row += 1
-            yield Source(self.name, self._row), dict(self._rows[self._row - 1])
+            source, row = Source(self.name, self._row), dict(self._rows[self._row - 1])
+            other = next((key for key in row if not isinstance(key, str)), None)
+            if other is None:
+                yield source, row
+            else:
+                yield source, Refusal(source, "E203", f"the key {other!r} is not a string")
 
     def columns(self) -> None:
         """Return None: each row has its own keys."""

@@ -118,10 +118,10 @@ class TokenizationRules:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.max_length < 2:
-            raise ConfigError(f"max_length is {self.max_length}: a prompt and an answer need 2")
+            raise ConfigError(f"--max-length is {self.max_length}: a prompt and an answer need 2")
         if not 1 <= self.prompt_budget < self.max_length:
             longest = self.max_length - 1
-            raise ConfigError(f"max_prompt_length is {self.prompt_budget}, not in 1 … {longest}")
+            raise ConfigError(f"--max-prompt-length is {self.prompt_budget}, not in 1 … {longest}")
         if self.date is not None:
             _check_date(self.date)
 
@@ -146,7 +146,7 @@ def _check_date(text: str) -> None:
     except ValueError:
         is_iso = False
     if not is_iso:
-        raise ConfigError(f"date is {text!r}: write it as 2026-11-29")
+        raise ConfigError(f"--date is {text!r}: write it as 2026-11-29")
 
 
 def cut_prompt(ids: list[int], rules: TokenizationRules, bos_id: int | None) -> list[int] | None:

@@ -250,9 +250,7 @@ class PreferenceTokenizer:
         self._ending: list[int] = []
         if rules.append_eos:
             if self.eos_id is None:
-                raise ConfigError(
-                    "the tokenizer names no eos_token: set append_eos to False (--no-eos)"
-                )
+                raise ConfigError("the tokenizer names no eos_token: give --no-eos")
             self._ending = [self.eos_id]
         exact = self._plain.is_exact and are_seen_as_ids(files.tokenizer)
         self.takes_pairs = exact and not self.wraps_text

@@ -70,7 +70,9 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
 def test_a_split_is_chosen_or_refused_with_the_list(kind: str, tmp_path: Path) -> None:
     names, splits = LAYOUTS[kind]
     folder = layout(tmp_path / "set", *names)
-    with pytest.raises(OSError, match="Holds several splits; choose one with --split") as caught:
+    with pytest.raises(
+        OSError, match=r"Holds several splits; choose one with formats\.split"
+    ) as caught:
         read(folder)
     for split, files in splits.items():
         assert f"{split}: " in str(caught.value)

@@ -461,7 +461,7 @@ def test_folders_without_data_or_with_several_splits(tmp_path: Path) -> None:
     )
     splits.save_to_disk(tmp_path / "sets")
     with pytest.raises(
-        OSError, match=r"several splits; choose one with --split train, or name its files"
+        OSError, match=r"several splits; choose one with formats.split train, or name its files"
     ):
         open_inputs([tmp_path / "sets"])
     opened = open_inputs([tmp_path / "sets" / "train"])

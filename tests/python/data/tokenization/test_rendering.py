@@ -105,7 +105,7 @@ def test_a_rendered_row_is_refused_with_advice(
     path, row = tmp_path / "d.jsonl", {"input": "hi", "chosen": "Hello!", "rejected": "No."}
     row[side] += "<|im_end|>" if side != "input" else "<|im_start|>assistant\n"
     path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(BadDataError, match=r"d.jsonl:1 \[E405\].*--columns prompt=input"):
+    with pytest.raises(BadDataError, match=r"d.jsonl:1 \[E405\].*formats.columns prompt=input"):
         build_store(path, tokenizer)
 
 
