@@ -1,0 +1,340 @@
+"""The time of an update on a cluster: products, collectives, and what hides behind what.
+
+A pass is a list of steps, one per layer. The weights of the next step are gathered while a step
+computes (a prefetch depth of 1, as in FSDP2), and its gradients are reduced when it has ended.
+Gathers and reductions share the links and run one after the other, in the order in which they
+become ready. Reductions over replicas run on the network.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from logratio.training.accelerators import Accelerator
+from logratio.training.model_shape import ModelShape, Unit
+from logratio.training.rank_loads import Load, RankLoads, total
+
+Sharding = Literal["ddp", "fsdp", "hybrid"]
+"""Weights whole on each GPU, sharded over all, or sharded in each host and equal in all hosts."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a pass.
+
+    Attributes:
+        compute: Seconds of products.
+        gather: Seconds to gather its weights, before it computes.
+        reduce: Seconds to reduce its gradients within a group of shards, after it has computed.
+        replicate: Seconds to add its gradients up over the groups, after that.
+    """
+
+    compute: float = 0.0
+    gather: float = 0.0
+    reduce: float = 0.0
+    replicate: float = 0.0
+
+
+def elapsed(steps: Sequence[Step], *, overlaps: bool = True) -> float:
+    """Return the seconds that a pass takes.
+
+    Args:
+        steps: The steps, in order.
+        overlaps: Whether collectives run while the device computes.
+    """
+    if not overlaps:
+        return sum(s.compute + s.gather + s.reduce + s.replicate for s in steps)
+    link = network = begin = end = 0.0
+    last = Step()
+    for step in [*steps, Step()]:
+        ready = end
+        if step.gather:
+            link = ready = max(link, begin) + step.gather
+        begin, before = max(end, ready), end
+        # The gather of this step became ready before the gradients of the last one.
+        if last.reduce:
+            link = max(link, before) + last.reduce
+        if last.replicate:
+            network = max(network, link if last.reduce else before) + last.replicate
+        end, last = begin + step.compute, step
+    return max(end, link, network)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks and the links between them.
+
+    Attributes:
+        machine: The GPU of each rank.
+        world_size: Number of ranks.
+        per_host: Number of ranks on each host.
+    """
+
+    machine: Accelerator
+    world_size: int
+    per_host: int
+
+    @property
+    def hosts(self) -> int:
+        """Number of hosts."""
+        return -(-self.world_size // self.per_host)
+
+    @property
+    def host(self) -> "Topology":
+        """One of the hosts."""
+        return replace(self, world_size=min(self.world_size, self.per_host))
+
+    @property
+    def others(self) -> "Topology":
+        """The ranks with the same number on all hosts."""
+        return replace(self, world_size=self.hosts, per_host=1)
+
+    def gather(self, count: float) -> float:
+        """Return the seconds until each rank has all of `count` bytes, of which it had a share.
+
+        A ring sends every byte once into each host, over the network adapters of all its ranks.
+        """
+        if self.world_size == 1 or not count:
+            return 0.0
+        machine, hosts = self.machine, self.hosts
+        inner = min(self.world_size, self.per_host)
+        missing = count * (self.world_size - 1) / self.world_size
+        link = machine.link * machine.shares.link
+        network = inner * machine.network * machine.shares.network
+        return max(
+            missing / link if inner > 1 else 0.0, count * (hosts - 1) / hosts / network
+        ) + self._latency
+
+    def scatter(self, count: float) -> float:
+        """Return the seconds to add up `count` bytes of each rank, a share of them on each."""
+        return self.machine.reduction * (self.gather(count) - self._wait) + self._wait
+
+    def all_reduce(self, count: float) -> float:
+        """Return the seconds to add up `count` bytes of each rank on every rank."""
+        return self.scatter(count) + self.gather(count)
+
+    @property
+    def _latency(self) -> float:
+        return self.machine.launch + (self.hosts - 1) * self.machine.hop
+
+    @property
+    def _wait(self) -> float:
+        return self._latency if self.world_size > 1 else 0.0
+
+
+@dataclass
+class UpdateTime:
+    """Seconds of an update by part, and the seconds of all of it.
+
+    Attributes:
+        compute: Products, on average over the ranks.
+        waiting: Further products of the slowest rank.
+        gather: Gathering weights, hidden or not.
+        reduce: Adding gradients up, hidden or not.
+        exposed: Collectives during which nothing is computed.
+        optimizer: Clipping and the optimizer's step.
+    """
+
+    compute: float = 0.0
+    waiting: float = 0.0
+    gather: float = 0.0
+    reduce: float = 0.0
+    exposed: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole update."""
+        return self.compute + self.waiting + self.exposed + self.optimizer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank computes for a load.
+
+    Attributes:
+        shape: The policy.
+        machine: The GPU.
+        twice: Number of layers that are computed again in the backward pass.
+        references: Models that score each load without gradients.
+    """
+
+    shape: ModelShape
+    machine: Accelerator
+    twice: int = 0
+    references: tuple[ModelShape, ...] = field(default=())
+
+    def seconds(self, load: Load) -> float:
+        """Return the seconds of all products for a load."""
+        return sum(step.compute for step in self.steps(load))
+
+    def steps(
+        self,
+        load: Load,
+        topology: Topology | None = None,
+        *,
+        reduces: bool = True,
+        replicates: Topology | None = None,
+    ) -> list[Step]:
+        """Return the steps of a micro-batch.
+
+        Args:
+            load: The micro-batch.
+            topology: The ranks over which the weights are sharded; None: not sharded.
+            reduces: Whether gradients are added up over the shards.
+            replicates: The ranks with the same shard, if gradients are added up over them too.
+        """
+        made = _Steps(self.machine, topology, replicates if reduces else None, load)
+        steps = []
+        for reference in self.references:
+            steps += made.forward(reference)
+            steps.append(made.head(reference, backward=False))
+        steps += made.forward(self.shape)
+        steps.append(made.head(self.shape, backward=True))
+        first_kept = len(self.shape.layers) - self.twice
+        for number, unit in reversed([*enumerate(self.shape.layers)]):
+            flops = unit.backward + (unit.forward if number >= first_kept else 0.0)
+            scores = self.shape.attention * (2.5 + (number >= first_kept))
+            steps.append(made.step(unit, flops, scores, reduces=reduces))
+        return [*steps, made.end(self.shape.root, reduces=reduces)]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Makes the steps of a micro-batch; see `Work.steps`."""
+
+    machine: Accelerator
+    shards: Topology | None
+    replicas: Topology | None
+    load: Load
+
+    def forward(self, shape: ModelShape) -> list[Step]:
+        """Gather the root, then compute the layers. The root stays whole until the end."""
+        root = Step(gather=self._gather(shape.root))
+        layers = [self.step(unit, unit.forward, shape.attention) for unit in shape.layers]
+        return [root, *layers]
+
+    def step(self, unit: Unit, flops: float, scores: float, *, reduces: bool = False) -> Step:
+        """Compute a layer: `flops` per token, and `scores` per pair of tokens."""
+        work = flops * self.load.tokens + scores * self.load.pairs
+        reading = unit.gathered / (self.machine.memory_bandwidth * self.machine.shares.memory)
+        found = self.end(unit, reduces=reduces)
+        compute = max(work / self.machine.speed, reading)
+        return replace(found, compute=compute, gather=self._gather(unit))
+
+    def head(self, shape: ModelShape, *, backward: bool) -> Step:
+        """Compute the head where logits are needed, with its gradients in the same pass."""
+        root = shape.root
+        flops = root.forward + (root.backward if backward else 0.0)
+        return Step(compute=flops * self.load.targets / self.machine.speed)
+
+    def end(self, unit: Unit, *, reduces: bool) -> Step:
+        """Add up the gradients of a unit."""
+        if not reduces:
+            return Step()
+        reduce = self.shards.scatter(unit.reduced) if self.shards else 0.0
+        if self.replicas is None:
+            return Step(reduce=reduce)
+        shards = self.shards.world_size if self.shards else 1
+        return Step(reduce=reduce, replicate=self.replicas.all_reduce(unit.reduced / shards))
+
+    def _gather(self, unit: Unit) -> float:
+        return self.shards.gather(unit.gathered) if self.shards else 0.0
+
+
+def shards_of(sharding: Sharding, topology: Topology) -> tuple[Topology | None, Topology | None]:
+    """Return the ranks over which weights are sharded, and those that hold the same shard."""
+    if sharding == "ddp":
+        return None, topology if topology.world_size > 1 else None
+    if sharding == "fsdp":
+        return topology, None
+    return topology.host, topology.others if topology.hosts > 1 else None
+
+
+def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topology) -> UpdateTime:
+    """Return the time of one update, without the optimizer.
+
+    Sharded ranks wait for the slowest at every collective, so each round takes as long as its
+    slowest micro-batch. Whole copies wait once, at the end of the update.
+
+    Args:
+        work: What a rank computes.
+        loads: The micro-batches of each rank.
+        sharding: How the weights are divided.
+        topology: All ranks.
+    """
+    shards, replicas = shards_of(sharding, topology)
+    by_rank = [sum(map(work.seconds, rank)) for rank in loads]
+    mean = sum(by_rank) / len(by_rank)
+    if sharding == "ddp":
+        slowest = loads[max(range(len(loads)), key=by_rank.__getitem__)]
+        rounds = list(slowest)
+    else:
+        most = max(map(len, loads))
+        rounds = [
+            max((rank[i] for rank in loads if i < len(rank)), key=work.seconds)
+            for i in range(most)
+        ]
+    passes = [
+        work.steps(
+            load,
+            shards,
+            reduces=sharding != "ddp" or number == len(rounds) - 1,
+            replicates=replicas if number == len(rounds) - 1 else None,
+        )
+        for number, load in enumerate(rounds)
+    ]
+    steps = [step for each in passes for step in each]
+    compute = sum(step.compute for step in steps)
+    spent = sum(elapsed(each, overlaps=topology.machine.overlaps) for each in passes)
+    return UpdateTime(
+        compute=mean,
+        waiting=compute - mean,
+        gather=sum(step.gather for step in steps),
+        reduce=sum(step.reduce + step.replicate for step in steps),
+        exposed=spent - compute,
+    )
+
+
+def break_even_tokens(work: Work, loads: RankLoads, sharding: Sharding, topology: Topology) -> float:
+    """Return the tokens per micro-batch at which products take as long as the collectives.
+
+    Reductions over replicas do not count: they run once an update.
+    """
+    shards, _ = shards_of(sharding, topology)
+    load = total([micro for rank in loads for micro in rank])
+    if shards is None or not load.tokens:
+        return 0.0
+    steps = work.steps(load, shards)
+    seconds = sum(step.compute for step in steps) / load.tokens
+    return sum(step.gather + step.reduce for step in steps) / seconds
+
+
+def optimizer_seconds(
+    state: float, gradient: float, weight: float, trained: float, machine: Accelerator, *,
+    on_host: bool, ranks_per_host: int,
+) -> float:
+    """Return the seconds to clip gradients and to update the weights of one rank.
+
+    Args:
+        state: Bytes of optimizer state per weight, wherever it is.
+        gradient: Bytes of gradient per weight.
+        weight: Bytes per weight on the GPU.
+        trained: Number of trained weights of the rank.
+        machine: The GPU.
+        on_host: Whether the state is in the host's memory, which the ranks of a host share.
+        ranks_per_host: Number of ranks that share it.
+    """
+    memory = machine.memory_bandwidth * machine.shares.memory
+    clipping = 3 * gradient * trained / memory  # the norm reads, the scaling reads and writes
+    touched = (2 * state + gradient + 2 * weight) * trained
+    if not on_host:
+        return clipping + touched / memory
+    host = HOST_BANDWIDTH / ranks_per_host
+    bus = machine.host_bus * machine.shares.link
+    return clipping + max(2 * state * trained / host, (gradient + weight) * trained / bus)
+
+
+HOST_BANDWIDTH = 300e9
+"""Bytes per second of a host's memory, for all its ranks. An assumption: two sockets with eight
+channels of DDR5-4800 have 614 GB/s, of which half is reached."""
