@@ -6,8 +6,10 @@ Gathers and reductions share the links and run one after the other, in the order
 become ready. Reductions over replicas run on the network.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from logratio.training.accelerators import Accelerator
@@ -16,6 +18,10 @@ from logratio.training.rank_loads import Load, RankLoads, total
 
 Sharding = Literal["ddp", "fsdp", "hybrid"]
 """Weights whole on each GPU, sharded over all, or sharded in each host and equal in all hosts."""
+
+SCORES_BACKWARD = 2.5
+"""FLOPs of attention scores in the backward pass, relative to the forward pass: five products
+instead of two (Dao 2023, arXiv 2307.08691, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +168,35 @@ class Work:
     shape: ModelShape
     machine: Accelerator
     twice: int = 0
-    references: tuple[ModelShape, ...] = field(default=())
+    references: tuple[ModelShape, ...] = ()
 
     def seconds(self, load: Load) -> float:
         """Return the seconds of all products for a load."""
-        return sum(step.compute for step in self.steps(load))
+        made = _Steps(self.machine, None, None, load)
+        heads = [made.head(shape, backward=False) for shape in self.references]
+        heads.append(made.head(self.shape, backward=True))
+        layers = (made.step(*each).compute * times for each, times in self._distinct.items())
+        return sum(layers) + sum(head.compute for head in heads)
+
+    @cached_property
+    def _distinct(self) -> Counter[tuple[Unit, float, float]]:
+        """How often a unit is computed with the same FLOPs: most layers are alike."""
+        shapes = (*self.references, self.shape)
+        forward = [(unit, unit.forward, one.attention) for one in shapes for unit in one.layers]
+        return Counter([*forward, *self._backward])
+
+    @cached_property
+    def _backward(self) -> list[tuple[Unit, float, float]]:
+        """The layers of the backward pass, with their FLOPs per token and per pair of tokens."""
+        kept = len(self.shape.layers) - self.twice
+        return [
+            (
+                unit,
+                unit.backward + (unit.forward if number >= kept else 0.0),
+                self.shape.attention * (SCORES_BACKWARD + (number >= kept)),
+            )
+            for number, unit in reversed([*enumerate(self.shape.layers)])
+        ]
 
     def steps(
         self,
@@ -191,11 +221,7 @@ class Work:
             steps.append(made.head(reference, backward=False))
         steps += made.forward(self.shape)
         steps.append(made.head(self.shape, backward=True))
-        first_kept = len(self.shape.layers) - self.twice
-        for number, unit in reversed([*enumerate(self.shape.layers)]):
-            flops = unit.backward + (unit.forward if number >= first_kept else 0.0)
-            scores = self.shape.attention * (2.5 + (number >= first_kept))
-            steps.append(made.step(unit, flops, scores, reduces=reduces))
+        steps += [made.step(*each, reduces=reduces) for each in self._backward]
         return [*steps, made.end(self.shape.root, reduces=reduces)]
 
 
@@ -289,7 +315,7 @@ def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topo
     spent = sum(elapsed(each, overlaps=topology.machine.overlaps) for each in passes)
     return UpdateTime(
         compute=mean,
-        waiting=compute - mean,
+        waiting=max(0.0, compute - mean),  # rounding
         gather=sum(step.gather for step in steps),
         reduce=sum(step.reduce + step.replicate for step in steps),
         exposed=spent - compute,
@@ -310,31 +336,39 @@ def break_even_tokens(work: Work, loads: RankLoads, sharding: Sharding, topology
     return sum(step.gather + step.reduce for step in steps) / seconds
 
 
-def optimizer_seconds(
-    state: float, gradient: float, weight: float, trained: float, machine: Accelerator, *,
-    on_host: bool, ranks_per_host: int,
-) -> float:
-    """Return the seconds to clip gradients and to update the weights of one rank.
-
-    Args:
-        state: Bytes of optimizer state per weight, wherever it is.
-        gradient: Bytes of gradient per weight.
-        weight: Bytes per weight on the GPU.
-        trained: Number of trained weights of the rank.
-        machine: The GPU.
-        on_host: Whether the state is in the host's memory, which the ranks of a host share.
-        ranks_per_host: Number of ranks that share it.
-    """
-    memory = machine.memory_bandwidth * machine.shares.memory
-    clipping = 3 * gradient * trained / memory  # the norm reads, the scaling reads and writes
-    touched = (2 * state + gradient + 2 * weight) * trained
-    if not on_host:
-        return clipping + touched / memory
-    host = HOST_BANDWIDTH / ranks_per_host
-    bus = machine.host_bus * machine.shares.link
-    return clipping + max(2 * state * trained / host, (gradient + weight) * trained / bus)
-
-
 HOST_BANDWIDTH = 300e9
 """Bytes per second of a host's memory, for all its ranks. An assumption: two sockets with eight
 channels of DDR5-4800 have 614 GB/s, of which half is reached."""
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """What the optimizer reads and writes.
+
+    Attributes:
+        state: Bytes of optimizer state per weight, wherever it is.
+        gradient: Bytes of gradient per weight.
+        weight: Bytes per weight on the GPU.
+        on_host: Whether the state is in the host's memory.
+    """
+
+    state: float
+    gradient: float
+    weight: float
+    on_host: bool
+
+    def seconds(self, trained: float, topology: Topology) -> float:
+        """Return the seconds to clip gradients and update the `trained` weights of each rank."""
+        machine = topology.machine
+        memory = machine.memory_bandwidth * machine.shares.memory
+        clipping = 3 * self.gradient / memory  # the norm reads, the scaling reads and writes
+        if not self.on_host:
+            touched = 2 * self.state + self.gradient + 2 * self.weight
+            return trained * (clipping + touched / memory)
+        host = HOST_BANDWIDTH / topology.host.world_size
+        bus = machine.host_bus * machine.shares.link
+        return trained * (clipping + max(2 * self.state / host, self._moved / bus))
+
+    @property
+    def _moved(self) -> float:
+        return self.gradient + self.weight

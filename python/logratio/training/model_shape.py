@@ -209,11 +209,11 @@ class _Storage:
 
     def _stored(self, weight: nn.Parameter) -> float:
         """Return the bytes of one value, as `memory.training_bytes` counts them."""
+        plain = float(weights_dtype(self._precision).itemsize)
         if weight.requires_grad:
-            own = FLOAT32 if self._frozen else float(weights_dtype(self._precision).itemsize)
-            return own
-        if self._quantized and weight.dim() == 2 and id(weight) not in self._ends:
-            return self._quantized
-        if self._precision == "bf16" and id(weight) not in self._embedding:
-            return BFLOAT16
-        return float(weights_dtype(self._precision).itemsize)
+            return FLOAT32 if self._frozen else plain
+        if self._quantized:
+            is_quantized = weight.dim() == 2 and id(weight) not in self._ends
+            return self._quantized if is_quantized else plain
+        is_rounded = self._precision == "bf16" and id(weight) not in self._embedding
+        return BFLOAT16 if is_rounded else plain

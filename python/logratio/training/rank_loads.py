@@ -46,8 +46,27 @@ class Load:
         )
 
 
+Lengths = Sequence[Sequence[int]]
+"""Groups: tokens of the prompt, then of each completion."""
 RankLoads = Sequence[Sequence[Load]]
 """The micro-batches of one update: per rank, in order."""
+
+
+def load_of(groups: Lengths, multiple_of: int = 1) -> Load:
+    """Return the work of a micro-batch with groups of these lengths, prompts computed once."""
+    tokens = sum(map(sum, groups))
+    return Load(
+        tokens=float(-(-tokens // multiple_of) * multiple_of),
+        targets=float(sum(sum(completions) for _, *completions in groups)),
+        pairs=sum(_pairs(prompt, completions) for prompt, *completions in groups),
+        groups=len(groups),
+    )
+
+
+def _pairs(prompt: int, completions: Sequence[int]) -> float:
+    """Return the pairs of tokens that attend: each to itself and to those before it."""
+    own = sum(length * (length + 1) / 2 + length * prompt for length in completions)
+    return prompt * (prompt + 1) / 2 + own
 
 
 class _Groups:
