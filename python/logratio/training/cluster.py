@@ -407,16 +407,18 @@ class Planner:
         share = found.time.exposed / found.time.seconds
         text = f"collectives are exposed for {share:.0%} of the time"
         if found.sharding == "ddp":
-            return f"{text}: a larger batch_size has them less often"
+            return f"{text}: with a larger batch_size they are needed less often"
         if found.tokens_per_micro < found.break_even:
             text += (
                 f": micro-batches have {found.tokens_per_micro:,.0f} tokens, and products take as "
                 f"long as the collectives at {found.break_even:,.0f}: {self._filling(found)}"
             )
-        if found.sharding == "fsdp" and self.topology.hosts > 1:
-            other = self._forecast("hybrid")
+        elif found.sharding == "hybrid" and self.topology.hosts > 1:
+            text += ": a larger batch_size adds gradients up over the hosts less often"
+        if self.topology.hosts > 1:
+            other = self._forecast("hybrid" if found.sharding == "fsdp" else "fsdp")
             if other.fits and other.time.seconds < found.time.seconds:
-                text += f"; --sharding hybrid takes {other.time.seconds:.2f} s per update"
+                text += f"; --sharding {other.sharding} takes {other.time.seconds:.2f} s per update"
         return text
 
     def _filling(self, found: ClusterForecast) -> str:

@@ -107,9 +107,10 @@ class Topology:
         missing = count * (self.world_size - 1) / self.world_size
         link = machine.link * machine.shares.link
         network = inner * machine.network * machine.shares.network
-        return max(
-            missing / link if inner > 1 else 0.0, count * (hosts - 1) / hosts / network
-        ) + self._latency
+        return (
+            max(missing / link if inner > 1 else 0.0, count * (hosts - 1) / hosts / network)
+            + self._latency
+        )
 
     def scatter(self, count: float) -> float:
         """Return the seconds to add up `count` bytes of each rank, a share of them on each."""
@@ -298,8 +299,7 @@ def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topo
     else:
         most = max(map(len, loads))
         rounds = [
-            max((rank[i] for rank in loads if i < len(rank)), key=work.seconds)
-            for i in range(most)
+            max((rank[i] for rank in loads if i < len(rank)), key=work.seconds) for i in range(most)
         ]
     passes = [
         work.steps(
@@ -313,16 +313,20 @@ def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topo
     steps = [step for each in passes for step in each]
     compute = sum(step.compute for step in steps)
     spent = sum(elapsed(each, overlaps=topology.machine.overlaps) for each in passes)
+    gather = sum(step.gather for step in steps)
+    reduce = sum(step.reduce + step.replicate for step in steps)
     return UpdateTime(
         compute=mean,
-        waiting=max(0.0, compute - mean),  # rounding
-        gather=sum(step.gather for step in steps),
-        reduce=sum(step.reduce + step.replicate for step in steps),
-        exposed=spent - compute,
+        waiting=max(0.0, compute - mean),  # rounding may make it negative
+        gather=gather,
+        reduce=reduce,
+        exposed=max(0.0, spent - compute) if gather + reduce else 0.0,
     )
 
 
-def break_even_tokens(work: Work, loads: RankLoads, sharding: Sharding, topology: Topology) -> float:
+def break_even_tokens(
+    work: Work, loads: RankLoads, sharding: Sharding, topology: Topology
+) -> float:
     """Return the tokens per micro-batch at which products take as long as the collectives.
 
     Reductions over replicas do not count: they run once an update.

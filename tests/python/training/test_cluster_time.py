@@ -75,7 +75,9 @@ def test_a_pass_takes_at_least_its_longest_part_and_at_most_all_of_them(steps: l
 def test_a_longer_part_never_makes_a_pass_shorter(steps: list[Step], at: int, part: str) -> None:
     at %= len(steps)
     assume(getattr(steps[at], part) > 0)
-    values = dict(zip(("compute", "gather", "reduce", "replicate"), columns(steps[at]), strict=True))
+    values = dict(
+        zip(("compute", "gather", "reduce", "replicate"), columns(steps[at]), strict=True)
+    )
     longer = [*steps[:at], Step(**values | {part: values[part] + 1}), *steps[at + 1 :]]
     assert elapsed(longer) >= elapsed(steps) - 1e-9
 

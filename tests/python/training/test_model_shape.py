@@ -70,7 +70,10 @@ def test_a_trained_model_takes_the_bytes_of_the_forecast(
     name: str, precision: Precision, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "default_device", lambda _: GPU)
-    config, shape = settings(folders[name], precision), policy_shape(settings(folders[name], precision))
+    config, shape = (
+        settings(folders[name], precision),
+        policy_shape(settings(folders[name], precision)),
+    )
     dtype = weights_dtype(precision)
     own = gradient_bytes(dtype, added_up=True) + state_bytes("adamw", dtype, GPU)
     assert shape.stored + own * shape.trained == memory.training_bytes(config, None)
