@@ -1,7 +1,7 @@
 """GPUs: their figures in data sheets, and the shares of them that training reaches.
 
-Figures are per GPU: bfloat16 products without sparsity, memory, and bandwidth in one direction (data
-sheets of NVLink and PCIe add both directions).
+Figures are per GPU: bfloat16 products without sparsity, memory, and bandwidth in one direction
+(data sheets of NVLink and PCIe add both directions).
 
 - B200: NVIDIA DGX B200 data sheet (72 PFLOP/s dense FP8 and 1,440 GB for 8 GPUs; NVLink 5).
 - H100, H100 PCIe, H200: NVIDIA H100 and H200 data sheets (1,979 TFLOP/s with sparsity, half of it

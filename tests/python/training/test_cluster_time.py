@@ -1,7 +1,5 @@
 """The time of an update: overlap against a simulation by events, volumes against arithmetic."""
 
-from pathlib import Path
-
 import pytest
 from event_simulation import Simulation
 from hypothesis import assume, given
@@ -89,7 +87,7 @@ def test_one_gpu_has_no_collectives(per_host: int, count: float) -> None:
 
 
 def test_volumes_of_8b_on_8_gpus(shape: ModelShape) -> None:
-    """By hand: 7/8 of 7 billion weights twice and of 1 billion once, in bfloat16; all in float32."""
+    """By hand: 7/8 of 7 billion weights twice and of 1 billion once, in bf16; all in float32."""
     steps = Work(shape, PLAIN).steps(LOAD, Topology(PLAIN, 8, 8))
     gathers, reductions = volumes(steps, PLAIN.link)
     assert gathers == pytest.approx((2 * 6.979e9 + 1.051e9) * 2 * 7 / 8 / 1e9, rel=1e-3)
