@@ -65,7 +65,8 @@ def sharded(model: nn.Module, ranks: int) -> nn.Module:
     mesh = init_device_mesh("cpu", (ranks,))
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
-    root = fully_shard(Passes(model), mesh=mesh)
+    root = Passes(model)
+    fully_shard(root, mesh=mesh)  # in place
     for part in root.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -83,7 +84,7 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, list[float]]:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec["model"]))
     store = store_of(spec["lengths"])
     settings = FeedSettings(groups_per_update=spec["batch"], token_budget=spec["tokens"])
-    plan = settings.plan(store, 0, rank, ranks)
+    plans = [settings.plan(store, 0, one, ranks) for one in range(ranks)]
     root: Any = Passes(model)
     if sharding == "ddp" and ranks > 1:
         root = DistributedDataParallel(root)
@@ -97,13 +98,16 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, list[float]]:
             if ranks > 1:
                 dist.barrier()
             start, busy = perf_counter(), process_time()
-            micros = micro_batches(plan, update)
-            for number, groups in enumerate(micros):
-                is_last = number + 1 == len(micros)
+            micros = [micro_batches(plan, update) for plan in plans]
+            rounds = max(map(len, micros))
+            for number in range(rounds):
                 if sharding == "ddp" and ranks > 1:
-                    root.require_backward_grad_sync = is_last
+                    root.require_backward_grad_sync = number + 1 == rounds
+                # A rank that has nothing left takes part with a batch that does not count.
+                has_more = number < len(micros[rank])
+                groups = micros[rank][number] if has_more else micros[rank][0][:1]
                 batch = to_torch(lay_out(store, groups), torch.device("cpu"))
-                root(batch, 1 / spec["batch"]).backward()
+                root(batch, has_more / spec["batch"]).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

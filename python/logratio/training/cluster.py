@@ -119,7 +119,7 @@ class Memory:
     @property
     def bytes(self) -> float:
         """The sum of all parts."""
-        return sum(asdict(self).values())
+        return sum(float(part) for part in asdict(self).values())
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class _Measurement:
             with shared_prompts(transformer(model)):
                 with autocast(self._task.precision, torch.device("cpu")):
                     loss = completion_loss(model, batch, _mean)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             for weight in weights:
                 weight.grad = None
 

@@ -51,5 +51,5 @@ def test_figures_of_a_rank_give_back_what_was_measured(
 
 def test_a_process_that_fails_is_reported(tiny_model: Path, tmp_path: Path) -> None:
     shape = policy_shape(TrainConfig(tiny_model, "data", tmp_path, precision="fp32"))
-    with pytest.raises(MeasurementError, match="could not be measured: .*threads"):
+    with pytest.raises(MeasurementError, match=r"could not be measured: .*threads"):
         measure_cpu(Task(str(tiny_model), GROUPS, threads=0), shape)

@@ -48,7 +48,7 @@ def settings(folder: Path, precision: Precision = "bf16-weights", **more: object
 def test_parameters_are_the_published_count(name: str, folders: Mapping[str, Path]) -> None:
     shape = policy_shape(settings(folders[name]))
     assert shape.parameters == shape.trained == PUBLISHED[name]
-    assert len(shape.layers) == ARCHITECTURES[name].num_hidden_layers  # type: ignore[attr-defined]
+    assert len(shape.layers) == ARCHITECTURES[name].num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-1.5b", "llama-3.1-8b", "llama-3.1-70b"])
