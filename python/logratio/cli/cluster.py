@@ -20,7 +20,7 @@ class Sharding(StrEnum):
     AUTO = "auto"
     DDP = "ddp"
     FSDP = "fsdp"
-    HYBRID = "hybrid"
+    HSDP = "hsdp"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ClusterFlags(Settings):
     sharding: Annotated[
         Sharding,
         typer.Option(
-            help="ddp: whole weights on each GPU. fsdp: sharded over all. hybrid: sharded in each "
+            help="ddp: whole weights on each GPU. fsdp: sharded over all. hsdp: sharded in each "
             "host, equal in all hosts. auto: the fastest that fits.",
             rich_help_panel=PANEL,
         ),

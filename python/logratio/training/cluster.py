@@ -26,15 +26,17 @@ from logratio.training.cluster_time import (
 )
 from logratio.training.config import Above0, Count, TrainConfig
 from logratio.training.memory import PROCESS_BYTES, kept_bytes
-from logratio.training.model_shape import ModelShape, frozen_shape, policy_shape
+from logratio.training.model_shape import FLOAT32, ModelShape, frozen_shape, policy_shape
 from logratio.training.models import precision_of, training_budget, weights_dtype
 from logratio.training.optimizers import gradient_bytes, state_bytes
 from logratio.training.rank_loads import Load, RankLoads, total
 from logratio.training.validation import reference_kind
 from logratio.validation import Range, check_fields
 
-SHARDINGS: tuple[Sharding, ...] = ("ddp", "hybrid", "fsdp")
+SHARDINGS: tuple[Sharding, ...] = ("ddp", "hsdp", "fsdp")
 Fraction = Annotated[float, Range(0, 1, without_low=True)]
+SMALL_SHARE = 0.1
+"""Share of a GPU's memory up to which sharded ranks keep whole gradients during an update."""
 EXPOSED = 0.05
 """Share of an update from which exposed collectives are worth advice."""
 CUDA = torch.device("cuda")
@@ -49,7 +51,7 @@ class Cluster:
         world_size: Number of GPUs.
         gpu: Name of the GPU in `GPUS`, or "cpu": the CPU of this machine, which is measured.
         gpus_per_host: GPUs that NVLink or PCIe connects.
-        sharding: "ddp", whole weights on each GPU; "fsdp", weights sharded over all; "hybrid",
+        sharding: "ddp", whole weights on each GPU; "fsdp", weights sharded over all; "hsdp",
             sharded in each host. "auto": the fastest that fits.
         compute_share: Share of the GPU's peak that products reach; None: see `Shares`.
         link_share: Share of the bandwidth that collectives reach, within and between hosts; None:
@@ -61,7 +63,7 @@ class Cluster:
     world_size: Count
     gpu: str = "h100"
     gpus_per_host: Count = 8
-    sharding: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    sharding: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     compute_share: Fraction | None = None
     link_share: Fraction | None = None
     network_gbps: Above0 | None = None
@@ -243,14 +245,39 @@ class Planner:
         """Return the forecast for a way of sharding; for "auto" the fastest that fits.
 
         If none fits, it is the one that takes the least memory.
+
+        Raises:
+            ConfigError: The settings do not allow this way, or any way.
         """
+        reasons = {one: self._reason_against(one) for one in SHARDINGS}
         if sharding != "auto":
-            return self.forecast(next(one for one in SHARDINGS if one == sharding))
-        options = SHARDINGS if self.topology.hosts > 1 else ("ddp", "fsdp")
+            (chosen,) = (one for one in SHARDINGS if one == sharding)
+            if reasons[chosen]:
+                raise ConfigError(f"sharding {chosen} is not possible: {reasons[chosen]}")
+            return self.forecast(chosen)
+        options = [one for one in SHARDINGS if not reasons[one]]
+        if not options:
+            raise ConfigError(f"{reasons['ddp']}; and {reasons['fsdp']}")
+        if self.topology.hosts == 1:
+            options = [one for one in options if one != "hsdp"]
         found = [self.forecast(one) for one in options]
         if fitting := [one for one in found if one.fits]:
             return min(fitting, key=lambda one: one.time.seconds)
         return min(found, key=lambda one: one.memory.bytes)
+
+    def _reason_against(self, sharding: Sharding) -> str:
+        """Return why the settings do not allow a way of sharding; an empty text if they do."""
+        config = self.config
+        if self.topology.world_size == 1:
+            return ""
+        if sharding == "ddp":
+            rounds = precision_of(config) == "bf16-weights" and not config.trains_adapter
+            return "ddp would add the gradients of bf16-weights up in bfloat16" if rounds else ""
+        if config.quantization:
+            return f"FSDP2 cannot shard the {config.quantization} weights of bitsandbytes"
+        if config.optimizer != "adamw":
+            return f"the optimizer {config.optimizer} cannot update shards: use adamw"
+        return ""
 
     def forecast(self, sharding: Sharding) -> ClusterForecast:
         """Return the forecast for a way of sharding, with advice."""
@@ -302,7 +329,11 @@ class Planner:
     def _time(self, sharding: Sharding, twice: int) -> UpdateTime:
         """Return the mean time of the updates."""
         work = self._work(twice)
-        times = [update_time(work, one, sharding, self.topology) for one in self._loads]
+        once = self._whole_gradients > 0
+        times = [
+            update_time(work, one, sharding, self.topology, reduces_once=once)
+            for one in self._loads
+        ]
         names = ("compute", "waiting", "gather", "reduce", "exposed")
         means = {name: sum(getattr(one, name) for one in times) / len(times) for name in names}
         trained = self.policy.trained / self._shards(sharding)
@@ -327,8 +358,23 @@ class Planner:
     @property
     def _gradient(self) -> float:
         """Bytes of gradient per weight: float32 if micro-batches or ranks are added up."""
-        most = max(len(rank) for update in self._loads for rank in update)
-        return gradient_bytes(self._dtype, added_up=most > 1 or self.topology.world_size > 1)
+        added_up = self._rounds > 1 or self.topology.world_size > 1
+        return gradient_bytes(self._dtype, added_up=added_up)
+
+    @property
+    def _rounds(self) -> int:
+        """The largest number of micro-batches of a rank in an update."""
+        return max(len(rank) for update in self._loads for rank in update)
+
+    @property
+    def _whole_gradients(self) -> float:
+        """Bytes of whole gradients that sharded ranks keep until the last micro-batch.
+
+        They are kept if they are small, and save a reduction in each of the other micro-batches.
+        """
+        whole = FLOAT32 * self.policy.trained
+        small = whole <= SMALL_SHARE * self.topology.machine.memory
+        return whole if small and self._rounds > 1 else 0.0
 
     def _shards(self, sharding: Sharding) -> int:
         shards, _ = shards_of(sharding, self.topology)
@@ -341,7 +387,8 @@ class Planner:
         state = state_bytes(self.config.optimizer, self._dtype, CUDA)
         parts = Memory(
             weights=(policy.stored + second) / shards,
-            gradients=self._gradient * policy.trained / shards,
+            gradients=self._gradient * policy.trained / shards
+            + (self._whole_gradients if shards > 1 else 0.0),
             optimizer=state * policy.trained / shards,
             gathered=_gathered(policy) if shards > 1 else 0.0,
             activations=0.0,
@@ -399,7 +446,7 @@ class Planner:
         if found.memory.activations > 0.2 * found.capacity:
             remedies.append("a smaller --token-budget")
         if not self.config.trains_adapter:
-            remedies += ["--lora", "--optimizer adamw-host"]
+            remedies.append("--lora")
         remedies.append("more GPUs")
         return f"a GPU lacks {short:.1f} GB: try {', or '.join(remedies)}"
 
@@ -413,10 +460,8 @@ class Planner:
                 f": micro-batches have {found.tokens_per_micro:,.0f} tokens, and products take as "
                 f"long as the collectives at {found.break_even:,.0f}: {self._filling(found)}"
             )
-        elif found.sharding == "hybrid" and self.topology.hosts > 1:
-            text += ": a larger batch_size adds gradients up over the hosts less often"
         if self.topology.hosts > 1:
-            other = self._forecast("hybrid" if found.sharding == "fsdp" else "fsdp")
+            other = self._forecast("hsdp" if found.sharding == "fsdp" else "fsdp")
             if other.fits and other.time.seconds < found.time.seconds:
                 text += f"; --sharding {other.sharding} takes {other.time.seconds:.2f} s per update"
         return text

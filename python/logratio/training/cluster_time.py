@@ -16,7 +16,7 @@ from logratio.training.accelerators import Accelerator
 from logratio.training.model_shape import ModelShape, Unit
 from logratio.training.rank_loads import Load, RankLoads, total
 
-Sharding = Literal["ddp", "fsdp", "hybrid"]
+Sharding = Literal["ddp", "fsdp", "hsdp"]
 """Weights whole on each GPU, sharded over all, or sharded in each host and equal in all hosts."""
 
 SCORES_BACKWARD = 2.5
@@ -278,7 +278,14 @@ def shards_of(sharding: Sharding, topology: Topology) -> tuple[Topology | None, 
     return topology.host, topology.others if topology.hosts > 1 else None
 
 
-def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topology) -> UpdateTime:
+def update_time(
+    work: Work,
+    loads: RankLoads,
+    sharding: Sharding,
+    topology: Topology,
+    *,
+    reduces_once: bool = False,
+) -> UpdateTime:
     """Return the time of one update, without the optimizer.
 
     Sharded ranks wait for the slowest at every collective, so each round takes as long as its
@@ -289,27 +296,16 @@ def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topo
         loads: The micro-batches of each rank.
         sharding: How the weights are divided.
         topology: All ranks.
+        reduces_once: Whether sharded ranks add gradients up in the last round only. Copies always
+            do.
     """
     shards, replicas = shards_of(sharding, topology)
-    by_rank = [sum(map(work.seconds, rank)) for rank in loads]
-    mean = sum(by_rank) / len(by_rank)
-    if sharding == "ddp":
-        slowest = loads[max(range(len(loads)), key=by_rank.__getitem__)]
-        rounds = list(slowest)
-    else:
-        most = max(map(len, loads))
-        rounds = [
-            max((rank[i] for rank in loads if i < len(rank)), key=work.seconds) for i in range(most)
-        ]
-    passes = [
-        work.steps(
-            load,
-            shards,
-            reduces=sharding != "ddp" or number == len(rounds) - 1,
-            replicates=replicas if number == len(rounds) - 1 else None,
-        )
-        for number, load in enumerate(rounds)
-    ]
+    mean = sum(work.seconds(load) for rank in loads for load in rank) / len(loads)
+    rounds = _rounds(work, loads, copies=sharding == "ddp")
+    passes = []
+    for number, load in enumerate(rounds, 1):
+        reduces = number == len(rounds) or not (reduces_once or sharding == "ddp")
+        passes.append(work.steps(load, shards, reduces=reduces, replicates=replicas))
     steps = [step for each in passes for step in each]
     compute = sum(step.compute for step in steps)
     spent = sum(elapsed(each, overlaps=topology.machine.overlaps) for each in passes)
@@ -324,12 +320,23 @@ def update_time(work: Work, loads: RankLoads, sharding: Sharding, topology: Topo
     )
 
 
+def _rounds(work: Work, loads: RankLoads, *, copies: bool) -> list[Load]:
+    """Return the micro-batches that the others wait for: of the slowest rank, or in each round."""
+    if copies:
+        return list(max(loads, key=lambda rank: sum(map(work.seconds, rank))))
+    most = max(map(len, loads))
+    return [
+        max((rank[number] for rank in loads if number < len(rank)), key=work.seconds)
+        for number in range(most)
+    ]
+
+
 def break_even_tokens(
     work: Work, loads: RankLoads, sharding: Sharding, topology: Topology
 ) -> float:
     """Return the tokens per micro-batch at which products take as long as the collectives.
 
-    Reductions over replicas do not count: they run once an update.
+    Both are those of a micro-batch that adds gradients up within its group of shards.
     """
     shards, _ = shards_of(sharding, topology)
     load = total([micro for rank in loads for micro in rank])

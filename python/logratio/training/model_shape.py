@@ -1,7 +1,7 @@
 """The sizes of a model by the units that sharding gathers at a time, from its config alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class Unit:
         trained: Number of trained weights.
         frozen: Number of other weights.
         stored: Bytes of all weights as stored.
-        gathered: Bytes of all weights as gathered, in the dtype of the computation.
+        gathered: Bytes of all weights as gathered: of a layer in the dtype of its products, of the
+            root as stored.
         forward: FLOPs per token of the forward pass, without attention scores.
         backward: FLOPs per token of the backward pass, likewise.
     """
@@ -152,9 +153,10 @@ def _shape(
     text = inner.config.get_text_config()
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    root = how.unit(outside, _matrices(inner.get_output_embeddings()))
     return ModelShape(
         layers=tuple(how.unit(layer.parameters(), _matrices(layer)) for layer in layers),
-        root=how.unit(outside, _matrices(inner.get_output_embeddings())),
+        root=replace(root, gathered=root.stored),
         attention=4.0 * width,
         vocabulary=text.vocab_size,
         folder=base,

@@ -75,7 +75,7 @@ def test_sharded_parts_are_divided_by_the_gpus(planner: Any) -> None:
     one, eight = planner(1).forecast("ddp"), planner(8).forecast("fsdp")
     for part in SHARDED:
         assert getattr(eight.memory, part) == pytest.approx(getattr(one.memory, part) / 8)
-    hybrid = planner(16).forecast("hybrid")
+    hybrid = planner(16).forecast("hsdp")
     for part in SHARDED:
         assert getattr(hybrid.memory, part) == pytest.approx(getattr(eight.memory, part))
     copies = planner(16).forecast("ddp")
@@ -95,7 +95,7 @@ def test_more_gpus_never_need_more_memory_for_what_is_sharded(
 
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from([1, 2, 4, 8, 16, 32]), st.sampled_from([1, 2, 8]), st.sampled_from(
-    ["ddp", "fsdp", "hybrid"]
+    ["ddp", "fsdp", "hsdp"]
 ), st.sampled_from(["h100", "a100", "l4"]))  # fmt: skip
 def test_an_update_takes_at_least_its_products_and_at_most_the_sum(
     planner: Any, ranks: int, per_host: int, sharding: Any, gpu: str
@@ -103,7 +103,7 @@ def test_an_update_takes_at_least_its_products_and_at_most_the_sum(
     time = planner(ranks, min(per_host, ranks), gpu).forecast(sharding).time
     products = time.compute + time.waiting
     assert min(time.compute, time.waiting, time.exposed, time.optimizer) >= 0
-    if sharding != "hybrid" or ranks <= per_host:  # else two networks work at the same time
+    if sharding != "hsdp" or ranks <= per_host:  # else two networks work at the same time
         assert time.seconds >= time.gather + time.reduce + time.optimizer - 1e-9
     assert time.seconds >= products
     assert time.seconds <= products + time.gather + time.reduce + time.optimizer + 1e-9
@@ -139,7 +139,8 @@ def test_auto_is_the_fastest_that_fits(folders: Mapping[str, Path], store: Store
     assert small == min(each, key=lambda one: one.time.seconds)
     whole = planned(folders["8B"], store, Cluster(8, "h100"))
     assert whole.sharding == "fsdp"
-    assert not planned(folders["8B"], store, Cluster(8, "h100", sharding="ddp")).fits
+    copies = Cluster(8, "h100", sharding="ddp")
+    assert not planned(folders["8B"], store, copies, precision="bf16").fits
     assert whole.fits
 
 
@@ -171,22 +172,64 @@ def test_a_frozen_reference_is_in_memory_and_computes(
     assert apart.time.compute > 1.2 * lora.time.compute
 
 
-def test_adapters_reduce_little_and_quantized_bases_gather_little(
-    folders: Mapping[str, Path], store: Store
-) -> None:
+def test_adapters_reduce_little(folders: Mapping[str, Path], store: Store) -> None:
     cluster = Cluster(8, "h100", sharding="fsdp")
     whole = planned(folders["8B"], store, cluster)
     lora = planned(folders["8B"], store, cluster, lora=LoraSettings())
-    quantized = planned(folders["8B"], store, cluster, lora=LoraSettings(), quantization="4bit")
     assert lora.time.reduce < 0.05 * whole.time.reduce
     assert lora.memory.optimizer < 0.01 * whole.memory.optimizer
-    assert quantized.time.gather < 0.5 * lora.time.gather
+
+
+def test_small_gradients_stay_whole_until_the_last_micro_batch(
+    folders: Mapping[str, Path], store: Store
+) -> None:
+    cluster = Cluster(8, "h100", sharding="fsdp")
+    one, four = (
+        planned(folders["8B"], store, cluster, lora=LoraSettings(), token_budget=budget)
+        for budget in (9600, 2400)
+    )
+    assert four.time.reduce == pytest.approx(one.time.reduce)
+    assert four.time.gather == pytest.approx(4 * one.time.gather)
+    whole = 4 * 41_943_040
+    assert one.memory.gradients == whole / 8
+    assert four.memory.gradients == whole / 8 + whole
+    full = planned(folders["8B"], store, cluster, token_budget=2400)
+    assert full.time.reduce == pytest.approx(
+        4 * planned(folders["8B"], store, cluster, token_budget=9600).time.reduce
+    )
+
+
+def test_a_quantized_base_is_whole_on_each_gpu(folders: Mapping[str, Path], store: Store) -> None:
+    given: dict[str, Any] = {"lora": LoraSettings(), "quantization": "4bit"}
+    found = planned(folders["70B"], store, Cluster(8, "h100"), **given)
+    assert found.sharding == "ddp"
+    assert found.memory.weights == pytest.approx(70.55e9 * 0.5625, rel=0.1)
+    with pytest.raises(ConfigError, match="FSDP2 cannot shard the 4bit weights"):
+        planned(folders["70B"], store, Cluster(8, sharding="fsdp"), **given)
 
 
 def test_state_on_the_host_is_not_on_the_gpu(folders: Mapping[str, Path], store: Store) -> None:
-    there = planned(folders["8B"], store, Cluster(8, "h100"), optimizer="adamw-host")
-    assert there.memory.optimizer == 0
-    assert there.time.optimizer > 5 * planned(folders["8B"], store, Cluster(8)).time.optimizer
+    run: dict[str, Any] = {"precision": "bf16"}
+    there = planned(folders["8B"], store, Cluster(8, "b200"), optimizer="adamw-host", **run)
+    here = planned(folders["8B"], store, Cluster(8, "b200", sharding="ddp"), **run)
+    assert there.sharding == "ddp"
+    assert there.memory.optimizer == 0 < here.memory.optimizer
+    assert there.time.optimizer > 5 * here.time.optimizer
+
+
+@pytest.mark.parametrize(
+    ("more", "sharding", "message"),
+    [
+        ({}, "ddp", "sharding ddp is not possible: .* bf16-weights up in bfloat16"),
+        ({"precision": "bf16", "optimizer": "adamw-host"}, "hsdp", "adamw-host cannot update sh"),
+        ({"optimizer": "adamw-host"}, "auto", "in bfloat16; and the optimizer adamw-host cannot"),
+    ],
+)
+def test_settings_that_cannot_be_sharded_are_refused(
+    more: dict[str, Any], sharding: Any, message: str, folders: Mapping[str, Path], store: Store
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(folders["8B"], store, Cluster(8, sharding=sharding), **more)
 
 
 def test_figures_follow_from_the_time(folders: Mapping[str, Path], store: Store) -> None:
@@ -230,16 +273,14 @@ def test_advice_names_the_batch_size_that_hides_collectives(
     assert enough * 1200 / 16 == pytest.approx(found.break_even, rel=0.1)
 
 
-def test_advice_compares_the_other_sharding(folders: Mapping[str, Path], store: Store) -> None:
-    """Several micro-batches are gathered in each host, and added up over the hosts once."""
+def test_advice_compares_sharding_within_hosts(folders: Mapping[str, Path], store: Store) -> None:
+    """Adapters have few gradients to add up over the hosts, and the base stays in each host."""
+    lora: dict[str, Any] = {"lora": LoraSettings(), "batch_size": 64}
     cluster = Cluster(16, "h200", network_gbps=25, sharding="fsdp")
-    hybrid = replace(cluster, sharding="hybrid")
-    for batch, slow, fast in ((128, cluster, hybrid), (16, hybrid, cluster)):
-        more = {"batch_size": batch, "token_budget": 2400}
-        found, other = (planned(folders["8B"], store, one, **more) for one in (slow, fast))
-        assert other.time.seconds < found.time.seconds
-        expected = f"--sharding {other.sharding} takes {other.time.seconds:.2f} s per update"
-        assert expected in found.advice[0]
+    found = planned(folders["8B"], store, cluster, **lora)
+    other = planned(folders["8B"], store, replace(cluster, sharding="hsdp"), **lora)
+    assert other.time.seconds < found.time.seconds
+    assert f"--sharding hsdp takes {other.time.seconds:.2f} s per update" in found.advice[0]
 
 
 def test_advice_on_a_small_token_budget(folders: Mapping[str, Path], store: Store) -> None:
@@ -250,7 +291,8 @@ def test_advice_on_a_small_token_budget(folders: Mapping[str, Path], store: Stor
 
 
 def test_advice_names_what_saves_memory(folders: Mapping[str, Path], store: Store) -> None:
-    found = planned(folders["405B"], store, Cluster(8, "h100", sharding="ddp"))
+    copies = Cluster(8, "h100", sharding="ddp")
+    found = planned(folders["405B"], store, copies, precision="bf16")
     assert found.limit == "memory"
     assert not found.fits
     (advice,) = found.advice

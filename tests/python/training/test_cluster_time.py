@@ -136,7 +136,7 @@ def test_collectives_between_hosts_have_the_latency_of_each_host() -> None:
 
 def test_hybrid_gathers_in_the_host_and_replicates_its_shards(shape: ModelShape) -> None:
     topology, work = Topology(PLAIN, 64, 8), Work(shape, PLAIN)
-    found = update_time(work, [[LOAD]] * 64, "hybrid", topology)
+    found = update_time(work, [[LOAD]] * 64, "hsdp", topology)
     inside = update_time(work, [[LOAD]] * 8, "fsdp", topology.host)
     assert found.gather == inside.gather
     shards = shape.trained * 4 / 8
@@ -152,6 +152,8 @@ def test_whole_copies_reduce_once_an_update(shape: ModelShape) -> None:
     assert found.reduce == pytest.approx(2 * 7 / 8 * shape.trained * 4 / 300e9)
     sharded = update_time(work, [[LOAD, LOAD]] * 8, "fsdp", topology)
     assert sharded.reduce == pytest.approx(once.reduce)  # a sum takes twice a scatter
+    late = update_time(work, [[LOAD, LOAD]] * 8, "fsdp", topology, reduces_once=True)
+    assert late.reduce == pytest.approx(once.reduce / 2)
 
 
 def test_sharded_ranks_wait_in_each_round_and_copies_once(shape: ModelShape) -> None:

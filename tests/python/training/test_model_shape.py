@@ -94,9 +94,10 @@ def test_float32_weights_are_gathered_in_the_dtype_of_the_products(
     folders: Mapping[str, Path],
 ) -> None:
     shapes = [policy_shape(settings(folders["llama-3.1-8b"], p)) for p in ("fp32", "bf16")]
-    plain, mixed = ([unit.gathered for unit in shape.units] for shape in shapes)
+    plain, mixed = ([unit.gathered for unit in shape.layers] for shape in shapes)
     assert shapes[0].stored == shapes[1].stored
     assert [2 * count for count in mixed] == plain
+    assert shapes[0].root == shapes[1].root  # its products are cast at each use
 
 
 @pytest.mark.parametrize("rank", [None, 4])
