@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -89,7 +89,7 @@ def compare(name: str, folder: Path, shape: str, arguments: argparse.Namespace) 
     config = settings(folder, shape)
     sizes = policy_shape(config)
     lengths = SHAPES[shape] * (RANKS * arguments.updates)
-    loads = rank_loads(config, store_of(lengths), RANKS, torch.device("cpu"))
+    loads = rank_loads(config, store_of(lengths), RANKS, torch.device("cpu"))[1:]  # as measured
     for sharding in RUNS:
         machine = measure_cpu(Task(str(folder), batch, clock=arguments.clock), sizes)
         topology = Cluster(RANKS, "cpu").topology(machine)
@@ -115,7 +115,7 @@ def row(
         "sharding": forecast.sharding,
         "processes": RANKS,
         "forecast": forecast.to_dict()["time"],
-        "measured": {clock: median(times) for clock, times in updates.items()},
+        "measured": {clock: fmean(times) for clock, times in updates.items()},
         "updates": updates,
         "load": os.getloadavg()[0],
         "cores": os.cpu_count(),
