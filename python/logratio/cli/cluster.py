@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from logratio.cli.options import Settings
 
 if TYPE_CHECKING:
-    from logratio.training.cluster import ClusterForecast
+    from logratio.training.cluster import Cluster, ClusterForecast
 
 PANEL = "Planning a cluster, with --dry-run"
 
@@ -76,7 +76,7 @@ class ClusterFlags(Settings):
         ),
     ] = None
 
-    def cluster(self, *, dry_run: bool, to_file: bool) -> Any:
+    def cluster(self, *, dry_run: bool, to_file: bool) -> "Cluster | None":
         """Return the cluster to plan for, or None without --world-size.
 
         Args:

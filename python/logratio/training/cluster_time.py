@@ -96,37 +96,31 @@ class Topology:
         return replace(self, world_size=self.hosts, per_host=1)
 
     def gather(self, count: float) -> float:
-        """Return the seconds until each rank has all of `count` bytes, of which it had a share.
-
-        A ring sends every byte once into each host, over the network adapters of all its ranks.
-        """
-        if self.world_size == 1 or not count:
-            return 0.0
-        machine, hosts = self.machine, self.hosts
-        inner = min(self.world_size, self.per_host)
-        missing = count * (self.world_size - 1) / self.world_size
-        link = machine.link * machine.shares.link
-        network = inner * machine.network * machine.shares.network
-        return (
-            max(missing / link if inner > 1 else 0.0, count * (hosts - 1) / hosts / network)
-            + self._latency
-        )
+        """Return the seconds until each rank has all of `count` bytes, of which it had a share."""
+        return self._ring(count)
 
     def scatter(self, count: float) -> float:
         """Return the seconds to add up `count` bytes of each rank, a share of them on each."""
-        return self.machine.reduction * (self.gather(count) - self._wait) + self._wait
+        return self._ring(count, self.machine.reduction)
 
     def all_reduce(self, count: float) -> float:
         """Return the seconds to add up `count` bytes of each rank on every rank."""
         return self.scatter(count) + self.gather(count)
 
-    @property
-    def _latency(self) -> float:
-        return self.machine.launch + (self.hosts - 1) * self.machine.hop
+    def _ring(self, count: float, cost: float = 1.0) -> float:
+        """Return the seconds in which a ring moves `count` bytes, and a share stays on each rank.
 
-    @property
-    def _wait(self) -> float:
-        return self._latency if self.world_size > 1 else 0.0
+        It sends every byte once into each host, over the network adapters of all its ranks.
+        """
+        if self.world_size == 1 or not count:
+            return 0.0
+        machine, hosts = self.machine, self.hosts
+        inner = min(self.world_size, self.per_host)
+        link = machine.link * machine.shares.link
+        network = inner * machine.network * machine.shares.network
+        inside = count * (self.world_size - 1) / self.world_size / link if inner > 1 else 0.0
+        between = count * (hosts - 1) / hosts / network
+        return cost * max(inside, between) + machine.launch + (hosts - 1) * machine.hop
 
 
 @dataclass

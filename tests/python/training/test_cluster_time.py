@@ -132,6 +132,7 @@ def test_collectives_between_hosts_have_the_latency_of_each_host() -> None:
     assert Topology(slow, 64, 8).gather(8) == pytest.approx(1 + 7 * 0.5)
     assert Topology(slow, 64, 8).scatter(8) == pytest.approx(1 + 7 * 0.5)
     assert Topology(slow, 64, 8).host.gather(8) == pytest.approx(1)
+    assert Topology(slow, 64, 8).scatter(0) == 0
 
 
 def test_hybrid_gathers_in_the_host_and_replicates_its_shards(shape: ModelShape) -> None:
