@@ -29,6 +29,7 @@ from transformers import LlamaConfig
 
 from logratio.training import Cluster, TrainConfig
 from logratio.training.cluster import ClusterForecast, Planner
+from logratio.training.cluster_plan import first_groups
 from logratio.training.measured_machine import Task, measure_cpu
 from logratio.training.model_shape import policy_shape
 from logratio.training.rank_loads import rank_loads
@@ -84,12 +85,12 @@ def run(spec: dict[str, Any]) -> list[dict[str, list[float]]]:
 
 def compare(name: str, folder: Path, shape: str, arguments: argparse.Namespace) -> Iterator[Any]:
     """Measure the machine, run all kinds of runs, and yield a row for each."""
-    groups = SHAPES[shape] * 2
-    batch = groups[: max(1, BUDGETS[shape] // max(map(sum, groups)))]
     config = settings(folder, shape)
     sizes = policy_shape(config)
     lengths = SHAPES[shape] * (RANKS * arguments.updates)
-    loads = rank_loads(config, store_of(lengths), RANKS, torch.device("cpu"))[1:]  # as measured
+    store = store_of(lengths)
+    batch = first_groups(config, store)
+    loads = rank_loads(config, store, RANKS, torch.device("cpu"))[1:]  # as measured
     for sharding in RUNS:
         machine = measure_cpu(Task(str(folder), batch, clock=arguments.clock), sizes)
         topology = Cluster(RANKS, "cpu").topology(machine)

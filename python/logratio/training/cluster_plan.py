@@ -147,22 +147,23 @@ def _store(config: TrainConfig, *, show_progress: bool) -> Store:
 
 def _measured(config: TrainConfig, store: Store) -> Accelerator:
     """Measure this machine with the first micro-batch of the run."""
-    settings = FeedSettings(
-        groups_per_update=config.batch_size,
-        token_budget=training_budget(config),
-        seed=config.seed,
-    )
-    groups = micro_batches(settings.plan(store, 0))[0]
     task = Task(
         model=str(base_folder(config.model)),
-        groups=_lengths(store, groups.tolist()),
+        groups=first_groups(config, store),
         precision=precision_of(config),
         threads=int(os.environ.get("OMP_NUM_THREADS") or 1),  # torchrun's default
     )
     return measure_cpu(task, policy_shape(replace(config, lora=None, adapter="merge")))
 
 
-def _lengths(store: Store, groups: list[int]) -> Lengths:
+def first_groups(config: TrainConfig, store: Store) -> Lengths:
+    """Return the lengths of the groups in the first micro-batch of one process."""
+    settings = FeedSettings(
+        groups_per_update=config.batch_size,
+        token_budget=training_budget(config),
+        seed=config.seed,
+    )
+    groups = micro_batches(settings.plan(store, 0))[0].tolist()
     offsets, lengths = store.completion_offsets(), store.completion_lengths()
     prompts = store.prompt_lengths()
     return [
