@@ -40,6 +40,14 @@ ARCHITECTURES: Mapping[str, PreTrainedConfig] = {
         num_attention_heads=64,
         num_key_value_heads=8,
     ),
+    "llama-3.1-405b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=16_384,
+        intermediate_size=53_248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+    ),
 }
 """Published sizes of the models of the recipes, by the folder that the recipes name."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.cluster import CLUSTER, ClusterFlags, print_forecast
 from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, takes_flags
 from logratio.cli.train_flags import (
@@ -27,6 +28,8 @@ from logratio.cli.train_flags import (
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
+    from logratio.training.cluster import Cluster
+    from logratio.training.config import TrainConfig
     from logratio.training.dataset import Dataset
     from logratio.training.run_folder import TrainResult
 
@@ -48,7 +51,17 @@ def train(
     lora: Lora = LORA,
     reading: Reading = READING,
     machine: Machine = MACHINE,
+    cluster: ClusterFlags = CLUSTER,
     dry_run: options.DryRun = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="With --world-size: write the forecast to this file as JSON; -: to standard "
+            "output, without the text.",
+        ),
+    ] = None,
 ) -> None:
     """Train a policy on preference pairs.
 
@@ -59,26 +72,28 @@ def train(
     from logratio.training.config import TrainConfig
     from logratio.training.trainer import DPOTrainer
 
-    trainer = DPOTrainer(
-        config=TrainConfig(
-            model,
-            data,
-            output,
-            revision=revision,
-            **source.settings(),
-            **objective.settings(),
-            **update.settings(),
-            **held_out.settings(),
-            **watching.settings(),
-            **machine.settings(),
-            lora=lora.settings(),
-            adapter=lora.adapter.value,
-            rules=reading.rules,
-            formats=reading.settings(),
-            max_bad_fraction=reading.max_bad_fraction,
-        ),
-        dry_run=dry_run,
+    planned = cluster.cluster(dry_run=dry_run, to_file=json_file is not None)
+    config = TrainConfig(
+        model,
+        data,
+        output,
+        revision=revision,
+        **source.settings(),
+        **objective.settings(),
+        **update.settings(),
+        **held_out.settings(),
+        **watching.settings(),
+        **machine.settings(),
+        lora=lora.settings(),
+        adapter=lora.adapter.value,
+        rules=reading.rules,
+        formats=reading.settings(),
+        max_bad_fraction=reading.max_bad_fraction,
     )
+    if planned:
+        _plan(config, planned, json_file)
+        return
+    trainer = DPOTrainer(config=config, dry_run=dry_run)
     if not trainer.processes.is_first:
         if trainer.finished or not dry_run:
             trainer.train()
@@ -87,6 +102,17 @@ def train(
         announce(trainer.dataset, trainer.forecast)
     if trainer.finished or not dry_run:
         _print_result(trainer.train())
+
+
+def _plan(config: "TrainConfig", cluster: "Cluster", json_file: Path | None) -> None:
+    """Print the forecast for a cluster."""
+    from logratio.training.cluster_plan import plan_cluster
+
+    found = plan_cluster(config, cluster)
+    if not options.is_stdout(json_file):
+        print_forecast(found)
+    if json_file:
+        options.write_json(json_file, found.to_dict())
 
 
 def _print_result(result: "TrainResult") -> None:

@@ -9,6 +9,8 @@ from logratio.logps.completion import completion_logps
 from logratio.training.callbacks import Callback, CallbackError, RunState
 from logratio.training.checkpoint import ResumeError, RunInterruptedError
 from logratio.training.checkpoint_folder import SaveError
+from logratio.training.cluster import Cluster, ClusterForecast
+from logratio.training.cluster_plan import plan_cluster
 from logratio.training.config import (
     EvaluateConfig,
     LoraSettings,
@@ -37,6 +39,8 @@ from logratio.training.trainer import DPOTrainer, train
 __all__ = [
     "Callback",
     "CallbackError",
+    "Cluster",
+    "ClusterForecast",
     "DPOTrainer",
     "DeviceError",
     "EvaluateConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "ipo_loss",
     "load_model",
     "merge_adapter",
+    "plan_cluster",
     "precompute",
     "read_lora_config",
     "sft_loss",

@@ -168,7 +168,7 @@ def _check_settings(settings: LoraSettings, config: TrainConfig) -> None:
     if settings.init == "orthogonal":
         _check_orthogonal(settings, config)
     if settings.targets or settings.modules_to_save:
-        model = _without_weights(config.model)
+        model = without_weights(config.model)
         _check_targets(settings.targets, model, config.model)
         _check_saved_modules(settings, model, config.model)
 
@@ -185,7 +185,7 @@ def _check_orthogonal(settings: LoraSettings, config: TrainConfig) -> None:
         )
 
 
-def _without_weights(folder: PathLike) -> nn.Module:
+def without_weights(folder: PathLike) -> nn.Module:
     """Build the model of `folder` on the meta device."""
     with quietly(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

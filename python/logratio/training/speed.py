@@ -18,15 +18,10 @@ from torch import nn
 from logratio._rust import PaddedLayout, TreeLayout
 from logratio.data.feed import MicroBatch
 from logratio.logps.completion import transformer
+from logratio.training.accelerators import known_gpu
 from logratio.training.config import Precision
 from logratio.training.memory import flops_per_second
 
-PEAKS = (
-    *(("B200", 2250e12), ("H100 PCIe", 756e12), ("H200", 989.4e12), ("H100", 989.4e12)),
-    *(("A100", 312e12), ("L40S", 362e12), ("L4", 121e12), ("A40", 149.7e12), ("A10", 125e12)),
-)
-"""Dense bfloat16 FLOPs per second in the data sheets of GPUs, by a part of their name. The first
-entry that fits counts."""
 WINDOW = 20
 """Number of updates that the progress line averages over."""
 
@@ -42,11 +37,9 @@ def peak_flops(device: torch.device, setting: str | None, precision: Precision) 
         setting: The device as the settings name it, or None.
         precision: Precision of the run.
     """
-    if device.type == "cuda" and precision != "fp32":
-        name = torch.cuda.get_device_name(device)
-        if known := [peak for part, peak in PEAKS if part in name]:
-            return known[0]
-    return flops_per_second(setting, precision)
+    on_gpu = device.type == "cuda" and precision != "fp32"
+    known = known_gpu(torch.cuda.get_device_name(device)) if on_gpu else None
+    return known.flops if known else flops_per_second(setting, precision)
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,12 @@ def _weights(module: nn.Module | None) -> set[nn.Parameter]:
 
 
 def _flops(weights: Iterable[nn.Parameter]) -> float:
-    return float(sum((6 if p.requires_grad else 4) * p.numel() for p in weights))
+    return sum(sum(flops_of_passes(p)) for p in weights)
+
+
+def flops_of_passes(weight: nn.Parameter) -> tuple[float, float]:
+    """Return the FLOPs per token of a weight in the forward and in the backward pass."""
+    return 2.0 * weight.numel(), (4.0 if weight.requires_grad else 2.0) * weight.numel()
 
 
 @dataclass

@@ -18,6 +18,7 @@ from logratio.cli import train as commands
 from logratio.cli.app import main, spread
 from logratio.data import FormatSettings, TokenizationRules
 from logratio.training import (
+    Cluster,
     EvaluateConfig,
     LoraSettings,
     PrecomputeConfig,
@@ -28,6 +29,7 @@ from logratio.training import (
 
 def flags(command: Callable[..., None]) -> set[str]:
     own = {"config", "dry_run", "json_file", "lora_config"}  # flags that are no fields
+    own |= {field.name for field in dataclasses.fields(Cluster)}
     return set(inspect.signature(command).parameters) - own
 
 
