@@ -1,9 +1,11 @@
 """What the ranks of a test do: see `forked_ranks`."""
 
+import json
 import os
 import resource
 import signal
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from logratio.logps.completion import transformer
 from logratio.training import models, trainer, update
 from logratio.training.optimizers import AdamSettings
 from logratio.training.parallel import lifeline, placement
+from logratio.training.parallel.processes import join_processes
 
 
 def train_in_float64(settings: Mapping[str, Any], whole_gradients: bool = True) -> None:
@@ -78,4 +81,39 @@ def train_with_small_files(settings: Mapping[str, Any], rank: int, most: int) ->
 def train_impatiently(settings: Mapping[str, Any]) -> None:
     """Train; a silent rank counts as dead after two seconds."""
     lifeline.STALE, lifeline.GRACE = 2.0, 1.0
+    train(settings)
+
+
+def exchange(file: str) -> None:
+    """Exchange values before and after the group exists; write what each process has seen."""
+    processes = join_processes()
+    early = processes.share({"rank": processes.rank})
+    first = processes.from_first(lambda: ["first", processes.rank])
+    leader = processes.from_leader(lambda: processes.rank)
+    processes.wait()
+    processes.start_group(torch.device("cpu"))
+    late = processes.share("é" * (processes.rank + 1))
+    total = processes.total(torch.tensor([1.0, float(processes.rank)])).tolist()
+    seen = [early, first, leader, late, total, processes.highest(processes.rank)]
+    Path(f"{file}.{processes.rank}").write_text(json.dumps(seen))
+
+
+class HalfUsed(nn.Module):
+    """A head with a weight that no pass uses."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(size))
+
+
+def train_with_an_unused_weight(settings: Mapping[str, Any]) -> None:
+    """Train a model with a weight that gets no gradient."""
+    build: Any = vars(trainer)["build_policy"]
+
+    def built(*given: Any) -> nn.Module:
+        policy: nn.Module = build(*given)
+        policy.register_module("spare", HalfUsed(3))
+        return policy
+
+    vars(trainer)["build_policy"] = built
     train(settings)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from logratio.errors import ConfigError
 from logratio.forecast import size
+from logratio.logps.completion import batch_of, completion_logps
 from logratio.progress import say
 from logratio.training import memory
 from logratio.training.config import TrainConfig
@@ -19,6 +20,7 @@ from logratio.training.models import base_folder, is_quantized, precision_of
 from logratio.training.parallel.processes import Processes
 from logratio.training.parallel.sharding import load_sharded, mesh_of, shard
 from logratio.training.parallel.strategy import Replicated, Sharded, Whole
+from logratio.training.reference import same_random_state
 from logratio.training.validation import reference_kind
 
 Mode = Literal["one", "ddp", "fsdp", "hsdp"]
@@ -84,13 +86,24 @@ class Placement:
             fits = trained <= SMALL_SHARE * memory.free_on(self.device)
             return Sharded(policy, whole_gradients=bool(self.processes.highest(not fits) == 0))
         if self.mode == "ddp":
-            return Replicated(policy, some_unused=_has_experts(policy))
+            return Replicated(policy, some_unused=_some_unused(policy, self.device))
         return Whole(policy)
 
 
-def _has_experts(policy: nn.Module) -> bool:
-    """Return whether some weights may be unused in a pass, as experts without a token are."""
-    return any("expert" in name for name, p in policy.named_parameters() if p.requires_grad)
+def _some_unused(policy: nn.Module, device: torch.device) -> bool:
+    """Return whether a trained weight may get no gradient in an update, for which DDP would wait.
+
+    Experts without a token are such weights, and those that a family's code never uses.
+    """
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    if any("expert" in name for name, _ in trained):
+        return True
+    with same_random_state(policy), torch.enable_grad():
+        completion_logps(policy, batch_of([([0], [[0, 1]])], "padded", device)).sum().backward()
+    unused = any(parameter.grad is None for _, parameter in trained)
+    for _, parameter in trained:
+        parameter.grad = None
+    return unused
 
 
 def _mode(config: TrainConfig, processes: Processes, device: torch.device) -> Mode:

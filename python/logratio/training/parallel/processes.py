@@ -117,6 +117,8 @@ class Processes:
         """Return the `value` of every process, in the order of their ranks. Values are JSON."""
         if self.count == 1:
             return [value]
+        if dist.is_initialized():
+            return [json.loads(text) for text in _gathered(json.dumps(value).encode(), self.count)]
         self._asked += 1
         key = f"{self._asked}"
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
@@ -144,8 +146,14 @@ class Processes:
         return found
 
     def wait(self) -> None:
-        """Wait until all processes have called this."""
-        self.share(None)
+        """Wait until all processes have called this, however long it takes."""
+        if self.count == 1:
+            return
+        self._asked += 1
+        key = f"{self._asked}/arrived"
+        if self._store.add(key, 1) == self.count:
+            self._store.set(f"{key}/all", "")
+        self._store.get(f"{key}/all")
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes; the same bits in each."""
@@ -235,6 +243,18 @@ def _own_store(processes: Processes) -> Any:
         host, port = place[0]
         store = TCPStore(host, port, None, is_master=False, wait_for_workers=False)
     return store
+
+
+def _gathered(own: bytes, count: int) -> list[bytes]:
+    """Return the bytes of every process."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(count)]
+    dist.all_gather(lengths, torch.tensor([len(own)]))
+    longest = max(int(length) for length in lengths)
+    padded = torch.frombuffer(bytearray(own.ljust(longest)), dtype=torch.uint8)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(count)]
+    dist.all_gather(texts, padded)
+    found = zip(texts, lengths, strict=True)
+    return [bytes(text[: int(length)].tolist()) for text, length in found]
 
 
 def _end_group() -> None:

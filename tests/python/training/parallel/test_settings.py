@@ -113,6 +113,13 @@ def test_demonstrations_are_trained_on(
     assert gap(*both(ranks, settings | {"loss": "sft"}, tmp_path, "ddp")) < ROUNDING
 
 
+def test_a_weight_without_a_gradient_does_not_hang_ddp(
+    ranks: RankServer, settings: Settings, tmp_path: Path
+) -> None:
+    settings |= {"parallel": "ddp", "output": str(tmp_path / "out")}
+    ranks(2, "rank_workers:train_with_an_unused_weight", settings).well()
+
+
 REFUSED: Mapping[str, tuple[Settings, str]] = {
     "ddp would sum in bfloat16": (
         {"parallel": "ddp", "precision": "bf16-weights"},
