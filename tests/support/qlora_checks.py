@@ -14,6 +14,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from conftest import Run
 from quantization_checks import KINDS, both
 from quantization_checks import tiny_model as tiny_model
+from rank_server import RankServer
 from safetensors.torch import load_file
 from stop_after import stop_after
 from tiny_models import word_tokenizer
@@ -250,3 +251,30 @@ def test_flags_of_trl_select_4_bits(run: Run, config: TrainConfig, tmp_path: Pat
     assert code == 0, err
     assert "trained over a base in 4bit" in err
     assert "largest difference" in out
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_over_a_quantized_base(
+    ranks: RankServer, config: TrainConfig, tmp_path: Path, parallel: str
+) -> None:
+    """Under FSDP2, each process quantizes the whole base, and keeps a shard of it."""
+    settings = {
+        **{"model": str(config.model), "data": [str(config.data[0])], "lr": 1e-2},
+        **{"batch_size": 4, "lora": {"rank": 4}, "quantization": "4bit", "report": False},
+    }
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    ranks(1, "rank_workers:train", settings | {"output": str(alone)}).well()
+    settings |= {"output": str(several), "parallel": parallel}
+    ranks(2, "rank_workers:train", settings).well()
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (alone, several))
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_eight_bits_are_not_sharded(ranks: RankServer, config: TrainConfig, tmp_path: Path) -> None:
+    settings = {
+        **{"model": str(config.model), "data": [str(config.data[0])], "lora": {"rank": 4}},
+        **{"quantization": "8bit", "parallel": "fsdp", "output": str(tmp_path / "out")},
+    }
+    ended = ranks(2, "rank_workers:train", settings)
+    assert all(ended.codes)
+    assert "attributes of the weight, which FSDP2 loses" in "".join(ended.printed)
