@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -266,19 +267,27 @@ def weights_digest(folder: Path, pattern: str) -> str:
         return given.weights_digest
     tensors: dict[str, list[Any]] = {}
     for path in sorted(folder.glob(pattern)):
-        for name, entry in _tensors(path):
+        state = path.stat()
+        for name, entry in _tensors(path, state.st_size, state.st_mtime_ns):
             tensors.setdefault(name, []).append(entry)
     return fingerprint_digest(tensors).hex()
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the name and [dtype, shape, SHA-256 of the bytes] of each tensor in a file."""
+@lru_cache(maxsize=256)
+def _tensors(path: Path, _size: int, _changed: int) -> list[tuple[str, list[Any]]]:
+    """Return the name and [dtype, shape, SHA-256 of the bytes] of each tensor in a file.
+
+    A run asks several times, and 140 GB take minutes; so a file of the same size that has not
+    changed since is not read again.
+    """
+    found = []
     with path.open("rb") as file:
         header, start = _header(file, path)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             file.seek(start + begin)
-            yield name, [entry["dtype"], entry["shape"], _sha256(file, end - begin)]
+            found.append((name, [entry["dtype"], entry["shape"], _sha256(file, end - begin)]))
+    return found
 
 
 def _header(file: Any, path: Path) -> tuple[dict[str, Any], int]:

@@ -123,7 +123,9 @@ class UpdateLoop:
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)
         self._evaluations: list[dict[str, Any]] = []
-        self.drawing = Drawing(Path(self.config.output), wanted=self.config.report)
+        self.drawing = Drawing(
+            Path(self.config.output), wanted=self.config.report and self.processes.is_first
+        )
 
     def choose_layout(self, policy: nn.Module, reference: Reference | None) -> str:
         """Return the best layout that all models in memory support; print a note if slower."""
