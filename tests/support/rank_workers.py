@@ -14,7 +14,7 @@ from torch import nn
 from logratio import Callback, DPOTrainer, LoraSettings
 from logratio.logps import checks
 from logratio.logps.completion import transformer
-from logratio.training import models, trainer, update
+from logratio.training import memory, models, trainer, update
 from logratio.training.optimizers import AdamSettings
 from logratio.training.parallel import lifeline, placement
 from logratio.training.parallel.processes import join_processes
@@ -116,4 +116,11 @@ def train_with_an_unused_weight(settings: Mapping[str, Any]) -> None:
         return policy
 
     vars(trainer)["build_policy"] = built
+    train(settings)
+
+
+def train_with_little_memory(settings: Mapping[str, Any], rank: int) -> None:
+    """Train; one rank has too little memory for all activations."""
+    if int(os.environ["RANK"]) == rank:
+        memory.free_on = lambda _: 1e6
     train(settings)

@@ -251,7 +251,7 @@ def measure_layers(model: nn.Module, forward: Callable[[], Tensor]) -> list[Laye
 
     The saved tensors are discarded: at most one layer's activations are in memory at a time.
     """
-    meter = _Meter({p.untyped_storage().data_ptr() for p in model.parameters()})
+    meter = _Meter()
     with meter.watching(decoder_layers(model)), torch.enable_grad():
         forward()
     return meter.found
@@ -260,9 +260,9 @@ def measure_layers(model: nn.Module, forward: Callable[[], Tensor]) -> list[Laye
 class _Meter:
     """Counts the storages that operations save, layer by layer."""
 
-    def __init__(self, weights: set[int]) -> None:
+    def __init__(self) -> None:
         self.found: list[LayerMemory] = []
-        self._weights = weights
+        self._weights = set[int]()
         self._alive: dict[int, torch.UntypedStorage] | None = None
         self._inputs = 0.0
 
@@ -278,8 +278,10 @@ class _Meter:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _enter(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._alive = {}
+        # A layer of a sharded model has its whole weights from now on.
+        self._weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         self._inputs = sum(float(x.nbytes) for x in inputs if isinstance(x, Tensor))
 
     def _leave(self, _layer: nn.Module, _inputs: Any, _outputs: Any) -> None:
@@ -315,8 +317,12 @@ def checkpointing_for_memory(
     estimate: float,
     states: float,
     added_up: bool = True,
+    free: float | None = None,
+    gradient_shards: int = 1,
 ) -> Choice:
     """Choose how many layers to checkpoint so that a micro-batch fits in memory.
+
+    Several processes choose the same if they give the same `free`.
 
     Args:
         model: The policy, on its device. Its gradients are None before and after the call.
@@ -324,10 +330,13 @@ def checkpointing_for_memory(
         estimate: Estimated size of its activations, in bytes.
         states: Bytes that the optimizer state will take on that device.
         added_up: Whether updates accumulate gradients over several micro-batches.
+        free: Bytes available on that device; None: measured.
+        gradient_shards: Number of processes among which gradients are divided.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * gradient_bytes(p.dtype, added_up=added_up) for p in trained)
-    room = SHARE * max(0.0, memory.free_on(_device(model)) - states - gradients)
+    free = memory.free_on(_device(model)) if free is None else free
+    room = SHARE * max(0.0, free - states - gradients / gradient_shards)
     if not decoder_layers(model) or CLEAR * estimate <= room:
         return Choice(0)
     layers = measure_layers(model, forward)
@@ -367,7 +376,14 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def choose_checkpointing(
-    config: TrainConfig, store: Store, policy: nn.Module, layout: str, states: float
+    config: TrainConfig,
+    store: Store,
+    policy: nn.Module,
+    layout: str,
+    states: float,
+    *,
+    free: float | None = None,
+    gradient_shards: int = 1,
 ) -> Choice:
     """Choose how many layers a run checkpoints, as `config.activation_checkpointing` requests.
 
@@ -377,6 +393,8 @@ def choose_checkpointing(
         policy: The policy on its device, ready for batches of `layout`.
         layout: "shared", "tree" or "padded". Micro-batches of a tree are as large as shared ones.
         states: Bytes that the optimizer state will take on that device.
+        free: As in `checkpointing_for_memory`.
+        gradient_shards: As in `checkpointing_for_memory`.
 
     Raises:
         ConfigError: The settings need transformers' own decoder layers and the model has none.
@@ -406,5 +424,11 @@ def choose_checkpointing(
     estimate = memory.kept_bytes(config.model, precision_of(config)) * tokens
     added_up = len(groups) < min(config.batch_size, len(store))
     return checkpointing_for_memory(
-        policy, forward, estimate=estimate, states=states, added_up=added_up
+        policy,
+        forward,
+        estimate=estimate,
+        states=states,
+        added_up=added_up,
+        free=free,
+        gradient_shards=gradient_shards,
     )

@@ -20,7 +20,7 @@ from logratio.logps.batch import buffers_for, shape_for
 from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import transformer
 from logratio.progress import progress, say
-from logratio.training import checkpoint
+from logratio.training import checkpoint, memory
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState
 from logratio.training.checkpoint import Position, RunInterruptedError, interrupts
@@ -139,11 +139,17 @@ class UpdateLoop:
 
     def _kept(self) -> LayerOptions:
         """Choose how the policy's layers run; print a note if some are checkpointed."""
-        name, updater = self.config.optimizer, self.updater
+        name, updater, strategy = self.config.optimizer, self.updater, self.updater.strategy
         state = sum(p.numel() * state_bytes(name, p.dtype, p.device) for p in updater.parameters)
         with same_random_state(updater.policy):  # measuring draws the adapters' dropout
             choice = choose_checkpointing(
-                self.config, self.store, updater.policy, updater.layout, state
+                self.config,
+                self.store,
+                updater.policy,
+                updater.layout,
+                state / strategy.shards,
+                free=self._least_free(),
+                gradient_shards=strategy.gradient_shards,
             )
         if choice.reason:
             say(choice.reason)
@@ -151,6 +157,12 @@ class UpdateLoop:
         wanted = self.config.compile_layers
         kept = LayerOptions(layers, self.config.offload_activations, compiled=wanted == "on")
         return self._try_compiling(kept) if wanted == "auto" else kept
+
+    def _least_free(self) -> float:
+        """Return the bytes available to the process that has the fewest; the same in all."""
+        per_device = self.processes.per_host if self.device.type == "cpu" else 1
+        free = int(memory.free_on(self.device) / per_device)
+        return -self.processes.highest(-free)
 
     def _try_compiling(self, kept: LayerOptions) -> LayerOptions:
         """Time the layers with and without compilation; a resumed run keeps its first choice.

@@ -25,7 +25,11 @@ class Whole:
 
     Attributes:
         parameters: The trained parameters.
+        shards: Number of processes among which weights and optimizer state are divided.
+        gradient_shards: The same for gradients, before their sum.
     """
+
+    shards = gradient_shards = 1
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -120,6 +124,9 @@ class Sharded(Whole):
     def __init__(self, policy: nn.Module, *, whole_gradients: bool) -> None:
         super().__init__(policy)
         self._root: Any = transformer(policy)
+        weight: Any = self.parameters[0]
+        self.shards = weight.device_mesh["shard"].size()
+        self.gradient_shards = 1 if whole_gradients else self.shards
         self._whole_gradients = whole_gradients
 
     def run(self, job: Callable[..., Tensor], *given: Any) -> Tensor:

@@ -113,6 +113,15 @@ def test_demonstrations_are_trained_on(
     assert gap(*both(ranks, settings | {"loss": "sft"}, tmp_path, "ddp")) < ROUNDING
 
 
+def test_ranks_with_different_memory_recompute_the_same_layers(
+    ranks: RankServer, settings: Settings, tmp_path: Path
+) -> None:
+    """Otherwise one would measure passes that the other does not make, and wait for ever."""
+    settings |= {"parallel": "fsdp", "output": str(tmp_path / "out")}
+    ended = ranks(2, "rank_workers:train_with_little_memory", settings, 1).well()
+    assert "activation checkpointing: 2 of 2 layers" in ended.printed[0]
+
+
 def test_a_weight_without_a_gradient_does_not_hang_ddp(
     ranks: RankServer, settings: Settings, tmp_path: Path
 ) -> None:
