@@ -251,7 +251,9 @@ class UpdateLoop:
             result = self.held_out.evaluate(step, self.updater, interrupted)
         except EvaluationInterruptedError:
             return
-        if self.selection.note(step, result.metrics):
+        # Samples on two GPUs may differ, and all processes must choose the same.
+        metrics = self.processes.from_first(lambda: result.metrics)
+        if self.selection.note(step, metrics):
             self.checkpoints.save_best(step)
         watch.evaluated(result)
         if self.show_progress:
