@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import write_pairs
 from peft import LoraConfig, PeftModel, get_peft_model
+from stop_after import stop_after
 from tiny_models import FAMILIES, tiny, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizer
 
@@ -82,17 +83,9 @@ def test_an_objects_state_does_not_change_the_run(
 def test_an_object_continues_where_a_folder_was_interrupted(
     tiny_model: Path, pairs: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    class StoppedError(Exception):
-        pass
-
-    class Stopping(DPOTrainer):
-        def save(self, step: int) -> Path:
-            super().save(step)
-            raise StoppedError
-
     output = tmp_path / "o"
-    with pytest.raises(StoppedError):
-        Stopping(tiny_model, pairs, output=output, save_every=3, **FAST).train()
+    with stop_after(3), pytest.raises(RunInterruptedError):
+        DPOTrainer(tiny_model, pairs, output=output, save_every=3, **FAST).train()
     again = DPOTrainer(load(tiny_model), pairs, output=output, save_every=3, resume=True, **FAST)
     assert losses(again) == expected[3:]
     changed = load(tiny_model)

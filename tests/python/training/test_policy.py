@@ -223,7 +223,7 @@ def test_settings_that_do_not_fit_the_folder_are_refused(
     plain: Path, base: Path, tmp_path: Path
 ) -> None:
     for changes, message in (
-        ({"model": base}, "is not an adapter; give --lora"),
+        ({"model": base}, r"is not an adapter; give lora=LoraSettings\(\)"),
         ({"lora": LoraSettings(), "adapter": "merge"}, "logratio merge --model .*start --output"),
         ({"lora": LoraSettings()}, "itself an adapter"),
     ):

@@ -29,6 +29,7 @@ from logratio.training import (
     precomputation,
     precompute,
     train,
+    update_loop,
 )
 from logratio.training import trainer as trainer_module
 from logratio.training.config import Precision
@@ -179,7 +180,7 @@ def test_a_loss_curve_lies_within_the_spread_of_padded_reruns(
             return policy
 
         monkeypatch.setattr(trainer_module, "build_policy", build)
-        monkeypatch.setattr(trainer_module, "choose_layout", lambda *_, **__: (layout, "asked for"))
+        monkeypatch.setattr(update_loop, "choose_layout", lambda *_, **__: (layout, "asked for"))
         changed = dataclasses.replace(config, precision=precision, overwrite=True, **changes)
         return np.array([row["loss"] for row in train(changed, show_progress=False).history])
 

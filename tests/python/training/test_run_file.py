@@ -76,7 +76,7 @@ def test_paths_are_absolute_and_tables_unchanged(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    table = object()
+    table = pyarrow.table({"prompt": []})
     given = dataclasses.replace(config, model="m", output="o", cache="c", data=["d", "-", table])
     found = with_absolute_paths(given)
     assert [found.model, found.output, found.cache] == [str(tmp_path / name) for name in "moc"]

@@ -25,10 +25,10 @@ from logratio.training import (
     RunState,
     StaleCacheError,
     TrainConfig,
+    checkpoint_folder,
     evaluate,
     train,
 )
-from logratio.training import checkpoint as checkpoints
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.checkpoint_folder import SaveError
 from logratio.training.metrics import MetricsLog, NonFiniteError
@@ -291,7 +291,7 @@ class TestFullDisk:
     def test_a_failed_checkpoint_leaves_the_one_before(
         self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(checkpoints, "save_file", fails_from(4, save_file))
+        monkeypatch.setattr(checkpoint_folder, "save_file", fails_from(3, save_file))
         with pytest.raises(SaveError, match=r"update 2 .*checkpoint-00000001 is complete") as ended:
             quiet(with_(config, batch_size=4, save_every=1))
         assert "No space left on device" in str(ended.value)

@@ -63,7 +63,7 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
     sizes: list[int] = []
     update = Updater.update
 
-    def watched(self: Updater, step: int, rate: float, batches: object) -> object:
+    def watched(self: Updater, step: int, rate: float, batches: object, most: int) -> object:
         groups: list[int] = []
 
         def each() -> object:
@@ -72,7 +72,7 @@ def test_training_takes_the_same_updates_with_fewer_tokens(
                 sizes.append(micro.layout.input_ids.size)
                 yield micro
 
-        done = update(self, step, rate, each())  # type: ignore[arg-type]
+        done = update(self, step, rate, each(), most)  # type: ignore[arg-type]
         seen[-1].append(frozenset(groups))
         return done
 
