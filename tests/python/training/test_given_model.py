@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from logratio import DPOTrainer, EvaluateConfig, PrecomputeConfig, TrainConfig, evaluate, precompute
 from logratio.errors import ConfigError, SettingTypeError
+from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.dataset import VocabularyError
 from logratio.training.fingerprint import model_fingerprint, parameter_count
 from logratio.training.given_model import GivenModel, given_model
