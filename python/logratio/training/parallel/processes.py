@@ -76,8 +76,10 @@ class Processes:
             is_guest: Whether the processes belong to another program, for example Ray.
         """
         store.set_timeout(PATIENCE)
-        self._store = PrefixStore("logratio", store)
-        watched = PrefixStore("alive", store.clone())
+        # torchrun keeps one store for all its restarts, with what earlier processes have written.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"logratio/{attempt}", store)
+        watched = PrefixStore(f"alive/{attempt}", store.clone())
         self.lifeline = Lifeline(self.rank, self.count, watched, is_guest=is_guest)
         self.lifeline.start()
 
@@ -214,6 +216,12 @@ def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:
         raise ConfigError(
             f"the environment variables contradict each other ({found}): every host must run the "
             "same number of processes"
+        )
+    if count > per_host and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ConfigError(
+            "torchrun's --max-restarts works on one host only: the agents of several hosts count "
+            "restarts differently. Leave it at 0, and let the scheduler start the job again, with "
+            "--resume"
         )
     host = int(environment.get("GROUP_RANK", rank // per_host))
     return Processes(rank, count, local, host, count // per_host)

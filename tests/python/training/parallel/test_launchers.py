@@ -18,6 +18,21 @@ from logratio.training.parallel.processes import processes_of
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
+RESTARTED = """
+import os, signal
+from logratio import Callback, DPOTrainer
+
+
+class Die(Callback):
+    def on_update(self, state, metrics):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and state.step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+DPOTrainer(**{settings!r}, callbacks=[Die()]).train()
+"""
+
 
 def test_torchrun_names_the_host() -> None:
     found = processes_of(TORCHRUN | {"GROUP_RANK": "1"})
@@ -62,6 +77,36 @@ def test_contradictions_are_refused(wrong: Mapping[str, str]) -> None:
         processes_of(TORCHRUN | wrong)
 
 
+def test_restarts_by_the_agents_of_several_hosts_are_refused() -> None:
+    restarts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    with pytest.raises(ConfigError, match="--max-restarts works on one host only"):
+        processes_of(TORCHRUN | restarts)
+    assert processes_of(TORCHRUN | {"LOCAL_WORLD_SIZE": "8"} | restarts).hosts == 1
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_on_one_host(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The second attempt finds the store of the first one, with the record of its failure."""
+    settings |= {"save_every": 1, "resume": True}
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED.format(settings=settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command = [*torchrun, "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, env=without_ranks(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after update 2" in done.stderr
+    alone = {**settings, "output": tmp_path / "alone", "resume": False}
+    DPOTrainer(**alone, show_progress=False).train()
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "out"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def without_ranks() -> dict[str, str]:
+    """Return the environment without what another launcher may have set."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "expected"),
@@ -78,9 +123,7 @@ def test_accelerate_launch_is_understood(
     line = "from logratio.training.parallel.processes import processes_of; print(processes_of())"
     script.write_text(line)
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script)]
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=without_ranks(), capture_output=True, text=True, check=True)
     assert sorted(done.stdout.split("\n")[:-1]) == [
         f"Processes(rank {rank}, host 0 of 1)" for rank in expected
     ]
@@ -91,7 +134,7 @@ def settings(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     data = write_pairs(tmp_path / "pairs.jsonl", 10)
     return {
         **{"model": str(tiny_model), "data": str(data), "output": str(tmp_path / "out")},
-        **{"batch_size": 4, "epochs": 1, "lr": 1e-3, "report": False},
+        **{"batch_size": 4, "epochs": 2, "lr": 1e-3, "report": False},
     }
 
 
