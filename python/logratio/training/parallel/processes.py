@@ -9,7 +9,7 @@ import atexit
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
@@ -205,17 +205,16 @@ def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:
     if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
         return Processes()
     try:
-        rank, count, local, per_host = (int(environment[name]) for name in names)
-    except (KeyError, ValueError) as error:
+        rank, count, local, per_host = (int(environment.get(name, "")) for name in names)
+    except ValueError as error:
         raise ConfigError(
-            f"{', '.join(names)} must be numbers ({error}): start the processes with torchrun, "
-            "which sets them, or unset RANK for one process"
+            f"start the processes with torchrun, which sets {', '.join(names)} to numbers "
+            f"(found {_shown(environment, names)}); for one process, unset RANK"
         ) from error
     if not (0 <= rank < count and 0 <= local < per_host and count % per_host == 0):
-        found = ", ".join(f"{name} {environment.get(name)}" for name in names)
         raise ConfigError(
-            f"the environment variables contradict each other ({found}): every host must run the "
-            "same number of processes"
+            f"the environment variables contradict each other "
+            f"({_shown(environment, names)}): every host must run the same number of processes"
         )
     if count > per_host and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError(
@@ -225,6 +224,10 @@ def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:
         )
     host = int(environment.get("GROUP_RANK", rank // per_host))
     return Processes(rank, count, local, host, count // per_host)
+
+
+def _shown(environment: Mapping[str, str], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {environment.get(name, 'unset')}" for name in names)
 
 
 _joined: Processes | None = None

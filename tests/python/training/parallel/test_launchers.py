@@ -65,7 +65,7 @@ def test_without_a_launcher_there_is_one_process(environment: Mapping[str, str])
 def test_ranks_without_their_host_are_refused(missing: str) -> None:
     """A pod of a PyTorchJob has RANK and WORLD_SIZE alone, if nothing starts torchrun in it."""
     given = {name: value for name, value in TORCHRUN.items() if name != missing}
-    with pytest.raises(ConfigError, match=f"{missing}.*: start the processes with torchrun"):
+    with pytest.raises(ConfigError, match=f"start the processes with torchrun.*{missing} unset"):
         processes_of(given)
 
 
