@@ -79,7 +79,7 @@ def test_contradictions_are_refused(wrong: Mapping[str, str]) -> None:
 
 def test_restarts_by_the_agents_of_several_hosts_are_refused() -> None:
     restarts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
-    with pytest.raises(ConfigError, match="--max-restarts works on one host only"):
+    with pytest.raises(ConfigError, match="torchrun restarts processes on one host only"):
         processes_of(TORCHRUN | restarts)
     assert processes_of(TORCHRUN | {"LOCAL_WORLD_SIZE": "8"} | restarts).hosts == 1
 
