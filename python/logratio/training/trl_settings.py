@@ -13,6 +13,7 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
 from logratio.progress import say
 from logratio.synonyms import VALUES, instead_of
+from logratio.training.parallel.processes import processes_of
 from logratio.training.selection import LOWER_IS_BETTER
 from logratio.training.trackers import KNOWN
 
@@ -154,7 +155,7 @@ def _length(args: Any) -> dict[str, Any]:
         raise ConfigError(
             f"args: num_train_epochs={args.num_train_epochs} is not whole: set max_steps"
         )
-    return {"batch_size": per_device * steps, **length}
+    return {"batch_size": per_device * steps * processes_of().count, **length}
 
 
 def _schedule(args: Any) -> dict[str, Any]:

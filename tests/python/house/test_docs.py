@@ -3,45 +3,26 @@
 import importlib
 import re
 import runpy
-import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from repository import PACKAGE, ROOT, manifest, tracked
+from documented import PAGES, blocks, commands, help_of
+from repository import PACKAGE, ROOT, manifest
 
 import logratio
 from logratio.data.formats.catalogue import FORMATS
 from logratio.data.records import CODES, CURES
 
 README = (ROOT / "README.md").read_text()
-PAGES = sorted(name for name in tracked() if name.endswith(".md"))
-ELSEWHERE = ["python/docs/migrating.md"]
-"""Pages whose code a test of its own runs: test_trl_port.py."""
+ELSEWHERE = ["python/docs/migrating.md", "python/docs/cluster.md"]
+"""Pages whose code a test of its own runs: test_trl_port.py, test_ray_train.py."""
 RUN = [
     *("README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"),
     "python/docs/training.md",
 ]
 """Pages with Python code; each page uses the files of the pages before it."""
-
-
-def blocks(language: str, pages: Sequence[str] = PAGES) -> list[str]:
-    """Fenced blocks in `language`, README's first, then the guides' in their order."""
-    texts = [(ROOT / name).read_text() for name in pages]
-    found = (re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S) for text in texts)
-    return [block for blocks in found for block in blocks]
-
-
-def commands(program: str) -> list[list[str]]:
-    """Arguments of each call of `program` in the shell blocks of all pages."""
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [
-        shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")
-    ]
 
 
 def test_python_blocks_run_one_after_the_other(
@@ -63,18 +44,6 @@ def test_python_blocks_run_one_after_the_other(
         for number, block in enumerate(blocks("python", [page]), 1):
             shutil.rmtree("bundle", ignore_errors=True)
             exec(compile(block, f"{page}, block {number}", "exec"), names)
-
-
-@cache
-def help_of(*words: str) -> str:
-    """Return what `logratio WORDS --help` prints."""
-    return subprocess.run(
-        [sys.executable, "-m", "logratio", *words, "--help"],
-        env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
 
 
 def test_commands_in_the_pages_use_existing_options() -> None:

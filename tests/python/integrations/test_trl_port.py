@@ -221,6 +221,16 @@ def test_fields_become_settings(
     assert TrainConfig("model", "data", **found).output == str(tmp_path / "run")
 
 
+def test_an_update_has_the_pairs_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = args_of(tmp_path)
+    ranks = {"RANK": "1", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert settings_of_trl(args, {})["batch_size"] == 8 * 2 * 6
+
+
 def test_trackers_are_carried_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"report_to", "run_name", "project"}
     assert not names & settings_of_trl(args_of(tmp_path, report_to="none"), {}).keys()

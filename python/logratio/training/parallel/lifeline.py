@@ -3,7 +3,8 @@
 Each process counts aloud in torch's key-value store, from a thread of its own. A process that fails
 writes why. A process that no longer counts is dead, or stopped: the first process watches all
 others, and the second one the first. Once a failure is known, every process has `GRACE` seconds to
-end by itself (torch's collectives usually fail at once), then its thread ends it.
+end by itself (torch's collectives usually fail at once), then its thread ends it. Only a process of
+another program (a worker of Ray) stays once it has raised its error, which that program collects.
 """
 
 import atexit
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NoReturn
 
 from logratio.errors import LogratioError
 from logratio.progress import say
@@ -50,13 +51,19 @@ class LostProcessError(LogratioError, RuntimeError):
 class Lifeline(Thread):
     """Counts for this process, and ends it if another one has failed.
 
+    Args:
+        rank: Rank of this process.
+        count: Number of processes.
+        store: torch's key-value store.
+        is_guest: Whether the process belongs to another program, which collects its errors.
+
     Attributes:
         phase: What this process does now, as in "during update 12".
     """
 
-    def __init__(self, rank: int, count: int, store: Any) -> None:
+    def __init__(self, rank: int, count: int, store: Any, *, is_guest: bool = False) -> None:
         super().__init__(name="logratio-lifeline", daemon=True)
-        self._rank, self._count, self._store = rank, count, store
+        self._rank, self._count, self._store, self._is_guest = rank, count, store, is_guest
         self._numbers: dict[int, tuple[int | None, float]] = {}
         self._ended = Event()
         self.phase = "at the start"
@@ -134,8 +141,20 @@ class Lifeline(Thread):
             time.sleep(BEAT)
         return None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether this process counts no more: it is about to end, or has raised an error."""
+        return self._ended.is_set()
+
+    def hand_over(self) -> None:
+        """Leave this process, which raises an error, to the program that it belongs to, if any."""
+        if self._is_guest:
+            self._ended.set()
+
     def follow(self) -> None:
         """Wait until the first process has ended, so that its launcher does not cut its end off."""
+        if self._is_guest:
+            return  # its program looks for errors, and ends the others
         end = time.monotonic() + GRACE
         with suppress(Exception):
             while self._rank and time.monotonic() < end:
@@ -172,15 +191,23 @@ def ending_together(lifeline: Lifeline | None, rank: int) -> Iterator[None]:
     except Exception as error:
         if lifeline is None or isinstance(error, PeerFailedError):
             raise
-        if isinstance(error, LogratioError | OSError | TypeError) or not _is_collective(error):
-            error.add_note(f"rank {rank}, host {socket.gethostname()}")
-            error.is_printed = not lifeline.report(str(error))  # type: ignore[attr-defined]
-            lifeline.follow()
-            raise
-        lost = lifeline.culprit() or f"the processes lost each other: {error}"
-        if lifeline.report(lost):
-            raise LostProcessError(lost) from error
-        raise PeerFailedError(lifeline.failure() or lost) from error
+        try:
+            _blame(error, lifeline, rank)
+        finally:
+            lifeline.hand_over()
+
+
+def _blame(error: Exception, lifeline: Lifeline, rank: int) -> NoReturn:
+    """Raise the error, or one that names the process that has caused it, and record it."""
+    if isinstance(error, LogratioError | OSError | TypeError) or not _is_collective(error):
+        error.add_note(f"rank {rank}, host {socket.gethostname()}")
+        error.is_printed = not lifeline.report(str(error))  # type: ignore[attr-defined]
+        lifeline.follow()
+        raise error
+    lost = lifeline.culprit() or f"the processes lost each other: {error}"
+    if lifeline.report(lost):
+        raise LostProcessError(lost) from error
+    raise PeerFailedError(lifeline.failure() or lost) from error
 
 
 def _is_collective(error: Exception) -> bool:

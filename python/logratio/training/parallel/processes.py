@@ -9,7 +9,7 @@ import atexit
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
@@ -68,11 +68,19 @@ class Processes:
         """Number of processes of a host."""
         return self.count // self.hosts
 
-    def connect(self, store: Any) -> None:
-        """Use torch's key-value `store`, and begin to watch the other processes."""
+    def connect(self, store: Any, *, is_guest: bool = False) -> None:
+        """Use torch's key-value `store`, and begin to watch the other processes.
+
+        Args:
+            store: The store.
+            is_guest: Whether the processes belong to another program, for example Ray.
+        """
         store.set_timeout(PATIENCE)
-        self._store = PrefixStore("logratio", store)
-        self.lifeline = Lifeline(self.rank, self.count, PrefixStore("alive", store.clone()))
+        # torchrun keeps one store for all its restarts, with what earlier processes have written.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"logratio/{attempt}", store)
+        watched = PrefixStore(f"alive/{attempt}", store.clone())
+        self.lifeline = Lifeline(self.rank, self.count, watched, is_guest=is_guest)
         self.lifeline.start()
 
     def enter(self, phase: str) -> None:
@@ -94,11 +102,13 @@ class Processes:
             even_alone: Create a group of one process too.
             timeout: Longest duration of a collective; None: torch's default.
         """
-        if dist.is_initialized() or (self.count == 1 and not even_alone):
+        if self.count == 1 and not even_alone:
             return
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if dist.is_initialized():
+            return
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
             store=PrefixStore("group", self._store) if self._store else HashStore(),
@@ -113,12 +123,21 @@ class Processes:
         """A group of its own for threads that write files, so that no collectives get mixed up."""
         return dist.new_group(backend="gloo")
 
+    @cached_property
+    def _host_group(self) -> Any:
+        """The group for tensors on the host: gloo's own if somebody else made one for GPUs only."""
+        return None if "cpu:" in dist.get_backend_config() else dist.new_group(backend="gloo")
+
+    def _group_of(self, values: Tensor) -> Any:
+        return self._host_group if values.device.type == "cpu" else None
+
     def share(self, value: Any) -> list[Any]:
         """Return the `value` of every process, in the order of their ranks. Values are JSON."""
         if self.count == 1:
             return [value]
         if dist.is_initialized():
-            return [json.loads(text) for text in _gathered(json.dumps(value).encode(), self.count)]
+            own = json.dumps(value).encode()
+            return [json.loads(text) for text in _gathered(own, self.count, self._host_group)]
         self._asked += 1
         key = f"{self._asked}"
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
@@ -158,13 +177,13 @@ class Processes:
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes; the same bits in each."""
         if self.count > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._group_of(values))
         return values
 
     def most(self, values: Tensor) -> Tensor:
         """Return the largest of `values` over all processes, element by element."""
         if self.count > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
+            dist.all_reduce(values, dist.ReduceOp.MAX, self._group_of(values))
         return values
 
     def highest(self, number: int) -> int:
@@ -180,25 +199,35 @@ def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:
     """Describe the processes that torchrun started, from its environment variables.
 
     Raises:
-        ConfigError: The variables contradict each other.
+        ConfigError: A variable is missing, or they contradict each other.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
         return Processes()
     try:
-        rank, count = (int(environment[name]) for name in names[:2])
-        local = int(environment.get("LOCAL_RANK", rank))
-        per_host = int(environment.get("LOCAL_WORLD_SIZE", count))
-    except (KeyError, ValueError) as error:
+        rank, count, local, per_host = (int(environment.get(name, "")) for name in names)
+    except ValueError as error:
         raise ConfigError(
-            "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers, as torchrun sets "
-            f"them ({error})"
+            f"start the processes with torchrun, which sets {', '.join(names)} to numbers "
+            f"(found {_shown(environment, names)}); for one process, unset RANK"
         ) from error
     if not (0 <= rank < count and 0 <= local < per_host and count % per_host == 0):
-        found = ", ".join(f"{name} {environment.get(name)}" for name in names)
-        raise ConfigError(f"the environment variables contradict each other: {found}")
+        raise ConfigError(
+            f"the environment variables contradict each other "
+            f"({_shown(environment, names)}): every host must run the same number of processes"
+        )
+    if count > per_host and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ConfigError(
+            "torchrun restarts processes on one host only (max_restarts): the agents of several hosts "
+            "count restarts differently. Leave it at 0, and let the scheduler start the job again, "
+            "with --resume"
+        )
     host = int(environment.get("GROUP_RANK", rank // per_host))
     return Processes(rank, count, local, host, count // per_host)
+
+
+def _shown(environment: Mapping[str, str], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {environment.get(name, 'unset')}" for name in names)
 
 
 _joined: Processes | None = None
@@ -208,14 +237,19 @@ def join_processes() -> Processes:
     """Return the processes of this run, connected; the same object at every call.
 
     Raises:
-        ConfigError: The environment variables are wrong, or the other processes are not reached.
+        ConfigError: The environment variables are wrong, the other processes are not reached, or
+            an earlier run of the processes has failed.
     """
     global _joined
     if _joined is None:
         found = processes_of()
         if found.count > 1:
-            found.connect(_own_store(found) if dist.is_initialized() else _rendezvous(found))
+            is_guest = dist.is_initialized() and not dist.is_torchelastic_launched()
+            store = _own_store(found) if dist.is_initialized() else _rendezvous(found)
+            found.connect(store, is_guest=is_guest)
         _joined = found
+    if _joined.lifeline and _joined.lifeline.has_ended:
+        raise ConfigError("an earlier run of these processes has failed: start new processes")
     return _joined
 
 
@@ -236,7 +270,9 @@ def _own_store(processes: Processes) -> Any:
     place: list[Any] = [None]
     store = None
     if processes.is_first:
-        store = TCPStore(socket.gethostname(), 0, None, is_master=True, wait_for_workers=False)
+        # Other hosts may not know this host's name: pods of Kubernetes do not.
+        name = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        store = TCPStore(name, 0, None, is_master=True, wait_for_workers=False)
         place = [(store.host, store.port)]
     dist.broadcast_object_list(place)
     if store is None:
@@ -245,14 +281,14 @@ def _own_store(processes: Processes) -> Any:
     return store
 
 
-def _gathered(own: bytes, count: int) -> list[bytes]:
+def _gathered(own: bytes, count: int, group: Any) -> list[bytes]:
     """Return the bytes of every process."""
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(count)]
-    dist.all_gather(lengths, torch.tensor([len(own)]))
+    dist.all_gather(lengths, torch.tensor([len(own)]), group)
     longest = max(int(length) for length in lengths)
     padded = torch.frombuffer(bytearray(own.ljust(longest)), dtype=torch.uint8)
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(count)]
-    dist.all_gather(texts, padded)
+    dist.all_gather(texts, padded, group)
     found = zip(texts, lengths, strict=True)
     return [bytes(text[: int(length)].tolist()) for text, length in found]
 
