@@ -218,9 +218,9 @@ def processes_of(environment: Mapping[str, str] = os.environ) -> Processes:
         )
     if count > per_host and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError(
-            "torchrun restarts processes on one host only (max_restarts): the agents of several hosts "
-            "count restarts differently. Leave it at 0, and let the scheduler start the job again, "
-            "with --resume"
+            "torchrun restarts processes on one host only (max_restarts): the agents of several "
+            "hosts count restarts differently. Leave it at 0, and let the scheduler start the job "
+            "again, with --resume"
         )
     host = int(environment.get("GROUP_RANK", rank // per_host))
     return Processes(rank, count, local, host, count // per_host)
