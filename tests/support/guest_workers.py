@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -13,9 +14,8 @@ from logratio.training.parallel.processes import join_processes
 def train_in_a_group_of_gpus(settings: Mapping[str, Any]) -> None:
     """Train in a group that exists already, and that seems to have no backend for the host."""
     dist.init_process_group("gloo")
-    found, dist.get_backend_config = dist.get_backend_config, lambda: "cuda:nccl"
-    DPOTrainer(**settings).train()
-    dist.get_backend_config = found
+    with mock.patch.object(dist, "get_backend_config", lambda: "cuda:nccl"):
+        DPOTrainer(**settings).train()
     assert join_processes()._host_group is not None
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import (  # type: ignore[import-untyped]
+    launch_command_parser,
+)
 from documented import arguments, blocks, help_of
 from repository import ROOT
 from torch.distributed.run import get_args_parser

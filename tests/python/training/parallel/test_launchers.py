@@ -72,7 +72,7 @@ def test_ranks_without_their_host_are_refused(missing: str) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"RANK": "8"}, {"LOCAL_RANK": "4"}, {"WORLD_SIZE": "6"}, {"RANK": "-1"}]
 )
-def test_contradictions_are_refused(wrong: Mapping[str, str]) -> None:
+def test_contradictions_are_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="every host must run the same number of processes"):
         processes_of(TORCHRUN | wrong)
 

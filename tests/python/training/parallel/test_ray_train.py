@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from logratio import Callback, DPOTrainer
 
 (RECIPE,) = blocks("python", ["python/docs/cluster.md"])
-UPDATES = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "report": False}
+UPDATES: Mapping[str, Any] = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "report": False}
 SAME = 1e-5
 """Adam magnifies the rounding of float32; the tests in float64 are in test_same_numbers.py."""
 
@@ -102,7 +102,7 @@ def test_workers_train_again_and_the_error_of_one_reaches_the_driver(
     paths = {"model": folder / "model", "data": folder / "pairs.jsonl", "output": folder / "first"}
     trainer = TorchTrainer(
         train_twice,
-        train_loop_config={name: str(path) for name, path in paths.items()} | UPDATES,
+        train_loop_config={name: str(path) for name, path in paths.items()} | dict(UPDATES),
         scaling_config=ScalingConfig(num_workers=2, use_gpu=False),
         run_config=RunConfig(storage_path=str(folder / "ray")),
     )
