@@ -103,6 +103,8 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, list[float]]:
             for number in range(rounds):
                 if mode == "ddp" and ranks > 1:
                     root.require_backward_grad_sync = number + 1 == rounds
+                elif mode == "fsdp":  # so small gradients stay whole, as in a run
+                    root.set_requires_gradient_sync(number + 1 == rounds)
                 # A rank that has nothing left takes part with a batch that does not count.
                 has_more = number < len(micros[rank])
                 groups = micros[rank][number] if has_more else micros[rank][0][:1]
