@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median
@@ -30,6 +31,7 @@ from transformers import LlamaConfig
 from logratio.training import Cluster, TrainConfig
 from logratio.training.cluster import ClusterForecast, Planner
 from logratio.training.cluster_plan import first_groups
+from logratio.training.config import Parallel
 from logratio.training.measured_machine import Task, measure_cpu
 from logratio.training.model_shape import policy_shape
 from logratio.training.rank_loads import rank_loads
@@ -47,7 +49,7 @@ MODELS = {
     ),
 }  # fmt: skip
 """11 and 33 million parameters."""
-RUNS = ("ddp", "fsdp")
+RUNS: tuple[Parallel, ...] = ("ddp", "fsdp")
 RANKS = 2
 SHAPES = {
     "even": [[100, 100, 100]] * 4,
@@ -91,11 +93,11 @@ def compare(name: str, folder: Path, shape: str, arguments: argparse.Namespace) 
     store = store_of(lengths)
     batch = first_groups(config, store)
     loads = rank_loads(config, store, RANKS, torch.device("cpu"))[1:]  # as measured
-    for sharding in RUNS:
+    for mode in RUNS:
         machine = measure_cpu(Task(str(folder), batch, clock=arguments.clock), sizes)
         topology = Cluster(RANKS, "cpu").topology(machine)
-        forecast = Planner(config, topology, loads, 1).choose(sharding)
-        spec = {"model": str(folder), "ranks": RANKS, "sharding": sharding, "threads": 1}
+        forecast = Planner(replace(config, parallel=mode), topology, loads, 1).choose()
+        spec = {"model": str(folder), "ranks": RANKS, "mode": mode, "threads": 1}
         spec |= {"lengths": lengths, "batch": config.batch_size, "tokens": config.token_budget}
         seconds = run(spec | {"updates": arguments.updates})
         yield row(name, shape, forecast, seconds) | {"clock": arguments.clock}
@@ -113,7 +115,7 @@ def row(
         "date": date.today().isoformat(),
         "model": name,
         "shape": shape,
-        "sharding": forecast.sharding,
+        "mode": forecast.mode,
         "processes": RANKS,
         "forecast": forecast.to_dict()["time"],
         "measured": {clock: fmean(times) for clock, times in updates.items()},
@@ -127,9 +129,9 @@ def row(
 
 def summarize(rows: list[dict[str, Any]]) -> None:
     """Print the ratio of forecast and measurement of each kind of run."""
-    kinds = sorted({(r["model"], r["shape"], r["sharding"]) for r in rows})
+    kinds = sorted({(r["model"], r["shape"], r["mode"]) for r in rows})
     for kind in kinds:
-        own = [r for r in rows if (r["model"], r["shape"], r["sharding"]) == kind]
+        own = [r for r in rows if (r["model"], r["shape"], r["mode"]) == kind]
         ratios = [r["forecast"]["total"] / r["measured"][r["clock"]] for r in own]
         seconds = median(r["measured"][r["clock"]] for r in own)
         shown = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))

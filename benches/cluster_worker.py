@@ -76,7 +76,7 @@ def sharded(model: nn.Module, ranks: int) -> nn.Module:
 
 def main(spec: dict[str, Any], rank: int) -> dict[str, list[float]]:
     """Run the updates, and return the seconds of each by two clocks."""
-    ranks, sharding = spec["ranks"], spec["sharding"]
+    ranks, mode = spec["ranks"], spec["mode"]
     torch.set_num_threads(spec["threads"])
     if ranks > 1:
         dist.init_process_group("gloo", init_method=spec["meeting"], rank=rank, world_size=ranks)
@@ -86,9 +86,9 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, list[float]]:
     settings = FeedSettings(groups_per_update=spec["batch"], token_budget=spec["tokens"])
     plans = [settings.plan(store, 0, one, ranks) for one in range(ranks)]
     root: Any = Passes(model)
-    if sharding == "ddp" and ranks > 1:
+    if mode == "ddp" and ranks > 1:
         root = DistributedDataParallel(root)
-    elif sharding == "fsdp":
+    elif mode == "fsdp":
         root = sharded(model, ranks)
     parameters = list(root.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -101,8 +101,10 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, list[float]]:
             micros = [micro_batches(plan, update) for plan in plans]
             rounds = max(map(len, micros))
             for number in range(rounds):
-                if sharding == "ddp" and ranks > 1:
+                if mode == "ddp" and ranks > 1:
                     root.require_backward_grad_sync = number + 1 == rounds
+                elif mode == "fsdp":  # so small gradients stay whole, as in a run
+                    root.set_requires_gradient_sync(number + 1 == rounds)
                 # A rank that has nothing left takes part with a batch that does not count.
                 has_more = number < len(micros[rank])
                 groups = micros[rank][number] if has_more else micros[rank][0][:1]

@@ -61,7 +61,7 @@ def row(label: str, found: ClusterForecast) -> str:
             f"{found.mfu:.0%}",
             f"{found.pairs_per_gpu_hour:,.0f}",
         ]
-    head = [label, f"{found.world_size} {found.gpu}", found.sharding]
+    head = [label, f"{found.world_size} {found.gpu}", found.mode]
     return " ".join(" | ".join(["", *head, *cells, ""]).split())
 
 

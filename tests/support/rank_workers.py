@@ -16,7 +16,7 @@ from logratio.logps import checks
 from logratio.logps.completion import transformer
 from logratio.training import memory, models, trainer, update
 from logratio.training.optimizers import AdamSettings
-from logratio.training.parallel import lifeline, placement
+from logratio.training.parallel import division, lifeline
 from logratio.training.parallel.processes import join_processes
 
 
@@ -34,7 +34,7 @@ def train_in_float64(settings: Mapping[str, Any], whole_gradients: bool = True) 
     for limits in (checks.TOLERANCE, checks.SAME_CALLS):
         limits[torch.float64] = 1e-9
     vars(update)["make_optimizer"] = _plain_adamw
-    placement.SMALL_SHARE = 1.0 if whole_gradients else 0.0
+    division.SMALL_SHARE = 1.0 if whole_gradients else 0.0
     train(settings)
 
 

@@ -1,7 +1,6 @@
 """`logratio train --dry-run --world-size N`: the forecast for a cluster of GPUs."""
 
-from dataclasses import dataclass, fields
-from enum import StrEnum
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,15 +11,6 @@ if TYPE_CHECKING:
     from logratio.training.cluster import Cluster, ClusterForecast
 
 PANEL = "Planning a cluster, with --dry-run"
-
-
-class Sharding(StrEnum):
-    """How the weights are divided over the GPUs."""
-
-    AUTO = "auto"
-    DDP = "ddp"
-    FSDP = "fsdp"
-    HSDP = "hsdp"
 
 
 @dataclass(frozen=True)
@@ -44,14 +34,6 @@ class ClusterFlags(Settings):
         ),
     ] = "h100"
     gpus_per_host: Annotated[int, typer.Option(help="GPUs per host.", rich_help_panel=PANEL)] = 8
-    sharding: Annotated[
-        Sharding,
-        typer.Option(
-            help="ddp: whole weights on each GPU. fsdp: sharded over all. hsdp: sharded in each "
-            "host, equal in all hosts. auto: the fastest that fits.",
-            rich_help_panel=PANEL,
-        ),
-    ] = Sharding.AUTO
     compute_share: Annotated[
         float | None,
         typer.Option(
@@ -114,11 +96,16 @@ def print_forecast(found: "ClusterForecast") -> None:
     where = f"{count(found.world_size, 'GPU')} on {count(found.hosts, 'host')}"
     typer.echo(
         f"{found.parameters / 1e9:,.2f} billion parameters on {where}: {found.gpu}, "
-        f"{found.sharding}, {_checkpointing(found.layers_twice)}"
+        f"{found.mode}, {_checkpointing(found.layers_twice)}"
     )
+    if found.why:
+        typer.echo(found.why)
     memory = Table("memory of a GPU", "")
-    for name in fields(found.memory):
-        memory.add_row(name.name, size(getattr(found.memory, name.name)))
+    for name, taken in asdict(found.memory).items():
+        if name != "loading":
+            memory.add_row(name, size(taken))
+    if found.memory.loading:
+        memory.add_row("all of it while the model is loaded", size(found.memory.loading))
     verdict = "fits" if found.fits else "does not fit"
     memory.add_row(f"total ({verdict})", f"{size(found.memory.bytes)} of {size(found.capacity)}")
     time = Table("time of an update", "")

@@ -7,7 +7,7 @@ the shares in `logratio.training.accelerators`.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 
@@ -15,7 +15,6 @@ from logratio.errors import ConfigError
 from logratio.logps.head import BYTES, elements_for
 from logratio.training.accelerators import GPUS, Accelerator
 from logratio.training.cluster_time import (
-    Sharding,
     Stepping,
     Topology,
     UpdateTime,
@@ -29,14 +28,19 @@ from logratio.training.memory import PROCESS_BYTES, kept_bytes
 from logratio.training.model_shape import FLOAT32, ModelShape, frozen_shape, policy_shape
 from logratio.training.models import precision_of, training_budget, weights_dtype
 from logratio.training.optimizers import gradient_bytes, state_bytes
+from logratio.training.parallel.division import (
+    SHARDED,
+    Division,
+    Mode,
+    keeps_whole_gradients,
+    reason_against,
+    replica_bytes,
+)
 from logratio.training.rank_loads import Load, RankLoads, total
 from logratio.training.validation import reference_kind
 from logratio.validation import Range, check_fields
 
-SHARDINGS: tuple[Sharding, ...] = ("ddp", "hsdp", "fsdp")
 Fraction = Annotated[float, Range(0, 1, without_low=True)]
-SMALL_SHARE = 0.1
-"""Share of a GPU's memory up to which sharded ranks keep whole gradients during an update."""
 EXPOSED = 0.05
 """Share of an update from which exposed collectives are worth advice."""
 CUDA = torch.device("cuda")
@@ -51,8 +55,6 @@ class Cluster:
         world_size: Number of GPUs.
         gpu: Name of the GPU in `GPUS`, or "cpu": the CPU of this machine, which is measured.
         gpus_per_host: GPUs that NVLink or PCIe connects.
-        sharding: "ddp", whole weights on each GPU; "fsdp", weights sharded over all; "hsdp",
-            sharded in each host. "auto": the fastest that fits.
         compute_share: Share of the GPU's peak that products reach; None: see `Shares`.
         link_share: Share of the bandwidth that collectives reach, within and between hosts; None:
             see `Shares`.
@@ -63,7 +65,6 @@ class Cluster:
     world_size: Count
     gpu: str = "h100"
     gpus_per_host: Count = 8
-    sharding: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     compute_share: Fraction | None = None
     link_share: Fraction | None = None
     network_gbps: Above0 | None = None
@@ -101,13 +102,17 @@ class Memory:
     """Bytes of one GPU by part.
 
     Attributes:
-        weights: Its share of the weights, and of a frozen reference's.
+        weights: Its share of the weights, and of a frozen reference's. The scales of 4-bit weights
+            are whole.
         gradients: Its share of the gradients, in the dtype in which they are added up.
         optimizer: Its share of the optimizer's state.
-        gathered: Whole weights of the root and of two layers, with their gradients.
+        gathered: Whole weights of the root and of two layers, with their gradients, and of the root
+            of a frozen reference.
         activations: What layers keep for the backward pass.
         logits: The head's tile.
         process: Libraries, and the device's context.
+        loading: All of it while a quantized model is loaded, which is whole on each GPU before it
+            is sharded; 0 for other models.
     """
 
     weights: float
@@ -117,11 +122,17 @@ class Memory:
     activations: float
     logits: float
     process: float = PROCESS_BYTES
+    loading: float = 0.0
+
+    @property
+    def training(self) -> float:
+        """The sum of all parts while the model is trained."""
+        return sum(float(part) for name, part in asdict(self).items() if name != "loading")
 
     @property
     def bytes(self) -> float:
-        """The sum of all parts."""
-        return sum(float(part) for part in asdict(self).values())
+        """The largest number of bytes at a time."""
+        return max(self.training, self.loading)
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ class ClusterForecast:
         gpu: Name of the GPU.
         world_size: Number of GPUs.
         hosts: Number of hosts.
-        sharding: How the weights are divided.
+        mode: How the model is divided: "one" (one process), "ddp", "fsdp" or "hsdp".
         layers_twice: Number of layers that are computed again in the backward pass.
         parameters: Number of weights of the model.
         memory: Bytes per GPU.
@@ -145,13 +156,14 @@ class ClusterForecast:
         mfu: FLOPs per second as a share of the peak; recomputed layers and attention scores do not
             count.
         break_even: Tokens of a micro-batch at which products take as long as the collectives.
+        why: Why "auto" shards the model; empty if it does not.
         advice: What would help, in sentences.
     """
 
     gpu: str
     world_size: int
     hosts: int
-    sharding: Sharding
+    mode: Mode
     layers_twice: int
     parameters: int
     memory: Memory
@@ -163,6 +175,7 @@ class ClusterForecast:
     tokens_per_micro: float
     mfu: float
     break_even: float
+    why: str = ""
     advice: tuple[str, ...] = field(default=())
 
     @property
@@ -241,52 +254,36 @@ class Planner:
         model = given or self.policy.folder
         return frozen_shape(model, precision_of(self.config), self.config.quantization)
 
-    def choose(self, sharding: str) -> ClusterForecast:
-        """Return the forecast for a way of sharding; for "auto" the fastest that fits.
+    @property
+    def division(self) -> Division:
+        """What decides how the model is divided, as in the run itself."""
+        topology = self.topology
+        second = self._frozen if self._kind == "frozen" else None
+        return Division(
+            self.config,
+            needed=replica_bytes(self.config, self.policy, second, self._device),
+            free=topology.machine.memory - PROCESS_BYTES,
+            processes=topology.world_size,
+            hosts=topology.hosts,
+        )
 
-        If none fits, it is the one that takes the least memory.
+    def choose(self) -> ClusterForecast:
+        """Return the forecast for the model divided as the run will divide it.
 
         Raises:
-            ConfigError: The settings do not allow this way, or any way.
+            ConfigError: The settings do not allow it.
         """
-        reasons = {one: self._reason_against(one) for one in SHARDINGS}
-        if sharding != "auto":
-            (chosen,) = (one for one in SHARDINGS if one == sharding)
-            if reasons[chosen]:
-                raise ConfigError(f"sharding {chosen} is not possible: {reasons[chosen]}")
-            return self.forecast(chosen)
-        options = [one for one in SHARDINGS if not reasons[one]]
-        if not options:
-            raise ConfigError(f"{reasons['ddp']}; and {reasons['fsdp']}")
-        if self.topology.hosts == 1:
-            options = [one for one in options if one != "hsdp"]
-        found = [self.forecast(one) for one in options]
-        if fitting := [one for one in found if one.fits]:
-            return min(fitting, key=lambda one: one.time.seconds)
-        return min(found, key=lambda one: one.memory.bytes)
+        division = self.division
+        return replace(self.forecast(division.mode), why=division.why)
 
-    def _reason_against(self, sharding: Sharding) -> str:
-        """Return why the settings do not allow a way of sharding; an empty text if they do."""
-        config = self.config
-        if self.topology.world_size == 1:
-            return ""
-        if sharding == "ddp":
-            rounds = precision_of(config) == "bf16-weights" and not config.trains_adapter
-            return "ddp would add the gradients of bf16-weights up in bfloat16" if rounds else ""
-        if config.quantization:
-            return f"FSDP2 cannot shard the {config.quantization} weights of bitsandbytes"
-        if config.optimizer != "adamw":
-            return f"the optimizer {config.optimizer} cannot update shards: use adamw"
-        return ""
-
-    def forecast(self, sharding: Sharding) -> ClusterForecast:
-        """Return the forecast for a way of sharding, with advice."""
-        found = self._forecast(sharding)
+    def forecast(self, mode: Mode) -> ClusterForecast:
+        """Return the forecast for a way of dividing the model, with advice."""
+        found = self._forecast(mode)
         return replace(found, advice=tuple(self._advice(found)))
 
-    def _forecast(self, sharding: Sharding) -> ClusterForecast:
-        memory, twice = self._memory(sharding)
-        time, loads = self._time(sharding, twice), self._per_update
+    def _forecast(self, mode: Mode) -> ClusterForecast:
+        memory, twice = self._memory(mode)
+        time, loads = self._time(mode, twice), self._per_update
         flops = self.policy.flops(loads.tokens, loads.targets)
         peak = self.topology.world_size * self.topology.machine.flops
         micros = [micro for update in self._loads for rank in update for micro in rank]
@@ -294,7 +291,7 @@ class Planner:
             gpu=self.topology.machine.name,
             world_size=self.topology.world_size,
             hosts=self.topology.hosts,
-            sharding=sharding,
+            mode=mode,
             layers_twice=twice,
             parameters=self.policy.parameters,
             memory=memory,
@@ -305,9 +302,7 @@ class Planner:
             pairs=float(loads.groups),
             tokens_per_micro=total(micros).tokens / len(micros),
             mfu=flops / time.seconds / peak,
-            break_even=break_even_tokens(
-                self._work(twice), self._loads[0], sharding, self.topology
-            ),
+            break_even=break_even_tokens(self._work(twice), self._loads[0], mode, self.topology),
         )
 
     def _work(self, twice: int) -> Work:
@@ -326,18 +321,17 @@ class Planner:
             round(found.groups / updates),
         )
 
-    def _time(self, sharding: Sharding, twice: int) -> UpdateTime:
+    def _time(self, mode: Mode, twice: int) -> UpdateTime:
         """Return the mean time of the updates."""
         work = self._work(twice)
-        once = self._whole_gradients > 0
+        once = self._whole_gradients(mode) > 0
         times = [
-            update_time(work, one, sharding, self.topology, reduces_once=once)
-            for one in self._loads
+            update_time(work, one, mode, self.topology, reduces_once=once) for one in self._loads
         ]
         names = ("compute", "waiting", "gather", "reduce", "exposed")
         means = {name: sum(getattr(one, name) for one in times) / len(times) for name in names}
-        trained = self.policy.trained / self._shards(sharding)
-        optimizer = self._stepping.seconds(trained, self.topology)
+        trained = self.policy.trained / self._shards(mode)
+        optimizer = self._stepping(mode).seconds(trained, self.topology)
         return UpdateTime(**means, optimizer=optimizer)
 
     @property
@@ -346,19 +340,25 @@ class Planner:
         return torch.float32 if adapter else weights_dtype(precision_of(self.config))
 
     @property
-    def _stepping(self) -> Stepping:
+    def _device(self) -> torch.device:
+        """The kind of device; a measured machine is a CPU."""
+        return CUDA if self.topology.machine.overlaps else torch.device("cpu")
+
+    def _stepping(self, mode: Mode) -> Stepping:
         name, dtype = self.config.optimizer, self._dtype
         return Stepping(
             state=state_bytes(name, dtype, torch.device("cpu")),
-            gradient=self._gradient,
+            gradient=self._gradient(mode),
             weight=float(dtype.itemsize),
             on_host=name == "adamw-host" and self.topology.machine.overlaps,
         )
 
-    @property
-    def _gradient(self) -> float:
-        """Bytes of gradient per weight: float32 if micro-batches or ranks are added up."""
-        added_up = self._rounds > 1 or self.topology.world_size > 1
+    def _gradient(self, mode: Mode) -> float:
+        """Bytes of gradient per weight: float32 if those of micro-batches are added up.
+
+        Shards of gradients have the dtype of their weights, although they are summed in float32.
+        """
+        added_up = self._rounds > 1 and not self._whole_gradients(mode)
         return gradient_bytes(self._dtype, added_up=added_up)
 
     @property
@@ -366,42 +366,69 @@ class Planner:
         """The largest number of micro-batches of a rank in an update."""
         return max(len(rank) for update in self._loads for rank in update)
 
-    @property
-    def _whole_gradients(self) -> float:
+    def _whole_gradients(self, mode: Mode) -> float:
         """Bytes of whole gradients that sharded ranks keep until the last micro-batch.
 
         They are kept if they are small, and save a reduction in each of the other micro-batches.
         """
-        whole = FLOAT32 * self.policy.trained
-        small = whole <= SMALL_SHARE * self.topology.machine.memory
-        return whole if small and self._rounds > 1 else 0.0
+        if mode not in SHARDED or self._rounds == 1:
+            return 0.0
+        free = self.topology.machine.memory - PROCESS_BYTES - self._weights(self._shards(mode))
+        trained = self.policy.trained
+        return FLOAT32 * trained if keeps_whole_gradients(trained, free) else 0.0
 
-    def _shards(self, sharding: Sharding) -> int:
-        shards, _ = shards_of(sharding, self.topology)
+    def _shards(self, mode: Mode) -> int:
+        shards, _ = shards_of(mode, self.topology)
         return shards.world_size if shards else 1
 
-    def _memory(self, sharding: Sharding) -> tuple[Memory, int]:
+    def _second(self, shards: int) -> float:
+        """Return the bytes of a frozen reference's weights in each of `shards` processes."""
+        return self._frozen.held(shards) if self._frozen and self._kind == "frozen" else 0.0
+
+    def _weights(self, shards: int) -> float:
+        return self.policy.held(shards) + self._second(shards)
+
+    def _gathered(self, shards: int) -> float:
+        """Return the bytes of whole weights and gradients at once, if weights are sharded.
+
+        The root is whole during a micro-batch. Of the layers, one computes and one is prefetched.
+        Gradients are whole until they are reduced: those of a layer while the one before computes,
+        and those of the root at the end.
+        """
+        if shards == 1:
+            return 0.0
+        root, layer = self.policy.root, self.policy.largest
+        second = self._frozen.root.gathered if self._frozen and self._kind == "frozen" else 0.0
+        return second + root.gathered + root.reduced + 2 * (layer.gathered + layer.reduced)
+
+    def _loading(self, shards: int) -> float:
+        """Return the most bytes while quantized models are loaded: whole, one after the other."""
+        if shards == 1 or not self.config.quantization:
+            return 0.0
+        second = self.policy.held(shards) + self._second(1) if self._second(1) else 0.0
+        return PROCESS_BYTES + max(self.policy.stored, second)
+
+    def _memory(self, mode: Mode) -> tuple[Memory, int]:
         """Return the memory of a GPU, and the number of layers that are computed twice."""
-        shards, policy = self._shards(sharding), self.policy
-        second = self._frozen.stored if self._frozen and self._kind == "frozen" else 0.0
-        state = state_bytes(self.config.optimizer, self._dtype, CUDA)
+        shards, policy = self._shards(mode), self.policy
+        state = state_bytes(self.config.optimizer, self._dtype, self._device)
         parts = Memory(
-            weights=(policy.stored + second) / shards,
-            gradients=self._gradient * policy.trained / shards
-            + (self._whole_gradients if shards > 1 else 0.0),
+            weights=self._weights(shards),
+            gradients=self._gradient(mode) * policy.trained / shards + self._whole_gradients(mode),
             optimizer=state * policy.trained / shards,
-            gathered=_gathered(policy) if shards > 1 else 0.0,
+            gathered=self._gathered(shards),
             activations=0.0,
             logits=0.0,
+            loading=self._loading(shards),
         )
-        free = self.topology.machine.memory - parts.bytes
+        free = self.topology.machine.memory - parts.training
         parts = replace(parts, logits=float(BYTES * elements_for(max(0.0, free))))
         layers = len(policy.layers)
         fewest = {"off": 0, "all": layers}.get(self.config.activation_checkpointing)
         choices = range(layers + 1) if fewest is None else [fewest]
         for twice in choices:
             found = replace(parts, activations=self._activations(twice))
-            if found.bytes <= self.topology.machine.memory:
+            if found.training <= self.topology.machine.memory:
                 break
         return found, twice
 
@@ -438,9 +465,14 @@ class Planner:
 
     def _memory_advice(self, found: ClusterForecast) -> str:
         short = (found.memory.bytes - found.capacity) / 1e9
+        if found.memory.loading > found.capacity:
+            return (
+                f"a GPU lacks {short:.1f} GB while the quantized model is loaded, which is whole "
+                "on each GPU before it is sharded: try GPUs with more memory, or no --quantization"
+            )
         remedies = []
-        if found.sharding != "fsdp" and self.topology.world_size > 1:
-            remedies.append("--sharding fsdp")
+        if found.mode != "fsdp" and "fsdp" in self._possible:
+            remedies.append("--parallel fsdp")
         if found.layers_twice < len(self.policy.layers):
             remedies.append("--activation-checkpointing all")
         if found.memory.activations > 0.2 * found.capacity:
@@ -450,21 +482,32 @@ class Planner:
         remedies.append("more GPUs")
         return f"a GPU lacks {short:.1f} GB: try {', or '.join(remedies)}"
 
+    @property
+    def _possible(self) -> list[Mode]:
+        """The ways to divide the model over several GPUs."""
+        if self.topology.world_size == 1:
+            return []
+        modes: tuple[Mode, ...] = ("ddp", "fsdp", "hsdp")
+        if self.topology.hosts == 1:  # hsdp would be fsdp
+            modes = modes[:2]
+        return [mode for mode in modes if not reason_against(self.config, mode)]
+
     def _traffic_advice(self, found: ClusterForecast) -> str:
         share = found.time.exposed / found.time.seconds
         text = f"collectives are exposed for {share:.0%} of the time"
-        if found.sharding == "ddp":
-            return f"{text}: with a larger batch_size they are needed less often"
-        if found.tokens_per_micro < found.break_even:
+        if found.mode not in SHARDED:
+            text += ": with a larger batch_size they are needed less often"
+        elif found.tokens_per_micro < found.break_even:
             text += (
                 f": micro-batches have {found.tokens_per_micro:,.0f} tokens, and products take as "
                 f"long as the collectives at {found.break_even:,.0f}: {self._filling(found)}"
             )
-        if self.topology.hosts > 1:
-            other = self._forecast("hsdp" if found.sharding == "fsdp" else "fsdp")
-            if other.fits and other.time.seconds < found.time.seconds:
-                text += f"; --sharding {other.sharding} takes {other.time.seconds:.2f} s per update"
-        return text
+        others = (self._forecast(mode) for mode in self._possible if mode != found.mode)
+        faster = [one for one in others if one.fits and one.time.seconds < found.time.seconds]
+        if not faster:
+            return text
+        best = min(faster, key=lambda one: one.time.seconds)
+        return f"{text}; --parallel {best.mode} takes {best.time.seconds:.2f} s per update"
 
     def _filling(self, found: ClusterForecast) -> str:
         """Return the settings with which micro-batches have enough tokens."""
@@ -476,14 +519,3 @@ class Planner:
         if training_budget(self.config) < found.break_even:
             settings.append(f"--token-budget {math.ceil(found.break_even):,}")
         return f"try {' and '.join(settings)}" if settings else "try a larger --token-budget"
-
-
-def _gathered(policy: ModelShape) -> float:
-    """Return the bytes of whole weights and gradients at once, if weights are sharded.
-
-    The root is whole during a micro-batch. Of the layers, one computes and one is prefetched.
-    Gradients are whole until they are reduced: those of a layer while the one before computes, and
-    those of the root at the end.
-    """
-    root, layer = policy.root, policy.largest
-    return root.gathered + root.reduced + 2 * (layer.gathered + layer.reduced)

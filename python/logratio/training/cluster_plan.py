@@ -65,7 +65,7 @@ def plan_cluster(
     Example:
         >>> config = TrainConfig("sft-model", "pairs.jsonl", "policy", batch_size=8)
         >>> forecast = plan_cluster(config, Cluster(world_size=8, gpu="h100"))
-        >>> forecast.sharding
+        >>> forecast.mode
         'ddp'
     """
     config = _settings(config, on_cpu=cluster.gpu == "cpu")
@@ -84,7 +84,7 @@ def plan_with(config: TrainConfig, cluster: Cluster, store: Store) -> ClusterFor
     loads = rank_loads(config, store, cluster.world_size, CPU if on_cpu else CUDA)
     topology = cluster.topology(_measured(config, store) if on_cpu else None)
     updates = RunLength.of(config, len(store)).updates
-    return Planner(config, topology, loads, updates).choose(cluster.sharding)
+    return Planner(config, topology, loads, updates).choose()
 
 
 def _settings(config: TrainConfig, *, on_cpu: bool) -> TrainConfig:

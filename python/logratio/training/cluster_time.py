@@ -10,14 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from logratio.training.accelerators import Accelerator
 from logratio.training.model_shape import ModelShape, Unit
+from logratio.training.parallel.division import SHARDED, Mode
 from logratio.training.rank_loads import Load, RankLoads, total
-
-Sharding = Literal["ddp", "fsdp", "hsdp"]
-"""Weights whole on each GPU, sharded over all, or sharded in each host and equal in all hosts."""
 
 SCORES_BACKWARD = 2.5
 """FLOPs of attention scores in the backward pass, relative to the forward pass: five products
@@ -203,6 +200,9 @@ class Work:
     ) -> list[Step]:
         """Return the steps of a micro-batch.
 
+        A reference's root is gathered once, and stays whole for the run, as no backward pass frees
+        it; that of the policy without its adapters is the policy's.
+
         Args:
             load: The micro-batch.
             topology: The ranks over which the weights are sharded; None: not sharded.
@@ -212,7 +212,7 @@ class Work:
         made = _Steps(self.machine, topology, replicates if reduces else None, load)
         steps = []
         for reference in self.references:
-            steps += made.forward(reference)
+            steps += made.layers(reference)
             steps.append(made.head(reference, backward=False))
         steps += made.forward(self.shape)
         steps.append(made.head(self.shape, backward=True))
@@ -231,14 +231,17 @@ class _Steps:
 
     def forward(self, shape: ModelShape) -> list[Step]:
         """Gather the root, then compute the layers. The root stays whole until the end."""
-        root = Step(gather=self._gather(shape.root))
-        layers = [self.step(unit, unit.forward, shape.attention) for unit in shape.layers]
-        return [root, *layers]
+        return [Step(gather=self._gather(shape.root)), *self.layers(shape)]
+
+    def layers(self, shape: ModelShape) -> list[Step]:
+        """Compute the layers, with the root in place."""
+        return [self.step(unit, unit.forward, shape.attention) for unit in shape.layers]
 
     def step(self, unit: Unit, flops: float, scores: float, *, reduces: bool = False) -> Step:
         """Compute a layer: `flops` per token, and `scores` per pair of tokens."""
         work = flops * self.load.tokens + scores * self.load.pairs
-        reading = unit.gathered / (self.machine.memory_bandwidth * self.machine.shares.memory)
+        bandwidth = self.machine.memory_bandwidth * self.machine.shares.memory
+        reading = (unit.gathered + unit.scales) / bandwidth
         found = self.end(unit, reduces=reduces)
         compute = max(work / self.machine.speed, reading)
         return replace(found, compute=compute, gather=self._gather(unit))
@@ -263,11 +266,11 @@ class _Steps:
         return self.shards.gather(unit.gathered) if self.shards else 0.0
 
 
-def shards_of(sharding: Sharding, topology: Topology) -> tuple[Topology | None, Topology | None]:
+def shards_of(mode: Mode, topology: Topology) -> tuple[Topology | None, Topology | None]:
     """Return the ranks over which weights are sharded, and those that hold the same shard."""
-    if sharding == "ddp":
+    if mode not in SHARDED:
         return None, topology if topology.world_size > 1 else None
-    if sharding == "fsdp":
+    if mode == "fsdp":
         return topology, None
     return topology.host, topology.others if topology.hosts > 1 else None
 
@@ -275,7 +278,7 @@ def shards_of(sharding: Sharding, topology: Topology) -> tuple[Topology | None, 
 def update_time(
     work: Work,
     loads: RankLoads,
-    sharding: Sharding,
+    mode: Mode,
     topology: Topology,
     *,
     reduces_once: bool = False,
@@ -288,17 +291,17 @@ def update_time(
     Args:
         work: What a rank computes.
         loads: The micro-batches of each rank.
-        sharding: How the weights are divided.
+        mode: How the model is divided.
         topology: All ranks.
         reduces_once: Whether sharded ranks add gradients up in the last round only. Copies always
             do.
     """
-    shards, replicas = shards_of(sharding, topology)
+    shards, replicas = shards_of(mode, topology)
     mean = sum(work.seconds(load) for rank in loads for load in rank) / len(loads)
-    rounds = _rounds(work, loads, copies=sharding == "ddp")
+    rounds = _rounds(work, loads, copies=mode not in SHARDED)
     passes = []
     for number, load in enumerate(rounds, 1):
-        reduces = number == len(rounds) or not (reduces_once or sharding == "ddp")
+        reduces = number == len(rounds) or not (reduces_once or mode not in SHARDED)
         passes.append(work.steps(load, shards, reduces=reduces, replicates=replicas))
     steps = [step for each in passes for step in each]
     compute = sum(step.compute for step in steps)
@@ -325,14 +328,12 @@ def _rounds(work: Work, loads: RankLoads, *, copies: bool) -> list[Load]:
     ]
 
 
-def break_even_tokens(
-    work: Work, loads: RankLoads, sharding: Sharding, topology: Topology
-) -> float:
+def break_even_tokens(work: Work, loads: RankLoads, mode: Mode, topology: Topology) -> float:
     """Return the tokens per micro-batch at which products take as long as the collectives.
 
     Both are those of a micro-batch that adds gradients up within its group of shards.
     """
-    shards, _ = shards_of(sharding, topology)
+    shards, _ = shards_of(mode, topology)
     load = total([micro for rank in loads for micro in rank])
     if shards is None or not load.tokens:
         return 0.0

@@ -256,8 +256,11 @@ def training_bytes(
     return weights + count * own * _trained(config) + reference
 
 
-QUANTIZED_BYTES: Mapping[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-"""Bytes per quantized weight. A float32 scale is shared by 64 weights in 4 bits, by a row in 8."""
+SCALE_BYTES: Mapping[Quantization, float] = {"8bit": 0.0, "4bit": 4 / 64}
+"""Bytes of scales per quantized weight. A float32 scale is shared by 64 weights in 4 bits, by a row
+in 8."""
+QUANTIZED_BYTES: Mapping[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + SCALE_BYTES["4bit"]}
+"""Bytes per quantized weight, with its part of a scale."""
 
 
 def frozen_bytes(

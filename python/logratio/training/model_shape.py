@@ -13,7 +13,7 @@ from logratio.logps.completion import transformer
 from logratio.training.activations import decoder_layers
 from logratio.training.config import PathLike, Precision, Quantization, TrainConfig
 from logratio.training.lora import read_lora_config, with_lora, without_weights
-from logratio.training.memory import QUANTIZED_BYTES
+from logratio.training.memory import QUANTIZED_BYTES, SCALE_BYTES
 from logratio.training.models import base_folder, is_quantized, precision_of, weights_dtype
 from logratio.training.speed import flops_of_passes
 
@@ -28,9 +28,11 @@ class Unit:
     Attributes:
         trained: Number of trained weights.
         frozen: Number of other weights.
-        stored: Bytes of all weights as stored.
-        gathered: Bytes of all weights as gathered: of a layer in the dtype of its products, of the
-            root as stored.
+        stored: Bytes of all weights as stored, with the scales of quantized ones.
+        scales: Bytes of these scales. bitsandbytes keeps them in attributes, so every process has
+            all of them.
+        gathered: Bytes of all weights as gathered: as stored, but under bf16 those of a layer in
+            bfloat16; see `parallel.sharding`.
         forward: FLOPs per token of the forward pass, without attention scores.
         backward: FLOPs per token of the backward pass, likewise.
     """
@@ -38,6 +40,7 @@ class Unit:
     trained: int = 0
     frozen: int = 0
     stored: float = 0.0
+    scales: float = 0.0
     gathered: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
@@ -86,6 +89,15 @@ class ModelShape:
     def stored(self) -> float:
         """Bytes of the weights as stored."""
         return sum(unit.stored for unit in self.units)
+
+    @property
+    def scales(self) -> float:
+        """Bytes of the scales of quantized weights."""
+        return sum(unit.scales for unit in self.units)
+
+    def held(self, shards: int) -> float:
+        """Return the bytes of the weights in each of `shards` processes."""
+        return self.scales + (self.stored - self.scales) / shards
 
     @property
     def largest(self) -> Unit:
@@ -156,7 +168,7 @@ def _shape(
     root = how.unit(outside, _matrices(inner.get_output_embeddings()))
     return ModelShape(
         layers=tuple(how.unit(layer.parameters(), _matrices(layer)) for layer in layers),
-        root=replace(root, gathered=root.stored),
+        root=replace(root, gathered=root.stored - root.scales),
         attention=4.0 * width,
         vocabulary=text.vocab_size,
         folder=base,
@@ -191,23 +203,35 @@ class _Storage:
         self._embedding = {id(p) for p in embeddings.parameters()}
         self._ends = self._embedding | {id(p) for p in _matrices(head)}
         self._quantized = QUANTIZED_BYTES[quantization] if quantization else None
+        self._scale = SCALE_BYTES[quantization] if quantization else 0.0
 
     def unit(self, weights: Iterable[nn.Parameter], products: Iterable[nn.Parameter]) -> Unit:
         """Return the sizes of `weights`, of which `products` are multiplied with every token."""
         weights, passes = list(weights), [flops_of_passes(p) for p in products]
         trained = sum(p.numel() for p in weights if p.requires_grad)
+        scales = self._scale * sum(p.numel() for p in weights if self._is_quantized(p))
         return Unit(
             trained=trained,
             frozen=sum(p.numel() for p in weights) - trained,
             stored=sum(self._stored(p) * p.numel() for p in weights),
-            gathered=sum(min(self._stored(p), self._computed) * p.numel() for p in weights),
+            scales=scales,
+            gathered=sum(self._gathered(p) * p.numel() for p in weights) - scales,
             forward=sum(forward for forward, _ in passes),
             backward=sum(backward for _, backward in passes),
         )
 
-    @property
-    def _computed(self) -> float:
-        return FLOAT32 if self._precision == "fp32" else BFLOAT16
+    def _gathered(self, weight: nn.Parameter) -> float:
+        """Return the bytes of one value of a layer's weight: under autocast it is gathered rounded.
+
+        A model with quantized weights is gathered as stored.
+        """
+        stored = self._stored(weight)
+        rounds = self._precision == "bf16" and self._quantized is None
+        return min(stored, BFLOAT16) if rounds else stored
+
+    def _is_quantized(self, weight: nn.Parameter) -> bool:
+        is_frozen = self._quantized is not None and not weight.requires_grad
+        return is_frozen and weight.dim() == 2 and id(weight) not in self._ends
 
     def _stored(self, weight: nn.Parameter) -> float:
         """Return the bytes of one value, as `memory.training_bytes` counts them."""
@@ -215,7 +239,6 @@ class _Storage:
         if weight.requires_grad:
             return FLOAT32 if self._frozen else plain
         if self._quantized:
-            is_quantized = weight.dim() == 2 and id(weight) not in self._ends
-            return self._quantized if is_quantized else plain
+            return self._quantized if self._is_quantized(weight) else plain
         is_rounded = self._precision == "bf16" and id(weight) not in self._embedding
         return BFLOAT16 if is_rounded else plain

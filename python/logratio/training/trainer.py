@@ -35,8 +35,9 @@ from logratio.training.models import (
     with_local_models,
 )
 from logratio.training.parallel.agreement import refuse_differences, refuse_separate_outputs
+from logratio.training.parallel.division import SHARDED
 from logratio.training.parallel.lifeline import ending_together
-from logratio.training.parallel.placement import SHARDED, Placement
+from logratio.training.parallel.placement import Placement
 from logratio.training.parallel.processes import join_processes
 from logratio.training.policy import build_policy
 from logratio.training.precomputation import Precompute, pass_of_run
@@ -246,6 +247,9 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
     def forecast(self) -> Forecast:
         """Memory, disk space and time of the run, including the precompute pass if requested."""
         run = training_forecast(self.config, self.store, self._data.held_out)
+        if self.config.parallel != "auto" or self.processes.count > 1:
+            alone = "figures of one process that trains alone (--world-size N plans several)"
+            run = replace(run, notes=f"{run.notes}; {alone}")
         for before in (one.forecast for one in self._passes):
             run = replace(
                 run,

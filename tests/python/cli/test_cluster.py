@@ -38,6 +38,7 @@ def test_a_config_and_a_store_are_enough(run: Run, bare: Path, store: Path) -> N
     code, out, err = run(*plan(bare, store, *cluster))
     assert code == 0, err
     assert "405.85 billion parameters on 8 GPUs on 1 host: H200, fsdp" in out
+    assert "--parallel auto: fsdp, because DDP would sum the gradients" in " ".join(out.split())
     for part in ("weights", "gradients", "optimizer", "gathered", "activations", "logits"):
         assert f"│ {part} " in out
     for part in ("products", "waiting for the slowest rank", "collectives, exposed", "total"):
@@ -60,6 +61,27 @@ def test_text_needs_the_tokenizer_and_no_weights(
     code, out, err = run(*plan(bare, pairs_file, "--world-size", "8", *lora))
     assert code == 0, err
     assert "406.48 billion parameters" in out  # with the adapters
+    assert "all of it while the model is loaded" in out
+
+
+def test_parallel_is_the_setting_of_the_run(run: Run, bare: Path, store: Path) -> None:
+    given = ("--world-size", "8", "--precision", "bf16", "--parallel", "ddp")
+    code, out, err = run(*plan(bare, store, *given))
+    assert code == 0, err
+    assert "on 8 GPUs on 1 host: H100, ddp" in out
+    assert "--parallel auto" not in out
+    assert "try --parallel fsdp" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(("parallel", "noted"), [("fsdp", True), ("auto", False)])
+def test_without_a_cluster_the_figures_are_those_of_one_process(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path, parallel: str, noted: bool
+) -> None:
+    given = ("--model", tiny_model, "--data", pairs_file, "--output", tmp_path / "out")
+    code, _, err = run("train", *given, "--dry-run", "--parallel", parallel)
+    assert code == 0, err
+    note = "figures of one process that trains alone (--world-size N plans several)"
+    assert (note in " ".join(err.split())) == noted
 
 
 def test_json_has_all_figures(run: Run, bare: Path, store: Path, tmp_path: Path) -> None:

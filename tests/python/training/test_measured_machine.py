@@ -17,8 +17,8 @@ GROUPS = [[9, 5, 6], [4, 8, 3]]
 @pytest.mark.slow
 def test_a_forecast_for_this_cpu(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> None:
     """Two processes measure; no file stays."""
-    run = TrainConfig(tiny_model, [pairs_file], tmp_path / "out", batch_size=4)
-    found = plan_cluster(run, Cluster(2, "cpu", sharding="fsdp"), show_progress=False)
+    run = TrainConfig(tiny_model, [pairs_file], tmp_path / "out", batch_size=4, parallel="fsdp")
+    found = plan_cluster(run, Cluster(2, "cpu"), show_progress=False)
     assert found.gpu == "this CPU, 1 thread per rank"
     assert found.time.compute > 0
     assert found.time.gather > 0

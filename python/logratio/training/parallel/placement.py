@@ -2,34 +2,30 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from logratio.errors import ConfigError
-from logratio.forecast import size
 from logratio.logps.completion import batch_of, completion_logps
 from logratio.progress import say
 from logratio.training import memory
+from logratio.training.accelerators import known_gpu
 from logratio.training.config import TrainConfig
-from logratio.training.given_model import given_model
-from logratio.training.models import base_folder, is_quantized, precision_of
+from logratio.training.model_shape import frozen_shape, policy_shape
+from logratio.training.models import precision_of
+from logratio.training.parallel.division import (
+    SHARDED,
+    Division,
+    keeps_whole_gradients,
+    replica_bytes,
+)
 from logratio.training.parallel.processes import Processes
 from logratio.training.parallel.sharding import load_sharded, mesh_of, shard
 from logratio.training.parallel.strategy import Replicated, Sharded, Whole
 from logratio.training.reference import same_random_state
 from logratio.training.validation import reference_kind
-
-Mode = Literal["one", "ddp", "fsdp", "hsdp"]
-SHARDED = ("fsdp", "hsdp")
-SHARE = 0.7
-"""Share of a device's memory that weights, gradients and optimizer state of a replicated model may
-take; activations and the head's tiles need the rest."""
-SMALL_SHARE = 0.1
-"""Share of a device's memory up to which whole gradients are kept for a sharded model."""
 
 
 class Placement:
@@ -41,22 +37,43 @@ class Placement:
         device: Device of this process.
 
     Attributes:
-        mode: "one", the whole model in one process; "ddp", replicated; "fsdp", sharded over all
-            processes; or "hsdp", sharded within each host and replicated across hosts.
+        mode: How models are divided: see `division.Mode`.
+
+    Raises:
+        ConfigError: The settings do not allow it.
     """
 
     def __init__(self, config: TrainConfig, processes: Processes, device: torch.device) -> None:
         self.config, self.processes, self.device = config, processes, device
-        self.mode: Mode = processes.from_first(lambda: _mode(config, processes, device))
-        if self.mode == "ddp":
-            _check_replicated(config)
-        if self.is_sharded:
-            check_sharded(config)
+        # Free memory differs between processes, and all must divide alike.
+        needed, free = processes.from_first(lambda: [self._needed(), self._free])
+        division = Division(config, needed, free, processes.count, processes.hosts)
+        self.mode = division.mode
+        if division.why and processes.is_first:
+            say(division.why)
 
     @property
     def is_sharded(self) -> bool:
         """Whether models are sharded."""
         return self.mode in SHARDED
+
+    def _needed(self) -> float:
+        """Return the bytes of a replica; 0 if they decide nothing."""
+        decides = self.processes.count > 1 and self.config.parallel == "auto"
+        return _replica_bytes(self.config, self.device) if decides else 0.0
+
+    @property
+    def _free(self) -> float:
+        """Bytes that this process may use on its device.
+
+        Of a known GPU, only the memory in its data sheet counts, as in a forecast for a cluster.
+        """
+        free = memory.free_on(self.device)
+        if self.device.type != "cuda":
+            return free / self.processes.per_host
+        known = known_gpu(torch.cuda.get_device_name(self.device))
+        _, total = torch.cuda.mem_get_info(self.device)
+        return free - max(0.0, total - known.memory) if known else free
 
     @cached_property
     def mesh(self) -> DeviceMesh:
@@ -82,9 +99,9 @@ class Placement:
     def strategy(self, policy: nn.Module) -> Whole:
         """Return how passes of the policy run."""
         if self.is_sharded:
-            trained = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
-            fits = trained <= SMALL_SHARE * memory.free_on(self.device)
-            return Sharded(policy, whole_gradients=bool(self.processes.highest(not fits) == 0))
+            trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+            large = not keeps_whole_gradients(trained, self._free)
+            return Sharded(policy, whole_gradients=self.processes.highest(large) == 0)
         if self.mode == "ddp":
             return Replicated(policy, some_unused=_some_unused(policy, self.device))
         return Whole(policy)
@@ -106,63 +123,12 @@ def _some_unused(policy: nn.Module, device: torch.device) -> bool:
     return unused
 
 
-def _mode(config: TrainConfig, processes: Processes, device: torch.device) -> Mode:
-    if processes.count == 1:
-        return "fsdp" if config.parallel in SHARDED else "one"
-    if config.parallel != "auto":
-        return config.parallel
+def _replica_bytes(config: TrainConfig, device: torch.device) -> float:
+    """Return `division.replica_bytes`; an estimate for models whose config does not give it."""
     frozen = config.reference or config.model if reference_kind(config) == "frozen" else None
-    needed = memory.training_bytes(config, frozen)
-    room = SHARE * memory.free_on(device) / (processes.per_host if device.type == "cpu" else 1)
-    if needed <= room or config.quantization == "8bit" or given_model(config.model):
-        return "fsdp" if _sums_in_bfloat16(config) else "ddp"
-    mode: Mode = "hsdp" if needed / processes.per_host <= room and processes.hosts > 1 else "fsdp"
-    say(
-        f"--parallel auto: {mode}, because a replica would take {size(needed)} of each device for "
-        f"weights, gradients and optimizer state, and {size(room)} are free for them"
-    )
-    return mode
-
-
-def _check_replicated(config: TrainConfig) -> None:
-    """Refuse what DDP would compute in too few bits.
-
-    Raises:
-        ConfigError: Trained weights are in bfloat16: DDP would sum their gradients in bfloat16.
-    """
-    if _sums_in_bfloat16(config):
-        raise ConfigError(
-            "parallel ddp would sum the gradients of bf16-weights in bfloat16: use parallel fsdp, "
-            "which sums in float32, or precision bf16"
-        )
-
-
-def _sums_in_bfloat16(config: TrainConfig) -> bool:
-    return precision_of(config) == "bf16-weights" and not config.trains_adapter
-
-
-def check_sharded(config: TrainConfig) -> None:
-    """Refuse what FSDP2 cannot shard.
-
-    Raises:
-        ConfigError: The message names the setting and the reason.
-    """
-    reason = ""
-    if config.quantization == "8bit":
-        reason = (
-            "bitsandbytes keeps the scales of 8-bit weights in attributes of the weight, which "
-            "FSDP2 loses: use quantization 4bit, or parallel ddp"
-        )
-    elif is_quantized(base_folder(Path(config.model))):
-        reason = "the model's folder has quantized weights, which are not sharded: use parallel ddp"
-    elif config.optimizer == "adamw8bit":
-        reason = (
-            "the optimizer adamw8bit of bitsandbytes cannot read shards: use adamw, whose state is "
-            "sharded too"
-        )
-    elif config.optimizer == "adamw-host":
-        reason = "the optimizer adamw-host keeps whole weights on the host: use adamw"
-    elif given_model(config.model):
-        reason = "a model in memory is whole in every process already: give its folder, or ddp"
-    if reason:
-        raise ConfigError(f"parallel {config.parallel} is not possible: {reason}")
+    try:
+        policy = policy_shape(config)
+        second = frozen_shape(frozen, precision_of(config), config.quantization) if frozen else None
+    except ConfigError:
+        return memory.training_bytes(config, frozen)
+    return replica_bytes(config, policy, second, device)

@@ -140,6 +140,7 @@ class Sharded(Whole):
     def adding(self, *, last: bool) -> AbstractContextManager[Any]:
         """Sum the gradients over all processes, if this is the time."""
         self._root.set_requires_gradient_sync(last or not self._whole_gradients)
+        self._root.set_requires_all_reduce(last)  # between hosts, with hybrid shards
         return nullcontext()
 
     def settle(self) -> None:

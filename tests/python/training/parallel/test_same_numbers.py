@@ -101,6 +101,10 @@ def test_gradients_may_be_summed_after_each_micro_batch(trained: Train, case: st
     agrees(trained(case, 1, ""), trained(case, 2, "fsdp", 1, False))
 
 
+def test_hosts_add_their_shards_of_gradients_once_an_update(trained: Train) -> None:
+    agrees(trained("few groups", 1, ""), trained("few groups", 4, "hsdp", 2, False))
+
+
 def agrees(alone: Path, several: Path) -> None:
     """Check that two runs have the same weights, metrics and evaluations."""
     assert gap(alone, several) < EXACT
