@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from logratio import Callback, DPOTrainer, LoraSettings
+from logratio.data.tokenization import chat_template
 from logratio.logps import checks
 from logratio.logps.completion import transformer
 from logratio.training import memory, models, trainer, update
@@ -123,4 +124,11 @@ def train_with_little_memory(settings: Mapping[str, Any], rank: int) -> None:
     """Train; one rank has too little memory for all activations."""
     if int(os.environ["RANK"]) == rank:
         vars(memory)["free_on"] = lambda _: 1e6
+    train(settings)
+
+
+def train_on_days(settings: Mapping[str, Any], days: Sequence[str]) -> None:
+    """Train; each rank's clock shows a day of its own."""
+    day = days[int(os.environ["RANK"])]
+    vars(chat_template)["today"] = lambda: day
     train(settings)

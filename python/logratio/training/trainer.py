@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from logratio.data.readers.inputs import Inputs
+from logratio.data.tokenization import chat_template as clock
 from logratio.errors import ConfigError
 from logratio.forecast import Forecast, check_writable, count
 from logratio.progress import be_silent, say
@@ -189,9 +189,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
             refuse_different_run(config, finished, identity(config))
         output = None if self.dry_run or finished else Path(config.output)
         # Clocks of several hosts may be on two sides of midnight.
-        today = (
-            self.processes.from_first(date.today().isoformat) if self.processes.hosts > 1 else None
-        )
+        today = self.processes.from_first(clock.today) if self.processes.hosts > 1 else None
         self.dataset = load_training_data(
             config,
             refused=output / REFUSED_FILE if output and self.processes.is_first else None,

@@ -1,5 +1,6 @@
 """If a rank fails, dies, stops or differs, all ranks end, and one message names it."""
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -143,6 +144,32 @@ def test_different_settings_are_refused_by_name(ranks: RankServer, settings: Set
     own: list[Settings] = [{"seed": 0}, {"seed": 1}]
     ended = ranks(2, "rank_workers:train_differently", settings, own)
     assert "they differ in seed (0 before, 1 now)" in failed(ended, time.monotonic())
+
+
+def test_clocks_on_two_sides_of_midnight_give_one_date(
+    ranks: RankServer, settings: Settings, make_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = make_model("dated")
+    template = (
+        "{{ 'loud ' if strftime_now('%d') == '29' else 'sad ' }}"
+        "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    turn = {"role": "user", "content": "the cat sings"}
+    rows = [
+        {
+            "prompt": [turn],
+            "chosen": [{"role": "assistant", "content": f"in the {place}"}],
+            "rejected": [{"role": "assistant", "content": f"under a {place} sad"}],
+        }
+        for place in ("tree", "house", "mat", "bird")
+    ]
+    Path(settings["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings |= {"model": str(model), "batch_size": 2, "save_every": 0}
+    days = ["2026-11-29", "2026-11-30"]
+    ranks(2, "rank_workers:train_on_days", settings, days, hosts=2).well()
+    used = json.loads((tmp_path / "out" / "training.json").read_text())["rules"]["date"]
+    assert used == "2026-11-29"
 
 
 def test_bad_data_is_reported_once(ranks: RankServer, settings: Settings) -> None:
