@@ -188,6 +188,7 @@ def test_in_low_precision_batching_adds_only_rounding(family: str, precision: Pr
 WAYS = {
     "one call a group": {"SPLIT_CELLS": 10**9, "ROW_TOKENS": 0},
     "two calls a group": {"SPLIT_CELLS": 0, "ROW_TOKENS": 0},
+    "long runs in parts": {"SPLIT_CELLS": 0, "ROW_TOKENS": 0, "MASK_CELLS": 0},
     "short groups in rows": {
         "SPLIT_CELLS": 0,
         "ROW_TOKENS": 32,
@@ -221,10 +222,12 @@ def test_each_way_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [call.rows for call in plan.calls] == {
         "one call a group": [1] * 5,
         "two calls a group": [1] * 9,  # one group has one completion: plain causal attention
+        "long runs in parts": [1] * 9,
         "short groups in rows": [1] * 5 + [2],
         "all in rows": [5],
     }[way]
     assert (plan.moves is None) == ("rows" not in way)
+    assert any(call.runs for call in plan.calls) == (way == "long runs in parts")
 
 
 def test_a_groups_log_probs_do_not_depend_on_its_batch_mates() -> None:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from logratio.logps.attention.kernels import forced_kernel
+from logratio.logps.attention.parts import MASK_CELLS, Run
 from logratio.logps.batch import SharedBatch
 
 SPLIT_CELLS = 4_000
@@ -37,6 +39,14 @@ class Shape:
         return self.prompt if len(self.completions) > 1 else self.tokens
 
     @cached_property
+    def runs(self) -> list[Run]:
+        """The prompt, and each completion after it, without empty ones."""
+        ends = list(accumulate(self.completions, initial=self.prompt))
+        path = ((0, self.prompt),) if self.prompt else ()
+        runs = [Run(0, self.prompt), *(Run(a, b, path) for a, b in pairwise(ends))]
+        return [run for run in runs if run.start < run.stop]
+
+    @cached_property
     def saved_scores(self) -> int:
         """Number of scores saved by a separate call for the prompt."""
         return self.prompt * (self.tokens - self.prompt // 2)
@@ -53,6 +63,8 @@ class Call:
         keys: `Lk`, the number of leading keys of each row.
         mask: 0 where a query sees a key and -inf elsewhere, `[B, 1, Lq, Lk]`; None for plain causal
             attention.
+        runs: If the mask would be too large, the runs of the block that the queries belong to; they
+            are computed in parts.
     """
 
     block: int
@@ -60,6 +72,7 @@ class Call:
     queries: int
     keys: int
     mask: Tensor | None
+    runs: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,16 +161,24 @@ class _Planner:
         shape, block = self.shapes[group], len(self.blocks)
         length, lead = shape.tokens, shape.lead
         self.blocks.append(length)
-        positions = self.positions[start : start + length][None]
-        owners = self._owners([group], length)
         if lead < length and shape.saved_scores < SPLIT_CELLS:
             lead = 0
-        if lead:
-            first = None if self._plain(lead) else self._mask(positions[:, :lead], owners[:, :lead])
-            self.calls.append(Call(block, 1, lead, lead, first))
+        if lead and self._plain(lead):
+            self.calls.append(Call(block, 1, lead, lead, None))
+        elif lead:
+            self._add_masked(group, start, [Run(0, lead)])
         if lead < length:
-            mask = self._mask(positions, owners, lead)
-            self.calls.append(Call(block, 1, length - lead, length, mask))
+            self._add_masked(group, start, [run for run in shape.runs if run.start >= lead])
+
+    def _add_masked(self, group: int, start: int, runs: list[Run]) -> None:
+        """Add a call of some runs of the newest block, whose group starts at token `start`."""
+        first, stop, mask = runs[0].start, runs[-1].stop, None
+        if stop * (stop - first) <= MASK_CELLS:
+            owners = self._owners([group], self.shapes[group].tokens)
+            positions = self.positions[start : start + stop][None]
+            mask = self._mask(positions, owners[:, :stop], first)
+        in_parts = tuple(runs) if mask is None else ()
+        self.calls.append(Call(len(self.blocks) - 1, 1, stop - first, stop, mask, in_parts))
 
     def _add_rows(self, groups: list[int], width: int, take: Tensor, real: Tensor) -> None:
         block, places = len(self.blocks), len(groups) * width

@@ -1,13 +1,15 @@
 """Attention by torch's SDPA in the calls of a plan, for CPUs, where each call costs little."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from logratio.logps.attention.parts import Run, attend_in_parts
 from logratio.logps.attention.plan import Moves, SharedPrompt
 
 
@@ -52,7 +54,10 @@ def attend(
         q, k, v = (_rows(x, call.rows) for x in (q, keys[call.block], values[call.block]))
         if call.keys < k.shape[2]:
             k, v = k[:, :, : call.keys], v[:, :, : call.keys]
-        out.append(_one_row(attend_call(q, k, v, call.mask, scoring)))
+        if call.runs:
+            out.append(attend_runs(q, k, v, call.runs, scoring))
+        else:
+            out.append(_one_row(attend_call(q, k, v, call.mask, scoring)))
     attended = torch.cat(out, dim=2).transpose(1, 2)
     # Both results are views of a tensor without the first axis: compiled layers guard on that.
     if plan.moves is None:
@@ -70,20 +75,51 @@ def attend_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: S
     return (_torch_call if scoring.is_plain else _own_call)(q, k, v, mask, scoring)
 
 
+def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run], scoring: Scoring) -> Tensor:
+    """Attend within long runs in parts: queries `[1, H, Q, D]`, keys and values `[1, Hk, T, D]`.
+
+    Scores are in the dtype that autocast would choose, also in the backward pass, which runs
+    outside of autocast.
+    """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    plain = scoring.is_plain and not scoring.dropout
+
+    def attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
+        return attend_call(q, k, v, mask, replace(scoring, sinks=sinks))
+
+    with torch.autocast(kind, enabled=False):
+        return attend_in_parts(
+            q,
+            k,
+            v,
+            runs,
+            attend_part,
+            window=scoring.window,
+            stored_heads=1 if plain else q.shape[1],
+            sinks=scoring.sinks,
+        )
+
+
 def _torch_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         k, v, options = _for_each_head(q, k, v)
-    return scaled_dot_product_attention(
+    depth, width = q.shape[-1], v.shape[-1]
+    if depth != width:  # for unequal heads, torch would store the scores of the whole call
+        q, k, v = (pad(x, (0, max(depth, width) - x.shape[-1])) for x in (q, k, v))
+    out = scaled_dot_product_attention(
         q,
         k,
         v,
         mask,
         dropout_p=scoring.dropout,
         is_causal=mask is None,
-        scale=scoring.scaling,
+        scale=depth**-0.5 if scoring.scaling is None else scoring.scaling,
         **options,
     )
+    return out if depth == width else out[..., :width]
 
 
 def _for_each_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logratio.logps.attention.kernels import forced_kernel
-from logratio.logps.attention.sdpa import Scoring, attend_call
+from logratio.logps.attention.parts import MASK_CELLS, Run, Spans
+from logratio.logps.attention.sdpa import Scoring, attend_call, attend_runs
 from logratio.logps.batch import TreeBatch
 
 CALL = 4_000
@@ -34,9 +35,6 @@ COPY = 4
 """Cost of copying one key and its value, and adding back their gradients, in scores per head."""
 LOOK_BACK = 64
 """Maximum number of runs in a call."""
-
-Spans = tuple[tuple[int, int], ...]
-"""Spans of the row, each as (start, stop)."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,15 @@ class Call:
             the span of the queries.
         mask: 0 where a query sees a key and -inf elsewhere, `[1, 1, Lq, Lk]`; None for plain causal
             attention without a path.
+        runs: If the mask would be too large, the runs of the call, as places among its keys; they
+            are computed in parts.
     """
 
     start: int
     stop: int
     path: Spans
     mask: Tensor | None
+    runs: tuple[Run, ...] = ()
 
     @property
     def queries(self) -> int:
@@ -109,9 +110,21 @@ class SharedTree:
         start, stop = int(self._starts[first]), int(self._starts[last])
         path, mask = self._paths[first], None
         is_causal = last == first + 1 and not len(path)
+        runs: tuple[Run, ...] = ()
         if masked or not is_causal or (window is not None and window < stop - start):
-            mask = self._mask(path, start, stop, window, dtype)
-        return Call(start, stop, _spans(path), mask)
+            if (stop - start) * (len(path) + stop - start) > MASK_CELLS:
+                runs = self._runs(first, last)
+            else:
+                mask = self._mask(path, start, stop, window, dtype)
+        return Call(start, stop, _spans(path), mask, runs)
+
+    def _runs(self, first: int, last: int) -> tuple[Run, ...]:
+        """Return runs `first` to `last` (exclusive), as places among the keys of their call."""
+        path, start = self._paths[first], int(self._starts[first])
+        keys = np.concatenate([path, np.arange(start, self._starts[last])])
+        paths = [_spans(np.searchsorted(keys, self._paths[run])) for run in range(first, last)]
+        bounds = pairwise((self._starts[first : last + 1] - start + len(path)).tolist())
+        return tuple(Run(a, b, spans) for (a, b), spans in zip(bounds, paths, strict=True))
 
     def _mask(
         self, path: np.ndarray, start: int, stop: int, window: int | None, dtype: torch.dtype
@@ -177,8 +190,13 @@ def attend_tree(
     spans = [call.keys for call in calls]
     keys, values = gather(key, spans), gather(value, spans)
     queries = query.split([call.queries for call in calls], dim=2)
-    parts = zip(queries, keys, values, calls, strict=True)
-    attended = torch.cat([attend_call(q, k, v, call.mask, scoring) for q, k, v, call in parts], 2)
+    parts = [
+        attend_runs(q, k, v, call.runs, scoring)
+        if call.runs
+        else attend_call(q, k, v, call.mask, scoring)
+        for q, k, v, call in zip(queries, keys, values, calls, strict=True)
+    ]
+    attended = torch.cat(parts, 2)
     return attended.transpose(1, 2)[0].contiguous()[None]
 
 

@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, VOCABULARY, tiny
 from torch import Tensor
 
 from logratio._rust import Store
-from logratio.logps.attention import shared_prompts, tree
+from logratio.logps.attention import parts, shared_prompts, tree
 from logratio.logps.attention.tree import CALL, COPY, gather, split_runs
 from logratio.logps.batch import Part, TreeBatch
 from logratio.logps.checks import check_tree
@@ -78,6 +78,27 @@ def test_random_trees_in_any_cut(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
         with torch.no_grad():
             logps = score(model, batch).double()
         assert float((logps - expected).abs().max()) <= 1e-6  # log-probs are float32
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_long_runs_of_a_tree_are_computed_in_parts(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree, "MASK_CELLS", 0)
+    monkeypatch.setattr(parts, "PART_CELLS", 100)
+    monkeypatch.setattr(parts, "LEAST_ROWS", 3)
+    model, groups = tiny(FAMILIES[family]()).double(), related_groups(seed=1)
+    for price in (0, 10**9):
+        monkeypatch.setattr(tree, "CALL", price)
+        double = in_float64(model)
+        expected = per_token_logps(double, groups)
+        expected.square().sum().backward()
+        model.zero_grad()
+        logps = score(model, tree_of(groups))
+        logps.square().sum().backward()
+        assert float((logps.double() - expected).detach().abs().max()) <= 1e-6
+        truth = gradients(double)
+        assert float((gradients(model) - truth).norm() / truth.norm()) <= 1e-6
 
 
 def test_a_loss_over_a_tree_has_the_gradients_of_separate_groups() -> None:
