@@ -1,6 +1,6 @@
 """Memory and time of an update on one pair with a long prompt, against the forecast.
 
-    python benches/bench_long.py [--tokens 32768 131072] [--models one-head window] [--label after]
+    python benches/bench_long.py [--tokens 32768] [--models one-head window] [--label after]
 
 Models are random and small, so that the length dominates: one or two layers of width 64. Each case
 is one update of the trainer (SimPO, so that there is no second pass) in a new process, on a pair of
@@ -10,7 +10,8 @@ of the activations (`kept_forecast`, from `kept_bytes`); weights, gradients and 
 tiny here. Blocks of 64 KiB are returned to the system when they are freed, as those of more than
 32 MiB always are, so that the peak is of memory in use and not of holes between blocks.
 
-Whole attention over 128k tokens takes minutes on two cores, so "one-head" has one narrow head.
+"one-head" has one narrow head, because whole attention takes time with the square of the length.
+`--tokens 131072 --models window` takes four CPU minutes per case.
 Rows are appended to results/long.jsonl. A case that fails or takes too long is a row without
 figures.
 """
@@ -141,7 +142,7 @@ def run_case(model: str, prompt: int, checkpointing: str, limit: float) -> dict[
 def main() -> None:
     """Measure all cases, print them and append them to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 131_072])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32_768])
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=["one-head", "window"])
     parser.add_argument("--checkpointing", nargs="+", default=["off", "all"])
     parser.add_argument("--label", default="now", help="name of the code that is measured")

@@ -44,7 +44,8 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: Scorin
         sinks = scoring.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
-    return (weights @ v.repeat_interleave(times, 1)).transpose(1, 2)
+    out: Tensor = (weights @ v.repeat_interleave(times, 1)).transpose(1, 2)
+    return out
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -140,7 +141,8 @@ def sequence_logps(model: PreTrainedModel, prompt: list[int], completion: list[i
     """Score one sequence: like `oracle.per_token_logps`, but without a step per token."""
     logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
     logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
-    return logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    chosen: Tensor = logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    return chosen
 
 
 @pytest.mark.parametrize("name", MODELS)
