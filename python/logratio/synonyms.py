@@ -82,6 +82,9 @@ _LENGTH = "use `--max-length N`, the maximum of prompt + completion"
 _START = "use `--adapter continue`, whose reference is the adapter at its start"
 
 INSTEAD: Mapping[str, str] = {
+    "--ddp": "start the command with torchrun, and use `--parallel ddp`",
+    "--fsdp": "start the command with torchrun, and use `--parallel fsdp`",
+    "--fsdp-config": "start the command with torchrun, and use `--parallel fsdp`",
     "--bf16": "use `--precision bf16`",
     "--compile-layers": "use `--compile on` or `auto`",
     "--dataset": _HUB,
@@ -128,7 +131,7 @@ INSTEAD: Mapping[str, str] = {
 """What to do instead of giving a flag: a clause, with flags in backticks."""
 
 _METRICS = "every update is logged to metrics.jsonl and TensorBoard events in the output folder"
-_ONE_PROCESS = "training runs in one process on one device"
+_SHARDING = "torch's DDP and FSDP2 divide the work of several processes"
 _DROPOUT = "the model's dropout is always off, so that two passes use the same network"
 
 UNSUPPORTED: Mapping[str, str] = {
@@ -138,19 +141,15 @@ UNSUPPORTED: Mapping[str, str] = {
     "--peft-type": "adapters are LoRA adapters",
     "--task-type": "models are causal language models",
     "--attn-implementation": "the attention kernel is chosen automatically",
-    "--ddp": _ONE_PROCESS,
     "--dataloader-drop-last": "every epoch has all groups",
-    "--deepspeed": _ONE_PROCESS,
+    "--deepspeed": _SHARDING,
     "--disable-dropout": _DROPOUT,
     "--f-divergence-type": "the losses use the reverse KL divergence",
-    "--fsdp": _ONE_PROCESS,
-    "--fsdp-config": _ONE_PROCESS,
     "--label-smoothing-factor": "it smooths a next-token loss, which these losses have not",
     "--ld-alpha": "no loss has this term",
     "--loss-weights": "a run has one loss",
     "--neftune-noise-alpha": "embeddings get no noise",
-    "--parallelism-config": _ONE_PROCESS,
-    "--router-aux-loss-coef": "the router's load-balancing loss is not trained",
+    "--parallelism-config": _SHARDING,
     "--sync-ref-model": "the reference does not change during a run",
     "--train-sampling-strategy": "groups are drawn in a random order, from the seed",
     "--use-weighting": "no loss has these weights",

@@ -53,7 +53,7 @@ EXPORT: dict[str, Any] = {**PAIR, "output": "o"}
         (TrainConfig, RUN, {"mix": 0.5}, "mix must be a list, each item a number or None"),
         (TrainConfig, RUN, {"mix": ["a"]}, "mix must be"),
         (TrainConfig, RUN, {"model": 3}, "model must be a string or a Path"),
-        (TrainConfig, RUN, {"data": 3}, "data: a int is not data"),
+        (TrainConfig, RUN, {"data": 3}, "data: an int is not data"),
         (TrainConfig, RUN, {"data": {"train": "x"}}, "data: a dict is not data"),
         (TrainConfig, RUN, {"rules": {"max_length": 8}}, "rules must be a TokenizationRules"),
         (TrainConfig, RUN, {"beta": "0.1"}, "beta must be a number or None"),

@@ -22,12 +22,18 @@ CONFIGS = {
     "sweep": SweepConfig,
 }
 OF_THE_COMMAND = {"help", "config", "dry-run", "json", "lora", "lora-config", "demonstrations"}
+OF_THE_CLUSTER = {
+    *("world-size", "gpu", "gpus-per-host", "compute-share", "link-share", "network-gbps"),
+}
+"""Flags of `Cluster`, which is no part of a run's settings."""
 
 
 def flags_of(command: str) -> set[str]:
     commands: Any = typer.main.get_command(app)
     options = [one for p in commands.commands[command].params for one in p.opts]
-    return {one.removeprefix("--") for one in options if one.startswith("--")} - OF_THE_COMMAND
+    return {one.removeprefix("--") for one in options if one.startswith("--")} - (
+        OF_THE_COMMAND | OF_THE_CLUSTER
+    )
 
 
 @pytest.mark.parametrize("command", CONFIGS)

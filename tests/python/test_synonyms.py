@@ -64,7 +64,7 @@ def test_the_tables_refer_to_existing_flags_and_shadow_none() -> None:
         ("--do-eval", "give `--eval-data FILE`"),
         ("--trust-remote-code", "error: --trust-remote-code is not supported: code in a model"),
         ("--lora-modules", "--lora-target NAME"),
-        ("--deepspeed", "error: --deepspeed is not supported: training runs in one process"),
+        ("--deepspeed", "error: --deepspeed is not supported: torch's DDP and FSDP2 divide"),
     ],
 )
 def test_a_flag_of_another_trainer_is_answered(run: Run, flag: str, answer: str) -> None:

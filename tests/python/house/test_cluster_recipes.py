@@ -241,7 +241,7 @@ def test_logratio_knows_the_flags(words: list[str]) -> None:
 
 def test_the_page_says_what_the_code_refuses() -> None:
     page = (ROOT / PAGE).read_text()
-    code = (ROOT / "python/logratio/training/parallel/placement.py").read_text()
+    code = (ROOT / "python/logratio/training/parallel/division.py").read_text()
     for setting in ("8bit", "adamw8bit", "adamw-host", "bf16-weights"):
         assert setting in page.partition("## What is refused")[2]
         assert f'"{setting}"' in code

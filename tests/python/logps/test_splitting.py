@@ -222,5 +222,5 @@ def test_samples_that_would_cross_the_limit_are_refused(tmp_path: Path, pairs_fi
         samples=2,
         max_new_tokens=ORIGINAL,
     )
-    with pytest.raises(ConfigError, match=r"LongRoPE.*beyond 64 tokens.*samples to 0"):
+    with pytest.raises(ConfigError, match=r"LongRoPE.*beyond 64 tokens.*draw no samples"):
         prepare(settings, show_progress=False)

@@ -211,7 +211,7 @@ def test_an_input_that_is_not_data_is_refused() -> None:
     )
     with pytest.raises(TypeError, match="with the splits 'train', 'test': pass one of them"):
         open_inputs([splits])
-    with pytest.raises(TypeError, match="a list is not data: give paths, '-' for stdin"):
+    with pytest.raises(TypeError, match="item 1 of the list is a list: give paths, '-' for stdin"):
         open_inputs([[["a"]]])
 
 

@@ -28,6 +28,7 @@ from logratio.data import (
 from logratio.data.feed import micro_batches
 from logratio.data.records import CODES, stops
 from logratio.data.store import ingest
+from logratio.setting_names import with_fields
 
 Row = dict[str, Any]
 
@@ -114,7 +115,7 @@ def test_a_fault_is_counted_and_named_at_every_position(
         (error,) = caught.value.errors
         assert error.startswith(f"{path.as_posix()}:{place}")
         assert f" [{code}] " in error
-        assert error in str(caught.value)
+        assert with_fields(error) in str(caught.value)
     log = path.with_name("refused.jsonl")
     store, report = build_store([path], tokenizer, max_bad_fraction=0.4, refused=log)
     assert (len(store), report.read, report.kept, report.refused) == (2, 3, 2, 1)
