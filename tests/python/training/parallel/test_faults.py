@@ -1,6 +1,7 @@
 """If a rank fails, dies, stops or differs, all ranks end, and one message names it."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -87,6 +88,26 @@ def test_a_killed_rank_ends_the_run_which_resumes(
     ranks(2, "rank_workers:train", settings | {"resume": True}).well()
     trained = load_file(tmp_path / "out" / "model.safetensors")
     assert all(trained[name].equal(value) for name, value in undisturbed(parallel).items())
+
+
+def test_a_checkpoint_that_is_written_while_the_run_goes_on_is_that_of_its_update(
+    ranks: RankServer,
+    settings: Settings,
+    undisturbed: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    settings |= {"parallel": "fsdp", "async_save": True, "keep_checkpoints": 9}
+    killed = [1, signal.SIGKILL, "logratio.training.update", "clip_gradients", 6]
+    ranks(
+        2, "rank_workers:train_impatiently", settings, signals=[[*killed, str(tmp_path / "killed")]]
+    )
+    saved = sorted((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))
+    assert len(saved) >= 2
+    for newer in saved[2:]:
+        shutil.rmtree(newer)
+    ranks(2, "rank_workers:train", settings | {"resume": True}).well()
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(trained[name].equal(value) for name, value in undisturbed("fsdp").items())
 
 
 def test_a_stopped_rank_ends_the_run(ranks: RankServer, settings: Settings, tmp_path: Path) -> None:
