@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, cast, get_args
 
-from step_patches import PATCHES, TRAINER, check_used, replace
+from step_patches import LOOP, PATCHES, TRAINER, UPDATE, check_used, replace
 from step_record import Ids, Pair, Recorder, Spec
 from torch import nn
 
@@ -58,7 +58,7 @@ def pairs_of(layout: Layout) -> Callable[[], list[Pair]]:
 
 def watch(spec: Spec, record: Recorder) -> None:
     """Add the recorder to the trainer: at the policy, the feed and each update."""
-    build, update, feed = TRAINER.build_policy, TRAINER.Updater.update, TRAINER.DPOTrainer._feed
+    build, update, feed = TRAINER.build_policy, UPDATE.Updater.update, TRAINER.DPOTrainer._feed
 
     def built(*given: Any) -> nn.Module:
         policy: nn.Module = build(*given)
@@ -76,8 +76,8 @@ def watch(spec: Spec, record: Recorder) -> None:
             del micro  # frees its buffer for the next one
 
     def updated(self: Any, *given: Any) -> Any:
-        *before, batches = given
-        values, count = update(self, *before, seen(batches))
+        step, rate, batches, *most = given
+        values, count = update(self, step, rate, seen(batches), *most)
         names = ("loss", "logps/chosen", "logps/rejected", "grad_norm")
         record.updated(*[values[name] for name in names])
         if record.is_over:
@@ -86,9 +86,9 @@ def watch(spec: Spec, record: Recorder) -> None:
 
     replace(TRAINER, "build_policy", built)
     replace(TRAINER.DPOTrainer, "_feed", began)
-    replace(TRAINER.Updater, "update", updated)
+    replace(UPDATE.Updater, "update", updated)
     if spec.order != FeedSettings.order:  # the trainer has no setting for it
-        replace(TRAINER, "FeedSettings", partial(FeedSettings, order=spec.order))
+        replace(LOOP, "FeedSettings", partial(FeedSettings, order=spec.order))
 
 
 def configuration(spec: Spec, output: Path) -> TrainConfig:

@@ -17,9 +17,12 @@ from logratio.logps import completion
 from logratio.logps.attention.fused import row_of
 from logratio.logps.batch import Batch, SharedBatch
 from logratio.logps.head import head_logits
-from logratio.training import activations, trainer
+from logratio.training import activations, trainer, update, update_loop
 
-TRAINER: Any = trainer  # typed as Any, since patches replace their functions
+# Typed as Any, since patches replace their functions.
+TRAINER: Any = trainer
+LOOP: Any = update_loop
+UPDATE: Any = update
 
 _CALLED: set[str] = set()
 Logps = Callable[[nn.Module, Batch], Tensor]
@@ -61,13 +64,13 @@ def _with_logps(name: str, logps: Logps) -> None:
         whole: Tensor = loss_of(logps(model, batch), batch.targets.whole)
         return whole
 
-    replace(TRAINER, "completion_loss", _noted(name, loss))
+    replace(UPDATE, "completion_loss", _noted(name, loss))
 
 
 def separate_rows() -> None:
     """Use two padded rows per pair instead of shared prompts."""
     choice = _noted("separate_rows", lambda *_, **__: ("padded", "the bench asks for it"))
-    replace(TRAINER, "choose_layout", choice)
+    replace(LOOP, "choose_layout", choice)
 
 
 def own_prompts() -> None:
@@ -77,7 +80,7 @@ def own_prompts() -> None:
         whole: Tensor = completion.completion_loss(model, apart(batch), loss_of)
         return whole
 
-    replace(TRAINER, "completion_loss", _noted("own_prompts", loss))
+    replace(UPDATE, "completion_loss", _noted("own_prompts", loss))
 
 
 def apart(batch: Batch) -> SharedBatch:
@@ -139,12 +142,12 @@ def head_everywhere() -> None:
 
 def one_width() -> None:
     """Rows padded to the token budget, and layers compiled for that width only."""
-    settings, compiled = TRAINER.FeedSettings, partial(torch.compile, dynamic=False)
+    settings, compiled = LOOP.FeedSettings, partial(torch.compile, dynamic=False)
 
     def filled(**given: Any) -> Any:
         return settings(**given, width=given["token_budget"])
 
-    replace(TRAINER, "FeedSettings", filled)
+    replace(LOOP, "FeedSettings", filled)
     replace(activations, "_compiled", _noted("one_width", compiled))
 
 

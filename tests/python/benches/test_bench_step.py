@@ -30,7 +30,7 @@ from step_material import (
 )
 from step_models import MODELS
 from step_ours import pairs_of
-from step_patches import TRAINER, apart
+from step_patches import LOOP, TRAINER, UPDATE, apart
 from step_plain import collate, cosine, padded_pairs, sums
 from step_record import Pair, Spec, pair_hash
 from step_summary import compare, control, interval
@@ -223,9 +223,9 @@ def test_ours_and_plain_pass_the_gate(tmp_path: Path, monkeypatch: pytest.Monkey
         (TRAINER, "DPOTrainer"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))  # the worker exchanges them
-    for owner, name in ((TRAINER.DPOTrainer, "_feed"), (TRAINER.Updater, "update")):
+    for owner, name in ((TRAINER.DPOTrainer, "_feed"), (UPDATE.Updater, "update")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    monkeypatch.setattr(TRAINER, "FeedSettings", TRAINER.FeedSettings)
+    monkeypatch.setattr(LOOP, "FeedSettings", LOOP.FeedSettings)
     make(Wanted(str(tmp_path), "toy", "hh", batch=3, updates=2))
     records = []
     for name, worker in (("ours", step_ours), ("plain", step_plain)):
