@@ -171,7 +171,7 @@ def test_the_cache_of_the_quantized_reference_is_its_own(
     cached = replace(config, cache=cache, output=tmp_path / "cached")
     whole = PrecomputeConfig(config.model, config.data, cache)
     precompute(whole, show_progress=False)
-    with pytest.raises(StaleCacheError, match=f"no --quantization.* has --quantization {bits}"):
+    with pytest.raises(StaleCacheError, match=f"no quantization.* has quantization {bits}"):
         losses(cached)
     precompute(replace(whole, quantization=bits), show_progress=False)
     assert losses(cached) == pytest.approx(losses(config), rel=1e-2, abs=1e-3)

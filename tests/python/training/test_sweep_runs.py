@@ -313,7 +313,7 @@ class TestCommand:
     ) -> None:
         code, out, err = run("sweep", "--config", file, "--lr", "2e-3", "--kl-budget", "50")
         assert code == 0, err
-        assert "chosen: dpo-beta0.1-lr0.002-seed0: the highest accuracy among runs" in out
+        assert "dpo-beta0.1-lr0.002-seed0 (the highest accuracy among runs" in out
         assert [line["name"] for line in lines(config)] == ["dpo-beta0.1-lr0.002-seed0"]
         folder = Path(config.base.output)
         assert (folder / "dpo-beta0.1-lr0.002-seed0" / "adapter_model.safetensors").exists()
