@@ -280,7 +280,7 @@ class _Reading:
         why = _unknown(kind, key.value, given)
         if is_block and "did you" not in why:
             blocks = ", ".join(_blocks(kind)) or "none"
-            why += f"; blocks here are {blocks}, and every other setting is a key of its own"
+            why += f"; blocks here are {blocks}, and every other setting is a top-level key"
         raise self.error(key, why)
 
     def _refuse_twice(self, path: tuple[str, ...], key: yaml.Node, given: str) -> None:

@@ -67,7 +67,7 @@ class SignalAfter(Callback):
 
 
 def train_differently(settings: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> None:
-    """Train with settings of which each rank has some of its own."""
+    """Train with settings that differ between ranks."""
     train(dict(settings) | dict(own[int(os.environ["RANK"])]))
 
 
@@ -128,7 +128,7 @@ def train_with_little_memory(settings: Mapping[str, Any], rank: int) -> None:
 
 
 def train_on_days(settings: Mapping[str, Any], days: Sequence[str]) -> None:
-    """Train; each rank's clock shows a day of its own."""
+    """Train; each rank's clock shows another day."""
     day = days[int(os.environ["RANK"])]
     vars(chat_template)["today"] = lambda: day
     train(settings)

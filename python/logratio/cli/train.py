@@ -70,7 +70,6 @@ def train(
     contains metrics.jsonl and TensorBoard events.
     """
     from logratio.training.config import TrainConfig
-    from logratio.training.trainer import DPOTrainer
 
     planned = cluster.cluster(dry_run=dry_run, to_file=json_file is not None)
     config = TrainConfig(
@@ -92,7 +91,14 @@ def train(
     )
     if planned:
         _plan(config, planned, json_file)
-        return
+    else:
+        _train(config, dry_run=dry_run)
+
+
+def _train(config: "TrainConfig", *, dry_run: bool) -> None:
+    """Train, or only check and forecast; the first of several processes prints."""
+    from logratio.training.trainer import DPOTrainer
+
     trainer = DPOTrainer(config=config, dry_run=dry_run)
     if not trainer.processes.is_first:
         if trainer.finished or not dry_run:

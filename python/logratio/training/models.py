@@ -222,6 +222,18 @@ def load_model(
             adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
+    return _whole_model(folder, device, quantization, precision, frozen=frozen)
+
+
+def _whole_model(
+    folder: Path,
+    device: torch.device | str,
+    quantization: Quantization | None,
+    precision: Precision,
+    *,
+    frozen: bool,
+) -> nn.Module:
+    """Load the model of a folder that contains no adapter: see `load_model`."""
     if torch.device(device).type == "meta":
         empty = with_softcap(without_dropout(_without_weights(folder, precision))).eval()
         return _frozen(empty, precision) if frozen else empty

@@ -111,7 +111,7 @@ class TransformersMethods:
         return dict((rows or result.evaluations)[-1])
 
     def push_to_hub(self, *arguments: Any, **settings: Any) -> None:
-        """Refuse to upload: a run uses no network of its own.
+        """Refuse to upload: a run never uses the network.
 
         Raises:
             ConfigError: Always, with the command that uploads the model.

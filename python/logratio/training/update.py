@@ -142,7 +142,7 @@ class Updater:
         return values, sum(map(len, groups)) if self.processes.count == 1 else count
 
     def _seed(self, step: int) -> None:
-        """Let every process but the first draw the adapters' dropout from numbers of its own."""
+        """Let every process but the first draw different numbers for the adapters' dropout."""
         if self.processes.rank:
             drawn = np.random.SeedSequence((self.config.seed, self.processes.rank, step))
             torch.manual_seed(int(drawn.generate_state(1)[0]))

@@ -17,7 +17,7 @@ from logratio.data.records import CODES, CURES
 
 README = (ROOT / "README.md").read_text()
 ELSEWHERE = ["python/docs/migrating.md", "python/docs/cluster.md"]
-"""Pages whose code a test of its own runs: test_trl_port.py, test_ray_train.py."""
+"""Pages whose code a separate test runs: test_trl_port.py, test_ray_train.py."""
 RUN = [
     *("README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"),
     "python/docs/training.md",

@@ -2,7 +2,7 @@
 
 A mask of T queries and T keys takes 4 T² bytes, 69 GB for 128k tokens, and attention with a cap or
 sinks also stores its scores. Here the queries of a run are split into parts. A part attends to the
-keys that it can see, with a mask of its own, and neither masks nor scores are kept: the backward
+keys that it can see, with its own mask, and neither masks nor scores are kept: the backward
 pass computes them again, part by part. With a window, keys outside of it are not read, so that the
 work is linear in the length too.
 """

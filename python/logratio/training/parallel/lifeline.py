@@ -1,6 +1,6 @@
 """How the processes of a run end together when one of them fails, dies or hangs.
 
-Each process counts aloud in torch's key-value store, from a thread of its own. A process that fails
+Each process counts in torch's key-value store, from a separate thread. A process that fails
 writes why. A process that no longer counts is dead, or stopped: the first process watches all
 others, and the second one the first. Once a failure is known, every process has `GRACE` seconds to
 end by itself (torch's collectives usually fail at once), then its thread ends it. Only a process of

@@ -2,7 +2,7 @@
 
 Numbers that every update needs travel through torch's process group. Everything else (settings,
 places of files, reasons to stop) is JSON in torch's key-value store, which exists before the group
-and so has no timeout of its own while one process of a host tokenizes data for hours.
+and so has no timeout while one process of a host tokenizes data for hours.
 """
 
 import atexit
@@ -120,7 +120,7 @@ class Processes:
 
     @cached_property
     def group_for_writing(self) -> Any:
-        """A group of its own for threads that write files, so that no collectives get mixed up."""
+        """A separate group for threads that write files, so that no collectives get mixed up."""
         return dist.new_group(backend="gloo")
 
     @cached_property

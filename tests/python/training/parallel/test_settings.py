@@ -126,7 +126,9 @@ def test_a_weight_without_a_gradient_does_not_hang_ddp(
     ranks: RankServer, settings: Settings, tmp_path: Path
 ) -> None:
     settings |= {"parallel": "ddp", "output": str(tmp_path / "out")}
-    ranks(2, "rank_workers:train_with_an_unused_weight", settings).well()
+    ended = ranks(2, "rank_workers:train_with_an_unused_weight", settings)
+    assert ended.codes == [0, 0], ended.printed
+    assert len(losses(tmp_path / "out")) == 6
 
 
 REFUSED: Mapping[str, tuple[Settings, str]] = {
