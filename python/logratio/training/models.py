@@ -324,27 +324,20 @@ def _check_weights(folder: Path, missing: Collection[str]) -> None:
 
 def with_adapter(base: nn.Module, folder: Path, device: torch.device | str) -> nn.Module:
     """Load the adapter in `folder` over its base model; dropout is off."""
-    from peft import PeftModel, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     if torch.device(device).type == "meta":
         empty: Any = base
-        adapted: nn.Module = get_peft_model(empty, adapter_settings(folder))
+        settings: Any = PeftConfig.from_pretrained(str(folder))
+        if hasattr(settings, "init_lora_weights"):
+            settings.init_lora_weights = True  # others decompose the weights of the base
+        adapted: nn.Module = get_peft_model(empty, settings)
         return without_dropout(adapted).eval()
     with quietly():
         model: nn.Module = PeftModel.from_pretrained(base, folder, local_files_only=True)
     model = without_dropout(model).eval()
     # peft has put the adapter on the device of the quantized weights, which cannot be moved.
     return model if getattr(base, "is_quantized", False) else model.to(device)
-
-
-def adapter_settings(folder: Path) -> Any:
-    """Return peft's settings of the adapter in a folder, for one that begins without weights."""
-    from peft import PeftConfig
-
-    settings: Any = PeftConfig.from_pretrained(str(folder))
-    if hasattr(settings, "init_lora_weights"):
-        settings.init_lora_weights = True  # others decompose the weights of the base
-    return settings
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ which is trained, and as `REFERENCE`, which stays as it was. So its reference ne
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from logratio.training.config import TrainConfig
 from logratio.training.lora import use_dropout, widen_saved_modules, with_lora
 from logratio.training.models import (
     ADAPTER_CONFIG,
-    adapter_settings,
     base_folder,
     load_model,
     merged,
@@ -85,7 +85,7 @@ def _continued(config: TrainConfig, device: str) -> nn.Module:
     if reference_kind(config) == "adapter":
         with quietly():
             if device == "meta":
-                policy.add_adapter(REFERENCE, adapter_settings(folder))
+                policy.add_adapter(REFERENCE, copy(policy.peft_config[TRAINED]))
             else:
                 policy.load_adapter(str(folder), REFERENCE, torch_device=device)
         adapters.append(REFERENCE)
