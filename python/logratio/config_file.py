@@ -44,6 +44,7 @@ SWITCHES = ("lora",)
 """Blocks that are off by default. Outside the block, their keys begin with its name."""
 FLAGS: Mapping[str, str] = {
     "compile": "compile_layers",
+    "loss_option": "loss_options",
     "eos": "append_eos",
     "chat": "text_as",
     "lora_target": "lora_targets",

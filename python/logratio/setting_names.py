@@ -18,6 +18,7 @@ _FORMATS = (
 _LORA = ("rank", "alpha", "dropout", "modules-to-save", "init")
 FIELDS: Mapping[str, str] = {
     "compile": "compile_layers",
+    "loss-option": "loss_options",
     **{flag: "rules." + flag.replace("-", "_") for flag in _RULES},
     "eos": "rules.append_eos",
     "no-eos": "rules.append_eos=False",

@@ -35,14 +35,6 @@ OWN = {"loss", "beta", "lr", "seed", "overwrite", "resume", "eval_data", "max_ne
 """Settings of a run that a sweep sets itself, or takes as lists."""
 
 
-class Loss(StrEnum):
-    """The losses of pairs."""
-
-    DPO = "dpo"
-    IPO = "ipo"
-    SIMPO = "simpo"
-
-
 class Engine(StrEnum):
     """Where the runs are."""
 
@@ -66,7 +58,7 @@ EvalData = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option(help="Folder of the sweep, with one folder per run.")]
-Losses = Annotated[list[Loss] | None, _repeated("A loss (default: dpo)")]
+Losses = Annotated[list[str] | None, _repeated("A method for pairs (default: dpo)")]
 Betas = Annotated[
     list[float] | None, _repeated("Weight of the KL term (default: that of the loss)")
 ]
@@ -169,7 +161,7 @@ def sweep(
         max_bad_fraction=reading.max_bad_fraction,
     )
     grid: dict[str, Any] = {
-        "loss": tuple(one.value for one in loss or ()),
+        "loss": tuple(loss or ()),
         "beta": tuple(beta or ()),
         "lr": tuple(lr or ()),
         "seed": tuple(seed or ()),

@@ -1,14 +1,16 @@
 """Flags of a training run, grouped by help panel; `logratio sweep` has them too."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from logratio.cli import options
 from logratio.cli.options import ReadMode, Settings
+from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
     from logratio.training.config import LoraSettings
@@ -66,15 +68,6 @@ class StartAdapter(StrEnum):
     CONTINUE = "continue"
 
 
-class Loss(StrEnum):
-    """The losses of `logratio.training.losses`."""
-
-    DPO = "dpo"
-    IPO = "ipo"
-    SIMPO = "simpo"
-    SFT = "sft"
-
-
 @dataclass(frozen=True)
 class ReferenceSource(Settings):
     """Where the reference's log-probs come from."""
@@ -97,22 +90,37 @@ class Objective(Settings):
     """The loss and its parameters."""
 
     loss: Annotated[
-        Loss,
+        list[str],
         typer.Option(
-            help="The loss. sft trains on demonstrations, or on the chosen completions of pairs."
+            metavar="METHOD[:WEIGHT]",
+            help="The method (`logratio methods` lists them), or MODULE:FUNCTION, a loss of your "
+            "own. Repeat the flag to add losses with weights: --loss dpo:1 --loss sft:0.2.",
         ),
-    ] = Loss.DPO
+    ] = field(default_factory=lambda: ["dpo"])
     beta: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the KL term: a larger one keeps the policy closer to the "
-            "reference. Default: 0.1 for dpo and ipo, 2 for simpo."
+            help="Weight of the KL term: a larger one keeps the policy closer to the reference. "
+            "Default: that of the method, such as 0.1 for dpo and 2 for simpo."
         ),
     ] = None
     label_smoothing: Annotated[
-        float, typer.Option(help="Assumed probability that a label is flipped (dpo, simpo).")
-    ] = 0.0
-    gamma: Annotated[float, typer.Option(help="Target margin of simpo.")] = 1.0
+        float | None,
+        typer.Option(
+            help="Assumed probability that a label is flipped. Default: that of the method."
+        ),
+    ] = None
+    gamma: Annotated[
+        float | None, typer.Option(help="Target margin of simpo and alpha-po. Default: 1.")
+    ] = None
+    loss_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="Another number of the method, such as penalty=50 for dpop: see "
+            "`logratio methods`. Repeat the flag, or separate by commas.",
+        ),
+    ] = None
     router_aux_loss_coef: Annotated[
         float | None,
         typer.Option(
@@ -120,6 +128,29 @@ class Objective(Settings):
             "Default: that of the model's config if it sets output_router_logits, else 0."
         ),
     ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the config's fields.
+
+        Raises:
+            ConfigError: A --loss-option is malformed.
+        """
+        found = super().settings()
+        return found | {"loss_options": _numbers(found.pop("loss_option") or ())}
+
+
+def _numbers(given: Iterable[str]) -> dict[str, float]:
+    """Parse options written as NAME=NUMBER."""
+    numbers = {}
+    for word in (word for words in given for word in words.split(",")):
+        name, equals, value = word.partition("=")
+        try:
+            numbers[name.strip()] = float(value)
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            raise ConfigError(f"--loss-option {word!r}: write it as penalty=50")
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ class TargetTokens:
         completion_mask: False for targets that do not count, bool `[S]`.
         completion_of: Index of each target's completion, int64 `[S]`.
         lengths: Number of counted targets of each completion, float64 `[N]`.
+        roles: Role of each completion, an index into `logratio._rust.ROLES`, uint8 `[N]`.
         counted: `completion_mask` on the host, bool numpy `[S]`.
         rows: Row of each completion in the store, int64 numpy `[N]`.
         groups: Group numbers in the store, int64 numpy `[G]`.
@@ -203,6 +204,7 @@ class TargetTokens:
     completion_mask: Tensor
     completion_of: Tensor
     lengths: Tensor
+    roles: Tensor
     counted: np.ndarray
     rows: np.ndarray
     groups: np.ndarray
@@ -251,6 +253,7 @@ class TargetTokens:
             completion_mask=self.completion_mask[at],
             completion_of=self.completion_of[at] - completions.start,
             lengths=self.lengths[completions],
+            roles=self.roles[completions],
             counted=self.counted[at],
             rows=self.rows[completions],
             groups=self.groups[groups],
@@ -471,6 +474,7 @@ def _targets(layout: Layout, tensors: _Tensors) -> TargetTokens:
         completion_mask=mask,
         completion_of=owners,
         lengths=zeros.index_add(0, owners, mask.double()),
+        roles=tensors["roles"],
         counted=layout.completion_mask,
         rows=layout.completions,
         groups=layout.groups,

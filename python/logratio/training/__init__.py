@@ -23,9 +23,13 @@ from logratio.training.dataset import VocabularyError
 from logratio.training.evaluation import Evaluation, KlEstimate, Sample, evaluate
 from logratio.training.held_out import HeldOutResult
 from logratio.training.lora import read_lora_config
-from logratio.training.losses import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.memory import MemoryShortageError
 from logratio.training.merging import MergeError, MergeResult, merge_adapter
+from logratio.training.methods.free import sft_loss, simpo_loss
+from logratio.training.methods.logps import GroupLogps, PairLogps
+from logratio.training.methods.margins import dpo_loss
+from logratio.training.methods.pairs import ipo_loss
+from logratio.training.methods.table import METHODS, Method, Option
 from logratio.training.metrics import NonFiniteError
 from logratio.training.models import DeviceError, ModelFolderError, QuantizationError, load_model
 from logratio.training.precomputation import PrecomputeResult, ShareError, precompute
@@ -45,6 +49,8 @@ __all__ = [
     "DeviceError",
     "EvaluateConfig",
     "Evaluation",
+    "METHODS",
+    "GroupLogps",
     "HeldOutResult",
     "ImpossibleLogpError",
     "KlEstimate",
@@ -52,8 +58,10 @@ __all__ = [
     "MemoryShortageError",
     "MergeError",
     "MergeResult",
+    "Method",
     "ModelFolderError",
     "NonFiniteError",
+    "Option",
     "PairLogps",
     "PrecomputeConfig",
     "PrecomputeResult",

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,11 +92,13 @@ class Position:
         identity: Settings that identify the run, so that another run is not resumed from it.
         selection: State of the choice of the best evaluation; None in checkpoints of versions
             without evaluation.
+        memory: Running numbers of the loss, for each method that has any.
     """
 
     step: int
     identity: dict[str, Any]
     selection: dict[str, Any] | None = None
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def save(
@@ -270,7 +272,9 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Pos
         read_shards(_optimizer_tensors(model, optimizer), tensor_folder(path))
     state = json.loads((path / "state.json").read_text())
     _restore_random(load_file(path / "random.safetensors"), state["python_random"])
-    return Position(state["step"], state["identity"], state.get("selection"))
+    return Position(
+        state["step"], state["identity"], state.get("selection"), state.get("memory", {})
+    )
 
 
 def _restore_weights(path: Path, model: nn.Module) -> None:

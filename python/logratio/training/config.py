@@ -12,7 +12,12 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
 from logratio.synonyms import takes_known_names
 from logratio.training.trackers import ReportTo
-from logratio.validation import Range, changes, check_fields
+from logratio.validation import Converted, Range, changes, check_fields
+
+def as_loss(given: Any) -> Any:
+    """Join a list of methods to one string, as in "dpo:1.0+sft:0.2"."""
+    return "+".join(given) if isinstance(given, list | tuple) else given
+
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]
 OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
@@ -129,10 +134,13 @@ class TrainConfig(YamlSettings):
         read_mode: How sealed shards of the cache are read. "map" (mmap) is the fastest. "pread" is
             for network file systems: a truncated shard then raises an error instead of crashing.
         reference: Folder or id of the reference model; None: `model`.
-        loss: One of `losses.LOSSES`.
-        beta: Weight of the KL term; None: the default of the loss.
-        label_smoothing: Assumed share of pairs whose labels are flipped (dpo and simpo).
-        gamma: Target margin of simpo.
+        loss: A method of `logratio methods`; the import path of a loss, "module:function"; or
+            several with weights, whose losses are added: "dpo:1.0+sft:0.2", or a list of such.
+        beta: Weight of the KL term; None: the default of the method.
+        label_smoothing: Assumed share of pairs whose labels are flipped; None: the method's
+            default, which is 0 for most.
+        gamma: Target margin of simpo and alpha-po; None: 1.
+        loss_options: Other numbers of the method, by name: see `logratio methods`.
         router_aux_loss_coef: Weight of the router's load-balancing loss of a mixture of experts,
             which is added to the loss of each update: see `router_loss`. 0: none. None: that of the
             model's config if the config sets `output_router_logits`, else 0.
@@ -225,10 +233,11 @@ class TrainConfig(YamlSettings):
     precompute: bool = False
     read_mode: ReadMode = "map"
     reference: PathLike | None = None
-    loss: str = "dpo"
+    loss: Annotated[str, Converted(as_loss)] = "dpo"
     beta: Above0 | None = None
-    label_smoothing: Annotated[float, Range(0, 0.5, without_high=True)] = 0.0
-    gamma: AtLeast0 = 1.0
+    label_smoothing: Annotated[float, Range(0, 0.5, without_high=True)] | None = None
+    gamma: AtLeast0 | None = None
+    loss_options: Mapping[str, float] = field(default_factory=dict)
     router_aux_loss_coef: AtLeast0 | None = None
     lr: Above0 = 1e-6
     warmup: ShareBelow1 = 0.1

@@ -24,6 +24,8 @@ from logratio.forecast import count
 from logratio.progress import reading_progress
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import tensor_shapes
+from logratio.training.methods.data_checks import check_data, formats_for
+from logratio.training.methods.objective import Objective
 from logratio.training.models import base_folder, quietly
 from logratio.training.parallel.processes import Processes
 
@@ -140,10 +142,10 @@ def load_training_data(
 
     Raises:
         BadDataError, StoreMismatchError, VocabularyError, ConfigError: See `load_dataset`,
-            `check_groups`, `check_mix` and `check_reference`.
+            `check_data`, `check_mix` and `check_reference`.
     """
-    is_sft = config.loss == "sft"
-    formats = replace(config.formats, demonstrations=is_sft, kinds=None if is_sft else ("pair",))
+    objective = Objective.of(config)
+    formats = formats_for(objective.data, config.formats)
 
     def load(data: Inputs, path: Path) -> Dataset:
         return load_dataset(
@@ -159,8 +161,7 @@ def load_training_data(
         )
 
     dataset = once_per_host(load, config.data, folder, processes or Processes())
-    roles = ("demonstration",) if is_sft else ("chosen", "rejected")
-    check_groups(dataset.store, roles, f"the loss {config.loss}")
+    check_data(dataset.store, objective, f"the loss {config.loss}")
     check_mix(config.mix, dataset.store)
     if config.reference:
         check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
@@ -206,30 +207,6 @@ def once_per_host(
             # Memory maps keep the data readable; deleting the file now means no crash leaves it.
             path.unlink(missing_ok=True)
     return dataset
-
-
-def check_groups(store: Store, roles: tuple[str, ...], what: str) -> None:
-    """Check that the completions of every group have exactly these roles.
-
-    Args:
-        store: The tokenized groups.
-        roles: Expected roles, in order.
-        what: What needs them, for the message.
-
-    Raises:
-        ConfigError: Some groups do not; the message counts them and locates the first.
-    """
-    offsets, found = store.completion_offsets(), store.roles()
-    fits = np.diff(offsets) == len(roles)
-    first = offsets[:-1][fits]
-    fits[fits] = np.all([found[first + n] == ROLES.index(r) for n, r in enumerate(roles)], axis=0)
-    wrong = np.flatnonzero(~fits)
-    if len(wrong):
-        (place,) = source_names(store, wrong[:1].tolist())
-        raise ConfigError(
-            f"{what} needs groups of {' and '.join(roles)}, and {len(wrong):,} groups are "
-            f"different (first: {place})"
-        )
 
 
 def check_mix(mix: tuple[float, ...] | None, store: Store) -> None:

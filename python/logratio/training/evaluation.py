@@ -28,7 +28,6 @@ from logratio.training import memory, run_folder
 from logratio.training.config import EvaluateConfig, PathLike
 from logratio.training.dataset import (
     Dataset,
-    check_groups,
     check_reference,
     load_dataset,
     max_positions,
@@ -306,7 +305,7 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
     is_alone = processes.count == 1
     data = config.data
     dataset = load(data, None) if is_alone else once_per_host(load, data, None, processes)
-    check_groups(dataset.store, ("chosen", "rejected"), "an evaluation")
+    check_groups(dataset.store, "pairs", "an evaluation")
     check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
     models = config.policy, config.reference
     check_sampling(models, config.samples, config.max_new_tokens, dataset.store)

@@ -35,7 +35,10 @@ from logratio.training.evaluation import (
     sample_texts,
     sums_over,
 )
-from logratio.training.losses import averages, make_objective
+from logratio.training.methods.columns import Columns, averages
+from logratio.training.methods.group_data import GroupData
+from logratio.training.methods.logps import GroupLogps
+from logratio.training.methods.objective import Objective
 from logratio.training.models import training_budget
 from logratio.training.parallel.processes import Processes
 from logratio.training.policy import as_reference
@@ -47,7 +50,7 @@ from logratio.training.reference import (
     side_effect_free,
 )
 from logratio.training.update import Updater
-from logratio.training.validation import beta_of, needs_reference
+from logratio.training.validation import needs_reference
 
 REFUSED_FILE = "refused_eval.jsonl"
 _SAMPLED = ("kl", "sample_length", "reference_sample_length")
@@ -62,11 +65,8 @@ def check_metric(config: TrainConfig) -> None:
     """
     if config.best_metric is None:
         return
-    count = 1 if config.loss == "sft" else 2
-    none, ones = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
-    objective = make_objective(config, beta_of(config))
-    known = [*objective.columns(objective.losses(none, none, ones), none, none, ones)]
-    known += ["expected_calibration_error"] * (config.loss != "sft")
+    known = Objective.of(config).metrics()
+    known += ["expected_calibration_error"] * ("rewards/accuracies" in known)
     known += _SAMPLED if config.eval_samples and needs_reference(config) else ()
     name = config.best_metric.removeprefix("eval_")
     if name in _SAMPLED and name not in known:
@@ -308,14 +308,15 @@ class HeldOut:
         self._interrupted = interrupted
         updater.strategy.settle()
         with side_effect_free(updater.policy), updater.autocast():
-            policy = self._sums(updater, lambda batch: model_sums(updater.policy, batch))
+            policy = self._sums(updater, updater.policy_sums)
             if self._reference_sums is None:
                 self._reference_sums = self._of_reference(updater)
         columns = self._columns(updater, policy, self._reference_sums)
         metrics = {f"eval_{name}": value for name, value in averages(columns)[0].items()}
         result = HeldOutResult(step, len(self.store), metrics, sources=self._sources(columns))
         if "rewards/accuracies" in columns:
-            result = _with_pairs(result, columns)
+            plain = {name: c for name, c in columns.items() if isinstance(c, Tensor)}
+            result = _with_pairs(result, plain)
         return self._with_samples(result, updater) if self.config.eval_samples else result
 
     def _sums(self, updater: Updater, of: Callable[[Batch], Tensor]) -> np.ndarray:
@@ -335,16 +336,30 @@ class HeldOut:
         reference = self.cached or updater.reference
         if reference is None:
             return np.zeros(self.store.completions)
-        return self._sums(updater, reference.sums)
+        return self._sums(updater, lambda batch: updater.sums_of(reference, batch))
 
-    def _columns(
-        self, updater: Updater, policy: np.ndarray, reference: np.ndarray
-    ) -> dict[str, Tensor]:
-        """Return the loss and the metrics of each group, as in training, float64 `[B]`."""
-        lengths = torch.from_numpy(self.store.counted_lengths().astype(np.float64))
-        policies, references = torch.from_numpy(policy), torch.from_numpy(reference)
-        losses = updater.objective.losses(policies, references, lengths)
-        return updater.objective.columns(losses, policies, references, lengths)
+    def _columns(self, updater: Updater, policy: np.ndarray, reference: np.ndarray) -> Columns:
+        """Return the loss and the metrics of each group, as in training.
+
+        What a loss takes from an update is taken from all held-out groups.
+        """
+        store, objective = self.store, updater.objective
+        data = GroupData.of(store, objective)
+        groups = GroupLogps(
+            torch.from_numpy(policy),
+            torch.from_numpy(reference),
+            torch.from_numpy(store.counted_lengths().astype(np.float64)),
+            torch.from_numpy(store.roles()),
+            store.completion_offsets(),
+            data.values,
+            has_reference=data.has_reference,
+        )
+        found = objective.statistics(groups, trains=False)
+        groups = replace(groups, statistics=found)
+        losses = objective.losses(groups)
+        if data.weights is not None:
+            losses = losses * torch.from_numpy(data.weights)
+        return objective.columns(losses, groups)
 
     @cached_property
     def _files(self) -> tuple[list[str], np.ndarray]:
@@ -354,9 +369,11 @@ class HeldOut:
         names = [Path(path).name for path in paths]
         return names if len({*names}) == len(names) else paths, files
 
-    def _sources(self, columns: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    def _sources(self, columns: Columns) -> dict[str, tuple[int, float]]:
         names, files = self._files
-        values = columns.get("rewards/accuracies", columns["loss"]).numpy()
+        column = columns.get("rewards/accuracies", columns["loss"])
+        assert isinstance(column, Tensor)
+        values = column.numpy()
         return {
             names[one] if one < len(names) else "?": (
                 int((files == one).sum()),
@@ -410,7 +427,7 @@ class HeldOut:
 
 
 def _with_pairs(result: HeldOutResult, columns: Mapping[str, Tensor]) -> HeldOutResult:
-    """Add what only pairs have: the interval of the accuracy, calibration, single rewards."""
+    """Add what only pairs and lists have: accuracy's interval, calibration, single rewards."""
     chosen, rejected = (columns[f"rewards/{side}"].numpy() for side in ("chosen", "rejected"))
     margins = columns["rewards/margins"].numpy()
     error = calibration(margins).expected_error

@@ -12,20 +12,13 @@ from logratio.durable import write_atomic
 from logratio.errors import hub_id
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import name_of
-from logratio.training.losses import PAIR_LOSSES
+from logratio.training.methods.objective import ALONE, Objective, Term
 from logratio.training.models import ADAPTER_CONFIG
 from logratio.training.run_info import resolved_settings
 from logratio.training.trackers import flat
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by logratio, which replaces this file unless this line is deleted. -->"
-_METHODS = {
-    "dpo": ("DPO", "2305.18290"),
-    "ipo": ("IPO", "2310.12036"),
-    "simpo": ("SimPO", "2405.14734"),
-    "sft": ("supervised fine-tuning", None),
-}
-"""Name of a method, and the number of its paper on arXiv."""
 _LEFT_OUT = {
     *("model", "data", "output", "cache", "reference", "eval_data", "loss", "beta"),
     *("resume", "overwrite", "report", "report_to", "run_name", "project", "device", "read_mode"),
@@ -98,8 +91,7 @@ def _may_replace(card: Path) -> bool:
 def card_of(made: Made) -> str:
     """Return the card as Markdown, with metadata for the Hugging Face hub in front."""
     config = made.config
-    name, paper = _METHODS[config.loss]
-    link = f"[{name}](https://arxiv.org/abs/{paper})" if paper else name
+    link = " + ".join(_link(term) for term in Objective.of(config).terms)
     title = config.run_name or Path(config.output).resolve().name
     parts = [
         f"---\n{_metadata(config)}\n---\n{MARK}",
@@ -174,6 +166,13 @@ def _is_id(name: str) -> bool:
     return name.count("/") == 1 and hub_id(name) == name and not Path(name).exists()
 
 
+def _link(term: Term) -> str:
+    """Return the name of a method with a link to its paper."""
+    number = term.method.paper.partition("arXiv ")[2].partition(",")[0]
+    title = term.method.title
+    return f"[{title}](https://arxiv.org/abs/{number})" if number else title
+
+
 def _metadata(config: TrainConfig) -> str:
     """Return the card's metadata as YAML."""
     from huggingface_hub import ModelCardData
@@ -207,7 +206,7 @@ def _training(made: Made) -> list[tuple[str, Any]]:
     kept = f"{data.kept:,} kept of {data.read:,} rows ({data.refused:,} refused"
     rows = [
         ("method", config.loss),
-        ("β", settings["beta"] if config.loss != "sft" else None),
+        ("β", settings["beta"] if Objective.of(config).has_beta else None),
         ("reference", _name(name_of(config.reference)) if config.reference else None),
         ("data", ", ".join(map(_name, settings["data"]))),
         ("groups", f"{kept}, {data.deduplicated:,} duplicates left out)"),
@@ -245,10 +244,7 @@ def _matters(name: str, value: Any, config: TrainConfig) -> bool:
 def _without_effect(config: TrainConfig) -> set[str]:
     """Return the settings that other settings of the run make void."""
     void = set[str]()
-    if config.loss not in PAIR_LOSSES:
-        void |= {"label_smoothing", "gamma"}
-    else:
-        void |= {"label_smoothing", "gamma"} - PAIR_LOSSES[config.loss].options
+    void |= {*ALONE} - {name for term in Objective.of(config).terms for name in term.options}
     if config.lr_scheduler != "wsd":
         void.add("decay")
     if config.lr_scheduler == "constant":

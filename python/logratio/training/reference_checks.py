@@ -1,7 +1,7 @@
 """Start-up checks of the reference log-probs and the first loss."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from logratio.logps.batch import Batch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training.config import Precision, TrainConfig
 from logratio.training.fingerprint import model_fingerprint, reference_fingerprint, versions
-from logratio.training.losses import PAIR_LOSSES, Objective
+from logratio.training.methods.group_data import GroupData
+from logratio.training.methods.objective import Objective
 from logratio.training.models import autocast, precision_of
 from logratio.training.reference import (
     AdapterReference,
@@ -27,7 +28,7 @@ from logratio.training.reference import (
     side_effect_free,
     soft_differences,
 )
-from logratio.training.validation import beta_of, needs_reference
+from logratio.training.validation import needs_reference
 
 SAMPLE = 32
 """Completions that are scored again, evenly spread over the data; the same in every run."""
@@ -343,15 +344,14 @@ class _InitialLossCheck:
     """Compares the loss at policy = reference with its known initial value."""
 
     def __init__(self, config: TrainConfig, objective: Objective, bound: Tolerance) -> None:
-        known = PAIR_LOSSES[config.loss].initial_value
-        self.expected = known(beta_of(config)) if known else None
+        self.expected = objective.initial_value
         self.loss, self.objective, self.bound = config.loss, objective, bound
 
     def __call__(self, batch: Batch, now: Tensor, stored: Tensor) -> None:
         """Check the loss, within the change that the tolerance of the log-probs can cause.
 
         Args:
-            batch: A batch of pairs.
+            batch: A batch of groups.
             now: Sums under the policy, float64 `[N]`.
             stored: Sums under the reference, float64 `[N]`.
 
@@ -360,21 +360,27 @@ class _InitialLossCheck:
         """
         if self.expected is None:
             return
-        lengths = batch.targets.lengths
-        shift = self.bound.of_sums(lengths) + RELATIVE * stored.abs()
-        shift[1::2] *= -1  # chosen up and rejected down, which changes the loss the most
-        level, up, down = (
-            self.objective.losses(stored + by, stored, lengths)
-            for by in (torch.zeros_like(shift), shift, -shift)
-        )
-        most = torch.maximum((up - level).abs(), (down - level).abs()) + 1e-6 * self.expected
-        gap = (self.objective.losses(now, stored, lengths) - self.expected).abs()
+        shift = self.bound.of_sums(batch.targets.lengths) + RELATIVE * stored.abs()
+        with torch.enable_grad():
+            start = stored.clone().requires_grad_()
+            (slopes,) = torch.autograd.grad(self._losses(batch, start, stored).sum(), start)
+        # Twice the first-order change: the slopes themselves change within the tolerance.
+        most = 2 * float((slopes.abs() * shift).sum()) + 1e-6 * abs(self.expected)
+        gap = (self._losses(batch, now, stored) - self.expected).abs()
         if not bool((gap <= most).all()):
             raise UntrustedReferenceError(
                 f"policy and reference are the same model, but the loss {self.loss} starts at "
                 f"{self.expected + float(gap.max()):.6g} instead of {self.expected:.6g} (rounding "
-                f"explains at most {float(most.min()):.2g})"
+                f"explains at most {most:.2g})"
             )
+
+    def _losses(self, batch: Batch, policy: Tensor, reference: Tensor) -> Tensor:
+        groups = GroupData(None, None, has_reference=True).groups(batch.targets, policy, reference)
+        if self.objective.needs_statistics:
+            found = self.objective.statistics(groups.on_host(), trains=False)
+            here = {name: value.to(policy.device) for name, value in found.items()}
+            groups = replace(groups, statistics=here)
+        return self.objective.losses(groups)
 
 
 def starts_at_reference(config: TrainConfig) -> bool:

@@ -12,7 +12,7 @@ from logratio.durable import write_atomic
 from logratio.progress import say
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model, name_of
-from logratio.training.losses import PAIR_LOSSES
+from logratio.training.methods.objective import Objective
 from logratio.training.models import precision_of, training_budget
 from logratio.training.router_loss import router_coefficient
 from logratio.training.validation import beta_of
@@ -32,9 +32,10 @@ def record_settings(config: TrainConfig) -> None:
     cannot be written, a note is printed and the run continues.
     """
     path = Path(config.output) / RUN_FILE
+    objective = Objective.of(config)
     used = replace(
         with_absolute_paths(config),
-        beta=beta_of(config) if config.loss in PAIR_LOSSES else None,
+        beta=objective.beta if objective.has_beta else None,
         precision=precision_of(config),
         token_budget=training_budget(config),
         router_aux_loss_coef=router_coefficient(config),

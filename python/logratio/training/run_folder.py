@@ -38,7 +38,7 @@ from logratio.training.config import UNRECORDED, LoraSettings, PathLike, TrainCo
 from logratio.training.dataset import Dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.given_model import base_names, source_of
-from logratio.training.losses import PAIR_LOSSES
+from logratio.training.methods.objective import Objective, named_methods
 from logratio.training.model_card import Made, write_card
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -55,7 +55,7 @@ CHECKPOINTS = "checkpoints"
 SAVING = ".saving"
 MODEL_FILES = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 _COMPARED = (
-    *("loss", "label_smoothing", "gamma", "lr", "warmup", "max_grad_norm", "batch_size"),
+    *("loss", "lr", "warmup", "max_grad_norm", "batch_size"),
     *("epochs", "optimizer", "compile_layers", "seed", "deterministic", "mix"),
     *("share_beginnings", *(name for name in UNRECORDED if name != "eval_data")),
 )
@@ -97,10 +97,20 @@ def identity(
         "router_aux_loss_coef": router_coefficient(config),
         "lora": _shape_of(config.lora) if config.lora else None,
     }
+    own |= _options(Objective.of(config))
     held = held_out.digest if held_out else None
     data = {"data": store.digest, "eval_data": held} if store else {}
     plain: dict[str, Any] = json.loads(json.dumps(fields | models | own | data))
     return plain
+
+
+def _options(objective: Objective) -> dict[str, Any]:
+    """Return the options of a run's methods; two have names of their own in earlier versions."""
+    first = {name: value for term in objective.terms for name, value in term.options.items()}
+    own = {"label_smoothing": first.pop("label_smoothing", 0.0), "gamma": first.pop("gamma", 1.0)}
+    others = {f"{term.name}.{n}": v for term in objective.terms for n, v in term.options.items()
+              if n in first}  # fmt: skip
+    return own | ({"loss_options": others} if others else {})
 
 
 def _shape_of(lora: LoraSettings) -> dict[str, Any]:
@@ -431,9 +441,12 @@ def note_unfinished(policy: PathLike) -> None:
 
 def _trained_beta(settings: dict[str, Any]) -> float | None:
     """Return a run's β if its loss has a reference, else None."""
-    loss = PAIR_LOSSES.get(settings.get("loss", ""))
     beta = settings.get("beta")
-    weighs = loss is not None and loss.needs_reference
+    try:
+        methods = [method for method, _ in named_methods(settings.get("loss", "")).values()]
+    except ConfigError:  # a loss of the user's own that cannot be imported here
+        return None
+    weighs = any(method.needs_reference and method.rewards == "implicit" for method in methods)
     return float(beta) if weighs and isinstance(beta, int | float) else None
 
 

@@ -24,13 +24,13 @@ from logratio.training.checkpoint import RunInterruptedError, newest
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, SweepConfig, TrainConfig
 from logratio.training.dataset import (
     Dataset,
-    check_groups,
     check_mix,
     check_reference,
     load_dataset,
 )
 from logratio.training.fingerprint import model_fingerprint
-from logratio.training.losses import PAIR_LOSSES
+from logratio.training.methods.data_checks import check_groups
+from logratio.training.methods.objective import Objective
 from logratio.training.memory import FORWARD, evaluation_seconds, seconds, training_forecast
 from logratio.training.model_card import add_evaluation
 from logratio.training.models import precision_of, with_local_models
@@ -110,7 +110,7 @@ def runs_of(config: SweepConfig) -> list[TrainConfig]:
     )
     for loss, beta, lr, seed in product(*axes):
         run = replace(base, loss=loss, beta=beta, lr=lr, seed=seed, precompute=False)
-        _check_loss(loss)
+        _check_loss(run)
         if not needs_reference(run):
             run = replace(run, cache=None, reference=None)
         name = f"{loss}-beta{beta_of(run)!r}-lr{lr!r}-seed{seed}"
@@ -118,10 +118,9 @@ def runs_of(config: SweepConfig) -> list[TrainConfig]:
     return list(runs.values())
 
 
-def _check_loss(loss: str) -> None:
-    if loss not in PAIR_LOSSES:
-        known = ", ".join(PAIR_LOSSES)
-        raise ConfigError(f"a sweep compares losses of pairs ({known}), and {loss!r} is not one")
+def _check_loss(run: TrainConfig) -> None:
+    if (data := Objective.of(run).data) != "pairs":
+        raise ConfigError(f"a sweep compares losses of pairs, and {run.loss!r} trains on {data}")
 
 
 def _check_sweep(config: SweepConfig) -> None:
@@ -261,7 +260,7 @@ class Sweep:
             show_progress=self.show_progress,
             recorded_date=lambda: recorded,
         )
-        check_groups(dataset.store, ("chosen", "rejected"), "a sweep")
+        check_groups(dataset.store, "pairs", "a sweep")
         check_reference(self.reference, base.model, dataset.tokenizer, dataset.store)
         return dataset
 

@@ -27,6 +27,8 @@ from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.given_model import given_model
 from logratio.training.held_out import HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
+from logratio.training.methods.objective import Objective
+from logratio.training.methods.table import NAME_OF_GROUP
 from logratio.training.models import (
     autocast,
     default_device,
@@ -233,7 +235,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
             self.held_out.cached = self.cached.over(self.held_out.store)
 
     def __repr__(self) -> str:
-        groups = "demonstration" if self.config.loss == "sft" else "pair"
+        groups = NAME_OF_GROUP[Objective.of(self.config).data]
         kind = reference_kind(self.config)
         reference = "" if kind == "none" else f", {kind} reference"
         return (

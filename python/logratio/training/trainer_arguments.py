@@ -13,7 +13,7 @@ from logratio.synonyms import SAME
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import GivenModel
 from logratio.training.lora import settings_of_peft
-from logratio.training.losses import PAIR_LOSSES
+from logratio.training.methods.objective import named_methods
 from logratio.training.model_arguments import given_policy, given_reference
 from logratio.training.policy import TRAINED
 from logratio.training.router_loss import coefficient_in_trl
@@ -221,7 +221,8 @@ def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
             f"the model has the adapters {', '.join(adapters)}: keep one, named {TRAINED}"
         )
     trained = any(bool(w.any()) for n, w in given.model.named_parameters() if "lora_B" in n)
-    needs_start = settings.get("loss") not in _REFERENCE_FREE
+    methods = named_methods(settings.get("loss", TrainConfig.loss))
+    needs_start = any(method.needs_reference for method, _ in methods.values())
     if trained and needs_start and settings.get("reference") is None:
         raise ConfigError(
             "the model's adapter has been trained, so the model without it is not the start of "
@@ -229,5 +230,3 @@ def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
         )
     return settings_of_peft(next(iter(adapters.values())), given.folder)
 
-
-_REFERENCE_FREE = {name for name, loss in PAIR_LOSSES.items() if not loss.needs_reference} | {"sft"}

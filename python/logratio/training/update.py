@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -20,7 +21,11 @@ from logratio.logps.head_loss import LossOf, unit_gradient
 from logratio.logps.router import RouterSums
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
-from logratio.training.losses import averages, make_objective
+from logratio.training.methods.columns import Columns, averages
+from logratio.training.methods.group_data import GroupData, UpdateStatistics
+from logratio.training.methods.logps import GroupLogps
+from logratio.training.methods.objective import Objective
+from logratio.training.methods.token_weights import weighted_sums
 from logratio.training.metrics import NonFiniteError, not_finite
 from logratio.training.models import autocast, precision_of
 from logratio.training.optimizers import (
@@ -33,19 +38,16 @@ from logratio.training.parallel.processes import Processes
 from logratio.training.parallel.strategy import Whole
 from logratio.training.reference import Reference, same_random_state, side_effect_free
 from logratio.training.router_loss import RouterLoss
-from logratio.training.validation import beta_of
 
 Load = Callable[[Callable[[str], nn.Module]], nn.Module]
 """Loads a model where a run has its models, from a function that builds it on a device."""
 
 
 class Scored(NamedTuple):
-    """Inputs of the metrics for some groups: losses `[B]`, the other fields `[N]`, on device."""
+    """Inputs of the metrics for some groups: their losses, `[B]`, and log-probs, on device."""
 
     losses: Tensor
-    policy: Tensor
-    reference: Tensor
-    lengths: Tensor
+    groups: GroupLogps
 
 
 class Updater:
@@ -87,7 +89,8 @@ class Updater:
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.load = load or (lambda build: build(str(self.device)))
-        self.objective = make_objective(config, beta_of(config))
+        self.objective = Objective.of(config)
+        self.data = GroupData.of(store, self.objective)
         self.router = RouterLoss.of(config, policy)
         if given := given_model(config.model):
             given.is_trained = True
@@ -117,6 +120,11 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         if self.router:
             batches = self.router.start(batches, partial(self._route, most), self.processes)
+        first = None
+        if self.objective.needs_statistics:
+            kept = [*batches]
+            first, batches = self._first_pass(kept, most), iter(kept)
+            del kept
         scored, groups, nothing = list[Scored](), list[np.ndarray](), list[Scored]()
         for number, (micro, last) in enumerate(self._passes(batches, most)):
             if number:
@@ -126,10 +134,10 @@ class Updater:
                 continue
             groups.append(micro.layout.groups.copy())
             batch = to_torch(micro.layout, self.device)
-            scored += self.accumulate(batch, micro.update_groups, last=last)
+            scored += self.accumulate(batch, micro.update_groups, first, last=last)
             del micro, batch  # releases its buffer before the next micro-batch is requested
         norm = clip_gradients(self.optimizer, self.config.max_grad_norm)
-        columns = self.objective.columns(*map(torch.cat, zip(*(scored or nothing), strict=True)))
+        columns = self._columns(scored or nothing)
         scalars = {"grad_norm": norm}
         if self.router:
             scalars["aux_loss"] = self.processes.total(self.router.value())
@@ -160,31 +168,74 @@ class Updater:
         for number in range(done, passes):
             yield None, number + 1 == passes
 
+    def _columns(self, scored: list[Scored]) -> Columns:
+        losses, parts = zip(*scored, strict=True)
+        return self.objective.columns(torch.cat(losses), GroupLogps.concatenated(parts))
+
     def _take_part(self, *, last: bool) -> list[Scored]:
         """Compute a pass without groups: one that adds 0 to all gradients, and no metrics."""
         scored = self.accumulate(self._smallest, math.inf, last=last)
-        return [Scored(*(column[:0] for column in part)) for part in scored[:1]]
+        return [Scored(part.losses[:0], part.groups.empty) for part in scored[:1]]
+
+    @torch.no_grad()
+    def _first_pass(self, batches: list[MicroBatch], most: int) -> UpdateStatistics:
+        """Score all groups of an update without gradients, for what the loss takes from them."""
+        scored = list[tuple[GroupLogps, np.ndarray]]()
+        with same_random_state(self.policy), self.autocast():  # the same dropout as in training
+            for micro in batches:
+                batch = to_torch(micro.layout, self.device)
+                policy = self.policy_sums(batch)
+                reference = self._reference_sums(batch)
+                groups = self.data.groups(batch.targets, policy, reference)
+                scored.append((groups, batch.targets.rows))
+            for _ in range(len(batches), self.strategy.passes(len(batches), most)):
+                completion_logps(self.policy, self._smallest)
+        return UpdateStatistics.of(self.objective, scored, self.processes)
+
+    def policy_sums(self, batch: Batch) -> Tensor:
+        """Return the sums of the policy's log-probs that the loss takes, float64 `[N]`."""
+        return self._sums(batch, completion_logps(self.policy, batch))
+
+    def sums_of(self, reference: Reference, batch: Batch) -> Tensor:
+        """Return the sums of a reference's log-probs that the loss takes, float64 `[N]`."""
+        if self.objective.weighs_tokens:
+            return self._sums(batch, reference.logps(batch))
+        return reference.sums(batch)
+
+    def _sums(self, batch: Batch, logps: Tensor) -> Tensor:
+        return weighted_sums(batch.targets, logps, self.objective.token_weights(batch.targets))
 
     @cached_property
     def _smallest(self) -> Batch:
         """The group with the fewest tokens, as a batch."""
         return self._batch(np.array([self.store.shared_lengths().argmin()]))
 
-    def accumulate(self, batch: Batch, count: float, *, last: bool = True) -> list[Scored]:
+    def accumulate(
+        self,
+        batch: Batch,
+        count: float,
+        first: UpdateStatistics | None = None,
+        *,
+        last: bool = True,
+    ) -> list[Scored]:
         """Accumulate a micro-batch's gradient; return the inputs of its metrics, part by part.
 
         Args:
             batch: The micro-batch.
             count: Number of groups in the whole update, over which the loss is a mean.
+            first: What the loss takes from the whole update; None: only from each part itself.
             last: Whether it is this process's last one of the update.
         """
         reference, scored = self._reference_sums(batch), list[Scored]()
+        weights = self.objective.token_weights(batch.targets)
 
         def share(logps: Tensor, part: Part) -> Tensor:
-            sums, lengths = part.targets.sums(logps), part.targets.lengths
-            references = reference[part.completions]
-            losses = self.objective.losses(sums, references, lengths)
-            scored.append(Scored(losses.detach(), sums.detach(), references, lengths))
+            own = None if weights is None else weights[part.targets_at]
+            sums = weighted_sums(part.targets, logps, own)
+            groups = self.data.groups(part.targets, sums, reference[part.completions])
+            groups = self._with_statistics(groups, first, part)
+            losses = self.data.weighted(self.objective.losses(groups), part.targets)
+            scored.append(Scored(losses.detach(), groups.detached()))
             return losses.sum() / count
 
         with self.strategy.adding(last=last):
@@ -192,6 +243,18 @@ class Updater:
                 loss = self.strategy.run(self._job(counts=math.isfinite(count)), batch, share)
             loss.backward(unit_gradient(loss.device, loss.dtype))
         return scored
+
+    def _with_statistics(
+        self, groups: GroupLogps, first: UpdateStatistics | None, part: Part
+    ) -> GroupLogps:
+        if not self.objective.needs_statistics:
+            return groups
+        if first is None:
+            found = self.objective.statistics(groups.on_host(), trains=False)
+            found = {name: value.to(self.device) for name, value in found.items()}
+        else:
+            found = first.of_rows(part.targets.rows, self.device)
+        return replace(groups, statistics=found)
 
     def _job(self, *, counts: bool) -> Callable[..., Tensor]:
         """Return the loss of a batch as a function of the model, with that of its routers, if any.
@@ -240,7 +303,7 @@ class Updater:
         if self.reference is None:
             return torch.zeros(len(batch.targets.rows), dtype=torch.float64, device=self.device)
         with self.autocast():
-            return self.reference.sums(batch)
+            return self.sums_of(self.reference, batch)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return an autocast context for one pass.

@@ -201,7 +201,7 @@ class UpdateLoop:
         with (
             self._watch() as watch,
             interrupts() as received,
-            progress(config.loss, in_all, "pairs", show=self.show_progress, done=done) as advance,
+            progress(config.loss, in_all, self._noun, show=self.show_progress, done=done) as advance,
         ):
             interrupted = self._agreed(received)
             feed = self._feed(start)
@@ -346,6 +346,10 @@ class UpdateLoop:
         text = transformer(self.updater.policy).config.get_text_config()
         return 1 / (6 * int(text.hidden_size))
 
+    @property
+    def _noun(self) -> str:
+        return f"{NAME_OF_GROUP[self.updater.objective.data]}s"
+
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
         """Run the start-up checks of the reference, and print their note if they have one."""
         updater = self.updater
@@ -374,7 +378,8 @@ class UpdateLoop:
             )
 
     def _position(self, step: int) -> Position:
-        return Position(step, self.identity, self.selection.state())
+        memory = self.updater.objective.memory
+        return Position(step, self.identity, self.selection.state(), memory)
 
     @property
     def _checkpoints(self) -> Path:
@@ -394,6 +399,7 @@ class UpdateLoop:
             return 0
         if at.selection:
             self.selection.restore(at.selection)
+        self.updater.objective.memory |= at.memory
         self._evaluations = [
             row for row in evaluations_of(Path(self.config.output)) if row["step"] <= at.step
         ]

@@ -7,7 +7,7 @@ from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.training.config import TrainConfig
 from logratio.training.lora import check_adapters
-from logratio.training.losses import LOSSES, PAIR_LOSSES
+from logratio.training.methods.objective import Objective, check_own_losses
 from logratio.training.models import check_model_folder, default_device
 from logratio.training.router_loss import router_coefficient
 from logratio.training.trackers import trackers_of
@@ -20,8 +20,7 @@ def check_settings(config: TrainConfig) -> None:
         ConfigError: A setting is invalid; the message names it.
         DeviceError, MissingExtraError: The device or an optional dependency is not usable.
     """
-    if config.loss not in LOSSES:
-        raise ConfigError(f"--loss {config.loss!r} is unknown; choose from {', '.join(LOSSES)}")
+    check_own_losses(Objective.of(config))
     _check_schedule(config)
     _check_options(config)
     _check_evaluation(config)
@@ -54,14 +53,7 @@ def _check_schedule(config: TrainConfig) -> None:
 
 
 def _check_options(config: TrainConfig) -> None:
-    """Refuse options that the loss would silently ignore, and options that conflict."""
-    options = PAIR_LOSSES[config.loss].options if config.loss in PAIR_LOSSES else frozenset()
-    if config.label_smoothing and "label_smoothing" not in options:
-        raise ConfigError(f"--loss {config.loss} has no --label-smoothing")
-    if config.gamma != TrainConfig.gamma and "gamma" not in options:
-        raise ConfigError(f"--loss {config.loss} has no --gamma")
-    if config.loss == "sft" and config.beta is not None:
-        raise ConfigError("--loss sft has no --beta")
+    """Refuse options that conflict, or that the loss would silently ignore."""
     if config.resume and config.overwrite:
         raise ConfigError("--resume continues a run and --overwrite replaces it: give one of them")
     if config.precompute and not config.cache:
@@ -110,15 +102,13 @@ def _check_optimizer(config: TrainConfig) -> None:
 
 
 def beta_of(config: TrainConfig) -> float:
-    """Return the configured β, or the default of the loss (1 for sft, which does not use it)."""
-    if config.beta is not None:
-        return config.beta
-    return PAIR_LOSSES[config.loss].default_beta if config.loss in PAIR_LOSSES else 1.0
+    """Return the β of the rewards: as configured, or the method's default; 1 if it has none."""
+    return Objective.of(config).beta
 
 
 def needs_reference(config: TrainConfig) -> bool:
     """Return whether the loss uses a reference."""
-    return config.loss in PAIR_LOSSES and PAIR_LOSSES[config.loss].needs_reference
+    return Objective.of(config).needs_reference
 
 
 def reference_kind(config: TrainConfig) -> str:

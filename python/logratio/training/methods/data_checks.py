@@ -1,0 +1,123 @@
+"""Which data a method trains on: how rows are read for it, and whether groups fit."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from logratio._rust import ROLES, Store
+from logratio.data.formats.settings import FormatSettings, Kind
+from logratio.data.store.load import source_names
+from logratio.errors import ConfigError
+from logratio.training.methods.logps import CHOSEN, MARGIN, MISMATCHED, RANK, REJECTED, SCORE
+from logratio.training.methods.objective import Objective
+from logratio.training.methods.table import DataKind
+
+CANDIDATE, DEMONSTRATION = map(ROLES.index, ("candidate", "demonstration"))
+_KINDS: dict[DataKind, tuple[Kind, ...] | None] = {
+    "pairs": ("pair",),
+    "labelled answers": ("unpaired",),
+    "lists": ("group", "pair"),
+    "demonstrations": None,
+}
+_WANTED: dict[DataKind, str] = {
+    "pairs": "groups of chosen and rejected",
+    "labelled answers": "groups of one answer that is chosen or rejected",
+    "lists": "groups of at least two ranked answers",
+    "demonstrations": "groups of demonstration",
+}
+_ADVICE: dict[DataKind, str] = {
+    "pairs": "a method for pairs, such as --loss dpo",
+    "labelled answers": "a method for labelled answers, such as --loss kto",
+    "lists": "a method for lists, such as --loss plackett-luce (with --lists groups)",
+    "demonstrations": "--loss sft",
+}
+
+
+def formats_for(data: DataKind, formats: FormatSettings) -> FormatSettings:
+    """Return how rows are read for a method that trains on `data`."""
+    lists = "groups" if data == "lists" else formats.lists
+    is_sft = data == "demonstrations"
+    return replace(formats, demonstrations=is_sft, kinds=_KINDS[data], lists=lists)
+
+
+def check_data(store: Store, objective: Objective, what: str) -> None:
+    """Check that groups are what an objective trains on, before models are loaded.
+
+    Args:
+        store: The tokenized groups.
+        objective: The objective.
+        what: Its name, for messages.
+
+    Raises:
+        ConfigError: Some groups do not fit, a margin is missing, or all answers of a list are
+            equally good; the message counts them and locates the first.
+    """
+    check_groups(store, objective.data, what)
+    if any(term.method.needs_margins for term in objective.terms):
+        margins = store.values()[store.completion_offsets()[:-1], MARGIN]
+        _refuse(
+            store,
+            ~(margins > 0),
+            f"{what} needs a margin above 0 for each pair (a column margin, or scores of both "
+            "answers), and {count} groups have none",
+        )
+    if objective.data == "lists":
+        _refuse(
+            store, _tied(store), f"{what} compares answers, and all answers of {{count}} are tied"
+        )
+
+
+def check_groups(store: Store, data: DataKind, what: str) -> None:
+    """Check that every group holds `data`.
+
+    Raises:
+        ConfigError: Some do not; the message counts them, locates the first, and names a method
+            that trains on them.
+    """
+    found = kinds_of(store)
+    wrong = ~found[data]
+    if not wrong.any():
+        return
+    others = (kind for kind in _ADVICE if kind != data and found[kind][wrong.argmax()])
+    advice = next((f"; {_ADVICE[kind]}, trains on them" for kind in others), "")
+    _refuse(
+        store,
+        wrong,
+        f"{what} needs {_WANTED[data]}, and {{count}} groups are different",
+        advice,
+    )
+
+
+def kinds_of(store: Store) -> dict[DataKind, np.ndarray]:
+    """Return for each kind of data whether each group is of this kind, bool `[G]`."""
+    offsets, roles = store.completion_offsets(), store.roles()
+    sizes, first = np.diff(offsets), roles[offsets[:-1]]
+    second = roles[np.minimum(offsets[:-1] + 1, len(roles) - 1)]
+    is_pair = (sizes == 2) & (first == CHOSEN) & (second == REJECTED)
+    is_labelled = np.isin(first, (CHOSEN, REJECTED))
+    alone = (sizes == 1) | ((sizes == 2) & (second == MISMATCHED))
+    candidates = np.add.reduceat(roles == CANDIDATE, offsets[:-1]) == sizes
+    return {
+        "pairs": is_pair,
+        "labelled answers": is_labelled & alone,
+        "lists": is_pair | (candidates & (sizes >= 2)),
+        "demonstrations": (sizes == 1) & (first == DEMONSTRATION),
+    }
+
+
+def _tied(store: Store) -> np.ndarray:
+    """Return whether all answers of each group have the same score, or rank, bool `[G]`."""
+    offsets, values = store.completion_offsets(), store.values()
+    named = np.where(np.isnan(values[:, SCORE]), values[:, RANK], values[:, SCORE])
+    low = np.minimum.reduceat(named, offsets[:-1])  # NaN: an answer without, so positions count
+    tied: np.ndarray = low == np.maximum.reduceat(named, offsets[:-1])
+    return tied
+
+
+def _refuse(store: Store, wrong: np.ndarray, what: str, advice: str = "") -> None:
+    """Raise an error for the groups that are `wrong`, bool `[G]`, if there are any."""
+    if not wrong.any():
+        return
+    (place,) = source_names(store, np.flatnonzero(wrong)[:1].tolist())
+    count = f"{int(wrong.sum()):,}"
+    raise ConfigError(f"{what.replace('{count}', count)} (first: {place}){advice}")

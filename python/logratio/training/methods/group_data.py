@@ -1,0 +1,159 @@
+"""What the data and the whole update add to the log-probs of groups: values, weights, statistics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logratio._rust import Store
+from logratio.errors import ConfigError
+from logratio.logps.batch import TargetTokens, onto
+from logratio.training.methods.logps import WEIGHT, GroupLogps
+from logratio.training.methods.objective import Objective
+from logratio.training.parallel.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class GroupData:
+    """What the data says about its groups, besides their tokens.
+
+    Attributes:
+        values: Score, rank, margin and weight of every completion, float32 `[N, 4]`; None: unused.
+        weights: Weight of every group, float64 `[G]`, with mean 1; None: all are 1.
+        has_reference: Whether the objective uses the reference's log-probs.
+    """
+
+    values: np.ndarray | None
+    weights: np.ndarray | None
+    has_reference: bool
+
+    @classmethod
+    def of(cls, store: Store, objective: Objective) -> "GroupData":
+        """Return the data of a store that an objective uses.
+
+        Raises:
+            ConfigError: The weights of the data sum to 0.
+        """
+        values = store.values()
+        weights = group_weights(values, store.completion_offsets())
+        used = values if objective.needs_values else None
+        return cls(used, weights, objective.needs_reference)
+
+    def groups(
+        self, targets: TargetTokens, policy: Tensor, reference: Tensor
+    ) -> GroupLogps:
+        """Return the inputs of a loss for some groups, from the sums of log-probs, `[N]`."""
+        return GroupLogps(
+            policy,
+            reference,
+            targets.lengths,
+            targets.roles,
+            targets.group_offsets,
+            None if self.values is None else self.values[targets.rows],
+            has_reference=self.has_reference,
+        )
+
+    def weighted(self, losses: Tensor, targets: TargetTokens) -> Tensor:
+        """Multiply the losses of groups, `[B]`, by their weights."""
+        if self.weights is None:
+            return losses
+        return losses * onto(self.weights[targets.groups], losses.device)
+
+
+def group_weights(values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+    """Return the weight of each group of the data, with mean 1; None if no group has one.
+
+    Args:
+        values: Values of the data's completions, float32 `[N, 4]`.
+        offsets: Start of each group's completions, and `N`, int64 `[B + 1]`.
+
+    Raises:
+        ConfigError: The weights sum to 0.
+    """
+    own = values[offsets[:-1], WEIGHT].astype(np.float64)
+    if np.isnan(own).all():
+        return None
+    weights = np.where(np.isnan(own), 1.0, own)
+    if not weights.sum() > 0:
+        raise ConfigError("the weights of the data sum to 0: there is nothing to train on")
+    return weights / weights.mean()
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """Results of `Objective.statistics` for an update.
+
+    Attributes:
+        found: One number for the update, `[]`, or one for each completion, `[N]`, on the host.
+        rows: Row in the store of each completion, int64 `[N]`, ascending.
+        places: Where the values of each row are, int64 `[N]`.
+    """
+
+    found: Mapping[str, Tensor]
+    rows: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        scored: Sequence[tuple[GroupLogps, np.ndarray]],
+        processes: Processes = ALONE,
+    ) -> "UpdateStatistics":
+        """Compute the statistics of an update, and let the memory of the objective continue.
+
+        Args:
+            objective: The objective.
+            scored: The groups of each micro-batch of this process, with the rows of their
+                completions in the store.
+            processes: The processes of the run; all call this together.
+        """
+        own = [_plain(groups, rows) for groups, rows in scored]
+        every = [part for theirs in processes.share(own) for part in theirs]
+        groups, rows = _in_order(every, has_reference=objective.needs_reference)
+        unique, places = np.unique(rows, return_index=True)
+        return cls(objective.statistics(groups, trains=True), unique, places)
+
+    def of_rows(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """Return the statistics for completions by their rows in the store, `[n]`, on a device."""
+        places = torch.from_numpy(self.places[np.searchsorted(self.rows, rows)])
+        return {
+            name: (value if value.ndim == 0 else value[places]).to(device)
+            for name, value in self.found.items()
+        }
+
+
+_COLUMNS = ("policy_logps", "reference_logps", "lengths", "roles")
+
+
+def _plain(groups: GroupLogps, rows: np.ndarray) -> dict[str, Any]:
+    """Return groups as JSON values; float64 keeps all of its digits."""
+    columns: dict[str, Any] = {name: getattr(groups, name).tolist() for name in _COLUMNS}
+    values = None if groups.values is None else groups.values.tolist()
+    return columns | {"sizes": groups.sizes.tolist(), "rows": rows.tolist(), "values": values}
+
+
+def _in_order(
+    parts: Sequence[Mapping[str, Any]], *, has_reference: bool
+) -> tuple[GroupLogps, np.ndarray]:
+    """Join the groups of all processes, in the order of the store; return their rows too."""
+    columns = {
+        name: np.concatenate([np.asarray(part[name]) for part in parts])
+        for name in (*_COLUMNS, "sizes", "rows")
+    }
+    sizes, rows = columns["sizes"].astype(np.int64), columns["rows"].astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    order = np.argsort(rows[starts[:-1]], kind="stable")
+    at = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in order])
+    found = [part["values"] for part in parts if part["values"] is not None]
+    groups = GroupLogps(
+        *(torch.from_numpy(columns[name][at]) for name in _COLUMNS[:3]),
+        torch.from_numpy(columns["roles"][at].astype(np.uint8)),
+        np.concatenate([[0], np.cumsum(sizes[order])]),
+        np.concatenate([np.asarray(one, np.float32) for one in found])[at] if found else None,
+        has_reference=has_reference,
+    )
+    return groups, rows[at]

@@ -1,0 +1,167 @@
+"""Pair losses that are a logistic loss of one margin: DPO, and methods that change its margin."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from logratio.training.methods.logps import PairLogps
+
+
+def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    r"""Return :math:`-(1-\epsilon)\log\sigma(m) - \epsilon\log\sigma(-m)` of margins, `[B]`."""
+    if not label_smoothing:
+        return -logsigmoid(margins)
+    return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+
+
+def dpo_loss(pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+    r"""Return the DPO loss of each pair, `[B]`.
+
+    :math:`-(1-\epsilon) \log\sigma(\beta(r_w - r_l)) - \epsilon \log\sigma(-\beta(r_w - r_l))`,
+    Rafailov et al. 2023 (arXiv 2305.18290, eq. 7). :math:`\epsilon > 0` gives cDPO, for data in
+    which that share of the labels is flipped. At policy = reference: ln 2.
+
+    Args:
+        pairs: Log-probs of the pairs.
+        beta: Weight of the KL term, :math:`\beta`.
+        label_smoothing: Share of flipped labels, :math:`\epsilon`, in [0, 0.5).
+
+    Example:
+        >>> logps = torch.tensor([-12.0], dtype=torch.float64)
+        >>> dpo_loss(PairLogps(logps, logps, logps, logps, *[torch.tensor([4.0])] * 2))
+        tensor([0.6931], dtype=torch.float64)
+    """
+    return logistic(beta * pairs.logratio_margins, label_smoothing)
+
+
+def robust_dpo_loss(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    r"""Return the robust DPO loss of each pair, `[B]`.
+
+    :math:`[-(1-\epsilon)\log\sigma(\beta D) + \epsilon\log\sigma(-\beta D)] / (1-2\epsilon)`, Ray
+    Chowdhury et al. 2024 (arXiv 2403.00409, eq. 12): an unbiased estimate of the loss on clean
+    labels if the share :math:`\epsilon < 1/2` of the labels is flipped. It may be negative.
+    """
+    margins = beta * pairs.logratio_margins
+    kept, flipped = logsigmoid(margins), logsigmoid(-margins)
+    return (label_smoothing * flipped - (1 - label_smoothing) * kept) / (1 - 2 * label_smoothing)
+
+
+def ln_dpo_loss(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    r"""Return the length-normalized DPO loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\beta(r_w/n_w - r_l/n_l))` (arXiv 2411.15124, section 5.1.2; TRL's
+    "sigmoid_norm").
+    """
+    chosen = pairs.chosen_logratios / pairs.chosen_lengths
+    return logistic(
+        beta * (chosen - pairs.rejected_logratios / pairs.rejected_lengths), label_smoothing
+    )
+
+
+def r_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
+    r"""Return the length-regularized DPO loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\beta D + \alpha(n_w - n_l))`, Park et al. 2024 (arXiv 2403.19159, eq. 9). A
+    reward with a penalty of :math:`\alpha` per token is
+    :math:`\beta r + \alpha n` of its optimal policy, hence the sign: the more a chosen completion
+    is longer, the less must its log-ratio be higher.
+    """
+    lengths = pairs.chosen_lengths - pairs.rejected_lengths
+    return logistic(beta * pairs.logratio_margins + alpha * lengths)
+
+
+def dpop_loss(pairs: PairLogps, *, beta: float, penalty: float) -> Tensor:
+    r"""Return the DPO-Positive loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\beta[D - \lambda\max(0, -r_w)])`, Pal et al. 2024 (arXiv 2402.13228, eq. 3):
+    the chosen completion must not become less likely than under the reference. The penalty is
+    inside the log-sigmoid; some implementations have it outside.
+    """
+    fallen = torch.relu(-pairs.chosen_logratios)
+    return logistic(beta * (pairs.logratio_margins - penalty * fallen))
+
+
+def odpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
+    r"""Return the loss of DPO with an offset, `[B]`.
+
+    :math:`-\log\sigma(\beta D - \alpha\log\Delta)`, Amini et al. 2024 (arXiv 2402.10571, eq. 8),
+    where :math:`\Delta > 0` is the margin of the pair in the data.
+    """
+    assert pairs.margins is not None
+    return logistic(beta * pairs.logratio_margins - alpha * pairs.margins.log())
+
+
+CLIMB = 30.0
+"""Exponents from which `tangent_exp` is straight."""
+
+
+def tangent_exp(exponent: Tensor) -> Tensor:
+    """Return exp, but its tangent above `CLIMB`, so that values and gradients stay finite."""
+    kept = exponent.clamp(max=CLIMB)
+    return kept.exp() + math.exp(CLIMB) * (exponent - kept)
+
+
+def chi_po_loss(pairs: PairLogps, *, beta: float, clip: float) -> Tensor:
+    r"""Return the χPO loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\mathrm{clip}_{c}[\beta\phi(e^{r_w}) - \beta\phi(e^{r_l})])` with
+    :math:`\phi(z) = z + \log z`, Huang et al. 2024 (arXiv 2407.13399, eq. 9), where :math:`c` is
+    twice the largest reward. Beyond the clip a pair has no gradient.
+    """
+    chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
+    linked = tangent_exp(chosen) + chosen - tangent_exp(rejected) - rejected
+    return logistic((beta * linked).clamp(-clip, clip))
+
+
+def forward_kl_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
+    r"""Return the f-DPO loss for the forward KL divergence, `[B]`.
+
+    :math:`-\log\sigma(\beta[f'(e^{r_w}) - f'(e^{r_l})])` with :math:`f'(u) = -1/u`, Wang et al. 2023
+    (arXiv 2309.16240, eq. 8 and table 1).
+    """
+    linked = tangent_exp(-pairs.rejected_logratios) - tangent_exp(-pairs.chosen_logratios)
+    return logistic(beta * linked)
+
+
+def js_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
+    r"""Return the f-DPO loss for the Jensen–Shannon divergence, `[B]`.
+
+    As `forward_kl_dpo_loss`, with :math:`f'(u) = \log(2u / (1 + u))`.
+    """
+    linked = logsigmoid(pairs.chosen_logratios) - logsigmoid(pairs.rejected_logratios)
+    return logistic(beta * linked)
+
+
+def alpha_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
+    r"""Return the f-DPO loss for the α-divergence, `[B]`.
+
+    As `forward_kl_dpo_loss`, with :math:`f'(u) = (1 - u^{-\alpha})/\alpha`, where :math:`\alpha` is
+    in (0, 1): near 0 it is DPO, at 1 the forward KL. TRL's `f_alpha_divergence_coef` is
+    :math:`1 - \alpha` since 1.0.
+    """
+    chosen, rejected = -alpha * pairs.chosen_logratios, -alpha * pairs.rejected_logratios
+    return logistic(beta * (tangent_exp(rejected) - tangent_exp(chosen)) / alpha)
+
+
+def beta_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float, momentum: float) -> Tensor:
+    r"""Return the β-DPO loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\beta_u D)` with one :math:`\beta_u = \beta[1 + \alpha(\bar D - M)]` for each
+    update, where :math:`\bar D` is the mean of :math:`D` over the update and :math:`M` its moving
+    average over earlier ones, Wu et al. 2024 (arXiv 2407.08639, eq. 6). See
+    `statistics.beta_of_update`. The paper's filter of pairs is not applied: every pair counts.
+    """
+    return logistic(beta * pairs.statistics["scale"] * pairs.logratio_margins)
+
+
+def aot_loss(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    r"""Return the AOT loss of each pair, `[B]`.
+
+    DPO's loss of :math:`(l_w - l_l) - q`, where :math:`q` is the difference of the reference's
+    log-probs with the same rank among all pairs of the update, Melnyk et al. 2024 (arXiv
+    2406.05882, eq. 8, paired). It depends on the pairs of an update, not on micro-batches.
+    """
+    own = pairs.policy_chosen_logps - pairs.policy_rejected_logps
+    return logistic(beta * (own - pairs.statistics["quantile"]), label_smoothing)

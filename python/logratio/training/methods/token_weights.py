@@ -1,0 +1,60 @@
+"""Weights of tokens in the sums of log-probs, for methods that do not count all tokens equally."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from logratio.logps.batch import TargetTokens, onto
+
+
+def length_desensitized(targets: TargetTokens, *, alpha: float, **_: Any) -> Tensor:
+    r"""Return LD-DPO's weights, float64 `[S]`: 1 up to the length of the shorter completion of a
+    pair, then :math:`\alpha`, Liu et al. 2024 (arXiv 2409.06411, eq. 11).
+
+    The same weights apply to policy and reference, so that the loss starts at ln 2.
+    """
+    rank, lengths = _ranks(targets)
+    shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
+    limit = np.repeat(shorter, np.diff(targets.group_offsets))
+    owners = _owners(targets)
+    return onto(np.where(rank < limit[owners], 1.0, alpha), targets.target_ids.device)
+
+
+def down_sampled(targets: TargetTokens, **_: Any) -> Tensor:
+    """Return SamPO's weights, float64 `[S]`: 1 for a random sample of as many tokens of each
+    completion of a pair as the shorter has, else 0, Lu et al. 2024 (arXiv 2406.10957, eq. 7).
+
+    The sample of a completion depends only on its row in the store, so policy and reference share
+    it, and it is the same in every epoch.
+    """
+    _, lengths = _ranks(targets)
+    shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
+    kept = np.repeat(shorter, np.diff(targets.group_offsets))
+    weights = np.zeros(len(targets.counted))
+    for number, row in enumerate(targets.rows.tolist()):
+        start, stop = targets.completion_offsets[number : number + 2]
+        places = np.flatnonzero(targets.counted[start:stop]) + start
+        drawn = np.random.default_rng(row).permutation(places)
+        weights[drawn[: kept[number]]] = 1.0
+    return onto(weights, targets.target_ids.device)
+
+
+def _owners(targets: TargetTokens) -> np.ndarray:
+    """The completion of each target, int64 `[S]`."""
+    return np.repeat(np.arange(len(targets.rows)), np.diff(targets.completion_offsets))
+
+
+def _ranks(targets: TargetTokens) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of counted tokens before each target in its completion, int64 `[S]`, and
+    the counted tokens of each completion, int64 `[N]`.
+    """
+    before = np.concatenate([[0], np.cumsum(targets.counted)])
+    starts = before[targets.completion_offsets[:-1]]
+    lengths = before[targets.completion_offsets[1:]] - starts
+    return before[:-1] - starts[_owners(targets)], lengths
+
+
+def weighted_sums(targets: TargetTokens, logps: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum the log-probs of each completion, `[S]` to float64 `[N]`, each times its weight."""
+    return targets.sums(logps if weights is None else logps.double() * weights)
