@@ -75,6 +75,7 @@ fn streams_more_than_it_buffers() {
         completions: vec![Completion {
             tokens: (0..300_000).map(|id| (id, 1)).collect(),
             role: 0,
+            values: [0.5, f32::NAN, -1.0, 2.0],
         }],
     };
     let samples = vec![sample; 2];
