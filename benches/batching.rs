@@ -23,6 +23,7 @@ fn pairs(count: usize) -> Store {
             completion_mask: &vec![1; chosen + rejected],
             completion_lengths: &[chosen as u32, rejected as u32],
             roles: &[0, 1],
+            values: &[],
             file: 0,
             line: pair as u64,
         };

@@ -50,6 +50,7 @@ impl Pairs {
             completion_lengths: &self.completion_lengths,
             group_sizes: &self.group_sizes,
             roles: &self.roles,
+            values: &[],
             files: &self.files,
             lines: &self.lines,
         };

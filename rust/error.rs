@@ -6,6 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::store;
+
 /// What can go wrong between a tokenized group and a cached log-prob.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -32,6 +34,13 @@ pub enum Error {
         path: PathBuf,
         /// What was expected, what was found, and where.
         reason: String,
+    },
+    /// The store has a format version that this library does not read.
+    StoreVersion {
+        /// The store.
+        path: PathBuf,
+        /// The version of its format.
+        version: u32,
     },
     /// A journal, shard or manifest is damaged, holds impossible values, or belongs to another
     /// reference.
@@ -120,6 +129,13 @@ impl fmt::Display for Error {
             Self::CorruptStore { path, reason } => {
                 write!(f, "corrupt store {}: {reason}", path.display())
             }
+            Self::StoreVersion { path, version } => write!(
+                f,
+                "{}: a store of format version {version}, but this library reads version {}: build \
+                 it again with `logratio data build`",
+                path.display(),
+                store::FORMAT_VERSION,
+            ),
             Self::CorruptCache { path, reason } => {
                 write!(f, "corrupt reference cache {}: {reason}", path.display())
             }

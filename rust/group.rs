@@ -29,6 +29,15 @@ pub const ROLES: [&str; 5] = [
     "mismatched",
 ];
 
+/// What data may say about a completion in numbers; a value's place in [`Values`] is its index.
+pub const VALUES: [&str; 4] = ["score", "rank", "margin", "weight"];
+
+/// The values of one completion, in the order of [`VALUES`]; NaN where it has no such value.
+pub type Values = [f32; VALUES.len()];
+
+/// A completion without values.
+pub const NO_VALUES: Values = [f32::NAN; VALUES.len()];
+
 /// A group to be stored: borrowed ids, completions end to end.
 #[derive(Clone, Copy, Debug)]
 pub struct Group<'a> {
@@ -42,6 +51,8 @@ pub struct Group<'a> {
     pub completion_lengths: &'a [u32],
     /// [`Role`] of each completion.
     pub roles: &'a [u8],
+    /// [`Values`] of each completion, finite or NaN; empty where none has any.
+    pub values: &'a [Values],
     /// Number of the source file.
     pub file: u32,
     /// Line in the source file.
@@ -92,9 +103,26 @@ impl Group<'_> {
         {
             format!("role {role} is unknown: there are {}", ROLES.len())
         } else {
-            return Ok(());
+            return self.check_values();
         };
         Err(Error::Invalid(reason))
+    }
+
+    fn check_values(&self) -> Result<()> {
+        let (found, expected) = (self.values.len(), self.completion_lengths.len());
+        if found != expected && found > 0 {
+            let reason = format!("values of {found} completions, but there are {expected}");
+            return Err(Error::Invalid(reason));
+        }
+        let flat = self.values.as_flattened();
+        match flat.iter().position(|value| value.is_infinite()) {
+            None => Ok(()),
+            Some(at) => {
+                let (number, name) = (at / VALUES.len(), VALUES[at % VALUES.len()]);
+                let reason = format!("the {name} of completion {number} is infinite");
+                Err(Error::Invalid(reason))
+            }
+        }
     }
 }
 

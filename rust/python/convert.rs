@@ -2,7 +2,7 @@
 
 use std::io;
 
-use numpy::{Element, PyArray1, PyArray2, PyArrayMethods};
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::{
     exceptions::{PyIndexError, PyOSError},
     import_exception,
@@ -34,7 +34,9 @@ impl From<Error> for PyErr {
                 let errno = source.raw_os_error().unwrap_or(0);
                 PyOSError::new_err((errno, text, path.into_os_string()))
             }
-            Error::CorruptStore { .. } => CorruptStoreError::new_err(text),
+            Error::CorruptStore { .. } | Error::StoreVersion { .. } => {
+                CorruptStoreError::new_err(text)
+            }
             Error::CorruptCache { .. } => CorruptCacheError::new_err(text),
             Error::OutOfRange { .. } => PyIndexError::new_err(text),
             Error::Invalid(_) | Error::Closed { .. } => ArgumentError::new_err(text),
@@ -55,6 +57,29 @@ pub(super) fn matrix<T: Element>(
     shape: [usize; 2],
 ) -> PyResult<Py<PyArray2<T>>> {
     Ok(PyArray1::from_vec(py, values).reshape(shape)?.unbind())
+}
+
+/// The rows of a matrix with `COLUMNS` columns that lie one after the other; none for None.
+pub(super) fn rows<'a, T: Element, const COLUMNS: usize>(
+    name: &str,
+    matrix: Option<&'a PyReadonlyArray2<'_, T>>,
+) -> PyResult<&'a [[T; COLUMNS]]> {
+    let Some(matrix) = matrix else {
+        return Ok(&[]);
+    };
+    let found = matrix.shape()[1];
+    if found != COLUMNS {
+        let reason = format!("{name} has {found} columns, not {COLUMNS}");
+        return Err(Error::Invalid(reason).into());
+    }
+    // `as_slice` would also take a matrix in Fortran's order, column by column.
+    match matrix.as_slice() {
+        Ok(flat) if matrix.is_c_contiguous() => Ok(flat.as_chunks().0),
+        _ => {
+            let reason = format!("{name} is not contiguous: pass numpy.ascontiguousarray({name})");
+            Err(Error::Invalid(reason).into())
+        }
+    }
 }
 
 /// Hands a buffer to numpy, without a copy.

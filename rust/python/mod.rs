@@ -17,7 +17,7 @@ mod _rust {
     use pyo3::{prelude::*, types::PyTuple};
 
     use crate::{
-        group::ROLES,
+        group::{ROLES, VALUES},
         python::convert::{CorruptCacheError, CorruptStoreError},
     };
 
@@ -37,6 +37,7 @@ mod _rust {
         let py = module.py();
         module.add("CorruptStoreError", py.get_type::<CorruptStoreError>())?;
         module.add("CorruptCacheError", py.get_type::<CorruptCacheError>())?;
-        module.add("ROLES", PyTuple::new(py, ROLES)?)
+        module.add("ROLES", PyTuple::new(py, ROLES)?)?;
+        module.add("VALUES", PyTuple::new(py, VALUES)?)
     }
 }

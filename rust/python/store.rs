@@ -10,7 +10,10 @@ use super::{
     layout::{Layout, PaddedLayout, SharedLayout, TreeLayout, fields as chosen},
 };
 use crate::{
-    Error, Result, file_format::Hex, group, layout, parallel, plan, prefix_tree, similar, store,
+    Error, Result,
+    file_format::Hex,
+    group::{self, VALUES},
+    layout, parallel, plan, prefix_tree, similar, store,
     token_counts::TokenCounts,
 };
 
@@ -148,6 +151,12 @@ impl Store {
     /// Role number of each completion: `[N]`.
     fn roles(&self, py: Python<'_>) -> PyResult<Py<PyArray1<u8>>> {
         Ok(array(py, py.detach(|| self.0.roles().map(<[u8]>::to_vec))?))
+    }
+
+    /// Values of each completion in the order of VALUES, NaN where there is none: `[N, 4]`.
+    fn values(&self, py: Python<'_>) -> PyResult<Py<PyArray2<f32>>> {
+        let values = py.detach(|| self.0.values().map(|values| values.as_flattened().to_vec()))?;
+        matrix(py, values, [self.0.completions(), VALUES.len()])
     }
 
     /// File number and line of each group: `[G]`, `[G]`.

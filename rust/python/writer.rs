@@ -5,11 +5,11 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use numpy::{PyArray1, PyArray2, PyReadonlyArray1};
+use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
 use super::{
-    convert::{array, matrix},
+    convert::{array, matrix, rows},
     store::Store,
 };
 use crate::{Error, Result, group, store};
@@ -100,8 +100,13 @@ impl StoreWriter {
 
     /// Add one prompt and its completions, end to end; outcome and first as in `push_many`.
     ///
+    /// `values` (`[K, 4]`) are in the order of VALUES, NaN where there is none; None: none at all.
     /// A refused group (ValueError) leaves the writer as it was; after an OSError it takes no more.
     #[expect(clippy::too_many_arguments, reason = "the columns of a group")]
+    #[pyo3(signature = (
+        prompt_ids, completion_ids, completion_mask, completion_lengths, roles, file, line,
+        values = None
+    ))]
     fn push(
         &self,
         py: Python<'_>,
@@ -112,6 +117,7 @@ impl StoreWriter {
         roles: PyReadonlyArray1<'_, u8>,
         file: u32,
         line: u64,
+        values: Option<PyReadonlyArray2<'_, f32>>,
     ) -> PyResult<(u8, i64)> {
         let group = group::Group {
             prompt_ids: prompt_ids.as_slice()?,
@@ -119,6 +125,7 @@ impl StoreWriter {
             completion_mask: completion_mask.as_slice()?,
             completion_lengths: completion_lengths.as_slice()?,
             roles: roles.as_slice()?,
+            values: rows("values", values.as_ref())?,
             file,
             line,
         };
@@ -127,11 +134,16 @@ impl StoreWriter {
 
     /// Add `G` groups of `N` completions in all, end to end: `outcome` and `first`, `[G]` each.
     ///
-    /// Outcome 0: kept. 1: left out, a duplicate of the kept group `first`. 2: kept, though group
+    /// `values` are `[N, 4]`, as in `push`. Duplicates are found without them: the first one's are
+    /// kept. Outcome 0: kept. 1: left out, a duplicate of the kept group `first`. 2: kept, though group
     /// `first` says the opposite (chosen and rejected exchanged). `first` is −1 where there is none.
     /// A ValueError names the refused group by its index and nothing is added; after an OSError the
     /// writer takes no more.
     #[expect(clippy::too_many_arguments, reason = "the columns of a store")]
+    #[pyo3(signature = (
+        prompt_ids, prompt_lengths, completion_ids, completion_mask, completion_lengths,
+        group_sizes, roles, files, lines, values = None
+    ))]
     #[expect(clippy::type_complexity, reason = "two arrays")]
     fn push_many(
         &self,
@@ -145,6 +157,7 @@ impl StoreWriter {
         roles: PyReadonlyArray1<'_, u8>,
         files: PyReadonlyArray1<'_, u32>,
         lines: PyReadonlyArray1<'_, u64>,
+        values: Option<PyReadonlyArray2<'_, f32>>,
     ) -> PyResult<(Py<PyArray1<u8>>, Py<PyArray1<i64>>)> {
         let bulk = store::Bulk {
             prompt_ids: prompt_ids.as_slice()?,
@@ -154,6 +167,7 @@ impl StoreWriter {
             completion_lengths: completion_lengths.as_slice()?,
             group_sizes: group_sizes.as_slice()?,
             roles: roles.as_slice()?,
+            values: rows("values", values.as_ref())?,
             files: files.as_slice()?,
             lines: lines.as_slice()?,
         };

@@ -28,7 +28,7 @@ use crate::{
 };
 
 const MAGIC: &[u8; 8] = b"LRSTOREP";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// `repeats` of a writer that does not deduplicate.
 const NO_REPEATS: u64 = u64::MAX;
 
@@ -291,7 +291,7 @@ fn keys(left: &SavedColumns, groups: Range<usize>) -> Result<Vec<GroupKey>> {
         let mut lengths = Vec::new();
         let key = |index| {
             let group = read_group(left, groups.start + index)?;
-            Ok(GroupKey::of(&group.to_push(&mut lengths, 0, 0)))
+            Ok(GroupKey::of(&group.to_push(&mut lengths, &[], 0, 0)))
         };
         range.map(key).collect::<Result<Vec<_>>>()
     });

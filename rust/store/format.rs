@@ -10,14 +10,14 @@ use crate::{
         ALIGNMENT, ENDIAN_TAG, aligned, block_count, checksum_matches, u32_at, u64_at,
         with_checksum,
     },
+    group::Values,
 };
 
-pub const MAGIC: &[u8; 8] = b"LRSTORE2";
-pub const VERSION: u32 = 2;
+pub const MAGIC: &[u8; 8] = b"LRSTORE3";
+pub const VERSION: u32 = 3;
 pub const HEADER: usize = 128;
 pub const FOOTER: usize = 64;
 
-const FIRST_MAGIC: &[u8; 8] = b"LRSTORE1";
 const VERSION_AT: usize = MAGIC.len();
 const ENDIAN_AT: usize = VERSION_AT + 4;
 const COUNTS_AT: usize = ENDIAN_AT + 4;
@@ -36,19 +36,21 @@ pub enum Column {
     CompletionOffsets,
     GroupOffsets,
     Roles,
+    Values,
     Files,
     Lines,
     Metadata,
 }
 
 impl Column {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Tokens,
         Self::Mask,
         Self::PromptOffsets,
         Self::CompletionOffsets,
         Self::GroupOffsets,
         Self::Roles,
+        Self::Values,
         Self::Files,
         Self::Lines,
         Self::Metadata,
@@ -66,6 +68,7 @@ impl Column {
             Self::CompletionOffsets => "completion_offsets",
             Self::GroupOffsets => "group_offsets",
             Self::Roles => "roles",
+            Self::Values => "values",
             Self::Files => "files",
             Self::Lines => "lines",
             Self::Metadata => "metadata",
@@ -89,6 +92,7 @@ impl Column {
         match self {
             Self::Mask | Self::Roles | Self::Metadata => 1,
             Self::Tokens | Self::Files => 4,
+            Self::Values => size_of::<Values>(),
             _ => 8,
         }
     }
@@ -127,7 +131,7 @@ impl Counts {
             Column::Mask => Some(self.completion_tokens),
             Column::PromptOffsets | Column::GroupOffsets => self.groups.checked_add(1),
             Column::CompletionOffsets => self.completions.checked_add(1),
-            Column::Roles => Some(self.completions),
+            Column::Roles | Column::Values => Some(self.completions),
             Column::Files | Column::Lines => Some(self.groups),
             Column::Metadata => Some(self.metadata),
         }
@@ -258,6 +262,10 @@ pub struct Frame {
 impl Frame {
     /// Checks header, footer, sizes and table, in the order in which they explain a failure best.
     pub fn read(path: &Path, bytes: &[u8]) -> Result<Self> {
+        if let Some(version) = other_version(bytes) {
+            let path = path.into();
+            return Err(Error::StoreVersion { path, version });
+        }
         Self::of(bytes).map_err(|reason| Error::store(path, reason))
     }
 
@@ -284,16 +292,20 @@ impl Frame {
     }
 }
 
+/// The version of a store that another version of this library wrote: the last byte of its magic.
+fn other_version(bytes: &[u8]) -> Option<u32> {
+    let (name, version) = bytes.get(..MAGIC.len())?.split_at(MAGIC.len() - 1);
+    let version = char::from(version[0]).to_digit(10)?;
+    (MAGIC.starts_with(name) && version != VERSION).then_some(version)
+}
+
 fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
     let length = bytes.len();
-    if bytes.starts_with(FIRST_MAGIC) {
-        return Err("format version 1 is no longer read: build the store again".into());
-    }
     if length < HEADER + FOOTER {
         return Err(format!("{length} bytes are too few for header and footer"));
     }
     if !bytes.starts_with(MAGIC) {
-        return Err("it does not begin with LRSTORE2".into());
+        return Err("it does not begin with LRSTORE3".into());
     }
     let header = &bytes[..HEADER];
     if u32_at(header, ENDIAN_AT) == ENDIAN_TAG.swap_bytes() {

@@ -14,7 +14,7 @@ use crate::{
     content_key::{Key, PromptHash},
     error,
     file_format::{Blocks, Hex},
-    group::{Group, ROLES, Shape},
+    group::{Group, ROLES, Shape, VALUES, Values},
     mmap::Map,
     parallel,
 };
@@ -120,6 +120,19 @@ impl Store {
     /// Number of the role of each completion: `[N]`.
     pub fn roles(&self) -> Result<&[u8]> {
         read_roles(self, 0..self.completions())
+    }
+
+    /// Values of each completion, finite or NaN: `[N]`.
+    pub fn values(&self) -> Result<&[Values]> {
+        let values: &[Values] = Columns::read(self, Column::Values, 0..self.completions())?;
+        let flat = values.as_flattened();
+        match flat.iter().position(|value| value.is_infinite()) {
+            None => Ok(values),
+            Some(at) => {
+                let (number, name) = (at / VALUES.len(), VALUES[at % VALUES.len()]);
+                Err(self.corrupt(format!("the {name} of completion {number} is infinite")))
+            }
+        }
     }
 
     /// File number of each group: `[G]`.
@@ -404,7 +417,13 @@ impl<'a> StoredGroup<'a> {
     }
 
     /// The same group as a writer takes it; `lengths` is room for its completions' lengths.
-    pub(super) fn to_push<'b>(self, lengths: &'b mut Vec<u32>, file: u32, line: u64) -> Group<'b>
+    pub(super) fn to_push<'b>(
+        self,
+        lengths: &'b mut Vec<u32>,
+        values: &'b [Values],
+        file: u32,
+        line: u64,
+    ) -> Group<'b>
     where
         'a: 'b,
     {
@@ -416,6 +435,7 @@ impl<'a> StoredGroup<'a> {
             completion_mask: self.mask,
             completion_lengths: lengths,
             roles: self.roles,
+            values,
             file,
             line,
         }

@@ -17,7 +17,7 @@ const VALUES: usize = 1 << 20;
 
 impl Store {
     /// Reads every byte: compares all blocks with their checksums, whatever was read before, then
-    /// offsets, ids, masks and roles with what they may be, and the columns with the digest.
+    /// offsets, ids, masks, roles and values with what they may be, and the columns with the digest.
     pub fn verify(&self) -> Result<()> {
         self.verify_blocks()?;
         for column in [
@@ -28,6 +28,7 @@ impl Store {
             self.offsets(column)?;
         }
         read_roles(self, 0..self.completions())?;
+        self.values()?;
         self.metadata()?;
         let ids: &[i32] = self.read(Column::Tokens, 0..self.tokens())?;
         self.all(Column::Tokens, ids, |&id| id >= 0)?;

@@ -9,7 +9,11 @@ use super::{
     partial::{PartialFolder, REPEATS},
     reader::{Store, read_group},
 };
-use crate::{Error, Result, error, group::Group, parallel};
+use crate::{
+    Error, Result, error,
+    group::{Group, NO_VALUES, Values},
+    parallel,
+};
 
 /// Groups that one thread hashes at least.
 pub(super) const HASHED_TOGETHER: usize = 512;
@@ -161,8 +165,22 @@ impl StoreWriter {
         self.put(Column::PromptOffsets, &prompts.to_le_bytes())?;
         self.put(Column::GroupOffsets, &completions.to_le_bytes())?;
         self.put(Column::Roles, group.roles)?;
+        self.write_values(group)?;
         self.put(Column::Files, &group.file.to_le_bytes())?;
         self.put(Column::Lines, &group.line.to_le_bytes())
+    }
+
+    /// Every absent value is the same NaN, so that equal groups have equal bytes.
+    fn write_values(&mut self, group: &Group<'_>) -> io::Result<()> {
+        for completion in 0..group.roles.len() {
+            let values = group.values.get(completion).copied().unwrap_or(NO_VALUES);
+            let bytes = values.map(|value| {
+                let value = if value.is_nan() { f32::NAN } else { value };
+                value.to_le_bytes()
+            });
+            self.put(Column::Values, bytes.as_flattened())?;
+        }
+        Ok(())
     }
 
     fn put(&mut self, column: Column, bytes: &[u8]) -> io::Result<()> {
@@ -248,11 +266,13 @@ impl Store {
             let reason = format!("keep has {found} values for {groups} groups");
             return Err(Error::Invalid(reason));
         }
-        let (files, lines) = (self.files()?, self.lines()?);
+        let (files, lines, values) = (self.files()?, self.lines()?, self.values()?);
         let mut writer = path.map_or_else(|| Ok(StoreWriter::in_memory()), StoreWriter::create)?;
         let mut lengths = Vec::new();
         for index in (0..keep.len()).filter(|&index| keep[index]) {
-            let group = read_group(self, index)?.to_push(&mut lengths, files[index], lines[index]);
+            let group = read_group(self, index)?;
+            let values = &values[group.first..group.first + group.roles().len()];
+            let group = group.to_push(&mut lengths, values, files[index], lines[index]);
             let refused = |error| match error {
                 Error::Invalid(reason) => self.corrupt(format!("group {index}: {reason}")),
                 error => error,
@@ -280,6 +300,8 @@ pub struct Bulk<'a> {
     pub group_sizes: &'a [u32],
     /// Number of the role of each completion: `[N]`.
     pub roles: &'a [u8],
+    /// Values of each completion: `[N]`, or empty where none has any.
+    pub values: &'a [Values],
     /// Number of the source file of each group: `[G]`.
     pub files: &'a [u32],
     /// Line in the source file of each group: `[G]`.
@@ -293,6 +315,7 @@ impl<'a> Bulk<'a> {
         let (mut prompts, mut ids, mut mask) =
             (self.prompt_ids, self.completion_ids, self.completion_mask);
         let (mut lengths, mut roles) = (self.completion_lengths, self.roles);
+        let mut values = self.values;
         let numbers = self.prompt_lengths.iter().zip(self.group_sizes);
         let sources = self.files.iter().zip(self.lines);
         let cut = |((&prompt, &size), (&file, &line)): ((&u32, &u32), (&u32, &u64))| {
@@ -304,6 +327,10 @@ impl<'a> Bulk<'a> {
                 completion_mask: take(&mut mask, tokens),
                 completion_lengths,
                 roles: take(&mut roles, size as usize),
+                values: match self.values {
+                    [] => &[],
+                    _ => take(&mut values, size as usize),
+                },
                 file,
                 line,
             }
@@ -321,6 +348,11 @@ impl<'a> Bulk<'a> {
         let groups = self.group_sizes.len();
         let completions = sum(self.group_sizes);
         let (prompts, tokens) = (sum(self.prompt_lengths), sum(self.completion_lengths));
+        let valued = if self.values.is_empty() {
+            0
+        } else {
+            completions
+        };
         let columns = [
             ("prompt_lengths", self.prompt_lengths.len(), groups),
             ("files", self.files.len(), groups),
@@ -331,6 +363,7 @@ impl<'a> Bulk<'a> {
                 completions,
             ),
             ("roles", self.roles.len(), completions),
+            ("values", self.values.len(), valued),
             ("prompt_ids", self.prompt_ids.len(), prompts),
             ("completion_ids", self.completion_ids.len(), tokens),
             ("completion_mask", self.completion_mask.len(), tokens),

@@ -9,6 +9,7 @@ fn refusal(change: impl FnOnce(&mut Group<'_>)) -> String {
         completion_mask: &[1, 0, 1],
         completion_lengths: &[1, 2],
         roles: &[0, 1],
+        values: &[],
         file: 0,
         line: 1,
     };
@@ -41,4 +42,12 @@ fn a_bad_group_is_refused_with_its_reason() {
     assert!(refusal(|group| group.completion_ids = &[1, 2, -7]).contains("-7 is negative"));
     assert!(refusal(|group| group.completion_mask = &[1, 2, 0]).contains("holds 2"));
     assert!(refusal(|group| group.roles = &[0, 5]).contains("role 5"));
+    assert_eq!(
+        refusal(|group| group.values = &[[0.0; 4]]),
+        "values of 1 completions, but there are 2"
+    );
+    assert_eq!(
+        refusal(|group| group.values = &[[0.0; 4], [0.0, 0.0, 0.0, f32::NEG_INFINITY]]),
+        "the weight of completion 1 is infinite"
+    );
 }

@@ -5,6 +5,7 @@ mod sample;
 use std::collections::HashSet;
 
 use logratio::{
+    group::NO_VALUES,
     similar::{Link, Request, near_duplicates},
     store::Store,
     token_counts::TokenCounts,
@@ -30,6 +31,7 @@ fn completion(ids: &[i32], role: u8) -> Completion {
     Completion {
         tokens: ids.iter().map(|&id| (id, 1)).collect(),
         role,
+        values: NO_VALUES,
     }
 }
 

@@ -54,6 +54,7 @@ fn long(groups: usize) -> Vec<Sample> {
         completions: vec![Completion {
             tokens: (0..5_000).map(|id| ((id * group) as i32, 1)).collect(),
             role: 0,
+            values: [0.5, f32::NAN, -1.0, 2.0],
         }],
     };
     (0..groups).map(one).collect()

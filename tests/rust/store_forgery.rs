@@ -6,7 +6,7 @@ mod sealed;
 
 use std::{ops::Range, sync::LazyLock};
 
-use logratio::store::Store;
+use logratio::{Error, store::Store};
 use proptest::{collection::vec, prelude::*};
 use sample::fixed;
 use sealed::{FOOTER, HEADER, is_corrupt, reopen, sealed_bytes, sign_all, touch};
@@ -34,9 +34,8 @@ fn a_foreign_file_is_refused_by_name() {
         error.to_string()
     };
     let footer = bytes.len() - FOOTER;
-    assert!(changed(&|bytes| bytes[0] = b'X').contains("LRSTORE2"));
-    assert!(changed(&|bytes| bytes[7] = b'1').contains("build the store again"));
-    assert!(changed(&|bytes| bytes[8] = 3).contains("version 3"));
+    assert!(changed(&|bytes| bytes[0] = b'X').contains("LRSTORE3"));
+    assert!(changed(&|bytes| bytes[8] = 4).contains("version 4"));
     assert!(changed(&|bytes| bytes[12..16].reverse()).contains("big-endian"));
     assert!(changed(&|bytes| bytes[56] ^= 1).contains("bytes"));
     assert!(changed(&|bytes| bytes[16] += 9).contains("do not fit"));
@@ -45,8 +44,29 @@ fn a_foreign_file_is_refused_by_name() {
     assert!(changed(&|bytes| bytes[64] ^= 1).contains("different stores"));
 }
 
+#[test]
+fn a_store_of_another_version_is_refused_with_both_versions_and_the_remedy() {
+    let folder = tempfile::tempdir().expect("folder");
+    for version in [b'1', b'2', b'4'] {
+        let mut bytes = sealed_bytes(&fixed(2));
+        bytes[7] = version;
+        let error = reopen(folder.path(), &bytes).expect_err("another version");
+        assert!(matches!(error, Error::StoreVersion { .. }));
+        let text = error.to_string();
+        let found = format!("format version {}, ", char::from(version));
+        for part in [
+            &found,
+            "reads version 3",
+            "`logratio data build`",
+            ".store: ",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}
+
 /// Where the columns of a store with these counts begin, as FORMAT.md has it.
-fn columns(bytes: &[u8]) -> [Range<usize>; 8] {
+fn columns(bytes: &[u8]) -> [Range<usize>; 9] {
     let count = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8")) as usize;
     let (groups, completions, tokens, own) = (count(16), count(24), count(32), count(40));
     let sizes = [
@@ -56,6 +76,7 @@ fn columns(bytes: &[u8]) -> [Range<usize>; 8] {
         8 * (completions + 1),
         8 * (groups + 1),
         completions,
+        16 * completions,
         4 * groups,
         8 * groups,
     ];
@@ -126,7 +147,17 @@ fn forged_values_are_found() {
     assert!(error.contains("role 5 is unknown"), "{error}");
     assert!(is_corrupt(&store.roles()) && is_corrupt(&store.group(0)));
     assert!(verified(columns[0].start, 77).0.contains("the digest"));
-    let end = columns[7].end.next_multiple_of(64);
+    let mut infinite = bytes.clone();
+    infinite[columns[6].start..][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    sign_all(&mut infinite);
+    let store = reopen(folder.path(), &infinite).expect("opens");
+    let error = store.verify().expect_err("forged").to_string();
+    assert!(
+        error.contains("the score of completion 0 is infinite"),
+        "{error}"
+    );
+    assert!(is_corrupt(&store.values()));
+    let end = columns[8].end.next_multiple_of(64);
     let (error, store) = verified(end, 0xff);
     assert!(
         error.contains("UTF-8") && is_corrupt(&store.metadata()),
@@ -164,7 +195,7 @@ proptest! {
     fn survives_any_bytes(mut bytes in vec(any::<u8>(), 0..600), counts in any::<[u8; 6]>(), kind in 0..4u8) {
         if kind > 0 && bytes.len() >= HEADER + FOOTER {
             let length = bytes.len() as u64;
-            bytes[..16].copy_from_slice(b"LRSTORE2\x02\0\0\0\x04\x03\x02\x01");
+            bytes[..16].copy_from_slice(b"LRSTORE3\x03\0\0\0\x04\x03\x02\x01");
             for (field, count) in counts.into_iter().enumerate() {
                 let small = u64::from(count) >> (kind + 1);
                 bytes[16 + 8 * field..][..8].copy_from_slice(&small.to_le_bytes());

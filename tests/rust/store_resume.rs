@@ -123,7 +123,7 @@ proptest! {
 
     /// Any byte of any file changed, or the file cut: no checkpoint, and never a panic.
     #[test]
-    fn a_damaged_checkpoint_is_none(file in 0usize..10, at in 0usize..100_000, value in 1u8.., cut in any::<bool>()) {
+    fn a_damaged_checkpoint_is_none(file in 0usize..11, at in 0usize..100_000, value in 1u8.., cut in any::<bool>()) {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("a.store");
         let mut writer = create(&path, true);
@@ -133,7 +133,7 @@ proptest! {
         writer.checkpoint("note").expect("saves");
         drop(writer);
         let names = ["tokens", "mask", "prompt_offsets", "completion_offsets", "group_offsets"];
-        let names: Vec<_> = names.into_iter().chain(["roles", "files", "lines", "repeats", "progress"]).collect();
+        let names: Vec<_> = names.into_iter().chain(["roles", "values", "files", "lines", "repeats", "progress"]).collect();
         let file = folder.path().join("a.store.partial").join(names[file]);
         let mut bytes = fs::read(&file).expect("reads");
         let room = if file.ends_with("tokens") { 128 } else { 0 };
@@ -302,6 +302,7 @@ fn foreign_files_in_the_folder_stay() {
         completion_lengths: &[1],
         group_sizes: &[1],
         roles: &[3],
+        values: &[],
         files: &[0],
         lines: &[1],
     });

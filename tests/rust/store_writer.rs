@@ -7,11 +7,11 @@ use std::{collections::HashMap, fs, path::Path};
 
 use logratio::{
     Error,
-    group::Group,
+    group::{Group, NO_VALUES, VALUES, Values},
     store::{Bulk, Outcome, Store, StoreWriter},
 };
 use proptest::{collection::vec, prelude::*};
-use sample::{Completion, Sample, assert_holds, fixed, samples};
+use sample::{Completion, Sample, assert_holds, bits, fixed, samples};
 
 /// The columns of many groups, as [`Bulk`] borrows them.
 #[derive(Clone, Default)]
@@ -23,6 +23,7 @@ struct Columns {
     completion_lengths: Vec<u32>,
     group_sizes: Vec<u32>,
     roles: Vec<u8>,
+    values: Vec<Values>,
     files: Vec<u32>,
     lines: Vec<u64>,
 }
@@ -46,6 +47,7 @@ impl Columns {
                 all.completion_mask.extend(one.mask());
                 all.completion_lengths.push(one.tokens.len() as u32);
                 all.roles.push(one.role);
+                all.values.push(one.values);
             }
         }
         all
@@ -60,6 +62,7 @@ impl Columns {
             completion_lengths: &self.completion_lengths,
             group_sizes: &self.group_sizes,
             roles: &self.roles,
+            values: &self.values,
             files: &self.files,
             lines: &self.lines,
         }
@@ -74,6 +77,7 @@ fn pair(prompt: i32, chosen: i32, rejected: i32) -> Sample {
     let completion = |id: i32, role: u8| Completion {
         tokens: vec![(id, 1)],
         role,
+        values: NO_VALUES,
     };
     Sample {
         prompt: vec![prompt],
@@ -83,8 +87,12 @@ fn pair(prompt: i32, chosen: i32, rejected: i32) -> Sample {
 
 /// Groups of few tokens, so that many say the same or the opposite.
 fn alike() -> impl Strategy<Value = Vec<Sample>> {
-    let completion = (vec((0..2i32, 0..=1u8), 1..3), 0..3u8)
-        .prop_map(|(tokens, role)| Completion { tokens, role });
+    let completion =
+        (vec((0..2i32, 0..=1u8), 1..3), 0..3u8).prop_map(|(tokens, role)| Completion {
+            tokens,
+            role,
+            values: NO_VALUES,
+        });
     let group = (vec(0..2i32, 1..2), vec(completion, 1..4));
     vec(
         group.prop_map(|(prompt, completions)| Sample {
@@ -184,6 +192,9 @@ proptest! {
         prop_assert_eq!(selected.metadata().expect("whole"), "less");
         let numbers: Vec<usize> = (0..samples.len()).filter(|&number| keep[number]).collect();
         prop_assert_eq!(selected.len(), numbers.len());
+        let kept = numbers.iter().flat_map(|&number| &samples[number].completions);
+        let values = selected.values().expect("whole");
+        prop_assert_eq!(bits(values), bits(kept.map(|one| &one.values)));
         let lines = selected.lines().expect("whole");
         for ((group, &number), &line) in selected.groups().zip(&numbers).zip(lines) {
             let (group, sample) = (group.expect("whole"), &samples[number]);
@@ -230,6 +241,7 @@ fn one_group_is_deduplicated_as_many_are() {
         completion_mask: &[1],
         completion_lengths: &[1],
         roles: &[3],
+        values: &[],
         file: 0,
         line: 1,
     };
@@ -241,6 +253,47 @@ fn one_group_is_deduplicated_as_many_are() {
     };
     assert_eq!(writer.push(&masked).expect("right"), Outcome::Kept);
     assert!(writer.deduplicating().is_err(), "it holds groups");
+}
+
+/// Groups are compared by their content: the values of the first one stay.
+#[test]
+fn values_do_not_tell_duplicates_apart() {
+    let rated = |score: f32| {
+        let mut sample = pair(1, 5, 6);
+        sample.completions[0].values[0] = score;
+        sample
+    };
+    let mut writer = deduplicating();
+    let outcomes = writer.push_many(&Columns::of(&[rated(1.0), rated(2.0)]).bulk());
+    assert_eq!(
+        outcomes.expect("right"),
+        [Outcome::Kept, Outcome::Duplicate(0)]
+    );
+    assert_holds(&writer.finish("{}").expect("seals"), &[rated(1.0)]);
+}
+
+/// Any NaN means that there is no value, and so does a group without values.
+#[test]
+fn absent_values_have_the_same_bytes() {
+    let mut samples = fixed(3);
+    let all = samples.iter_mut().flat_map(|one| &mut one.completions);
+    for completion in all {
+        completion.values = NO_VALUES;
+    }
+    let mut columns = Columns::of(&samples);
+    let sealed = |columns: &Columns| {
+        let mut writer = StoreWriter::in_memory();
+        writer.push_many(&columns.bulk()).expect("right");
+        writer.finish("{}").expect("seals")
+    };
+    let expected = sealed(&columns);
+    assert_holds(&expected, &samples);
+    columns
+        .values
+        .fill([f32::from_bits(0xffc0_1234); VALUES.len()]);
+    assert_eq!(sealed(&columns).digest(), expected.digest());
+    columns.values.clear();
+    assert_eq!(sealed(&columns).digest(), expected.digest());
 }
 
 #[test]
@@ -260,6 +313,10 @@ fn many_are_added_all_or_none() {
     assert_eq!(error, "group 8: token id -1 is negative");
     let error = refused(&|columns| columns.roles[1] = 9);
     assert!(error.starts_with("group 1: role 9 is unknown"), "{error}");
+    let error = refused(&|columns| columns.values[1][2] = f32::INFINITY);
+    assert_eq!(error, "group 1: the margin of completion 0 is infinite");
+    let error = refused(&|columns| columns.values.truncate(8));
+    assert!(error.contains("values has 8 values"), "{error}");
     let error = refused(&|columns| columns.lines.truncate(8));
     assert!(error.contains("lines has 8 values"), "{error}");
     let error = refused(&|columns| columns.prompt_lengths[3] += 1);

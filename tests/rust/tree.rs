@@ -6,7 +6,7 @@ mod sample;
 use std::collections::{BTreeMap, BTreeSet};
 
 use logratio::{
-    group::Layout,
+    group::{Layout, NO_VALUES},
     layout::{Batch, Field, Options},
     plan::{Order, Plan, Request, plan},
     prefix_tree,
@@ -32,7 +32,11 @@ fn related() -> impl Strategy<Value = Vec<Sample>> {
             if how != 1 || prompt.is_empty() {
                 prompt.extend(own.iter().map(|&(id, _)| id));
             }
-            let made = |(role, tokens): (u8, _)| Completion { tokens, role };
+            let made = |(role, tokens): (u8, _)| Completion {
+                tokens,
+                role,
+                values: NO_VALUES,
+            };
             samples.push(Sample {
                 prompt,
                 completions: (0..4).zip(completions).map(made).collect(),
@@ -216,6 +220,7 @@ fn conversations(count: usize, turns: usize) -> Vec<Sample> {
             let answer = |role: usize| Completion {
                 tokens: ids(start + 110 + 10 * role, 10).map(|id| (id, 1)).collect(),
                 role: role as u8,
+                values: NO_VALUES,
             };
             let completions = vec![answer(0), answer(1)];
             samples.push(Sample {

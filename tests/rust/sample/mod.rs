@@ -2,7 +2,7 @@
 #![allow(dead_code)] // each test crate uses its part
 
 use logratio::{
-    group::Group,
+    group::{Group, NO_VALUES, Values},
     store::{Store, StoreWriter},
 };
 use proptest::{collection::vec, prelude::*};
@@ -14,11 +14,12 @@ pub struct Sample {
     pub completions: Vec<Completion>,
 }
 
-/// Ids and mask, token by token, and the number of the role.
+/// Ids and mask, token by token, the number of the role, and the values.
 #[derive(Clone, Debug)]
 pub struct Completion {
     pub tokens: Vec<(i32, u8)>,
     pub role: u8,
+    pub values: Values,
 }
 
 impl Completion {
@@ -32,8 +33,17 @@ impl Completion {
 }
 
 pub fn samples(most: usize) -> impl Strategy<Value = Vec<Sample>> {
-    let completion = (vec((0..i32::MAX, 0..=1u8), 1..9), 0..5u8)
-        .prop_map(|(tokens, role)| Completion { tokens, role });
+    let value = prop_oneof![Just(f32::NAN), any::<i16>().prop_map(f32::from)];
+    let completion = (
+        vec((0..i32::MAX, 0..=1u8), 1..9),
+        0..5u8,
+        [value.clone(), value.clone(), value.clone(), value],
+    )
+        .prop_map(|(tokens, role, values)| Completion {
+            tokens,
+            role,
+            values,
+        });
     let group =
         (vec(0..i32::MAX, 1..9), vec(completion, 1..5)).prop_map(|(prompt, completions)| Sample {
             prompt,
@@ -54,6 +64,11 @@ pub fn fixed(count: usize) -> Vec<Sample> {
             })
             .collect(),
         role: number as u8 % 5,
+        // Some groups have values, and others none.
+        values: match group % 2 {
+            0 => NO_VALUES,
+            _ => [group as f32 / 4.0, number as f32 + 1.0, f32::NAN, -0.5],
+        },
     };
     (0..count)
         .map(|group| Sample {
@@ -86,16 +101,24 @@ pub fn push(writer: &mut StoreWriter, number: usize, sample: &Sample) {
         .iter()
         .flat_map(Completion::mask)
         .collect();
+    let values: Vec<Values> = sample.completions.iter().map(|one| one.values).collect();
     let group = Group {
         prompt_ids: &sample.prompt,
         completion_ids: &flat(Completion::ids),
         completion_mask: &mask,
         completion_lengths: &lengths,
         roles: &roles,
+        values: &values,
         file: number as u32 % 3,
         line: number as u64 + 1,
     };
     writer.push(&group).expect("a sample is a group");
+}
+
+/// The bits of values, which can be compared where they are NaN.
+pub fn bits<'a>(values: impl IntoIterator<Item = &'a Values>) -> Vec<[u32; 4]> {
+    let bits = |values: &Values| values.map(f32::to_bits);
+    values.into_iter().map(bits).collect()
 }
 
 pub fn fill(mut writer: StoreWriter, samples: &[Sample]) -> Store {
@@ -114,6 +137,9 @@ pub fn assert_holds(store: &Store, samples: &[Sample]) {
     assert_eq!(store.len(), samples.len());
     let files = store.files().expect("whole");
     let lines = store.lines().expect("whole");
+    let completions = samples.iter().flat_map(|sample| &sample.completions);
+    let values = store.values().expect("whole");
+    assert_eq!(bits(values), bits(completions.map(|one| &one.values)));
     for (number, (group, sample)) in store.groups().zip(samples).enumerate() {
         let group = group.expect("whole");
         assert_eq!(group.prompt(), sample.prompt);

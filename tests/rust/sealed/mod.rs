@@ -79,6 +79,7 @@ pub fn touch(store: &Store) -> Vec<logratio::Result<()>> {
         store.prompt_lengths().map(drop),
         store.completion_offsets().map(drop),
         store.roles().map(drop),
+        store.values().map(drop),
         store.files().map(drop),
         store.lines().map(drop),
         store.metadata().map(drop),
@@ -90,7 +91,7 @@ pub fn touch(store: &Store) -> Vec<logratio::Result<()>> {
 pub fn is_corrupt<T>(result: &logratio::Result<T>) -> bool {
     match result {
         Ok(_) => false,
-        Err(Error::CorruptStore { .. }) => true,
+        Err(Error::CorruptStore { .. } | Error::StoreVersion { .. }) => true,
         Err(error) => panic!("not a corrupt store, but: {error}"),
     }
 }
