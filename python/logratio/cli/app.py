@@ -8,7 +8,18 @@ from typing import Any, NoReturn
 
 import typer
 
-from logratio.cli import cache, data, evaluate, export, merge, precompute, report, sweep, train
+from logratio.cli import (
+    cache,
+    data,
+    evaluate,
+    export,
+    merge,
+    methods,
+    precompute,
+    report,
+    sweep,
+    train,
+)
 from logratio.cli.usage import UsageError, usage_message
 from logratio.errors import LogratioError
 from logratio.progress import say
@@ -36,6 +47,7 @@ BASE = {"torch", "transformers", "peft", "safetensors", "tensorboardX", "pyarrow
 for command in (
     precompute.precompute,
     train.train,
+    methods.methods,
     evaluate.evaluate,
     merge.merge,
     sweep.sweep,

@@ -41,6 +41,7 @@ from logratio.training.sweep_runs import sweep
 from logratio.training.trainer import DPOTrainer, train
 
 __all__ = [
+    "METHODS",
     "Callback",
     "CallbackError",
     "Cluster",
@@ -49,7 +50,6 @@ __all__ = [
     "DeviceError",
     "EvaluateConfig",
     "Evaluation",
-    "METHODS",
     "GroupLogps",
     "HeldOutResult",
     "ImpossibleLogpError",

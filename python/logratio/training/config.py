@@ -14,6 +14,7 @@ from logratio.synonyms import takes_known_names
 from logratio.training.trackers import ReportTo
 from logratio.validation import Converted, Range, changes, check_fields
 
+
 def as_loss(given: Any) -> Any:
     """Join a list of methods to one string, as in "dpo:1.0+sft:0.2"."""
     return "+".join(given) if isinstance(given, list | tuple) else given

@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-from logratio._rust import ROLES, Census, Store
+from logratio._rust import Census, Store
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Input, Inputs, as_inputs
 from logratio.data.store.build import build_store
-from logratio.data.store.load import datasets_of, is_store, load_store, rules_of, source_names
+from logratio.data.store.load import datasets_of, is_store, load_store, rules_of
 from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer

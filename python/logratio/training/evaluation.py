@@ -34,6 +34,7 @@ from logratio.training.dataset import (
     once_per_host,
 )
 from logratio.training.distributions import Calibration, calibration
+from logratio.training.methods.data_checks import check_groups
 from logratio.training.models import (
     autocast,
     base_folder,

@@ -30,7 +30,6 @@ from logratio.training.evaluation import (
     check_sampling,
     drawn_sums,
     kl_estimate,
-    model_sums,
     sample_completions,
     sample_texts,
     sums_over,

@@ -30,6 +30,7 @@ from logratio.training.fingerprint import (
     reference_fingerprint,
     stored_fingerprint,
 )
+from logratio.training.methods.objective import Objective
 from logratio.training.models import load_model, precision_of
 from logratio.training.policy import as_reference
 from logratio.training.validation import reference_kind
@@ -328,6 +329,11 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     fingerprint = reference_fingerprint(config)
     pread = config.read_mode == "pread"
     if holds_sums_only(config.cache, fingerprint):
+        if Objective.of(config).weighs_tokens:
+            raise StaleCacheError(
+                f"{config.cache}: this cache has sums of completions only, and --loss {config.loss} "
+                "weighs their tokens: run `logratio precompute` without --sums-only"
+            )
         reader = open_cache(config.cache, fingerprint, sums=True, pread=pread)
         return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
     reader = open_cache(config.cache, fingerprint, pread=pread)

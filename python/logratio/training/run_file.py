@@ -15,7 +15,6 @@ from logratio.training.given_model import given_model, name_of
 from logratio.training.methods.objective import Objective
 from logratio.training.models import precision_of, training_budget
 from logratio.training.router_loss import router_coefficient
-from logratio.training.validation import beta_of
 
 RUN_FILE = "run.yaml"
 FOLDERS = ("output", "cache")

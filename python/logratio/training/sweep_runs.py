@@ -29,9 +29,9 @@ from logratio.training.dataset import (
     load_dataset,
 )
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.memory import FORWARD, evaluation_seconds, seconds, training_forecast
 from logratio.training.methods.data_checks import check_groups
 from logratio.training.methods.objective import Objective
-from logratio.training.memory import FORWARD, evaluation_seconds, seconds, training_forecast
 from logratio.training.model_card import add_evaluation
 from logratio.training.models import precision_of, with_local_models
 from logratio.training.precomputation import precompute, refuse_multiple_processes

@@ -229,4 +229,3 @@ def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
             "this run: pass the reference too, or model.merge_and_unload() to train all weights"
         )
     return settings_of_peft(next(iter(adapters.values())), given.folder)
-

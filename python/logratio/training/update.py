@@ -192,10 +192,12 @@ class Updater:
                 completion_logps(self.policy, self._smallest)
         return UpdateStatistics.of(self.objective, scored, self.processes)
 
+    @torch.no_grad()
     def policy_sums(self, batch: Batch) -> Tensor:
         """Return the sums of the policy's log-probs that the loss takes, float64 `[N]`."""
         return self._sums(batch, completion_logps(self.policy, batch))
 
+    @torch.no_grad()
     def sums_of(self, reference: Reference, batch: Batch) -> Tensor:
         """Return the sums of a reference's log-probs that the loss takes, float64 `[N]`."""
         if self.objective.weighs_tokens:

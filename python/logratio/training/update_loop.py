@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from logratio.logps.attention.interface import shared_prompts
 from logratio.logps.batch import buffers_for, shape_for
 from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import transformer
-from logratio.progress import progress, say
+from logratio.progress import Advance, progress, say
 from logratio.training import checkpoint, memory
 from logratio.training.activations import LayerOptions, choose_checkpointing, layer_options
 from logratio.training.callbacks import Callback, CallbackError, RunState
@@ -30,6 +30,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.drawing import Drawing
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut
+from logratio.training.methods.table import NAME_OF_GROUP
 from logratio.training.models import (
     training_budget,
 )
@@ -201,7 +202,7 @@ class UpdateLoop:
         with (
             self._watch() as watch,
             interrupts() as received,
-            progress(config.loss, in_all, self._noun, show=self.show_progress, done=done) as advance,
+            self._progress(in_all, done) as advance,
         ):
             interrupted = self._agreed(received)
             feed = self._feed(start)
@@ -346,9 +347,9 @@ class UpdateLoop:
         text = transformer(self.updater.policy).config.get_text_config()
         return 1 / (6 * int(text.hidden_size))
 
-    @property
-    def _noun(self) -> str:
-        return f"{NAME_OF_GROUP[self.updater.objective.data]}s"
+    def _progress(self, in_all: int, done: int) -> AbstractContextManager[Advance]:
+        noun = f"{NAME_OF_GROUP[self.updater.objective.data]}s"
+        return progress(self.config.loss, in_all, noun, show=self.show_progress, done=done)
 
     def _check_start(self, reference: Reference, *, is_first: bool) -> None:
         """Run the start-up checks of the reference, and print their note if they have one."""

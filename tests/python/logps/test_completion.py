@@ -20,7 +20,9 @@ from logratio.logps.batch import Batch, Shape, SharedBatch, to_torch
 from logratio.logps.checks import UnsupportedModelError, batch_of, check_head, choose_layout
 from logratio.logps.completion import score
 from logratio.training import TrainConfig, completion_logps
-from logratio.training.losses import averages, make_objective
+from logratio.training.methods.columns import averages
+from logratio.training.methods.group_data import GroupData
+from logratio.training.methods.objective import Objective
 from logratio.training.reference import PerToken
 
 LAYOUTS = ("shared", "padded")
@@ -227,11 +229,12 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
     """Policy and reference differ in the last digits of tokens, which float32 sums swallow."""
     batch, logps = long_batch()
     policy = logps * (1 + 1e-6 * torch.linspace(-1, 1, len(logps)))
-    config = TrainConfig(model=tmp_path, data=[], output=tmp_path, lr=1e-4, loss=loss)
-    objective = make_objective(config, beta := 0.5)
-    scored = batch.targets.sums(policy), Given(logps).sums(batch), batch.targets.lengths
-    losses = objective.losses(*scored)
-    columns = objective.columns(losses, *scored)
+    config = TrainConfig(tmp_path, [], tmp_path, loss=loss, beta=(beta := 0.5))
+    objective = Objective.of(config)
+    sums = batch.targets.sums(policy), Given(logps).sums(batch)
+    groups = GroupData(None, None, objective.needs_reference).groups(batch.targets, *sums)
+    losses = objective.losses(groups)
+    columns = objective.columns(losses, groups)
     parts = [
         [math.fsum(part) for part in of.double().split([40_000, 39_001])] for of in (policy, logps)
     ]
@@ -244,4 +247,4 @@ def test_losses_and_metrics_of_long_completions_lose_no_digits(loss: str, tmp_pa
     }[loss]
     assert float(losses[0]) == pytest.approx(expected, rel=1e-9)
     assert averages(columns)[0]["logps/chosen"] == pytest.approx(chosen, rel=1e-14)
-    assert {column.dtype for column in columns.values()} == {torch.float64}
+    assert all(isinstance(one, Tensor) and one.dtype == torch.float64 for one in columns.values())

@@ -30,7 +30,7 @@ from logratio.training import (
 )
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.config import Precision
-from logratio.training.losses import PairLogps
+from logratio.training.methods.logps import PairLogps
 from logratio.training.models import autocast
 from logratio.training.policy import REFERENCE, build_policy
 from logratio.training.reference import AdapterReference, FrozenReference, build_reference

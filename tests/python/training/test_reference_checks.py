@@ -32,7 +32,8 @@ from logratio.training.config import Precision
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.lora import with_lora
-from logratio.training.losses import PAIR_LOSSES, make_objective
+from logratio.training.methods.objective import Objective
+from logratio.training.methods.table import METHODS
 from logratio.training.models import precision_of
 from logratio.training.reference import (
     CachedReference,
@@ -217,15 +218,15 @@ def test_a_damaged_fingerprint_stops_training(config: TrainConfig) -> None:
 
 def offset_loss(change: float) -> Callable[..., Tensor]:
     """The DPO loss with something added: its first value is wrong."""
-    real = PAIR_LOSSES["dpo"].function
+    real = METHODS["dpo"].loss
 
-    def loss(pairs: object, **options: float) -> Tensor:
-        return real(pairs, **options) + change
+    def loss(pairs: object, *, beta: float, label_smoothing: float) -> Tensor:
+        return real(pairs, beta=beta, label_smoothing=label_smoothing) + change
 
     return loss
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "sppo", "aot", "cal-dpo"])
 @pytest.mark.parametrize("precision", get_args(Precision))
 def test_the_first_loss_is_the_known_one(
     config: TrainConfig, store: Store, loss: str, precision: Precision
@@ -234,7 +235,7 @@ def test_the_first_loss_is_the_known_one(
     policy = load_model(config.model, precision=precision)
     assert starts_at_reference(config)
     reference = FrozenReference(load_model(config.model, precision=precision))
-    objective = make_objective(config, 0.3)
+    objective = Objective.of(config)
     assert check_start(config, store, policy, reference, "shared", objective) is None
 
 
@@ -242,8 +243,8 @@ def test_the_first_loss_is_the_known_one(
 def test_a_wrong_initial_loss_is_refused(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, change: float
 ) -> None:
-    wrong = dataclasses.replace(PAIR_LOSSES["dpo"], function=offset_loss(change))
-    monkeypatch.setitem(PAIR_LOSSES, "dpo", wrong)
+    wrong = dataclasses.replace(METHODS["dpo"], loss=offset_loss(change))
+    monkeypatch.setitem(METHODS, "dpo", wrong)
     with pytest.raises(UntrustedReferenceError, match=r"instead of 0\.693147"):
         train(config, show_progress=False)
     assert not list(Path(config.output).glob("*.safetensors"))
@@ -255,7 +256,7 @@ def test_the_checks_move_no_generator_and_leave_the_mode(config: TrainConfig, st
     for layer in transformer(policy).model.layers:
         layer.self_attn.attention_dropout = 0.5
     reference, before = FrozenReference(load_model(config.model)), torch.get_rng_state()
-    check_start(config, store, policy, reference, "shared", make_objective(config, 0.1))
+    check_start(config, store, policy, reference, "shared", Objective.of(config))
     assert torch.equal(before, torch.get_rng_state())
     assert all(module.training for module in policy.modules())
 
@@ -323,9 +324,7 @@ def a_bit_less(_counts: np.ndarray, sums: np.ndarray) -> None:
     sums[5] -= 0.01
 
 
-@pytest.mark.parametrize(
-    "loss", [name for name in PAIR_LOSSES if PAIR_LOSSES[name].needs_reference]
-)
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "nca"])
 def test_sums_serve_every_loss_as_tokens_do(config: TrainConfig, loss: str) -> None:
     config = with_(config, loss=loss, cache=fill_sums(config, nothing), overwrite=True)
     sums = train(config, show_progress=False).history

@@ -140,7 +140,10 @@ def averages(
     alone = [scalar.to(torch.float64).view(1) for scalar in scalars.values()]
     *found, count = torch.cat([sums[len(plain) + 1 :], *alone, sums[: len(plain) + 1]]).tolist()
     rest, end = found[: 2 * len(other)], len(found) - len(plain)
-    means = {name: value / count if count else value for name, value in zip(plain, found[end:], strict=True)}
+    means = {
+        name: value / count if count else value
+        for name, value in zip(plain, found[end:], strict=True)
+    }
     for name, mass, weight in zip(other, rest[::2], rest[1::2], strict=True):
         means |= {name: mass / weight} if weight else {}
     if other and {"rewards/chosen", "rewards/rejected"} <= means.keys():

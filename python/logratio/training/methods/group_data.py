@@ -1,4 +1,4 @@
-"""What the data and the whole update add to the log-probs of groups: values, weights, statistics."""
+"""What the data and the whole update add to log-probs: values, weights, statistics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,9 +42,7 @@ class GroupData:
         used = values if objective.needs_values else None
         return cls(used, weights, objective.needs_reference)
 
-    def groups(
-        self, targets: TargetTokens, policy: Tensor, reference: Tensor
-    ) -> GroupLogps:
+    def groups(self, targets: TargetTokens, policy: Tensor, reference: Tensor) -> GroupLogps:
         """Return the inputs of a loss for some groups, from the sums of log-probs, `[N]`."""
         return GroupLogps(
             policy,

@@ -4,7 +4,6 @@
 compared with each other.
 """
 
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
@@ -103,5 +102,3 @@ def concordance(rewards: Tensor, grades: Tensor) -> Tensor:
     better = (grades[:, :, None] > grades[:, None, :]) & (grades > NONE)[:, None, :]
     right = (torch.sign(_differences(rewards)) + 1) / 2
     return torch.where(better, right, 0.0).sum((1, 2)) / better.sum((1, 2))
-
-

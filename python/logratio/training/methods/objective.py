@@ -1,4 +1,4 @@
-"""The objective of a run: one method, or a weighted sum of several, over the groups of an update."""
+"""The objective of a run: one method, or a weighted sum of several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
-from typing import Any
 
 import numpy as np
 import torch

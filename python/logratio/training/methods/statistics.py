@@ -20,7 +20,9 @@ Statistics = Callable[..., dict[str, Tensor]]
 number for the update, `[]`, or one for each completion, `[N]`; all float64."""
 
 
-def mean_reward(groups: GroupLogps, memory: Memory, *, beta: float, **_: float) -> dict[str, Tensor]:
+def mean_reward(
+    groups: GroupLogps, memory: Memory, *, beta: float, **_: float
+) -> dict[str, Tensor]:
     """Return BCO's shift: the mean reward of all completions so far, with this update."""
     counted = groups.is_chosen + groups.is_rejected
     count = memory.get("count", 0.0) + float(counted.sum())

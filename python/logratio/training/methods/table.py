@@ -55,7 +55,9 @@ class Option:
         """The range, for messages."""
         if self.is_open:
             return f"({self.low:g}, {self.high:g})"
-        return f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+        return (
+            f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ class Method:
     def needs_values(self) -> bool:
         """Whether the loss uses scores, ranks or margins of the data."""
         return self.needs_margins or self.data == "lists"
+
+    @property
+    def default_initial_value(self) -> float | None:
+        """The loss at policy = reference with the default β and options; None: it depends."""
+        defaults = {name: option.default for name, option in self.options.items()}
+        return self.initial_value(1.0 if self.beta is None else self.beta, defaults)
 
     def initial_value(self, beta: float, options: Mapping[str, float]) -> float | None:
         """Return the loss at policy = reference; None if it depends on the data."""

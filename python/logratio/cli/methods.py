@@ -1,0 +1,97 @@
+"""`logratio methods`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from logratio.errors import ConfigError
+
+if TYPE_CHECKING:
+    from logratio.training.methods.table import Method
+
+
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="METHOD", help="Show everything about one method."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """List the methods that `train --loss` takes: data, reference, β, initial value and paper."""
+    from logratio.training.methods.table import METHODS, MIXTURES
+
+    if name is not None and name not in METHODS:
+        raise ConfigError(f"no method is called {name!r}; choose from {', '.join(METHODS)}")
+    chosen = {name: METHODS[name]} if name else METHODS
+    if as_json:
+        _print_json(chosen)
+        return
+    if name:
+        _print_one(name, METHODS[name])
+        return
+    _print_table(chosen)
+    for mixture, weights in MIXTURES.items():
+        typer.echo(f"{mixture}: {' + '.join(f'{one}:{share:g}' for one, share in weights.items())}")
+
+
+def _print_json(chosen: "dict[str, Method]") -> None:
+    import json
+
+    typer.echo(json.dumps({name: _described(method) for name, method in chosen.items()}, indent=2))
+
+
+def _described(method: "Method") -> dict[str, Any]:
+    return {
+        "title": method.title,
+        "data": method.data,
+        "reference": method.needs_reference,
+        "beta": method.beta,
+        "initial_value": method.default_initial_value,
+        "options": {
+            name: {"default": option.default, "range": option.range, "meaning": option.meaning}
+            for name, option in method.options.items()
+        },
+        "formula": method.formula,
+        "paper": method.paper,
+        "note": method.note,
+    }
+
+
+def _print_table(chosen: "dict[str, Method]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("--loss", "data", "reference", "β", "initial value", "options", "paper")
+    for name, method in chosen.items():
+        table.add_row(
+            name,
+            method.data,
+            "yes" if method.needs_reference else "no",
+            _number(method.beta),
+            _number(method.default_initial_value),
+            ", ".join(f"{key}={option.default:g}" for key, option in method.options.items()),
+            method.paper,
+        )
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _print_one(name: str, method: "Method") -> None:
+    rows = {
+        "method": f"{method.title} (--loss {name})",
+        "loss": method.formula,
+        "data": method.data,
+        "reference": "needed" if method.needs_reference else "none",
+        "β": _number(method.beta) or "none",
+        "initial value": _number(method.default_initial_value) or "depends on the data",
+        "paper": method.paper,
+        "note": method.note,
+    }
+    for key, option in method.options.items():
+        rows[key] = f"{option.meaning}; {option.range}, default {option.default:g}"
+    for key, value in rows.items():
+        if value:
+            typer.echo(f"{key}: {value}")
