@@ -61,10 +61,10 @@ def as_chat(record: PreferenceRecord) -> PreferenceRecord:
     if not record.ends:
         return replace(record, prompt=prompt)
     completions = tuple(
-        Completion(
-            completion.role,
-            (_message("assistant", str(completion.answer).strip()),),
-            _messages(str(completion.context), "assistant"),
+        replace(
+            completion,
+            answer=(_message("assistant", str(completion.answer).strip()),),
+            context=_messages(str(completion.context), "assistant"),
         )
         for completion in record.completions
     )
