@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.data.messages import ASSISTANT, Turns, bare, read_messages
-from logratio.data.records import Completion, InvalidRecordError, Message, PreferenceRecord
+from logratio.data.records import InvalidRecordError, Message, PreferenceRecord
 
 _HEADER = re.compile(r"\n\n(Human|Assistant):")
 _ASSISTANT = "Assistant"

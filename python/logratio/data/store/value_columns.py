@@ -47,8 +47,8 @@ class ValueColumns:
         """Read the numbers of a batch, as `formats.values.with_values` would.
 
         Returns:
-            float32 `[2R, 4]`, chosen and rejected of each row; and bool `[R]`, the rows that must be
-            read by themselves because a number is refused, unreadable or warned about.
+            float32 `[2R, 4]`, the values of chosen and rejected of each row; and bool `[R]`, the
+            rows to read by themselves, because a number is refused, unreadable or warned about.
         """
         values = np.full((batch.num_rows, 2, len(VALUES)), np.nan)
         for side, name in enumerate(self.scores or ()):
