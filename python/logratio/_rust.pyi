@@ -12,6 +12,7 @@ from logratio.errors import CorruptStoreError as CorruptStoreError
 
 __all__ = [
     "ROLES",
+    "VALUES",
     "CacheFolder",
     "CacheReader",
     "CacheWriter",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 ROLES: tuple[str, ...]
+VALUES: tuple[str, ...]
 
 @final
 class StoreWriter:
@@ -55,6 +57,7 @@ class StoreWriter:
         roles: NDArray[np.uint8],
         file: int,
         line: int,
+        values: NDArray[np.float32] | None = None,
     ) -> tuple[int, int]: ...
     def push_many(
         self,
@@ -67,6 +70,7 @@ class StoreWriter:
         roles: NDArray[np.uint8],
         files: NDArray[np.uint32],
         lines: NDArray[np.uint64],
+        values: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]: ...
     def conflicts(self) -> tuple[NDArray[np.int64], NDArray[np.uint32]]: ...
     def place(self, group: int) -> tuple[int, int]: ...
@@ -103,6 +107,7 @@ class Store:
     def counted_lengths(self) -> NDArray[np.uint32]: ...
     def completion_offsets(self) -> NDArray[np.int64]: ...
     def roles(self) -> NDArray[np.uint8]: ...
+    def values(self) -> NDArray[np.float32]: ...
     def sources(self) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]: ...
     def keys(self) -> NDArray[np.uint8]: ...
     def sum_keys(self) -> NDArray[np.uint8]: ...

@@ -1,6 +1,9 @@
 """Rows of chats and transcripts, written shortly."""
 
+from dataclasses import replace
 from typing import Any
+
+from logratio.data.records import PreferenceRecord
 
 
 def user(content: str, **more: Any) -> dict[str, Any]:
@@ -27,3 +30,9 @@ def hh(*turns: str) -> str:
     """Write turns as a transcript, the human's first."""
     names = ("Human", "Assistant")
     return "".join(f"\n\n{names[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def without_values(record: PreferenceRecord) -> PreferenceRecord:
+    """Drop the scores, ranks, margins and weights of a record."""
+    none = {"score": None, "rank": None, "margin": None, "weight": None}
+    return replace(record, completions=tuple(replace(c, **none) for c in record.completions))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.data.messages import ASSISTANT, Turns, bare, read_messages
-from logratio.data.records import Completion, InvalidRecordError, Message, PreferenceRecord
+from logratio.data.records import InvalidRecordError, Message, PreferenceRecord
 
 _HEADER = re.compile(r"\n\n(Human|Assistant):")
 _ASSISTANT = "Assistant"
@@ -61,10 +61,10 @@ def as_chat(record: PreferenceRecord) -> PreferenceRecord:
     if not record.ends:
         return replace(record, prompt=prompt)
     completions = tuple(
-        Completion(
-            completion.role,
-            (_message("assistant", str(completion.answer).strip()),),
-            _messages(str(completion.context), "assistant"),
+        replace(
+            completion,
+            answer=(_message("assistant", str(completion.answer).strip()),),
+            context=_messages(str(completion.context), "assistant"),
         )
         for completion in record.completions
     )

@@ -2,10 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
+import numpy as np
+
+from logratio._rust import VALUES
 from logratio.data import layouts
 from logratio.data.conversations import counts
 from logratio.data.formats.catalogue import FORMATS
@@ -24,7 +27,8 @@ from logratio.data.records import (
     Source,
     Text,
 )
-from logratio.data.tokenization.groups import TokenizedGroup
+from logratio.data.store.value_counts import ValueCounts, to_lines, value_counts
+from logratio.data.tokenization.groups import TokenizedCompletion, TokenizedGroup
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer, is_rendered
 from logratio.forecast import count
 
@@ -58,9 +62,8 @@ def show_record(record: PreferenceRecord) -> Iterator[Segment]:
     if record.tools:
         yield Segment(f"[{count(len(record.tools), 'tool')}]\n", "dim")
     yield from _text(record.prompt)
-    for number, completion in enumerate(record.completions):
-        score = f" (score {record.scores[number]:g})" if record.scores else ""
-        yield Segment(f"  {completion.role}{score}\n", "title")
+    for completion in record.completions:
+        yield Segment(f"  {completion.role}{_values(completion)}\n", "title")
         yield from _completion(completion)
 
 
@@ -75,11 +78,18 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
     yield from _tokens(group.prompt_ids, [0] * len(group.prompt_ids), [], decode)
     for completion in group.completions:
         counted = f"{sum(completion.mask):,} of {len(completion.ids):,} tokens are trained"
-        yield Segment(f"  {completion.role}, {counted}\n", "title")
+        yield Segment(f"  {completion.role}{_values(completion)}, {counted}\n", "title")
         yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
     if group.notes:
         warnings = "; ".join(f"[{code}] {CODES[code]}" for code in dict.fromkeys(group.notes))
         yield Segment(f"  warnings   {warnings}\n", "fault")
+
+
+def _values(completion: Completion | TokenizedCompletion) -> str:
+    """Return the values of a completion in brackets, as " (score 8, margin 3)"; "" for none."""
+    pairs = zip(VALUES, completion.values, strict=True)
+    named = ", ".join(f"{name} {value:g}" for name, value in pairs if value is not None)
+    return f" ({named})" if named else ""
 
 
 def _completion(completion: Completion) -> Iterator[Segment]:
@@ -184,6 +194,7 @@ class FileInspection:
         refused_formats: Formats of rows that were recognised and refused.
         imitated: A phrase about the rows that ``train --loss sft`` would read.
         is_wrapped: Whether plain text is wrapped as turns of a chat.
+        values: How many completions have a score, rank, margin or weight, and their range.
     """
 
     name: str
@@ -199,6 +210,7 @@ class FileInspection:
     refused_formats: tuple[str, ...] = ()
     imitated: str = ""
     is_wrapped: bool = False
+    values: ValueCounts = field(default_factory=dict)
 
     @property
     def is_known(self) -> bool:
@@ -221,6 +233,8 @@ class FileInspection:
             yield Segment(f"  read       {', '.join(self.keys_read)}\n")
         if self.keys_unread:
             yield Segment(f"  not read   {', '.join(self.keys_unread)}\n")
+        for line in to_lines(self.values):
+            yield Segment(f"  values     {line}\n")
         for name, lacking in known.near.items():
             yield Segment(f"  similar    {name}, but it lacks {', '.join(lacking)}\n")
         for code, number in self.warnings.items():
@@ -344,8 +358,14 @@ def _file(
         shown=_shown(example, encoded, tokenizer),
         is_wrapped=tokenizer is not None and tokenizer.wraps_text,
         refused_formats=_refused_formats(results),
+        values=_counted(record for one in decoded for record in one.records),
         imitated=_imitated(imitated, rows[0][1] if is_imitated else None),
     )
+
+
+def _counted(records: Iterable[PreferenceRecord]) -> ValueCounts:
+    every = [one.values for record in records for one in record.completions]
+    return value_counts(np.array(every, np.float32).reshape(-1, len(VALUES)))
 
 
 def _tried(rows: Iterable[tuple[Source, Row]], settings: FormatSettings) -> list[Result]:

@@ -82,6 +82,7 @@ CODES: dict[str, str] = {
     "W522": "a chat written as a string, read as a chat (--strings text reads it as text)",
     "W523": "a message that contains the markup of another chat template",
     "W525": "a list that another score could also rank",
+    "W526": "a chosen answer that is scored lower than the rejected one: the pair has no margin",
     "W530": "a pair or an answer of a list was left out",
 }
 """The meaning of every code. W502 and W503 are counted per completion; W508 to W511, W517, W519 and
@@ -161,6 +162,7 @@ CURES: dict[str, str] = {
     "W522": "Nothing to do; `--strings text` keeps the strings as text.",
     "W523": "Look for prompts that were rendered for another model; give the messages instead.",
     "W525": "Choose with `--score NAME`.",
+    "W526": "Compare the scores with the choice; the pair is trained as it was chosen.",
     "W530": "The codes counted with it give the reason.",
 }
 """The remedy for each code, for the troubleshooting page."""
@@ -209,6 +211,11 @@ Message = Mapping[str, Any]
 Text = str | tuple[Message, ...]
 """Plain text, or turns of a chat that a template renders."""
 
+Values = tuple[float | None, float | None, float | None, float | None]
+"""Score, rank, margin and weight of a completion; None where the data has no such number."""
+
+NO_VALUES: Values = (None, None, None, None)
+
 CHOSEN, REJECTED, CANDIDATE, DEMONSTRATION = "chosen", "rejected", "candidate", "demonstration"
 
 
@@ -237,6 +244,11 @@ class Completion:
         answer: The trained part; of turns, only the assistant's are trained.
         context: The untrained part between prompt and answer: the history that the completions
             do not share. It has the type of the answer.
+        score: The number that the data gives it; larger is better. None: the data has none, as
+            for the next three.
+        rank: Its place in a list, as the data has it: lower is better, and usually 1 is the best.
+        margin: Of the chosen side of a pair: how much better it is than the other; at least 0.
+        weight: The weight of its row, at least 0.
 
     An assistant's turn with ``"weight": 0`` is not trained. A string after a prompt of turns begins
     the assistant's next turn, which does not end.
@@ -245,6 +257,19 @@ class Completion:
     role: str
     answer: Text
     context: Text = ""
+    score: float | None = None
+    rank: float | None = None
+    margin: float | None = None
+    weight: float | None = None
+
+    @property
+    def values(self) -> Values:
+        """Score, rank, margin and weight, in the order of `logratio._rust.VALUES`."""
+        return self.score, self.rank, self.margin, self.weight
+
+
+PAIR_SIDES = (Completion(CHOSEN, ""), Completion(REJECTED, ""))
+"""The sides of a pair without text, as of token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +283,6 @@ class PreferenceRecord:
         tools: Descriptions of functions, which a chat template may render.
         ends: Whether the completions are complete. A single step of a solution is not, and no EOS
             follows it.
-        scores: Of a ranked list, the score of each completion; larger is better.
     """
 
     prompt: Text
@@ -266,7 +290,6 @@ class PreferenceRecord:
     source: Source
     tools: tuple[Message, ...] = ()
     ends: bool = True
-    scores: tuple[float, ...] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -285,7 +308,7 @@ class PreferenceRecord:
                 yield from (str(turn.get("content") or "") for turn in part)
 
     def digest(self, *, swapped: bool = False) -> bytes:
-        """Hash the content, independent of the order of completions.
+        """Hash the content without its values, independent of the order of completions.
 
         Args:
             swapped: Whether to exchange the roles of the completions first.

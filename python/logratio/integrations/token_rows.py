@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import Store, StoreWriter
-from logratio.data.tokenization.groups import PAIR, GroupArrays
+from logratio.data.tokenization.groups import PAIR, GroupArrays, no_values
 from logratio.errors import LogratioError
 
 FED = {"input_ids", "attention_mask", "completion_mask"}
@@ -96,6 +96,7 @@ class _Sides:
             np.tile(PAIR, len(same))[scored],
             np.zeros(len(groups), np.uint32),
             (first_row + groups // 2).astype(np.uint64),
+            no_values(int(scored.sum())),
         )
 
 

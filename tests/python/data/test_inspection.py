@@ -175,9 +175,13 @@ def test_long_texts_and_many_tokens_are_cut_in_the_middle(
 
 def test_scores_tools_steps_and_controls_are_shown() -> None:
     here = Source("f", 1)
-    sides = (Completion("candidate", "a\x1b[31m"), Completion("candidate", "b"))
-    shown = plain(show_record(PreferenceRecord("p", sides, here, scores=(2.0, 0.5))))
-    assert "candidate (score 2)\n‹a\\x1b[31m›" in shown and "(score 0.5)" in shown
+    sides = (
+        Completion("chosen", "a\x1b[31m", score=2.0, margin=1.5, weight=1.0),
+        Completion("rejected", "b", score=0.5),
+    )
+    shown = plain(show_record(PreferenceRecord("p", sides, here)))
+    assert "chosen (score 2, margin 1.5, weight 1)\n‹a\\x1b[31m›" in shown
+    assert "rejected (score 0.5)\n" in shown
     step = (Completion("chosen", "2. b", "1. a\n"),)
     record = PreferenceRecord((user("q"),), step, here, ({"name": "f"},), ends=False)
     shown = plain(show_record(record))

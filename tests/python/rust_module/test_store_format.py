@@ -34,7 +34,7 @@ def read_store(path: Path) -> StoreFile:
     data = path.read_bytes()
     magic, version, endian, *counts, length = struct.unpack_from("<8sII6Q", data)
     groups, completions, tokens, counted, characters = counts
-    assert (magic, version, endian, length) == (b"LRSTORE2", 2, 0x01020304, len(data))
+    assert (magic, version, endian, length) == (b"LRSTORE3", 3, 0x01020304, len(data))
     digest = data[64:96]
     assert data[96:124] == bytes(28)
     assert struct.unpack_from("<I", data, 124)[0] == crc32c(data[:124])
@@ -46,6 +46,7 @@ def read_store(path: Path) -> StoreFile:
         ("completion_offsets", "<u8", completions + 1),
         ("group_offsets", "<u8", groups + 1),
         ("roles", "u1", completions),
+        ("values", "<f4", 4 * completions),
         ("files", "<u4", groups),
         ("lines", "<u8", groups),
         ("metadata", "u1", characters),
@@ -72,9 +73,17 @@ ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
 groups = st.tuples(ids, st.lists(st.tuples(ids, st.integers(0, 4)), min_size=1, max_size=4))
 
 
+def values_of(completions: list[tuple[list[int], int]]) -> list[list[float]] | None:
+    """Values that follow from the ids; None, as for every third group, means none at all."""
+    if len(completions[0][0]) % 3 == 0:
+        return None
+    return [[float(ids[0] % 7), float("nan"), -0.5, float(role)] for ids, role in completions]
+
+
 def push(writer: StoreWriter, group: Group, line: int) -> None:
     prompt, completions = group
     flat = [one for tokens, _ in completions for one in tokens]
+    values = values_of(completions)
     writer.push(
         np.array(prompt, np.int32),
         np.array(flat, np.int32),
@@ -83,6 +92,7 @@ def push(writer: StoreWriter, group: Group, line: int) -> None:
         np.array([role for _, role in completions], np.uint8),
         line % 3,
         line,
+        None if values is None else np.array(values, np.float32),
     )
 
 
@@ -104,10 +114,21 @@ def test_the_file_matches_the_format(tmp_path: Path, dataset: list[Group], metad
         "completion_offsets": np.cumsum([0, *(len(tokens) for tokens, _ in completions)]).tolist(),
         "group_offsets": np.cumsum([0, *(len(of) for _, of in dataset)]).tolist(),
         "roles": [role for _, role in completions],
+        "values": [
+            float(value)
+            for _, of in dataset
+            for own in values_of(of) or [[float("nan")] * 4] * len(of)
+            for value in own
+        ],
         "files": [line % 3 for line in range(len(dataset))],
         "lines": list(range(len(dataset))),
     }
-    assert {name: column.tolist() for name, column in file.columns.items()} == expected
+    assert file.columns.keys() == expected.keys()
+    for name, column in file.columns.items():
+        np.testing.assert_array_equal(column, np.array(expected[name], column.dtype), name)
+    nan = file.columns["values"].view("<u4")[np.isnan(file.columns["values"])]
+    assert (nan == 0x7FC00000).all()
+    np.testing.assert_array_equal(store.values().ravel(), file.columns["values"])
 
 
 def make_long(path: Path) -> Store:
@@ -145,8 +166,8 @@ def test_progress_matches_the_format(tmp_path: Path) -> None:
     folder = tmp_path / "a.store.partial"
     data = (folder / "progress").read_bytes()
     found = struct.unpack_from("<8sII6Q", data)
-    assert found == (b"LRSTOREP", 2, 0x01020304, 2, 2, 6, 4, 2, 3)
-    assert data[64 + 9 * 32 : -4].decode() == "né"
+    assert found == (b"LRSTOREP", 3, 0x01020304, 2, 2, 6, 4, 2, 3)
+    assert data[64 + 10 * 32 : -4].decode() == "né"
     assert struct.unpack("<I", data[-4:])[0] == crc32c(data[:-4])
     assert np.fromfile(folder / "repeats", "<u4").tolist() == [0, 0]
     assert np.fromfile(folder / "tokens", "<i4", offset=128).tolist() == [1, 5, 6, 2, 5, 6]

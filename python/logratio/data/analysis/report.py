@@ -42,6 +42,7 @@ from logratio.data.analysis.token_use import (
 from logratio.data.formats.catalogue import STEPS
 from logratio.data.records import CODES
 from logratio.data.store.row_report import DataReport
+from logratio.data.store.value_counts import value_counts
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
@@ -477,7 +478,8 @@ def _account(store: Store) -> DataReport:
     prompts = int(store.prompt_lengths().sum(dtype="i8"))
     answers = store.tokens - prompts
     kept = len(store)
-    return DataReport(kept, kept, prompt_tokens=prompts, completion_tokens=answers)
+    values = value_counts(store.values())
+    return DataReport(kept, kept, prompt_tokens=prompts, completion_tokens=answers, values=values)
 
 
 def _lengths(columns: Columns, bias: LengthBias | None) -> dict[str, Distribution]:

@@ -38,6 +38,18 @@ THUMBS = ("label", "kto_tag")
 LISTED = ("completions", "answers", "responses")
 SINGLY = ("completion", *ANSWERS)
 VALUES = ("ranks", "rank", "scores", "score", "rewards", "reward")
+MARGIN, WEIGHT = "margin", "weight"
+SINGLE_SCORES = ("score", "rating", "reward")
+SIDE_SCORES = tuple(
+    (name.format("chosen"), name.format("rejected"))
+    for word in ("score", "rating", "reward", "avg_rating")
+    for name in (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}")
+)
+"""Names of the scores of a better and a worse answer: ``score_chosen``, ``chosen_score`` …"""
+VALUE_NAMES = frozenset(
+    (MARGIN, WEIGHT, *SINGLE_SCORES, *(n for names in SIDE_SCORES for n in names))
+)
+"""Names of numbers that a row may have next to its answers."""
 
 
 def _marked(stems: str, marks: str) -> Need:
@@ -302,6 +314,7 @@ STEPS = frozenset(known.name for known in CATALOGUE if known.family == "steps")
 KNOWN_NAMES = frozenset(
     {name for known in CATALOGUE for need in known.needs for name in need}
     | {*MAINS, *SYSTEM, HISTORY, TOOLS, *LABELS, *THUMBS}
+    | VALUE_NAMES
 )
 """Names that formats read; ``columns`` may map each to a key of the data."""
 

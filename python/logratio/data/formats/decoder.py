@@ -15,6 +15,7 @@ from logratio.data.formats.prompts import check_unread
 from logratio.data.formats.responses import ParsedRow
 from logratio.data.formats.row import FLAGS, RowView
 from logratio.data.formats.settings import FormatSettings, Kind
+from logratio.data.formats.values import is_storable, values_of_ids, with_values
 from logratio.data.layouts import advice
 from logratio.data.readers.rows import Row
 from logratio.data.records import (
@@ -87,7 +88,8 @@ def _demonstration(parsed_row: ParsedRow, source: Source) -> PreferenceRecord:
         raise InvalidRecordError("E206", "a row with a label is not a demonstration")
     best = parsed_row.values.index(max(parsed_row.values)) if parsed_row.values else 0
     best_one = parsed_row.completions[best]
-    completion = Completion(DEMONSTRATION, best_one.answer, best_one.context)
+    score = None if parsed_row.is_binary else best_one.score
+    completion = replace(best_one, role=DEMONSTRATION, score=score, margin=None)
     _check_not_empty(completion)
     return _record(parsed_row, [completion], source)
 
@@ -99,19 +101,26 @@ def _pairs(
     records, left_out = [], []
     for first, second in places:
         gap = parsed_row.values[first] - parsed_row.values[second]
-        better, worse = (first, second) if gap > 0 else (second, first)
-        sides = [
-            Completion(
-                role, parsed_row.completions[place].answer, parsed_row.completions[place].context
-            )
-            for role, place in ((CHOSEN, better), (REJECTED, worse))
-        ]
+        sides = _sides(parsed_row, *((first, second) if gap > 0 else (second, first)))
         fault = "R310" if gap == 0 else next(_faults(sides), None)
         if fault:
             left_out.append(fault)
         else:
             records.append(_record(parsed_row, sides, source))
     return _some(records, left_out)
+
+
+def _sides(parsed_row: ParsedRow, better: int, worse: int) -> list[Completion]:
+    """Build the sides of a pair from two places of a list, with the gap as its margin."""
+    chosen, rejected = (parsed_row.completions[place] for place in (better, worse))
+    if parsed_row.is_binary:  # good or bad: no number of the data
+        return [
+            replace(chosen, role=CHOSEN, score=None),
+            replace(rejected, role=REJECTED, score=None),
+        ]
+    gap = parsed_row.values[better] - parsed_row.values[worse]
+    margin = gap if is_storable(gap) else None
+    return [replace(chosen, role=CHOSEN, margin=margin), replace(rejected, role=REJECTED)]
 
 
 def _faults(sides: Sequence[Completion]) -> Iterator[str]:
@@ -136,15 +145,11 @@ def _group(parsed_row: ParsedRow, source: Source) -> RecordsAndOmissions:
         else:
             kept.append(place)
             contents.append(_content(completion))
-    values = tuple(parsed_row.values[place] for place in kept)
-    if len(set(values)) < 2:
+    if len({parsed_row.values[place] for place in kept}) < 2:
         return _some([], left_out or ["R310"])
     completions = tuple(parsed_row.completions[place] for place in kept)
     assert all(completion.role == CANDIDATE for completion in completions)
-    record = PreferenceRecord(
-        parsed_row.prompt, completions, source, parsed_row.tools, parsed_row.ends, values
-    )
-    return [record], left_out
+    return [_record(parsed_row, completions, source)], left_out
 
 
 def _some(records: list[PreferenceRecord], left_out: list[str]) -> RecordsAndOmissions:
@@ -261,7 +266,7 @@ class Decoder:
         """
         settings = self.settings
         view = RowView(row, settings.columns, settings.strings)
-        parsed_row = read_row(view, settings)
+        parsed_row = with_values(view, read_row(view, settings))
         check_unread(view)
         self._check_kind(parsed_row, source)
         if view.is_plain is not None:
@@ -405,13 +410,19 @@ def detect(rows: Sequence[Row], settings: FormatSettings | None = None) -> Detec
 def try_row(decoder: Decoder, row: Row, source: Source) -> Result:
     """Decode a row, or return its error. A row of token ids is recognised, without any record."""
     view = RowView(row, decoder.settings.columns)
-    if holds_ids(view):
-        read = {view.key(name) for (name,) in FORMATS["ids"].needs}
-        return Decoded((), "ids", tuple(key for key in row if key not in read))
     try:
+        if holds_ids(view):
+            return _decoded_ids(view)
         return decoder.decode(row, source)
     except InvalidRecordError as error:
         return error
+
+
+def _decoded_ids(view: RowView) -> Decoded:
+    for (name,) in FORMATS["ids"].needs:
+        view.note(name)
+    warnings = values_of_ids(view).warnings
+    return Decoded((), "ids", view.extra_keys(), warnings=warnings)
 
 
 def summarize(

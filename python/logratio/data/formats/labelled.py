@@ -10,6 +10,7 @@ from logratio.data.formats.labels import STAR, TIE, Label, Vote, advice, is_set,
 from logratio.data.formats.responses import Answered, ParsedRow, pair, read_answers, read_turns
 from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
+from logratio.data.formats.values import marked_scores
 from logratio.data.readers.rows import Row
 from logratio.data.records import InvalidRecordError
 
@@ -104,11 +105,18 @@ def read(view: RowView, settings: FormatSettings) -> ParsedRow:
     """
     label = settings.parsed_label
     if label and _applies_to(view, label):
-        return pair("ab", _answered(view, order(view, label), settings))
+        return _pair("ab", view, label, settings)
     name = published(view)
     if name is None:
         raise _unknown_label(view, settings)
-    return pair(name, _answered(view, order(view, PUBLISHED[name].label), settings))
+    return _pair(name, view, PUBLISHED[name].label, settings)
+
+
+def _pair(name: str, view: RowView, label: Label, settings: FormatSettings) -> ParsedRow:
+    names = order(view, label)
+    parsed_row = pair(name, _answered(view, names, settings))
+    sides = zip(parsed_row.completions, marked_scores(view, names), strict=True)
+    return replace(parsed_row, completions=tuple(replace(s, score=score) for s, score in sides))
 
 
 def _answered(view: RowView, names: tuple[str, str], settings: FormatSettings) -> Answered:

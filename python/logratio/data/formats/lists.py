@@ -11,7 +11,8 @@ from logratio.data.formats.catalogue import LISTED, SINGLY, THUMBS, VALUES
 from logratio.data.formats.responses import ParsedRow, combine, read_answers
 from logratio.data.formats.row import RowView, Shape
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.records import CANDIDATE, Completion, InvalidRecordError, Omitted
+from logratio.data.formats.values import MARKED_SCORES, as_score, is_storable
+from logratio.data.records import CANDIDATE, Completion, InvalidRecordError, Omitted, Text
 
 _SOUNDS = re.compile(r"(?i)(?:^|[\W_])(?:scores?|ratings?|ranks?|rewards?|grades?)(?:$|[\W_])")
 _DEEP = 3  # levels of nested objects that are searched
@@ -26,16 +27,6 @@ def scores_in(item: object, before: str = "", deep: int = _DEEP) -> Iterator[str
             yield from scores_in(value, f"{before}{key}.", deep - 1)
         elif _SOUNDS.search(str(key)) and as_score(value) is not None:
             yield f"{before}{key}"
-
-
-def as_score(value: object) -> float | int | None:
-    """Return a number, which may be written as a string; None for other values."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def score_at(item: Any, name: str) -> object:
@@ -137,9 +128,7 @@ def read(view: RowView, settings: FormatSettings) -> ParsedRow:
     rated = read_rated(view, settings)
     shapes = [_shape(answer, name) for name, answer in rated.answers.items()]
     answered = combine(view, rated.answers, shapes)
-    completions = tuple(
-        Completion(CANDIDATE, answer, context) for context, answer in answered.parts
-    )
+    completions = candidates(answered.parts, rated.values, is_rank=rated.is_rank)
     form = "ranked" if rated.is_rank else "scored"
     return ParsedRow(
         "text-score" if _is_text_score(view) else form,
@@ -150,6 +139,24 @@ def read(view: RowView, settings: FormatSettings) -> ParsedRow:
         values=rated.values,
         warnings=rated.warnings,
         is_binary=rated.is_binary,
+    )
+
+
+def candidates(
+    parts: Sequence[tuple[Text, Text]], values: Sequence[float], *, is_rank: bool = False
+) -> tuple[Completion, ...]:
+    """Build the answers of a list, each with its number from the row.
+
+    Args:
+        parts: Context and answer of each.
+        values: The value of each; larger is better.
+        is_rank: Whether the row has ranks, the values with the opposite sign.
+    """
+    return tuple(
+        Completion(CANDIDATE, answer, context, rank=-value)
+        if is_rank
+        else Completion(CANDIDATE, answer, context, score=value)
+        for (context, answer), value in zip(parts, values, strict=True)
     )
 
 
@@ -301,15 +308,14 @@ def _number(value: object, name: str, is_rank: bool) -> float:
         number = float(value) if is_number else math.nan  # type: ignore[arg-type]
     except OverflowError:
         number = math.nan
-    if not math.isfinite(number):
-        raise InvalidRecordError("E212", f"a {name!r} is {value!s:.40}, not a finite number")
+    if not is_storable(number):
+        reason = f"a {name!r} is {value!s:.40}, not a finite number (a float32)"
+        raise InvalidRecordError("E212", reason)
     return -number if is_rank else number
 
 
-SCORES = (("score_0", "score_1"), ("score_1", "score_2"), ("score_a", "score_b"),
-          ("score_A", "score_B"))  # fmt: skip
 _ALL = "scores"
-SIGNS_SCORED = frozenset((_ALL, *(name for names in SCORES for name in names)))
+SIGNS_SCORED = frozenset((_ALL, *(name for names in MARKED_SCORES for name in names)))
 _NUMBERED = re.compile(r"response_([1-9]\d*)")
 
 
@@ -335,7 +341,7 @@ def read_scored(view: RowView, settings: FormatSettings) -> ParsedRow:
         return _meaning(view, "best-of-k", names, *_one_each(view, names))
     outputs, scores = labelled.outputs(view), _scores(view)
     if outputs is None or scores is None:
-        known = ", ".join(f"`{one}` and `{two}`" for one, two in SCORES)
+        known = ", ".join(f"`{one}` and `{two}`" for one, two in MARKED_SCORES)
         raise InvalidRecordError("E201", f"the row needs two answers with scores under {known}")
     values = []
     for name in scores:
@@ -355,7 +361,7 @@ def _meaning(
         form,
         "group",
         answered.prompt,
-        tuple(Completion(CANDIDATE, answer, context) for context, answer in answered.parts),
+        candidates(answered.parts, values),
         answered.tools,
         values=tuple(values),
         is_binary=is_binary,
@@ -387,5 +393,5 @@ def _scores(view: RowView) -> tuple[str, str] | None:
     if names is None:
         return None
     marks = tuple(name[-1] for name in names)
-    fitting = (pair for pair in SCORES if tuple(name[-1] for name in pair) == marks)
+    fitting = (pair for pair in MARKED_SCORES if tuple(name[-1] for name in pair) == marks)
     return next((pair for pair in fitting if all(map(view.has, pair))), None)

@@ -1,11 +1,12 @@
 """Answers whose names tell the better from the worse: one against one, or against several."""
 
 from logratio.data import conversations
+from logratio.data.formats.lists import candidates
 from logratio.data.formats.responses import Answered, ParsedRow, combine, pair, read_answers
 from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.messages import ASSISTANT, read_messages
-from logratio.data.records import CANDIDATE, Completion, InvalidRecordError
+from logratio.data.records import InvalidRecordError
 
 SIDES = {
     ("chosen", "rejected"): "",
@@ -183,14 +184,11 @@ def read_several(view: RowView, settings: FormatSettings) -> ParsedRow:
     answered = combine(view, answers, ["text"] * len(answers))
     if answered.main is None:
         raise InvalidRecordError("E201", f"the key {view.key('prompt')!r} is missing")
-    completions = tuple(
-        Completion(CANDIDATE, answer, context) for context, answer in answered.parts
-    )
     return ParsedRow(
         "several",
         "group",
         answered.prompt,
-        completions,
+        candidates(answered.parts, values),
         answered.tools,
         values=tuple(values),
         is_binary=True,

@@ -11,7 +11,7 @@ from logratio.data.formats.prompts import Question, find_main, read_question
 from logratio.data.formats.responses import ParsedRow
 from logratio.data.formats.row import RowView
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.records import CANDIDATE, CHOSEN, REJECTED, Completion, InvalidRecordError
+from logratio.data.records import CHOSEN, REJECTED, Completion, InvalidRecordError
 
 _BEFORE = "initial_reason_steps"
 SIGNS = frozenset((_BEFORE, "first_diff", "error_steps"))
@@ -70,7 +70,11 @@ def _read_list(view: RowView, question: Question, settings: FormatSettings) -> P
         "step-list",
         "group",
         question.turns(),
-        tuple(Completion(CANDIDATE, step, before) for step in rated.answers.values()),
+        lists.candidates(
+            [(before, step) for step in rated.answers.values()],
+            rated.values,
+            is_rank=rated.is_rank,
+        ),
         question.tools,
         ends=False,
         values=rated.values,

@@ -22,6 +22,7 @@ from logratio.data.records import CODES, Refusal, Source
 from logratio.data.store.id_columns import NAMES
 from logratio.data.store.ingest import Intake
 from logratio.data.store.row_report import BadDataError, DataReport, Ledger, write_refusal
+from logratio.data.store.value_counts import value_counts
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, InputError
 from logratio.validation import Range, check_fields
@@ -198,6 +199,8 @@ def settle(
     prompts = int(whole.prompt_lengths()[gone].sum())
     report.prompt_tokens -= prompts
     report.completion_tokens -= int(whole.shared_lengths()[gone].sum()) - prompts
+    sizes = np.diff(whole.completion_offsets())
+    report.values = value_counts(whole.values()[np.repeat(keep, sizes)])
     report.check()
     if not keep.any():
         raise BadDataError(f"no row was kept\n{report.to_text()}")

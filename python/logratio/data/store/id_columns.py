@@ -1,14 +1,17 @@
 """Columns of token ids, written to a store without Python rows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logratio.data.formats.row import RowView
+from logratio.data.formats.values import values_of_ids
 from logratio.data.records import InvalidRecordError, Refusal, Source
-from logratio.data.tokenization.groups import PAIR, Fitting, GroupArrays, TokenizedGroup
+from logratio.data.store.value_columns import ValueColumns
+from logratio.data.tokenization.groups import PAIR, Fitting, GroupArrays, TokenizedGroup, no_values
 
 if TYPE_CHECKING:
     import pyarrow
@@ -77,7 +80,7 @@ def parts(
     """Yield a batch's groups: adjacent valid rows as arrays, and every other row separately.
 
     Args:
-        batch: Columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        batch: Columns `prompt_ids`, `chosen_ids` and `rejected_ids`, and possibly values.
         first: The source of its first row.
         file: The number of the container.
         fitting: Rules and vocabulary size.
@@ -90,14 +93,23 @@ def parts(
             for row in range(batch.num_rows)
         )
         return
+    numbers = ValueColumns.of(batch.schema)
+    odd = _odd(columns, fitting)
+    values = no_values(2 * batch.num_rows)
+    if numbers.is_simple:
+        values, unlike = numbers.read(batch)
+        odd |= unlike
+    else:
+        odd[:] = True
     start = 0
-    for row in [*np.flatnonzero(_odd(columns, fitting)).tolist(), batch.num_rows]:
+    for row in [*np.flatnonzero(odd).tolist(), batch.num_rows]:
         if start < row:
-            yield _arrays([ids.rows(start, row) for ids in columns], file, first.line + start)
+            pairs = [ids.rows(start, row) for ids in columns]
+            yield _arrays(pairs, file, first.line + start, values[2 * start : 2 * row])
         if row < batch.num_rows:
-            source = Source(first.file, first.line + row)
-            prompt, chosen, rejected = (ids.list(row) for ids in columns)
-            yield fitting.group(prompt, chosen, rejected, source)
+            (others,) = batch.select([*numbers.names]).slice(row, 1).to_pylist()
+            ids_of_row = {name: ids.list(row) for name, ids in zip(NAMES, columns, strict=True)}
+            yield row_group(others | ids_of_row, Source(first.file, first.line + row), fitting)
         start = row + 1
 
 
@@ -126,7 +138,7 @@ def _may_be_equal(chosen: Ids, rejected: Ids) -> NDArray[np.bool_]:
     return found
 
 
-def _arrays(columns: list[Ids], file: int, line: int) -> GroupArrays:
+def _arrays(columns: list[Ids], file: int, line: int, values: NDArray[np.float32]) -> GroupArrays:
     """Build groups of valid rows: chosen, then rejected."""
     prompt, chosen, rejected = columns
     count = len(prompt.lengths)
@@ -146,17 +158,27 @@ def _arrays(columns: list[Ids], file: int, line: int) -> GroupArrays:
         np.tile(PAIR, count),
         np.full(count, file, np.uint32),
         np.arange(line, line + count, dtype=np.uint64),
+        values,
     )
 
 
 def row_group(row: dict[str, Any], source: Source, fitting: Fitting) -> TokenizedGroup | Refusal:
-    """Read token ids from a JSON row.
+    """Read token ids and values from a row.
 
     Returns:
-        The group, or the row's refusal: E203, E6xx, and those of `Fitting.group`.
+        The group, or the row's refusal: E203, E212, and those of `Fitting.group`.
     """
     for name in NAMES:
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(value) is int for value in ids):
             return Refusal(source, "E203", f"{name!r} is not a list of token ids")
-    return fitting.group(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], source)
+    try:
+        numbers = values_of_ids(RowView(row, {}))
+    except InvalidRecordError as error:
+        return Refusal(source, error.code, error.reason)
+    group = fitting.group(
+        row["prompt_ids"], row["chosen_ids"], row["rejected_ids"], source, numbers.completions
+    )
+    if isinstance(group, Refusal):
+        return group
+    return replace(group, notes=[*group.notes, *numbers.warnings])

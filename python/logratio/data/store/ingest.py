@@ -25,7 +25,8 @@ from logratio.data.records import (
 from logratio.data.store.id_columns import FORMAT as IDS_FORMAT
 from logratio.data.store.id_columns import NAMES, parts, row_group
 from logratio.data.store.row_report import DataReport, Ledger, Written
-from logratio.data.tokenization.groups import PAIR, GroupArrays, TokenizedGroup
+from logratio.data.store.value_columns import ValueColumns
+from logratio.data.tokenization.groups import PAIR, GroupArrays, TokenizedGroup, no_values
 from logratio.data.tokenization.tokenizer import NO_TEMPLATE, PreferenceTokenizer
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class PlainRows:
         rows = (self.rows[number][1] for number in numbers)
         return Counter(key for row in rows if len(row) > 3 for key in row if key not in COLUMNS)
 
+    def values(self) -> NDArray[np.float32]:
+        """Return float32 `[2R, 4]`: rows with values are decoded one by one instead."""
+        return no_values(2 * len(self.rows))
+
 
 @dataclass(frozen=True, slots=True)
 class PlainTable:
@@ -116,18 +121,31 @@ class PlainTable:
 
     def extra_keys(self, numbers: range) -> Counter[str]:
         """Count the unread columns, once for each of some rows."""
-        extra = set(self.batch.schema.names) - set(COLUMNS)
+        extra = {*self.batch.schema.names} - {*COLUMNS} - self.numbers.names
         return Counter(dict.fromkeys(extra, len(numbers)))
 
+    @property
+    def numbers(self) -> ValueColumns:
+        """The columns of scores, margins and weights."""
+        return ValueColumns.of(self.batch.schema)
+
+    def values(self) -> NDArray[np.float32]:
+        """Return the values of the chosen and rejected side of each row: float32 `[2R, 4]`."""
+        return self.numbers.read(self.batch)[0]
+
     def slices(self, rows: int, *, is_text: bool) -> Iterator[tuple["PlainTable", bool]]:
-        """Split into tables of at most `rows` rows; yield each with whether its texts may be chats.
+        """Split into tables of at most `rows` rows; yield each with whether its rows may be odd.
+
+        A row may be odd if its texts may be chats, or if a value is refused or warned about.
 
         Args:
             rows: Most rows of a table.
             is_text: Whether every string is text, so that none is a chat.
         """
         columns = None if is_text else self.columns()
-        odd = np.zeros(self.batch.num_rows, np.bool_)
+        odd = np.full(self.batch.num_rows, not self.numbers.is_simple)
+        if self.numbers.is_simple:
+            odd |= self.numbers.read(self.batch)[1]
         for column in columns or ():
             odd |= opens_brackets(column)
         ends = np.arange(rows, len(odd), rows)
@@ -163,7 +181,10 @@ class Chunk:
 
 
 def chunks(
-    pairs: EncodedPairs, files: NDArray[np.uint32], lines: NDArray[np.uint64]
+    pairs: EncodedPairs,
+    files: NDArray[np.uint32],
+    lines: NDArray[np.uint64],
+    values: NDArray[np.float32],
 ) -> Iterator[Chunk]:
     """Split rows into chunks of odd and of encoded ones, in order.
 
@@ -171,6 +192,7 @@ def chunks(
         pairs: The encoded rows.
         files: uint32 `[R]`, the file number of each row.
         lines: uint64 `[R]`, the line of each row.
+        values: float32 `[2R, 4]`, the values of both sides of each row.
     """
     odd = pairs.odd
     borders = [0, *(np.flatnonzero(odd[1:] != odd[:-1]) + 1).tolist(), len(odd)]
@@ -182,7 +204,8 @@ def chunks(
             yield Chunk(range(start, stop), None, pairs.moved[:0])
             continue
         last = first + stop - start
-        groups = _groups(pairs, first, last, files[start:stop], lines[start:stop])
+        sources, own = (files[start:stop], lines[start:stop]), values[2 * start : 2 * stop]
+        groups = _groups(pairs, first, last, *sources, own)
         yield Chunk(range(start, stop), groups, pairs.moved[first:last])
         first = last
 
@@ -193,6 +216,7 @@ def _groups(
     last: int,
     files: NDArray[np.uint32],
     lines: NDArray[np.uint64],
+    values: NDArray[np.float32],
 ) -> GroupArrays:
     """Return views of the pairs `first` to `last` as groups."""
     prompts = _token_slice(pairs.prompt_lengths, first, last)
@@ -208,6 +232,7 @@ def _groups(
         np.tile(PAIR, last - first),
         files,
         lines,
+        values,
     )
 
 
@@ -382,15 +407,16 @@ class Intake:
         """Add the rows of a table with `COLUMNS`; `first` is the number of its first row."""
         whole = PlainTable(batch, Source(name, first))
         is_settled = self.decoder.settings.strings == "text"
-        for table, may_spell in whole.slices(BATCH_ROWS, is_text=is_settled):
-            rest = self._take_singly(table, every=may_spell)
+        for table, may_be_odd in whole.slices(BATCH_ROWS, is_text=is_settled):
+            rest = self._take_singly(table, every=may_be_odd)
             self.flush()
             self.report.read += rest.batch.num_rows
             self._take_plain(rest)
 
     def _take_singly(self, table: PlainTable, *, every: bool) -> PlainTable:
         """Add rows one by one, all or until the rest can be read in bulk; return the rest."""
-        names, is_text = table.batch.schema.names, table.columns() is not None
+        names = {*table.batch.schema.names} - table.numbers.names
+        is_text = table.columns() is not None
         number = 0
         while number < table.batch.num_rows:
             if is_text and not every and self._takes_texts(table.first.file, names):
@@ -406,7 +432,8 @@ class Intake:
             return
         encoded = self.tokenizer.encode_pairs(columns)
         touches = touching(columns[0], columns[1])
-        for chunk in chunks(encoded, *plain.places(self.ledger.file_number)):
+        places = plain.places(self.ledger.file_number)
+        for chunk in chunks(encoded, *places, plain.values()):
             if chunk.groups is None:
                 decoded = [self._decoded(*plain.row(number)) for number in chunk.rows]
                 self._encode([waiting for waiting in decoded if waiting is not None])
@@ -424,7 +451,7 @@ class Intake:
         self.flush()
         self.report.read += batch.num_rows
         self.report.formats[IDS_FORMAT] += batch.num_rows
-        for column in set(batch.schema.names) - set(NAMES):
+        for column in {*batch.schema.names} - {*NAMES} - ValueColumns.of(batch.schema).names:
             self.report.extra_keys[column] += batch.num_rows
         file = self.ledger.file_number(Source(name, first))
         for part in parts(batch, Source(name, first), file, self.tokenizer.fitting):

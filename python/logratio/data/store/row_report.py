@@ -10,10 +10,18 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logratio._rust import StoreWriter
+from logratio._rust import VALUES, StoreWriter
 from logratio.data.formats.catalogue import INSPECT, KNOWN_SHAPES
 from logratio.data.readers.rows import Row
-from logratio.data.records import CODES, Cut, Omitted, Refusal, Source, stops
+from logratio.data.records import CODES, NO_VALUES, Cut, Omitted, Refusal, Source, stops
+from logratio.data.store.value_counts import (
+    ValueCounts,
+    added,
+    from_dict,
+    to_dict,
+    to_lines,
+    value_counts,
+)
 from logratio.data.tokenization.groups import CONFLICT, DUPLICATE, GroupArrays, TokenizedGroup
 from logratio.errors import LogratioError
 from logratio.forecast import count
@@ -64,6 +72,8 @@ class DataReport:
         places: The first places per code, and for "duplicate".
         cuts: Per truncation code, how often 2^(k-1) to 2^k - 1 tokens were lost, by k.
         date: The date in the chat template.
+        values: How many completions of kept rows have a score, rank, margin or weight, with the
+            sum, the least and the largest.
     """
 
     read: int = 0
@@ -83,6 +93,7 @@ class DataReport:
     places: dict[str, list[str]] = field(default_factory=dict)
     cuts: dict[str, Counter[int]] = field(default_factory=dict)
     date: str | None = None
+    values: ValueCounts = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -121,6 +132,9 @@ class DataReport:
         completions = [completion for group in groups for completion in group.completions]
         prompts = sum(len(group.prompt_ids) for group in groups)
         self.keep_many(1, prompts, sum(len(completion.ids) for completion in completions))
+        if any(completion.values != NO_VALUES for completion in completions):
+            own = np.array([completion.values for completion in completions], np.float32)
+            self.values = added(self.values, value_counts(own))
         for group in groups:
             for code in group.notes:
                 detail = f": {code.what}" if isinstance(code, Omitted) else ""
@@ -181,6 +195,7 @@ class DataReport:
                 for code, counts in self.cuts.items()
             },
             "date": self.date,
+            "values": to_dict(self.values),
         }
 
     @classmethod
@@ -202,6 +217,7 @@ class DataReport:
             getattr(report, name).update(values.get(name, {}))
         report.left_out = list(values.get("left_out", ()))
         report.date = values.get("date")
+        report.values = from_dict(values.get("values", {}))
         report.places.update(values.get("places", {}))
         for code, counts in values.get("cuts", {}).items():
             report.cuts[code] = Counter({int(k): count for k, count in counts.items()})
@@ -219,6 +235,7 @@ class DataReport:
         if self.kept:
             tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion"
             lines.append(f"{tokens} tokens")
+        lines += to_lines(self.values)
         lines += [f"{count(rows, 'row')} of {name}" for name, rows in self.formats.items()]
         if self.date:
             lines.append(f"the chat template writes the date: {self.date} (--date)")
@@ -348,6 +365,8 @@ class Ledger:
         tokens = np.add.reduceat(arrays.completion_lengths, np.arange(0, 2 * len(arrays), 2))
         prompts = int(arrays.prompt_lengths[kept].sum())
         self.report.keep_many(int(kept.sum()), prompts, int(tokens[kept].sum()))
+        values = arrays.values.reshape(len(arrays), -1)[kept].reshape(-1, len(VALUES))
+        self.report.values = added(self.report.values, value_counts(values))
         if moved is not None:
             self._warn_of_moved(arrays, np.where(kept, moved, 0))
         for group in np.flatnonzero(first >= 0).tolist():

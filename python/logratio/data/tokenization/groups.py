@@ -9,16 +9,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from logratio._rust import ROLES, StoreWriter
+from logratio._rust import ROLES, VALUES, StoreWriter
 from logratio.data.records import (
     CHOSEN,
     CODES,
+    NO_VALUES,
+    PAIR_SIDES,
     REJECTED,
+    Completion,
     Cut,
     InvalidRecordError,
     Omitted,
     Refusal,
     Source,
+    Values,
 )
 from logratio.errors import ConfigError
 from logratio.synonyms import takes_known_names
@@ -33,11 +37,13 @@ class TokenizedCompletion:
         role: ``chosen``, ``rejected``, ``candidate`` or ``demonstration``.
         ids: All tokens after the prompt.
         mask: For each token, 1 if its log-prob is summed, else 0.
+        values: Score, rank, margin and weight; None where the data has no such number.
     """
 
     role: str
     ids: list[int]
     mask: list[int]
+    values: Values = NO_VALUES
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +212,19 @@ class Fitting:
         return fitted
 
     def completion(
-        self, role: str, ids: list[int], mask: list[int], prompt_length: int, notes: list[str]
+        self,
+        completion: Completion,
+        ids: list[int],
+        mask: list[int],
+        prompt_length: int,
+        notes: list[str],
     ) -> TokenizedCompletion:
-        """Check and truncate a completion; append W503 to `notes` if it was truncated.
+        """Check and truncate a completion's ids; append W503 to `notes` if they were truncated.
 
         Raises:
             InvalidRecordError: R301 or R306.
         """
+        role = completion.role
         if not any(mask):
             raise InvalidRecordError("R301", f"the {role} completion has no token")
         budget = self.rules.max_length - prompt_length
@@ -222,12 +234,24 @@ class Fitting:
             if not any(mask):
                 reason = f"the history of the {role} answer leaves no room for it within the limit"
                 raise InvalidRecordError("R306", reason)
-        return TokenizedCompletion(role, ids, mask)
+        return TokenizedCompletion(role, ids, mask, completion.values)
 
     def group(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], source: Source
+        self,
+        prompt: list[int],
+        chosen: list[int],
+        rejected: list[int],
+        source: Source,
+        sides: tuple[Completion, ...] = PAIR_SIDES,
     ) -> TokenizedGroup | Refusal:
         """Build a pair from given token ids, without adding special tokens.
+
+        Args:
+            prompt: The prompt.
+            chosen: The better completion.
+            rejected: The worse one.
+            source: File and line.
+            sides: Roles and values of both completions.
 
         Returns:
             The group, or its refusal: E402, E601, R301 to R305.
@@ -238,8 +262,8 @@ class Fitting:
                 self._check(ids)
             prompt_ids = self.prompt(prompt, notes)
             completions = [
-                self.completion(role, ids, [1] * len(ids), len(prompt_ids), notes)
-                for role, ids in ((CHOSEN, chosen), (REJECTED, rejected))
+                self.completion(side, ids, [1] * len(ids), len(prompt_ids), notes)
+                for side, ids in zip(sides, (chosen, rejected), strict=True)
             ]
             check_different(completions, notes)
         except InvalidRecordError as error:
@@ -275,6 +299,8 @@ class GroupArrays:
         roles: uint8 `[N]`, index into `logratio._rust.ROLES`.
         files: uint32 `[G]`, number of the source file.
         lines: uint64 `[G]`, line in that file.
+        values: float32 `[N, 4]`, the values of each completion in the order of
+            `logratio._rust.VALUES`; NaN where it has none.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -286,6 +312,7 @@ class GroupArrays:
     roles: NDArray[np.uint8]
     files: NDArray[np.uint32]
     lines: NDArray[np.uint64]
+    values: NDArray[np.float32]
 
     @classmethod
     def of(
@@ -303,6 +330,7 @@ class GroupArrays:
             _array((_ROLE[completion.role] for completion in completions), np.uint8),
             _array((file_number(group.source) for group in groups), np.uint32),
             _array((group.source.line for group in groups), np.uint64),
+            np.array([one.values for one in completions], np.float32).reshape(-1, len(VALUES)),
         )
 
     def __len__(self) -> int:
@@ -319,6 +347,11 @@ class GroupArrays:
 
 
 _ROLE = {name: number for number, name in enumerate(ROLES)}
+
+
+def no_values(completions: int) -> NDArray[np.float32]:
+    """Return the values of completions that have none: float32 `[N, 4]`."""
+    return np.full((completions, len(VALUES)), np.nan, np.float32)
 
 
 def _array(values: Iterable[int], dtype: Any) -> NDArray[Any]:

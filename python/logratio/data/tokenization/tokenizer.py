@@ -447,7 +447,7 @@ class PreferenceTokenizer:
         try:
             prompt_ids = self._prompt_ids(running[0], record.is_chat, notes)
             completions = [
-                self._completion(completion.role, tail, prompt_ids, notes, ends_itself)
+                self._completion(completion, tail, prompt_ids, notes, ends_itself)
                 for completion, tail in zip(
                     record.completions, tails_of(script, running, encoder), strict=True
                 )
@@ -465,10 +465,15 @@ class PreferenceTokenizer:
         return self.fitting.prompt(ids, notes)
 
     def _completion(
-        self, role: str, tail: Tail, prompt_ids: list[int], notes: list[str], ends_itself: bool
+        self,
+        completion: Completion,
+        tail: Tail,
+        prompt_ids: list[int],
+        notes: list[str],
+        ends_itself: bool,
     ) -> TokenizedCompletion:
         """Append EOS to a completion, then truncate: a truncated completion has no EOS."""
-        ids, mask = tail.ids, tail.mask
+        ids, mask, role = tail.ids, tail.mask, completion.role
         if not any(mask):
             raise InvalidRecordError("R301", f"the {role} completion has no token")
         if self._ending and not ends_itself and ids[-1:] != self._ending:
@@ -479,7 +484,7 @@ class PreferenceTokenizer:
             raise InvalidRecordError("E402", "the text begins with two beginning-of-text tokens")
         if tail.moved:
             notes.append("W502")
-        return self.fitting.completion(role, ids, mask, len(prompt_ids), notes)
+        return self.fitting.completion(completion, ids, mask, len(prompt_ids), notes)
 
 
 def _texts_of(

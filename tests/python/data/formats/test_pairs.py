@@ -43,7 +43,7 @@ def test_best_and_worst_is_one_pair_and_a_group_holds_all() -> None:
     assert sides(decode(ROW, lists="best_worst")) == [("a", "b")]
     (group,) = decode(ROW, lists="groups")
     assert sides([group]) == [("a", "b", "c")]
-    assert group.scores == (1, 0, 0)
+    assert [side.score for side in group.completions] == [1, 0, 0]
 
 
 def test_reward_bench_2() -> None:

@@ -86,7 +86,7 @@ def test_prm800k_compares_the_completions_of_a_step() -> None:
     assert {one.context for one in record.completions} == {"Add.\nSo\n"}
     assert answers("prm800k", row, lists="best_worst") == [("4", "5")]
     (group,) = decoded("prm800k", row, lists="groups")[0].records
-    assert group.scores == (1, 1, 0, -1) and not group.ends
+    assert [one.score for one in group.completions] == [1, 1, 0, -1] and not group.ends
 
 
 @pytest.mark.parametrize("chosen", [2, 2.0])

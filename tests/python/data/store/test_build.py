@@ -533,7 +533,10 @@ def test_story_preferences(shared: Path) -> None:
     store, report = build_store([shared / "data/story_prefs.jsonl"], tokenizer)
     assert (report.read, report.kept) == (863, 863)
     assert not report.warnings_by_code
-    assert set(report.extra_keys) == {"score_chosen", "score_rejected"}
+    assert not report.extra_keys
+    assert (report.values["score"].count, report.values["margin"].count) == (2 * 863, 863)
+    scores, margins = store.values()[:, 0].reshape(-1, 2), store.values()[::2, 2]
+    np.testing.assert_array_equal(scores[:, 0] - scores[:, 1], margins)
     prompt, completions, _, _ = store.group(0)
     assert (prompt[0], tokenizer.decode(prompt.tolist(), skip_special_tokens=True)[:16]) == (
         1,

@@ -53,6 +53,41 @@ IDS = st.lists(st.integers(-1, 40), max_size=9)
 ROW = st.tuples(IDS, IDS, IDS) | st.tuples(IDS, IDS).map(lambda row: (row[0], row[1], row[1]))
 
 
+NUMBER = st.none() | st.sampled_from([-1.0, 0.0, 0.5, 3.0, float("inf"), float("nan")])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(ROW, NUMBER, NUMBER, NUMBER, NUMBER), min_size=1, max_size=12),
+    are_numbers=st.booleans(),
+)
+def test_values_in_a_table_are_those_of_json_rows(
+    tokenizer: PreferenceTokenizer, rows: list[Any], are_numbers: bool
+) -> None:
+    names = ("score_chosen", "score_rejected", "margin", "weight")
+    kind = pa.float64() if are_numbers else pa.string()
+    spelled = [[value if are_numbers or value is None else str(value) for value in row[1:]]
+               for row in rows]  # fmt: skip
+    whole = table([row[0] for row in rows], pa.list_(pa.int32()))
+    for name, column in zip(names, zip(*spelled, strict=True), strict=True):
+        whole = whole.append_column(name, pa.array(list(column), kind))
+    single = [
+        dict(zip((*NAMES, *names), (*ids, *numbers), strict=True))
+        for (ids, *_), numbers in zip(rows, spelled, strict=True)
+    ]
+    in_bulk, one_by_one = _values_of([whole], tokenizer), _values_of([single], tokenizer)
+    assert in_bulk == one_by_one
+
+
+def _values_of(inputs: list[Any], tokenizer: PreferenceTokenizer) -> Any:
+    try:
+        store, report = build_store(inputs, tokenizer, max_bad_fraction=1.0)
+    except BadDataError as error:
+        return re.sub(r"<\w+ 0>", "", str(error))
+    counts = report.to_dict() | {"places": None, "extra_keys": None, "formats": None}
+    return groups_of(store), repr(store.values().tolist()), counts
+
+
 @settings(max_examples=300, deadline=None)
 @given(rows=st.lists(ROW, min_size=1, max_size=12), large=st.booleans())
 def test_a_table_is_read_like_its_rows(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -31,9 +32,16 @@ RULES = {
 WORDS = ["the cat", " sat", ".", " ", "\n\n", "'s", "</s>", "<s>", "\0", "\x1c", "é", " 日", "12"]
 TEXT = st.lists(st.sampled_from(WORDS), max_size=6).map("".join)
 ROW = st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), TEXT))
+SIDES = ("score_chosen", "score_rejected")
+NUMBERS = {
+    **dict.fromkeys(SIDES, st.none() | st.integers(-1, 3) | st.just(1e300)),
+    "margin": st.none() | st.sampled_from([-1.0, 0.0, 2.5, float("nan"), float("inf")]),
+    "weight": st.none() | st.sampled_from([0.0, 0.25, 1.0, float("nan"), -1.0, float("inf")]),
+}
+"""Columns of values, with those that are refused or warned about."""
 ODD = ROW | st.fixed_dictionaries(
     {"prompt": TEXT, "chosen": TEXT | st.none() | st.integers(0, 1), "rejected": TEXT},
-    optional={"score": st.none() | st.integers(0, 3), "system": TEXT, "note": TEXT},
+    optional=NUMBERS | {"score": st.none() | st.integers(0, 3), "system": TEXT, "note": TEXT},
 )
 START = {"prompt": "the cat", "chosen": " sat.", "rejected": " sat 12"}
 
@@ -54,7 +62,7 @@ def groups(store: Store) -> list[Any]:
     return [
         (prompt.tolist(), [ids.tolist() for ids in completions], [m.tolist() for m in masks])
         for prompt, completions, masks, _ in map(store.group, range(len(store)))
-    ] + [[part.tolist() for part in store.sources()]]
+    ] + [[part.tolist() for part in store.sources()], repr(store.values().tolist())]
 
 
 def message(report: DataReport) -> dict[str, Any]:
@@ -115,6 +123,46 @@ def test_columns_in_bulk_are_rows_one_by_one(
     assert in_bulk == one_by_one
 
 
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.data(), st.sets(st.sampled_from(sorted(NUMBERS))))
+def test_values_in_columns_are_those_of_rows_one_by_one(
+    tokenizer: PreferenceTokenizer, data: st.DataObject, names: set[str]
+) -> None:
+    numbers = st.fixed_dictionaries({name: NUMBERS[name] for name in sorted(names)})
+    row = st.builds(lambda row, own, note: {**row, **own, "note": note}, ROW, numbers, TEXT)
+    rows = data.draw(st.lists(row, max_size=12))
+    start = START | {"note": "x"} | dict.fromkeys(names, 1.0)
+    table = pyarrow.Table.from_pylist([start, *rows, start])
+    in_bulk, one_by_one = both_ways([table], tokenizer)
+    assert in_bulk == one_by_one
+
+
+def test_rows_with_values_make_no_python_objects(
+    tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = {"chosen_score": 3, "rejected_score": 1.5, "weight": 2}
+    rows = [START | numbers | {"chosen": f" sat {number % 9}"} for number in range(40)]
+    made_rows = counted_rows(monkeypatch)
+    store, report = build_store([pyarrow.Table.from_pylist(rows)], tokenizer)
+    assert made_rows == [1]
+    assert not report.extra_keys
+    expected = [[3, None, 1.5, 2], [1.5, None, None, 2]] * len(store)
+    np.testing.assert_array_equal(store.values(), np.array(expected, np.float32))
+
+
+def test_columns_that_are_no_numbers_are_read_row_by_row(tokenizer: PreferenceTokenizer) -> None:
+    rows = [START | {"chosen": f" sat {number}", "margin": "1.5"} for number in range(5)]
+    twice = [row | {"margin": 1.0, "score_chosen": 3, "chosen_score": 4} for row in rows]
+    for table in map(pyarrow.Table.from_pylist, (rows, twice)):
+        in_bulk, one_by_one = both_ways([table], tokenizer)
+        assert in_bulk == one_by_one
+        assert "1.0" in str(in_bulk[0][-1]) or "1.5" in str(in_bulk[0][-1])
+
+
 def test_other_columns_are_counted_and_those_that_matter_are_read(
     tokenizer: PreferenceTokenizer,
 ) -> None:
@@ -125,11 +173,8 @@ def test_other_columns_are_counted_and_those_that_matter_are_read(
         assert in_bulk == one_by_one
 
 
-def test_ordinary_rows_make_no_python_objects(
-    tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [START | {"chosen": f" sat {number % 9}"} for number in range(40)]
-    table = pyarrow.Table.from_pylist([*rows, START | {"chosen": " "}])
+def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collect the line of each row of a table that becomes a Python object."""
     made_rows: list[int] = []
     row = PlainTable.row
 
@@ -139,6 +184,15 @@ def test_ordinary_rows_make_no_python_objects(
         return found
 
     monkeypatch.setattr(PlainTable, "row", counted)
+    return made_rows
+
+
+def test_ordinary_rows_make_no_python_objects(
+    tokenizer: PreferenceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [START | {"chosen": f" sat {number % 9}"} for number in range(40)]
+    table = pyarrow.Table.from_pylist([*rows, START | {"chosen": " "}])
+    made_rows = counted_rows(monkeypatch)
     _, report = build_store([table], tokenizer, max_bad_fraction=1.0)
     assert made_rows == [1, 41]  # the first row decides the kind of the file
     assert (report.kept, report.deduplicated, report.refused) == (9, 31, 1)

@@ -1,0 +1,206 @@
+"""Add another prompt's answer to every group: the reference point of KTO (arXiv 2402.01306).
+
+KTO compares a reward with the divergence between policy and reference, which it estimates from
+answers to other prompts. The pairs of groups are drawn once, so that their reference log-probs can
+be computed, cached and resumed like all others.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logratio._rust import ROLES, SharedLayout, Store, StoreWriter
+from logratio.data.tokenization.groups import GroupArrays, no_values
+from logratio.errors import ConfigError
+
+MISMATCHED = ROLES.index("mismatched")
+
+SLICE_TOKENS = 1 << 20
+"""Tokens of the groups that are in memory at a time."""
+
+_FIELDS = (
+    *("input_ids", "target_ids", "completion_mask", "completion_offsets"),
+    *("prompt_lengths", "completion_lengths", "group_sizes", "roles", "completions"),
+)
+
+
+def with_mismatches(store: Store, seed: int, path: Path | None, max_length: int) -> Store:
+    """Write a store of the same groups, each followed by the answer to another prompt.
+
+    The additional completion has the role ``mismatched``, and is the first completion of another
+    group. The groups are assigned by a random permutation, and no group gets an answer to its own
+    prompt. If more than half of the groups share a prompt, no permutation does that: the answers
+    to other prompts are then used several times.
+
+    Args:
+        store: The groups.
+        seed: Seed of the assignment.
+        path: Path of the new store. None: in memory.
+        max_length: Most tokens of a prompt and the additional completion, which is truncated. Its
+            loss mask is truncated with it; if no token of it counts then, all do.
+
+    Returns:
+        The new store, with the sources, values and metadata of the old one.
+
+    Raises:
+        ConfigError: All groups have the same prompt, or a prompt leaves no room within
+            `max_length`.
+        CorruptStoreError: The store is damaged.
+        OSError: The new store cannot be written.
+
+    Example:
+        >>> whole = with_mismatches(store, seed=0, path=None, max_length=1024)
+    """
+    longest = int(store.prompt_lengths().max(initial=0))
+    if longest >= max_length:
+        raise ConfigError(
+            f"--max-length is {max_length}, but a prompt has {longest} tokens and needs an answer: "
+            "raise --max-length, or build the store again with a smaller --max-prompt-length"
+        )
+    partners = mismatched_groups(_prompt_hashes(store), seed)
+    values, (files, lines) = store.values(), store.sources()
+    writer = StoreWriter(path)
+    try:
+        for first, stop in _slices(store):
+            own = store.shared_layout(np.arange(first, stop), fields=_FIELDS)
+            other = store.shared_layout(partners[first:stop], fields=_FIELDS)
+            sources = files[first:stop], lines[first:stop]
+            _joined(own, other, values[own.completions], sources, max_length).push(writer)
+        return writer.finish(store.metadata)
+    finally:
+        writer.close()
+
+
+def mismatched_groups(prompts: NDArray[np.uint64], seed: int) -> NDArray[np.int64]:
+    """Assign to each group another one with a different prompt.
+
+    Args:
+        prompts: `[G]`, equal for groups with equal prompts.
+        seed: Seed of the assignment.
+
+    Returns:
+        int64 `[G]`: a permutation, unless more than half of the groups share a prompt.
+
+    Raises:
+        ConfigError: There are fewer than two prompts.
+    """
+    _, kind, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise ConfigError(
+            "KTO compares each answer with one to another prompt, but the data has "
+            f"{len(sizes)} prompt{'' if len(sizes) == 1 else 's'}: add data with other prompts"
+        )
+    random, groups, most = np.random.default_rng(seed), len(prompts), int(sizes.max())
+    place = random.permutation(len(sizes))
+    place[sizes.argmax()] = -1  # the most frequent prompt comes first
+    order = random.permutation(groups)
+    order = order[np.argsort(place[kind[order]], kind="stable")]
+    # Groups with one prompt are adjacent now, and at most `most`: so many places further is another
+    # prompt. If the first prompt has more than half of the groups, the others are used in turn.
+    shifted = np.arange(most, most + groups) % groups
+    rest = groups - most
+    if most > rest:
+        shifted[:most] = most + np.arange(most) % rest
+    partners = np.empty(groups, np.int64)
+    partners[order] = order[shifted]
+    return partners
+
+
+def _slices(store: Store) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of slices of about `SLICE_TOKENS` tokens."""
+    ends = np.cumsum(store.shared_lengths(), dtype=np.int64)
+    first = 0
+    while first < len(ends):
+        done = int(ends[first - 1]) if first else 0
+        stop = max(first + 1, int(np.searchsorted(ends, done + SLICE_TOKENS, "right")))
+        yield first, stop
+        first = stop
+
+
+def _prompt_hashes(store: Store) -> NDArray[np.uint64]:
+    """Hash the ids of every prompt: uint64 `[G]`.
+
+    Prompts with equal hashes count as equal, so a collision only excludes one more partner.
+    """
+    lengths = store.prompt_lengths()
+    random = np.random.default_rng(0)
+    factors = random.integers(1, 1 << 63, int(lengths.max(initial=0)), np.uint64)
+    hashes = np.empty(len(store), np.uint64)
+    for first, stop in _slices(store):
+        layout = store.shared_layout(np.arange(first, stop), fields=_FIELDS)
+        ids, own = _prompts(layout), lengths[first:stop].astype(np.int64)
+        starts = np.cumsum(own) - own
+        places = np.arange(len(ids)) - np.repeat(starts, own)
+        terms = (ids.astype(np.uint64) + np.uint64(1)) * factors[places]
+        hashes[first:stop] = np.add.reduceat(terms, starts)
+    return hashes
+
+
+def _prompts(layout: SharedLayout) -> NDArray[np.int32]:
+    """Extract the concatenated prompts of groups."""
+    answers = np.add.reduceat(layout.completion_lengths, _firsts(layout))
+    is_answer = _alternating(layout.prompt_lengths, answers)
+    return layout.input_ids.ravel()[~is_answer].astype(np.int32)
+
+
+def _firsts(layout: SharedLayout) -> NDArray[np.int64]:
+    """Return the place of each group's first completion in the layout."""
+    return np.cumsum(layout.group_sizes) - layout.group_sizes
+
+
+def _alternating(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return where parts of the second kind are, if parts of both kinds and lengths alternate."""
+    lengths = np.column_stack((one, other)).ravel()
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+
+def _joined(
+    own: SharedLayout,
+    other: SharedLayout,
+    values: NDArray[np.float32],
+    sources: tuple[NDArray[np.uint32], NDArray[np.uint64]],
+    max_length: int,
+) -> GroupArrays:
+    """Build groups, each followed by the first completion of the group at the same place."""
+    ids, mask, lengths = _cut(other, max_length - own.prompt_lengths)
+    answers = np.add.reduceat(own.completion_lengths, _firsts(own))
+    is_added = _alternating(answers, lengths)  # of tokens
+    is_new = _alternating(own.group_sizes, np.ones_like(own.group_sizes))  # of completions
+    tokens, completions = len(is_added), len(is_new)
+    every_id, every_mask = np.empty(tokens, np.int32), np.empty(tokens, np.uint8)
+    every_id[~is_added], every_id[is_added] = own.target_ids, ids
+    every_mask[~is_added], every_mask[is_added] = own.completion_mask, mask
+    every_length = np.empty(completions, np.uint32)
+    every_length[~is_new], every_length[is_new] = own.completion_lengths, lengths
+    roles = np.full(completions, MISMATCHED, np.uint8)
+    roles[~is_new] = own.roles
+    every_value = no_values(completions)
+    every_value[~is_new] = values
+    return GroupArrays(
+        _prompts(own),
+        own.prompt_lengths.astype(np.uint32),
+        every_id,
+        every_mask,
+        every_length,
+        (own.group_sizes + 1).astype(np.uint32),
+        roles,
+        *sources,
+        every_value,
+    )
+
+
+def _cut(
+    layout: SharedLayout, room: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Return ids, mask and lengths of each group's first completion, of at most `room` tokens."""
+    first = _firsts(layout)
+    lengths = np.minimum(layout.completion_lengths[first], room)
+    starts = np.cumsum(lengths) - lengths
+    shift = np.repeat(layout.completion_offsets[first] - starts, lengths)
+    places = np.arange(int(lengths.sum())) + shift
+    mask = layout.completion_mask[places].copy()
+    is_blank = ~np.logical_or.reduceat(mask, starts)
+    mask |= np.repeat(is_blank, lengths)
+    return layout.target_ids[places], mask, lengths
