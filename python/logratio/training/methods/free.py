@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from logratio.training.methods.logps import GroupLogps, PairLogps
-from logratio.training.methods.margins import logistic, tangent_exp
+from logratio.training.methods.margins import logistic, tangent_expm1
 
 
 def mean_logps(pairs: PairLogps) -> tuple[Tensor, Tensor]:
@@ -37,9 +37,10 @@ def alpha_po_loss(pairs: PairLogps, *, beta: float, gamma: float, alpha: float) 
     :math:`-\log\sigma(\beta(R_w - R_l) - \gamma)` with
     :math:`R = (1 - \bar p^{-\alpha})/\alpha`, where :math:`\bar p` is the geometric mean of the
     tokens' probabilities, Gupta et al. 2025 (arXiv 2501.03884, eq. 7). Near
-    :math:`\alpha = 0` it is SimPO.
+    :math:`\alpha = 0` it is SimPO. Above `margins.CLIMB`, the exponential of
+    :math:`-\alpha \log\bar p` is a straight line, so that loss and gradient stay finite.
     """
-    chosen, rejected = (tangent_exp(-alpha * mean) for mean in mean_logps(pairs))
+    chosen, rejected = (tangent_expm1(-alpha * mean) for mean in mean_logps(pairs))
     return logistic(beta * (rejected - chosen) / alpha - gamma)
 
 

@@ -6,7 +6,7 @@ compared with each other.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from logratio.training.methods.logps import GroupLogps
 
@@ -21,7 +21,7 @@ def plackett_luce_loss(groups: GroupLogps, *, beta: float) -> Tensor:
     For two completions it is DPO.
     """
     rewards, grades = _tables(groups, beta)
-    worse = grades[:, None, :] < grades[:, :, None]
+    worse = (grades[:, None, :] < grades[:, :, None]) & (grades > NONE)[:, None, :]
     itself = torch.eye(grades.shape[1], dtype=torch.bool, device=grades.device)
     compared = torch.where(worse | itself, rewards[:, None, :], NONE)
     terms = torch.logsumexp(compared, 2) - rewards
@@ -36,15 +36,23 @@ def lipo_loss(groups: GroupLogps, *, beta: float) -> Tensor:
     :math:`\Delta_{ij} = |2^{\psi_i} - 2^{\psi_j}| \cdot |1/\log_2(1+\tau_i) - 1/\log_2(1+\tau_j)|`,
     where :math:`\tau` is the rank by :math:`s`, Liu et al. 2024 (arXiv 2402.01878, eq. 9 and 10).
     The paper's labels :math:`\psi` are in [0, 1]: grades are scaled to this range in each list.
+    Equal :math:`s`, such as those at policy = reference, are ranked by their grades: with equal
+    ranks, the weights and the gradient would be 0 there. The weights have no gradient.
     """
     rewards, grades = _tables(groups, beta)
     is_there = grades > NONE
     gains = torch.exp2(_unit(grades, is_there))
-    ranks = torch.where(is_there, rewards, NONE).argsort(1, descending=True).argsort(1)
-    discounts = 1 / torch.log2(2.0 + ranks)
+    discounts = 1 / torch.log2(2.0 + _ranks(torch.where(is_there, rewards, NONE), grades))
     weights = _differences(gains).abs() * _differences(discounts).abs()
     better = (grades[:, :, None] > grades[:, None, :]) & is_there[:, None, :]
-    return torch.where(better, weights * softplus(-_differences(rewards)), 0.0).sum((1, 2))
+    return torch.where(better, -weights * logsigmoid(_differences(rewards)), 0.0).sum((1, 2))
+
+
+def _ranks(rewards: Tensor, grades: Tensor) -> Tensor:
+    """Return the ranks of rewards from 0, the highest first, int64 `[B, K]`; ties by grades."""
+    by_grade = grades.argsort(1, descending=True, stable=True)
+    by_reward = rewards.gather(1, by_grade).argsort(1, descending=True, stable=True)
+    return by_grade.gather(1, by_reward).argsort(1)
 
 
 def _unit(grades: Tensor, is_there: Tensor) -> Tensor:

@@ -94,13 +94,17 @@ def odpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
 
 
 CLIMB = 30.0
-"""Exponents from which `tangent_exp` is straight."""
+"""Exponents from which `tangent_expm1` is straight."""
 
 
-def tangent_exp(exponent: Tensor) -> Tensor:
-    """Return exp, but its tangent above `CLIMB`, so that values and gradients stay finite."""
+def tangent_expm1(exponent: Tensor) -> Tensor:
+    """Return exp - 1, but its tangent above `CLIMB`, so that values and gradients stay finite.
+
+    The losses use differences of exponentials, in which the 1 cancels. Without it, they keep their
+    digits where the exponents are near 0.
+    """
     kept = exponent.clamp(max=CLIMB)
-    return kept.exp() + math.exp(CLIMB) * (exponent - kept)
+    return kept.expm1() + math.exp(CLIMB) * (exponent - kept)
 
 
 def chi_po_loss(pairs: PairLogps, *, beta: float, clip: float) -> Tensor:
@@ -108,10 +112,11 @@ def chi_po_loss(pairs: PairLogps, *, beta: float, clip: float) -> Tensor:
 
     :math:`-\log\sigma(\mathrm{clip}_{c}[\beta\phi(e^{r_w}) - \beta\phi(e^{r_l})])` with
     :math:`\phi(z) = z + \log z`, Huang et al. 2024 (arXiv 2407.13399, eq. 9), where :math:`c` is
-    twice the largest reward. Beyond the clip a pair has no gradient.
+    twice the largest reward. Beyond the clip a pair has no gradient. Above a log-ratio of `CLIMB`,
+    its exponential is a straight line.
     """
     chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
-    linked = tangent_exp(chosen) + chosen - tangent_exp(rejected) - rejected
+    linked = tangent_expm1(chosen) + chosen - tangent_expm1(rejected) - rejected
     return logistic((beta * linked).clamp(-clip, clip))
 
 
@@ -119,9 +124,10 @@ def forward_kl_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
     r"""Return the f-DPO loss for the forward KL divergence, `[B]`.
 
     :math:`-\log\sigma(\beta[f'(e^{r_w}) - f'(e^{r_l})])` with :math:`f'(u) = -1/u`, Wang et al. 2023
-    (arXiv 2309.16240, eq. 8 and table 1).
+    (arXiv 2309.16240, eq. 8 and table 1). Below a log-ratio of -`CLIMB`, :math:`f'` is a straight
+    line, so that loss and gradient stay finite.
     """
-    linked = tangent_exp(-pairs.rejected_logratios) - tangent_exp(-pairs.chosen_logratios)
+    linked = tangent_expm1(-pairs.rejected_logratios) - tangent_expm1(-pairs.chosen_logratios)
     return logistic(beta * linked)
 
 
@@ -142,7 +148,7 @@ def alpha_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
     :math:`1 - \alpha` since 1.0.
     """
     chosen, rejected = -alpha * pairs.chosen_logratios, -alpha * pairs.rejected_logratios
-    return logistic(beta * (tangent_exp(rejected) - tangent_exp(chosen)) / alpha)
+    return logistic(beta * (tangent_expm1(rejected) - tangent_expm1(chosen)) / alpha)
 
 
 def beta_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float, momentum: float) -> Tensor:

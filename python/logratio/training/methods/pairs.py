@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from logratio.training.methods.logps import PairLogps
+from logratio.training.methods.margins import tangent_expm1
 
 
 def ipo_loss(pairs: PairLogps, *, beta: float = 0.1) -> Tensor:
@@ -118,9 +119,10 @@ def discopop_loss(pairs: PairLogps, *, beta: float, tau: float) -> Tensor:
     r"""Return the DiscoPOP loss of each pair, `[B]`.
 
     :math:`-(1-m)\log\sigma(\beta D) + m e^{-\beta D}` with :math:`m = \sigma(\beta D/\tau)`, Lu et
-    al. 2024 (arXiv 2406.08414, eq. 5), which a language model found.
+    al. 2024 (arXiv 2406.08414, eq. 5), which a language model found. The second term is bounded for
+    :math:`\tau \le 1`; for a larger one, it is a straight line above :math:`e^{30}`.
     """
     margins = beta * pairs.logratio_margins
     # Multiplied as exponents: m falls faster than exp(-margins) grows, but each alone overflows.
-    exponential = (logsigmoid(margins / tau) - margins).exp()
+    exponential = 1 + tangent_expm1(logsigmoid(margins / tau) - margins)
     return exponential - torch.sigmoid(-margins / tau) * logsigmoid(margins)

@@ -46,7 +46,12 @@ LEAST_SCALE = 0.01
 def beta_of_update(
     groups: GroupLogps, memory: Memory, *, alpha: float, momentum: float, **_: float
 ) -> dict[str, Tensor]:
-    """Return the factor of β for an update of β-DPO; 1 in the first update."""
+    """Return the factor of β for an update of β-DPO; 1 in the first update.
+
+    The moving average starts with the first mean. The authors' code starts it at 0, the mean at
+    policy = reference, and includes the update's own mean, so its factor changes less by
+    `momentum`.
+    """
     mean = float(groups.pairs().logratio_margins.mean())
     earlier = memory.get("mean", mean)
     memory["mean"] = momentum * earlier + (1 - momentum) * mean

@@ -92,7 +92,7 @@ class Method:
     beta: float | None = 0.1
     options: Mapping[str, Option] = field(default_factory=dict)
     needs_reference: bool = True
-    initial: Callable[..., float] | None = None
+    initial: Callable[..., float | None] | None = None
     rewards: Rewards = "implicit"
     statistics: Statistics | None = None
     token_weights: Callable[..., Tensor] | None = None
@@ -141,6 +141,10 @@ def _sppo(*, beta: float) -> float:
 
 def _cal(*, beta: float) -> float:
     return 1 / (2 * beta**2) + math.log(2)
+
+
+def _kto(*, desirable_weight: float, undesirable_weight: float, **_: Any) -> float | None:
+    return desirable_weight / 2 if desirable_weight == undesirable_weight else None
 
 
 def _exo(*, beta: float, label_smoothing: float) -> float:
@@ -456,6 +460,7 @@ METHODS: dict[str, Method] = {
             "desirable_weight": Option(1.0, "λ_D", is_open=True),
             "undesirable_weight": Option(1.0, "λ_U", is_open=True),
         },
+        initial=_kto,
         statistics=over_update.reference_point,
         note="z from mismatched answers, which are added to the data",
     ),
