@@ -1,10 +1,17 @@
 """Stores of random groups for every kind of data that a method trains on."""
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+from tiny_models import WORDS
 
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.training.methods.table import DataKind
 
+ANIMALS, VERBS, PLACES = WORDS[5:8], WORDS[8:11], WORDS[14:17]
 _ROLES: dict[DataKind, list[list[str]]] = {
     "pairs": [["chosen", "rejected"]],
     "labelled answers": [["chosen", "mismatched"], ["rejected", "mismatched"]],
@@ -45,3 +52,25 @@ def _last(lengths: np.ndarray) -> np.ndarray:
     marks = np.zeros(int(lengths.sum()), np.uint8)
     marks[np.cumsum(lengths) - 1] = 1
     return marks
+
+
+def write_answers(path: Path, count: int) -> Path:
+    """Write single answers with labels: every second one is good."""
+    return _written(path, ({"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4),
+                            "completion": f" in the {PLACES[i // 9 % 3]}" + (" happy", " sad")[i % 2],
+                            "label": i % 2 == 0} for i in range(count)))  # fmt: skip
+
+
+def write_lists(path: Path, count: int) -> Path:
+    """Write lists of two to four answers with scores, some of them equal."""
+    ends = " happy", " sad", " sad sad", " loud"
+    return _written(path, ({"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4),
+                            "responses": [{"response": f" in the {PLACES[i // 9 % 3]}{ends[k]}",
+                                           "score": float((k * 2 + i) % 5 // 2)}
+                                          for k in range(2 + i % 3)]}
+                           for i in range(count)))  # fmt: skip
+
+
+def _written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

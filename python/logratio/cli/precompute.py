@@ -91,6 +91,13 @@ def precompute(
     cache: Annotated[Path, typer.Option(help="Folder of the cache; created if missing.")],
     revision: options.Revision = None,
     reading: Reading = READING,
+    mismatched: Annotated[
+        bool,
+        typer.Option(
+            "--mismatched",
+            help="Score the answers to other prompts too that `train --loss kto` adds to the data.",
+        ),
+    ] = False,
     sums_only: Annotated[
         bool,
         typer.Option("--sums-only", help="Store only the sum over each completion's loss tokens: "
@@ -114,6 +121,7 @@ def precompute(
             data,
             cache,
             sums_only=sums_only,
+            mismatched=mismatched,
             revision=revision,
             **machine.settings(),
             rules=reading.rules,

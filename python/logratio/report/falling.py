@@ -44,6 +44,11 @@ class Fall:
         )
 
 
+def has_both(row: Mapping[str, Any], name: str) -> bool:
+    """Return whether a row has a metric of chosen and of rejected completions."""
+    return f"{name}/chosen" in row and f"{name}/rejected" in row
+
+
 class FallDetector:
     """Looks at the rows of a run one after the other."""
 
@@ -57,7 +62,7 @@ class FallDetector:
         Each update has other pairs, so only log-ratios to the reference are compared: their mean
         over `WINDOW` updates must be below -`LEAST` and two standard errors below 0.
         """
-        if "logratios/rejected" not in row:
+        if not has_both(row, "logratios"):  # single answers: an update may lack one kind
             return None
         self._recent.append((row["logratios/chosen"], row["logratios/rejected"]))
         if len(self._recent) < WINDOW:
@@ -76,7 +81,7 @@ class FallDetector:
         Without a reference, their log-probs are compared with those of the first evaluation.
         """
         names = "eval_logratios", "eval_logps"
-        kind = next((name for name in names if f"{name}/rejected" in row), None)
+        kind = next((name for name in names if has_both(row, name)), None)
         if kind is None:
             return None
         now = row[f"{kind}/chosen"], row[f"{kind}/rejected"]

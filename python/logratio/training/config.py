@@ -349,6 +349,7 @@ class PrecomputeConfig(YamlSettings):
         token_budget: Tokens computed at a time; None: the largest number that fits and is useful.
         share_beginnings: As in `TrainConfig`, over all groups of this process.
         sums_only: Store one sum per completion, over its counted tokens, instead of every token.
+        mismatched: Score the answers to other prompts that `loss="kto"` adds to the data, too.
         share: Part of the groups to score, for example "2/4" for the second of four parts, split
             by content hash. None: all groups, or this process's part under torchrun.
         engine: "local", this process; or "ray", actors on a Ray cluster.
@@ -363,6 +364,7 @@ class PrecomputeConfig(YamlSettings):
     token_budget: Count | None = None
     share_beginnings: bool = False
     sums_only: bool = False
+    mismatched: bool = False
     share: str | None = None
     engine: Engine = "local"
     workers: Count | None = None

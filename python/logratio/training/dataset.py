@@ -15,6 +15,7 @@ from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Input, Inputs, as_inputs
 from logratio.data.store.build import build_store
 from logratio.data.store.load import datasets_of, is_store, load_store, rules_of
+from logratio.data.store.mismatches import MISMATCHED, with_mismatches
 from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -144,28 +145,52 @@ def load_training_data(
         BadDataError, StoreMismatchError, VocabularyError, ConfigError: See `load_dataset`,
             `check_data`, `check_mix` and `check_reference`.
     """
-    objective = Objective.of(config)
+    objective, what = Objective.of(config), f"the loss {config.loss}"
     formats = formats_for(objective.data, config.formats)
 
     def load(data: Inputs, path: Path) -> Dataset:
-        return load_dataset(
+        answers = path.with_suffix(".answers") if objective.needs_mismatches else path
+        dataset = load_dataset(
             config.model,
             data,
             config.rules,
             formats,
-            path=path,
+            path=answers,
             refused=refused,
             max_bad_fraction=config.max_bad_fraction,
             show_progress=show_progress,
             recorded_date=recorded_date,
         )
+        if not objective.needs_mismatches:
+            return dataset
+        check_data(dataset.store, objective, what)
+        found = mismatched(dataset, path)
+        answers.unlink(missing_ok=True)
+        return found
 
     dataset = once_per_host(load, config.data, folder, processes or Processes())
-    check_data(dataset.store, objective, f"the loss {config.loss}")
+    check_data(dataset.store, objective, what)
     check_mix(config.mix, dataset.store)
     if config.reference:
         check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
     return dataset
+
+
+MISMATCH_SEED = 0
+"""Seed of the answers to other prompts: one for all runs, so that all find them in a cache."""
+
+
+def mismatched(dataset: Dataset, path: Path | None = None) -> Dataset:
+    """Add the answer to another prompt to each group, as KTO needs, unless they have one.
+
+    Args:
+        dataset: Single answers.
+        path: File for the groups; None: in memory.
+    """
+    store, longest = dataset.store, dataset.tokenizer.rules.max_length
+    if MISMATCHED in store.roles():
+        return dataset
+    return replace(dataset, store=with_mismatches(store, MISMATCH_SEED, path, longest))
 
 
 def once_per_host(

@@ -21,9 +21,10 @@ from logratio.progress import progress, say
 from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import PrecomputeConfig, TrainConfig
-from logratio.training.dataset import Dataset, load_dataset
+from logratio.training.dataset import Dataset, load_dataset, mismatched
 from logratio.training.fingerprint import model_fingerprint, reference_fingerprint
 from logratio.training.memory import token_budget
+from logratio.training.methods.data_checks import check_groups
 from logratio.training.models import (
     base_folder,
     check_model_folder,
@@ -258,6 +259,9 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
         show_progress=show_progress,
         recorded_date=lambda: _date_of_cache(config),
     )
+    if config.mismatched:
+        check_groups(dataset.store, "labelled answers", "mismatched")
+        dataset = mismatched(dataset)
     return Precompute(config, dataset, share, show_progress)
 
 

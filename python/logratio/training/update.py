@@ -190,6 +190,7 @@ class Updater:
                 scored.append((groups, batch.targets.rows))
             for _ in range(len(batches), self.strategy.passes(len(batches), most)):
                 completion_logps(self.policy, self._smallest)
+                self._reference_sums(self._smallest)
         return UpdateStatistics.of(self.objective, scored, self.processes)
 
     @torch.no_grad()

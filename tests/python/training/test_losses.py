@@ -6,9 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from logratio.training import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from logratio.training.losses import (
     PAIR_LOSSES,
     accuracies,
@@ -16,6 +13,9 @@ from logratio.training.losses import (
     implicit_rewards,
     mean_rewards,
 )
+from torch import Tensor
+
+from logratio.training import PairLogps, dpo_loss, ipo_loss, sft_loss, simpo_loss
 
 
 def pairs(*numbers: float) -> PairLogps:

@@ -186,6 +186,13 @@ _KIND_NAMES: Mapping[Kind, str] = {
     "group": "a ranked list",
     "demonstration": "a demonstration",
 }
+_USES: Mapping[Kind, str] = {
+    "pair": "--loss dpo trains on pairs",
+    "unpaired": "--loss kto trains on single answers with labels",
+    "group": "--lists pairs makes pairs of lists, and --loss plackett-luce trains on lists",
+    "demonstration": "--loss sft trains on demonstrations",
+}
+"""What trains on each kind of records, for messages."""
 _TEXTS = {"prompt", "chosen", "rejected"}
 _NOTHING = (None, None)
 
@@ -332,9 +339,8 @@ class Decoder:
         wanted = self.settings.kinds
         if wanted is not None and kind not in wanted:
             names = " or ".join(_KIND_NAMES[name] for name in wanted)
-            raise InvalidRecordError(
-                "E206", f"the row is {_KIND_NAMES[kind]}, but {names} is expected"
-            )
+            reason = f"the row is {_KIND_NAMES[kind]}, but {names} is expected: {_USES[kind]}"
+            raise InvalidRecordError("E206", reason)
         first, place = self._first.setdefault(source.file, (kind, source))
         if kind != first:
             reason = f"the row is {_KIND_NAMES[kind]}, but {place} is {_KIND_NAMES[first]}"

@@ -89,7 +89,8 @@ def list_columns(losses: Tensor, groups: GroupLogps, rewards: Tensor) -> Columns
 def answer_columns(losses: Tensor, groups: GroupLogps, rewards: Tensor) -> Columns:
     """Return the metrics of single answers: means over the good and over the bad ones.
 
-    "kl" is the mean log-ratio of mismatched completions, if there are any in the data.
+    "logratios/mismatched" estimates the KL divergence in KTO: the mean log-ratio of answers to
+    other prompts, if there are any in the data.
     """
     good, bad = groups.is_chosen, groups.is_rejected
     columns: Columns = {"loss": losses}
@@ -101,7 +102,7 @@ def answer_columns(losses: Tensor, groups: GroupLogps, rewards: Tensor) -> Colum
     ):
         columns[f"{name}/chosen"] = Weighted(values, good)
         columns[f"{name}/rejected"] = Weighted(values, bad)
-    columns["kl"] = Weighted(groups.logratios, groups.is_mismatched)
+    columns["logratios/mismatched"] = Weighted(groups.logratios, groups.is_mismatched)
     return columns
 
 

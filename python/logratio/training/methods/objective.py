@@ -135,6 +135,11 @@ class Objective:
         return any(term.method.needs_values for term in self.terms)
 
     @property
+    def needs_mismatches(self) -> bool:
+        """Whether each group needs the answer to another prompt."""
+        return any(term.method.needs_mismatches for term in self.terms)
+
+    @property
     def weighs_tokens(self) -> bool:
         """Whether tokens do not count equally, so that log-probs of tokens are needed."""
         return self._weighing is not None

@@ -80,6 +80,7 @@ class Method:
         statistics: Computes numbers of the whole update, in a pass before that for the gradients.
         token_weights: Weights of tokens in the sums of log-probs; None: each counts once.
         needs_margins: Whether the data must have a margin for each pair.
+        needs_mismatches: Whether each group needs the answer to another prompt.
         note: A remark for the table.
     """
 
@@ -97,6 +98,7 @@ class Method:
     statistics: Statistics | None = None
     token_weights: Callable[..., Tensor] | None = None
     needs_margins: bool = False
+    needs_mismatches: bool = False
     note: str = ""
 
     @property
@@ -462,6 +464,7 @@ METHODS: dict[str, Method] = {
         },
         initial=_kto,
         statistics=over_update.reference_point,
+        needs_mismatches=True,
         note="z from mismatched answers, which are added to the data",
     ),
     "bco-unpaired": Method(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_pairs
+from method_groups import write_answers, write_lists
 from rank_server import RankServer
 from safetensors.torch import load_file
 from tiny_models import WORDS, tiny, word_tokenizer
@@ -18,6 +19,8 @@ TRAIN = "rank_workers:train_in_float64"
 EXACT = 1e-12
 TIED, EXPERTS = "tied", "experts"
 """The cases that need other models."""
+ANSWERS, LISTS = "kto", "lipo"
+"""The cases that need other data."""
 
 CASES: Mapping[str, Mapping[str, Any]] = {
     "dpo": {},
@@ -29,6 +32,13 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "evaluated": {"eval_share": 0.3, "eval_every": 2, "best_metric": "loss", "eval_samples": 3},
     TIED: {},
     EXPERTS: {"router_aux_loss_coef": 0.1, "batch_size": 2, "loss": "simpo"},
+    "bco": {"loss": "bco", "token_budget": 30},
+    "beta-dpo": {"loss": "beta-dpo", "loss_options": {"alpha": 0.2}},
+    "aot-unpaired": {"loss": "aot-unpaired", "eval_share": 0.3, "eval_every": 2},
+    "mixture": {"loss": "aot:0.5+ipo:0.1+sft:0.2", "lora": {"rank": 4}, "lr": 1e-2},
+    "ld-dpo": {"loss": "ld-dpo", "cache": "cache", "precompute": True},
+    ANSWERS: {"loss": "kto", "eval_share": 0.3, "eval_every": 2},
+    LISTS: {"loss": "lipo"},
 }
 WAYS = {
     **{case: [(2, "ddp"), (3, "fsdp")] for case in CASES},
@@ -41,7 +51,10 @@ Train = Callable[..., Path]
 @pytest.fixture(scope="module")
 def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train a case once for each way; return its folder."""
-    data = write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 14)
+    folder = tmp_path_factory.mktemp("data")
+    data = dict.fromkeys(CASES, write_pairs(folder / "pairs.jsonl", 14))
+    data[ANSWERS] = write_answers(folder / "answers.jsonl", 14)
+    data[LISTS] = write_lists(folder / "lists.jsonl", 14)
     models = dict.fromkeys(CASES, tiny_model)
     models[TIED] = save(tmp_path_factory.mktemp("tied"), LlamaConfig, tie_word_embeddings=True)
     models[EXPERTS] = save(tmp_path_factory.mktemp("experts"), MixtralConfig, num_local_experts=3)
@@ -50,7 +63,7 @@ def trained(ranks: RankServer, tiny_model: Path, tmp_path_factory: pytest.TempPa
     def run(case: str, count: int, parallel: str, hosts: int = 1, whole: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("run")
         settings = {
-            **{"model": str(models[case]), "data": str(data)},
+            **{"model": str(models[case]), "data": str(data[case])},
             **{"output": str(folder / "out"), "batch_size": 4, "epochs": 2, "lr": 1e-3},
             **{"token_budget": 48, "report": False},
             **({"parallel": parallel} if count > 1 else {}),
