@@ -42,7 +42,8 @@ def lipo_loss(groups: GroupLogps, *, beta: float) -> Tensor:
     rewards, grades = _tables(groups, beta)
     is_there = grades > NONE
     gains = torch.exp2(_unit(grades, is_there))
-    discounts = 1 / torch.log2(2.0 + _ranks(torch.where(is_there, rewards, NONE), grades))
+    ranks = _ranks(torch.where(is_there, rewards, NONE), grades)
+    discounts = 1 / torch.log2(2 + ranks.double())
     weights = _differences(gains).abs() * _differences(discounts).abs()
     better = (grades[:, :, None] > grades[:, None, :]) & is_there[:, None, :]
     return torch.where(better, -weights * logsigmoid(_differences(rewards)), 0.0).sum((1, 2))
@@ -50,8 +51,8 @@ def lipo_loss(groups: GroupLogps, *, beta: float) -> Tensor:
 
 def _ranks(rewards: Tensor, grades: Tensor) -> Tensor:
     """Return the ranks of rewards from 0, the highest first, int64 `[B, K]`; ties by grades."""
-    by_grade = grades.argsort(1, descending=True, stable=True)
-    by_reward = rewards.gather(1, by_grade).argsort(1, descending=True, stable=True)
+    by_grade = grades.argsort(dim=1, descending=True, stable=True)
+    by_reward = rewards.gather(1, by_grade).argsort(dim=1, descending=True, stable=True)
     return by_grade.gather(1, by_reward).argsort(1)
 
 
