@@ -164,7 +164,7 @@ def _fitted(hint: Any, given: Any) -> Any:
     if origin in (tuple, list, Sequence):
         return _fitted_items(origin, arguments, given)
     if origin in (Mapping, dict):
-        return _fitting(given, isinstance(given, Mapping))
+        return _fitted_mapping(arguments, given)
     return _fitted_scalar(origin or hint, given)
 
 
@@ -203,6 +203,16 @@ def _fitted_items(origin: Any, arguments: tuple[Any, ...], given: Any) -> Any:
     if origin is tuple:
         return tuple(items)
     return given if items == given else items
+
+
+def _fitted_mapping(arguments: tuple[Any, ...], given: Any) -> Any:
+    """Return a mapping with converted keys and values."""
+    _fitting(given, isinstance(given, Mapping))
+    if not arguments:
+        return given
+    key, value = arguments
+    found = {_fitted(key, name): _fitted(value, one) for name, one in given.items()}
+    return given if found == given else found
 
 
 def _fitted_scalar(kind: Any, given: Any) -> Any:

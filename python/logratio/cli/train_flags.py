@@ -83,6 +83,19 @@ class ReferenceSource(Settings):
         Path | None,
         typer.Option(help="Folder or id of the reference model. Default: --model itself."),
     ] = None
+    sync_ref_model: Annotated[
+        bool,
+        typer.Option(
+            "--sync-ref-model",
+            help="Let the reference follow the policy (TR-DPO); without --cache and adapters.",
+        ),
+    ] = False
+    ref_model_mixup_alpha: Annotated[
+        float, typer.Option(help="Weight of the policy in the new reference; 1 replaces it.")
+    ] = 0.6
+    ref_model_sync_steps: Annotated[
+        int, typer.Option(help="Updates between two changes of the reference.")
+    ] = 512
 
 
 @dataclass(frozen=True)

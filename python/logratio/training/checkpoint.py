@@ -31,6 +31,9 @@ from logratio.training.optimizers import FUSED, MasterAdamW, create_state
 from logratio.training.parallel.processes import ALONE, Processes
 from logratio.training.parallel.sharded_files import read_shards
 
+Tensors = Mapping[str, Tensor]
+"""Tensors by name."""
+
 
 class RunInterruptedError(LogratioError):
     """A run was stopped by a signal; its state has been saved.
@@ -134,6 +137,7 @@ def begin_save(
     at: Position,
     processes: Processes = ALONE,
     *,
+    reference: Tensors | None = None,
     background: bool = False,
 ) -> Writing:
     """Begin to write a checkpoint, which `finish` of the result completes: see `save`.
@@ -144,6 +148,7 @@ def begin_save(
         optimizer: Its optimizer.
         at: Progress of the run.
         processes: The processes of the run.
+        reference: Weights of a reference that changes during the run, by name; None: it stays.
         background: Write the shards of a sharded model while the run goes on.
     """
 
@@ -153,6 +158,8 @@ def begin_save(
         (partial / "state.json").write_text(json.dumps(state))
 
     tensors = {"weights": _trainable(model), "optimizer": _optimizer_tensors(model, optimizer)}
+    if reference is not None:
+        tensors["reference"] = dict(reference)
     final, what = folder / f"checkpoint-{at.step:08d}", f"the checkpoint of update {at.step}"
     return Writing(final, what, tensors, processes, add, background=background)
 
@@ -217,6 +224,7 @@ def load_newest(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     processes: Processes = ALONE,
+    reference: Tensors | None = None,
 ) -> tuple[Position | None, list[str]]:
     """Restore the newest valid checkpoint in `folder`, if it belongs to the run with `identity`.
 
@@ -236,7 +244,7 @@ def load_newest(
             refused.append(f"{path}: {reason}")
             continue
         _check_identity(path, identity)
-        return _load(path, model, optimizer), refused
+        return _load(path, model, optimizer, reference), refused
     if refused:
         raise ResumeError("no valid checkpoint to resume from: " + "; ".join(refused))
     return None, []
@@ -263,18 +271,35 @@ def _values(before: Any, now: Any) -> str:
     return f" ({texts[0]} before, {texts[1]} now)" if max(map(len, texts)) < 30 else ""
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+def _load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    reference: Tensors | None,
+) -> Position:
     _restore_weights(path, model)
     if is_whole(path, model):
         _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
     else:
         create_state(optimizer)
         read_shards(_optimizer_tensors(model, optimizer), tensor_folder(path))
+    if reference is not None:
+        _restore_reference(path, model, reference)
     state = json.loads((path / "state.json").read_text())
     _restore_random(load_file(path / "random.safetensors"), state["python_random"])
     return Position(
         state["step"], state["identity"], state.get("selection"), state.get("memory", {})
     )
+
+
+def _restore_reference(path: Path, model: nn.Module, reference: Tensors) -> None:
+    """Fill the weights of a reference that changes during the run."""
+    if not is_whole(path, model):
+        read_shards(reference, tensor_folder(path))
+        return
+    saved = load_file(path / "reference.safetensors")
+    for name, tensor in reference.items():
+        tensor.copy_(saved[name])
 
 
 def _restore_weights(path: Path, model: nn.Module) -> None:

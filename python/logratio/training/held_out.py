@@ -39,6 +39,7 @@ from logratio.training.methods.group_data import GroupData
 from logratio.training.methods.logps import GroupLogps
 from logratio.training.methods.objective import Objective
 from logratio.training.models import training_budget
+from logratio.training.moving_reference import moving
 from logratio.training.parallel.processes import Processes
 from logratio.training.policy import as_reference
 from logratio.training.reference import (
@@ -308,7 +309,7 @@ class HeldOut:
         updater.strategy.settle()
         with side_effect_free(updater.policy), updater.autocast():
             policy = self._sums(updater, updater.policy_sums)
-            if self._reference_sums is None:
+            if self._reference_sums is None or moving(updater.reference):
                 self._reference_sums = self._of_reference(updater)
         columns = self._columns(updater, policy, self._reference_sums)
         metrics = {f"eval_{name}": value for name, value in averages(columns)[0].items()}
@@ -394,7 +395,7 @@ class HeldOut:
             if updater.reference is None:
                 return replace(result, samples=self._texts(prompts, drawn, None))
             with _reference_model(config, updater) as reference, updater.autocast():
-                if self._reference_texts is None:
+                if self._reference_texts is None or moving(updater.reference):
                     self._reference_texts = self._draw(reference, prompts)
                 ratios = sums - drawn_sums(reference, prompts, drawn)
         kl = kl_estimate(ratios, drawn)

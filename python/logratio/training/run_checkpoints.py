@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from logratio.progress import say
 from logratio.training import checkpoint
 from logratio.training.checkpoint import Position
 from logratio.training.checkpoint_folder import Writing
 from logratio.training.config import TrainConfig
+from logratio.training.moving_reference import moving
 from logratio.training.parallel.sharded_files import is_sharded
 from logratio.training.update import Updater
 
@@ -36,6 +39,12 @@ class RunCheckpoints:
             wanted = self._updater.device.type == "cuda"
         return wanted and is_sharded(self._updater.policy)
 
+    @property
+    def _reference(self) -> dict[str, Tensor] | None:
+        """The weights of a reference that follows the policy."""
+        follower = moving(self._updater.reference)
+        return follower.tensors() if follower else None
+
     def begin(self, at: Position) -> Path | None:
         """Begin to save; return the folder if it is complete already.
 
@@ -47,7 +56,13 @@ class RunCheckpoints:
         policy, optimizer = self._updater.policy, self._updater.optimizer
         background = self._in_background
         writing = checkpoint.begin_save(
-            self.folder, policy, optimizer, at, self._processes, background=background
+            self.folder,
+            policy,
+            optimizer,
+            at,
+            self._processes,
+            reference=self._reference,
+            background=background,
         )
         self._pending = writing, at
         return None if background else self.finish()
@@ -102,7 +117,12 @@ class RunCheckpoints:
         updater = self._updater
         updater.strategy.settle()
         at, refused = checkpoint.load_newest(
-            self.folder, updater.policy, updater.optimizer, identity, self._processes
+            self.folder,
+            updater.policy,
+            updater.optimizer,
+            identity,
+            self._processes,
+            self._reference,
         )
         for sentence in refused:
             say(f"skipped a damaged checkpoint: {sentence}")

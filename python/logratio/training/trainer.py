@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization import chat_template as clock
@@ -36,6 +37,7 @@ from logratio.training.models import (
     precision_of,
     with_local_models,
 )
+from logratio.training.moving_reference import MovingReference
 from logratio.training.parallel.agreement import refuse_differences, refuse_separate_outputs
 from logratio.training.parallel.division import SHARDED
 from logratio.training.parallel.lifeline import ending_together
@@ -46,6 +48,8 @@ from logratio.training.precomputation import Precompute, pass_of_run
 from logratio.training.reference import (
     CachedReference,
     CachedSums,
+    FrozenReference,
+    Reference,
     build_reference,
     cache_folder,
     cached_reference,
@@ -311,7 +315,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         placement = Placement(self.config, self.processes, self.device)
         torch.manual_seed(self.config.seed)
         policy = placement.load(lambda device: build_policy(self.config, device))
-        reference = self.cached or build_reference(self.config, policy, placement.load)
+        reference = self.cached or self._reference(policy, placement)
         strategy = placement.strategy(policy)
         with autocast(precision_of(self.config), self.device), side_effect_free(policy):
             layout = self.choose_layout(policy, reference)
@@ -324,6 +328,14 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         self.drawing.finish()
         self.result = result
         return result
+
+    def _reference(self, policy: nn.Module, placement: Placement) -> Reference | None:
+        """Load the reference of a run without a cache."""
+        config, found = self.config, build_reference(self.config, policy, placement.load)
+        if not (config.sync_ref_model and isinstance(found, FrozenReference)):
+            return found
+        every, share = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        return MovingReference(found.model, every, share)
 
     def _meet(self) -> None:
         """Check what can stop the run before expensive work; create the group of processes."""

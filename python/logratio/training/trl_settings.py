@@ -30,6 +30,7 @@ SAME_MEANING: Mapping[str, str] = {
     "beta": "beta",
     "activation_offloading": "offload_activations",
     "router_aux_loss_coef": "router_aux_loss_coef",
+    **{name: name for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")},
 }
 """Fields that are settings under the same or another name."""
 
@@ -39,6 +40,8 @@ COMPUTED = {
     *("bf16", "fp16", "model_init_kwargs", "torch_compile", "use_cpu", "save_strategy"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "max_length", "loss_type"),
     *("precompute_ref_log_probs", "label_smoothing", "eval_strategy", "eval_steps"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha"),
+    *("use_weighting", "loss_weights"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("report_to", "run_name", "project"),
 }
@@ -71,8 +74,6 @@ WITHOUT_EFFECT = {
     *("ignore_data_skip", "do_train", "do_predict", "data_seed", "overwrite_output_dir"),
     *("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     "hub_revision",
-    # parts of losses and schedules that are refused themselves
-    *("f_alpha_divergence_coef", "discopop_tau", "ref_model_mixup_alpha", "ref_model_sync_steps"),
 }
 """Fields that cannot change the trained weights here beyond rounding and the data's order."""
 
@@ -80,8 +81,17 @@ _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw"),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw8bit"),
 }
-_LOSSES = {"sigmoid": "dpo", "ipo": "ipo"}
-"""Losses of TRL with the same formula here."""
+_LOSSES = {
+    **{name: name for name in ("ipo", "hinge", "robust", "discopop")},
+    **{"sigmoid": "dpo", "sigmoid_norm": "ln-dpo", "exo_pair": "exo", "nca_pair": "nca"},
+    **{"sppo_hard": "sppo", "apo_zero": "apo-zero", "apo_down": "apo-down"},
+}
+"""Losses of TRL with the same formula here. Its aot depends on micro-batches, its bco_pair has no
+shift, and its sft is a mean over the tokens of a micro-batch."""
+_DIVERGENCES = {"forward_kl": "f-dpo-forward-kl", "js_divergence": "f-dpo-js"}
+"""Divergences of TRL, and DPO with them."""
+_SMOOTHED = ("robust", "exo_pair")
+"""Losses of TRL that `label_smoothing` changes."""
 _SCHEDULES = {"linear", "cosine", "constant"}
 
 
@@ -267,7 +277,7 @@ def _evaluations(args: Any) -> dict[str, Any]:
 
 
 def _objective(args: Any) -> dict[str, Any]:
-    """Return the loss. A name of TRL may be that of another formula here, so few are accepted."""
+    """Return the loss and its options. A name of TRL may be that of another formula here."""
     kinds = getattr(args, "loss_type", "sigmoid")
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if len(kinds) != 1 or kinds[0] not in _LOSSES:
@@ -275,12 +285,52 @@ def _objective(args: Any) -> dict[str, Any]:
             f"args: loss_type={', '.join(kinds)} has no equivalent here: choose from "
             f"{', '.join(_LOSSES)}, or give loss to the trainer itself"
         )
-    if smoothing := getattr(args, "label_smoothing", 0.0):
+    found: dict[str, Any] = {"loss": _LOSSES[kinds[0]]}
+    smoothing = getattr(args, "label_smoothing", 0.0)
+    if kinds[0] in _SMOOTHED:
+        found["label_smoothing"] = _smoothing(kinds[0], smoothing)
+    elif smoothing:
         raise ConfigError(
             f"args: label_smoothing={smoothing} has no effect on the loss {kinds[0]} in TRL, and "
             "would have one here: leave it out of args, or give it to the trainer itself"
         )
-    return {"loss": _LOSSES[kinds[0]]}
+    if kinds[0] == "discopop":
+        found["loss_options"] = {"tau": args.discopop_tau}
+    return found | _changed_dpo(args, kinds[0])
+
+
+def _smoothing(kind: str, given: float) -> float:
+    if not given:
+        raise ConfigError(f"args: loss_type={kind} needs label_smoothing above 0")
+    return given
+
+
+def _changed_dpo(args: Any, kind: str) -> dict[str, Any]:
+    """Return the loss of the fields that change DPO: another divergence, or weights of tokens."""
+    changes = {
+        "f_divergence_type": _plain(getattr(args, "f_divergence_type", "reverse_kl")),
+        "ld_alpha": getattr(args, "ld_alpha", None),
+        "use_weighting": getattr(args, "use_weighting", False),
+        "loss_weights": getattr(args, "loss_weights", None),
+    }
+    plain = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False,
+             "loss_weights": None}  # fmt: skip
+    given = {name: value for name, value in changes.items() if value != plain[name]}
+    if not given:
+        return {}
+    name, value = next(iter(given.items()))
+    if len(given) > 1 or kind != "sigmoid" or name in ("loss_weights", "use_weighting"):
+        raise _refusal(name, value)
+    if name == "ld_alpha":
+        return {"loss": "ld-dpo", "loss_options": {"alpha": value}}
+    if value == "alpha_divergence":
+        return {
+            "loss": "f-dpo-alpha",
+            "loss_options": {"alpha": 1 - args.f_alpha_divergence_coef},
+        }
+    if value not in _DIVERGENCES:
+        raise _refusal(name, value)
+    return {"loss": _DIVERGENCES[value]}
 
 
 def _reference(args: Any) -> dict[str, Any]:

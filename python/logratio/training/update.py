@@ -28,6 +28,7 @@ from logratio.training.methods.objective import Objective
 from logratio.training.methods.token_weights import weighted_sums
 from logratio.training.metrics import NonFiniteError, not_finite
 from logratio.training.models import autocast, precision_of
+from logratio.training.moving_reference import moving
 from logratio.training.optimizers import (
     AdamSettings,
     clip_gradients,
@@ -146,6 +147,8 @@ class Updater:
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(self._describe_nonfinite(step, values, groups))
         self.optimizer.step()
+        if follower := moving(self.reference):
+            follower.follow(self.policy, step)
         self._recent.append(values)
         return values, sum(map(len, groups)) if self.processes.count == 1 else count
 

@@ -23,6 +23,7 @@ def check_settings(config: TrainConfig) -> None:
     check_own_losses(Objective.of(config))
     _check_schedule(config)
     _check_options(config)
+    _check_moving_reference(config)
     _check_evaluation(config)
     _check_memory(config)
     trackers_of(config.report_to)
@@ -60,6 +61,32 @@ def _check_options(config: TrainConfig) -> None:
         raise ConfigError("--precompute fills a cache: give its folder as --cache")
     if not needs_reference(config) and (config.cache or config.reference):
         raise ConfigError(f"--loss {config.loss} has no reference; remove --cache and --reference")
+
+
+def _check_moving_reference(config: TrainConfig) -> None:
+    """Check the settings of a reference that follows the policy."""
+    if not config.sync_ref_model:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if getattr(config, name) != getattr(TrainConfig, name):
+                raise ConfigError(f"--{name.replace('_', '-')} needs --sync-ref-model")
+        return
+    if not needs_reference(config):
+        raise ConfigError(f"--loss {config.loss} has no reference; remove --sync-ref-model")
+    if config.cache:
+        raise ConfigError(
+            "--sync-ref-model changes the reference, and --cache has log-probs of one that stays: "
+            "remove one of them"
+        )
+    if config.trains_adapter or config.quantization:
+        raise ConfigError(
+            "--sync-ref-model mixes the weights of policy and reference, so all weights must be "
+            "trained: remove the adapter"
+        )
+    if config.precision == "bf16-weights" and config.ref_model_mixup_alpha < 1:
+        raise ConfigError(
+            "--sync-ref-model mixes weights, and bfloat16 would round the mixture away: use "
+            "--precision bf16, or --ref-model-mixup-alpha 1"
+        )
 
 
 def _check_evaluation(config: TrainConfig) -> None:

@@ -167,10 +167,8 @@ REFUSED: dict[str, Any] = {
     "dataloader_drop_last": True,
     "disable_dropout": False,
     "eval_on_start": True,
-    "f_divergence_type": "js_divergence",
     "label_smoothing": 0.1,
     "label_smoothing_factor": 0.1,
-    "ld_alpha": 0.5,
     "loss_type": ["sigmoid", "sft"],
     "loss_weights": [1.0],
     "lr_scheduler_type": "polynomial",
@@ -181,7 +179,6 @@ REFUSED: dict[str, Any] = {
     "optim": "sgd",
     "push_to_hub": True,
     "resume_from_checkpoint": "run/checkpoint-4",
-    "sync_ref_model": True,
     "train_sampling_strategy": "sequential",
     "truncation_mode": "keep_end",
     "trust_remote_code": True,
@@ -253,6 +250,31 @@ def test_a_number_of_warmup_updates_is_exact(steps: int, tmp_path: Path) -> None
     assert rates[steps] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("fields", "loss", "options"),
+    [
+        ({"loss_type": "exo_pair", "label_smoothing": 0.2}, "exo", {}),
+        ({"loss_type": "robust", "label_smoothing": 0.2}, "robust", {}),
+        ({"loss_type": "sppo_hard"}, "sppo", {}),
+        ({"loss_type": "discopop", "discopop_tau": 0.1}, "discopop", {"tau": 0.1}),
+        ({"f_divergence_type": "js_divergence"}, "f-dpo-js", {}),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+            "f-dpo-alpha",
+            {"alpha": 0.7},
+        ),
+        ({"ld_alpha": 0.4}, "ld-dpo", {"alpha": 0.4}),
+    ],
+)
+def test_losses_of_trl_are_methods(
+    fields: dict[str, Any], loss: str, options: dict[str, float], tmp_path: Path
+) -> None:
+    config = TrainConfig("model", "data", **settings_of_trl(args_of(tmp_path, **fields), {}))
+    assert config.loss == loss
+    assert config.loss_options == pytest.approx(options)
+    assert config.label_smoothing == fields.get("label_smoothing")
+
+
 def test_settings_of_the_call_take_precedence(
     tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
 ) -> None:
@@ -260,8 +282,8 @@ def test_settings_of_the_call_take_precedence(
     args = args_of(tmp_path, max_length=None)
     trainer = logratio.DPOTrainer(tiny_model, pairs, args=args, rules=rules, beta=0.7)
     assert (trainer.config.rules.max_length, trainer.config.beta) == (64, 0.7)
-    args = args_of(tmp_path, loss_type="hinge", label_smoothing=0.2)
-    with pytest.raises(ConfigError, match="loss_type=hinge has no equivalent here: choose from"):
+    args = args_of(tmp_path, loss_type="bco_pair", label_smoothing=0.2)
+    with pytest.raises(ConfigError, match="loss_type=bco_pair has no equivalent here: choose"):
         logratio.DPOTrainer(tiny_model, pairs, args=args)
     smooth: dict[str, Any] = {"loss": "dpo", "label_smoothing": 0.1, "dry_run": True}
     trainer = logratio.DPOTrainer(tiny_model, pairs, args=args, **smooth)

@@ -145,6 +145,11 @@ class Sharded(Whole):
 
     def settle(self) -> None:
         """Keep only this process's shard of every weight."""
-        for part in self._root.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        keep_own_shards(self._root)
+
+
+def keep_own_shards(model: nn.Module) -> None:
+    """Drop the weights that a sharded model has gathered; another model stays as it is."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
