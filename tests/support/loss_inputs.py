@@ -89,9 +89,7 @@ def with_statistics(objective: Objective, groups: GroupLogps) -> GroupLogps:
     return replace(groups, statistics=found)
 
 
-def losses_of(
-    name: str, groups: GroupLogps, beta: float | None = None, **options: float
-) -> Tensor:
+def losses_of(name: str, groups: GroupLogps, beta: float | None = None, **options: float) -> Tensor:
     """Return the losses of the groups of one update, the first of its run: `[B]`."""
     objective = objective_of(name, beta, **options)
     return objective.losses(with_statistics(objective, groups))

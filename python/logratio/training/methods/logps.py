@@ -216,7 +216,9 @@ class GroupLogps:
         """Index of the completion at each place of `table`; `N` where there is none."""
         sizes = self.sizes
         column = np.arange(int(sizes.max(initial=1)))
-        places = np.where(column < sizes[:, None], self.offsets[:-1, None] + column, self.offsets[-1])
+        places = np.where(
+            column < sizes[:, None], self.offsets[:-1, None] + column, self.offsets[-1]
+        )
         return onto(places, self.lengths.device)
 
     def grade_table(self) -> Tensor:

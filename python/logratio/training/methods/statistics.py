@@ -1,8 +1,8 @@
 """Numbers that a loss takes from all groups of an update, computed before their gradients.
 
-Each function receives all groups of an update, of all processes, on the host and in the order of the
-data, so that its results depend neither on micro-batches nor on the number of processes. What it
-remembers from update to update is in `Memory`, which checkpoints contain.
+Each function receives all groups of an update, of all processes, on the host and in the order of
+the data, so that its results depend neither on micro-batches nor on the number of processes. What
+it remembers from update to update is in `Memory`, which checkpoints contain.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,9 @@ Statistics = Callable[..., dict[str, Tensor]]
 number for the update, `[]`, or one for each completion, `[N]`; all float64."""
 
 
-def mean_reward(groups: GroupLogps, memory: Memory, *, beta: float, **_: float) -> dict[str, Tensor]:
+def mean_reward(
+    groups: GroupLogps, memory: Memory, *, beta: float, **_: float
+) -> dict[str, Tensor]:
     """Return BCO's shift: the mean reward of all completions so far, with this update."""
     counted = groups.is_chosen + groups.is_rejected
     count = memory.get("count", 0.0) + float(counted.sum())

@@ -55,7 +55,9 @@ class Option:
         """The range, for messages."""
         if self.is_open:
             return f"({self.low:g}, {self.high:g})"
-        return f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+        return (
+            f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+        )
 
 
 @dataclass(frozen=True)
