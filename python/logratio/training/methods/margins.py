@@ -103,8 +103,8 @@ def tangent_expm1(exponent: Tensor) -> Tensor:
     The losses use differences of exponentials, in which the 1 cancels. Without it, they keep their
     digits where the exponents are near 0.
     """
-    kept = exponent.clamp(max=CLIMB)
-    return kept.expm1() + math.exp(CLIMB) * (exponent - kept)
+    # Below, relu has no gradient; one of exponent - clamp would cancel only up to e^30 · 1e-16.
+    return exponent.clamp(max=CLIMB).expm1() + math.exp(CLIMB) * torch.relu(exponent - CLIMB)
 
 
 def chi_po_loss(pairs: PairLogps, *, beta: float, clip: float) -> Tensor:

@@ -12,7 +12,8 @@ def length_desensitized(targets: TargetTokens, *, alpha: float, **_: Any) -> Ten
     r"""Return LD-DPO's weights, float64 `[S]`.
 
     A weight is 1 up to the length of the shorter completion of a pair, then :math:`\alpha`, Liu et
-    al. 2024 (arXiv 2409.06411, eq. 11). Lengths are those in counted tokens. The same weights apply to policy and reference, so that the loss starts at ln 2.
+    al. 2024 (arXiv 2409.06411, eq. 11). Only counted tokens have a place and make a length. The
+    same weights apply to policy and reference, so that the loss starts at ln 2.
     """
     rank, lengths = _ranks(targets)
     shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
@@ -25,8 +26,9 @@ def down_sampled(targets: TargetTokens, **_: Any) -> Tensor:
     """Return SamPO's weights, float64 `[S]`.
 
     A weight is 1 for a random sample of as many tokens of each completion of a pair as the shorter
-    has, else 0, Lu et al. 2024 (arXiv 2406.10957, eq. 7). Only counted tokens are sampled. The sample of a completion depends only on its row in the store, so policy and reference share
-    it, and it is the same in every epoch.
+    has, else 0, Lu et al. 2024 (arXiv 2406.10957, eq. 7). Only counted tokens are sampled.
+    The sample of a completion depends only on its row in the store and its length, so policy and
+    reference share it, and it is the same in every epoch.
     """
     _, lengths = _ranks(targets)
     shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
