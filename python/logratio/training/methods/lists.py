@@ -14,11 +14,11 @@ NONE = -torch.inf
 
 
 def plackett_luce_loss(groups: GroupLogps, *, beta: float) -> Tensor:
-    r"""Return the loss of DPO under the Plackett–Luce model for each list, `[B]`.
+    r"""Return the loss of DPO under the Plackett-Luce model for each list, `[B]`.
 
-    :math:`-\sum_k \log\frac{e^{\beta r_k}}{\sum_{j \succeq k} e^{\beta r_j}}`, where the sum is over
-    :math:`k` and all completions that are worse, Rafailov et al. 2023 (arXiv 2305.18290, eq. 20).
-    For two completions it is DPO.
+    :math:`-\sum_k \log\frac{e^{\beta r_k}}{\sum_{j \succeq k} e^{\beta r_j}}`, where the sum is
+    over :math:`k` and all completions that are worse, Rafailov et al. 2023 (arXiv 2305.18290, eq.
+    20). For two completions it is DPO.
     """
     rewards, grades = _tables(groups, beta)
     worse = (grades[:, None, :] < grades[:, :, None]) & (grades > NONE)[:, None, :]
@@ -31,8 +31,8 @@ def plackett_luce_loss(groups: GroupLogps, *, beta: float) -> Tensor:
 def lipo_loss(groups: GroupLogps, *, beta: float) -> Tensor:
     r"""Return the LiPO-λ loss of each list, `[B]`.
 
-    :math:`\sum_{\psi_i > \psi_j} \Delta_{ij}\log(1 + e^{-(s_i - s_j)})` with :math:`s = \beta r` and
-    the weights of LambdaRank,
+    :math:`\sum_{\psi_i > \psi_j} \Delta_{ij}\log(1 + e^{-(s_i - s_j)})` with :math:`s = \beta r`
+    and the weights of LambdaRank,
     :math:`\Delta_{ij} = |2^{\psi_i} - 2^{\psi_j}| \cdot |1/\log_2(1+\tau_i) - 1/\log_2(1+\tau_j)|`,
     where :math:`\tau` is the rank by :math:`s`, Liu et al. 2024 (arXiv 2402.01878, eq. 9 and 10).
     The paper's labels :math:`\psi` are in [0, 1]: grades are scaled to this range in each list.

@@ -103,8 +103,8 @@ def tangent_expm1(exponent: Tensor) -> Tensor:
     The losses use differences of exponentials, in which the 1 cancels. Without it, they keep their
     digits where the exponents are near 0.
     """
-    kept = exponent.clamp(max=CLIMB)
-    return kept.expm1() + math.exp(CLIMB) * (exponent - kept)
+    # Below, relu has no gradient; one of exponent - clamp would cancel only up to e^30 · 1e-16.
+    return exponent.clamp(max=CLIMB).expm1() + math.exp(CLIMB) * torch.relu(exponent - CLIMB)
 
 
 def chi_po_loss(pairs: PairLogps, *, beta: float, clip: float) -> Tensor:
@@ -123,16 +123,16 @@ def chi_po_loss(pairs: PairLogps, *, beta: float, clip: float) -> Tensor:
 def forward_kl_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
     r"""Return the f-DPO loss for the forward KL divergence, `[B]`.
 
-    :math:`-\log\sigma(\beta[f'(e^{r_w}) - f'(e^{r_l})])` with :math:`f'(u) = -1/u`, Wang et al. 2023
-    (arXiv 2309.16240, eq. 8 and table 1). Below a log-ratio of -`CLIMB`, :math:`f'` is a straight
-    line, so that loss and gradient stay finite.
+    :math:`-\log\sigma(\beta[f'(e^{r_w}) - f'(e^{r_l})])` with :math:`f'(u) = -1/u`, Wang et al.
+    2023 (arXiv 2309.16240, eq. 8 and table 1). Below a log-ratio of -`CLIMB`, :math:`f'` is a
+    straight line, so that loss and gradient stay finite.
     """
     linked = tangent_expm1(-pairs.rejected_logratios) - tangent_expm1(-pairs.chosen_logratios)
     return logistic(beta * linked)
 
 
 def js_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
-    r"""Return the f-DPO loss for the Jensen–Shannon divergence, `[B]`.
+    r"""Return the f-DPO loss for the Jensen-Shannon divergence, `[B]`.
 
     As `forward_kl_dpo_loss`, with :math:`f'(u) = \log(2u / (1 + u))`.
     """

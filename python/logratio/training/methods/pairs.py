@@ -107,8 +107,8 @@ def apo_zero_loss(pairs: PairLogps, *, beta: float) -> Tensor:
 def apo_down_loss(pairs: PairLogps, *, beta: float) -> Tensor:
     r"""Return the APO-down loss of each pair, `[B]`.
 
-    :math:`\sigma(\beta r_w) + 1 - \sigma(\beta D)`, D'Oosterlinck et al. 2024 (arXiv 2408.06266, eq.
-    8): for chosen completions that are worse than the policy's own. It lowers both log-probs.
+    :math:`\sigma(\beta r_w) + 1 - \sigma(\beta D)`, D'Oosterlinck et al. 2024 (arXiv 2408.06266,
+    eq. 8): for chosen completions that are worse than the policy's own. It lowers both log-probs.
     """
     return torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(
         -beta * pairs.logratio_margins

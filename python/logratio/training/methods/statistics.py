@@ -1,8 +1,8 @@
 """Numbers that a loss takes from all groups of an update, computed before their gradients.
 
-Each function receives all groups of an update, of all processes, on the host and in the order of the
-data, so that its results depend neither on micro-batches nor on the number of processes. What it
-remembers from update to update is in `Memory`, which checkpoints contain.
+Each function receives all groups of an update, of all processes, on the host and in the order of
+the data, so that its results depend neither on micro-batches nor on the number of processes. What
+it remembers from update to update is in `Memory`, which checkpoints contain.
 """
 
 from collections.abc import Callable

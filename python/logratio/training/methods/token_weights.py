@@ -9,10 +9,11 @@ from logratio.logps.batch import TargetTokens, onto
 
 
 def length_desensitized(targets: TargetTokens, *, alpha: float, **_: Any) -> Tensor:
-    r"""Return LD-DPO's weights, float64 `[S]`: 1 up to the length of the shorter completion of a
-    pair, then :math:`\alpha`, Liu et al. 2024 (arXiv 2409.06411, eq. 11).
+    r"""Return LD-DPO's weights, float64 `[S]`.
 
-    The same weights apply to policy and reference, so that the loss starts at ln 2.
+    A weight is 1 up to the length of the shorter completion of a pair, then :math:`\alpha`, Liu et
+    al. 2024 (arXiv 2409.06411, eq. 11). Only counted tokens have a place and make a length. The
+    same weights apply to policy and reference, so that the loss starts at ln 2.
     """
     rank, lengths = _ranks(targets)
     shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
@@ -22,11 +23,12 @@ def length_desensitized(targets: TargetTokens, *, alpha: float, **_: Any) -> Ten
 
 
 def down_sampled(targets: TargetTokens, **_: Any) -> Tensor:
-    """Return SamPO's weights, float64 `[S]`: 1 for a random sample of as many tokens of each
-    completion of a pair as the shorter has, else 0, Lu et al. 2024 (arXiv 2406.10957, eq. 7).
+    """Return SamPO's weights, float64 `[S]`.
 
-    The sample of a completion depends only on its row in the store, so policy and reference share
-    it, and it is the same in every epoch.
+    A weight is 1 for a random sample of as many tokens of each completion of a pair as the shorter
+    has, else 0, Lu et al. 2024 (arXiv 2406.10957, eq. 7). Only counted tokens are sampled.
+    The sample of a completion depends only on its row in the store and its length, so policy and
+    reference share it, and it is the same in every epoch.
     """
     _, lengths = _ranks(targets)
     shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
@@ -46,8 +48,10 @@ def _owners(targets: TargetTokens) -> np.ndarray:
 
 
 def _ranks(targets: TargetTokens) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of counted tokens before each target in its completion, int64 `[S]`, and
-    the counted tokens of each completion, int64 `[N]`.
+    """Return two counts, int64 `[S]` and `[N]`.
+
+    The first is the number of counted tokens before each target in its completion; the second, the
+    number of counted tokens of each completion.
     """
     before = np.concatenate([[0], np.cumsum(targets.counted)])
     starts = before[targets.completion_offsets[:-1]]
