@@ -170,7 +170,8 @@ def test_values_are_given_back_for_each_completion() -> None:
     )
     store = writer.finish()
     found = store.values()
-    assert (found.dtype, found.shape) == (np.float32, (6, len(VALUES)))
+    assert found.dtype == np.float32
+    assert found.shape == (6, len(VALUES))
     none = np.full((2, 4), np.nan, np.float32)
     np.testing.assert_array_equal(found, np.concatenate([values, none, 2 * values]))
     selected = store.select(np.array([False, True, True]))
