@@ -6,8 +6,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::store;
-
 /// What can go wrong between a tokenized group and a cached log-prob.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -40,7 +38,9 @@ pub enum Error {
         /// The store.
         path: PathBuf,
         /// The version of its format.
-        version: u32,
+        found: u32,
+        /// The version that is read.
+        read: u32,
     },
     /// A journal, shard or manifest is damaged, holds impossible values, or belongs to another
     /// reference.
@@ -129,12 +129,11 @@ impl fmt::Display for Error {
             Self::CorruptStore { path, reason } => {
                 write!(f, "corrupt store {}: {reason}", path.display())
             }
-            Self::StoreVersion { path, version } => write!(
+            Self::StoreVersion { path, found, read } => write!(
                 f,
-                "{}: a store of format version {version}, but this library reads version {}: build \
-                 it again with `logratio data build`",
+                "{}: a store of format version {found}, but this library reads version {read}: \
+                 build it again with `logratio data build`",
                 path.display(),
-                store::FORMAT_VERSION,
             ),
             Self::CorruptCache { path, reason } => {
                 write!(f, "corrupt reference cache {}: {reason}", path.display())

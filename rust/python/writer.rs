@@ -134,9 +134,9 @@ impl StoreWriter {
 
     /// Add `G` groups of `N` completions in all, end to end: `outcome` and `first`, `[G]` each.
     ///
-    /// `values` are `[N, 4]`, as in `push`. Duplicates are found without them: the first one's are
-    /// kept. Outcome 0: kept. 1: left out, a duplicate of the kept group `first`. 2: kept, though group
-    /// `first` says the opposite (chosen and rejected exchanged). `first` is −1 where there is none.
+    /// `values` (`[N, 4]`) are as in `push`. Outcome 0: kept. 1: left out, a duplicate of the kept
+    /// group `first`, whose values stay. 2: kept, though group `first` says the opposite (chosen and
+    /// rejected exchanged). `first` is −1 where there is none.
     /// A ValueError names the refused group by its index and nothing is added; after an OSError the
     /// writer takes no more.
     #[expect(clippy::too_many_arguments, reason = "the columns of a store")]

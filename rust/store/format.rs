@@ -262,9 +262,12 @@ pub struct Frame {
 impl Frame {
     /// Checks header, footer, sizes and table, in the order in which they explain a failure best.
     pub fn read(path: &Path, bytes: &[u8]) -> Result<Self> {
-        if let Some(version) = other_version(bytes) {
-            let path = path.into();
-            return Err(Error::StoreVersion { path, version });
+        if let Some(found) = other_version(bytes) {
+            return Err(Error::StoreVersion {
+                path: path.into(),
+                found,
+                read: VERSION,
+            });
         }
         Self::of(bytes).map_err(|reason| Error::store(path, reason))
     }

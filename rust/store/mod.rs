@@ -10,6 +10,5 @@ mod verify;
 mod writer;
 
 pub use duplicates::Outcome;
-pub(crate) use format::VERSION as FORMAT_VERSION;
 pub use reader::{Store, StoredCompletion, StoredGroup};
 pub use writer::{Bulk, StoreWriter};

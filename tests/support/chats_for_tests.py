@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from logratio.data.records import PreferenceRecord
+from logratio.data.records import Completion, PreferenceRecord
 
 
 def user(content: str, **more: Any) -> dict[str, Any]:
@@ -34,5 +34,5 @@ def hh(*turns: str) -> str:
 
 def without_values(record: PreferenceRecord) -> PreferenceRecord:
     """Drop the scores, ranks, margins and weights of a record."""
-    none = {"score": None, "rank": None, "margin": None, "weight": None}
-    return replace(record, completions=tuple(replace(c, **none) for c in record.completions))
+    completions = tuple(Completion(c.role, c.answer, c.context) for c in record.completions)
+    return replace(record, completions=completions)

@@ -20,6 +20,10 @@ def u32(*values: int) -> NDArray[np.uint32]:
     return np.array(values, dtype=np.uint32)
 
 
+def f32(rows: list[list[float]]) -> NDArray[np.float32]:
+    return np.array(rows, dtype=np.float32)
+
+
 def push_pair(writer: StoreWriter, first: int = 1) -> None:
     """Add a prompt of three ids, a chosen completion of one and a rejected one of three."""
     completion_ids = ids(*range(first + 3, first + 7))

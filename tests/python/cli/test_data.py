@@ -64,6 +64,37 @@ def test_commands_read_stdin_folders_and_tables(
     assert "16 rows read: 16 kept" in err
 
 
+def test_data_with_scores_margins_and_weights_is_built_and_trained(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"score_chosen": number, "score_rejected": 0.5, "weight": 2}
+    file, store = tmp_path / "rated.jsonl", tmp_path / "rated.store"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, err = run("data", "build", file, "--tokenizer", tiny_model, "--output", store)
+    assert code == 0, err
+    output = ("--output", tmp_path / "out", "--batch-size", "8")
+    code, err = run("train", "--model", tiny_model, "--data", store, *output)
+    assert code == 0, err
+    assert f"scores of {2 * len(rows)} completions, 0 … {len(rows) - 1}, mean" in err
+    assert f"margins of {len(rows) - 1} completions" in err
+    assert "[W526] 1 ×" in err
+    assert "not read" not in err
+
+
+def test_a_store_of_an_older_version_names_both_versions_and_the_remedy(
+    run: Run, tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "old.store"
+    assert run("data", "build", pairs_file, "--tokenizer", tiny_model, "--output", store)[0] == 0
+    store.write_bytes(store.read_bytes().replace(b"LRSTORE3", b"LRSTORE2", 1))
+    code, err = run("train", "--model", tiny_model, "--data", store, "--output", tmp_path / "out")
+    assert code == 2
+    assert f"{store}: a store of format version 2, but this library reads version 3" in err
+    assert "build it again with `logratio data build`" in err
+
+
 def test_a_folder_without_data_is_a_one_line_error(
     run: Run, tiny_model: Path, tmp_path: Path
 ) -> None:

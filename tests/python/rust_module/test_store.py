@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from rust_stores import ids, make_store, push_pair, u8, u32
+from rust_stores import f32, ids, make_store, push_pair, u8, u32
 
-from logratio._rust import ROLES, StoreWriter, candidate_layout, content_key
+from logratio._rust import ROLES, VALUES, StoreWriter, candidate_layout, content_key
 
 
 def test_a_store_describes_its_contents() -> None:
@@ -138,6 +138,10 @@ def test_an_impossible_plan_is_refused(wrong: dict[str, Any]) -> None:
         ({"completion_mask": u8(1, 2, 1)}, "not 0 or 1"),
         ({"completion_lengths": u32(1, 1)}, "add up to 2"),
         ({"roles": u8(0, 5)}, "role 5 is unknown"),
+        ({"values": f32([[0, 0, 0, 0]])}, "values of 1 completions, but there are 2"),
+        ({"values": f32([[0, 0, 0], [0, 0, 0]])}, "values has 3 columns, not 4"),
+        ({"values": f32([[0] * 4, [0, np.inf, 0, 0]])}, "the rank of completion 1 is infinite"),
+        ({"values": np.asfortranarray(f32([[0] * 4] * 2))}, "ascontiguousarray"),
     ],
 )
 def test_a_bad_group_is_refused(change: dict[str, NDArray[Any]], reason: str) -> None:
@@ -152,6 +156,27 @@ def test_a_bad_group_is_refused(change: dict[str, NDArray[Any]], reason: str) ->
     with pytest.raises(ValueError, match=reason):
         writer.push(**(group | change), file=0, line=1)
     assert len(writer.finish()) == 0
+
+
+def test_values_are_given_back_for_each_completion() -> None:
+    writer = StoreWriter()
+    values = f32([[1.5, np.nan, 0.5, 2], [1, 4, np.nan, 2]])
+    writer.push(ids(1), ids(2, 3), u8(1, 1), u32(1, 1), u8(0, 1), 0, 1, values)
+    push_pair(writer)
+    writer.push_many(
+        *(ids(5), u32(1), ids(2, 3), u8(1, 1), u32(1, 1), u32(2), u8(0, 1), u32(0)),
+        np.array([3], np.uint64),
+        values=2 * values,
+    )
+    store = writer.finish()
+    found = store.values()
+    assert found.dtype == np.float32
+    assert found.shape == (6, len(VALUES))
+    none = np.full((2, 4), np.nan, np.float32)
+    np.testing.assert_array_equal(found, np.concatenate([values, none, 2 * values]))
+    selected = store.select(np.array([False, True, True]))
+    np.testing.assert_array_equal(selected.values(), found[2:])
+    assert VALUES == ("score", "rank", "margin", "weight")
 
 
 def test_arrays_of_another_type_are_refused() -> None:

@@ -67,7 +67,12 @@ pub fn fixed(count: usize) -> Vec<Sample> {
         // Some groups have values, and others none.
         values: match group % 2 {
             0 => NO_VALUES,
-            _ => [group as f32 / 4.0, number as f32 + 1.0, f32::NAN, -0.5],
+            _ => [
+                f32::from(group as u16) / 4.0,
+                f32::from(number as u16) + 1.0,
+                f32::NAN,
+                -0.5,
+            ],
         },
     };
     (0..count)

@@ -295,7 +295,7 @@ class Decoder:
 
         Args:
             file: The name of the container.
-            names: All keys of its rows.
+            names: All keys of its rows, except columns of values that the caller reads itself.
 
         Returns:
             Whether `prompt`, `chosen` and `rejected`, if strings, are a pair of plain text and no

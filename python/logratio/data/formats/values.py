@@ -57,7 +57,8 @@ def with_values(view: RowView, parsed_row: ParsedRow) -> ParsedRow:
         InvalidRecordError: E212 if a weight is not a finite number of at least 0.
     """
     strength = _STRENGTHS.get(parsed_row.format)
-    if strength is None and view.lacks(VALUE_NAMES):
+    is_scored = parsed_row.kind == "pair" and parsed_row.completions[0].score is not None
+    if strength is None and not is_scored and view.lacks(VALUE_NAMES):
         return parsed_row
     completions, warnings = parsed_row.completions, parsed_row.warnings
     if parsed_row.kind == "pair":

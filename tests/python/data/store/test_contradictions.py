@@ -11,6 +11,7 @@ from tokenizers_for_tests import save, word_level
 from logratio._rust import Store
 from logratio.data import BadDataError, FormatSettings, PreferenceTokenizer, build_store
 from logratio.data.store.build import losers
+from logratio.data.store.value_counts import value_counts
 
 
 @pytest.fixture
@@ -23,13 +24,13 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def pair(chosen: str, rejected: str, prompt: str = "the") -> dict[str, str]:
+def pair(chosen: str, rejected: str, prompt: str = "the") -> dict[str, Any]:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 ROWS = [
-    pair("cat", "dog"),  # two rows for it, one against it
-    pair("mat", "dog"),  # undisputed
+    pair("cat", "dog") | {"weight": 0.5},  # two rows for it, one against it
+    pair("mat", "dog") | {"weight": 3, "margin": 1},  # undisputed
     pair("dog", "cat"),
     pair("cat", "dog"),
     pair("yes", "no"),  # a tie
@@ -65,6 +66,8 @@ def test_contradictions_are_resolved_by_the_setting(
     assert report.places["W507"] == [f"{file}:3 against {file}:1", f"{file}:6 against {file}:5"]
     assert sum("R308" in code for code in report.refused_by_code.elements()) == refused
     assert report.prompt_tokens + report.completion_tokens == store.tokens
+    assert report.values == value_counts(store.values())
+    assert report.values["weight"].count == (2 if conflicts == "drop_both" else 4)
     assert json.loads(store.metadata)["report"] == report.to_dict()
     left = {"rows.jsonl", "words", *(["out.store"] if on_disk else [])}
     assert {entry.name for entry in tmp_path.iterdir()} == left

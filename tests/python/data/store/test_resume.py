@@ -40,7 +40,9 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
     rows = []
     for _ in range(count):
         prompt, chosen, rejected = (" ".join(draw.choices(WORDS, k=4)) for _ in range(3))
-        rows.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+        weight = {"weight": draw.randrange(5) / 4} if draw.random() < 0.3 else {}
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        rows.append(json.dumps(row | weight))
         if draw.random() < 0.02:
             rows.append(draw.choice(["", "{broken", rows[-1]]))
     path.write_text("\n".join(rows) + "\n")
