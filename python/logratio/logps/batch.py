@@ -272,11 +272,14 @@ class Part:
         targets: Targets of these groups, with indices relative to the part.
         completions: Slice of the batch's completions.
         targets_at: Slice of the batch's targets.
+        collisions: Log of the sum of all squared probabilities at each target, float32 `[s]`,
+            without a gradient; None unless a loss asks for it.
     """
 
     targets: TargetTokens
     completions: slice
     targets_at: slice
+    collisions: Tensor | None = None
 
 
 @dataclass(frozen=True)

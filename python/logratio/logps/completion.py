@@ -4,7 +4,7 @@ All log-probs of the library are computed here.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -369,7 +369,12 @@ def _hidden_states(model: PreTrainedModel, batch: Batch, routed: Routed | None =
 
 
 def completion_loss(
-    model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None = None
+    model: nn.Module,
+    batch: Batch,
+    loss_of: LossOf,
+    routed: Routed | None = None,
+    *,
+    collisions: bool = False,
 ) -> Tensor:
     """Compute a loss of `batch`'s log-probs, and its gradients in the same pass over the logits.
 
@@ -380,6 +385,7 @@ def completion_loss(
             part's share of the loss, a scalar. It is called once per part, with autograd enabled.
         routed: Called once per call of the body, with differentiable logits of its routers; only
             for mixtures of experts.
+        collisions: Give `loss_of` parts with `collisions`.
 
     Returns:
         The sum over the parts, a scalar; differentiable.
@@ -387,17 +393,22 @@ def completion_loss(
     Raises:
         SharedPromptError: As in `completion_logps`.
     """
-    return inside(model, _loss, batch, loss_of, routed)
+    return inside(model, _loss, batch, loss_of, routed, collisions)
 
 
-def _loss(model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None) -> Tensor:
+def _loss(
+    model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None, collisions: bool
+) -> Tensor:
     inner, targets = transformer(model), batch.targets
     hidden = _target_states(inner, batch, routed)
     head = Head.of(inner)
     if head is None:
-        return loss_of(_module_logps(inner, hidden, targets.target_ids), targets.whole)
+        whole = targets.whole
+        if collisions:
+            whole = replace(whole, collisions=_module_collisions(inner, hidden))
+        return loss_of(_module_logps(inner, hidden, targets.target_ids), whole)
     parts = targets.parts(tile_rows(head))
-    return head_loss(head, hidden, targets.target_ids, parts, loss_of)
+    return head_loss(head, hidden, targets.target_ids, parts, loss_of, collisions=collisions)
 
 
 def _module_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:
@@ -407,6 +418,14 @@ def _module_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) ->
     return torch.cat(
         [checkpoint(_module_tile_logps, model, h, t, use_reentrant=False) for h, t in tiles]
     )
+
+
+@torch.no_grad()
+def _module_collisions(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the log of the sum of squared probabilities for `hidden`, `[S, H]`: float32 `[S]`."""
+    rows = max(1, TILE_ELEMENTS // model.config.get_text_config().vocab_size)
+    found = [head_logits(model, part).float().log_softmax(1) for part in hidden.split(rows)]
+    return torch.cat([torch.logsumexp(2 * logps, 1) for logps in found])
 
 
 def _module_tile_logps(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:

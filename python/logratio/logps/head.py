@@ -186,13 +186,18 @@ class Tile:
 
     Attributes:
         logps: Log-prob of each target in nats, float32 `[n]`.
+        collisions: Log of the sum of all squared probabilities, float32 `[n]`; None: not asked for.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, target_ids: Tensor) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, target_ids: Tensor, *, collisions: bool = False
+    ) -> None:
         """Score `target_ids` `[n]` from `hidden` `[n, H]`, both in the dtype of `head`.
 
         See `Head.cast`.
         """
+        self.collisions: Tensor | None = None
+        self._wants_collisions = collisions
         self._head, self._hidden, self._targets = head, hidden, target_ids
         self._slope: Tensor | None = None
         self._memory = _Memory(len(hidden), head)
@@ -248,6 +253,8 @@ class Tile:
         own, highest = logits.gather(1, targets)[:, 0], logits.amax(1)
         torch.softmax(logits, 1, out=logits)
         logps = own - highest + logits.amax(1).log()
+        if self._wants_collisions:
+            self.collisions = 2 * torch.linalg.vector_norm(logits, dim=1).log()
         logits.scatter_add_(1, targets, torch.full_like(own, -1.0)[:, None])
         return logps
 

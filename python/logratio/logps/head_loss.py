@@ -1,6 +1,7 @@
 """Compute log-probs and losses from hidden states, one tile of logits at a time."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -105,10 +106,21 @@ LossOf = Callable[[Tensor, Part], Tensor]
 
 
 def head_loss(
-    head: Head, hidden: Tensor, target_ids: Tensor, parts: list[Part], loss_of: LossOf
+    head: Head,
+    hidden: Tensor,
+    target_ids: Tensor,
+    parts: list[Part],
+    loss_of: LossOf,
+    *,
+    collisions: bool = False,
 ) -> Tensor:
-    """Return the sum of `loss_of` over the parts of a batch, a scalar, from `hidden`, `[S, H]`."""
-    loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, target_ids, head, parts, loss_of)
+    """Return the sum of `loss_of` over the parts of a batch, a scalar, from `hidden`, `[S, H]`.
+
+    With `collisions`, the parts have theirs: see `Part`.
+    """
+    loss: Tensor = _HeadLoss.apply(
+        hidden, head.weight, head.bias, target_ids, head, parts, loss_of, collisions
+    )
     return loss
 
 
@@ -125,11 +137,12 @@ class _HeadLoss(torch.autograd.Function):
         head: Head,
         parts: list[Part],
         loss_of: LossOf,
+        collisions: bool,
     ) -> Tensor:
-        sums, losses = HeadGradients(head, hidden, product_dtype(hidden)), []
+        sums = HeadGradients(head, hidden, product_dtype(hidden))
+        scoring = _Scoring(sums, target_ids, loss_of, tile_rows(head), collisions)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in parts:
-                losses.append(_add_part(sums, target_ids, part, loss_of, tile_rows(head)))
+            losses = [scoring.add(part) for part in parts]
         ctx.gradients = sums.result()
         return torch.stack(losses).sum()
 
@@ -138,7 +151,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         own = [None if g is None else _scaled(g, factor) for g in ctx.gradients]
         del ctx.gradients
-        return *own, None, None, None, None
+        return *own, None, None, None, None, None
 
 
 @cache
@@ -159,27 +172,48 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient * factor.to(gradient.dtype)
 
 
-def _add_part(
-    sums: HeadGradients, target_ids: Tensor, part: Part, loss_of: LossOf, rows: int
-) -> Tensor:
-    """Score a part, compute its loss and accumulate its gradients; return the loss."""
-    start, stop = part.targets_at.start, part.targets_at.stop
-    if stop - start <= rows:
-        with Tile(sums.matrix, sums.low[start:stop], target_ids[start:stop]) as tile:
-            loss, factors = _loss_and_factors(tile.logps, part, loss_of)
-            sums.add(start, tile, factors)
+@dataclass(frozen=True)
+class _Scoring:
+    """Scores the parts of a batch, and adds their gradients to `sums`."""
+
+    sums: HeadGradients
+    target_ids: Tensor
+    loss_of: LossOf
+    rows: int
+    collisions: bool
+
+    def add(self, part: Part) -> Tensor:
+        """Score a part, compute its loss and accumulate its gradients; return the loss."""
+        at = part.targets_at
+        if at.stop - at.start <= self.rows:
+            with self._tile(at) as tile:
+                part = replace(part, collisions=tile.collisions)
+                loss, factors = _loss_and_factors(tile.logps, part, self.loss_of)
+                self.sums.add(at.start, tile, factors)
+            return loss
+        return self._add_large(part)
+
+    def _add_large(self, part: Part) -> Tensor:
+        """Add a group that is larger than a tile: its tiles are computed twice."""
+        start, stop = part.targets_at.start, part.targets_at.stop
+        places = [slice(at, min(at + self.rows, stop)) for at in range(start, stop, self.rows)]
+        logps, collisions = [], []
+        for at in places:
+            with self._tile(at) as tile:
+                logps.append(tile.logps)
+                if tile.collisions is not None:
+                    collisions.append(tile.collisions)
+        if collisions:
+            part = replace(part, collisions=torch.cat(collisions))
+        loss, factors = _loss_and_factors(torch.cat(logps), part, self.loss_of)
+        for at, own in zip(places, factors.split(self.rows), strict=True):
+            with self._tile(at) as tile:
+                self.sums.add(at.start, tile, own)
         return loss
-    starts = range(start, stop, rows)  # a group larger than a tile: its tiles are computed twice
-    tiles = [slice(at, min(at + rows, stop)) for at in starts]
-    logps = []
-    for at in tiles:
-        with Tile(sums.matrix, sums.low[at], target_ids[at]) as tile:
-            logps.append(tile.logps)
-    loss, factors = _loss_and_factors(torch.cat(logps), part, loss_of)
-    for at, g in zip(tiles, factors.split(rows), strict=True):
-        with Tile(sums.matrix, sums.low[at], target_ids[at]) as tile:
-            sums.add(at.start, tile, g)
-    return loss
+
+    def _tile(self, at: slice) -> Tile:
+        sums = self.sums
+        return Tile(sums.matrix, sums.low[at], self.target_ids[at], collisions=self.collisions)
 
 
 def _loss_and_factors(logps: Tensor, part: Part, loss_of: LossOf) -> tuple[Tensor, Tensor]:

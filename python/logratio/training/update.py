@@ -240,6 +240,8 @@ class Updater:
             sums = weighted_sums(part.targets, logps, own)
             groups = self.data.groups(part.targets, sums, reference[part.completions])
             groups = self._with_statistics(groups, first, part)
+            if part.collisions is not None:
+                groups = replace(groups, confidences=confidences(part, logps))
             losses = self.data.weighted(self.objective.losses(groups), part.targets)
             scored.append(Scored(losses.detach(), groups.detached()))
             return losses.sum() / count
@@ -268,12 +270,13 @@ class Updater:
         Args:
             counts: Whether the batch counts; False: it only gives the other processes a pass.
         """
+        loss_of = partial(completion_loss, collisions=self.objective.needs_confidences)
         if (router := self.router) is None:
-            return completion_loss
+            return loss_of
 
         def both(model: nn.Module, batch: Batch, share: LossOf) -> Tensor:
             sums = router.sums()
-            loss = completion_loss(model, batch, share, sums.add)
+            loss = loss_of(model, batch, share, sums.add)
             return loss + router.share(sums) if counts else loss
 
         return both
@@ -337,6 +340,12 @@ class Updater:
     def _policy_sum(self, batch: Batch) -> float:
         with self.autocast():
             return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
+
+
+def confidences(part: Part, logps: Tensor) -> Tensor:
+    """Return the mean of log π(token) − log Σ π² of each completion, float64 `[N]`, detached."""
+    assert part.collisions is not None
+    return part.targets.sums(logps.detach() - part.collisions) / part.targets.lengths
 
 
 def _named(culprits: list[str], groups: int) -> str:

@@ -71,6 +71,8 @@ class GroupLogps:
         statistics: Results of `Method.statistics`: per completion, `[N]`, or of the whole update,
             `[]`.
         has_reference: Whether the reference's log-probs are meaningful.
+        confidences: Mean of log π(token) − log Σ π² over the counted tokens of each completion,
+            float64 `[N]`, without a gradient; None if the loss does not use it.
     """
 
     policy_logps: Tensor
@@ -81,6 +83,7 @@ class GroupLogps:
     values: np.ndarray | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     has_reference: bool = True
+    confidences: Tensor | None = None
 
     @classmethod
     def concatenated(cls, parts: "Sequence[GroupLogps]") -> "GroupLogps":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from logratio.training.methods.logps import PairLogps
+from logratio.training.methods.logps import GroupLogps, PairLogps
 
 
 def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -91,6 +91,20 @@ def odpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
     """
     assert pairs.margins is not None
     return logistic(beta * pairs.logratio_margins - alpha * pairs.margins.log())
+
+
+def wpo_loss(groups: GroupLogps, *, beta: float, label_smoothing: float) -> Tensor:
+    r"""Return the WPO loss of each pair, `[B]`.
+
+    DPO's loss times :math:`w_w w_l` with
+    :math:`w = \exp\frac1n\sum_t[\log\pi(y_t) - \log\sum_v\pi(v)^2]` of each completion, Zhou et al.
+    2024 (arXiv 2406.11827, eq. 4): pairs that the policy itself might write weigh more. Weights
+    have no gradient, and are 1 where `confidences` are not known, as in evaluations.
+    """
+    losses = logistic(beta * groups.pairs().logratio_margins, label_smoothing)
+    if groups.confidences is None:
+        return losses
+    return losses * groups.per_group(groups.confidences).exp()
 
 
 CLIMB = 30.0

@@ -140,6 +140,11 @@ class Objective:
         return any(term.method.needs_mismatches for term in self.terms)
 
     @property
+    def needs_confidences(self) -> bool:
+        """Whether a method uses how confident the policy is in each token."""
+        return any(term.method.needs_confidences for term in self.terms)
+
+    @property
     def weighs_tokens(self) -> bool:
         """Whether tokens do not count equally, so that log-probs of tokens are needed."""
         return self._weighing is not None

@@ -79,6 +79,7 @@ class Method:
         rewards: The rewards whose margin the loss increases, in the metrics.
         statistics: Computes numbers of the whole update, in a pass before that for the gradients.
         token_weights: Weights of tokens in the sums of log-probs; None: each counts once.
+        needs_confidences: Whether the loss uses how confident the policy is in each token.
         needs_margins: Whether the data must have a margin for each pair.
         needs_mismatches: Whether each group needs the answer to another prompt.
         note: A remark for the table.
@@ -97,6 +98,7 @@ class Method:
     rewards: Rewards = "implicit"
     statistics: Statistics | None = None
     token_weights: Callable[..., Tensor] | None = None
+    needs_confidences: bool = False
     needs_margins: bool = False
     needs_mismatches: bool = False
     note: str = ""
@@ -377,6 +379,16 @@ METHODS: dict[str, Method] = {
         "-log σ(β[e^-αr_l - e^-αr_w]/α)",
         options={"alpha": Option(0.5, "α of the divergence", 0.0, 1.0, is_open=True)},
         initial=_ln2,
+    ),
+    "wpo": Method(
+        "WPO",
+        margins.wpo_loss,
+        "arXiv 2406.11827",
+        "-w_w w_l log σ(βD), w = exp(mean of log π(y_t) - log Σ_v π(v)²)",
+        takes=GroupLogps,
+        options={"label_smoothing": SMOOTHING},
+        needs_confidences=True,
+        note="held-out losses are without the weights",
     ),
     "step-dpo": Method(
         "Step-DPO",

@@ -102,7 +102,7 @@ def oracle(
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("loss", [one for one in ALL if one not in ("ld-dpo", "sampo")])
+@pytest.mark.parametrize("loss", [one for one in ALL if one not in ("ld-dpo", "sampo", "wpo")])
 def test_micro_batches_do_not_change_an_update(
     loss: str, budget: int, policy: PreTrainedModel, reference: PreTrainedModel
 ) -> None:
@@ -116,6 +116,39 @@ def test_micro_batches_do_not_change_an_update(
     for parameter, slope in zip(one.policy.parameters(), slopes, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, slope, rtol=SAME, atol=SAME * scale_of(slopes))
+
+
+def test_wpo_weighs_pairs_by_the_whole_distribution(
+    policy: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle takes softmax over whole logits, for tiles of three positions and large ones."""
+    config, store = configured("wpo", beta=0.05), store_for("pairs")
+    model, losses = deepcopy(policy), []
+    for group in range(len(store)):
+        prompt, completions, masks, _ = store.group(group)
+        ratios, confidence = [], torch.zeros((), dtype=torch.float64)
+        for ids, mask in zip(completions, masks, strict=True):
+            whole = torch.from_numpy(np.concatenate([prompt, ids])).long()[None]
+            at = slice(len(prompt) - 1, -1)
+            own, theirs = (
+                m(input_ids=whole).logits[0, at].log_softmax(1) for m in (model, reference)
+            )
+            counted, place = torch.from_numpy(mask).bool(), torch.arange(len(ids))
+            chosen = own[place, torch.from_numpy(ids).long()]
+            ratios.append((chosen - theirs[place, torch.from_numpy(ids).long()])[counted].sum())
+            squares = own.exp().square().sum(1).log()
+            confidence = confidence + (chosen - squares)[counted].mean().detach()
+        margin = config.beta * (ratios[0] - ratios[1])
+        losses.append(-torch.nn.functional.logsigmoid(margin) * confidence.exp())
+    loss = torch.stack(losses).mean()
+    slopes = [*torch.autograd.grad(loss, [*model.parameters()])]
+    for elements in (2**24, 3 * 211):
+        monkeypatch.setattr("logratio.logps.head.TILE_ELEMENTS", elements)
+        one = updater(config, store, policy, reference)
+        metrics, _ = one.update(1, 0.0, micro_batches(store, 60))
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=SAME)
+        grads = [parameter.grad for parameter in one.policy.parameters()]
+        torch.testing.assert_close(grads, slopes, rtol=SAME, atol=SAME * scale_of(slopes))
 
 
 @pytest.mark.parametrize("loss", ["ld-dpo", "sampo"])
