@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from logratio.errors import LogratioError
 from logratio.logps.attention.interface import SharedPromptError
 from logratio.logps.batch import Batch, TreeBatch
-from logratio.logps.completion import Group, inside, limits_of, score, transformer
+from logratio.logps.completion import (
+    Group,
+    attention_for,
+    inside,
+    limits_of,
+    score,
+    transformer,
+)
 from logratio.logps.completion import batch_of as batch_of
 from logratio.logps.head import head_logits
+from logratio.logps.scores import HEAD, completion_scores, end_states, has_scalar_head, scored_places
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference between two layouts that rounding explains, in nats per token."""
@@ -105,8 +113,8 @@ def _leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: int) ->
     others = [*completions]
     others[changed] = _probe(model, seed=1)[0][1][changed]
     leaked = _scores(model, [(prompt, others), *groups[1:]], "shared")
-    length = len(completions[0])
-    kept = slice(0, length) if changed else slice(length, length + len(completions[1]))
+    first, second = _counts(model, completions)
+    kept = slice(0, first) if changed else slice(first, first + second)
     return _gap(logps[kept], leaked[kept])
 
 
@@ -118,7 +126,8 @@ def _crosstalk(model: nn.Module, groups: list[Group]) -> float:
     """
     (prompt, (first, _)), device = groups[0], transformer(model).device
     start, stop = len(prompt), len(prompt) + len(first)
-    cuts = [0, len(first), sum(len(ids) for _, answers in groups for ids in answers)]
+    counts = _counts(model, [ids for _, answers in groups for ids in answers])
+    cuts = [0, counts[0], sum(counts)]
     if not (found := _token_gradients(model, batch_of(groups, "shared", device), cuts)):
         return 0.0
     of_first, of_others = found
@@ -143,7 +152,7 @@ def _token_gradients(model: nn.Module, batch: Batch, cuts: Sequence[int]) -> lis
     handle = inner.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            logps = score(model, batch)
+            logps = _values(model, batch)
             parts = [logps[start:stop].sum() for start, stop in pairwise(cuts)]
     finally:
         handle.remove()
@@ -190,18 +199,23 @@ def _tree_leak(model: nn.Module, groups: list[Group], logps: Tensor, changed: in
     last = [last[0], *((token + 1) % vocabulary for token in last[1:])]
     altered = [*groups[:changed], (prompt, [*others, last]), *groups[changed + 1 :]]
     leaked = _scores(model, altered, "tree")
-    before = sum(len(ids) for _, answers in groups[:changed] for ids in answers)
-    start = before + sum(map(len, others))
+    before = [ids for _, answers in groups[:changed] for ids in answers]
+    start = sum(_counts(model, before + others))
     gaps = (logps - leaked).abs()
-    return float(torch.cat([gaps[: start + 1], gaps[start + len(last) :]]).max())
+    same = 0 if has_scalar_head(model) else 1  # the first token of the completion is unchanged
+    after = start + sum(_counts(model, [last]))
+    return float(torch.cat([gaps[: start + same], gaps[after:]]).max())
 
 
 def _tree_crosstalk(model: nn.Module, groups: list[Group]) -> float:
     """Return the largest gradient of a completion with respect to a token not on its path."""
     batch = batch_of(groups, "tree", transformer(model).device)
     assert isinstance(batch, TreeBatch)
-    cuts = batch.targets.completion_offsets.tolist()
-    ends = batch.targets.logit_index[[cut - 1 for cut in cuts[1:]]].tolist()
+    offsets = batch.targets.completion_offsets
+    is_scored = has_scalar_head(model)
+    cuts = list(range(len(offsets))) if is_scored else offsets.tolist()
+    last = batch.targets.logit_index[offsets[1:] - 1]
+    ends = (scored_places(batch, None) if is_scored else last).tolist()
     worst = [torch.zeros(())]
     for gradient, end in zip(_token_gradients(model, batch, cuts), ends, strict=False):
         outside = torch.ones(len(gradient), dtype=torch.bool)
@@ -266,6 +280,9 @@ def check_head(model: nn.Module) -> None:
     inner = transformer(model)
     if inner.base_model is inner:
         raise UnsupportedModelError(f"{_name(model)}: its body and its head are not separate")
+    if has_scalar_head(model):
+        _check_scalar_head(model)
+        return
     prompt, completions = _probe(model, seed=0)[0]
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     with torch.no_grad():
@@ -279,8 +296,30 @@ def check_head(model: nn.Module) -> None:
         )
 
 
+def _check_scalar_head(model: nn.Module) -> None:
+    """Compare the score of a sequence with the output of the model's forward: see `check_head`."""
+    inner, (prompt, completions) = transformer(model), _probe(model, seed=0)[0]
+    head = getattr(inner, HEAD, None)
+    if head is None or inner.config.num_labels != 1:
+        raise UnsupportedModelError(
+            f"{_name(model)}: a reward model has a layer {HEAD!r} with one output"
+        )
+    ids = torch.tensor([prompt + completions[0]], device=inner.device)
+    with torch.no_grad():
+        own = _own_logits(model, ids).flatten()
+        batch = batch_of([(prompt, completions[:1])], "padded", inner.device)
+        found = completion_scores(model, batch).float()
+    if not bool(own.isfinite().all()):
+        raise UnsupportedModelError(f"{_name(model)}: its score is not finite")
+    scale = max(1.0, float(own.abs().max()))
+    if not (gap := _gap(own, found)) <= _tolerance(model) * scale:
+        raise UnsupportedModelError(
+            f"{_name(model)}: its scores are computed in an unknown way (they differ by {gap:.2g})"
+        )
+
+
 def _own_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the logits of the wrapped model for ids `[1, T]`, float32 `[T, V]`."""
+    """Return the first sequence's logits of the wrapped model for ids `[1, T]`, in float32."""
     try:
         logits: Tensor = transformer(model)(input_ids=ids, use_cache=False).logits[0].float()
     except torch.OutOfMemoryError:
@@ -318,14 +357,23 @@ def check_causality(model: nn.Module) -> None:
     ids = torch.tensor([prompt + completions[0]], device=inner.device)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % inner.config.get_text_config().vocab_size
-    first, second = (
-        torch.log_softmax(inner(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
-        for row in (ids, changed)
-    )
+    first, second = (_before_last(inner, row) for row in (ids, changed))
     if not (moved := _gap(first, second)) <= _tolerance(model, SAME_CALLS):
         raise UnsupportedModelError(
             f"{_name(model)} is not causal: a token changes earlier log-probs by {moved:.2g} nats"
         )
+
+
+def _before_last(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return what a model computes at all positions of `[1, T]` but the last.
+
+    That is log-probs `[T - 1, V]`, or for a reward model states `[T - 1, H]` at the same scale.
+    """
+    if has_scalar_head(model):
+        states = transformer(model).base_model(input_ids=ids, use_cache=False)[0][0, :-1].float()
+        return torch.nn.functional.rms_norm(states, states.shape[1:])
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    return torch.log_softmax(logits.float(), -1)
 
 
 def _probe(model: nn.Module, seed: int) -> list[Group]:
@@ -341,7 +389,27 @@ def _probe(model: nn.Module, seed: int) -> list[Group]:
 
 @torch.no_grad()
 def _scores(model: nn.Module, groups: list[Group], layout: str) -> Tensor:
-    return score(model, batch_of(groups, layout, transformer(model).device))
+    return _values(model, batch_of(groups, layout, transformer(model).device))
+
+
+def _values(model: nn.Module, batch: Batch) -> Tensor:
+    """Return what the checks compare: log-probs of tokens `[S]`; or `[N]` of a reward model.
+
+    A new head's scores may be too small to show a leak, so the states that it reads are compared
+    instead: at the same scale, in a random direction.
+    """
+    if not has_scalar_head(model):
+        return score(model, batch)
+    with attention_for(model, batch):
+        states = inside(model, lambda model: end_states(transformer(model), batch)).float()
+    random = torch.Generator().manual_seed(0)
+    direction = torch.randn(states.shape[1], generator=random).to(states.device)
+    return torch.nn.functional.rms_norm(states, states.shape[1:]) @ direction / len(direction) ** 0.5
+
+
+def _counts(model: nn.Module, completions: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many of `_values` each completion has."""
+    return [1 if has_scalar_head(model) else len(ids) for ids in completions]
 
 
 def _gap(left: Tensor, right: Tensor) -> float:

@@ -4,6 +4,7 @@ All log-probs of the library are computed here.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, TypeVar
@@ -301,10 +302,15 @@ def score(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         SharedPromptError: The model does not support the batch's layout: see `choose_layout`.
     """
+    with attention_for(model, batch):
+        return completion_logps(model, batch)
+
+
+def attention_for(model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+    """Return the context in which `model` has the attention that the layout of `batch` needs."""
     if isinstance(batch, PaddedBatch):
-        return completion_logps(model, batch)
-    with shared_prompts(transformer(model)):
-        return completion_logps(model, batch)
+        return nullcontext()
+    return shared_prompts(transformer(model))
 
 
 @torch.no_grad()
@@ -324,19 +330,36 @@ def route(model: nn.Module, batch: Batch, routed: Routed) -> None:
 
 def _target_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
     """Run the body in as many calls as needed; return the hidden states that predict targets."""
-    limits = limits_of(model.config)
-    calls, is_kept = split_by_limits(batch, limits), any(limit.is_kept for limit in limits)
-    states = [_states_of_call(model, call.batch, is_kept, routed) for call in calls]
+    states, calls = states_at(model, batch, lambda call: call.targets.logit_index, routed)
     return restore_order(states, calls)
 
 
-def _states_of_call(
-    model: PreTrainedModel, batch: Batch, is_kept: bool, routed: Routed | None
-) -> Tensor:
-    if is_kept:
-        reset_dynamic_rope(model)
-    states = _hidden_states(model, batch, routed).flatten(0, 1)
-    return states.index_select(0, batch.targets.logit_index)
+def states_at(
+    model: PreTrainedModel,
+    batch: Batch,
+    places: Callable[[Batch], Tensor],
+    routed: Routed | None = None,
+) -> tuple[list[Tensor], list[Call]]:
+    """Run the body in as many calls as needed; return hidden states of each, and the calls.
+
+    Args:
+        model: The model, without a peft wrapper.
+        batch: The batch.
+        places: Returns the positions of the wanted states in the flattened batch of a call.
+        routed: Called once per call.
+
+    Returns:
+        Hidden states `[n, H]` of each call; and the calls.
+    """
+    limits = limits_of(model.config)
+    calls, is_kept = split_by_limits(batch, limits), any(limit.is_kept for limit in limits)
+    states = []
+    for call in calls:
+        if is_kept:
+            reset_dynamic_rope(model)
+        hidden = _hidden_states(model, call.batch, routed).flatten(0, 1)
+        states.append(hidden.index_select(0, places(call.batch)))
+    return states, calls
 
 
 def _hidden_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:

@@ -65,7 +65,7 @@ class Head:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head | None":
         """Return a model's head; None if it is more than a matrix (an adapter, 8-bit weights)."""
-        head = _active(model.get_output_embeddings())
+        head = active_layer(model.get_output_embeddings())
         if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
             return None
         return cls(head.weight, head.bias, Transform.of(model))
@@ -82,7 +82,7 @@ class Head:
         return replace(self, weight=self.weight.detach().to(dtype), bias=bias)
 
 
-def _active(head: Any) -> Any:
+def active_layer(head: Any) -> Any:
     """Return the layer that peft's `modules_to_save` wrapper applies now; others unchanged.
 
     That is the trained copy of the active adapter, or the original while adapters are disabled.
