@@ -25,7 +25,8 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import size
 from logratio.logps.attention.interface import NAME
 from logratio.logps.batch import shape_for, to_torch
-from logratio.logps.completion import completion_logps, transformer
+from logratio.logps.completion import transformer
+from logratio.logps.scores import differentiable_values
 from logratio.training import memory
 from logratio.training.config import TrainConfig
 from logratio.training.memory import GroupQueue
@@ -419,7 +420,7 @@ def choose_checkpointing(
         shape = shape_for(layout, device)
         batch = to_torch(lay_out(store, groups, layout, **shape), device)
         with autocast(precision_of(config), device):
-            return completion_logps(policy, batch)
+            return differentiable_values(policy, batch)
 
     estimate = memory.kept_bytes(config.model, precision_of(config)) * tokens
     added_up = len(groups) < min(config.batch_size, len(store))

@@ -1,15 +1,16 @@
 """Settings of the commands: one frozen dataclass per command, one field per flag."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from logratio.config_file import YamlSettings
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
+from logratio.hub import local_folder
 from logratio.synonyms import takes_known_names
 from logratio.training.trackers import ReportTo
 from logratio.validation import Converted, Range, changes, check_fields
@@ -471,3 +472,25 @@ class SweepConfig(YamlSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+Config = TypeVar("Config", TrainConfig, PrecomputeConfig, EvaluateConfig)
+
+
+def with_local_models(config: Config) -> Config:
+    """Return a command's settings with folders in place of ids of the Hugging Face hub.
+
+    A model that is not in the cache is downloaded: see `local_folder`.
+
+    Raises:
+        HubError: A model is not available.
+        ConfigError: A revision is given for a folder.
+    """
+    given = {name: getattr(config, name, None) for name in ("model", "reference", "policy")}
+    revision = getattr(config, "revision", None)
+    found: dict[str, Any] = {
+        name: local_folder(model, revision if name == "model" else None)
+        for name, model in given.items()
+        if model is not None
+    }
+    return replace(config, **found | ({"revision": None} if revision else {}))

@@ -25,7 +25,7 @@ from logratio.logps.checks import choose_layout
 from logratio.logps.completion import batch_of, limits_of, score, transformer
 from logratio.progress import Advance, be_silent, progress, say
 from logratio.training import memory, run_folder
-from logratio.training.config import EvaluateConfig, PathLike
+from logratio.training.config import EvaluateConfig, PathLike, with_local_models
 from logratio.training.dataset import (
     Dataset,
     check_reference,
@@ -44,7 +44,6 @@ from logratio.training.models import (
     precision_note,
     precision_of,
     quietly,
-    with_local_models,
 )
 from logratio.training.parallel.lifeline import ending_together
 from logratio.training.parallel.processes import Processes, join_processes

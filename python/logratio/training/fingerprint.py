@@ -225,7 +225,7 @@ def model_fingerprint(
         ModelFolderError: The folder does not contain a loadable model.
     """
     folder = Path(folder)
-    check_model_folder(folder)
+    check_model_folder(folder, rewards=True)
     base = base_folder(folder)
     hard = {
         "version": VERSION,

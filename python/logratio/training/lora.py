@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from logratio.errors import ConfigError, SettingTypeError
+from logratio.logps.scores import HEAD, has_scalar_head
 from logratio.training.config import CHANGING_INITS, LoraSettings, PathLike, TrainConfig
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -21,6 +22,7 @@ from logratio.training.models import (
     precision_of,
     quietly,
 )
+from logratio.training.reward_model import TASK, empty_model, is_reward_model
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 """Layers that can have an adapter."""
@@ -34,7 +36,7 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
     from peft import get_peft_model
 
     with quietly():
-        wrapped = get_peft_model(model, _peft_config(settings))
+        wrapped = get_peft_model(model, _peft_config(settings, rewards=has_scalar_head(model)))
     # An absolute path lets the saved adapter find its base from any working directory.
     wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     widen_saved_modules(wrapped)
@@ -42,19 +44,23 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
     return adapted
 
 
-def _peft_config(settings: LoraSettings) -> Any:
+def _peft_config(settings: LoraSettings, *, rewards: bool) -> Any:
+    """Return peft's config of new adapters; a reward model's scalar head is trained whole."""
     from peft import LoraConfig
 
+    saved = [*settings.modules_to_save]
+    if rewards and HEAD not in saved:
+        saved.append(HEAD)
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets) or "all-linear",
-        modules_to_save=list(settings.modules_to_save) or None,
+        modules_to_save=saved or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         init_lora_weights=True if settings.init == "default" else settings.init,
-        task_type="CAUSAL_LM",
+        task_type=TASK if rewards else "CAUSAL_LM",
     )
 
 
@@ -168,7 +174,7 @@ def _check_settings(settings: LoraSettings, config: TrainConfig) -> None:
     if settings.init == "orthogonal":
         _check_orthogonal(settings, config)
     if settings.targets or settings.modules_to_save:
-        model = without_weights(config.model)
+        model = without_weights(config.model, rewards=Objective.of(config).scores)
         _check_targets(settings.targets, model, config.model)
         _check_saved_modules(settings, model, config.model)
 
@@ -185,12 +191,10 @@ def _check_orthogonal(settings: LoraSettings, config: TrainConfig) -> None:
         )
 
 
-def without_weights(folder: PathLike) -> nn.Module:
-    """Build the model of `folder` on the meta device."""
+def without_weights(folder: PathLike, *, rewards: bool = False) -> nn.Module:
+    """Build the model of `folder` on the meta device; with `rewards`, it has a scalar head."""
     with quietly(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return model
+        return empty_model(Path(folder), reward=rewards or is_reward_model(folder))
 
 
 def _check_targets(targets: tuple[str, ...], model: nn.Module, folder: PathLike) -> None:
@@ -212,7 +216,8 @@ def _check_saved_modules(settings: LoraSettings, model: Any, folder: PathLike) -
     """Check that every name in `modules_to_save` matches layers, and only suitable ones."""
     modules = dict(model.named_modules())
     layers = [p for p, m in modules.items() if any(True for _ in m.parameters(recurse=False))]
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head = getattr(model, HEAD, None) or model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
     tied = (head, embeddings) if getattr(head, "weight", None) is embeddings.weight else ()
     for name in settings.modules_to_save:
         paths = [path for path in modules if path.endswith(name)]
@@ -331,18 +336,22 @@ def _default_targets(folder: PathLike) -> list[str]:
     return sorted(found)
 
 
-def _settings_of(given: dict[str, Any], where: str) -> LoraSettings:
+def _settings_of(
+    given: dict[str, Any], where: str, *, rewards: bool | None = False
+) -> LoraSettings:
     """Return the settings that the fields of a `LoraConfig` describe.
 
     Args:
         given: The fields as JSON values.
         where: Their origin, for messages.
+        rewards: Whether they are for a reward model.
     """
     if (kind := given.pop("peft_type", None)) not in (None, "LORA"):
         raise ConfigError(f"{where}: peft_type {kind} is not supported: give a plain LoraConfig")
-    if (task := given.pop("task_type", None)) not in (None, "CAUSAL_LM"):
+    wanted = TASK if rewards else "CAUSAL_LM"
+    if (task := given.pop("task_type", None)) not in (None, wanted):
         raise ConfigError(
-            f"{where}: task_type {task} is not supported: write CAUSAL_LM, or leave it out"
+            f"{where}: task_type {task} is not supported: write {wanted}, or leave it out"
         )
     defaults = _peft_defaults()
     if refused := sorted(_unsupported(given, defaults)):

@@ -18,6 +18,7 @@ from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import check_writable
 from logratio.hub import local_folder
 from logratio.logps.completion import Group, batch_of, score, transformer
+from logratio.logps.scores import has_scalar_head, score_completions
 from logratio.report.run_files import SETTINGS_FILE
 from logratio.training.config import PathLike, Precision
 from logratio.training.fingerprint import parameter_count
@@ -125,7 +126,7 @@ def merge_adapter(
 
 def _check(folder: Path, output: Path, dtype: str) -> None:
     """Refuse what cannot be merged before a weight is loaded."""
-    check_model_folder(folder)
+    check_model_folder(folder, rewards=True)
     base = base_folder(folder)
     if not (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(f"{folder} is a whole model already: there is no adapter to merge")
@@ -157,7 +158,8 @@ def _probe(vocabulary: int) -> list[Group]:
 @torch.no_grad()
 def _logps(model: nn.Module, groups: list[Group]) -> Tensor:
     device = transformer(model).device
-    return torch.cat([score(model, batch_of([one], "padded", device)).cpu() for one in groups])
+    values = score_completions if has_scalar_head(model) else score
+    return torch.cat([values(model, batch_of([one], "padded", device)).cpu() for one in groups])
 
 
 def _merge(adapted: nn.Module, folder: Path) -> nn.Module:

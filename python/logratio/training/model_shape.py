@@ -14,6 +14,7 @@ from logratio.training.activations import decoder_layers
 from logratio.training.config import PathLike, Precision, Quantization, TrainConfig
 from logratio.training.lora import read_lora_config, with_lora, without_weights
 from logratio.training.memory import QUANTIZED_BYTES, SCALE_BYTES
+from logratio.training.methods.objective import Objective
 from logratio.training.models import base_folder, is_quantized, precision_of, weights_dtype
 from logratio.training.speed import flops_of_passes
 
@@ -121,7 +122,8 @@ def policy_shape(config: TrainConfig) -> ModelShape:
     """
     folder = Path(config.model)
     lora = config.lora if config.adapter == "merge" else read_lora_config(folder)
-    return _shape(folder, lora, precision_of(config), config.quantization)
+    rewards = Objective.of(config).scores
+    return _shape(folder, lora, precision_of(config), config.quantization, rewards=rewards)
 
 
 def frozen_shape(
@@ -142,6 +144,7 @@ def _shape(
     quantization: Quantization | None,
     *,
     trained: bool = True,
+    rewards: bool = False,
 ) -> ModelShape:
     base = base_folder(folder)
     if is_quantized(base):
@@ -149,7 +152,7 @@ def _shape(
             f"{base}: its weights are quantized in a way that its config alone does not describe; "
             "plan with the model that it was made from, and quantization"
         )
-    model = without_weights(base).requires_grad_(trained)
+    model = without_weights(base, rewards=rewards).requires_grad_(trained)
     if lora:
         with torch.device("meta"):
             model = with_lora(model, lora, base)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -31,6 +31,7 @@ from logratio.training.config import (
     TrainConfig,
 )
 from logratio.training.given_model import given_model
+from logratio.training.reward_model import empty_model, is_reward_model, read_model, refusal_of
 
 SCHEMES: dict[Quantization, str] = {
     "8bit": "LLM.int8, outliers from 6.0",
@@ -98,7 +99,6 @@ memory of 2,048; they were no faster with 6 layers of width 288, and a tenth fas
 768. Smaller micro-batches accumulate gradients more often. A GPU needs more tokens to be busy; the
 best number was not measured."""
 Model = TypeVar("Model", bound=nn.Module)
-Config = TypeVar("Config", TrainConfig, PrecomputeConfig, EvaluateConfig)
 
 
 class ModelFolderError(LogratioError, ValueError):
@@ -177,8 +177,9 @@ def load_model(
     precision: Precision = "fp32",
     frozen: bool = False,
     in_place: bool = False,
+    head_seed: int | None = None,
 ) -> nn.Module:
-    """Load a causal language model, or an adapter with its base, in eval mode.
+    """Load a causal language model, a reward model, or an adapter with its base, in eval mode.
 
     Args:
         folder: Folder of a model or an adapter, or an id of the Hugging Face hub.
@@ -191,6 +192,8 @@ def load_model(
             matrices are stored in bfloat16, since autocast would round them at each use.
         in_place: Return a model that was given to the trainer as an object itself, instead of a
             copy; `frozen` then stores no matrix in bfloat16, which would change the object.
+        head_seed: Give a model without a scalar head a new one, drawn with this seed. None: the
+            model has the head that its folder has.
 
     Returns:
         The model with dropout off: a transformers model, or a peft wrapper around one.
@@ -205,7 +208,7 @@ def load_model(
         >>> model = load_model("sft-model", precision="bf16-weights")
     """
     folder = local_folder(folder)
-    check_model_folder(folder)
+    check_model_folder(folder, rewards=True)
     if given := given_model(folder):
         found = _prepared(given.loaded(in_place=in_place), precision)
         return (_frozen(found, precision) if frozen and not in_place else found).to(device)
@@ -216,13 +219,14 @@ def load_model(
             quantization=quantization,
             precision=precision,
             frozen=frozen,
+            head_seed=0 if is_reward_model(folder) else None,  # the adapter has the head's weights
         )
         adapted = with_adapter(base, folder, device)
         if precision != "fp32":
             adapted = with_bfloat16_adapters(adapted)
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
-    return _whole_model(folder, device, quantization, precision, frozen=frozen)
+    return _whole_model(folder, device, quantization, precision, head_seed, frozen=frozen)
 
 
 def _whole_model(
@@ -230,15 +234,20 @@ def _whole_model(
     device: torch.device | str,
     quantization: Quantization | None,
     precision: Precision,
+    head_seed: int | None,
     *,
     frozen: bool,
 ) -> nn.Module:
     """Load the model of a folder that contains no adapter: see `load_model`."""
     if torch.device(device).type == "meta":
-        empty = with_softcap(without_dropout(_without_weights(folder, precision))).eval()
+        reward = head_seed is not None or is_reward_model(folder)
+        with quietly():
+            empty = empty_model(folder, weights_dtype(precision), reward=reward)
+        empty = with_softcap(without_dropout(empty)).eval()
         return _frozen(empty, precision) if frozen else empty
     special = loading_arguments(folder, device, quantization, precision)
-    model = with_softcap(without_dropout(_load_weights(folder, precision, special))).eval()
+    read = _load_weights(folder, precision, special, head_seed)
+    model = with_softcap(without_dropout(read)).eval()
     if special:
         _without_cpu_packing(model)
         return model.requires_grad_(False) if frozen else model
@@ -280,35 +289,19 @@ def _prepared(model: nn.Module, precision: Precision) -> nn.Module:
     return model
 
 
-def _without_weights(folder: Path, precision: Precision) -> nn.Module:
-    """Build the model of a folder with undefined weights, for a caller that fills them."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with quietly():
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=weights_dtype(precision), trust_remote_code=False
-        )
-    return model
-
-
-def _load_weights(folder: Path, precision: Precision, special: Mapping[str, Any]) -> nn.Module:
+def _load_weights(
+    folder: Path, precision: Precision, special: dict[str, Any], head_seed: int | None
+) -> nn.Module:
     """Load a model and check that no weight is missing; `special` is passed to transformers."""
     try:
         with quietly():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=weights_dtype(precision),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                **special,
-            )
+            dtype = weights_dtype(precision)
+            model, missing = read_model(folder, dtype, special, head_seed=head_seed)
     except ImportError as error:
         raise ModelFolderError(
             f"{folder}: a library is missing for its weights: {error}"
         ) from error
-    model: nn.Module = loaded[0]
-    _check_weights(folder, loaded[1]["missing_keys"])
+    _check_weights(folder, missing)
     return model
 
 
@@ -375,25 +368,6 @@ def _base_module(end: Any) -> Any:
     return getattr(end, "base_layer", getattr(end, "original_module", end))
 
 
-def with_local_models(config: Config) -> Config:
-    """Return a command's settings with folders in place of ids of the Hugging Face hub.
-
-    A model that is not in the cache is downloaded: see `local_folder`.
-
-    Raises:
-        HubError: A model is not available.
-        ConfigError: A revision is given for a folder.
-    """
-    given = {name: getattr(config, name, None) for name in ("model", "reference", "policy")}
-    revision = getattr(config, "revision", None)
-    found: dict[str, Any] = {
-        name: local_folder(model, revision if name == "model" else None)
-        for name, model in given.items()
-        if model is not None
-    }
-    return replace(config, **found | ({"revision": None} if revision else {}))
-
-
 def base_folder(folder: str | Path) -> Path:
     """Return the base model's folder of an adapter, or `folder` if it is not an adapter.
 
@@ -409,8 +383,12 @@ def base_folder(folder: str | Path) -> Path:
     return base if base.exists() else local_folder(base, settings.get("revision"))
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, *, rewards: bool = False) -> None:
     """Check that a folder contains a model that can be loaded, without loading its weights.
+
+    Args:
+        folder: The folder.
+        rewards: Accept a reward model, which has scores in place of log-probs.
 
     Raises:
         ModelFolderError: Files are missing or contradict each other; the message names them.
@@ -434,6 +412,11 @@ def check_model_folder(folder: Path) -> None:
     if given_model(folder):
         architecture(folder)
         return
+    if not rewards and is_reward_model(folder):
+        raise ModelFolderError(
+            f"{folder} is a reward model: it has scores and no next-token log-probs. It is trained "
+            "with --loss bradley-terry, and evaluated and exported as --policy"
+        )
     if not any(folder.glob("adapter_model.safetensors" if adapter else "*.safetensors")):
         raise ModelFolderError(
             f"{folder}: no safetensors weights (other formats can run code when loaded); "
@@ -441,9 +424,21 @@ def check_model_folder(folder: Path) -> None:
         )
     if adapter:
         _check_adapter(folder)
-        _check_base(folder)
+        _check_base(folder, rewards=rewards)
     else:
         architecture(folder)
+    if is_reward_model(folder):
+        check_reward_folder(folder)
+
+
+def check_reward_folder(folder: Path) -> None:
+    """Check that a model is, or can become, a reward model.
+
+    Raises:
+        ModelFolderError: Its family has no such class, or a head is missing or too wide.
+    """
+    if why := refusal_of(folder, base_folder(folder)):
+        raise ModelFolderError(why)
 
 
 def architecture(folder: Path) -> PreTrainedConfig:
@@ -516,7 +511,7 @@ def _check_adapter(folder: Path) -> None:
         )
 
 
-def _check_base(adapter: Path) -> None:
+def _check_base(adapter: Path, *, rewards: bool) -> None:
     """Refuse an adapter whose base is neither a local folder nor available from the hub."""
     try:
         base = base_folder(adapter)
@@ -532,7 +527,7 @@ def _check_base(adapter: Path) -> None:
             f"{adapter}: its base model {base} is not a local folder"
             + fetching_advice(base, "model", place)
         )
-    check_model_folder(base)
+    check_model_folder(base, rewards=rewards)
 
 
 def _full_weights(folder: Path) -> Path | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from logratio.training.bfloat16 import with_bfloat16_adapters
 from logratio.training.config import TrainConfig
 from logratio.training.lora import use_dropout, widen_saved_modules, with_lora
+from logratio.training.methods.objective import Objective
 from logratio.training.models import (
     ADAPTER_CONFIG,
     base_folder,
@@ -26,6 +27,7 @@ from logratio.training.models import (
     with_adapter,
     without_dropout,
 )
+from logratio.training.reward_model import is_reward_model
 from logratio.training.validation import reference_kind
 
 TRAINED, REFERENCE = "default", "reference"
@@ -51,6 +53,7 @@ def build_policy(config: TrainConfig, device: str) -> nn.Module:
         precision=precision_of(config),
         frozen=config.lora is not None,
         in_place=True,
+        head_seed=config.seed if Objective.of(config).scores else None,
     )
     if (Path(config.model) / ADAPTER_CONFIG).exists():
         return merged(model).requires_grad_(True)
@@ -79,6 +82,7 @@ def _continued(config: TrainConfig, device: str) -> nn.Module:
         quantization=config.quantization,
         precision=precision_of(config),
         frozen=True,
+        head_seed=config.seed if is_reward_model(folder) else None,
     )
     policy: Any = with_adapter(base, folder, device)
     adapters = [TRAINED]

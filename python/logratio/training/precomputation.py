@@ -20,7 +20,7 @@ from logratio.forecast import Forecast, check_writable, count, duration, size
 from logratio.progress import progress, say
 from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
-from logratio.training.config import PrecomputeConfig, TrainConfig
+from logratio.training.config import PrecomputeConfig, TrainConfig, with_local_models
 from logratio.training.dataset import Dataset, load_dataset, mismatched
 from logratio.training.fingerprint import model_fingerprint, reference_fingerprint
 from logratio.training.memory import token_budget
@@ -32,7 +32,6 @@ from logratio.training.models import (
     default_device,
     precision_note,
     precision_of,
-    with_local_models,
 )
 from logratio.training.parallel.processes import Processes
 from logratio.training.reference import holds_sums_only

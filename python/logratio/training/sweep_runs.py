@@ -21,7 +21,13 @@ from logratio.forecast import Forecast, check_writable, count
 from logratio.progress import say
 from logratio.training import evaluation
 from logratio.training.checkpoint import RunInterruptedError, newest
-from logratio.training.config import EvaluateConfig, PrecomputeConfig, SweepConfig, TrainConfig
+from logratio.training.config import (
+    EvaluateConfig,
+    PrecomputeConfig,
+    SweepConfig,
+    TrainConfig,
+    with_local_models,
+)
 from logratio.training.dataset import (
     Dataset,
     check_mix,
@@ -33,7 +39,7 @@ from logratio.training.memory import FORWARD, evaluation_seconds, seconds, train
 from logratio.training.methods.data_checks import check_groups
 from logratio.training.methods.objective import Objective
 from logratio.training.model_card import add_evaluation
-from logratio.training.models import precision_of, with_local_models
+from logratio.training.models import precision_of
 from logratio.training.precomputation import precompute, refuse_multiple_processes
 from logratio.training.reference import holds_sums_only
 from logratio.training.run_file import absolute, with_absolute_paths

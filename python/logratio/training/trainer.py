@@ -22,7 +22,7 @@ from logratio.progress import be_silent, say
 from logratio.training import run_folder, torch_settings
 from logratio.training.callbacks import Callback, check_callbacks
 from logratio.training.checkpoint import interrupts
-from logratio.training.config import TrainConfig
+from logratio.training.config import TrainConfig, with_local_models
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.given_model import given_model
@@ -35,7 +35,6 @@ from logratio.training.models import (
     default_device,
     precision_note,
     precision_of,
-    with_local_models,
 )
 from logratio.training.moving_reference import MovingReference
 from logratio.training.parallel.agreement import refuse_differences, refuse_separate_outputs

@@ -19,6 +19,7 @@ from logratio.logps.batch import Batch, Part, shape_for, to_torch
 from logratio.logps.completion import completion_logps, completion_loss, route
 from logratio.logps.head_loss import LossOf, unit_gradient
 from logratio.logps.router import RouterSums
+from logratio.logps.scores import completion_scores, score_loss
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
 from logratio.training.methods.columns import Columns, averages
@@ -192,13 +193,15 @@ class Updater:
                 groups = self.data.groups(batch.targets, policy, reference)
                 scored.append((groups, batch.targets.rows))
             for _ in range(len(batches), self.strategy.passes(len(batches), most)):
-                completion_logps(self.policy, self._smallest)
+                self.policy_sums(self._smallest)
                 self._reference_sums(self._smallest)
         return UpdateStatistics.of(self.objective, scored, self.processes)
 
     @torch.no_grad()
     def policy_sums(self, batch: Batch) -> Tensor:
-        """Return the sums of the policy's log-probs that the loss takes, float64 `[N]`."""
+        """Return the policy's sums of log-probs, or scores, that the loss takes, float64 `[N]`."""
+        if self.objective.scores:
+            return completion_scores(self.policy, batch).double()
         return self._sums(batch, completion_logps(self.policy, batch))
 
     @torch.no_grad()
@@ -237,7 +240,8 @@ class Updater:
 
         def share(logps: Tensor, part: Part) -> Tensor:
             own = None if weights is None else weights[part.targets_at]
-            sums = weighted_sums(part.targets, logps, own)
+            by_completion = self.objective.scores
+            sums = logps.double() if by_completion else weighted_sums(part.targets, logps, own)
             groups = self.data.groups(part.targets, sums, reference[part.completions])
             groups = self._with_statistics(groups, first, part)
             if part.collisions is not None:
@@ -270,7 +274,9 @@ class Updater:
         Args:
             counts: Whether the batch counts; False: it only gives the other processes a pass.
         """
-        loss_of = partial(completion_loss, collisions=self.objective.needs_confidences)
+        loss_of: Callable[..., Tensor] = score_loss
+        if not self.objective.scores:
+            loss_of = partial(completion_loss, collisions=self.objective.needs_confidences)
         if (router := self.router) is None:
             return loss_of
 
@@ -339,7 +345,7 @@ class Updater:
 
     def _policy_sum(self, batch: Batch) -> float:
         with self.autocast():
-            return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
+            return float(self.policy_sums(batch).sum())
 
 
 def confidences(part: Part, logps: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from logratio.errors import ConfigError
 from logratio.extras import require
 from logratio.forecast import check_writable
 from logratio.training.config import TrainConfig
+from logratio.training.given_model import given_model
 from logratio.training.lora import check_adapters
 from logratio.training.methods.objective import Objective, check_own_losses
-from logratio.training.models import check_model_folder, default_device
+from logratio.training.models import check_model_folder, check_reward_folder, default_device
 from logratio.training.router_loss import router_coefficient
 from logratio.training.trackers import trackers_of
 
@@ -26,6 +27,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_moving_reference(config)
     _check_evaluation(config)
     _check_memory(config)
+    _check_reward_model(config)
     trackers_of(config.report_to)
 
 
@@ -37,8 +39,11 @@ def check_folders(config: TrainConfig) -> None:
         ModelFolderError: A folder contains no loadable model.
         OutputError: The output folder is not writable.
     """
+    scores = Objective.of(config).scores
     for folder in (config.model, config.reference or config.model):
-        check_model_folder(Path(folder))
+        check_model_folder(Path(folder), rewards=scores)
+    if scores:
+        check_reward_folder(Path(config.model))
     router_coefficient(config)
     check_adapters(config)
     check_writable(Path(config.output))
@@ -103,6 +108,21 @@ def _check_evaluation(config: TrainConfig) -> None:
         raise ConfigError(
             "--early-stop needs --best-metric, the metric that must improve, for example "
             "rewards/accuracies or loss"
+        )
+
+
+def _check_reward_model(config: TrainConfig) -> None:
+    """Refuse settings that need log-probs or a language model, if a reward model is trained."""
+    if not Objective.of(config).scores:
+        return
+    if config.eval_samples:
+        raise ConfigError(
+            f"--loss {config.loss} trains a reward model, which cannot write: remove --eval-samples"
+        )
+    if given_model(config.model):
+        raise ConfigError(
+            f"--loss {config.loss} puts a scalar head on a model that it loads: give the model's "
+            "folder or id, not an object"
         )
 
 

@@ -145,6 +145,11 @@ class Objective:
         return any(term.method.needs_confidences for term in self.terms)
 
     @property
+    def scores(self) -> bool:
+        """Whether a reward model is trained, whose scores are in place of log-probs."""
+        return any(term.method.scores for term in self.terms)
+
+    @property
     def weighs_tokens(self) -> bool:
         """Whether tokens do not count equally, so that log-probs of tokens are needed."""
         return self._weighing is not None
@@ -193,7 +198,10 @@ class Objective:
 
     def columns(self, losses: Tensor, groups: GroupLogps) -> Columns:
         """Return the metrics of each group; the trainer averages them."""
-        return _COLUMNS[self.data](losses, groups, self._scale.rewards(groups))
+        found = _COLUMNS[self.data](losses, groups, self._scale.rewards(groups))
+        if self.scores:  # scores are rewards already
+            return {name: one for name, one in found.items() if not name.startswith("logps/")}
+        return found
 
     @cached_property
     def _scale(self) -> Term:
@@ -234,6 +242,11 @@ def terms_of(config: TrainConfig) -> tuple[Term, ...]:
     if len(terms) > 1 and any(term.method.token_weights for term in terms):
         raise ConfigError(
             f"--loss {config.loss}: a method that weighs tokens cannot be mixed with others"
+        )
+    if len(terms) > 1 and any(term.method.scores for term in terms):
+        raise ConfigError(
+            f"--loss {config.loss}: a reward model has no log-probs, so its loss cannot be mixed "
+            "with others"
         )
     data_of(terms)
     return tuple(terms)

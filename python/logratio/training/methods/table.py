@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from logratio.training.methods import free, lists, margins, pairs, token_weights, unpaired
+from logratio.training.methods import free, lists, margins, pairs, scores, token_weights, unpaired
 from logratio.training.methods import statistics as over_update
 from logratio.training.methods.logps import GroupLogps, PairLogps
 from logratio.training.methods.statistics import Statistics
@@ -82,6 +82,8 @@ class Method:
         needs_confidences: Whether the loss uses how confident the policy is in each token.
         needs_margins: Whether the data must have a margin for each pair.
         needs_mismatches: Whether each group needs the answer to another prompt.
+        scores: Whether it trains a reward model: a completion's score, the output of a scalar head,
+            is then in place of its summed log-prob.
         note: A remark for the table.
     """
 
@@ -101,6 +103,7 @@ class Method:
     needs_confidences: bool = False
     needs_margins: bool = False
     needs_mismatches: bool = False
+    scores: bool = False
     note: str = ""
 
     @property
@@ -530,6 +533,17 @@ METHODS: dict[str, Method] = {
         takes=GroupLogps,
         data="lists",
         initial=_ln2,
+    ),
+    "bradley-terry": Method(
+        "Bradley-Terry reward model",
+        scores.bradley_terry_loss,
+        "arXiv 2305.18290, eq. 2",
+        "-log σ(s_w - s_l) + c (s_w + s_l)²",
+        beta=None,
+        options={"center": Option(0.0, "weight of the term that centers scores at 0, c")},
+        needs_reference=False,
+        scores=True,
+        note="trains a reward model: s is the output of a scalar head",
     ),
     "sft": Method(
         "supervised fine-tuning",

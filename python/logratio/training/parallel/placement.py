@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from logratio.errors import ConfigError
-from logratio.logps.completion import batch_of, completion_logps
+from logratio.logps.completion import batch_of
+from logratio.logps.scores import differentiable_values
 from logratio.progress import say
 from logratio.training import memory
 from logratio.training.accelerators import known_gpu
@@ -115,8 +116,9 @@ def _some_unused(policy: nn.Module, device: torch.device) -> bool:
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     if any("expert" in name for name, _ in trained):
         return True
+    batch = batch_of([([0], [[0, 1]])], "padded", device)
     with same_random_state(policy), torch.enable_grad():
-        completion_logps(policy, batch_of([([0], [[0, 1]])], "padded", device)).sum().backward()
+        differentiable_values(policy, batch).sum().backward()
     unused = any(parameter.grad is None for _, parameter in trained)
     for _, parameter in trained:
         parameter.grad = None
