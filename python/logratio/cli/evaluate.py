@@ -12,7 +12,7 @@ from logratio.cli.options import READING, Reading, Settings, takes_flags
 from logratio.cli.train import announce
 
 if TYPE_CHECKING:
-    from logratio.training.evaluation import Evaluation
+    from logratio.training.evaluation_result import Evaluation
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,16 @@ SAMPLING = Sampling()
 @takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
-    policy: Annotated[Path, typer.Option(help="Folder or id of the trained model or adapter.")],
-    reference: Annotated[Path, typer.Option(help="Folder or id of the reference model.")],
+    policy: Annotated[
+        Path, typer.Option(help="Folder or id of the trained model, adapter or reward model.")
+    ],
     data: options.Data,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or id of the reference model. Needed unless the policy is a reward model."
+        ),
+    ] = None,
     beta: Annotated[
         float | None,
         typer.Option(help="Reward per nat of log-ratio. Default: β of the policy's training."),
@@ -106,9 +113,14 @@ def _print_evaluation(result: "Evaluation") -> None:
     table = Table("held-out", count(result.pairs, "pair"))
     error = 1.96 * result.accuracy_standard_error
     table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
-    table.add_row(f"reward margin (β {result.beta:g})", f"{result.margin:.4f}")
-    table.add_row("log-ratio chosen", f"{result.logratio_chosen:.3f} nats")
-    table.add_row("log-ratio rejected", f"{result.logratio_rejected:.3f} nats")
+    beta = "" if result.beta is None else f" (β {result.beta:g})"
+    table.add_row(f"reward margin{beta}", f"{result.margin:.4f}")
+    if result.logratio_chosen is None:
+        table.add_row("score chosen", f"{result.reward_chosen:.3f}")
+        table.add_row("score rejected", f"{result.reward_rejected:.3f}")
+    else:
+        table.add_row("log-ratio chosen", f"{result.logratio_chosen:.3f} nats")
+        table.add_row("log-ratio rejected", f"{result.logratio_rejected:.3f} nats")
     table.add_row("length chosen", f"{result.length_chosen:.1f} tokens")
     table.add_row("length rejected", f"{result.length_rejected:.1f} tokens")
     table.add_row("calibration error", f"{result.calibration.expected_error:.3f}")
@@ -116,4 +128,7 @@ def _print_evaluation(result: "Evaluation") -> None:
         spread = 1.96 * result.kl.standard_error
         table.add_row("KL to the reference", f"{result.kl.nats:.2f} ± {spread:.2f} nats (95 %)")
         table.add_row("length of samples", f"{result.kl.mean_length:.1f} tokens")
+    if len(result.sources) > 1:
+        for name, (pairs, accuracy) in result.sources.items():
+            table.add_row(f"accuracy of {name}", f"{accuracy:.3f} ({count(pairs, 'pair')})")
     Console().print(table)

@@ -19,7 +19,8 @@ from logratio.demo import task
 from logratio.export.export import ExportConfig, export_bundle
 from logratio.synonyms import takes_known_names
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
-from logratio.training.evaluation import Evaluation, evaluate
+from logratio.training.evaluation import evaluate
+from logratio.training.evaluation_result import Evaluation
 from logratio.training.precomputation import precompute
 from logratio.training.run_folder import RunExistsError
 from logratio.training.trainer import train

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from logratio.errors import LogratioError
 from logratio.logps.attention.interface import SharedPromptError
@@ -25,7 +26,13 @@ from logratio.logps.completion import (
 )
 from logratio.logps.completion import batch_of as batch_of
 from logratio.logps.head import head_logits
-from logratio.logps.scores import HEAD, completion_scores, end_states, has_scalar_head, scored_places
+from logratio.logps.scores import (
+    HEAD,
+    completion_scores,
+    end_states,
+    has_scalar_head,
+    scored_places,
+)
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference between two layouts that rounding explains, in nats per token."""
@@ -371,7 +378,7 @@ def _before_last(model: nn.Module, ids: Tensor) -> Tensor:
     """
     if has_scalar_head(model):
         states = transformer(model).base_model(input_ids=ids, use_cache=False)[0][0, :-1].float()
-        return torch.nn.functional.rms_norm(states, states.shape[1:])
+        return rms_norm(states, states.shape[1:])
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     return torch.log_softmax(logits.float(), -1)
 
@@ -404,7 +411,7 @@ def _values(model: nn.Module, batch: Batch) -> Tensor:
         states = inside(model, lambda model: end_states(transformer(model), batch)).float()
     random = torch.Generator().manual_seed(0)
     direction = torch.randn(states.shape[1], generator=random).to(states.device)
-    return torch.nn.functional.rms_norm(states, states.shape[1:]) @ direction / len(direction) ** 0.5
+    return rms_norm(states, states.shape[1:]) @ direction / len(direction) ** 0.5
 
 
 def _counts(model: nn.Module, completions: Sequence[Sequence[int]]) -> list[int]:

@@ -20,7 +20,8 @@ from logratio.training.config import (
     TrainConfig,
 )
 from logratio.training.dataset import VocabularyError
-from logratio.training.evaluation import Evaluation, KlEstimate, Sample, evaluate
+from logratio.training.evaluation import Sample, evaluate
+from logratio.training.evaluation_result import Evaluation, KlEstimate
 from logratio.training.held_out import HeldOutResult
 from logratio.training.lora import read_lora_config
 from logratio.training.memory import MemoryShortageError

@@ -402,7 +402,7 @@ class EvaluateConfig(YamlSettings):
     Attributes:
         policy: Folder of the trained model or adapter, or an id of the Hugging Face hub, as
             "organisation/name" or "organisation/name@revision".
-        reference: Folder or id of the reference model.
+        reference: Folder or id of the reference model; None if the policy is a reward model.
         data: Held-out preference files.
         beta: Reward per nat of log-ratio; None: the β that the policy was trained with.
         samples: Completions sampled from the policy to estimate its KL divergence from the
@@ -414,7 +414,7 @@ class EvaluateConfig(YamlSettings):
     """
 
     policy: PathLike
-    reference: PathLike
+    reference: PathLike | None
     data: Inputs
     beta: Above0 | None = None
     samples: CountOrNone = 0
@@ -432,6 +432,11 @@ class EvaluateConfig(YamlSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def models(self) -> tuple[PathLike, ...]:
+        """The models that score the pairs: the policy and, if there is one, the reference."""
+        return (self.policy,) if self.reference is None else (self.policy, self.reference)
 
 
 @takes_known_names(train_dataset="data", ref_model="reference", eval_dataset="eval_data")

@@ -5,24 +5,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
-from logratio._rust import ROLES, Store
+from logratio._rust import Store
 from logratio.data.feed import Feed, FeedSettings, lay_out
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.durable import write_atomic
 from logratio.errors import ConfigError
-from logratio.forecast import Forecast, check_writable, count
+from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import own_attention
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
 from logratio.logps.checks import choose_layout
 from logratio.logps.completion import batch_of, limits_of, score, transformer
+from logratio.logps.scores import has_scalar_head, score_completions
 from logratio.progress import Advance, be_silent, progress, say
 from logratio.training import memory, run_folder
 from logratio.training.config import EvaluateConfig, PathLike, with_local_models
@@ -33,7 +33,7 @@ from logratio.training.dataset import (
     max_positions,
     once_per_host,
 )
-from logratio.training.distributions import Calibration, calibration
+from logratio.training.evaluation_result import Evaluation, KlEstimate, summarize
 from logratio.training.methods.data_checks import check_groups
 from logratio.training.models import (
     autocast,
@@ -48,6 +48,7 @@ from logratio.training.models import (
 from logratio.training.parallel.lifeline import ending_together
 from logratio.training.parallel.processes import Processes, join_processes
 from logratio.training.parallel.shares import updates_of
+from logratio.training.reward_model import is_reward_model
 from logratio.training.run_folder import note_unfinished, reward_beta
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
@@ -189,64 +190,8 @@ def _is_truncated(tokenizer: PreferenceTokenizer, ids: list[int]) -> bool:
     return not ids or ids[-1] not in tokenizer.stop_ids
 
 
-@dataclass(frozen=True)
-class KlEstimate:
-    """Monte Carlo estimate of the KL divergence of the policy from the reference.
-
-    Attributes:
-        nats: Mean of log π − log π_ref per completion, over completions sampled from the policy.
-        standard_error: Standard error of that mean.
-        samples: Number of sampled completions.
-        mean_length: Mean length of the completions, in tokens.
-    """
-
-    nats: float
-    standard_error: float
-    samples: int
-    mean_length: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results on held-out pairs; rewards are β × log-ratio, in nats × β.
-
-    Attributes:
-        pairs: Number of pairs.
-        beta: β of the rewards.
-        accuracy: Share of pairs whose chosen reward is higher; a tie counts half.
-        accuracy_standard_error: Binomial standard error of `accuracy`.
-        margin: Mean of chosen minus rejected reward.
-        logratio_chosen, logratio_rejected: Mean log-ratios, in nats per completion.
-        length_chosen, length_rejected: Mean number of counted tokens.
-        calibration: Calibration of σ(margin).
-        kl: KL divergence from the reference; None if no samples were requested.
-    """
-
-    pairs: int
-    beta: float
-    accuracy: float
-    accuracy_standard_error: float
-    margin: float
-    logratio_chosen: float
-    logratio_rejected: float
-    length_chosen: float
-    length_rejected: float
-    calibration: Calibration
-    kl: KlEstimate | None
-
-    def __repr__(self) -> str:
-        return (
-            f"Evaluation({count(self.pairs, 'pair')}, accuracy {self.accuracy:.3f}, "
-            f"margin {self.margin:.4g}, beta {self.beta:g})"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the results as a dict that can be written as JSON."""
-        return asdict(self)
-
-
 def evaluate(config: EvaluateConfig, *, show_progress: bool = True) -> Evaluation:
-    """Compare policy and reference on held-out preference pairs.
+    """Compare policy and reference, or test a reward model, on held-out preference pairs.
 
     Args:
         config: Settings of the evaluation.
@@ -285,10 +230,8 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
         if not config.samples:
             raise ConfigError("--samples-file needs --samples, the number of completions to sample")
         check_writable(Path(config.samples_file).parent)
-    for folder in (config.policy, config.reference):
-        check_model_folder(Path(folder))
+    beta = _check_models(config)
     note_unfinished(config.policy)
-    beta = reward_beta(config.policy, config.beta)
 
     def load(data: Inputs, path: Path | None) -> Dataset:
         return load_dataset(
@@ -306,10 +249,33 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
     data = config.data
     dataset = load(data, None) if is_alone else once_per_host(load, data, None, processes)
     check_groups(dataset.store, "pairs", "an evaluation")
-    check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
-    models = config.policy, config.reference
-    check_sampling(models, config.samples, config.max_new_tokens, dataset.store)
+    if config.reference is not None:
+        check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
+    check_sampling(config.models, config.samples, config.max_new_tokens, dataset.store)
     return Evaluating(config, dataset, beta, show_progress, processes)
+
+
+def _check_models(config: EvaluateConfig) -> float | None:
+    """Check the models of an evaluation; return β of the rewards, or None for a reward model."""
+    policy = Path(config.policy)
+    is_scored = is_reward_model(policy)
+    for folder in config.models:
+        check_model_folder(Path(folder), rewards=is_scored)
+    if not is_scored:
+        if config.reference is None:
+            raise ConfigError(
+                "--reference is missing: the reward of a policy is β times its log-ratio to the "
+                "reference. Only a reward model (--loss bradley-terry) needs none"
+            )
+        return reward_beta(policy, config.beta)
+    given = {"reference": config.reference, "beta": config.beta, "samples": config.samples or None}
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{policy} is a reward model: its scores need no reference and no β, and it cannot "
+                f"write; remove --{name}"
+            )
+    return None
 
 
 def check_sampling(
@@ -366,7 +332,7 @@ class Evaluating:
         self,
         config: EvaluateConfig,
         dataset: Dataset,
-        beta: float,
+        beta: float | None,
         show_progress: bool,
         processes: Processes,
     ) -> None:
@@ -378,11 +344,10 @@ class Evaluating:
     @cached_property
     def forecast(self) -> Forecast:
         """Memory and time of the evaluation."""
-        models = (self.config.policy, self.config.reference)
         tokens = float(self.dataset.store.shared_lengths().sum())
         return Forecast(
             memory_bytes=memory.scoring_bytes(
-                models,
+                self.config.models,
                 min(self.config.token_budget, int(tokens)),
                 precision=self.precision,
             ),
@@ -403,23 +368,22 @@ class Evaluating:
             return self._run()
 
     def _run(self) -> Evaluation:
-        policy = self._load(self.config.policy)
-        reference = self._load(self.config.reference)
+        models = [self._load(folder) for folder in self.config.models]
         store = self.dataset.store
-        total = 2 * len(store)
+        total = len(models) * len(store)
         with (
             exact_products(),
             autocast(self.precision, self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
-            policy_logps, reference_logps = (
+            values, *others = (
                 store_sums(model, store, self.config.token_budget, advance, self.processes)
-                for model in (policy, reference)
+                for model in models
             )
             samples = self.config.samples and self.processes.is_first
-            kl = self._kl(policy, reference) if samples else None
+            kl = self._kl(*models) if samples else None
         self.processes.wait()
-        return summarize(store, policy_logps - reference_logps, self.beta, kl)
+        return summarize(store, values - others[0] if others else values, self.beta, kl)
 
     def _load(self, folder: PathLike) -> nn.Module:
         return load_model(folder, device=self.device, precision=self.precision, frozen=True)
@@ -484,7 +448,7 @@ def store_sums(
     advance: Advance = lambda *_: None,
     processes: Processes | None = None,
 ) -> np.ndarray:
-    """Return the summed log-probs of every completion in a store, float64 `[N]`, in nats.
+    """Return the summed log-probs, or scores, of every completion in a store, float64 `[N]`.
 
     Args:
         model: The model to score with.
@@ -558,28 +522,7 @@ def sums_over(
 
 @torch.no_grad()
 def model_sums(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the summed log-probs of a batch's completions under a model, float64 `[n]`."""
+    """Return the summed log-probs, or the scores, of a batch's completions, float64 `[n]`."""
+    if has_scalar_head(model):
+        return score_completions(model, batch).double()
     return batch.targets.sums(score(model, batch))
-
-
-def summarize(
-    store: Store, logratios: np.ndarray, beta: float, kl: KlEstimate | None = None
-) -> Evaluation:
-    """Summarize the log-ratios `[N]` of the completions in a store of pairs."""
-    roles, lengths = store.roles(), store.counted_lengths()
-    chosen, rejected = roles == ROLES.index("chosen"), roles == ROLES.index("rejected")
-    margins = beta * (logratios[chosen] - logratios[rejected])
-    accuracy = float(((np.sign(margins) + 1) / 2).mean())
-    return Evaluation(
-        pairs=len(margins),
-        beta=beta,
-        accuracy=accuracy,
-        accuracy_standard_error=float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
-        margin=float(margins.mean()),
-        logratio_chosen=float(logratios[chosen].mean()),
-        logratio_rejected=float(logratios[rejected].mean()),
-        length_chosen=float(lengths[chosen].mean()),
-        length_rejected=float(lengths[rejected].mean()),
-        calibration=calibration(margins),
-        kl=kl,
-    )

@@ -1,12 +1,10 @@
 """Evaluation of held-out groups during a run: the split, the metrics, samples."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +23,6 @@ from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset, load_training_data
 from logratio.training.distributions import calibration, distributions
 from logratio.training.evaluation import (
-    KlEstimate,
     Sample,
     check_sampling,
     drawn_sums,
@@ -34,6 +31,7 @@ from logratio.training.evaluation import (
     sample_texts,
     sums_over,
 )
+from logratio.training.evaluation_result import KlEstimate, by_source
 from logratio.training.methods.columns import Columns, averages
 from logratio.training.methods.group_data import GroupData
 from logratio.training.methods.logps import GroupLogps
@@ -313,7 +311,9 @@ class HeldOut:
                 self._reference_sums = self._of_reference(updater)
         columns = self._columns(updater, policy, self._reference_sums)
         metrics = {f"eval_{name}": value for name, value in averages(columns)[0].items()}
-        result = HeldOutResult(step, len(self.store), metrics, sources=self._sources(columns))
+        result = HeldOutResult(
+            step, len(self.store), metrics, sources=_sources(self.store, columns)
+        )
         if "rewards/accuracies" in columns:
             plain = {name: c for name, c in columns.items() if isinstance(c, Tensor)}
             result = _with_pairs(result, plain)
@@ -361,27 +361,6 @@ class HeldOut:
             losses = losses * torch.from_numpy(data.weights)
         return objective.columns(losses, groups)
 
-    @cached_property
-    def _files(self) -> tuple[list[str], np.ndarray]:
-        """The input files' names, if different without their folders, and each group's file."""
-        files, _ = self.store.sources()
-        paths = json.loads(self.store.metadata).get("files", [])
-        names = [Path(path).name for path in paths]
-        return names if len({*names}) == len(names) else paths, files
-
-    def _sources(self, columns: Columns) -> dict[str, tuple[int, float]]:
-        names, files = self._files
-        column = columns.get("rewards/accuracies", columns["loss"])
-        assert isinstance(column, Tensor)
-        values = column.numpy()
-        return {
-            names[one] if one < len(names) else "?": (
-                int((files == one).sum()),
-                float(values[files == one].mean()),
-            )
-            for one in np.unique(files)
-        }
-
     def _with_samples(self, result: HeldOutResult, updater: Updater) -> HeldOutResult:
         """Add sampled completions of policy and reference, and the KL that they estimate."""
         policy, config = updater.policy, self.config
@@ -424,6 +403,13 @@ class HeldOut:
         self, prompts: list[list[int]], drawn: list[list[int]], others: list[list[int]] | None
     ) -> list[Sample]:
         return sample_texts(self.tokenizer, prompts, drawn, others)
+
+
+def _sources(store: Store, columns: Columns) -> dict[str, tuple[int, float]]:
+    """Return the number of groups and the accuracy, or else the loss, of each input file."""
+    column = columns.get("rewards/accuracies", columns["loss"])
+    assert isinstance(column, Tensor)
+    return by_source(store, column.numpy())
 
 
 def _with_pairs(result: HeldOutResult, columns: Mapping[str, Tensor]) -> HeldOutResult:

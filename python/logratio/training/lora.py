@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from logratio.errors import ConfigError, SettingTypeError
 from logratio.logps.scores import HEAD, has_scalar_head
 from logratio.training.config import CHANGING_INITS, LoraSettings, PathLike, TrainConfig
+from logratio.training.methods.objective import Objective
 from logratio.training.models import (
     ADAPTER_CONFIG,
     base_folder,
@@ -45,12 +46,10 @@ def with_lora(model: nn.Module, settings: LoraSettings, folder: Path) -> nn.Modu
 
 
 def _peft_config(settings: LoraSettings, *, rewards: bool) -> Any:
-    """Return peft's config of new adapters; a reward model's scalar head is trained whole."""
+    """Return peft's config of new adapters; peft trains a reward model's scalar head whole."""
     from peft import LoraConfig
 
-    saved = [*settings.modules_to_save]
-    if rewards and HEAD not in saved:
-        saved.append(HEAD)
+    saved = [name for name in settings.modules_to_save if not (rewards and name == HEAD)]
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
@@ -270,7 +269,7 @@ WITHOUT_EFFECT = {
 """Fields that change nothing in a run: peft sets them, or they need another field."""
 
 
-def read_lora_config(path: PathLike) -> LoraSettings:
+def read_lora_config(path: PathLike, *, rewards: bool = False) -> LoraSettings:
     """Read the settings of new adapters from peft's `adapter_config.json`.
 
     Fields that are missing have peft's defaults, as in peft. A field that has no equivalent here
@@ -278,6 +277,7 @@ def read_lora_config(path: PathLike) -> LoraSettings:
 
     Args:
         path: The file, or a folder with it.
+        rewards: Whether it is the adapter of a reward model, whose task_type is SEQ_CLS.
 
     Returns:
         The settings of adapters with the same shape.
@@ -291,15 +291,16 @@ def read_lora_config(path: PathLike) -> LoraSettings:
     """
     path = Path(path)
     path = path / ADAPTER_CONFIG if path.is_dir() else path
-    return _settings_of(_json_object(path), str(path))
+    return _settings_of(_json_object(path), str(path), rewards=rewards)
 
 
-def settings_of_peft(given: Any, folder: PathLike) -> LoraSettings:
+def settings_of_peft(given: Any, folder: PathLike, *, rewards: bool = False) -> LoraSettings:
     """Return the settings of the adapters that a `LoraConfig` of peft describes.
 
     Args:
         given: The config. Its default for `target_modules` depends on the model, as in peft.
         folder: Folder of the model that gets the adapters.
+        rewards: Whether a reward model is trained.
 
     Raises:
         SettingTypeError: `given` is not a `LoraConfig`.
@@ -320,7 +321,7 @@ def settings_of_peft(given: Any, folder: PathLike) -> LoraSettings:
     values = _as_json(given)
     if values["target_modules"] is None:
         values["target_modules"] = _default_targets(folder)
-    return _settings_of(values, "peft_config")
+    return _settings_of(values, "peft_config", rewards=rewards)
 
 
 def _default_targets(folder: PathLike) -> list[str]:
@@ -336,9 +337,7 @@ def _default_targets(folder: PathLike) -> list[str]:
     return sorted(found)
 
 
-def _settings_of(
-    given: dict[str, Any], where: str, *, rewards: bool | None = False
-) -> LoraSettings:
+def _settings_of(given: dict[str, Any], where: str, *, rewards: bool = False) -> LoraSettings:
     """Return the settings that the fields of a `LoraConfig` describe.
 
     Args:

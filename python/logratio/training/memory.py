@@ -181,9 +181,8 @@ def evaluation_seconds(config: EvaluateConfig, store: Store) -> float:
     where = config.device, precision_of(config)
     tokens = float(store.shared_lengths().sum())
     drawn = sampled_tokens(store, config.samples, config.max_new_tokens)
-    models = config.policy, config.reference
-    total = sum(seconds(model, tokens + drawn, FORWARD, *where) for model in models)
-    samplers = models if config.samples_file else models[:1]
+    total = sum(seconds(model, tokens + drawn, FORWARD, *where) for model in config.models)
+    samplers = config.models if config.samples_file else config.models[:1]
     if config.samples:
         total += sum(sampling_seconds(m, drawn, config.max_new_tokens, *where) for m in samplers)
     return total

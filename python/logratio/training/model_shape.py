@@ -121,8 +121,9 @@ def policy_shape(config: TrainConfig) -> ModelShape:
         ConfigError: The folder's weights are quantized, or the model has no decoder layers.
     """
     folder = Path(config.model)
-    lora = config.lora if config.adapter == "merge" else read_lora_config(folder)
     rewards = Objective.of(config).scores
+    is_new = config.adapter == "merge"
+    lora = config.lora if is_new else read_lora_config(folder, rewards=rewards)
     return _shape(folder, lora, precision_of(config), config.quantization, rewards=rewards)
 
 

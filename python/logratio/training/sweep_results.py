@@ -14,7 +14,7 @@ from logratio.extras import MissingExtraError, require
 from logratio.picture_style import BLUE, GREEN, NO_DATE, ORANGE, SKY, STYLE
 from logratio.progress import say
 from logratio.training.config import TrainConfig
-from logratio.training.evaluation import Evaluation
+from logratio.training.evaluation_result import Evaluation
 from logratio.training.validation import beta_of
 
 if TYPE_CHECKING:

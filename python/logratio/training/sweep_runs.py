@@ -127,6 +127,11 @@ def runs_of(config: SweepConfig) -> list[TrainConfig]:
 def _check_loss(run: TrainConfig) -> None:
     if (data := Objective.of(run).data) != "pairs":
         raise ConfigError(f"a sweep compares losses of pairs, and {run.loss!r} trains on {data}")
+    if Objective.of(run).scores:
+        raise ConfigError(
+            f"a sweep evaluates policies against a reference, and {run.loss!r} trains a reward "
+            "model: use `logratio train` and `logratio evaluate`"
+        )
 
 
 def _check_sweep(config: SweepConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 from logratio.errors import ConfigError, SettingTypeError
 from logratio.hub import local_folder
 from logratio.synonyms import SAME
-from logratio.training.config import TrainConfig
+from logratio.training.config import TrainConfig, as_loss
 from logratio.training.given_model import GivenModel
 from logratio.training.lora import settings_of_peft
 from logratio.training.methods.objective import named_methods
@@ -71,7 +71,9 @@ def trainer_arguments(
     if peft_config is not None:
         if settings.get("lora") is not None:
             raise ConfigError("lora and peft_config both describe the adapters: give one of them")
-        settings["lora"] = settings_of_peft(peft_config, _folder_of(settings))
+        methods = named_methods(as_loss(settings.get("loss", TrainConfig.loss)))
+        rewards = any(method.scores for method, _ in methods.values())
+        settings["lora"] = settings_of_peft(peft_config, _folder_of(settings), rewards=rewards)
     settings |= _of_object(models, settings, follows=is_trl)
     if is_trl and settings.get("router_aux_loss_coef", 0.0) is None:  # TRL's default
         settings["router_aux_loss_coef"] = coefficient_in_trl(_folder_of(settings))
