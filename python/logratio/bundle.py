@@ -22,9 +22,10 @@ from typing import Any, get_args, get_origin
 
 from logratio.errors import LogratioError
 
-FORMAT_VERSION = 2
-"""Version 2 added fields with defaults, so bundles of version 1 can still be read."""
-_READABLE = (1, FORMAT_VERSION)
+FORMAT_VERSION = 3
+"""Version 2 added fields with defaults, so bundles of version 1 can still be read. Version 3 added
+reward models."""
+_READABLE = (1, 2, FORMAT_VERSION)
 MANIFEST = "bundle.json"
 GRAPH = "scorer.onnx"
 WEIGHTS = "scorer.onnx.data"
@@ -48,6 +49,8 @@ INPUTS = {
 """Names and ranks of the graph's inputs, all int64, as filled by `_rust.candidate_layout`."""
 OUTPUTS = ("reward", "policy_logps", "reference_logps")
 """Names of the graph's outputs, all float32 `[N]`, one value per candidate."""
+REWARD_MODEL = "reward_model"
+"""The kind of a graph that is a reward model, whose only output is the reward."""
 GOLDEN_GROUPS = 3
 """Minimum number of golden groups, which are given as token ids; text groups are additional."""
 CHUNK = 128
@@ -80,7 +83,8 @@ class GraphInfo:
 
     Attributes:
         opset: The ONNX opset of the graph.
-        kind: ``two_models``; or ``adapter``, one base model with an adapter for the policy.
+        kind: ``two_models``; ``adapter``, one base model with an adapter for the policy; or
+            ``reward_model``, whose rewards are its scores.
         chunk: Completion tokens per chunk of the head.
         vocabulary_size: Vocabulary size of the models; token ids are below it.
         max_positions: Longest sequence that the models support; None if not recorded.
@@ -92,6 +96,11 @@ class GraphInfo:
     vocabulary_size: int
     max_positions: int | None = None
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the graph's outputs."""
+        return OUTPUTS[:1] if self.kind == REWARD_MODEL else OUTPUTS
+
 
 @dataclass(frozen=True)
 class GoldenGroup:
@@ -100,11 +109,13 @@ class GoldenGroup:
     Attributes:
         prompt_ids: Token ids of the prompt.
         candidates: Token ids of each candidate.
-        policy_logps: Log-prob sums of the policy, one per candidate, in nats.
+        policy_logps: Log-prob sums of the policy, one per candidate, in nats; empty for a reward
+            model.
         reference_logps: The same for the reference.
         prompt: The prompt's text if the ids come from text: tokenizing it must give these ids.
         completions: The candidates' texts, in the same way.
         messages: The chat messages, instead of `prompt`.
+        scores: Scores of a reward model, one per candidate; None for a policy.
     """
 
     prompt_ids: list[int]
@@ -114,6 +125,7 @@ class GoldenGroup:
     prompt: str | None = None
     completions: list[str] | None = None
     messages: list[dict[str, str]] | None = None
+    scores: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +133,10 @@ class Manifest:
     """The content of ``bundle.json``.
 
     Attributes:
-        beta: The reward is beta times the log-ratio.
-        policy: Readable fingerprint of the policy.
-        reference: Readable fingerprint of the reference.
+        beta: The reward is beta times the log-ratio; 1 for a reward model, whose reward is its
+            score.
+        policy: Readable fingerprint of the policy, or of the reward model.
+        reference: Readable fingerprint of the reference; empty for a reward model.
         tokenization: The tokenization rules of the training.
         special_ids: Ids of ``bos``, ``eos`` and ``pad``; None for a missing one.
         graph: Properties of the graph.
@@ -150,6 +163,11 @@ class Manifest:
     def name(self) -> str:
         """A short name of the policy for logs and responses."""
         return f"logratio-{str(self.policy.get('digest', ''))[:12] or 'unnamed'}"
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether the rewards are scores of a reward model, and not log-ratios."""
+        return self.graph.kind == REWARD_MODEL
 
     def to_json(self) -> str:
         """Return the manifest as JSON, the content of ``bundle.json``."""
@@ -293,7 +311,7 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
         if name not in manifest.files:
             raise BundleError(f"{where}: does not list {name}")
     for group in manifest.golden:
-        _check_golden(group, manifest.graph.vocabulary_size, where)
+        _check_golden(group, manifest.graph, where)
     return manifest
 
 
@@ -305,12 +323,15 @@ def _check_length(manifest: Manifest, where: str) -> None:
         )
 
 
-def _check_golden(group: GoldenGroup, vocabulary_size: int, where: str) -> None:
-    lengths = {len(group.candidates), len(group.policy_logps), len(group.reference_logps)}
+def _check_golden(group: GoldenGroup, graph: GraphInfo, where: str) -> None:
+    if (group.scores is not None) != (graph.kind == REWARD_MODEL):
+        raise BundleError(f"{where}: a golden group is not of the graph's kind")
+    known = (group.policy_logps, group.reference_logps)
+    lengths = {len(group.candidates), *map(len, known if group.scores is None else [group.scores])}
     rows = [group.prompt_ids, *group.candidates]
     if len(lengths) != 1 or len(rows) < 2 or not all(rows):
         raise BundleError(f"{where}: a golden group has inconsistent lengths")
-    if not all(0 <= id_ < vocabulary_size for row in rows for id_ in row):
+    if not all(0 <= id_ < graph.vocabulary_size for row in rows for id_ in row):
         raise BundleError(f"{where}: a golden group has ids outside the vocabulary")
 
 

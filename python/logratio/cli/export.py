@@ -33,9 +33,16 @@ Provider = Annotated[
 
 
 def export(
-    policy: Annotated[Path, typer.Option(help="Folder or id of the trained model or adapter.")],
-    reference: Annotated[Path, typer.Option(help="Folder or id of the reference model.")],
+    policy: Annotated[
+        Path, typer.Option(help="Folder or id of the trained model, adapter or reward model.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the bundle; must be new or empty.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or id of the reference model. Needed unless the policy is a reward model."
+        ),
+    ] = None,
     beta: Annotated[
         float | None,
         typer.Option(
@@ -53,10 +60,10 @@ def export(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Export policy and reference as one ONNX graph that scores N candidates of a prompt.
+    """Export policy and reference, or a reward model, as one ONNX graph that scores N candidates.
 
     The prompt is computed once for all candidates. The bundle is written only if onnxruntime's
-    log-probs match torch's within 1e-4 + 1e-6·|sum| nats per sequence.
+    log-probs or scores match torch's within 1e-4 + 1e-6·|sum| per sequence.
     """
     from logratio.export.export import ExportConfig, export_bundle, plan_export
 

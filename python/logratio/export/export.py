@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,8 @@ from logratio.bundle import (
     CHUNK,
     GRAPH,
     MANIFEST,
+    REWARD_MODEL,
     TOKENIZER_FILES,
-    GoldenGroup,
     GraphInfo,
     Manifest,
     read_manifest,
@@ -33,28 +33,24 @@ from logratio.data.tokenization.tokenizer_files import write_tokenizer
 from logratio.durable import sync
 from logratio.errors import LogratioError
 from logratio.export.graph import OPSETS, SINGLE_FILE_BYTES, GraphError, trace, write
+from logratio.export.loading import LoadedPair, LoadedRewardModel, load_pair, load_reward_model
 from logratio.export.parity import (
-    Expected,
     GoldenInput,
     ParityError,
-    check_parity,
     golden_inputs,
-    plain_logps,
     probing_inputs,
-    training_logps,
 )
+from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import (
-    ModelPair,
+    ADAPTER,
+    TWO_MODELS,
     RewardScorer,
     check_exportable,
-    join,
     max_positions,
-    use_exportable_attention,
 )
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent, size
 from logratio.hub import local_folder
-from logratio.logps.completion import transformer
 from logratio.progress import progress, say
 from logratio.report.run_files import DATA_REPORT_FILE, SETTINGS_FILE
 from logratio.synonyms import takes_known_names
@@ -64,9 +60,9 @@ from logratio.training.models import (
     architecture,
     base_folder,
     check_model_folder,
-    load_model,
 )
 from logratio.training.precomputation import refuse_multiple_processes
+from logratio.training.reward_model import is_reward_model
 from logratio.training.run_folder import note_unfinished, reward_beta, settings_of
 from logratio.validation import Range, changes, check_fields, check_kind
 
@@ -123,10 +119,11 @@ class ExportConfig:
     Attributes:
         policy: Folder of the trained model or adapter, or an id of the Hugging Face hub, as
             "organisation/name" or "organisation/name@revision".
-        reference: Folder or id of the reference model or adapter.
+        reference: Folder or id of the reference model or adapter; None if the policy is a reward
+            model.
         output: Folder of the bundle; must be new or empty.
         beta: The reward is beta times the log-ratio in nats. None: the beta of the policy's
-            training (its ``training.json``).
+            training (its ``training.json``). A reward model has none.
         rules: Tokenization rules. None: those of the policy's training (its ``training.json``),
             or the defaults, limited to the models' maximum positions.
         text_as: How to read a prompt given as a string: ``chat``, a user's message formatted with
@@ -134,7 +131,7 @@ class ExportConfig:
     """
 
     policy: str | Path
-    reference: str | Path
+    reference: str | Path | None
     output: str | Path
     beta: Annotated[float, Range(0, without_low=True)] | None = None
     rules: TokenizationRules | None = None
@@ -151,16 +148,16 @@ class ExportPlan:
     """An export whose settings are valid.
 
     Attributes:
-        policy: The policy's folder.
-        reference: The reference's folder.
-        beta: Reward per nat.
+        policy: The folder of the policy or reward model.
+        reference: The reference's folder; None for a reward model.
+        beta: Reward per nat; 1 for a reward model.
         output: The bundle's folder.
         tokenizer: The tokenizer with the bundle's rules.
         config: The policy's config.
     """
 
     policy: Path
-    reference: Path
+    reference: Path | None
     beta: float
     output: Path
     tokenizer: PreferenceTokenizer
@@ -182,7 +179,8 @@ class ExportPlan:
         disk = 4.0 * self._parameters()
         copies = _COPIES_APART if disk > SINGLE_FILE_BYTES else _COPIES
         layers = int(self.config.num_hidden_layers)
-        traced = layers * (2 if (self.policy / ADAPTER_CONFIG).exists() else 1)
+        is_twice = self.reference is not None and (self.policy / ADAPTER_CONFIG).exists()
+        traced = layers * (2 if is_twice else 1)
         return Forecast(
             memory_bytes=_PROCESS_BYTES + copies * disk,
             disk_bytes=disk,
@@ -192,6 +190,8 @@ class ExportPlan:
         )
 
     def _parameters(self) -> int:
+        if self.reference is None:
+            return parameter_count(self.policy)
         shares_base = (self.policy / ADAPTER_CONFIG).exists() and base_folder(
             self.policy
         ).resolve() == self.reference.resolve()
@@ -223,17 +223,14 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     refuse_multiple_processes("export")
     for library in LIBRARIES:
         require(library, "export")
-    policy, reference = map(local_folder, (config.policy, config.reference))
-    output = Path(config.output)
-    for folder in (policy, reference):
-        check_model_folder(folder)
+    policy, output = local_folder(config.policy), Path(config.output)
+    reference = None if config.reference is None else local_folder(config.reference)
+    folders = [policy] if reference is None else [policy, reference]
+    beta = _check_models(config, folders)
     note_unfinished(policy)
-    beta = reward_beta(policy, config.beta)
-    if not (math.isfinite(beta) and beta > 0):
-        raise ExportError(f"beta is {beta}; it must be above 0, the beta of the training")
     _check_output(output)
-    architecture = _architectures(policy, reference)
-    folder = _tokenizer_folder(policy, reference)
+    architecture = _architectures(folders)
+    folder = _tokenizer_folder(folders)
     rules = _rules(config, policy, architecture)
     if config.rules is None:
         rules = _with_default_text_as(rules, _tokenizer(folder, rules))
@@ -249,6 +246,29 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     return plan
 
 
+def _check_models(config: ExportConfig, folders: Sequence[Path]) -> float:
+    """Check the models of an export, the policy first; return β, which is 1 for a reward model."""
+    policy, is_scored = folders[0], is_reward_model(folders[0])
+    for folder in folders:
+        check_model_folder(folder, rewards=is_scored)
+    if is_scored:
+        for name in ("reference", "beta"):
+            if getattr(config, name) is not None:
+                raise ExportError(
+                    f"{policy} is a reward model, whose score is the reward: remove --{name}"
+                )
+        return 1.0
+    if config.reference is None:
+        raise ExportError(
+            "--reference is missing: the reward of a policy is β times its log-ratio to the "
+            "reference. Only a reward model (--loss bradley-terry) needs none"
+        )
+    beta = reward_beta(policy, config.beta)
+    if not (math.isfinite(beta) and beta > 0):
+        raise ExportError(f"beta is {beta}; it must be above 0, the beta of the training")
+    return beta
+
+
 def _check_output(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise ExportError(f"{output}: not empty; an export never overwrites files")
@@ -256,16 +276,17 @@ def _check_output(output: Path) -> None:
         raise ExportError(f"{output}: is a file, not a folder")
 
 
-def _architectures(policy: Path, reference: Path) -> PreTrainedConfig:
-    """Return the policy's config; the reference must have the same vocabulary."""
-    first, second = (architecture(base_folder(folder)) for folder in (policy, reference))
-    check_exportable(first, 0)
-    check_exportable(second, 0)
-    if first.vocab_size != second.vocab_size:
-        raise ExportError(
-            f"policy and reference have different vocabularies ({first.vocab_size} and "
-            f"{second.vocab_size} ids), so their log-probs cannot be compared"
-        )
+def _architectures(folders: Sequence[Path]) -> PreTrainedConfig:
+    """Return the policy's config; the reference, if any, must have the same vocabulary."""
+    first, *others = (architecture(base_folder(folder)) for folder in folders)
+    for config in (first, *others):
+        check_exportable(config, 0)
+    for second in others:
+        if first.vocab_size != second.vocab_size:
+            raise ExportError(
+                f"policy and reference have different vocabularies ({first.vocab_size} and "
+                f"{second.vocab_size} ids), so their log-probs cannot be compared"
+            )
     return first
 
 
@@ -330,12 +351,12 @@ def _trained_rules(policy: Path) -> TokenizationRules | None:
         raise ExportError(f"{path}: cannot read its rules ({error})") from error
 
 
-def _tokenizer_folder(policy: Path, reference: Path) -> Path:
-    places = (policy, base_folder(policy), reference, base_folder(reference))
+def _tokenizer_folder(folders: Sequence[Path]) -> Path:
+    places = [place for folder in folders for place in (folder, base_folder(folder))]
     found = next((folder for folder in places if (folder / TOKENIZER_FILES[0]).exists()), None)
     if found is None:
         raise ExportError(
-            f"no tokenizer.json in {policy} or {reference}; create one with transformers: "
+            f"no tokenizer.json in {' or '.join(map(str, folders))}; create one with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     return found
@@ -350,6 +371,11 @@ def _tokenizer(folder: Path, rules: TokenizationRules) -> PreferenceTokenizer:
 
 VERSIONED = ("logratio", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
 _STEPS = 4
+_KINDS = {
+    ADAPTER: "one base with its adapter",
+    TWO_MODELS: "two models",
+    REWARD_MODEL: "a reward model",
+}
 _ERRORS_ONLY = 3
 
 
@@ -374,17 +400,18 @@ class ExportResult:
     def to_text(self) -> str:
         """Return a one-line summary."""
         graph, files = self.manifest.graph, self.manifest.files
-        kind = "one base with its adapter" if graph.kind == "adapter" else "two models"
+        kind = _KINDS[graph.kind]
         worst = max(self.manifest.parity.values())
+        unit = "" if self.manifest.is_reward_model else "nats "
         return (
             f"{self.output}: {kind}, {size(sum(entry.size for entry in files.values()))}, opset "
-            f"{graph.opset}; differs from torch by at most {worst:.1e} nats per sequence; "
+            f"{graph.opset}; differs from torch by at most {worst:.1e} {unit}per sequence; "
             f"{self.seconds:.0f} s; digest {bundle.digest_of(self.output)}"
         )
 
 
 def export_bundle(config: ExportConfig, *, show_progress: bool = True) -> ExportResult:
-    """Export policy and reference as a bundle that `Reranker.load` opens.
+    """Export policy and reference, or a reward model, as a bundle that `Reranker.load` opens.
 
     The bundle is written to a temporary folder, verified against torch's log-probs on golden
     groups, and renamed to `config.output`, so no partial bundle is ever visible.
@@ -428,17 +455,18 @@ class _Export:
             plan.config, plan.vocabulary_size, length
         )
         self._policy = model_fingerprint(plan.policy).to_dict()
-        self._reference = model_fingerprint(plan.reference).to_dict()
+        reference = plan.reference
+        self._reference = {} if reference is None else model_fingerprint(reference).to_dict()
 
     def run(self, report: Callable[[str], None]) -> Manifest:
         """Write graph and tokenizer into the folder, and return the manifest."""
-        pair, expected, training = _load(self._plan, self._checked)
-        report("models loaded, golden log-probs computed")
-        scorer = RewardScorer(pair.policy, pair.reference, self._plan.beta)
-        session, opset, files = self._write_graph(scorer)
+        checked, beta = self._checked, self._plan.beta
+        loaded = _load(self._plan, checked)
+        report("models loaded, golden values computed")
+        session, opset, files = self._write_graph(loaded.scorer(beta))
         report("graph written")
         try:
-            parity = check_parity(session, self._plan.beta, self._checked, expected, training)
+            parity = loaded.check(session, beta, checked)
         except ParityError as error:
             raise ExportError(f"the graph is not exact enough: {error}") from error
         report("graph verified against torch")
@@ -451,18 +479,18 @@ class _Export:
             special_ids=_special_ids(self._plan),
             graph=GraphInfo(
                 opset,
-                pair.kind,
+                loaded.kind,
                 CHUNK,
                 self._plan.vocabulary_size,
                 max_positions(self._plan.config),
             ),
             files={name: bundle.describe_file(self._folder / name) for name in files},
-            golden=_golden(self._golden_inputs, expected),
+            golden=loaded.golden(self._golden_inputs),
             parity=parity,
             versions=_versions(),
         )
 
-    def _write_graph(self, scorer: RewardScorer) -> tuple[Any, int, list[str]]:
+    def _write_graph(self, scorer: RewardScorer | ScoreScorer) -> tuple[Any, int, list[str]]:
         """Write the graph in the newest opset that both torch and ONNX Runtime support.
 
         Returns:
@@ -482,20 +510,10 @@ class _Export:
         raise ExportError(f"this model cannot be exported to ONNX ({'; '.join(reasons)})")
 
 
-def _load(plan: ExportPlan, groups: Sequence[GoldenInput]) -> tuple[ModelPair, Expected, Expected]:
-    """Load both models, and score the groups with each before the models are joined.
-
-    Returns:
-        The models, the log-probs of their forward pass, and the log-probs of training's code.
-    """
-    policy, reference = (
-        load_model(folder).requires_grad_(False) for folder in (plan.policy, plan.reference)
-    )
-    for model in (policy, reference):
-        use_exportable_attention(transformer(model))
-    expected = Expected(plain_logps(policy, groups), plain_logps(reference, groups))
-    training = Expected(training_logps(policy, groups), training_logps(reference, groups))
-    return join(policy, reference), expected, training
+def _load(plan: ExportPlan, groups: Sequence[GoldenInput]) -> LoadedPair | LoadedRewardModel:
+    if plan.reference is None:
+        return load_reward_model(plan.policy, groups)
+    return load_pair(plan.policy, plan.reference, groups)
 
 
 def _open(graph: Path) -> Any:
@@ -507,16 +525,6 @@ def _open(graph: Path) -> Any:
     except Exception as error:  # the library raises many unrelated types
         reason = str(error).strip().split("\n")[0][:200]
         raise GraphError(f"ONNX Runtime cannot open it: {reason}") from error
-
-
-def _golden(groups: Sequence[GoldenInput], expected: Expected) -> list[GoldenGroup]:
-    """Combine the golden groups with their log-probs, which are the first of `expected`."""
-    return [
-        GoldenGroup(**asdict(group), policy_logps=policy, reference_logps=reference)
-        for group, policy, reference in zip(
-            groups, expected.policy, expected.reference, strict=False
-        )
-    ]
 
 
 def _special_ids(plan: ExportPlan) -> dict[str, int | None]:

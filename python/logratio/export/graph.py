@@ -5,7 +5,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from logratio._rust import candidate_layout
 from logratio.bundle import GRAPH, INPUTS, OUTPUTS, WEIGHTS
 from logratio.errors import LogratioError
+from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import HalfScorer, RewardScorer
 from logratio.extras import require
 from logratio.logps.completion import transformer
@@ -47,10 +48,25 @@ def joined(policy: Half, reference: Half, beta: float) -> Any:
     logratio = onnx_ir.node("Sub", sums)
     reward = onnx_ir.node("Mul", [logratio.outputs[0], factor])
     graph.extend([logratio, reward])
-    graph.outputs[:] = [reward.outputs[0], *sums]
-    for value, name in zip(graph.outputs, OUTPUTS, strict=True):
-        value.name, value.dtype, value.shape = name, sums[0].dtype, onnx_ir.Shape(["candidates"])
+    _set_outputs(graph, [reward.outputs[0], *sums], sums[0].dtype)
     return model
+
+
+def with_weights(half: Half) -> Any:
+    """Return the graph of a reward model with its weights; modifies it."""
+    model, weights = half
+    scores = _restore_weights(model.graph, "policy", weights)
+    _set_outputs(model.graph, [scores], scores.dtype)
+    return model
+
+
+def _set_outputs(graph: Any, values: Sequence[Any], dtype: Any) -> None:
+    """Make values the outputs of a graph, under the first of their names in a bundle."""
+    import onnx_ir
+
+    graph.outputs[:] = values
+    for value, name in zip(values, OUTPUTS, strict=False):
+        value.name, value.dtype, value.shape = name, dtype, onnx_ir.Shape(["candidates"])
 
 
 def _restore_weights(graph: Any, prefix: str, weights: Mapping[str, np.ndarray]) -> Any:
@@ -179,13 +195,13 @@ class GraphError(LogratioError, RuntimeError):
     """The model cannot be written as an ONNX graph."""
 
 
-def trace(scorer: RewardScorer, opset: int) -> Any:
+def trace(scorer: RewardScorer | ScoreScorer, opset: int) -> Any:
     """Trace a scorer into an `onnx_ir.Model` with dynamic dimensions.
 
     Policy and reference are traced once if they differ only in their weights.
 
     Args:
-        scorer: Policy and reference.
+        scorer: Policy and reference, or a reward model.
         opset: The ONNX opset.
 
     Raises:
@@ -194,6 +210,10 @@ def trace(scorer: RewardScorer, opset: int) -> Any:
     """
     for module in ("onnx", "onnxscript"):
         require(module, "export")
+    if isinstance(scorer, ScoreScorer):
+        alone = with_weights((_trace_half(scorer, opset), _weights(scorer)))
+        with _quietly():
+            return smaller(alone)
     policy = _trace_half(scorer.policy, opset)
     twins = same_architecture(scorer.policy, scorer.reference)
     reference = policy.clone() if twins else _trace_half(scorer.reference, opset)
@@ -204,7 +224,7 @@ def trace(scorer: RewardScorer, opset: int) -> Any:
         return smaller(model)
 
 
-def _trace_half(scorer: HalfScorer, opset: int) -> Any:
+def _trace_half(scorer: HalfScorer | ScoreScorer, opset: int) -> Any:
     """Trace one model with its weights as inputs, so that no constant depends on them."""
     free = torch.export.Dim.DYNAMIC
     try:
@@ -228,7 +248,7 @@ def _trace_half(scorer: HalfScorer, opset: int) -> Any:
         raise GraphError(f"opset {opset}: {_cause(error)}") from error
 
 
-def _weights(scorer: HalfScorer) -> dict[str, Any]:
+def _weights(scorer: HalfScorer | ScoreScorer) -> dict[str, Any]:
     return {name: tensor.detach().numpy() for name, tensor in scorer.state_dict().items()}
 
 

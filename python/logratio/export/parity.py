@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from logratio._rust import candidate_layout
-from logratio.bundle import CHUNK, OUTPUTS, PARITY, tolerance
+from logratio.bundle import CHUNK, PARITY, tolerance
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
 from logratio.export.graph import feed
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
+from logratio.logps.scores import score_completions
 
 _LENGTHS = ((7, (1, 4, 9)), (3, (6, 2)), (23, (17, 30)))
 _LONG = (96, (48, 3))
@@ -126,6 +127,29 @@ def training_logps(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list
     return [[next(rows) for _ in group.candidates] for group in groups]
 
 
+@torch.no_grad()
+def plain_scores(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list[float]]:
+    """Score candidates one unpadded sequence at a time, with the model's own forward.
+
+    Shares no code with the exported module, so it is an independent check.
+    """
+    return [
+        [
+            float(model(input_ids=torch.tensor([group.prompt_ids + ids]), use_cache=False).logits)
+            for ids in group.candidates
+        ]
+        for group in groups
+    ]
+
+
+@torch.no_grad()
+def training_scores(model: nn.Module, groups: Sequence[GoldenInput]) -> list[list[float]]:
+    """Score candidates with training's code, in the padded layout."""
+    batch = batch_of([(group.prompt_ids, group.candidates) for group in groups], "padded")
+    rows = iter(score_completions(model, batch).tolist())
+    return [[next(rows) for _ in group.candidates] for group in groups]
+
+
 _OTHER_CHUNK = 32
 
 
@@ -214,10 +238,43 @@ def check_parity(
     return report.largest
 
 
+def check_scores(
+    session: Any,
+    groups: Sequence[GoldenInput],
+    expected: Sequence[Sequence[float]],
+    training: Sequence[Sequence[float]],
+) -> dict[str, float]:
+    """Compare a session on a reward model with torch, as `check_parity` does for a policy.
+
+    Args:
+        session: An ONNX Runtime session on the exported graph.
+        groups: The groups to score.
+        expected: Their scores from the model's own forward.
+        training: Their scores from training's code.
+
+    Returns:
+        The largest difference from torch per check.
+
+    Raises:
+        ParityError: A score differs by more than `bundle.PARITY`.
+    """
+    known = [value for group in expected for value in group]
+    found = {"training": [[value] for group in training for value in group]}
+    found |= dict(_variants(session, groups))
+    largest = {}
+    for check, rows in found.items():
+        gaps = [abs(row[0] - value) for row, value in zip(rows, known, strict=True)]
+        for gap, value in zip(gaps, known, strict=True):
+            if not gap <= tolerance(value, PARITY):  # also if the gap is NaN
+                raise ParityError(f"{check}: a score differs by {gap:.1e} from torch's {value:.6f}")
+        largest[check] = max(gaps)
+    return largest
+
+
 def _variants(
     session: Any, groups: Sequence[GoldenInput]
 ) -> Iterator[tuple[str, list[list[float]]]]:
-    """Score all candidates in several batchings; yield its name and (reward, policy, ref) rows."""
+    """Score all candidates in several batchings; yield its name and the rows of outputs."""
     yield "all groups padded together", _run(session, groups, CHUNK)
     by_group = [_run(session, [group], CHUNK) for group in groups]
     yield "each group alone", [row for rows in by_group for row in rows]
@@ -236,5 +293,5 @@ def _run(session: Any, groups: Sequence[GoldenInput], chunk: int) -> list[list[f
         [[np.array(ids, dtype=np.int32) for ids in group.candidates] for group in groups],
         chunk,
     )
-    columns = session.run(list(OUTPUTS), feed(layout))
+    columns = session.run([value.name for value in session.get_outputs()], feed(layout))
     return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -202,6 +202,12 @@ def candidate_logps(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:
 
 def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:
     """Return the hidden state that predicts each candidate token, `[N, C, H]`."""
+    first, own = candidate_states(model, inputs)
+    return torch.cat([first, own[:, :-1]], 1)
+
+
+def candidate_states(model: PreTrainedModel, inputs: CandidateInputs) -> tuple[Tensor, Tensor]:
+    """Return hidden states: at each candidate's prompt end `[N, 1, H]`, and its own `[N, C, H]`."""
     body: Any = model.base_model
     prompt = body(
         input_ids=inputs.prompt_ids,
@@ -217,8 +223,7 @@ def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tenso
         past_key_values=_gathered(prompt.past_key_values, inputs.group),
         use_cache=True,
     )
-    first = prompt.last_hidden_state[:, -1:][inputs.group]
-    return torch.cat([first, candidates.last_hidden_state[:, :-1]], 1)
+    return prompt.last_hidden_state[:, -1:][inputs.group], candidates.last_hidden_state
 
 
 def _gathered(cache: Any, group: Tensor) -> DynamicCache:

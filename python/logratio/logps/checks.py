@@ -411,7 +411,8 @@ def _values(model: nn.Module, batch: Batch) -> Tensor:
         states = inside(model, lambda model: end_states(transformer(model), batch)).float()
     random = torch.Generator().manual_seed(0)
     direction = torch.randn(states.shape[1], generator=random).to(states.device)
-    return rms_norm(states, states.shape[1:]) @ direction / len(direction) ** 0.5
+    found: Tensor = rms_norm(states, states.shape[1:]) @ direction / len(direction) ** 0.5
+    return found
 
 
 def _counts(model: nn.Module, completions: Sequence[Sequence[int]]) -> list[int]:

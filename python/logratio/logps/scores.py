@@ -157,7 +157,8 @@ def _of_shared(batch: SharedBatch) -> np.ndarray:
     lengths = [(prompt, *completions) for prompt, completions in groups]
     ends = np.cumsum(np.concatenate(lengths)) - 1
     is_completion = np.concatenate([np.arange(len(one)) > 0 for one in lengths])
-    return ends[is_completion].astype(np.int64)
+    found: np.ndarray = ends[is_completion].astype(np.int64)
+    return found
 
 
 def _of_tree(batch: TreeBatch) -> np.ndarray:

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 SCORES = (
     "`relevance_score` is the implicit reward β·(log π(document|query) − log π_ref(document|query))"
     ", not normalised. It is defined up to a constant per query: compare scores only between "
-    "documents of ONE query, never across queries or with a fixed threshold."
+    "documents of ONE query, never across queries or with a fixed threshold. For the bundle of a "
+    "reward model, it is the model's score."
 )
 
 

@@ -122,7 +122,8 @@ def rank_file(
     A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``; the file may be
     compressed (gzip, zstd).
     Each row is written with its keys and, per candidate, ``rewards`` and ``tokens`` (null rewards
-    for candidates that cannot be scored), ``policy_logps`` and ``reference_logps`` in nats, and
+    for candidates that cannot be scored), ``policy_logps`` and ``reference_logps`` in nats (not
+    from a reward model), and
     ``order``: the indexes, best first. ``errors`` gives the reasons by index. A row that cannot be
     ranked, because it is malformed or its prompt is invalid, only gets ``error``.
 
@@ -230,7 +231,7 @@ def _rank(reranker: Reranker, batch: list[Item], summary: RankSummary) -> Iterat
             failed = sum(score.error is not None for score in scores)
             summary.failed_candidates += failed
             summary.candidates += len(scores) - failed
-            yield row | _columns(scores)
+            yield row | _columns(scores, scored=reranker.manifest.is_reward_model)
 
 
 def _encode(reranker: Reranker, row: Row) -> CandidateGroup | InvalidRecordError:
@@ -240,14 +241,16 @@ def _encode(reranker: Reranker, row: Row) -> CandidateGroup | InvalidRecordError
         return error
 
 
-def _columns(scores: list[Score]) -> dict[str, Any]:
+def _columns(scores: list[Score], *, scored: bool) -> dict[str, Any]:
+    """Return the columns of a row; those of a reward model have no log-probs."""
     columns: dict[str, Any] = {
         "rewards": [_number(score.reward) for score in scores],
         "order": [score.index for score in ranked(scores) if score.error is None],
-        "policy_logps": [_number(score.policy_logps) for score in scores],
-        "reference_logps": [_number(score.reference_logps) for score in scores],
-        "tokens": [score.tokens for score in scores],
     }
+    if not scored:
+        columns["policy_logps"] = [_number(score.policy_logps) for score in scores]
+        columns["reference_logps"] = [_number(score.reference_logps) for score in scores]
+    columns["tokens"] = [score.tokens for score in scores]
     errors = {str(score.index): score.error for score in scores if score.error is not None}
     truncated = [score.index for score in scores if score.truncated]
     return (

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from logratio._rust import candidate_layout
 from logratio.bundle import (
     INPUTS,
-    OUTPUTS,
     REPLAY,
     BundleError,
     GoldenGroup,
@@ -137,9 +136,11 @@ class Score:
 
     Attributes:
         index: Index of the candidate in the request.
-        reward: β·(log π − log π_ref), with β from the bundle. It is defined up to a constant per
-            prompt, so compare only candidates of the same prompt. NaN if there is an error.
-        policy_logps: Sum of the policy's log-probs over the candidate's tokens, in nats.
+        reward: β·(log π − log π_ref), with β from the bundle, or a reward model's score. It is
+            defined up to a constant per prompt, so compare only candidates of the same prompt. NaN
+            if there is an error.
+        policy_logps: Sum of the policy's log-probs over the candidate's tokens, in nats; NaN for a
+            reward model.
         reference_logps: The same for the reference.
         tokens: Number of tokens scored, including EOS if the bundle's rules append it.
         truncated: Whether the prompt (by the bundle's rules) or the candidate (if requested at
@@ -161,7 +162,7 @@ class NoCandidateError(LogratioError, ValueError):
 
 
 class Reranker:
-    """Score candidates of a prompt by the implicit reward of a bundle.
+    """Score candidates of a prompt by the implicit reward of a bundle, or by a reward model.
 
     Safe to share between threads.
 
@@ -184,7 +185,8 @@ class Reranker:
         self._token_budget = token_budget
 
     def __repr__(self) -> str:
-        return f"Reranker({self.manifest.name!r}, β={self.manifest.beta:g}, {self.provider})"
+        beta = "reward model" if self.manifest.is_reward_model else f"β={self.manifest.beta:g}"
+        return f"Reranker({self.manifest.name!r}, {beta}, {self.provider})"
 
     @classmethod
     def load(
@@ -329,15 +331,22 @@ class Reranker:
     def compute(
         self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None = None
     ) -> list[Sums]:
-        """Run the graph once, and return reward, policy and reference sums per candidate."""
+        """Run the graph once, and return reward, policy and reference sums per candidate.
+
+        A reward model has no sums: they are NaN.
+        """
         layout = candidate_layout(
             [_array(groups[number].prompt_ids) for number, _ in run.pieces],
             [[_array(ids) for ids in candidates] for _, candidates in run.pieces],
             self.manifest.graph.chunk,
         )
         feed = {name: getattr(layout, name) for name in INPUTS}
-        columns = self._session.run(list(OUTPUTS), feed, stop.options if stop else None)
-        self._check_rewards(*columns)
+        names = list(self.manifest.graph.outputs)
+        columns = self._session.run(names, feed, stop.options if stop else None)
+        if self.manifest.is_reward_model:
+            columns += 2 * [np.full_like(columns[0], np.nan)]
+        else:
+            self._check_rewards(*columns)
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def _check_rewards(self, *columns: NDArray[np.float32]) -> None:
@@ -397,6 +406,11 @@ class Reranker:
         raise BundleError("no golden group is a chat, so its chat template cannot be verified")
 
     def _compare(self, known: GoldenGroup, scores: list[Score]) -> None:
+        if known.scores is not None:
+            for score, expected in zip(scores, known.scores, strict=True):
+                if not abs(score.reward - expected) <= tolerance(expected, REPLAY):
+                    self._refuse(score.reward, expected)
+            return
         pairs = zip(known.policy_logps, known.reference_logps, strict=True)
         for score, (policy, reference) in zip(scores, pairs, strict=True):
             slack = tolerance(policy, REPLAY) + tolerance(reference, REPLAY)
@@ -407,10 +421,13 @@ class Reranker:
                 and abs(score.reward - reward) <= self.manifest.beta * slack
             )
             if not near:
-                raise BundleError(
-                    f"{self.provider} gives a golden candidate the reward {score.reward:.6g}; "
-                    f"torch gave {reward:.6g} at export"
-                )
+                self._refuse(score.reward, reward)
+
+    def _refuse(self, reward: float, expected: float) -> NoReturn:
+        raise BundleError(
+            f"{self.provider} gives a golden candidate the reward {reward:.6g}; torch gave "
+            f"{expected:.6g} at export"
+        )
 
 
 class Scoring:
@@ -488,7 +505,7 @@ def _score(group: CandidateGroup, index: int, sums: dict[tuple[int, ...], Sums])
         return Score(index, math.nan, math.nan, math.nan, 0, truncated, candidate.error)
     reward, policy, reference = sums[candidate.ids]
     tokens = len(candidate.ids)
-    if not (math.isfinite(policy) and math.isfinite(reference)):
-        error = "the model's log-prob is not finite"
+    if not math.isfinite(reward):
+        error = "the model's reward is not finite"
         return Score(index, math.nan, math.nan, math.nan, tokens, truncated, error)
     return Score(index, reward, policy, reference, tokens, truncated)

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from logratio.bundle import GRAPH, INPUTS, OUTPUTS, WEIGHTS, BundleError, Manifest, graph_properties
+from logratio.bundle import GRAPH, INPUTS, WEIGHTS, BundleError, Manifest, graph_properties
 from logratio.errors import LogratioError
 from logratio.extras import require
 
@@ -242,7 +242,7 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     outputs = {value.name: (value.type, len(value.shape)) for value in session.get_outputs()}
     if inputs != {name: ("tensor(int64)", rank) for name, rank in INPUTS.items()}:
         raise BundleError(f"{where}: its inputs are not those of a scorer")
-    if outputs != dict.fromkeys(OUTPUTS, ("tensor(float)", 1)):
+    if outputs != dict.fromkeys(manifest.graph.outputs, ("tensor(float)", 1)):
         raise BundleError(f"{where}: its outputs are not those of a scorer")
     properties = session.get_modelmeta().custom_metadata_map
     stated = graph_properties(

@@ -181,7 +181,7 @@ def _metadata(config: TrainConfig) -> str:
     data = ModelCardData(
         base_model=hub_name(config.model),
         library_name="peft" if config.trains_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if Objective.of(config).scores else "text-generation",
         tags=tags,
     )
     return str(data.to_yaml())
@@ -190,13 +190,15 @@ def _metadata(config: TrainConfig) -> str:
 def _usage(config: TrainConfig) -> str:
     """Return code that loads the model from its folder."""
     folder = Path(config.output).resolve().name
-    package, kind = "transformers", "AutoModelForCausalLM"
+    task = "SequenceClassification" if Objective.of(config).scores else "CausalLM"
+    package, kind = "transformers", f"AutoModelFor{task}"
     if config.trains_adapter:
-        package, kind = "peft", "AutoPeftModelForCausalLM"
+        package, kind = "peft", f"AutoPeftModelFor{task}"
     lines = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
     if package == "transformers":
         lines = [f"from transformers import {kind}, AutoTokenizer"]
-    lines += ["", f'model = {kind}.from_pretrained("{folder}")']
+    one = ", num_labels=1" if config.trains_adapter and Objective.of(config).scores else ""
+    lines += ["", f'model = {kind}.from_pretrained("{folder}"{one})']
     return "\n".join([*lines, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'])
 
 

@@ -36,6 +36,8 @@ def test_a_trained_policy_is_seen_to_prefer(
     )
     result = evaluate(EvaluateConfig(out, tiny_model, [pairs_file]))
     assert result.accuracy == 1.0
+    assert result.logratio_chosen is not None and result.logratio_rejected is not None
+    assert result.sources == {"pairs.jsonl": (16, 1.0)}
     assert result.margin == pytest.approx(
         0.1 * (result.logratio_chosen - result.logratio_rejected), rel=1e-6
     )
