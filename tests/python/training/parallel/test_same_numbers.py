@@ -37,6 +37,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "aot-unpaired": {"loss": "aot-unpaired", "eval_share": 0.3, "eval_every": 2},
     "mixture": {"loss": "aot:0.5+ipo:0.1+sft:0.2", "lora": {"rank": 4}, "lr": 1e-2},
     "ld-dpo": {"loss": "ld-dpo", "cache": "cache", "precompute": True},
+    "bradley-terry": {"loss": "bradley-terry", "loss_options": {"center": 0.1}, "eval_share": 0.3},
+    "reward adapter": {"loss": "bradley-terry", "lora": {"rank": 4}, "lr": 1e-2},
     "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     ANSWERS: {"loss": "kto", "eval_share": 0.3, "eval_every": 2},
     LISTS: {"loss": "lipo"},
