@@ -126,6 +126,17 @@ class Objective(Settings):
     gamma: Annotated[
         float | None, typer.Option(help="Target margin of simpo and alpha-po. Default: 1.")
     ] = None
+    study_flipped_labels: Annotated[
+        float,
+        typer.Option(help="For study: share of the groups whose labels are exchanged in training."),
+    ] = 0.0
+    study_uniform_reference: Annotated[
+        bool,
+        typer.Option(
+            "--study-uniform-reference",
+            help="For study: a reference that gives every token the same probability.",
+        ),
+    ] = False
     loss_option: Annotated[
         list[str] | None,
         typer.Option(

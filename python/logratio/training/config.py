@@ -141,6 +141,9 @@ class TrainConfig(YamlSettings):
             a moving average. Needs a second model in memory, and all weights trained.
         ref_model_mixup_alpha: Weight of the policy in the new reference.
         ref_model_sync_steps: Updates between two changes of the reference.
+        study_flipped_labels: For study: share of the groups, chosen by `seed`, whose labels are
+            exchanged in training, but not in evaluations.
+        study_uniform_reference: For study: a reference that gives every token the same probability.
         loss: A method of `logratio methods`; the import path of a loss, "module:function"; or
             several with weights, whose losses are added: "dpo:1.0+sft:0.2", or a list of such.
         beta: Weight of the KL term; None: the default of the method.
@@ -243,6 +246,8 @@ class TrainConfig(YamlSettings):
     sync_ref_model: bool = False
     ref_model_mixup_alpha: Annotated[float, Range(0, 1, without_low=True)] = 0.6
     ref_model_sync_steps: Count = 512
+    study_flipped_labels: ShareBelow1 = 0.0
+    study_uniform_reference: bool = False
     loss: Annotated[str, Converted(as_loss)] = "dpo"
     beta: Above0 | None = None
     label_smoothing: Annotated[float, Range(0, 0.5, without_high=True)] | None = None
@@ -319,6 +324,7 @@ UNRECORDED: Mapping[str, Any] = {
         *("eval_data", "eval_share", "eval_every", "eval_samples", "max_new_tokens"),
         *("best_metric", "early_stop"),
         *("adapter", "quantization"),
+        *("study_flipped_labels", "study_uniform_reference"),
         *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     )
 } | {"router_aux_loss_coef": 0.0}

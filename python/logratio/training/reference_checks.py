@@ -385,7 +385,7 @@ class _InitialLossCheck:
 
 def starts_at_reference(config: TrainConfig) -> bool:
     """Return whether the policy equals the reference before its first update."""
-    if not needs_reference(config):
+    if not needs_reference(config) or config.study_uniform_reference:
         return False
     if config.reference is None:
         return True

@@ -17,6 +17,7 @@ from logratio.data.feed import MicroBatch, lay_out
 from logratio.data.store.load import source_names
 from logratio.logps.batch import Batch, Part, shape_for, to_torch
 from logratio.logps.completion import completion_logps, completion_loss, route
+from logratio.logps.divergence import divergence_loss
 from logratio.logps.head_loss import LossOf, unit_gradient
 from logratio.logps.router import RouterSums
 from logratio.training.config import TrainConfig
@@ -37,7 +38,7 @@ from logratio.training.optimizers import (
 )
 from logratio.training.parallel.processes import Processes
 from logratio.training.parallel.strategy import Whole
-from logratio.training.reference import Reference, same_random_state, side_effect_free
+from logratio.training.reference import Reference, live_model, same_random_state, side_effect_free
 from logratio.training.router_loss import RouterLoss
 
 Load = Callable[[Callable[[str], nn.Module]], nn.Module]
@@ -91,7 +92,7 @@ class Updater:
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.load = load or (lambda build: build(str(self.device)))
         self.objective = Objective.of(config)
-        self.data = GroupData.of(store, self.objective)
+        self.data = GroupData.of(store, self.objective, config.study_flipped_labels, config.seed)
         self.router = RouterLoss.of(config, policy)
         if given := given_model(config.model):
             given.is_trained = True
@@ -242,6 +243,8 @@ class Updater:
             groups = self._with_statistics(groups, first, part)
             if part.collisions is not None:
                 groups = replace(groups, confidences=confidences(part, logps))
+            if part.divergences is not None:
+                groups = replace(groups, divergences=part.targets.sums(part.divergences))
             losses = self.data.weighted(self.objective.losses(groups), part.targets)
             scored.append(Scored(losses.detach(), groups.detached()))
             return losses.sum() / count
@@ -270,7 +273,12 @@ class Updater:
         Args:
             counts: Whether the batch counts; False: it only gives the other processes a pass.
         """
-        loss_of = partial(completion_loss, collisions=self.objective.needs_confidences)
+        loss_of: Callable[..., Tensor] = completion_loss
+        if self.objective.needs_confidences:
+            loss_of = partial(completion_loss, collisions=True)
+        if self.objective.needs_divergences:
+            assert self.reference is not None
+            loss_of = partial(divergence_loss, other=live_model(self.reference))
         if (router := self.router) is None:
             return loss_of
 

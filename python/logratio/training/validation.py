@@ -24,6 +24,8 @@ def check_settings(config: TrainConfig) -> None:
     _check_schedule(config)
     _check_options(config)
     _check_moving_reference(config)
+    _check_divergences(config)
+    _check_study(config)
     _check_evaluation(config)
     _check_memory(config)
     trackers_of(config.report_to)
@@ -39,7 +41,10 @@ def check_folders(config: TrainConfig) -> None:
     """
     for folder in (config.model, config.reference or config.model):
         check_model_folder(Path(folder))
-    router_coefficient(config)
+    if router_coefficient(config) and Objective.of(config).needs_divergences:
+        raise ConfigError(
+            f"--loss {config.loss} has no router's loss: set --router-aux-loss-coef 0"
+        )
     check_adapters(config)
     check_writable(Path(config.output))
 
@@ -87,6 +92,40 @@ def _check_moving_reference(config: TrainConfig) -> None:
             "--sync-ref-model mixes weights, and bfloat16 would round the mixture away: use "
             "--precision bf16, or --ref-model-mixup-alpha 1"
         )
+
+
+def _check_divergences(config: TrainConfig) -> None:
+    """Check that a loss of whole distributions has a reference in memory."""
+    if not Objective.of(config).needs_divergences:
+        return
+    if config.cache:
+        raise ConfigError(
+            f"--loss {config.loss} compares whole distributions, and --cache has log-probs of "
+            "tokens only: remove --cache"
+        )
+
+
+def _check_study(config: TrainConfig) -> None:
+    """Check the settings that are for study only."""
+    objective = Objective.of(config)
+    if config.study_flipped_labels and objective.data not in ("pairs", "labelled answers"):
+        raise ConfigError(
+            f"--study-flipped-labels flips pairs and labelled answers, and --loss {config.loss} "
+            f"trains on {objective.data}"
+        )
+    if not config.study_uniform_reference:
+        return
+    if not objective.needs_reference:
+        raise ConfigError(
+            f"--loss {config.loss} has no reference; remove --study-uniform-reference"
+        )
+    given = ("cache", "reference", "sync_ref_model", "eval_samples")
+    if used := next((name for name in given if getattr(config, name)), None):
+        raise ConfigError(
+            "--study-uniform-reference has no model, so remove --" + used.replace("_", "-")
+        )
+    if objective.needs_divergences:
+        raise ConfigError(f"--loss {config.loss} needs a reference in memory")
 
 
 def _check_evaluation(config: TrainConfig) -> None:
@@ -139,9 +178,11 @@ def needs_reference(config: TrainConfig) -> bool:
 
 
 def reference_kind(config: TrainConfig) -> str:
-    """Return the kind of reference: "none", "cached", "adapter" or "frozen"."""
+    """Return the kind of reference: "none", "uniform", "cached", "adapter" or "frozen"."""
     if not needs_reference(config):
         return "none"
+    if config.study_uniform_reference:
+        return "uniform"
     if config.cache:
         return "cached"
     return "adapter" if config.trains_adapter and not config.reference else "frozen"

@@ -1,7 +1,7 @@
 """What the data and the whole update add to log-probs: values, weights, statistics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,27 @@ class GroupData:
         values: Score, rank, margin and weight of every completion, float32 `[N, 4]`; None: unused.
         weights: Weight of every group, float64 `[G]`, with mean 1; None: all are 1.
         has_reference: Whether the objective uses the reference's log-probs.
+        flipped: Whether the labels of each group are exchanged, bool `[G]`; None: of none.
+        has_pairs: Whether groups are pairs, whose labels are their positions.
     """
 
     values: np.ndarray | None
     weights: np.ndarray | None
     has_reference: bool
+    flipped: np.ndarray | None = None
+    has_pairs: bool = True
 
     @classmethod
-    def of(cls, store: Store, objective: Objective) -> "GroupData":
+    def of(
+        cls, store: Store, objective: Objective, flipped: float = 0.0, seed: int = 0
+    ) -> "GroupData":
         """Return the data of a store that an objective uses.
+
+        Args:
+            store: The groups.
+            objective: The objective.
+            flipped: Share of the groups whose labels are exchanged, for study.
+            seed: Seed of their choice.
 
         Raises:
             ConfigError: The weights of the data sum to 0.
@@ -40,11 +52,12 @@ class GroupData:
         values = store.values()
         weights = group_weights(values, store.completion_offsets())
         used = values if objective.needs_values else None
-        return cls(used, weights, objective.needs_reference)
+        chosen = np.random.default_rng(seed).random(len(store)) < flipped if flipped else None
+        return cls(used, weights, objective.needs_reference, chosen, objective.data == "pairs")
 
     def groups(self, targets: TargetTokens, policy: Tensor, reference: Tensor) -> GroupLogps:
         """Return the inputs of a loss for some groups, from the sums of log-probs, `[N]`."""
-        return GroupLogps(
+        groups = GroupLogps(
             policy,
             reference,
             targets.lengths,
@@ -53,12 +66,36 @@ class GroupData:
             None if self.values is None else self.values[targets.rows],
             has_reference=self.has_reference,
         )
+        if self.flipped is None:
+            return groups
+        flip = _with_flipped_pairs if self.has_pairs else _with_flipped_roles
+        return flip(groups, self.flipped[targets.groups])
 
     def weighted(self, losses: Tensor, targets: TargetTokens) -> Tensor:
         """Multiply the losses of groups, `[B]`, by their weights."""
         if self.weights is None:
             return losses
         return losses * onto(self.weights[targets.groups], losses.device)
+
+
+def _with_flipped_pairs(groups: GroupLogps, flipped: np.ndarray) -> GroupLogps:
+    """Exchange the sides of the pairs that are `flipped`, bool `[B]`."""
+    places = np.arange(len(groups.lengths)).reshape(-1, 2)
+    exchanged = np.where(flipped[:, None], places[:, ::-1], places).ravel()
+    order = onto(exchanged, groups.lengths.device)
+    return replace(
+        groups,
+        policy_logps=groups.policy_logps[order],
+        reference_logps=groups.reference_logps[order],
+        lengths=groups.lengths[order],
+    )
+
+
+def _with_flipped_roles(groups: GroupLogps, flipped: np.ndarray) -> GroupLogps:
+    """Exchange good and bad in the groups that are `flipped`, bool `[B]`."""
+    exchanged = onto(np.repeat(flipped, groups.sizes), groups.lengths.device)
+    is_label = groups.is_mismatched == 0
+    return replace(groups, roles=torch.where(exchanged & is_label, 1 - groups.roles, groups.roles))
 
 
 def group_weights(values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:

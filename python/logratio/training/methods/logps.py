@@ -73,6 +73,8 @@ class GroupLogps:
         has_reference: Whether the reference's log-probs are meaningful.
         confidences: Mean of log π(token) − log Σ π² over the counted tokens of each completion,
             float64 `[N]`, without a gradient; None if the loss does not use it.
+        divergences: KL divergence of the reference's next-token distributions from the policy's,
+            summed over the counted tokens, float64 `[N]`; None if the loss does not use it.
     """
 
     policy_logps: Tensor
@@ -84,6 +86,7 @@ class GroupLogps:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     has_reference: bool = True
     confidences: Tensor | None = None
+    divergences: Tensor | None = None
 
     @classmethod
     def concatenated(cls, parts: "Sequence[GroupLogps]") -> "GroupLogps":
@@ -117,7 +120,7 @@ class GroupLogps:
 
     def detached(self) -> "GroupLogps":
         """The same without a gradient."""
-        return replace(self, policy_logps=self.policy_logps.detach())
+        return replace(self, policy_logps=self.policy_logps.detach(), divergences=None)
 
     def on_host(self) -> "GroupLogps":
         """The same without a gradient, in the host's memory, without statistics."""
