@@ -198,7 +198,7 @@ def test_where_an_exponential_is_replaced_the_gradient_keeps_its_sign(name: str)
     policy = groups.policy_logps.requires_grad_()
     clip = {"clip": 1e18} if name == "chi-po" else {}
     (slopes,) = torch.autograd.grad(losses_of(name, groups, **clip).sum(), policy)
-    assert slopes[0] < 0 < slopes[1] or (name != "chi-po" and slopes[0] < 0)
+    assert slopes[0] < 0 <= slopes[1]
 
 
 # Equal losses.
@@ -264,11 +264,8 @@ SCORED = [
 @given(order=st.permutations(range(5)))
 @settings(max_examples=15)
 def test_the_order_of_scored_completions_does_not_matter(name: str, order: list[int]) -> None:
-    scored = (
-        SCORED
-        if name != "best-worst"
-        else [*SCORED[:2], *SCORED[3:], SCORED[4]._replace(score=9.0)]
-    )
+    # best-worst takes the first of several that are equally good, so here one is the best.
+    scored = [SCORED[0]._replace(score=4.0), *SCORED[1:]] if name == "best-worst" else SCORED
     expected = losses_of(name, groups_of(scored))
     same(losses_of(name, groups_of([scored[i] for i in order])), expected)
 
