@@ -56,19 +56,38 @@ def _last(lengths: np.ndarray) -> np.ndarray:
 
 def write_answers(path: Path, count: int) -> Path:
     """Write single answers with labels: every second one is good."""
-    return _written(path, ({"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4),
-                            "completion": f" in the {PLACES[i // 9 % 3]}" + (" happy", " sad")[i % 2],
-                            "label": i % 2 == 0} for i in range(count)))  # fmt: skip
+    ends = " happy", " sad"
+    return _written(
+        path,
+        (
+            {**_prompt(i), "completion": _place(i) + ends[i % 2], "label": i % 2 == 0}
+            for i in range(count)
+        ),
+    )
 
 
 def write_lists(path: Path, count: int) -> Path:
     """Write lists of two to four answers with scores, some of them equal."""
     ends = " happy", " sad", " sad sad", " loud"
-    return _written(path, ({"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4),
-                            "responses": [{"response": f" in the {PLACES[i // 9 % 3]}{ends[k]}",
-                                           "score": float((k * 2 + i) % 5 // 2)}
-                                          for k in range(2 + i % 3)]}
-                           for i in range(count)))  # fmt: skip
+
+    def answer(i: int, k: int) -> dict[str, Any]:
+        return {"response": _place(i) + ends[k], "score": float((k * 2 + i) % 5 // 2)}
+
+    return _written(
+        path,
+        (
+            {**_prompt(i), "responses": [answer(i, k) for k in range(2 + i % 3)]}
+            for i in range(count)
+        ),
+    )
+
+
+def _prompt(i: int) -> dict[str, str]:
+    return {"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4)}
+
+
+def _place(i: int) -> str:
+    return f" in the {PLACES[i // 9 % 3]}"
 
 
 def _written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
