@@ -283,8 +283,7 @@ def trl_trainer(case: Case, folder: str) -> Any:
         remove_unused_columns=False, **case.theirs,
     )  # fmt: skip
     policy, reference = models()
-    pair = {"prompt": "w5", "chosen": "w6", "rejected": "w7"}
-    rows = [pair]
+    rows: list[dict[str, Any]] = [{"prompt": "w5", "chosen": "w6", "rejected": "w7"}]
     if case.trainer == "KTOTrainer":
         answer = {"prompt": "w5", "completion": "w6"}
         rows = [answer | {"label": label} for label in (True, False)] * 4

@@ -59,10 +59,10 @@ def test_ld_dpo_by_hand() -> None:
     own, fixed = (weighted_sums(targets, one, weights) for one in (policy, reference))
     assert own.tolist() == [-6, -4 - 0.5 * 9, -1 - 0.5 * 3, -2]
     assert fixed.tolist() == [-6, -4 - 0.5 * 4, -1 - 0.5 * 3, -1]
-    answers = [
+    a, b, c, d = [
         Answer(p, r, n) for p, r, n in zip(own.tolist(), fixed.tolist(), LENGTHS, strict=True)
     ]
-    losses = losses_of("ld-dpo", groups_of(pair(*answers[:2]), pair(*answers[2:])), alpha=0.5)
+    losses = losses_of("ld-dpo", groups_of(pair(a, b), pair(c, d)), alpha=0.5)
     # D is 0 - (-2.5) and 0 - (-1).
     by_hand = [0.575939419879, 0.644396660074]
     assert by_hand == pytest.approx([log(1 + exp(-0.25)), log(1 + exp(-0.1))], rel=1e-11)
@@ -75,8 +75,8 @@ def test_the_loss_of_weighted_tokens_starts_at_ln_2(name: str) -> None:
     weights = objective_of(name).token_weights(targets)
     logps = -torch.rand(13, generator=torch.Generator().manual_seed(0))
     sums = weighted_sums(targets, logps, weights).tolist()
-    answers = [Answer(one, one, n) for one, n in zip(sums, LENGTHS, strict=True)]
-    losses = losses_of(name, groups_of(pair(*answers[:2]), pair(*answers[2:])))
+    a, b, c, d = [Answer(one, one, n) for one, n in zip(sums, LENGTHS, strict=True)]
+    losses = losses_of(name, groups_of(pair(a, b), pair(c, d)))
     assert losses.tolist() == pytest.approx([log(2)] * 2, rel=1e-15)
 
 
