@@ -14,7 +14,10 @@ from logratio.training.methods.table import METHODS, DataKind, Method, Option
 
 # Multiples of 1/16, so that equal numbers are frequent and differences are exact.
 sixteenths = st.integers(-480, -1).map(lambda n: n / 16)
-answers = st.tuples(sixteenths, sixteenths, st.integers(1, 40)).map(lambda one: Answer(*one))
+few_sixteenths = st.integers(0, 40).map(lambda n: n / 16)
+answers = st.tuples(sixteenths, sixteenths, st.integers(1, 40), few_sixteenths, few_sixteenths).map(
+    lambda one: Answer(*one[:3], confidence=1 - one[3], divergence=one[4])
+)
 pairs = st.builds(pair, answers, answers, st.sampled_from([0.25, 1.0, 3.5]))
 scores = st.integers(0, 3).map(float)
 
