@@ -94,6 +94,7 @@ CASES = [
         theirs={"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
     ),
     dpo("ld-dpo", "sigmoid", {"loss_options": {"alpha": 0.4}}, theirs={"ld_alpha": 0.4}),
+    dpo("wpo", "sigmoid", theirs={"use_weighting": True}),
     Case("sft", "DPOTrainer", {"loss_type": ["sft"]}, note=ONE_PAIR, groups=1),
     dpo(
         "mpo",
@@ -243,9 +244,28 @@ def our_loss(
         roles = [role for first in firsts for role in (first, MISMATCHED)]
     lengths, offsets = batch.targets.lengths, batch.targets.group_offsets
     inputs = GroupLogps(own, fixed, lengths, torch.tensor(roles, dtype=torch.uint8), offsets)
+    if objective.needs_confidences:
+        inputs = replace(inputs, confidences=policy_confidences(policy, batch))
     found = objective.statistics(inputs, trains=True)
     found |= {name: torch.tensor(value).double() for name, value in case.fixed.items()}
     return float(objective.losses(replace(inputs, statistics=found)).mean())
+
+
+def policy_confidences(policy: PreTrainedModel, batch: Any) -> Tensor:
+    """Return WPO's numbers of each completion, from the pass in which training computes them."""
+    from logratio.logps.attention.interface import shared_prompts
+    from logratio.logps.completion import completion_loss
+    from logratio.training.update import confidences
+
+    found = []
+
+    def share(logps: Tensor, part: Any) -> Tensor:
+        found.append(confidences(part, logps))
+        return logps.sum()
+
+    with shared_prompts(policy):
+        completion_loss(policy, batch, share, collisions=True)
+    return torch.cat(found)
 
 
 def theirs(folder: str) -> list[list[float]]:
