@@ -255,12 +255,12 @@ def policy_confidences(policy: PreTrainedModel, batch: Any) -> Tensor:
     """Return WPO's numbers of each completion, from the pass in which training computes them."""
     from logratio.logps.attention.interface import shared_prompts
     from logratio.logps.completion import completion_loss
-    from logratio.training.update import confidences
+    from logratio.training.update import confidences_of
 
     found = []
 
     def share(logps: Tensor, part: Any) -> Tensor:
-        found.append(confidences(part, logps))
+        found.append(confidences_of(part, logps, part.collisions))
         return logps.sum()
 
     with shared_prompts(policy):

@@ -20,8 +20,18 @@ _ROLES: dict[DataKind, list[list[str]]] = {
 }
 
 
-def store_for(data: DataKind, groups: int = 8, seed: int = 0, weight: bool = False) -> Store:
-    """Make groups of ragged random tokens, with margins and scores where the data has them."""
+def store_for(
+    data: DataKind,
+    groups: int = 8,
+    seed: int = 0,
+    weight: float | None = None,
+    *,
+    tied: bool = False,
+) -> Store:
+    """Make groups of ragged random tokens, with margins and scores where the data has them.
+
+    With `weight`, the groups have random weights up to it.
+    """
     random, writer = np.random.default_rng(seed), StoreWriter()
     for line in range(groups):
         roles = _ROLES[data][line % len(_ROLES[data])]
@@ -29,11 +39,11 @@ def store_for(data: DataKind, groups: int = 8, seed: int = 0, weight: bool = Fal
         total = int(lengths.sum())
         values = np.full((len(roles), 4), np.nan, np.float32)
         if data == "lists":
-            values[:, 0] = random.permutation(len(roles)).astype(np.float32) / 2
+            values[:, 0] = 0.0 if tied else random.permutation(len(roles)) / 2
         if data == "pairs":
             values[0, 2] = random.uniform(0.5, 3)
-        if weight:
-            values[:, 3] = random.uniform(0, 2)
+        if weight is not None:
+            values[:, 3] = random.uniform(0, weight)
         writer.push(
             random.integers(3, 200, int(random.integers(1, 20))).astype(np.int32),
             random.integers(3, 200, total).astype(np.int32),

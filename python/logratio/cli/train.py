@@ -8,20 +8,17 @@ import typer
 from logratio.cli import options
 from logratio.cli.cluster import CLUSTER, ClusterFlags, print_forecast
 from logratio.cli.config import takes_config
+from logratio.cli.objective_flags import OBJECTIVE, SOURCE, Objective, ReferenceSource
 from logratio.cli.options import READING, Reading, takes_flags
 from logratio.cli.train_flags import (
     HELD_OUT,
     LORA,
     MACHINE,
-    OBJECTIVE,
-    SOURCE,
     UPDATE,
     WATCHING,
     HeldOut,
     Lora,
     Machine,
-    Objective,
-    ReferenceSource,
     Update,
     Watching,
 )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from logratio.logps.batch import Batch
+from logratio.logps.attention.interface import shared_prompts
+from logratio.logps.batch import Batch, PaddedBatch
 from logratio.logps.completion import target_states, transformer
 from logratio.logps.head import TILE_ELEMENTS, head_logits
 from logratio.logps.head_loss import LossOf
@@ -30,8 +31,10 @@ class LiveModel:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states that predict the targets of a batch, `[S, H]`."""
-        with self.active():
-            return target_states(transformer(self.model), batch)
+        inner = transformer(self.model)
+        sharing = nullcontext() if isinstance(batch, PaddedBatch) else shared_prompts(inner)
+        with self.active(), sharing:
+            return target_states(inner, batch)
 
     @torch.no_grad()
     def log_distributions(self, states: Tensor) -> Tensor:

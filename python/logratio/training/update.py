@@ -239,12 +239,10 @@ class Updater:
         def share(logps: Tensor, part: Part) -> Tensor:
             own = None if weights is None else weights[part.targets_at]
             sums = weighted_sums(part.targets, logps, own)
-            groups = self.data.groups(part.targets, sums, reference[part.completions])
+            groups = self.data.groups(
+                part.targets, sums, reference[part.completions], *_distributions(part, logps)
+            )
             groups = self._with_statistics(groups, first, part)
-            if part.collisions is not None:
-                groups = replace(groups, confidences=confidences(part, logps))
-            if part.divergences is not None:
-                groups = replace(groups, divergences=part.targets.sums(part.divergences))
             losses = self.data.weighted(self.objective.losses(groups), part.targets)
             scored.append(Scored(losses.detach(), groups.detached()))
             return losses.sum() / count
@@ -350,10 +348,19 @@ class Updater:
             return float(batch.targets.sums(completion_logps(self.policy, batch)).sum())
 
 
-def confidences(part: Part, logps: Tensor) -> Tensor:
+def confidences_of(part: Part, logps: Tensor, collisions: Tensor) -> Tensor:
     """Return the mean of log π(token) − log Σ π² of each completion, float64 `[N]`, detached."""
-    assert part.collisions is not None
-    return part.targets.sums(logps.detach() - part.collisions) / part.targets.lengths
+    return part.targets.sums(logps.detach() - collisions) / part.targets.lengths
+
+
+def _distributions(part: Part, logps: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the confidences and the divergences of a part's completions, float64 `[N]` each."""
+    confidences = divergences = None
+    if part.collisions is not None:
+        confidences = confidences_of(part, logps, part.collisions)
+    if part.divergences is not None:
+        divergences = part.targets.sums(part.divergences)
+    return confidences, divergences
 
 
 def _named(culprits: list[str], groups: int) -> str:

@@ -70,27 +70,27 @@ def _check_options(config: TrainConfig) -> None:
 
 def _check_moving_reference(config: TrainConfig) -> None:
     """Check the settings of a reference that follows the policy."""
-    if not config.sync_ref_model:
-        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+    if not config.sync_reference:
+        for name in ("reference_mixup_alpha", "reference_sync_steps"):
             if getattr(config, name) != getattr(TrainConfig, name):
-                raise ConfigError(f"--{name.replace('_', '-')} needs --sync-ref-model")
+                raise ConfigError(f"--{name.replace('_', '-')} needs --sync-reference")
         return
     if not needs_reference(config):
-        raise ConfigError(f"--loss {config.loss} has no reference; remove --sync-ref-model")
+        raise ConfigError(f"--loss {config.loss} has no reference; remove --sync-reference")
     if config.cache:
         raise ConfigError(
-            "--sync-ref-model changes the reference, and --cache has log-probs of one that stays: "
+            "--sync-reference changes the reference, and --cache has log-probs of one that stays: "
             "remove one of them"
         )
     if config.trains_adapter or config.quantization:
         raise ConfigError(
-            "--sync-ref-model mixes the weights of policy and reference, so all weights must be "
+            "--sync-reference mixes the weights of policy and reference, so all weights must be "
             "trained: remove the adapter"
         )
-    if config.precision == "bf16-weights" and config.ref_model_mixup_alpha < 1:
+    if config.precision == "bf16-weights" and config.reference_mixup_alpha < 1:
         raise ConfigError(
-            "--sync-ref-model mixes weights, and bfloat16 would round the mixture away: use "
-            "--precision bf16, or --ref-model-mixup-alpha 1"
+            "--sync-reference mixes weights, and bfloat16 would round the mixture away: use "
+            "--precision bf16, or --reference-mixup-alpha 1"
         )
 
 
@@ -119,7 +119,7 @@ def _check_study(config: TrainConfig) -> None:
         raise ConfigError(
             f"--loss {config.loss} has no reference; remove --study-uniform-reference"
         )
-    given = ("cache", "reference", "sync_ref_model", "eval_samples")
+    given = ("cache", "reference", "sync_reference", "eval_samples")
     if used := next((name for name in given if getattr(config, name)), None):
         raise ConfigError(
             "--study-uniform-reference has no model, so remove --" + used.replace("_", "-")

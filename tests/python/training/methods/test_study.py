@@ -44,6 +44,28 @@ def test_flipped_pairs_exchange_their_sides(config: TrainConfig, tmp_path: Path)
         assert most[f"lengths/{side}"] == plain[f"lengths/{other}"]
 
 
+@pytest.mark.parametrize("loss", ["tdpo2", "wpo"])
+def test_flipped_pairs_take_all_of_a_side_with_them(
+    config: TrainConfig, tmp_path: Path, loss: str
+) -> None:
+    """Exchanging the data's columns and all labels leaves the loss of an update as it is."""
+    (data,) = config.data
+    rows = [json.loads(line) for line in Path(str(data)).read_text().splitlines()]
+    exchanged = tmp_path / "exchanged.jsonl"
+    sides = {"chosen": "rejected", "rejected": "chosen", "prompt": "prompt"}
+    exchanged.write_text(
+        "".join(json.dumps({sides[name]: row[name] for name in row}) + "\n" for row in rows)
+    )
+    moved = replace(config, loss=loss, lr=1e-2, max_steps=2, warmup=0.0, max_grad_norm=1e9)
+    plain = train(moved, show_progress=False).history
+    flipped = replace(
+        moved, data=exchanged, output=tmp_path / "flipped", study_flipped_labels=1 - 1e-9
+    )
+    for one, other in zip(plain, train(flipped, show_progress=False).history, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_the_share_of_flipped_groups_is_the_rate_and_hangs_on_the_seed(loss: str) -> None:
     objective = Objective.of(TrainConfig("m", "d", "o", loss=loss))

@@ -206,7 +206,7 @@ def test_groups_count_by_their_weights(
     loss: str, policy: PreTrainedModel, reference: PreTrainedModel
 ) -> None:
     config = configured(loss)
-    store = store_for(Objective.of(config).data, weight=True)
+    store = store_for(Objective.of(config).data, weight=2.0)
     expected, slopes = oracle(config, store, policy, reference)
     plain, _ = oracle(config, store_for(Objective.of(config).data), policy, reference)
     assert expected != pytest.approx(plain, rel=1e-3)

@@ -37,7 +37,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "aot-unpaired": {"loss": "aot-unpaired", "eval_share": 0.3, "eval_every": 2},
     "mixture": {"loss": "aot:0.5+ipo:0.1+sft:0.2", "lora": {"rank": 4}, "lr": 1e-2},
     "ld-dpo": {"loss": "ld-dpo", "cache": "cache", "precompute": True},
-    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "moving reference": {"sync_reference": True, "reference_sync_steps": 2},
     ANSWERS: {"loss": "kto", "eval_share": 0.3, "eval_every": 2},
     LISTS: {"loss": "lipo"},
 }
