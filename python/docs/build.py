@@ -1,4 +1,4 @@
-"""Write the table of codes into the troubleshooting page, and the API reference as HTML.
+"""Write tables of codes and methods into their pages, and the API reference as HTML.
 
 `make docs` runs it. The reference is made from the docstrings, by pdoc, in ``target/docs``.
 """
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 from logratio.data.records import CODES, CURES
+from logratio.training.methods.table import METHODS, Method
 
 PAGE = Path(__file__).with_name("troubleshooting.md")
+METHODS_PAGE = PAGE.with_name("methods.md")
+_METHODS = re.compile(r"(<!-- methods:.*? -->\n).*?(<!-- /methods -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- codes:.*? -->\n).*?(<!-- /codes -->)", re.DOTALL)
 
 
@@ -18,6 +21,29 @@ def with_codes(page: str) -> str:
     rows = [f"| {code} | {CODES[code]} | {CURES[code]} |".replace("\n", " ") for code in CODES]
     table = "\n".join(["| code | meaning | what to do |", "| --- | --- | --- |", *rows])
     return _TABLE.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
+
+
+def with_methods(page: str) -> str:
+    """Return the page with the table of every method."""
+    head = ["`--loss`", "loss", "data", "reference", "β", "initial value", "options", "paper"]
+    rows = [head, ["---"] * len(head)]
+    rows += [[f"`{name}`", *_cells(method)] for name, method in METHODS.items()]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _METHODS.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
+
+
+def _cells(method: Method) -> list[str]:
+    options = (f"`{name}` {option.default:g}" for name, option in method.options.items())
+    note = f" ({method.note})" if method.note else ""
+    return [
+        f"{method.formula}{note}",
+        method.data,
+        "yes" if method.needs_reference else "no",
+        "" if method.beta is None else f"{method.beta:g}",
+        "" if (value := method.default_initial_value) is None else f"{value:.4g}",
+        ", ".join(options),
+        method.paper,
+    ]
 
 
 def write_reference(folder: Path) -> None:
@@ -33,4 +59,5 @@ def write_reference(folder: Path) -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(with_codes(PAGE.read_text()))
+    METHODS_PAGE.write_text(with_methods(METHODS_PAGE.read_text()))
     write_reference(Path(sys.argv[1]))

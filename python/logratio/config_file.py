@@ -36,7 +36,7 @@ from logratio.validation import fitted_field, split_list
 Values = dict[str, Any]
 """Fields and their values; the fields of nested settings are in a dict of their own."""
 
-OF_A_CALL = ("resume", "overwrite", "dry_run")
+OF_A_CALL = ("resume", "overwrite", "dry_run", "stagewise")
 """Flags that belong to one call of a command, and not to the description of a run."""
 OF_THE_COMMAND = ("demonstrations", "kinds")
 """Fields that a command sets itself, from the loss."""

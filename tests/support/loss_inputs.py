@@ -17,7 +17,11 @@ NAN = float("nan")
 
 
 class Answer(NamedTuple):
-    """A completion: summed log-probs under policy and reference, counted tokens, and its values."""
+    """A completion: summed log-probs under policy and reference, counted tokens, and its values.
+
+    `confidence` is the mean of log π(token) - log Σ π², `divergence` the summed KL divergence from
+    the reference.
+    """
 
     policy: float
     reference: float
@@ -26,6 +30,8 @@ class Answer(NamedTuple):
     score: float = NAN
     rank: float = NAN
     margin: float = NAN
+    confidence: float = NAN
+    divergence: float = NAN
 
     @property
     def logratio(self) -> float:
@@ -37,8 +43,9 @@ def groups_of(*groups: Sequence[Answer]) -> GroupLogps:
     every = [answer for group in groups for answer in group]
     columns = {
         name: torch.tensor([getattr(one, name) for one in every], dtype=torch.float64)
-        for name in ("policy", "reference", "length")
+        for name in ("policy", "reference", "length", "confidence", "divergence")
     }
+    known = {name: column for name, column in columns.items() if not column.isnan().any()}
     return GroupLogps(
         columns["policy"],
         columns["reference"],
@@ -46,6 +53,8 @@ def groups_of(*groups: Sequence[Answer]) -> GroupLogps:
         torch.tensor([one.role for one in every], dtype=torch.uint8),
         np.concatenate([[0], np.cumsum([len(group) for group in groups])]).astype(np.int64),
         np.array([[a.score, a.rank, a.margin, NAN] for a in every], np.float32).reshape(-1, 4),
+        confidences=known.get("confidence"),
+        divergences=known.get("divergence"),
     )
 
 

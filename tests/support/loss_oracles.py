@@ -104,6 +104,26 @@ def odpo(c: Answer, r: Answer, beta: float, alpha: float) -> float:
     return nll(beta * gap(c, r) - alpha * log(c.margin))
 
 
+@each("wpo")
+def wpo(c: Answer, r: Answer, beta: float, label_smoothing: float) -> float:
+    return exp(c.confidence) * exp(r.confidence) * smooth(beta * gap(c, r), label_smoothing)
+
+
+@each("tdpo1")
+def tdpo1(c: Answer, r: Answer, beta: float) -> float:
+    return nll(beta * (gap(c, r) + c.divergence - r.divergence))
+
+
+@each("tdpo2")
+def tdpo2(c: Answer, r: Answer, beta: float, alpha: float) -> float:
+    return nll(beta * (gap(c, r) + alpha * (c.divergence - r.divergence)))
+
+
+@each("unweighted-dpo")
+def unweighted_dpo(c: Answer, r: Answer, beta: float) -> float:
+    return -beta * gap(c, r)
+
+
 @each("chi-po")
 def chi_po(c: Answer, r: Answer, beta: float, clip: float) -> float:
     linked = [bent(one.logratio) + 1 + one.logratio for one in (c, r)]

@@ -20,8 +20,18 @@ _ROLES: dict[DataKind, list[list[str]]] = {
 }
 
 
-def store_for(data: DataKind, groups: int = 8, seed: int = 0, weight: bool = False) -> Store:
-    """Make groups of ragged random tokens, with margins and scores where the data has them."""
+def store_for(
+    data: DataKind,
+    groups: int = 8,
+    seed: int = 0,
+    weight: float | None = None,
+    *,
+    tied: bool = False,
+) -> Store:
+    """Make groups of ragged random tokens, with margins and scores where the data has them.
+
+    With `weight`, the groups have random weights up to it.
+    """
     random, writer = np.random.default_rng(seed), StoreWriter()
     for line in range(groups):
         roles = _ROLES[data][line % len(_ROLES[data])]
@@ -29,11 +39,11 @@ def store_for(data: DataKind, groups: int = 8, seed: int = 0, weight: bool = Fal
         total = int(lengths.sum())
         values = np.full((len(roles), 4), np.nan, np.float32)
         if data == "lists":
-            values[:, 0] = random.permutation(len(roles)).astype(np.float32) / 2
+            values[:, 0] = 0.0 if tied else random.permutation(len(roles)) / 2
         if data == "pairs":
             values[0, 2] = random.uniform(0.5, 3)
-        if weight:
-            values[:, 3] = random.uniform(0, 2)
+        if weight is not None:
+            values[:, 3] = random.uniform(0, weight)
         writer.push(
             random.integers(3, 200, int(random.integers(1, 20))).astype(np.int32),
             random.integers(3, 200, total).astype(np.int32),
@@ -56,19 +66,38 @@ def _last(lengths: np.ndarray) -> np.ndarray:
 
 def write_answers(path: Path, count: int) -> Path:
     """Write single answers with labels: every second one is good."""
-    return _written(path, ({"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4),
-                            "completion": f" in the {PLACES[i // 9 % 3]}" + (" happy", " sad")[i % 2],
-                            "label": i % 2 == 0} for i in range(count)))  # fmt: skip
+    ends = " happy", " sad"
+    return _written(
+        path,
+        (
+            {**_prompt(i), "completion": _place(i) + ends[i % 2], "label": i % 2 == 0}
+            for i in range(count)
+        ),
+    )
 
 
 def write_lists(path: Path, count: int) -> Path:
     """Write lists of two to four answers with scores, some of them equal."""
     ends = " happy", " sad", " sad sad", " loud"
-    return _written(path, ({"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4),
-                            "responses": [{"response": f" in the {PLACES[i // 9 % 3]}{ends[k]}",
-                                           "score": float((k * 2 + i) % 5 // 2)}
-                                          for k in range(2 + i % 3)]}
-                           for i in range(count)))  # fmt: skip
+
+    def answer(i: int, k: int) -> dict[str, Any]:
+        return {"response": _place(i) + ends[k], "score": float((k * 2 + i) % 5 // 2)}
+
+    return _written(
+        path,
+        (
+            {**_prompt(i), "responses": [answer(i, k) for k in range(2 + i % 3)]}
+            for i in range(count)
+        ),
+    )
+
+
+def _prompt(i: int) -> dict[str, str]:
+    return {"prompt": f"the {ANIMALS[i % 3]} {VERBS[i // 3 % 3]}" + " loud" * (i % 4)}
+
+
+def _place(i: int) -> str:
+    return f" in the {PLACES[i // 9 % 3]}"
 
 
 def _written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

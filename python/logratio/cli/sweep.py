@@ -10,18 +10,17 @@ import typer
 
 from logratio.cli import options
 from logratio.cli.config import takes_config
+from logratio.cli.objective_flags import OBJECTIVE, Objective
 from logratio.cli.options import READING, Reading, Settings, takes_flags
 from logratio.cli.train_flags import (
     HELD_OUT,
     LORA,
     MACHINE,
-    OBJECTIVE,
     UPDATE,
     WATCHING,
     HeldOut,
     Lora,
     Machine,
-    Objective,
     Update,
     Watching,
 )

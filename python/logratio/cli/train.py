@@ -8,23 +8,21 @@ import typer
 from logratio.cli import options
 from logratio.cli.cluster import CLUSTER, ClusterFlags, print_forecast
 from logratio.cli.config import takes_config
+from logratio.cli.objective_flags import OBJECTIVE, SOURCE, Objective, ReferenceSource
 from logratio.cli.options import READING, Reading, takes_flags
 from logratio.cli.train_flags import (
     HELD_OUT,
     LORA,
     MACHINE,
-    OBJECTIVE,
-    SOURCE,
     UPDATE,
     WATCHING,
     HeldOut,
     Lora,
     Machine,
-    Objective,
-    ReferenceSource,
     Update,
     Watching,
 )
+from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
     from logratio.forecast import Forecast
@@ -52,6 +50,14 @@ def train(
     reading: Reading = READING,
     machine: Machine = MACHINE,
     cluster: ClusterFlags = CLUSTER,
+    stagewise: Annotated[
+        bool,
+        typer.Option(
+            "--stagewise",
+            help="Train one stage for each file of --data, in their order. The policy and the "
+            "reference of a stage are the policy of the stage before (sDPO).",
+        ),
+    ] = False,
     dry_run: options.DryRun = False,
     json_file: Annotated[
         Path | None,
@@ -91,6 +97,8 @@ def train(
     )
     if planned:
         _plan(config, planned, json_file)
+    elif stagewise:
+        _train_stages(config, dry_run=dry_run)
     else:
         _train(config, dry_run=dry_run)
 
@@ -108,6 +116,15 @@ def _train(config: "TrainConfig", *, dry_run: bool) -> None:
         announce(trainer.dataset, trainer.forecast)
     if trainer.finished or not dry_run:
         _print_result(trainer.train())
+
+
+def _train_stages(config: "TrainConfig", *, dry_run: bool) -> None:
+    """Train the stages one after the other."""
+    from logratio.training.stages import train_stages
+
+    if dry_run:
+        raise ConfigError("--stagewise has no --dry-run: later stages start from earlier ones")
+    _print_result(train_stages(config))
 
 
 def _plan(config: "TrainConfig", cluster: "Cluster", json_file: Path | None) -> None:

@@ -1,10 +1,9 @@
 """Flags of a training run, grouped by help panel; `logratio sweep` has them too."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,104 +65,6 @@ class StartAdapter(StrEnum):
 
     MERGE = "merge"
     CONTINUE = "continue"
-
-
-@dataclass(frozen=True)
-class ReferenceSource(Settings):
-    """Where the reference's log-probs come from."""
-
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Reference log-probs made by `precompute`; saves the reference model."),
-    ] = None
-    precompute: Annotated[
-        bool, typer.Option("--precompute", help="First compute the log-probs missing in --cache.")
-    ] = False
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="Folder or id of the reference model. Default: --model itself."),
-    ] = None
-    sync_ref_model: Annotated[
-        bool,
-        typer.Option(
-            "--sync-ref-model",
-            help="Let the reference follow the policy (TR-DPO); without --cache and adapters.",
-        ),
-    ] = False
-    ref_model_mixup_alpha: Annotated[
-        float, typer.Option(help="Weight of the policy in the new reference; 1 replaces it.")
-    ] = 0.6
-    ref_model_sync_steps: Annotated[
-        int, typer.Option(help="Updates between two changes of the reference.")
-    ] = 512
-
-
-@dataclass(frozen=True)
-class Objective(Settings):
-    """The loss and its parameters."""
-
-    loss: Annotated[
-        list[str],
-        typer.Option(
-            metavar="METHOD[:WEIGHT]",
-            help="The method (`logratio methods` lists them), or MODULE:FUNCTION, a loss of your "
-            "own. Repeat the flag to add losses with weights: --loss dpo:1 --loss sft:0.2.",
-        ),
-    ] = field(default_factory=lambda: ["dpo"])
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the KL term: a larger one keeps the policy closer to the reference. "
-            "Default: that of the method, such as 0.1 for dpo and 2 for simpo."
-        ),
-    ] = None
-    label_smoothing: Annotated[
-        float | None,
-        typer.Option(
-            help="Assumed probability that a label is flipped. Default: that of the method."
-        ),
-    ] = None
-    gamma: Annotated[
-        float | None, typer.Option(help="Target margin of simpo and alpha-po. Default: 1.")
-    ] = None
-    loss_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=NUMBER",
-            help="Another number of the method, such as penalty=50 for dpop: see "
-            "`logratio methods`. Repeat the flag, or separate by commas.",
-        ),
-    ] = None
-    router_aux_loss_coef: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the router's load-balancing loss of a mixture of experts; 0: none. "
-            "Default: that of the model's config if it sets output_router_logits, else 0."
-        ),
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """Return the config's fields.
-
-        Raises:
-            ConfigError: A --loss-option is malformed.
-        """
-        found = super().settings()
-        return found | {"loss_options": _numbers(found.pop("loss_option") or ())}
-
-
-def _numbers(given: Iterable[str]) -> dict[str, float]:
-    """Parse options written as NAME=NUMBER."""
-    numbers = {}
-    for word in (word for words in given for word in words.split(",")):
-        name, equals, value = word.partition("=")
-        try:
-            numbers[name.strip()] = float(value)
-        except ValueError:
-            equals = ""
-        if not (name and equals):
-            raise ConfigError(f"--loss-option {word!r}: write it as penalty=50")
-    return numbers
 
 
 @dataclass(frozen=True)
@@ -486,7 +387,6 @@ class Lora:
             ConfigError: A LoRA flag is given without --lora or with --lora-config, or the file of
                 --lora-config is not supported.
         """
-        from logratio.errors import ConfigError
         from logratio.training.config import LoraSettings
         from logratio.training.lora import read_lora_config
 
@@ -593,6 +493,5 @@ class Machine(Settings):
     device: options.Device = None
 
 
-OBJECTIVE, UPDATE, HELD_OUT, LORA, MACHINE = Objective(), Update(), HeldOut(), Lora(), Machine()
-WATCHING, SOURCE = Watching(), ReferenceSource()
+UPDATE, HELD_OUT, LORA, MACHINE, WATCHING = Update(), HeldOut(), Lora(), Machine(), Watching()
 """The defaults."""

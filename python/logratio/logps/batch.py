@@ -274,12 +274,15 @@ class Part:
         targets_at: Slice of the batch's targets.
         collisions: Log of the sum of all squared probabilities at each target, float32 `[s]`,
             without a gradient; None unless a loss asks for it.
+        divergences: KL divergence between the whole distributions of another model and of this one
+            at each target, float32 `[s]`, differentiable; None unless a loss asks for it.
     """
 
     targets: TargetTokens
     completions: slice
     targets_at: slice
     collisions: Tensor | None = None
+    divergences: Tensor | None = None
 
 
 @dataclass(frozen=True)

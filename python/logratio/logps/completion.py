@@ -283,7 +283,7 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
 
 def _logps(model: nn.Module, batch: Batch) -> Tensor:
     inner, target_ids = transformer(model), batch.targets.target_ids
-    hidden = _target_states(inner, batch)
+    hidden = target_states(inner, batch)
     if (head := Head.of(inner)) is None:
         return _module_logps(inner, hidden, target_ids)
     return head_logps(head, hidden, target_ids)
@@ -325,10 +325,10 @@ def route(model: nn.Module, batch: Batch, routed: Routed) -> None:
     Raises:
         SharedPromptError: As in `completion_logps`.
     """
-    inside(model, lambda model: _target_states(transformer(model), batch, routed))
+    inside(model, lambda model: target_states(transformer(model), batch, routed))
 
 
-def _target_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
+def target_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
     """Run the body in as many calls as needed; return the hidden states that predict targets."""
     states, calls = states_at(model, batch, lambda call: call.targets.logit_index, routed)
     return restore_order(states, calls)
@@ -423,7 +423,7 @@ def _loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None, collisions: bool
 ) -> Tensor:
     inner, targets = transformer(model), batch.targets
-    hidden = _target_states(inner, batch, routed)
+    hidden = target_states(inner, batch, routed)
     head = Head.of(inner)
     if head is None:
         whole = targets.whole

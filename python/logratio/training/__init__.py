@@ -37,6 +37,7 @@ from logratio.training.precomputation import PrecomputeResult, ShareError, preco
 from logratio.training.reference import ImpossibleLogpError, StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.run_folder import RunExistsError, TrainResult
+from logratio.training.stages import train_stages
 from logratio.training.sweep_results import SweepResult, SweepRow
 from logratio.training.sweep_runs import sweep
 from logratio.training.trainer import DPOTrainer, train
@@ -97,4 +98,5 @@ __all__ = [
     "simpo_loss",
     "sweep",
     "train",
+    "train_stages",
 ]

@@ -136,12 +136,15 @@ class TrainConfig(YamlSettings):
         read_mode: How sealed shards of the cache are read. "map" (mmap) is the fastest. "pread" is
             for network file systems: a truncated shard then raises an error instead of crashing.
         reference: Folder or id of the reference model; None: `model`.
-        sync_ref_model: Let the reference follow the policy (TR-DPO, arXiv 2404.09656): every
-            `ref_model_sync_steps` updates it becomes the mixture of the policy, with the weight
-            `ref_model_mixup_alpha`, and itself. 1 replaces it; a small weight after every update is
+        sync_reference: Let the reference follow the policy (TR-DPO, arXiv 2404.09656): every
+            `reference_sync_steps` updates it becomes the mixture of the policy, with the weight
+            `reference_mixup_alpha`, and itself. 1 replaces it; a small weight after every update is
             a moving average. Needs a second model in memory, and all weights trained.
-        ref_model_mixup_alpha: Weight of the policy in the new reference.
-        ref_model_sync_steps: Updates between two changes of the reference.
+        reference_mixup_alpha: Weight of the policy in the new reference.
+        reference_sync_steps: Updates between two changes of the reference.
+        study_flipped_labels: For study: share of the groups, chosen by `seed`, whose labels are
+            exchanged in training, but not in evaluations.
+        study_uniform_reference: For study: a reference that gives every token the same probability.
         loss: A method of `logratio methods`; the import path of a loss, "module:function"; or
             several with weights, whose losses are added: "dpo:1.0+sft:0.2", or a list of such.
         beta: Weight of the KL term; None: the default of the method.
@@ -241,9 +244,11 @@ class TrainConfig(YamlSettings):
     precompute: bool = False
     read_mode: ReadMode = "map"
     reference: PathLike | None = None
-    sync_ref_model: bool = False
-    ref_model_mixup_alpha: Annotated[float, Range(0, 1, without_low=True)] = 0.6
-    ref_model_sync_steps: Count = 512
+    sync_reference: bool = False
+    reference_mixup_alpha: Annotated[float, Range(0, 1, without_low=True)] = 0.6
+    reference_sync_steps: Count = 512
+    study_flipped_labels: ShareBelow1 = 0.0
+    study_uniform_reference: bool = False
     loss: Annotated[str, Converted(as_loss)] = "dpo"
     beta: Above0 | None = None
     label_smoothing: Annotated[float, Range(0, 0.5, without_high=True)] | None = None
@@ -320,7 +325,8 @@ UNRECORDED: Mapping[str, Any] = {
         *("eval_data", "eval_share", "eval_every", "eval_samples", "max_new_tokens"),
         *("best_metric", "early_stop"),
         *("adapter", "quantization"),
-        *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        *("study_flipped_labels", "study_uniform_reference"),
+        *("sync_reference", "reference_mixup_alpha", "reference_sync_steps"),
     )
 } | {"router_aux_loss_coef": 0.0}
 """Settings that runs of the first version did not record, with the values that they ran with."""

@@ -137,6 +137,7 @@ def training_forecast(config: TrainConfig, store: Store, held_out: Store | None 
 
 _REFERENCES = {
     "none": "no reference",
+    "uniform": "a uniform reference",
     "cached": "the reference's log-probs from the cache",
     "adapter": "the reference is the model without its adapters",
     "frozen": "a second model in memory as the reference",

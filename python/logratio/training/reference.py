@@ -1,5 +1,6 @@
 """Sources of the reference's log-probs: a frozen model, the policy's base, or a cache."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -20,7 +21,8 @@ from logratio.cache.identity import (
 from logratio.data.store.load import source_names
 from logratio.errors import LogratioError
 from logratio.logps.batch import Batch, Layout, TargetTokens, onto
-from logratio.logps.completion import score
+from logratio.logps.completion import score, transformer
+from logratio.logps.divergence import LiveModel
 from logratio.training import run_folder
 from logratio.training.config import TrainConfig
 from logratio.training.fingerprint import (
@@ -64,6 +66,18 @@ class PerToken(ABC):
         return batch.targets.sums(self.logps(batch))
 
 
+class UniformReference(PerToken):
+    """A reference for study: every token has the probability 1 / `vocabulary`."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def logps(self, batch: Batch) -> Tensor:
+        """Return the same log-prob for each token, float32 `[S]`."""
+        ids = batch.targets.target_ids
+        return torch.full(ids.shape, -math.log(self.vocabulary), device=ids.device)
+
+
 class FrozenReference(PerToken):
     """A second model in memory."""
 
@@ -88,8 +102,23 @@ class AdapterReference(PerToken):
     @torch.no_grad()
     def logps(self, batch: Batch) -> Tensor:
         """Score the batch as the reference, in eval mode; return float32 `[S]`."""
-        with as_reference(self.policy), evaluating(self.policy):
+        with _as_reference_in_eval(self.policy):
             return score(self.policy, batch)
+
+
+def live_model(reference: Reference) -> LiveModel:
+    """Return the model of a reference that is in memory."""
+    if isinstance(reference, AdapterReference):
+        policy = reference.policy
+        return LiveModel(policy, lambda: _as_reference_in_eval(policy))
+    assert isinstance(reference, FrozenReference)
+    return LiveModel(reference.model)
+
+
+@contextmanager
+def _as_reference_in_eval(policy: nn.Module) -> Iterator[None]:
+    with as_reference(policy), evaluating(policy):
+        yield
 
 
 @contextmanager
@@ -331,8 +360,8 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     if holds_sums_only(config.cache, fingerprint):
         if Objective.of(config).weighs_tokens:
             raise StaleCacheError(
-                f"{config.cache}: this cache has sums of completions only, and --loss {config.loss} "
-                "weighs their tokens: run `logratio precompute` without --sums-only"
+                f"{config.cache}: this cache has only sums of completions, and --loss "
+                f"{config.loss} weighs their tokens: run `logratio precompute` without --sums-only"
             )
         reader = open_cache(config.cache, fingerprint, sums=True, pread=pread)
         return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
@@ -380,6 +409,8 @@ def build_reference(
             the policy's device.
     """
     kind = reference_kind(config)
+    if kind == "uniform":
+        return UniformReference(transformer(policy).config.get_text_config().vocab_size)
     if kind == "adapter":
         return AdapterReference(policy)
     if kind == "frozen":

@@ -294,6 +294,53 @@ def check_start(
     return None
 
 
+RAREST_END = -10.0
+"""Mean log-prob of the stop token after chosen answers, below which a reference looks untrained.
+
+Measured with story models of 0.26 and 3.2 million parameters on 200 story pairs: -28.0 and -26.4
+as they are; of the smaller one -18.4 after 20 updates of `sft` and -7.4 after 80. The log-probs of
+other tokens do not tell these models apart: -1.18, -1.00, -1.16 and -1.04 per token."""
+FEWEST_ENDS = 8
+"""Answers with a stop token that are needed to judge a reference."""
+
+
+def untrained_note(
+    store: Store,
+    reference: Reference,
+    layout: str,
+    device: torch.device,
+    stop_ids: Collection[int],
+) -> str | None:
+    """Return a warning if the reference hardly ever ends an answer, as a raw base model.
+
+    Args:
+        store: The data.
+        reference: The reference of the run.
+        layout: Batch layout.
+        device: Device of the batches.
+        stop_ids: Tokens that end an answer.
+    """
+    if isinstance(reference, CachedSums):
+        return None
+    sample, ends = sample_groups(store), list[float]()
+    source = reference.over(sample) if isinstance(reference, CachedReference) else reference
+    shape = shape_for(layout, device)
+    for group in range(len(sample)):
+        rows = np.array([group], dtype=np.int64)
+        batch = to_torch(lay_out(sample, rows, layout, **shape), device)
+        last = int(batch.targets.completion_offsets[1]) - 1  # of the first completion
+        if int(batch.targets.target_ids[last]) in stop_ids:
+            ends.append(float(source.logps(batch)[last]))
+    mean = float(np.mean(ends)) if len(ends) >= FEWEST_ENDS else 0.0
+    if mean >= RAREST_END:
+        return None
+    return (
+        f"the reference gives the end of the chosen answers a log-prob of {mean:.1f} nats on "
+        "average: it looks like a base model that has not been trained to answer. Train it with "
+        "--loss sft first, or choose an instruction-tuned model"
+    )
+
+
 def _bound(model: nn.Module, precision: Precision, soft: Collection[str]) -> Tolerance:
     """Return the tolerance; products of 8-bit and 4-bit weights round as coarsely as bf16."""
     is_quantized = getattr(transformer(model), "is_quantized", False)
@@ -385,7 +432,7 @@ class _InitialLossCheck:
 
 def starts_at_reference(config: TrainConfig) -> bool:
     """Return whether the policy equals the reference before its first update."""
-    if not needs_reference(config):
+    if not needs_reference(config) or config.study_uniform_reference:
         return False
     if config.reference is None:
         return True

@@ -331,9 +331,9 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
     def _reference(self, policy: nn.Module, placement: Placement) -> Reference | None:
         """Load the reference of a run without a cache."""
         config, found = self.config, build_reference(self.config, policy, placement.load)
-        if not (config.sync_ref_model and isinstance(found, FrozenReference)):
+        if not (config.sync_reference and isinstance(found, FrozenReference)):
             return found
-        every, share = config.ref_model_sync_steps, config.ref_model_mixup_alpha
+        every, share = config.reference_sync_steps, config.reference_mixup_alpha
         return MovingReference(found.model, every, share)
 
     def _meet(self) -> None:

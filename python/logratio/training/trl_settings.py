@@ -30,7 +30,9 @@ SAME_MEANING: Mapping[str, str] = {
     "beta": "beta",
     "activation_offloading": "offload_activations",
     "router_aux_loss_coef": "router_aux_loss_coef",
-    **{name: name for name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")},
+    "sync_ref_model": "sync_reference",
+    "ref_model_mixup_alpha": "reference_mixup_alpha",
+    "ref_model_sync_steps": "reference_sync_steps",
 }
 """Fields that are settings under the same or another name."""
 
@@ -319,8 +321,10 @@ def _changed_dpo(args: Any, kind: str) -> dict[str, Any]:
     if not given:
         return {}
     name, value = next(iter(given.items()))
-    if len(given) > 1 or kind != "sigmoid" or name in ("loss_weights", "use_weighting"):
+    if len(given) > 1 or kind != "sigmoid" or name == "loss_weights":
         raise _refusal(name, value)
+    if name == "use_weighting":
+        return {"loss": "wpo"}
     if name == "ld_alpha":
         return {"loss": "ld-dpo", "loss_options": {"alpha": value}}
     if value == "alpha_divergence":

@@ -17,6 +17,7 @@ from logratio.data.feed import MicroBatch, lay_out
 from logratio.data.store.load import source_names
 from logratio.logps.batch import Batch, Part, shape_for, to_torch
 from logratio.logps.completion import completion_logps, completion_loss, route
+from logratio.logps.divergence import divergence_loss
 from logratio.logps.head_loss import LossOf, unit_gradient
 from logratio.logps.router import RouterSums
 from logratio.logps.scores import completion_scores, score_loss
@@ -38,7 +39,7 @@ from logratio.training.optimizers import (
 )
 from logratio.training.parallel.processes import Processes
 from logratio.training.parallel.strategy import Whole
-from logratio.training.reference import Reference, same_random_state, side_effect_free
+from logratio.training.reference import Reference, live_model, same_random_state, side_effect_free
 from logratio.training.router_loss import RouterLoss
 
 Load = Callable[[Callable[[str], nn.Module]], nn.Module]
@@ -92,7 +93,7 @@ class Updater:
         self.optimizer = make_optimizer(config.optimizer, self.parameters, AdamSettings.of(config))
         self.load = load or (lambda build: build(str(self.device)))
         self.objective = Objective.of(config)
-        self.data = GroupData.of(store, self.objective)
+        self.data = GroupData.of(store, self.objective, config.study_flipped_labels, config.seed)
         self.router = RouterLoss.of(config, policy)
         if given := given_model(config.model):
             given.is_trained = True
@@ -242,10 +243,10 @@ class Updater:
             own = None if weights is None else weights[part.targets_at]
             by_completion = self.objective.scores
             sums = logps.double() if by_completion else weighted_sums(part.targets, logps, own)
-            groups = self.data.groups(part.targets, sums, reference[part.completions])
+            groups = self.data.groups(
+                part.targets, sums, reference[part.completions], *_distributions(part, logps)
+            )
             groups = self._with_statistics(groups, first, part)
-            if part.collisions is not None:
-                groups = replace(groups, confidences=confidences(part, logps))
             losses = self.data.weighted(self.objective.losses(groups), part.targets)
             scored.append(Scored(losses.detach(), groups.detached()))
             return losses.sum() / count
@@ -274,9 +275,14 @@ class Updater:
         Args:
             counts: Whether the batch counts; False: it only gives the other processes a pass.
         """
-        loss_of: Callable[..., Tensor] = score_loss
-        if not self.objective.scores:
-            loss_of = partial(completion_loss, collisions=self.objective.needs_confidences)
+        loss_of: Callable[..., Tensor] = completion_loss
+        if self.objective.needs_confidences:
+            loss_of = partial(completion_loss, collisions=True)
+        if self.objective.scores:
+            loss_of = score_loss
+        if self.objective.needs_divergences:
+            assert self.reference is not None
+            loss_of = partial(divergence_loss, other=live_model(self.reference))
         if (router := self.router) is None:
             return loss_of
 
@@ -348,10 +354,19 @@ class Updater:
             return float(self.policy_sums(batch).sum())
 
 
-def confidences(part: Part, logps: Tensor) -> Tensor:
+def confidences_of(part: Part, logps: Tensor, collisions: Tensor) -> Tensor:
     """Return the mean of log π(token) − log Σ π² of each completion, float64 `[N]`, detached."""
-    assert part.collisions is not None
-    return part.targets.sums(logps.detach() - part.collisions) / part.targets.lengths
+    return part.targets.sums(logps.detach() - collisions) / part.targets.lengths
+
+
+def _distributions(part: Part, logps: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the confidences and the divergences of a part's completions, float64 `[N]` each."""
+    confidences = divergences = None
+    if part.collisions is not None:
+        confidences = confidences_of(part, logps, part.collisions)
+    if part.divergences is not None:
+        divergences = part.targets.sums(part.divergences)
+    return confidences, divergences
 
 
 def _named(culprits: list[str], groups: int) -> str:

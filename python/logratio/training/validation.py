@@ -25,6 +25,8 @@ def check_settings(config: TrainConfig) -> None:
     _check_schedule(config)
     _check_options(config)
     _check_moving_reference(config)
+    _check_divergences(config)
+    _check_study(config)
     _check_evaluation(config)
     _check_memory(config)
     _check_reward_model(config)
@@ -44,7 +46,10 @@ def check_folders(config: TrainConfig) -> None:
         check_model_folder(Path(folder), rewards=scores)
     if scores:
         check_reward_folder(Path(config.model))
-    router_coefficient(config)
+    if router_coefficient(config) and Objective.of(config).needs_divergences:
+        raise ConfigError(
+            f"--loss {config.loss} has no router's loss: set --router-aux-loss-coef 0"
+        )
     check_adapters(config)
     check_writable(Path(config.output))
 
@@ -70,28 +75,62 @@ def _check_options(config: TrainConfig) -> None:
 
 def _check_moving_reference(config: TrainConfig) -> None:
     """Check the settings of a reference that follows the policy."""
-    if not config.sync_ref_model:
-        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+    if not config.sync_reference:
+        for name in ("reference_mixup_alpha", "reference_sync_steps"):
             if getattr(config, name) != getattr(TrainConfig, name):
-                raise ConfigError(f"--{name.replace('_', '-')} needs --sync-ref-model")
+                raise ConfigError(f"--{name.replace('_', '-')} needs --sync-reference")
         return
     if not needs_reference(config):
-        raise ConfigError(f"--loss {config.loss} has no reference; remove --sync-ref-model")
+        raise ConfigError(f"--loss {config.loss} has no reference; remove --sync-reference")
     if config.cache:
         raise ConfigError(
-            "--sync-ref-model changes the reference, and --cache has log-probs of one that stays: "
+            "--sync-reference changes the reference, and --cache has log-probs of one that stays: "
             "remove one of them"
         )
     if config.trains_adapter or config.quantization:
         raise ConfigError(
-            "--sync-ref-model mixes the weights of policy and reference, so all weights must be "
+            "--sync-reference mixes the weights of policy and reference, so all weights must be "
             "trained: remove the adapter"
         )
-    if config.precision == "bf16-weights" and config.ref_model_mixup_alpha < 1:
+    if config.precision == "bf16-weights" and config.reference_mixup_alpha < 1:
         raise ConfigError(
-            "--sync-ref-model mixes weights, and bfloat16 would round the mixture away: use "
-            "--precision bf16, or --ref-model-mixup-alpha 1"
+            "--sync-reference mixes weights, and bfloat16 would round the mixture away: use "
+            "--precision bf16, or --reference-mixup-alpha 1"
         )
+
+
+def _check_divergences(config: TrainConfig) -> None:
+    """Check that a loss of whole distributions has a reference in memory."""
+    if not Objective.of(config).needs_divergences:
+        return
+    if config.cache:
+        raise ConfigError(
+            f"--loss {config.loss} compares whole distributions, and --cache has log-probs of "
+            "tokens only: remove --cache"
+        )
+
+
+def _check_study(config: TrainConfig) -> None:
+    """Check the settings that are for study only."""
+    objective = Objective.of(config)
+    if config.study_flipped_labels and objective.data not in ("pairs", "labelled answers"):
+        raise ConfigError(
+            f"--study-flipped-labels flips pairs and labelled answers, and --loss {config.loss} "
+            f"trains on {objective.data}"
+        )
+    if not config.study_uniform_reference:
+        return
+    if not objective.needs_reference:
+        raise ConfigError(
+            f"--loss {config.loss} has no reference; remove --study-uniform-reference"
+        )
+    given = ("cache", "reference", "sync_reference", "eval_samples")
+    if used := next((name for name in given if getattr(config, name)), None):
+        raise ConfigError(
+            "--study-uniform-reference has no model, so remove --" + used.replace("_", "-")
+        )
+    if objective.needs_divergences:
+        raise ConfigError(f"--loss {config.loss} needs a reference in memory")
 
 
 def _check_evaluation(config: TrainConfig) -> None:
@@ -159,9 +198,11 @@ def needs_reference(config: TrainConfig) -> bool:
 
 
 def reference_kind(config: TrainConfig) -> str:
-    """Return the kind of reference: "none", "cached", "adapter" or "frozen"."""
+    """Return the kind of reference: "none", "uniform", "cached", "adapter" or "frozen"."""
     if not needs_reference(config):
         return "none"
+    if config.study_uniform_reference:
+        return "uniform"
     if config.cache:
         return "cached"
     return "adapter" if config.trains_adapter and not config.reference else "frozen"

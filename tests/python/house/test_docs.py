@@ -82,6 +82,12 @@ def test_every_code_has_a_cure_and_is_on_the_page() -> None:
     assert page.read_text() == build["with_codes"](page.read_text()), "run `make docs`"
 
 
+def test_the_table_of_methods_is_that_of_the_library() -> None:
+    page = ROOT / "python" / "docs" / "methods.md"
+    build = runpy.run_path(str(page.with_name("build.py")))
+    assert page.read_text() == build["with_methods"](page.read_text()), "run `make docs`"
+
+
 @pytest.mark.parametrize("heading", ["Where to look", "Own implementations, and why"])
 def test_the_tables_of_the_architecture_page_name_files(heading: str) -> None:
     page = (ROOT / "python" / "docs" / "architecture.md").read_text()

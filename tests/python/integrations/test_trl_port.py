@@ -182,7 +182,6 @@ REFUSED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",
     "truncation_mode": "keep_end",
     "trust_remote_code": True,
-    "use_weighting": True,
     "warmup_steps": 10,
 }
 
@@ -264,6 +263,7 @@ def test_a_number_of_warmup_updates_is_exact(steps: int, tmp_path: Path) -> None
             {"alpha": 0.7},
         ),
         ({"ld_alpha": 0.4}, "ld-dpo", {"alpha": 0.4}),
+        ({"use_weighting": True}, "wpo", {}),
     ],
 )
 def test_losses_of_trl_are_methods(

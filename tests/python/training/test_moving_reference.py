@@ -23,19 +23,19 @@ def config(tiny_model: Path, tmp_path: Path) -> TrainConfig:
     data = write_pairs(tmp_path / "pairs.jsonl", 16)
     return TrainConfig(
         tiny_model, data, tmp_path / "out", batch_size=4, epochs=2, lr=1e-3, report=False,
-        sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=0.25, warmup=0.0,
+        sync_reference=True, reference_sync_steps=3, reference_mixup_alpha=0.25, warmup=0.0,
     )  # fmt: skip
 
 
 def test_the_reference_becomes_the_mixture_every_few_updates() -> None:
-    start, policy = nn.Linear(3, 2), nn.Linear(3, 2)
-    before = start.weight.detach().clone()
-    reference = MovingReference(start, every=2, share=0.25)
+    own, policy = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = own.weight.detach().clone()
+    reference = MovingReference(own, every=2, share=0.25)
     reference.follow(policy, 1)
-    assert torch.equal(reference.model.weight, before)
+    assert torch.equal(own.weight, before)
     reference.follow(policy, 2)
     expected = 0.25 * policy.weight + 0.75 * before
-    torch.testing.assert_close(reference.model.weight, expected.detach())
+    torch.testing.assert_close(own.weight.detach(), expected.detach())
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 def test_a_reference_that_becomes_the_policy_brings_the_loss_back_to_ln_2(
     config: TrainConfig,
 ) -> None:
-    config = replace(config, ref_model_mixup_alpha=1.0)
+    config = replace(config, reference_mixup_alpha=1.0)
     train(config, show_progress=False)
     losses = [row["loss"] for row in rows(Path(config.output))]
     at_start = [abs(loss - 0.6931472) < 1e-4 for loss in losses]
@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_with_the_same_weights(config: TrainConfig, tmp_path:
 
 
 def test_held_out_pairs_are_scored_again_once_it_has_moved(config: TrainConfig) -> None:
-    config = replace(config, ref_model_mixup_alpha=1.0, eval_share=0.3, eval_every=3, max_steps=3)
+    config = replace(config, reference_mixup_alpha=1.0, eval_share=0.3, eval_every=3, max_steps=3)
     train(config, show_progress=False)
     (row,) = rows(Path(config.output), "evaluations.jsonl")
     assert row["eval_loss"] == pytest.approx(0.6931472, abs=1e-4)  # after the change of update 3
@@ -81,7 +81,7 @@ def test_held_out_pairs_are_scored_again_once_it_has_moved(config: TrainConfig) 
         ({"lora": LoraSettings()}, "remove the adapter"),
         ({"loss": "simpo"}, "has no reference"),
         ({"precision": "bf16-weights"}, "round the mixture away"),
-        ({"sync_ref_model": False}, "needs sync_ref_model"),
+        ({"sync_reference": False}, "needs sync_reference"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.data.feed import lay_out
-from logratio.logps.batch import to_torch
+from logratio.logps.batch import Batch, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.training import (
     LoraSettings,
@@ -40,6 +40,7 @@ from logratio.training.reference import (
     CachedSums,
     FrozenReference,
     ImpossibleLogpError,
+    PerToken,
     StaleCacheError,
     open_cache,
 )
@@ -52,6 +53,7 @@ from logratio.training.reference_checks import (
     sample_groups,
     sample_rows,
     starts_at_reference,
+    untrained_note,
 )
 from logratio.training.trainer import DPOTrainer
 from logratio.training.update import Updater
@@ -375,3 +377,35 @@ def test_conditions_of_a_model(tiny_model: Path) -> None:
     assert conditions(model, "shared")["attention"] == "logratio_shared_prompt"
     assert conditions(model, "padded")["attention"] == "sdpa"
     assert model_fingerprint(tiny_model).soft.items() <= conditions(model, "padded").items()
+
+
+STOP = 2
+
+
+class Fixed(PerToken):
+    """A reference that gives each stop token one log-prob, and each other token -1."""
+
+    def __init__(self, at_end: float) -> None:
+        self.at_end = at_end
+
+    def logps(self, batch: Batch) -> Tensor:
+        return torch.where(batch.targets.target_ids == STOP, self.at_end, -1.0)
+
+
+@pytest.mark.parametrize(("at_end", "is_doubted"), [(-26.0, True), (-10.5, True), (-9.5, False)])
+def test_a_reference_that_hardly_ever_ends_answers_is_doubted(
+    store: Store, at_end: float, is_doubted: bool
+) -> None:
+    note = untrained_note(store, Fixed(at_end), "padded", torch.device("cpu"), {STOP})
+    assert bool(note) is is_doubted
+    if note:
+        assert f"{at_end:.1f} nats" in note
+    assert untrained_note(store, Fixed(at_end), "padded", torch.device("cpu"), {99}) is None
+
+
+def test_a_run_prints_the_doubt_once(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logratio.training.reference_checks.RAREST_END", 0.0)
+    train(config, show_progress=False)
+    assert capsys.readouterr().err.count("has not been trained to answer") == 1

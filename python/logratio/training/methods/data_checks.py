@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from logratio._rust import ROLES, Store
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.store.load import source_names
 from logratio.errors import ConfigError
-from logratio.training.methods.logps import CHOSEN, MARGIN, MISMATCHED, RANK, REJECTED, SCORE
+from logratio.training.methods.group_data import GroupData
+from logratio.training.methods.logps import CHOSEN, MARGIN, MISMATCHED, REJECTED, GroupLogps
 from logratio.training.methods.objective import Objective
 from logratio.training.methods.table import DataKind
 
@@ -63,7 +65,9 @@ def check_data(store: Store, objective: Objective, what: str) -> None:
         )
     if objective.data == "lists":
         _refuse(
-            store, _tied(store), f"{what} compares answers, and all answers of {{count}} are tied"
+            store,
+            _tied(store, objective),
+            f"{what} compares answers, and all answers of {{count}} are tied",
         )
 
 
@@ -105,12 +109,14 @@ def kinds_of(store: Store) -> dict[DataKind, np.ndarray]:
     }
 
 
-def _tied(store: Store) -> np.ndarray:
-    """Return whether all answers of each group have the same score, or rank, bool `[G]`."""
-    offsets, values = store.completion_offsets(), store.values()
-    named = np.where(np.isnan(values[:, SCORE]), values[:, RANK], values[:, SCORE])
-    low = np.minimum.reduceat(named, offsets[:-1])  # NaN: an answer without, so positions count
-    tied: np.ndarray = low == np.maximum.reduceat(named, offsets[:-1])
+def _tied(store: Store, objective: Objective) -> np.ndarray:
+    """Return whether all answers of each list are equally good, bool `[G]`."""
+    offsets, data = store.completion_offsets(), GroupData.of(store, objective)
+    nothing = torch.zeros(store.completions, dtype=torch.float64)
+    roles = torch.from_numpy(store.roles())
+    grades = GroupLogps(nothing, nothing, nothing, roles, offsets, data.values).grades
+    starts = offsets[:-1]
+    tied: np.ndarray = np.minimum.reduceat(grades, starts) == np.maximum.reduceat(grades, starts)
     return tied
 
 

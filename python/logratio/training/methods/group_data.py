@@ -1,7 +1,7 @@
 """What the data and the whole update add to log-probs: values, weights, statistics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from logratio._rust import Store
 from logratio.errors import ConfigError
 from logratio.logps.batch import TargetTokens, onto
-from logratio.training.methods.logps import WEIGHT, GroupLogps
+from logratio.training.methods.logps import CHOSEN, RANK, REJECTED, SCORE, WEIGHT, GroupLogps
 from logratio.training.methods.objective import Objective
 from logratio.training.parallel.processes import ALONE, Processes
 
@@ -24,27 +24,47 @@ class GroupData:
         values: Score, rank, margin and weight of every completion, float32 `[N, 4]`; None: unused.
         weights: Weight of every group, float64 `[G]`, with mean 1; None: all are 1.
         has_reference: Whether the objective uses the reference's log-probs.
+        flipped: Whether the labels of each group are exchanged, bool `[G]`; None: of none.
+        has_pairs: Whether groups are pairs, whose labels are their positions.
     """
 
     values: np.ndarray | None
     weights: np.ndarray | None
     has_reference: bool
+    flipped: np.ndarray | None = None
+    has_pairs: bool = True
 
     @classmethod
-    def of(cls, store: Store, objective: Objective) -> "GroupData":
+    def of(
+        cls, store: Store, objective: Objective, flipped: float = 0.0, seed: int = 0
+    ) -> "GroupData":
         """Return the data of a store that an objective uses.
+
+        Args:
+            store: The groups.
+            objective: The objective.
+            flipped: Share of the groups whose labels are exchanged, for study.
+            seed: Seed of their choice.
 
         Raises:
             ConfigError: The weights of the data sum to 0.
         """
         values = store.values()
         weights = group_weights(values, store.completion_offsets())
-        used = values if objective.needs_values else None
-        return cls(used, weights, objective.needs_reference)
+        used = _used(store, values, objective) if objective.needs_values else None
+        chosen = np.random.default_rng(seed).random(len(store)) < flipped if flipped else None
+        return cls(used, weights, objective.needs_reference, chosen, objective.data == "pairs")
 
-    def groups(self, targets: TargetTokens, policy: Tensor, reference: Tensor) -> GroupLogps:
-        """Return the inputs of a loss for some groups, from the sums of log-probs, `[N]`."""
-        return GroupLogps(
+    def groups(
+        self,
+        targets: TargetTokens,
+        policy: Tensor,
+        reference: Tensor,
+        confidences: Tensor | None = None,
+        divergences: Tensor | None = None,
+    ) -> GroupLogps:
+        """Return the inputs of a loss for some groups, from values of completions, `[N]` each."""
+        groups = GroupLogps(
             policy,
             reference,
             targets.lengths,
@@ -52,13 +72,47 @@ class GroupData:
             targets.group_offsets,
             None if self.values is None else self.values[targets.rows],
             has_reference=self.has_reference,
+            confidences=confidences,
+            divergences=divergences,
         )
+        if self.flipped is None:
+            return groups
+        flip = _with_flipped_pairs if self.has_pairs else _with_flipped_roles
+        return flip(groups, self.flipped[targets.groups])
 
     def weighted(self, losses: Tensor, targets: TargetTokens) -> Tensor:
         """Multiply the losses of groups, `[B]`, by their weights."""
         if self.weights is None:
             return losses
         return losses * onto(self.weights[targets.groups], losses.device)
+
+
+def _used(store: Store, values: np.ndarray, objective: Objective) -> np.ndarray:
+    """Return the values that an objective uses; in lists, labels of pairs override scores."""
+    if objective.data != "lists":
+        return values
+    labelled = np.isin(store.roles(), (CHOSEN, REJECTED))
+    used = values.copy()
+    used[labelled, SCORE : RANK + 1] = np.nan
+    return used
+
+
+def _with_flipped_pairs(groups: GroupLogps, flipped: np.ndarray) -> GroupLogps:
+    """Exchange the sides of the pairs that are `flipped`, bool `[B]`."""
+    places = np.arange(len(groups.lengths)).reshape(-1, 2)
+    exchanged = np.where(flipped[:, None], places[:, ::-1], places).ravel()
+    order = onto(exchanged, groups.lengths.device)
+    names = "policy_logps", "reference_logps", "lengths", "confidences", "divergences"
+    given = {name: getattr(groups, name) for name in names}
+    exchanged_columns = {n: column[order] for n, column in given.items() if column is not None}
+    return replace(groups, **exchanged_columns)
+
+
+def _with_flipped_roles(groups: GroupLogps, flipped: np.ndarray) -> GroupLogps:
+    """Exchange good and bad in the groups that are `flipped`, bool `[B]`."""
+    exchanged = onto(np.repeat(flipped, groups.sizes), groups.lengths.device)
+    is_label = groups.is_mismatched == 0
+    return replace(groups, roles=torch.where(exchanged & is_label, 1 - groups.roles, groups.roles))
 
 
 def group_weights(values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
@@ -74,10 +128,11 @@ def group_weights(values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
     own = values[offsets[:-1], WEIGHT].astype(np.float64)
     if np.isnan(own).all():
         return None
-    weights = np.where(np.isnan(own), 1.0, own)
+    weights: np.ndarray = np.where(np.isnan(own), 1.0, own)
     if not weights.sum() > 0:
         raise ConfigError("the weights of the data sum to 0: there is nothing to train on")
-    return weights / weights.mean()
+    weights /= weights.mean()
+    return weights
 
 
 @dataclass(frozen=True)
@@ -147,8 +202,11 @@ def _in_order(
     order = np.argsort(rows[starts[:-1]], kind="stable")
     at = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in order])
     found = [part["values"] for part in parts if part["values"] is not None]
+    policy, reference, lengths = (torch.from_numpy(columns[name][at]) for name in _COLUMNS[:3])
     groups = GroupLogps(
-        *(torch.from_numpy(columns[name][at]) for name in _COLUMNS[:3]),
+        policy,
+        reference,
+        lengths,
         torch.from_numpy(columns["roles"][at].astype(np.uint8)),
         np.concatenate([[0], np.cumsum(sizes[order])]),
         np.concatenate([np.asarray(one, np.float32) for one in found])[at] if found else None,

@@ -73,6 +73,8 @@ class GroupLogps:
         has_reference: Whether the reference's log-probs are meaningful.
         confidences: Mean of log π(token) − log Σ π² over the counted tokens of each completion,
             float64 `[N]`, without a gradient; None if the loss does not use it.
+        divergences: KL divergence of the reference's next-token distributions from the policy's,
+            summed over the counted tokens, float64 `[N]`; None if the loss does not use it.
     """
 
     policy_logps: Tensor
@@ -84,21 +86,21 @@ class GroupLogps:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     has_reference: bool = True
     confidences: Tensor | None = None
+    divergences: Tensor | None = None
 
     @classmethod
     def concatenated(cls, parts: "Sequence[GroupLogps]") -> "GroupLogps":
         """Concatenate the groups of several parts; statistics are left out."""
-        first, sizes = parts[0], np.concatenate([np.diff(part.offsets) for part in parts])
-        columns = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("policy_logps", "reference_logps", "lengths", "roles")
-        }
+        sizes = np.concatenate([part.sizes for part in parts])
         found = [part.values for part in parts if part.values is not None]
         return cls(
-            **columns,
+            torch.cat([part.policy_logps for part in parts]),
+            torch.cat([part.reference_logps for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.roles for part in parts]),
             offsets=_running(sizes),
             values=np.concatenate(found) if found else None,
-            has_reference=first.has_reference,
+            has_reference=parts[0].has_reference,
         )
 
     def __len__(self) -> int:
@@ -117,7 +119,7 @@ class GroupLogps:
 
     def detached(self) -> "GroupLogps":
         """The same without a gradient."""
-        return replace(self, policy_logps=self.policy_logps.detach())
+        return replace(self, policy_logps=self.policy_logps.detach(), divergences=None)
 
     def on_host(self) -> "GroupLogps":
         """The same without a gradient, in the host's memory, without statistics."""
@@ -188,16 +190,20 @@ class GroupLogps:
     def grades(self) -> np.ndarray:
         """How good the data calls each completion, float64 numpy `[N]`; larger is better.
 
-        The score, or minus the rank; without either, minus the position: lists are stored from best
-        to worst. Chosen before rejected is such a list.
+        The score if all completions of a list have one; else minus the rank if all have one; else
+        minus the position: lists are stored from best to worst. A pair is such a list.
         """
-        position = np.arange(len(self.lengths)) - np.repeat(self.offsets[:-1], self.sizes)
+        places: np.ndarray = np.repeat(self.offsets[:-1], self.sizes) - np.arange(len(self.lengths))
         if self.values is None:
-            return -position.astype(np.float64)
+            return places.astype(np.float64)
         scores, ranks = self.values[:, SCORE], self.values[:, RANK]
-        named = np.where(np.isnan(scores), -ranks, scores).astype(np.float64)
-        whole = np.add.reduceat(np.isnan(named), self.offsets[:-1]) == 0
-        return np.where(np.repeat(whole, self.sizes), named, -position)
+        ranked = np.where(self._are_complete(ranks), -ranks, places)
+        return np.where(self._are_complete(scores), scores, ranked).astype(np.float64)
+
+    def _are_complete(self, column: np.ndarray) -> np.ndarray:
+        """Return for each completion whether all of its list have a value, bool numpy `[N]`."""
+        missing = np.logical_or.reduceat(np.isnan(column), self.offsets[:-1])
+        return np.repeat(~missing, self.sizes)
 
     @property
     def sizes(self) -> np.ndarray:

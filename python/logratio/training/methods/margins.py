@@ -107,6 +107,33 @@ def wpo_loss(groups: GroupLogps, *, beta: float, label_smoothing: float) -> Tens
     return losses * groups.per_group(groups.confidences).exp()
 
 
+def tdpo1_loss(groups: GroupLogps, *, beta: float) -> Tensor:
+    r"""Return the TDPO1 loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\beta[D + K_w - K_l])`, Zeng et al. 2024 (arXiv 2404.11999, eq. 15), where
+    :math:`K = \sum_t \mathrm{KL}(\pi_\mathrm{ref} \| \pi)` over the tokens of a completion. Without
+    divergences, as in evaluations, it is DPO.
+    """
+    margins = groups.pairs().logratio_margins
+    if groups.divergences is not None:
+        chosen, rejected = groups.divergences.view(-1, 2).unbind(1)
+        margins = margins + chosen - rejected
+    return logistic(beta * margins)
+
+
+def tdpo2_loss(groups: GroupLogps, *, beta: float, alpha: float) -> Tensor:
+    r"""Return the TDPO2 loss of each pair, `[B]`.
+
+    :math:`-\log\sigma(\beta[D + \alpha(\mathrm{sg}(K_w) - K_l)])`, Zeng et al. 2024 (arXiv
+    2404.11999, eq. 17): the chosen completion's divergence has no gradient. See `tdpo1_loss`.
+    """
+    margins = groups.pairs().logratio_margins
+    if groups.divergences is not None:
+        chosen, rejected = groups.divergences.view(-1, 2).unbind(1)
+        margins = margins + alpha * (chosen.detach() - rejected)
+    return logistic(beta * margins)
+
+
 CLIMB = 30.0
 """Exponents from which `tangent_expm1` is straight."""
 

@@ -150,6 +150,11 @@ class Objective:
         return any(term.method.scores for term in self.terms)
 
     @property
+    def needs_divergences(self) -> bool:
+        """Whether a method compares whole distributions with a live reference."""
+        return any(term.method.needs_divergences for term in self.terms)
+
+    @property
     def weighs_tokens(self) -> bool:
         """Whether tokens do not count equally, so that log-probs of tokens are needed."""
         return self._weighing is not None

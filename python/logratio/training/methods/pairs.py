@@ -115,6 +115,15 @@ def apo_down_loss(pairs: PairLogps, *, beta: float) -> Tensor:
     )
 
 
+def unweighted_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
+    r"""Return a loss whose gradient is DPO's without the weight of each pair, `[B]`.
+
+    :math:`-\beta D` (arXiv 2305.18290, section 4): without the weight :math:`\sigma(-\beta D)`,
+    learned pairs are pushed apart without end, and the policy degenerates. For study.
+    """
+    return -beta * pairs.logratio_margins
+
+
 def discopop_loss(pairs: PairLogps, *, beta: float, tau: float) -> Tensor:
     r"""Return the DiscoPOP loss of each pair, `[B]`.
 

@@ -80,6 +80,7 @@ class Method:
         statistics: Computes numbers of the whole update, in a pass before that for the gradients.
         token_weights: Weights of tokens in the sums of log-probs; None: each counts once.
         needs_confidences: Whether the loss uses how confident the policy is in each token.
+        needs_divergences: Whether the loss compares whole distributions with a live reference.
         needs_margins: Whether the data must have a margin for each pair.
         needs_mismatches: Whether each group needs the answer to another prompt.
         scores: Whether it trains a reward model: a completion's score, the output of a scalar head,
@@ -101,6 +102,7 @@ class Method:
     statistics: Statistics | None = None
     token_weights: Callable[..., Tensor] | None = None
     needs_confidences: bool = False
+    needs_divergences: bool = False
     needs_margins: bool = False
     needs_mismatches: bool = False
     scores: bool = False
@@ -132,6 +134,10 @@ def _two_ln2(**_: Any) -> float:
 
 def _one(**_: Any) -> float:
     return 1.0
+
+
+def _zero(**_: Any) -> float:
+    return 0.0
 
 
 def _half(**_: Any) -> float:
@@ -393,6 +399,27 @@ METHODS: dict[str, Method] = {
         needs_confidences=True,
         note="held-out losses are without the weights",
     ),
+    "tdpo1": Method(
+        "TDPO1",
+        margins.tdpo1_loss,
+        "arXiv 2404.11999",
+        "-log σ(β[D + K_w - K_l]), K the sum of KL(π_ref ‖ π) over tokens",
+        takes=GroupLogps,
+        initial=_ln2,
+        needs_divergences=True,
+        note="needs the reference in memory; held-out losses are DPO's",
+    ),
+    "tdpo2": Method(
+        "TDPO2",
+        margins.tdpo2_loss,
+        "arXiv 2404.11999",
+        "-log σ(β[D + α(sg(K_w) - K_l)])",
+        takes=GroupLogps,
+        options={"alpha": Option(0.5, "weight of the divergences, α")},
+        initial=_ln2,
+        needs_divergences=True,
+        note="needs the reference in memory; held-out losses are DPO's",
+    ),
     "step-dpo": Method(
         "Step-DPO",
         margins.dpo_loss,
@@ -455,6 +482,14 @@ METHODS: dict[str, Method] = {
             "weight": Option(0.1, "weight of the likelihood term, λ"),
         },
         needs_reference=False,
+    ),
+    "unweighted-dpo": Method(
+        "DPO without its weight",
+        pairs.unweighted_dpo_loss,
+        "arXiv 2305.18290, section 4",
+        "-βD",
+        initial=_zero,
+        note="for study: without the weight σ(-βD) of each pair the policy degenerates",
     ),
     "unlikelihood": Method(
         "unlikelihood",

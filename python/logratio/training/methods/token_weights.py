@@ -30,7 +30,7 @@ def down_sampled(targets: TargetTokens, **_: Any) -> Tensor:
     The sample of a completion depends only on its row in the store and its length, so policy and
     reference share it, and it is the same in every epoch.
     """
-    _, lengths = _ranks(targets)
+    lengths = _ranks(targets)[1]
     shorter = np.minimum.reduceat(lengths, targets.group_offsets[:-1])
     kept = np.repeat(shorter, np.diff(targets.group_offsets))
     weights = np.zeros(len(targets.counted))

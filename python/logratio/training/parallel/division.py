@@ -14,6 +14,7 @@ from logratio.errors import ConfigError
 from logratio.forecast import size
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
+from logratio.training.methods.objective import Objective
 from logratio.training.model_shape import ModelShape
 from logratio.training.models import base_folder, is_quantized, precision_of, weights_dtype
 from logratio.training.optimizers import gradient_bytes, state_bytes
@@ -121,6 +122,11 @@ def reason_against(config: TrainConfig, mode: Mode) -> str:
         rounds = precision_of(config) == "bf16-weights" and not config.trains_adapter
         remedy = "use parallel fsdp, which sums in float32, or precision bf16"
         return f"{_ROUNDS}: {remedy}" if rounds else ""
+    if Objective.of(config).needs_divergences:
+        return (
+            f"the loss {config.loss} compares whole distributions of two models, whose heads are "
+            "gathered at different times: use parallel ddp"
+        )
     if given_model(config.model):
         return "a model in memory is whole in every process already: give its folder, or ddp"
     if config.quantization == "8bit":

@@ -156,7 +156,7 @@ def test_refusals_name_the_flags_that_read_ratings(tmp_path: Path, run: Run) -> 
     flags = ("--group-by", "prompt", "--score", "helpfulness")
     code, out, _ = run("data", "inspect", path, *flags)
     assert code == 0 and "rows of one 'prompt' together" in out
-    assert "  chosen\n‹sat on›\n  rejected\n‹dog›" in out
+    assert "  chosen (score 3, margin 2)\n‹sat on›\n  rejected (score 1)\n‹dog›" in out
 
 
 def test_thumbs_of_one_prompt_become_pairs_of_good_and_bad(tmp_path: Path, run: Run) -> None:
@@ -176,4 +176,4 @@ def test_one_score_per_answer_needs_no_other_flag(tmp_path: Path, run: Run) -> N
     code, out, _ = run("data", "inspect", path)
     assert "one rated answer: --group-by prompt --score reward" in out
     code, out, _ = run("data", "inspect", path, "--group-by", "prompt")
-    assert code == 0 and "  chosen\n‹b›\n  rejected\n‹a›" in out
+    assert code == 0 and "  chosen (score 2, margin 1)\n‹b›\n  rejected (score 1)\n‹a›" in out

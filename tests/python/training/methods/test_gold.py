@@ -13,10 +13,18 @@ from loss_inputs import Answer, bad, good, groups_of, objective_of, pair, with_s
 from logratio.training.methods.table import METHODS
 
 # r is the log-ratio, a the mean log-prob of a token, D = r_w - r_l.
-A = pair(Answer(-10.0, -11.0, 5), Answer(-14.0, -12.0, 4), margin=2.0)
-"""r = 1 and -2, D = 3; a = -2 and -3.5."""
-B = pair(Answer(-9.5, -8.0, 2), Answer(-6.0, -6.5, 8), margin=0.5)
-"""r = -1.5 and 0.5, D = -2; a = -4.75 and -0.75."""
+A = pair(
+    Answer(-10.0, -11.0, 5, confidence=-0.5, divergence=2.0),
+    Answer(-14.0, -12.0, 4, confidence=-0.25, divergence=0.5),
+    margin=2.0,
+)
+"""r = 1 and -2, D = 3; a = -2 and -3.5; K = 2 and 0.5."""
+B = pair(
+    Answer(-9.5, -8.0, 2, confidence=0.5, divergence=1.0),
+    Answer(-6.0, -6.5, 8, confidence=-1.5, divergence=3.0),
+    margin=0.5,
+)
+"""r = -1.5 and 0.5, D = -2; a = -4.75 and -0.75; K = 1 and 3."""
 C = pair(Answer(-6.0, -3.0, 3), Answer(-4.0, -9.0, 6), margin=1.0)
 """r = -3 and 5, D = -8."""
 
@@ -240,6 +248,40 @@ PAIRS = [
         [0.716705088612, 0.622543462099],
         [-log(s(0.3 - log(2) / 2)), -log(s(-0.2 + log(2) / 2))],
     ),
+    Gold(
+        "wpo",
+        {},
+        [0.261858875824, 0.293618881245],
+        [exp(-0.75) * -log(s(0.3)), exp(-1) * -log(s(-0.2))],
+    ),
+    Gold(
+        "wpo",
+        {"label_smoothing": 0.1},
+        [0.276029872406, 0.286261292422],
+        [
+            exp(-0.75) * (-0.9 * log(s(0.3)) - 0.1 * log(s(-0.3))),
+            exp(-1) * (-0.9 * log(s(-0.2)) - 0.1 * log(s(0.2))),
+        ],
+    ),
+    Gold(
+        "tdpo1",
+        {},
+        [0.493248945997, 0.9130152524],
+        [-log(s(0.1 * (3 + 2 - 0.5))), -log(s(0.1 * (-2 + 1 - 3)))],
+    ),
+    Gold(
+        "tdpo2",
+        {},
+        [0.52312326414, 0.854355244469],
+        [-log(s(0.1 * (3 + 0.5 * 1.5))), -log(s(0.1 * (-2 - 0.5 * 2)))],
+    ),
+    Gold(
+        "tdpo2",
+        {"alpha": 2.0},
+        [0.437487950486, 1.03748795049],
+        [-log(s(0.1 * (3 + 3))), -log(s(0.1 * (-2 - 4)))],
+    ),
+    Gold("unweighted-dpo", {}, [-0.3, 0.2], [-0.1 * 3, 0.1 * 2]),
     Gold(
         "chi-po",
         {},

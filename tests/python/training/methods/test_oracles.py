@@ -7,30 +7,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import Answer, bad, good, groups_of, objective_of, pair, with_statistics
+from loss_inputs import NAN, Answer, bad, good, groups_of, objective_of, pair, with_statistics
 from loss_oracles import ORACLES, Memory, Update, grades_of
 
 from logratio.training.methods.table import METHODS, DataKind, Method, Option
 
 # Multiples of 1/16, so that equal numbers are frequent and differences are exact.
 sixteenths = st.integers(-480, -1).map(lambda n: n / 16)
-answers = st.tuples(sixteenths, sixteenths, st.integers(1, 40)).map(lambda one: Answer(*one))
+few_sixteenths = st.integers(0, 40).map(lambda n: n / 16)
+answers = st.tuples(sixteenths, sixteenths, st.integers(1, 40), few_sixteenths, few_sixteenths).map(
+    lambda one: Answer(*one[:3], confidence=1 - one[3], divergence=one[4])
+)
 pairs = st.builds(pair, answers, answers, st.sampled_from([0.25, 1.0, 3.5]))
 scores = st.integers(0, 3).map(float)
 
 
 @st.composite
 def lists(draw: st.DrawFn) -> list[Answer]:
-    """2 to 5 answers with scores, with ranks, in order, or with some scores missing."""
+    """2 to 5 answers; all, some or none have a score, and all, some or none a rank."""
     group = draw(st.lists(answers, min_size=2, max_size=5))
-    field = draw(st.sampled_from(["score", "rank", "", "missing"]))
-    if not field:
-        return group
-    name = "score" if field == "missing" else field
-    group = [one._replace(**{name: draw(scores)}) for one in group]
-    if field == "missing":
-        group[draw(st.integers(0, len(group) - 1))] = group[0]._replace(score=float("nan"))
-    return group
+    columns = []
+    for _ in ("score", "rank"):
+        one_missing = st.integers(0, len(group) - 1).map(lambda place: {place})
+        missing = draw(st.sampled_from([set(), set(range(len(group)))]) | one_missing)
+        columns.append([NAN if i in missing else draw(scores) for i in range(len(group))])
+    return [
+        one._replace(score=score, rank=rank)
+        for one, score, rank in zip(group, *columns, strict=True)
+    ]
 
 
 def differs(group: Sequence[Answer]) -> bool:

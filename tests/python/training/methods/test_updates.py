@@ -26,6 +26,8 @@ from logratio.training.reference import FrozenReference
 from logratio.training.update import Updater
 
 ALL = [*METHODS, *MIXTURES, "plackett-luce:0.5+sft:0.2"]
+OTHERS = ("ld-dpo", "sampo", "wpo", "tdpo1", "tdpo2")
+"""Methods that take more than the sums of log-probs, and have a test of their own."""
 SAME = 1e-6
 """Llama's norms round to float32, so a last digit in float64 may become one in float32."""
 BUDGETS = {"one micro-batch": 10**6, "some": 60, "one for each group": 1}
@@ -102,7 +104,7 @@ def oracle(
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("loss", [one for one in ALL if one not in ("ld-dpo", "sampo", "wpo")])
+@pytest.mark.parametrize("loss", [one for one in ALL if one not in OTHERS])
 def test_micro_batches_do_not_change_an_update(
     loss: str, budget: int, policy: PreTrainedModel, reference: PreTrainedModel
 ) -> None:
@@ -151,6 +153,40 @@ def test_wpo_weighs_pairs_by_the_whole_distribution(
         torch.testing.assert_close(grads, slopes, rtol=SAME, atol=SAME * scale_of(slopes))
 
 
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+def test_tdpo_adds_divergences_of_whole_distributions(
+    loss: str, policy: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, store = configured(loss, beta=0.05), store_for("pairs")
+    model, losses = deepcopy(policy), []
+    for group in range(len(store)):
+        prompt, completions, masks, _ = store.group(group)
+        ratios, divergences = [], []
+        for ids, mask in zip(completions, masks, strict=True):
+            whole = torch.from_numpy(np.concatenate([prompt, ids])).long()[None]
+            at = slice(len(prompt) - 1, -1)
+            own, theirs = (
+                m(input_ids=whole).logits[0, at].log_softmax(1) for m in (model, reference)
+            )
+            counted, place = torch.from_numpy(mask).bool(), torch.arange(len(ids))
+            token = torch.from_numpy(ids).long()
+            ratios.append((own[place, token] - theirs[place, token])[counted].sum())
+            kl = torch.nn.functional.kl_div(own, theirs, log_target=True, reduction="none").sum(1)
+            divergences.append(kl[counted].sum())
+        chosen, rejected = divergences
+        shift = chosen - rejected if loss == "tdpo1" else 0.5 * (chosen.detach() - rejected)
+        losses.append(-torch.nn.functional.logsigmoid(0.05 * (ratios[0] - ratios[1] + shift)))
+    expected = torch.stack(losses).mean()
+    slopes = [*torch.autograd.grad(expected, [*model.parameters()])]
+    for elements in (2**24, 3 * 211):
+        monkeypatch.setattr("logratio.logps.divergence.TILE_ELEMENTS", elements)
+        one = updater(config, store, policy, reference)
+        metrics, _ = one.update(1, 0.0, micro_batches(store, 60))
+        assert metrics["loss"] == pytest.approx(expected.item(), rel=SAME)
+        grads = [parameter.grad for parameter in one.policy.parameters()]
+        torch.testing.assert_close(grads, slopes, rtol=SAME, atol=SAME * scale_of(slopes))
+
+
 @pytest.mark.parametrize("loss", ["ld-dpo", "sampo"])
 def test_weights_of_tokens_do_not_depend_on_micro_batches(
     loss: str, policy: PreTrainedModel, reference: PreTrainedModel
@@ -170,7 +206,7 @@ def test_groups_count_by_their_weights(
     loss: str, policy: PreTrainedModel, reference: PreTrainedModel
 ) -> None:
     config = configured(loss)
-    store = store_for(Objective.of(config).data, weight=True)
+    store = store_for(Objective.of(config).data, weight=2.0)
     expected, slopes = oracle(config, store, policy, reference)
     plain, _ = oracle(config, store_for(Objective.of(config).data), policy, reference)
     assert expected != pytest.approx(plain, rel=1e-3)

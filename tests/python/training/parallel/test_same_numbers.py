@@ -39,7 +39,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "ld-dpo": {"loss": "ld-dpo", "cache": "cache", "precompute": True},
     "bradley-terry": {"loss": "bradley-terry", "loss_options": {"center": 0.1}, "eval_share": 0.3},
     "reward adapter": {"loss": "bradley-terry", "lora": {"rank": 4}, "lr": 1e-2},
-    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "moving reference": {"sync_reference": True, "reference_sync_steps": 2},
     ANSWERS: {"loss": "kto", "eval_share": 0.3, "eval_every": 2},
     LISTS: {"loss": "lipo"},
 }

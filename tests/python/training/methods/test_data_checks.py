@@ -1,0 +1,101 @@
+"""Data that does not fit a method is refused, with the place of the first row and a method."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_pairs
+from method_groups import store_for, write_answers, write_lists
+
+from logratio.data.formats.settings import FormatSettings
+from logratio.data.store.row_report import BadDataError
+from logratio.errors import ConfigError
+from logratio.training import DPOTrainer, TrainConfig
+from logratio.training.methods.data_checks import check_data, kinds_of
+from logratio.training.methods.group_data import GroupData
+from logratio.training.methods.objective import Objective
+
+
+def trainer(model: Path, data: Path, loss: str, **settings: Any) -> DPOTrainer:
+    config = TrainConfig(model, data, data.parent / "out", loss=loss, **settings)
+    return DPOTrainer(config=config, dry_run=True, show_progress=False)
+
+
+def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "advice"),
+    [
+        ("pairs", "kto", "dpo.? trains on pairs"),
+        ("answers", "dpo", "kto"),
+        ("answers", "plackett-luce", "kto"),
+        ("lists", "kto", "plackett-luce"),
+    ],
+)
+def test_rows_of_another_kind_name_their_place_and_what_trains_on_them(
+    kind: str, loss: str, advice: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    write = {"pairs": write_pairs, "answers": write_answers, "lists": write_lists}[kind]
+    data = write(tmp_path / f"{kind}.jsonl", 6)
+    settings: dict[str, Any] = {}
+    if kind == "lists":
+        settings["formats"] = FormatSettings(lists="groups")
+    with pytest.raises(BadDataError, match=advice) as caught:
+        trainer(tiny_model, data, loss, **settings)
+    assert f"{kind}.jsonl:1 [E206]" in str(caught.value)
+
+
+def test_pairs_without_a_margin_are_refused_by_odpo(tiny_model: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "the cat", "chosen": " sits happy", "rejected": " sad", "margin": 1.5},
+        {"prompt": "the dog", "chosen": " sits happy", "rejected": " sad"},
+    ]
+    with pytest.raises(ConfigError, match=r"needs a margin above 0 .*1 groups have none .*:2\)"):
+        trainer(tiny_model, written(tmp_path / "pairs.jsonl", rows), "odpo")
+    rows[1]["margin"] = 0.25
+    assert len(trainer(tiny_model, written(tmp_path / "pairs.jsonl", rows), "odpo").store) == 2
+
+
+def test_lists_whose_answers_are_all_tied_are_refused() -> None:
+    objective = Objective.of(TrainConfig("m", "d", "o", loss="lipo"))
+    check_data(store_for("lists"), objective, "lipo")
+    values = store_for("lists").values()
+    assert not np.isnan(values[:, 0]).any()
+    with pytest.raises(ConfigError, match="all answers of 8 are tied"):
+        check_data(store_for("lists", tied=True), objective, "lipo")
+
+
+def test_weights_that_sum_to_zero_are_refused() -> None:
+    objective = Objective.of(TrainConfig("m", "d", "o", loss="dpo"))
+    with pytest.raises(ConfigError, match="sum to 0"):
+        GroupData.of(store_for("pairs", weight=0.0), objective)
+
+
+def test_pairs_are_lists_of_two_whose_labels_override_scores(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            **{"prompt": f"the cat{' loud' * i}", "chosen": " sits happy", "rejected": " sad"},
+            **{"score_chosen": 1.0, "score_rejected": 2.0},
+        }
+        for i in range(3)
+    ]
+    made = trainer(tiny_model, written(tmp_path / "pairs.jsonl", rows), "plackett-luce")
+    data = GroupData.of(made.store, Objective.of(made.config))
+    assert data.values is not None
+    assert np.isnan(data.values[:, :2]).all()
+    assert not np.isnan(made.store.values()[:, 0]).any()
+
+
+@pytest.mark.parametrize("data", ["pairs", "labelled answers", "lists", "demonstrations"])
+def test_every_kind_is_recognised(data: Any) -> None:
+    found = kinds_of(store_for(data))
+    assert found[data].all()
+    assert {kind for kind, fits in found.items() if fits.all()} <= {data, "lists"}
