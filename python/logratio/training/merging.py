@@ -62,8 +62,8 @@ class MergeResult:
     Attributes:
         output: Folder of the whole model.
         dtype: Name of the dtype of its weights, for example "bfloat16".
-        largest_gap: Largest difference of a token's log-prob (or of a reward model's score)
-            between adapter and whole model, in nats, as read from the folder and computed in float32.
+        largest_gap: Largest difference of a token's log-prob, or of a reward model's score, between
+            adapter and whole model, in nats, as read from the folder and computed in float32.
         tokens: Number of compared tokens, or scores.
         quantization: The quantization of the base that the adapter was trained over, or None. The
             model was merged into the base without it.

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from logratio.training.methods import free, lists, margins, pairs, scores, token_weights, unpaired
+from logratio.training.methods import initial_values as start
 from logratio.training.methods import statistics as over_update
 from logratio.training.methods.logps import GroupLogps, PairLogps
 from logratio.training.methods.statistics import Statistics
@@ -124,50 +125,6 @@ class Method:
         return self.initial(beta=beta, **options) if self.initial else None
 
 
-def _ln2(**_: Any) -> float:
-    return math.log(2)
-
-
-def _two_ln2(**_: Any) -> float:
-    return 2 * math.log(2)
-
-
-def _one(**_: Any) -> float:
-    return 1.0
-
-
-def _zero(**_: Any) -> float:
-    return 0.0
-
-
-def _half(**_: Any) -> float:
-    return 0.5
-
-
-def _ipo(*, beta: float) -> float:
-    return 1 / (4 * beta**2)
-
-
-def _sppo(*, beta: float) -> float:
-    return 1 / (2 * beta**2)
-
-
-def _cal(*, beta: float) -> float:
-    return 1 / (2 * beta**2) + math.log(2)
-
-
-def _kto(*, desirable_weight: float, undesirable_weight: float, **_: Any) -> float | None:
-    return desirable_weight / 2 if desirable_weight == undesirable_weight else None
-
-
-def _exo(*, beta: float, label_smoothing: float) -> float:
-    return -math.log(2) - (math.log(1 - label_smoothing) + math.log(label_smoothing)) / 2
-
-
-def _discopop(**_: Any) -> float:
-    return (1 + math.log(2)) / 2
-
-
 SMOOTHING = Option(0.0, "share of flipped labels, ε", high=0.5)
 _FLIPPED = Option(0.1, "share of flipped labels, ε", 0.0, 0.5, is_open=True)
 GAMMA = Option(1.0, "target margin, γ")
@@ -179,7 +136,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2305.18290",
         "-log σ(βD)",
         options={"label_smoothing": SMOOTHING},
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "cdpo": Method(
         "conservative DPO",
@@ -187,7 +144,7 @@ METHODS: dict[str, Method] = {
         "ericmitchell.ai/cdpo.pdf",
         "-(1-ε) log σ(βD) - ε log σ(-βD)",
         options={"label_smoothing": _FLIPPED},
-        initial=_ln2,
+        initial=start.ln2,
         note="`dpo` with label smoothing",
     ),
     "robust": Method(
@@ -196,24 +153,24 @@ METHODS: dict[str, Method] = {
         "arXiv 2403.00409",
         "[-(1-ε) log σ(βD) + ε log σ(-βD)] / (1-2ε)",
         options={"label_smoothing": _FLIPPED},
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "ipo": Method(
         "IPO",
         pairs.ipo_loss,
         "arXiv 2310.12036",
         "(r_w/n_w - r_l/n_l - 1/(2β))²",
-        initial=_ipo,
+        initial=start.ipo,
     ),
     "ipo-sum": Method(
         "IPO, summed",
         pairs.ipo_sum_loss,
         "arXiv 2310.12036",
         "(D - 1/(2β))²",
-        initial=_ipo,
+        initial=start.ipo,
     ),
     "hinge": Method(
-        "RSO's hinge", pairs.hinge_loss, "arXiv 2309.06657", "max(0, 1 - βD)", initial=_one
+        "RSO's hinge", pairs.hinge_loss, "arXiv 2309.06657", "max(0, 1 - βD)", initial=start.one
     ),
     "exo": Method(
         "EXO",
@@ -223,21 +180,21 @@ METHODS: dict[str, Method] = {
         options={
             "label_smoothing": Option(1e-3, "share of flipped labels, ε", 0.0, 0.5, is_open=True)
         },
-        initial=_exo,
+        initial=start.exo,
     ),
     "nca": Method(
         "Noise Contrastive Alignment",
         pairs.nca_loss,
         "arXiv 2402.05369",
         "-log σ(βr_w) - ½ log σ(-βr_w) - ½ log σ(-βr_l)",
-        initial=_two_ln2,
+        initial=start.two_ln2,
     ),
     "bco": Method(
         "Binary Classifier Optimization",
         pairs.bco_loss,
         "arXiv 2404.04656",
         "-log σ(βr_w - δ) - log σ(δ - βr_l), δ the mean reward so far",
-        initial=_two_ln2,
+        initial=start.two_ln2,
         statistics=over_update.mean_reward,
     ),
     "sppo": Method(
@@ -245,7 +202,7 @@ METHODS: dict[str, Method] = {
         pairs.sppo_loss,
         "arXiv 2405.00675",
         "(r_w - 1/(2β))² + (r_l + 1/(2β))²",
-        initial=_sppo,
+        initial=start.sppo,
     ),
     "aot": Method(
         "Alignment via Optimal Transport",
@@ -253,7 +210,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2406.05882",
         "-log σ(βd), d between order statistics of the update",
         options={"label_smoothing": SMOOTHING},
-        initial=_ln2,
+        initial=start.ln2,
         statistics=over_update.reference_quantiles,
     ),
     "aot-unpaired": Method(
@@ -263,7 +220,7 @@ METHODS: dict[str, Method] = {
         "as aot, of sorted r_w and sorted r_l",
         takes=GroupLogps,
         options={"label_smoothing": SMOOTHING},
-        initial=_ln2,
+        initial=start.ln2,
         statistics=over_update.partners,
     ),
     "apo-zero": Method(
@@ -271,14 +228,14 @@ METHODS: dict[str, Method] = {
         pairs.apo_zero_loss,
         "arXiv 2408.06266",
         "1 - σ(βr_w) + σ(βr_l)",
-        initial=_one,
+        initial=start.one,
     ),
     "apo-down": Method(
         "APO-down",
         pairs.apo_down_loss,
         "arXiv 2408.06266",
         "σ(βr_w) + 1 - σ(βD)",
-        initial=_one,
+        initial=start.one,
     ),
     "discopop": Method(
         "DiscoPOP",
@@ -287,7 +244,7 @@ METHODS: dict[str, Method] = {
         "-(1-m) log σ(βD) + m exp(-βD), m = σ(βD/τ)",
         beta=0.05,
         options={"tau": Option(0.05, "temperature of the modulation, τ", is_open=True)},
-        initial=_discopop,
+        initial=start.discopop,
     ),
     "ln-dpo": Method(
         "length-normalized DPO",
@@ -296,7 +253,7 @@ METHODS: dict[str, Method] = {
         "-log σ(β(r_w/n_w - r_l/n_l))",
         beta=5.0,
         options={"label_smoothing": SMOOTHING},
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "r-dpo": Method(
         "length-regularized DPO",
@@ -311,7 +268,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2409.06411",
         "-log σ(βD), tokens beyond the shorter length times α",
         options={"alpha": Option(0.5, "weight of the tokens beyond the shorter length", high=1.0)},
-        initial=_ln2,
+        initial=start.ln2,
         token_weights=token_weights.length_desensitized,
     ),
     "sampo": Method(
@@ -319,7 +276,7 @@ METHODS: dict[str, Method] = {
         margins.dpo_loss,
         "arXiv 2406.10957",
         "-log σ(βD), over as many sampled tokens of either side",
-        initial=_ln2,
+        initial=start.ln2,
         token_weights=token_weights.down_sampled,
     ),
     "dpop": Method(
@@ -329,7 +286,7 @@ METHODS: dict[str, Method] = {
         "-log σ(β[D - λ max(0, -r_w)])",
         beta=0.3,
         options={"penalty": Option(50.0, "λ")},
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "odpo": Method(
         "DPO with an offset",
@@ -348,7 +305,7 @@ METHODS: dict[str, Method] = {
             "alpha": Option(0.6, "how much β changes, α"),
             "momentum": Option(0.9, "of the moving average M", high=1.0),
         },
-        initial=_ln2,
+        initial=start.ln2,
         statistics=over_update.beta_of_update,
         note="without the paper's filter of pairs",
     ),
@@ -358,28 +315,28 @@ METHODS: dict[str, Method] = {
         "arXiv 2407.13399",
         "-log σ(clip[βφ(e^r_w) - βφ(e^r_l)]), φ(z) = z + log z",
         options={"clip": Option(10.0, "largest difference of rewards", is_open=True)},
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "cal-dpo": Method(
         "calibrated DPO",
         pairs.cal_dpo_loss,
         "arXiv 2412.14516",
         "-log σ(D) + (r_w - 1/(2β))² + (r_l + 1/(2β))²",
-        initial=_cal,
+        initial=start.cal,
     ),
     "f-dpo-forward-kl": Method(
         "f-DPO, forward KL",
         margins.forward_kl_dpo_loss,
         "arXiv 2309.16240",
         "-log σ(β[e^-r_l - e^-r_w])",
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "f-dpo-js": Method(
         "f-DPO, Jensen-Shannon",
         margins.js_dpo_loss,
         "arXiv 2309.16240",
         "-log σ(β[log σ(r_w) - log σ(r_l)])",
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "f-dpo-alpha": Method(
         "f-DPO, α-divergence",
@@ -387,7 +344,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2309.16240",
         "-log σ(β[e^-αr_l - e^-αr_w]/α)",
         options={"alpha": Option(0.5, "α of the divergence", 0.0, 1.0, is_open=True)},
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "wpo": Method(
         "WPO",
@@ -405,7 +362,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2404.11999",
         "-log σ(β[D + K_w - K_l]), K the sum of KL(π_ref ‖ π) over tokens",
         takes=GroupLogps,
-        initial=_ln2,
+        initial=start.ln2,
         needs_divergences=True,
         note="needs the reference in memory; held-out losses are DPO's",
     ),
@@ -416,7 +373,7 @@ METHODS: dict[str, Method] = {
         "-log σ(β[D + α(sg(K_w) - K_l)])",
         takes=GroupLogps,
         options={"alpha": Option(0.5, "weight of the divergences, α")},
-        initial=_ln2,
+        initial=start.ln2,
         needs_divergences=True,
         note="needs the reference in memory; held-out losses are DPO's",
     ),
@@ -426,7 +383,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2406.18629",
         "-log σ(βD) of single steps of a solution",
         beta=0.4,
-        initial=_ln2,
+        initial=start.ln2,
         note="the data's steps end without EOS",
     ),
     "simpo": Method(
@@ -488,7 +445,7 @@ METHODS: dict[str, Method] = {
         pairs.unweighted_dpo_loss,
         "arXiv 2305.18290, section 4",
         "-βD",
-        initial=_zero,
+        initial=start.zero,
         note="for study: without the weight σ(-βD) of each pair the policy degenerates",
     ),
     "unlikelihood": Method(
@@ -512,7 +469,7 @@ METHODS: dict[str, Method] = {
             "desirable_weight": Option(1.0, "λ_D", is_open=True),
             "undesirable_weight": Option(1.0, "λ_U", is_open=True),
         },
-        initial=_kto,
+        initial=start.kto,
         statistics=over_update.reference_point,
         needs_mismatches=True,
         note="z from mismatched answers, which are added to the data",
@@ -524,7 +481,7 @@ METHODS: dict[str, Method] = {
         "-log σ(βr - δ) if good, -log σ(δ - βr) if bad",
         takes=GroupLogps,
         data="labelled answers",
-        initial=_ln2,
+        initial=start.ln2,
         statistics=over_update.mean_reward,
     ),
     "apo-zero-unpaired": Method(
@@ -534,7 +491,7 @@ METHODS: dict[str, Method] = {
         "1 - σ(βr) if good, σ(βr) if bad",
         takes=GroupLogps,
         data="labelled answers",
-        initial=_half,
+        initial=start.half,
     ),
     "plackett-luce": Method(
         "Plackett-Luce DPO",
@@ -567,7 +524,7 @@ METHODS: dict[str, Method] = {
         "-log σ(β(r_best - r_worst))",
         takes=GroupLogps,
         data="lists",
-        initial=_ln2,
+        initial=start.ln2,
     ),
     "bradley-terry": Method(
         "Bradley-Terry reward model",
