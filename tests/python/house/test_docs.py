@@ -20,7 +20,7 @@ ELSEWHERE = ["python/docs/migrating.md", "python/docs/cluster.md"]
 """Pages whose code a separate test runs: test_trl_port.py, test_ray_train.py."""
 RUN = [
     *("README.md", "python/docs/data.md", "python/docs/cache.md", "python/docs/serving.md"),
-    "python/docs/training.md",
+    *("python/docs/training.md", "python/docs/methods.md"),
 ]
 """Pages with Python code; each page uses the files of the pages before it."""
 
