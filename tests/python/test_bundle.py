@@ -113,8 +113,8 @@ def test_linked_manifest_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_newer_format_is_refused_by_name(bundle: Path) -> None:
-    rewrite_manifest(bundle, format_version=3)
-    assert "bundle format 3; this logratio reads up to 2" in refusal(bundle)
+    rewrite_manifest(bundle, format_version=4)
+    assert "bundle format 4; this logratio reads up to 3" in refusal(bundle)
 
 
 def test_an_older_format_is_read(bundle: Path) -> None:

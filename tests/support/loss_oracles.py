@@ -236,6 +236,11 @@ def slic(c: Answer, r: Answer, delta: float, weight: float) -> float:
     return max(0.0, delta - c.policy + r.policy) - weight * c.policy
 
 
+@each("bradley-terry")
+def bradley_terry(c: Answer, r: Answer, center: float) -> float:
+    return nll(c.policy - r.policy) + center * (c.policy + r.policy) ** 2
+
+
 @each("unlikelihood")
 def unlikelihood(c: Answer, r: Answer, alpha: float) -> float:
     return -c.policy + alpha * r.policy

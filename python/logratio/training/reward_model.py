@@ -54,6 +54,13 @@ def refusal_of(folder: Path, base: Path) -> str | None:
             f"{folder} is a model of type {config.model_type}, for which transformers has no class "
             "with a scalar head: choose another family"
         )
+    with torch.device("meta"):
+        layer = getattr(empty_model(base, reward=True), HEAD, None)
+    if not isinstance(layer, nn.Linear):
+        return (
+            f"{folder} is a model of type {config.model_type}, whose class in transformers has no "
+            f"linear layer {HEAD!r}: choose another family"
+        )
     if is_reward_model(base) and config.num_labels != 1:
         return (
             f"{base} is a classifier with {config.num_labels} labels, and a reward model has one "

@@ -70,7 +70,8 @@ def test_the_last_token_that_is_not_padding_is_scored(pad: int | None, layout: s
 )
 def test_a_score_does_not_depend_on_the_batch(layout: str, dtype: torch.dtype, most: float) -> None:
     """In the shared row a completion's neighbours change, and with them the width of the rows."""
-    model = tiny_reward_model().to(dtype)
+    model: Any = tiny_reward_model()
+    model.to(dtype)
     (prompt, (own, other)), *rest = token_groups(seed=3)
     with torch.no_grad():
         alone = scores(model, [(prompt, [own])], layout)[0]
@@ -85,7 +86,7 @@ def test_a_score_does_not_depend_on_the_batch(layout: str, dtype: torch.dtype, m
 
 def test_the_head_multiplies_in_float32_under_autocast() -> None:
     """In bfloat16 a score near 100 could only change by 0.5."""
-    model = tiny_reward_model()
+    model: Any = tiny_reward_model()
     with torch.no_grad():
         model.score.weight.mul_(100 / scores(model, BRANCHES, "padded").abs().max())
         with torch.autocast("cpu", torch.bfloat16):
@@ -115,7 +116,7 @@ def test_calls_that_are_split_keep_the_order_of_completions(rope: str) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 0.0])
 def test_prompts_and_beginnings_are_shared_even_with_a_head_of_zeros(factor: float) -> None:
-    model = tiny_reward_model()
+    model: Any = tiny_reward_model()
     model.score.weight.data.mul_(factor)
     assert has_scalar_head(model)
     assert choose_layout(model, share_beginnings=True) == ("tree", "leak check passed")
@@ -125,7 +126,7 @@ def test_prompts_and_beginnings_are_shared_even_with_a_head_of_zeros(factor: flo
 
 @pytest.mark.parametrize("factor", [1.0, 1e-6])
 def test_a_leak_is_found_however_small_the_scores_are(factor: float) -> None:
-    model = tiny_reward_model()
+    model: Any = tiny_reward_model()
     model.score.weight.data.mul_(factor)
     layer: Any = model.model.layers[0]
     plain = layer.forward

@@ -11,20 +11,33 @@ import pytest
 import torch
 from conftest import Run, write_pairs
 from rewards import plain_scores
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stop_after import stop_after
+from tiny_models import mamba_config, tiny, word_tokenizer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CTRLConfig,
+    PreTrainedConfig,
+)
 
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, LogratioError
-from logratio.training import EvaluateConfig, LoraSettings, TrainConfig, evaluate, train
+from logratio.training import (
+    EvaluateConfig,
+    LoraSettings,
+    SweepConfig,
+    TrainConfig,
+    evaluate,
+    train,
+)
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.merging import merge_adapter
 from logratio.training.models import ModelFolderError, load_model, quietly
 from logratio.training.policy import build_policy
-from logratio.training.sweep_runs import SweepConfig, prepare
+from logratio.training.sweep_runs import prepare
 from logratio.training.trainer import DPOTrainer
 
 PAIRS = 12
@@ -37,10 +50,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tiny_model: Path, data: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        *(tiny_model, [data], tmp_path / "out"),
-        **{"loss": "bradley-terry", "lr": 1e-2, "batch_size": 4, "epochs": 2, "save_every": 0},
-    )
+    settings = TrainConfig(tiny_model, [data], tmp_path / "out", loss="bradley-terry", lr=1e-2)
+    return replace(settings, batch_size=4, epochs=2, save_every=0)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +164,7 @@ def test_transformers_computes_the_scores_of_the_saved_model(
 
         base: Any = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
         with quietly():  # peft uses a deprecated name
-            model = PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
+            model = PeftModel.from_pretrained(base, folder).merge_and_unload()
     with torch.no_grad():
         chosen, rejected = oracle_scores(model.double().eval(), groups_of(tiny_model, data))
     result = evaluate(EvaluateConfig(folder, None, [data]), show_progress=False)
@@ -184,8 +195,10 @@ def test_the_end_of_a_text_is_scored_though_it_is_the_padding_token(
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.config.pad_token_id = model.config.eos_token_id
     model.save_pretrained(tmp_path / "same")
-    assert build_policy(replace(config, model=tmp_path / "same"), "cpu").config.pad_token_id is None
-    assert build_policy(config, "cpu").config.pad_token_id == 0
+    policy: Any = build_policy(replace(config, model=tmp_path / "same"), "cpu")
+    assert policy.config.pad_token_id is None
+    policy = build_policy(config, "cpu")
+    assert policy.config.pad_token_id == 0
 
 
 def test_a_reward_model_is_trained_further(
@@ -302,8 +315,6 @@ def test_a_head_is_never_random(
     trained: Callable[[str], Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     """An adapter without the head's weights, a classifier, a family without such a class."""
-    from safetensors.torch import save_file
-
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     settings = json.loads((trained("adapter") / "adapter_config.json").read_text())
@@ -320,13 +331,24 @@ def test_a_head_is_never_random(
         load_model(tmp_path / "three")
 
 
-def test_a_family_without_such_a_class_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    from tiny_models import mamba_config, tiny, word_tokenizer
-
-    tiny(mamba_config()).save_pretrained(tmp_path / "mamba")
-    word_tokenizer().save_pretrained(tmp_path / "mamba")
-    with pytest.raises(LogratioError, match="no class with a scalar head"):
-        DPOTrainer(config=replace(config, model=tmp_path / "mamba"), dry_run=True)
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (mamba_config(), "no class with a scalar head"),
+        (
+            CTRLConfig(vocab_size=50, n_embd=32, dff=64, n_layer=1, n_head=2),
+            "no linear layer 'score'",
+        ),
+    ],
+    ids=["mamba", "ctrl"],
+)
+def test_a_family_without_such_a_class_is_refused(
+    config: TrainConfig, tmp_path: Path, family: PreTrainedConfig, message: str
+) -> None:
+    tiny(family).save_pretrained(tmp_path / "family")
+    word_tokenizer().save_pretrained(tmp_path / "family")
+    with pytest.raises(LogratioError, match=message):
+        DPOTrainer(config=replace(config, model=tmp_path / "family"), dry_run=True)
 
 
 def test_the_commands_print_a_table_without_a_reference(

@@ -363,6 +363,14 @@ PAIRS = [
     Gold("slic", {"delta": 5.0, "weight": 0.2}, [3, 10.4], [5 - 4 + 0.2 * 10, 5 + 3.5 + 0.2 * 9.5]),
     Gold("unlikelihood", {}, [-4, 3.5], [10 - 14, 9.5 - 6]),
     Gold("unlikelihood", {"alpha": 0.5}, [3, 6.5], [10 - 0.5 * 14, 9.5 - 0.5 * 6]),
+    # Of a reward model the policy's "log-probs" are scores.
+    Gold("bradley-terry", {}, [0.0181499279178, 3.52975041827], [-log(s(4)), -log(s(-3.5))]),
+    Gold(
+        "bradley-terry",
+        {"center": 0.5},
+        [288.018149928, 123.654750418],
+        [-log(s(4)) + 0.5 * (10 + 14) ** 2, -log(s(-3.5)) + 0.5 * (9.5 + 6) ** 2],
+    ),
     Gold("sft", {}, [2, 4.75], [10 / 5, 9.5 / 2], update=[A[:1], B[:1]]),
     Gold("raft", {}, [0.666666666667], [4 / 6], update=[C[1:]]),
 ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from method_groups import store_for
 from oracle import in_float64, per_token_logps
+from rewards import plain_scores, tiny_reward_model
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,12 +70,16 @@ def no_router(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def oracle_sums(model: PreTrainedModel, store: Store, objective: Objective) -> Tensor:
-    """Sum the counted log-probs of every completion, one sequence at a time."""
+    """Sum the counted log-probs of every completion, or score it, one sequence at a time."""
     sums = []
     for group in range(len(store)):
         prompt, completions, masks, _ = store.group(group)
         for ids, mask in zip(completions, masks, strict=True):
-            logps = per_token_logps(model, [(prompt.tolist(), [ids.tolist()])])
+            alone = [(prompt.tolist(), [ids.tolist()])]
+            if objective.scores:
+                sums.append(plain_scores(model, alone)[0])
+                continue
+            logps = per_token_logps(model, alone)
             sums.append((logps * torch.from_numpy(mask)).sum())
     return torch.stack(sums)
 
@@ -110,6 +115,8 @@ def test_micro_batches_do_not_change_an_update(
 ) -> None:
     config = configured(loss)
     store = store_for(Objective.of(config).data)
+    if Objective.of(config).scores:
+        policy = in_float64(tiny_reward_model())
     expected, slopes = oracle(config, store, policy, reference)
     one = updater(config, store, policy, reference)
     metrics, groups = one.update(1, 0.0, micro_batches(store, budget))
