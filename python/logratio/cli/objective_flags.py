@@ -26,19 +26,6 @@ class ReferenceSource(Settings):
         Path | None,
         typer.Option(help="Folder or id of the reference model. Default: --model itself."),
     ] = None
-    sync_reference: Annotated[
-        bool,
-        typer.Option(
-            "--sync-reference",
-            help="Let the reference follow the policy (TR-DPO); without --cache and adapters.",
-        ),
-    ] = False
-    reference_mixup_alpha: Annotated[
-        float, typer.Option(help="Weight of the policy in the new reference; 1 replaces it.")
-    ] = 0.6
-    reference_sync_steps: Annotated[
-        int, typer.Option(help="Updates between two changes of the reference.")
-    ] = 512
 
 
 @dataclass(frozen=True)
@@ -69,6 +56,19 @@ class Objective(Settings):
     gamma: Annotated[
         float | None, typer.Option(help="Target margin of simpo and alpha-po. Default: 1.")
     ] = None
+    sync_reference: Annotated[
+        bool,
+        typer.Option(
+            "--sync-reference",
+            help="Let the reference follow the policy (TR-DPO); without --cache and adapters.",
+        ),
+    ] = False
+    reference_mixup_alpha: Annotated[
+        float, typer.Option(help="Weight of the policy in the new reference; 1 replaces it.")
+    ] = 0.6
+    reference_sync_steps: Annotated[
+        int, typer.Option(help="Updates between two changes of the reference.")
+    ] = 512
     study_flipped_labels: Annotated[
         float,
         typer.Option(help="For study: share of the groups whose labels are exchanged in training."),

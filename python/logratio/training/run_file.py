@@ -12,7 +12,7 @@ from logratio.durable import write_atomic
 from logratio.progress import say
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model, name_of
-from logratio.training.methods.objective import Objective
+from logratio.training.methods.objective import ALONE, Objective
 from logratio.training.models import precision_of, training_budget
 from logratio.training.router_loss import router_coefficient
 
@@ -32,8 +32,12 @@ def record_settings(config: TrainConfig) -> None:
     """
     path = Path(config.output) / RUN_FILE
     objective = Objective.of(config)
+    options = objective.options
+    alone = {name: options.pop(name) for name in ALONE if name in options}
     used = replace(
         with_absolute_paths(config),
+        **alone,
+        loss_options=options or config.loss_options,
         beta=objective.beta if objective.has_beta else None,
         precision=precision_of(config),
         token_budget=training_budget(config),

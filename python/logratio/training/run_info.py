@@ -16,6 +16,7 @@ from logratio.durable import write_atomic
 from logratio.report.run_files import INFO_FILE
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import name_of
+from logratio.training.methods.objective import ALONE, Objective
 from logratio.training.models import precision_of
 from logratio.training.router_loss import router_coefficient
 from logratio.training.trackers import plain_settings
@@ -45,6 +46,10 @@ def versions(device: torch.device) -> dict[str, str]:
 def resolved_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings with the names of the models and the resolved values of the run."""
     chosen: dict[str, Any] = {"beta": beta_of(config), "precision": precision_of(config)}
+    options = Objective.of(config).options
+    chosen |= {name: options.pop(name) for name in ALONE if name in options}
+    if options:
+        chosen["loss_options"] = options
     chosen["router_aux_loss_coef"] = router_coefficient(config)
     chosen["model"] = name_of(config.model)
     chosen["reference"] = name_of(config.reference) if config.reference else None

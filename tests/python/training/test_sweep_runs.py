@@ -255,7 +255,7 @@ def test_a_second_sweep_in_the_folder_is_refused(config: SweepConfig) -> None:
     ("changes", "reason"),
     [
         ({"loss": ("sft",)}, "compares losses of pairs"),
-        ({"loss": ("nope",)}, "'nope' is not one"),
+        ({"loss": ("nope",)}, "'nope' is unknown"),
         ({"samples": -1}, "samples must be at least 0"),
         ({"samples": 1, "kl_budget": 1.0}, "set samples to 2 or more"),
         ({"kl_budget": 0.0}, "kl_budget must be above 0"),

@@ -248,7 +248,7 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "kto"}, "unknown"),
+        ({"loss": "no-such-method"}, "unknown"),
         ({"beta": 0.0}, "beta"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "no label_smoothing"),

@@ -216,9 +216,8 @@ def test_a_model_with_another_adapter_is_refused(
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"eval_strategy": "epoch"}, "eval_strategy='epoch' needs held-out data: give eval_dataset"),
-    ({"ld_alpha": 0.5}, "no loss has this term"),
-    ({"f_divergence_type": "js_divergence"}, "the losses use the reverse KL"),
-    ({"sync_reference": True}, "the reference does not change during a run"),
+    ({"loss_weights": [0.5]}, "write the weights with the methods"),
+    ({"loss_type": ["sigmoid", "sft"]}, "has no equivalent here: choose from"),
     ({"neftune_noise_alpha": 1.0}, "embeddings get no noise"),
     ({"push_to_hub": True}, "`hf upload ORG/NAME FOLDER`"),
     ({"optim_args": "a=1"}, "use `adam_epsilon=…`"),

@@ -120,6 +120,11 @@ class Objective:
         return self._scale.beta
 
     @property
+    def options(self) -> dict[str, float]:
+        """The options of a run with one method, defaults included; of a mixture, none."""
+        return dict(self.terms[0].options) if len(self.terms) == 1 else {}
+
+    @property
     def has_beta(self) -> bool:
         """Whether a method has a β."""
         return self._scale.method.beta is not None

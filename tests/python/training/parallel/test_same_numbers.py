@@ -36,6 +36,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "beta-dpo": {"loss": "beta-dpo", "loss_options": {"alpha": 0.2}},
     "aot-unpaired": {"loss": "aot-unpaired", "eval_share": 0.3, "eval_every": 2},
     "mixture": {"loss": "aot:0.5+ipo:0.1+sft:0.2", "lora": {"rank": 4}, "lr": 1e-2},
+    "wpo": {"loss": "wpo"},
     "ld-dpo": {"loss": "ld-dpo", "cache": "cache", "precompute": True},
     "bradley-terry": {"loss": "bradley-terry", "loss_options": {"center": 0.1}, "eval_share": 0.3},
     "reward adapter": {"loss": "bradley-terry", "lora": {"rank": 4}, "lr": 1e-2},
