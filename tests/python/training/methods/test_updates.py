@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from oracle import in_float64, per_token_logps
 from rewards import plain_scores, tiny_reward_model
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
+from torch.nn.functional import kl_div, logsigmoid
 from transformers import PreTrainedModel
 
 from logratio._rust import Store
@@ -127,71 +128,90 @@ def test_micro_batches_do_not_change_an_update(
         torch.testing.assert_close(parameter.grad, slope, rtol=SAME, atol=SAME * scale_of(slopes))
 
 
-def test_wpo_weighs_pairs_by_the_whole_distribution(
-    policy: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The oracle takes softmax over whole logits, for tiles of three positions and large ones."""
-    config, store = configured("wpo", beta=0.05), store_for("pairs")
-    model, losses = deepcopy(policy), []
+class Scored(NamedTuple):
+    """Counted tokens of a completion: log-probs, and distributions of policy and reference."""
+
+    own: Tensor
+    theirs: Tensor
+    policy: Tensor
+    reference: Tensor
+
+
+def scored_pairs(
+    store: Store, policy: PreTrainedModel, reference: PreTrainedModel
+) -> Iterator[list[Scored]]:
+    """Score the completions of each pair by whole logits, one sequence at a time."""
     for group in range(len(store)):
         prompt, completions, masks, _ = store.group(group)
-        ratios, confidence = [], torch.zeros((), dtype=torch.float64)
+        sides = list[Scored]()
         for ids, mask in zip(completions, masks, strict=True):
             whole = torch.from_numpy(np.concatenate([prompt, ids])).long()[None]
             at = slice(len(prompt) - 1, -1)
-            own, theirs = (
-                m(input_ids=whole).logits[0, at].log_softmax(1) for m in (model, reference)
-            )
-            counted, place = torch.from_numpy(mask).bool(), torch.arange(len(ids))
-            chosen = own[place, torch.from_numpy(ids).long()]
-            ratios.append((chosen - theirs[place, torch.from_numpy(ids).long()])[counted].sum())
-            squares = own.exp().square().sum(1).log()
-            confidence = confidence + (chosen - squares)[counted].mean().detach()
-        margin = config.beta * (ratios[0] - ratios[1])
-        losses.append(-torch.nn.functional.logsigmoid(margin) * confidence.exp())
-    loss = torch.stack(losses).mean()
+            counted = torch.from_numpy(mask).bool()
+            token = torch.from_numpy(ids).long()[counted][:, None]
+            both = [
+                model(input_ids=whole).logits[0, at].log_softmax(1)[counted]
+                for model in (policy, reference)
+            ]
+            sides.append(Scored(*(one.gather(1, token)[:, 0] for one in both), *both))
+        yield sides
+
+
+def check_update(one: Updater, loss: Tensor, model: PreTrainedModel, store: Store) -> None:
+    """Compare an update in several micro-batches with a loss and its gradients by autograd."""
     slopes = [*torch.autograd.grad(loss, [*model.parameters()])]
-    for elements in (2**24, 3 * 211):
-        monkeypatch.setattr("logratio.logps.head.TILE_ELEMENTS", elements)
-        one = updater(config, store, policy, reference)
-        metrics, _ = one.update(1, 0.0, micro_batches(store, 60))
-        assert metrics["loss"] == pytest.approx(loss.item(), rel=SAME)
-        grads = [parameter.grad for parameter in one.policy.parameters()]
-        torch.testing.assert_close(grads, slopes, rtol=SAME, atol=SAME * scale_of(slopes))
+    metrics, _ = one.update(1, 0.0, micro_batches(store, 60))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=SAME)
+    grads = [parameter.grad for parameter in one.policy.parameters()]
+    torch.testing.assert_close(grads, slopes, rtol=SAME, atol=SAME * scale_of(slopes))
 
 
+TILES = {"large tiles": 2**24, "tiles of three positions": 3 * 211}
+
+
+@pytest.mark.parametrize("elements", TILES.values(), ids=TILES)
+def test_wpo_weighs_pairs_by_the_whole_distribution(
+    elements: int,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("logratio.logps.head.TILE_ELEMENTS", elements)
+    config, store = configured("wpo", beta=0.05), store_for("pairs")
+    model, losses = deepcopy(policy), list[Tensor]()
+    for chosen, rejected in scored_pairs(store, model, reference):
+        ratios = [(side.own - side.theirs).sum() for side in (chosen, rejected)]
+        logs = [
+            (side.own - side.policy.exp().square().sum(1).log()).mean()
+            for side in (chosen, rejected)
+        ]
+        weight = (logs[0] + logs[1]).exp().detach()
+        losses.append(-weight * logsigmoid(0.05 * (ratios[0] - ratios[1])))
+    one = updater(config, store, policy, reference)
+    check_update(one, torch.stack(losses).mean(), model, store)
+
+
+@pytest.mark.parametrize("elements", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
 def test_tdpo_adds_divergences_of_whole_distributions(
-    loss: str, policy: PreTrainedModel, reference: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    loss: str,
+    elements: int,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("logratio.logps.divergence.TILE_ELEMENTS", elements)
     config, store = configured(loss, beta=0.05), store_for("pairs")
-    model, losses = deepcopy(policy), []
-    for group in range(len(store)):
-        prompt, completions, masks, _ = store.group(group)
-        ratios, divergences = [], []
-        for ids, mask in zip(completions, masks, strict=True):
-            whole = torch.from_numpy(np.concatenate([prompt, ids])).long()[None]
-            at = slice(len(prompt) - 1, -1)
-            own, theirs = (
-                m(input_ids=whole).logits[0, at].log_softmax(1) for m in (model, reference)
-            )
-            counted, place = torch.from_numpy(mask).bool(), torch.arange(len(ids))
-            token = torch.from_numpy(ids).long()
-            ratios.append((own[place, token] - theirs[place, token])[counted].sum())
-            kl = torch.nn.functional.kl_div(own, theirs, log_target=True, reduction="none").sum(1)
-            divergences.append(kl[counted].sum())
-        chosen, rejected = divergences
+    model, losses = deepcopy(policy), list[Tensor]()
+    for sides in scored_pairs(store, model, reference):
+        ratios = [(side.own - side.theirs).sum() for side in sides]
+        chosen, rejected = (
+            kl_div(side.policy, side.reference, log_target=True, reduction="sum") for side in sides
+        )
         shift = chosen - rejected if loss == "tdpo1" else 0.5 * (chosen.detach() - rejected)
-        losses.append(-torch.nn.functional.logsigmoid(0.05 * (ratios[0] - ratios[1] + shift)))
-    expected = torch.stack(losses).mean()
-    slopes = [*torch.autograd.grad(expected, [*model.parameters()])]
-    for elements in (2**24, 3 * 211):
-        monkeypatch.setattr("logratio.logps.divergence.TILE_ELEMENTS", elements)
-        one = updater(config, store, policy, reference)
-        metrics, _ = one.update(1, 0.0, micro_batches(store, 60))
-        assert metrics["loss"] == pytest.approx(expected.item(), rel=SAME)
-        grads = [parameter.grad for parameter in one.policy.parameters()]
-        torch.testing.assert_close(grads, slopes, rtol=SAME, atol=SAME * scale_of(slopes))
+        losses.append(-logsigmoid(0.05 * (ratios[0] - ratios[1] + shift)))
+    one = updater(config, store, policy, reference)
+    check_update(one, torch.stack(losses).mean(), model, store)
 
 
 @pytest.mark.parametrize("loss", ["ld-dpo", "sampo"])

@@ -76,6 +76,7 @@ def test_a_given_way_is_taken_whatever_has_room(config: TrainConfig, parallel: A
         ({"precision": "bf16-weights"}, "ddp", "in bfloat16: use parallel fsdp"),
         ({"lora": LoraSettings(), "quantization": "8bit"}, "fsdp", "use quantization 4bit"),
         ({"optimizer": "adamw8bit"}, "hsdp", "adamw8bit of bitsandbytes cannot read shards"),
+        ({"loss": "tdpo1"}, "fsdp", "compares whole distributions of two models"),
         ({"optimizer": "adamw-host"}, "fsdp", "keeps whole weights on the host"),
     ],
 )
