@@ -33,7 +33,7 @@ def record_settings(config: TrainConfig) -> None:
     path = Path(config.output) / RUN_FILE
     objective = Objective.of(config)
     options = objective.options
-    alone = {name: options.pop(name) for name in ALONE if name in options}
+    alone: dict[str, Any] = {name: options.pop(name) for name in ALONE if name in options}
     used = replace(
         with_absolute_paths(config),
         **alone,
