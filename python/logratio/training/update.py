@@ -24,7 +24,7 @@ from logratio.logps.scores import completion_scores, score_loss
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import given_model
 from logratio.training.methods.columns import Columns, averages
-from logratio.training.methods.group_data import GroupData, UpdateStatistics
+from logratio.training.methods.group_data import FirstPass, GroupData, UpdateStatistics
 from logratio.training.methods.logps import GroupLogps
 from logratio.training.methods.objective import Objective
 from logratio.training.methods.token_weights import weighted_sums
@@ -133,7 +133,7 @@ class Updater:
             if number:
                 widen_gradients(self.parameters)
             if micro is None:
-                nothing = self._take_part(last=last)
+                nothing = self._take_part(first, last=last)
                 continue
             groups.append(micro.layout.groups.copy())
             batch = to_torch(micro.layout, self.device)
@@ -177,22 +177,22 @@ class Updater:
         losses, parts = zip(*scored, strict=True)
         return self.objective.columns(torch.cat(losses), GroupLogps.concatenated(parts))
 
-    def _take_part(self, *, last: bool) -> list[Scored]:
+    def _take_part(self, first: UpdateStatistics | None, *, last: bool) -> list[Scored]:
         """Compute a pass without groups: one that adds 0 to all gradients, and no metrics."""
-        scored = self.accumulate(self._smallest, math.inf, last=last)
+        scored = self.accumulate(self._smallest, math.inf, first, last=last)
         return [Scored(part.losses[:0], part.groups.empty) for part in scored[:1]]
 
     @torch.no_grad()
     def _first_pass(self, batches: list[MicroBatch], most: int) -> UpdateStatistics:
         """Score all groups of an update without gradients, for what the loss takes from them."""
-        scored = list[tuple[GroupLogps, np.ndarray]]()
+        scored = list[FirstPass]()
         with same_random_state(self.policy), self.autocast():  # the same dropout as in training
             for micro in batches:
                 batch = to_torch(micro.layout, self.device)
                 policy = self.policy_sums(batch)
                 reference = self._reference_sums(batch)
                 groups = self.data.groups(batch.targets, policy, reference)
-                scored.append((groups, batch.targets.rows))
+                scored.append(FirstPass(groups, batch.targets.rows, reference))
             for _ in range(len(batches), self.strategy.passes(len(batches), most)):
                 self.policy_sums(self._smallest)
                 self._reference_sums(self._smallest)
@@ -233,10 +233,12 @@ class Updater:
         Args:
             batch: The micro-batch.
             count: Number of groups in the whole update, over which the loss is a mean.
-            first: What the loss takes from the whole update; None: only from each part itself.
+            first: What the loss takes from the whole update, and the reference's sums; None: the
+                reference scores the micro-batch, and statistics are those of each part.
             last: Whether it is this process's last one of the update.
         """
-        reference, scored = self._reference_sums(batch), list[Scored]()
+        rows, scored = batch.targets.rows, list[Scored]()
+        reference = first.references(rows, self.device) if first else self._reference_sums(batch)
         weights = self.objective.token_weights(batch.targets)
 
         def share(logps: Tensor, part: Part) -> Tensor:

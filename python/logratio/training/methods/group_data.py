@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,48 +136,100 @@ def group_weights(values: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
     return weights
 
 
+class FirstPass(NamedTuple):
+    """A micro-batch that was scored before the gradients of its update.
+
+    Attributes:
+        groups: Its groups, without a gradient.
+        rows: Rows of their completions in the store, int64 numpy `[N]`.
+        reference: Sums of the reference, float64 `[N]`, in the order of `rows`.
+    """
+
+    groups: GroupLogps
+    rows: np.ndarray
+    reference: Tensor
+
+
 @dataclass(frozen=True)
 class UpdateStatistics:
-    """Results of `Objective.statistics` for an update.
+    """Results of `Objective.statistics` for an update, and the reference's sums.
 
     Attributes:
         found: One number for the update, `[]`, or one for each completion, `[N]`, on the host.
-        rows: Row in the store of each completion, int64 `[N]`, ascending.
-        places: Where the values of each row are, int64 `[N]`.
+        places: Place in `found` of each row in the store.
+        own: The micro-batches of this process.
     """
 
     found: Mapping[str, Tensor]
-    rows: np.ndarray
-    places: np.ndarray
+    places: "Places"
+    own: Sequence[FirstPass]
 
     @classmethod
     def of(
-        cls,
-        objective: Objective,
-        scored: Sequence[tuple[GroupLogps, np.ndarray]],
-        processes: Processes = ALONE,
+        cls, objective: Objective, own: Sequence[FirstPass], processes: Processes = ALONE
     ) -> "UpdateStatistics":
         """Compute the statistics of an update, and let the memory of the objective continue.
 
         Args:
             objective: The objective.
-            scored: The groups of each micro-batch of this process, with the rows of their
-                completions in the store.
+            own: The micro-batches of this process.
             processes: The processes of the run; all call this together.
         """
-        own = [_plain(groups, rows) for groups, rows in scored]
-        every = [part for theirs in processes.share(own) for part in theirs]
+        shared = processes.share([_plain(one.groups, one.rows) for one in own])
+        every = [part for theirs in shared for part in theirs]
         groups, rows = _in_order(every, has_reference=objective.needs_reference)
-        unique, places = np.unique(rows, return_index=True)
-        return cls(objective.statistics(groups, trains=True), unique, places)
+        return cls(objective.statistics(groups, trains=True), Places.of(rows), own)
 
     def of_rows(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """Return the statistics for completions by their rows in the store, `[n]`, on a device."""
-        places = torch.from_numpy(self.places[np.searchsorted(self.rows, rows)])
+        places = torch.from_numpy(self.places.at(rows))
         return {
             name: (value if value.ndim == 0 else value[places]).to(device)
             for name, value in self.found.items()
         }
+
+    def references(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """Return the reference's sums of this process's completions, float64 `[n]`, on a device."""
+        if not self.own:
+            return torch.zeros(len(rows), dtype=torch.float64, device=device)
+        places = onto(self._own_places.at(rows), device)
+        return self._own_references[places]
+
+    @cached_property
+    def _own_places(self) -> "Places":
+        return Places.of(np.concatenate([one.rows for one in self.own]))
+
+    @cached_property
+    def _own_references(self) -> Tensor:
+        return torch.cat([one.reference for one in self.own])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the values of rows are.
+
+    Attributes:
+        rows: The rows, int64 `[M]`, ascending, each once.
+        first: Place of the first value of each, int64 `[M]`.
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> "Places":
+        """Return the places of rows in their array, int64 `[N]`; a row may be there twice."""
+        return cls(*np.unique(rows, return_index=True))
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """Return the place of each of `rows`; that of another one for a row that is not there.
+
+        A process without groups takes part in a pass with a group whose loss counts nothing.
+        """
+        found: np.ndarray = self.first[
+            np.searchsorted(self.rows, rows).clip(max=len(self.rows) - 1)
+        ]
+        return found
 
 
 _COLUMNS = ("policy_logps", "reference_logps", "lengths", "roles")

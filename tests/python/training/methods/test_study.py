@@ -44,7 +44,7 @@ def test_flipped_pairs_exchange_their_sides(config: TrainConfig, tmp_path: Path)
         assert most[f"lengths/{side}"] == plain[f"lengths/{other}"]
 
 
-@pytest.mark.parametrize("loss", ["tdpo2", "wpo"])
+@pytest.mark.parametrize("loss", ["tdpo2", "wpo", "aot", "bco"])
 def test_flipped_pairs_take_all_of_a_side_with_them(
     config: TrainConfig, tmp_path: Path, loss: str
 ) -> None:
