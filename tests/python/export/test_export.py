@@ -28,6 +28,7 @@ from logratio.export import (
     export,
     export_bundle,
     graph,
+    loading,
     plan_export,
 )
 from logratio.export.graph import GraphError, feed
@@ -324,7 +325,7 @@ def test_the_plan_is_a_forecast_and_writes_nothing(tiny_folder: Path, tmp_path: 
 def test_bad_requests_are_refused_before_weights_are_loaded(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "load_model", None)
+    monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises(ModelFolderError, match="no such model folder"):
         exported(tiny_folder, tmp_path / "b", policy=tmp_path / "nowhere")
     with pytest.raises(ModelFolderError, match="no such model folder"):
