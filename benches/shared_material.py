@@ -13,6 +13,7 @@ from pathlib import Path
 RIVAL = "trl==1.16.0"
 GPT2 = "models/gpt2-tokenizer/tokenizer.json"
 STORIES3M = "models/stories3M/config.json"
+STORIES260K = "models/stories260K/config.json"
 HH = "data/hh/harmless-base.test.jsonl.gz"
 STORIES = "data/story_prefs.jsonl"
 LLAMA_FACTORY = "data/llamafactory/dpo_en_demo.json"

@@ -116,6 +116,22 @@ BETA = 0.1
 RULES = TokenizationRules(max_length=96)
 
 
+def train_sft(folder: Path, prompts: list[str], seed: int) -> Path:
+    """Teach a small model to write stories, one demonstration per prompt, in `folder`.
+
+    Returns:
+        The folder of the trained model.
+    """
+    start = task.save_model(folder / "untrained", seed)
+    rows = task.demonstrations(prompts, seed + 1)
+    data = task.write_rows(folder / "demonstrations.jsonl", rows)
+    config = TrainConfig(
+        start, [data], folder / "sft", loss="sft", lr=2e-3, batch_size=32, epochs=4,
+        save_every=0, seed=seed, rules=RULES,
+    )  # fmt: skip
+    return train(config).output
+
+
 @takes_known_names()
 @dataclass(frozen=True)
 class DemoConfig:
@@ -227,17 +243,8 @@ class Demo:
         return [self.folder / "preferences.jsonl"]
 
     def _sft(self) -> None:
-        seed = self.config.seed
-        start = task.save_model(self.folder / "untrained", seed)
         prompts = task.repeated(self._training, self.config.demonstrations)
-        rows = task.demonstrations(prompts, seed + 1)
-        data = task.write_rows(self.folder / "demonstrations.jsonl", rows)
-        train(
-            TrainConfig(
-                start, [data], self._sft_model, loss="sft", lr=2e-3, batch_size=32, epochs=4,
-                save_every=0, seed=seed, rules=RULES,
-            )
-        )  # fmt: skip
+        train_sft(self.folder, prompts, self.config.seed)
 
     def _preferences(self) -> None:
         config, seed = self.config, self.config.seed
