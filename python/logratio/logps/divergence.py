@@ -43,6 +43,11 @@ class LiveModel:
             return _log_distributions(self.model, states)
 
 
+COPIES = 8
+"""Arrays of a tile's size that its backward pass holds: logits, log-probs and probabilities of both
+models, and gradients. Together they take the memory of one tile of `head`."""
+
+
 def divergence_loss(model: nn.Module, batch: Batch, loss_of: LossOf, other: LiveModel) -> Tensor:
     """Compute a loss of log-probs and of divergences of `model` from `other`.
 
@@ -61,7 +66,8 @@ def divergence_loss(model: nn.Module, batch: Batch, loss_of: LossOf, other: Live
     """
     theirs = other.states(batch)
     states, targets = target_states(transformer(model), batch), batch.targets
-    rows = max(1, TILE_ELEMENTS // model.config.get_text_config().vocab_size)  # type: ignore[operator,union-attr]
+    width = model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
+    rows = max(1, TILE_ELEMENTS // (COPIES * width))
     tiles = zip(states.split(rows), theirs.split(rows), targets.target_ids.split(rows), strict=True)
     found = [checkpoint(_tile, model, other, *tile, use_reentrant=False) for tile in tiles]
     logps, divergences = (torch.cat(column) for column in zip(*found, strict=True))
