@@ -245,6 +245,7 @@ METHODS: dict[str, Method] = {
         beta=0.05,
         options={"tau": Option(0.05, "temperature of the modulation, τ", is_open=True)},
         initial=start.discopop,
+        note="with τ = 0.05, its gradient at policy = reference lowers βD, to a minimum at -0.12",
     ),
     "ln-dpo": Method(
         "length-normalized DPO",
