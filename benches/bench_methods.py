@@ -45,7 +45,9 @@ RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
 VARIANTS = {"discopop-tau-1": ("discopop", {"tau": 1.0})}
 """A method with other options than its own. With the paper's τ of 0.05, the gradient of discopop at
 policy = reference lowers the chosen answer's log-ratio, to a local minimum at βD = -0.12."""
-NAMES = (*METHODS, "mpo", "iterative-rpo", *VARIANTS)
+POLICIES = [name for name, method in METHODS.items() if not method.scores]
+"""Reward models write no stories."""
+NAMES = (*POLICIES, "mpo", "iterative-rpo", *VARIANTS)
 KINDS = ("task", "stories", "cost")
 Row = dict[str, Any]
 
@@ -200,7 +202,8 @@ def table(results: Results) -> Iterator[str]:
 def learned(rows: list[Row]) -> list[str]:
     """Return the cells of a task; shares have 95 % intervals, in which all seeds are pooled."""
     if failed := [row for row in rows if "win" not in row]:
-        return [failed[0].get("error", ""), "", failed[0].get("skipped", ""), "", ""]
+        reason = failed[0].get("error", "not in the data")
+        return [reason, "", reason, "", ""]
     if not rows:
         return [""] * 5
     wins = [row["win"] for row in rows]
