@@ -57,7 +57,6 @@ SAME: Mapping[str, str] = {
 }
 VALUES: Mapping[tuple[str, str], str] = {
     ("--loss-type", "sigmoid"): "dpo",
-    ("--loss-type", "sigmoid_norm"): "ln-dpo",
     ("--loss-type", "exo_pair"): "exo",
     ("--loss-type", "nca_pair"): "nca",
     ("--loss-type", "sppo_hard"): "sppo",

@@ -21,7 +21,9 @@ CONFIGS = {
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
 }
-OF_THE_COMMAND = {"help", "config", "dry-run", "json", "lora", "lora-config", "demonstrations"}
+OF_THE_COMMAND = {
+    *("help", "config", "dry-run", "stagewise", "json", "lora", "lora-config", "demonstrations"),
+}
 OF_THE_CLUSTER = {
     *("world-size", "gpu", "gpus-per-host", "compute-share", "link-share", "network-gbps"),
 }

@@ -1,5 +1,6 @@
 """`logratio methods`."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,9 @@ def methods(
     """List the methods that `train --loss` takes: data, reference, β, initial value and paper."""
     from logratio.training.methods.table import METHODS, MIXTURES
 
+    if name in MIXTURES:
+        typer.echo(f"{name}: --loss {_mixture(MIXTURES[name])}")
+        return
     if name is not None and name not in METHODS:
         raise ConfigError(f"no method is called {name!r}; choose from {', '.join(METHODS)}")
     chosen = {name: METHODS[name]} if name else METHODS
@@ -31,7 +35,11 @@ def methods(
         return
     _print_table(chosen)
     for mixture, weights in MIXTURES.items():
-        typer.echo(f"{mixture}: {' + '.join(f'{one}:{share:g}' for one, share in weights.items())}")
+        typer.echo(f"{mixture}: --loss {_mixture(weights)}")
+
+
+def _mixture(weights: Mapping[str, float]) -> str:
+    return "+".join(f"{one}:{share:g}" for one, share in weights.items())
 
 
 def _print_json(chosen: "dict[str, Method]") -> None:
@@ -59,9 +67,17 @@ def _described(method: "Method") -> dict[str, Any]:
 
 def _print_table(chosen: "dict[str, Method]") -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("--loss", "data", "reference", "β", "initial value", "options", "paper")
+    table = Table(
+        Column("--loss", no_wrap=True),
+        "data",
+        "reference",
+        "β",
+        "initial value",
+        "options",
+        "paper",
+    )
     for name, method in chosen.items():
         table.add_row(
             name,

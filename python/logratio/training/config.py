@@ -18,7 +18,13 @@ from logratio.validation import Converted, Range, changes, check_fields
 
 def as_loss(given: Any) -> Any:
     """Join a list of methods to one string, as in "dpo:1.0+sft:0.2"."""
-    return "+".join(given) if isinstance(given, list | tuple) else given
+    parts = [given] if isinstance(given, str) else given
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ConfigError(
+            f"--loss is a method, such as dpo or dpo:1.0+sft:0.2, a list of methods, or a "
+            f"loss of your own as module:function, not {given!r:.60}"
+        )
+    return "+".join(parts)
 
 
 Precision = Literal["fp32", "bf16", "bf16-weights"]

@@ -38,7 +38,7 @@ def record_settings(config: TrainConfig) -> None:
         with_absolute_paths(config),
         **alone,
         loss_options=options or config.loss_options,
-        beta=objective.beta if objective.has_beta else None,
+        beta=objective.beta_for_all(config.beta),
         precision=precision_of(config),
         token_budget=training_budget(config),
         router_aux_loss_coef=router_coefficient(config),

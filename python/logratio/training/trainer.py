@@ -206,6 +206,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
         self.held_out = self._divide(writes=not (self.dry_run or finished))
         self.length = RunLength.of(config, len(self.store))
+        self._check_sync()
         self.finished: TrainResult | None = None
         if finished:
             refuse_different_run(config, finished, self.run_identity())
@@ -213,6 +214,15 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         self.cached: CachedReference | CachedSums | None = None
         if not (config.precompute or finished):
             self._open_cache()
+
+    def _check_sync(self) -> None:
+        """Refuse a run that ends before its reference changes for the first time."""
+        every = self.config.reference_sync_steps
+        if self.config.sync_reference and self.updates < every:
+            raise ConfigError(
+                f"--sync-reference changes the reference every {every} updates, and the run has "
+                f"{self.updates}: set a smaller --reference-sync-steps"
+            )
 
     def _divide(self, *, writes: bool) -> HeldOut | None:
         """Set the groups to train on; return the evaluation of the held-out ones, if any."""

@@ -74,6 +74,11 @@ def test_held_out_pairs_are_scored_again_once_it_has_moved(config: TrainConfig) 
     assert row["eval_loss"] == pytest.approx(0.6931472, abs=1e-4)  # after the change of update 3
 
 
+def test_a_run_that_ends_before_the_first_change_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="changes the reference every 9 updates, and the run has"):
+        train(replace(config, reference_sync_steps=9), show_progress=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.json
 import pytest
 import yaml
+from conftest import write_pairs
 from stop_after import stop_after
 
 from logratio.data import FormatSettings
@@ -82,3 +83,14 @@ def test_paths_are_absolute_and_tables_unchanged(
     assert [found.model, found.output, found.cache] == [str(tmp_path / name) for name in "moc"]
     assert found.data == [str(tmp_path / "d"), "-", table]
     assert found.reference is None
+
+
+def test_a_mixture_keeps_the_default_beta_of_each_method(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", 8)
+    mixed = TrainConfig(
+        tiny_model, data, tmp_path / "out", loss="dpo+simpo", batch_size=4, lr=1e-3, report=False
+    )
+    losses = [row["loss"] for row in train(mixed, show_progress=False).history]
+    again = TrainConfig.from_yaml(tmp_path / "out" / RUN_FILE, output=tmp_path / "again")
+    assert again.beta is None
+    assert [row["loss"] for row in train(again, show_progress=False).history] == losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 
@@ -123,6 +124,12 @@ class Objective:
     def options(self) -> dict[str, float]:
         """The options of a run with one method, defaults included; of a mixture, none."""
         return dict(self.terms[0].options) if len(self.terms) == 1 else {}
+
+    def beta_for_all(self, given: float | None) -> float | None:
+        """Return the β that repeats a run: of a mixture, the given one, as defaults differ."""
+        if len(self.terms) > 1 or not self.has_beta:
+            return given
+        return self.beta
 
     @property
     def has_beta(self) -> bool:
@@ -300,10 +307,16 @@ def method_named(name: str) -> Method:
         return method
     if ":" not in name:
         raise ConfigError(
-            f"--loss {name!r} is unknown; choose from {', '.join((*METHODS, *MIXTURES))}, "
+            f"--loss {name!r} is unknown{_near(name)}; choose from "
+            f"{', '.join((*METHODS, *MIXTURES))}, "
             "or name a function as module:function"
         )
     return _own_method(name)
+
+
+def _near(name: str) -> str:
+    near = get_close_matches(name.casefold().replace("_", "-"), (*METHODS, *MIXTURES), 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def _own_method(path: str) -> Method:

@@ -1,6 +1,7 @@
 """Settings of a loss that have no effect, are out of range or unknown are refused."""
 
 from math import inf, nan
+from typing import Any
 
 import pytest
 from loss_inputs import objective_of
@@ -73,7 +74,7 @@ def test_defaults_are_in_their_ranges() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("dop", "'dop' is unknown; choose from dpo, cdpo, .*or name a function"),
+        ("dop", "'dop' is unknown, did you mean dpop.; choose from dpo, cdpo, .*or name a function"),
         ("", "'' is unknown"),
         ("dpo+", "'' is unknown"),
         ("dpo+nothing:0.5", "'nothing' is unknown"),
@@ -125,3 +126,17 @@ def test_an_option_of_one_of_several_methods_goes_to_that_one() -> None:
 
 def test_settings_of_their_own_are_options_of_some_method() -> None:
     assert set(ALONE) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("loss", [3, {"dpo": 1.0}, ["dpo", ("sft", 0.2)], len])
+def test_a_loss_that_is_no_text_is_refused_with_what_works(loss: Any) -> None:
+    with pytest.raises(ConfigError, match=r"is a method, such as dpo or dpo:1\.0"):
+        TrainConfig("model", "data.jsonl", "out", loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("dppo", "dpo"), ("KTO", "kto"), ("apo_zero", "apo-zero"), ("orpp", "orpo")]
+)
+def test_an_unknown_method_suggests_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown, did you mean {near}"):
+        Objective.of(TrainConfig("model", "data.jsonl", "out", loss=name))
