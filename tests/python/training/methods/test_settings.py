@@ -74,7 +74,7 @@ def test_defaults_are_in_their_ranges() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("dop", "'dop' is unknown, did you mean dpop.; choose from dpo, cdpo, .*or name a function"),
+        ("dop", "'dop' is unknown, did you mean dpop.; choose from dpo, .*or name a function"),
         ("", "'' is unknown"),
         ("dpo+", "'' is unknown"),
         ("dpo+nothing:0.5", "'nothing' is unknown"),
