@@ -32,6 +32,25 @@ if TYPE_CHECKING:
     from logratio.training.run_folder import TrainResult
 
 
+Stagewise = Annotated[
+    bool,
+    typer.Option(
+        "--stagewise",
+        help="Train one stage for each file of --data, in their order. The policy and the "
+        "reference of a stage are the policy of the stage before (sDPO).",
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="With --world-size: write the forecast to this file as JSON; -: to standard "
+        "output, without the text.",
+    ),
+]
+
+
 @takes_config("TrainConfig")
 @takes_flags
 def train(
@@ -50,24 +69,9 @@ def train(
     reading: Reading = READING,
     machine: Machine = MACHINE,
     cluster: ClusterFlags = CLUSTER,
-    stagewise: Annotated[
-        bool,
-        typer.Option(
-            "--stagewise",
-            help="Train one stage for each file of --data, in their order. The policy and the "
-            "reference of a stage are the policy of the stage before (sDPO).",
-        ),
-    ] = False,
+    stagewise: Stagewise = False,
     dry_run: options.DryRun = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="With --world-size: write the forecast to this file as JSON; -: to standard "
-            "output, without the text.",
-        ),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train a policy on preference pairs.
 

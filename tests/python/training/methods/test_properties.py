@@ -235,15 +235,15 @@ def random_pairs(draw: st.DrawFn) -> GroupLogps:
     return update_of("pairs", made)
 
 
-def same(left: Tensor, right: Tensor, rel: float = 1e-9, abs: float = 1e-12) -> None:
-    assert left.tolist() == pytest.approx(right.tolist(), rel=rel, abs=abs)
+def same(left: Tensor, right: Tensor, rel: float = 1e-9, abs: float = 1e-12) -> bool:
+    return bool(left.tolist() == pytest.approx(right.tolist(), rel=rel, abs=abs))
 
 
 @pytest.mark.parametrize("name", ["plackett-luce", "softmax-dpo", "best-worst", "step-dpo"])
 @settings(max_examples=15)
 @given(groups=random_pairs(), beta=betas)
 def test_on_pairs_it_is_dpo(name: str, groups: GroupLogps, beta: float) -> None:
-    same(losses_of(name, groups, beta), losses_of("dpo", groups, beta))
+    assert same(losses_of(name, groups, beta), losses_of("dpo", groups, beta))
 
 
 @settings(max_examples=15)
@@ -251,13 +251,13 @@ def test_on_pairs_it_is_dpo(name: str, groups: GroupLogps, beta: float) -> None:
 def test_limits_of_options(groups: GroupLogps, beta: float) -> None:
     dpo, simpo = losses_of("dpo", groups, beta), losses_of("simpo", groups, beta)
     # Second-order terms are of the order of alpha * (log-ratio)^2.
-    same(losses_of("f-dpo-alpha", groups, beta, alpha=1e-12), dpo, 1e-5, 1e-5)
-    same(losses_of("alpha-po", groups, beta, alpha=1e-12), simpo, 1e-5, 1e-5)
-    same(losses_of("robust", groups, beta, label_smoothing=1e-12), dpo, 1e-8, 1e-8)
-    same(losses_of("r-dpo", groups, beta, alpha=0.0), dpo)
-    same(losses_of("dpop", groups, beta, penalty=0.0), dpo)
-    same(losses_of("odpo", groups, beta, alpha=0.0), dpo)
-    same(losses_of("beta-dpo", groups, beta), dpo)  # the first update
+    assert same(losses_of("f-dpo-alpha", groups, beta, alpha=1e-12), dpo, 1e-5, 1e-5)
+    assert same(losses_of("alpha-po", groups, beta, alpha=1e-12), simpo, 1e-5, 1e-5)
+    assert same(losses_of("robust", groups, beta, label_smoothing=1e-12), dpo, 1e-8, 1e-8)
+    assert same(losses_of("r-dpo", groups, beta, alpha=0.0), dpo)
+    assert same(losses_of("dpop", groups, beta, penalty=0.0), dpo)
+    assert same(losses_of("odpo", groups, beta, alpha=0.0), dpo)
+    assert same(losses_of("beta-dpo", groups, beta), dpo)  # the first update
 
 
 @settings(max_examples=15)
@@ -265,7 +265,7 @@ def test_limits_of_options(groups: GroupLogps, beta: float) -> None:
 def test_one_pair_in_an_update_has_the_optimal_transport_of_dpo(groups: GroupLogps) -> None:
     first = groups_of(*(_answers(groups)[:1]))
     for name in ("aot", "aot-unpaired"):
-        same(losses_of(name, first), losses_of("dpo", first))
+        assert same(losses_of(name, first), losses_of("dpo", first))
 
 
 def _answers(groups: GroupLogps) -> list[list[Answer]]:
@@ -291,7 +291,7 @@ def test_the_order_of_scored_completions_does_not_matter(name: str, order: list[
     # best-worst takes the first of several that are equally good, so here one is the best.
     scored = [SCORED[0]._replace(score=4.0), *SCORED[1:]] if name == "best-worst" else SCORED
     expected = losses_of(name, groups_of(scored))
-    same(losses_of(name, groups_of([scored[i] for i in order])), expected)
+    assert same(losses_of(name, groups_of([scored[i] for i in order])), expected)
 
 
 @pytest.mark.parametrize("name", LIST_METHODS)
@@ -302,7 +302,7 @@ def test_the_order_does_not_matter_at_policy_equal_to_reference(
 ) -> None:
     start = [one._replace(policy=one.reference) for one in SCORED]
     expected = losses_of(name, groups_of(start))
-    same(losses_of(name, groups_of([start[i] for i in order])), expected)
+    assert same(losses_of(name, groups_of([start[i] for i in order])), expected)
 
 
 @pytest.mark.parametrize("name", LIST_METHODS)
@@ -352,5 +352,5 @@ def test_an_objective_of_several_methods_is_their_weighted_sum() -> None:
     mixed = Objective(objective_of("mpo").terms)
     expected = 0.8 * losses_of("dpo", groups) + 0.2 * losses_of("bco", groups)
     expected = expected + losses_of("sft", groups)
-    same(mixed.losses(with_statistics(mixed, groups)), expected)
+    assert same(mixed.losses(with_statistics(mixed, groups)), expected)
     assert np.isnan(mixed.initial_value or np.nan)  # sft has none
