@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from logratio.training.methods import free, lists, margins, pairs, scores, token_weights, unpaired
+from logratio.training.methods import free, lists, margins, pairs, token_weights, unpaired
 from logratio.training.methods import initial_values as start
 from logratio.training.methods import statistics as over_update
 from logratio.training.methods.logps import GroupLogps, PairLogps
@@ -529,7 +529,7 @@ METHODS: dict[str, Method] = {
     ),
     "bradley-terry": Method(
         "Bradley-Terry reward model",
-        scores.bradley_terry_loss,
+        free.bradley_terry_loss,
         "arXiv 2305.18290, eq. 2",
         "-log σ(s_w - s_l) + c (s_w + s_l)²",
         beta=None,
