@@ -102,7 +102,7 @@ def differentiable(name: str) -> GroupLogps:
     return replace(groups, policy_logps=groups.policy_logps.requires_grad_())
 
 
-@pytest.mark.parametrize("name", METHODS.keys() - {"aot-unpaired"})
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "aot-unpaired"])
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_gradients_are_those_of_the_values(name: str, beta: float) -> None:
     """Numbers of the whole update have no gradient: they are constants here."""
