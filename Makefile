@@ -17,10 +17,12 @@ PINNED := .venv/pinned-$(RUNTIME)
 BUILT := .venv/built
 # In a separate folder: peft imports bitsandbytes if it is installed, which takes as long as torch.
 QUANTIZED := .venv/quantized
+RELEASE := .venv/release
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick families long torture check setup pins bench-rust gpu docs clean
+.PHONY: help demo test quick families long torture check setup pins bench-rust gpu docs wheels sbom \
+	audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +77,42 @@ gpu: ## tests and benches on a GPU in under 12 minutes: make gpu OUT=folder PYTH
 docs: $(BUILT) ## the table of error codes, and the API reference in target/docs
 	$(BIN)/python python/docs/build.py target/docs
 
+# What a release needs, and nothing else does. Linux wheels are linked by zig, against the symbols of
+# glibc 2.28 whatever this machine has. A TARGET of another machine needs `rustup target add`.
+TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
+LINUX := $(findstring linux,$(TARGET))
+
+$(RELEASE)/installed: .ci/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install -q --require-hashes --only-binary :all: -r .ci/release.txt
+	@touch $@
+
+wheels: $(RELEASE)/installed ## the wheels of logratio and logratio-serve in dist, for TARGET
+	rm -rf dist
+	for folder in . python/logratio-serve; do \
+		(export PATH="$$PWD/$(RELEASE)/bin:$$PATH" && cd $$folder && \
+		maturin build --release --locked --target $(TARGET) \
+			$(if $(LINUX),--zig --compatibility manylinux_2_28) --out "$(CURDIR)/dist") || exit 1; \
+	done
+	$(if $(LINUX),$(RELEASE)/bin/auditwheel repair --plat manylinux_2_28_$(firstword $(subst -, ,$(TARGET))) \
+		--wheel-dir target/repaired dist/*.whl)
+	$(RELEASE)/bin/cyclonedx-py requirements .ci/constraints.txt -o dist/logratio.cdx.json
+	$(RELEASE)/bin/cyclonedx-py requirements .ci/server.txt -o dist/logratio-serve.cdx.json
+
+# NVIDIA's libraries and certificates (MPL) are used unchanged; the rest is permissive.
+LICENCES := Apache;BSD;ISC;MIT;MPL;NVIDIA;PSF;Python Software Foundation;Public Domain;Unlicense;zlib
+
+audit: $(BUILT) $(RELEASE)/installed ## licences and known vulnerabilities of what is installed; needs the network
+	cargo deny --version || cargo install --locked cargo-deny
+	cargo deny check --config .ci/deny.toml
+	for pins in constraints server tools release; do \
+		$(RELEASE)/bin/pip-audit --strict --disable-pip --require-hashes -r .ci/$$pins.txt || exit 1; \
+	done
+	$(RELEASE)/bin/pip-licenses --python $(BIN)/python --partial-match --allow-only "$(LICENCES)"
+	$(BIN)/python -m pip check
+	$(RELEASE)/bin/zizmor --offline .github
+	$(RELEASE)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
 clean: ## remove build outputs; keeps .venv (delete it for a fresh set-up)
 	rm -rf target dist python/logratio/_rust*.so $(BUILT)
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -115,8 +153,9 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
 		-o .ci/constraints.txt
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
-	echo onnxruntime | $(COMPILE) - --group server --no-emit-package onnxruntime \
+	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --no-emit-package onnxruntime \
 		-c .ci/constraints.txt -o .ci/server.txt
+	$(COMPILE) --group release -c .ci/tools.txt -o .ci/release.txt
 	echo bitsandbytes | $(COMPILE) - --no-deps -o .ci/quantized.txt
 	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt
 	echo onnxruntime-gpu | $(COMPILE) - --no-deps -o .ci/onnxruntime-gpu.txt

@@ -19,7 +19,12 @@ from repository import ROOT, manifest, tracked
 from logratio.extras import WITHOUT_CPU_VARIANT
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-PINS = (".ci/constraints.txt", ".ci/quantized.txt", ".ci/server.txt", ".ci/tools.txt")
+PINS = (
+    *(".ci/constraints.txt", ".ci/quantized.txt", ".ci/release.txt", ".ci/server.txt"),
+    ".ci/tools.txt",
+)
+SERVE = "python/logratio-serve/pyproject.toml"
+"""The manifest of the distribution without torch."""
 OFFLINE = {"CARGO_NET_OFFLINE": "true", "PIP_NO_INDEX": "1"}
 PIN = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+)(?P<marker> ; [^\\]+)? \\\n"
@@ -149,6 +154,30 @@ def test_every_extra_has_a_variant_with_the_other_runtime() -> None:
     }
 
 
+def runtimes(path: str) -> list[str]:
+    """Return the requirements of all extras of a manifest."""
+    return [*chain(*manifest(path)["project"]["optional-dependencies"].values())]
+
+
+def test_the_server_is_the_same_package_without_torch() -> None:
+    """`logratio[serve]` cannot leave torch out, because extras only add requirements."""
+    whole, server = manifest("pyproject.toml"), manifest(SERVE)
+    for key in ("requires-python", "license", "license-files", "dynamic", "scripts"):
+        assert server["project"][key] == whole["project"][key]
+    for key in ("features", "module-name"):
+        assert server["tool"]["maturin"][key] == whole["tool"]["maturin"][key]
+    folder = (ROOT / SERVE).parent
+    sources = folder / server["tool"]["maturin"]["python-source"]
+    assert sources.resolve() == ROOT / whole["tool"]["maturin"]["python-source"]
+    assert (folder / server["tool"]["maturin"]["manifest-path"]).resolve() == ROOT / "Cargo.toml"
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    needs = server["project"]["dependencies"]
+    assert not {"torch", "transformers"} & {Requirement(need).name for need in needs}
+    base = {*whole["project"]["dependencies"], *extras()["serve"]}
+    assert set(needs) <= base
+    assert sorted(runtimes(SERVE)) == sorted(extras()["rank"] + extras()["rank-cpu"])
+
+
 def test_base_install_has_no_runtime() -> None:
     names = {
         Requirement(need).name for need in manifest("pyproject.toml")["project"]["dependencies"]
@@ -198,7 +227,8 @@ def requirements() -> list[tuple[str, Requirement]]:
     ]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
-        ".ci/server.txt": groups["server"],
+        ".ci/release.txt": groups["release"],
+        ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *runtimes(SERVE)],
         ".ci/quantized.txt": apart,
         ".ci/tools.txt": [*groups["tools"], *alone],
     }

@@ -13,6 +13,7 @@ from repository import PACKAGE, ROOT, manifest, python_sources, relative, rust_s
 
 TOP_LEVEL = {
     *("Cargo.toml", "Cargo.lock", "pyproject.toml", "Makefile", ".gitignore", ".ci"),
+    ".github",
     *("README.md", "CHANGELOG.md", "LICENSE", "rust", "python", "tests", "benches"),
 }
 VAGUE = {"utils", "util", "helpers", "common", "misc", "shared_code"}
@@ -123,7 +124,7 @@ def test_names_spell_out_the_reference(path: Path) -> None:
 
 
 def test_the_package_contains_only_sources_and_stubs() -> None:
-    inside = [name for name in tracked() if name.startswith(relative(PACKAGE))]
+    inside = [name for name in tracked() if name.startswith(f"{relative(PACKAGE)}/")]
     assert {Path(name).suffix for name in inside} <= {".py", ".pyi", ".typed"}
 
 
