@@ -87,15 +87,20 @@ $(RELEASE)/installed: .ci/release.txt
 	$(RELEASE)/bin/python -m pip install -q --require-hashes --only-binary :all: -r .ci/release.txt
 	@touch $@
 
-wheels: $(RELEASE)/installed ## the wheels of logratio and logratio-serve in dist, for TARGET
-	rm -rf dist
-	for folder in . python/logratio-serve; do \
-		(export PATH="$$PWD/$(RELEASE)/bin:$$PATH" && cd $$folder && \
-		maturin build --release --locked --target $(TARGET) \
-			$(if $(LINUX),--zig --compatibility manylinux_2_28) --out "$(CURDIR)/dist") || exit 1; \
-	done
+WHEEL = PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" CARGO_TARGET_DIR="$(CURDIR)/target" \
+	maturin build --release --locked --target $(TARGET) --out "$(CURDIR)/dist" \
+	$(if $(LINUX),--zig --compatibility manylinux_2_28)
+
+wheels: $(RELEASE)/installed ## the wheels of logratio and logratio-serve and the sdist in dist, for TARGET
+	rm -rf dist target/serve
+	mkdir -p target/serve
+	$(RELEASE)/bin/maturin sdist --out dist
+	tar -xzf dist/logratio-*.tar.gz -C target/serve --strip-components 1
+	cp python/logratio-serve/pyproject.toml python/logratio-serve/README.md target/serve
+	$(WHEEL)
+	cd target/serve && $(WHEEL)
 	$(if $(LINUX),$(RELEASE)/bin/auditwheel repair --plat manylinux_2_28_$(firstword $(subst -, ,$(TARGET))) \
-		--wheel-dir target/repaired dist/*.whl)
+		--wheel-dir target/audited dist/*.whl)
 	$(RELEASE)/bin/cyclonedx-py requirements .ci/constraints.txt -o dist/logratio.cdx.json
 	$(RELEASE)/bin/cyclonedx-py requirements .ci/server.txt -o dist/logratio-serve.cdx.json
 

@@ -164,13 +164,7 @@ def test_the_server_is_the_same_package_without_torch() -> None:
     whole, server = manifest("pyproject.toml"), manifest(SERVE)
     for key in ("requires-python", "license", "license-files", "dynamic", "scripts"):
         assert server["project"][key] == whole["project"][key]
-    for key in ("features", "module-name"):
-        assert server["tool"]["maturin"][key] == whole["tool"]["maturin"][key]
-    folder = (ROOT / SERVE).parent
-    sources = folder / server["tool"]["maturin"]["python-source"]
-    assert sources.resolve() == ROOT / whole["tool"]["maturin"]["python-source"]
-    assert (folder / server["tool"]["maturin"]["manifest-path"]).resolve() == ROOT / "Cargo.toml"
-    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert server["tool"]["maturin"] == whole["tool"]["maturin"]
     needs = server["project"]["dependencies"]
     assert not {"torch", "transformers"} & {Requirement(need).name for need in needs}
     base = {*whole["project"]["dependencies"], *extras()["serve"]}
