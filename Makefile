@@ -99,7 +99,7 @@ wheels: $(RELEASE)/installed ## the wheels of logratio and logratio-serve and th
 	cp python/logratio-serve/pyproject.toml python/logratio-serve/README.md target/serve
 	$(WHEEL)
 	cd target/serve && $(WHEEL)
-	$(if $(LINUX),$(RELEASE)/bin/auditwheel repair --plat manylinux_2_28_$(firstword $(subst -, ,$(TARGET))) \
+	$(if $(LINUX),PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" auditwheel repair --plat manylinux_2_28_$(firstword $(subst -, ,$(TARGET))) \
 		--wheel-dir target/audited dist/*.whl)
 	$(RELEASE)/bin/cyclonedx-py requirements .ci/constraints.txt -o dist/logratio.cdx.json
 	$(RELEASE)/bin/cyclonedx-py requirements .ci/server.txt -o dist/logratio-serve.cdx.json
@@ -109,11 +109,12 @@ LICENCES := Apache;BSD;ISC;MIT;MPL;NVIDIA;PSF;Python Software Foundation;Public 
 
 audit: $(BUILT) $(RELEASE)/installed ## licences and known vulnerabilities of what is installed; needs the network
 	cargo deny --version || cargo install --locked cargo-deny
-	cargo deny check --config .ci/deny.toml
+	cargo deny --config .ci/deny.toml check
 	for pins in constraints server tools release; do \
 		$(RELEASE)/bin/pip-audit --strict --disable-pip --require-hashes -r .ci/$$pins.txt || exit 1; \
 	done
-	$(RELEASE)/bin/pip-licenses --python $(BIN)/python --partial-match --allow-only "$(LICENCES)"
+	$(RELEASE)/bin/pip-licenses --python $(BIN)/python --partial-match --allow-only "$(LICENCES)" \
+		--ignore-packages cuda-toolkit # NVIDIA's list of its libraries, without a licence field
 	$(BIN)/python -m pip check
 	$(RELEASE)/bin/zizmor --offline .github
 	$(RELEASE)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
