@@ -38,7 +38,9 @@ test: check ## every check and every test: what CI runs
 # What an edit of the package most often breaks; the rest takes torch or real material.
 QUICK := -m "not slow and not shared and not families and not long" $(addprefix tests/python/, \
 	data/formats data/layouts data/tokenization data/store cache rust_module \
-	training/test_losses.py training/test_schedule.py)
+	training/test_schedule.py training/methods/test_columns.py training/methods/test_gold.py \
+	training/methods/test_properties.py training/methods/test_settings.py \
+	training/methods/test_statistics.py)
 
 quick: $(BUILT) ## lints and the quickest tests of the package, in about three minutes
 	$(BIN)/ruff check .

@@ -258,7 +258,7 @@ class _Reading:
     ) -> None:
         """Read the keys of a mapping into `found`; `above` is the path of the mapping."""
         for key, value in node.value:
-            place, given = self._place(kind, key, isinstance(value, yaml.MappingNode))
+            place, given = self._place(kind, key, value)
             path = (*above, *place.path)
             self._refuse_twice(path, key, given)
             if place.block and isinstance(value, yaml.MappingNode):
@@ -269,7 +269,7 @@ class _Reading:
             else:
                 _inner(found, path[:-1])[path[-1]] = self._value(place, given, value)
 
-    def _place(self, kind: Any, key: yaml.Node, is_block: bool) -> tuple[Place, str]:
+    def _place(self, kind: Any, key: yaml.Node, value: yaml.Node) -> tuple[Place, str]:
         """Return the place of a key, and the key."""
         if not isinstance(key, yaml.ScalarNode):
             raise self.error(key, "a key must be a word")
@@ -278,8 +278,8 @@ class _Reading:
         for spelled in (given, own_name(kind, given)):
             if (name := FLAGS.get(spelled, spelled)) in places:
                 return places[name], given
-        why = _unknown(kind, key.value, given)
-        if is_block and "did you" not in why:
+        why = _unknown(kind, key.value, given, value.value)
+        if isinstance(value, yaml.MappingNode) and "did you" not in why:
             blocks = ", ".join(_blocks(kind)) or "none"
             why += f"; blocks here are {blocks}, and every other setting is a top-level key"
         raise self.error(key, why)
@@ -446,14 +446,14 @@ def _truth(value: Any) -> Any:
     return _MORE_TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _unknown(kind: Any, key: str, given: str) -> str:
+def _unknown(kind: Any, key: str, given: str, value: Any) -> str:
     """Describe a key that no field has, and what to write instead."""
     if given in OF_A_CALL:
         return f"{key} belongs to one call, not to a file: give --{given.replace('_', '-')}"
     for name, block in _blocks(kind).items():
         if name in SWITCHES and own_name(block, given) in _places(block):
             return f"unknown key {key}: write it below `{name}:`, indented"
-    if advice := instead_of(given, in_file=True):
+    if advice := instead_of(given, value, in_file=True):
         return f"unknown key {key}: {advice}"
     known = {
         name: name for name in (*FLAGS, *_places(kind)) if FLAGS.get(name, name) in _places(kind)

@@ -128,18 +128,18 @@ INSTEAD: Mapping[str, str] = {
     "--precompute-ref-log-probs": "use `--cache DIR --precompute`",
     "--ref-adapter-name": _START,
     "--reference-free": "use `--loss simpo`, which has no reference",
-    "--cpo-alpha": "use `--loss cpo --loss-option alpha=1`",
-    "--desirable-weight": "use `--loss-option desirable_weight=1`",
-    "--discopop-tau": "use `--loss discopop --loss-option tau=0.05`",
+    "--cpo-alpha": "use `--loss cpo --loss-option alpha={1}`",
+    "--desirable-weight": "use `--loss-option desirable_weight={1}`",
+    "--discopop-tau": "use `--loss discopop --loss-option tau={0.05}`",
     "--f-alpha-divergence-coef": "use `--loss f-dpo-alpha --loss-option alpha=0.5`, one minus the "
     "coefficient of TRL",
     "--f-divergence-type": "use `--loss f-dpo-forward-kl`, `f-dpo-js` or `f-dpo-alpha`",
-    "--ld-alpha": "use `--loss ld-dpo --loss-option alpha=0.5`",
+    "--ld-alpha": "use `--loss ld-dpo --loss-option alpha={0.5}`",
     "--loss-weights": "write the weights with the methods: `--loss dpo:0.8+sft:0.2`",
-    "--orpo-alpha": "use `--loss orpo --beta 0.1`",
-    "--rpo-alpha": "add sft with a weight: `--loss dpo+sft:0.2`",
-    "--simpo-gamma": "use `--loss simpo --gamma 1`",
-    "--undesirable-weight": "use `--loss-option undesirable_weight=1`",
+    "--orpo-alpha": "use `--loss orpo --beta {0.1}`",
+    "--rpo-alpha": "add sft with a weight: `--loss dpo+sft:{0.2}`",
+    "--simpo-gamma": "use `--loss simpo --gamma {1}`",
+    "--undesirable-weight": "use `--loss-option undesirable_weight={1}`",
     "--use-weighting": "use `--loss wpo`",
     "--resume-from-checkpoint": "use `--resume`, which finds the newest valid checkpoint in the "
     "output folder",
@@ -151,7 +151,8 @@ INSTEAD: Mapping[str, str] = {
     "--use-cpu": "use `--device cpu`",
     "--warmup-steps": "use `--warmup 0.1`, a share of the updates",
 }
-"""What to do instead of giving a flag: a clause, with flags in backticks."""
+"""What to do instead of giving a flag: a clause, with flags in backticks. A number in braces is an
+example, which the number that was given replaces."""
 
 _METRICS = "every update is logged to metrics.jsonl and TensorBoard events in the output folder"
 _SHARDING = "torch's DDP and FSDP2 divide the work of several processes"
@@ -192,7 +193,7 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
     """
     spelled: list[str] = []
     given = ""  # the flag before the current value
-    for argument in arguments:
+    for place, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if not flag.startswith("--"):
             spelled.append(VALUES.get((given, argument), argument))
@@ -206,7 +207,8 @@ def translated(arguments: Sequence[str], known: AbstractSet[str]) -> list[str]:
         elif not equals and SWITCHES.get(given, ("", ""))[0] in known:
             flag, equals, value = SWITCHES[given][0], "=", SWITCHES[given][1]
         elif given in INSTEAD:
-            raise ForeignFlagError(f"no option {flag}: {INSTEAD[given]}")
+            number = value if equals else next(iter(arguments[place + 1 :]), None)
+            raise ForeignFlagError(f"no option {flag}: {_with_number(INSTEAD[given], number)}")
         elif given in UNSUPPORTED:
             raise ForeignFlagError(f"{flag} is not supported: {UNSUPPORTED[given]}. Remove it.")
         spelled.append(flag + equals + value)
@@ -256,7 +258,7 @@ def as_fields(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     for given, value in settings.items():
         name = given if given in known else own_name(kind, given)
         if name not in known:
-            raise UnknownSettingError(_unknown(kind, given))
+            raise UnknownSettingError(_unknown(kind, given, value))
         if name != given and (name in settings or name in named):
             raise SettingTypeError(f"{kind.__name__}: {given} means {name}, which is given too")
         named[name] = own_value(given, value)
@@ -290,20 +292,33 @@ def foreign_names() -> list[str]:
     return [flag[2:].replace("-", "_") for flag in SAME]
 
 
-def instead_of(given: str, *, in_file: bool = False) -> str | None:
+def instead_of(given: str, value: Any = None, *, in_file: bool = False) -> str | None:
     """Return what to do instead of giving a setting without an equivalent, in terms of fields.
 
     Args:
         given: The setting's name elsewhere.
+        value: Its value; if it is a number, the advice has it in place of an example.
         in_file: Write fields as in a settings file, not as in Python.
     """
     flag = _flag(given)
     if flag in UNSUPPORTED:
         return f"{UNSUPPORTED[flag]}. Remove it."
-    advice = INSTEAD.get(flag)
-    return advice and re.sub(
-        "`(--[^`]*)`", lambda quoted: f"`{_as_settings(quoted[1], in_file)}`", advice
+    if flag not in INSTEAD:
+        return None
+    return re.sub(
+        "`(--[^`]*)`",
+        lambda quoted: f"`{_as_settings(quoted[1], in_file)}`",
+        _with_number(INSTEAD[flag], value),
     )
+
+
+def _with_number(advice: str, value: Any) -> str:
+    """Put a number in place of the example in an advice."""
+    try:
+        number = f"{float(value):g}"
+    except (TypeError, ValueError):
+        number = r"\1"
+    return re.sub(r"\{(.*?)\}", number, advice)
 
 
 def nearest(given: str, known: Iterable[str]) -> str | None:
@@ -323,6 +338,7 @@ _FIELDS = {
 }
 """How flags are written in Python if not as a field of the same name."""
 _SWITCHES = {"deterministic", "precompute", "resume"}
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 
 
 def _as_settings(flags: str, in_file: bool) -> str:
@@ -333,27 +349,32 @@ def _as_settings(flags: str, in_file: bool) -> str:
 
 
 def _as_key(name: str, value: str) -> str:
+    if name == "loss_option":
+        return f"loss_options: {{{value.replace('=', ': ')}}}"
     if name in _SWITCHES:
         return f"{name}: true"
     return f"{name}: {'…' if value.isupper() else value}" if value else name
 
 
 def _as_setting(name: str, value: str) -> str:
+    if name == "loss_option":
+        option, _, number = value.partition("=")
+        return f'loss_options={{"{option}": {number}}}'
     if name in _SWITCHES:
         return f"{name}=True"
     if not value:
         return name
     is_example = value.isupper()
-    shown = "…" if is_example else value if value[0].isdigit() and "." in value else f'"{value}"'
+    shown = "…" if is_example else value if _NUMBER.fullmatch(value) else f'"{value}"'
     return _FIELDS.get(name, f"{name}={{}}").format(shown)
 
 
-def _unknown(kind: Any, given: str) -> str:
+def _unknown(kind: Any, given: str, value: Any) -> str:
     """Return the error for a name that is not a field, with a suggestion."""
     start = f"{kind.__name__} has no {given}"
     if _flag(given) in UNSUPPORTED:
         return f"{kind.__name__}: {given} is not supported: {instead_of(given)}"
-    if advice := instead_of(given):
+    if advice := instead_of(given, value):
         return f"{start}: {advice}"
     for field, inner in nested(kind):
         for name in (given, given.removeprefix(f"{field}_")):

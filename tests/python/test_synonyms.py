@@ -74,6 +74,46 @@ def test_a_flag_of_another_trainer_is_answered(run: Run, flag: str, answer: str)
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "value", "flags", "fields", "keys"),
+    [
+        (
+            *("desirable_weight", 1.3, "--loss-option desirable_weight=1.3"),
+            *('loss_options={"desirable_weight": 1.3}', "loss_options: {desirable_weight: 1.3}"),
+        ),
+        (
+            *("cpo_alpha", 2, "--loss cpo --loss-option alpha=2"),
+            *('loss="cpo", loss_options={"alpha": 2}', "loss: cpo, loss_options: {alpha: 2}"),
+        ),
+        (
+            *("simpo_gamma", 0.7, "--loss simpo --gamma 0.7"),
+            *('loss="simpo", gamma=0.7', "loss: simpo, gamma: 0.7"),
+        ),
+        ("rpo_alpha", 0.5, "dpo+sft:0.5", 'loss="dpo+sft:0.5"', "loss: dpo+sft:0.5"),
+    ],
+)
+def test_advice_repeats_the_number_that_was_given(
+    given: str, value: float, flags: str, fields: str, keys: str, tmp_path: Path
+) -> None:
+    for command in ([f"--{given}", f"{value}"], [f"--{given}={value}"]):
+        with pytest.raises(ForeignFlagError) as on_command_line:
+            translated(command, TRAIN)
+        assert f"{flags}`" in str(on_command_line.value)
+    setting: dict[str, Any] = {given: value}
+    with pytest.raises(LogratioError, match=re.escape(fields)):
+        TrainConfig("m", "d", "o", **setting)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: m\ndata: d\noutput: o\n{given}: {value}\n")
+    with pytest.raises(LogratioError, match=re.escape(keys)):
+        TrainConfig.from_yaml(file)
+
+
+def test_advice_without_a_number_shows_an_example() -> None:
+    assert instead_of("desirable_weight") == 'use `loss_options={"desirable_weight": 1}`'
+    with pytest.raises(ForeignFlagError, match="desirable_weight=1`"):
+        translated(["--desirable-weight", "--lora"], TRAIN)
+
+
 def test_the_commands_flags_take_precedence() -> None:
     assert translated(["--max_length", "5"], TRAIN) == ["--max-length", "5"]
     assert (

@@ -122,8 +122,10 @@ def merge(
     contradict each other, the merge stops and names both files. Merging twice changes nothing.
     """
     from logratio.cache.cache import ReferenceCache
+    from logratio.one_process import refuse_multiple_processes
     from logratio.progress import awaited
 
+    refuse_multiple_processes("cache merge")
     cache = ReferenceCache(into)
     merges = awaited("reading", lambda: cache.plan_merge(others))
     typer.echo(_forecast(into, sum(m.completions for m in merges), sum(m.bytes for m in merges)))
@@ -163,8 +165,10 @@ def compact(
     interrupted at any moment without losing a record.
     """
     from logratio.cache.cache import ReferenceCache
+    from logratio.one_process import refuse_multiple_processes
     from logratio.progress import awaited
 
+    refuse_multiple_processes("cache compact")
     cache = ReferenceCache(root)
     chosen = cache.references(reference)
     with _remove_partial_files([found.path for found in chosen]):
@@ -206,8 +210,10 @@ def export(
     """
     from logratio.cache.cache import ReferenceCache
     from logratio.forecast import count, size
+    from logratio.one_process import refuse_multiple_processes
     from logratio.progress import Advance, progress
 
+    refuse_multiple_processes("cache export")
     bars: list[Advance] = []
     with ExitStack() as stack:
 

@@ -62,8 +62,10 @@ def build(
     """
     from logratio.data.store.build import build_store
     from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+    from logratio.one_process import refuse_multiple_processes
     from logratio.progress import reading_progress
 
+    refuse_multiple_processes("data build")
     if output.exists() and not overwrite:
         raise InputError(
             f"{output}: file exists; replace it with --overwrite, or choose another --output"

@@ -99,10 +99,12 @@ def rank(
     A reward is defined up to a constant per prompt, so compare only candidates of the same prompt.
     A row that cannot be ranked gets an `error`, and the command exits with 1.
     """
+    from logratio.one_process import refuse_multiple_processes
     from logratio.progress import progress
     from logratio.serving.rank_file import rank_file, rank_forecast
     from logratio.serving.reranker import Reranker
 
+    refuse_multiple_processes("rank")
     typer.echo(rank_forecast(bundle, input_file, output).to_text(), err=True)
     if dry_run:
         return
@@ -179,5 +181,7 @@ def demo(
     """Run every step on generated data, in minutes on a CPU, and print the results."""
     from logratio.demo.report import show
     from logratio.demo.run import DemoConfig
+    from logratio.one_process import refuse_multiple_processes
 
+    refuse_multiple_processes("demo")
     show(DemoConfig(output=output, seed=seed))

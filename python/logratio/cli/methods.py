@@ -18,7 +18,10 @@ def methods(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """List the methods that `train --loss` takes: data, reference, β, initial value and paper."""
+    """List the methods that `train --loss` takes: their data, reference, β and options.
+
+    `logratio methods METHOD` adds the formula, the initial value and the paper; so does `--json`.
+    """
     from logratio.training.methods.table import METHODS, MIXTURES
 
     if name in MIXTURES:
@@ -36,6 +39,7 @@ def methods(
     _print_table(chosen)
     for mixture, weights in MIXTURES.items():
         typer.echo(f"{mixture}: --loss {_mixture(weights)}")
+    typer.echo("formula, initial value and paper: `logratio methods METHOD`, or --json for all")
 
 
 def _mixture(weights: Mapping[str, float]) -> str:
@@ -66,27 +70,20 @@ def _described(method: "Method") -> dict[str, Any]:
 
 
 def _print_table(chosen: "dict[str, Method]") -> None:
+    """Print the columns that fit 80 characters, so that none is cut."""
+    from rich import box
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    table = Table(
-        Column("--loss", no_wrap=True),
-        "data",
-        "reference",
-        "β",
-        "initial value",
-        "options",
-        "paper",
-    )
+    columns = ("--loss", "data", "reference", "β", "options")
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name, method in chosen.items():
         table.add_row(
             name,
             method.data,
             "yes" if method.needs_reference else "no",
             _number(method.beta),
-            _number(method.default_initial_value),
-            ", ".join(f"{key}={option.default:g}" for key, option in method.options.items()),
-            method.paper,
+            "\n".join(f"{key}={option.default:g}" for key, option in method.options.items()),
         )
     Console().print(table)
 

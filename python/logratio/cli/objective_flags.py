@@ -108,16 +108,25 @@ class Objective(Settings):
 
 def _numbers(given: Iterable[str]) -> dict[str, float]:
     """Parse options written as NAME=NUMBER."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for word in (word for words in given for word in words.split(",")):
-        name, equals, value = word.partition("=")
-        try:
-            numbers[name.strip()] = float(value)
-        except ValueError:
-            equals = ""
-        if not (name and equals):
-            raise ConfigError(f"--loss-option {word!r}: write it as penalty=50")
+        name, number = _number(word)
+        if name in numbers:
+            raise ConfigError(f"--loss-option {name} is given twice")
+        numbers[name] = number
     return numbers
+
+
+def _number(word: str) -> tuple[str, float]:
+    """Return the name and the number of "penalty=50"."""
+    name, equals, value = word.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        equals = ""
+    if not (name and equals):
+        raise ConfigError(f"--loss-option {word!r}: write it as penalty=50")
+    return name.strip(), number
 
 
 SOURCE, OBJECTIVE = ReferenceSource(), Objective()

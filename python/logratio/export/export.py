@@ -51,6 +51,7 @@ from logratio.export.scorer import (
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent, size
 from logratio.hub import local_folder
+from logratio.one_process import refuse_multiple_processes
 from logratio.progress import progress, say
 from logratio.report.run_files import DATA_REPORT_FILE, SETTINGS_FILE
 from logratio.synonyms import takes_known_names
@@ -61,7 +62,6 @@ from logratio.training.models import (
     base_folder,
     check_model_folder,
 )
-from logratio.training.precomputation import refuse_multiple_processes
 from logratio.training.reward_model import is_reward_model
 from logratio.training.run_folder import note_unfinished, reward_beta, settings_of
 from logratio.validation import Range, changes, check_fields, check_kind

@@ -1,7 +1,6 @@
 """Evaluation of held-out groups during a run: the split, the metrics, samples."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import Store
+from logratio.data.analysis.statistics import wilson
 from logratio.data.readers.inputs import as_inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, LogratioError
@@ -246,15 +246,6 @@ class HeldOutResult:
             "kl": asdict(self.kl) if self.kl else None,
             "distributions": self.distributions,
         }
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` trials (Wilson 1927)."""
-    z = 1.959963984540054
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    half = z * spread / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 class EvaluationInterruptedError(LogratioError):

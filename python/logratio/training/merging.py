@@ -19,6 +19,7 @@ from logratio.forecast import check_writable
 from logratio.hub import local_folder
 from logratio.logps.completion import Group, batch_of, score, transformer
 from logratio.logps.scores import has_scalar_head, score_completions
+from logratio.one_process import refuse_multiple_processes
 from logratio.report.run_files import SETTINGS_FILE
 from logratio.training.config import PathLike, Precision
 from logratio.training.fingerprint import parameter_count
@@ -96,7 +97,8 @@ def merge_adapter(
         The folder, and the largest difference found.
 
     Raises:
-        ConfigError: `model` is not an adapter, its base is quantized, or `output` is not empty.
+        ConfigError: `model` is not an adapter, its base is quantized, `output` is not empty, or
+            torchrun started several processes.
         ModelFolderError: A folder contains no loadable model, or an adapter that cannot be merged.
         MergeError: Adapter and whole model differ by more than rounding explains; nothing is
             written.
@@ -106,6 +108,7 @@ def merge_adapter(
         >>> merge_adapter("adapter", "whole").largest_gap < 1e-3
         True
     """
+    refuse_multiple_processes("merge")
     folder, output = local_folder(model), Path(output)
     _check(folder, output, dtype)
     where = default_device(device)

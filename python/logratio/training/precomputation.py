@@ -17,6 +17,7 @@ from logratio.data.readers.inputs import Inputs
 from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, count, duration, size
+from logratio.one_process import launched
 from logratio.progress import progress, say
 from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
@@ -49,7 +50,7 @@ from logratio.validation import check_kind
 
 
 class ShareError(LogratioError, ValueError):
-    """The share is malformed, or the command cannot be divided among processes."""
+    """The share is malformed."""
 
 
 @dataclass(frozen=True)
@@ -100,26 +101,8 @@ def share_of(given: str | None, environment: Mapping[str, str] = os.environ) -> 
         ShareError: `given` is not of that form.
     """
     index, count = _parse(given) if given else (0, 1)
-    rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    if "RANK" not in environment or not 0 <= rank < processes:
-        rank, processes = 0, 1
+    rank, processes = launched(environment)
     return Share(index * processes + rank, count * processes, rank, processes)
-
-
-def refuse_multiple_processes(command: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to run a single-process command under torchrun with several processes.
-
-    Each process would do the whole work and write to the same output.
-
-    Raises:
-        ShareError: torchrun started more than one process.
-    """
-    count = share_of(None, environment).processes
-    if count > 1:
-        raise ShareError(
-            f"{command} runs in one process, and torchrun started {count} (WORLD_SIZE): each would "
-            "do the whole work. Start it without torchrun"
-        )
 
 
 def _parse(given: str) -> tuple[int, int]:

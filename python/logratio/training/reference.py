@@ -24,7 +24,7 @@ from logratio.logps.batch import Batch, Layout, TargetTokens, onto
 from logratio.logps.completion import score, transformer
 from logratio.logps.divergence import LiveModel
 from logratio.training import run_folder
-from logratio.training.config import TrainConfig
+from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import (
     COMPUTE_DTYPE,
     QUANTIZATION,
@@ -32,6 +32,7 @@ from logratio.training.fingerprint import (
     reference_fingerprint,
     stored_fingerprint,
 )
+from logratio.training.methods.logps import MISMATCHED
 from logratio.training.methods.objective import Objective
 from logratio.training.models import load_model, precision_of
 from logratio.training.policy import as_reference
@@ -355,18 +356,30 @@ def cached_reference(config: TrainConfig, store: Store) -> CachedReference | Cac
     """
     if config.cache is None:
         return None
+    try:
+        return _looked_up(config, config.cache, store)
+    except StaleCacheError as error:
+        if MISMATCHED in store.roles():
+            error.add_note(
+                f"--loss {config.loss} compares with answers to other prompts, which "
+                "`logratio precompute --mismatched` scores too"
+            )
+        raise
+
+
+def _looked_up(config: TrainConfig, cache: PathLike, store: Store) -> CachedReference | CachedSums:
     fingerprint = reference_fingerprint(config)
     pread = config.read_mode == "pread"
-    if holds_sums_only(config.cache, fingerprint):
+    if holds_sums_only(cache, fingerprint):
         if Objective.of(config).weighs_tokens:
             raise StaleCacheError(
-                f"{config.cache}: this cache has only sums of completions, and --loss "
+                f"{cache}: this cache has only sums of completions, and --loss "
                 f"{config.loss} weighs their tokens: run `logratio precompute` without --sums-only"
             )
-        reader = open_cache(config.cache, fingerprint, sums=True, pread=pread)
-        return CachedSums(store, reader, sums_folder(config.cache, fingerprint))
-    reader = open_cache(config.cache, fingerprint, pread=pread)
-    return CachedReference(store, reader, cache_folder(config.cache, fingerprint))
+        reader = open_cache(cache, fingerprint, sums=True, pread=pread)
+        return CachedSums(store, reader, sums_folder(cache, fingerprint))
+    reader = open_cache(cache, fingerprint, pread=pread)
+    return CachedReference(store, reader, cache_folder(cache, fingerprint))
 
 
 def check_possible(logps: np.ndarray, store: Store, layout: Layout) -> None:

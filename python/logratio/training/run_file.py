@@ -37,7 +37,7 @@ def record_settings(config: TrainConfig) -> None:
     used = replace(
         with_absolute_paths(config),
         **alone,
-        loss_options=options or config.loss_options,
+        loss_options={n: v for n, v in (options or config.loss_options).items() if n not in alone},
         beta=objective.beta_for_all(config.beta),
         precision=precision_of(config),
         token_budget=training_budget(config),

@@ -18,6 +18,7 @@ from logratio.durable import write_atomic
 from logratio.errors import ConfigError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, count
+from logratio.one_process import refuse_multiple_processes
 from logratio.progress import say
 from logratio.training import evaluation
 from logratio.training.checkpoint import RunInterruptedError, newest
@@ -40,7 +41,7 @@ from logratio.training.methods.data_checks import check_groups
 from logratio.training.methods.objective import Objective
 from logratio.training.model_card import add_evaluation
 from logratio.training.models import precision_of
-from logratio.training.precomputation import precompute, refuse_multiple_processes
+from logratio.training.precomputation import precompute
 from logratio.training.reference import holds_sums_only
 from logratio.training.run_file import absolute, with_absolute_paths
 from logratio.training.run_folder import CHECKPOINTS, date_of_store, locked_output

@@ -60,6 +60,15 @@ def test_make_targets_in_the_pages_exist(call: list[str]) -> None:
     assert next(word for word in call if "=" not in word and not word.startswith("-")) in targets
 
 
+def test_the_tests_that_the_makefile_names_exist() -> None:
+    text = (ROOT / "Makefile").read_text()
+    quick = text.partition("addprefix tests/python/,")[2].partition(")")[0]
+    named = [f"tests/python/{word}" for word in quick.replace("\\", " ").split()]
+    named += re.findall(r"tests/[\w/.]+", text.replace("tests/python/,", ""))
+    assert len(named) >= 10
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 @pytest.mark.parametrize("name", logratio.__all__)
 def test_a_public_name_can_be_imported(name: str) -> None:
     assert getattr(logratio, name).__module__.startswith("logratio.")

@@ -9,7 +9,7 @@ from logratio._rust import ROLES, Store
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.store.load import source_names
 from logratio.errors import ConfigError
-from logratio.training.methods.group_data import GroupData
+from logratio.training.methods.group_data import GroupData, group_weights
 from logratio.training.methods.logps import CHOSEN, MARGIN, MISMATCHED, REJECTED, GroupLogps
 from logratio.training.methods.objective import Objective
 from logratio.training.methods.table import DataKind
@@ -52,7 +52,7 @@ def check_data(store: Store, objective: Objective, what: str) -> None:
 
     Raises:
         ConfigError: Some groups do not fit, a margin is missing, or all answers of a list are
-            equally good; the message counts them and locates the first.
+            equally good; the message counts them and locates the first. Or the weights sum to 0.
     """
     check_groups(store, objective.data, what)
     if any(term.method.needs_margins for term in objective.terms):
@@ -61,13 +61,16 @@ def check_data(store: Store, objective: Objective, what: str) -> None:
             store,
             ~(margins > 0),
             f"{what} needs a margin above 0 for each pair (a column margin, or scores of both "
-            "answers), and {count} groups have none",
+            "answers), and {count} none",
+            ("pair has", "pairs have"),
         )
+    group_weights(store.values(), store.completion_offsets())
     if objective.data == "lists":
         _refuse(
             store,
             _tied(store, objective),
             f"{what} compares answers, and all answers of {{count}} are tied",
+            ("list", "lists"),
         )
 
 
@@ -87,7 +90,8 @@ def check_groups(store: Store, data: DataKind, what: str) -> None:
     _refuse(
         store,
         wrong,
-        f"{what} needs {_WANTED[data]}, and {{count}} groups are different",
+        f"{what} needs {_WANTED[data]}, and {{count}} different",
+        ("group is", "groups are"),
         advice,
     )
 
@@ -120,10 +124,21 @@ def _tied(store: Store, objective: Objective) -> np.ndarray:
     return tied
 
 
-def _refuse(store: Store, wrong: np.ndarray, what: str, advice: str = "") -> None:
-    """Raise an error for the groups that are `wrong`, bool `[G]`, if there are any."""
+def _refuse(
+    store: Store, wrong: np.ndarray, what: str, noun: tuple[str, str], advice: str = ""
+) -> None:
+    """Raise an error for the groups that are `wrong`, bool `[G]`, if there are any.
+
+    Args:
+        store: The groups.
+        wrong: Which of them are wrong.
+        what: The message; "{count}" in it becomes their number and `noun`.
+        noun: The noun, and its verb, for one group and for several.
+        advice: The end of the message.
+    """
     if not wrong.any():
         return
     (place,) = source_names(store, np.flatnonzero(wrong)[:1].tolist())
-    count = f"{int(wrong.sum()):,}"
+    number = int(wrong.sum())
+    count = f"{number:,} {noun[number != 1]}"
     raise ConfigError(f"{what.replace('{count}', count)} (first: {place}){advice}")

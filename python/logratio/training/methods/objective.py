@@ -249,8 +249,14 @@ def terms_of(config: TrainConfig) -> tuple[Term, ...]:
     named = named_methods(config.loss)
     options = dict(config.loss_options)
     for name in ALONE:
-        if (value := getattr(config, name)) is not None:
-            options[name] = value
+        if (value := getattr(config, name)) is None:
+            continue
+        if name in options:
+            raise ConfigError(
+                f"{_shown(name)} is {value:g}, and --loss-option {name} is {options[name]:g}: "
+                "give one of them"
+            )
+        options[name] = value
     _check_known(options, named, config)
     terms = [
         Term(name, method, weight, _beta(method, config.beta), _options_of(name, method, options))

@@ -53,12 +53,13 @@ class Option:
 
     @property
     def range(self) -> str:
-        """The range, for messages."""
-        if self.is_open:
-            return f"({self.low:g}, {self.high:g})"
-        return (
-            f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
-        )
+        """The range, after "must be": "above 0", "0 to 0.5"."""
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        if self.low == -math.inf:  # of a loss of one's own
+            return "finite"
+        if self.high == math.inf:
+            return f"{'above' if self.is_open else 'at least'} {low}"
+        return f"above {low} and below {high}" if self.is_open else f"{low} to {high}"
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,15 @@ def test_wilsons_interval() -> None:
     assert wilson(0.5, 0) == (0, 1)
 
 
+def test_wilson_intervals_hold_the_share_as_often_as_they_claim() -> None:
+    """Against 20,000 draws; a normal interval fails at such shares."""
+    rng = np.random.default_rng(0)
+    for share, count in ((0.9, 40), (0.5, 30)):
+        drawn = rng.binomial(count, share, 20_000) / count
+        held = [low <= share <= high for low, high in (wilson(one, count) for one in drawn)]
+        assert 0.93 < np.mean(held) < 0.97
+
+
 def test_length_bias_by_hand() -> None:
     # Differences 2, 1, 0, -1: mean 0.5, deviation sqrt(5/3).
     bias = length_bias(Columns.of(make(pairs((5, 4, 2), (5, 3, 2), (5, 2, 2), (5, 1, 2)))))

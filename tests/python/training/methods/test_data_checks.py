@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from method_groups import store_for, write_answers, write_lists
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.store.row_report import BadDataError
 from logratio.errors import ConfigError
-from logratio.training import DPOTrainer, TrainConfig
+from logratio.training import (
+    DPOTrainer,
+    PrecomputeConfig,
+    StaleCacheError,
+    TrainConfig,
+    precompute,
+)
 from logratio.training.methods.data_checks import check_data, kinds_of
 from logratio.training.methods.group_data import GroupData
 from logratio.training.methods.objective import Objective
@@ -56,7 +63,7 @@ def test_pairs_without_a_margin_are_refused_by_odpo(tiny_model: Path, tmp_path: 
         {"prompt": "the cat", "chosen": " sits happy", "rejected": " sad", "margin": 1.5},
         {"prompt": "the dog", "chosen": " sits happy", "rejected": " sad"},
     ]
-    with pytest.raises(ConfigError, match=r"needs a margin above 0 .*1 groups have none .*:2\)"):
+    with pytest.raises(ConfigError, match=r"needs a margin above 0 .*1 pair has none .*:2\)"):
         trainer(tiny_model, written(tmp_path / "pairs.jsonl", rows), "odpo")
     rows[1]["margin"] = 0.25
     assert len(trainer(tiny_model, written(tmp_path / "pairs.jsonl", rows), "odpo").store) == 2
@@ -67,7 +74,7 @@ def test_lists_whose_answers_are_all_tied_are_refused() -> None:
     check_data(store_for("lists"), objective, "lipo")
     values = store_for("lists").values()
     assert not np.isnan(values[:, 0]).any()
-    with pytest.raises(ConfigError, match="all answers of 8 are tied"):
+    with pytest.raises(ConfigError, match="all answers of 8 lists are tied"):
         check_data(store_for("lists", tied=True), objective, "lipo")
 
 
@@ -75,6 +82,29 @@ def test_weights_that_sum_to_zero_are_refused() -> None:
     objective = Objective.of(TrainConfig("m", "d", "o", loss="dpo"))
     with pytest.raises(ConfigError, match="sum to 0"):
         GroupData.of(store_for("pairs", weight=0.0), objective)
+
+
+def test_a_dry_run_refuses_weights_that_sum_to_zero(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "the cat", "chosen": " happy", "rejected": " sad", "weight": 0}]
+    with pytest.raises(ConfigError, match="sum to 0"):
+        trainer(tiny_model, written(tmp_path / "pairs.jsonl", rows), "dpo")
+
+
+def test_a_cache_without_the_answers_to_other_prompts_names_the_flag(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data, cache = write_answers(tmp_path / "answers.jsonl", 6), tmp_path / "cache"
+    filling = PrecomputeConfig(tiny_model, data, cache)
+    for _ in ("without a cache", "without these answers"):
+        with pytest.raises(StaleCacheError) as caught:
+            trainer(tiny_model, data, "kto", cache=cache)
+        assert "`logratio precompute --mismatched`" in " ".join(caught.value.__notes__)
+        precompute(filling, show_progress=False)
+    with pytest.raises(StaleCacheError) as plain:
+        trainer(tiny_model, data, "bco-unpaired", cache=tmp_path / "none")
+    assert not hasattr(plain.value, "__notes__")
+    precompute(replace(filling, mismatched=True), show_progress=False)
+    assert trainer(tiny_model, data, "kto", cache=cache).cached
 
 
 def test_pairs_are_lists_of_two_whose_labels_override_scores(

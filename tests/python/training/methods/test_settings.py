@@ -1,15 +1,18 @@
 """Settings of a loss that have no effect, are out of range or unknown are refused."""
 
 from math import inf, nan
+from pathlib import Path
 from typing import Any
 
 import pytest
 from loss_inputs import objective_of
 
+from logratio.cli.objective_flags import Objective as CommandLine
 from logratio.errors import ConfigError
 from logratio.training.config import TrainConfig
 from logratio.training.methods.objective import ALONE, Objective, terms_of
-from logratio.training.methods.table import METHODS, MIXTURES
+from logratio.training.methods.table import METHODS, MIXTURES, Option
+from logratio.training.run_file import RUN_FILE, record_settings
 
 OPTIONS = sorted({name for method in METHODS.values() for name in method.options})
 
@@ -140,3 +143,47 @@ def test_a_loss_that_is_no_text_is_refused_with_what_works(loss: Any) -> None:
 def test_an_unknown_method_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown, did you mean {near}"):
         Objective.of(TrainConfig("model", "data.jsonl", "out", loss=name))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_option_that_is_given_in_two_ways_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0.2, and .*{name} is 0.3: give one"):
+        terms("simpo", loss_options={name: 0.3}, **{name: 0.2})
+    assert objective_of("simpo", **{name: 0.3})
+
+
+def test_an_option_that_is_repeated_on_the_command_line_is_refused() -> None:
+    flags = CommandLine(loss_option=["penalty=2", "penalty=3"])
+    with pytest.raises(ConfigError, match="penalty is given twice"):
+        flags.settings()
+    assert CommandLine(loss_option=["a=2,b=3"]).settings()["loss_options"] == {"a": 2, "b": 3}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_recorded_settings_of_a_run_can_be_used_again(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(tiny_model, "data", tmp_path, loss="simpo", loss_options={name: 0.3})
+    record_settings(config)
+    again = TrainConfig.from_yaml(tmp_path / RUN_FILE)
+    assert terms_of(again) == terms_of(config)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (Option(1, "", is_open=True), "above 0"),
+        (Option(1, "", 0, 0.5, is_open=True), "above 0 and below 0.5"),
+        (Option(1, ""), "at least 0"),
+        (Option(1, "", 0, 0.5), "0 to 0.5"),
+        (Option(1, "", -inf), "finite"),
+    ],
+)
+def test_a_range_is_written_in_words(option: Option, words: str) -> None:
+    assert option.range == words
+    assert not option.allows(nan)
+
+
+def test_an_option_out_of_range_is_answered_with_its_range() -> None:
+    with pytest.raises(ConfigError, match="loss kto: desirable_weight must be above 0, not 0"):
+        objective_of("kto", desirable_weight=0.0)
