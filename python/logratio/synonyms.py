@@ -69,6 +69,12 @@ VALUES: Mapping[tuple[str, str], str] = {
     ("--lr-scheduler-type", "warmup_stable_decay"): "wsd",
 }
 """Values with another name in a flag of the same meaning."""
+LOSSES: Mapping[str, str] = {
+    "kto_pair": "kto, which takes pairs apart into good and bad answers",
+    "bco_pair": "bco, which has the paper's shift δ that TRL leaves out",
+    "aot_pair": "aot, over the pairs of an update",
+}
+"""Losses of TRL whose nearest method here has another formula: the method and the difference."""
 SWITCHES: Mapping[str, tuple[str, str]] = {
     "--load-in-4bit": ("--quantization", "4bit"),
     "--load-in-8bit": ("--quantization", "8bit"),

@@ -83,10 +83,13 @@ CODES: dict[str, str] = {
     "W523": "a message that contains the markup of another chat template",
     "W525": "a list that another score could also rank",
     "W526": "a chosen answer that is scored lower than the rejected one: the pair has no margin",
+    "W527": "single answers with one label only: all are good, or all are bad",
+    "W528": "good and bad answers out of balance for KTO",
+    "W529": "the first update lowers chosen and raises rejected answers",
     "W530": "a pair or an answer of a list was left out",
 }
-"""The meaning of every code. W502 and W503 are counted per completion; W508 to W511, W517, W519 and
-W520 once per dataset; all others per record."""
+"""The meaning of every code. W502 and W503 are counted per completion; W508 to W511, W517, W519,
+W520 and W527 once per dataset; W528 and W529 once per run; all others per record."""
 
 
 CURES: dict[str, str] = {
@@ -163,6 +166,9 @@ CURES: dict[str, str] = {
     "W523": "Look for prompts that were rendered for another model; give the messages instead.",
     "W525": "Choose with `--score NAME`.",
     "W526": "Compare the scores with the choice; the pair is trained as it was chosen.",
+    "W527": "Add answers with the other label; `--loss sft` trains on good answers alone.",
+    "W528": "Set one of `--loss-option desirable_weight=` and `undesirable_weight=` as advised.",
+    "W529": "Choose another value of the option, for `discopop` `--loss-option tau=1`.",
     "W530": "The codes counted with it give the reason.",
 }
 """The remedy for each code, for the troubleshooting page."""

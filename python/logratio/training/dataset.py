@@ -17,12 +17,13 @@ from logratio.data.store.build import build_store
 from logratio.data.store.load import datasets_of, is_store, load_store, rules_of
 from logratio.data.store.mismatches import MISMATCHED, with_mismatches
 from logratio.data.store.row_report import DataReport
+from logratio.data.store.unpaired import are_pairs, without_pairs
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.data.tokenization.tokenizer_files import read_tokenizer
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import count
-from logratio.progress import reading_progress
+from logratio.progress import reading_progress, say
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import tensor_shapes
 from logratio.training.methods.data_checks import check_data, formats_for
@@ -147,26 +148,29 @@ def load_training_data(
     """
     objective, what = Objective.of(config), f"the loss {config.loss}"
     formats = formats_for(objective.data, config.formats)
+    is_labelled = objective.data == "labelled answers"
 
     def load(data: Inputs, path: Path) -> Dataset:
-        answers = path.with_suffix(".answers") if objective.needs_mismatches else path
+        rows = path.with_suffix(".rows") if is_labelled else path
         dataset = load_dataset(
             config.model,
             data,
             config.rules,
             formats,
-            path=answers,
+            path=rows,
             refused=refused,
             max_bad_fraction=config.max_bad_fraction,
             show_progress=show_progress,
             recorded_date=recorded_date,
         )
-        if not objective.needs_mismatches:
+        if not is_labelled:
             return dataset
-        check_data(dataset.store, objective, what)
-        found = mismatched(dataset, path)
-        answers.unlink(missing_ok=True)
-        return found
+        dataset = answers_of(dataset, path.with_suffix(".answers"), show_progress=show_progress)
+        if objective.needs_mismatches:
+            check_data(dataset.store, objective, what)
+            dataset = mismatched(dataset, path.with_suffix(".mismatched"))
+        _keep_newest(path, [path.with_suffix(s) for s in (".rows", ".answers", ".mismatched")])
+        return dataset
 
     dataset = once_per_host(load, config.data, folder, processes or Processes())
     check_data(dataset.store, objective, what)
@@ -174,6 +178,36 @@ def load_training_data(
     if config.reference:
         check_reference(config.reference, config.model, dataset.tokenizer, dataset.store)
     return dataset
+
+
+def _keep_newest(path: Path, files: list[Path]) -> None:
+    """Rename the last of the files that exist to `path`, and delete the others.
+
+    A store that is open stays readable.
+    """
+    written = [file for file in files if file.exists()]
+    for file in written[:-1]:
+        file.unlink()
+    for file in written[-1:]:
+        file.replace(path)
+
+
+def answers_of(dataset: Dataset, path: Path | None = None, *, show_progress: bool) -> Dataset:
+    """Take pairs apart into good and bad answers, as TRL does for KTO; else return the dataset.
+
+    Args:
+        dataset: Pairs or single answers.
+        path: File for the answers; None: in memory.
+        show_progress: Print how many pairs were taken apart.
+
+    Raises:
+        ConfigError: A row of the data made several pairs.
+    """
+    if not (pairs := int(are_pairs(dataset.store).sum())):
+        return dataset
+    if show_progress:
+        say(f"{count(pairs, 'pair')} taken apart: chosen answers are good, rejected ones are bad")
+    return replace(dataset, store=without_pairs(dataset.store, path))
 
 
 MISMATCH_SEED = 0

@@ -22,7 +22,7 @@ from logratio.progress import progress, say
 from logratio.training import memory, run_folder, torch_settings
 from logratio.training.checkpoint import RunInterruptedError, interrupts
 from logratio.training.config import PrecomputeConfig, TrainConfig, with_local_models
-from logratio.training.dataset import Dataset, load_dataset, mismatched
+from logratio.training.dataset import Dataset, answers_of, load_dataset, mismatched
 from logratio.training.fingerprint import model_fingerprint, reference_fingerprint
 from logratio.training.memory import token_budget
 from logratio.training.methods.data_checks import check_groups
@@ -242,7 +242,8 @@ def prepare(config: PrecomputeConfig, *, show_progress: bool = True) -> "Precomp
         recorded_date=lambda: _date_of_cache(config),
     )
     if config.mismatched:
-        check_groups(dataset.store, "labelled answers", "mismatched")
+        dataset = answers_of(dataset, show_progress=show_progress)
+        check_groups(dataset.store, "labelled answers", "--mismatched")
         dataset = mismatched(dataset)
     return Precompute(config, dataset, share, show_progress)
 

@@ -28,6 +28,7 @@ from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.given_model import given_model
 from logratio.training.held_out import HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
+from logratio.training.methods.notes import notes_of
 from logratio.training.methods.objective import Objective
 from logratio.training.methods.table import NAME_OF_GROUP
 from logratio.training.models import (
@@ -207,6 +208,9 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         self.held_out = self._divide(writes=not (self.dry_run or finished))
         self.length = RunLength.of(config, len(self.store))
         self._check_sync()
+        if self.show_progress and not finished:
+            for note in notes_of(self.store, Objective.of(config)):
+                say(note)
         self.finished: TrainResult | None = None
         if finished:
             refuse_different_run(config, finished, self.run_identity())

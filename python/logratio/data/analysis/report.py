@@ -126,6 +126,15 @@ def stop_finding(use: TokenUse) -> list[Finding]:
     return [Finding("W517", text)]
 
 
+def label_finding(labels: tuple[int, int] | None) -> list[Finding]:
+    """Warn if all single answers are good, or all are bad (W527)."""
+    if labels is None or all(labels):
+        return []
+    missing = "bad" if labels[0] else "good"
+    rest = "imitates good answers" if labels[0] else "needs good answers too"
+    return [Finding("W527", f"{_labels(labels)}: add {missing} ones; --loss sft {rest}")]
+
+
 def mixture_finding(account: DataReport) -> list[Finding]:
     """Warn if the chat template rendered some rows and not others (W519)."""
     if not (account.text_rows and account.chat_rows):
@@ -166,6 +175,7 @@ def to_text(analysis: "Analysis") -> str:
     blocks = [analysis.account.to_text().splitlines()]
     if analysis.groups:
         blocks += [
+            [_labels(analysis.labels)] if analysis.labels else [],
             _table(analysis),
             _histograms(analysis),
             _cuts(analysis),
@@ -183,8 +193,14 @@ def to_text(analysis: "Analysis") -> str:
 def to_summary(analysis: "Analysis") -> str:
     """Return what a run needs to know: the counts of the rows, and the warnings."""
     warnings = _wrapped([str(one) for one in analysis.findings])
+    warnings = [*([_labels(analysis.labels)] if analysis.labels else []), *warnings]
     more = "`logratio data report` shows lengths, length bias, label noise and what sharing saves"
     return "\n".join([analysis.account.to_text(), *warnings, more])
+
+
+def _labels(labels: tuple[int, int]) -> str:
+    good, bad = labels
+    return f"{count(good, 'good answer')}, {count(bad, 'bad answer')}"
 
 
 def _table(analysis: "Analysis") -> list[str]:
@@ -363,6 +379,8 @@ class Analysis:
         account: The counts of all rows.
         groups: Groups in the store.
         are_pairs: Whether each group is one chosen and one rejected completion.
+        labels: Numbers of good and of bad answers. None: not all groups are single answers with
+            labels.
         lengths: Distributions of token counts: "prompt", "group" (the prompt once and all
             completions), and "chosen" and "rejected" if these are compared, else "completion".
             Completions are measured in trained tokens.
@@ -379,6 +397,7 @@ class Analysis:
     account: DataReport
     groups: int
     are_pairs: bool
+    labels: tuple[int, int] | None
     lengths: dict[str, Distribution]
     bias: LengthBias | None
     flips: FlipEstimate | None
@@ -403,6 +422,7 @@ class Analysis:
         return {
             "account": self.account.to_dict(),
             "groups": self.groups,
+            "labels": self.labels and dict(zip(("good", "bad"), self.labels, strict=True)),
             "lengths": {name: numbers.to_dict() for name, numbers in self.lengths.items()},
             "histograms": {
                 name: histogram(numbers, _BINS).to_dict() for name, numbers in self.lengths.items()
@@ -441,11 +461,13 @@ def analyse(
     if are_pairs and columns.groups == account.kept:
         flips = estimate_flips(votes_of(account.deduplicated, account.warnings_by_code["W507"]))
     similar = None if threshold is None else similarity(store, Places(store), threshold)
+    labels = label_counts(columns)
     cut, use = account.warnings_by_code["W503"], token_use(store, tokenizer)
     return Analysis(
         account,
         columns.groups,
         are_pairs,
+        labels,
         _lengths(columns, bias),
         bias,
         flips,
@@ -454,6 +476,7 @@ def analyse(
         use,
         similar,
         (
+            *label_finding(labels),
             *length_finding(bias),
             *noise_finding(flips),
             *similarity_finding(similar, columns.groups),
@@ -463,6 +486,12 @@ def analyse(
             *([] if _has_no_stops(account, tokenizer) else stop_finding(use)),
         ),
     )
+
+
+def label_counts(columns: Columns) -> tuple[int, int] | None:
+    """Return the numbers of good and bad answers; None if a group is no single labelled answer."""
+    good, bad = (len(found) for found in columns.judged_alone())
+    return (good, bad) if columns.groups and good + bad == columns.groups else None
 
 
 def _has_no_stops(account: DataReport, tokenizer: "PreferenceTokenizer | None") -> bool:

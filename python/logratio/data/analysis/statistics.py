@@ -263,6 +263,7 @@ def side_by_side(panels: Mapping[str, list[str]], columns: int) -> list[str]:
 
 
 _CHOSEN, _REJECTED, _CANDIDATE = map(ROLES.index, (CHOSEN, REJECTED, CANDIDATE))
+_MISMATCHED = ROLES.index("mismatched")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -316,8 +317,12 @@ class Columns:
         return first[is_ordered], last[is_ordered]
 
     def judged_alone(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the good and the bad completions of unpaired feedback, int64 `[A]` and `[B]`."""
-        single = self.offsets[:-1][self.sizes == 1]
+        """Return the good and the bad completions of unpaired feedback, int64 `[A]` and `[B]`.
+
+        The answer to another prompt that KTO adds to a group is not counted.
+        """
+        is_added = self.roles[self.offsets[1:] - 1] == _MISMATCHED
+        single = self.offsets[:-1][self.sizes - is_added == 1]
         roles = self.roles[single]
         return single[roles == _CHOSEN], single[roles == _REJECTED]
 

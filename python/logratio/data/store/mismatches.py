@@ -5,25 +5,17 @@ answers to other prompts. The pairs of groups are drawn once, so that their refe
 be computed, cached and resumed like all others.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import ROLES, SharedLayout, Store, StoreWriter
+from logratio.data.store.slices import SLICE_FIELDS, alternating, firsts, prompt_ids, slices
 from logratio.data.tokenization.groups import GroupArrays, no_values
 from logratio.errors import ConfigError
 
 MISMATCHED = ROLES.index("mismatched")
-
-SLICE_TOKENS = 1 << 20
-"""Tokens of the groups that are in memory at a time."""
-
-_FIELDS = (
-    *("input_ids", "target_ids", "completion_mask", "completion_offsets"),
-    *("prompt_lengths", "completion_lengths", "group_sizes", "roles", "completions"),
-)
 
 
 def with_mismatches(store: Store, seed: int, path: Path | None, max_length: int) -> Store:
@@ -63,9 +55,9 @@ def with_mismatches(store: Store, seed: int, path: Path | None, max_length: int)
     values, (files, lines) = store.values(), store.sources()
     writer = StoreWriter(path)
     try:
-        for first, stop in _slices(store):
-            own = store.shared_layout(np.arange(first, stop), fields=_FIELDS)
-            other = store.shared_layout(partners[first:stop], fields=_FIELDS)
+        for first, stop in slices(store):
+            own = store.shared_layout(np.arange(first, stop), fields=SLICE_FIELDS)
+            other = store.shared_layout(partners[first:stop], fields=SLICE_FIELDS)
             sources = files[first:stop], lines[first:stop]
             _joined(own, other, values[own.completions], sources, max_length).push(writer)
         return writer.finish(store.metadata)
@@ -108,17 +100,6 @@ def mismatched_groups(prompts: NDArray[np.uint64], seed: int) -> NDArray[np.int6
     return partners
 
 
-def _slices(store: Store) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of slices of about `SLICE_TOKENS` tokens."""
-    ends = np.cumsum(store.shared_lengths(), dtype=np.int64)
-    first = 0
-    while first < len(ends):
-        done = int(ends[first - 1]) if first else 0
-        stop = max(first + 1, int(np.searchsorted(ends, done + SLICE_TOKENS, "right")))
-        yield first, stop
-        first = stop
-
-
 def _prompt_hashes(store: Store) -> NDArray[np.uint64]:
     """Hash the ids of every prompt: uint64 `[G]`.
 
@@ -128,32 +109,14 @@ def _prompt_hashes(store: Store) -> NDArray[np.uint64]:
     random = np.random.default_rng(0)
     factors = random.integers(1, 1 << 63, int(lengths.max(initial=0)), np.uint64)
     hashes = np.empty(len(store), np.uint64)
-    for first, stop in _slices(store):
-        layout = store.shared_layout(np.arange(first, stop), fields=_FIELDS)
-        ids, own = _prompts(layout), lengths[first:stop].astype(np.int64)
+    for first, stop in slices(store):
+        layout = store.shared_layout(np.arange(first, stop), fields=SLICE_FIELDS)
+        ids, own = prompt_ids(layout), lengths[first:stop].astype(np.int64)
         starts = np.cumsum(own) - own
         places = np.arange(len(ids)) - np.repeat(starts, own)
         terms = (ids.astype(np.uint64) + np.uint64(1)) * factors[places]
         hashes[first:stop] = np.add.reduceat(terms, starts)
     return hashes
-
-
-def _prompts(layout: SharedLayout) -> NDArray[np.int32]:
-    """Extract the concatenated prompts of groups."""
-    answers = np.add.reduceat(layout.completion_lengths, _firsts(layout))
-    is_answer = _alternating(layout.prompt_lengths, answers)
-    return layout.input_ids.ravel()[~is_answer].astype(np.int32)
-
-
-def _firsts(layout: SharedLayout) -> NDArray[np.int64]:
-    """Return the place of each group's first completion in the layout."""
-    return np.cumsum(layout.group_sizes) - layout.group_sizes
-
-
-def _alternating(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return where parts of the second kind are, if parts of both kinds and lengths alternate."""
-    lengths = np.column_stack((one, other)).ravel()
-    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
 
 
 def _joined(
@@ -165,9 +128,9 @@ def _joined(
 ) -> GroupArrays:
     """Build groups, each followed by the first completion of the group at the same place."""
     ids, mask, lengths = _cut(other, max_length - own.prompt_lengths)
-    answers = np.add.reduceat(own.completion_lengths, _firsts(own))
-    is_added = _alternating(answers, lengths)  # of tokens
-    is_new = _alternating(own.group_sizes, np.ones_like(own.group_sizes))  # of completions
+    answers = np.add.reduceat(own.completion_lengths, firsts(own))
+    is_added = alternating(answers, lengths)  # of tokens
+    is_new = alternating(own.group_sizes, np.ones_like(own.group_sizes))  # of completions
     tokens, completions = len(is_added), len(is_new)
     every_id, every_mask = np.empty(tokens, np.int32), np.empty(tokens, np.uint8)
     every_id[~is_added], every_id[is_added] = own.target_ids, ids
@@ -179,7 +142,7 @@ def _joined(
     every_value = no_values(completions)
     every_value[~is_new] = values
     return GroupArrays(
-        _prompts(own),
+        prompt_ids(own),
         own.prompt_lengths.astype(np.uint32),
         every_id,
         every_mask,
@@ -195,7 +158,7 @@ def _cut(
     layout: SharedLayout, room: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
     """Return ids, mask and lengths of each group's first completion, of at most `room` tokens."""
-    first = _firsts(layout)
+    first = firsts(layout)
     lengths = np.minimum(layout.completion_lengths[first], room)
     starts = np.cumsum(lengths) - lengths
     shift = np.repeat(layout.completion_offsets[first] - starts, lengths)

@@ -8,6 +8,7 @@ import torch
 from logratio._rust import ROLES, Store
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.store.load import source_names
+from logratio.data.store.unpaired import are_pairs
 from logratio.errors import ConfigError
 from logratio.training.methods.group_data import GroupData, group_weights
 from logratio.training.methods.logps import CHOSEN, MARGIN, MISMATCHED, REJECTED, GroupLogps
@@ -17,7 +18,7 @@ from logratio.training.methods.table import DataKind
 CANDIDATE, DEMONSTRATION = map(ROLES.index, ("candidate", "demonstration"))
 _KINDS: dict[DataKind, tuple[Kind, ...] | None] = {
     "pairs": ("pair",),
-    "labelled answers": ("unpaired",),
+    "labelled answers": ("unpaired", "pair"),
     "lists": ("group", "pair"),
     "demonstrations": None,
 }
@@ -99,9 +100,8 @@ def check_groups(store: Store, data: DataKind, what: str) -> None:
 def kinds_of(store: Store) -> dict[DataKind, np.ndarray]:
     """Return for each kind of data whether each group is of this kind, bool `[G]`."""
     offsets, roles = store.completion_offsets(), store.roles()
-    sizes, first = np.diff(offsets), roles[offsets[:-1]]
+    sizes, first, is_pair = np.diff(offsets), roles[offsets[:-1]], are_pairs(store)
     second = roles[np.minimum(offsets[:-1] + 1, len(roles) - 1)]
-    is_pair = (sizes == 2) & (first == CHOSEN) & (second == REJECTED)
     is_labelled = np.isin(first, (CHOSEN, REJECTED))
     alone = (sizes == 1) | ((sizes == 2) & (second == MISMATCHED))
     candidates = np.add.reduceat(roles == CANDIDATE, offsets[:-1]) == sizes

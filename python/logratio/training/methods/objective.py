@@ -15,6 +15,7 @@ from torch import Tensor
 
 from logratio.errors import ConfigError
 from logratio.logps.batch import TargetTokens
+from logratio.synonyms import LOSSES, VALUES
 from logratio.training.config import TrainConfig
 from logratio.training.methods.columns import (
     Columns,
@@ -313,16 +314,18 @@ def method_named(name: str) -> Method:
         return method
     if ":" not in name:
         raise ConfigError(
-            f"--loss {name!r} is unknown{_near(name)}; choose from "
-            f"{', '.join((*METHODS, *MIXTURES))}, "
+            f"--loss {name!r} is {_instead(name)}; choose from {', '.join((*METHODS, *MIXTURES))}, "
             "or name a function as module:function"
         )
     return _own_method(name)
 
 
-def _near(name: str) -> str:
+def _instead(name: str) -> str:
+    """Say that a method is unknown, and what to give: TRL's equivalent, or the nearest name."""
+    if own := VALUES.get(("--loss-type", name)) or LOSSES.get(name):
+        return f"a name of TRL: give {own}"
     near = get_close_matches(name.casefold().replace("_", "-"), (*METHODS, *MIXTURES), 1)
-    return f", did you mean {near[0]}?" if near else ""
+    return f"unknown, did you mean {near[0]}?" if near else "unknown"
 
 
 def _own_method(path: str) -> Method:

@@ -468,3 +468,25 @@ def test_lengths_that_do_not_vary_have_no_effect_size() -> None:
     assert one_longer(1, 2, 1).varies
     same = unpaired_bias(Distribution.of(np.array([5, 5])), Distribution.of(np.array([1, 1])))
     assert not same.varies
+
+
+@pytest.mark.parametrize(("good", "bad"), [(3, 2), (3, 0), (0, 2)])
+def test_good_and_bad_answers_are_counted_and_a_missing_kind_is_named(good: int, bad: int) -> None:
+    answers: list[Group] = [(2, [(4, 4, CHOSEN)])] * good + [(2, [(3, 3, REJECTED)])] * bad
+    mismatched = ROLES.index("mismatched")
+    added: list[Group] = [(prompt, [*own, (5, 5, mismatched)]) for prompt, own in answers]
+    for groups in (answers, added):  # KTO adds answers to other prompts
+        found = analyse(make(groups))
+        assert found.labels == (good, bad)
+        assert found.to_dict()["labels"] == {"good": good, "bad": bad}
+        counts = f"{good} good answers, {bad} bad answers"
+        assert counts in found.to_text()
+        assert counts in found.to_summary()
+        codes = [one.code for one in found.findings]
+        assert ("W527" in codes) == (not (good and bad))
+
+
+def test_pairs_have_no_counts_of_labels() -> None:
+    found = analyse(make(pairs((5, 4, 2), (5, 3, 2))))
+    assert found.labels is None
+    assert "good answer" not in found.to_text()

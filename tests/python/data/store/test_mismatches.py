@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
 from logratio._rust import ROLES, Store, StoreWriter
-from logratio.data.store import mismatches
+from logratio.data.store import slices
 from logratio.data.store.mismatches import mismatched_groups, with_mismatches
 from logratio.errors import ConfigError
 
@@ -121,7 +121,7 @@ def test_the_seed_decides_and_the_slices_do_not(
     assert first.digest == on_disk.digest == Store.open(tmp_path / "whole.store").digest
     assert with_mismatches(before, 4, None, 6).digest != first.digest
     for tokens in (1, 17, 100):
-        monkeypatch.setattr(mismatches, "SLICE_TOKENS", tokens)
+        monkeypatch.setattr(slices, "SLICE_TOKENS", tokens)
         assert with_mismatches(before, 3, None, 6).digest == first.digest
 
 

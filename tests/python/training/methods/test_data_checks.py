@@ -39,7 +39,6 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("kind", "loss", "advice"),
     [
-        ("pairs", "kto", "dpo.? trains on pairs"),
         ("answers", "dpo", "kto"),
         ("answers", "plackett-luce", "kto"),
         ("lists", "kto", "plackett-luce"),
@@ -48,7 +47,7 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def test_rows_of_another_kind_name_their_place_and_what_trains_on_them(
     kind: str, loss: str, advice: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    write = {"pairs": write_pairs, "answers": write_answers, "lists": write_lists}[kind]
+    write = {"answers": write_answers, "lists": write_lists}[kind]
     data = write(tmp_path / f"{kind}.jsonl", 6)
     settings: dict[str, Any] = {}
     if kind == "lists":
@@ -56,6 +55,33 @@ def test_rows_of_another_kind_name_their_place_and_what_trains_on_them(
     with pytest.raises(BadDataError, match=advice) as caught:
         trainer(tiny_model, data, loss, **settings)
     assert f"{kind}.jsonl:1 [E206]" in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco-unpaired", "apo-zero-unpaired"])
+def test_pairs_are_taken_apart_for_methods_of_labelled_answers(
+    loss: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As in TRL's KTOTrainer: chosen answers are good, rejected ones bad."""
+    made = trainer(tiny_model, write_pairs(tmp_path / "pairs.jsonl", 6), loss)
+    assert len(made.store) == 12
+    assert kinds_of(made.store)["labelled answers"].all()
+    own = made.store.roles()[made.store.completion_offsets()[:-1]]
+    assert own.tolist() == [0, 1] * 6
+    assert not list(tmp_path.glob("**/*.rows")) + list(tmp_path.glob("**/*.answers"))
+
+
+def test_the_answers_of_pairs_are_those_that_a_cache_has(tiny_model: Path, tmp_path: Path) -> None:
+    data, cache = write_pairs(tmp_path / "pairs.jsonl", 6), tmp_path / "cache"
+    precompute(PrecomputeConfig(tiny_model, data, cache, mismatched=True), show_progress=False)
+    assert trainer(tiny_model, data, "kto", cache=cache).cached
+
+
+def test_a_list_is_no_pair_of_a_good_and_a_bad_answer(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_lists(tmp_path / "lists.jsonl", 6)
+    with pytest.raises(ConfigError, match="makes several pairs"):
+        trainer(tiny_model, data, "kto")
+    best = FormatSettings(lists="best_worst")
+    assert len(trainer(tiny_model, data, "kto", formats=best).store) == 12
 
 
 def test_pairs_without_a_margin_are_refused_by_odpo(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from loss_inputs import objective_of
 
 from logratio.cli.objective_flags import Objective as CommandLine
 from logratio.errors import ConfigError
+from logratio.synonyms import LOSSES
 from logratio.training.config import TrainConfig
 from logratio.training.methods.objective import ALONE, Objective, terms_of
 from logratio.training.methods.table import METHODS, MIXTURES, Option
@@ -138,7 +139,8 @@ def test_a_loss_that_is_no_text_is_refused_with_what_works(loss: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("dppo", "dpo"), ("KTO", "kto"), ("apo_zero", "apo-zero"), ("orpp", "orpo")]
+    ("name", "near"),
+    [("dppo", "dpo"), ("KTO", "kto"), ("best_worst", "best-worst"), ("orpp", "orpo")],
 )
 def test_an_unknown_method_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown, did you mean {near}"):
@@ -187,3 +189,11 @@ def test_a_range_is_written_in_words(option: Option, words: str) -> None:
 def test_an_option_out_of_range_is_answered_with_its_range() -> None:
     with pytest.raises(ConfigError, match="loss kto: desirable_weight must be above 0, not 0"):
         objective_of("kto", desirable_weight=0.0)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "sigmoid", "exo_pair", "apo_zero"])
+def test_a_loss_of_trl_is_answered_with_the_method_here(name: str) -> None:
+    with pytest.raises(ConfigError, match="is a name of TRL: give ") as caught:
+        objective_of(name)
+    own = str(caught.value).partition("give ")[2].partition(";")[0].partition(",")[0]
+    assert own in METHODS
