@@ -258,8 +258,8 @@ class Formats:
         ),
     ] = None
     lists: Annotated[
-        Lists, typer.Option("--lists", help="How a ranked or scored list becomes records.",
-                            rich_help_panel=DATA),
+        Lists, typer.Option("--lists", help="How a ranked or scored list becomes records. Methods "
+                            "for lists always read whole lists.", rich_help_panel=DATA),
     ] = Lists.PAIRS  # fmt: skip
     strings: Annotated[
         Strings | None,

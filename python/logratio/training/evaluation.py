@@ -1,7 +1,7 @@
 """Evaluate a policy on held-out preferences: accuracy, calibration, KL from the reference."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,8 @@ from logratio.training.dataset import (
     once_per_host,
 )
 from logratio.training.evaluation_result import Evaluation, KlEstimate, summarize
-from logratio.training.methods.data_checks import check_groups
+from logratio.training.methods.data_checks import check_groups, kinds_of
+from logratio.training.methods.table import METHODS, DataKind
 from logratio.training.models import (
     autocast,
     base_folder,
@@ -49,7 +50,7 @@ from logratio.training.parallel.lifeline import ending_together
 from logratio.training.parallel.processes import Processes, join_processes
 from logratio.training.parallel.shares import updates_of
 from logratio.training.reward_model import is_reward_model
-from logratio.training.run_folder import note_unfinished, reward_beta
+from logratio.training.run_folder import note_unfinished, reward_beta, settings_of
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
 
@@ -238,7 +239,7 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
             config.policy,
             data,
             config.rules,
-            replace(config.formats, kinds=("pair",)),
+            replace(config.formats, kinds=("pair", "unpaired", "group")),
             path=path,
             max_bad_fraction=config.max_bad_fraction,
             show_progress=show_progress,
@@ -248,11 +249,30 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
     is_alone = processes.count == 1
     data = config.data
     dataset = load(data, None) if is_alone else once_per_host(load, data, None, processes)
-    check_groups(dataset.store, "pairs", "an evaluation")
+    _check_pairs(dataset.store)
     if config.reference is not None:
         check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
     check_sampling(config.models, config.samples, config.max_new_tokens, dataset.store)
     return Evaluating(config, dataset, beta, show_progress, processes)
+
+
+def _check_pairs(store: Store) -> None:
+    """Check that the held-out data has pairs, and name what evaluates other data."""
+    found = kinds_of(store)
+    for kind, advice in _ELSEWHERE.items():
+        if found[kind].any() and not found["pairs"].all():
+            raise ConfigError(f"evaluate measures pairs, and the data has {kind}: {advice}")
+    check_groups(store, "pairs", "an evaluation")
+
+
+_ELSEWHERE: Mapping[DataKind, str] = {
+    "labelled answers": "give them as --eval-data to `logratio train`, which measures the loss and "
+    "the mean rewards of good and bad answers",
+    "lists": "give --lists pairs, which makes all pairs of a list, or give them as --eval-data to "
+    "`logratio train`",
+    "demonstrations": "give them as --eval-data to `logratio train`",
+}
+"""What evaluates data of other kinds."""
 
 
 def _check_models(config: EvaluateConfig) -> float | None:
@@ -263,10 +283,7 @@ def _check_models(config: EvaluateConfig) -> float | None:
         check_model_folder(Path(folder), rewards=is_scored)
     if not is_scored:
         if config.reference is None:
-            raise ConfigError(
-                "--reference is missing: the reward of a policy is β times its log-ratio to the "
-                "reference. Only a reward model (--loss bradley-terry) needs none"
-            )
+            raise ConfigError(_no_reference(policy))
         return reward_beta(policy, config.beta)
     given = {"reference": config.reference, "beta": config.beta, "samples": config.samples or None}
     for name, value in given.items():
@@ -276,6 +293,20 @@ def _check_models(config: EvaluateConfig) -> float | None:
                 f"write; remove --{name}"
             )
     return None
+
+
+def _no_reference(policy: Path) -> str:
+    """Say why an evaluation needs a reference, and what evaluates a loss without one."""
+    loss = (settings_of(policy) or {}).get("loss")
+    needed = (
+        "--reference is missing: the reward of a policy is β times its log-ratio to the reference"
+    )
+    if (method := METHODS.get(loss or "")) and not method.needs_reference:
+        return (
+            f"{needed}. {policy} was trained with {loss}, whose own rewards have none: --eval-data "
+            "of `logratio train` measures them"
+        )
+    return f"{needed}. Only a reward model (--loss bradley-terry) needs none"
 
 
 def check_sampling(

@@ -23,12 +23,13 @@ _LEFT_OUT = {
     *("model", "data", "output", "cache", "reference", "eval_data", "loss", "beta"),
     *("resume", "overwrite", "report", "report_to", "run_name", "project", "device", "read_mode"),
     *("precompute", "save_every", "keep_checkpoints", "offload_activations"),
-    *("activation_checkpointing", "revision"),
+    *("activation_checkpointing", "revision", "parallel"),
 }
 """Settings that are shown elsewhere on the card, or that do not change the model."""
 _OFF = {
     *("label_smoothing", "gamma", "eval_share", "eval_samples", "max_bad_fraction"),
     *("lora.dropout", "compile_layers", "formats.lists"),
+    *("study_flipped_labels", "router_aux_loss_coef"),
 }
 """Settings whose default does nothing."""
 _EVALUATED = {
@@ -247,6 +248,8 @@ def _without_effect(config: TrainConfig) -> set[str]:
     """Return the settings that other settings of the run make void."""
     void = set[str]()
     void |= {*ALONE} - {name for term in Objective.of(config).terms for name in term.options}
+    if not config.sync_reference:
+        void |= {"reference_mixup_alpha", "reference_sync_steps"}
     if config.lr_scheduler != "wsd":
         void.add("decay")
     if config.lr_scheduler == "constant":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_groups import write_answers, write_lists
 
+from logratio.data.formats.settings import FormatSettings
 from logratio.errors import ConfigError
 from logratio.forecast import OutputError
 from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
@@ -140,3 +143,25 @@ def test_a_file_of_samples_needs_samples_and_a_place(
     config = replace(config, samples=2, samples_file=tmp_path / "file" / "s.jsonl")
     with pytest.raises(OutputError):
         evaluate(config)
+
+
+def test_data_without_pairs_names_what_evaluates_it(tiny_model: Path, tmp_path: Path) -> None:
+    answers = write_answers(tmp_path / "answers.jsonl", 4)
+    config = EvaluateConfig(tiny_model, tiny_model, answers, beta=0.1)
+    with pytest.raises(ConfigError, match="has labelled answers: give them as eval_data to"):
+        evaluate(config, show_progress=False)
+    lists = write_lists(tmp_path / "lists.jsonl", 4)
+    groups = replace(config, data=lists, formats=FormatSettings(lists="groups"))
+    with pytest.raises(ConfigError, match="has lists: give .* pairs, which makes all pairs"):
+        evaluate(groups, show_progress=False)
+    assert evaluate(replace(config, data=lists), show_progress=False).pairs > 4
+
+
+def test_a_policy_of_a_loss_without_reference_names_what_measures_its_rewards(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "policy"))
+    for loss, words in (("simpo", "was trained with simpo, whose own"), ("dpo", "Only a reward")):
+        (folder / "training.json").write_text(json.dumps({"loss": loss}))
+        with pytest.raises(ConfigError, match=words):
+            evaluate(EvaluateConfig(folder, None, pairs_file), show_progress=False)

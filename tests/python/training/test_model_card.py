@@ -99,10 +99,15 @@ def test_settings_without_effect_are_not_on_it(config: TrainConfig) -> None:
     plain = tables(card_of(config)).keys()
     assert not {"gamma", "decay", "epochs", "max_new_tokens", "adapter", "save_every"} & plain
     assert not {"label_smoothing", "deterministic", "compile_layers"} & plain
+    assert not {"reference_mixup_alpha", "reference_sync_steps", "parallel"} & plain
+    assert not {"study_flipped_labels", "router_aux_loss_coef"} & plain
     assert {"max_steps", "min_lr_rate", "weight_decay", "eval_every", "rules.append_eos"} <= plain
     settings: dict[str, Any] = {"lr_scheduler": "wsd", "loss": "simpo", "label_smoothing": 0.1}
     quiet(with_(config, overwrite=True, **settings))
     assert {"gamma", "decay", "epochs", "label_smoothing"} <= tables(card_of(config)).keys()
+    quiet(with_(config, overwrite=True, sync_reference=True, reference_sync_steps=1))
+    moving = {"sync_reference", "reference_mixup_alpha", "reference_sync_steps"}
+    assert moving <= tables(card_of(config)).keys()
 
 
 def test_an_evaluation_is_added_once_and_never_to_a_card_of_the_users(

@@ -37,7 +37,16 @@ _ADVICE: dict[DataKind, str] = {
 
 
 def formats_for(data: DataKind, formats: FormatSettings) -> FormatSettings:
-    """Return how rows are read for a method that trains on `data`."""
+    """Return how rows are read for a method that trains on `data`.
+
+    Raises:
+        ConfigError: The settings turn lists into pairs, and the method trains on whole lists.
+    """
+    if data == "lists" and formats.lists == "best_worst":
+        raise ConfigError(
+            "--lists best_worst makes one pair of each list, and the loss trains on whole lists: "
+            "remove --lists, or give --loss best-worst or dpo"
+        )
     lists = "groups" if data == "lists" else formats.lists
     is_sft = data == "demonstrations"
     return replace(formats, demonstrations=is_sft, kinds=_KINDS[data], lists=lists)

@@ -155,3 +155,13 @@ def test_every_kind_is_recognised(data: Any) -> None:
     found = kinds_of(store_for(data))
     assert found[data].all()
     assert {kind for kind, fits in found.items() if fits.all()} <= {data, "lists"}
+
+
+def test_a_pair_of_each_list_is_no_data_of_a_method_for_lists(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_lists(tmp_path / "lists.jsonl", 4)
+    for loss in ("plackett-luce", "lipo"):
+        with pytest.raises(ConfigError, match=r"lists best_worst makes one pair .*whole lists"):
+            trainer(tiny_model, data, loss, formats=FormatSettings(lists="best_worst"))
+    assert len(trainer(tiny_model, data, "lipo").store) == 4
