@@ -152,7 +152,7 @@ def test_data_without_pairs_names_what_evaluates_it(tiny_model: Path, tmp_path: 
         evaluate(config, show_progress=False)
     lists = write_lists(tmp_path / "lists.jsonl", 4)
     groups = replace(config, data=lists, formats=FormatSettings(lists="groups"))
-    with pytest.raises(ConfigError, match="has lists: give .* pairs, which makes all pairs"):
+    with pytest.raises(ConfigError, match=r"has lists: give .* pairs, which makes all pairs"):
         evaluate(groups, show_progress=False)
     assert evaluate(replace(config, data=lists), show_progress=False).pairs > 4
 
