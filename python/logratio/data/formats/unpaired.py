@@ -1,5 +1,7 @@
 """One completion: with a boolean label, or as a demonstration to imitate."""
 
+from typing import Any
+
 from logratio.data import conversations
 from logratio.data.formats.catalogue import ANSWERS, COMPLETIONS, THUMBS
 from logratio.data.formats.labels import BAD, GOOD, Label, spelled
@@ -76,10 +78,31 @@ def _is_good(view: RowView, name: str, label: Label | None) -> bool:
     if not isinstance(value, bool):
         reason = (
             f"{key!r} is {spelled(value):.40}, not a boolean: name the good and the bad value, as "
-            f"in --label '{key}: 1=good 0=bad'"
+            f"in --label '{key}: {_meanings(value)}'"
         )
         raise InvalidRecordError("E209", reason)
     return value
+
+
+_OPPOSITES = (
+    *(("1", "0"), ("1", "-1"), ("1.0", "0.0"), ("yes", "no"), ("true", "false"), ("good", "bad")),
+    *(("up", "down"), ("like", "dislike"), ("positive", "negative"), ("accept", "reject")),
+)
+
+
+def _meanings(value: Any) -> str:
+    """Return an example for ``--label`` with the value of the row."""
+    own = spelled(value).strip("'\"")
+    for pair in _OPPOSITES:
+        if own.casefold() in pair:
+            good, bad = (own if one == own.casefold() else _as(own, one) for one in pair)
+            return f"{good}=good {bad}=bad"
+    return f"{own:.20}=good …=bad"
+
+
+def _as(like: str, word: str) -> str:
+    """Return a word in the case of another one."""
+    return word.upper() if like.isupper() else word.title() if like.istitle() else word
 
 
 _QUESTIONS = ("instruction", "question", "query", "input", "prompt")

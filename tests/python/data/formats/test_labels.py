@@ -184,3 +184,24 @@ def test_public_datasets_are_read_as_their_cards_define(
     label = f"{key}: <0=response_2 >0=response_1" if name == "helpsteer2" else None
     if label:
         assert winner(row | {key: -1}, label) == "good b"
+
+
+@pytest.mark.parametrize(
+    ("value", "meanings"),
+    [
+        (1, "1=good 0=bad"),
+        (-1, "1=good -1=bad"),
+        ("yes", "yes=good no=bad"),
+        ("No", "Yes=good No=bad"),
+        ("TRUE", "TRUE=good FALSE=bad"),
+        ("fine", "fine=good …=bad"),
+    ],
+)
+def test_advice_for_a_thumb_has_the_value_of_the_row(value: object, meanings: str) -> None:
+    row = {"prompt": "p", "completion": "c", "label": value}
+    with pytest.raises(InvalidRecordError, match="E209") as refused:
+        Decoder(FormatSettings()).decode(row, HERE)
+    assert f"--label 'label: {meanings}'" in str(refused.value)
+    if "…" not in meanings:
+        settings = FormatSettings(label=f"label: {meanings}")
+        assert Decoder(settings).decode(row, HERE).records
