@@ -10,9 +10,10 @@ from logratio.cli import options
 from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, Settings, takes_flags
 from logratio.cli.train import announce
+from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
-    from logratio.training.evaluation_result import Evaluation
+    from logratio.data.analysis.evaluation_result import Evaluation
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,18 @@ SAMPLING = Sampling()
 @takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
-    policy: Annotated[
-        Path, typer.Option(help="Folder or id of the trained model, adapter or reward model.")
-    ],
     data: options.Data,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Folder or id of the trained model, adapter or reward model."),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --policy: a bundle written by `logratio export`, which needs neither "
+            "a reference nor torch and has its own tokenizer, rules and β."
+        ),
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -69,7 +78,14 @@ def evaluate(
     device: options.Device = None,
     dry_run: options.DryRun = False,
 ) -> None:  # fmt: skip
-    """Measure a policy on held-out pairs: accuracy, margin, log-ratios, calibration, KL."""
+    """Measure a policy or a bundle on held-out pairs: accuracy, margin, calibration, KL."""
+    if bundle is not None:
+        given = {"policy": policy, "reference": reference, "beta": beta, "device": device}
+        _refuse_of_bundle(given | {"precision": precision}, sampling, reading)
+        _evaluate_bundle(bundle, data, reading, json_file, dry_run)
+        return
+    if policy is None:
+        raise ConfigError("--policy is missing: give a trained model, or --bundle")
     from logratio.forecast import check_writable
     from logratio.training.config import EvaluateConfig
     from logratio.training.evaluation import prepare
@@ -102,6 +118,43 @@ def evaluate(
             _print_evaluation(result)
         if json_file:
             options.write_json(json_file, result.to_dict())
+
+
+def _refuse_of_bundle(given: dict[str, object], sampling: Sampling, reading: Reading) -> None:
+    """Refuse settings that a bundle has itself, or cannot have."""
+    changed = [name for name, value in given.items() if value is not None]
+    changed += ["samples"] * (sampling != SAMPLING)
+    if changed:
+        flags = ", ".join(f"--{name}" for name in changed)
+        raise ConfigError(f"--bundle has its own models and β, and cannot write: remove {flags}")
+    if reading.rules != READING.rules:
+        raise ConfigError(
+            "--bundle has its own tokenization rules: remove the flags that change them, such as "
+            "--max-length"
+        )
+
+
+def _evaluate_bundle(
+    bundle: Path, data: list[Path], reading: Reading, json_file: Path | None, dry_run: bool
+) -> None:
+    from logratio.data.analysis.report import analyse
+    from logratio.forecast import check_writable
+    from logratio.serving.bundle_evaluation import bundle_pairs, evaluate_bundle
+    from logratio.serving.reranker import Reranker
+
+    if json_file and not options.is_stdout(json_file):
+        check_writable(json_file.parent)
+    store, report = bundle_pairs(
+        bundle, data, formats=reading.settings(), max_bad_fraction=reading.max_bad_fraction
+    )
+    typer.echo(analyse(store, report).to_summary(), err=True)
+    if dry_run:
+        return
+    result = evaluate_bundle(Reranker.load(bundle), store)
+    if not options.is_stdout(json_file):
+        _print_evaluation(result)
+    if json_file:
+        options.write_json(json_file, result.to_dict())
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from logratio.data.analysis.evaluation_result import Evaluation
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.demo import task
 from logratio.export.export import ExportConfig, export_bundle
 from logratio.synonyms import takes_known_names
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from logratio.training.evaluation import evaluate
-from logratio.training.evaluation_result import Evaluation
 from logratio.training.precomputation import precompute
 from logratio.training.run_folder import RunExistsError
 from logratio.training.trainer import train

@@ -5,6 +5,7 @@ when it is served. Never imports torch or transformers.
 """
 
 from logratio.bundle import BundleError
+from logratio.serving.bundle_evaluation import bundle_pairs, evaluate_bundle
 from logratio.serving.rank_file import RankSummary, rank_file, rank_forecast
 from logratio.serving.reranker import NoCandidateError, Reranker, Score
 from logratio.serving.session import ProviderError
@@ -16,6 +17,8 @@ __all__ = [
     "RankSummary",
     "Reranker",
     "Score",
+    "bundle_pairs",
+    "evaluate_bundle",
     "rank_file",
     "rank_forecast",
 ]

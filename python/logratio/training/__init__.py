@@ -4,6 +4,7 @@
 does; the parts can be used alone.
 """
 
+from logratio.data.analysis.evaluation_result import Evaluation, KlEstimate
 from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import completion_logps
 from logratio.training.callbacks import Callback, CallbackError, RunState
@@ -21,7 +22,6 @@ from logratio.training.config import (
 )
 from logratio.training.dataset import VocabularyError
 from logratio.training.evaluation import Sample, evaluate
-from logratio.training.evaluation_result import Evaluation, KlEstimate
 from logratio.training.held_out import HeldOutResult
 from logratio.training.lora import read_lora_config
 from logratio.training.memory import MemoryShortageError

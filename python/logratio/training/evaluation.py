@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import Store
+from logratio.data.analysis.evaluation_result import Evaluation, KlEstimate, summarize
 from logratio.data.feed import Feed, FeedSettings, lay_out
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -33,7 +34,6 @@ from logratio.training.dataset import (
     max_positions,
     once_per_host,
 )
-from logratio.training.evaluation_result import Evaluation, KlEstimate, summarize
 from logratio.training.methods.data_checks import check_groups, kinds_of
 from logratio.training.methods.table import METHODS, DataKind
 from logratio.training.models import (

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from logratio._rust import Store
+from logratio.data.analysis.distributions import calibration, distributions
+from logratio.data.analysis.evaluation_result import KlEstimate, by_source
 from logratio.data.analysis.statistics import wilson
 from logratio.data.readers.inputs import as_inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -21,7 +23,6 @@ from logratio.logps.batch import Batch
 from logratio.progress import say
 from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset, load_training_data
-from logratio.training.distributions import calibration, distributions
 from logratio.training.evaluation import (
     Sample,
     check_sampling,
@@ -31,7 +32,6 @@ from logratio.training.evaluation import (
     sample_texts,
     sums_over,
 )
-from logratio.training.evaluation_result import KlEstimate, by_source
 from logratio.training.methods.columns import Columns, averages
 from logratio.training.methods.group_data import GroupData
 from logratio.training.methods.logps import GroupLogps

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logratio.data.analysis.evaluation_result import Evaluation
 from logratio.data.analysis.statistics import wilson
 from logratio.durable import published, sync
 from logratio.extras import MissingExtraError, require
 from logratio.picture_style import BLUE, GREEN, NO_DATE, ORANGE, SKY, STYLE
 from logratio.progress import say
 from logratio.training.config import TrainConfig
-from logratio.training.evaluation_result import Evaluation
 from logratio.training.validation import beta_of
 
 if TYPE_CHECKING:

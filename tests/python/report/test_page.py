@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import Run
 
+from logratio.data.analysis.distributions import distributions
 from logratio.errors import MissingInputError
 from logratio.report import pictures, write_report
 from logratio.report.page import page_of
 from logratio.report.pictures import POINTS, averaged
 from logratio.report.run_files import RunFiles, read_run
-from logratio.training.distributions import distributions
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>{{ 7*7 }}'
 

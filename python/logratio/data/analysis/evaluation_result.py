@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from logratio._rust import ROLES, Store
+from logratio.data.analysis.distributions import Calibration, calibration
 from logratio.forecast import count
-from logratio.training.distributions import Calibration, calibration
 
 
 @dataclass(frozen=True)

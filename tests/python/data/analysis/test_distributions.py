@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from logratio.training.distributions import BINS, calibration, distributions, histogram
+from logratio.data.analysis.distributions import BINS, calibration, distributions, histogram
 
 
 def test_counts_are_those_of_a_plain_loop() -> None:
