@@ -1,5 +1,6 @@
 """`logratio evaluate`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -120,7 +121,7 @@ def evaluate(
             options.write_json(json_file, result.to_dict())
 
 
-def _refuse_of_bundle(given: dict[str, object], sampling: Sampling, reading: Reading) -> None:
+def _refuse_of_bundle(given: Mapping[str, object], sampling: Sampling, reading: Reading) -> None:
     """Refuse settings that a bundle has itself, or cannot have."""
     changed = [name for name, value in given.items() if value is not None]
     changed += ["samples"] * (sampling != SAMPLING)
