@@ -1,9 +1,12 @@
 """Tiny bundles for many test files: exported once a session, copied where a test changes one."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -12,7 +15,15 @@ import torch
 from tiny_models import save_tiny_model
 from torch import nn
 
-from logratio.bundle import GRAPH, MANIFEST, describe_file
+from logratio.bundle import (
+    GRAPH,
+    MANIFEST,
+    TOKENIZATION,
+    BundleError,
+    describe_file,
+    golden_digest,
+    read_manifest,
+)
 from logratio.export import ExportConfig, export_bundle
 from logratio.serving import Reranker
 
@@ -48,38 +59,69 @@ def copy_bundle(factory: pytest.TempPathFactory, to: Path) -> Path:
 
 
 def rewrite_manifest(folder: Path, **values: object) -> None:
-    """Replace values of a bundle's manifest."""
+    """Replace values of a bundle's manifest, and the hashes that depend on them, as an attacker."""
     path = folder / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    changed = json.loads(path.read_text()) | values
+    if isinstance(changed["golden"], list):
+        changed["golden_digest"] = asdict(golden_digest(changed["golden"]))
+    path.write_text(json.dumps(changed))
+    with contextlib.suppress(BundleError):  # the values may be meant to be wrong
+        _store_digest(folder)
+
+
+def _store_digest(folder: Path) -> None:
+    """Store the hash of the tokenization in the graph, and the graph's hash in the manifest."""
+    manifest = read_manifest(folder)
+    digest = manifest.tokenization_digest
+    graph, known = folder / GRAPH, manifest.files[GRAPH]
+    if digest is None or not graph.is_file() or describe_file(graph) != known:
+        return
+    content = graph.read_bytes()
+    start = content.rfind(TOKENIZATION.encode()) + len(TOKENIZATION) + 2  # tag and length
+    if start < len(TOKENIZATION) + 2:
+        return
+    graph.write_bytes(content[:start] + digest.encode() + content[start + len(digest) :])
+    values = json.loads((folder / MANIFEST).read_text())
+    values["files"][GRAPH] = asdict(describe_file(graph))
+    (folder / MANIFEST).write_text(json.dumps(values))
 
 
 def with_template(folder: Path, template: str, **rules: object) -> Path:
-    """Give a bundle a chat template, with a golden chat as an export writes one."""
+    """Give a bundle a chat template and other rules, with golden groups as an export writes."""
     (folder / "chat_template.jinja").write_text(template)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    rewrite_manifest(
-        folder,
-        tokenization=manifest["tokenization"] | rules,
-        golden=[group for group in manifest["golden"] if group["prompt"] is None],
-    )
     accept_files(folder)
-    messages, completions = [{"role": "user", "content": "the cat"}], ["sits on", "runs"]
+    return with_rules(folder, chat=[{"role": "user", "content": "the cat"}], **rules)
+
+
+def with_rules(folder: Path, chat: list[dict[str, str]] | None = None, **rules: object) -> Path:
+    """Give a bundle other tokenization rules, and golden groups that fit them."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    rewrite_manifest(folder, tokenization=manifest["tokenization"] | rules)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reranker, "_check_chat", lambda self: None)
-        reranker = Reranker.load(folder)
-    group = reranker.encode(messages, completions)
-    scores = reranker.score(messages, completions)
-    chat = {
+        patch.setattr(Reranker, "replay", lambda *_: None)
+        reranker = Reranker.load(folder, truncate_completions=True)
+    text = _golden(reranker, {"prompt": "the cat", "completions": ["sits on", "runs"]})
+    limit = len(text["prompt_ids"]) + 1
+    known = [text, _golden(reranker, text | {"max_length": limit})]
+    known += [_golden(reranker, {"messages": chat, "completions": ["sits on"]})] if chat else []
+    golden = [group for group in manifest["golden"] if not group["completions"]]
+    rewrite_manifest(folder, golden=[*golden, *known])
+    return folder
+
+
+def _golden(reranker: Reranker, text: dict[str, Any]) -> dict[str, Any]:
+    """A golden group of a text, with the scores that the bundle gives it."""
+    encoder = reranker._encoder
+    if "max_length" in text:
+        encoder = encoder.shortened(text["max_length"])
+    group = encoder.encode(text.get("prompt", text.get("messages")), text["completions"])
+    (scores,) = reranker.score_groups([group])
+    return text | {
         "prompt_ids": list(group.prompt_ids),
         "candidates": [list(candidate.ids) for candidate in group.candidates],
         "policy_logps": [score.policy_logps for score in scores],
         "reference_logps": [score.reference_logps for score in scores],
-        "completions": completions,
-        "messages": messages,
     }
-    golden = json.loads((folder / MANIFEST).read_text())["golden"]
-    rewrite_manifest(folder, golden=[*golden, chat])
-    return folder
 
 
 def accept_files(folder: Path) -> None:

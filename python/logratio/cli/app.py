@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import typer
 
 from logratio.cli import (
+    bundle,
     cache,
     data,
     evaluate,
@@ -60,6 +61,7 @@ for command in (
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
+app.add_typer(bundle.app, name="bundle")
 
 
 @app.callback(invoke_without_command=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from logratio.cli.bundle import AllowedSigners, Expect, LoadSeconds
 from logratio.cli.options import DryRun, read_text_as
 
 Bundle = Annotated[Path, typer.Option(help="Bundle folder written by `logratio export`.")]
@@ -15,13 +16,6 @@ Fallback = Annotated[
     typer.Option(
         "--allow-fallback",
         help="Use the CPU if the requested execution provider is not available.",
-    ),
-]
-Digest = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHA256",
-        help="Load the bundle only if it has this digest, as printed by `logratio export`.",
     ),
 ]
 Provider = Annotated[
@@ -91,7 +85,9 @@ def rank(
     ] = None,
     provider: Provider = None,
     allow_fallback: Fallback = False,
-    digest: Digest = None,
+    expect: Expect = None,
+    allowed_signers: AllowedSigners = None,
+    load_seconds: LoadSeconds = 300.0,
     dry_run: DryRun = False,
 ) -> None:
     """Rank candidates by their implicit reward, without torch.
@@ -110,7 +106,12 @@ def rank(
         return
     providers = [provider] if provider else None
     reranker = Reranker.load(
-        bundle, providers=providers, allow_fallback=allow_fallback, digest=digest
+        bundle,
+        providers=providers,
+        allow_fallback=allow_fallback,
+        expect=expect,
+        allowed_signers=allowed_signers,
+        load_seconds=load_seconds,
     )
     total = math.inf if str(input_file) == "-" else input_file.stat().st_size
     with progress("ranking", total, "B") as advance:
@@ -135,7 +136,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     provider: Provider = None,
     allow_fallback: Fallback = False,
-    digest: Digest = None,
+    expect: Expect = None,
+    allowed_signers: AllowedSigners = None,
+    load_seconds: LoadSeconds = 300.0,
     max_request_tokens: Annotated[
         int | None,
         typer.Option(
@@ -164,7 +167,9 @@ def serve(
         providers=providers,
         allow_fallback=allow_fallback,
         limits=limits,
-        digest=digest,
+        expect=expect,
+        allowed_signers=allowed_signers,
+        load_seconds=load_seconds,
     )
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -88,11 +88,13 @@ def publish(folder: Path, manifest: Manifest, output: Path) -> None:
     """Write the manifest, verify all files, and rename the folder to `output`.
 
     Raises:
-        BundleError: A file does not read back as written (a failing disk).
+        BundleError: A file does not read back as written (a failing disk), or the graph contains
+            what no reranker would load.
         OSError: The disk is full, or `output` was created in the meantime.
     """
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    verify_files(folder, read_manifest(folder))
+    verify_files(folder, read_manifest(folder).files)
+    bundle.check_graph_file(folder, manifest.files, manifest.graph.opset)
     for path in (*folder.iterdir(), folder):
         sync(path)
     folder.replace(output)
@@ -295,13 +297,7 @@ def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -
         return replace(config.rules, text_as=config.text_as or config.rules.text_as)
     rules = _trained_rules(policy) or TokenizationRules()
     rules = replace(rules, text_as=config.text_as or rules.text_as or _trained_as(policy))
-    length = min(rules.max_length, max_positions(architecture))
-    prompt = rules.max_prompt_length
-    return replace(
-        rules,
-        max_length=length,
-        max_prompt_length=None if prompt is None else min(prompt, length - 1),
-    )
+    return rules.limited(max_positions(architecture))
 
 
 def _trained_as(policy: Path) -> TextAs | None:
@@ -403,10 +399,11 @@ class ExportResult:
         kind = _KINDS[graph.kind]
         worst = max(self.manifest.parity.values())
         unit = "" if self.manifest.is_reward_model else "nats "
+        digest = bundle.digest_of(bundle.manifest_bytes(self.output))
         return (
             f"{self.output}: {kind}, {size(sum(entry.size for entry in files.values()))}, opset "
             f"{graph.opset}; differs from torch by at most {worst:.1e} {unit}per sequence; "
-            f"{self.seconds:.0f} s; digest {bundle.digest_of(self.output)}"
+            f"{self.seconds:.0f} s; digest {digest}"
         )
 
 
@@ -463,14 +460,15 @@ class _Export:
         checked, beta = self._checked, self._plan.beta
         loaded = _load(self._plan, checked)
         report("models loaded, golden values computed")
-        session, opset, files = self._write_graph(loaded.scorer(beta))
+        files = self._write_tokenizer()
+        session, opset, graph_files = self._write_graph(loaded.scorer(beta), files)
+        files |= {name: bundle.describe_file(self._folder / name) for name in graph_files}
         report("graph written")
         try:
             parity = loaded.check(session, beta, checked)
         except ParityError as error:
             raise ExportError(f"the graph is not exact enough: {error}") from error
         report("graph verified against torch")
-        files += write_tokenizer(self._plan.tokenizer.files, self._folder)
         return Manifest(
             beta=self._plan.beta,
             policy=self._policy,
@@ -484,19 +482,33 @@ class _Export:
                 self._plan.vocabulary_size,
                 max_positions(self._plan.config),
             ),
-            files={name: bundle.describe_file(self._folder / name) for name in files},
+            files=files,
             golden=loaded.golden(self._golden_inputs),
             parity=parity,
             versions=_versions(),
+            method=_method(self._plan.policy),
         )
 
-    def _write_graph(self, scorer: RewardScorer | ScoreScorer) -> tuple[Any, int, list[str]]:
+    def _write_tokenizer(self) -> dict[str, bundle.FileEntry]:
+        names = write_tokenizer(self._plan.tokenizer.files, self._folder)
+        return {name: bundle.describe_file(self._folder / name) for name in names}
+
+    def _write_graph(
+        self, scorer: RewardScorer | ScoreScorer, tokenizer: Mapping[str, bundle.FileEntry]
+    ) -> tuple[Any, int, list[str]]:
         """Write the graph in the newest opset that both torch and ONNX Runtime support.
+
+        Args:
+            scorer: The models.
+            tokenizer: The files of the tokenizer.
 
         Returns:
             A session on the graph, its opset, and the names of the files.
         """
         properties = bundle.graph_properties(self._plan.beta, self._policy, self._reference)
+        properties[bundle.TOKENIZATION] = bundle.tokenization_digest(
+            self._plan.rules.to_dict(), _special_ids(self._plan), tokenizer, self._golden_inputs
+        )
         reasons = []
         for opset in OPSETS:
             try:
@@ -505,7 +517,7 @@ class _Export:
                 return _open(self._folder / GRAPH), int(model.opset_imports[""]), files
             except GraphError as error:
                 reasons.append(str(error))
-                for name in bundle.FILE_NAMES:
+                for name in (GRAPH, bundle.WEIGHTS):
                     (self._folder / name).unlink(missing_ok=True)
         raise ExportError(f"this model cannot be exported to ONNX ({'; '.join(reasons)})")
 
@@ -530,6 +542,12 @@ def _open(graph: Path) -> Any:
 def _special_ids(plan: ExportPlan) -> dict[str, int | None]:
     tokenizer = plan.tokenizer
     return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+
+
+def _method(policy: Path) -> str | None:
+    """Return the loss that trained the policy; None if it is not recorded."""
+    loss = (settings_of(policy) or {}).get("loss")
+    return loss if isinstance(loss, str) else None
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Verify an exported graph against torch's log-probs on golden groups."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
 from logratio.logps.scores import score_completions
 
-_LENGTHS = ((7, (1, 4, 9)), (3, (6, 2)), (23, (17, 30)))
-_LONG = (96, (48, 3))
+_LENGTHS = ((7, (1, 4, 9)), (3, (6, 2)), (23, (17, 30)), (96, (48, 3)))
+"""Tokens of prompts and candidates; the last group is much longer than the trace."""
 _PAST_WINDOW = 9
 _PROMPT = "Say in one line how the day went — naïve café, 3.14 − 2 = ?"
 _COMPLETIONS = (" It went well, thank you.", " 今日は 🙂 and\tthen some.")
+_SIMPLE, _SIMPLE_COMPLETIONS = "a", ("a a", "a")
+"""For vocabularies without the words above; `serving` expects a text group if it can encode "a"."""
 
 Ids = list[int]
 
@@ -36,12 +38,21 @@ class GoldenInput:
     prompt: str | None = None
     completions: list[str] | None = None
     messages: list[dict[str, str]] | None = None
+    max_length: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest candidate."""
+        return len(self.prompt_ids) + max(map(len, self.candidates))
 
 
 def golden_inputs(
     tokenizer: PreferenceTokenizer, vocabulary_size: int, max_length: int
 ) -> list[GoldenInput]:
-    """Return the groups stored in a bundle: random ids of several lengths, a text and a chat."""
+    """Return the groups stored in a bundle.
+
+    They are random ids of several lengths, one of them long; a text, a chat, and a truncated text.
+    """
     lengths = [_fitted(prompt, candidates, max_length) for prompt, candidates in _LENGTHS]
     chosen = [_random_group(*group, vocabulary_size) for group in lengths]
     return chosen + list(_text_groups(tokenizer, max_length))
@@ -50,12 +61,11 @@ def golden_inputs(
 def probing_inputs(
     config: PreTrainedConfig, vocabulary_size: int, max_length: int
 ) -> list[GoldenInput]:
-    """Return groups checked only at export: much longer than the trace, and past any window."""
-    groups = [_fitted(*_LONG, max_length)]
+    """Return groups checked only at export, because they may take long: past any window."""
     window = getattr(config, "sliding_window", None)
     if window and window + 2 * _PAST_WINDOW <= max_length:
-        groups.append((window + _PAST_WINDOW, (_PAST_WINDOW, 1)))
-    return [_random_group(*group, vocabulary_size) for group in groups]
+        return [_random_group(window + _PAST_WINDOW, (_PAST_WINDOW, 1), vocabulary_size)]
+    return []
 
 
 def _fitted(prompt: int, candidates: Sequence[int], max_length: int) -> tuple[int, tuple[int, ...]]:
@@ -70,26 +80,51 @@ def _random_group(prompt: int, candidates: Sequence[int], vocabulary_size: int) 
 
 
 def _text_groups(tokenizer: PreferenceTokenizer, max_length: int) -> Iterator[GoldenInput]:
-    """Yield a text and a chat group, if the tokenizer can encode them."""
-    completions = list(_COMPLETIONS)
-    if group := _encoded(tokenizer, _PROMPT, max_length):
-        yield GoldenInput(*group, _PROMPT, completions)
-    messages = [{"role": "user", "content": _PROMPT}]
-    if tokenizer.chat_template and (group := _encoded(tokenizer, messages, max_length)):
-        yield GoldenInput(*group, None, completions, messages)
+    """Yield a text, a truncated text and a chat, if the tokenizer can encode them."""
+    eos = tokenizer.files.special_tokens.get("eos_token", "")
+    # The name of a special token in a text shows how such names are tokenized.
+    choices = [(f"{_PROMPT} {eos}", _COMPLETIONS), (_PROMPT, _COMPLETIONS)]
+    choices.append((_SIMPLE, _SIMPLE_COMPLETIONS))
+    texts = (_encoded(tokenizer, *choice, max_length) for choice in choices)
+    if text := next(filter(None, texts), None):
+        yield text
+        yield from _truncated(tokenizer, text)
+    if tokenizer.chat_template is not None:
+        chats = [([{"role": "user", "content": prompt}], texts) for prompt, texts in choices[1:]]
+        found = (_encoded(tokenizer, *chat, max_length) for chat in chats)
+        yield from list(filter(None, found))[:1]
 
 
 def _encoded(
-    tokenizer: PreferenceTokenizer, prompt: str | list[dict[str, str]], max_length: int
-) -> tuple[Ids, list[Ids]] | None:
+    tokenizer: PreferenceTokenizer,
+    prompt: str | list[dict[str, str]],
+    completions: Sequence[str],
+    max_length: int,
+) -> GoldenInput | None:
     """Encode a prompt and its completions; None if it fails or exceeds the limit."""
     try:
-        group = tokenizer.encode_completions(prompt, _COMPLETIONS)
+        group = tokenizer.encode_completions(prompt, completions)
     except Exception:  # tokenizers raises plain Exception for unknown words
         return None
     candidates = [completion.ids for completion in group.completions]
-    longest = max(map(len, candidates)) + len(group.prompt_ids)
-    return (group.prompt_ids, candidates) if longest < max_length else None
+    text, chat = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+    known = GoldenInput(group.prompt_ids, candidates, text, list(completions), chat)
+    return known if known.longest < max_length else None
+
+
+def _truncated(tokenizer: PreferenceTokenizer, text: GoldenInput) -> Iterator[GoldenInput]:
+    """Yield the group of a text under a limit at which its prompt or completions are truncated."""
+    assert text.prompt is not None
+    if max(map(len, text.candidates)) < 2:
+        return
+    # The first limit also truncates the prompt, unless the rules refuse that.
+    for limit in (len(text.prompt_ids) * 3 // 4, (len(text.prompt_ids) + text.longest) // 2):
+        if limit < 2:
+            continue
+        shortened = PreferenceTokenizer(tokenizer.files, tokenizer.rules.limited(limit))
+        if group := _encoded(shortened, text.prompt, text.completions or (), limit + 1):
+            yield replace(group, max_length=limit)
+            return
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from logratio.data.records import (
 )
 from logratio.data.tokenization.groups import TokenizationRules, TokenizedGroup
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
-from logratio.data.tokenization.tokenizer_files import read_tokenizer
+from logratio.data.tokenization.tokenizer_files import TokenizerFiles, read_tokenizer
 
 Prompt = str | Sequence[Message]
 """Plain text, or chat messages, which are formatted with the bundle's chat template."""
@@ -73,10 +73,18 @@ class CandidateEncoder:
             rules: The bundle's tokenization rules.
             truncate: Truncate completions that are too long instead of setting an error.
         """
-        self._max_length = rules.max_length
-        self._truncate = truncate
+        self._set(read_tokenizer(folder, as_written=True), rules, truncate)
+
+    def _set(self, files: TokenizerFiles, rules: TokenizationRules, truncate: bool) -> None:
+        self._rules, self._truncate = rules, truncate
         uncut = replace(rules, max_length=_UNCUT, max_prompt_length=rules.prompt_budget)
-        self.tokenizer = PreferenceTokenizer(read_tokenizer(folder, as_written=True), uncut)
+        self.tokenizer = PreferenceTokenizer(files, uncut)
+
+    def shortened(self, max_length: int) -> "CandidateEncoder":
+        """Return an encoder of the same tokenizer that truncates to a smaller length in tokens."""
+        other = CandidateEncoder.__new__(CandidateEncoder)
+        other._set(self.tokenizer.files, self._rules.limited(max_length), True)
+        return other
 
     def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
         """Tokenize a prompt and its candidates.
@@ -93,7 +101,7 @@ class CandidateEncoder:
         group, errors = self._encode(text, candidates)
         # A chat template may render the prompt differently before a completion.
         prompt_ids = group.prompt_ids if group else opening.prompt_ids
-        room = self._max_length - len(prompt_ids)
+        room = self._rules.max_length - len(prompt_ids)
         ids = iter([completion.ids for completion in group.completions] if group else [])
         return CandidateGroup(
             tuple(prompt_ids),
@@ -142,7 +150,7 @@ class CandidateEncoder:
             return Candidate(tuple(ids[:room]), truncated=True)
         return Candidate(
             (),
-            error=f"{len(ids):,} tokens; the prompt leaves {room:,} of {self._max_length:,}",
+            error=f"{len(ids):,} tokens; the prompt leaves {room:,} of {self._rules.max_length:,}",
         )
 
 

@@ -18,16 +18,18 @@ from logratio.bundle import (
     BundleError,
     GoldenGroup,
     Manifest,
-    digest_of,
-    read_manifest,
+    check_digest,
+    check_signature,
+    manifest_bytes,
+    parse_manifest,
     tolerance,
     verify_files,
 )
 from logratio.data.records import InvalidRecordError
 from logratio.data.tokenization.groups import TokenizationRules
-from logratio.errors import LogratioError, SettingTypeError
+from logratio.errors import ConfigError, LogratioError, SettingTypeError
 from logratio.serving.candidates import Candidate, CandidateEncoder, CandidateGroup, Prompt
-from logratio.serving.session import Stop, open_session, stopped_after
+from logratio.serving.session import LOAD_SECONDS, Stop, open_session, stopped_after, within
 
 _PROMPT_SHARE = 4
 """A run may always have this multiple of its prompt's tokens: each run recomputes the prompt."""
@@ -122,8 +124,8 @@ class _RunSize:
         )
 
 
-LOAD_SECONDS = 300.0
-"""Timeout of the golden groups at load."""
+_GRACE = 2.0
+"""Seconds in which the graph may stop by itself after the time limit."""
 TOKEN_BUDGET = 16384
 """Positions in one run of the graph, which bounds its memory; see `plan_runs`."""
 
@@ -169,6 +171,7 @@ class Reranker:
     Attributes:
         manifest: The bundle's manifest.
         provider: The execution provider in use.
+        largest_difference: Largest difference of a golden reward from that at export.
 
     Example:
         >>> reranker = Reranker.load("bundle")
@@ -183,6 +186,7 @@ class Reranker:
         self._session = session
         self._encoder = encoder
         self._token_budget = token_budget
+        self.largest_difference = math.nan
 
     def __repr__(self) -> str:
         beta = "reward model" if self.manifest.is_reward_model else f"β={self.manifest.beta:g}"
@@ -198,10 +202,11 @@ class Reranker:
         threads: int | None = None,
         token_budget: int = TOKEN_BUDGET,
         truncate_completions: bool = False,
-        digest: str | None = None,
+        expect: str | None = None,
+        allowed_signers: str | Path | None = None,
         load_seconds: float = LOAD_SECONDS,
     ) -> "Reranker":
-        """Load a bundle, check the hash of every file, and verify the scores of its golden groups.
+        """Load a bundle, check every file, and verify the scores of its golden groups.
 
         Args:
             folder: Folder written by `logratio export`.
@@ -211,25 +216,35 @@ class Reranker:
             token_budget: Positions per run of the graph: bounds memory, does not change results.
             truncate_completions: Truncate and mark candidates that are too long, instead of
                 setting an error. The reward is then that of the truncated text.
-            digest: The SHA-256 of ``bundle.json``, as printed by `logratio export`; a bundle with
-                another digest is refused. None: any bundle.
-            load_seconds: Timeout of the golden groups in seconds, since a graph may contain an
-                endless loop.
+            expect: The bundle's digest, as printed by `logratio export`; a bundle with another
+                digest is refused. None: any bundle.
+            allowed_signers: File of trusted keys in the format of ``ssh-keygen``; a bundle without
+                a signature by one of them is refused. None: signatures are not read.
+            load_seconds: Time limit in seconds for opening the graph, and for its golden groups.
 
         Raises:
             BundleError: The folder is not a bundle, was altered, or gives other scores than at
                 export.
+            ConfigError: `expect` is not a digest, or `allowed_signers` cannot be used.
             ProviderError: ONNX Runtime would use another provider than the requested one.
             MissingExtraError: ONNX Runtime is not installed.
         """
         folder = Path(folder)
-        if digest is not None and digest_of(folder) != digest.lower():
-            raise BundleError(f"{folder}: its digest is {digest_of(folder)}, not {digest}")
-        manifest = read_manifest(folder)
-        verify_files(folder, manifest)
+        content = manifest_bytes(folder)
+        if expect is not None:
+            check_digest(folder, content, expect)
+        if allowed_signers is not None:
+            check_signature(folder, content, allowed_signers)
+        manifest = parse_manifest(content, folder)
+        verify_files(folder, manifest.files)
         encoder = _encoder(folder, manifest, truncate_completions)
         session = open_session(
-            folder, manifest, providers=providers, allow_fallback=allow_fallback, threads=threads
+            folder,
+            manifest,
+            providers=providers,
+            allow_fallback=allow_fallback,
+            threads=threads,
+            seconds=load_seconds,
         )
         reranker = cls(session, manifest, encoder, token_budget)
         reranker.replay(load_seconds)
@@ -362,55 +377,86 @@ class Reranker:
         """Check that the golden groups have the same ids and rewards here as at export.
 
         Args:
-            seconds: Timeout of the graph.
+            seconds: Time limit.
 
         Raises:
-            BundleError: Ids or rewards differ, or the graph takes longer.
+            BundleError: Ids or rewards differ, a group is missing, or this takes longer.
         """
+        late = f"the golden groups did not finish within {seconds:g} s"
+        with stopped_after(seconds) as stop:
+            self.largest_difference = within(
+                seconds + _GRACE, lambda: self._replay(stop, late), late
+            )
+
+    def _replay(self, stop: Stop, late: str) -> float:
+        """Score the golden groups; return the largest difference of a reward from the export."""
         golden = self.manifest.golden
         groups = [_golden_group(group) for group in golden]
-        with stopped_after(seconds) as stop:
-            try:
-                scored = self._score_groups(groups, stop)
-            except BundleError:
-                raise
-            except Exception as error:  # the library raises many unrelated types
-                if stop.asked:
-                    raise BundleError(
-                        f"the graph did not finish within {seconds:g} s on the golden groups"
-                    ) from error
-                raise BundleError("the graph fails on a golden group") from error
-        for known, group, scores in zip(golden, groups, scored, strict=True):
-            prompt = known.prompt if known.messages is None else known.messages
-            if (
-                prompt is not None
-                and self._encoder.encode(prompt, known.completions or []) != group
-            ):
-                raise BundleError("the tokenizer gives other ids here than at export")
-            self._compare(known, scores)
-        self._check_chat()
-
-    def _check_chat(self) -> None:
-        """Check that a golden group covers the chat template, if the bundle has one."""
-        tokenizer = self._encoder.tokenizer
-        is_shown = any(
-            group.messages is not None or (group.prompt is not None and tokenizer.wraps_text)
-            for group in self.manifest.golden
-        )
-        if self.manifest.format_version == 1 or tokenizer.chat_template is None or is_shown:
-            return
+        for known, group in zip(golden, groups, strict=True):
+            self._check_ids(known, group)
+        self._check_cases()
         try:
-            self._encoder.encode([{"role": "user", "content": "a"}], ["a"])
-        except InvalidRecordError:
-            return  # the template rejects this chat, so the export had none either
-        raise BundleError("no golden group is a chat, so its chat template cannot be verified")
+            scored = self._score_groups(groups, stop)  # several prompts in one run
+            alone = [self._score_groups([group], stop)[0] for group in groups]
+        except BundleError:
+            raise
+        except Exception as error:  # the library raises many unrelated types
+            reason = late if stop.asked else "the graph fails on a golden group"
+            raise BundleError(reason) from error
+        known_scores = zip([*golden, *golden], [*scored, *alone], strict=True)
+        return max(self._compare(known, scores) for known, scores in known_scores)
 
-    def _compare(self, known: GoldenGroup, scores: list[Score]) -> None:
+    def _check_ids(self, known: GoldenGroup, group: CandidateGroup) -> None:
+        """Check that a golden group's text has the same ids here as at export."""
+        prompt = known.prompt if known.messages is None else known.messages
+        if prompt is None:
+            return
+        encoder = self._encoder
+        try:
+            if known.max_length is not None:
+                encoder = encoder.shortened(known.max_length)
+            found = encoder.encode(prompt, known.completions or [])
+        except (InvalidRecordError, ConfigError) as error:
+            raise BundleError(f"a golden group cannot be tokenized here: {error}") from error
+        ids = [candidate.ids for candidate in found.candidates]
+        if found.prompt_ids != group.prompt_ids or ids != [one.ids for one in group.candidates]:
+            raise BundleError("the tokenizer gives other ids here than at export")
+
+    def _check_cases(self) -> None:
+        """Check that the golden groups have a text, a truncated text and a chat, if possible."""
+        golden, tokenizer = self.manifest.golden, self._encoder.tokenizer
+        if self.manifest.format_version == 1:
+            return
+        texts = [group for group in golden if group.case == "text"]
+        is_chat = any(group.messages for group in golden) or (texts and tokenizer.wraps_text)
+        if tokenizer.chat_template is not None and not is_chat:
+            self._check_missing("chat", [{"role": "user", "content": "a"}])
+        if self.manifest.golden_digest is None:
+            return  # an older format
+        if not texts:
+            self._check_missing("text", "a")
+        long_enough = any(len(ids) > 1 for group in texts for ids in group.candidates)
+        if long_enough and not any(group.case == "truncated" for group in golden):
+            raise BundleError("no golden group is truncated, so truncation cannot be verified")
+
+    def _check_missing(self, case: str, prompt: Prompt) -> None:
+        """Refuse the bundle unless its tokenizer rejects the prompt, as it did at export."""
+        try:
+            (candidate,) = self._encoder.encode(prompt, ["a"]).candidates
+        except Exception:  # tokenizers raises plain Exception for unknown words
+            return
+        if candidate.error is None:
+            raise BundleError(f"no golden group is a {case}, so its tokenization is not verified")
+
+    def _compare(self, known: GoldenGroup, scores: list[Score]) -> float:
+        """Compare scores with those of the export; return the largest difference of rewards."""
         if known.scores is not None:
             for score, expected in zip(scores, known.scores, strict=True):
                 if not abs(score.reward - expected) <= tolerance(expected, REPLAY):
                     self._refuse(score.reward, expected)
-            return
+            gaps = zip(scores, known.scores, strict=True)
+            return max(abs(score.reward - expected) for score, expected in gaps)
+        largest = 0.0
         pairs = zip(known.policy_logps, known.reference_logps, strict=True)
         for score, (policy, reference) in zip(scores, pairs, strict=True):
             slack = tolerance(policy, REPLAY) + tolerance(reference, REPLAY)
@@ -422,6 +468,8 @@ class Reranker:
             )
             if not near:
                 self._refuse(score.reward, reward)
+            largest = max(largest, abs(score.reward - reward))
+        return largest
 
     def _refuse(self, reward: float, expected: float) -> NoReturn:
         raise BundleError(

@@ -17,6 +17,7 @@ from logratio.errors import InputError
 from logratio.extras import require
 from logratio.serving.limits import Limits
 from logratio.serving.reranker import Reranker
+from logratio.serving.session import LOAD_SECONDS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -53,7 +54,9 @@ def serve(
     allow_fallback: bool = False,
     threads: int | None = None,
     limits: Limits | None = None,
-    digest: str | None = None,
+    expect: str | None = None,
+    allowed_signers: str | Path | None = None,
+    load_seconds: float = LOAD_SECONDS,
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests in flight.
 
@@ -67,7 +70,9 @@ def serve(
         allow_fallback: As in `Reranker.load`.
         threads: As in `Reranker.load`.
         limits: Limits on requests and connections.
-        digest: As in `Reranker.load`.
+        expect: As in `Reranker.load`.
+        allowed_signers: As in `Reranker.load`.
+        load_seconds: As in `Reranker.load`.
 
     Raises:
         OSError: The server cannot listen on the address.
@@ -82,7 +87,9 @@ def serve(
             providers=providers,
             allow_fallback=allow_fallback,
             threads=threads,
-            digest=digest,
+            expect=expect,
+            allowed_signers=allowed_signers,
+            load_seconds=load_seconds,
         )
         app = create_app(reranker, limits)
         _announce(reranker, host, listener.getsockname()[1])

@@ -1,132 +1,34 @@
-"""Open an ONNX Runtime session on a bundle's graph, after checking its external data."""
+"""Open an ONNX Runtime session on a bundle's graph: the file is checked first, the time limited."""
 
-import mmap
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from logratio.bundle import GRAPH, INPUTS, WEIGHTS, BundleError, Manifest, graph_properties
+from logratio.bundle import (
+    GRAPH,
+    INPUTS,
+    TOKENIZATION,
+    BundleError,
+    Manifest,
+    check_graph_file,
+    graph_properties,
+)
 from logratio.errors import LogratioError
 from logratio.extras import require
 
-# Per protobuf message type, the fields that can contain a tensor at any depth.
-_TREE: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
-    "function": {7: "node", 11: "attribute"},
-    "node": {5: "attribute"},
-    "attribute": {
-        5: "tensor",
-        6: "graph",
-        10: "tensor",
-        11: "graph",
-        22: "sparse tensor",
-        23: "sparse tensor",
-    },
-    "sparse tensor": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
-}
-_DEEPEST = 64
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-Buffer = mmap.mmap | bytes
-Span = tuple[int, int]
-
-
-def check_external_data(graph: Path, allowed: frozenset[str]) -> None:
-    """Check that a graph's external data is only in the allowed files.
-
-    ONNX Runtime would read any path, so a manipulated graph could load files outside the bundle.
-
-    Args:
-        graph: The ONNX file.
-        allowed: File names, without folders, that tensors may refer to.
-
-    Raises:
-        BundleError: A tensor refers to another file, or the file is not a protobuf message.
-    """
-    if graph.stat().st_size == 0:
-        raise BundleError(f"{graph}: empty")
-    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for location in external_locations(content):
-            if location not in allowed:
-                raise BundleError(f"{graph}: its weights point outside the bundle ({location!r})")
-
-
-def external_locations(content: Buffer) -> Iterator[str]:
-    """Yield every file name that a tensor of a serialized ModelProto refers to.
-
-    Raises:
-        BundleError: The bytes are not a ModelProto.
-    """
-    try:
-        yield from _locations(content, (0, len(content)), "model", 0)
-    except (IndexError, UnicodeDecodeError) as error:
-        raise BundleError("the graph is not an ONNX file") from error
-
-
-def _locations(content: Buffer, span: Span, message: str, depth: int) -> Iterator[str]:
-    if depth > _DEEPEST:
-        raise BundleError("the graph is nested too deeply")
-    for number, kind, place in _fields(content, span):
-        if kind != _BYTES or (inner := _TREE[message].get(number)) is None:
-            continue
-        if inner == "entry":
-            yield from _location(content, place)
-        else:
-            yield from _locations(content, place, inner, depth + 1)
-
-
-def _location(content: Buffer, span: Span) -> Iterator[str]:
-    """Yield the value of a key-value entry whose key is "location"."""
-    entry = {number: content[start:end] for number, _, (start, end) in _fields(content, span)}
-    if entry.get(1) == b"location":
-        yield entry.get(2, b"").decode()
-
-
-def _fields(content: Buffer, span: Span) -> Iterator[tuple[int, int, Span]]:
-    """Yield each field's number, wire type, and the span of its content."""
-    at, end = span
-    while at < end:
-        tag, at = _varint(content, at)
-        number, kind = tag >> 3, tag & 7
-        start = at
-        if kind == _VARINT:
-            _, at = _varint(content, at)
-        elif kind == _BYTES:
-            size, start = _varint(content, at)
-            at = start + size
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        else:
-            raise IndexError("unknown wire type")
-        if at > end:
-            raise IndexError("a field exceeds its message")
-        yield number, kind, (start, at)
-
-
-def _varint(content: Buffer, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise IndexError("a varint is too long")
-
+T = TypeVar("T")
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 has 10 mantissa bits: golden rewards would not match
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
+LOAD_SECONDS = 300.0
+"""Time limit for opening a graph, and for its golden groups."""
 
 
 class ProviderError(LogratioError, RuntimeError):
@@ -152,9 +54,43 @@ class Stop:
         self.options.terminate = True
 
 
+def within(seconds: float, action: Callable[[], T], late: str) -> T:
+    """Call a function in a thread, and wait for it for a limited time.
+
+    ONNX Runtime cannot be interrupted while it opens a graph or computes one node. After the limit
+    the thread is left behind: it ends with the process.
+
+    Args:
+        seconds: The limit.
+        action: The function.
+        late: Message of the error after the limit.
+
+    Returns:
+        The function's result.
+
+    Raises:
+        BundleError: The limit has passed.
+    """
+    future: Future[T] = Future()
+
+    def act() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # raised again in the waiting thread
+            future.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # the function's own error
+            raise
+        raise BundleError(late) from None
+
+
 @contextmanager
 def stopped_after(seconds: float) -> Iterator[Stop]:
-    """Limit the time of graph runs, since a graph may contain an endless loop."""
+    """Limit the time of graph runs: a run stops after the node being computed."""
     stop = Stop()
     watchdog = threading.Timer(seconds, stop.now)
     watchdog.daemon = True
@@ -172,8 +108,9 @@ def open_session(
     providers: Sequence[str] | None = None,
     allow_fallback: bool = False,
     threads: int | None = None,
+    seconds: float = LOAD_SECONDS,
 ) -> Any:
-    """Open a verified bundle's graph.
+    """Check a bundle's graph, and open it.
 
     Args:
         folder: The bundle.
@@ -181,25 +118,30 @@ def open_session(
         providers: ONNX Runtime execution providers, the preferred one first; None for the CPU.
         allow_fallback: Use another provider if the first is not available.
         threads: Threads per run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
+        seconds: Time limit.
 
     Returns:
         The ``onnxruntime.InferenceSession``.
 
     Raises:
-        BundleError: The graph does not match the manifest.
+        BundleError: The graph contains what no export writes, does not match the manifest, or
+            takes longer to open.
         ProviderError: ONNX Runtime would use another provider than the requested one.
         MissingExtraError: ONNX Runtime is not installed.
     """
     runtime = require("onnxruntime", "rank")
     warn_of_two_runtimes()
-    weights = frozenset({WEIGHTS} & manifest.files.keys())
-    check_external_data(folder / GRAPH, weights)
+    check_graph_file(folder, manifest.files, manifest.graph.opset)
     wanted = list(providers or [CPU])
     _check_available(runtime, wanted[0], allow_fallback)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.log_severity_level = _ERRORS_ONLY
-    session = _open(runtime, folder / GRAPH, options, wanted)
+    session = within(
+        seconds,
+        lambda: _open(runtime, folder / GRAPH, options, wanted),
+        f"{folder / GRAPH}: ONNX Runtime did not open it within {seconds:g} s",
+    )
     if session.get_providers()[0] != wanted[0] and not allow_fallback:
         raise ProviderError(_fallback(wanted[0], session.get_providers()[0]))
     check_graph(session, manifest, folder / GRAPH)
@@ -248,6 +190,8 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     stated = graph_properties(
         manifest.beta, manifest.policy, manifest.reference, manifest.format_version
     )
+    if (digest := manifest.tokenization_digest) is not None:
+        stated[TOKENIZATION] = digest
     for name, value in stated.items():
         if properties.get(name) != value:
             raise BundleError(f"{where}: its {name} differs from the manifest")

@@ -49,7 +49,7 @@ def test_python_blocks_run_one_after_the_other(
 def test_commands_in_the_pages_use_existing_options() -> None:
     for call in commands("logratio"):
         words = [word for word in call if re.fullmatch("[a-z]+", word)]
-        shown = help_of(*words[: 2 if words[0] in {"cache", "data"} else 1])
+        shown = help_of(*words[: 2 if words[0] in {"bundle", "cache", "data"} else 1])
         options = [word.partition("=")[0] for word in call if word.startswith("--")]
         assert not [name for name in options if not re.search(rf"{name}\b", shown)], call
 

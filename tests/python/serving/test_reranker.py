@@ -15,12 +15,11 @@ from tiny_bundle import (
     BETA,
     copy_bundle,
     plain_sums,
-    rewrite_manifest,
     tiny_bundle,
+    with_rules,
     with_template,
 )
 
-from logratio.bundle import read_manifest
 from logratio.data import BadDataError, InvalidRecordError, PreferenceTokenizer, TokenizationRules
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker, Score, rank_file
@@ -48,18 +47,6 @@ def reranker(folder: Path) -> Reranker:
 def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tiny bundle that a test may change."""
     return copy_bundle(tmp_path_factory, tmp_path / "bundle")
-
-
-def with_rules(bundle: Path, **rules: Any) -> Path:
-    """Change a bundle's tokenization rules."""
-    manifest = read_manifest(bundle)
-    rewrite_manifest(
-        bundle,
-        tokenization=manifest.tokenization | rules,
-        golden=[group for group in json.loads((bundle / "bundle.json").read_text())["golden"]
-                if group["prompt"] is None],
-    )  # fmt: skip
-    return bundle
 
 
 def test_scores_are_torchs_rewards_of_the_training_tokens(folder: Path, reranker: Reranker) -> None:

@@ -1,7 +1,7 @@
 """Token ids of records: rules, truncation and checks, and many groups as flat arrays."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from itertools import chain
 from typing import Any, Literal
@@ -135,6 +135,15 @@ class TokenizationRules:
     def prompt_budget(self) -> int:
         """Most tokens of a prompt."""
         return self.max_length - 1 if self.max_prompt_length is None else self.max_prompt_length
+
+    def limited(self, length: int) -> "TokenizationRules":
+        """Return these rules with at most `length` tokens of prompt and completion."""
+        length, prompt = min(self.max_length, length), self.max_prompt_length
+        return replace(
+            self,
+            max_length=length,
+            max_prompt_length=None if prompt is None else min(prompt, length - 1),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rules as JSON values."""

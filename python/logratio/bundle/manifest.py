@@ -1,42 +1,32 @@
-"""The bundle format: the folder that `logratio.export` writes and `logratio.serving` reads.
-
-    scorer.onnx             the graph, with its weights
-    scorer.onnx.data        the weights, if graph and weights together exceed 2 GB
-    tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja
-    bundle.json             the manifest, described in this module
-
-Uses only the standard library, so that a server can verify a bundle before any other library
-reads it.
-"""
+"""The manifest of a bundle, ``bundle.json``: its fields, and the checks of their values."""
 
 import hashlib
 import json
 import math
-import os
-import stat
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from logratio.errors import LogratioError
-
-FORMAT_VERSION = 3
-"""Version 2 added fields with defaults, so bundles of version 1 can still be read. Version 3 added
-reward models."""
-_READABLE = (1, 2, FORMAT_VERSION)
-MANIFEST = "bundle.json"
-GRAPH = "scorer.onnx"
-WEIGHTS = "scorer.onnx.data"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+from logratio.bundle.files import (
+    MANIFEST,
+    TOKENIZER_FILES,
+    BundleError,
+    FileEntry,
+    check_entries,
+    read_regular_file,
 )
-FILE_NAMES = frozenset({GRAPH, WEIGHTS, *TOKENIZER_FILES})
+from logratio.errors import ConfigError
 
+FORMAT_VERSION = 4
+"""Version 2 added fields with defaults, so bundles of version 1 can still be read. Version 3 added
+reward models. Version 4 added the number and the hash of the golden groups, a long and a truncated
+one among them, and the training method."""
+_READABLE = (1, 2, 3, FORMAT_VERSION)
+_SINCE_DIGEST = 4
+"""The first version whose golden groups have a recorded number and hash."""
 INPUTS = {
     "prompt_ids": 2,
     "prompt_mask": 2,
@@ -53,6 +43,8 @@ REWARD_MODEL = "reward_model"
 """The kind of a graph that is a reward model, whose only output is the reward."""
 GOLDEN_GROUPS = 3
 """Minimum number of golden groups, which are given as token ids; text groups are additional."""
+LONG = 64
+"""Minimum tokens of the longest golden sequence, or the rules' maximum length if it is smaller."""
 CHUNK = 128
 """Completion tokens per chunk of the head, which bounds the number of logits in memory."""
 
@@ -61,20 +53,11 @@ PARITY = (1e-4, 1e-6)
 REPLAY = (1e-3, 1e-5)
 """Tolerance at load: larger, because kernels of other machines round differently."""
 
+TOKENIZATION = "logratio.tokenization"
+"""The graph's property with the result of `tokenization_digest`, since version 4."""
+_GOLDEN_INPUTS = (*("prompt_ids", "candidates", "prompt", "completions", "messages", "max_length"),)
 _MANIFEST_LIMIT = 16 * 2**20
-_BLOCK = 2**20
-
-
-class BundleError(LogratioError, ValueError):
-    """The folder is not a bundle, was altered, or has a newer format."""
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """The size of a file in bytes, and its SHA-256 in hexadecimal."""
-
-    size: int
-    sha256: str
+_LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -116,6 +99,8 @@ class GoldenGroup:
         completions: The candidates' texts, in the same way.
         messages: The chat messages, instead of `prompt`.
         scores: Scores of a reward model, one per candidate; None for a policy.
+        max_length: The limit in tokens under which the text was truncated to these ids; None: that
+            of the bundle's rules, without truncation.
     """
 
     prompt_ids: list[int]
@@ -126,6 +111,31 @@ class GoldenGroup:
     completions: list[str] | None = None
     messages: list[dict[str, str]] | None = None
     scores: list[float] | None = None
+    max_length: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest candidate."""
+        return len(self.prompt_ids) + max(map(len, self.candidates))
+
+    @property
+    def case(self) -> str:
+        """What the group covers: ``truncated``, ``chat``, ``text``, ``long`` or ``ids``."""
+        if self.max_length is not None:
+            return "truncated"
+        if self.messages is not None:
+            return "chat"
+        if self.prompt is not None:
+            return "text"
+        return "long" if self.longest >= LONG else "ids"
+
+
+@dataclass(frozen=True)
+class GoldenDigest:
+    """The number of golden groups, and the SHA-256 of their canonical JSON in hexadecimal."""
+
+    groups: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,9 @@ class Manifest:
         parity: Largest differences from torch measured at export, in nats, by check.
         versions: Versions of the libraries that created the bundle.
         format_version: Version of the format; see `FORMAT_VERSION`.
+        golden_digest: Number and hash of the golden groups, so that none can be left out. None:
+            `to_json` computes them.
+        method: The loss of the policy's training, such as ``dpo``; None if not recorded.
     """
 
     beta: float
@@ -158,6 +171,8 @@ class Manifest:
     parity: dict[str, float]
     versions: dict[str, str]
     format_version: int = FORMAT_VERSION
+    golden_digest: GoldenDigest | None = None
+    method: str | None = None
 
     @property
     def name(self) -> str:
@@ -169,9 +184,60 @@ class Manifest:
         """Whether the rewards are scores of a reward model, and not log-ratios."""
         return self.graph.kind == REWARD_MODEL
 
+    @property
+    def tokenization_digest(self) -> str | None:
+        """What the graph's property `TOKENIZATION` must be; None in older formats."""
+        if self.format_version < _SINCE_DIGEST:
+            return None
+        return tokenization_digest(self.tokenization, self.special_ids, self.files, self.golden)
+
     def to_json(self) -> str:
         """Return the manifest as JSON, the content of ``bundle.json``."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        values = asdict(self)
+        values["golden_digest"] = asdict(golden_digest(values["golden"]))
+        return json.dumps(values, indent=1) + "\n"
+
+
+def golden_digest(groups: Sequence[Mapping[str, Any]]) -> GoldenDigest:
+    """Count and hash golden groups.
+
+    Args:
+        groups: The groups as JSON values.
+    """
+    return GoldenDigest(len(groups), hashlib.sha256(_canonical(groups)).hexdigest())
+
+
+def tokenization_digest(
+    tokenization: Mapping[str, Any],
+    special_ids: Mapping[str, int | None],
+    files: Mapping[str, FileEntry],
+    golden: Sequence[Any],
+) -> str:
+    """Hash all that decides the ids of a text, and the inputs of the golden groups.
+
+    The graph stores the result, so that its tokenizer, rules and golden groups cannot be exchanged
+    for others in the manifest alone.
+
+    Args:
+        tokenization: The tokenization rules.
+        special_ids: Ids of the special tokens.
+        files: Entries of the files; only the tokenizer's are used.
+        golden: The golden groups, or their inputs.
+
+    Returns:
+        The SHA-256 of the canonical JSON, in hexadecimal.
+    """
+    values = {
+        "tokenization": dict(tokenization),
+        "special_ids": dict(special_ids),
+        "files": {name: files[name].sha256 for name in TOKENIZER_FILES if name in files},
+        "golden": [{name: getattr(group, name) for name in _GOLDEN_INPUTS} for group in golden],
+    }
+    return hashlib.sha256(_canonical(values)).hexdigest()
+
+
+def _canonical(values: Any) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 
 def graph_properties(
@@ -194,8 +260,8 @@ def tolerance(logps: float, limits: tuple[float, float]) -> float:
     return limits[0] + limits[1] * abs(logps)
 
 
-def digest_of(folder: str | Path) -> str:
-    """Return the SHA-256 of ``bundle.json`` in hexadecimal, which identifies all files.
+def manifest_bytes(folder: str | Path) -> bytes:
+    """Return the content of ``bundle.json``.
 
     Raises:
         BundleError: The folder is not a bundle.
@@ -205,89 +271,96 @@ def digest_of(folder: str | Path) -> str:
         raise BundleError(f"{folder}: no such bundle folder")
     if not (folder / MANIFEST).exists():
         raise BundleError(f"{folder}: no {MANIFEST}, so this is not a bundle")
-    return hashlib.sha256(_read_regular_file(folder, MANIFEST, _MANIFEST_LIMIT)).hexdigest()
+    return read_regular_file(folder, MANIFEST, _MANIFEST_LIMIT)
 
 
-def describe_file(path: Path) -> FileEntry:
-    """Return the size and hash of a file."""
-    with path.open("rb") as file:
-        return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+def digest_of(content: bytes) -> str:
+    """Return the digest of a bundle, ``sha256:`` and 64 hexadecimal digits.
+
+    It identifies every file, because the manifest contains the SHA-256 of each.
+
+    Args:
+        content: The content of ``bundle.json``.
+    """
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def check_digest(folder: str | Path, content: bytes, expect: str) -> None:
+    """Check that a bundle is the expected one.
+
+    Args:
+        folder: The bundle, for messages.
+        content: The content of its ``bundle.json``.
+        expect: The digest, as printed by `logratio export`; ``sha256:`` may be left out.
+
+    Raises:
+        ConfigError: `expect` is not a SHA-256.
+        BundleError: The bundle has another digest.
+    """
+    wanted = f"sha256:{expect.lower().removeprefix('sha256:')}"
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", wanted):
+        raise ConfigError(
+            f"expect is {expect!r}: give the digest that `logratio export` or `logratio bundle "
+            "inspect` prints, sha256: and 64 hexadecimal digits"
+        )
+    if (found := digest_of(content)) != wanted:
+        raise BundleError(f"{folder}: its digest is {found}, not {wanted}")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read ``bundle.json`` and check the type of every value; other files are not read.
+    """Read ``bundle.json`` and check every value; other files are not read.
 
     Raises:
         BundleError: The folder is not a bundle, has a newer format, or a value is invalid.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BundleError(f"{folder}: no such bundle folder")
-    if not (folder / MANIFEST).exists():
-        raise BundleError(f"{folder}: no {MANIFEST}, so this is not a bundle")
-    content = _read_regular_file(folder, MANIFEST, _MANIFEST_LIMIT)
+    return parse_manifest(manifest_bytes(folder), folder)
+
+
+def parse_manifest(content: bytes, folder: str | Path) -> Manifest:
+    """Check every value of a manifest.
+
+    Args:
+        content: The content of ``bundle.json``.
+        folder: The bundle, for messages.
+
+    Raises:
+        BundleError: The bundle has a newer format, or a value is invalid.
+    """
+    where = str(Path(folder) / MANIFEST)
     try:
-        values = json.loads(content)
+        values = json.loads(
+            content,
+            object_pairs_hook=_object,
+            parse_constant=_number,
+            parse_float=_number,
+        )
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{folder / MANIFEST}: not JSON ({error})") from error
+        raise BundleError(f"{where}: not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise BundleError(f"{folder / MANIFEST}: not a JSON object")
+        raise BundleError(f"{where}: not a JSON object")
     version = values.get("format_version")
     if type(version) is not int or version not in _READABLE:
         raise BundleError(
             f"{folder}: bundle format {version!r}; this logratio reads up to {FORMAT_VERSION}: "
             "install a newer version of logratio, or export again"
         )
-    return _manifest(values, str(folder / MANIFEST))
+    return _manifest(values, where)
 
 
-def verify_files(folder: str | Path, manifest: Manifest) -> None:
-    """Check that the folder contains exactly the files that the manifest lists.
-
-    Each must be a regular file of the listed size and SHA-256. Symbolic links and hard links are
-    refused, because they could bring in files from elsewhere.
-
-    Raises:
-        BundleError: A file breaks a rule; the message names both.
-    """
-    folder = Path(folder)
-    present = {entry.name for entry in folder.iterdir()} - {MANIFEST}
-    for name in sorted(present - manifest.files.keys()):
-        raise BundleError(f"{folder / name}: not listed in {MANIFEST}")
-    for name in sorted(manifest.files.keys() - present):
-        raise BundleError(f"{folder / name}: missing")
-    for name, entry in sorted(manifest.files.items()):
-        _verify_file(folder, name, entry)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, or refuse it: readers would disagree about a repeated key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return values
 
 
-def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
-    descriptor = _open_regular_file(folder, name)
-    with os.fdopen(descriptor, "rb") as file:
-        if (size := os.fstat(descriptor).st_size) != entry.size:
-            raise BundleError(f"{folder / name}: {size} bytes instead of {entry.size}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            raise BundleError(f"{folder / name}: altered (its SHA-256 differs from the manifest)")
-
-
-def _read_regular_file(folder: Path, name: str, limit: int) -> bytes:
-    with os.fdopen(_open_regular_file(folder, name), "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise BundleError(f"{folder / name}: larger than {limit} bytes")
-    return content
-
-
-def _open_regular_file(folder: Path, name: str) -> int:
-    """Open a regular file in the folder; links are refused."""
-    try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise BundleError(f"{folder / name}: cannot be opened as a regular file") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        os.close(descriptor)
-        raise BundleError(f"{folder / name}: not a regular file with a single name (a link?)")
-    return descriptor
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
 
 
 def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
@@ -301,18 +374,35 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
             f"{where}: {len(manifest.golden)} golden groups, but an export writes at least "
             f"{GOLDEN_GROUPS}"
         )
-    _check_length(manifest, where)
-    if not (1 <= manifest.graph.chunk <= 2**16 and manifest.graph.vocabulary_size < 2**31):
+    graph = manifest.graph
+    if not (1 <= graph.chunk <= 2**16 and 1 <= graph.vocabulary_size < _LARGEST):
         raise BundleError(f"{where}: its graph has impossible properties")
-    for name in manifest.files:
-        if name not in FILE_NAMES:
-            raise BundleError(f"{where}: lists {name!r}, which is not a file of a bundle")
-    for name in (GRAPH, TOKENIZER_FILES[0]):
-        if name not in manifest.files:
-            raise BundleError(f"{where}: does not list {name}")
+    check_entries(manifest.files, where)
     for group in manifest.golden:
-        _check_golden(group, manifest.graph, where)
+        _check_golden(group, graph, where)
+    if manifest.format_version >= _SINCE_DIGEST:
+        _check_all_golden(manifest, values["golden"], where)
+    _check_length(manifest, where)
     return manifest
+
+
+def _check_all_golden(manifest: Manifest, golden: Any, where: str) -> None:
+    """Check that no golden group was left out, and that one is long."""
+    known, found = manifest.golden_digest, golden_digest(golden)
+    if known is None:
+        raise BundleError(f"{where}: the number and hash of its golden groups are missing")
+    if known.groups != found.groups:
+        raise BundleError(
+            f"{where}: {found.groups} golden groups, but the export wrote {known.groups}"
+        )
+    if known != found:
+        raise BundleError(f"{where}: its golden groups were altered")
+    if manifest.graph.max_positions is None:
+        raise BundleError(f"{where}: the maximum positions of its models are missing")
+    length = manifest.tokenization.get("max_length")
+    needed = min(LONG, length) if isinstance(length, int) else LONG
+    if max(group.longest for group in manifest.golden) < needed:
+        raise BundleError(f"{where}: no golden group has {needed} tokens, so long ones are missing")
 
 
 def _check_length(manifest: Manifest, where: str) -> None:

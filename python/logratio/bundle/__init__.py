@@ -1,0 +1,90 @@
+"""The bundle format: the folder that `logratio.export` writes and `logratio.serving` reads.
+
+    scorer.onnx             the graph, with its weights
+    scorer.onnx.data        the weights, if graph and weights together exceed 2 GB
+    tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja
+    bundle.json             the manifest
+    bundle.json.sig         optional: the manifest's signature
+
+Uses only the standard library, so that a server can verify a bundle before any other library
+reads it.
+"""
+
+from logratio.bundle.files import (
+    FILE_NAMES,
+    GRAPH,
+    MANIFEST,
+    SIGNATURE,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    BundleError,
+    FileEntry,
+    describe_file,
+    verify_files,
+)
+from logratio.bundle.graph_file import GraphFile, check_graph_file
+from logratio.bundle.manifest import (
+    CHUNK,
+    FORMAT_VERSION,
+    GOLDEN_GROUPS,
+    INPUTS,
+    LONG,
+    OUTPUTS,
+    PARITY,
+    REPLAY,
+    REWARD_MODEL,
+    TOKENIZATION,
+    GoldenDigest,
+    GoldenGroup,
+    GraphInfo,
+    Manifest,
+    check_digest,
+    digest_of,
+    golden_digest,
+    graph_properties,
+    manifest_bytes,
+    parse_manifest,
+    read_manifest,
+    tokenization_digest,
+    tolerance,
+)
+from logratio.bundle.signature import check_signature
+
+__all__ = [
+    "CHUNK",
+    "FILE_NAMES",
+    "FORMAT_VERSION",
+    "GOLDEN_GROUPS",
+    "GRAPH",
+    "INPUTS",
+    "LONG",
+    "MANIFEST",
+    "OUTPUTS",
+    "PARITY",
+    "REPLAY",
+    "REWARD_MODEL",
+    "SIGNATURE",
+    "TOKENIZATION",
+    "TOKENIZER_FILES",
+    "WEIGHTS",
+    "BundleError",
+    "FileEntry",
+    "GoldenDigest",
+    "GoldenGroup",
+    "GraphFile",
+    "GraphInfo",
+    "Manifest",
+    "check_digest",
+    "check_graph_file",
+    "check_signature",
+    "describe_file",
+    "digest_of",
+    "golden_digest",
+    "graph_properties",
+    "manifest_bytes",
+    "parse_manifest",
+    "read_manifest",
+    "tokenization_digest",
+    "tolerance",
+    "verify_files",
+]

@@ -1,0 +1,36 @@
+"""The ONNX operators that a bundle's graph may contain: those that exports write, and no others.
+
+Left out on purpose: ``Loop`` and ``If``, with which a graph could run for ever; ``ConstantOfShape``
+and ``Tile``, with which a few bytes become gigabytes; and operators of other domains, some of which
+read files.
+"""
+
+from collections.abc import Collection, Mapping
+
+DOMAINS: Mapping[str, Collection[int]] = {"": (20, 23)}
+"""The versions of each operator set that exports use; "" is ONNX's own."""
+
+OPERATORS: Mapping[str, Collection[str]] = {
+    "": frozenset(
+        {
+            # shapes and indexes
+            *("Cast", "Concat", "Expand", "Range", "Reshape", "Shape", "Slice", "Split"),
+            *("Squeeze", "Transpose", "Unsqueeze", "Where"),
+            *("Gather", "GatherElements", "GatherND", "ScatterElements"),
+            # arithmetic
+            *("Add", "Clip", "Cos", "CumSum", "Div", "Max", "Mul", "Neg", "Pow", "Reciprocal"),
+            *("Sin", "Sqrt", "Sub", "ReduceMax", "ReduceMean", "ReduceSum"),
+            # conditions
+            *("And", "Equal", "Greater", "IsNaN", "LessOrEqual", "Not"),
+            # layers
+            *("Attention", "Gelu", "Gemm", "LayerNormalization", "LogSoftmax", "MatMul"),
+            *("RMSNormalization", "RotaryEmbedding", "Sigmoid", "Softmax", "Tanh"),
+            # the loop over the chunks of the head, as long as its input
+            "Scan",
+        }
+    ),
+}
+"""The operators of each set."""
+
+GROWING: Mapping[str, int] = {"Expand": 1, "Range": 1}
+"""Operators whose result may be larger than their inputs, and which input gives its size."""
