@@ -130,12 +130,20 @@ def open_regular_file(folder: Path, name: str) -> int:
     Raises:
         BundleError: The file cannot be opened, or is a link, a folder or a device.
     """
+    path = folder / name
     try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        _check_regular(path, path.lstat())  # opening a device or a pipe may have effects
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise BundleError(f"{folder / name}: cannot be opened as a regular file") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise BundleError(f"{path}: cannot be opened as a regular file") from error
+    try:
+        _check_regular(path, os.fstat(descriptor))  # it may have been replaced
+    except BundleError:
         os.close(descriptor)
-        raise BundleError(f"{folder / name}: not a regular file with a single name (a link?)")
+        raise
     return descriptor
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise BundleError(f"{path}: not a regular file with a single name (a link?)")

@@ -74,8 +74,8 @@ _TYPES: Mapping[int, tuple[str, int]] = {
 _EXTERNAL = 1
 _LONGEST_LIST = 64
 """Values of an int64 tensor that may be a shape."""
-_MOST_VALUES = 2**28
-"""Values of one result whose shape is written in the graph: 1 GiB of float32."""
+_MOST_VALUES = 2**24
+"""Values of one result whose shape is written in the graph: 64 MiB of float32."""
 _NODES = 500_000
 _LOOP = "Scan"
 

@@ -300,7 +300,7 @@ def check_digest(folder: str | Path, content: bytes, expect: str) -> None:
     wanted = f"sha256:{expect.lower().removeprefix('sha256:')}"
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", wanted):
         raise ConfigError(
-            f"expect is {expect!r}: give the digest that `logratio export` or `logratio bundle "
+            f"--expect is {expect!r}: give the digest that `logratio export` or `logratio bundle "
             "inspect` prints, sha256: and 64 hexadecimal digits"
         )
     if (found := digest_of(content)) != wanted:

@@ -36,7 +36,7 @@ def check_signature(folder: Path, content: bytes, allowed_signers: str | Path) -
     """
     signers = Path(allowed_signers)
     if not signers.is_file():
-        raise ConfigError(f"allowed_signers: {signers} is not a file")
+        raise ConfigError(f"--allowed-signers: {signers} is not a file")
     if not (folder / SIGNATURE).exists():
         raise BundleError(f"{folder}: no {SIGNATURE}, so nobody has signed it")
     read_regular_file(folder, SIGNATURE, _LIMIT)  # refuses links and large files
@@ -55,7 +55,7 @@ def _ssh_keygen(arguments: list[str], content: bytes) -> tuple[bool, str]:
     """Run ``ssh-keygen -Y``; return whether it succeeded, and what it printed."""
     tool = shutil.which("ssh-keygen")
     if tool is None:
-        raise ConfigError("allowed_signers needs ssh-keygen: install OpenSSH's client")
+        raise ConfigError("--allowed-signers needs ssh-keygen: install OpenSSH's client")
     try:
         done = subprocess.run(
             [tool, "-Y", *arguments],

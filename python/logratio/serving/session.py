@@ -139,7 +139,7 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     session = within(
         seconds,
-        lambda: _open(runtime, folder / GRAPH, options, wanted),
+        lambda: _open(runtime, folder / GRAPH, options, wanted, allow_fallback),
         f"{folder / GRAPH}: ONNX Runtime did not open it within {seconds:g} s",
     )
     if session.get_providers()[0] != wanted[0] and not allow_fallback:
@@ -148,14 +148,17 @@ def open_session(
     return session
 
 
-def _open(runtime: Any, graph: Path, options: Any, wanted: list[str]) -> Any:
+def _open(runtime: Any, graph: Path, options: Any, wanted: list[str], allow_fallback: bool) -> Any:
     available = set(runtime.get_available_providers())
     usable = [name for name in wanted if name in available] or [CPU]
     if CPU not in usable:
         usable.append(CPU)  # shapes are computed on the CPU for every device
     pairs = [(name, _OPTIONS.get(name, {})) for name in usable]
     try:
-        return runtime.InferenceSession(str(graph), options, providers=pairs)
+        # Its own fallback prints to standard output, where `rank` writes rows.
+        return runtime.InferenceSession(
+            str(graph), options, providers=pairs, enable_fallback=int(allow_fallback)
+        )
     except Exception as error:  # the library raises many unrelated types
         reason = str(error).strip().split("\n")[0][:200]
         raise BundleError(f"{graph}: ONNX Runtime cannot open it ({reason})") from error
