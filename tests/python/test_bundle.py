@@ -388,6 +388,77 @@ def test_a_chat_template_needs_a_golden_chat(bundle: Path) -> None:
     assert "the tokenizer gives other ids here" in refusal(bundle)
 
 
+@pytest.mark.parametrize("case", ["text", "truncated", "long"])
+def test_no_case_of_the_golden_groups_can_be_left_out(
+    bundle: Path, content: dict[str, Any], case: str
+) -> None:
+    whole = read_manifest(bundle).golden
+    assert case in [group.case for group in whole]
+    golden = [
+        values for values, group in zip(content["golden"], whole, strict=True) if group.case != case
+    ]
+    rewrite_manifest(bundle, golden=golden)  # with a new number, and new hashes everywhere
+    reasons = {
+        "text": "no golden group is a text, so its tokenization is not verified",
+        "truncated": "no golden group is truncated",
+        "long": "no golden group has 64 tokens",
+    }
+    assert reasons[case] in refusal(bundle)
+
+
+def test_the_number_and_hash_of_the_golden_groups_are_compared(
+    bundle: Path, content: dict[str, Any]
+) -> None:
+    path = bundle / MANIFEST
+    path.write_text(json.dumps(content | {"golden": content["golden"][1:]}))
+    assert "5 golden groups, but the export wrote 6" in refusal(bundle)
+    other = json.loads(json.dumps(content["golden"]))
+    other[0]["reference_logps"][0] += 1e-5
+    path.write_text(json.dumps(content | {"golden": other}))
+    assert "its golden groups were altered" in refusal(bundle)
+    path.write_text(json.dumps(content | {"golden_digest": None}))
+    assert "number and hash of its golden groups are missing" in refusal(bundle)
+
+
+def test_the_graph_belongs_to_one_tokenizer_and_its_rules(
+    bundle: Path, content: dict[str, Any]
+) -> None:
+    rules = content["tokenization"] | {"max_length": 500}  # no golden group shows this
+    (bundle / MANIFEST).write_text(json.dumps(content | {"tokenization": rules}))
+    assert "its logratio.tokenization differs from the manifest" in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"beta": 1.0, "beta": 2.0}', "'beta' occurs twice"),
+        ('{"beta": NaN}', "NaN is not a finite number"),
+        ('{"beta": 1e999}', "1e999 is not a finite number"),
+        ('{"beta": ' + "9" * 5000 + "}", "not JSON"),
+    ],
+)
+def test_json_that_readers_understand_differently_is_refused(
+    bundle: Path, text: str, reason: str
+) -> None:
+    (bundle / MANIFEST).write_text(text)
+    assert reason in refusal(bundle)
+
+
+def test_impossible_sizes_are_refused(bundle: Path, content: dict[str, Any]) -> None:
+    for size in (-1, 2**31):
+        files = content["files"] | {GRAPH: content["files"][GRAPH] | {"size": size}}
+        (bundle / MANIFEST).write_text(json.dumps(content | {"files": files}))
+        assert f"scorer.onnx has {size} bytes; the limit is" in refusal(bundle)
+
+
+def test_rules_under_which_a_golden_text_cannot_be_read_are_a_refusal(
+    bundle: Path, content: dict[str, Any]
+) -> None:
+    rules = content["tokenization"] | {"max_prompt_length": 2}
+    rewrite_manifest(bundle, tokenization=rules)
+    assert "a golden group cannot be tokenized here" in refusal(bundle)
+
+
 def test_the_expected_digest_names_one_bundle(bundle: Path) -> None:
     digest = digest_of(manifest_bytes(bundle))
     assert Reranker.load(bundle, expect=digest.upper()).manifest.beta

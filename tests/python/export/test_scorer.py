@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import peft
 import pytest
 import torch
 from oracle import in_float64, per_token_logps
 from tiny_models import FAMILIES, GROUPED, SIZES, VOCABULARY, mamba_config, tiny
 from transformers import (
+    AutoModelForSequenceClassification,
     Gemma2Config,
     GemmaConfig,
     GraniteConfig,
@@ -25,7 +27,10 @@ from transformers import (
 )
 
 from logratio._rust import candidate_layout
-from logratio.export.graph import feed, same_architecture
+from logratio.bundle.graph_file import read_graph
+from logratio.bundle.operators import OPERATORS
+from logratio.export.graph import OPSETS, feed, same_architecture, trace
+from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import FAMILIES as EXPORTABLE
 from logratio.export.scorer import HalfScorer, RewardScorer, check_exportable, join
 from logratio.logps.checks import UnsupportedModelError, batch_of
@@ -271,3 +276,24 @@ def test_models_without_an_exact_graph_are_refused(
 
 def test_longrope_is_exported_where_its_factors_are_constant() -> None:
     check_exportable(longrope(), 64)
+
+
+def operators_of(scorer: RewardScorer | ScoreScorer, opset: int) -> set[str]:
+    """The operators of a scorer's graph, which a reranker would load."""
+    model = trace(scorer, opset)
+    content: bytes = onnx_ir.to_proto(model).SerializeToString()
+    return set(read_graph(content, None).operators)
+
+
+@pytest.mark.long
+def test_bundles_may_contain_exactly_the_operators_that_exports_write() -> None:
+    found = set()
+    for opset in OPSETS:
+        for config in ALL.values():
+            found |= operators_of(RewardScorer(tiny(config()), tiny(config(), 1), 0.3), opset)
+        found |= operators_of(RewardScorer(adapted(), None, 0.3), opset)
+        scored = ALL["llama"]()
+        scored.num_labels, scored.pad_token_id = 1, 0
+        model = AutoModelForSequenceClassification.from_config(scored)
+        found |= operators_of(ScoreScorer(model.eval()), opset)
+    assert found == OPERATORS[""]
