@@ -144,7 +144,11 @@ def test_pyarrow_is_imported_only_for_formats_that_need_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["rank"], ["serve"], ["train"], ["export"], ["cache"], ["cache", "export"]]
+    "command",
+    [
+        *([], ["rank"], ["serve"], ["train"], ["export"], ["cache"], ["cache", "export"]),
+        *(["bundle"], ["bundle", "verify"]),
+    ],
 )
 def test_help_works_without_torch_and_without_the_extras(command: list[str]) -> None:
     absent = sorted((HEAVY | {"logratio._rust"}) - {"jinja2"})
