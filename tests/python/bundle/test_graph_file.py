@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from tiny_bundle import tiny_bundle
 
-from logratio.bundle import GRAPH, WEIGHTS, BundleError, check_graph_file, read_manifest
+from logratio.bundle import GRAPH, WEIGHTS, BundleError, check_graph_file, protobuf, read_manifest
 from logratio.bundle.graph_file import read_graph
 from logratio.bundle.operators import DOMAINS, GROWING, OPERATORS
 from logratio.export.graph import OPSETS
@@ -216,6 +216,21 @@ def test_a_repeated_graph_is_refused(content: bytes) -> None:
 def test_other_readings_of_the_bytes_are_refused(junk: bytes, reason: str) -> None:
     with pytest.raises(BundleError, match=reason):
         read_graph(junk, None)
+
+
+def test_a_file_of_endless_parts_is_given_up(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def many_sizes(model: onnx.ModelProto) -> None:
+        model.graph.initializer[0].dims.extend([1] * 30_000)
+
+    def long_name(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "A" * 100_000
+
+    assert "a name has more than 65,536 bytes" in refusal(content, long_name)
+    monkeypatch.setattr(protobuf, "_FIELDS", 30_000)
+    assert read_graph(content, None).nodes
+    assert "more than 30,000 fields and numbers" in refusal(content, many_sizes)
 
 
 def test_deep_nesting_is_refused(content: bytes) -> None:
