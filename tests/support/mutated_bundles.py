@@ -393,4 +393,5 @@ def main(bundle: Path, secret: Path, work: Path, first: int, last: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), *map(int, sys.argv[4:6]))  # type: ignore[call-arg,arg-type]
+    bundle, secret, work = map(Path, sys.argv[1:4])
+    main(bundle, secret, work, int(sys.argv[4]), int(sys.argv[5]))

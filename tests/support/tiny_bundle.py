@@ -114,7 +114,8 @@ def _golden(reranker: Reranker, text: dict[str, Any]) -> dict[str, Any]:
     encoder = reranker._encoder
     if "max_length" in text:
         encoder = encoder.shortened(text["max_length"])
-    group = encoder.encode(text.get("prompt", text.get("messages")), text["completions"])
+    prompt: Any = text.get("prompt", text.get("messages"))
+    group = encoder.encode(prompt, text["completions"])
     (scores,) = reranker.score_groups([group])
     return text | {
         "prompt_ids": list(group.prompt_ids),

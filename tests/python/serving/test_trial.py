@@ -34,7 +34,7 @@ def with_bomb(bundle: Path, model: onnx_ir.Model, bomb: list[onnx_ir.Node], resu
     graph.register_initializer(zero)
     reward.name = "reward_before"
     output = added.outputs[0]
-    output.name, output.dtype, output.shape = "reward", reward.dtype, reward.shape
+    output.name, output.type, output.shape = "reward", reward.type, reward.shape
     graph.extend([*bomb, total, nothing, added])
     graph.outputs[0] = output
     (bundle / GRAPH).unlink()
@@ -46,7 +46,10 @@ def with_bomb(bundle: Path, model: onnx_ir.Model, bomb: list[onnx_ir.Node], resu
 def constant(name: str, values: Any) -> onnx_ir.Value:
     tensor = onnx_ir.tensor(np.asarray(values), name=name)
     return onnx_ir.Value(
-        name=name, const_value=tensor, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype)
+        name=name,
+        const_value=tensor,
+        shape=onnx_ir.Shape(np.shape(values)),
+        type=onnx_ir.TensorType(tensor.dtype),
     )
 
 
