@@ -1,14 +1,20 @@
 """`logratio export`, `rank`, `serve` and `demo`."""
 
 import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from logratio.cli.bundle import AllowedSigners, Expect, LoadSeconds
 from logratio.cli.options import DryRun, read_text_as
+
+if TYPE_CHECKING:
+    from logratio.serving.rank_rows import RankSummary
 
 Bundle = Annotated[Path, typer.Option(help="Bundle folder written by `logratio export`.")]
 Fallback = Annotated[
@@ -75,14 +81,25 @@ def rank(
         typer.Option(
             "--input",
             metavar="FILE",
-            help='JSON lines: {"prompt": text or chat messages, "candidates": [text, …]}; '
-            "- for standard input.",
+            help='Rows {"prompt": text or chat messages, "candidates": [text, …]}: JSON lines, '
+            "Parquet or another type that --data reads; - for standard input.",
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="JSON lines with rewards and order. Default: standard output."),
+        typer.Option(
+            help="JSON lines with rewards and order, or Parquet if the name ends in .parquet. The "
+            "same command continues an interrupted one. Default: standard output."
+        ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that each load the bundle and share the CPUs; with CUDA, each has a "
+            "GPU of its own.",
+        ),
+    ] = 1,
     provider: Provider = None,
     allow_fallback: Fallback = False,
     expect: Expect = None,
@@ -96,36 +113,50 @@ def rank(
     A row that cannot be ranked gets an `error`, and the command exits with 1.
     """
     from logratio.one_process import refuse_multiple_processes
-    from logratio.progress import progress
     from logratio.serving.rank_file import rank_file, rank_forecast
+    from logratio.serving.rank_workers import Workers
     from logratio.serving.reranker import Reranker
 
     refuse_multiple_processes("rank")
-    typer.echo(rank_forecast(bundle, input_file, output).to_text(), err=True)
+    typer.echo(rank_forecast(bundle, input_file, output, workers).to_text(), err=True)
     if dry_run:
         return
-    providers = [provider] if provider else None
-    reranker = Reranker.load(
-        bundle,
-        providers=providers,
-        allow_fallback=allow_fallback,
-        expect=expect,
-        allowed_signers=allowed_signers,
-        load_seconds=load_seconds,
+    settings: dict[str, Any] = {
+        "providers": [provider] if provider else None,
+        "allow_fallback": allow_fallback,
+        "expect": expect,
+        "allowed_signers": allowed_signers,
+        "load_seconds": load_seconds,
+    }
+    several = workers > 1
+    reranker = (
+        Workers(bundle, workers, settings) if several else Reranker.load(bundle, **settings)
     )
-    total = math.inf if str(input_file) == "-" else input_file.stat().st_size
-    with progress("ranking", total, "B") as advance:
-        done = 0
-
-        def on_bytes(_rows: int, bytes_read: int, _total: int) -> None:
-            nonlocal done
-            advance(bytes_read - done)
-            done = bytes_read
-
-        summary = rank_file(reranker, input_file, output, progress=on_bytes)
+    with _ranking(input_file) as progress:
+        summary = rank_file(reranker, input_file, output, progress=progress)
     typer.echo(summary.to_text(), err=True)
     if summary.failed_rows:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _ranking(input_file: Path) -> Iterator[Callable[["RankSummary", int, int], None]]:
+    """Show the progress of ranking: the part of the file, and candidates per second."""
+    from logratio.progress import progress
+
+    total = math.inf if str(input_file) == "-" else input_file.stat().st_size
+    with progress("ranking", total, "B") as advance:
+        start, done, before = time.monotonic(), 0, None
+
+        def report(summary: "RankSummary", position: int, _total: int) -> None:
+            nonlocal done, before
+            if before is None:  # a continued run has candidates of the earlier one
+                before = summary.candidates
+            rate = (summary.candidates - before) / max(time.monotonic() - start, 1e-9)
+            advance(position - done, f"{summary.candidates:,} candidates, {rate:,.0f}/s")
+            done = position
+
+        yield report
 
 
 def serve(

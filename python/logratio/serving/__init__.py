@@ -6,7 +6,10 @@ when it is served. Never imports torch or transformers.
 
 from logratio.bundle import BundleError
 from logratio.serving.bundle_evaluation import bundle_pairs, evaluate_bundle
-from logratio.serving.rank_file import RankSummary, rank_file, rank_forecast
+from logratio.serving.rank_file import rank_file, rank_forecast
+from logratio.serving.rank_ray import RankBatch
+from logratio.serving.rank_rows import RankSummary
+from logratio.serving.rank_workers import Workers
 from logratio.serving.reranker import NoCandidateError, Reranker, Score
 from logratio.serving.session import ProviderError
 
@@ -14,9 +17,11 @@ __all__ = [
     "BundleError",
     "NoCandidateError",
     "ProviderError",
+    "RankBatch",
     "RankSummary",
     "Reranker",
     "Score",
+    "Workers",
     "bundle_pairs",
     "evaluate_bundle",
     "rank_file",

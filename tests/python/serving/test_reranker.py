@@ -1,6 +1,5 @@
-"""The reranker and `rank_file` give torch's rewards, without torch."""
+"""The reranker gives torch's rewards, without torch."""
 
-import gzip
 import json
 import math
 import subprocess
@@ -20,9 +19,9 @@ from tiny_bundle import (
     with_template,
 )
 
-from logratio.data import BadDataError, InvalidRecordError, PreferenceTokenizer, TokenizationRules
+from logratio.data import InvalidRecordError, PreferenceTokenizer, TokenizationRules
 from logratio.extras import MissingExtraError
-from logratio.serving import Reranker, Score, rank_file
+from logratio.serving import Reranker, Score
 from logratio.serving.candidates import Candidate, CandidateGroup
 from logratio.serving.reranker import plan_runs, ranked
 from logratio.serving.session import ProviderError, default_threads
@@ -265,116 +264,3 @@ def test_the_environment_sets_the_number_of_threads(monkeypatch: pytest.MonkeyPa
     assert default_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     assert default_threads() >= 1
-
-
-ROWS: list[dict[str, Any]] = [
-    {"prompt": "the cat", "candidates": ["sits", "sad", ""], "id": 7, "note": "café"},
-    {"prompt": "the dog runs", "candidates": ["on the mat"]},
-    {"prompt": "loud " * 600, "candidates": ["sad"]},
-]
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_file_is_ranked_row_by_row(reranker: Reranker, tmp_path: Path) -> None:
-    source, output = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
-    seen: list[tuple[int, int, int]] = []
-    summary = rank_file(reranker, source, output, progress=lambda *numbers: seen.append(numbers))
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    scores = reranker.score("the cat", ["sits", "sad"])
-    assert rows[0] == ROWS[0] | {
-        "rewards": [pytest.approx(score.reward, abs=1e-5) for score in scores] + [None],
-        "order": [score.index for score in ranked(scores)],
-        "policy_logps": [pytest.approx(score.policy_logps, abs=1e-4) for score in scores] + [None],
-        "reference_logps": [pytest.approx(s.reference_logps, abs=1e-4) for s in scores] + [None],
-        "tokens": [2, 2, 0],
-        "errors": {"2": "[R301] a completion is empty"},
-    }
-    assert "café" in output.read_text()
-    assert rows[1]["order"] == [0] and "errors" not in rows[1]
-    assert rows[2]["error"].startswith("[R304]") and "rewards" not in rows[2]
-    assert (summary.rows, summary.candidates, summary.failed_candidates) == (3, 3, 1)
-    assert summary.failed_rows == {"R304": 1}
-    assert summary.to_text() == (
-        "2 prompts ranked, 3 candidates with a reward, 1 without (see `errors`); "
-        "[R304] 1 row refused (see `error`)"
-    )
-    assert seen == [(3, source.stat().st_size, source.stat().st_size)]
-
-
-def test_rows_go_to_stdout_without_an_output(
-    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "in.jsonl.gz"
-    source.write_bytes(gzip.compress(json.dumps(ROWS[1]).encode()))
-    for output in (None, "-"):
-        rank_file(reranker, source, output)
-        assert json.loads(capsys.readouterr().out)["order"] == [0]
-    assert list(tmp_path.iterdir()) == [source]
-
-
-@pytest.mark.parametrize(
-    ("line", "code"),
-    [
-        ("{", "E101"),
-        ('{"prompt": "a"}', "E201"),
-        ('{"candidates": ["a"]}', "E201"),
-        ('{"prompt": "a", "completions": ["b"]}', "E201"),
-        ('{"prompt": null, "candidates": ["a"]}', "E202"),
-        ('{"prompt": 3, "candidates": ["a"]}', "E203"),
-        ('{"prompt": "a", "candidates": "b"}', "E203"),
-        ('{"prompt": "a", "candidates": []}', "R318"),
-        ('{"prompt": "a", "candidates": ["b", 3]}', "E203"),
-        ('{"prompt": [{"role": "user"}], "candidates": ["b"]}', "E201"),
-        ('{"prompt": "a", "candidates": ["\\ud800"]}', "E104"),
-    ],
-)
-def test_a_malformed_row_gets_an_error_and_the_others_are_ranked(
-    reranker: Reranker, tmp_path: Path, line: str, code: str
-) -> None:
-    good = json.dumps(ROWS[1]) + "\n"
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(good + line + "\n" + good)
-    summary = rank_file(reranker, source, output)
-    first, second, third = map(json.loads, output.read_text().splitlines())
-    assert first["order"] == third["order"] == [0]
-    assert "rewards" not in second
-    assert second["error"].startswith(f"[{code}] ")
-    assert "in.jsonl:2: " in second["error"]
-    assert (summary.rows, summary.failed_rows) == (3, {code: 1})
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
-def test_a_file_without_rows_is_refused_and_leaves_no_output(
-    reranker: Reranker, tmp_path: Path, content: bytes
-) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_bytes(content)
-    with pytest.raises(BadDataError, match=r"nothing can be ranked:\n.*in\.jsonl"):
-        rank_file(reranker, source, tmp_path / "out.jsonl")
-    assert list(tmp_path.iterdir()) == [source]
-
-
-def test_unusable_files_are_plain_errors(reranker: Reranker, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "in.jsonl", ROWS)
-    with pytest.raises(FileNotFoundError):
-        rank_file(reranker, tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(IsADirectoryError):
-        rank_file(reranker, source, tmp_path)
-    with pytest.raises(NotADirectoryError):
-        rank_file(reranker, source, source / "out")
-
-
-def test_many_rows_are_streamed(reranker: Reranker, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"the {'cat ' * (i % 7)}", "candidates": ["sad", "happy"]} for i in range(150)
-    ]
-    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    done: list[int] = []
-    rank_file(reranker, source, output, progress=lambda count, *_: done.append(count))
-    assert done == [64, 128, 150]
-    written = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]

@@ -1,0 +1,344 @@
+"""`rank_file`: rows, streams, continued runs, workers, Parquet, Ray Data."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_bundle import tiny_bundle
+
+from logratio.bundle import BundleError
+from logratio.data import BadDataError
+from logratio.errors import ConfigError
+from logratio.serving import RankBatch, RankSummary, Reranker, Workers, rank_file
+from logratio.serving.rank_file import Progress
+from logratio.serving.reranker import ranked
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def reranker(folder: Path) -> Reranker:
+    return Reranker.load(folder / "bundle")
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "the cat", "candidates": ["sits", "sad", ""], "id": 7, "note": "café"},
+    {"prompt": "the dog runs", "candidates": ["on the mat"]},
+    {"prompt": "loud " * 600, "candidates": ["sad"]},
+]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_file_is_ranked_row_by_row(reranker: Reranker, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
+    seen: list[tuple[int, int, int]] = []
+
+    def on_batch(so_far: RankSummary, position: int, size: int) -> None:
+        seen.append((so_far.rows, position, size))
+
+    summary = rank_file(reranker, source, output, progress=on_batch)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    scores = reranker.score("the cat", ["sits", "sad"])
+    assert rows[0] == ROWS[0] | {
+        "rewards": [pytest.approx(score.reward, abs=1e-5) for score in scores] + [None],
+        "order": [score.index for score in ranked(scores)],
+        "policy_logps": [pytest.approx(score.policy_logps, abs=1e-4) for score in scores] + [None],
+        "reference_logps": [pytest.approx(s.reference_logps, abs=1e-4) for s in scores] + [None],
+        "tokens": [2, 2, 0],
+        "errors": {"2": "[R301] a completion is empty"},
+    }
+    assert "café" in output.read_text()
+    assert rows[1]["order"] == [0] and "errors" not in rows[1]
+    assert rows[2]["error"].startswith("[R304]") and "rewards" not in rows[2]
+    assert (summary.rows, summary.candidates, summary.failed_candidates) == (3, 3, 1)
+    assert summary.failed_rows == {"R304": 1}
+    assert summary.to_text() == (
+        "2 prompts ranked, 3 candidates with a reward, 1 without (see `errors`); "
+        "[R304] 1 row refused (see `error`)"
+    )
+    assert seen == [(3, source.stat().st_size, source.stat().st_size)]
+
+
+def test_rows_go_to_stdout_without_an_output(
+    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress(json.dumps(ROWS[1]).encode()))
+    for output in (None, "-"):
+        rank_file(reranker, source, output)
+        assert json.loads(capsys.readouterr().out)["order"] == [0]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("{", "E101"),
+        ('{"prompt": "a"}', "E201"),
+        ('{"candidates": ["a"]}', "E201"),
+        ('{"prompt": "a", "completions": ["b"]}', "E201"),
+        ('{"prompt": null, "candidates": ["a"]}', "E202"),
+        ('{"prompt": 3, "candidates": ["a"]}', "E203"),
+        ('{"prompt": "a", "candidates": "b"}', "E203"),
+        ('{"prompt": "a", "candidates": []}', "R318"),
+        ('{"prompt": "a", "candidates": ["b", 3]}', "E203"),
+        ('{"prompt": [{"role": "user"}], "candidates": ["b"]}', "E201"),
+        ('{"prompt": "a", "candidates": ["\\ud800"]}', "E104"),
+    ],
+)
+def test_a_malformed_row_gets_an_error_and_the_others_are_ranked(
+    reranker: Reranker, tmp_path: Path, line: str, code: str
+) -> None:
+    good = json.dumps(ROWS[1]) + "\n"
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(good + line + "\n" + good)
+    summary = rank_file(reranker, source, output)
+    first, second, third = map(json.loads, output.read_text().splitlines())
+    assert first["order"] == third["order"] == [0]
+    assert "rewards" not in second
+    assert second["error"].startswith(f"[{code}] ")
+    assert "in.jsonl:2: " in second["error"]
+    assert (summary.rows, summary.failed_rows) == (3, {code: 1})
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
+def test_a_file_without_rows_is_refused_and_leaves_no_output(
+    reranker: Reranker, tmp_path: Path, content: bytes
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(BadDataError, match=r"nothing can be ranked:\n.*in\.jsonl"):
+        rank_file(reranker, source, tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_unusable_files_are_plain_errors(reranker: Reranker, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    with pytest.raises(FileNotFoundError):
+        rank_file(reranker, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(IsADirectoryError):
+        rank_file(reranker, source, tmp_path)
+    with pytest.raises(NotADirectoryError):
+        rank_file(reranker, source, source / "out")
+
+
+def test_many_rows_are_streamed(reranker: Reranker, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"the {'cat ' * (i % 7)}", "candidates": ["sad", "happy"]} for i in range(150)
+    ]
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    done: list[int] = []
+    rank_file(reranker, source, output, progress=lambda so_far, *_: done.append(so_far.rows))
+    assert done == [64, 128, 150]
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+
+
+def many(count: int = 200) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"the {'cat ' * (i % 7)}", "candidates": ["sad", "happy"], "id": i}
+        for i in range(count)
+    ]
+
+
+class InterruptedRunError(Exception):
+    """Ends a run in its middle."""
+
+
+def after(rows: int) -> Progress:
+    """Return a callback that ends the run after some rows."""
+
+    def stop(so_far: RankSummary, *_: int) -> None:
+        if so_far.rows >= rows:
+            raise InterruptedRunError
+
+    return stop
+
+
+def interrupted(reranker: Reranker, source: Path, output: Path, rows: int = 128) -> None:
+    with pytest.raises(InterruptedRunError):
+        rank_file(reranker, source, output, progress=after(rows))
+    assert not output.exists()
+
+
+def scored_from(
+    reranker: Reranker, source: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> int:
+    """Rank a file; return the row at which this call began, after checking the whole output."""
+    capsys.readouterr()
+    summary = rank_file(reranker, source, output)
+    note = capsys.readouterr().err
+    again = output.with_name("again.jsonl")
+    assert rank_file(reranker, source, again) == summary
+    assert output.read_bytes() == again.read_bytes()
+    again.unlink()
+    assert sorted(output.parent.iterdir()) == sorted([source, output])
+    return int(note.split("continues after ")[1].split()[0]) if note else 0
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_an_interrupted_run_is_continued(
+    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many()), tmp_path / "out.jsonl"
+    interrupted(reranker, source, output, rows)
+    assert scored_from(reranker, source, output, capsys) == rows
+
+
+def test_a_compressed_file_and_a_table_are_continued(
+    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("in.jsonl.gz", "in.parquet"):
+        (tmp_path / name).mkdir()
+        source = tmp_path / name / name
+        if name.endswith("gz"):
+            lines = "".join(json.dumps(row) + "\n" for row in many())
+            source.write_bytes(gzip.compress(lines.encode()))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(many()), source)
+        output = source.with_name("out.jsonl")
+        interrupted(reranker, source, output)
+        assert scored_from(reranker, source, output, capsys) == 128
+
+
+def test_a_run_is_not_continued_with_other_rows_or_another_bundle(
+    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many()), tmp_path / "out.jsonl"
+    interrupted(reranker, source, output)
+    write_rows(source, many()[::-1])
+    assert scored_from(reranker, source, output, capsys) == 0
+    output.unlink()
+    interrupted(reranker, source, output)
+    progress = output.with_name(".out.jsonl.progress")
+    recorded = json.loads(progress.read_text())
+    recorded["identity"]["bundle"] = "0" * 64
+    progress.write_text(json.dumps(recorded))
+    assert scored_from(reranker, source, output, capsys) == 0
+
+
+@pytest.mark.parametrize("damage", ["{", '{"mark": {}}', "[]"])
+def test_damaged_progress_starts_from_the_first_row(
+    reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many()), tmp_path / "out.jsonl"
+    interrupted(reranker, source, output)
+    output.with_name(".out.jsonl.progress").write_text(damage)
+    assert scored_from(reranker, source, output, capsys) == 0
+
+
+def test_a_killed_run_is_continued_after_its_last_recorded_row(
+    folder: Path, reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many(5_000)), tmp_path / "out.jsonl"
+    code = (
+        "import sys\nfrom logratio.serving import Reranker, rank_file, rank_output\n"
+        "rank_output.EVERY = 0.0\n"
+        "rank_file(Reranker.load(sys.argv[1]), sys.argv[2], sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(folder / "bundle"), str(source), str(output)]
+    progress = output.with_name(".out.jsonl.progress")
+    with subprocess.Popen(command) as process:
+        while not progress.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    recorded = json.loads(progress.read_text())["summary"]["rows"]
+    summary = rank_file(reranker, source, output)
+    assert f"continues after {recorded:,} rows" in capsys.readouterr().err
+    ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+    assert ids == list(range(5_000))
+    assert summary.rows == 5_000
+
+
+def test_two_runs_cannot_write_one_output(reranker: Reranker, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many()), tmp_path / "out.jsonl"
+
+    def start_another(*_: object) -> None:
+        with pytest.raises(ConfigError, match="another process is ranking"):
+            rank_file(reranker, source, output)
+        raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        rank_file(reranker, source, output, progress=start_another)
+
+
+def test_workers_give_the_rows_of_one_process_in_order(
+    folder: Path, reranker: Reranker, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [*many(150), *ROWS])
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    workers = Workers(folder / "bundle", 2, {})
+    assert rank_file(workers, source, two) == rank_file(reranker, source, one)
+    rows = [list(map(json.loads, path.read_text().splitlines())) for path in (one, two)]
+    for alone, shared in zip(*rows, strict=True):
+        assert alone.keys() == shared.keys()
+        assert alone.get("order") == shared.get("order")
+        assert alone.get("rewards") == pytest.approx(shared.get("rewards"), abs=1e-5)
+
+
+def test_workers_report_why_they_cannot_load_a_bundle(folder: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    workers = Workers(folder / "bundle", 2, {"expect": "sha256:" + "0" * 64})
+    with pytest.raises(BundleError, match="digest"):
+        rank_file(workers, source, tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_parquet_in_and_out(reranker: Reranker, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [*ROWS, *many(70)])
+    lines, table = tmp_path / "out.jsonl", tmp_path / "out.parquet"
+    rank_file(reranker, source, lines)
+    rank_file(reranker, source, table)
+    read = pyarrow.parquet.read_table(table).to_pylist()
+    for row, line in zip(read, lines.read_text().splitlines(), strict=True):
+        expected = json.loads(line)
+        if "errors" in expected:
+            expected["errors"] = [
+                {"index": int(at), "error": reason} for at, reason in expected["errors"].items()
+            ]
+        assert {name: value for name, value in row.items() if value is not None} == expected
+    back = tmp_path / "back.jsonl"
+    summary = rank_file(reranker, table, back)
+    assert (summary.rows, len(back.read_text().splitlines())) == (73, 73)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_that_fit_no_table_are_kept_as_lines(reranker: Reranker, tmp_path: Path) -> None:
+    rows = [{**ROWS[1], "id": 7}, {**ROWS[1], "id": {"a": 1}}]
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    with pytest.raises(ConfigError, match="do not fit a Parquet table"):
+        rank_file(reranker, source, tmp_path / "out.parquet")
+    assert len((tmp_path / ".out.parquet.partial").read_text().splitlines()) == 2
+
+
+def test_batches_of_ray_data_are_ranked(folder: Path, reranker: Reranker, tmp_path: Path) -> None:
+    """Called as `map_batches` calls it: a class that is made once, with tables."""
+    columns = [{"prompt": row["prompt"], "candidates": row["candidates"]} for row in ROWS]
+    ranker = RankBatch(folder / "bundle")
+    found = ranker(pyarrow.Table.from_pylist(columns)).to_pylist()
+    source = write_rows(tmp_path / "in.jsonl", columns)
+    rank_file(reranker, source, tmp_path / "out.parquet")
+    for row, expected in zip(
+        found, pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist(), strict=True
+    ):
+        assert {name: value for name, value in row.items() if value is not None} == {
+            name: value for name, value in expected.items() if value is not None
+        }
+    assert ranker(ranker(pyarrow.Table.from_pylist(columns))).column_names.count("rewards") == 1
