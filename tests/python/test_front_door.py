@@ -330,7 +330,7 @@ def test_names_of_other_trainers_are_fields() -> None:
         ({"lora_rank": 8}, "write lora=LoraSettings(rank=…)"),
         ({"bf16": True}, 'has no bf16: use `precision="bf16"`'),
         ({"per_device_train_batch_size": 8}, "set `batch_size`, the number of pairs in an update"),
-        ({"rpo_alpha": 0.1}, 'has no rpo_alpha: add sft with a weight: `loss="dpo+sft:0.2"`'),
+        ({"rpo_alpha": 0.1}, 'has no rpo_alpha: add sft with a weight: `loss="dpo+sft:0.1"`'),
         ({"torch_compile": True}, 'use `compile_layers="on"` or `auto`'),
         ({"precompute_ref_log_probs": True}, "use `cache=…, precompute=True`"),
         ({"max_seq_length": 9}, "use `rules=TokenizationRules(max_length=…)`"),

@@ -129,9 +129,7 @@ def rank(
         "load_seconds": load_seconds,
     }
     several = workers > 1
-    reranker = (
-        Workers(bundle, workers, settings) if several else Reranker.load(bundle, **settings)
-    )
+    reranker = Workers(bundle, workers, settings) if several else Reranker.load(bundle, **settings)
     with _ranking(input_file) as progress:
         summary = rank_file(reranker, input_file, output, progress=progress)
     typer.echo(summary.to_text(), err=True)

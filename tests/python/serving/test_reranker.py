@@ -1,12 +1,10 @@
 """The reranker gives torch's rewards, without torch."""
 
-import json
 import math
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
