@@ -22,7 +22,8 @@ from shared_material import SHARED, STORIES, STORIES3M, check_shared
 from tokenizers import Tokenizer
 
 from logratio.data import TokenizationRules
-from logratio.export.export import ExportConfig, export_bundle
+from logratio.export.export import export_bundle
+from logratio.export.plan import ExportConfig
 from logratio.serving import Reranker
 from logratio.training import (
     EvaluateConfig,

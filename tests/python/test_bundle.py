@@ -43,6 +43,7 @@ from logratio.serving import Reranker
 GRAPH_INFO = {
     **{"opset": 23, "kind": "two_models", "chunk": 128, "vocabulary_size": 20},
     "max_positions": 512,
+    "per_token": True,
 }
 
 
@@ -492,7 +493,7 @@ class Session:
 def test_rewards_are_compared_with_the_other_two_outputs(bundle: Path) -> None:
     reranker = Reranker.load(bundle)
     reranker._session = Session(reranker._session, "shift")
-    with pytest.raises(BundleError, match="rewards are not beta times the log-ratio"):
+    with pytest.raises(BundleError, match="rewards are not β·"):
         reranker.score("the cat", ["sad"])
 
 

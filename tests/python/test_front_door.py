@@ -21,7 +21,8 @@ from logratio.data.inspection import inspect
 from logratio.data.readers import as_inputs
 from logratio.demo.run import DemoConfig
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
-from logratio.export.export import ExportConfig, export_bundle
+from logratio.export.export import export_bundle
+from logratio.export.plan import ExportConfig
 from logratio.training import (
     DPOTrainer,
     EvaluateConfig,

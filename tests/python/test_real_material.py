@@ -13,7 +13,8 @@ from tiny_models import tiny
 from transformers import GPT2Config
 
 from logratio.data import TokenizationRules
-from logratio.export.export import ExportConfig, export_bundle
+from logratio.export.export import export_bundle
+from logratio.export.plan import ExportConfig
 from logratio.serving import Reranker
 from logratio.training import (
     EvaluateConfig,

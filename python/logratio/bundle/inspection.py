@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def describe(folder: Path, content: bytes, manifest: Manifest, graph: GraphFile)
         "format_version": manifest.format_version,
         "kind": manifest.graph.kind,
         "method": manifest.method,
+        "reward": manifest.graph.reward,
+        "precision": asdict(manifest.precision),
         "beta": None if manifest.is_reward_model else manifest.beta,
         "policy": _model(manifest.policy),
         "reference": None if manifest.is_reward_model else _model(manifest.reference),

@@ -18,71 +18,33 @@ from logratio.bundle.files import (
     check_entries,
     read_regular_file,
 )
+from logratio.bundle.graph_info import FLOAT32, REFERENCE_FREE, REWARD_MODEL, GraphInfo, Precision
 from logratio.errors import ConfigError
 
 FORMAT_VERSION = 4
 """Version 2 added fields with defaults, so bundles of version 1 can still be read. Version 3 added
 reward models. Version 4 added the number and the hash of the golden groups, a long and a truncated
-one among them, and the training method."""
+one among them, the training method, graphs without a reference model, precisions and log-probs per
+token."""
 _READABLE = (1, 2, 3, FORMAT_VERSION)
 _SINCE_DIGEST = 4
 """The first version whose golden groups have a recorded number and hash."""
-INPUTS = {
-    "prompt_ids": 2,
-    "prompt_mask": 2,
-    "candidate_ids": 2,
-    "candidate_mask": 2,
-    "group": 1,
-    "token_index": 2,
-    "token_row": 2,
-}
-"""Names and ranks of the graph's inputs, all int64, as filled by `_rust.candidate_layout`."""
-OUTPUTS = ("reward", "policy_logps", "reference_logps")
-"""Names of the graph's outputs, all float32 `[N]`, one value per candidate."""
-REWARD_MODEL = "reward_model"
-"""The kind of a graph that is a reward model, whose only output is the reward."""
 GOLDEN_GROUPS = 3
 """Minimum number of golden groups, which are given as token ids; text groups are additional."""
 LONG = 64
 """Minimum tokens of the longest golden sequence, or the rules' maximum length if it is smaller."""
-CHUNK = 128
-"""Completion tokens per chunk of the head, which bounds the number of logits in memory."""
-
 PARITY = (1e-4, 1e-6)
 """Tolerance at export in nats per sequence, absolute and relative to the sum of log-probs."""
 REPLAY = (1e-3, 1e-5)
 """Tolerance at load: larger, because kernels of other machines round differently."""
+FLOAT16_REPLAY = (5e-2, 1e-3)
+"""The same for graphs that compute in float16, which has 11 bits."""
 
 TOKENIZATION = "logratio.tokenization"
 """The graph's property with the result of `tokenization_digest`, since version 4."""
 _GOLDEN_INPUTS = (*("prompt_ids", "candidates", "prompt", "completions", "messages", "max_length"),)
 _MANIFEST_LIMIT = 16 * 2**20
 _LARGEST = 2**31
-
-
-@dataclass(frozen=True)
-class GraphInfo:
-    """Properties of the graph.
-
-    Attributes:
-        opset: The ONNX opset of the graph.
-        kind: ``two_models``; ``adapter``, one base model with an adapter for the policy; or
-            ``reward_model``, whose rewards are its scores.
-        chunk: Completion tokens per chunk of the head.
-        vocabulary_size: Vocabulary size of the models; token ids are below it.
-        max_positions: Longest sequence that the models support; None if not recorded.
-    """
-
-    opset: int
-    kind: str
-    chunk: int
-    vocabulary_size: int
-    max_positions: int | None = None
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of the graph's outputs."""
-        return OUTPUTS[:1] if self.kind == REWARD_MODEL else OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -94,13 +56,16 @@ class GoldenGroup:
         candidates: Token ids of each candidate.
         policy_logps: Log-prob sums of the policy, one per candidate, in nats; empty for a reward
             model.
-        reference_logps: The same for the reference.
+        reference_logps: The same for the reference; empty if the reward has none. For a
+            ``cached_reference`` graph: the input with which it was verified.
         prompt: The prompt's text if the ids come from text: tokenizing it must give these ids.
         completions: The candidates' texts, in the same way.
         messages: The chat messages, instead of `prompt`.
         scores: Scores of a reward model, one per candidate; None for a policy.
         max_length: The limit in tokens under which the text was truncated to these ids; None: that
             of the bundle's rules, without truncation.
+        graph_outputs: What the graph itself gave at export, by output; None if its precision is
+            float32, so that torch's values are the expected ones.
     """
 
     prompt_ids: list[int]
@@ -112,6 +77,7 @@ class GoldenGroup:
     messages: list[dict[str, str]] | None = None
     scores: list[float] | None = None
     max_length: int | None = None
+    graph_outputs: dict[str, list[float]] | None = None
 
     @property
     def longest(self) -> int:
@@ -158,6 +124,7 @@ class Manifest:
         golden_digest: Number and hash of the golden groups, so that none can be left out. None:
             `to_json` computes them.
         method: The loss of the policy's training, such as ``dpo``; None if not recorded.
+        precision: The numbers that the graph stores and computes with.
     """
 
     beta: float
@@ -173,6 +140,12 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     golden_digest: GoldenDigest | None = None
     method: str | None = None
+    precision: Precision = FLOAT32
+
+    @property
+    def replay(self) -> tuple[float, float]:
+        """The tolerance of the golden groups at load, for `tolerance`."""
+        return FLOAT16_REPLAY if self.precision.dtype == "float16" else REPLAY
 
     @property
     def name(self) -> str:
@@ -181,7 +154,7 @@ class Manifest:
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether the rewards are scores of a reward model, and not log-ratios."""
+        """Whether the rewards are scores of a reward model, and not of log-probs."""
         return self.graph.kind == REWARD_MODEL
 
     @property
@@ -416,8 +389,14 @@ def _check_length(manifest: Manifest, where: str) -> None:
 def _check_golden(group: GoldenGroup, graph: GraphInfo, where: str) -> None:
     if (group.scores is not None) != (graph.kind == REWARD_MODEL):
         raise BundleError(f"{where}: a golden group is not of the graph's kind")
-    known = (group.policy_logps, group.reference_logps)
-    lengths = {len(group.candidates), *map(len, known if group.scores is None else [group.scores])}
+    known = [group.scores] if group.scores is not None else [group.policy_logps]
+    if group.scores is None and graph.kind != REFERENCE_FREE:
+        known.append(group.reference_logps)
+    if group.graph_outputs is not None:
+        if group.graph_outputs.keys() != set(graph.outputs):
+            raise BundleError(f"{where}: a golden group lacks an output of the graph")
+        known += group.graph_outputs.values()
+    lengths = {len(group.candidates), *map(len, known)}
     rows = [group.prompt_ids, *group.candidates]
     if len(lengths) != 1 or len(rows) < 2 or not all(rows):
         raise BundleError(f"{where}: a golden group has inconsistent lengths")

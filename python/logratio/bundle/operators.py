@@ -7,7 +7,9 @@ read files.
 
 from collections.abc import Collection, Mapping
 
-DOMAINS: Mapping[str, Collection[int]] = {"": (20, 23)}
+RUNTIME = "com.microsoft"
+"""The operators of ONNX Runtime."""
+DOMAINS: Mapping[str, Collection[int]] = {"": (20, 23), RUNTIME: (1,)}
 """The versions of each operator set that exports use; "" is ONNX's own."""
 
 OPERATORS: Mapping[str, Collection[str]] = {
@@ -29,6 +31,7 @@ OPERATORS: Mapping[str, Collection[str]] = {
             "Scan",
         }
     ),
+    RUNTIME: frozenset({"MatMulNBits"}),
 }
 """The operators of each set."""
 

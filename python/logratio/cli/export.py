@@ -24,6 +24,13 @@ Fallback = Annotated[
         help="Use the CPU if the requested execution provider is not available.",
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="For a bundle exported with `--reference cached`: the cache of `logratio precompute` "
+        "with the reference's log-probs of the candidates."
+    ),
+]
 Provider = Annotated[
     str | None,
     typer.Option(
@@ -40,7 +47,10 @@ def export(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Folder or id of the reference model. Needed unless the policy is a reward model."
+            metavar="FOLDER|cached|none",
+            help="Folder or id of the reference model. `cached`: its log-probs are an input of the "
+            "graph. `none`: the reward has no reference, which is the default if the policy was "
+            "trained without one (simpo, cpo, orpo). A reward model needs none.",
         ),
     ] = None,
     beta: Annotated[
@@ -58,17 +68,50 @@ def export(
             show_default=False,
         ),
     ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="float32|float16|bfloat16",
+            help="float16: the model computes in it. bfloat16: only weights are stored in it.",
+        ),
+    ] = "float32",
+    bits: Annotated[
+        int | None,
+        typer.Option(metavar="8|4", help="Store matrices in 8 or 4 bits per weight."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts and candidates, as for `logratio rank`, to compare --dtype or --bits "
+            "with float32. Default: 24 prompts with 8 candidates, sampled from the policy."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Export although the rewards differ too much.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Export policy and reference, or a reward model, as one ONNX graph that scores N candidates.
 
     The prompt is computed once for all candidates. The bundle is written only if onnxruntime's
-    log-probs or scores match torch's within 1e-4 + 1e-6·|sum| per sequence.
+    log-probs or scores match torch's within 1e-4 + 1e-6·|sum| per sequence. In another precision,
+    rewards may differ by 0.01 (--dtype), or 99% of the pairs of candidates must keep their order
+    and 95% of the prompts their best candidate (--bits).
     """
-    from logratio.export.export import ExportConfig, export_bundle, plan_export
+    from logratio.export.export import export_bundle
+    from logratio.export.plan import ExportConfig, plan_export
 
-    text_as = read_text_as(chat)
-    config = ExportConfig(policy, reference, output, beta, text_as=text_as)
+    config = ExportConfig(
+        policy,
+        reference,
+        output,
+        beta,
+        text_as=read_text_as(chat),
+        dtype=dtype,  # type: ignore[arg-type]  # checked by ExportConfig
+        bits=bits,  # type: ignore[arg-type]
+        data=data,
+        force=force,
+    )
     typer.echo(plan_export(config).to_text(), err=True)
     if not dry_run:
         typer.echo(export_bundle(config).to_text())
@@ -105,6 +148,7 @@ def rank(
     expect: Expect = None,
     allowed_signers: AllowedSigners = None,
     load_seconds: LoadSeconds = 300.0,
+    cache: Cache = None,
     dry_run: DryRun = False,
 ) -> None:
     """Rank candidates by their implicit reward, without torch.
@@ -127,6 +171,7 @@ def rank(
         "expect": expect,
         "allowed_signers": allowed_signers,
         "load_seconds": load_seconds,
+        "cache": cache,
     }
     several = workers > 1
     reranker = Workers(bundle, workers, settings) if several else Reranker.load(bundle, **settings)
@@ -168,6 +213,7 @@ def serve(
     expect: Expect = None,
     allowed_signers: AllowedSigners = None,
     load_seconds: LoadSeconds = 300.0,
+    cache: Cache = None,
     max_request_tokens: Annotated[
         int | None,
         typer.Option(
@@ -199,6 +245,7 @@ def serve(
         expect=expect,
         allowed_signers=allowed_signers,
         load_seconds=load_seconds,
+        cache=cache,
     )
 
 

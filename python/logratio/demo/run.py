@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from logratio.data.analysis.evaluation_result import Evaluation
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.demo import task
-from logratio.export.export import ExportConfig, export_bundle
+from logratio.export.export import export_bundle
+from logratio.export.plan import ExportConfig
 from logratio.synonyms import takes_known_names
 from logratio.training.config import EvaluateConfig, PrecomputeConfig, TrainConfig
 from logratio.training.evaluation import evaluate

@@ -14,16 +14,28 @@ import torch
 from torch import Tensor
 
 from logratio._rust import candidate_layout
-from logratio.bundle import GRAPH, INPUTS, OUTPUTS, WEIGHTS
+from logratio.bundle import (
+    CACHED_REFERENCE,
+    GRAPH,
+    INPUTS,
+    OUTPUTS,
+    REFERENCE_INPUT,
+    TOKEN_LOGPS,
+    TOKEN_LOGRATIOS,
+    WEIGHTS,
+)
 from logratio.errors import LogratioError
 from logratio.export.reward_model import ScoreScorer
-from logratio.export.scorer import HalfScorer, RewardScorer
+from logratio.export.scorer import HalfScorer, PolicyScorer, RewardScorer
 from logratio.extras import require
+from logratio.graph_inputs import graph_inputs
 from logratio.logps.completion import transformer
 from logratio.training.fingerprint import IGNORED_CONFIG
 
+Scorer = RewardScorer | PolicyScorer | ScoreScorer
+"""What can be traced to a graph."""
 Half = tuple[Any, Mapping[str, np.ndarray]]
-"""An `onnx_ir.Model` with one output, and the values of its weight inputs."""
+"""An `onnx_ir.Model` whose first output is `[N]`, and the values of its weight inputs."""
 
 
 def open_weights(graph: Any, names: Collection[str]) -> None:
@@ -37,27 +49,70 @@ def open_weights(graph: Any, names: Collection[str]) -> None:
 
 def joined(policy: Half, reference: Half, beta: float) -> Any:
     """Join the graphs of policy and reference, which share inputs; modifies the policy's."""
+    model, weights = policy
+    graph = model.graph
+    sums, per_token = _restore_weights(graph, "policy", weights)
+    others, others_per_token = _move_into(graph, *reference)
+    reward = _scaled(graph, _new(graph, "Sub", sums, others), beta)
+    _set_outputs(graph, [reward, sums, others], sums.dtype)
+    _add_token_output(graph, TOKEN_LOGRATIOS, _new(graph, "Sub", per_token, others_per_token))
+    return model
+
+
+def alone(policy: Half, scorer: PolicyScorer) -> Any:
+    """Complete the graph of a policy to that of its reward; modifies it."""
     import onnx_ir
 
     model, weights = policy
     graph = model.graph
-    sums = [_restore_weights(graph, "policy", weights), _move_into(graph, *reference)]
-    factor = onnx_ir.Value(name="beta", const_value=onnx_ir.tensor(np.float32(beta), name="beta"))
-    factor.dtype, factor.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape([])
-    graph.register_initializer(factor)
-    logratio = onnx_ir.node("Sub", sums)
-    reward = onnx_ir.node("Mul", [logratio.outputs[0], factor])
-    graph.extend([logratio, reward])
-    _set_outputs(graph, [reward.outputs[0], *sums], sums[0].dtype)
+    sums, per_token = _restore_weights(graph, "policy", weights)
+    measure = sums
+    if scorer.kind == CACHED_REFERENCE:
+        known = onnx_ir.Value(name=REFERENCE_INPUT, shape=onnx_ir.Shape(["candidates"]))
+        known.type = onnx_ir.TensorType(sums.dtype)
+        graph.inputs.append(known)
+        measure = _new(graph, "Sub", sums, known)
+    elif scorer.normalized:
+        mask = next(value for value in graph.inputs if value.name == "candidate_mask")
+        axis = _constant(graph, "token_axis", np.array([1]))
+        tokens = _new(graph, "ReduceSum", mask, axis, keepdims=0)
+        divisor = _new(graph, "Cast", tokens, to=onnx_ir.DataType.FLOAT)
+        measure = _new(graph, "Div", sums, divisor)
+    _set_outputs(graph, [_scaled(graph, measure, scorer.beta), sums], sums.dtype)
+    _add_token_output(graph, TOKEN_LOGPS, per_token)
     return model
 
 
 def with_weights(half: Half) -> Any:
     """Return the graph of a reward model with its weights; modifies it."""
     model, weights = half
-    scores = _restore_weights(model.graph, "policy", weights)
+    (scores,) = _restore_weights(model.graph, "policy", weights)
     _set_outputs(model.graph, [scores], scores.dtype)
     return model
+
+
+def _new(graph: Any, operator: str, *values: Any, **attributes: int) -> Any:
+    """Append a node and return its output."""
+    import onnx_ir
+
+    node = onnx_ir.node(operator, values, attributes)
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _constant(graph: Any, name: str, value: np.ndarray | np.generic) -> Any:
+    """Add a named constant."""
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(value, name=name)
+    shape, kind = onnx_ir.Shape(value.shape), onnx_ir.TensorType(tensor.dtype)
+    constant = onnx_ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
+    graph.register_initializer(constant)
+    return constant
+
+
+def _scaled(graph: Any, value: Any, beta: float) -> Any:
+    return _new(graph, "Mul", value, _constant(graph, "beta", np.float32(beta)))
 
 
 def _set_outputs(graph: Any, values: Sequence[Any], dtype: Any) -> None:
@@ -69,8 +124,16 @@ def _set_outputs(graph: Any, values: Sequence[Any], dtype: Any) -> None:
         value.name, value.dtype, value.shape = name, dtype, onnx_ir.Shape(["candidates"])
 
 
-def _restore_weights(graph: Any, prefix: str, weights: Mapping[str, np.ndarray]) -> Any:
-    """Turn a half's inputs back into weights, prefix all names, and return its output."""
+def _add_token_output(graph: Any, name: str, value: Any) -> None:
+    import onnx_ir
+
+    value.name, value.dtype = name, graph.outputs[0].dtype
+    value.shape = onnx_ir.Shape(["chunks", "chunk"])
+    graph.outputs.append(value)
+
+
+def _restore_weights(graph: Any, prefix: str, weights: Mapping[str, np.ndarray]) -> list[Any]:
+    """Turn a half's inputs back into weights, prefix all names, and return its outputs."""
     import onnx_ir
 
     for node in graph.all_nodes():
@@ -84,13 +147,13 @@ def _restore_weights(graph: Any, prefix: str, weights: Mapping[str, np.ndarray])
         value.const_value = onnx_ir.tensor(weights[value.name], name=value.name)
         value.name = f"{prefix}.{value.name}"
         graph.register_initializer(value)
-    return graph.outputs[0]
+    return list(graph.outputs)
 
 
-def _move_into(graph: Any, other: Any, weights: Mapping[str, np.ndarray]) -> Any:
-    """Move another half's nodes and weights into `graph`; return its output there."""
+def _move_into(graph: Any, other: Any, weights: Mapping[str, np.ndarray]) -> list[Any]:
+    """Move another half's nodes and weights into `graph`; return its outputs there."""
     source = other.graph
-    sums = _restore_weights(source, "reference", weights)
+    outputs = _restore_weights(source, "reference", weights)
     for value, shared in zip(source.inputs, graph.inputs, strict=True):
         value.replace_all_uses_with(shared)
     source.outputs.clear()
@@ -100,7 +163,7 @@ def _move_into(graph: Any, other: Any, weights: Mapping[str, np.ndarray]) -> Any
     nodes = list(source)
     source.remove(nodes)
     graph.extend(nodes)
-    return sums
+    return outputs
 
 
 def smaller(model: Any) -> Any:
@@ -195,13 +258,13 @@ class GraphError(LogratioError, RuntimeError):
     """The model cannot be written as an ONNX graph."""
 
 
-def trace(scorer: RewardScorer | ScoreScorer, opset: int) -> Any:
+def trace(scorer: Scorer, opset: int) -> Any:
     """Trace a scorer into an `onnx_ir.Model` with dynamic dimensions.
 
     Policy and reference are traced once if they differ only in their weights.
 
     Args:
-        scorer: Policy and reference, or a reward model.
+        scorer: Policy and reference, a policy, or a reward model.
         opset: The ONNX opset.
 
     Raises:
@@ -211,22 +274,29 @@ def trace(scorer: RewardScorer | ScoreScorer, opset: int) -> Any:
     for module in ("onnx", "onnxscript"):
         require(module, "export")
     if isinstance(scorer, ScoreScorer):
-        alone = with_weights((_trace_half(scorer, opset), _weights(scorer)))
-        with _quietly():
-            return smaller(alone)
-    policy = _trace_half(scorer.policy, opset)
-    twins = same_architecture(scorer.policy, scorer.reference)
-    reference = policy.clone() if twins else _trace_half(scorer.reference, opset)
-    model = joined(
-        (policy, _weights(scorer.policy)), (reference, _weights(scorer.reference)), scorer.beta
-    )
+        model = with_weights(_half(scorer, opset))
+    elif isinstance(scorer, PolicyScorer):
+        model = alone(_half(scorer.policy, opset), scorer)
+    else:
+        model = _trace_pair(scorer, opset)
     with _quietly():
         return smaller(model)
 
 
+def _trace_pair(scorer: RewardScorer, opset: int) -> Any:
+    policy, weights = _half(scorer.policy, opset)
+    twins = same_architecture(scorer.policy, scorer.reference)
+    reference = policy.clone() if twins else _trace_half(scorer.reference, opset)
+    return joined((policy, weights), (reference, _weights(scorer.reference)), scorer.beta)
+
+
+def _half(scorer: HalfScorer | ScoreScorer, opset: int) -> Half:
+    return _trace_half(scorer, opset), _weights(scorer)
+
+
 def _trace_half(scorer: HalfScorer | ScoreScorer, opset: int) -> Any:
     """Trace one model with its weights as inputs, so that no constant depends on them."""
-    free = torch.export.Dim.DYNAMIC
+    free, is_scored = torch.export.Dim.DYNAMIC, isinstance(scorer, ScoreScorer)
     try:
         with _quietly(), torch.no_grad():
             program = torch.onnx.export(
@@ -235,7 +305,7 @@ def _trace_half(scorer: HalfScorer | ScoreScorer, opset: int) -> Any:
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(INPUTS),
-                output_names=["logps"],
+                output_names=["logps", "token_logps"][: 1 if is_scored else 2],
                 dynamic_shapes={name: dict.fromkeys(range(n), free) for name, n in INPUTS.items()},
                 optimize=False,
                 verbose=False,
@@ -285,11 +355,6 @@ def write(model: Any, folder: Path, properties: Mapping[str, str]) -> list[str]:
     return [GRAPH, WEIGHTS] if is_large else [GRAPH]
 
 
-def feed(layout: Any) -> dict[str, Any]:
-    """Convert a candidate layout to the graph's inputs."""
-    return {name: getattr(layout, name) for name in INPUTS}
-
-
 def _traced_inputs() -> tuple[Tensor, ...]:
     """Return a small example; no dimension is 1, which tracing would treat as constant."""
     prompts, candidates = _TRACED
@@ -298,7 +363,7 @@ def _traced_inputs() -> tuple[Tensor, ...]:
         [[np.array(ids, dtype=np.int32) for ids in group] for group in candidates],
         _TRACED_CHUNK,
     )
-    return tuple(torch.from_numpy(array) for array in feed(layout).values())
+    return tuple(torch.from_numpy(array) for array in graph_inputs(layout).values())
 
 
 def _cause(error: BaseException) -> str:

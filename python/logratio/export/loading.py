@@ -1,105 +1,169 @@
 """The models of an export, with the values of torch that their graph must reproduce."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from logratio.bundle import REWARD_MODEL, GoldenGroup
+from logratio.bundle import CACHED_REFERENCE, REFERENCE_FREE, REWARD_MODEL
+from logratio.export.graph import Scorer
+from logratio.export.kinds import RewardKind
 from logratio.export.parity import (
-    Expected,
+    Given,
     GoldenInput,
-    check_parity,
-    check_scores,
+    ParityReport,
+    Values,
     plain_logps,
     plain_scores,
     training_logps,
     training_scores,
 )
 from logratio.export.reward_model import ScoreScorer
-from logratio.export.scorer import ModelPair, RewardScorer, join, use_exportable_attention
+from logratio.export.scorer import PolicyScorer, RewardScorer, join, use_exportable_attention
 from logratio.logps.checks import check_head
 from logratio.logps.completion import transformer
 from logratio.training.models import load_model, merged
 
+Logps = list[list[float]]
+"""Log-prob sums in nats, or scores, of each candidate of each group."""
+Compute = Callable[[nn.Module, Sequence[GoldenInput]], Logps]
+
+
+def one_nat_per_token(_prompt_ids: list[int], ids: list[int]) -> float:
+    """Return log-probs with which a graph is verified that takes those of a reference."""
+    return -float(len(ids))
+
 
 @dataclass(frozen=True)
-class LoadedPair:
-    """Policy and reference, with the log-probs of the groups to check.
+class Calibration:
+    """Groups on which a smaller precision is compared with float32.
 
     Attributes:
-        pair: The models.
-        expected: Log-probs of the models' own forward.
-        training: Log-probs of training's code.
+        source: Where they come from: see `bundle.Agreement`.
+        groups: The prompts and candidates.
+        given: Log-probs of the reference, if the graph takes them.
     """
 
-    pair: ModelPair
-    expected: Expected
-    training: Expected
-
-    @property
-    def kind(self) -> str:
-        """The kind of the graph, for the manifest."""
-        return self.pair.kind
-
-    def scorer(self, beta: float) -> RewardScorer:
-        """Return the module to trace."""
-        return RewardScorer(self.pair.policy, self.pair.reference, beta)
-
-    def check(self, session: Any, beta: float, groups: Sequence[GoldenInput]) -> dict[str, float]:
-        """Compare a session on the graph with torch: see `parity.check_parity`."""
-        return check_parity(session, beta, groups, self.expected, self.training)
-
-    def golden(self, groups: Sequence[GoldenInput]) -> list[GoldenGroup]:
-        """Combine the golden groups with their log-probs, which are the first."""
-        known = zip(groups, self.expected.policy, self.expected.reference, strict=False)
-        return [
-            GoldenGroup(**asdict(group), policy_logps=policy, reference_logps=reference)
-            for group, policy, reference in known
-        ]
+    source: str
+    groups: list[GoldenInput]
+    given: Given = one_nat_per_token
 
 
 @dataclass(frozen=True)
-class LoadedRewardModel:
-    """A reward model, with the scores of the groups to check: see `LoadedPair`."""
+class Loaded:
+    """The module to trace, and torch's values in float32.
 
-    model: nn.Module
-    expected: list[list[float]]
-    training: list[list[float]]
-    kind = REWARD_MODEL
+    Attributes:
+        scorer: The module.
+        kind: The kind of the graph, for the manifest.
+        expected: Values of each candidate of the groups, from the models' own forward.
+        differences: The largest differences of training's code from them.
+        calibration: The groups to compare on; None if the precision is float32.
+        rewards: Torch's rewards of the groups of `calibration`.
+    """
 
-    def scorer(self, _beta: float) -> ScoreScorer:
-        """Return the module to trace."""
-        return ScoreScorer(self.model)
+    scorer: Scorer
+    kind: str
+    expected: list[Values]
+    differences: dict[str, float]
+    calibration: Calibration | None = None
+    rewards: Logps | None = None
 
-    def check(self, session: Any, _beta: float, groups: Sequence[GoldenInput]) -> dict[str, float]:
-        """Compare a session on the graph with torch: see `parity.check_scores`."""
-        return check_scores(session, groups, self.expected, self.training)
 
-    def golden(self, groups: Sequence[GoldenInput]) -> list[GoldenGroup]:
-        """Combine the golden groups with their scores, which are the first."""
+class Models:
+    """The models of an export.
+
+    Args:
+        policy: Folder of the policy or reward model.
+        reference: Folder of the reference; None if there is no reference model.
+        reward: What the reward is.
+    """
+
+    def __init__(self, policy: Path, reference: Path | None, reward: RewardKind) -> None:
+        self.policy = _exportable(policy)
+        self._reference = None if reference is None else _exportable(reference)
+        self._reward = reward
+        if self._is_scored:
+            check_head(self.policy)
+
+    @property
+    def _is_scored(self) -> bool:
+        return self._reward.name == REWARD_MODEL
+
+    def load(self, groups: Sequence[GoldenInput], calibration: Calibration | None) -> Loaded:
+        """Score the groups with each model, then join the models.
+
+        Args:
+            groups: The groups to verify the graph with.
+            calibration: The groups to compare a smaller precision on, or None.
+
+        Raises:
+            ParityError: Training's code gives other values than the models' own forward.
+        """
+        plain: Compute = plain_scores if self._is_scored else plain_logps
+        trained: Compute = training_scores if self._is_scored else training_logps
+        expected = _flat(self._values(plain, groups, one_nat_per_token))
+        report = ParityReport(self._reward.beta)
+        training = self._values(trained, groups, one_nat_per_token)
+        report.compare("training", expected, _flat(training))
+        rewards = None
+        if calibration is not None:
+            found = self._values(_by_group(trained), calibration.groups, calibration.given)
+            rewards = [[row[0] for row in rows] for rows in found]
+        scorer, kind = self._scorer()
+        return Loaded(scorer, kind, expected, report.largest, calibration, rewards)
+
+    def _values(
+        self, compute: Compute, groups: Sequence[GoldenInput], given: Given
+    ) -> list[list[Values]]:
+        """Return the values of each candidate of each group."""
+        own = compute(self.policy, groups)
+        if self._is_scored:
+            return [[(score,) for score in scores] for scores in own]
+        if self._reference is not None:
+            other = compute(self._reference, groups)
+            pairs = zip(own, other, strict=True)
+            return [[self._pair(*pair) for pair in zip(*logps, strict=True)] for logps in pairs]
         return [
-            GoldenGroup(**asdict(group), policy_logps=[], reference_logps=[], scores=scores)
-            for group, scores in zip(groups, self.expected, strict=False)
-        ]
+            [self._alone(value, group.prompt_ids, ids, given) for value, ids in
+             zip(logps, group.candidates, strict=True)]
+            for group, logps in zip(groups, own, strict=True)
+        ]  # fmt: skip
+
+    def _pair(self, policy: float, reference: float) -> Values:
+        return self._reward.beta * (policy - reference), policy, reference
+
+    def _alone(self, policy: float, prompt: list[int], ids: list[int], given: Given) -> Values:
+        measure = policy
+        if self._reward.name == CACHED_REFERENCE:
+            measure -= given(prompt, ids)
+        elif self._reward.length_normalized:
+            measure /= len(ids)
+        return self._reward.beta * measure, policy
+
+    def _scorer(self) -> tuple[Scorer, str]:
+        reward = self._reward
+        if self._is_scored:
+            return ScoreScorer(merged(self.policy)), REWARD_MODEL
+        if reward.name in (CACHED_REFERENCE, REFERENCE_FREE):
+            normalized = reward.length_normalized
+            scorer = PolicyScorer(
+                merged(self.policy), reward.name, reward.beta, normalized=normalized
+            )
+            return scorer, reward.name
+        assert self._reference is not None
+        pair = join(self.policy, self._reference)
+        return RewardScorer(pair.policy, pair.reference, reward.beta), pair.kind
 
 
-def load_pair(policy: Path, reference: Path, groups: Sequence[GoldenInput]) -> LoadedPair:
-    """Load both models, and score the groups with each before the models are joined."""
-    first, second = _exportable(policy), _exportable(reference)
-    expected = Expected(plain_logps(first, groups), plain_logps(second, groups))
-    training = Expected(training_logps(first, groups), training_logps(second, groups))
-    return LoadedPair(join(first, second), expected, training)
+def _flat(groups: Sequence[Sequence[Values]]) -> list[Values]:
+    return [row for group in groups for row in group]
 
 
-def load_reward_model(folder: Path, groups: Sequence[GoldenInput]) -> LoadedRewardModel:
-    """Load a reward model, and score the groups before its adapter, if any, is merged."""
-    model = _exportable(folder)
-    check_head(model)
-    expected, training = plain_scores(model, groups), training_scores(model, groups)
-    return LoadedRewardModel(merged(model), expected, training)
+def _by_group(compute: Compute) -> Compute:
+    """Compute group by group, which bounds memory."""
+    return lambda model, groups: [compute(model, [group])[0] for group in groups]
 
 
 def _exportable(folder: Path) -> nn.Module:

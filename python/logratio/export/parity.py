@@ -1,6 +1,6 @@
 """Verify an exported graph against torch's log-probs on golden groups."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from logratio._rust import candidate_layout
-from logratio.bundle import CHUNK, PARITY, tolerance
+from logratio.bundle import CHUNK, PARITY, REFERENCE_INPUT, tolerance
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
-from logratio.export.graph import feed
+from logratio.graph_inputs import graph_inputs
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
 from logratio.logps.scores import score_completions
@@ -27,6 +27,10 @@ _SIMPLE, _SIMPLE_COMPLETIONS = "a", ("a a", "a")
 """For vocabularies without the words above; `serving` expects a text group if it can encode "a"."""
 
 Ids = list[int]
+Values = tuple[float, ...]
+"""Of a candidate: its reward, then its log-prob sums under the models of the graph, in nats."""
+Given = Callable[[Ids, Ids], float]
+"""The reference's log-probs that are an input, by the ids of prompt and candidate."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class GoldenInput:
     def longest(self) -> int:
         """Tokens of the prompt and the longest candidate."""
         return len(self.prompt_ids) + max(map(len, self.candidates))
+
+    def alone(self) -> "list[GoldenInput]":
+        """Return each candidate as a group of its own."""
+        return [GoldenInput(self.prompt_ids, [ids]) for ids in self.candidates]
 
 
 def golden_inputs(
@@ -192,141 +200,125 @@ class ParityError(LogratioError, RuntimeError):
     """The graph's log-probs differ from torch's."""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """Torch's log-prob sums of each candidate of each group, in nats."""
-
-    policy: list[list[float]]
-    reference: list[list[float]]
-
-    def pairs(self) -> list[tuple[float, float]]:
-        """Return (policy, reference) of every candidate, in the order of the groups."""
-        return [
-            pair
-            for groups in zip(self.policy, self.reference, strict=True)
-            for pair in zip(*groups, strict=True)
-        ]
-
-
 @dataclass
 class ParityReport:
-    """The largest difference from torch per check, in nats per sequence."""
+    """The largest difference per check, in nats per sequence; of a reward model, in its scores."""
 
     beta: float
+    limits: tuple[float, float] = PARITY
     largest: dict[str, float] = field(default_factory=dict)
 
-    def compare(
-        self, check: str, expected: Sequence[tuple[float, float]], rows: Sequence[Sequence[float]]
-    ) -> None:
-        """Compare a run's (reward, policy, reference) rows with torch.
+    def compare(self, check: str, expected: Sequence[Values], rows: Sequence[Values]) -> None:
+        """Compare a run's values with the expected ones, candidate by candidate.
 
         Raises:
             ParityError: A difference is larger than rounding can explain.
         """
-        for (policy, reference), (reward, *logps) in zip(expected, rows, strict=True):
+        for (known, *logps), (reward, *found) in zip(expected, rows, strict=True):
             slack = 0.0
-            for known, found in zip((policy, reference), logps, strict=True):
-                slack += tolerance(known, PARITY)
-                self._record(check, known, found, tolerance(known, PARITY))
-            known = self.beta * (policy - reference)
-            if not abs(reward - known) <= self.beta * slack + 1e-6 * abs(known):
-                raise ParityError(f"{check}: a reward is {reward:.6g}; torch gives {known:.6g}")
+            for one, other in zip(logps, found, strict=True):
+                slack += tolerance(one, self.limits)
+                self._record(check, one, other, "nats")
+            if not logps:
+                self._record(check, known, reward, "as its score")
+            elif not abs(reward - known) <= self.beta * slack + 1e-6 * abs(known):
+                raise ParityError(f"{check}: a reward is {reward:.6g} instead of {known:.6g}")
 
-    def _record(self, check: str, known: float, found: float, slack: float) -> None:
-        gap = abs(found - known)
+    def _record(self, check: str, known: float, found: float, unit: str) -> None:
+        gap, slack = abs(found - known), tolerance(known, self.limits)
         if not gap <= slack:  # also if the gap is NaN
             raise ParityError(
-                f"{check}: a candidate has {found:.6f} nats; torch gives {known:.6f} "
+                f"{check}: a candidate has {found:.6f} {unit} instead of {known:.6f} "
                 f"(tolerance {slack:.1e})"
             )
         self.largest[check] = max(self.largest.get(check, 0.0), gap)
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A session on an exported graph.
+
+    Attributes:
+        session: The ONNX Runtime session.
+        given: Log-probs of the reference that are an input, by candidate; None if the graph has no
+            such input.
+    """
+
+    session: Any
+    given: "Given | None" = None
+
+    def values(self, groups: Sequence[GoldenInput], chunk: int = CHUNK) -> list[Values]:
+        """Score groups in one run: the outputs of each candidate."""
+        names = [output.name for output in self.session.get_outputs() if len(output.shape) == 1]
+        columns = self._run(names, groups, chunk)[1]
+        return [tuple(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def token_sums(self, groups: Sequence[GoldenInput]) -> list[float] | None:
+        """Sum the output per token for each candidate; None if the graph has no such output."""
+        names = [output.name for output in self.session.get_outputs() if len(output.shape) == 2]
+        if not names:
+            return None
+        layout, (tokens,) = self._run(names, groups, _OTHER_CHUNK)
+        rows = layout.token_row.ravel()
+        sums = np.bincount(rows, weights=tokens.ravel())
+        return [float(value) for value in sums[: sum(len(group.candidates) for group in groups)]]
+
+    def _run(self, names: list[str], groups: Sequence[GoldenInput], chunk: int) -> Any:
+        layout = candidate_layout(
+            [np.array(group.prompt_ids, dtype=np.int32) for group in groups],
+            [[np.array(ids, dtype=np.int32) for ids in group.candidates] for group in groups],
+            chunk,
+        )
+        inputs: dict[str, Any] = dict(graph_inputs(layout))
+        if self.given is not None:
+            known = [
+                self.given(group.prompt_ids, ids) for group in groups for ids in group.candidates
+            ]
+            inputs[REFERENCE_INPUT] = np.array(known, dtype=np.float32)
+        return layout, self.session.run(names, inputs)
+
+
 def check_parity(
-    session: Any,
+    graph: Graph,
     beta: float,
     groups: Sequence[GoldenInput],
-    expected: Expected,
-    training: Expected,
+    expected: Sequence[Values],
+    limits: tuple[float, float] = PARITY,
 ) -> dict[str, float]:
-    """Compare a session with torch, with the groups batched in several ways.
+    """Compare a graph with the expected values, with the groups batched in several ways.
 
     Args:
-        session: An ONNX Runtime session on the exported graph.
-        beta: Reward per nat.
+        graph: The exported graph.
+        beta: Reward per nat; 1 for a reward model.
         groups: The groups to score.
-        expected: Their log-probs from the models' own forward.
-        training: Their log-probs from training's code.
+        expected: The values of each candidate of all groups.
+        limits: The tolerance, for `bundle.tolerance`.
 
     Returns:
-        The largest difference from torch per check, in nats.
+        The largest difference per check: in nats, or in scores.
 
     Raises:
-        ParityError: A candidate's log-probs differ by more than `bundle.PARITY`.
+        ParityError: A value differs by more than the tolerance.
     """
-    report = ParityReport(beta)
-    pairs = expected.pairs()
-    as_trained = [(beta * (p - r), p, r) for p, r in training.pairs()]
-    report.compare("training", pairs, as_trained)
-    for check, rows in _variants(session, groups):
-        report.compare(check, pairs, rows)
+    report = ParityReport(beta, limits)
+    for check, rows in _variants(graph, groups):
+        report.compare(check, expected, rows)
+    sums = graph.token_sums(groups)
+    if sums is not None:
+        known = [(0.0, logps[0] - sum(logps[1:2])) for _, *logps in expected]
+        loose = (2 * limits[0], 2 * limits[1])
+        tokens = ParityReport(1.0, (loose[0], loose[1] + _SUM_ROUNDING), report.largest)
+        tokens.compare("log-probs per token", known, [(0.0, value) for value in sums])
     return report.largest
 
 
-def check_scores(
-    session: Any,
-    groups: Sequence[GoldenInput],
-    expected: Sequence[Sequence[float]],
-    training: Sequence[Sequence[float]],
-) -> dict[str, float]:
-    """Compare a session on a reward model with torch, as `check_parity` does for a policy.
-
-    Args:
-        session: An ONNX Runtime session on the exported graph.
-        groups: The groups to score.
-        expected: Their scores from the model's own forward.
-        training: Their scores from training's code.
-
-    Returns:
-        The largest difference from torch per check.
-
-    Raises:
-        ParityError: A score differs by more than `bundle.PARITY`.
-    """
-    known = [value for group in expected for value in group]
-    found = {"training": [[value] for group in training for value in group]}
-    found |= dict(_variants(session, groups))
-    largest = {}
-    for check, rows in found.items():
-        gaps = [abs(row[0] - value) for row, value in zip(rows, known, strict=True)]
-        for gap, value in zip(gaps, known, strict=True):
-            if not gap <= tolerance(value, PARITY):  # also if the gap is NaN
-                raise ParityError(f"{check}: a score differs by {gap:.1e} from torch's {value:.6f}")
-        largest[check] = max(gaps)
-    return largest
+_SUM_ROUNDING = 1e-4
 
 
-def _variants(
-    session: Any, groups: Sequence[GoldenInput]
-) -> Iterator[tuple[str, list[list[float]]]]:
-    """Score all candidates in several batchings; yield its name and the rows of outputs."""
-    yield "all groups padded together", _run(session, groups, CHUNK)
-    by_group = [_run(session, [group], CHUNK) for group in groups]
-    yield "each group alone", [row for rows in by_group for row in rows]
-    single = [
-        GoldenInput(group.prompt_ids, [candidate])
-        for group in groups
-        for candidate in group.candidates
-    ]
-    alone = [_run(session, [group], _OTHER_CHUNK) for group in single]
+def _variants(graph: Graph, groups: Sequence[GoldenInput]) -> Iterator[tuple[str, list[Values]]]:
+    """Score all candidates in several batchings; yield its name and the values."""
+    yield "all groups padded together", graph.values(groups)
+    yield "each group alone", [row for group in groups for row in graph.values([group])]
+    single = [one for group in groups for one in group.alone()]
+    alone = [graph.values([group], _OTHER_CHUNK) for group in single]
     yield "each candidate alone, in smaller chunks", [row for rows in alone for row in rows]
-
-
-def _run(session: Any, groups: Sequence[GoldenInput], chunk: int) -> list[list[float]]:
-    layout = candidate_layout(
-        [np.array(group.prompt_ids, dtype=np.int32) for group in groups],
-        [[np.array(ids, dtype=np.int32) for ids in group.candidates] for group in groups],
-        chunk,
-    )
-    columns = session.run([value.name for value in session.get_outputs()], feed(layout))
-    return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from logratio.bundle import CACHED_REFERENCE
 from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import ropes, transformer
 from logratio.logps.head import head_logits
@@ -145,8 +146,13 @@ class HalfScorer(nn.Module):
         group: Tensor,
         token_index: Tensor,
         token_row: Tensor,
-    ) -> Tensor:
-        """Return the sums of log-probs in nats, float32 `[N]`; see `CandidateInputs`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Score candidates; the inputs are those of `CandidateInputs`.
+
+        Returns:
+            Sums of log-probs, float32 `[N]`, and log-probs per token, float32 `[K, chunk]`, in the
+            order of `token_index`; both in nats.
+        """
         inputs = CandidateInputs(
             prompt_ids, prompt_mask, candidate_ids, candidate_mask, group, token_index, token_row
         )
@@ -185,19 +191,51 @@ class RewardScorer(nn.Module):
         Returns:
             Rewards, policy sums and reference sums (in nats), each float32 `[N]`.
         """
-        policy_logps, reference_logps = self.policy(*inputs), self.reference(*inputs)
+        policy_logps, reference_logps = self.policy(*inputs)[0], self.reference(*inputs)[0]
         return self.beta * (policy_logps - reference_logps), policy_logps, reference_logps
 
 
-def candidate_logps(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:
-    """Sum each candidate's log-probs under one model: float32 `[N]`, in nats."""
+class PolicyScorer(nn.Module):
+    """Compute a reward from the policy alone.
+
+    The reward is ``beta * (log π(y|x) - reference_logps)`` with given reference log-probs, or has
+    no reference: ``beta * log π(y|x)``, or that divided by the number of tokens.
+    """
+
+    def __init__(self, policy: nn.Module, kind: str, beta: float, *, normalized: bool) -> None:
+        """Wrap a policy.
+
+        Args:
+            policy: The trained model, without a peft wrapper.
+            kind: `bundle.CACHED_REFERENCE` or `bundle.REFERENCE_FREE`.
+            beta: Reward per nat.
+            normalized: Divide by the number of tokens; only for `bundle.REFERENCE_FREE`.
+        """
+        super().__init__()
+        self.policy = HalfScorer(policy)
+        self.kind, self.beta, self.normalized = kind, beta, normalized
+
+    def forward(
+        self, *inputs: Tensor, reference_logps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return rewards and policy sums, each float32 `[N]`; see `CandidateInputs`."""
+        sums, _ = self.policy(*inputs)
+        if self.kind == CACHED_REFERENCE:
+            assert reference_logps is not None
+            return self.beta * (sums - reference_logps), sums
+        tokens = CandidateInputs(*inputs).candidate_mask.sum(1)
+        return self.beta * (sums / tokens if self.normalized else sums), sums
+
+
+def candidate_logps(model: PreTrainedModel, inputs: CandidateInputs) -> tuple[Tensor, Tensor]:
+    """Return each candidate's log-probs under one model: sums `[N]` and per token `[K, chunk]`."""
     hidden = _predicting_states(model, inputs).flatten(0, 1)
     target_ids = inputs.candidate_ids.flatten()[inputs.token_index]
     per_token_logps = _scan_head(model, hidden[inputs.token_index], target_ids)
     # Padding is added to the extra last row. float64 avoids rounding each addition in float32.
     sums = torch.zeros(inputs.candidate_ids.shape[0] + 1, dtype=torch.float64)
     added = sums.scatter_add(0, inputs.token_row.flatten(), per_token_logps.flatten().double())
-    return added[:-1].float()
+    return added[:-1].float(), per_token_logps
 
 
 def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tensor:

@@ -32,11 +32,13 @@ class Candidate:
         ids: Token ids, at least one; empty if there is an error.
         truncated: Whether the end was truncated.
         error: Why the candidate cannot be scored; None if it can.
+        reference_logps: The reference's log-prob sum in nats, if the graph takes it as an input.
     """
 
     ids: tuple[int, ...]
     truncated: bool = False
     error: str | None = None
+    reference_logps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,19 @@ class CandidateGroup:
             if candidate.error is None:
                 places.setdefault(candidate.ids, []).append(index)
         return places
+
+    @property
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        """The ids of the prompt, then of each candidate."""
+        return (self.prompt_ids, *(candidate.ids for candidate in self.candidates))
+
+    def known_logps(self) -> dict[tuple[int, ...], float]:
+        """Map each distinct sequence of ids to the reference's log-probs that are given for it."""
+        return {
+            candidate.ids: candidate.reference_logps
+            for candidate in self.candidates
+            if candidate.error is None and candidate.reference_logps is not None
+        }
 
 
 class CandidateEncoder:

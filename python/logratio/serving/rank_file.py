@@ -101,7 +101,9 @@ def rank_file(
     """Score every row of a file, in order and in constant memory.
 
     A row is ``{"prompt": text or chat messages, "candidates": [text, …]}``; the file is of any
-    type that `--data` reads: JSON lines, Parquet, …, also compressed.
+    type that `--data` reads: JSON lines, Parquet, …, also compressed. For a bundle that takes the
+    reference's log-probs as an input, a row also has ``reference_logps``, one number per candidate,
+    unless the reranker has a cache.
     Each row is written with its keys and, per candidate, ``rewards`` and ``tokens`` (null rewards
     for candidates that cannot be scored), ``policy_logps`` and ``reference_logps`` in nats (not
     from a reward model), and

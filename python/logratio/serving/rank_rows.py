@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from logratio.bundle import CACHED_REFERENCE, REFERENCE_FREE, REWARD_MODEL
 from logratio.data.conversations import prompt as check_turns
 from logratio.data.readers.json import json_type
 from logratio.data.readers.rows import Row
 from logratio.data.records import InvalidRecordError, Refusal, Source
 from logratio.data.store.row_report import BadDataError
+from logratio.errors import ConfigError
 from logratio.forecast import count
 from logratio.serving.candidates import CandidateGroup
 from logratio.serving.reranker import Reranker, Score, ranked
@@ -54,6 +56,8 @@ class RankSummary:
         return text
 
 
+REFERENCE = "reference_logps"
+"""The key of the reference's log-probs, in rows read and written."""
 Item = tuple[Row, InvalidRecordError | None]
 """A row of the input, and why it cannot be ranked, if so; a row that is not JSON is empty."""
 _OF_THE_FILE = ("E106", "E112")
@@ -135,25 +139,41 @@ def ranked_rows(reranker: Reranker, items: list[Item], summary: RankSummary) -> 
             failed = sum(score.error is not None for score in scores)
             summary.failed_candidates += failed
             summary.candidates += len(scores) - failed
-            yield row | _columns(scores, scored=reranker.manifest.is_reward_model)
+            yield row | _columns(scores, reranker.manifest.graph.kind)
 
 
 def _encode(reranker: Reranker, row: Row) -> CandidateGroup | InvalidRecordError:
     try:
-        return reranker.encode(row["prompt"], row["candidates"])
+        return reranker.encode(row["prompt"], row["candidates"], _reference(reranker, row))
     except InvalidRecordError as error:
         return error
+    except ConfigError as error:  # the reference's log-probs are missing or not those of the row
+        return InvalidRecordError("E203" if REFERENCE in row else "E201", str(error))
 
 
-def _columns(scores: list[Score], *, scored: bool) -> dict[str, Any]:
-    """Return the columns of a row; those of a reward model have no log-probs."""
+def _reference(reranker: Reranker, row: Row) -> list[float | None] | None:
+    """Return the reference's log-probs of a row, if the graph takes them."""
+    if reranker.manifest.graph.kind != CACHED_REFERENCE or REFERENCE not in row:
+        return None
+    values = row[REFERENCE]
+    if not isinstance(values, list):
+        raise InvalidRecordError("E203", f"{REFERENCE!r} is {json_type(values)}, not a list")
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InvalidRecordError("E203", f"{REFERENCE!r} contains {json_type(value)}")
+    return values
+
+
+def _columns(scores: list[Score], kind: str) -> dict[str, Any]:
+    """Return the columns of a row: only those log-probs that the reward is made of."""
     columns: dict[str, Any] = {
         "rewards": [_number(score.reward) for score in scores],
         "order": [score.index for score in ranked(scores) if score.error is None],
     }
-    if not scored:
+    if kind != REWARD_MODEL:
         columns["policy_logps"] = [_number(score.policy_logps) for score in scores]
-        columns["reference_logps"] = [_number(score.reference_logps) for score in scores]
+    if kind not in (REWARD_MODEL, REFERENCE_FREE):
+        columns[REFERENCE] = [_number(score.reference_logps) for score in scores]
     columns["tokens"] = [score.tokens for score in scores]
     errors = {str(score.index): score.error for score in scores if score.error is not None}
     truncated = [score.index for score in scores if score.truncated]

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from logratio._rust import candidate_layout
 from logratio.bundle import (
-    INPUTS,
+    CACHED_REFERENCE,
+    REFERENCE_FREE,
+    REFERENCE_INPUT,
     REPLAY,
     BundleError,
     GoldenGroup,
@@ -28,101 +30,11 @@ from logratio.bundle import (
 from logratio.data.records import InvalidRecordError
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
+from logratio.graph_inputs import graph_inputs
 from logratio.serving.candidates import Candidate, CandidateEncoder, CandidateGroup, Prompt
+from logratio.serving.reference import CachedReference, with_reference
+from logratio.serving.runs import Run, plan_runs
 from logratio.serving.session import LOAD_SECONDS, Stop, open_session, stopped_after, within
-
-_PROMPT_SHARE = 4
-"""A run may always have this multiple of its prompt's tokens: each run recomputes the prompt."""
-
-Piece = tuple[int, list[tuple[int, ...]]]
-"""The index of a group, and the ids of some of its candidates."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The input of one run of the graph.
-
-    Attributes:
-        pieces: The candidates, grouped by prompt.
-        tokens: Tokens that the models compute, including padding: the cost of the run.
-    """
-
-    pieces: list[Piece]
-    tokens: int
-
-
-def plan_runs(
-    groups: Sequence[CandidateGroup], token_budget: int, run_tokens: int | None = None
-) -> Iterator[Run]:
-    """Divide groups into runs of the graph, with similar lengths together.
-
-    A run of `G` prompts of up to `P` tokens and `N` candidates of up to `C` tokens computes
-    `G·P + N·C` tokens and holds `G·P + N·(P + C)` positions: each prompt once, and per candidate a
-    copy of its prompt's keys and values. A run exceeds the limits only if a single candidate does;
-    a group that is too large for one run is divided over several.
-
-    Args:
-        groups: The groups to score.
-        token_budget: Maximum positions per run, which bounds its memory.
-        run_tokens: Maximum tokens per run, which bounds its time, but at least four times its
-            longest prompt. None: no limit.
-
-    Yields:
-        The runs; together they contain every distinct candidate once.
-    """
-    run: list[Piece] = []
-    size = _RunSize()
-    by_length = sorted(range(len(groups)), key=lambda g: -len(groups[g].prompt_ids))
-    for number in by_length:
-        group = groups[number]
-        for ids in sorted(group.different(), key=len, reverse=True):
-            is_new = not run or run[-1][0] != number
-            grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
-            if run and not grown.fits(token_budget, run_tokens):
-                yield Run(run, size.tokens)
-                run, size = [], _RunSize()
-                grown = size.plus(len(group.prompt_ids), len(ids))
-                is_new = True
-            if is_new:
-                run.append((number, []))
-            run[-1][1].append(ids)
-            size = grown
-    if run:
-        yield Run(run, size.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _RunSize:
-    prompts: int = 0
-    longest_prompt: int = 0
-    candidates: int = 0
-    longest_candidate: int = 0
-
-    @property
-    def positions(self) -> int:
-        view = self.longest_prompt + self.longest_candidate
-        return self.prompts * self.longest_prompt + self.candidates * view
-
-    @property
-    def tokens(self) -> int:
-        return self.prompts * self.longest_prompt + self.candidates * self.longest_candidate
-
-    def fits(self, token_budget: int, run_tokens: int | None) -> bool:
-        if self.positions > token_budget:
-            return False
-        return run_tokens is None or self.tokens <= max(
-            run_tokens, _PROMPT_SHARE * self.longest_prompt
-        )
-
-    def plus(self, prompt: int, candidate: int) -> "_RunSize":
-        """Return the size with another candidate, and with its prompt unless `prompt` is 0."""
-        return _RunSize(
-            self.prompts + bool(prompt),
-            max(self.longest_prompt, prompt),
-            self.candidates + 1,
-            max(self.longest_candidate, candidate),
-        )
-
 
 _GRACE = 2.0
 """Seconds in which the graph may stop by itself after the time limit."""
@@ -138,12 +50,12 @@ class Score:
 
     Attributes:
         index: Index of the candidate in the request.
-        reward: β·(log π − log π_ref), with β from the bundle, or a reward model's score. It is
-            defined up to a constant per prompt, so compare only candidates of the same prompt. NaN
-            if there is an error.
+        reward: β·(log π − log π_ref), with β from the bundle, or what `GraphInfo.reward` gives:
+            a reward model's score, or a reward without a reference. Compare only candidates of the
+            same prompt. NaN if there is an error.
         policy_logps: Sum of the policy's log-probs over the candidate's tokens, in nats; NaN for a
             reward model.
-        reference_logps: The same for the reference.
+        reference_logps: The same for the reference; NaN if the reward has none.
         tokens: Number of tokens scored, including EOS if the bundle's rules append it.
         truncated: Whether the prompt (by the bundle's rules) or the candidate (if requested at
             load) was truncated.
@@ -179,7 +91,12 @@ class Reranker:
     """
 
     def __init__(
-        self, session: Any, manifest: Manifest, encoder: CandidateEncoder, token_budget: int
+        self,
+        session: Any,
+        manifest: Manifest,
+        encoder: CandidateEncoder,
+        token_budget: int,
+        cached: CachedReference | None = None,
     ) -> None:
         self.manifest = manifest
         self.provider = str(session.get_providers()[0])
@@ -187,10 +104,16 @@ class Reranker:
         self._encoder = encoder
         self._token_budget = token_budget
         self.largest_difference = math.nan
+        self._cached = cached
 
     def __repr__(self) -> str:
-        beta = "reward model" if self.manifest.is_reward_model else f"β={self.manifest.beta:g}"
-        return f"Reranker({self.manifest.name!r}, {beta}, {self.provider})"
+        manifest = self.manifest
+        notes = ["reward model" if manifest.is_reward_model else f"β={manifest.beta:g}"]
+        if manifest.graph.kind in (CACHED_REFERENCE, REFERENCE_FREE):
+            notes.append(f"{manifest.graph.kind}, reward {manifest.graph.reward}")
+        if not manifest.precision.is_exact:
+            notes.append(manifest.precision.name)
+        return f"Reranker({manifest.name!r}, {', '.join(notes)}, {self.provider})"
 
     @classmethod
     def load(
@@ -205,6 +128,7 @@ class Reranker:
         expect: str | None = None,
         allowed_signers: str | Path | None = None,
         load_seconds: float = LOAD_SECONDS,
+        cache: str | Path | None = None,
     ) -> "Reranker":
         """Load a bundle, check every file, and verify the scores of its golden groups.
 
@@ -221,8 +145,13 @@ class Reranker:
             allowed_signers: File of trusted keys in the format of ``ssh-keygen``; a bundle without
                 a signature by one of them is refused. None: signatures are not read.
             load_seconds: Time limit in seconds for opening the graph, and for its golden groups.
+            cache: For a bundle that takes the reference's log-probs as an input: the folder that
+                `logratio precompute` filled with those of the candidates. None: each call gives
+                them.
 
         Raises:
+            ConfigError: There is a cache, but the bundle does not need one.
+            NoReferenceError: The cache has not the reference of the policy's training.
             BundleError: The folder is not a bundle, was altered, or gives other scores than at
                 export.
             ConfigError: `expect` is not a digest, or `allowed_signers` cannot be used.
@@ -237,6 +166,7 @@ class Reranker:
             check_signature(folder, content, allowed_signers)
         manifest = parse_manifest(content, folder)
         verify_files(folder, manifest.files)
+        cached = None if cache is None else CachedReference.open(cache, manifest)
         encoder = _encoder(folder, manifest, truncate_completions)
         session = open_session(
             folder,
@@ -246,24 +176,68 @@ class Reranker:
             threads=threads,
             seconds=load_seconds,
         )
-        reranker = cls(session, manifest, encoder, token_budget)
+        reranker = cls(session, manifest, encoder, token_budget, cached)
         reranker.replay(load_seconds)
         return reranker
 
-    def score(self, prompt: Prompt, candidates: Sequence[str]) -> list[Score]:
+    def score(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> list[Score]:
         """Score the candidates of one prompt; equal candidates get equal scores.
 
         Args:
             prompt: Text, or chat messages for the bundle's chat template.
             candidates: The completions to score.
+            reference_logps: For a ``cached_reference`` bundle without a cache: the reference's
+                log-prob sum of each candidate, in nats.
 
         Returns:
             One score per candidate, in the candidates' order.
 
         Raises:
             InvalidRecordError: The prompt is invalid, for example too long for the bundle's rules.
+            ConfigError: The bundle needs `reference_logps` or a cache, or does not take them.
         """
-        return self.score_groups([self.encode(prompt, candidates)])[0]
+        return self.score_groups([self.encode(prompt, candidates, reference_logps)])[0]
+
+    def token_scores(
+        self, prompt: Prompt, candidates: Sequence[str]
+    ) -> list[NDArray[np.float32] | None]:
+        """Return the log-ratio of each token of the candidates, in nats, without β.
+
+        Without a reference model in the graph, it is the policy's log-prob of each token.
+
+        Args:
+            prompt: Text, or chat messages for the bundle's chat template.
+            candidates: The completions to score.
+
+        Returns:
+            One array per candidate, float32 `[tokens]`; None for a candidate with an error.
+
+        Raises:
+            InvalidRecordError: The prompt is invalid.
+            ConfigError: The graph has no output per token: it is a reward model, or was exported
+                by an earlier version.
+
+        Example:
+            >>> reranker = Reranker.load("bundle")
+            >>> values, _ = reranker.token_scores("the cat", [" sits on the mat", " runs"])
+        """
+        name = self.manifest.graph.token_output
+        if name is None:
+            raise ConfigError("this bundle has no values per token: export it again")
+        group = self._encoder.encode(prompt, candidates)
+        found: dict[tuple[int, ...], NDArray[np.float32]] = {}
+        for run in plan_runs([group], self._token_budget):
+            layout = self._layout([group], run)
+            inputs = graph_inputs(layout) | self._given([group], run, of_tokens=True)
+            (values,) = self._session.run([name], inputs)
+            ids = [ids for _, part in run.pieces for ids in part]
+            found.update((one, values[layout.token_row == row]) for row, one in enumerate(ids))
+        return [found.get(candidate.ids) for candidate in group.candidates]
 
     def score_many(self, requests: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[Score]]:
         """Score the candidates of several prompts, which share runs of the graph.
@@ -295,16 +269,34 @@ class Reranker:
             raise NoCandidateError(f"no candidate can be scored: {reason}")
         return order[0]
 
-    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+    def encode(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> CandidateGroup:
         """Tokenize a prompt and its candidates, to inspect lengths and errors before scoring.
 
         Raises:
             SettingTypeError: The candidates are not a list of strings, for example one string.
             InvalidRecordError: The prompt is invalid.
+            ConfigError: The bundle needs `reference_logps` or a cache, or does not take them.
         """
         if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
             raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
-        return self._encoder.encode(prompt, candidates)
+        group = self._encoder.encode(prompt, candidates)
+        if self.manifest.graph.kind != CACHED_REFERENCE:
+            if reference_logps is not None:
+                raise ConfigError(f"{self!r} takes no reference_logps: its graph has no such input")
+            return group
+        if reference_logps is not None:
+            return with_reference(group, reference_logps)
+        if self._cached is None:
+            raise ConfigError(
+                "the rewards of this bundle need the reference's log-probs: give reference_logps "
+                "for each candidate, or load it with the cache of `logratio precompute`"
+            )
+        return self._cached.fill(group)
 
     def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:
         """Score the results of `encode`: one list per group, in the candidates' order."""
@@ -326,7 +318,7 @@ class Reranker:
         """
         found = []
         for known in self.manifest.golden:
-            group = _golden_group(known)
+            group = self._golden_group(known)
             for run in plan_runs([group], self._token_budget):
                 start = time.perf_counter()
                 self.compute([group], run)
@@ -350,28 +342,51 @@ class Reranker:
 
         A reward model has no sums: they are NaN.
         """
-        layout = candidate_layout(
+        given = self._given(groups, run)
+        feed = graph_inputs(self._layout(groups, run)) | given
+        names = list(self.manifest.graph.outputs)
+        columns = [*self._session.run(names, feed, stop.options if stop else None)]
+        columns += given.values()
+        columns += (3 - len(columns)) * [np.full_like(columns[0], np.nan)]
+        if not self.manifest.is_reward_model:
+            tokens = np.array([len(ids) for _, part in run.pieces for ids in part])
+            self._check_rewards(tokens, *columns)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _layout(self, groups: Sequence[CandidateGroup], run: Run) -> Any:
+        return candidate_layout(
             [_array(groups[number].prompt_ids) for number, _ in run.pieces],
             [[_array(ids) for ids in candidates] for _, candidates in run.pieces],
             self.manifest.graph.chunk,
         )
-        feed = {name: getattr(layout, name) for name in INPUTS}
-        names = list(self.manifest.graph.outputs)
-        columns = self._session.run(names, feed, stop.options if stop else None)
-        if self.manifest.is_reward_model:
-            columns += 2 * [np.full_like(columns[0], np.nan)]
-        else:
-            self._check_rewards(*columns)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def _check_rewards(self, *columns: NDArray[np.float32]) -> None:
-        """Check that each reward is β times the difference of the other two outputs."""
+    def _given(
+        self, groups: Sequence[CandidateGroup], run: Run, *, of_tokens: bool = False
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return the input with the reference's log-probs; empty if the graph has none.
+
+        The output per token does not depend on it: then it is 0.
+        """
+        if self.manifest.graph.kind != CACHED_REFERENCE:
+            return {}
+        known = [
+            0.0 if of_tokens else groups[number].known_logps()[ids]
+            for number, part in run.pieces
+            for ids in part
+        ]
+        return {REFERENCE_INPUT: np.array(known, dtype=np.float32)}
+
+    def _check_rewards(self, tokens: NDArray[np.int64], *columns: NDArray[np.float32]) -> None:
+        """Check that each reward is what the manifest says, from the other outputs."""
         reward, policy, reference = (column.astype(np.float64) for column in columns)
+        graph, beta = self.manifest.graph, self.manifest.beta
+        if graph.kind == REFERENCE_FREE:
+            reference = np.zeros_like(policy)
         slack = REPLAY[0] + REPLAY[1] * (abs(policy) + abs(reference))
-        beta = self.manifest.beta
-        apart = abs(reward - beta * (policy - reference)) > beta * slack
+        divisor = tokens if graph.length_normalized else np.ones_like(tokens)
+        apart = abs(reward - beta * (policy - reference) / divisor) > beta * slack
         if apart.any():  # NaN compares as False: that candidate gets an error later
-            raise BundleError("the graph's rewards are not beta times the log-ratio")
+            raise BundleError(f"the graph's rewards are not {graph.reward}")
 
     def replay(self, seconds: float = LOAD_SECONDS) -> None:
         """Check that the golden groups have the same ids and rewards here as at export.
@@ -391,7 +406,7 @@ class Reranker:
     def _replay(self, stop: Stop, late: str) -> float:
         """Score the golden groups; return the largest difference of a reward from the export."""
         golden = self.manifest.golden
-        groups = [_golden_group(group) for group in golden]
+        groups = [self._golden_group(group) for group in golden]
         for known, group in zip(golden, groups, strict=True):
             self._check_ids(known, group)
         self._check_cases()
@@ -405,6 +420,12 @@ class Reranker:
             raise BundleError(reason) from error
         known_scores = zip([*golden, *golden], [*scored, *alone], strict=True)
         return max(self._compare(known, scores) for known, scores in known_scores)
+
+    def _golden_group(self, known: GoldenGroup) -> CandidateGroup:
+        candidates = tuple(Candidate(tuple(ids)) for ids in known.candidates)
+        group = CandidateGroup(tuple(known.prompt_ids), False, candidates)
+        is_given = self.manifest.graph.kind == CACHED_REFERENCE
+        return with_reference(group, known.reference_logps) if is_given else group
 
     def _check_ids(self, known: GoldenGroup, group: CandidateGroup) -> None:
         """Check that a golden group's text has the same ids here as at export."""
@@ -450,30 +471,41 @@ class Reranker:
 
     def _compare(self, known: GoldenGroup, scores: list[Score]) -> float:
         """Compare scores with those of the export; return the largest difference of rewards."""
-        if known.scores is not None:
-            for score, expected in zip(scores, known.scores, strict=True):
-                if not abs(score.reward - expected) <= tolerance(expected, REPLAY):
-                    self._refuse(score.reward, expected)
-            gaps = zip(scores, known.scores, strict=True)
-            return max(abs(score.reward - expected) for score, expected in gaps)
         largest = 0.0
-        pairs = zip(known.policy_logps, known.reference_logps, strict=True)
-        for score, (policy, reference) in zip(scores, pairs, strict=True):
-            slack = tolerance(policy, REPLAY) + tolerance(reference, REPLAY)
-            reward = self.manifest.beta * (policy - reference)
-            near = (
-                abs(score.policy_logps - policy) <= slack
-                and abs(score.reference_logps - reference) <= slack
-                and abs(score.reward - reward) <= self.manifest.beta * slack
+        for score, expected in zip(scores, self._expected(known), strict=True):
+            reward, *logps = expected
+            found = (score.policy_logps, score.reference_logps)
+            limits = [tolerance(value, self.manifest.replay) for value in logps]
+            slack = self.manifest.beta * sum(limits) if logps else tolerance(reward, REPLAY)
+            near = all(
+                abs(one - other) <= sum(limits) for one, other in zip(found, logps, strict=False)
             )
-            if not near:
+            if not (near and abs(score.reward - reward) <= slack):
                 self._refuse(score.reward, reward)
             largest = max(largest, abs(score.reward - reward))
         return largest
 
+    def _expected(self, known: GoldenGroup) -> Iterator[list[float]]:
+        """Yield the reward and log-prob sums of each golden candidate."""
+        if known.graph_outputs is not None:
+            columns = [known.graph_outputs[name] for name in self.manifest.graph.outputs]
+            yield from map(list, zip(*columns, strict=True))
+        elif known.scores is not None:
+            yield from ([score] for score in known.scores)
+        else:
+            graph, beta = self.manifest.graph, self.manifest.beta
+            free = graph.kind == REFERENCE_FREE
+            for index, (policy, ids) in enumerate(
+                zip(known.policy_logps, known.candidates, strict=True)
+            ):
+                reference = [] if free else [known.reference_logps[index]]
+                divisor = len(ids) if graph.length_normalized else 1
+                yield [beta * (policy - sum(reference)) / divisor, policy, *reference]
+
     def _refuse(self, reward: float, expected: float) -> NoReturn:
+        source = "torch" if self.manifest.precision.is_exact else "this graph"
         raise BundleError(
-            f"{self.provider} gives a golden candidate the reward {reward:.6g}; torch gave "
+            f"{self.provider} gives a golden candidate the reward {reward:.6g}; {source} gave "
             f"{expected:.6g} at export"
         )
 
@@ -530,11 +562,6 @@ def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncod
     if tokenizer.vocabulary_size > manifest.graph.vocabulary_size:
         raise BundleError(f"{folder}: its tokenizer has more ids than its model")
     return encoder
-
-
-def _golden_group(known: GoldenGroup) -> CandidateGroup:
-    candidates = tuple(Candidate(tuple(ids)) for ids in known.candidates)
-    return CandidateGroup(tuple(known.prompt_ids), False, candidates)
 
 
 def _array(ids: Sequence[int]) -> NDArray[np.int32]:

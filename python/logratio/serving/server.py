@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from logratio.errors import InputError
+from logratio.bundle import CACHED_REFERENCE
+from logratio.errors import ConfigError, InputError
 from logratio.extras import require
 from logratio.serving.limits import Limits
 from logratio.serving.reranker import Reranker
@@ -57,6 +58,7 @@ def serve(
     expect: str | None = None,
     allowed_signers: str | Path | None = None,
     load_seconds: float = LOAD_SECONDS,
+    cache: str | Path | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests in flight.
 
@@ -73,8 +75,11 @@ def serve(
         expect: As in `Reranker.load`.
         allowed_signers: As in `Reranker.load`.
         load_seconds: As in `Reranker.load`.
+        cache: As in `Reranker.load`; needed for a bundle that takes the reference's log-probs as an
+            input, since requests contain none.
 
     Raises:
+        ConfigError: The bundle needs a cache.
         OSError: The server cannot listen on the address.
         BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
     """
@@ -90,7 +95,12 @@ def serve(
             expect=expect,
             allowed_signers=allowed_signers,
             load_seconds=load_seconds,
+            cache=cache,
         )
+        if cache is None and reranker.manifest.graph.kind == CACHED_REFERENCE:
+            raise ConfigError(
+                "this bundle needs the reference's log-probs of each candidate: give --cache"
+            )
         app = create_app(reranker, limits)
         _announce(reranker, host, listener.getsockname()[1])
         with _stopping_quietly():

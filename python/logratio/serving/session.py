@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from logratio.bundle import (
+    CACHED_REFERENCE,
     GRAPH,
     INPUTS,
+    REFERENCE_INPUT,
     TOKENIZATION,
     BundleError,
     Manifest,
@@ -185,9 +187,15 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     """
     inputs = {value.name: (value.type, len(value.shape)) for value in session.get_inputs()}
     outputs = {value.name: (value.type, len(value.shape)) for value in session.get_outputs()}
-    if inputs != {name: ("tensor(int64)", rank) for name, rank in INPUTS.items()}:
+    wanted = {name: ("tensor(int64)", rank) for name, rank in INPUTS.items()}
+    if manifest.graph.kind == CACHED_REFERENCE:
+        wanted[REFERENCE_INPUT] = ("tensor(float)", 1)
+    if inputs != wanted:
         raise BundleError(f"{where}: its inputs are not those of a scorer")
-    if outputs != dict.fromkeys(manifest.graph.outputs, ("tensor(float)", 1)):
+    given = dict.fromkeys(manifest.graph.outputs, ("tensor(float)", 1))
+    if (per_token := manifest.graph.token_output) is not None:
+        given[per_token] = ("tensor(float)", 2)
+    if outputs != given:
         raise BundleError(f"{where}: its outputs are not those of a scorer")
     properties = session.get_modelmeta().custom_metadata_map
     stated = graph_properties(

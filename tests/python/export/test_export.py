@@ -31,9 +31,10 @@ from logratio.export import (
     loading,
     plan_export,
 )
-from logratio.export.graph import GraphError, feed
+from logratio.export.graph import GraphError
 from logratio.extras import MissingExtraError
 from logratio.forecast import OutputError
+from logratio.graph_inputs import graph_inputs
 from logratio.logps.checks import UnsupportedModelError
 from logratio.serving import Reranker
 from logratio.training import load_model
@@ -62,7 +63,7 @@ def rewards(bundle: Path, groups: Sequence[Group], chunk: int = 128) -> list[np.
         [[np.array(ids, np.int32) for ids in candidates] for _, candidates in groups],
         chunk,
     )
-    return list(session.run(None, feed(layout)))
+    return list(session.run(None, graph_inputs(layout)))
 
 
 def random_groups(seed: int, vocabulary: int) -> list[Group]:

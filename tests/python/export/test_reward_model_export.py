@@ -14,8 +14,9 @@ from tiny_bundle import rewrite_manifest
 from transformers import AutoModelForSequenceClassification
 
 from logratio.bundle import BundleError, read_manifest
+from logratio.errors import ConfigError
 from logratio.export import ExportConfig, export_bundle
-from logratio.export.export import ExportError, make_plan
+from logratio.export.plan import make_plan
 from logratio.serving import Reranker
 from logratio.training import LoraSettings, TrainConfig, train
 from logratio.training.merging import merge_adapter
@@ -99,11 +100,11 @@ def test_a_bundle_with_other_golden_scores_is_refused(
 def test_a_reference_is_refused_for_a_reward_model_and_needed_for_a_policy(
     folder: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="remove reference"):
+    with pytest.raises(ConfigError, match="remove reference"):
         make_plan(ExportConfig(folder / "whole", tiny_model, tmp_path / "bundle"))
-    with pytest.raises(ExportError, match="remove beta"):
+    with pytest.raises(ConfigError, match="remove beta"):
         make_plan(ExportConfig(folder / "whole", None, tmp_path / "bundle", 0.1))
-    with pytest.raises(ExportError, match="reference is missing"):
+    with pytest.raises(ConfigError, match="reference is missing"):
         make_plan(ExportConfig(tiny_model, None, tmp_path / "bundle", 0.1))
 
 
@@ -112,8 +113,8 @@ def test_a_pad_token_at_the_end_is_not_scored(tiny_model: Path) -> None:
     import numpy as np
 
     from logratio._rust import candidate_layout
-    from logratio.export.graph import feed
     from logratio.export.reward_model import ScoreScorer
+    from logratio.graph_inputs import graph_inputs
     from logratio.logps.scores import HEAD
 
     model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).eval()
@@ -124,7 +125,7 @@ def test_a_pad_token_at_the_end_is_not_scored(tiny_model: Path) -> None:
         [[np.array(ids, np.int32) for ids in answers] for _, answers in groups],
         4,
     )
-    inputs = [torch.from_numpy(one) for one in feed(layout).values()]
+    inputs = [torch.from_numpy(one) for one in graph_inputs(layout).values()]
     for pad in (None, 0, 2):
         model.config.pad_token_id = pad
         with torch.no_grad():

@@ -29,10 +29,11 @@ from transformers import (
 from logratio._rust import candidate_layout
 from logratio.bundle.graph_file import read_graph
 from logratio.bundle.operators import OPERATORS
-from logratio.export.graph import OPSETS, feed, same_architecture, trace
+from logratio.export.graph import OPSETS, same_architecture, trace
 from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import FAMILIES as EXPORTABLE
 from logratio.export.scorer import HalfScorer, RewardScorer, check_exportable, join
+from logratio.graph_inputs import graph_inputs
 from logratio.logps.checks import UnsupportedModelError, batch_of
 from logratio.logps.completion import score
 from logratio.training.models import quietly
@@ -86,7 +87,9 @@ def run(scorer: RewardScorer, groups: Sequence[Group], chunk: int = 16) -> list[
         [[np.array(ids, np.int32) for ids in candidates] for _, candidates in groups],
         chunk,
     )
-    return list(scorer.eval()(*(torch.from_numpy(array) for array in feed(layout).values())))
+    return list(
+        scorer.eval()(*(torch.from_numpy(array) for array in graph_inputs(layout).values()))
+    )
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from logratio.data import InvalidRecordError, PreferenceTokenizer, TokenizationR
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker, Score
 from logratio.serving.candidates import Candidate, CandidateGroup
-from logratio.serving.reranker import plan_runs, ranked
+from logratio.serving.reranker import ranked
+from logratio.serving.runs import plan_runs
 from logratio.serving.session import ProviderError, default_threads
 from logratio.training import load_model
 

@@ -274,7 +274,12 @@ class HeldReranker(Reranker):
     released = threading.Event()
     seen: Sequence[str] = ()
 
-    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+    def encode(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> CandidateGroup:
         type(self).seen = [*self.seen, str(prompt)]
         assert self.released.wait(30)
         return super().encode(prompt, candidates)
@@ -342,7 +347,12 @@ def test_concurrent_requests_get_their_own_scores(client: TestClient, reranker: 
 class BrokenReranker(Reranker):
     """Raises an error that quotes the request, as a library might."""
 
-    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+    def encode(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> CandidateGroup:
         raise RuntimeError(f"cannot read {prompt} in /secret/path")
 
 

@@ -12,7 +12,7 @@ from tiny_models import WORDS, save_tiny_model
 
 from logratio.data import PreferenceTokenizer
 from logratio.export import ExportConfig, plan_export
-from logratio.export.export import ExportError
+from logratio.export.plan import ExportError
 from logratio.training import (
     EvaluateConfig,
     PrecomputeConfig,

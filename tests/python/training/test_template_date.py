@@ -21,7 +21,7 @@ from logratio.data import (
 from logratio.data.store import build as resume
 from logratio.data.store import ingest
 from logratio.errors import ConfigError
-from logratio.export.export import ExportConfig, make_plan
+from logratio.export.plan import ExportConfig, make_plan
 from logratio.training import EvaluateConfig, PrecomputeConfig, TrainConfig, precompute, train
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.evaluation import prepare as prepare_evaluation

@@ -22,7 +22,7 @@ from logratio.data import (
 from logratio.data.analysis import analyse
 from logratio.data.inspection import inspect
 from logratio.export import ExportConfig
-from logratio.export.export import make_plan
+from logratio.export.plan import make_plan
 from logratio.serving import Reranker
 
 ASK, GOOD, BAD = "how are you?", "I am fine.", "bad"

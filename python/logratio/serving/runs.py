@@ -1,0 +1,98 @@
+"""Divide the candidates of many prompts into runs of the graph."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from logratio.serving.candidates import CandidateGroup
+
+_PROMPT_SHARE = 4
+"""A run may always have this multiple of its prompt's tokens: each run recomputes the prompt."""
+
+Piece = tuple[int, list[tuple[int, ...]]]
+"""The index of a group, and the ids of some of its candidates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The input of one run of the graph.
+
+    Attributes:
+        pieces: The candidates, grouped by prompt.
+        tokens: Tokens that the models compute, including padding: the cost of the run.
+    """
+
+    pieces: list[Piece]
+    tokens: int
+
+
+def plan_runs(
+    groups: Sequence[CandidateGroup], token_budget: int, run_tokens: int | None = None
+) -> Iterator[Run]:
+    """Divide groups into runs of the graph, with similar lengths together.
+
+    A run of `G` prompts of up to `P` tokens and `N` candidates of up to `C` tokens computes
+    `G·P + N·C` tokens and holds `G·P + N·(P + C)` positions: each prompt once, and per candidate a
+    copy of its prompt's keys and values. A run exceeds the limits only if a single candidate does;
+    a group that is too large for one run is divided over several.
+
+    Args:
+        groups: The groups to score.
+        token_budget: Maximum positions per run, which bounds its memory.
+        run_tokens: Maximum tokens per run, which bounds its time, but at least four times its
+            longest prompt. None: no limit.
+
+    Yields:
+        The runs; together they contain every distinct candidate once.
+    """
+    run: list[Piece] = []
+    size = _RunSize()
+    by_length = sorted(range(len(groups)), key=lambda g: -len(groups[g].prompt_ids))
+    for number in by_length:
+        group = groups[number]
+        for ids in sorted(group.different(), key=len, reverse=True):
+            is_new = not run or run[-1][0] != number
+            grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
+            if run and not grown.fits(token_budget, run_tokens):
+                yield Run(run, size.tokens)
+                run, size = [], _RunSize()
+                grown = size.plus(len(group.prompt_ids), len(ids))
+                is_new = True
+            if is_new:
+                run.append((number, []))
+            run[-1][1].append(ids)
+            size = grown
+    if run:
+        yield Run(run, size.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _RunSize:
+    prompts: int = 0
+    longest_prompt: int = 0
+    candidates: int = 0
+    longest_candidate: int = 0
+
+    @property
+    def positions(self) -> int:
+        view = self.longest_prompt + self.longest_candidate
+        return self.prompts * self.longest_prompt + self.candidates * view
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.longest_prompt + self.candidates * self.longest_candidate
+
+    def fits(self, token_budget: int, run_tokens: int | None) -> bool:
+        if self.positions > token_budget:
+            return False
+        return run_tokens is None or self.tokens <= max(
+            run_tokens, _PROMPT_SHARE * self.longest_prompt
+        )
+
+    def plus(self, prompt: int, candidate: int) -> "_RunSize":
+        """Return the size with another candidate, and with its prompt unless `prompt` is 0."""
+        return _RunSize(
+            self.prompts + bool(prompt),
+            max(self.longest_prompt, prompt),
+            self.candidates + 1,
+            max(self.longest_candidate, candidate),
+        )
