@@ -13,9 +13,10 @@ from threading import Thread
 from typing import Any
 
 from logratio.bundle import Manifest, read_manifest
+from logratio.serving.processors import default_threads
 from logratio.serving.rank_rows import Item, RankSummary, score_rows
 from logratio.serving.reranker import Reranker
-from logratio.serving.session import CUDA, default_threads
+from logratio.serving.session import CUDA
 
 Scored = tuple[str, RankSummary]
 _AHEAD = 2

@@ -1,6 +1,5 @@
 """Open an ONNX Runtime session on a bundle's graph: the file is checked first, the time limited."""
 
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from logratio.bundle import (
 )
 from logratio.errors import LogratioError
 from logratio.extras import require
+from logratio.serving.processors import default_threads
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def open_session(
         manifest: The bundle's manifest.
         providers: ONNX Runtime execution providers, the preferred one first; None for the CPU.
         allow_fallback: Use another provider if the first is not available.
-        threads: Threads per run; None: ``OMP_NUM_THREADS``, or the CPUs of this process.
+        threads: Threads per run; None: see `default_threads`.
         seconds: Time limit.
 
     Returns:
@@ -206,16 +206,6 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     for name, value in stated.items():
         if properties.get(name) != value:
             raise BundleError(f"{where}: its {name} differs from the manifest")
-
-
-def default_threads() -> int:
-    """Return ``OMP_NUM_THREADS`` if set, else the number of CPUs this process may use."""
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    if value.isdigit() and int(value) > 0:
-        return int(value)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def warn_of_two_runtimes() -> None:

@@ -23,7 +23,7 @@ from logratio.serving import Reranker, Score
 from logratio.serving.candidates import Candidate, CandidateGroup
 from logratio.serving.reranker import ranked
 from logratio.serving.runs import plan_runs
-from logratio.serving.session import ProviderError, default_threads
+from logratio.serving.session import ProviderError
 from logratio.training import load_model
 
 PROMPT = "the cat sits"
@@ -256,10 +256,3 @@ def test_two_runtimes_in_one_environment_cause_a_warning(
     monkeypatch.setattr(metadata, "distribution", both)
     with pytest.warns(RuntimeWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
         Reranker.load(folder / "bundle")
-
-
-def test_the_environment_sets_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert default_threads() == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert default_threads() >= 1
