@@ -111,7 +111,7 @@ def with_rules(folder: Path, chat: list[dict[str, str]] | None = None, **rules: 
 
 def _golden(reranker: Reranker, text: dict[str, Any]) -> dict[str, Any]:
     """A golden group of a text, with the scores that the bundle gives it."""
-    encoder = reranker._encoder
+    encoder = reranker.encoder
     if "max_length" in text:
         encoder = encoder.shortened(text["max_length"])
     prompt: Any = text.get("prompt", text.get("messages"))

@@ -224,6 +224,14 @@ def serve(
         float | None,
         typer.Option(min=0.1, help="Timeout of a request in seconds. Default: 30."),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse requests with unknown fields. Default: ignore the fields, and name them "
+            "in the answer's `warnings`.",
+        ),
+    ] = False,
 ) -> None:
     """Serve `POST /v1/rerank` with the Cohere/Jina API: query = prompt, documents = candidates."""
     from logratio.serving.limits import Limits
@@ -242,6 +250,7 @@ def serve(
         providers=providers,
         allow_fallback=allow_fallback,
         limits=limits,
+        strict=strict,
         expect=expect,
         allowed_signers=allowed_signers,
         load_seconds=load_seconds,

@@ -25,6 +25,27 @@ _HERE = Source("this prompt", 0)
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How prompts and candidates are tokenized.
+
+    Attributes:
+        truncate: Truncate and mark candidates that are too long, instead of setting an error. None:
+            as chosen at load.
+        most_tokens: Truncate candidates to this number of tokens. None: no such limit.
+        verbatim: Read text as decoded token ids, in which special tokens are spelled: do not format
+            it with the chat template, and do not append EOS.
+    """
+
+    truncate: bool | None = None
+    most_tokens: int | None = None
+    verbatim: bool = False
+
+
+READING = Reading()
+"""As the bundle was loaded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A tokenized candidate.
 
@@ -101,10 +122,36 @@ class CandidateEncoder:
         other._set(self.tokenizer.files, self._rules.limited(max_length), True)
         return other
 
-    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+    def verbatim(self) -> "CandidateEncoder":
+        """Return an encoder that reads text as decoded ids: no template, and no EOS is appended.
+
+        The names of special tokens in the text become these tokens.
+        """
+        other = CandidateEncoder.__new__(CandidateEncoder)
+        rules = replace(self._rules, text_as="text", append_eos=False, split_special_tokens=False)
+        other._set(self.tokenizer.files, rules, self._truncate)
+        return other
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and one candidate together."""
+        return self._rules.max_length
+
+    def without_opening(self, text: str) -> str:
+        """Remove the text of the tokens that `encode` prepends, such as BOS, from decoded ids."""
+        return text.removeprefix(self.tokenizer.decode(self.tokenizer.files.opening_ids))
+
+    def encode(
+        self, prompt: Prompt, candidates: Sequence[str], reading: Reading = READING
+    ) -> CandidateGroup:
         """Tokenize a prompt and its candidates.
 
         A candidate that cannot be scored gets an `error`; the others are not affected.
+
+        Args:
+            prompt: Text or chat messages.
+            candidates: The completions.
+            reading: How completions that are too long are treated.
 
         Raises:
             InvalidRecordError: The prompt is invalid; `code` gives the reason.
@@ -117,6 +164,9 @@ class CandidateEncoder:
         # A chat template may render the prompt differently before a completion.
         prompt_ids = group.prompt_ids if group else opening.prompt_ids
         room = self._rules.max_length - len(prompt_ids)
+        cut = self._truncate if reading.truncate is None else reading.truncate
+        if reading.most_tokens is not None:
+            room, cut = min(room, reading.most_tokens), True
         ids = iter([completion.ids for completion in group.completions] if group else [])
         return CandidateGroup(
             tuple(prompt_ids),
@@ -124,7 +174,7 @@ class CandidateEncoder:
             tuple(
                 Candidate((), error=errors[index])
                 if index in errors
-                else self._fit(next(ids), room)
+                else self._fit(next(ids), room, cut)
                 for index in range(len(candidates))
             ),
         )
@@ -158,10 +208,10 @@ class CandidateEncoder:
             return str(error)
         return None
 
-    def _fit(self, ids: list[int], room: int) -> Candidate:
+    def _fit(self, ids: list[int], room: int, truncate: bool) -> Candidate:
         if len(ids) <= room:
             return Candidate(tuple(ids))
-        if self._truncate:
+        if truncate:
             return Candidate(tuple(ids[:room]), truncated=True)
         return Candidate(
             (),

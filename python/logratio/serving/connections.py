@@ -110,7 +110,7 @@ async def refuse(send: Send, error: RefusedError) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-PROBES = frozenset({"/livez", "/readyz"})
+PROBES = frozenset({"/livez", "/readyz", "/health"})
 _CROWDED = RefusedError(503, "connections", "too many connections are open")
 _SLOW = RefusedError(408, "slow_header", "the request headers took too long")
 

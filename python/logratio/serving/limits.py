@@ -13,6 +13,7 @@ class Limits:
 
     Attributes:
         body_bytes: Size of a request body, chunked or not: 413.
+        prompts: Prompts per request of a route that takes several: 422.
         documents: Candidates per query: 422.
         document_characters: Characters per candidate: an error for that candidate.
         query_characters: Characters of the query, all turns together: 422.
@@ -20,7 +21,7 @@ class Limits:
             candidate. None: the room that the bundle's rules leave after the query.
         request_tokens: Tokens that the models compute for one request, including padding: 413.
         run_tokens: Tokens in one run of the graph. The scheduler checks deadlines and disconnected
-            clients between runs; see `reranker.plan_runs`. Does not change scores.
+            clients between runs; see `runs.plan_runs`. Does not change scores.
         queue: Requests that are waiting or being computed; one more is refused with 429.
         queue_seconds: Longest expected wait before computation starts: 503.
         seconds: Time from arrival to answer: 504, and the work is dropped. A request that would
@@ -36,6 +37,7 @@ class Limits:
     """
 
     body_bytes: int = 2 * 2**20
+    prompts: int = 1024
     documents: int = 256
     document_characters: int = 65_536
     query_characters: int = 262_144

@@ -1,9 +1,11 @@
 """The rerank request and response of the Cohere and Jina APIs, as pydantic models."""
 
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from logratio.serving.candidates import Prompt
 
 SCORES = (
     "`relevance_score` is the implicit reward β·(log π(document|query) − log π_ref(document|query))"
@@ -15,20 +17,17 @@ SCORES = (
 
 UNSUPPORTED: Mapping[str, str] = {
     "beta": "β is that of the bundle",
-    "max_chunks_per_doc": "documents are never divided or truncated",
-    "max_tokens_per_doc": "documents are never truncated; one that is too long gets an error",
+    "max_chunks_per_doc": "documents are never divided",
     "priority": "requests have no priority",
     "rank_fields": "a document is a string, or an object with text",
-    "raw_scores": "scores are never normalised",
     "return_embeddings": "the model computes no embeddings",
     "return_text": "use return_documents",
     "texts": "use documents",
     "top_k": "use top_n",
-    "truncate": "documents are never truncated; one that is too long gets an error",
-    "truncation": "documents are never truncated; one that is too long gets an error",
+    "truncation": "use truncate",
 }
 """Fields of other servers' requests (Cohere, Jina, Voyage, text-embeddings-inference) that would
-change the answer there. They are refused, because an answer without them would be another one."""
+change the answer there."""
 
 
 class Turn(BaseModel):
@@ -45,10 +44,28 @@ class Document(BaseModel):
     text: str
 
 
-class RerankRequest(BaseModel):
-    """A prompt and the completions to rank. Unknown fields are refused."""
+def prompt_of(query: str | Sequence[Turn]) -> Prompt:
+    """Return a query in the format of `Reranker.encode`."""
+    return query if isinstance(query, str) else [turn.model_dump() for turn in query]
 
-    model_config = ConfigDict(extra="forbid")
+
+class RerankRequest(BaseModel):
+    """A prompt and the completions to rank. Unknown fields are ignored and named in `warnings`."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {"query": "the cat", "documents": [" sits on the mat", " runs under a tree"]},
+                {
+                    "query": [{"role": "user", "content": "Name a colour."}],
+                    "documents": ["Red.", "A colour is light."],
+                    "top_n": 1,
+                    "return_documents": True,
+                },
+            ]
+        },
+    )
     query: Annotated[
         str | list[Turn],
         Field(description="The prompt: text, or chat messages for the bundle's chat template."),
@@ -60,17 +77,34 @@ class RerankRequest(BaseModel):
         str | None, Field(description="Accepted for compatibility; the server has one model.")
     ] = None
     top_n: Annotated[int | None, Field(ge=1, description="Return only the best n.")] = None
-    return_documents: Annotated[bool, Field(description="Include each document's text.")] = False
+    return_documents: Annotated[bool | None, Field(description="Include each document's text.")] = (
+        None
+    )
+    truncate: Annotated[
+        bool | None,
+        Field(
+            description="Truncate documents that are too long, and mark them, instead of setting "
+            "an error. The score is then that of the truncated text."
+        ),
+    ] = None
+    max_tokens_per_doc: Annotated[
+        int | None, Field(ge=1, description="Truncate each document to this number of tokens.")
+    ] = None
+    activation: Annotated[
+        Literal["sigmoid", "softmax"] | None,
+        Field(
+            description="Transform the scores: the sigmoid of each, or the softmax over the "
+            "documents. Default: the reward itself."
+        ),
+    ] = None
+    raw_scores: Annotated[
+        bool | None,
+        Field(description="Accepted for compatibility; only `activation` transforms scores."),
+    ] = None
 
     def texts(self) -> list[str]:
         """Return the candidates as strings."""
         return [item if isinstance(item, str) else item.text for item in self.documents]
-
-    def prompt(self) -> str | list[dict[str, str]]:
-        """Return the query in the format of `Reranker.encode`."""
-        if isinstance(self.query, str):
-            return self.query
-        return [turn.model_dump() for turn in self.query]
 
 
 class Result(BaseModel):
@@ -79,6 +113,9 @@ class Result(BaseModel):
     index: Annotated[int, Field(description="Index of the document in the request.")]
     relevance_score: Annotated[float, Field(description=SCORES)]
     document: Document | None = None
+    truncated: Annotated[
+        bool | None, Field(description="True if the document was truncated; otherwise absent.")
+    ] = None
 
 
 class DocumentFault(BaseModel):
@@ -105,7 +142,7 @@ class Meta(BaseModel):
 
     beta: Annotated[float, Field(description="Reward per nat of log-ratio.")]
     truncated_query: Annotated[
-        bool, Field(description="Whether the query was truncated; documents never are.")
+        bool, Field(description="Whether the bundle's rules truncated the query.")
     ]
 
 
@@ -113,6 +150,8 @@ class RerankResponse(BaseModel):
     """Documents sorted by reward, best first; ties by index."""
 
     id: str
+    object: Literal["rerank"] = "rerank"
+    created: Annotated[int, Field(description="Time in seconds since 1970.")]
     model: str
     results: Annotated[
         list[Result], Field(description="The documents with a score, at most `top_n`.")
@@ -123,6 +162,10 @@ class RerankResponse(BaseModel):
     ] = None
     meta: Meta
     usage: Usage
+    warnings: Annotated[
+        list[str] | None,
+        Field(description="Fields of the request that were ignored; absent if there are none."),
+    ] = None
 
 
 class Problem(BaseModel):

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from logratio.bundle import (
     Manifest,
     check_digest,
     check_signature,
+    digest_of,
     manifest_bytes,
     parse_manifest,
     tolerance,
@@ -31,7 +32,14 @@ from logratio.data.records import InvalidRecordError
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
 from logratio.graph_inputs import graph_inputs
-from logratio.serving.candidates import Candidate, CandidateEncoder, CandidateGroup, Prompt
+from logratio.serving.candidates import (
+    READING,
+    Candidate,
+    CandidateEncoder,
+    CandidateGroup,
+    Prompt,
+    Reading,
+)
 from logratio.serving.reference import CachedReference, with_reference
 from logratio.serving.runs import Run, plan_runs
 from logratio.serving.session import LOAD_SECONDS, Stop, open_session, stopped_after, within
@@ -83,7 +91,9 @@ class Reranker:
     Attributes:
         manifest: The bundle's manifest.
         provider: The execution provider in use.
+        encoder: Tokenizes prompts and candidates.
         largest_difference: Largest difference of a golden reward from that at export.
+        digest: The bundle's digest, as `logratio export` prints it; None if not loaded from files.
 
     Example:
         >>> reranker = Reranker.load("bundle")
@@ -101,9 +111,10 @@ class Reranker:
         self.manifest = manifest
         self.provider = str(session.get_providers()[0])
         self._session = session
-        self._encoder = encoder
+        self.encoder = encoder
         self._token_budget = token_budget
         self.largest_difference = math.nan
+        self.digest: str | None = None
         self._cached = cached
 
     def __repr__(self) -> str:
@@ -177,6 +188,7 @@ class Reranker:
             seconds=load_seconds,
         )
         reranker = cls(session, manifest, encoder, token_budget, cached)
+        reranker.digest = digest_of(content)
         reranker.replay(load_seconds)
         return reranker
 
@@ -229,7 +241,7 @@ class Reranker:
         name = self.manifest.graph.token_output
         if name is None:
             raise ConfigError("this bundle has no values per token: export it again")
-        group = self._encoder.encode(prompt, candidates)
+        group = self.encoder.encode(prompt, candidates)
         found: dict[tuple[int, ...], NDArray[np.float32]] = {}
         for run in plan_runs([group], self._token_budget):
             layout = self._layout([group], run)
@@ -274,8 +286,15 @@ class Reranker:
         prompt: Prompt,
         candidates: Sequence[str],
         reference_logps: Sequence[float | None] | None = None,
+        reading: Reading = READING,
     ) -> CandidateGroup:
         """Tokenize a prompt and its candidates, to inspect lengths and errors before scoring.
+
+        Args:
+            prompt: Text, or chat messages for the bundle's chat template.
+            candidates: The completions.
+            reference_logps: As in `score`.
+            reading: How the texts are tokenized.
 
         Raises:
             SettingTypeError: The candidates are not a list of strings, for example one string.
@@ -284,7 +303,8 @@ class Reranker:
         """
         if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
             raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
-        group = self._encoder.encode(prompt, candidates)
+        encoder = self._verbatim if reading.verbatim else self.encoder
+        group = encoder.encode(prompt, candidates, reading)
         if self.manifest.graph.kind != CACHED_REFERENCE:
             if reference_logps is not None:
                 raise ConfigError(f"{self!r} takes no reference_logps: its graph has no such input")
@@ -302,14 +322,13 @@ class Reranker:
         """Score the results of `encode`: one list per group, in the candidates' order."""
         return self._score_groups(groups, None)
 
-    def scoring(self, group: CandidateGroup, run_tokens: int) -> "Scoring":
-        """Divide the scoring of a result of `encode` into short runs of the graph.
+    @cached_property
+    def _verbatim(self) -> CandidateEncoder:
+        return self.encoder.verbatim()
 
-        Args:
-            group: The tokenized prompt and its candidates.
-            run_tokens: Maximum tokens per run; see `plan_runs`.
-        """
-        return Scoring(self, group, list(plan_runs([group], self._token_budget, run_tokens)))
+    def runs(self, groups: Sequence[CandidateGroup], run_tokens: int | None = None) -> list[Run]:
+        """Divide the scoring of results of `encode` into runs of the graph; see `plan_runs`."""
+        return list(plan_runs(groups, self._token_budget, run_tokens))
 
     def timings(self) -> list[tuple[int, float]]:
         """Score each golden group, and return the tokens and seconds of each run.
@@ -432,7 +451,7 @@ class Reranker:
         prompt = known.prompt if known.messages is None else known.messages
         if prompt is None:
             return
-        encoder = self._encoder
+        encoder = self.encoder
         try:
             if known.max_length is not None:
                 encoder = encoder.shortened(known.max_length)
@@ -445,7 +464,7 @@ class Reranker:
 
     def _check_cases(self) -> None:
         """Check that the golden groups have a text, a truncated text and a chat, if possible."""
-        golden, tokenizer = self.manifest.golden, self._encoder.tokenizer
+        golden, tokenizer = self.manifest.golden, self.encoder.tokenizer
         if self.manifest.format_version == 1:
             return
         texts = [group for group in golden if group.case == "text"]
@@ -463,7 +482,7 @@ class Reranker:
     def _check_missing(self, case: str, prompt: Prompt) -> None:
         """Refuse the bundle unless its tokenizer rejects the prompt, as it did at export."""
         try:
-            (candidate,) = self._encoder.encode(prompt, ["a"]).candidates
+            (candidate,) = self.encoder.encode(prompt, ["a"]).candidates
         except Exception:  # tokenizers raises plain Exception for unknown words
             return
         if candidate.error is None:
@@ -508,36 +527,6 @@ class Reranker:
             f"{self.provider} gives a golden candidate the reward {reward:.6g}; {source} gave "
             f"{expected:.6g} at export"
         )
-
-
-class Scoring:
-    """The scoring of one prompt's candidates, run by run.
-
-    Attributes:
-        group: The prompt and its candidates.
-        costs: Tokens of each run, in the order of `step`.
-    """
-
-    def __init__(self, reranker: Reranker, group: CandidateGroup, runs: Sequence[Run]) -> None:
-        self.group = group
-        self.costs = [run.tokens for run in runs]
-        self._reranker, self._runs, self._stop = reranker, deque(runs), Stop()
-        self._sums: dict[tuple[int, ...], Sums] = {}
-
-    def step(self) -> None:
-        """Compute the next run."""
-        run = self._runs.popleft()
-        rows = self._reranker.compute([self.group], run, self._stop)
-        ((_, candidates),) = run.pieces
-        self._sums.update(zip(candidates, rows, strict=True))
-
-    def stop(self) -> None:
-        """Abort the run in another thread; `step` raises there."""
-        self._stop.now()
-
-    def scores(self) -> list[Score]:
-        """Return the scores in the candidates' order, after every run."""
-        return scores_of(self.group, self._sums)
 
 
 def ranked(scores: Sequence[Score]) -> list[Score]:

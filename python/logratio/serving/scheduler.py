@@ -144,7 +144,8 @@ class Scheduler:
         try:
             async with asyncio.timeout_at(job.deadline):
                 work = await self._encoded(job, prepare)
-                self._tokens_per_character.learn(characters, sum(work.costs))
+                if work.costs:  # a request without a valid candidate would lower the estimate
+                    self._tokens_per_character.learn(characters, sum(work.costs))
                 self._begin(job, work)
                 await job.done
                 return work

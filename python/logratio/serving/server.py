@@ -30,12 +30,15 @@ _OTHER_FILES = 64
 """File descriptors reserved for everything except connections."""
 
 
-def create_app(reranker: Reranker, limits: Limits | None = None) -> "FastAPI":
+def create_app(
+    reranker: Reranker, limits: Limits | None = None, *, strict: bool = False
+) -> "FastAPI":
     """Create an ASGI application that serves a loaded bundle, for any ASGI server.
 
     Args:
         reranker: The loaded bundle.
         limits: Limits on requests and connections.
+        strict: Refuse requests with unknown fields, instead of naming the fields in `warnings`.
 
     Raises:
         MissingExtraError: fastapi is not installed.
@@ -43,7 +46,7 @@ def create_app(reranker: Reranker, limits: Limits | None = None) -> "FastAPI":
     require("fastapi", "serve")
     from logratio.serving.app import build_app
 
-    return build_app(reranker, limits or Limits())
+    return build_app(reranker, limits or Limits(), strict=strict)
 
 
 def serve(
@@ -55,6 +58,7 @@ def serve(
     allow_fallback: bool = False,
     threads: int | None = None,
     limits: Limits | None = None,
+    strict: bool = False,
     expect: str | None = None,
     allowed_signers: str | Path | None = None,
     load_seconds: float = LOAD_SECONDS,
@@ -72,6 +76,7 @@ def serve(
         allow_fallback: As in `Reranker.load`.
         threads: As in `Reranker.load`.
         limits: Limits on requests and connections.
+        strict: As in `create_app`.
         expect: As in `Reranker.load`.
         allowed_signers: As in `Reranker.load`.
         load_seconds: As in `Reranker.load`.
@@ -101,7 +106,7 @@ def serve(
             raise ConfigError(
                 "this bundle needs the reference's log-probs of each candidate: give --cache"
             )
-        app = create_app(reranker, limits)
+        app = create_app(reranker, limits, strict=strict)
         _announce(reranker, host, listener.getsockname()[1])
         with _stopping_quietly():
             make_server(uvicorn, app, limits).run(sockets=[listener])

@@ -22,7 +22,7 @@ from tiny_bundle import BETA, copy_bundle, tiny_bundle, with_template
 
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker
-from logratio.serving.candidates import CandidateGroup, Prompt
+from logratio.serving.candidates import READING, CandidateGroup, Prompt, Reading
 from logratio.serving.limits import Limits
 from logratio.serving.server import create_app
 
@@ -71,7 +71,9 @@ def test_answer_has_the_shape_and_the_order_of_the_reranker(
     body = client.post(path, json=request).json()
     expected = reranker.rank(QUERY, DOCUMENTS)
     assert body.pop("id")
+    assert abs(body.pop("created") - time.time()) < 60
     assert body == {
+        "object": "rerank",
         "model": reranker.manifest.name,
         "results": [{"index": score.index, "relevance_score": score.reward} for score in expected],
         "meta": {"beta": BETA, "truncated_query": False},
@@ -138,7 +140,7 @@ def test_stopping_server_is_not_ready(reranker: Reranker) -> None:
 
 def test_openapi_describes_the_score(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
-    assert {"/v1/rerank", "/v2/rerank", "/rerank", "/livez", "/readyz"} == set(schema["paths"])
+    assert {"/v1/rerank", "/v2/rerank", "/rerank", "/livez", "/readyz"} < set(schema["paths"])
     assert "never across queries" in json.dumps(schema["paths"]["/v1/rerank"])
     assert "never across queries" in schema["info"]["description"]
     assert client.get("/docs").status_code == 404
@@ -220,6 +222,17 @@ def test_a_document_that_cannot_be_scored_has_an_error(
     client: TestClient, reranker: Reranker
 ) -> None:
     documents = ["sad", " ", "happy", "sad " * 600]
+    request = {"query": QUERY, "documents": documents, "truncate": True}
+    truncated = {
+        result["index"]: result
+        for result in client.post("/v1/rerank", json=request).json()["results"]
+    }
+    assert [index for index in truncated if "truncated" in truncated[index]] == [3]
+    cutting = reranker.score_groups(
+        [reranker.encode(QUERY, documents, reading=Reading(truncate=True))]
+    )[0]
+    assert truncated[3]["relevance_score"] == cutting[3].reward
+    assert truncated.keys() == {0, 2, 3}
     answer = client.post("/v1/rerank", json={"query": QUERY, "documents": documents}).json()
     expected = [(s.index, s.reward) for s in reranker.rank(QUERY, documents) if s.error is None]
     found = [(result["index"], result["relevance_score"]) for result in answer["results"]]
@@ -239,12 +252,15 @@ def test_a_document_that_cannot_be_scored_has_an_error(
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"max_tokens_per_doc": 9}, "max_tokens_per_doc is not supported: documents are never"),
+        ({"max_chunks_per_doc": 9}, "max_chunks_per_doc is not supported: documents are never"),
+        ({"max_tokens_per_doc": 0}, "max_tokens_per_doc must be at least 1"),
+        ({"truncate": "yes please"}, "truncate must be true or false"),
+        ({"activation": "relu"}, "activation must be one of the values in /openapi.json"),
         ({"beta": 1.0}, "beta is not supported: β is that of the bundle"),
         ({"top_k": 3}, "top_k is not supported: use top_n"),
         (
             {"foo": 1},
-            "unknown field foo: there are query, documents, model, top_n, return_documents",
+            "unknown field foo: there are query, documents, model, top_n, return_documents, ",
         ),
         ({"A text": 1}, "unknown field: there are query, documents,"),
         ({"query": 5}, "query must be a string or a list of chat messages"),
@@ -260,12 +276,29 @@ def test_a_document_that_cannot_be_scored_has_an_error(
     ],
 )
 def test_the_refusal_of_a_malformed_request_names_the_field_and_what_fits(
-    client: TestClient, wrong: dict[str, object], words: str
+    reranker: Reranker, wrong: dict[str, object], words: str
 ) -> None:
     request = {"query": QUERY, "documents": DOCUMENTS} | wrong
-    message = refused(client, 422, "malformed", json=request)
+    with TestClient(create_app(reranker, strict=True)) as strict:
+        message = refused(strict, 422, "malformed", json=request)
     assert message.startswith(words)
-    assert ";" not in message.removeprefix(words) or "truncated;" in message
+    assert ";" not in message.removeprefix(words)
+
+
+def test_unknown_fields_are_ignored_and_named(client: TestClient) -> None:
+    request = {"query": QUERY, "documents": DOCUMENTS}
+    plain = client.post("/v1/rerank", json=request).json()
+    extra = {"top_k": 3, "rank_fields": None, "foo": CANARY, CANARY: 1, "beta": 3}
+    answer = client.post("/v1/rerank", json=request | extra).json()
+    assert answer["results"] == plain["results"]
+    assert "warnings" not in plain
+    beta, top, *unknown = answer["warnings"]
+    assert (beta, top) == (
+        "beta is ignored: β is that of the bundle",
+        "top_k is ignored: use top_n",
+    )
+    assert [text.partition(":")[0] for text in unknown] == ["unknown field foo", "unknown field"]
+    assert CANARY not in str(answer["warnings"])
 
 
 class HeldReranker(Reranker):
@@ -279,10 +312,11 @@ class HeldReranker(Reranker):
         prompt: Prompt,
         candidates: Sequence[str],
         reference_logps: Sequence[float | None] | None = None,
+        reading: Reading = READING,
     ) -> CandidateGroup:
         type(self).seen = [*self.seen, str(prompt)]
         assert self.released.wait(30)
-        return super().encode(prompt, candidates)
+        return super().encode(prompt, candidates, reference_logps, reading)
 
 
 @pytest.fixture
@@ -352,6 +386,7 @@ class BrokenReranker(Reranker):
         prompt: Prompt,
         candidates: Sequence[str],
         reference_logps: Sequence[float | None] | None = None,
+        reading: Reading = READING,
     ) -> CandidateGroup:
         raise RuntimeError(f"cannot read {prompt} in /secret/path")
 

@@ -1,0 +1,71 @@
+"""The routes that describe the server: `/v1/models` and `/version`."""
+
+import time
+from typing import Annotated, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+
+from logratio import __version__
+from logratio.extras import require
+from logratio.serving.reranker import Reranker
+
+
+class Model(BaseModel):
+    """The bundle, in the format of OpenAI's list of models."""
+
+    id: Annotated[str, Field(description="The name in every answer.")]
+    object: Literal["model"] = "model"
+    created: Annotated[int, Field(description="Start of the server, in seconds since 1970.")]
+    owned_by: Literal["logratio"] = "logratio"
+    max_model_len: Annotated[
+        int, Field(description="Most tokens of a prompt and one candidate together.")
+    ]
+    kind: Annotated[str, Field(description="The bundle's kind, such as `two_models`.")]
+    method: Annotated[str | None, Field(description="The loss of the policy's training.")]
+    beta: Annotated[float, Field(description="Reward per nat of log-ratio.")]
+    digest: Annotated[
+        str | None, Field(description="SHA-256 of `bundle.json`, as `--expect` takes it.")
+    ]
+
+
+class Models(BaseModel):
+    """The models of the server: its one bundle."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Version(BaseModel):
+    """Versions of what computes the scores."""
+
+    version: Annotated[str, Field(description="Version of logratio.")]
+    onnxruntime: str
+    provider: Annotated[str, Field(description="The execution provider in use.")]
+
+
+def add_models(app: FastAPI, reranker: Reranker) -> None:
+    """Add the routes to the application."""
+    manifest = reranker.manifest
+    model = Model(
+        id=manifest.name,
+        created=int(time.time()),
+        max_model_len=reranker.encoder.max_length,
+        kind=manifest.graph.kind,
+        method=manifest.method,
+        beta=manifest.beta,
+        digest=reranker.digest,
+    )
+
+    async def models() -> Models:
+        return Models(data=[model])
+
+    for path in ("/v1/models", "/models"):
+        app.get(
+            path, summary="The bundle", operation_id=f"models{path.replace('/', '_')}"
+        )(models)  # fmt: skip
+
+    @app.get("/version", summary="Versions of what computes the scores")
+    async def versions() -> Version:
+        runtime = require("onnxruntime", "rank").__version__
+        return Version(version=__version__, onnxruntime=runtime, provider=reranker.provider)
