@@ -11,6 +11,7 @@ from logratio.serving.rank_ray import RankBatch
 from logratio.serving.rank_rows import RankSummary
 from logratio.serving.rank_workers import Workers
 from logratio.serving.reranker import NoCandidateError, Reranker, Score
+from logratio.serving.reward_function import RewardFunction
 from logratio.serving.session import ProviderError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RankBatch",
     "RankSummary",
     "Reranker",
+    "RewardFunction",
     "Score",
     "Workers",
     "bundle_pairs",

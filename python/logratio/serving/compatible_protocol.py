@@ -21,6 +21,7 @@ class TeiRequest(BaseModel):
         bool | None, Field(description="Accepted for compatibility; scores are always raw.")
     ] = None
     return_text: Annotated[bool | None, Field(description="Include each text.")] = None
+    top_n: Annotated[int | None, Field(ge=1, description="Return only the best n.")] = None
     truncate: Annotated[
         bool | None,
         Field(description="Truncate texts that are too long, instead of refusing the request."),

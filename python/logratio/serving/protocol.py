@@ -112,7 +112,9 @@ class Result(BaseModel):
 
     index: Annotated[int, Field(description="Index of the document in the request.")]
     relevance_score: Annotated[float, Field(description=SCORES)]
-    document: Document | None = None
+    document: Annotated[
+        Document | str | None, Field(description="A string only in answers for Infinity.")
+    ] = None
     truncated: Annotated[
         bool | None, Field(description="True if the document was truncated; otherwise absent.")
     ] = None

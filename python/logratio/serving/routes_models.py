@@ -57,13 +57,9 @@ def add_models(app: FastAPI, reranker: Reranker) -> None:
         digest=reranker.digest,
     )
 
+    @app.get("/v1/models", summary="The bundle")
     async def models() -> Models:
         return Models(data=[model])
-
-    for path in ("/v1/models", "/models"):
-        app.get(
-            path, summary="The bundle", operation_id=f"models{path.replace('/', '_')}"
-        )(models)  # fmt: skip
 
     @app.get("/version", summary="Versions of what computes the scores")
     async def versions() -> Version:

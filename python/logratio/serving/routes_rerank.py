@@ -33,6 +33,8 @@ from logratio.serving.service import (
 )
 
 PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
+INFINITY = "/infinity/rerank"
+"""Infinity's clients send vLLM's request and expect documents as strings, so their path differs."""
 
 
 def _shape(body: object) -> str:
@@ -57,15 +59,18 @@ def add_rerank(app: FastAPI, service: ScoringService, refusals: Any, *, strict: 
             return await _tei(request, service, strict=strict)
         return await _rerank(request, service, strict=strict)
 
+    async def infinity(request: RerankRequest) -> RerankResponse:
+        return await _rerank(request, service, strict=strict, as_strings=True)
+
+    shared = {"responses": refusals, "response_model_exclude_none": True, "description": SCORES}
     for path in PATHS:
-        app.post(
-            path, responses=refusals, response_model_exclude_none=True, description=SCORES,
-            summary="Order documents", operation_id=f"rerank{path.replace('/', '_')}",
-        )(rerank)  # fmt: skip
+        name = f"rerank{path.replace('/', '_')}"
+        app.post(path, summary="Order documents", operation_id=name, **shared)(rerank)
+    app.post(INFINITY, summary="Order documents, as Infinity", **shared)(infinity)
 
 
 async def _rerank(
-    request: RerankRequest, service: ScoringService, *, strict: bool
+    request: RerankRequest, service: ScoringService, *, strict: bool, as_strings: bool = False
 ) -> RerankResponse:
     warnings = warnings_of(request, strict=strict)
     number, texts = new_number(), request.texts()
@@ -78,7 +83,7 @@ async def _rerank(
         id=number,
         created=int(time.time()),
         model=manifest.name,
-        results=_results(request, texts, answer)[: request.top_n],
+        results=_results(request, texts, answer, as_strings=as_strings)[: request.top_n],
         errors=errors or None,
         meta=Meta(beta=manifest.beta, truncated_query=group.prompt_truncated),
         usage=usage_of([answer]),
@@ -111,15 +116,18 @@ def usage_of(answers: Sequence[Answer]) -> Usage:
     )
 
 
-def _results(request: RerankRequest, texts: Sequence[str], answer: Answer) -> list[Result]:
+def _results(
+    request: RerankRequest, texts: Sequence[str], answer: Answer, *, as_strings: bool
+) -> list[Result]:
     """Return the documents with a score, the best first."""
+    documents = texts if as_strings else [Document(text=text) for text in texts]
     scored = [score for score in ranked(answer.scores) if score.error is None]
     shown = _activated([score.reward for score in scored], request.activation)
     return [
         Result(
             index=score.index,
             relevance_score=number,
-            document=Document(text=texts[score.index]) if request.return_documents else None,
+            document=documents[score.index] if request.return_documents else None,
             truncated=answer.group.candidates[score.index].truncated or None,
         )
         for score, number in zip(scored, shown, strict=True)
@@ -160,5 +168,5 @@ async def _tei(request: TeiRequest, service: ScoringService, *, strict: bool) ->
             score=score.reward,
             text=request.texts[score.index] if request.return_text else None,
         )
-        for score in ranked(answer.scores)
+        for score in ranked(answer.scores)[: request.top_n]
     ]
