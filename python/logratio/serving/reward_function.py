@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from logratio.errors import ConfigError
-from logratio.serving.candidates import Prompt
+from logratio.serving.candidates import Prompt, Reading
 from logratio.serving.reranker import NoCandidateError, Reranker
 
 Completion = str | Sequence[Mapping[str, Any]]
@@ -42,7 +42,7 @@ class RewardFunction:
             BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
         """
         self._reranker = bundle if isinstance(bundle, Reranker) else Reranker.load(bundle)
-        self._truncate, self._prompt_key = truncate, prompt_key
+        self._reading, self._prompt_key = Reading(truncate), prompt_key
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any
@@ -64,7 +64,7 @@ class RewardFunction:
         texts = [_text(completion) for completion in completions]
         encoded = [
             self._reranker.encode(
-                prompts[its[0]], [texts[index] for index in its], truncate=self._truncate
+                prompts[its[0]], [texts[index] for index in its], reading=self._reading
             )
             for its in groups.values()
         ]

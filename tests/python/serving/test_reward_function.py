@@ -8,6 +8,7 @@ from tiny_bundle import copy_bundle, tiny_bundle, with_template
 
 from logratio.errors import ConfigError
 from logratio.serving import NoCandidateError, Reranker, RewardFunction
+from logratio.serving.candidates import Reading
 
 PROMPTS = ["the cat sits", "the dog", "the cat sits"]
 COMPLETIONS = ["on the mat happy", "runs", "sad"]
@@ -67,7 +68,7 @@ def test_chats_are_read_with_the_bundles_template(
 
 def test_a_long_completion_is_truncated_unless_that_is_refused(reranker: Reranker) -> None:
     (long,) = RewardFunction(reranker)(["the cat"], ["sad " * 600])
-    group = reranker.encode("the cat", ["sad " * 600], truncate=True)
+    group = reranker.encode("the cat", ["sad " * 600], reading=Reading(truncate=True))
     assert group.candidates[0].truncated
     assert long == reranker.score_groups([group])[0][0].reward
     with pytest.raises(NoCandidateError, match="completion 1 has no reward: 601 tokens"):
