@@ -233,7 +233,10 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve `POST /v1/rerank` with the Cohere/Jina API: query = prompt, documents = candidates."""
+    """Serve rewards: `/v1/score`, and the APIs of Cohere, Jina, TEI, Infinity, vLLM and OpenRLHF.
+
+    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates.
+    """
     from logratio.serving.limits import Limits
     from logratio.serving.server import serve as run
 

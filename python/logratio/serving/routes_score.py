@@ -176,4 +176,5 @@ class _ScoreRoutes:
 
     def _meta(self) -> ScoreMeta:
         manifest = self._service.reranker.manifest
-        return ScoreMeta(kind=manifest.graph.kind, beta=manifest.beta)
+        graph = manifest.graph
+        return ScoreMeta(kind=graph.kind, reward=graph.reward, beta=manifest.beta)

@@ -1,6 +1,6 @@
 """The requests and responses of `/v1/score` and `/v1/best_of`, as pydantic models."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,8 +9,11 @@ from logratio.serving.limits import public_reason
 from logratio.serving.protocol import SCORES, Turn, Usage, prompt_of
 from logratio.serving.reranker import Score
 
-_EXAMPLE = {"prompt": "the cat", "candidates": [" sits on the mat", " runs under a tree"]}
-_CHAT = {
+_EXAMPLE: dict[str, Any] = {
+    "prompt": "the cat",
+    "candidates": [" sits on the mat", " runs under a tree"],
+}
+_CHAT: dict[str, Any] = {
     "prompt": [{"role": "user", "content": "Name a colour."}],
     "candidates": ["Red.", "A colour is light."],
 }
@@ -138,6 +141,7 @@ class ScoreMeta(BaseModel):
     """How to interpret the scores."""
 
     kind: Annotated[str, Field(description="The bundle's kind, such as `two_models`.")]
+    reward: Annotated[str, Field(description="The formula of the reward.")]
     beta: Annotated[float, Field(description="Reward per nat of log-ratio.")]
 
 

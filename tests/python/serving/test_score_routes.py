@@ -69,7 +69,8 @@ def test_several_prompts_are_scored_as_by_score_many(
             assert (result["truncated"], result["error"]) == (False, None)
         assert found["best"] == max(scores, key=lambda score: score.reward).index
         assert (found["prompt_as"], found["prompt_truncated"]) == ("text", False)
-    assert answer["meta"] == {"kind": "two_models", "beta": BETA}
+    formula = reranker.manifest.graph.reward
+    assert answer["meta"] == {"kind": "two_models", "reward": formula, "beta": BETA}
     assert answer["warnings"] == []
     tokens = sum(score.tokens for scores in expected for score in scores)
     assert answer["usage"]["completion_tokens"] == tokens
