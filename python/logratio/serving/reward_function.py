@@ -6,7 +6,7 @@ from typing import Any
 
 from logratio.errors import ConfigError
 from logratio.serving.candidates import Prompt, Reading
-from logratio.serving.reranker import NoCandidateError, Reranker
+from logratio.serving.reranker import NoCandidateError, Reranker, Score
 
 Completion = str | Sequence[Mapping[str, Any]]
 """Text, or a list with the assistant's message, as TRL passes it."""
@@ -20,7 +20,7 @@ class RewardFunction:
     of one prompt, such as GRPO and RLOO, do not depend on that constant.
 
     Example:
-        >>> reward = RewardFunction("bundle")
+        >>> reward = RewardFunction("bundle", missing=-10.0)
         >>> rewards = reward(prompts=["the cat"] * 2, completions=[" sits", " runs"])
     """
 
@@ -28,21 +28,29 @@ class RewardFunction:
     """TRL names the reward's metric by it."""
 
     def __init__(
-        self, bundle: str | Path | Reranker, *, truncate: bool = True, prompt_key: str = "prompt"
+        self,
+        bundle: str | Path | Reranker,
+        *,
+        missing: float | None = None,
+        truncate: bool = True,
+        prompt_key: str = "prompt",
     ) -> None:
         """Load a bundle.
 
         Args:
             bundle: Folder written by `logratio export`, or a loaded bundle.
-            truncate: Truncate completions that are too long. Otherwise they raise an error, which
-                ends the training.
+            missing: Reward of a completion that has none, such as an empty one. Choose a low one:
+                0 may be above the other rewards, and then the policy learns to answer nothing.
+                None: such a completion raises an error, which ends the training.
+            truncate: Truncate completions that are too long. Otherwise they have no reward.
             prompt_key: Key of ``extra_info`` with the prompt: verl does not pass prompts otherwise.
 
         Raises:
             BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
         """
         self._reranker = bundle if isinstance(bundle, Reranker) else Reranker.load(bundle)
-        self._reading, self._prompt_key = Reading(truncate), prompt_key
+        self._missing, self._prompt_key = missing, prompt_key
+        self._reading = Reading(truncate)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any
@@ -56,7 +64,7 @@ class RewardFunction:
 
         Raises:
             InvalidRecordError: A prompt is invalid.
-            NoCandidateError: A completion is empty, or too long without `truncate`.
+            NoCandidateError: A completion has no reward, and `missing` is None.
         """
         groups: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
@@ -72,10 +80,18 @@ class RewardFunction:
         scored = self._reranker.score_groups(encoded)
         for its, scores in zip(groups.values(), scored, strict=True):
             for index, score in zip(its, scores, strict=True):
-                if score.error is not None:
-                    raise NoCandidateError(f"completion {index} has no reward: {score.error}")
-                rewards[index] = score.reward
+                rewards[index] = self._reward(index, score)
         return rewards
+
+    def _reward(self, index: int, score: Score) -> float:
+        if score.error is None:
+            return score.reward
+        if self._missing is None:
+            raise NoCandidateError(
+                f"completion {index} has no reward: {score.error}; RewardFunction(..., missing=…) "
+                "gives such completions a reward"
+            )
+        return self._missing
 
     def compute_score(
         self,

@@ -66,6 +66,14 @@ def test_chats_are_read_with_the_bundles_template(
         reward([chat], [answer * 2])
 
 
+def test_an_empty_completion_gets_the_chosen_reward_or_is_refused(reranker: Reranker) -> None:
+    prompts, completions = ["the cat"] * 2, ["sad", ""]
+    scored = reranker.score("the cat", ["sad"])[0].reward
+    assert RewardFunction(reranker, missing=-7.0)(prompts, completions) == [scored, -7.0]
+    with pytest.raises(NoCandidateError, match=r"completion 1 has no reward: \[R301\].*missing="):
+        RewardFunction(reranker)(prompts, completions)
+
+
 def test_a_long_completion_is_truncated_unless_that_is_refused(reranker: Reranker) -> None:
     (long,) = RewardFunction(reranker)(["the cat"], ["sad " * 600])
     group = reranker.encode("the cat", ["sad " * 600], reading=Reading(truncate=True))
