@@ -1,4 +1,4 @@
-"""Write tables of codes and methods into their pages, and the API reference as HTML.
+"""Write tables of codes, methods and families into their pages, and the API reference as HTML.
 
 `make docs` runs it. The reference is made from the docstrings, by pdoc, in ``target/docs``.
 """
@@ -6,13 +6,17 @@
 import re
 import sys
 from pathlib import Path
+from textwrap import fill
 
 from logratio.data.records import CODES, CURES
+from logratio.export.scorer import FAMILIES
 from logratio.training.methods.table import METHODS, Method
 
 PAGE = Path(__file__).with_name("troubleshooting.md")
 METHODS_PAGE = PAGE.with_name("methods.md")
+SERVING_PAGE = PAGE.with_name("serving.md")
 _METHODS = re.compile(r"(<!-- methods:.*? -->\n).*?(<!-- /methods -->)", re.DOTALL)
+_FAMILIES = re.compile(r"(<!-- families:.*? -->\n).*?(<!-- /families -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- codes:.*? -->\n).*?(<!-- /codes -->)", re.DOTALL)
 
 
@@ -30,6 +34,13 @@ def with_methods(page: str) -> str:
     rows += [[f"`{name}`", *_cells(method)] for name, method in METHODS.items()]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return _METHODS.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
+
+
+def with_families(page: str) -> str:
+    """Return the page with the model types that can be exported."""
+    names = ", ".join(f"`{name}`" for name in sorted(FAMILIES))
+    text = fill(f"Models of these types can be exported: {names}.", 108)
+    return _FAMILIES.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
 
 
 def _cells(method: Method) -> list[str]:
@@ -60,4 +71,5 @@ def write_reference(folder: Path) -> None:
 if __name__ == "__main__":
     PAGE.write_text(with_codes(PAGE.read_text()))
     METHODS_PAGE.write_text(with_methods(METHODS_PAGE.read_text()))
+    SERVING_PAGE.write_text(with_families(SERVING_PAGE.read_text()))
     write_reference(Path(sys.argv[1]))

@@ -97,6 +97,13 @@ def test_the_table_of_methods_is_that_of_the_library() -> None:
     assert page.read_text() == build["with_methods"](page.read_text()), "run `make docs`"
 
 
+def test_the_families_on_the_page_are_those_that_export() -> None:
+    """`test_every_exportable_family_is_compared` is the proof of each."""
+    page = ROOT / "python" / "docs" / "serving.md"
+    build = runpy.run_path(str(page.with_name("build.py")))
+    assert page.read_text() == build["with_families"](page.read_text()), "run `make docs`"
+
+
 @pytest.mark.parametrize("heading", ["Where to look", "Own implementations, and why"])
 def test_the_tables_of_the_architecture_page_name_files(heading: str) -> None:
     page = (ROOT / "python" / "docs" / "architecture.md").read_text()
