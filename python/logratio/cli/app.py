@@ -18,6 +18,7 @@ from logratio.cli import (
     methods,
     precompute,
     report,
+    serve,
     sweep,
     train,
 )
@@ -55,7 +56,7 @@ for command in (
     report.report,
     export.export,
     export.rank,
-    export.serve,
+    serve.serve,
     export.demo,
 ):
     app.command()(command)

@@ -1,11 +1,12 @@
-"""`--config FILE`: the settings of a command from a YAML file, which its flags override."""
+"""Settings of a command from a YAML file (`--config FILE`) and from environment variables."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -19,7 +20,9 @@ PARAMETERS: Mapping[str, str] = {"format": "format_name"} | {
 """Parameters of the commands with another name than the field that they set."""
 
 
-def takes_config(name: str, module: str = "logratio.training") -> Callable[[Command], Command]:
+def takes_config(
+    name: str, module: str = "logratio.training", *, example: str = "lr: 1e-6"
+) -> Callable[[Command], Command]:
     """Give a command the option `--config`, with the settings that one of its classes has.
 
     The file's values become the defaults of the command's flags, so that flags override them, and
@@ -28,6 +31,7 @@ def takes_config(name: str, module: str = "logratio.training") -> Callable[[Comm
     Args:
         name: The class of the settings.
         module: The module of the class, which is imported only if a file is given.
+        example: A line of a file, for the help.
     """
 
     def decorated(command: Command) -> Command:
@@ -44,7 +48,7 @@ def takes_config(name: str, module: str = "logratio.training") -> Callable[[Comm
         option = typer.Option(
             "--config",
             metavar="FILE",
-            help="YAML file with settings: `lr: 1e-6`, one per line. Flags override it. Paths in "
+            help=f"YAML file with settings: `{example}`, one per line. Flags override it. Paths in "
             "it are relative to the working directory.",
             callback=read,
             is_eager=True,
@@ -62,6 +66,31 @@ def takes_config(name: str, module: str = "logratio.training") -> Callable[[Comm
         return called
 
     return decorated
+
+
+def takes_environment(command: Command) -> Command:
+    """Give each flag of a command an environment variable: `LOGRATIO_PORT` for `--port`.
+
+    Flags override the variables, and the variables override the file of `--config`.
+    """
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        command(**given)
+
+    known = inspect.signature(command)
+    spread = known.replace(parameters=[_with_variable(p) for p in known.parameters.values()])
+    called.__signature__ = spread  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in spread.parameters.values()}
+    return called
+
+
+def _with_variable(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter whose option reads a variable; commands may share the option itself."""
+    kind, shared = get_args(parameter.annotation)
+    option = copy(shared)
+    option.envvar = f"LOGRATIO_{parameter.name.upper()}"
+    return parameter.replace(annotation=Annotated[kind, option])
 
 
 def _set_defaults(context: typer.Context, kind: type, path: Path) -> None:

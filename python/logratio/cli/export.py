@@ -1,10 +1,9 @@
-"""`logratio export`, `rank`, `serve` and `demo`."""
+"""`logratio export`, `rank` and `demo`."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,65 +199,6 @@ def _ranking(input_file: Path) -> Iterator[Callable[["RankSummary", int, int], N
             done = position
 
         yield report
-
-
-def serve(
-    bundle: Bundle,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. The default accepts only local clients.")
-    ] = ("127.0.0.1"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
-    provider: Provider = None,
-    allow_fallback: Fallback = False,
-    expect: Expect = None,
-    allowed_signers: AllowedSigners = None,
-    load_seconds: LoadSeconds = 300.0,
-    cache: Cache = None,
-    max_request_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Maximum number of tokens computed per request. Default: 131,072."
-        ),
-    ] = None,
-    request_seconds: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="Timeout of a request in seconds. Default: 30."),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="Refuse requests with unknown fields. Default: ignore the fields, and name them "
-            "in the answer's `warnings`.",
-        ),
-    ] = False,
-) -> None:
-    """Serve rewards: `/v1/score`, and the APIs of Cohere, Jina, TEI, Infinity, vLLM and OpenRLHF.
-
-    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates.
-    """
-    from logratio.serving.limits import Limits
-    from logratio.serving.server import serve as run
-
-    providers = [provider] if provider else None
-    limits = Limits()
-    if max_request_tokens is not None:
-        limits = replace(limits, request_tokens=max_request_tokens)
-    if request_seconds is not None:
-        limits = replace(limits, seconds=request_seconds)
-    run(
-        bundle,
-        host,
-        port,
-        providers=providers,
-        allow_fallback=allow_fallback,
-        limits=limits,
-        strict=strict,
-        expect=expect,
-        allowed_signers=allowed_signers,
-        load_seconds=load_seconds,
-        cache=cache,
-    )
 
 
 def demo(

@@ -46,7 +46,7 @@ def build_app(reranker: Reranker, limits: Limits, *, strict: bool = False) -> Fa
         title="logratio", description=_DESCRIPTION, version=reranker.manifest.versions["logratio"],
         lifespan=lifespan, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.state.server = state
+    app.state.server, app.state.scheduler = state, scheduler
     app.add_middleware(BoundedBody, limits=limits)
     _add_refusals(app)
     _add_health(app, state)
@@ -63,7 +63,7 @@ def _add_health(app: FastAPI, state: State) -> None:
         return Health(status="live")
 
     async def readyz() -> Health:
-        if state.draining:
+        if state.leaving or state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
         return Health(status="ready")
 
@@ -79,6 +79,7 @@ def _add_refusals(app: FastAPI) -> None:
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RefusedError)
+        current_record().cause = error.code
         return JSONResponse(error.body(), error.status, error.headers())
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from logratio.errors import LogratioError
 from logratio.serving.limits import Limits, RefusedError
+from logratio.serving.request_record import current_record
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -32,6 +33,9 @@ class BoundedBody:
         """Handle one HTTP request; pass other scopes to the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope.get("state", {}).get(_IS_CROWDED) and scope["path"] not in PROBES:
+            await refuse(send, _CROWDED)
             return
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -99,6 +103,7 @@ async def _disconnect(receive: Receive) -> Message:
 
 async def refuse(send: Send, error: RefusedError) -> None:
     """Send an error before the body is read, and close the connection."""
+    current_record().cause = error.code
     content = json.dumps(error.body()).encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -111,6 +116,7 @@ async def refuse(send: Send, error: RefusedError) -> None:
 
 
 PROBES = frozenset({"/livez", "/readyz", "/health"})
+_IS_CROWDED = "is_crowded"
 _CROWDED = RefusedError(503, "connections", "too many connections are open")
 _SLOW = RefusedError(408, "slow_header", "the request headers took too long")
 
@@ -174,7 +180,7 @@ class GuardedProtocol(H11Protocol):
             transport.abort()
             return
         if self.is_crowded:
-            self.app = _probes_only(self.app)
+            self.app_state = {**self.app_state, _IS_CROWDED: True}
         self._update_header_timer(has_begun=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -237,16 +243,6 @@ class GuardedProtocol(H11Protocol):
 def protocol(limits: Limits) -> type[GuardedProtocol]:
     """Return a protocol class whose instances share one `Connections`."""
     return type("Connection", (GuardedProtocol,), {"guarded": Connections(limits)})
-
-
-def _probes_only(app: Any) -> App:
-    async def answer(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["path"] in PROBES:
-            await app(scope, receive, send)
-        else:
-            await refuse(send, _CROWDED)
-
-    return answer
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -78,6 +78,8 @@ class RefusedError(LogratioError):
 
     def headers(self) -> dict[str, str]:
         """Return the headers of the response."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 

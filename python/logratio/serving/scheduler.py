@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from logratio.serving.limits import Limits, RefusedError
+from logratio.serving.request_record import current_record
 
 _MEMORY = 64
 """Effective number of recent observations; one that is this old has weight 1/e."""
@@ -96,6 +97,10 @@ class Job:
         work: The work; None while the text is being tokenized.
         left: Tokens of each run that has not started.
         dropped: Whether the request is cancelled, late or refused.
+        arrived: Time of admission, on the same clock as `deadline`.
+        encoding: Seconds in `prepare`.
+        computing: Seconds in runs.
+        has_started: Whether a run has started.
     """
 
     deadline: float
@@ -104,6 +109,19 @@ class Job:
     work: Work | None = None
     left: list[int] = field(default_factory=list)
     dropped: bool = False
+    arrived: float = 0.0
+    encoding: float = 0.0
+    computing: float = 0.0
+    has_started: bool = False
+
+
+@dataclass
+class Done:
+    """The runs that have finished since the start: their number, tokens and seconds."""
+
+    runs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class Scheduler:
@@ -111,10 +129,12 @@ class Scheduler:
 
     Attributes:
         pace: Estimates the seconds of a run from its tokens.
+        done: The runs that have finished.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.pace = Pace()
+        self.done = Done()
         self._limits = limits
         self._jobs: list[Job] = []
         self._running: Job | None = None
@@ -126,11 +146,21 @@ class Scheduler:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="logratio-encode")
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="logratio-compute")
 
+    @property
+    def in_flight(self) -> int:
+        """Number of accepted requests."""
+        return len(self._jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Number of accepted requests none of whose runs has started."""
+        return sum(not job.has_started for job in self._jobs)
+
     async def run(self, characters: int, prepare: Callable[[], W]) -> W:
         """Run `prepare`, compute the work it returns, and return that work.
 
         Work that is refused or late, or whose caller is cancelled, is dropped: its current run is
-        aborted and no other starts.
+        aborted and no other starts. The times of the request are added to its record.
 
         Args:
             characters: Length of the request, to estimate its cost until `prepare` returns.
@@ -153,6 +183,7 @@ class Scheduler:
             raise _late() from None
         finally:
             self._drop(job)
+            self._record(job)
 
     def close(self) -> None:
         """Drop all work and stop both threads."""
@@ -171,17 +202,30 @@ class Scheduler:
                 429, "queue_full", f"{self._limits.queue} requests are waiting; try again shortly"
             )
         guess = math.ceil(self._tokens_per_character.of(characters))
-        job = Job(loop.time() + self._limits.seconds, guess, loop.create_future())
+        now = loop.time()
+        job = Job(now + self._limits.seconds, guess, loop.create_future(), arrived=now)
         if self._jobs:  # on an idle server, do not refuse because of an estimate
             self._check_wait(job)
         self._jobs.append(job)
         return job
 
+    def _record(self, job: Job) -> None:
+        total = self._now() - job.arrived
+        current_record().add_seconds(
+            queue=max(0.0, total - job.encoding - job.computing),
+            encode=job.encoding,
+            compute=job.computing,
+        )
+
     async def _encoded(self, job: Job, prepare: Callable[[], W]) -> W:
         def unless_dropped() -> W:
             if job.dropped:
                 raise _late()
-            return prepare()
+            start = time.perf_counter()
+            try:
+                return prepare()
+            finally:
+                job.encoding = time.perf_counter() - start
 
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoding, unless_dropped)
@@ -324,6 +368,7 @@ class Scheduler:
         assert job.work is not None
         tokens = job.left.pop(0)
         self._running, self._run_ends = job, self._now() + self.pace.of(tokens)
+        job.has_started = True
         try:
             loop = asyncio.get_running_loop()
             seconds = await loop.run_in_executor(self._computing, _timed, job.work.step)
@@ -332,6 +377,10 @@ class Scheduler:
                 job.done.set_exception(error)
         else:
             self.pace.learn(tokens, seconds)
+            job.computing += seconds
+            self.done.runs += 1
+            self.done.tokens += tokens
+            self.done.seconds += seconds
             if not job.left and not job.done.done():
                 job.done.set_result(None)
         finally:

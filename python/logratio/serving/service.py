@@ -1,13 +1,13 @@
 """Scoring for every route of the server: check sizes, tokenize, wait for the scores."""
 
 import logging
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
 from logratio.serving.limits import Limits, RefusedError, public_reason
+from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker, Score
 from logratio.serving.scheduler import Scheduler
 from logratio.serving.scoring import Scoring
@@ -17,8 +17,14 @@ _log = logging.getLogger("logratio.serving")
 
 @dataclass
 class State:
-    """The mutable state of a running server."""
+    """The mutable state of a running server.
 
+    Attributes:
+        leaving: Not ready, but still accepting requests: load balancers are about to notice.
+        draining: Not accepting requests.
+    """
+
+    leaving: bool = False
     draining: bool = False
 
 
@@ -104,14 +110,13 @@ class ScoringService:
         self._limits, self._scheduler, self._state = limits, scheduler, state
 
     async def score(
-        self, asked: Sequence[Asked], reading: Reading = READING, number: str | None = None
+        self, asked: Sequence[Asked], reading: Reading = READING
     ) -> list[Answer]:
         """Check a request and wait for its scores.
 
         Args:
             asked: The prompts and candidates.
             reading: How candidates are tokenized.
-            number: The request's number in the log. None: a new one.
 
         Returns:
             One answer per prompt.
@@ -122,15 +127,18 @@ class ScoringService:
         if self._state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
         characters = check_size(asked, self._limits)
-        reader = _Reader(self.reranker, self._limits, reading)
+        reader, record = _Reader(self.reranker, self._limits, reading), current_record()
         try:
             scoring = await self._scheduler.run(characters, lambda: reader.scoring(asked))
         except RefusedError:
             raise
         except Exception as error:
             # No traceback and no message: either could hold the request's text.
-            _log.error("request %s failed: %s", number or new_number(), type(error).__name__)
+            _log.error("request %s failed: %s", record.id, type(error).__name__)
             raise RefusedError(500, "internal", "the request could not be scored") from None
+        for group in scoring.groups:
+            candidates = sum(len(candidate.ids) for candidate in group.candidates)
+            record.add_tokens(len(group.prompt_ids), candidates)
         pairs = zip(scoring.groups, scoring.scores(), strict=True)
         return [Answer(*pair, reader.errors.get(index)) for index, pair in enumerate(pairs)]
 
@@ -172,11 +180,6 @@ def refuse_unscored(score: Score, name: str) -> None:
     if score.tokens:
         raise RefusedError(500, "not_finite", f"{name}: the model gives no finite score")
     raise RefusedError(422, "document", f"{name}: {public_reason(score.error)}")
-
-
-def new_number() -> str:
-    """Return a new number for a request."""
-    return uuid.uuid4().hex
 
 
 def check_size(asked: Sequence[Asked], limits: Limits) -> int:

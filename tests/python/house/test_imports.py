@@ -12,7 +12,7 @@ from repository import PACKAGE, python_sources, relative
 
 TORCH = {"torch", "transformers", "peft", "accelerate"}
 GRAPHS = {"onnx", "onnxscript", "onnxruntime"}
-SERVER = {"fastapi", "starlette", "uvicorn"}
+SERVER = {"fastapi", "prometheus_client", "starlette", "uvicorn"}
 HEAVY = TORCH | GRAPHS | SERVER | {"numpy", "tokenizers", "jinja2", "matplotlib", "tensorboardX"}
 
 # Modules that a folder (or top-level module) must never import, anywhere in its code.

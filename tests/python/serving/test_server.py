@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from running_server import running
 from starlette.testclient import TestClient
 from tiny_bundle import BETA, copy_bundle, tiny_bundle, with_template
 
@@ -431,26 +431,8 @@ def test_missing_extra_is_named(reranker: Reranker, monkeypatch: pytest.MonkeyPa
         create_app(reranker)
 
 
-@contextmanager
-def running(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server in a separate process, and its port."""
-    code = "import sys; from logratio.serving.server import serve; serve(sys.argv[1], port=0)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(bundle)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
-        assert found, line + process.stderr.read()
-        yield process, int(found[1])
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_a_server_process_answers_and_stops_on_sigterm(folder: Path) -> None:
-    with running(folder) as (process, port):
+    with running(folder, "--log-format", "off") as (process, port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         body = json.dumps({"query": QUERY, "documents": DOCUMENTS})
         connection.request("POST", "/v1/rerank", body, JSON)
@@ -522,7 +504,8 @@ def test_a_disconnected_client_frees_its_place(folder: Path) -> None:
 def test_a_used_address_is_reported_before_the_bundle_is_loaded(tmp_path: Path) -> None:
     import socket
 
+    from logratio.serving.config import ServeConfig
     from logratio.serving.server import serve
 
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
-        serve(tmp_path / "nowhere", port=taken.getsockname()[1])
+        serve(ServeConfig(tmp_path / "nowhere", port=taken.getsockname()[1]))

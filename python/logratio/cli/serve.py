@@ -1,0 +1,199 @@
+"""`logratio serve`: its flags, which environment variables and a YAML file can set, too."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from logratio.cli.bundle import AllowedSigners, Expect, LoadSeconds
+from logratio.cli.config import takes_config, takes_environment
+from logratio.cli.export import Bundle, Cache, Fallback, Provider
+from logratio.cli.options import Settings, takes_flags
+
+ACCESS_PANEL, OPERATION_PANEL, LIMITS_PANEL = "Access", "Operation", "Limits"
+
+
+class LogFormat(StrEnum):
+    """How the line of a request is written on standard error."""
+
+    TEXT = "text"
+    JSON = "json"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Access(Settings):
+    """Who can reach the server, and how."""
+
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. The default accepts only clients on this machine.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port to listen on; 0: any free port.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = 8000
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Accept only requests with one of the API keys in this file, one per line. "
+            "The variable LOGRATIO_API_KEYS holds keys, too.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None
+    no_auth: Annotated[
+        bool,
+        typer.Option(
+            "--no-auth",
+            help="Serve other machines without API keys.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = False
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Serve HTTPS with this PEM certificate, followed by those of its issuers.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM private key of --tls-cert, without a password.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN…",
+            help="Origin whose web pages may send requests, such as https://example.org. Several "
+            "may follow. Default: none.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Operation(Settings):
+    """Logs, and how the server stops."""
+
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            help="Format of the line per request on standard error, which has no content of "
+            "requests; off: no lines of requests.",
+            rich_help_panel=OPERATION_PANEL,
+        ),
+    ] = LogFormat.TEXT
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds after SIGTERM in which the server still accepts requests and is no "
+            "longer ready, so that load balancers can take it out.",
+            rich_help_panel=OPERATION_PANEL,
+        ),
+    ] = 0.0
+    shutdown_seconds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Seconds to finish the requests in flight after that.",
+            rich_help_panel=OPERATION_PANEL,
+        ),
+    ] = 30
+
+
+@dataclass(frozen=True)
+class Amounts(Settings):
+    """Limits on the work of a request, and the threads for it."""
+
+    max_request_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens computed per request.",
+            rich_help_panel=LIMITS_PANEL,
+        ),
+    ] = 131_072
+    request_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="Timeout of a request in seconds.", rich_help_panel=LIMITS_PANEL
+        ),
+    ] = 30.0
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Threads per run of the graph. Default: OMP_NUM_THREADS, or the CPUs of the "
+            "process.",
+            rich_help_panel=LIMITS_PANEL,
+        ),
+    ] = None
+
+
+ACCESS, OPERATION, AMOUNTS = Access(), Operation(), Amounts()
+
+
+@takes_environment
+@takes_config("ServeConfig", "logratio.serving.config", example="port: 9000")
+@takes_flags
+def serve(
+    bundle: Bundle,
+    access: Access = ACCESS,
+    operation: Operation = OPERATION,
+    amounts: Amounts = AMOUNTS,
+    provider: Provider = None,
+    allow_fallback: Fallback = False,
+    expect: Expect = None,
+    allowed_signers: AllowedSigners = None,
+    load_seconds: LoadSeconds = 300.0,
+    cache: Cache = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse requests with unknown fields. Default: ignore the fields, and name them "
+            "in the answer's `warnings`.",
+        ),
+    ] = False,
+) -> None:
+    """Serve rewards: `/v1/score`, and the APIs of Cohere, Jina, TEI, Infinity, vLLM and OpenRLHF.
+
+    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates.
+    Each flag can also be set by an environment variable, or in the file of --config. Flags override
+    variables, and variables override the file.
+    """
+    from logratio.serving.config import ServeConfig
+    from logratio.serving.server import serve as run
+
+    run(
+        ServeConfig(
+            bundle,
+            provider=provider,
+            allow_fallback=allow_fallback,
+            expect=expect,
+            allowed_signers=allowed_signers,
+            load_seconds=load_seconds,
+            cache=cache,
+            strict=strict,
+            **access.settings(),
+            **operation.settings(),
+            **amounts.settings(),
+        )
+    )
