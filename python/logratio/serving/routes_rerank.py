@@ -23,12 +23,12 @@ from logratio.serving.protocol import (
     prompt_of,
 )
 from logratio.serving.request_faults import warnings_of
+from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Score, ranked
 from logratio.serving.service import (
     Answer,
     Asked,
     ScoringService,
-    new_number,
     refuse_unscored,
 )
 
@@ -73,14 +73,14 @@ async def _rerank(
     request: RerankRequest, service: ScoringService, *, strict: bool, as_strings: bool = False
 ) -> RerankResponse:
     warnings = warnings_of(request, strict=strict)
-    number, texts = new_number(), request.texts()
+    texts = request.texts()
     reading = Reading(bool(request.truncate), request.max_tokens_per_doc)
-    (answer,) = await service.score([Asked(prompt_of(request.query), texts)], reading, number)
+    (answer,) = await service.score([Asked(prompt_of(request.query), texts)], reading)
     check_scored(answer)
     manifest, group = service.reranker.manifest, answer.group
     errors = [_fault(score) for score in answer.scores if score.error is not None]
     return RerankResponse(
-        id=number,
+        id=current_record().id,
         created=int(time.time()),
         model=manifest.name,
         results=_results(request, texts, answer, as_strings=as_strings)[: request.top_n],

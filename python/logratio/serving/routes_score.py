@@ -17,6 +17,7 @@ from logratio.serving.compatible_protocol import (
 from logratio.serving.limits import RefusedError
 from logratio.serving.protocol import SCORES
 from logratio.serving.request_faults import names_of, warnings_of
+from logratio.serving.request_record import current_record
 from logratio.serving.reranker import ranked
 from logratio.serving.routes_rerank import check_scored, usage_of
 from logratio.serving.score_protocol import (
@@ -29,7 +30,7 @@ from logratio.serving.score_protocol import (
     ScoreRequest,
     ScoreResponse,
 )
-from logratio.serving.service import Answer, Asked, ScoringService, new_number
+from logratio.serving.service import Answer, Asked, ScoringService
 
 _PAIR_NAMES = {*names_of(PairsRequest)} - {"model", "truncate"}
 
@@ -70,11 +71,10 @@ class _ScoreRoutes:
         if isinstance(request, PairsRequest):
             return await self.pairs(request)
         warnings = warnings_of(request, *request.groups, strict=self._strict)
-        number = new_number()
         asked = [Asked(one.to_prompt(), one.candidates) for one in request.groups]
-        answers = await self._service.score(asked, Reading(request.truncate), number)
+        answers = await self._service.score(asked, Reading(request.truncate))
         return ScoreResponse(
-            id=number,
+            id=current_record().id,
             model=self._service.reranker.manifest.name,
             groups=[self._scores(*pair) for pair in zip(asked, answers, strict=True)],
             meta=self._meta(),
@@ -85,12 +85,12 @@ class _ScoreRoutes:
     async def best_of(self, request: BestOfRequest) -> BestOfResponse:
         """Return the best candidate of a prompt, and the scores of all."""
         warnings = warnings_of(request, strict=self._strict)
-        asked, number = Asked(request.to_prompt(), request.candidates), new_number()
-        (answer,) = await self._service.score([asked], Reading(request.truncate), number)
+        asked = Asked(request.to_prompt(), request.candidates)
+        (answer,) = await self._service.score([asked], Reading(request.truncate))
         check_scored(answer)
         best = ranked(answer.scores)[0]
         return BestOfResponse(
-            id=number,
+            id=current_record().id,
             model=self._service.reranker.manifest.name,
             index=best.index,
             candidate=request.candidates[best.index],
@@ -106,7 +106,7 @@ class _ScoreRoutes:
         warnings = warnings_of(request, strict=self._strict)
         answers = await self._service.score_pairs(request.pairs(), Reading(bool(request.truncate)))
         return PairsResponse(
-            id=new_number(),
+            id=current_record().id,
             created=int(time.time()),
             model=self._service.reranker.manifest.name,
             data=[
