@@ -142,7 +142,12 @@ def test_no_lines_of_requests_if_the_log_is_off(reranker: Reranker) -> None:
 class BrokenReranker(Reranker):
     """Raises an error that quotes the request, as a library might."""
 
-    def encode(self, prompt: Prompt, candidates: Sequence[str]) -> CandidateGroup:
+    def encode(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> CandidateGroup:
         raise RuntimeError(f"cannot read {prompt}")
 
 
