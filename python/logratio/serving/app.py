@@ -14,6 +14,7 @@ from logratio.serving.connections import BoundedBody
 from logratio.serving.limits import Limits, RefusedError
 from logratio.serving.protocol import SCORES, ErrorResponse, Health
 from logratio.serving.request_faults import describe
+from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.routes_models import add_models
 from logratio.serving.routes_rerank import add_rerank

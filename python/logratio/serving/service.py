@@ -109,9 +109,7 @@ class ScoringService:
         self.reranker = reranker
         self._limits, self._scheduler, self._state = limits, scheduler, state
 
-    async def score(
-        self, asked: Sequence[Asked], reading: Reading = READING
-    ) -> list[Answer]:
+    async def score(self, asked: Sequence[Asked], reading: Reading = READING) -> list[Answer]:
         """Check a request and wait for its scores.
 
         Args:
