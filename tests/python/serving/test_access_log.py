@@ -16,7 +16,7 @@ from tiny_bundle import tiny_bundle
 
 from logratio.serving import Reranker
 from logratio.serving.access_log import LineWriter, Log
-from logratio.serving.candidates import CandidateGroup, Prompt
+from logratio.serving.candidates import READING, CandidateGroup, Prompt, Reading
 from logratio.serving.config import LogFormat
 from logratio.serving.keys import Keys
 from logratio.serving.limits import Limits
@@ -147,6 +147,7 @@ class BrokenReranker(Reranker):
         prompt: Prompt,
         candidates: Sequence[str],
         reference_logps: Sequence[float | None] | None = None,
+        reading: Reading = READING,
     ) -> CandidateGroup:
         raise RuntimeError(f"cannot read {prompt}")
 

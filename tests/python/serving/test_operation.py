@@ -238,23 +238,22 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_draining_server_is_not_ready_and_still_accepts_requests(folder: Path) -> None:
-    with running(folder, "--drain-seconds", "2") as (process, port):
+    with running(folder, "--drain-seconds", "600") as (process, port):
         assert status(port) == 200
         process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
         wait_for(lambda: status(port) == 503)
         assert status(port, "POST", "/v1/rerank") == 200
         assert status(port, "GET", "/livez") == 200
+        process.send_signal(signal.SIGTERM)  # a second one ends the drain
         assert process.wait(20) == 0
-        assert 1.9 < time.monotonic() - start < 15
 
 
-def test_a_second_signal_ends_the_drain(folder: Path) -> None:
-    with running(folder, "--drain-seconds", "600") as (process, port):
+def test_the_drain_ends_after_its_time(folder: Path) -> None:
+    with running(folder, "--drain-seconds", "1") as (process, _):
+        start = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        wait_for(lambda: status(port) == 503)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
+        assert time.monotonic() - start > 0.9
 
 
 SLOW_START = """
