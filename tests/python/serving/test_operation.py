@@ -249,7 +249,8 @@ def test_a_draining_server_is_not_ready_and_still_accepts_requests(folder: Path)
 
 
 def test_the_drain_ends_after_its_time(folder: Path) -> None:
-    with running(folder, "--drain-seconds", "1") as (process, _):
+    with running(folder, "--drain-seconds", "1") as (process, port):
+        assert status(port) == 200  # during the start, a signal ends it at once
         start = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
