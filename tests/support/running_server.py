@@ -1,4 +1,4 @@
-"""`logratio serve` in a process of its own."""
+"""`logratio serve` in a separate process."""
 
 import os
 import re

@@ -24,7 +24,7 @@ _INTERNAL = RefusedError(500, "internal", "the request could not be answered")
 
 
 class LineWriter:
-    """Writes lines in a thread of its own, so that a full pipe or a slow disk delays nothing.
+    """Writes lines in a separate thread, so that a full pipe or a slow disk delays nothing.
 
     Attributes:
         dropped: Number of lines that were not written, because too many were waiting.

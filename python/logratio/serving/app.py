@@ -1,17 +1,21 @@
-"""The HTTP application: validate, queue, score and answer requests. Needs fastapi."""
+"""The HTTP application: its routes, and the middleware around them. Needs fastapi."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
+from logratio.serving.access_log import METRICS, Log, Observed
 from logratio.serving.connections import BoundedBody
+from logratio.serving.keys import Authenticated, Keys
 from logratio.serving.limits import Limits, RefusedError
+from logratio.serving.metrics import CONTENT_TYPE, ServerMetrics
 from logratio.serving.protocol import SCORES, ErrorResponse, Health
 from logratio.serving.request_faults import describe
 from logratio.serving.request_record import current_record
@@ -30,8 +34,16 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(reranker: Reranker, limits: Limits, *, strict: bool = False) -> FastAPI:
-    """Build the application; ``app.state.server`` is its `State`."""
+def build_app(
+    reranker: Reranker,
+    limits: Limits,
+    *,
+    strict: bool,
+    keys: Keys | None,
+    cors_origins: Sequence[str],
+    log: Log | None,
+) -> FastAPI:
+    """Build the application of `create_app`; ``app.state.server`` is its `State`."""
     scheduler, state = Scheduler(limits), State()
 
     @asynccontextmanager
@@ -47,15 +59,38 @@ def build_app(reranker: Reranker, limits: Limits, *, strict: bool = False) -> Fa
         title="logratio", description=_DESCRIPTION, version=reranker.manifest.versions["logratio"],
         lifespan=lifespan, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.state.server, app.state.scheduler = state, scheduler
-    app.add_middleware(BoundedBody, limits=limits)
+    app.state.server = state
     _add_refusals(app)
     _add_health(app, state)
     service = ScoringService(reranker, limits, scheduler, state)
     add_rerank(app, service, _REFUSALS, strict=strict)
     add_scores(app, service, _REFUSALS, strict=strict)
     add_models(app, reranker)
+    metrics = ServerMetrics(scheduler, reranker)
+
+    @app.get(METRICS, include_in_schema=False)
+    async def scrape() -> Response:
+        return Response(metrics.text(log.dropped if log else 0), media_type=CONTENT_TYPE)
+
+    # Each is wrapped around those before it, so a request meets the last one first.
+    app.add_middleware(BoundedBody, limits=limits)
+    if keys is not None:
+        app.add_middleware(Authenticated, keys=keys)
+    if cors_origins:
+        _allow_origins(app, cors_origins)
+    paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
+    app.add_middleware(Observed, log=log, paths=paths, finished=metrics.finished)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[*origins],
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+        expose_headers=["X-Request-ID", "Retry-After"],
+    )
 
 
 def _add_health(app: FastAPI, state: State) -> None:

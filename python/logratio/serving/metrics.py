@@ -13,13 +13,12 @@ from logratio.serving.request_record import RequestRecord
 from logratio.serving.reranker import Reranker
 from logratio.serving.scheduler import Scheduler
 
-PHASES = ("queue", "encode", "compute")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class ServerMetrics:
-    """The metrics of one application, in a registry of their own.
+    """The metrics of one application, in a separate registry.
 
     Args:
         scheduler: Its queue and the work that it has done are read when metrics are asked for.

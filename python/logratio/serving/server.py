@@ -60,11 +60,15 @@ def create_app(
     for module in _REQUIRED:
         require(module, "serve")
     from logratio.serving.app import build_app
-    from logratio.serving.operation import add_operation
 
-    app = build_app(reranker, limits or Limits(), strict=strict)
-    add_operation(app, reranker, keys, cors_origins, log)
-    return app
+    return build_app(
+        reranker,
+        limits or Limits(),
+        strict=strict,
+        keys=keys,
+        cors_origins=cors_origins,
+        log=log,
+    )
 
 
 def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:

@@ -1,6 +1,7 @@
 """Scoring for every route of the server: check sizes, tokenize, wait for the scores."""
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -8,9 +9,9 @@ from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
 from logratio.serving.limits import Limits, RefusedError, public_reason
 from logratio.serving.request_record import current_record
-from logratio.serving.reranker import Reranker, Score
+from logratio.serving.reranker import Reranker, Score, Sums, scores_of
 from logratio.serving.scheduler import Scheduler
-from logratio.serving.scoring import Scoring
+from logratio.serving.session import Stop
 
 _log = logging.getLogger("logratio.serving")
 
@@ -56,6 +57,46 @@ class Answer:
     group: CandidateGroup
     scores: list[Score]
     error: str | None = None
+
+
+class Scoring:
+    """The scoring of prompts' candidates, in short runs of the graph.
+
+    Attributes:
+        groups: The prompts and their candidates.
+        costs: Tokens of each run, in the order of `step`.
+    """
+
+    def __init__(
+        self, reranker: Reranker, groups: Sequence[CandidateGroup], run_tokens: int
+    ) -> None:
+        """Plan the runs.
+
+        Args:
+            reranker: The loaded bundle.
+            groups: Results of `Reranker.encode`.
+            run_tokens: Maximum tokens per run; see `runs.plan_runs`.
+        """
+        self.groups = groups
+        runs = reranker.runs(groups, run_tokens)
+        self.costs = [run.tokens for run in runs]
+        self._reranker, self._runs, self._stop = reranker, deque(runs), Stop()
+        self._sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
+
+    def step(self) -> None:
+        """Compute the next run."""
+        run = self._runs.popleft()
+        rows = iter(self._reranker.compute(self.groups, run, self._stop))
+        for number, candidates in run.pieces:
+            self._sums[number].update((ids, next(rows)) for ids in candidates)
+
+    def stop(self) -> None:
+        """Abort the run in another thread; `step` raises there."""
+        self._stop.now()
+
+    def scores(self) -> list[list[Score]]:
+        """Return each group's scores in the candidates' order, after every run."""
+        return [scores_of(*pair) for pair in zip(self.groups, self._sums, strict=True)]
 
 
 @dataclass
@@ -132,7 +173,8 @@ class ScoringService:
             raise
         except Exception as error:
             # No traceback and no message: either could hold the request's text.
-            _log.error("request %s failed: %s", record.id, type(error).__name__)
+            record.error = type(error).__name__
+            _log.error("request %s failed: %s", record.id, record.error)
             raise RefusedError(500, "internal", "the request could not be scored") from None
         for group in scoring.groups:
             candidates = sum(len(candidate.ids) for candidate in group.candidates)

@@ -4,20 +4,21 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from broken_reranker import BrokenReranker
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 from tiny_bundle import tiny_bundle
 
 from logratio.serving import Reranker
-from logratio.serving.access_log import LineWriter, Log
-from logratio.serving.candidates import READING, CandidateGroup, Prompt, Reading
+from logratio.serving.access_log import METRICS, LineWriter, Log
 from logratio.serving.config import LogFormat
+from logratio.serving.connections import PROBES
 from logratio.serving.keys import Keys
 from logratio.serving.limits import Limits
 from logratio.serving.server import create_app
@@ -95,6 +96,45 @@ def test_a_plain_request_id_is_kept_and_any_other_replaced(
             assert lines.json[-1]["id"] == echoed
 
 
+POSTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank"), REQUEST),
+    "/v1/score": {"groups": [{"prompt": QUERY, "candidates": DOCUMENTS}]},
+    "/v1/best_of": {"prompt": QUERY, "candidates": DOCUMENTS},
+    "/score": {"text_1": QUERY, "text_2": DOCUMENTS},
+    "/get_reward": {"query": [f"{QUERY} sad"], "prompts": [QUERY]},
+}
+"""A request for each route that computes."""
+GETS = ("/v1/models", "/version", "/openapi.json")
+
+
+def test_every_route_has_a_label_the_id_of_the_request_and_needs_a_key(
+    reranker: Reranker,
+) -> None:
+    lines: Any = Lines()
+    app = create_app(reranker, keys=Keys([KEY]), log=Log(lines, "json"))
+    routes = {str(getattr(route, "path", "")) for route in app.routes}
+    assert routes == {*POSTS, *GETS, *PROBES, METRICS}
+    given = {"x-api-key": KEY, "x-request-id": "abc"}
+    with TestClient(app) as client:
+        for path in (*POSTS, *GETS):
+            body = POSTS.get(path)
+            method = "POST" if body else "GET"
+            assert client.request(method, path, json=body).status_code == 401
+            answer = client.request(method, path, json=body, headers=given)
+            assert answer.status_code == 200
+            found = answer.json()
+            assert answer.headers["x-request-id"] == "abc" == found.get("id", "abc")
+            without, line = lines.json[-2:]
+            assert without["route"] == line["route"] == path
+            assert line["id"] == "abc"
+            assert (line["prompt_tokens"] > 0) == ("compute" in line["ms"]) == bool(body)
+        assert client.get(METRICS).status_code == 401
+        metrics = client.get(METRICS, headers=given).text
+    for path in (*POSTS, *GETS):
+        for status in (200, 401):
+            assert f'logratio_requests_total{{route="{path}",status="{status}"}} 1.0' in metrics
+
+
 def test_an_error_has_its_id_and_its_cause(reranker: Reranker) -> None:
     with logged(reranker, body_bytes=200) as (client, lines):
         answers = [
@@ -139,19 +179,6 @@ def test_no_lines_of_requests_if_the_log_is_off(reranker: Reranker) -> None:
     assert not lines.lines
 
 
-class BrokenReranker(Reranker):
-    """Raises an error that quotes the request, as a library might."""
-
-    def encode(
-        self,
-        prompt: Prompt,
-        candidates: Sequence[str],
-        reference_logps: Sequence[float | None] | None = None,
-        reading: Reading = READING,
-    ) -> CandidateGroup:
-        raise RuntimeError(f"cannot read {prompt}")
-
-
 def canaries() -> Iterator[dict[str, Any]]:
     """Requests with the canary in every part."""
     yield {"json": {"query": CANARY, "documents": [CANARY, f"{CANARY} sad"]}}
@@ -181,18 +208,18 @@ def test_a_canary_in_every_part_appears_in_no_log_metric_or_error(
                 log = Log(lines, "json")
                 app: FastAPI = create_app(kind.load(folder), keys=keys, log=log)
                 with TestClient(app) as client:
-                    for path in ("/v1/rerank", f"/{CANARY}"):
+                    for path in ("/v1/rerank", "/infinity/rerank", f"/{CANARY}"):
                         for request in canaries():
                             answer = client.post(path, **request)
-                            if answer.status_code != 200:
-                                errors.append(answer.text)
-                            errors.append(str(answer.headers))
+                            errors += [answer.text, str(answer.headers)]
                     allowed = {"authorization": f"Bearer {KEY}"}
                     metrics = client.get("/metrics", headers=allowed).text
                     assert "logratio_requests_total{" in metrics
                     errors.append(metrics)
-    assert len(lines.lines) == 4 * 2 * len([*canaries()])
+    assert len(lines.lines) == 4 * 3 * len([*canaries()])
     assert {line["status"] for line in lines.json} >= {200, 401, 404, 422, 500}
+    failed = [line for line in lines.json if line["status"] == 500]
+    assert {(line["level"], line["error"]) for line in failed} == {("error", "RuntimeError")}
     records = [r.getMessage() for r in caplog.records if not r.name.startswith("httpx")]
     everything = "".join([*errors, *lines.lines, *records, *capfd.readouterr()])
     assert CANARY not in everything

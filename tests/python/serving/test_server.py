@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from broken_reranker import BrokenReranker
 from fastapi import FastAPI
 from running_server import running
 from starlette.testclient import TestClient
@@ -376,19 +377,6 @@ def test_concurrent_requests_get_their_own_scores(client: TestClient, reranker: 
     for query, answer in zip(queries, answers, strict=True):
         expected = [(score.index, score.reward) for score in reranker.rank(query, ["sad", "happy"])]
         assert [(r["index"], r["relevance_score"]) for r in answer["results"]] == expected
-
-
-class BrokenReranker(Reranker):
-    """Raises an error that quotes the request, as a library might."""
-
-    def encode(
-        self,
-        prompt: Prompt,
-        candidates: Sequence[str],
-        reference_logps: Sequence[float | None] | None = None,
-        reading: Reading = READING,
-    ) -> CandidateGroup:
-        raise RuntimeError(f"cannot read {prompt} in /secret/path")
 
 
 def test_an_error_is_answered_and_logged_without_the_request(
