@@ -3,7 +3,8 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def rank_file(
     ranked, because it is malformed or its prompt is invalid, only gets ``error``.
 
     A call that is interrupted leaves its rows in a partial file next to `output`. The same call
-    continues after them, unless the input or the bundle has changed.
+    continues after them, unless the input, the bundle or the cache has changed.
 
     Args:
         reranker: The loaded bundle, or processes that load it.
@@ -136,11 +137,12 @@ def rank_file(
             summary = RankSummary(**out.begins.summary)
             rows.resume_from(dict(out.begins.mark))
             say(f"{path}: continues after {summary.rows:,} rows")
-        for batch, (lines, counts) in _scored(reranker, _batches(rows)):
-            summary.add(counts)
-            out.write(lines, batch.mark, summary)
-            if progress:
-                progress(summary, batch.position, rows.size or 0)
+        with closing(_scored(reranker, _batches(rows))) as scored:  # workers end here
+            for batch, (lines, counts) in scored:
+                summary.add(counts)
+                out.write(lines, batch.mark, summary)
+                if progress:
+                    progress(summary, batch.position, rows.size or 0)
     return summary
 
 
@@ -158,6 +160,7 @@ def _identity(reranker: Reranker | Workers, input: str | Path) -> dict[str, Any]
         "size": stat.st_size,
         "modified": stat.st_mtime_ns,
         "bundle": hashlib.sha256(repr(reranker.manifest).encode()).hexdigest(),
+        "cache": list(reranker.cached.state) if reranker.cached else None,
     }
 
 
@@ -174,7 +177,7 @@ def _batches(rows: Rows) -> Iterator[Batch]:
 
 def _scored(
     reranker: Reranker | Workers, batches: Iterator[Batch]
-) -> Iterator[tuple[Batch, Scored]]:
+) -> Generator[tuple[Batch, Scored], None, None]:
     """Yield each batch with its results; workers read ahead of them."""
     if isinstance(reranker, Reranker):
         for batch in batches:

@@ -1,8 +1,8 @@
 """The output of `logratio rank`: standard output, or a file that a later run can complete."""
 
 import errno
-import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from logratio.data.readers.arrow_library import arrow
-from logratio.durable import published, sync, write_atomic
+from logratio.durable import lock, published, sync, write_atomic
 from logratio.errors import ConfigError, IsFolderError
 from logratio.serving.rank_rows import RankSummary, flat
 
@@ -30,7 +30,7 @@ class Position:
     """What a later run needs in order to continue.
 
     Attributes:
-        identity: The input and the bundle, which must be equal in the later run.
+        identity: The input, the bundle and its cache, which must be equal in the later run.
         mark: Position in the input, from `Rows.mark`.
         length: Bytes of output up to it.
         summary: The counts up to it, as a dict.
@@ -67,8 +67,8 @@ class StandardOutput:
 class FileOutput:
     """Appends to a partial file, and records how far the input is ranked.
 
-    A later call with the same input and bundle continues after the last recorded position, also
-    after a crash: rows are on disk before their position is.
+    A later call with the same input, bundle and cache continues after the last recorded position,
+    also after a crash: rows are on disk before their position is.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class FileOutput:
 
         Args:
             path: The finished file.
-            identity: The input and the bundle.
+            identity: The input, the bundle and its cache.
 
         Raises:
             ConfigError: Another process is writing this output.
@@ -87,17 +87,33 @@ class FileOutput:
         self._progress = path.with_name(f".{path.name}.progress")
         self._file = self._partial.open("ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
         except BlockingIOError:
             self._file.close()
             raise ConfigError(f"another process is ranking into {path}") from None
         self.begins = self._recorded()
+        if self.begins is None:  # after a crash, an old position must not name other rows
+            self._progress.unlink(missing_ok=True)
         self._file.truncate(self.begins.length if self.begins else 0)
         self._last: tuple[Mapping[str, Any], RankSummary] | None = None
         self._saved = time.monotonic()
 
+    def _lock(self) -> None:
+        """Lock the partial file, which another process may have just given its final name.
+
+        Raises:
+            BlockingIOError: Another process has it.
+        """
+        lock(self._file.fileno())
+        try:
+            is_same = os.path.samestat(os.fstat(self._file.fileno()), self._partial.stat())
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise BlockingIOError
+
     def _recorded(self) -> Position | None:
-        """Return the position of an unfinished run with the same input and bundle."""
+        """Return the position of an unfinished run with the same identity."""
         try:
             position = Position(**json.loads(self._progress.read_text()))
         except (OSError, ValueError, TypeError):
@@ -155,7 +171,8 @@ def open_output(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Outp
 
     Args:
         path: The file; None: standard output.
-        identity: The input and the bundle, which an unfinished run must share to be continued.
+        identity: The input, the bundle and its cache, which an unfinished run must share to be
+            continued.
 
     Raises:
         ConfigError: Another process is writing the file.

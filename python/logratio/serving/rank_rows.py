@@ -68,7 +68,7 @@ def checked(row: Row | Refusal, source: Source) -> Item:
     """Check that a row has a prompt and candidates.
 
     Raises:
-        BadDataError: The row stands for a whole file that has no rows.
+        BadDataError: A whole file has no rows.
     """
     if isinstance(row, Refusal):
         if row.code in _OF_THE_FILE:

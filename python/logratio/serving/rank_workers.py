@@ -6,6 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -13,14 +14,20 @@ from threading import Thread
 from typing import Any
 
 from logratio.bundle import Manifest, read_manifest
+from logratio.errors import LogratioError
 from logratio.serving.processors import default_threads
 from logratio.serving.rank_rows import Item, RankSummary, score_rows
+from logratio.serving.reference import CachedReference
 from logratio.serving.reranker import Reranker
 from logratio.serving.session import CUDA
 
 Scored = tuple[str, RankSummary]
 _AHEAD = 2
 """Batches in flight for each worker."""
+
+
+class WorkerError(LogratioError, RuntimeError):
+    """A worker ended before it had scored its rows."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,22 @@ class Workers:
         """The bundle's manifest."""
         return read_manifest(self.bundle)
 
+    @property
+    def cached(self) -> CachedReference | None:
+        """The reference's log-probs in the cache of the settings, if they name one.
+
+        Raises:
+            ConfigError, NoReferenceError: As `Reranker.load`.
+        """
+        cache = self.settings.get("cache")
+        return None if cache is None else CachedReference.open(cache, self.manifest)
+
     def score(self, batches: Iterator[list[Item]]) -> Iterator[Scored]:
         """Score batches in parallel; yield their results in order.
 
         Raises:
             BundleError, ProviderError: A worker cannot load the bundle.
+            WorkerError: A worker ended, for example because memory ran out.
         """
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads' locks
         numbers = context.SimpleQueue()
@@ -63,6 +81,11 @@ class Workers:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
+        except BrokenProcessPool:
+            raise WorkerError(
+                "a worker ended, perhaps because memory ran out: the same command with fewer "
+                "--workers continues"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

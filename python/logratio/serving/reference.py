@@ -81,6 +81,11 @@ class CachedReference:
         name = bytes.fromhex(digest) if isinstance(digest, str) else None
         return cls(ReferenceCache(cache).open(name))
 
+    @property
+    def state(self) -> tuple[str, int]:
+        """Name of the reference and number of its records, which grows when more are computed."""
+        return self._logps.reference.name, len(self._logps)
+
     def fill(self, group: CandidateGroup) -> CandidateGroup:
         """Add the reference's log-probs to the candidates; one that is missing gets an error.
 

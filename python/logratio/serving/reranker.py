@@ -94,6 +94,7 @@ class Reranker:
         encoder: Tokenizes prompts and candidates.
         largest_difference: Largest difference of a golden reward from that at export.
         digest: The bundle's digest, as `logratio export` prints it; None if not loaded from files.
+        cached: The reference's log-probs in a cache, if it was loaded with one.
 
     Example:
         >>> reranker = Reranker.load("bundle")
@@ -115,7 +116,7 @@ class Reranker:
         self._token_budget = token_budget
         self.largest_difference = math.nan
         self.digest: str | None = None
-        self._cached = cached
+        self.cached = cached
 
     def __repr__(self) -> str:
         manifest = self.manifest
@@ -311,12 +312,12 @@ class Reranker:
             return group
         if reference_logps is not None:
             return with_reference(group, reference_logps)
-        if self._cached is None:
+        if self.cached is None:
             raise ConfigError(
                 "the rewards of this bundle need the reference's log-probs: give reference_logps "
                 "for each candidate, or load it with the cache of `logratio precompute`"
             )
-        return self._cached.fill(group)
+        return self.cached.fill(group)
 
     def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:
         """Score the results of `encode`: one list per group, in the candidates' order."""

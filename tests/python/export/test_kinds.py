@@ -17,7 +17,7 @@ from logratio.data import PreferenceTokenizer, TokenizationRules
 from logratio.errors import ConfigError
 from logratio.export import ExportConfig, export_bundle
 from logratio.export.plan import make_plan
-from logratio.serving import Reranker
+from logratio.serving import Reranker, Workers, rank_file
 from logratio.training import PrecomputeConfig, load_model, precompute
 
 PROMPT = "the cat sits"
@@ -159,6 +159,36 @@ def test_the_cache_of_precompute_gives_the_reference(
     row = json.loads(out.read_text())
     assert row["rewards"][:2] == pytest.approx([one.reward for one in expected], abs=1e-4)
     assert (row["rewards"][2], row["errors"]) == (None, {"2": "no log-probs of the reference"})
+
+
+def test_a_ranking_is_not_continued_after_its_cache_has_grown(folder: Path, tmp_path: Path) -> None:
+    reference = save_tiny_model(tmp_path / "reference", 1)
+    cache, bundle = tmp_path / "cache", folder / "dpo-bundle"
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text((json.dumps({"prompt": PROMPT, "candidates": TEXTS[:3]}) + "\n") * 70)
+
+    def fill(chosen: str, rejected: str) -> Reranker:
+        data = tmp_path / "pairs.jsonl"
+        row = {"prompt": PROMPT, "chosen": chosen, "rejected": rejected}
+        data.write_text(json.dumps(row) + "\n")
+        precompute(PrecomputeConfig(reference, [data], cache), show_progress=False)
+        return Reranker.load(bundle, cache=cache)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    reranker = fill(TEXTS[0], TEXTS[1])
+    for _ in range(2):  # the same cache: the second call has nothing left of the first 64 rows
+        with pytest.raises(KeyboardInterrupt):
+            rank_file(reranker, rows, out, progress=interrupt)
+    partial = out.with_name(".out.jsonl.partial").read_text()
+    assert (len(partial.splitlines()), partial.count("no log-probs")) == (70, 70)
+    reranker = fill(TEXTS[0], TEXTS[2])
+    cached = Workers(bundle, 2, {"cache": cache}).cached
+    assert cached is not None and reranker.cached is not None
+    assert cached.state == reranker.cached.state
+    assert rank_file(reranker, rows, out).failed_candidates == 0
+    assert "no log-probs" not in out.read_text()
 
 
 def test_rank_reads_the_references_log_probs_from_the_rows(

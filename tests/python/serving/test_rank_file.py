@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from tiny_bundle import tiny_bundle
 
 from logratio.bundle import BundleError
 from logratio.data import BadDataError
+from logratio.durable import lock
 from logratio.errors import ConfigError
-from logratio.serving import RankBatch, RankSummary, Reranker, Workers, rank_file
+from logratio.serving import RankBatch, RankSummary, Reranker, Workers, rank_file, rank_output
 from logratio.serving.rank_file import Progress
+from logratio.serving.rank_output import FileOutput
+from logratio.serving.rank_workers import WorkerError
 from logratio.serving.reranker import ranked
 
 
@@ -279,6 +283,40 @@ def test_two_runs_cannot_write_one_output(reranker: Reranker, tmp_path: Path) ->
         rank_file(reranker, source, output, progress=start_another)
 
 
+def test_an_old_position_never_names_the_rows_of_another_run(tmp_path: Path) -> None:
+    path, summary = tmp_path / "out.jsonl", RankSummary(rows=1)
+    first = FileOutput(path, {"input": "first"})
+    first.write("1\n", {"row": 1}, summary)
+    first.stop()
+    first.close()
+    killed = FileOutput(path, {"input": "second"})
+    killed.write("from the second input\n", {"row": 1}, summary)
+    killed.close()  # without `stop`: the position is not recorded
+    again = FileOutput(path, {"input": "first"})
+    assert again.begins is None
+    again.close()
+
+
+def test_a_file_that_was_finished_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process ends between the opening of the partial file and its lock."""
+    path = tmp_path / "out.jsonl"
+    other = FileOutput(path, {})
+    other.write("1\n", {}, RankSummary(rows=1))
+
+    def finish_then_lock(descriptor: int) -> None:
+        monkeypatch.undo()
+        other.finish()
+        other.close()
+        lock(descriptor)
+
+    monkeypatch.setattr(rank_output, "lock", finish_then_lock)
+    with pytest.raises(ConfigError, match="another process is ranking"):
+        FileOutput(path, {})
+    assert path.read_text() == "1\n"
+
+
 def test_workers_give_the_rows_of_one_process_in_order(
     folder: Path, reranker: Reranker, tmp_path: Path
 ) -> None:
@@ -299,6 +337,53 @@ def test_workers_report_why_they_cannot_load_a_bundle(folder: Path, tmp_path: Pa
     with pytest.raises(BundleError, match="digest"):
         rank_file(workers, source, tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_worker_that_ends_is_an_error_and_the_call_can_be_continued(
+    folder: Path, reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many(1_000)), tmp_path / "out.jsonl"
+
+    def end_workers(*_: object) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+    with pytest.raises(WorkerError, match="a worker ended"):
+        rank_file(Workers(folder / "bundle", 2, {}), source, output, progress=end_workers)
+    assert scored_from(reranker, source, output, capsys) >= 64
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"  # a zombie has ended
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs the /proc of Linux")
+def test_workers_end_with_a_parent_that_is_killed(folder: Path, tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many(20_000)), tmp_path / "out.jsonl"
+    code = (
+        "import sys\nfrom logratio.serving import Workers, rank_file, rank_output\n"
+        "rank_output.EVERY = 0.0\n"
+        "rank_file(Workers(sys.argv[1], 2, {}), sys.argv[2], sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(folder / "bundle"), str(source), str(output)]
+    progress = output.with_name(".out.jsonl.progress")
+    with subprocess.Popen(command) as process:
+        while not progress.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [int(child) for task in tasks for child in task.read_text().split()]
+        assert sum(map(is_running, children)) >= 2
+        process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_parquet_in_and_out(reranker: Reranker, tmp_path: Path) -> None:
