@@ -21,7 +21,7 @@ RELEASE := .venv/release
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick families long torture check setup pins bench-rust gpu docs wheels sbom \
+.PHONY: help demo test quick families long torture check setup pins bench-rust gpu docs wheels \
 	audit clean
 
 help: ## list the targets

@@ -130,7 +130,7 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check a bundle completely, and load it in a process of its own.
+    """Check a bundle completely, and load it in a separate process.
 
     Checks the digest, the signature, every file, the structure of the graph, and the rewards of the
     golden groups. Loading is limited in time and memory. Exits with 1 if a check fails.
