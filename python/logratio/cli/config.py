@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from logratio.cli.options import Command
+from logratio.cli.options import Command, with_parameters
 from logratio.config_file import FLAGS, flat, read_values
 from logratio.errors import ConfigError
 
@@ -59,11 +59,7 @@ def takes_config(
             default=None,
             annotation=Annotated[Path | None, option],
         )
-        known = inspect.signature(command)
-        spread = known.replace(parameters=[*known.parameters.values(), parameter])
-        called.__signature__ = spread  # type: ignore[attr-defined]
-        called.__annotations__ = {p.name: p.annotation for p in spread.parameters.values()}
-        return called
+        return with_parameters(called, [*inspect.signature(command).parameters.values(), parameter])
 
     return decorated
 
@@ -78,11 +74,8 @@ def takes_environment(command: Command) -> Command:
     def called(**given: Any) -> None:
         command(**given)
 
-    known = inspect.signature(command)
-    spread = known.replace(parameters=[_with_variable(p) for p in known.parameters.values()])
-    called.__signature__ = spread  # type: ignore[attr-defined]
-    called.__annotations__ = {p.name: p.annotation for p in spread.parameters.values()}
-    return called
+    known = inspect.signature(command).parameters.values()
+    return with_parameters(called, [_with_variable(parameter) for parameter in known])
 
 
 def _with_variable(parameter: inspect.Parameter) -> inspect.Parameter:

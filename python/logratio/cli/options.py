@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
@@ -44,9 +44,14 @@ def takes_flags(command: Command, *, without: frozenset[str] = frozenset()) -> C
         command(**given)
 
     spread = [flag for parameter in parameters for flag in _flags(parameter, without)]
-    called.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
-    called.__annotations__ = {flag.name: flag.annotation for flag in spread}
-    return called
+    return with_parameters(called, spread)
+
+
+def with_parameters(command: Command, parameters: Sequence[inspect.Parameter]) -> Command:
+    """Set the parameters that typer sees of a command."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
 
 
 def _flags(parameter: inspect.Parameter, without: frozenset[str]) -> list[inspect.Parameter]:

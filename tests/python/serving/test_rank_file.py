@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -246,24 +248,31 @@ def test_damaged_progress_starts_from_the_first_row(
     assert scored_from(reranker, source, output, capsys) == 0
 
 
+@contextmanager
+def running(
+    reranker: str, folder: Path, source: Path, output: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ranks a file and has recorded a position; `reranker` is its code."""
+    code = (
+        "import sys\nfrom logratio.serving import Reranker, Workers, rank_file, rank_output\n"
+        f"rank_output.EVERY = 0.0\nrank_file({reranker}, sys.argv[2], sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(folder / "bundle"), str(source), str(output)]
+    with subprocess.Popen(command) as process:
+        while not output.with_name(f".{output.name}.progress").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process
+
+
 def test_a_killed_run_is_continued_after_its_last_recorded_row(
     folder: Path, reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = write_rows(tmp_path / "in.jsonl", many(5_000)), tmp_path / "out.jsonl"
-    code = (
-        "import sys\nfrom logratio.serving import Reranker, rank_file, rank_output\n"
-        "rank_output.EVERY = 0.0\n"
-        "rank_file(Reranker.load(sys.argv[1]), sys.argv[2], sys.argv[3])"
-    )
-    command = [sys.executable, "-c", code, str(folder / "bundle"), str(source), str(output)]
-    progress = output.with_name(".out.jsonl.progress")
-    with subprocess.Popen(command) as process:
-        while not progress.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+    with running("Reranker.load(sys.argv[1])", folder, source, output) as process:
         process.send_signal(signal.SIGKILL)
     assert not output.exists()
-    recorded = json.loads(progress.read_text())["summary"]["rows"]
+    recorded = json.loads(output.with_name(".out.jsonl.progress").read_text())["summary"]["rows"]
     summary = rank_file(reranker, source, output)
     assert f"continues after {recorded:,} rows" in capsys.readouterr().err
     ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
@@ -365,17 +374,7 @@ def is_running(process: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs the /proc of Linux")
 def test_workers_end_with_a_parent_that_is_killed(folder: Path, tmp_path: Path) -> None:
     source, output = write_rows(tmp_path / "in.jsonl", many(20_000)), tmp_path / "out.jsonl"
-    code = (
-        "import sys\nfrom logratio.serving import Workers, rank_file, rank_output\n"
-        "rank_output.EVERY = 0.0\n"
-        "rank_file(Workers(sys.argv[1], 2, {}), sys.argv[2], sys.argv[3])"
-    )
-    command = [sys.executable, "-c", code, str(folder / "bundle"), str(source), str(output)]
-    progress = output.with_name(".out.jsonl.progress")
-    with subprocess.Popen(command) as process:
-        while not progress.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+    with running("Workers(sys.argv[1], 2, {})", folder, source, output) as process:
         tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
         children = [int(child) for task in tasks for child in task.read_text().split()]
         assert sum(map(is_running, children)) >= 2
