@@ -15,6 +15,7 @@ from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
     from logratio.data.analysis.evaluation_result import Evaluation
+    from logratio.training.config import EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Sampling(Settings):
 
 
 SAMPLING = Sampling()
+BUDGET = 16384
+"""Default tokens per forward pass."""
 
 
 @takes_config("EvaluateConfig")
@@ -74,7 +77,7 @@ def evaluate(
         int,
         typer.Option(help="Tokens per forward pass. A lower value saves memory and leaves the "
                      "results unchanged.", rich_help_panel=options.MACHINE),
-    ] = 16384,
+    ] = BUDGET,
     precision: options.PrecisionOption = None,
     device: options.Device = None,
     dry_run: options.DryRun = False,
@@ -82,30 +85,36 @@ def evaluate(
     """Measure a policy or a bundle on held-out pairs: accuracy, margin, calibration, KL."""
     if bundle is not None:
         given = {"policy": policy, "reference": reference, "beta": beta, "device": device}
-        _refuse_of_bundle(given | {"precision": precision}, sampling, reading)
+        given |= {"precision": precision, "samples": None if sampling == SAMPLING else sampling}
+        given |= {"token-budget": None if token_budget == BUDGET else token_budget}
+        _refuse_of_bundle(given, reading)
         _evaluate_bundle(bundle, data, reading, json_file, dry_run)
         return
     if policy is None:
         raise ConfigError("--policy is missing: give a trained model, or --bundle")
-    from logratio.forecast import check_writable
     from logratio.training.config import EvaluateConfig
+
+    config = EvaluateConfig(
+        policy,
+        reference,
+        data,
+        beta=beta,
+        **sampling.settings(),
+        token_budget=token_budget,
+        precision=precision.value if precision else None,
+        device=device,
+        rules=reading.rules,
+        formats=reading.settings(),
+        max_bad_fraction=reading.max_bad_fraction,
+    )
+    _evaluate_policy(config, json_file, dry_run)
+
+
+def _evaluate_policy(config: "EvaluateConfig", json_file: Path | None, dry_run: bool) -> None:
+    from logratio.forecast import check_writable
     from logratio.training.evaluation import prepare
 
-    ready = prepare(
-        EvaluateConfig(
-            policy,
-            reference,
-            data,
-            beta=beta,
-            **sampling.settings(),
-            token_budget=token_budget,
-            precision=precision.value if precision else None,
-            device=device,
-            rules=reading.rules,
-            formats=reading.settings(),
-            max_bad_fraction=reading.max_bad_fraction,
-        )
-    )
+    ready = prepare(config)
     if not ready.processes.is_first:
         if not dry_run:
             ready.run()
@@ -114,17 +123,20 @@ def evaluate(
         check_writable(json_file.parent)
     announce(ready.dataset, ready.forecast)
     if not dry_run:
-        result = ready.run()
-        if not options.is_stdout(json_file):
-            _print_evaluation(result)
-        if json_file:
-            options.write_json(json_file, result.to_dict())
+        _show(ready.run(), json_file)
 
 
-def _refuse_of_bundle(given: Mapping[str, object], sampling: Sampling, reading: Reading) -> None:
+def _show(result: "Evaluation", json_file: Path | None) -> None:
+    """Print the results, and write them to the file of `--json`."""
+    if not options.is_stdout(json_file):
+        _print_evaluation(result)
+    if json_file:
+        options.write_json(json_file, result.to_dict())
+
+
+def _refuse_of_bundle(given: Mapping[str, object], reading: Reading) -> None:
     """Refuse settings that a bundle has itself, or cannot have."""
     changed = [name for name, value in given.items() if value is not None]
-    changed += ["samples"] * (sampling != SAMPLING)
     if changed:
         flags = ", ".join(f"--{name}" for name in changed)
         raise ConfigError(f"--bundle has its own models and β, and cannot write: remove {flags}")
@@ -151,11 +163,7 @@ def _evaluate_bundle(
     typer.echo(analyse(store, report).to_summary(), err=True)
     if dry_run:
         return
-    result = evaluate_bundle(Reranker.load(bundle), store)
-    if not options.is_stdout(json_file):
-        _print_evaluation(result)
-    if json_file:
-        options.write_json(json_file, result.to_dict())
+    _show(evaluate_bundle(Reranker.load(bundle), store), json_file)
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -4,40 +4,98 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from logratio.cli.bundle import AllowedSigners, Expect, LoadSeconds
-from logratio.cli.options import DryRun, read_text_as
+from logratio.cli.options import DryRun, Settings, read_text_as, takes_flags
 
 if TYPE_CHECKING:
     from logratio.serving.rank_rows import RankSummary
 
 Bundle = Annotated[Path, typer.Option(help="Bundle folder written by `logratio export`.")]
-Fallback = Annotated[
-    bool,
-    typer.Option(
-        "--allow-fallback",
-        help="Use the CPU if the requested execution provider is not available.",
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="For a bundle exported with `--reference cached`: the cache of `logratio precompute` "
-        "with the reference's log-probs of the candidates."
-    ),
-]
-Provider = Annotated[
-    str | None,
-    typer.Option(
-        help="onnxruntime execution provider, such as CUDAExecutionProvider. Default: CPU."
-    ),
-]
 
 
+@dataclass(frozen=True)
+class Loading(Settings):
+    """How a bundle is loaded."""
+
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            help="onnxruntime execution provider, such as CUDAExecutionProvider. Default: CPU."
+        ),
+    ] = None
+    allow_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fallback",
+            help="Use the CPU if the requested execution provider is not available.",
+        ),
+    ] = False
+    expect: Expect = None
+    allowed_signers: AllowedSigners = None
+    load_seconds: LoadSeconds = 300.0
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a bundle exported with `--reference cached`: the cache of `logratio "
+            "precompute` with the reference's log-probs of the candidates."
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Reranker.load`."""
+        settings = self.settings()
+        provider = settings.pop("provider")
+        return settings | {"providers": [provider] if provider else None}
+
+
+LOADING = Loading()
+
+
+class Dtype(StrEnum):
+    """The type of a bundle's weights."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Smaller(Settings):
+    """A precision other than float32, and how it is judged."""
+
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="float16: the model computes in it. bfloat16: only weights are stored in it."
+        ),
+    ] = Dtype.FLOAT32
+    bits: Annotated[
+        int | None,
+        typer.Option(metavar="8|4", help="Store matrices in 8 or 4 bits per weight."),
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts and candidates, as for `logratio rank`, to compare --dtype or --bits "
+            "with float32. Default: 24 prompts with 8 candidates, sampled from the policy."
+        ),
+    ] = None
+    force: Annotated[
+        bool, typer.Option("--force", help="Export although the rewards differ too much.")
+    ] = False
+
+
+SMALLER = Smaller()
+
+
+@takes_flags
 def export(
     policy: Annotated[
         Path, typer.Option(help="Folder or id of the trained model, adapter or reward model.")
@@ -67,27 +125,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="float32|float16|bfloat16",
-            help="float16: the model computes in it. bfloat16: only weights are stored in it.",
-        ),
-    ] = "float32",
-    bits: Annotated[
-        int | None,
-        typer.Option(metavar="8|4", help="Store matrices in 8 or 4 bits per weight."),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Prompts and candidates, as for `logratio rank`, to compare --dtype or --bits "
-            "with float32. Default: 24 prompts with 8 candidates, sampled from the policy."
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Export although the rewards differ too much.")
-    ] = False,
+    smaller: Smaller = SMALLER,
     dry_run: DryRun = False,
 ) -> None:
     """Export policy and reference, or a reward model, as one ONNX graph that scores N candidates.
@@ -100,22 +138,14 @@ def export(
     from logratio.export.export import export_bundle
     from logratio.export.plan import ExportConfig, plan_export
 
-    config = ExportConfig(
-        policy,
-        reference,
-        output,
-        beta,
-        text_as=read_text_as(chat),
-        dtype=dtype,  # type: ignore[arg-type]  # checked by ExportConfig
-        bits=bits,  # type: ignore[arg-type]
-        data=data,
-        force=force,
-    )
+    text_as = read_text_as(chat)
+    config = ExportConfig(policy, reference, output, beta, text_as=text_as, **smaller.settings())
     typer.echo(plan_export(config).to_text(), err=True)
     if not dry_run:
         typer.echo(export_bundle(config).to_text())
 
 
+@takes_flags
 def rank(
     bundle: Bundle,
     input_file: Annotated[
@@ -138,16 +168,11 @@ def rank(
         int,
         typer.Option(
             min=1,
-            help="Processes that each load the bundle and share the CPUs; with CUDA, each has a "
-            "GPU of its own.",
+            help="Processes that each load the bundle and share the CPUs; with CUDA, each has "
+            "another GPU.",
         ),
     ] = 1,
-    provider: Provider = None,
-    allow_fallback: Fallback = False,
-    expect: Expect = None,
-    allowed_signers: AllowedSigners = None,
-    load_seconds: LoadSeconds = 300.0,
-    cache: Cache = None,
+    loading: Loading = LOADING,
     dry_run: DryRun = False,
 ) -> None:
     """Rank candidates by their implicit reward, without torch.
@@ -164,14 +189,7 @@ def rank(
     typer.echo(rank_forecast(bundle, input_file, output, workers).to_text(), err=True)
     if dry_run:
         return
-    settings: dict[str, Any] = {
-        "providers": [provider] if provider else None,
-        "allow_fallback": allow_fallback,
-        "expect": expect,
-        "allowed_signers": allowed_signers,
-        "load_seconds": load_seconds,
-        "cache": cache,
-    }
+    settings = loading.arguments()
     several = workers > 1
     reranker = Workers(bundle, workers, settings) if several else Reranker.load(bundle, **settings)
     with _ranking(input_file) as progress:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from logratio.cli.bundle import AllowedSigners, Expect, LoadSeconds
 from logratio.cli.config import takes_config, takes_environment
-from logratio.cli.export import Bundle, Cache, Fallback, Provider
+from logratio.cli.export import LOADING, Bundle, Loading
 from logratio.cli.options import Settings, takes_flags
 
 ACCESS_PANEL, OPERATION_PANEL, LIMITS_PANEL = "Access", "Operation", "Limits"
@@ -158,12 +157,7 @@ def serve(
     access: Access = ACCESS,
     operation: Operation = OPERATION,
     amounts: Amounts = AMOUNTS,
-    provider: Provider = None,
-    allow_fallback: Fallback = False,
-    expect: Expect = None,
-    allowed_signers: AllowedSigners = None,
-    load_seconds: LoadSeconds = 300.0,
-    cache: Cache = None,
+    loading: Loading = LOADING,
     strict: Annotated[
         bool,
         typer.Option(
@@ -185,13 +179,8 @@ def serve(
     run(
         ServeConfig(
             bundle,
-            provider=provider,
-            allow_fallback=allow_fallback,
-            expect=expect,
-            allowed_signers=allowed_signers,
-            load_seconds=load_seconds,
-            cache=cache,
             strict=strict,
+            **loading.settings(),
             **access.settings(),
             **operation.settings(),
             **amounts.settings(),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from logratio._rust import Store
-from logratio.bundle import read_manifest
+from logratio.bundle import CACHED_REFERENCE, read_manifest
 from logratio.data.analysis.evaluation_result import Evaluation, summarize
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs, as_inputs
@@ -45,7 +45,8 @@ def evaluate_bundle(
         None for a bundle whose rewards are not β times them.
 
     Raises:
-        ConfigError: The graph gives no finite reward for a pair.
+        ConfigError: The bundle takes the reference's log-probs as an input, which pairs do not
+            have; or the graph gives no finite reward for a pair.
 
     Example:
         ::
@@ -53,6 +54,11 @@ def evaluate_bundle(
             store, report = bundle_pairs("bundle", "held-out.jsonl")
             evaluate_bundle(Reranker.load("bundle"), store).accuracy
     """
+    if reranker.manifest.graph.kind == CACHED_REFERENCE:
+        raise ConfigError(
+            "the bundle takes the reference's log-probs as an input, and pairs have none: evaluate "
+            "the models, with --policy and --reference"
+        )
     with progress("evaluating", len(store), "pairs", show=show_progress) as advance:
         rewards, logratios = _scored(reranker, store, advance)
     wrong = ~np.isfinite(rewards)

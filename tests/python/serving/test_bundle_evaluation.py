@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_bundle import BETA, tiny_bundle
 
+from logratio.bundle import CACHED_REFERENCE
 from logratio.cli.app import main
 from logratio.data.store.build import build_store
 from logratio.data.store.load import StoreMismatchError
@@ -80,6 +82,17 @@ def test_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
         bundle_pairs(folder / "bundle", file, show_progress=False)
 
 
+def test_a_bundle_that_needs_the_references_log_probs_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    reranker = Reranker.load(folder / "bundle")
+    graph = replace(reranker.manifest.graph, kind=CACHED_REFERENCE)
+    reranker.manifest = replace(reranker.manifest, graph=graph)
+    store, _ = bundle_pairs(folder / "bundle", write(tmp_path / "a.jsonl", pairs(3)))
+    with pytest.raises(ConfigError, match="evaluate the models"):
+        evaluate_bundle(reranker, store, show_progress=False)
+
+
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -108,6 +121,7 @@ def test_the_command_prints_and_writes_it(
         (("--policy", "p"), "remove --policy"),
         (("--beta", "0.1"), "remove --beta"),
         (("--samples", "3"), "remove --samples"),
+        (("--token-budget", "64"), "remove --token-budget"),
         (("--max-length", "64"), "its own tokenization rules"),
     ],
 )
