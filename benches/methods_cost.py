@@ -50,7 +50,7 @@ class CostSizes:
 
 COST_SIZES = CostSizes()
 M_MMAP_THRESHOLD = -3
-"""Of mallopt: larger tensors get pages of their own, which a peak counts once and exactly."""
+"""Of mallopt: larger tensors get separate pages, which a peak counts once and exactly."""
 MARGIN, SCORE = 2.0, (2.0, 0.0)
 CHOSEN, REJECTED, MISMATCHED, DEMONSTRATION = map(
     ROLES.index, ("chosen", "rejected", "mismatched", "demonstration")

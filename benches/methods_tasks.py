@@ -142,7 +142,7 @@ def lists(drawn: Candidates) -> Iterator[Row]:
 
 
 def answers(drawn: Candidates) -> Iterator[Row]:
-    """Yield both stories of each pair as an answer of its own, labelled as good or bad."""
+    """Yield both stories of each pair as separate answers, labelled as good or bad."""
     for row in drawn.pairs():
         for side in ("chosen", "rejected"):
             yield {

@@ -55,7 +55,7 @@ class Option:
     def range(self) -> str:
         """The range, after "must be": "above 0", "0 to 0.5"."""
         low, high = f"{self.low:g}", f"{self.high:g}"
-        if self.low == -math.inf:  # of a loss of one's own
+        if self.low == -math.inf:  # an option of a loss by import path
             return "finite"
         if self.high == math.inf:
             return f"{'above' if self.is_open else 'at least'} {low}"
