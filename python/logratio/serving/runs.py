@@ -26,7 +26,10 @@ class Run:
 
 
 def plan_runs(
-    groups: Sequence[CandidateGroup], token_budget: int, run_tokens: int | None = None
+    groups: Sequence[CandidateGroup],
+    token_budget: int,
+    run_tokens: int | None = None,
+    shared_tokens: int | None = None,
 ) -> Iterator[Run]:
     """Divide groups into runs of the graph, with similar lengths together.
 
@@ -40,6 +43,7 @@ def plan_runs(
         token_budget: Maximum positions per run, which bounds its memory.
         run_tokens: Maximum tokens per run, which bounds its time, but at least four times its
             longest prompt. None: no limit.
+        shared_tokens: Maximum tokens of a run with several prompts. None: no limit.
 
     Yields:
         The runs; together they contain every distinct candidate once.
@@ -49,6 +53,9 @@ def plan_runs(
     by_length = sorted(range(len(groups)), key=lambda g: -len(groups[g].prompt_ids))
     for number in by_length:
         group = groups[number]
+        if run and shared_tokens is not None and size.tokens + _tokens(group) > shared_tokens:
+            yield Run(run, size.tokens)
+            run, size = [], _RunSize()
         for ids in sorted(group.different(), key=len, reverse=True):
             is_new = not run or run[-1][0] != number
             grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
@@ -63,6 +70,11 @@ def plan_runs(
             size = grown
     if run:
         yield Run(run, size.tokens)
+
+
+def _tokens(group: CandidateGroup) -> int:
+    """Return the tokens of a prompt and its distinct candidates, without padding."""
+    return len(group.prompt_ids) + sum(map(len, group.different()))
 
 
 @dataclass(frozen=True, slots=True)

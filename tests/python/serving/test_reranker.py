@@ -204,6 +204,26 @@ def test_runs_contain_every_candidate_once_within_the_budget() -> None:
     assert len(runs) < sum(bool(group.candidates) for group in groups)
 
 
+@pytest.mark.parametrize("limit", [0, 25, 60, None])
+def test_runs_with_several_prompts_have_few_tokens(limit: int | None) -> None:
+    def group(prompt: int, *lengths: int) -> CandidateGroup:
+        candidates = (Candidate(tuple(range(n))) for n in lengths)
+        return CandidateGroup(tuple(range(prompt)), False, tuple(candidates))
+
+    groups = [group(10, 2, 3), group(10, 4), group(9, 30, 31, 32), group(8, 5), group(1, 1)]
+    runs = list(plan_runs(groups, 10_000, shared_tokens=limit))
+    found = [[number for number, _ in run.pieces] for run in runs]
+    assert (
+        found
+        == {
+            0: [[0], [1], [2], [3], [4]],
+            25: [[0], [1], [2], [3, 4]],
+            60: [[0, 1], [2], [3, 4]],
+            None: [[0, 1, 2, 3, 4]],
+        }[limit]
+    )
+
+
 def test_order_puts_errors_last_and_ties_by_index() -> None:
     scores = [
         Score(0, math.nan, math.nan, math.nan, 0, error="empty"),
