@@ -84,7 +84,12 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure a policy or a bundle on held-out pairs: accuracy, margin, calibration, KL."""
     if bundle is not None:
-        given = {"policy": policy, "reference": reference, "beta": beta, "device": device}
+        given: dict[str, object] = {
+            "policy": policy,
+            "reference": reference,
+            "beta": beta,
+            "device": device,
+        }
         given |= {"precision": precision, "samples": None if sampling == SAMPLING else sampling}
         given |= {"token-budget": None if token_budget == BUDGET else token_budget}
         _refuse_of_bundle(given, reading)
