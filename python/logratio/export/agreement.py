@@ -112,6 +112,8 @@ def groups_of_file(
 
 
 def _group(tokenizer: PreferenceTokenizer, row: Any) -> GoldenInput:
+    if not (isinstance(row["candidates"], list) and row["candidates"]):
+        raise TypeError("candidates is not a list with at least one text")
     found = tokenizer.encode_completions(row["prompt"], row["candidates"])
     candidates = [completion.ids for completion in found.completions]
     longest = len(found.prompt_ids) + max(map(len, candidates))
@@ -136,15 +138,19 @@ def agreement(
         for one, other in zip(known, rewards, strict=True)
     ]
     order = [same for pair in zip(expected, found, strict=True) for same in _same_order(*pair)]
-    best = [_best(known) == _best(rewards) for known, rewards in zip(expected, found, strict=True)]
+    best = [
+        _best(known) == _best(rewards)
+        for known, rewards in zip(expected, found, strict=True)
+        if len(known) > 1  # a single candidate is always the best
+    ]
     return Agreement(
         source,
-        groups=len(best),
+        groups=len(expected),
         candidates=len(errors),
         reward_error_mean=sum(errors) / len(errors),
         reward_error_max=max(errors),
         pairwise=sum(order) / max(1, len(order)),
-        top1=sum(best) / len(best),
+        top1=sum(best) / max(1, len(best)),
     )
 
 

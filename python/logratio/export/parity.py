@@ -50,7 +50,7 @@ class GoldenInput:
         return len(self.prompt_ids) + max(map(len, self.candidates))
 
     def alone(self) -> "list[GoldenInput]":
-        """Return each candidate as a group of its own."""
+        """Return each candidate as a separate group."""
         return [GoldenInput(self.prompt_ids, [ids]) for ids in self.candidates]
 
 

@@ -182,7 +182,8 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     refuse_multiple_processes("export")
     for library in LIBRARIES:
         require(library, "export")
-    _check_precision(config)
+    precision = Precision(config.dtype, config.bits)
+    _check_precision(config, precision)
     policy, output = local_folder(config.policy), Path(config.output)
     named = None if config.reference is None else str(config.reference)
     reference = None if named in (None, CACHED, NONE) else local_folder(str(named))
@@ -204,8 +205,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
             f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, but the policy has "
             f"{architecture.vocab_size}"
         )
-    precision = Precision(config.dtype, config.bits)
-    calibration = _calibration(config, reward, tokenizer)
+    calibration = None if precision.is_exact else _calibration(config, reward, tokenizer)
     plan = ExportPlan(
         policy, reference, reward, output, tokenizer, architecture, precision, calibration
     )
@@ -213,10 +213,10 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     return plan
 
 
-def _check_precision(config: ExportConfig) -> None:
+def _check_precision(config: ExportConfig, precision: Precision) -> None:
     if config.bits is not None and config.dtype != "float32":
         raise ConfigError(f"--bits {config.bits} quantizes float32 weights: remove --dtype")
-    if config.bits is None and config.dtype == "float32":
+    if precision.is_exact:
         for name, value in (("data", config.data), ("force", config.force or None)):
             if value is not None:
                 raise ConfigError(
@@ -228,11 +228,8 @@ def _calibration(
     config: ExportConfig, reward: RewardKind, tokenizer: PreferenceTokenizer
 ) -> Calibration | None:
     """Read the groups on which a smaller precision is compared; None: sample them later."""
-    needs_file = reward.name in (CACHED_REFERENCE, REWARD_MODEL)
-    if config.bits is None and config.dtype == "float32":
-        return None
     if config.data is None:
-        if needs_file:
+        if reward.name in (CACHED_REFERENCE, REWARD_MODEL):
             raise ConfigError(
                 "--data is missing: without a reference model or a language model, no rewards can "
                 "be compared. Give rows with prompt and candidates, as for `logratio rank`"

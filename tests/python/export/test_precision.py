@@ -182,6 +182,8 @@ def test_agreement_counts_pairs_and_best() -> None:
     assert (found.pairwise, found.top1) == (0.75, 1.0)
     assert faults(Precision(bits=4), found) == ["75.0% of the pairs keep their order"]
     assert faults(Precision("float16"), found) == ["a reward differs by 1"]
+    alone = agreement("x", [[3.0, 2.0], [1.0]], [[2.0, 3.0], [1.0]])
+    assert (alone.groups, alone.top1) == (2, 0.0)  # a single candidate does not count
     lost = Agreement("x", 2, 5, 0.0, float("nan"), 1.0, 0.5)
     assert faults(Precision(bits=8), lost) == ["50.0% of the prompts keep their best candidate"]
     assert faults(Precision("float16"), lost)
@@ -205,6 +207,10 @@ def test_contradictions_are_refused_before_weights_are_loaded(exact: Path, tmp_p
     rows.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: no 'candidates'"):
         plan(reference=reference, bits=8, data=rows)
+    for wrong in ("sad", []):
+        rows.write_text(json.dumps({"prompt": PROMPT, "candidates": wrong}) + "\n")
+        with pytest.raises(ConfigError, match=r"rows\.jsonl:1: .*candidates is not a list"):
+            plan(reference=reference, bits=8, data=rows)
     rows.write_text(json.dumps({"prompt": PROMPT, "candidates": ["sad"]}) + "\n")
     with pytest.raises(ConfigError, match="no row has two candidates"):
         plan(reference=reference, bits=8, data=rows)
