@@ -169,7 +169,7 @@ def material(folder: Path, shape: Shape, beta: float, precisions: list[str]) -> 
 
 
 class Arm:
-    """A scorer in a process of its own."""
+    """A scorer in a separate process."""
 
     def __init__(self, folder: Path, name: str, threads: int) -> None:
         command = [sys.executable, str(HERE / "rank_arms.py"), str(folder), name, str(threads)]

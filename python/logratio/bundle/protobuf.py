@@ -35,7 +35,7 @@ class Field:
         number: The field's number.
         kind: The wire type.
         value: The number of a varint; 0 for other types.
-        span: Where the content lies, without its length.
+        span: The bytes of the content, without its length.
     """
 
     number: int

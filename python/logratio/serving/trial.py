@@ -1,7 +1,8 @@
 """Load a bundle in another process, within limits of time and memory.
 
 A graph can make ONNX Runtime compute for hours, allocate all memory or crash, already while it is
-opened. In another process this harms nobody: `logratio bundle verify` loads every bundle so.
+opened. In another process this does not affect the caller, so `logratio bundle verify` loads
+bundles there.
 """
 
 import json

@@ -86,7 +86,7 @@ def test_a_loop_inside_a_loop_is_refused(content: bytes) -> None:
 
 
 def external(**entries: str) -> Change:
-    """Move the first weights to a file; `entries` say where."""
+    """Move the first weights to a file; `entries` replace those of its place."""
 
     def change(model: onnx.ModelProto) -> None:
         tensor = model.graph.initializer[0]
