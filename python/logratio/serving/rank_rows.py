@@ -15,7 +15,8 @@ from logratio.data.store.row_report import BadDataError
 from logratio.errors import ConfigError
 from logratio.forecast import count
 from logratio.serving.candidates import CandidateGroup
-from logratio.serving.reranker import Reranker, Score, ranked
+from logratio.serving.reranker import Reranker
+from logratio.serving.scores import Score, ranked
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,46 +41,24 @@ from logratio.serving.candidates import (
 )
 from logratio.serving.reference import CachedReference, with_reference
 from logratio.serving.runs import Run, plan_runs
+from logratio.serving.scores import Score, Sums, ranked, scores_of
 from logratio.serving.session import CPU, LOAD_SECONDS, Stop, open_session, stopped_after, within
 
 _GRACE = 2.0
 """Seconds in which the graph may stop by itself after the time limit."""
 TOKEN_BUDGET = 16384
 """Positions in one run of the graph, which bounds its memory; see `plan_runs`."""
+KEPT_POSITIONS = TOKEN_BUDGET
+"""On a CPU, runs above this number of positions return their memory, which ONNX Runtime otherwise
+keeps for ever. Such a run has one long candidate, or a larger token budget. Smaller runs keep it,
+because it is bounded and takes time to allocate again: with models of 6 layers × 384, 16 candidates
+of 64 tokens after a prompt of 512 (9,728 positions) kept 0.19 GB, and took 14% more CPU time when
+they returned it."""
 SHARED_TOKENS = 512
 """Most tokens of a run with several prompts on a CPU. Measured with a model of 3 million parameters
 on one core: without this limit, 64 prompts of 20 to 200 tokens with four candidates each took 1.3
 times as long, because the padding of shared runs costs more than a run; without shared runs, 64
 prompts of 10 tokens with two candidates of 5 took 3.4 times as long."""
-
-Sums = tuple[float, float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The score of one candidate.
-
-    Attributes:
-        index: Index of the candidate in the request.
-        reward: β·(log π − log π_ref), with β from the bundle, or what `GraphInfo.reward` gives:
-            a reward model's score, or a reward without a reference. Compare only candidates of the
-            same prompt. NaN if there is an error.
-        policy_logps: Sum of the policy's log-probs over the candidate's tokens, in nats; NaN for a
-            reward model.
-        reference_logps: The same for the reference; NaN if the reward has none.
-        tokens: Number of tokens scored, including EOS if the bundle's rules append it.
-        truncated: Whether the prompt (by the bundle's rules) or the candidate (if requested at
-            load) was truncated.
-        error: Why the candidate has no reward; None if it has one.
-    """
-
-    index: int
-    reward: float
-    policy_logps: float
-    reference_logps: float
-    tokens: int
-    truncated: bool = False
-    error: str | None = None
 
 
 class NoCandidateError(LogratioError, ValueError):
@@ -168,20 +145,16 @@ class Reranker:
                 them.
 
         Raises:
-            ConfigError: There is a cache, but the bundle does not need one.
-            NoReferenceError: The cache has not the reference of the policy's training.
             BundleError: The folder is not a bundle, was altered, or gives other scores than at
                 export.
-            ConfigError: `expect` is not a digest, or `allowed_signers` cannot be used.
+            ConfigError: `expect` is not a digest, `allowed_signers` cannot be used, or the bundle
+                needs no `cache`.
+            NoReferenceError: The cache has not the reference of the policy's training.
             ProviderError: ONNX Runtime would use another provider than the requested one.
             MissingExtraError: ONNX Runtime is not installed.
         """
         folder = Path(folder)
-        content = manifest_bytes(folder)
-        if expect is not None:
-            check_digest(folder, content, expect)
-        if allowed_signers is not None:
-            check_signature(folder, content, allowed_signers)
+        content = _expected_manifest(folder, expect, allowed_signers)
         manifest = parse_manifest(content, folder)
         verify_files(folder, manifest.files)
         cached = None if cache is None else CachedReference.open(cache, manifest)
@@ -248,12 +221,12 @@ class Reranker:
         name = self.manifest.graph.token_output
         if name is None:
             raise ConfigError("this bundle has no values per token: export it again")
-        group = self.encoder.encode(prompt, candidates)
+        group = self._encode(prompt, candidates, READING)
         found: dict[tuple[int, ...], NDArray[np.float32]] = {}
-        for run in plan_runs([group], self._token_budget):
+        for run in self.runs([group]):
             layout = self._layout([group], run)
-            inputs = graph_inputs(layout) | self._given([group], run, of_tokens=True)
-            (values,) = self._session.run([name], inputs)
+            feed = graph_inputs(layout) | self._given([group], run, of_tokens=True)
+            (values,) = self._run([name], feed, run)
             ids = [ids for _, part in run.pieces for ids in part]
             found.update((one, values[layout.token_row == row]) for row, one in enumerate(ids))
         return [found.get(candidate.ids) for candidate in group.candidates]
@@ -272,17 +245,30 @@ class Reranker:
         """
         return self.score_groups([self.encode(*request) for request in requests])
 
-    def rank(self, prompt: Prompt, candidates: Sequence[str]) -> list[Score]:
-        """Score candidates and sort them by reward, best first; ties by index, errors last."""
-        return ranked(self.score(prompt, candidates))
+    def rank(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> list[Score]:
+        """Score candidates and sort them by reward, best first; ties by index, errors last.
 
-    def best_of(self, prompt: Prompt, candidates: Sequence[str]) -> Score:
-        """Return the best candidate.
+        The arguments and errors are those of `score`.
+        """
+        return ranked(self.score(prompt, candidates, reference_logps))
+
+    def best_of(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        reference_logps: Sequence[float | None] | None = None,
+    ) -> Score:
+        """Return the best candidate; the arguments are those of `score`.
 
         Raises:
             NoCandidateError: No candidate can be scored.
         """
-        order = self.rank(prompt, candidates)
+        order = self.rank(prompt, candidates, reference_logps)
         if not order or order[0].error is not None:
             reason = order[0].error if order else "the list is empty"
             raise NoCandidateError(f"no candidate can be scored: {reason}")
@@ -308,10 +294,7 @@ class Reranker:
             InvalidRecordError: The prompt is invalid.
             ConfigError: The bundle needs `reference_logps` or a cache, or does not take them.
         """
-        if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
-            raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
-        encoder = self._verbatim if reading.verbatim else self.encoder
-        group = encoder.encode(prompt, candidates, reading)
+        group = self._encode(prompt, candidates, reading)
         if self.manifest.graph.kind != CACHED_REFERENCE:
             if reference_logps is not None:
                 raise ConfigError(f"{self!r} takes no reference_logps: its graph has no such input")
@@ -324,6 +307,15 @@ class Reranker:
                 "for each candidate, or load it with the cache of `logratio precompute`"
             )
         return self.cached.fill(group)
+
+    def _encode(
+        self, prompt: Prompt, candidates: Sequence[str], reading: Reading
+    ) -> CandidateGroup:
+        """Tokenize, without the reference's log-probs."""
+        if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
+            raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
+        encoder = self._verbatim if reading.verbatim else self.encoder
+        return encoder.encode(prompt, candidates, reading)
 
     def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:
         """Score the results of `encode`: one list per group, in the candidates' order."""
@@ -372,13 +364,21 @@ class Reranker:
         given = self._given(groups, run)
         feed = graph_inputs(self._layout(groups, run)) | given
         names = list(self.manifest.graph.outputs)
-        columns = [*self._session.run(names, feed, stop.options if stop else None)]
+        columns = self._run(names, feed, run, stop)
         columns += given.values()
         columns += (3 - len(columns)) * [np.full_like(columns[0], np.nan)]
         if not self.manifest.is_reward_model:
             tokens = np.array([len(ids) for _, part in run.pieces for ids in part])
             self._check_rewards(tokens, *columns)
         return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _run(
+        self, names: list[str], feed: dict[str, Any], run: Run, stop: Stop | None = None
+    ) -> list[Any]:
+        """Run the graph; after a large run, return its memory to the operating system."""
+        shrink = self.provider == CPU and run.positions > KEPT_POSITIONS
+        options = (stop or Stop()).options(shrink=shrink)
+        return list(self._session.run(names, feed, options))
 
     def _layout(self, groups: Sequence[CandidateGroup], run: Run) -> Any:
         return candidate_layout(
@@ -396,15 +396,14 @@ class Reranker:
         """
         if self.manifest.graph.kind != CACHED_REFERENCE:
             return {}
-        known = [
-            0.0 if of_tokens else groups[number].known_logps()[ids]
-            for number, part in run.pieces
-            for ids in part
-        ]
+        known: list[float] = []
+        for number, part in run.pieces:
+            logps = {} if of_tokens else groups[number].known_logps()
+            known += [0.0 if of_tokens else logps[ids] for ids in part]
         return {REFERENCE_INPUT: np.array(known, dtype=np.float32)}
 
     def _check_rewards(self, tokens: NDArray[np.int64], *columns: NDArray[np.float32]) -> None:
-        """Check that each reward is what the manifest says, from the other outputs."""
+        """Check that each reward is that of the manifest's formula, from the other outputs."""
         reward, policy, reference = (column.astype(np.float64) for column in columns)
         graph, beta = self.manifest.graph, self.manifest.beta
         if graph.kind == REFERENCE_FREE:
@@ -537,13 +536,16 @@ class Reranker:
         )
 
 
-def ranked(scores: Sequence[Score]) -> list[Score]:
-    """Sort the scores of one prompt: best first, ties by index, errors last."""
-    return sorted(
-        scores,
-        key=lambda score: (score.error is not None, -score.reward if not score.error else 0.0,
-                           score.index),
-    )  # fmt: skip
+def _expected_manifest(
+    folder: Path, expect: str | None, allowed_signers: str | Path | None
+) -> bytes:
+    """Return the content of ``bundle.json``, after checks of its digest and signature."""
+    content = manifest_bytes(folder)
+    if expect is not None:
+        check_digest(folder, content, expect)
+    if allowed_signers is not None:
+        check_signature(folder, content, allowed_signers)
+    return content
 
 
 def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncoder:
@@ -563,21 +565,3 @@ def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncod
 
 def _array(ids: Sequence[int]) -> NDArray[np.int32]:
     return np.array(ids, dtype=np.int32)
-
-
-def scores_of(group: CandidateGroup, sums: dict[tuple[int, ...], Sums]) -> list[Score]:
-    """Return one score per candidate: the sums of its ids, or its error."""
-    return [_score(group, index, sums) for index in range(len(group.candidates))]
-
-
-def _score(group: CandidateGroup, index: int, sums: dict[tuple[int, ...], Sums]) -> Score:
-    candidate = group.candidates[index]
-    truncated = candidate.truncated or group.prompt_truncated
-    if candidate.error is not None:
-        return Score(index, math.nan, math.nan, math.nan, 0, truncated, candidate.error)
-    reward, policy, reference = sums[candidate.ids]
-    tokens = len(candidate.ids)
-    if not math.isfinite(reward):
-        error = "the model's reward is not finite"
-        return Score(index, math.nan, math.nan, math.nan, tokens, truncated, error)
-    return Score(index, reward, policy, reference, tokens, truncated)

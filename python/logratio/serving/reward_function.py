@@ -6,7 +6,8 @@ from typing import Any
 
 from logratio.errors import ConfigError
 from logratio.serving.candidates import Prompt, Reading
-from logratio.serving.reranker import NoCandidateError, Reranker, Score
+from logratio.serving.reranker import NoCandidateError, Reranker
+from logratio.serving.scores import Score
 
 Completion = str | Sequence[Mapping[str, Any]]
 """Text, or a list with the assistant's message, as TRL passes it."""

@@ -24,7 +24,7 @@ from logratio.serving.protocol import (
 )
 from logratio.serving.request_faults import warnings_of
 from logratio.serving.request_record import current_record
-from logratio.serving.reranker import Score, ranked
+from logratio.serving.scores import Score, ranked
 from logratio.serving.service import (
     Answer,
     Asked,

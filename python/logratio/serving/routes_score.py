@@ -18,7 +18,6 @@ from logratio.serving.limits import RefusedError
 from logratio.serving.protocol import SCORES
 from logratio.serving.request_faults import names_of, warnings_of
 from logratio.serving.request_record import current_record
-from logratio.serving.reranker import ranked
 from logratio.serving.routes_rerank import check_scored, usage_of
 from logratio.serving.score_protocol import (
     BestOfRequest,
@@ -30,6 +29,7 @@ from logratio.serving.score_protocol import (
     ScoreRequest,
     ScoreResponse,
 )
+from logratio.serving.scores import ranked
 from logratio.serving.service import Answer, Asked, ScoringService
 
 _PAIR_NAMES = {*names_of(PairsRequest)} - {"model", "truncate"}

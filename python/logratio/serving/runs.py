@@ -19,10 +19,12 @@ class Run:
     Attributes:
         pieces: The candidates, grouped by prompt.
         tokens: Tokens that the models compute, including padding: the cost of the run.
+        positions: Positions that the run holds in memory; see `plan_runs`.
     """
 
     pieces: list[Piece]
     tokens: int
+    positions: int
 
 
 def plan_runs(
@@ -54,13 +56,13 @@ def plan_runs(
     for number in by_length:
         group = groups[number]
         if run and shared_tokens is not None and size.tokens + _tokens(group) > shared_tokens:
-            yield Run(run, size.tokens)
+            yield Run(run, size.tokens, size.positions)
             run, size = [], _RunSize()
         for ids in sorted(group.different(), key=len, reverse=True):
             is_new = not run or run[-1][0] != number
             grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
             if run and not grown.fits(token_budget, run_tokens):
-                yield Run(run, size.tokens)
+                yield Run(run, size.tokens, size.positions)
                 run, size = [], _RunSize()
                 grown = size.plus(len(group.prompt_ids), len(ids))
                 is_new = True
@@ -69,7 +71,7 @@ def plan_runs(
             run[-1][1].append(ids)
             size = grown
     if run:
-        yield Run(run, size.tokens)
+        yield Run(run, size.tokens, size.positions)
 
 
 def _tokens(group: CandidateGroup) -> int:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from logratio.serving.candidates import Prompt
 from logratio.serving.limits import public_reason
 from logratio.serving.protocol import SCORES, Turn, Usage, prompt_of
-from logratio.serving.reranker import Score
+from logratio.serving.scores import Score
 
 _EXAMPLE: dict[str, Any] = {
     "prompt": "the cat",

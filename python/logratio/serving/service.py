@@ -9,8 +9,9 @@ from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
 from logratio.serving.limits import Limits, RefusedError, public_reason
 from logratio.serving.request_record import current_record
-from logratio.serving.reranker import Reranker, Score, Sums, scores_of
+from logratio.serving.reranker import Reranker
 from logratio.serving.scheduler import Scheduler
+from logratio.serving.scores import Score, Sums, scores_of
 from logratio.serving.session import Stop
 
 _log = logging.getLogger("logratio.serving")

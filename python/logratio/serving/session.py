@@ -29,6 +29,7 @@ T = TypeVar("T")
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _OPTIONS = {CUDA: {"use_tf32": "0"}}  # TF32 has 10 mantissa bits: golden rewards would not match
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
+_SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 LOAD_SECONDS = 300.0
 """Time limit for opening a graph, and for its golden groups."""
 
@@ -42,18 +43,30 @@ class Stop:
 
     Attributes:
         asked: Whether `now` was called.
-        options: The ONNX Runtime options to pass to the run.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self.options = require("onnxruntime", "rank").RunOptions()
-        self.options.log_severity_level = _FATAL_ONLY  # a requested abort is not an error
+        self._keeping, self._shrinking = _run_options(), _run_options()
+        self._shrinking.add_run_config_entry(*_SHRINK)
+
+    def options(self, *, shrink: bool = False) -> Any:
+        """Return the ONNX Runtime options to pass to a run.
+
+        Args:
+            shrink: Return the memory of the run to the operating system; only on the CPU.
+        """
+        return self._shrinking if shrink else self._keeping
 
     def now(self) -> None:
         """Abort the run, and every later run with these options."""
-        self.asked = True
-        self.options.terminate = True
+        self.asked = self._keeping.terminate = self._shrinking.terminate = True
+
+
+def _run_options() -> Any:
+    options = require("onnxruntime", "rank").RunOptions()
+    options.log_severity_level = _FATAL_ONLY  # a requested abort is not an error
+    return options
 
 
 def within(seconds: float, action: Callable[[], T], late: str) -> T:
@@ -85,8 +98,8 @@ def within(seconds: float, action: Callable[[], T], late: str) -> T:
     try:
         return future.result(seconds)
     except TimeoutError:
-        if future.done():  # the function's own error
-            raise
+        if future.done():  # it ended meanwhile, or the error is that of the function
+            return future.result()
         raise BundleError(late) from None
 
 

@@ -14,7 +14,7 @@ from tiny_models import save_tiny_model
 
 from logratio.bundle import BundleError, read_manifest
 from logratio.data import PreferenceTokenizer, TokenizationRules
-from logratio.errors import ConfigError
+from logratio.errors import ConfigError, SettingTypeError
 from logratio.export import ExportConfig, export_bundle
 from logratio.export.plan import make_plan
 from logratio.serving import Reranker, Workers, rank_file
@@ -72,6 +72,7 @@ def test_given_log_probs_are_the_reference(
     np.testing.assert_allclose([one.policy_logps for one in scores], policy_logps[0], atol=1e-4)
     assert [one.reference_logps for one in scores] == given
     expected = BETA * (policy_logps[0] - given)
+    assert cached.best_of(PROMPT, TEXTS, given).index == int(expected.argmax())
     np.testing.assert_allclose([one.reward for one in scores], expected, atol=1e-4)
     assert cached.manifest.graph.kind == "cached_reference"
     assert cached.manifest.reference == {}  # this training recorded none
@@ -213,6 +214,11 @@ def test_rank_reads_the_references_log_probs_from_the_rows(
         assert part in row["error"]
 
 
+def test_values_per_token_need_a_list_of_candidates(free: Reranker) -> None:
+    with pytest.raises(SettingTypeError, match="must be a list of strings"):
+        free.token_scores(PROMPT, "sad")
+
+
 def test_values_per_token_add_up_to_the_log_probs(free: Reranker, cached: Reranker) -> None:
     texts = [*TEXTS, ""]
     for reranker in (free, cached):
@@ -231,6 +237,6 @@ def test_a_manifest_with_another_reward_is_refused(folder: Path, tmp_path: Path)
     with pytest.raises(BundleError, match="rewards are not"):
         Reranker.load(bundle)
     rewrite_manifest(bundle, graph=graph | {"kind": "cached_reference"})
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="a golden group has inconsistent lengths"):
         Reranker.load(bundle)
     assert read_manifest(folder / "simpo-bundle").format_version == 4

@@ -207,7 +207,8 @@ def test_contradictions_are_refused_before_weights_are_loaded(exact: Path, tmp_p
     rows.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: no 'candidates'"):
         plan(reference=reference, bits=8, data=rows)
-    for wrong in ("sad", []):
+    refused: list[Any] = ["sad", []]
+    for wrong in refused:
         rows.write_text(json.dumps({"prompt": PROMPT, "candidates": wrong}) + "\n")
         with pytest.raises(ConfigError, match=r"rows\.jsonl:1: .*candidates is not a list"):
             plan(reference=reference, bits=8, data=rows)

@@ -25,7 +25,7 @@ from logratio.serving import RankBatch, RankSummary, Reranker, Workers, rank_fil
 from logratio.serving.rank_file import Progress
 from logratio.serving.rank_output import FileOutput
 from logratio.serving.rank_workers import WorkerError
-from logratio.serving.reranker import ranked
+from logratio.serving.scores import ranked
 
 
 @pytest.fixture(scope="module")

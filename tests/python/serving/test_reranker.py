@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from logratio.data import InvalidRecordError, PreferenceTokenizer, TokenizationR
 from logratio.extras import MissingExtraError
 from logratio.serving import Reranker, Score
 from logratio.serving.candidates import Candidate, CandidateGroup
-from logratio.serving.reranker import ranked
 from logratio.serving.runs import plan_runs
+from logratio.serving.scores import ranked
 from logratio.serving.session import ProviderError
 from logratio.training import load_model
 
@@ -45,6 +46,41 @@ def reranker(folder: Path) -> Reranker:
 def bundle(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tiny bundle that a test may change."""
     return copy_bundle(tmp_path_factory, tmp_path / "bundle")
+
+
+class RecordingSession:
+    """A session that records whether the runs return their memory."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.shrinks: list[bool] = []
+
+    def run(self, names: Any, feed: Any, options: Any) -> Any:
+        try:
+            entry = options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+        except RuntimeError:  # there is no such entry
+            entry = ""
+        self.shrinks.append(entry == "cpu:0")
+        return self.session.run(names, feed, options)
+
+
+def test_only_large_runs_return_their_memory(
+    reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = RecordingSession(reranker._session)
+    monkeypatch.setattr(reranker, "_session", session)
+    group = reranker.encode(PROMPT, TEXTS)
+    (run,) = reranker.runs([group])
+    lengths = [len(candidate.ids) for candidate in group.candidates]
+    prompt = len(group.prompt_ids)
+    assert run.positions == prompt + len(lengths) * (prompt + max(lengths))
+    found = []
+    for kept in (run.positions, run.positions - 1):
+        monkeypatch.setattr("logratio.serving.reranker.KEPT_POSITIONS", kept)
+        found += [reranker.score(PROMPT, TEXTS)]
+        reranker.token_scores(PROMPT, TEXTS)
+    assert found[0] == found[1]
+    assert session.shrinks == [False, False, True, True]
 
 
 def test_scores_are_torchs_rewards_of_the_training_tokens(folder: Path, reranker: Reranker) -> None:
