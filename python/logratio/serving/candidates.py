@@ -133,6 +133,11 @@ class CandidateEncoder:
         return other
 
     @property
+    def truncates(self) -> bool:
+        """Whether completions that are too long are truncated, instead of getting an error."""
+        return self._truncate
+
+    @property
     def max_length(self) -> int:
         """Most tokens of a prompt and one candidate together."""
         return self._rules.max_length

@@ -160,6 +160,7 @@ def _identity(reranker: Reranker | Workers, input: str | Path) -> dict[str, Any]
         "size": stat.st_size,
         "modified": stat.st_mtime_ns,
         "bundle": hashlib.sha256(repr(reranker.manifest).encode()).hexdigest(),
+        "truncates": reranker.truncates,
         "cache": list(reranker.cached.state) if reranker.cached else None,
     }
 

@@ -59,6 +59,11 @@ class Workers:
         cache = self.settings.get("cache")
         return None if cache is None else CachedReference.open(cache, self.manifest)
 
+    @property
+    def truncates(self) -> bool:
+        """As `Reranker.truncates`."""
+        return bool(self.settings.get("truncate_completions"))
+
     def score(self, batches: Iterator[list[Item]]) -> Iterator[Scored]:
         """Score batches in parallel; yield their results in order.
 

@@ -101,6 +101,11 @@ class Reranker:
         self.digest: str | None = None
         self.cached = cached
 
+    @property
+    def truncates(self) -> bool:
+        """Whether completions that are too long are truncated, instead of getting an error."""
+        return self.encoder.truncates
+
     def __repr__(self) -> str:
         manifest = self.manifest
         notes = ["reward model" if manifest.is_reward_model else f"β={manifest.beta:g}"]

@@ -238,6 +238,16 @@ def test_a_run_is_not_continued_with_other_rows_or_another_bundle(
     assert scored_from(reranker, source, output, capsys) == 0
 
 
+def test_a_run_is_not_continued_with_truncation_if_it_began_without(
+    folder: Path, reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many()), tmp_path / "out.jsonl"
+    interrupted(reranker, source, output)
+    truncating = Reranker.load(folder / "bundle", truncate_completions=True)
+    assert scored_from(truncating, source, output, capsys) == 0
+    assert Workers(folder / "bundle", 2, {"truncate_completions": True}).truncates
+
+
 @pytest.mark.parametrize("damage", ["{", '{"mark": {}}', "[]"])
 def test_damaged_progress_starts_from_the_first_row(
     reranker: Reranker, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
