@@ -98,6 +98,7 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"{model} {digest[:12]}"
     types = ", ".join(f"{kind} {size(taken)}" for kind, taken in graph["tensor_bytes"].items())
     yield "weights", types
+    yield "precision", _precision(found["precision"])
     operators = f"{graph['nodes']:,} nodes, {len(graph['operators'])} operators"
     yield "graph", f"opset {graph['opset']}, {operators}"
     yield (
@@ -111,6 +112,19 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "files", ", ".join(f"{name} {size(taken)}" for name, taken in found["files"].items())
     yield "signature", "present, not checked" if found["is_signed"] else "none"
     yield "made with", ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
+def _precision(stated: Mapping[str, Any]) -> str:
+    """Return the precision of a bundle and how well its rewards agree with float32."""
+    name = f"{stated['bits']} bits" if stated["bits"] else stated["dtype"]
+    if (measured := stated["agreement"]) is None:
+        return str(name)
+    forced = "; beyond the bounds, forced" if stated["forced"] else ""
+    return (
+        f"{name}; rewards differ from float32 by {measured['reward_error_mean']:.1e} on average, "
+        f"{measured['reward_error_max']:.1e} at most; same order of {measured['pairwise']:.1%} of "
+        f"the pairs, same best of {measured['top1']:.1%} of the prompts{forced}"
+    )
 
 
 @app.command()

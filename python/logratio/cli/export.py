@@ -66,6 +66,13 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Bits(StrEnum):
+    """Bits per weight of the matrices."""
+
+    EIGHT = "8"
+    FOUR = "4"
+
+
 @dataclass(frozen=True)
 class Smaller(Settings):
     """A precision other than float32, and how it is judged."""
@@ -76,10 +83,9 @@ class Smaller(Settings):
             help="float16: the model computes in it. bfloat16: only weights are stored in it."
         ),
     ] = Dtype.FLOAT32
-    bits: Annotated[
-        int | None,
-        typer.Option(metavar="8|4", help="Store matrices in 8 or 4 bits per weight."),
-    ] = None
+    bits: Annotated[Bits | None, typer.Option(help="Store matrices in 8 or 4 bits per weight.")] = (
+        None
+    )
     data: Annotated[
         Path | None,
         typer.Option(
@@ -90,6 +96,10 @@ class Smaller(Settings):
     force: Annotated[
         bool, typer.Option("--force", help="Export although the rewards differ too much.")
     ] = False
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields of `ExportConfig`."""
+        return super().settings() | {"bits": int(self.bits) if self.bits else None}
 
 
 SMALLER = Smaller()
@@ -178,7 +188,8 @@ def rank(
     """Rank candidates by their implicit reward, without torch.
 
     A reward is defined up to a constant per prompt, so compare only candidates of the same prompt.
-    A row that cannot be ranked gets an `error`, and the command exits with 1.
+    A row that cannot be ranked gets an `error`, and a candidate without a reward is under `errors`.
+    The command exits with 1 if a row has no reward at all.
     """
     from logratio.one_process import refuse_multiple_processes
     from logratio.serving.rank_file import rank_file, rank_forecast
@@ -195,7 +206,7 @@ def rank(
     with _ranking(input_file) as progress:
         summary = rank_file(reranker, input_file, output, progress=progress)
     typer.echo(summary.to_text(), err=True)
-    if summary.failed_rows:
+    if summary.unranked:
         raise typer.Exit(1)
 
 

@@ -169,7 +169,7 @@ def faults(precision: Precision, measured: Agreement) -> list[str]:
     """Return how a comparison exceeds the bounds of its precision; empty if it does not."""
     if precision.bits is None:
         error = measured.reward_error_max
-        return [] if error <= REWARD_BOUND else [f"a reward differs by {error:.2g}"]  # also NaN
+        return [] if error <= REWARD_BOUND else [f"a reward differs by {error:.3g}"]  # also NaN
     found = []
     if not measured.pairwise >= PAIRWISE_BOUND:
         found.append(f"{measured.pairwise:.1%} of the pairs keep their order")
@@ -198,7 +198,13 @@ def check_agreement(precision: Precision, measured: Agreement, *, force: bool) -
     if found and not force:
         raise ParityError(
             f"{precision.name}: of {measured.candidates} candidates ({measured.source}), "
-            f"{' and '.join(found)}; {bounds(precision)}. Give --data with your own prompts and "
-            "candidates to measure again, use a larger precision, or accept the error with --force"
+            f"{' and '.join(found)}; {bounds(precision)}. {_advice(measured)}"
+            "use a larger precision, or accept the error with --force"
         )
     return bool(found)
+
+
+def _advice(measured: Agreement) -> str:
+    if measured.source != SAMPLED:
+        return ""
+    return "Give --data with your own prompts and candidates to measure again, "

@@ -28,6 +28,7 @@ from logratio.data.tokenization.tokenizer_files import write_tokenizer
 from logratio.durable import sync
 from logratio.export.agreement import SAMPLED, sampled_groups
 from logratio.export.graph import OPSETS, GraphError, Scorer, trace, write
+from logratio.export.kinds import notes_of
 from logratio.export.loading import Calibration, Loaded, Models
 from logratio.export.parity import ParityError, golden_inputs, probing_inputs
 from logratio.export.plan import ExportConfig, ExportError, ExportPlan, make_plan
@@ -36,7 +37,7 @@ from logratio.export.verification import check_graph, golden_groups
 from logratio.export.weights import store_weights, to_half
 from logratio.extras import require
 from logratio.forecast import size
-from logratio.progress import progress
+from logratio.progress import progress, say
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.run_folder import settings_of
 
@@ -185,6 +186,8 @@ class _Export:
         self._reference = dict(plan.reward.reference)
         if plan.reference is not None:
             self._reference = model_fingerprint(plan.reference).to_dict()
+        for note in notes_of(plan.policy, plan.reference, self._reference, self._policy):
+            say(f"warning: {note}")
 
     def run(self, report: Callable[[str], None]) -> Manifest:
         """Write graph and tokenizer into the folder, and return the manifest."""

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from logratio.bundle import CACHED_REFERENCE, REFERENCE_FREE, REWARD_MODEL
+from logratio.cache.identity import fingerprint_digest
 from logratio.errors import ConfigError
+from logratio.training.fingerprint import COMPUTE_DTYPE, COMPUTES_IN, QUANTIZATION
 from logratio.training.methods.objective import named_methods
+from logratio.training.models import SCHEMES
 from logratio.training.reward_model import is_reward_model
 from logratio.training.run_folder import reward_beta, settings_of
 
@@ -123,3 +126,40 @@ def reference_digest(policy: Path) -> str | None:
     identity = (settings_of(policy) or {}).get("identity")
     digest = identity.get("reference") if isinstance(identity, dict) else None
     return digest if isinstance(digest, str) else None
+
+
+def notes_of(
+    policy: Path,
+    reference: Path | None,
+    given: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> list[str]:
+    """Return warnings if the reward is probably not that of the policy's training.
+
+    Args:
+        policy: Folder of the policy.
+        reference: Folder of the reference model; None without one.
+        given: Fingerprint of the reference, as a dict.
+        own: Fingerprint of the policy, as a dict.
+    """
+    trained = reference_digest(policy)
+    if reference is None:
+        is_free = not given and not is_reward_model(policy)
+        if is_free and trained is not None and free_reward(policy) is None:
+            return [f"{policy} was trained with a reference, and this reward has none"]
+        return []
+    if given["digest"] == own["digest"]:
+        return [f"{reference} is the policy itself: every reward is 0"]
+    if trained is None or trained in _digests(given["hard"]):
+        return []
+    return [
+        f"{reference} is not the reference of {policy}'s training, so the reward is not the one "
+        "that was trained"
+    ]
+
+
+def _digests(hard: Mapping[str, Any]) -> set[str]:
+    """Return the digests that a model has in a training, in any precision and quantization."""
+    variants = [dict(hard) | {COMPUTE_DTYPE: words} for words in COMPUTES_IN.values()]
+    variants += [one | {QUANTIZATION: scheme} for one in variants for scheme in SCHEMES.values()]
+    return {fingerprint_digest(one).hex() for one in variants}

@@ -15,12 +15,16 @@ from typing import Any, Protocol
 from logratio.data.readers.arrow_library import arrow
 from logratio.durable import lock, published, sync, write_atomic
 from logratio.errors import ConfigError, IsFolderError
+from logratio.forecast import check_writable
+from logratio.progress import say
 from logratio.serving.rank_rows import RankSummary, flat
 
 EVERY = 10.0
 """Seconds between two checkpoints."""
 PARQUET = ".parquet"
 """Suffix of an output in Parquet; any other is JSON lines."""
+_OTHERS = {".arrow", ".csv", ".feather", ".gz", ".tsv", ".xlsx", ".zst"}
+"""Suffixes of types that are not written."""
 _ROWS = 4096
 """Rows converted to Parquet together."""
 
@@ -93,6 +97,11 @@ class FileOutput:
             raise ConfigError(f"another process is ranking into {path}") from None
         self.begins = self._recorded()
         if self.begins is None:  # after a crash, an old position must not name other rows
+            if self._progress.exists():
+                say(
+                    f"{path}: begins again; the unfinished run had another input, bundle, cache or "
+                    "--truncate, or its record is damaged"
+                )
             self._progress.unlink(missing_ok=True)
         self._file.truncate(self.begins.length if self.begins else 0)
         self._last: tuple[Mapping[str, Any], RankSummary] | None = None
@@ -159,6 +168,7 @@ class FileOutput:
             self._progress.unlink(missing_ok=True)
         else:
             self.save()
+            say(f"{self._path}: what is ranked is kept, and the same command continues")
 
     def close(self) -> None:
         """Close the partial file, and with it the lock."""
@@ -183,8 +193,11 @@ def open_output(path: Path | None, identity: Mapping[str, Any]) -> Iterator[Outp
         return
     if path.is_dir():
         raise IsFolderError(errno.EISDIR, "Is a folder; name a file", str(path))
+    if path.suffix in _OTHERS:
+        raise ConfigError(f"{path}: the output is JSON lines, or Parquet if it ends in {PARQUET}")
     if path.suffix == PARQUET:
         arrow("Parquet")
+    check_writable(path.parent)
     output = FileOutput(path, identity)
     try:
         yield output

@@ -28,30 +28,40 @@ class RankSummary:
         candidates: Candidates with a reward.
         failed_candidates: Candidates without a reward, because they are empty or too long.
         failed_rows: Number of rows that could not be ranked, by code.
+        empty_rows: Number of rows without any reward, although each could be read.
     """
 
     rows: int = 0
     candidates: int = 0
     failed_candidates: int = 0
     failed_rows: dict[str, int] = field(default_factory=dict)
+    empty_rows: int = 0
+
+    @property
+    def unranked(self) -> int:
+        """Number of rows that have no order."""
+        return sum(self.failed_rows.values()) + self.empty_rows
 
     def add(self, other: "RankSummary") -> None:
         """Add the counts of more rows."""
         self.rows += other.rows
         self.candidates += other.candidates
         self.failed_candidates += other.failed_candidates
+        self.empty_rows += other.empty_rows
         for code, number in other.failed_rows.items():
             self.failed_rows[code] = self.failed_rows.get(code, 0) + number
 
     def to_text(self) -> str:
         """Return the summary as one line of text."""
-        ranked_rows = self.rows - sum(self.failed_rows.values())
+        ranked_rows = self.rows - self.unranked
         text = (
             f"{count(ranked_rows, 'prompt')} ranked, {count(self.candidates, 'candidate')} with a "
             "reward"
         )
         if self.failed_candidates:
             text += f", {self.failed_candidates:,} without (see `errors`)"
+        if self.empty_rows:
+            text += f"; {count(self.empty_rows, 'prompt')} without any reward"
         for code, number in sorted(self.failed_rows.items()):
             text += f"; [{code}] {count(number, 'row')} refused (see `error`)"
         return text
@@ -140,6 +150,7 @@ def ranked_rows(reranker: Reranker, items: list[Item], summary: RankSummary) -> 
             failed = sum(score.error is not None for score in scores)
             summary.failed_candidates += failed
             summary.candidates += len(scores) - failed
+            summary.empty_rows += failed == len(scores)
             yield row | _columns(scores, reranker.manifest.graph.kind)
 
 

@@ -426,7 +426,10 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
         why = f"{path} does not exist"
         if settings:
             why = f"{policy} was trained with {settings.get('loss')}, a loss without a reference"
-        raise ConfigError(f"{why}: give --beta, the reward per nat of log-ratio")
+        raise ConfigError(
+            f"{why}: give --beta, the reward per nat of log-ratio, or no --reference if its reward "
+            "has none"
+        )
     return trained
 
 

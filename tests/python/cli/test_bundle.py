@@ -1,13 +1,21 @@
 """`logratio bundle inspect` and `verify`, and `--expect` of `rank`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from conftest import Run
 from tiny_bundle import copy_bundle, rewrite_manifest
 
-from logratio.bundle import GRAPH, MANIFEST, digest_of, manifest_bytes
+from logratio.bundle import (
+    GRAPH,
+    MANIFEST,
+    Agreement,
+    Precision,
+    digest_of,
+    manifest_bytes,
+)
 
 
 @pytest.fixture
@@ -29,6 +37,15 @@ def test_inspect_shows_what_a_bundle_contains(bundle: Path, run: Run) -> None:
     assert found["limits"] == {"max_length": 512, "max_positions": 512, "vocabulary_size": 20}
     assert found["graph"]["tensor_bytes"]["float32"] > 100_000
     assert found["files"].keys() == {GRAPH, "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_inspect_shows_how_well_a_smaller_precision_agrees(bundle: Path, run: Run) -> None:
+    measured = Agreement("rows.jsonl", 24, 192, 0.011, 0.05, 0.995, 0.96)
+    precision = asdict(Precision(bits=8, agreement=measured, forced=True))
+    rewrite_manifest(bundle, precision=precision)
+    _, out, _ = run("bundle", "inspect", bundle)
+    for words in ("8 bits", "1.1e-02", "5.0e-02", "99.5%", "96.0%", "forced"):
+        assert words in out
 
 
 def test_inspect_exits_with_1_if_the_graph_is_not_that_of_an_export(bundle: Path, run: Run) -> None:

@@ -70,6 +70,18 @@ def test_ranking_reads_standard_input_and_exits_with_1_after_a_bad_row(
     assert "[E101] 1 row refused" in err
 
 
+def test_ranking_exits_with_1_only_if_a_prompt_has_no_reward_at_all(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for candidates, expected in ((["", " runs"], 0), (["", ""], 1)):
+        rows.write_text(json.dumps({"prompt": "the dog", "candidates": candidates}) + "\n")
+        code, out, err = run(capsys, "rank", "--bundle", folder / "bundle", "--input", rows)
+        assert code == expected
+        assert ("1 prompt without any reward" in err) == bool(expected)
+        assert "errors" in json.loads(out)
+
+
 def test_ranking_into_a_file(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "ranked.jsonl"
     bundle, rows = str(folder / "bundle"), str(folder / "candidates.jsonl")

@@ -16,9 +16,11 @@ from logratio.bundle import BundleError, read_manifest
 from logratio.data import PreferenceTokenizer, TokenizationRules
 from logratio.errors import ConfigError, SettingTypeError
 from logratio.export import ExportConfig, export_bundle
+from logratio.export.kinds import notes_of
 from logratio.export.plan import make_plan
 from logratio.serving import Reranker, Workers, rank_file
 from logratio.training import PrecomputeConfig, load_model, precompute
+from logratio.training.fingerprint import model_fingerprint
 
 PROMPT = "the cat sits"
 TEXTS = ["on the mat happy", "sad", "under a tree loud loud loud", "in the house"]
@@ -133,11 +135,29 @@ def test_a_missing_reference_is_an_error_that_names_the_choices(
         cached.score(PROMPT, TEXTS, [0.5] * 4)
     with pytest.raises(ConfigError, match="differs between equal candidates"):
         cached.score(PROMPT, ["sad", "sad"], [-1.0, -2.0])
+    with pytest.raises(SettingTypeError, match="a prompt is text or a list of messages, not 7"):
+        free.score(7, TEXTS)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="takes no reference_logps"):
         free.score(PROMPT, TEXTS, [-1.0] * 4)
     with pytest.raises(ConfigError, match="this one needs none"):
         Reranker.load(folder / "simpo-bundle", cache=tmp_path)
     assert "no log-probs" in str(cached.score(PROMPT, ["sad", "happy"], [None, -2.0])[0].error)
+
+
+def test_a_reward_that_is_not_that_of_the_training_is_named(folder: Path, tmp_path: Path) -> None:
+    reference, other = (save_tiny_model(tmp_path / str(seed), seed) for seed in (1, 2))
+    known = model_fingerprint(reference, "bf16").to_dict()["digest"]
+    policy = trained(tmp_path / "policy", 0, loss="dpo", identity={"reference": known})
+
+    def notes(reference: Path | None, of: Path = policy) -> str:
+        given = {} if reference is None else model_fingerprint(reference).to_dict()
+        return " ".join(notes_of(of, reference, given, model_fingerprint(of).to_dict()))
+
+    assert notes(reference) == ""  # the precision of the training does not matter
+    assert "is not the reference of" in notes(other)
+    assert "every reward is 0" in notes(policy)
+    assert "trained with a reference, and this reward has none" in notes(None)
+    assert notes(None, folder / "simpo") == notes(other, folder / "dpo") == ""
 
 
 def test_the_cache_of_precompute_gives_the_reference(
@@ -160,6 +180,23 @@ def test_the_cache_of_precompute_gives_the_reference(
     row = json.loads(out.read_text())
     assert row["rewards"][:2] == pytest.approx([one.reward for one in expected], abs=1e-4)
     assert (row["rewards"][2], row["errors"]) == (None, {"2": "no log-probs of the reference"})
+
+
+def test_a_cache_of_the_candidates_ranks_all_of_them(
+    folder: Path, tmp_path: Path, run: Run
+) -> None:
+    reference = save_tiny_model(tmp_path / "reference", 1)
+    rows, cache, out = tmp_path / "rows.jsonl", tmp_path / "cache", tmp_path / "out.jsonl"
+    rows.write_text(json.dumps({"prompt": PROMPT, "candidates": TEXTS}) + "\n")
+    code, _, error = run(
+        *("precompute", "--model", reference, "--data", rows, "--rows", "candidates"),
+        *("--cache", cache),
+    )
+    assert code == 0, error
+    bundle = folder / "dpo-bundle"
+    code, _, _ = run("rank", "--bundle", bundle, "--input", rows, "--output", out, "--cache", cache)
+    row = json.loads(out.read_text())
+    assert code == 0 and None not in row["rewards"] and "errors" not in row
 
 
 def test_a_ranking_is_not_continued_after_its_cache_has_grown(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from logratio.bundle import BundleError
 from logratio.data import BadDataError
 from logratio.durable import lock
 from logratio.errors import ConfigError
+from logratio.forecast import OutputError
 from logratio.serving import RankBatch, RankSummary, Reranker, Workers, rank_file, rank_output
 from logratio.serving.rank_file import Progress
 from logratio.serving.rank_output import FileOutput
@@ -139,8 +141,12 @@ def test_unusable_files_are_plain_errors(reranker: Reranker, tmp_path: Path) -> 
         rank_file(reranker, tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(IsADirectoryError):
         rank_file(reranker, source, tmp_path)
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(OutputError, match="is a file"):
         rank_file(reranker, source, source / "out")
+    for name in ("out.csv", "out.jsonl.gz", "out.arrow"):
+        with pytest.raises(ConfigError, match=r"JSON lines, or Parquet if it ends in \.parquet"):
+            rank_file(reranker, source, tmp_path / name)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_many_rows_are_streamed(reranker: Reranker, tmp_path: Path) -> None:
@@ -194,7 +200,9 @@ def scored_from(
     assert output.read_bytes() == again.read_bytes()
     again.unlink()
     assert sorted(output.parent.iterdir()) == sorted([source, output])
-    return int(note.split("continues after ")[1].split()[0]) if note else 0
+    continued = re.search(r"continues after ([\d,]+) rows", note)
+    assert continued or "begins again" in note
+    return int(continued[1]) if continued else 0
 
 
 @pytest.mark.parametrize("rows", [64, 128])

@@ -9,12 +9,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from logratio.data.layouts import annotations, public_sets
-from logratio.data.layouts.values import Part, Row, is_number
+from logratio.data.layouts.values import Part, Row, is_number, take
 
 _HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _QUESTIONS = ("prompt", "question", "instruction", "query")
 _ANSWERS = ("response", "completion", "output", "answer")
 _RATINGS = ("score", "reward", "rank", "rating", _HELPSTEER[0])
+
+
+def looks_candidates(row: Row) -> bool:
+    """Return whether a row has a prompt and a list of candidates, as for `logratio rank`."""
+    texts = row.get("candidates")
+    is_list = isinstance(texts, list) and bool(texts)
+    return "prompt" in row and is_list and all(isinstance(text, str) for text in texts)
+
+
+def candidates(row: Row) -> Iterator[Part]:
+    """Yield each candidate as an answer to the prompt, for `logratio precompute`.
+
+    The label has no meaning: the cache has the log-probs of answers, not their labels.
+
+    Raises:
+        InvalidRecordError: E201 or E203 if there is no list of candidates.
+    """
+    for text in take(row, "candidates", list):
+        yield {"prompt": row.get("prompt"), "completion": text, "label": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +55,7 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "argilla": Layout("Argilla's records", annotations.looks_argilla, annotations.argilla),
+    "candidates": Layout("candidates to rank", looks_candidates, candidates),
     "label-studio": Layout(
         "Label Studio's export", annotations.looks_label_studio, annotations.label_studio
     ),

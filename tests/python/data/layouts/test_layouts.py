@@ -452,10 +452,33 @@ def test_label_studio_an_item_without_a_rank_is_counted() -> None:
     ]
 
 
+# Rows for `logratio rank`
+
+CANDIDATES = {"prompt": "q", "candidates": ["a", "b", "a"], "id": 7}
+
+
+def test_candidates_are_the_answers_to_their_prompt() -> None:
+    assert made("candidates", CANDIDATES) == [
+        {"prompt": "q", "completion": text, "label": True} for text in "aba"
+    ]
+    chat = {"prompt": [user("q")], "candidates": ["a"]}
+    (record,) = [one for found in decoded("candidates", chat) for one in found.records]
+    assert [turn["content"] for turn in record.prompt] == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [({"prompt": "q"}, "E201"), ({"prompt": "q", "candidates": "a"}, "E203")],
+)
+def test_candidates_that_are_no_list(row: Row, code: str) -> None:
+    assert made("candidates", row) == [code]
+
+
 # All of them
 
 ROWS = {
     "argilla": argilla(voted("response_b")),
+    "candidates": CANDIDATES,
     "label-studio": task([compared("left")]),
     "math-shepherd": shepherd("++"),
     "oasst": oasst(said("why?", "prompter")),
@@ -479,7 +502,9 @@ def test_rows_of_known_formats_match_no_layout() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path, run: Run) -> None:
-    with pytest.raises(ConfigError, match="argilla, label-studio, math-shepherd, oasst, prm800k"):
+    with pytest.raises(
+        ConfigError, match="argilla, candidates, label-studio, math-shepherd, oasst, prm800k"
+    ):
         as_row_function("prm")
     (tmp_path / "rows.jsonl").write_text(json.dumps(prm800k(LAST)) + "\n")
     code, out, _ = run("data", "inspect", tmp_path / "rows.jsonl", "--rows", "prm800k")
