@@ -2,6 +2,7 @@
 
     scorer.onnx             the graph, with its weights
     scorer.onnx.data        the weights, if graph and weights together exceed 2 GB
+    adapter.onnx_adapter    instead of both: the policy, for the graph in another bundle
     tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja
     bundle.json             the manifest
     bundle.json.sig         optional: the manifest's signature
@@ -11,6 +12,7 @@ reads it.
 """
 
 from logratio.bundle.files import (
+    ADAPTER,
     FILE_NAMES,
     GRAPH,
     MANIFEST,
@@ -31,6 +33,7 @@ from logratio.bundle.graph_info import (
     REFERENCE_FREE,
     REFERENCE_INPUT,
     REWARD_MODEL,
+    SHARED_BASE,
     TOKEN_LOGPS,
     TOKEN_LOGRATIOS,
     Agreement,
@@ -48,6 +51,7 @@ from logratio.bundle.manifest import (
     GoldenDigest,
     GoldenGroup,
     Manifest,
+    adapter_tie,
     check_digest,
     digest_of,
     golden_digest,
@@ -61,6 +65,7 @@ from logratio.bundle.manifest import (
 from logratio.bundle.signature import check_signature
 
 __all__ = [
+    "ADAPTER",
     "CACHED_REFERENCE",
     "CHUNK",
     "FILE_NAMES",
@@ -77,6 +82,7 @@ __all__ = [
     "REFERENCE_INPUT",
     "REPLAY",
     "REWARD_MODEL",
+    "SHARED_BASE",
     "SIGNATURE",
     "TOKENIZATION",
     "TOKENIZER_FILES",
@@ -92,6 +98,7 @@ __all__ = [
     "GraphInfo",
     "Manifest",
     "Precision",
+    "adapter_tie",
     "check_digest",
     "check_graph_file",
     "check_signature",

@@ -13,16 +13,19 @@ MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 GRAPH = "scorer.onnx"
 WEIGHTS = "scorer.onnx.data"
+ADAPTER = "adapter.onnx_adapter"
+"""The policy of a bundle whose graph is in the bundle of its base model."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-FILE_NAMES = frozenset({GRAPH, WEIGHTS, *TOKENIZER_FILES})
+FILE_NAMES = frozenset({GRAPH, WEIGHTS, ADAPTER, *TOKENIZER_FILES})
 SIZE_LIMITS: Mapping[str, int] = {
     GRAPH: 2**31 - 1,  # a protobuf message cannot be larger
     WEIGHTS: 2**44,
+    ADAPTER: 2**35,
     "tokenizer.json": 2**28,
     "tokenizer_config.json": 2**24,
     "special_tokens_map.json": 2**20,
@@ -49,12 +52,13 @@ def describe_file(path: Path) -> FileEntry:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def check_entries(files: Mapping[str, FileEntry], where: str) -> None:
+def check_entries(files: Mapping[str, FileEntry], where: str, *, has_graph: bool = True) -> None:
     """Check the names and sizes of the files that a manifest lists.
 
     Args:
         files: The entries by name.
         where: The manifest's path, for messages.
+        has_graph: Whether the bundle has a graph, and not an adapter for that of its base.
 
     Raises:
         BundleError: A name is not that of a bundle's file, a needed file is not listed, or a size
@@ -67,9 +71,12 @@ def check_entries(files: Mapping[str, FileEntry], where: str) -> None:
             raise BundleError(
                 f"{where}: {name} has {entry.size} bytes; the limit is {SIZE_LIMITS[name]}"
             )
-    for name in (GRAPH, TOKENIZER_FILES[0]):
+    model, other = (GRAPH, {ADAPTER}) if has_graph else (ADAPTER, {GRAPH, WEIGHTS})
+    for name in (model, TOKENIZER_FILES[0]):
         if name not in files:
             raise BundleError(f"{where}: does not list {name}")
+    for name in sorted(other & files.keys()):
+        raise BundleError(f"{where}: lists {name}, which a bundle with {model} has not")
 
 
 def verify_files(folder: Path, files: Mapping[str, FileEntry]) -> None:

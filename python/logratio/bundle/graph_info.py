@@ -20,6 +20,8 @@ CACHED_REFERENCE = "cached_reference"
 """The kind of a graph of the policy alone, which takes the reference's log-probs as an input."""
 REFERENCE_FREE = "reference_free"
 """The kind of a graph of the policy alone, whose reward has no reference."""
+SHARED_BASE = "shared_base"
+"""The kind of a bundle whose policy is an adapter, and whose graph is in the bundle of its base."""
 REFERENCE_INPUT = "reference_logps"
 """The additional input of `CACHED_REFERENCE`: float32 `[N]`, in nats."""
 _OUTPUTS_OF = {
@@ -42,14 +44,16 @@ class GraphInfo:
         opset: The ONNX opset of the graph.
         kind: ``two_models``; ``adapter``, one base model with an adapter for the policy;
             ``cached_reference``, the policy, with the reference's log-probs as an input;
-            ``reference_free``, the policy, whose reward has no reference; or ``reward_model``,
-            whose rewards are its scores.
+            ``reference_free``, the policy, whose reward has no reference; ``shared_base``, an
+            adapter for the policy, with a base model in another bundle as the reference; or
+            ``reward_model``, whose rewards are its scores.
         chunk: Completion tokens per chunk of the head.
         vocabulary_size: Vocabulary size of the models; token ids are below it.
         max_positions: Longest sequence that the models support; None if not recorded.
         length_normalized: Whether the reward of a ``reference_free`` graph is β times the mean
             log-prob per token, and not times the sum.
         per_token: Whether the graph has the output of `token_output`.
+        takes_adapters: Whether the graph has inputs for the adapters of ``shared_base`` bundles.
     """
 
     opset: int
@@ -59,6 +63,7 @@ class GraphInfo:
     max_positions: int | None = None
     length_normalized: bool = False
     per_token: bool = False
+    takes_adapters: bool = False
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -18,7 +18,14 @@ from logratio.bundle.files import (
     check_entries,
     read_regular_file,
 )
-from logratio.bundle.graph_info import FLOAT32, REFERENCE_FREE, REWARD_MODEL, GraphInfo, Precision
+from logratio.bundle.graph_info import (
+    FLOAT32,
+    REFERENCE_FREE,
+    REWARD_MODEL,
+    SHARED_BASE,
+    GraphInfo,
+    Precision,
+)
 from logratio.errors import ConfigError
 
 FORMAT_VERSION = 4
@@ -125,6 +132,7 @@ class Manifest:
             `to_json` computes them.
         method: The loss of the policy's training, such as ``dpo``; None if not recorded.
         precision: The numbers that the graph stores and computes with.
+        base: The digest of the bundle that has the graph, for a ``shared_base`` bundle; else None.
     """
 
     beta: float
@@ -141,6 +149,7 @@ class Manifest:
     golden_digest: GoldenDigest | None = None
     method: str | None = None
     precision: Precision = FLOAT32
+    base: str | None = None
 
     @property
     def replay(self) -> tuple[float, float]:
@@ -163,6 +172,13 @@ class Manifest:
         if self.format_version < _SINCE_DIGEST:
             return None
         return tokenization_digest(self.tokenization, self.special_ids, self.files, self.golden)
+
+    @property
+    def adapter_tie(self) -> tuple[int, int]:
+        """The two numbers that an adapter's file stores, which tie it to base and manifest."""
+        stated = graph_properties(self.beta, self.policy, self.reference, self.format_version)
+        stated[TOKENIZATION] = self.tokenization_digest or ""
+        return adapter_tie(str(self.base), stated)
 
     def to_json(self) -> str:
         """Return the manifest as JSON, the content of ``bundle.json``."""
@@ -226,6 +242,20 @@ def graph_properties(
         "logratio.policy": str(policy.get("digest", "")),
         "logratio.reference": str(reference.get("digest", "")),
     }
+
+
+def adapter_tie(base: str, properties: Mapping[str, str]) -> tuple[int, int]:
+    """Return two numbers of 31 bits, which tie an adapter's file to its base and its manifest.
+
+    Args:
+        base: The digest of the base's bundle.
+        properties: What a graph would store: see `graph_properties` and `TOKENIZATION`.
+    """
+    first, second = (
+        int(hashlib.sha256(one).hexdigest()[:8], 16) >> 1
+        for one in (base.encode(), _canonical(properties))
+    )
+    return first, second
 
 
 def tolerance(logps: float, limits: tuple[float, float]) -> float:
@@ -350,7 +380,10 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
     graph = manifest.graph
     if not (1 <= graph.chunk <= 2**16 and 1 <= graph.vocabulary_size < _LARGEST):
         raise BundleError(f"{where}: its graph has impossible properties")
-    check_entries(manifest.files, where)
+    is_adapter = graph.kind == SHARED_BASE
+    if is_adapter != (manifest.base is not None):
+        raise BundleError(f"{where}: the digest of its base is missing or superfluous")
+    check_entries(manifest.files, where, has_graph=not is_adapter)
     for group in manifest.golden:
         _check_golden(group, graph, where)
     if manifest.format_version >= _SINCE_DIGEST:

@@ -12,12 +12,14 @@ from typing import Any
 
 from logratio import bundle
 from logratio.bundle import (
+    ADAPTER,
     CACHED_REFERENCE,
     CHUNK,
     GRAPH,
     MANIFEST,
     REFERENCE_FREE,
     REWARD_MODEL,
+    SHARED_BASE,
     GraphInfo,
     Manifest,
     Precision,
@@ -27,15 +29,15 @@ from logratio.bundle import (
 from logratio.data.tokenization.tokenizer_files import write_tokenizer
 from logratio.durable import sync
 from logratio.export.agreement import SAMPLED, sampled_groups
-from logratio.export.graph import OPSETS, GraphError, Scorer, trace, write
+from logratio.export.graph import OPSETS, GraphError, Scorer, open_graph, trace, write
 from logratio.export.kinds import notes_of
 from logratio.export.loading import Calibration, Loaded, Models
 from logratio.export.parity import ParityError, golden_inputs, probing_inputs
 from logratio.export.plan import ExportConfig, ExportError, ExportPlan, make_plan
-from logratio.export.scorer import ADAPTER, TWO_MODELS, max_positions
+from logratio.export.scorer import ONE_BASE, TWO_MODELS, max_positions
+from logratio.export.shared_base import Base, plan_of_base
 from logratio.export.verification import check_graph, golden_groups
 from logratio.export.weights import store_weights, to_half
-from logratio.extras import require
 from logratio.forecast import size
 from logratio.progress import progress, say
 from logratio.training.fingerprint import model_fingerprint
@@ -69,7 +71,8 @@ def publish(folder: Path, manifest: Manifest, output: Path) -> None:
     """
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     verify_files(folder, read_manifest(folder).files)
-    bundle.check_graph_file(folder, manifest.files, manifest.graph.opset)
+    if GRAPH in manifest.files:
+        bundle.check_graph_file(folder, manifest.files, manifest.graph.opset)
     for path in (*folder.iterdir(), folder):
         sync(path)
     folder.replace(output)
@@ -79,13 +82,13 @@ def publish(folder: Path, manifest: Manifest, output: Path) -> None:
 VERSIONED = ("logratio", "torch", "transformers", "onnx", "onnxscript", "tokenizers")
 _STEPS = 4
 _KINDS = {
-    ADAPTER: "one base with its adapter",
+    ONE_BASE: "one base with its adapter",
     TWO_MODELS: "two models",
     REWARD_MODEL: "a reward model",
     CACHED_REFERENCE: "the policy; reference log-probs are an input",
     REFERENCE_FREE: "the policy, without a reference",
+    SHARED_BASE: "an adapter for the graph of its base",
 }
-_ERRORS_ONLY = 3
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,14 @@ def export_bundle(config: ExportConfig, *, show_progress: bool = True) -> Export
         >>> result = export_bundle(ExportConfig("policy", "reference", "bundle"))
         >>> print(result.to_text())
     """
-    start = time.monotonic()
     plan = make_plan(config)
+    if plan.base is not None and not plan.base.exists():
+        say(_export(plan_of_base(plan), config, show_progress=show_progress).to_text())
+    return _export(plan, config, show_progress=show_progress)
+
+
+def _export(plan: ExportPlan, config: ExportConfig, *, show_progress: bool) -> ExportResult:
+    start = time.monotonic()
     with (
         partial_folder(plan.output) as folder,
         progress("exporting", _STEPS, "steps", show=show_progress) as advance,
@@ -186,6 +195,9 @@ class _Export:
         self._reference = dict(plan.reward.reference)
         if plan.reference is not None:
             self._reference = model_fingerprint(plan.reference).to_dict()
+        self._base = None if plan.base is None else Base.read(plan.base, self._reference)
+        if plan.takes_adapters:
+            return  # a base's own reward is not used
         for note in notes_of(plan.policy, plan.reference, self._reference, self._policy):
             say(f"warning: {note}")
 
@@ -196,7 +208,7 @@ class _Export:
             loaded = self._load()
             report("models loaded, golden values computed")
             files = self._write_tokenizer()
-            session, opset, names, share = self._write_graph(loaded.scorer, files)
+            session, opset, names, share = self._write_model(loaded.scorer, files)
             files |= {name: bundle.describe_file(self._folder / name) for name in names}
             report("graph written")
             checked = check_graph(session, plan, loaded, self._checked, force=self._force)
@@ -211,12 +223,13 @@ class _Export:
             special_ids=_special_ids(plan),
             graph=GraphInfo(
                 opset,
-                loaded.kind,
+                self._kind(loaded),
                 CHUNK,
                 plan.vocabulary_size,
                 max_positions(plan.config),
                 plan.reward.length_normalized,
                 per_token=loaded.kind != REWARD_MODEL,
+                takes_adapters=plan.takes_adapters,
             ),
             files=files,
             golden=golden_groups(loaded.kind, self._golden_inputs, loaded.expected, checked.own),
@@ -229,7 +242,11 @@ class _Export:
                 agreement=checked.agreement,
                 forced=checked.forced,
             ),
+            base=self._base.digest if self._base else None,
         )
+
+    def _kind(self, loaded: Loaded) -> str:
+        return SHARED_BASE if self._base else loaded.kind
 
     def _write_tokenizer(self) -> dict[str, bundle.FileEntry]:
         names = write_tokenizer(self._plan.tokenizer.files, self._folder)
@@ -246,49 +263,47 @@ class _Export:
             calibration = Calibration(SAMPLED, groups)
         return models.load(self._checked, calibration)
 
-    def _write_graph(
+    def _write_model(
         self, scorer: Scorer, tokenizer: Mapping[str, bundle.FileEntry]
     ) -> tuple[Any, int, list[str], float]:
-        """Write the graph in the newest opset that both torch and ONNX Runtime support.
+        """Write the graph, or the adapter for that of the base.
 
         Args:
             scorer: The models.
             tokenizer: The files of the tokenizer.
 
         Returns:
-            A session on the graph, its opset, the names of the files, and the share of the weights
-            that have less than 32 bits.
+            A session, the graph's opset, the names of the files, and the share of the weights that
+            have less than 32 bits.
         """
         properties = bundle.graph_properties(self._plan.reward.beta, self._policy, self._reference)
         properties[bundle.TOKENIZATION] = bundle.tokenization_digest(
             self._plan.rules.to_dict(), _special_ids(self._plan), tokenizer, self._golden_inputs
         )
+        if self._base is None:
+            return self._write_graph(scorer, properties)
+        session, base = self._base.write_policy(scorer, self._folder, properties), self._base
+        return session, base.manifest.graph.opset, [ADAPTER], base.manifest.precision.stored_share
+
+    def _write_graph(
+        self, scorer: Scorer, properties: Mapping[str, str]
+    ) -> tuple[Any, int, list[str], float]:
+        """Write the graph in the newest opset that both torch and ONNX Runtime support."""
         precision, reasons = self._plan.precision, []
         if precision.dtype == "float16":
             to_half(scorer)
         for opset in OPSETS:
             try:
-                model = trace(scorer, opset)
+                model = trace(scorer, opset, takes_adapters=self._plan.takes_adapters)
                 share = store_weights(model, precision)
                 files = write(model, self._folder, properties)
-                session = _open(self._folder / GRAPH)
+                session = open_graph(self._folder / GRAPH)
                 return session, int(model.opset_imports[""]), files, share
             except GraphError as error:
                 reasons.append(str(error))
                 for name in (GRAPH, bundle.WEIGHTS):
                     (self._folder / name).unlink(missing_ok=True)
         raise ExportError(f"this model cannot be exported to ONNX ({'; '.join(reasons)})")
-
-
-def _open(graph: Path) -> Any:
-    runtime = require("onnxruntime", "export")
-    options = runtime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    try:
-        return runtime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library raises many unrelated types
-        reason = str(error).strip().split("\n")[0][:200]
-        raise GraphError(f"ONNX Runtime cannot open it: {reason}") from error
 
 
 def _special_ids(plan: ExportPlan) -> dict[str, int | None]:

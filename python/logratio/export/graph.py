@@ -25,6 +25,7 @@ from logratio.bundle import (
     WEIGHTS,
 )
 from logratio.errors import LogratioError
+from logratio.export.adapter_inputs import open_adapter_inputs, set_default_rank
 from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import HalfScorer, PolicyScorer, RewardScorer
 from logratio.extras import require
@@ -243,6 +244,7 @@ SINGLE_FILE_BYTES = 1_900_000_000
 
 _TRACED = ([[5, 6, 7, 8, 9], [10, 11, 12]], [[[1, 2, 3, 4], [5, 6]], [[7], [8, 9, 10]]])
 _TRACED_CHUNK = 4
+_ERRORS_ONLY = 3
 _NOISY_LOGGERS = (
     "torch.__trace",
     "torch.onnx",
@@ -258,7 +260,7 @@ class GraphError(LogratioError, RuntimeError):
     """The model cannot be written as an ONNX graph."""
 
 
-def trace(scorer: Scorer, opset: int) -> Any:
+def trace(scorer: Scorer, opset: int, *, takes_adapters: bool = False) -> Any:
     """Trace a scorer into an `onnx_ir.Model` with dynamic dimensions.
 
     Policy and reference are traced once if they differ only in their weights.
@@ -266,6 +268,7 @@ def trace(scorer: Scorer, opset: int) -> Any:
     Args:
         scorer: Policy and reference, a policy, or a reward model.
         opset: The ONNX opset.
+        takes_adapters: Give the graph of a policy inputs for adapters.
 
     Raises:
         GraphError: torch or onnxscript cannot export the model; the message gives the cause.
@@ -277,10 +280,15 @@ def trace(scorer: Scorer, opset: int) -> Any:
         model = with_weights(_half(scorer, opset))
     elif isinstance(scorer, PolicyScorer):
         model = alone(_half(scorer.policy, opset), scorer)
+        if takes_adapters:
+            open_adapter_inputs(model.graph)
     else:
         model = _trace_pair(scorer, opset)
     with _quietly():
-        return smaller(model)
+        model = smaller(model)
+    if takes_adapters:
+        set_default_rank(model.graph)
+    return model
 
 
 def _trace_pair(scorer: RewardScorer, opset: int) -> Any:
@@ -353,6 +361,21 @@ def write(model: Any, folder: Path, properties: Mapping[str, str]) -> list[str]:
     is_large = weights > SINGLE_FILE_BYTES
     onnx_ir.save(model, folder / GRAPH, external_data=WEIGHTS if is_large else None)
     return [GRAPH, WEIGHTS] if is_large else [GRAPH]
+
+
+def open_graph(path: Path) -> Any:
+    """Open a graph on the CPU.
+
+    Raises:
+        GraphError: ONNX Runtime cannot open it.
+    """
+    runtime = require("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library raises many unrelated types
+        raise GraphError(f"ONNX Runtime cannot open it: {str(error).strip()[:200]}") from error
 
 
 def _traced_inputs() -> tuple[Tensor, ...]:

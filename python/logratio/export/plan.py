@@ -12,7 +12,9 @@ from logratio.bundle import (
     CACHED_REFERENCE,
     REWARD_MODEL,
     TOKENIZER_FILES,
+    BundleError,
     Precision,
+    read_manifest,
 )
 from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TextAs, TokenizationRules
@@ -78,6 +80,9 @@ class ExportConfig:
         data: Rows with ``prompt`` and ``candidates``, as for `logratio rank`, on which a smaller
             precision is compared with float32. None: candidates sampled from the policy.
         force: Export although the rewards of a smaller precision differ too much.
+        base: For a LoRA policy: the bundle of its base, which several policies share. The policy's
+            bundle then has only the adapter. If the folder does not exist, it is written first,
+            from the reference. None: the bundle has the whole graph.
     """
 
     policy: str | Path
@@ -90,6 +95,7 @@ class ExportConfig:
     bits: Literal[8, 4] | None = None
     data: str | Path | None = None
     force: bool = False
+    base: str | Path | None = None
 
     __repr__ = changes
 
@@ -110,6 +116,8 @@ class ExportPlan:
         config: The policy's config.
         precision: The precision of the graph, not yet measured.
         calibration: The groups of `ExportConfig.data`; None without it.
+        base: The bundle of the base that the policy's adapter needs; None for a whole graph.
+        takes_adapters: Whether the graph gets inputs for adapters.
     """
 
     policy: Path
@@ -120,6 +128,8 @@ class ExportPlan:
     config: PreTrainedConfig
     precision: Precision
     calibration: Calibration | None
+    base: Path | None = None
+    takes_adapters: bool = False
 
     @property
     def vocabulary_size(self) -> int:
@@ -136,6 +146,8 @@ class ExportPlan:
         """Upper bound of memory, disk and time: equal weights are stored once."""
         memory = 4.0 * self._parameters()
         disk = memory / 2 if self.precision.dtype != "float32" else memory
+        if self.base is not None and self.base.exists():
+            disk = 0.0
         copies = _COPIES_APART if disk > SINGLE_FILE_BYTES else _COPIES
         layers = int(self.config.num_hidden_layers)
         is_twice = self.reference is not None and (self.policy / ADAPTER_CONFIG).exists()
@@ -182,7 +194,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     refuse_multiple_processes("export")
     for library in LIBRARIES:
         require(library, "export")
-    precision = Precision(config.dtype, config.bits)
+    precision = _precision(config)
     _check_precision(config, precision)
     policy, output = local_folder(config.policy), Path(config.output)
     named = None if config.reference is None else str(config.reference)
@@ -193,6 +205,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     reward = reward_kind(policy, named, config.beta)
     note_unfinished(policy)
     _check_output(output)
+    base = _base(config, policy, reference)
     architecture = _architectures(folders)
     folder = _tokenizer_folder(folders)
     rules = _rules(config, policy, architecture)
@@ -207,10 +220,30 @@ def make_plan(config: ExportConfig) -> ExportPlan:
         )
     calibration = None if precision.is_exact else _calibration(config, reward, tokenizer)
     plan = ExportPlan(
-        policy, reference, reward, output, tokenizer, architecture, precision, calibration
+        policy, reference, reward, output, tokenizer, architecture, precision, calibration, base
     )
     check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
     return plan
+
+
+def _precision(config: ExportConfig) -> Precision:
+    """Return the precision of the settings, or that of a base that exists."""
+    wanted = Precision(config.dtype, config.bits)
+    if config.base is None or not Path(config.base).exists():
+        return wanted
+    try:
+        base = read_manifest(config.base)
+    except BundleError as error:
+        raise ExportError(f"--base: {error}") from error
+    if not base.graph.takes_adapters:
+        raise ExportError(f"--base {config.base}: a bundle whose graph takes no adapters")
+    found = Precision(base.precision.dtype, base.precision.bits)
+    if not wanted.is_exact and wanted != found:
+        raise ConfigError(
+            f"--base {config.base} is in {found.name}: remove --dtype and --bits, or name another "
+            "folder"
+        )
+    return found
 
 
 def _check_precision(config: ExportConfig, precision: Precision) -> None:
@@ -246,6 +279,21 @@ def _calibration(
         for ids, value in zip(group.candidates, values, strict=True):
             known[(*group.prompt_ids, -1, *ids)] = value
     return Calibration(source, groups, lambda prompt, ids: known[(*prompt, -1, *ids)])
+
+
+def _base(config: ExportConfig, policy: Path, reference: Path | None) -> Path | None:
+    """Return the folder of the base's bundle, if the policy is to be an adapter for it."""
+    if config.base is None:
+        return None
+    if reference is None or not (policy / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"--base: {policy} is not a LoRA adapter with a reference model; export without --base"
+        )
+    base = Path(config.base)
+    if base.resolve() == Path(config.output).resolve():
+        raise ConfigError("--base and --output are the same folder")
+    check_writable(existing_parent(base.parent))
+    return base
 
 
 def _check_output(output: Path) -> None:

@@ -295,7 +295,7 @@ def _scan_head(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Te
     return scored
 
 
-TWO_MODELS, ADAPTER = "two_models", "adapter"
+TWO_MODELS, ONE_BASE = "two_models", "adapter"
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class ModelPair:
     @property
     def kind(self) -> str:
         """``adapter`` or ``two_models``, for the manifest."""
-        return ADAPTER if self.reference is None else TWO_MODELS
+        return ONE_BASE if self.reference is None else TWO_MODELS
 
 
 def join(policy: nn.Module, reference: nn.Module) -> ModelPair:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logratio._rust import candidate_layout
+from logratio.adapted_graph import Adapter
 from logratio.bundle import (
     CACHED_REFERENCE,
     REFERENCE_FREE,
@@ -42,7 +43,8 @@ from logratio.serving.candidates import (
 from logratio.serving.reference import CachedReference, with_reference
 from logratio.serving.runs import Run, plan_runs
 from logratio.serving.scores import Score, Sums, ranked, scores_of
-from logratio.serving.session import CPU, LOAD_SECONDS, Stop, open_session, stopped_after, within
+from logratio.serving.session import CPU, LOAD_SECONDS, Stop, stopped_after, within
+from logratio.serving.shared_base import SharedBase, check_base, open_graph
 
 _GRACE = 2.0
 """Seconds in which the graph may stop by itself after the time limit."""
@@ -90,6 +92,7 @@ class Reranker:
         encoder: CandidateEncoder,
         token_budget: int,
         cached: CachedReference | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.manifest = manifest
         self.provider = str(session.get_providers()[0])
@@ -100,6 +103,7 @@ class Reranker:
         self.largest_difference = math.nan
         self.digest: str | None = None
         self.cached = cached
+        self._adapter = adapter
 
     @property
     def truncates(self) -> bool:
@@ -129,6 +133,7 @@ class Reranker:
         allowed_signers: str | Path | None = None,
         load_seconds: float = LOAD_SECONDS,
         cache: str | Path | None = None,
+        base: str | Path | SharedBase | None = None,
     ) -> "Reranker":
         """Load a bundle, check every file, and verify the scores of its golden groups.
 
@@ -148,12 +153,14 @@ class Reranker:
             cache: For a bundle that takes the reference's log-probs as an input: the folder that
                 `logratio precompute` filled with those of the candidates. None: each call gives
                 them.
+            base: For a bundle that is an adapter: the bundle of its base, or one that is loaded
+                and may be shared.
 
         Raises:
             BundleError: The folder is not a bundle, was altered, or gives other scores than at
                 export.
-            ConfigError: `expect` is not a digest, `allowed_signers` cannot be used, or the bundle
-                needs no `cache`.
+            ConfigError: `expect` is not a digest, `allowed_signers` cannot be used, the bundle
+                needs no `cache`, or `base` is missing or superfluous.
             NoReferenceError: The cache has not the reference of the policy's training.
             ProviderError: ONNX Runtime would use another provider than the requested one.
             MissingExtraError: ONNX Runtime is not installed.
@@ -162,17 +169,13 @@ class Reranker:
         content = _expected_manifest(folder, expect, allowed_signers)
         manifest = parse_manifest(content, folder)
         verify_files(folder, manifest.files)
+        check_base(folder, manifest, base)
         cached = None if cache is None else CachedReference.open(cache, manifest)
         encoder = _encoder(folder, manifest, truncate_completions)
-        session = open_session(
-            folder,
-            manifest,
-            providers=providers,
-            allow_fallback=allow_fallback,
-            threads=threads,
-            seconds=load_seconds,
-        )
-        reranker = cls(session, manifest, encoder, token_budget, cached)
+        opening: dict[str, Any] = {"providers": providers, "allow_fallback": allow_fallback}
+        opening |= {"threads": threads, "load_seconds": load_seconds}
+        session, adapter = open_graph(folder, manifest, base, opening)
+        reranker = cls(session, manifest, encoder, token_budget, cached, adapter)
         reranker.digest = digest_of(content)
         reranker.replay(load_seconds)
         return reranker
@@ -381,9 +384,12 @@ class Reranker:
         self, names: list[str], feed: dict[str, Any], run: Run, stop: Stop | None = None
     ) -> list[Any]:
         """Run the graph; after a large run, return its memory to the operating system."""
-        shrink = self.provider == CPU and run.positions > KEPT_POSITIONS
-        options = (stop or Stop()).options(shrink=shrink)
-        return list(self._session.run(names, feed, options))
+        stop, shrink = stop or Stop(), self.provider == CPU and run.positions > KEPT_POSITIONS
+        if self._adapter is None:
+            return list(self._session.run(names, feed, stop.options(shrink=shrink)))
+        return self._adapter.run(
+            self._session, names, feed, lambda one: stop.options(shrink=shrink, adapter=one)
+        )
 
     def _layout(self, groups: Sequence[CandidateGroup], run: Run) -> Any:
         return candidate_layout(

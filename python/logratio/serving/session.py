@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from logratio.adapted_graph import RANK_INPUTS
 from logratio.bundle import (
     CACHED_REFERENCE,
     GRAPH,
@@ -47,26 +48,33 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._keeping, self._shrinking = _run_options(), _run_options()
-        self._shrinking.add_run_config_entry(*_SHRINK)
+        self._made: list[Any] = []
+        self._lock = threading.Lock()
 
-    def options(self, *, shrink: bool = False) -> Any:
+    def options(self, *, shrink: bool = False, adapter: Any = None) -> Any:
         """Return the ONNX Runtime options to pass to a run.
 
         Args:
             shrink: Return the memory of the run to the operating system; only on the CPU.
+            adapter: The ``onnxruntime.LoraAdapter`` of the run, or None.
         """
-        return self._shrinking if shrink else self._keeping
+        options = require("onnxruntime", "rank").RunOptions()
+        options.log_severity_level = _FATAL_ONLY  # a requested abort is not an error
+        if shrink:
+            options.add_run_config_entry(*_SHRINK)
+        if adapter is not None:
+            options.add_active_adapter(adapter)
+        with self._lock:
+            options.terminate = self.asked
+            self._made.append(options)
+        return options
 
     def now(self) -> None:
         """Abort the run, and every later run with these options."""
-        self.asked = self._keeping.terminate = self._shrinking.terminate = True
-
-
-def _run_options() -> Any:
-    options = require("onnxruntime", "rank").RunOptions()
-    options.log_severity_level = _FATAL_ONLY  # a requested abort is not an error
-    return options
+        with self._lock:
+            self.asked = True
+            for options in self._made:
+                options.terminate = True
 
 
 def within(seconds: float, action: Callable[[], T], late: str) -> T:
@@ -123,7 +131,7 @@ def open_session(
     providers: Sequence[str] | None = None,
     allow_fallback: bool = False,
     threads: int | None = None,
-    seconds: float = LOAD_SECONDS,
+    load_seconds: float = LOAD_SECONDS,
 ) -> Any:
     """Check a bundle's graph, and open it.
 
@@ -133,7 +141,7 @@ def open_session(
         providers: ONNX Runtime execution providers, the preferred one first; None for the CPU.
         allow_fallback: Use another provider if the first is not available.
         threads: Threads per run; None: see `default_threads`.
-        seconds: Time limit.
+        load_seconds: Time limit in seconds.
 
     Returns:
         The ``onnxruntime.InferenceSession``.
@@ -153,9 +161,9 @@ def open_session(
     options.intra_op_num_threads = threads or default_threads()
     options.log_severity_level = _ERRORS_ONLY
     session = within(
-        seconds,
+        load_seconds,
         lambda: _open(runtime, folder / GRAPH, options, wanted, allow_fallback),
-        f"{folder / GRAPH}: ONNX Runtime did not open it within {seconds:g} s",
+        f"{folder / GRAPH}: ONNX Runtime did not open it within {load_seconds:g} s",
     )
     if session.get_providers()[0] != wanted[0] and not allow_fallback:
         raise ProviderError(_fallback(wanted[0], session.get_providers()[0]))
@@ -203,7 +211,7 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     wanted = {name: ("tensor(int64)", rank) for name, rank in INPUTS.items()}
     if manifest.graph.kind == CACHED_REFERENCE:
         wanted[REFERENCE_INPUT] = ("tensor(float)", 1)
-    if inputs != wanted:
+    if inputs != wanted or not _has_known_defaults(session, manifest):
         raise BundleError(f"{where}: its inputs are not those of a scorer")
     given = dict.fromkeys(manifest.graph.outputs, ("tensor(float)", 1))
     if (per_token := manifest.graph.token_output) is not None:
@@ -219,6 +227,16 @@ def check_graph(session: Any, manifest: Manifest, where: Path) -> None:
     for name, value in stated.items():
         if properties.get(name) != value:
             raise BundleError(f"{where}: its {name} differs from the manifest")
+
+
+def _has_known_defaults(session: Any, manifest: Manifest) -> bool:
+    """Return whether the inputs with defaults are those of adapters, if the graph takes them."""
+    found = session.get_overridable_initializers()
+    if not manifest.graph.takes_adapters:
+        return not found
+    return bool(found) and all(
+        value.name.endswith(RANK_INPUTS) and value.type == "tensor(float)" for value in found
+    )
 
 
 def warn_of_two_runtimes() -> None:
