@@ -73,7 +73,7 @@ def _store_digest(folder: Path) -> None:
     """Store the hash of the tokenization in the graph, and the graph's hash in the manifest."""
     manifest = read_manifest(folder)
     digest = manifest.tokenization_digest
-    graph, known = folder / GRAPH, manifest.files[GRAPH]
+    graph, known = folder / GRAPH, manifest.files.get(GRAPH)
     if digest is None or not graph.is_file() or describe_file(graph) != known:
         return
     content = graph.read_bytes()

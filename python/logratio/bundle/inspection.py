@@ -11,14 +11,16 @@ from logratio.bundle.graph_file import GraphFile
 from logratio.bundle.manifest import Manifest, digest_of
 
 
-def describe(folder: Path, content: bytes, manifest: Manifest, graph: GraphFile) -> dict[str, Any]:
+def describe(
+    folder: Path, content: bytes, manifest: Manifest, graph: GraphFile | None
+) -> dict[str, Any]:
     """Return the properties of a bundle as JSON values.
 
     Args:
         folder: The bundle.
         content: The content of its ``bundle.json``.
         manifest: The same, parsed.
-        graph: Its checked graph.
+        graph: Its checked graph; None if that is in the bundle of its base.
 
     Returns:
         Nested dicts; sizes are in bytes, lengths in tokens.
@@ -35,12 +37,9 @@ def describe(folder: Path, content: bytes, manifest: Manifest, graph: GraphFile)
         "policy": _model(manifest.policy),
         "reference": None if manifest.is_reward_model else _model(manifest.reference),
         "tokenizer": {"special_ids": manifest.special_ids, "rules": rules},
-        "graph": {
-            "opset": graph.opset,
-            "nodes": graph.nodes,
-            "operators": dict(sorted(graph.operators.items())),
-            "tensor_bytes": dict(graph.tensor_bytes.most_common()),
-        },
+        "base": manifest.base,
+        "takes_adapters": manifest.graph.takes_adapters,
+        "graph": None if graph is None else _graph(graph),
         "limits": {
             "max_length": rules.get("max_length"),
             "max_positions": manifest.graph.max_positions,
@@ -51,6 +50,15 @@ def describe(folder: Path, content: bytes, manifest: Manifest, graph: GraphFile)
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "is_signed": (folder / SIGNATURE).exists(),
         "versions": manifest.versions,
+    }
+
+
+def _graph(graph: GraphFile) -> dict[str, Any]:
+    return {
+        "opset": graph.opset,
+        "nodes": graph.nodes,
+        "operators": dict(sorted(graph.operators.items())),
+        "tensor_bytes": dict(graph.tensor_bytes.most_common()),
     }
 
 

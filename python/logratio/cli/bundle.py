@@ -42,6 +42,15 @@ LoadSeconds = Annotated[
 ]
 
 
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="For a bundle exported with `--base`: the bundle of the base, whose graph it needs.",
+    ),
+]
+
+
 @app.callback()
 def bundle() -> None:
     """Inspect and verify a bundle."""
@@ -65,7 +74,9 @@ def inspect(
     with _exit_with_1(folder):
         content = manifest_bytes(folder)
         manifest = parse_manifest(content, folder)
-        graph = check_graph_file(folder, manifest.files, manifest.graph.opset)
+        graph = None
+        if manifest.base is None:
+            graph = check_graph_file(folder, manifest.files, manifest.graph.opset)
     found = describe(folder, content, manifest, graph)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -96,11 +107,15 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if found[name]:
             model, digest = found[name]["model_type"] or "unknown", found[name]["digest"] or ""
             yield name, f"{model} {digest[:12]}"
-    types = ", ".join(f"{kind} {size(taken)}" for kind, taken in graph["tensor_bytes"].items())
-    yield "weights", types
+    if graph is None:
+        yield "base", found["base"]
+    else:
+        types = (f"{kind} {size(taken)}" for kind, taken in graph["tensor_bytes"].items())
+        yield "weights", ", ".join(types)
+        operators = f"{graph['nodes']:,} nodes, {len(graph['operators'])} operators"
+        adapters = "; takes adapters" if found["takes_adapters"] else ""
+        yield "graph", f"opset {graph['opset']}, {operators}{adapters}"
     yield "precision", _precision(found["precision"])
-    operators = f"{graph['nodes']:,} nodes, {len(graph['operators'])} operators"
-    yield "graph", f"opset {graph['opset']}, {operators}"
     yield (
         "tokenization",
         ", ".join(f"{name} {value}" for name, value in rules.items() if value is not None),
@@ -132,6 +147,7 @@ def verify(
     folder: Folder,
     expect: Expect = None,
     allowed_signers: AllowedSigners = None,
+    base: Base = None,
     seconds: Annotated[
         float, typer.Option(min=1, help="Time limit of the process that loads the bundle.")
     ] = 300.0,
@@ -152,6 +168,7 @@ def verify(
     from logratio import bundle as checks
     from logratio.forecast import count, size
     from logratio.progress import awaited
+    from logratio.serving.shared_base import check_base
     from logratio.serving.trial import try_bundle
 
     with _exit_with_1(folder):
@@ -167,13 +184,16 @@ def verify(
         awaited(f"verifying {folder}", lambda: checks.verify_files(folder, manifest.files))
         total = size(sum(entry.size for entry in manifest.files.values()))
         typer.echo(f"  files: {count(len(manifest.files), 'file')}, {total}")
-        graph = checks.check_graph_file(folder, manifest.files, manifest.graph.opset)
+        check_base(folder, manifest, base)
+        place = base or folder
+        files = checks.read_manifest(place).files
+        graph = checks.check_graph_file(place, files, manifest.graph.opset)
         typer.echo(f"  graph: {count(graph.nodes, 'node')}, all of operators that exports write")
         limit = None if memory_gb is None else int(memory_gb * 2**30)
         digest = checks.digest_of(content)
+        limits: dict[str, Any] = {"seconds": seconds, "memory_bytes": limit}
         trial = awaited(
-            f"loading {folder}",
-            lambda: try_bundle(folder, seconds=seconds, memory_bytes=limit, expect=digest),
+            f"loading {folder}", lambda: try_bundle(folder, **limits, expect=digest, base=base)
         )
         typer.echo(
             f"  rewards: {count(trial.groups, 'golden group')}, which differ from the export by at "

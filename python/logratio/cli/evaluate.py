@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logratio.cli import options
+from logratio.cli.bundle import Base
 from logratio.cli.config import takes_config
 from logratio.cli.options import READING, Reading, Settings, takes_flags
 from logratio.cli.train import announce
@@ -60,6 +61,7 @@ def evaluate(
             "a reference nor torch and has its own tokenizer, rules and β."
         ),
     ] = None,
+    base: Base = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -93,8 +95,10 @@ def evaluate(
         given |= {"precision": precision, "samples": None if sampling == SAMPLING else sampling}
         given |= {"token-budget": None if token_budget == BUDGET else token_budget}
         _refuse_of_bundle(given, reading)
-        _evaluate_bundle(bundle, data, reading, json_file, dry_run)
+        _evaluate_bundle((bundle, base), data, reading, json_file, dry_run)
         return
+    if base is not None:
+        raise ConfigError("--base is for --bundle")
     if policy is None:
         raise ConfigError("--policy is missing: give a trained model, or --bundle")
     from logratio.training.config import EvaluateConfig
@@ -153,22 +157,30 @@ def _refuse_of_bundle(given: Mapping[str, object], reading: Reading) -> None:
 
 
 def _evaluate_bundle(
-    bundle: Path, data: list[Path], reading: Reading, json_file: Path | None, dry_run: bool
+    folders: tuple[Path, Path | None],
+    data: list[Path],
+    reading: Reading,
+    json_file: Path | None,
+    dry_run: bool,
 ) -> None:
+    from logratio.bundle import read_manifest
     from logratio.data.analysis.report import analyse
     from logratio.forecast import check_writable
     from logratio.serving.bundle_evaluation import bundle_pairs, evaluate_bundle
     from logratio.serving.reranker import Reranker
+    from logratio.serving.shared_base import check_base
 
     if json_file and not options.is_stdout(json_file):
         check_writable(json_file.parent)
+    bundle, base = folders
+    check_base(bundle, read_manifest(bundle), base)
     store, report = bundle_pairs(
         bundle, data, formats=reading.settings(), max_bad_fraction=reading.max_bad_fraction
     )
     typer.echo(analyse(store, report).to_summary(), err=True)
     if dry_run:
         return
-    _show(evaluate_bundle(Reranker.load(bundle), store), json_file)
+    _show(evaluate_bundle(Reranker.load(bundle, base=base), store), json_file)
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from logratio.cli.bundle import AllowedSigners, Expect, LoadSeconds
+from logratio.cli.bundle import AllowedSigners, Base, Expect, LoadSeconds
 from logratio.cli.options import DryRun, Settings, read_text_as, takes_flags
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Loading(Settings):
     expect: Expect = None
     allowed_signers: AllowedSigners = None
     load_seconds: LoadSeconds = 300.0
+    base: Base = None
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +136,14 @@ def export(
             show_default=False,
         ),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="For a LoRA policy: write only its adapter, for the base's bundle in this folder, "
+            "which several policies share. Without the folder, it is written first.",
+        ),
+    ] = None,
     smaller: Smaller = SMALLER,
     dry_run: DryRun = False,
 ) -> None:
@@ -149,7 +158,9 @@ def export(
     from logratio.export.plan import ExportConfig, plan_export
 
     text_as = read_text_as(chat)
-    config = ExportConfig(policy, reference, output, beta, text_as=text_as, **smaller.settings())
+    config = ExportConfig(
+        policy, reference, output, beta, text_as=text_as, base=base, **smaller.settings()
+    )
     typer.echo(plan_export(config).to_text(), err=True)
     if not dry_run:
         typer.echo(export_bundle(config).to_text())
@@ -197,7 +208,8 @@ def rank(
     from logratio.serving.reranker import Reranker
 
     refuse_multiple_processes("rank")
-    typer.echo(rank_forecast(bundle, input_file, output, workers).to_text(), err=True)
+    forecast = rank_forecast(bundle, input_file, output, workers, base=loading.base)
+    typer.echo(forecast.to_text(), err=True)
     if dry_run:
         return
     settings = loading.arguments()

@@ -14,6 +14,7 @@ from logratio.serving.reranker import NoCandidateError, Reranker
 from logratio.serving.reward_function import RewardFunction
 from logratio.serving.scores import Score
 from logratio.serving.session import ProviderError
+from logratio.serving.shared_base import SharedBase
 
 __all__ = [
     "BundleError",
@@ -24,6 +25,7 @@ __all__ = [
     "Reranker",
     "RewardFunction",
     "Score",
+    "SharedBase",
     "Workers",
     "bundle_pairs",
     "evaluate_bundle",

@@ -19,6 +19,7 @@ from logratio.serving.rank_output import open_output
 from logratio.serving.rank_rows import Item, RankSummary, checked, score_rows
 from logratio.serving.rank_workers import Scored, Workers
 from logratio.serving.reranker import Reranker
+from logratio.serving.shared_base import check_base
 
 _BYTES_PER_TOKEN = 4.0
 """Approximate value for English text."""
@@ -27,7 +28,12 @@ _SIDE, _EFFICIENCY, _PROCESS_BYTES = 512, 0.5, 0.4e9
 
 
 def rank_forecast(
-    bundle: str | Path, input_file: str | Path, output: Path | None, workers: int = 1
+    bundle: str | Path,
+    input_file: str | Path,
+    output: Path | None,
+    workers: int = 1,
+    *,
+    base: str | Path | None = None,
 ) -> Forecast:
     """Estimate the time, memory and disk space of `rank_file`.
 
@@ -37,6 +43,7 @@ def rank_forecast(
             the memory is estimated.
         output: The output file; None for standard output.
         workers: Processes that each load the bundle.
+        base: The bundle of its base, if it is an adapter.
 
     Raises:
         BundleError: The folder is not a bundle.
@@ -44,13 +51,15 @@ def rank_forecast(
     """
     if output:
         check_writable(output.parent)
-    files = read_manifest(Path(bundle)).files
+    check_base(Path(bundle), manifest := read_manifest(bundle), base)
+    files = manifest.files if base is None else read_manifest(base).files
     weights = float(sum(files[name].size for name in (GRAPH, WEIGHTS) if name in files))
     is_stdin = str(input_file) == STDIN
     packed = str(input_file).endswith(("gz", "zst"))
     text = 0.0 if is_stdin else Path(input_file).stat().st_size * (_COMPRESSION if packed else 1)
     tokens = text / _BYTES_PER_TOKEN
-    flops = 2 * weights / np.dtype(np.float32).itemsize * tokens
+    runs = 1 if base is None else 2
+    flops = runs * 2 * weights / np.dtype(np.float32).itemsize * tokens
     return Forecast(
         memory_bytes=workers * (_PROCESS_BYTES + 2 * weights),
         disk_bytes=2 * text if output else 0,

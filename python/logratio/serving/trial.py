@@ -43,6 +43,7 @@ def try_bundle(
     seconds: float = LOAD_SECONDS,
     memory_bytes: int | None = None,
     expect: str | None = None,
+    base: str | Path | None = None,
 ) -> Trial:
     """Load a bundle on the CPU in another process, and score its golden groups.
 
@@ -51,6 +52,7 @@ def try_bundle(
         seconds: Time limit of the process.
         memory_bytes: Limit of its address space, on Linux. None: 6 GiB and four times the bundle.
         expect: The bundle's digest; None: any.
+        base: The bundle of its base, if it is an adapter.
 
     Returns:
         What the golden groups gave.
@@ -60,10 +62,11 @@ def try_bundle(
         LogratioError: ONNX Runtime cannot be used here.
     """
     if memory_bytes is None:
-        sizes = [entry.size for entry in read_manifest(folder).files.values()]
+        folders = [folder] if base is None else [folder, base]
+        sizes = [one.size for place in folders for one in read_manifest(place).files.values()]
         memory_bytes = _PROCESS_BYTES + _COPIES * sum(sizes)
     task: dict[str, Any] = {"folder": str(folder), "seconds": seconds, "memory_bytes": memory_bytes}
-    task["expect"] = expect
+    task |= {"expect": expect, "base": None if base is None else str(base)}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "logratio.serving.trial"],
@@ -112,7 +115,10 @@ def _attempt(task: dict[str, Any]) -> dict[str, Any]:
 
     try:
         reranker = Reranker.load(
-            task["folder"], expect=task["expect"], load_seconds=task["seconds"]
+            task["folder"],
+            expect=task["expect"],
+            load_seconds=task["seconds"],
+            base=task["base"],
         )
         return asdict(Trial(len(reranker.manifest.golden), reranker.largest_difference))
     except MemoryError:
