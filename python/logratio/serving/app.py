@@ -92,8 +92,7 @@ def build_app(
 @asynccontextmanager
 async def _lifespan(bundles: Bundles, shared: Shared, _: FastAPI) -> AsyncIterator[None]:
     """Warm up before the server accepts connections; drop all work after it has stopped."""
-    for service in bundles:
-        await asyncio.to_thread(service.warm_up)
+    await asyncio.to_thread(bundles.warm_up)  # no variable here may keep a bundle in memory
     yield
     shared.state.draining = True
     shared.scheduler.close()

@@ -18,6 +18,7 @@ from running_server import running
 from tiny_bundle import copy_bundle, tiny_bundle
 
 from logratio.bundle import GRAPH
+from logratio.errors import ConfigError
 from logratio.serving import worker_processes
 from logratio.serving.config import ServeConfig
 from logratio.serving.limits import Limits
@@ -152,7 +153,7 @@ def metrics_folders(process: int) -> list[str]:
     return re.findall(r"PROMETHEUS_MULTIPROC_DIR=([^\0]+)", environment)
 
 
-def test_a_drain_ctrl_c_and_the_signals_of_a_second_server(folder: Path) -> None:
+def test_ctrl_c_ends_a_drain(folder: Path) -> None:
     with running(folder, *QUIET, "--drain-seconds", "600") as (process, port):
         workers = children(process.pid)
         process.send_signal(signal.SIGTERM)
@@ -195,6 +196,6 @@ def test_a_missing_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) ->
         raise FileNotFoundError
 
     monkeypatch.setattr(worker_processes.tempfile, "mkdtemp", none)
-    with pytest.raises(worker_processes.ConfigError, match="TMPDIR"):
-        with worker_processes._metrics_folder():
-            pass
+    config, given = ServeConfig("bundle", workers=2), [object()] * 2
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        worker_processes.serve_in_processes(*given, config, Limits(), print)  # type: ignore[arg-type]
