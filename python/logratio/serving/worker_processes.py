@@ -7,7 +7,6 @@ nobody has accepted is not lost when a worker ends. Signals to the parent reach 
 import logging
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -22,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import Any, NoReturn
 
-from logratio.errors import ConfigError
+from logratio.errors import ConfigError, LogratioError
 from logratio.serving.config import ServeConfig
 from logratio.serving.limits import Limits
 from logratio.serving.metrics import FOLDER
@@ -327,11 +326,10 @@ def _work(task: _Task) -> None:
 
 
 def _report(reports: Connection, error: Exception) -> None:
-    with suppress(OSError):  # the parent has read that this worker is ready
-        try:
-            reports.send(error)
-        except (pickle.PicklingError, TypeError, AttributeError):
-            reports.send(WorkerError(f"{type(error).__name__}: {error}"))
+    is_known = isinstance(error, LogratioError | OSError)
+    known = error if is_known else WorkerError(f"{type(error).__name__}: {error}")
+    with suppress(OSError):  # the parent has closed its end: this worker was ready
+        reports.send(known)
 
 
 def _end_with_parent(limits: Limits, serving: list[bool]) -> NoReturn:

@@ -188,7 +188,7 @@ def test_names_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert folders("a/b") == {"": Path("a/b")}
     assert folders("x=a/b") == {"x": Path("a/b")}
     assert folders("a/b", "org/x=a/c") == {"b": Path("a/b"), "org/x": Path("a/c")}
-    assert folders(odd, "x=b")["x"] == Path("b")
+    assert folders(f"y={odd}", "x=b") == {"y": odd, "x": Path("b")}
     assert folders(odd) == {"": odd}
     assert folders({"x": "a", "y": "b"}) == {"x": Path("a"), "y": Path("b")}
     for given, words in (
@@ -220,7 +220,7 @@ def test_bundles_come_from_flags_variables_and_the_file(
         return seen[-1].bundle
 
     assert bundles("serve", "--config", str(file)) == ("x=a", "y=b")
-    assert bundles("serve", "--bundle", "a,b", "y=c", "--port", "1") == ("a,b", "y=c")
+    assert bundles("serve", "--bundle", "x=a,b", "y=c", "--port", "1") == ("x=a,b", "y=c")
     monkeypatch.setenv("LOGRATIO_BUNDLE", "x=my folder:b")
     assert bundles("serve") == ("x=my folder", "b")
     assert ServeConfig.from_yaml(file) == ServeConfig(["x=a", "y=b"])
