@@ -119,11 +119,11 @@ class ServeConfig(YamlSettings):
         pairs = [_named(text) for text in given]
         if not pairs:
             raise ConfigError("--bundle has no folder")
-        if len(pairs) == 1 and not pairs[0][0]:
+        if len(pairs) == 1 and pairs[0][0] is None:
             return {"": pairs[0][1]}
         found: dict[str, Path] = {}
         for given_name, folder in pairs:
-            name = given_name or folder.absolute().name
+            name = folder.absolute().name if given_name is None else given_name
             if not _NAME.fullmatch(name):
                 raise ConfigError(
                     f"--bundle: {name!r} is not a name: use letters, digits and . _ - /, as in "
@@ -205,11 +205,11 @@ class ServeConfig(YamlSettings):
             ) from None
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """Return the name, or nothing, and the folder of ``NAME=FOLDER`` or ``FOLDER``."""
+def _named(text: str) -> tuple[str | None, Path]:
+    """Return the name, if any, and the folder of ``NAME=FOLDER`` or ``FOLDER``."""
     name, equals, folder = text.partition("=")
     # A folder's name may contain "=", too.
-    return (name, Path(folder)) if equals and not Path(text).is_dir() else ("", Path(text))
+    return (name, Path(folder)) if equals and not Path(text).is_dir() else (None, Path(text))
 
 
 def is_loopback(host: str) -> bool:
