@@ -153,7 +153,8 @@ def test_a_damaged_bundle_is_refused_and_the_old_one_stays(
 
     def failures() -> str:
         lines = ask(probe, "GET", "/metrics")[1].splitlines()
-        return next(one for one in lines if one.startswith("logratio_reload_failures_total"))
+        found = [one for one in lines if one.startswith("logratio_reload_failures_total")]
+        return str(found[0])
 
     with closing(connected(port)) as probe, Clients(port, rewards, 1) as clients:
         for count, folder in enumerate((damaged, tmp_path / "nowhere"), 1):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from running_server import running
@@ -93,9 +93,9 @@ def test_each_worker_computes_with_its_share_of_the_cpus(
 ) -> None:
     """The settings that reach the workers, which are processes and threads otherwise."""
     seen: list[ServeConfig] = []
-    monkeypatch.setattr(worker_processes.os, "setsid", lambda: None)
+    monkeypatch.setattr("os.setsid", lambda: None)
     monkeypatch.setattr(worker_processes, "Thread", lambda **_: Quiet())
-    monkeypatch.setattr(worker_processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(worker_processes, "default_threads", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     ours, theirs = socket.socketpair()
@@ -195,7 +195,7 @@ def test_a_missing_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) ->
     def none(**_: Any) -> str:
         raise FileNotFoundError
 
-    monkeypatch.setattr(worker_processes.tempfile, "mkdtemp", none)
-    config, given = ServeConfig("bundle", workers=2), [object()] * 2
+    monkeypatch.setattr("tempfile.mkdtemp", none)
+    config, unused = ServeConfig("bundle", workers=2), cast(Any, None)
     with pytest.raises(ConfigError, match="TMPDIR"):
-        worker_processes.serve_in_processes(*given, config, Limits(), print)  # type: ignore[arg-type]
+        worker_processes.serve_in_processes(unused, unused, config, Limits(), print)
