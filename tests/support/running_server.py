@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def running(
-    bundle: Path, *flags: str, address: str = "http://127.0.0.1", **variables: str
+    bundle: Path | str, *flags: str, address: str = "http://127.0.0.1", **variables: str
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server in a separate process, and its port; `variables` are environment variables."""
     command = [sys.executable, "-m", "logratio", "serve", "--port", "0", *flags]

@@ -44,6 +44,15 @@ def tiny_bundle(factory: pytest.TempPathFactory) -> Path:
     return _folder[0]
 
 
+def other_bundle(factory: pytest.TempPathFactory) -> Path:
+    """A bundle with other scores than the tiny one: its policy and reference are exchanged."""
+    folder = tiny_bundle(factory)
+    if not (folder / "other").exists():
+        config = ExportConfig(folder / "reference", folder / "policy", folder / "other", BETA)
+        export_bundle(config, show_progress=False)
+    return folder / "other"
+
+
 def tiny_graph(factory: pytest.TempPathFactory) -> onnx_ir.Model:
     """A fresh copy of the tiny bundle's graph, in memory."""
     model = onnx_ir.load(tiny_bundle(factory) / "bundle" / GRAPH)

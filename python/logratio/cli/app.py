@@ -157,7 +157,7 @@ def lists_of(command: Any, arguments: Sequence[str]) -> dict[str, bool]:
     return {flag: flag not in _FILES for one in lists for flag in one.opts}
 
 
-_FILES = ("--data", "--eval-data")
+_FILES = ("--data", "--eval-data", "--bundle")
 """Flags of lists of files."""
 
 

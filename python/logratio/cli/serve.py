@@ -8,9 +8,19 @@ from typing import Annotated
 import typer
 
 from logratio.cli.config import takes_config, takes_environment
-from logratio.cli.export import LOADING, Bundle, Loading
+from logratio.cli.export import LOADING, Loading
 from logratio.cli.options import Settings, takes_flags
 
+Bundles = Annotated[
+    list[Path],
+    typer.Option(
+        "--bundle",
+        metavar="[NAME=]FOLDER…",
+        help="Bundle folder written by `logratio export`. Several may follow; a request chooses "
+        "one by the name in `model`, and gets the first one without. Default name: that of the "
+        "folder.",
+    ),
+]
 ACCESS_PANEL, OPERATION_PANEL, LIMITS_PANEL = "Access", "Operation", "Limits"
 
 
@@ -88,7 +98,17 @@ class Access(Settings):
 
 @dataclass(frozen=True)
 class Operation(Settings):
-    """Logs, and how the server stops."""
+    """Processes, logs, and how the server stops."""
+
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that accept requests. They share the CPUs; with CUDA, each has "
+            "another GPU.",
+            rich_help_panel=OPERATION_PANEL,
+        ),
+    ] = 1
 
     log_format: Annotated[
         LogFormat,
@@ -135,6 +155,15 @@ class Amounts(Settings):
             min=0.1, help="Timeout of a request in seconds.", rich_help_panel=LIMITS_PANEL
         ),
     ] = 30.0
+    response_cache_mb: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="MiB of memory for scores of earlier requests, which are not computed again. "
+            "0: none are kept.",
+            rich_help_panel=LIMITS_PANEL,
+        ),
+    ] = 0.0
     threads: Annotated[
         int | None,
         typer.Option(
@@ -153,7 +182,7 @@ ACCESS, OPERATION, AMOUNTS = Access(), Operation(), Amounts()
 @takes_config("ServeConfig", "logratio.serving.config", example="port: 9000")
 @takes_flags
 def serve(
-    bundle: Bundle,
+    bundle: Bundles,
     access: Access = ACCESS,
     operation: Operation = OPERATION,
     amounts: Amounts = AMOUNTS,

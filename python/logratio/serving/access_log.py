@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -109,6 +109,13 @@ def _text(record: RequestRecord, seconds: float) -> str:
     return f"{line} {record.prompt_tokens} prompt + {record.candidate_tokens} candidate tokens"
 
 
+def _headers(record: RequestRecord) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the headers of an answer that come from its record."""
+    yield b"x-request-id", record.id.encode()
+    if record.digest is not None:
+        yield b"x-bundle-digest", record.digest.encode()
+
+
 class Observed:
     """ASGI middleware, the outermost: request ids, the log, metrics, and unexpected errors."""
 
@@ -133,10 +140,7 @@ class Observed:
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", record.id.encode()),
-                ]
+                message["headers"] = [*message.get("headers", ()), *_headers(record)]
             await send(message)
 
         try:

@@ -1,8 +1,9 @@
 """The HTTP application: its routes, and the middleware around them. Needs fastapi."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from logratio.serving.access_log import METRICS, Log, Observed
+from logratio.serving.bundles import Bundles, NamedInPath
 from logratio.serving.connections import BoundedBody
 from logratio.serving.keys import Authenticated, Keys
 from logratio.serving.limits import Limits, RefusedError
@@ -20,59 +22,63 @@ from logratio.serving.protocol import SCORES, ErrorResponse, Health
 from logratio.serving.request_faults import describe
 from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
+from logratio.serving.response_cache import ResponseCache
 from logratio.serving.routes_models import add_models
 from logratio.serving.routes_rerank import add_rerank
 from logratio.serving.routes_score import add_scores
 from logratio.serving.scheduler import Scheduler
-from logratio.serving.service import ScoringService, State
+from logratio.serving.service import UNNAMED, Shared, State
 
 _DESCRIPTION = (
     f"Orders completions of a prompt by the implicit reward of a trained policy. {SCORES}"
 )
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 408, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 404, 408, 413, 422, 429, 500, 503, 504)
 }
 
 
 def build_app(
-    reranker: Reranker,
+    rerankers: Mapping[str, Reranker],
     limits: Limits,
     *,
     strict: bool,
     keys: Keys | None,
     cors_origins: Sequence[str],
     log: Log | None,
+    response_cache_mb: float,
 ) -> FastAPI:
-    """Build the application of `create_app`; ``app.state.server`` is its `State`."""
-    scheduler, state = Scheduler(limits), State()
+    """Build the application of `create_app`.
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for tokens, seconds in await asyncio.to_thread(reranker.timings):
-            scheduler.pace.learn(tokens, seconds)
-        yield
-        state.draining = True
-        scheduler.close()
-
-    # The documentation pages load scripts from other sites; /openapi.json is enough.
+    Its ``state`` has the `State` (``server``), the `Bundles` (``bundles``) and the `ServerMetrics`
+    (``metrics``).
+    """
+    metrics = ServerMetrics(
+        [name or UNNAMED for name in rerankers], lambda: log.dropped if log else 0
+    )
+    cache = ResponseCache(response_cache_mb) if response_cache_mb else None
+    shared = Shared(limits, Scheduler(limits, metrics), State(), metrics, cache)
+    bundles = Bundles(rerankers, shared)
     app = FastAPI(
-        title="logratio", description=_DESCRIPTION, version=reranker.manifest.versions["logratio"],
-        lifespan=lifespan, docs_url=None, redoc_url=None,
-    )  # fmt: skip
-    app.state.server = state
+        title="logratio",
+        description=_DESCRIPTION,
+        version=bundles.first.reranker.manifest.versions["logratio"],
+        lifespan=partial(_lifespan, bundles, shared),
+        docs_url=None,  # the pages load scripts from other sites; /openapi.json is enough
+        redoc_url=None,
+    )
+    app.state.server, app.state.bundles, app.state.metrics = shared.state, bundles, metrics
     _add_refusals(app)
-    _add_health(app, state)
-    service = ScoringService(reranker, limits, scheduler, state)
-    add_rerank(app, service, _REFUSALS, strict=strict)
-    add_scores(app, service, _REFUSALS, strict=strict)
-    add_models(app, reranker)
-    metrics = ServerMetrics(scheduler, reranker)
+    _add_health(app, shared.state)
+    add_rerank(app, bundles, _REFUSALS, strict=strict)
+    add_scores(app, bundles, _REFUSALS, strict=strict)
+    add_models(app, bundles)
 
     @app.get(METRICS, include_in_schema=False)
     async def scrape() -> Response:
-        return Response(metrics.text(log.dropped if log else 0), media_type=CONTENT_TYPE)
+        return Response(metrics.text(bundles), media_type=CONTENT_TYPE)
 
     # Each is wrapped around those before it, so a request meets the last one first.
+    app.add_middleware(NamedInPath, bundles=bundles)
     app.add_middleware(BoundedBody, limits=limits)
     if keys is not None:
         app.add_middleware(Authenticated, keys=keys)
@@ -83,13 +89,22 @@ def build_app(
     return app
 
 
+@asynccontextmanager
+async def _lifespan(bundles: Bundles, shared: Shared, _: FastAPI) -> AsyncIterator[None]:
+    """Warm up before the server accepts connections; drop all work after it has stopped."""
+    await asyncio.to_thread(bundles.warm_up)  # no variable here may keep a bundle in memory
+    yield
+    shared.state.draining = True
+    shared.scheduler.close()
+
+
 def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=[*origins],
         allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-        expose_headers=["X-Request-ID", "Retry-After"],
+        expose_headers=["X-Request-ID", "X-Bundle-Digest", "Retry-After"],
     )
 
 
@@ -99,13 +114,13 @@ def _add_health(app: FastAPI, state: State) -> None:
         return Health(status="live")
 
     async def readyz() -> Health:
-        if state.leaving or state.draining:
+        if not state.is_ready:
             raise RefusedError(503, "draining", "the server is shutting down")
         return Health(status="ready")
 
     for path in ("/readyz", "/health"):
         app.get(
-            path, summary="The bundle is loaded and verified, and the server is not stopping",
+            path, summary="The bundles are loaded and verified, and the server is not stopping",
             responses={503: {"model": ErrorResponse}}, operation_id=path.removeprefix("/"),
         )(readyz)  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from logratio.serving.limits import RefusedError
-from logratio.serving.protocol import SCORES, Usage
+from logratio.serving.protocol import SCORES, ModelName, Usage
 
 
 class TeiRequest(BaseModel):
@@ -29,9 +29,7 @@ class TeiRequest(BaseModel):
     truncation_direction: Annotated[
         Literal["right", "Right"] | None, Field(description="Only the end is truncated.")
     ] = None
-    model: Annotated[
-        str | None, Field(description="Accepted for compatibility; the server has one model.")
-    ] = None
+    model: ModelName = None
 
 
 class TeiResult(BaseModel):
@@ -63,9 +61,7 @@ class PairsRequest(BaseModel):
             description="The completion or completions.",
         ),
     ]
-    model: Annotated[
-        str | None, Field(description="Accepted for compatibility; the server has one model.")
-    ] = None
+    model: ModelName = None
     truncate: Annotated[
         bool | None,
         Field(description="Truncate completions that are too long, instead of refusing."),
@@ -125,9 +121,7 @@ class OpenRlhfRequest(BaseModel):
     ]
     prompts: Annotated[list[str], Field(description="The prompts alone, in the same order.")]
     labels: Annotated[list[Any] | None, Field(description="Accepted and ignored.")] = None
-    model: Annotated[
-        str | None, Field(description="Accepted for compatibility; the server has one model.")
-    ] = None
+    model: ModelName = None
 
 
 class OpenRlhfResponse(BaseModel):

@@ -1,19 +1,38 @@
 """The settings of `logratio serve`: flags, environment variables and YAML keys have these names."""
 
 import ipaddress
+import re
 import ssl
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from logratio.config_file import YamlSettings
-from logratio.errors import ConfigError, MissingInputError
+from logratio.errors import ConfigError, MissingInputError, SettingTypeError
 from logratio.serving.limits import Limits
 from logratio.serving.session import LOAD_SECONDS
-from logratio.validation import Converted, Range, changes, check_fields
+from logratio.validation import Converted, Range, changes, check_fields, split_list
 
 LogFormat = Literal["text", "json", "off"]
 _LIMITS = Limits()
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._/-]*")
+
+
+def _as_bundles(given: Any) -> tuple[str, ...]:
+    """Return the bundles as ``FOLDER`` or ``NAME=FOLDER``."""
+    if isinstance(given, str | Path):
+        return (str(given),)
+    if isinstance(given, Mapping):
+        return tuple(f"{name}={folder}" for name, folder in given.items())
+    if isinstance(given, list | tuple) and all(isinstance(one, str | Path) for one in given):
+        return tuple(map(str, given))
+    raise SettingTypeError(f"must be one folder or a list of folders, not {given!r:.60}")
+
+
+Folders = Annotated[
+    str | Path | Sequence[str | Path] | Mapping[str, str | Path], Converted(_as_bundles)
+]
 
 
 @dataclass(frozen=True)
@@ -21,19 +40,22 @@ class ServeConfig(YamlSettings):
     """Settings of one server.
 
     Attributes:
-        bundle: Folder written by `logratio export`.
+        bundle: Folder written by `logratio export`, or several; `NAME=FOLDER` names one.
         host: Address to listen on; any other than this machine's own needs keys or `no_auth`.
         port: Port to listen on; 0 for any free port.
         provider: ONNX Runtime execution provider; None: the CPU.
         allow_fallback: As in `Reranker.load`.
         threads: As in `Reranker.load`.
-        expect: As in `Reranker.load`.
+        expect: As in `Reranker.load`; for several bundles, their digests separated by commas.
         allowed_signers: As in `Reranker.load`.
         load_seconds: As in `Reranker.load`.
-        cache: As in `Reranker.load`; needed for a bundle that takes the reference's log-probs as an
+        cache: As in `Reranker.load`; needed for bundles that take the reference's log-probs as an
             input, since requests contain none.
         max_request_tokens: Tokens that the models compute for one request; see `Limits`.
         request_seconds: Time in seconds from the arrival of a request to its answer.
+        response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
+        workers: Processes that accept requests. They share the CPUs, unless `threads` is given;
+            with CUDA, each has the GPU of its number.
         strict: Refuse requests with unknown fields, instead of naming the fields in `warnings`.
         api_key_file: File with one API key per line; clients must send one of them.
         no_auth: Serve other machines without keys.
@@ -46,7 +68,7 @@ class ServeConfig(YamlSettings):
         shutdown_seconds: Time in seconds to finish the requests in flight after that.
     """
 
-    bundle: Annotated[str | Path, Converted(Path)]
+    bundle: Folders
     host: str = "127.0.0.1"
     port: Annotated[int, Range(0, 65_535)] = 8000
     provider: str | None = None
@@ -58,6 +80,8 @@ class ServeConfig(YamlSettings):
     cache: Annotated[Path, Converted(Path)] | None = None
     max_request_tokens: Annotated[int, Range(1)] = _LIMITS.request_tokens
     request_seconds: Annotated[float, Range(0.1)] = _LIMITS.seconds
+    response_cache_mb: Annotated[float, Range(0)] = 0.0
+    workers: Annotated[int, Range(1)] = 1
     strict: bool = False
     api_key_file: Annotated[Path, Converted(Path)] | None = None
     no_auth: bool = False
@@ -72,6 +96,7 @@ class ServeConfig(YamlSettings):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.folders()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key belong together: give both")
         for origin in self.cors_origin or ():
@@ -80,6 +105,54 @@ class ServeConfig(YamlSettings):
                     f"--cors-origin {origin!r} is not an origin, such as https://example.org: "
                     "a scheme and a host, without a path; the wildcard * is not accepted"
                 )
+
+    def folders(self) -> dict[str, Path]:
+        """Return the folders of the bundles, by name.
+
+        A bundle has the name of its folder, unless it is given one. The name of a bundle alone is
+        empty then.
+
+        Raises:
+            ConfigError: There is no bundle, a name has other characters, or two have the same.
+        """
+        given: Any = self.bundle
+        pairs = [_named(text) for text in given]
+        if not pairs:
+            raise ConfigError("--bundle has no folder")
+        if len(pairs) == 1 and pairs[0][0] is None:
+            return {"": pairs[0][1]}
+        found: dict[str, Path] = {}
+        for given_name, folder in pairs:
+            name = folder.absolute().name if given_name is None else given_name
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"--bundle: {name!r} is not a name: use letters, digits and . _ - /, as in "
+                    "--bundle name=folder"
+                )
+            if name in found:
+                raise ConfigError(
+                    f"--bundle: two bundles have the name {name!r}: name them, as in "
+                    "--bundle first=folder second=folder"
+                )
+            found[name] = folder
+        return found
+
+    def expected(self) -> dict[str, str | None]:
+        """Return the expected digest of each bundle, by name.
+
+        Raises:
+            ConfigError: There are not as many digests as bundles.
+        """
+        names = self.folders()
+        if self.expect is None:
+            return dict.fromkeys(names)
+        digests = split_list(self.expect)
+        if len(digests) != len(names):
+            raise ConfigError(
+                f"--expect has {len(digests)} digests for {len(names)} bundles: give the digest of "
+                "each, in the order of --bundle, separated by commas"
+            )
+        return dict(zip(names, digests, strict=True))
 
     def limits(self, others: Limits | None = None) -> Limits:
         """Return the limits of these settings, and of `others` for the rest."""
@@ -130,6 +203,13 @@ class ServeConfig(YamlSettings):
                 "--tls-cert and --tls-key must be a PEM certificate and its private key without a "
                 f"password ({getattr(error, 'reason', None) or type(error).__name__})"
             ) from None
+
+
+def _named(text: str) -> tuple[str | None, Path]:
+    """Return the name, if any, and the folder of ``NAME=FOLDER`` or ``FOLDER``."""
+    name, equals, folder = text.partition("=")
+    # A folder's name may contain "=", too.
+    return (name, Path(folder)) if equals and not Path(text).is_dir() else (None, Path(text))
 
 
 def is_loopback(host: str) -> bool:

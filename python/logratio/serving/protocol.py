@@ -30,6 +30,15 @@ UNSUPPORTED: Mapping[str, str] = {
 change the answer there."""
 
 
+ModelName = Annotated[
+    str | None,
+    Field(
+        description="The bundle, by its name in `/v1/models`; default: the first. A server with "
+        "one bundle accepts any name."
+    ),
+]
+
+
 class Turn(BaseModel):
     """One chat message."""
 
@@ -73,9 +82,7 @@ class RerankRequest(BaseModel):
     documents: Annotated[
         list[str | Document], Field(description="The candidates: completions of the prompt.")
     ]
-    model: Annotated[
-        str | None, Field(description="Accepted for compatibility; the server has one model.")
-    ] = None
+    model: ModelName = None
     top_n: Annotated[int | None, Field(ge=1, description="Return only the best n.")] = None
     return_documents: Annotated[bool | None, Field(description="Include each document's text.")] = (
         None

@@ -104,7 +104,7 @@ def _begin(numbers: Any, bundle: Path, count: int, settings: dict[str, Any]) -> 
     Thread(target=_end_with_parent, daemon=True).start()
     number = numbers.get()
     if settings.get("providers") == [CUDA]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = _device(number)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(number)
     threads = max(1, default_threads() // count)
     try:
         _reranker.append(Reranker.load(bundle, threads=threads, **settings))
@@ -112,7 +112,7 @@ def _begin(numbers: Any, bundle: Path, count: int, settings: dict[str, Any]) -> 
         _reranker.append(error)
 
 
-def _device(number: int) -> str:
+def visible_device(number: int) -> str:
     """Return the name of the GPU of a worker, among those that this job may use."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return visible[number % len(visible)] if visible else str(number)

@@ -22,6 +22,9 @@ class RequestRecord:
         status: Status of the answer; 0 if the client left before it.
         cause: Code of the error in the answer, if any.
         error: Class of an unexpected exception, if any.
+        model: Name of a bundle in the path; None: the path has none.
+        bundle: Name of the bundle that scored the request; empty if none did.
+        digest: The bundle's digest.
         seconds: Time in seconds of each phase: ``queue``, ``encode``, ``compute``.
         prompt_tokens: Tokens of the prompts.
         candidate_tokens: Tokens of the candidates.
@@ -34,6 +37,9 @@ class RequestRecord:
     status: int = 0
     cause: str | None = None
     error: str | None = None
+    model: str | None = None
+    bundle: str = ""
+    digest: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     candidate_tokens: int = 0

@@ -8,13 +8,14 @@ from pydantic import BaseModel, Field
 
 from logratio import __version__
 from logratio.extras import require
-from logratio.serving.reranker import Reranker
+from logratio.serving.bundles import Bundles
+from logratio.serving.service import ScoringService
 
 
 class Model(BaseModel):
-    """The bundle, in the format of OpenAI's list of models."""
+    """A bundle, in the format of OpenAI's list of models."""
 
-    id: Annotated[str, Field(description="The name in every answer.")]
+    id: Annotated[str, Field(description="The name in requests and answers.")]
     object: Literal["model"] = "model"
     created: Annotated[int, Field(description="Start of the server, in seconds since 1970.")]
     owned_by: Literal["logratio"] = "logratio"
@@ -30,7 +31,7 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """The models of the server: its one bundle."""
+    """The bundles of the server."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -44,24 +45,30 @@ class Version(BaseModel):
     provider: Annotated[str, Field(description="The execution provider in use.")]
 
 
-def add_models(app: FastAPI, reranker: Reranker) -> None:
+def add_models(app: FastAPI, bundles: Bundles) -> None:
     """Add the routes to the application."""
+    created = int(time.time())
+
+    @app.get("/v1/models", summary="The bundles")
+    async def models() -> Models:
+        return Models(data=[_model(service, created) for service in bundles])
+
+    @app.get("/version", summary="Versions of what computes the scores")
+    async def versions() -> Version:
+        runtime = require("onnxruntime", "rank").__version__
+        provider = bundles.first.reranker.provider
+        return Version(version=__version__, onnxruntime=runtime, provider=provider)
+
+
+def _model(service: ScoringService, created: int) -> Model:
+    reranker = service.reranker
     manifest = reranker.manifest
-    model = Model(
-        id=manifest.name,
-        created=int(time.time()),
+    return Model(
+        id=service.model,
+        created=created,
         max_model_len=reranker.encoder.max_length,
         kind=manifest.graph.kind,
         method=manifest.method,
         beta=manifest.beta,
         digest=reranker.digest,
     )
-
-    @app.get("/v1/models", summary="The bundle")
-    async def models() -> Models:
-        return Models(data=[model])
-
-    @app.get("/version", summary="Versions of what computes the scores")
-    async def versions() -> Version:
-        runtime = require("onnxruntime", "rank").__version__
-        return Version(version=__version__, onnxruntime=runtime, provider=reranker.provider)

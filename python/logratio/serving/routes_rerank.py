@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import Discriminator, Tag
 
+from logratio.serving.bundles import Bundles
 from logratio.serving.candidates import Reading
 from logratio.serving.compatible_protocol import TeiRequest, TeiResult
 from logratio.serving.limits import RefusedError, public_reason
@@ -28,7 +29,6 @@ from logratio.serving.scores import Score, ranked
 from logratio.serving.service import (
     Answer,
     Asked,
-    ScoringService,
     refuse_unscored,
 )
 
@@ -51,16 +51,16 @@ Body = Annotated[
 ]
 
 
-def add_rerank(app: FastAPI, service: ScoringService, refusals: Any, *, strict: bool) -> None:
+def add_rerank(app: FastAPI, bundles: Bundles, refusals: Any, *, strict: bool) -> None:
     """Add the rerank routes to the application."""
 
     async def rerank(request: Body) -> RerankResponse | list[TeiResult]:
         if isinstance(request, TeiRequest):
-            return await _tei(request, service, strict=strict)
-        return await _rerank(request, service, strict=strict)
+            return await _tei(request, bundles, strict=strict)
+        return await _rerank(request, bundles, strict=strict)
 
     async def infinity(request: RerankRequest) -> RerankResponse:
-        return await _rerank(request, service, strict=strict, as_strings=True)
+        return await _rerank(request, bundles, strict=strict, as_strings=True)
 
     shared = {"responses": refusals, "response_model_exclude_none": True, "description": SCORES}
     for path in PATHS:
@@ -70,8 +70,9 @@ def add_rerank(app: FastAPI, service: ScoringService, refusals: Any, *, strict: 
 
 
 async def _rerank(
-    request: RerankRequest, service: ScoringService, *, strict: bool, as_strings: bool = False
+    request: RerankRequest, bundles: Bundles, *, strict: bool, as_strings: bool = False
 ) -> RerankResponse:
+    service = bundles.of(request.model)
     warnings = warnings_of(request, strict=strict)
     texts = request.texts()
     reading = Reading(bool(request.truncate), request.max_tokens_per_doc)
@@ -82,7 +83,7 @@ async def _rerank(
     return RerankResponse(
         id=current_record().id,
         created=int(time.time()),
-        model=manifest.name,
+        model=service.model,
         results=_results(request, texts, answer, as_strings=as_strings)[: request.top_n],
         errors=errors or None,
         meta=Meta(beta=manifest.beta, truncated_query=group.prompt_truncated),
@@ -154,8 +155,9 @@ def _fault(score: Score) -> DocumentFault:
     return DocumentFault(index=score.index, code=code, message=public_reason(str(score.error)))
 
 
-async def _tei(request: TeiRequest, service: ScoringService, *, strict: bool) -> list[TeiResult]:
+async def _tei(request: TeiRequest, bundles: Bundles, *, strict: bool) -> list[TeiResult]:
     """Answer text-embeddings-inference's request; its format has no place for errors."""
+    service = bundles.of(request.model)
     warnings_of(request, strict=strict)
     reading = Reading(bool(request.truncate))
     (answer,) = await service.score([Asked(request.query, request.texts)], reading)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query
 from pydantic import Discriminator, Tag
 
+from logratio.serving.bundles import Bundles
 from logratio.serving.candidates import Reading
 from logratio.serving.compatible_protocol import (
     OpenRlhfRequest,
@@ -49,9 +50,9 @@ Body = Annotated[
 ]
 
 
-def add_scores(app: FastAPI, service: ScoringService, refusals: Any, *, strict: bool) -> None:
+def add_scores(app: FastAPI, bundles: Bundles, refusals: Any, *, strict: bool) -> None:
     """Add the scoring routes to the application."""
-    routes = _ScoreRoutes(service, strict)
+    routes = _ScoreRoutes(bundles, strict)
     shared: dict[str, Any] = {"responses": refusals, "description": SCORES}
     app.post("/v1/score", summary="Score candidates of several prompts", **shared)(routes.score)
     app.post("/v1/best_of", summary="Find the best candidate", **shared)(routes.best_of)
@@ -63,52 +64,55 @@ def add_scores(app: FastAPI, service: ScoringService, refusals: Any, *, strict: 
 class _ScoreRoutes:
     """Answers scoring requests."""
 
-    def __init__(self, service: ScoringService, strict: bool) -> None:
-        self._service, self._strict = service, strict
+    def __init__(self, bundles: Bundles, strict: bool) -> None:
+        self._bundles, self._strict = bundles, strict
 
     async def score(self, request: Body) -> ScoreResponse | PairsResponse:
         """Score the candidates of several prompts; or pairs, in the format of vLLM."""
         if isinstance(request, PairsRequest):
             return await self.pairs(request)
+        service = self._bundles.of(request.model)
         warnings = warnings_of(request, *request.groups, strict=self._strict)
         asked = [Asked(one.to_prompt(), one.candidates) for one in request.groups]
-        answers = await self._service.score(asked, Reading(request.truncate))
+        answers = await service.score(asked, Reading(request.truncate))
         return ScoreResponse(
             id=current_record().id,
-            model=self._service.reranker.manifest.name,
-            groups=[self._scores(*pair) for pair in zip(asked, answers, strict=True)],
-            meta=self._meta(),
+            model=service.model,
+            groups=[_scores(service, *pair) for pair in zip(asked, answers, strict=True)],
+            meta=_meta(service),
             usage=usage_of(answers),
             warnings=warnings,
         )
 
     async def best_of(self, request: BestOfRequest) -> BestOfResponse:
         """Return the best candidate of a prompt, and the scores of all."""
+        service = self._bundles.of(request.model)
         warnings = warnings_of(request, strict=self._strict)
         asked = Asked(request.to_prompt(), request.candidates)
-        (answer,) = await self._service.score([asked], Reading(request.truncate))
+        (answer,) = await service.score([asked], Reading(request.truncate))
         check_scored(answer)
         best = ranked(answer.scores)[0]
         return BestOfResponse(
             id=current_record().id,
-            model=self._service.reranker.manifest.name,
+            model=service.model,
             index=best.index,
             candidate=request.candidates[best.index],
             reward=best.reward,
-            scores=self._scores(asked, answer),
-            meta=self._meta(),
+            scores=_scores(service, asked, answer),
+            meta=_meta(service),
             usage=usage_of([answer]),
             warnings=warnings,
         )
 
     async def pairs(self, request: PairsRequest) -> PairsResponse:
         """Score pairs of a prompt and a completion, in the format of vLLM."""
+        service = self._bundles.of(request.model)
         warnings = warnings_of(request, strict=self._strict)
-        answers = await self._service.score_pairs(request.pairs(), Reading(bool(request.truncate)))
+        answers = await service.score_pairs(request.pairs(), Reading(bool(request.truncate)))
         return PairsResponse(
             id=current_record().id,
             created=int(time.time()),
-            model=self._service.reranker.manifest.name,
+            model=service.model,
             data=[
                 PairScore(index=index, score=answer.scores[0].reward)
                 for index, answer in enumerate(answers)
@@ -125,9 +129,10 @@ class _ScoreRoutes:
         ] = False,
     ) -> OpenRlhfResponse:
         """Score the completions of OpenRLHF's rollouts: each query after its prompt."""
+        service = self._bundles.of(request.model)
         warnings = warnings_of(request, strict=self._strict)
         reading = Reading(truncate, verbatim=True)
-        answers = await self._service.score_pairs(self._split(request), reading)
+        answers = await service.score_pairs(_split(service, request), reading)
         rewards = [answer.scores[0].reward for answer in answers]
         return OpenRlhfResponse(
             rewards=rewards,
@@ -136,45 +141,44 @@ class _ScoreRoutes:
             warnings=warnings or None,
         )
 
-    def _split(self, request: OpenRlhfRequest) -> list[tuple[str, str]]:
-        """Divide each query into its prompt and its completion."""
-        if len(request.query) != len(request.prompts):
-            raise RefusedError(422, "malformed", "query and prompts must have the same length")
-        # The query may begin with BOS, which the tokenizer added when the prompt was sampled from.
-        plain = self._service.reranker.encoder.without_opening
-        prompts, queries = [*map(plain, request.prompts)], [*map(plain, request.query)]
-        for index, (prompt, query) in enumerate(zip(prompts, queries, strict=True)):
-            if not query.startswith(prompt):
-                raise RefusedError(
-                    422, "malformed",
-                    f"query.{index} does not begin with prompts.{index}: the completion cannot be "
-                    "separated",
-                )  # fmt: skip
-        return [
-            (prompt, query[len(prompt) :]) for prompt, query in zip(prompts, queries, strict=True)
-        ]
 
-    def _scores(self, asked: Asked, answer: Answer) -> GroupScores:
-        candidates = answer.group.candidates
-        results = [
-            CandidateScore.of(score, truncated=candidates[score.index].truncated)
-            for score in answer.scores
-        ]
-        order = ranked(answer.scores)
-        is_chat = (
-            not isinstance(asked.prompt, str) or self._service.reranker.encoder.tokenizer.wraps_text
-        )
-        error = answer.error and Fault(code="prompt", message=answer.error)
-        return GroupScores(
-            results=results,
-            best=order[0].index if order[0].error is None else None,
-            prompt_tokens=len(answer.group.prompt_ids),
-            prompt_truncated=answer.group.prompt_truncated,
-            prompt_as="chat" if is_chat else "text",
-            error=error or None,
-        )
+def _split(service: ScoringService, request: OpenRlhfRequest) -> list[tuple[str, str]]:
+    """Divide each query into its prompt and its completion."""
+    if len(request.query) != len(request.prompts):
+        raise RefusedError(422, "malformed", "query and prompts must have the same length")
+    # The query may begin with BOS, which the tokenizer added when the prompt was sampled from.
+    plain = service.reranker.encoder.without_opening
+    prompts, queries = [*map(plain, request.prompts)], [*map(plain, request.query)]
+    for index, (prompt, query) in enumerate(zip(prompts, queries, strict=True)):
+        if not query.startswith(prompt):
+            raise RefusedError(
+                422, "malformed",
+                f"query.{index} does not begin with prompts.{index}: the completion cannot be "
+                "separated",
+            )  # fmt: skip
+    return [(prompt, query[len(prompt) :]) for prompt, query in zip(prompts, queries, strict=True)]
 
-    def _meta(self) -> ScoreMeta:
-        manifest = self._service.reranker.manifest
-        graph = manifest.graph
-        return ScoreMeta(kind=graph.kind, reward=graph.reward, beta=manifest.beta)
+
+def _scores(service: ScoringService, asked: Asked, answer: Answer) -> GroupScores:
+    candidates = answer.group.candidates
+    results = [
+        CandidateScore.of(score, truncated=candidates[score.index].truncated)
+        for score in answer.scores
+    ]
+    order = ranked(answer.scores)
+    is_chat = not isinstance(asked.prompt, str) or service.reranker.encoder.tokenizer.wraps_text
+    error = answer.error and Fault(code="prompt", message=answer.error)
+    return GroupScores(
+        results=results,
+        best=order[0].index if order[0].error is None else None,
+        prompt_tokens=len(answer.group.prompt_ids),
+        prompt_truncated=answer.group.prompt_truncated,
+        prompt_as="chat" if is_chat else "text",
+        error=error or None,
+    )
+
+
+def _meta(service: ScoringService) -> ScoreMeta:
+    manifest = service.reranker.manifest
+    graph = manifest.graph
+    return ScoreMeta(kind=graph.kind, reward=graph.reward, beta=manifest.beta)

@@ -57,6 +57,21 @@ class Pace:
         return (fixed, slope) if fixed >= 0 else proportional
 
 
+@dataclass
+class Speed:
+    """How long the work of one bundle takes, learned from what was computed.
+
+    Attributes:
+        bundle: The bundle's name, for metrics.
+        pace: Seconds of a run from its tokens.
+        tokens: Tokens of a request from its characters.
+    """
+
+    bundle: str = ""
+    pace: Pace = field(default_factory=Pace)
+    tokens: Pace = field(default_factory=Pace)
+
+
 _IDLE_SHARE = 0.5
 """Largest share of the request timeout that its computation may take on an idle server."""
 _EARLIEST_SHARE = 0.25
@@ -83,6 +98,16 @@ class Work(Protocol):
         """Abort the run being computed, if any; called in any thread."""
 
 
+class Observer(Protocol):
+    """Is notified of the scheduler's queue and runs, for metrics."""
+
+    def queue_changed(self, in_flight: int, waiting: int) -> None:
+        """The number of accepted requests, and of those whose first run has not started."""
+
+    def run_finished(self, bundle: str, tokens: int, seconds: float) -> None:
+        """A run of a bundle's graph has finished."""
+
+
 W = TypeVar("W", bound=Work)
 
 
@@ -92,6 +117,7 @@ class Job:
 
     Attributes:
         deadline: Time on the event loop's clock.
+        speed: The speed of its bundle.
         guess: Estimated tokens, used until the text is tokenized.
         done: Resolved when every run has finished.
         work: The work; None while the text is being tokenized.
@@ -104,6 +130,7 @@ class Job:
     """
 
     deadline: float
+    speed: Speed
     guess: int
     done: "asyncio.Future[None]"
     work: Work | None = None
@@ -115,32 +142,21 @@ class Job:
     has_started: bool = False
 
 
-@dataclass
-class Done:
-    """The runs that have finished since the start: their number, tokens and seconds."""
-
-    runs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
 class Scheduler:
     """Admit, order and compute requests, on one event loop.
 
     Attributes:
-        pace: Estimates the seconds of a run from its tokens.
-        done: The runs that have finished.
+        speed: The speed of work whose bundle has none of its own.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.pace = Pace()
-        self.done = Done()
+    def __init__(self, limits: Limits, observer: Observer | None = None) -> None:
+        self.speed = Speed()
         self._limits = limits
+        self._observer = observer
         self._jobs: list[Job] = []
         self._running: Job | None = None
         self._run_ends = 0.0
         self._credit = 0.0
-        self._tokens_per_character = Pace()
         self._arrived = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="logratio-encode")
@@ -156,7 +172,12 @@ class Scheduler:
         """Number of accepted requests none of whose runs has started."""
         return sum(not job.has_started for job in self._jobs)
 
-    async def run(self, characters: int, prepare: Callable[[], W]) -> W:
+    @property
+    def pace(self) -> Pace:
+        """The pace of `speed`."""
+        return self.speed.pace
+
+    async def run(self, characters: int, prepare: Callable[[], W], speed: Speed | None = None) -> W:
         """Run `prepare`, compute the work it returns, and return that work.
 
         Work that is refused or late, or whose caller is cancelled, is dropped: its current run is
@@ -165,17 +186,18 @@ class Scheduler:
         Args:
             characters: Length of the request, to estimate its cost until `prepare` returns.
             prepare: Tokenizes the request; called in a separate thread.
+            speed: The speed of the request's bundle; None: `Scheduler.speed`.
 
         Raises:
             RefusedError: 429 or 503 if the server is too busy to compute it in time, 413 if it is
                 too large even for an idle server, 504 if its time is up.
         """
-        job = self._admit(characters)
+        job = self._admit(characters, speed or self.speed)
         try:
             async with asyncio.timeout_at(job.deadline):
                 work = await self._encoded(job, prepare)
                 if work.costs:  # a request without a valid candidate would lower the estimate
-                    self._tokens_per_character.learn(characters, sum(work.costs))
+                    job.speed.tokens.learn(characters, sum(work.costs))
                 self._begin(job, work)
                 await job.done
                 return work
@@ -194,20 +216,25 @@ class Scheduler:
         self._encoding.shutdown(wait=False, cancel_futures=True)
         self._computing.shutdown(wait=False, cancel_futures=True)
 
-    def _admit(self, characters: int) -> Job:
+    def _admit(self, characters: int, speed: Speed) -> Job:
         """Accept a request, or refuse it immediately."""
         loop = asyncio.get_running_loop()
         if len(self._jobs) >= self._limits.queue:
             raise RefusedError(
                 429, "queue_full", f"{self._limits.queue} requests are waiting; try again shortly"
             )
-        guess = math.ceil(self._tokens_per_character.of(characters))
+        guess = math.ceil(speed.tokens.of(characters))
         now = loop.time()
-        job = Job(now + self._limits.seconds, guess, loop.create_future(), arrived=now)
+        job = Job(now + self._limits.seconds, speed, guess, loop.create_future(), arrived=now)
         if self._jobs:  # on an idle server, do not refuse because of an estimate
             self._check_wait(job)
         self._jobs.append(job)
+        self._notify()
         return job
+
+    def _notify(self) -> None:
+        if self._observer is not None:
+            self._observer.queue_changed(self.in_flight, self.waiting)
 
     def _record(self, job: Job) -> None:
         total = self._now() - job.arrived
@@ -302,8 +329,8 @@ class Scheduler:
         """Return the expected seconds of a job's runs that have not started."""
         if job.work is None:
             runs = math.ceil(job.guess / self._limits.run_tokens)
-            return self.pace.of(job.guess, runs)
-        return self.pace.of(sum(job.left), len(job.left))
+            return job.speed.pace.of(job.guess, runs)
+        return job.speed.pace.of(sum(job.left), len(job.left))
 
     def _busy(self) -> float:
         """Return the expected remaining seconds of the current run.
@@ -320,6 +347,7 @@ class Scheduler:
         job.dropped = True
         if job in self._jobs:
             self._jobs.remove(job)
+            self._notify()
         if job is self._running and job.work is not None:
             job.work.stop()
         if not job.done.cancel() and not job.done.cancelled():
@@ -346,10 +374,10 @@ class Scheduler:
             return None
         shortest = min(ready, key=lambda job: (self._needed(job), job.deadline))
         earliest = min(ready, key=_by_deadline)
-        run = self.pace.of(shortest.left[0])
+        run = shortest.speed.pace.of(shortest.left[0])
         if shortest is earliest:
             self._credit = 0.0
-        elif self._credit >= self.pace.of(earliest.left[0]) or self._causes_a_miss(
+        elif self._credit >= earliest.speed.pace.of(earliest.left[0]) or self._causes_a_miss(
             shortest, ready, run
         ):
             self._credit = 0.0
@@ -367,8 +395,9 @@ class Scheduler:
         """Compute one run, and update the pace with its time."""
         assert job.work is not None
         tokens = job.left.pop(0)
-        self._running, self._run_ends = job, self._now() + self.pace.of(tokens)
+        self._running, self._run_ends = job, self._now() + job.speed.pace.of(tokens)
         job.has_started = True
+        self._notify()
         try:
             loop = asyncio.get_running_loop()
             seconds = await loop.run_in_executor(self._computing, _timed, job.work.step)
@@ -376,11 +405,10 @@ class Scheduler:
             if not job.done.done():
                 job.done.set_exception(error)
         else:
-            self.pace.learn(tokens, seconds)
+            job.speed.pace.learn(tokens, seconds)
             job.computing += seconds
-            self.done.runs += 1
-            self.done.tokens += tokens
-            self.done.seconds += seconds
+            if self._observer is not None:
+                self._observer.run_finished(job.speed.bundle, tokens, seconds)
             if not job.left and not job.done.done():
                 job.done.set_result(None)
         finally:

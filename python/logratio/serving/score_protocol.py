@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from logratio.serving.candidates import Prompt
 from logratio.serving.limits import public_reason
-from logratio.serving.protocol import SCORES, Turn, Usage, prompt_of
+from logratio.serving.protocol import SCORES, ModelName, Turn, Usage, prompt_of
 from logratio.serving.scores import Score
 
 _EXAMPLE: dict[str, Any] = {
@@ -48,18 +48,14 @@ class ScoreRequest(BaseModel):
         extra="allow", json_schema_extra={"examples": [{"groups": [_EXAMPLE, _CHAT]}]}
     )
     groups: Annotated[list[PromptAndCandidates], Field(description="The prompts to score.")]
-    model: Annotated[
-        str | None, Field(description="Accepted for compatibility; the server has one model.")
-    ] = None
+    model: ModelName = None
     truncate: _Truncate = False
 
 
 class BestOfRequest(PromptAndCandidates):
     """A prompt with candidates, of which the best is wanted."""
 
-    model: Annotated[
-        str | None, Field(description="Accepted for compatibility; the server has one model.")
-    ] = None
+    model: ModelName = None
     truncate: _Truncate = False
 
 

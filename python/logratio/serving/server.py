@@ -1,4 +1,4 @@
-"""`logratio serve`: serve a bundle over HTTP with uvicorn."""
+"""`logratio serve`: serve bundles over HTTP with uvicorn."""
 
 import asyncio
 import errno
@@ -8,13 +8,15 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from logratio.bundle import CACHED_REFERENCE
+from logratio.bundle import CACHED_REFERENCE, read_manifest
 from logratio.errors import ConfigError, InputError
 from logratio.extras import require
 from logratio.serving.config import ServeConfig
@@ -36,43 +38,50 @@ _REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def create_app(
-    reranker: Reranker,
+    reranker: Reranker | Mapping[str, Reranker],
     limits: Limits | None = None,
     *,
     strict: bool = False,
     keys: "Keys | None" = None,
     cors_origins: Sequence[str] = (),
     log: "Log | None" = None,
+    response_cache_mb: float = 0.0,
 ) -> "FastAPI":
-    """Create an ASGI application that serves a loaded bundle, for any ASGI server.
+    """Create an ASGI application that serves loaded bundles, for any ASGI server.
 
     Args:
-        reranker: The loaded bundle.
+        reranker: The loaded bundle, or several by name, the default one first.
         limits: Limits on requests and connections.
         strict: Refuse requests with unknown fields, instead of naming the fields in `warnings`.
         keys: API keys, one of which every request but a health probe must have; None: no check.
         cors_origins: Origins whose web pages may send requests.
         log: Writes a line per request; None: no lines.
+        response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
 
     Raises:
         MissingExtraError: fastapi or prometheus-client is not installed.
     """
-    for module in _REQUIRED:
-        require(module, "serve")
+    _require_all()
     from logratio.serving.app import build_app
 
     return build_app(
-        reranker,
+        {"": reranker} if isinstance(reranker, Reranker) else reranker,
         limits or Limits(),
         strict=strict,
         keys=keys,
         cors_origins=cors_origins,
         log=log,
+        response_cache_mb=response_cache_mb,
     )
 
 
+def _require_all() -> None:
+    for module in _REQUIRED:
+        require(module, "serve")
+
+
 def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
-    """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests in flight.
+    """Serve bundles until SIGTERM or Ctrl-C, then finish the requests in flight.
 
     API keys are read from the file of the settings and from the variable `LOGRATIO_API_KEYS`.
 
@@ -83,49 +92,105 @@ def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
     Raises:
         OSError: The server cannot listen on the address.
         ConfigError: The address can be reached from other machines and there are no keys; the keys
-            or the certificate cannot be used; or the bundle needs a cache.
+            or the certificate cannot be used; or a bundle needs a cache.
         BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
+        WorkerError: A process ended before it was ready.
     """
     with _stopped_at_once():
-        for module in _REQUIRED:
-            require(module, "serve")
-        from logratio.serving.keys import read_keys
-
-        keys = read_keys(config.api_key_file)
-        config.check_access(has_keys=len(keys) > 0)
-        config.check_certificate()
+        _require_all()
+        _check(config)
         limits = within_open_files(config.limits(limits))
         with _listen(config.host, config.port) as listener:
-            reranker = _load(config)
-            with _logging(config) as log:
-                app = create_app(
-                    reranker,
-                    limits,
-                    strict=config.strict,
-                    keys=keys or None,
-                    cors_origins=config.cors_origin or (),
-                    log=log,
-                )
-                server = make_server(require("uvicorn", "serve"), app, limits, config)
-                _announce(reranker, config, listener.getsockname()[1])
-                with _stopping_quietly(server):
-                    server.run(sockets=[listener])
+            announce = partial(_announce, config, listener.getsockname()[1])
+            if config.workers == 1:
+                serve_on(listener, config, limits, lambda app: announce(app.state.bundles.title))
+                return
+            from logratio.serving.worker_processes import serve_in_processes
+
+            with _logging(config):
+                serve_in_processes(serve_on, listener, config, limits, announce)
 
 
-def _load(config: ServeConfig) -> Reranker:
+def _check(config: ServeConfig) -> None:
+    """Check what needs no bundle, before one is read."""
+    from logratio.serving.keys import read_keys
+
+    config.check_access(has_keys=len(read_keys(config.api_key_file)) > 0)
+    config.check_certificate()
+    config.expected()
+
+
+def serve_on(
+    listener: socket.socket, config: ServeConfig, limits: Limits, ready: Callable[[Any], None]
+) -> None:
+    """Load the bundles, and serve them in this process on a listening socket.
+
+    Args:
+        listener: The socket.
+        config: The settings.
+        limits: Limits on requests and connections.
+        ready: Is called with the application once it accepts connections.
+    """
+    from logratio.serving.keys import read_keys
+
+    with _hangups() as asked:
+        rerankers = _load(config)
+        with _logging(config) as log:
+            app = create_app(
+                rerankers,
+                limits,
+                strict=config.strict,
+                keys=read_keys(config.api_key_file) or None,
+                cors_origins=config.cors_origin or (),
+                log=log,
+                response_cache_mb=config.response_cache_mb,
+            )
+            rerankers.clear()  # a bundle that is replaced must be freed
+            _reload_if(asked, app, config)
+            uvicorn = require("uvicorn", "serve")
+            server = make_server(uvicorn, app, limits, config, lambda: ready(app))
+            with _stopping_quietly(server):
+                server.run(sockets=[listener])
+
+
+def _reload_if(asked: "SimpleQueue[None]", app: "FastAPI", config: ServeConfig) -> None:
+    """Read the bundles again whenever the queue has an item."""
+    from logratio.serving.bundles import Reloader
+
+    state = app.state
+    Reloader(state.bundles, config.folders(), partial(_load_one, config), state.metrics, asked)
+
+
+def _load(config: ServeConfig) -> dict[str, Reranker]:
+    """Load every bundle.
+
+    Raises:
+        ConfigError: None of them takes the log-probs of the cache.
+    """
+    loaded = {name: _load_one(config, name) for name in config.folders()}
+    if config.cache is not None and all(one.cached is None for one in loaded.values()):
+        raise ConfigError("--cache is for bundles exported with `--reference cached`")
+    return loaded
+
+
+def _load_one(config: ServeConfig, name: str) -> Reranker:
+    folder = config.folders()[name]
+    takes_cache = len(config.folders()) == 1 or (
+        read_manifest(folder).graph.kind == CACHED_REFERENCE
+    )
     reranker = Reranker.load(
-        config.bundle,
+        folder,
         providers=[config.provider] if config.provider else None,
         allow_fallback=config.allow_fallback,
         threads=config.threads,
-        expect=config.expect,
+        expect=config.expected()[name],
         allowed_signers=config.allowed_signers,
         load_seconds=config.load_seconds,
-        cache=config.cache,
+        cache=config.cache if takes_cache else None,
     )
     if config.cache is None and reranker.manifest.graph.kind == CACHED_REFERENCE:
         raise ConfigError(
-            "this bundle needs the reference's log-probs of each candidate: give --cache"
+            f"{folder} needs the reference's log-probs of each candidate: give --cache"
         )
     return reranker
 
@@ -142,7 +207,11 @@ def within_open_files(limits: Limits) -> Limits:
 
 
 def make_server(
-    uvicorn: Any, app: "FastAPI", limits: Limits, config: ServeConfig | None = None
+    uvicorn: Any,
+    app: "FastAPI",
+    limits: Limits,
+    config: ServeConfig | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> Any:
     """Create uvicorn's server; its ``run`` takes the listening sockets.
 
@@ -151,25 +220,27 @@ def make_server(
         app: The application of `create_app`.
         limits: Limits on connections.
         config: TLS files, and the time before the listener closes; None: neither.
+        ready: Is called once connections are accepted.
     """
     from logratio.serving.connections import protocol
 
-    drain_seconds = config.drain_seconds if config else 0.0
+    drain_seconds, state = config.drain_seconds if config else 0.0, app.state.server
 
     class Server(uvicorn.Server):  # type: ignore[misc]  # known only at run time
-        closes_at: float | None = None
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            state = app.state.server
-            if drain_seconds and sig == signal.SIGTERM and not state.leaving:
-                state.leaving, self.closes_at = True, time.monotonic() + drain_seconds
+            if drain_seconds and sig == signal.SIGTERM and state.closes_at is None:
+                state.closes_at = time.monotonic() + drain_seconds
                 return
             state.draining = True
             super().handle_exit(sig, frame)
 
         async def on_tick(self, counter: int) -> bool:
-            if self.closes_at is not None and time.monotonic() >= self.closes_at:
-                app.state.server.draining = self.should_exit = True
+            if state.closes_at is not None and time.monotonic() >= state.closes_at:
+                state.draining = self.should_exit = True
             return bool(await super().on_tick(counter))
 
     return Server(
@@ -214,6 +285,7 @@ def _logging(config: ServeConfig) -> Iterator["Log"]:
     loggers = [logging.getLogger(name) for name in ("uvicorn", "logratio", "asyncio")]
     for logger in loggers:
         logger.addHandler(log)
+    logging.getLogger("logratio.serving").setLevel(logging.INFO)  # lines about reloads
     try:
         yield log
     finally:
@@ -222,14 +294,26 @@ def _logging(config: ServeConfig) -> Iterator["Log"]:
         writer.close()
 
 
-def _announce(reranker: Reranker, config: ServeConfig, port: int) -> None:
+def _announce(config: ServeConfig, port: int, title: str) -> None:
     shown = f"[{config.host}]" if ":" in config.host else config.host
-    name, scheme = reranker.manifest.name, "https" if config.tls_cert else "http"
+    scheme, count = "https" if config.tls_cert else "http", config.workers
+    several = f", {count} processes" if count > 1 else ""
     sys.stderr.write(
-        f"{name} on {scheme}://{shown}:{port} ({reranker.provider}): POST /v1/rerank, GET /livez, "
-        "GET /readyz, GET /metrics\n"
+        f"{title} on {scheme}://{shown}:{port} (POST /v1/rerank, GET /livez, GET /readyz, GET "
+        f"/metrics){several}\n"
     )
     sys.stderr.flush()
+
+
+@contextmanager
+def _hangups() -> Iterator["SimpleQueue[None]"]:
+    """Put an item into a queue at each SIGHUP, also during the start."""
+    asked: SimpleQueue[None] = SimpleQueue()
+    before = signal.signal(signal.SIGHUP, lambda *_: asked.put(None))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

@@ -4,16 +4,20 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
 from logratio.serving.limits import Limits, RefusedError, public_reason
 from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
-from logratio.serving.scheduler import Scheduler
+from logratio.serving.response_cache import ResponseCache, without
+from logratio.serving.scheduler import Scheduler, Speed
 from logratio.serving.scores import Score, Sums, scores_of
 from logratio.serving.session import Stop
 
+UNNAMED = "default"
+"""What metrics and messages call the only bundle, if it has no name."""
 _log = logging.getLogger("logratio.serving")
 
 
@@ -22,12 +26,18 @@ class State:
     """The mutable state of a running server.
 
     Attributes:
-        leaving: Not ready, but still accepting requests: load balancers are about to notice.
+        closes_at: Time on the monotonic clock at which it stops accepting requests; None: not set.
+            Until then it is not ready, so that load balancers notice.
         draining: Not accepting requests.
     """
 
-    leaving: bool = False
+    closes_at: float | None = None
     draining: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests should be sent here."""
+        return self.closes_at is None and not self.draining
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,16 @@ class Scoring:
     Attributes:
         groups: The prompts and their candidates.
         costs: Tokens of each run, in the order of `step`.
+        hits: Number of distinct candidates whose scores are in the cache.
+        misses: Number of those whose scores are computed.
     """
 
     def __init__(
-        self, reranker: Reranker, groups: Sequence[CandidateGroup], run_tokens: int
+        self,
+        reranker: Reranker,
+        groups: Sequence[CandidateGroup],
+        run_tokens: int,
+        cache: ResponseCache | None = None,
     ) -> None:
         """Plan the runs.
 
@@ -77,19 +93,33 @@ class Scoring:
             reranker: The loaded bundle.
             groups: Results of `Reranker.encode`.
             run_tokens: Maximum tokens per run; see `runs.plan_runs`.
+            cache: Scores of earlier requests; None: everything is computed.
         """
         self.groups = groups
-        runs = reranker.runs(groups, run_tokens)
+        self._cache, self._digest = cache, reranker.digest or ""
+        if not self._digest:  # a reranker that was not loaded from files
+            self._cache = None
+        self._sums: list[dict[tuple[int, ...], Sums]] = [self._known(group) for group in groups]
+        pairs = zip(groups, self._sums, strict=True)
+        self._unknown = [replace(group, candidates=without(group, its)) for group, its in pairs]
+        self.hits = sum(map(len, self._sums))
+        self.misses = sum(len(group.different()) for group in self._unknown)
+        runs = reranker.runs(self._unknown, run_tokens)
         self.costs = [run.tokens for run in runs]
         self._reranker, self._runs, self._stop = reranker, deque(runs), Stop()
-        self._sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
+
+    def _known(self, group: CandidateGroup) -> dict[tuple[int, ...], Sums]:
+        return {} if self._cache is None else self._cache.find(self._digest, group)
 
     def step(self) -> None:
         """Compute the next run."""
         run = self._runs.popleft()
-        rows = iter(self._reranker.compute(self.groups, run, self._stop))
+        rows = iter(self._reranker.compute(self._unknown, run, self._stop))
         for number, candidates in run.pieces:
-            self._sums[number].update((ids, next(rows)) for ids in candidates)
+            found = {ids: next(rows) for ids in candidates}
+            self._sums[number] |= found
+            if self._cache is not None:
+                self._cache.add(self._digest, self._unknown[number], found)
 
     def stop(self) -> None:
         """Abort the run in another thread; `step` raises there."""
@@ -107,12 +137,13 @@ class _Reader:
     reranker: Reranker
     limits: Limits
     reading: Reading
+    cache: ResponseCache | None
     errors: dict[int, str] = field(default_factory=dict)
 
     def scoring(self, asked: Sequence[Asked]) -> Scoring:
         """Tokenize, and plan the graph runs; called in the scheduler's encoding thread."""
         groups = [self._group(number, one) for number, one in enumerate(asked)]
-        return Scoring(self.reranker, groups, self.limits.run_tokens)
+        return Scoring(self.reranker, groups, self.limits.run_tokens, self.cache)
 
     def _group(self, number: int, asked: Asked) -> CandidateGroup:
         # Texts over the limit are replaced by an empty one, so that the tokenizer never sees them.
@@ -142,14 +173,49 @@ class _Reader:
         return candidate
 
 
-class ScoringService:
-    """Score the prompts of requests, in the order that the scheduler chooses."""
+class Counts(Protocol):
+    """Counts for the metrics."""
 
-    def __init__(
-        self, reranker: Reranker, limits: Limits, scheduler: Scheduler, state: State
-    ) -> None:
-        self.reranker = reranker
-        self._limits, self._scheduler, self._state = limits, scheduler, state
+    def cache_used(self, bundle: str, hits: int, misses: int) -> None:
+        """The response cache had the scores of `hits` candidates of a bundle's request."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all bundles of a server have in common."""
+
+    limits: Limits
+    scheduler: Scheduler
+    state: State
+    counts: Counts
+    cache: ResponseCache | None = None
+
+
+class ScoringService:
+    """Score the prompts of requests with one bundle, in the order that the scheduler chooses.
+
+    A request uses one service from its start to its end, also if the bundle is replaced meanwhile.
+
+    Attributes:
+        name: The bundle's name in the settings; empty for one alone that has none.
+        bundle: The same for metrics and messages.
+        reranker: The loaded bundle.
+    """
+
+    def __init__(self, name: str, reranker: Reranker, shared: Shared) -> None:
+        self.name, self.reranker = name, reranker
+        self.bundle = name or UNNAMED
+        self._speed, self._shared = Speed(self.bundle), shared
+
+    @property
+    def model(self) -> str:
+        """The bundle's name in requests and answers."""
+        return self.name or self.reranker.manifest.name
+
+    def warm_up(self) -> None:
+        """Score the golden groups, which are short and long, and learn how long they take."""
+        for tokens, seconds in self.reranker.timings():
+            self._speed.pace.learn(tokens, seconds)
 
     async def score(self, asked: Sequence[Asked], reading: Reading = READING) -> list[Answer]:
         """Check a request and wait for its scores.
@@ -164,12 +230,16 @@ class ScoringService:
         Raises:
             RefusedError: The request is too large, too late, or failed.
         """
-        if self._state.draining:
+        shared, record = self._shared, current_record()
+        if shared.state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
-        characters = check_size(asked, self._limits)
-        reader, record = _Reader(self.reranker, self._limits, reading), current_record()
+        record.bundle, record.digest = self.bundle, self.reranker.digest
+        characters = check_size(asked, shared.limits)
+        reader = _Reader(self.reranker, shared.limits, reading, shared.cache)
         try:
-            scoring = await self._scheduler.run(characters, lambda: reader.scoring(asked))
+            scoring = await shared.scheduler.run(
+                characters, lambda: reader.scoring(asked), self._speed
+            )
         except RefusedError:
             raise
         except Exception as error:
@@ -177,6 +247,8 @@ class ScoringService:
             record.error = type(error).__name__
             _log.error("request %s failed: %s", record.id, record.error)
             raise RefusedError(500, "internal", "the request could not be scored") from None
+        if shared.cache is not None:
+            shared.counts.cache_used(self.bundle, scoring.hits, scoring.misses)
         for group in scoring.groups:
             candidates = sum(len(candidate.ids) for candidate in group.candidates)
             record.add_tokens(len(group.prompt_ids), candidates)

@@ -70,6 +70,22 @@ def test_probes_are_answered_despite_many_silent_connections(server: Any) -> Non
             connection.close()
 
 
+def test_probes_have_places_of_their_own_if_every_connection_has_a_request(server: Any) -> None:
+    head = b"POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+    busy = [connected(server) for _ in range(LIMITS.connections)]
+    try:
+        for connection in busy:
+            connection.sendall(head + b"content-type: application/json\r\n\r\n{")
+        time.sleep(0.2)  # until their headers have been read
+        assert probe(server).startswith(b"HTTP/1.1 200")
+        with connected(server) as connection:
+            connection.sendall(GET.replace(b"/livez", b"/version"))
+            assert answer(connection).startswith(b"HTTP/1.1 503")
+    finally:
+        for connection in busy:
+            connection.close()
+
+
 def test_a_silent_connection_is_closed(server: Any) -> None:
     with connected(server) as connection:
         start = time.monotonic()

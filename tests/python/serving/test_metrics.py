@@ -52,15 +52,17 @@ def test_a_request_is_counted_with_its_tokens_times_and_runs(client: TestClient)
         return value(after, name, **labels) - value(before, name, **labels)
 
     assert grown("logratio_requests_total", route="/v1/rerank", status="200") == 1
-    assert grown("logratio_tokens_total", kind="prompt") == usage["prompt_tokens"]
-    assert grown("logratio_tokens_total", kind="candidate") == usage["completion_tokens"]
-    assert grown("logratio_runs_total") == 1
-    assert grown("logratio_run_tokens_total") >= usage["total_tokens"]
-    assert grown("logratio_run_seconds_total") > 0
+    of_bundle = {"bundle": "default"}
+    assert grown("logratio_tokens_total", kind="prompt", **of_bundle) == usage["prompt_tokens"]
+    scored = grown("logratio_tokens_total", kind="candidate", **of_bundle)
+    assert scored == usage["completion_tokens"]
+    assert grown("logratio_runs_total", **of_bundle) == 1
+    assert grown("logratio_run_tokens_total", **of_bundle) >= usage["total_tokens"]
+    assert grown("logratio_run_seconds_total", **of_bundle) > 0
     for phase in ("queue", "encode", "compute"):
         assert grown("logratio_phase_seconds_count", phase=phase) == 1
     assert grown("logratio_phase_seconds_sum", phase="compute") == pytest.approx(
-        grown("logratio_run_seconds_total")
+        grown("logratio_run_seconds_total", **of_bundle)
     )
     assert grown("logratio_request_seconds_count", route="/v1/rerank") == 1
     assert value(after, "logratio_in_flight") == value(after, "logratio_queue_length") == 0
