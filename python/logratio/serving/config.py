@@ -51,6 +51,7 @@ class ServeConfig(YamlSettings):
         load_seconds: As in `Reranker.load`.
         cache: As in `Reranker.load`; needed for bundles that take the reference's log-probs as an
             input, since requests contain none.
+        base: For bundles exported with `--base`: the bundle of their base, which they share.
         max_request_tokens: Tokens that the models compute for one request; see `Limits`.
         request_seconds: Time in seconds from the arrival of a request to its answer.
         response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
@@ -78,6 +79,7 @@ class ServeConfig(YamlSettings):
     allowed_signers: Annotated[Path, Converted(Path)] | None = None
     load_seconds: Annotated[float, Range(0.1)] = LOAD_SECONDS
     cache: Annotated[Path, Converted(Path)] | None = None
+    base: Annotated[Path, Converted(Path)] | None = None
     max_request_tokens: Annotated[int, Range(1)] = _LIMITS.request_tokens
     request_seconds: Annotated[float, Range(0.1)] = _LIMITS.seconds
     response_cache_mb: Annotated[float, Range(0)] = 0.0

@@ -16,10 +16,10 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from logratio.bundle import CACHED_REFERENCE, read_manifest
-from logratio.errors import ConfigError, InputError
+from logratio.errors import InputError
 from logratio.extras import require
 from logratio.serving.config import ServeConfig
+from logratio.serving.configured_bundles import ConfiguredBundles
 from logratio.serving.limits import Limits
 from logratio.serving.reranker import Reranker
 
@@ -131,10 +131,12 @@ def serve_on(
         limits: Limits on requests and connections.
         ready: Is called with the application once it accepts connections.
     """
+    from logratio.serving.bundles import Reloader
     from logratio.serving.keys import read_keys
 
     with _hangups() as asked:
-        rerankers = _load(config)
+        bundles = ConfiguredBundles(config)
+        rerankers = bundles.load_all()
         with _logging(config) as log:
             app = create_app(
                 rerankers,
@@ -146,53 +148,11 @@ def serve_on(
                 response_cache_mb=config.response_cache_mb,
             )
             rerankers.clear()  # a bundle that is replaced must be freed
-            _reload_if(asked, app, config)
+            Reloader(app.state.bundles, config.folders(), bundles.load, app.state.metrics, asked)
             uvicorn = require("uvicorn", "serve")
             server = make_server(uvicorn, app, limits, config, lambda: ready(app))
             with _stopping_quietly(server):
                 server.run(sockets=[listener])
-
-
-def _reload_if(asked: "SimpleQueue[None]", app: "FastAPI", config: ServeConfig) -> None:
-    """Read the bundles again whenever the queue has an item."""
-    from logratio.serving.bundles import Reloader
-
-    state = app.state
-    Reloader(state.bundles, config.folders(), partial(_load_one, config), state.metrics, asked)
-
-
-def _load(config: ServeConfig) -> dict[str, Reranker]:
-    """Load every bundle.
-
-    Raises:
-        ConfigError: None of them takes the log-probs of the cache.
-    """
-    loaded = {name: _load_one(config, name) for name in config.folders()}
-    if config.cache is not None and all(one.cached is None for one in loaded.values()):
-        raise ConfigError("--cache is for bundles exported with `--reference cached`")
-    return loaded
-
-
-def _load_one(config: ServeConfig, name: str) -> Reranker:
-    folder = config.folders()[name]
-    takes_cache = len(config.folders()) == 1 or (
-        read_manifest(folder).graph.kind == CACHED_REFERENCE
-    )
-    reranker = Reranker.load(
-        folder,
-        providers=[config.provider] if config.provider else None,
-        allow_fallback=config.allow_fallback,
-        threads=config.threads,
-        expect=config.expected()[name],
-        allowed_signers=config.allowed_signers,
-        load_seconds=config.load_seconds,
-        cache=config.cache if takes_cache else None,
-    )
-    if config.cache is None and reranker.manifest.graph.kind == CACHED_REFERENCE:
-        raise ConfigError(
-            f"{folder} needs the reference's log-probs of each candidate: give --cache"
-        )
-    return reranker
 
 
 def within_open_files(limits: Limits) -> Limits:

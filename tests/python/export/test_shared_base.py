@@ -20,6 +20,8 @@ from logratio.bundle import ADAPTER, GRAPH, BundleError, digest_of, manifest_byt
 from logratio.errors import ConfigError
 from logratio.export import ExportConfig, ExportError, export_bundle
 from logratio.serving import Reranker, SharedBase
+from logratio.serving.config import ServeConfig
+from logratio.serving.configured_bundles import ConfiguredBundles
 from logratio.serving.session import Stop
 from logratio.training import load_model
 from logratio.training.models import quietly
@@ -233,3 +235,18 @@ def test_the_command_line(folder: Path, tmp_path: Path, run: Run) -> None:
     assert code == 0 and text.splitlines()[-1] == "sound"
     code, text, error = run("evaluate", "--bundle", bundle, "--data", pairs, *given)
     assert code == 0, error
+
+
+def test_a_server_has_the_base_in_memory_once(folder: Path) -> None:
+    names = {name: folder / f"{name}-bundle" for name in ADAPTERS}
+    bundles = ConfiguredBundles(ServeConfig(names, base=folder / "base"))
+    loaded = bundles.load_all()
+    again = bundles.load("one")
+    sessions = {id(one._session) for one in (*loaded.values(), again)}
+    assert len(sessions) == 1
+    rewards = {name: one.score(PROMPT, TEXTS)[0].reward for name, one in loaded.items()}
+    assert again.score(PROMPT, TEXTS)[0].reward == rewards["one"] != rewards["two"]
+    with pytest.raises(ConfigError, match="give base"):
+        ConfiguredBundles(ServeConfig(names)).load_all()
+    with pytest.raises(ConfigError, match="for bundles exported with"):
+        ConfiguredBundles(ServeConfig(folder / "base", base=folder / "base")).load_all()
