@@ -28,6 +28,7 @@ from logratio.serving.score_protocol import (
     ScoreMeta,
     ScoreRequest,
     ScoreResponse,
+    TokenScores,
 )
 from logratio.serving.scores import ranked
 from logratio.serving.service import Answer, Asked, ScoringService
@@ -72,7 +73,9 @@ class _ScoreRoutes:
             return await self.pairs(request)
         warnings = warnings_of(request, *request.groups, strict=self._strict)
         asked = [Asked(one.to_prompt(), one.candidates) for one in request.groups]
-        answers = await self._service.score(asked, Reading(request.truncate))
+        answers = await self._service.score(
+            asked, Reading(request.truncate), with_tokens=request.return_tokens
+        )
         return ScoreResponse(
             id=current_record().id,
             model=self._service.reranker.manifest.name,
@@ -86,7 +89,9 @@ class _ScoreRoutes:
         """Return the best candidate of a prompt, and the scores of all."""
         warnings = warnings_of(request, strict=self._strict)
         asked = Asked(request.to_prompt(), request.candidates)
-        (answer,) = await self._service.score([asked], Reading(request.truncate))
+        (answer,) = await self._service.score(
+            [asked], Reading(request.truncate), with_tokens=request.return_tokens
+        )
         check_scored(answer)
         best = ranked(answer.scores)[0]
         return BestOfResponse(
@@ -156,8 +161,14 @@ class _ScoreRoutes:
 
     def _scores(self, asked: Asked, answer: Answer) -> GroupScores:
         candidates = answer.group.candidates
+        output = self._service.reranker.manifest.graph.token_output
+        tokens = {index: TokenScores.of(its, output) for index, its in answer.tokens.items()}
         results = [
-            CandidateScore.of(score, truncated=candidates[score.index].truncated)
+            CandidateScore.of(
+                score,
+                truncated=candidates[score.index].truncated,
+                tokens=tokens.get(score.index),
+            )
             for score in answer.scores
         ]
         order = ranked(answer.scores)

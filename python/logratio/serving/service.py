@@ -2,8 +2,11 @@
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+from numpy import float32
+from numpy.typing import NDArray
 
 from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
@@ -11,8 +14,9 @@ from logratio.serving.limits import Limits, RefusedError, public_reason
 from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.scheduler import Scheduler
-from logratio.serving.scores import Score, Sums, scores_of
+from logratio.serving.scores import Score, Sums, TokenValues, scores_of
 from logratio.serving.session import Stop
+from logratio.serving.token_texts import TokenTexts
 
 _log = logging.getLogger("logratio.serving")
 
@@ -53,11 +57,13 @@ class Answer:
         group: The tokenized prompt and candidates.
         scores: One score per candidate, in the candidates' order.
         error: Why the prompt cannot be scored; each score then has an error too. None if it can.
+        tokens: The tokens of the scored candidates by index, if they were requested.
     """
 
     group: CandidateGroup
     scores: list[Score]
     error: str | None = None
+    tokens: Mapping[int, TokenValues] = field(default_factory=dict)
 
 
 class Scoring:
@@ -69,7 +75,12 @@ class Scoring:
     """
 
     def __init__(
-        self, reranker: Reranker, groups: Sequence[CandidateGroup], run_tokens: int
+        self,
+        reranker: Reranker,
+        groups: Sequence[CandidateGroup],
+        run_tokens: int,
+        *,
+        with_tokens: bool = False,
     ) -> None:
         """Plan the runs.
 
@@ -77,19 +88,36 @@ class Scoring:
             reranker: The loaded bundle.
             groups: Results of `Reranker.encode`.
             run_tokens: Maximum tokens per run; see `runs.plan_runs`.
+            with_tokens: Keep the values per token; the same runs compute them.
         """
         self.groups = groups
         runs = reranker.runs(groups, run_tokens)
         self.costs = [run.tokens for run in runs]
         self._reranker, self._runs, self._stop = reranker, deque(runs), Stop()
         self._sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
+        self._with_tokens = with_tokens
+        self._values: list[dict[tuple[int, ...], NDArray[float32]]] = [{} for _ in groups]
+        self._texts: dict[tuple[int, ...], list[str]] = {}
 
     def step(self) -> None:
         """Compute the next run."""
         run = self._runs.popleft()
-        rows = iter(self._reranker.compute(self.groups, run, self._stop))
-        for number, candidates in run.pieces:
-            self._sums[number].update((ids, next(rows)) for ids in candidates)
+        values: list[NDArray[float32]] = []
+        if self._with_tokens:
+            sums, values = self._reranker.compute_with_tokens(self.groups, run, self._stop)
+        else:
+            sums = self._reranker.compute(self.groups, run, self._stop)
+        places = [(number, ids) for number, candidates in run.pieces for ids in candidates]
+        for (number, ids), row in zip(places, sums, strict=True):
+            self._sums[number][ids] = row
+        for (number, ids), row in zip(places, values, strict=False):
+            self._values[number][ids] = row
+
+    def decode(self) -> None:
+        """Find the texts of the tokens of all candidates."""
+        texts = TokenTexts(self._reranker.encoder.tokenizer)
+        for group in self.groups:
+            self._texts |= {ids: texts.of(ids) for ids in group.different().keys() - self._texts}
 
     def stop(self) -> None:
         """Abort the run in another thread; `step` raises there."""
@@ -99,6 +127,21 @@ class Scoring:
         """Return each group's scores in the candidates' order, after every run."""
         return [scores_of(*pair) for pair in zip(self.groups, self._sums, strict=True)]
 
+    def tokens(self) -> list[dict[int, TokenValues]]:
+        """Return the tokens of each group's candidates by index, after every run and `decode`.
+
+        Empty if the scoring is without tokens.
+        """
+        return [
+            {
+                index: TokenValues(self._texts[ids], ids, found[ids].tolist())
+                for ids, places in group.different().items()
+                if ids in found
+                for index in places
+            }
+            for group, found in zip(self.groups, self._values, strict=True)
+        ]
+
 
 @dataclass
 class _Reader:
@@ -107,12 +150,19 @@ class _Reader:
     reranker: Reranker
     limits: Limits
     reading: Reading
+    with_tokens: bool = False
     errors: dict[int, str] = field(default_factory=dict)
 
     def scoring(self, asked: Sequence[Asked]) -> Scoring:
         """Tokenize, and plan the graph runs; called in the scheduler's encoding thread."""
         groups = [self._group(number, one) for number, one in enumerate(asked)]
-        return Scoring(self.reranker, groups, self.limits.run_tokens)
+        scoring = Scoring(
+            self.reranker, groups, self.limits.run_tokens, with_tokens=self.with_tokens
+        )
+        # A larger request will be refused.
+        if self.with_tokens and sum(scoring.costs) <= self.limits.request_tokens:
+            scoring.decode()
+        return scoring
 
     def _group(self, number: int, asked: Asked) -> CandidateGroup:
         # Texts over the limit are replaced by an empty one, so that the tokenizer never sees them.
@@ -151,12 +201,15 @@ class ScoringService:
         self.reranker = reranker
         self._limits, self._scheduler, self._state = limits, scheduler, state
 
-    async def score(self, asked: Sequence[Asked], reading: Reading = READING) -> list[Answer]:
+    async def score(
+        self, asked: Sequence[Asked], reading: Reading = READING, *, with_tokens: bool = False
+    ) -> list[Answer]:
         """Check a request and wait for its scores.
 
         Args:
             asked: The prompts and candidates.
             reading: How candidates are tokenized.
+            with_tokens: Return the tokens and their values, too; the scores are the same.
 
         Returns:
             One answer per prompt.
@@ -166,8 +219,17 @@ class ScoringService:
         """
         if self._state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
+        if with_tokens and self.reranker.manifest.graph.token_output is None:
+            raise RefusedError(
+                422, "no_token_values",
+                "this bundle has no values per token, because it is a reward model's or was "
+                "exported by an earlier version: leave out return_tokens",
+            )  # fmt: skip
         characters = check_size(asked, self._limits)
-        reader, record = _Reader(self.reranker, self._limits, reading), current_record()
+        reader, record = (
+            _Reader(self.reranker, self._limits, reading, with_tokens),
+            current_record(),
+        )
         try:
             scoring = await self._scheduler.run(characters, lambda: reader.scoring(asked))
         except RefusedError:
@@ -180,8 +242,11 @@ class ScoringService:
         for group in scoring.groups:
             candidates = sum(len(candidate.ids) for candidate in group.candidates)
             record.add_tokens(len(group.prompt_ids), candidates)
-        pairs = zip(scoring.groups, scoring.scores(), strict=True)
-        return [Answer(*pair, reader.errors.get(index)) for index, pair in enumerate(pairs)]
+        rows = zip(scoring.groups, scoring.scores(), scoring.tokens(), strict=True)
+        return [
+            Answer(group, scores, reader.errors.get(index), its)
+            for index, (group, scores, its) in enumerate(rows)
+        ]
 
     async def score_pairs(
         self, pairs: Sequence[tuple[str, str]], reading: Reading = READING
