@@ -16,6 +16,7 @@ from logratio.serving.connections import BoundedBody
 from logratio.serving.keys import Authenticated, Keys
 from logratio.serving.limits import Limits, RefusedError
 from logratio.serving.metrics import CONTENT_TYPE, ServerMetrics
+from logratio.serving.page import PAGE, add_page
 from logratio.serving.protocol import SCORES, ErrorResponse, Health
 from logratio.serving.request_faults import describe
 from logratio.serving.request_record import current_record
@@ -42,6 +43,7 @@ def build_app(
     keys: Keys | None,
     cors_origins: Sequence[str],
     log: Log | None,
+    page: bool,
 ) -> FastAPI:
     """Build the application of `create_app`; ``app.state.server`` is its `State`."""
     scheduler, state = Scheduler(limits), State()
@@ -66,6 +68,8 @@ def build_app(
     add_rerank(app, service, _REFUSALS, strict=strict)
     add_scores(app, service, _REFUSALS, strict=strict)
     add_models(app, reranker)
+    if page:
+        add_page(app)
     metrics = ServerMetrics(scheduler, reranker)
 
     @app.get(METRICS, include_in_schema=False)
@@ -75,7 +79,7 @@ def build_app(
     # Each is wrapped around those before it, so a request meets the last one first.
     app.add_middleware(BoundedBody, limits=limits)
     if keys is not None:
-        app.add_middleware(Authenticated, keys=keys)
+        app.add_middleware(Authenticated, keys=keys, open_paths={PAGE} if page else set())
     if cors_origins:
         _allow_origins(app, cors_origins)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))

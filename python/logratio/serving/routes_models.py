@@ -27,6 +27,10 @@ class Model(BaseModel):
     digest: Annotated[
         str | None, Field(description="SHA-256 of `bundle.json`, as `--expect` takes it.")
     ]
+    token_scores: Annotated[
+        str | None,
+        Field(description="What `return_tokens` gives: `token_logratios`, `token_logps`, or null."),
+    ]
 
 
 class Models(BaseModel):
@@ -55,6 +59,7 @@ def add_models(app: FastAPI, reranker: Reranker) -> None:
         method=manifest.method,
         beta=manifest.beta,
         digest=reranker.digest,
+        token_scores=manifest.graph.token_output,
     )
 
     @app.get("/v1/models", summary="The bundle")

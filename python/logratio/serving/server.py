@@ -43,6 +43,7 @@ def create_app(
     keys: "Keys | None" = None,
     cors_origins: Sequence[str] = (),
     log: "Log | None" = None,
+    page: bool = True,
 ) -> "FastAPI":
     """Create an ASGI application that serves a loaded bundle, for any ASGI server.
 
@@ -53,6 +54,7 @@ def create_app(
         keys: API keys, one of which every request but a health probe must have; None: no check.
         cors_origins: Origins whose web pages may send requests.
         log: Writes a line per request; None: no lines.
+        page: Serve the page at `/`, a form that shows the ranking of candidates.
 
     Raises:
         MissingExtraError: fastapi or prometheus-client is not installed.
@@ -68,6 +70,7 @@ def create_app(
         keys=keys,
         cors_origins=cors_origins,
         log=log,
+        page=page,
     )
 
 
@@ -105,6 +108,7 @@ def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
                     keys=keys or None,
                     cors_origins=config.cors_origin or (),
                     log=log,
+                    page=not config.no_page,
                 )
                 server = make_server(require("uvicorn", "serve"), app, limits, config)
                 _announce(reranker, config, listener.getsockname()[1])
