@@ -14,7 +14,7 @@ _folder: list[Path] = []
 
 
 def byte_bundle(factory: pytest.TempPathFactory) -> Path:
-    """A folder with `bundle`, `free` (without a reference), and the Llamas `policy`, `reference`."""
+    """A folder with `bundle`, `free` (without reference), and the Llamas `policy`, `reference`."""
     if not _folder:
         folder = factory.mktemp("bytes")
         for seed, name in enumerate(("policy", "reference")):
