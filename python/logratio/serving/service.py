@@ -110,8 +110,8 @@ class Scoring:
         places = [(number, ids) for number, candidates in run.pieces for ids in candidates]
         for (number, ids), row in zip(places, sums, strict=True):
             self._sums[number][ids] = row
-        for (number, ids), row in zip(places, values, strict=False):
-            self._values[number][ids] = row
+        for (number, ids), its in zip(places, values, strict=False):
+            self._values[number][ids] = its
 
     def decode(self) -> None:
         """Find the texts of the tokens of all candidates."""
