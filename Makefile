@@ -58,7 +58,7 @@ long: $(BUILT) ## tests that take minutes each: trainings, a rehearsal of make g
 page: $(BUILT) $(BROWSER)/installed ## the page of `serve` in Chromium, which must be installed (CHROMIUM=its command)
 	@command -v "$(CHROMIUM)" >/dev/null || { echo 'make page needs Chromium: on Debian, apt-get install chromium;' \
 		'for another one, make page CHROMIUM=command' >&2; exit 1; }
-	PYTHONPATH="$(BROWSER)" CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -m browser \
+	PYTHONPATH="$(BROWSER)$${PYTHONPATH:+:$$PYTHONPATH}" CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -m browser \
 		tests/python/serving/test_page_in_browser.py
 
 $(BROWSER)/installed: .ci/browser.txt $(PINNED)

@@ -404,6 +404,7 @@ def test_errors_of_requests_are_shown(browser: Any, address: str) -> None:
         page.locator("#fault:not([hidden])").wait_for()
         assert page.locator("#fault").inner_text() == "401: a valid API key is needed"
         assert page.evaluate("document.activeElement.id") == "key"
+        assert page.locator("#repeat").is_hidden()
         submit(page, TEXTS)
         assert page.locator("#fault").is_hidden()
         page.select_option("#kind", "chat")
@@ -432,6 +433,25 @@ def test_a_bundle_without_a_reference_shows_log_probs(opened: Open, folder: Path
         assert page.locator("#most").inner_text() == "0: certain"
         assert page.locator(".token.more").count() == 0
         page.context.close()
+
+
+def test_a_bundle_without_values_per_token_shows_the_texts(
+    opened: Open, reranker: Reranker
+) -> None:
+    page = opened()
+
+    def without_values(route: Any) -> None:
+        answer = route.fetch()
+        models = answer.json()
+        models["data"][0]["token_scores"] = None
+        route.fulfill(response=answer, json=models)
+
+    page.route("**/v1/models", without_values)
+    submit(page, TEXTS)
+    assert '"return_tokens":false' in page.locator("#curl").inner_text()
+    expected = [score.index for score in reranker.rank(PROMPT, TEXTS)]
+    assert page.locator(".card .text").all_text_contents() == [TEXTS[at] for at in expected]
+    assert page.locator("#legend").is_hidden()
 
 
 NAMES = """() => [...document.querySelectorAll("a, button, input, select, textarea, [tabindex]")]
