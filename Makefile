@@ -18,10 +18,12 @@ BUILT := .venv/built
 # In a separate folder: peft imports bitsandbytes if it is installed, which takes as long as torch.
 QUANTIZED := .venv/quantized
 RELEASE := .venv/release
+BROWSER := .venv/browser
+CHROMIUM ?= chromium
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick families long torture check setup pins bench-rust gpu docs wheels \
+.PHONY: help demo test quick families long page torture check setup pins bench-rust gpu docs wheels \
 	audit clean
 
 help: ## list the targets
@@ -36,7 +38,7 @@ test: check ## every check and every test: what CI runs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What an edit of the package most often breaks; the rest takes torch or real material.
-QUICK := -m "not slow and not shared and not families and not long" $(addprefix tests/python/, \
+QUICK := -m "not slow and not shared and not families and not long and not browser" $(addprefix tests/python/, \
 	data/formats data/layouts data/tokenization data/store cache rust_module \
 	training/test_schedule.py training/methods/test_columns.py training/methods/test_gold.py \
 	training/methods/test_properties.py training/methods/test_settings.py \
@@ -52,6 +54,17 @@ families: $(BUILT) ## score every causal language model of the installed transfo
 
 long: $(BUILT) ## tests that take minutes each: trainings, a rehearsal of make gpu
 	$(BIN)/python -m pytest -m long
+
+page: $(BUILT) $(BROWSER)/installed ## the page of `serve` in Chromium, which must be installed (CHROMIUM=its command)
+	@command -v "$(CHROMIUM)" >/dev/null || { echo 'make page needs Chromium: on Debian, apt-get install chromium;' \
+		'for another one, make page CHROMIUM=command' >&2; exit 1; }
+	PYTHONPATH="$(BROWSER)$${PYTHONPATH:+:$$PYTHONPATH}" CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -m browser \
+		tests/python/serving/test_page_in_browser.py
+
+$(BROWSER)/installed: .ci/browser.txt $(PINNED)
+	$(BIN)/python -m pip install -q --require-hashes --only-binary :all: --no-deps --upgrade \
+		--target "$(BROWSER)" -r .ci/browser.txt
+	@touch $@
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power
 	LOGRATIO_POWER_LOSSES=100 LOGRATIO_KILLS=5 LOGRATIO_FORGERIES=100 LOGRATIO_WRITERS=5 \
@@ -164,6 +177,7 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --no-emit-package onnxruntime \
 		-c .ci/constraints.txt -o .ci/server.txt
 	$(COMPILE) --group release -c .ci/tools.txt -o .ci/release.txt
+	$(COMPILE) --group browser -c .ci/constraints.txt -c .ci/tools.txt -o .ci/browser.txt
 	echo bitsandbytes | $(COMPILE) - --no-deps -o .ci/quantized.txt
 	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt
 	echo onnxruntime-gpu | $(COMPILE) - --no-deps -o .ci/onnxruntime-gpu.txt

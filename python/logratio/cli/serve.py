@@ -94,6 +94,14 @@ class Access(Settings):
             rich_help_panel=ACCESS_PANEL,
         ),
     ] = None
+    no_page: Annotated[
+        bool,
+        typer.Option(
+            "--no-page",
+            help="Serve no page at `/`. Default: a form that shows the ranking of candidates.",
+            rich_help_panel=ACCESS_PANEL,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from logratio.serving.connections import BoundedBody
 from logratio.serving.keys import Authenticated, Keys
 from logratio.serving.limits import Limits, RefusedError
 from logratio.serving.metrics import CONTENT_TYPE, ServerMetrics
+from logratio.serving.page import PAGE, add_page
 from logratio.serving.protocol import SCORES, ErrorResponse, Health
 from logratio.serving.request_faults import describe
 from logratio.serving.request_record import current_record
@@ -46,6 +47,7 @@ def build_app(
     cors_origins: Sequence[str],
     log: Log | None,
     response_cache_mb: float,
+    page: bool,
 ) -> FastAPI:
     """Build the application of `create_app`.
 
@@ -72,6 +74,8 @@ def build_app(
     add_rerank(app, bundles, _REFUSALS, strict=strict)
     add_scores(app, bundles, _REFUSALS, strict=strict)
     add_models(app, bundles)
+    if page:
+        add_page(app)
 
     @app.get(METRICS, include_in_schema=False)
     async def scrape() -> Response:
@@ -81,7 +85,7 @@ def build_app(
     app.add_middleware(NamedInPath, bundles=bundles)
     app.add_middleware(BoundedBody, limits=limits)
     if keys is not None:
-        app.add_middleware(Authenticated, keys=keys)
+        app.add_middleware(Authenticated, keys=keys, open_paths={PAGE} if page else set())
     if cors_origins:
         _allow_origins(app, cors_origins)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))

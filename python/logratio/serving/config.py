@@ -63,6 +63,7 @@ class ServeConfig(YamlSettings):
         tls_cert: PEM file with the server's certificate and those of its issuers.
         tls_key: PEM file with the certificate's private key, not encrypted.
         cors_origin: Origins whose web pages may send requests; None: no origin.
+        no_page: Serve no page at `/`.
         log_format: One line per request as text or JSON on standard error, or none.
         drain_seconds: Time in seconds after SIGTERM in which the server still accepts requests,
             and already answers `/readyz` with 503.
@@ -90,6 +91,7 @@ class ServeConfig(YamlSettings):
     tls_cert: Annotated[Path, Converted(Path)] | None = None
     tls_key: Annotated[Path, Converted(Path)] | None = None
     cors_origin: tuple[str, ...] | None = None
+    no_page: bool = False
     log_format: LogFormat = "text"
     drain_seconds: Annotated[float, Range(0)] = 0.0
     shutdown_seconds: Annotated[int, Range(1)] = _LIMITS.shutdown_seconds

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,16 @@ def _checked(keys: list[str], where: str) -> list[str]:
 class Authenticated:
     """ASGI middleware that refuses requests without a valid key, before their body is read.
 
-    Health probes need no key.
+    Health probes and `open_paths` need no key.
     """
 
-    def __init__(self, app: App, keys: Keys) -> None:
+    def __init__(self, app: App, keys: Keys, open_paths: Collection[str] = ()) -> None:
         self._app, self._keys = app, keys
+        self._open_paths = PROBES.union(open_paths)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Handle one HTTP request; pass other scopes to the application."""
-        is_open = scope["type"] != "http" or scope["path"] in PROBES
+        is_open = scope["type"] != "http" or scope["path"] in self._open_paths
         if is_open or self._keys.accepts(_given(scope)):
             await self._app(scope, receive, send)
         else:

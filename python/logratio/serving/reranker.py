@@ -226,9 +226,7 @@ class Reranker:
             >>> reranker = Reranker.load("bundle")
             >>> values, _ = reranker.token_scores("the cat", [" sits on the mat", " runs"])
         """
-        name = self.manifest.graph.token_output
-        if name is None:
-            raise ConfigError("this bundle has no values per token: export it again")
+        name = self._token_output()
         group = self._encode(prompt, candidates, READING)
         found: dict[tuple[int, ...], NDArray[np.float32]] = {}
         for run in self.runs([group]):
@@ -236,8 +234,13 @@ class Reranker:
             feed = graph_inputs(layout) | self._given([group], run, of_tokens=True)
             (values,) = self._run([name], feed, run)
             ids = [ids for _, part in run.pieces for ids in part]
-            found.update((one, values[layout.token_row == row]) for row, one in enumerate(ids))
+            found.update(zip(ids, _by_row(values, layout.token_row, len(ids)), strict=True))
         return [found.get(candidate.ids) for candidate in group.candidates]
+
+    def _token_output(self) -> str:
+        if (name := self.manifest.graph.token_output) is None:
+            raise ConfigError("this bundle has no values per token: export it again")
+        return name
 
     def score_many(self, requests: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[Score]]:
         """Score the candidates of several prompts, which share runs of the graph.
@@ -369,16 +372,31 @@ class Reranker:
 
         A reward model has no sums: they are NaN.
         """
-        given = self._given(groups, run)
-        feed = graph_inputs(self._layout(groups, run)) | given
-        names = list(self.manifest.graph.outputs)
-        columns = self._run(names, feed, run, stop)
-        columns += given.values()
+        return self._compute(groups, run, stop, [])[0]
+
+    def compute_with_tokens(
+        self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None = None
+    ) -> tuple[list[Sums], list[NDArray[np.float32]]]:
+        """Do as `compute`, and also return the values of `token_scores` of each candidate."""
+        return self._compute(groups, run, stop, [self._token_output()])
+
+    def _compute(
+        self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None, per_token: list[str]
+    ) -> tuple[list[Sums], list[NDArray[np.float32]]]:
+        """Run the graph once; also fetch the outputs per token that are named: none or one."""
+        given, layout = self._given(groups, run), self._layout(groups, run)
+        names = self.manifest.graph.outputs
+        found = self._run([*names, *per_token], graph_inputs(layout) | given, run, stop)
+        columns = [*found[: len(names)], *given.values()]
         columns += (3 - len(columns)) * [np.full_like(columns[0], np.nan)]
         if not self.manifest.is_reward_model:
             tokens = np.array([len(ids) for _, part in run.pieces for ids in part])
             self._check_rewards(tokens, *columns)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        rows = len(columns[0])
+        values = [
+            row for one in found[len(names) :] for row in _by_row(one, layout.token_row, rows)
+        ]
+        return list(zip(*(column.tolist() for column in columns), strict=True)), values
 
     def _run(
         self, names: list[str], feed: dict[str, Any], run: Run, stop: Stop | None = None
@@ -572,6 +590,13 @@ def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncod
     if tokenizer.vocabulary_size > manifest.graph.vocabulary_size:
         raise BundleError(f"{folder}: its tokenizer has more ids than its model")
     return encoder
+
+
+def _by_row(
+    values: NDArray[np.float32], token_row: NDArray[np.int64], rows: int
+) -> list[NDArray[np.float32]]:
+    """Divide the values of tokens by their candidate, the row of the graph's other outputs."""
+    return [values[token_row == row] for row in range(rows)]
 
 
 def _array(ids: Sequence[int]) -> NDArray[np.int32]:

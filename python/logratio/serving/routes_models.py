@@ -28,6 +28,10 @@ class Model(BaseModel):
     digest: Annotated[
         str | None, Field(description="SHA-256 of `bundle.json`, as `--expect` takes it.")
     ]
+    token_scores: Annotated[
+        str | None,
+        Field(description="What `return_tokens` gives: `token_logratios`, `token_logps`, or null."),
+    ]
 
 
 class Models(BaseModel):
@@ -71,4 +75,5 @@ def _model(service: ScoringService, created: int) -> Model:
         method=manifest.method,
         beta=manifest.beta,
         digest=reranker.digest,
+        token_scores=manifest.graph.token_output,
     )

@@ -29,6 +29,7 @@ from logratio.serving.score_protocol import (
     ScoreMeta,
     ScoreRequest,
     ScoreResponse,
+    TokenScores,
 )
 from logratio.serving.scores import ranked
 from logratio.serving.service import Answer, Asked, ScoringService
@@ -74,7 +75,9 @@ class _ScoreRoutes:
         service = self._bundles.of(request.model)
         warnings = warnings_of(request, *request.groups, strict=self._strict)
         asked = [Asked(one.to_prompt(), one.candidates) for one in request.groups]
-        answers = await service.score(asked, Reading(request.truncate))
+        answers = await service.score(
+            asked, Reading(request.truncate), with_tokens=request.return_tokens
+        )
         return ScoreResponse(
             id=current_record().id,
             model=service.model,
@@ -89,7 +92,9 @@ class _ScoreRoutes:
         service = self._bundles.of(request.model)
         warnings = warnings_of(request, strict=self._strict)
         asked = Asked(request.to_prompt(), request.candidates)
-        (answer,) = await service.score([asked], Reading(request.truncate))
+        (answer,) = await service.score(
+            [asked], Reading(request.truncate), with_tokens=request.return_tokens
+        )
         check_scored(answer)
         best = ranked(answer.scores)[0]
         return BestOfResponse(
@@ -161,8 +166,12 @@ def _split(service: ScoringService, request: OpenRlhfRequest) -> list[tuple[str,
 
 def _scores(service: ScoringService, asked: Asked, answer: Answer) -> GroupScores:
     candidates = answer.group.candidates
+    output = service.reranker.manifest.graph.token_output
+    tokens = {index: TokenScores.of(its, output) for index, its in answer.tokens.items()}
     results = [
-        CandidateScore.of(score, truncated=candidates[score.index].truncated)
+        CandidateScore.of(
+            score, truncated=candidates[score.index].truncated, tokens=tokens.get(score.index)
+        )
         for score in answer.scores
     ]
     order = ranked(answer.scores)

@@ -4,10 +4,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from logratio.bundle import TOKEN_LOGRATIOS
 from logratio.serving.candidates import Prompt
 from logratio.serving.limits import public_reason
 from logratio.serving.protocol import SCORES, ModelName, Turn, Usage, prompt_of
-from logratio.serving.scores import Score
+from logratio.serving.scores import Score, TokenValues
 
 _EXAMPLE: dict[str, Any] = {
     "prompt": "the cat",
@@ -22,6 +23,14 @@ _Truncate = Annotated[
     Field(
         description="Truncate candidates that are too long, and mark them, instead of setting an "
         "error. The reward is then that of the truncated text."
+    ),
+]
+
+_ReturnTokens = Annotated[
+    bool,
+    Field(
+        description="Return the tokens of each candidate, and their log-ratios. The rewards are "
+        "the same. Refused with 422 if the bundle has no values per token."
     ),
 ]
 
@@ -50,6 +59,7 @@ class ScoreRequest(BaseModel):
     groups: Annotated[list[PromptAndCandidates], Field(description="The prompts to score.")]
     model: ModelName = None
     truncate: _Truncate = False
+    return_tokens: _ReturnTokens = False
 
 
 class BestOfRequest(PromptAndCandidates):
@@ -57,6 +67,48 @@ class BestOfRequest(PromptAndCandidates):
 
     model: ModelName = None
     truncate: _Truncate = False
+    return_tokens: _ReturnTokens = False
+
+
+class TokenScores(BaseModel):
+    """The tokens of a candidate, as lists of the same length."""
+
+    tokens: Annotated[
+        list[str],
+        Field(
+            description="The text of each token, including EOS; joined, the text that the model "
+            "read. Where several tokens are one character, the last of them has it and the others "
+            "are empty."
+        ),
+    ]
+    token_ids: list[int]
+    token_logratios: Annotated[
+        list[float] | None,
+        Field(
+            description="log π − log π_ref of each token in nats; β times their sum is the reward. "
+            "Null if the bundle's graph has no reference model."
+        ),
+    ]
+    token_logps: Annotated[
+        list[float] | None,
+        Field(description="Then: log π of each token in nats; their sum is `policy_logps`."),
+    ]
+
+    @classmethod
+    def of(cls, tokens: TokenValues, output: str | None) -> Self:
+        """Convert the tokens of a candidate.
+
+        Args:
+            tokens: The tokens.
+            output: Name of the graph's output that has the values.
+        """
+        is_ratio = output == TOKEN_LOGRATIOS
+        return cls(
+            tokens=tokens.texts,
+            token_ids=list(tokens.ids),
+            token_logratios=tokens.values if is_ratio else None,
+            token_logps=None if is_ratio else tokens.values,
+        )
 
 
 class Fault(BaseModel):
@@ -87,9 +139,13 @@ class CandidateScore(BaseModel):
     tokens: Annotated[int, Field(description="Number of tokens scored, including EOS.")]
     truncated: Annotated[bool, Field(description="Whether the candidate was truncated.")]
     error: Fault | None = None
+    token_scores: Annotated[
+        TokenScores | None,
+        Field(description="With `return_tokens`; null without it, or if there is an error."),
+    ] = None
 
     @classmethod
-    def of(cls, score: Score, *, truncated: bool) -> Self:
+    def of(cls, score: Score, *, truncated: bool, tokens: TokenScores | None = None) -> Self:
         """Convert a score; what is not finite becomes null."""
         fault = None
         if score.error is not None:
@@ -103,6 +159,7 @@ class CandidateScore(BaseModel):
             tokens=score.tokens,
             truncated=truncated,
             error=fault,
+            token_scores=None if fault else tokens,
         )
 
 

@@ -36,6 +36,22 @@ class Score:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenValues:
+    """The tokens of one candidate as scored, and the value of each.
+
+    Attributes:
+        texts: The text of each token; joined, the text that the model read. Where several tokens
+            are one character, the last of them has it and the others are empty.
+        ids: Their ids.
+        values: Those of `Reranker.token_scores`, in nats, without β.
+    """
+
+    texts: list[str]
+    ids: tuple[int, ...]
+    values: list[float]
+
+
 def ranked(scores: Sequence[Score]) -> list[Score]:
     """Sort the scores of one prompt: best first, ties by index, errors last."""
     return sorted(

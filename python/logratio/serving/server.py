@@ -46,6 +46,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     log: "Log | None" = None,
     response_cache_mb: float = 0.0,
+    page: bool = True,
 ) -> "FastAPI":
     """Create an ASGI application that serves loaded bundles, for any ASGI server.
 
@@ -57,6 +58,7 @@ def create_app(
         cors_origins: Origins whose web pages may send requests.
         log: Writes a line per request; None: no lines.
         response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
+        page: Serve the page at `/`, a form that shows the ranking of candidates.
 
     Raises:
         MissingExtraError: fastapi or prometheus-client is not installed.
@@ -72,6 +74,7 @@ def create_app(
         cors_origins=cors_origins,
         log=log,
         response_cache_mb=response_cache_mb,
+        page=page,
     )
 
 
@@ -146,6 +149,7 @@ def serve_on(
                 cors_origins=config.cors_origin or (),
                 log=log,
                 response_cache_mb=config.response_cache_mb,
+                page=not config.no_page,
             )
             rerankers.clear()  # a bundle that is replaced must be freed
             Reloader(app.state.bundles, config.folders(), bundles.load, app.state.metrics, asked)

@@ -2,9 +2,12 @@
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from numpy import float32
+from numpy.typing import NDArray
 
 from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
@@ -13,8 +16,9 @@ from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.response_cache import ResponseCache, without
 from logratio.serving.scheduler import Scheduler, Speed
-from logratio.serving.scores import Score, Sums, scores_of
+from logratio.serving.scores import Score, Sums, TokenValues, scores_of
 from logratio.serving.session import Stop
+from logratio.serving.token_texts import TokenTexts
 
 UNNAMED = "default"
 """What metrics and messages call the only bundle, if it has no name."""
@@ -63,11 +67,13 @@ class Answer:
         group: The tokenized prompt and candidates.
         scores: One score per candidate, in the candidates' order.
         error: Why the prompt cannot be scored; each score then has an error too. None if it can.
+        tokens: The tokens of the scored candidates by index, if they were requested.
     """
 
     group: CandidateGroup
     scores: list[Score]
     error: str | None = None
+    tokens: Mapping[int, TokenValues] = field(default_factory=dict)
 
 
 class Scoring:
@@ -86,6 +92,8 @@ class Scoring:
         groups: Sequence[CandidateGroup],
         run_tokens: int,
         cache: ResponseCache | None = None,
+        *,
+        with_tokens: bool = False,
     ) -> None:
         """Plan the runs.
 
@@ -94,6 +102,7 @@ class Scoring:
             groups: Results of `Reranker.encode`.
             run_tokens: Maximum tokens per run; see `runs.plan_runs`.
             cache: Scores of earlier requests; None: everything is computed.
+            with_tokens: Keep the values per token; the same runs compute them.
         """
         self.groups = groups
         self._cache, self._digest = cache, reranker.digest or ""
@@ -107,6 +116,9 @@ class Scoring:
         runs = reranker.runs(self._unknown, run_tokens)
         self.costs = [run.tokens for run in runs]
         self._reranker, self._runs, self._stop = reranker, deque(runs), Stop()
+        self._with_tokens = with_tokens
+        self._values: list[dict[tuple[int, ...], NDArray[float32]]] = [{} for _ in groups]
+        self._texts: dict[tuple[int, ...], list[str]] = {}
 
     def _known(self, group: CandidateGroup) -> dict[tuple[int, ...], Sums]:
         return {} if self._cache is None else self._cache.find(self._digest, group)
@@ -114,12 +126,25 @@ class Scoring:
     def step(self) -> None:
         """Compute the next run."""
         run = self._runs.popleft()
-        rows = iter(self._reranker.compute(self._unknown, run, self._stop))
+        values: list[NDArray[float32]] = []
+        if self._with_tokens:
+            sums, values = self._reranker.compute_with_tokens(self._unknown, run, self._stop)
+        else:
+            sums = self._reranker.compute(self._unknown, run, self._stop)
+        rows, its_values = iter(sums), iter(values)
         for number, candidates in run.pieces:
             found = {ids: next(rows) for ids in candidates}
             self._sums[number] |= found
             if self._cache is not None:
                 self._cache.add(self._digest, self._unknown[number], found)
+            if self._with_tokens:
+                self._values[number].update((ids, next(its_values)) for ids in candidates)
+
+    def decode(self) -> None:
+        """Find the texts of the tokens of all candidates."""
+        texts = TokenTexts(self._reranker.encoder.tokenizer)
+        for group in self.groups:
+            self._texts |= {ids: texts.of(ids) for ids in group.different().keys() - self._texts}
 
     def stop(self) -> None:
         """Abort the run in another thread; `step` raises there."""
@@ -128,6 +153,21 @@ class Scoring:
     def scores(self) -> list[list[Score]]:
         """Return each group's scores in the candidates' order, after every run."""
         return [scores_of(*pair) for pair in zip(self.groups, self._sums, strict=True)]
+
+    def tokens(self) -> list[dict[int, TokenValues]]:
+        """Return the tokens of each group's candidates by index, after every run and `decode`.
+
+        Empty if the scoring is without tokens.
+        """
+        return [
+            {
+                index: TokenValues(self._texts[ids], ids, found[ids].tolist())
+                for ids, places in group.different().items()
+                if ids in found
+                for index in places
+            }
+            for group, found in zip(self.groups, self._values, strict=True)
+        ]
 
 
 @dataclass
@@ -138,12 +178,20 @@ class _Reader:
     limits: Limits
     reading: Reading
     cache: ResponseCache | None
+    with_tokens: bool = False
     errors: dict[int, str] = field(default_factory=dict)
 
     def scoring(self, asked: Sequence[Asked]) -> Scoring:
         """Tokenize, and plan the graph runs; called in the scheduler's encoding thread."""
         groups = [self._group(number, one) for number, one in enumerate(asked)]
-        return Scoring(self.reranker, groups, self.limits.run_tokens, self.cache)
+        cache = None if self.with_tokens else self.cache  # it has no values per token
+        scoring = Scoring(
+            self.reranker, groups, self.limits.run_tokens, cache, with_tokens=self.with_tokens
+        )
+        # A larger request will be refused.
+        if self.with_tokens and sum(scoring.costs) <= self.limits.request_tokens:
+            scoring.decode()
+        return scoring
 
     def _group(self, number: int, asked: Asked) -> CandidateGroup:
         # Texts over the limit are replaced by an empty one, so that the tokenizer never sees them.
@@ -217,12 +265,15 @@ class ScoringService:
         for tokens, seconds in self.reranker.timings():
             self._speed.pace.learn(tokens, seconds)
 
-    async def score(self, asked: Sequence[Asked], reading: Reading = READING) -> list[Answer]:
+    async def score(
+        self, asked: Sequence[Asked], reading: Reading = READING, *, with_tokens: bool = False
+    ) -> list[Answer]:
         """Check a request and wait for its scores.
 
         Args:
             asked: The prompts and candidates.
             reading: How candidates are tokenized.
+            with_tokens: Return the tokens and their values, too; the scores are the same.
 
         Returns:
             One answer per prompt.
@@ -233,9 +284,15 @@ class ScoringService:
         shared, record = self._shared, current_record()
         if shared.state.draining:
             raise RefusedError(503, "draining", "the server is shutting down")
+        if with_tokens and self.reranker.manifest.graph.token_output is None:
+            raise RefusedError(
+                422, "no_token_values",
+                "this bundle has no values per token, because it is a reward model's or was "
+                "exported by an earlier version: leave out return_tokens",
+            )  # fmt: skip
         record.bundle, record.digest = self.bundle, self.reranker.digest
         characters = check_size(asked, shared.limits)
-        reader = _Reader(self.reranker, shared.limits, reading, shared.cache)
+        reader = _Reader(self.reranker, shared.limits, reading, shared.cache, with_tokens)
         try:
             scoring = await shared.scheduler.run(
                 characters, lambda: reader.scoring(asked), self._speed
@@ -252,8 +309,11 @@ class ScoringService:
         for group in scoring.groups:
             candidates = sum(len(candidate.ids) for candidate in group.candidates)
             record.add_tokens(len(group.prompt_ids), candidates)
-        pairs = zip(scoring.groups, scoring.scores(), strict=True)
-        return [Answer(*pair, reader.errors.get(index)) for index, pair in enumerate(pairs)]
+        rows = zip(scoring.groups, scoring.scores(), scoring.tokens(), strict=True)
+        return [
+            Answer(group, scores, reader.errors.get(index), its)
+            for index, (group, scores, its) in enumerate(rows)
+        ]
 
     async def score_pairs(
         self, pairs: Sequence[tuple[str, str]], reading: Reading = READING

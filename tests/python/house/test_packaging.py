@@ -20,7 +20,8 @@ from logratio.extras import WITHOUT_CPU_VARIANT
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 PINS = (
-    *(".ci/constraints.txt", ".ci/quantized.txt", ".ci/release.txt", ".ci/server.txt"),
+    *(".ci/browser.txt", ".ci/constraints.txt", ".ci/quantized.txt", ".ci/release.txt"),
+    ".ci/server.txt",
     ".ci/tools.txt",
 )
 SERVE = "python/logratio-serve/pyproject.toml"
@@ -221,6 +222,7 @@ def requirements() -> list[tuple[str, Requirement]]:
     ]
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
+        ".ci/browser.txt": groups["browser"],
         ".ci/release.txt": groups["release"],
         ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *runtimes(SERVE)],
         ".ci/quantized.txt": apart,

@@ -123,9 +123,9 @@ def test_names_spell_out_the_reference(path: Path) -> None:
     assert not [name for name in names if name.startswith("ref_")]
 
 
-def test_the_package_contains_only_sources_and_stubs() -> None:
+def test_the_package_contains_only_sources_stubs_and_the_page() -> None:
     inside = [name for name in tracked() if name.startswith(f"{relative(PACKAGE)}/")]
-    assert {Path(name).suffix for name in inside} <= {".py", ".pyi", ".typed"}
+    assert {Path(name).suffix for name in inside} <= {".html", ".py", ".pyi", ".typed"}
 
 
 def run_make(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
