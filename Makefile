@@ -161,7 +161,7 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
 		-o .ci/constraints.txt
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
-	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --no-emit-package onnxruntime \
+	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --extra otel --no-emit-package onnxruntime \
 		-c .ci/constraints.txt -o .ci/server.txt
 	$(COMPILE) --group release -c .ci/tools.txt -o .ci/release.txt
 	echo bitsandbytes | $(COMPILE) - --no-deps -o .ci/quantized.txt

@@ -88,7 +88,7 @@ class Access(Settings):
 
 @dataclass(frozen=True)
 class Operation(Settings):
-    """Logs, and how the server stops."""
+    """Logs and traces, and how the server stops."""
 
     log_format: Annotated[
         LogFormat,
@@ -98,6 +98,15 @@ class Operation(Settings):
             rich_help_panel=OPERATION_PANEL,
         ),
     ] = LogFormat.TEXT
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel",
+            help="Send OpenTelemetry traces to the collector that OTEL_EXPORTER_OTLP_ENDPOINT "
+            "names. Default: none are made.",
+            rich_help_panel=OPERATION_PANEL,
+        ),
+    ] = False
     drain_seconds: Annotated[
         float,
         typer.Option(

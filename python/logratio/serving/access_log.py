@@ -15,6 +15,7 @@ from logratio.serving.config import LogFormat
 from logratio.serving.connections import PROBES, App, Message, Receive, Send, refuse
 from logratio.serving.limits import RefusedError
 from logratio.serving.request_record import RequestRecord, begin, usable_id
+from logratio.serving.tracing import Tracing
 
 METRICS = "/metrics"
 _METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
@@ -110,7 +111,7 @@ def _text(record: RequestRecord, seconds: float) -> str:
 
 
 class Observed:
-    """ASGI middleware, the outermost: request ids, the log, metrics, and unexpected errors."""
+    """ASGI middleware, the outermost: request ids, log, metrics, traces, and unexpected errors."""
 
     def __init__(
         self,
@@ -118,8 +119,10 @@ class Observed:
         log: Log | None,
         paths: frozenset[str],
         finished: Callable[[RequestRecord, float], None],
+        tracing: Tracing | None = None,
     ) -> None:
         self._app, self._log, self._paths, self._finished = app, log, paths, finished
+        self._tracing = tracing
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Handle one HTTP request; pass other scopes to the application."""
@@ -150,12 +153,17 @@ class Observed:
             self._finish(record, scope)
 
     def _finish(self, record: RequestRecord, scope: MutableMapping[str, Any]) -> None:
-        """Log and count a request; no error in here reaches its client."""
+        """Log, count and trace a request; no error in here reaches its client."""
         seconds = time.perf_counter() - record.started
         path = getattr(scope.get("route"), "path", scope["path"])
         record.route = path if path in self._paths else "other"
         with suppress(Exception):
             self._finished(record, seconds)
             is_routine = record.route in PROBES or record.route == METRICS
-            if self._log is not None and not (is_routine and record.status == 200):
+            if is_routine and record.status == 200:
+                return
+            if self._log is not None:
                 self._log.request(record, seconds)
+            if self._tracing is not None:
+                traceparent = dict(scope["headers"]).get(b"traceparent")
+                self._tracing.finished(record, seconds, traceparent)

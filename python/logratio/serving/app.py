@@ -25,6 +25,7 @@ from logratio.serving.routes_rerank import add_rerank
 from logratio.serving.routes_score import add_scores
 from logratio.serving.scheduler import Scheduler
 from logratio.serving.service import ScoringService, State
+from logratio.serving.tracing import Tracing
 
 _DESCRIPTION = (
     f"Orders completions of a prompt by the implicit reward of a trained policy. {SCORES}"
@@ -42,6 +43,7 @@ def build_app(
     keys: Keys | None,
     cors_origins: Sequence[str],
     log: Log | None,
+    tracing: Tracing | None,
 ) -> FastAPI:
     """Build the application of `create_app`; ``app.state.server`` is its `State`."""
     scheduler, state = Scheduler(limits), State()
@@ -79,7 +81,7 @@ def build_app(
     if cors_origins:
         _allow_origins(app, cors_origins)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Observed, log=log, paths=paths, finished=metrics.finished)
+    app.add_middleware(Observed, log=log, paths=paths, finished=metrics.finished, tracing=tracing)
     return app
 
 

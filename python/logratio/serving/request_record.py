@@ -25,6 +25,8 @@ class RequestRecord:
         seconds: Time in seconds of each phase: ``queue``, ``encode``, ``compute``.
         prompt_tokens: Tokens of the prompts.
         candidate_tokens: Tokens of the candidates.
+        digest: Digest of the bundle that scored them; None: none did, or it has no files.
+        scored: Time at which the last phase ended, on the clock of `started`.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -37,6 +39,13 @@ class RequestRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     candidate_tokens: int = 0
+    digest: str | None = None
+    scored: float = 0.0
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Time in seconds of all phases together."""
+        return sum(self.seconds.values())
 
     def add_tokens(self, prompt: int, candidates: int) -> None:
         """Count the tokens of a prompt and of its candidates."""
@@ -45,6 +54,7 @@ class RequestRecord:
 
     def add_seconds(self, **phases: float) -> None:
         """Add the times of a piece of work; a request may consist of several."""
+        self.scored = time.perf_counter()
         for phase, seconds in phases.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 

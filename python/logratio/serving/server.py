@@ -20,6 +20,7 @@ from logratio.extras import require
 from logratio.serving.config import ServeConfig
 from logratio.serving.limits import Limits
 from logratio.serving.reranker import Reranker
+from logratio.serving.tracing import Tracing, check_protocol, otlp_tracing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,6 +33,7 @@ _HEADER_BYTES = 16 * 2**10
 _BACKLOG = 2048
 _OTHER_FILES = 64
 """File descriptors reserved for everything except connections."""
+_LOGGERS = ("uvicorn", "logratio", "asyncio", "opentelemetry")
 _REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -43,6 +45,7 @@ def create_app(
     keys: "Keys | None" = None,
     cors_origins: Sequence[str] = (),
     log: "Log | None" = None,
+    tracing: Tracing | None = None,
 ) -> "FastAPI":
     """Create an ASGI application that serves a loaded bundle, for any ASGI server.
 
@@ -53,6 +56,7 @@ def create_app(
         keys: API keys, one of which every request but a health probe must have; None: no check.
         cors_origins: Origins whose web pages may send requests.
         log: Writes a line per request; None: no lines.
+        tracing: Makes the spans of each request; None: no spans.
 
     Raises:
         MissingExtraError: fastapi or prometheus-client is not installed.
@@ -68,6 +72,7 @@ def create_app(
         keys=keys,
         cors_origins=cors_origins,
         log=log,
+        tracing=tracing,
     )
 
 
@@ -83,7 +88,7 @@ def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
     Raises:
         OSError: The server cannot listen on the address.
         ConfigError: The address can be reached from other machines and there are no keys; the keys
-            or the certificate cannot be used; or the bundle needs a cache.
+            or the certificate cannot be used; the bundle needs a cache; or traces cannot be sent.
         BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
     """
     with _stopped_at_once():
@@ -94,10 +99,12 @@ def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
         keys = read_keys(config.api_key_file)
         config.check_access(has_keys=len(keys) > 0)
         config.check_certificate()
+        if config.otel:
+            check_protocol()
         limits = within_open_files(config.limits(limits))
         with _listen(config.host, config.port) as listener:
             reranker = _load(config)
-            with _logging(config) as log:
+            with _logging(config) as log, _tracing(config) as tracing:
                 app = create_app(
                     reranker,
                     limits,
@@ -105,6 +112,7 @@ def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
                     keys=keys or None,
                     cors_origins=config.cors_origin or (),
                     log=log,
+                    tracing=tracing,
                 )
                 server = make_server(require("uvicorn", "serve"), app, limits, config)
                 _announce(reranker, config, listener.getsockname()[1])
@@ -211,7 +219,7 @@ def _logging(config: ServeConfig) -> Iterator["Log"]:
 
     writer = LineWriter()
     log = Log(writer, config.log_format)
-    loggers = [logging.getLogger(name) for name in ("uvicorn", "logratio", "asyncio")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
         logger.addHandler(log)
     try:
@@ -220,6 +228,17 @@ def _logging(config: ServeConfig) -> Iterator["Log"]:
         for logger in loggers:
             logger.removeHandler(log)
         writer.close()
+
+
+@contextmanager
+def _tracing(config: ServeConfig) -> Iterator[Tracing | None]:
+    """Send spans to a collector, if the settings ask for it."""
+    tracing = otlp_tracing() if config.otel else None
+    try:
+        yield tracing
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def _announce(reranker: Reranker, config: ServeConfig, port: int) -> None:

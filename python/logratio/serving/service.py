@@ -168,6 +168,7 @@ class ScoringService:
             raise RefusedError(503, "draining", "the server is shutting down")
         characters = check_size(asked, self._limits)
         reader, record = _Reader(self.reranker, self._limits, reading), current_record()
+        record.digest = self.reranker.digest
         try:
             scoring = await self._scheduler.run(characters, lambda: reader.scoring(asked))
         except RefusedError:

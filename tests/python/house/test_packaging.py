@@ -154,7 +154,7 @@ def test_every_extra_has_a_variant_with_the_other_runtime() -> None:
     }
 
 
-def runtimes(path: str) -> list[str]:
+def optional(path: str) -> list[str]:
     """Return the requirements of all extras of a manifest."""
     return [*chain(*manifest(path)["project"]["optional-dependencies"].values())]
 
@@ -169,7 +169,8 @@ def test_the_server_is_the_same_package_without_torch() -> None:
     assert not {"torch", "transformers"} & {Requirement(need).name for need in needs}
     base = {*whole["project"]["dependencies"], *extras()["serve"]}
     assert set(needs) <= base
-    assert sorted(runtimes(SERVE)) == sorted(extras()["rank"] + extras()["rank-cpu"])
+    same = extras()["rank"] + extras()["rank-cpu"] + extras()["otel"]
+    assert sorted(optional(SERVE)) == sorted(same)
 
 
 def test_base_install_has_no_runtime() -> None:
@@ -222,7 +223,7 @@ def requirements() -> list[tuple[str, Requirement]]:
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/release.txt": groups["release"],
-        ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *runtimes(SERVE)],
+        ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *optional(SERVE)],
         ".ci/quantized.txt": apart,
         ".ci/tools.txt": [*groups["tools"], *alone],
     }
