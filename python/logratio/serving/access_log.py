@@ -14,7 +14,7 @@ from typing import Any
 from logratio.serving.config import LogFormat
 from logratio.serving.connections import PROBES, App, Message, Receive, Send, refuse
 from logratio.serving.limits import RefusedError
-from logratio.serving.request_record import RequestRecord, begin, usable_id
+from logratio.serving.request_record import RequestRecord, begin, is_open_inference, usable_id
 from logratio.serving.tracing import Tracing
 
 METRICS = "/metrics"
@@ -131,6 +131,7 @@ class Observed:
             return
         record = RequestRecord(id=usable_id(scope["headers"]))
         record.method = scope["method"] if scope["method"] in _METHODS else "other"
+        record.has_text_errors = is_open_inference(scope["path"])
         begin(record)
 
         async def identified(message: Message) -> None:

@@ -21,6 +21,7 @@ from logratio.serving.request_faults import describe
 from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.routes_models import add_models
+from logratio.serving.routes_open_inference import add_open_inference
 from logratio.serving.routes_rerank import add_rerank
 from logratio.serving.routes_score import add_scores
 from logratio.serving.scheduler import Scheduler
@@ -68,6 +69,7 @@ def build_app(
     add_rerank(app, service, _REFUSALS, strict=strict)
     add_scores(app, service, _REFUSALS, strict=strict)
     add_models(app, reranker)
+    add_open_inference(app, service, state, strict=strict)
     metrics = ServerMetrics(scheduler, reranker)
 
     @app.get(METRICS, include_in_schema=False)
@@ -101,8 +103,7 @@ def _add_health(app: FastAPI, state: State) -> None:
         return Health(status="live")
 
     async def readyz() -> Health:
-        if state.leaving or state.draining:
-            raise RefusedError(503, "draining", "the server is shutting down")
+        state.check_ready()
         return Health(status="ready")
 
     for path in ("/readyz", "/health"):
@@ -117,8 +118,10 @@ def _add_refusals(app: FastAPI) -> None:
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RefusedError)
-        current_record().cause = error.code
-        return JSONResponse(error.body(), error.status, error.headers())
+        record = current_record()
+        record.cause = error.code
+        body = error.body(as_text=record.has_text_errors)
+        return JSONResponse(body, error.status, error.headers())
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+_OPEN_INFERENCE = re.compile(r"/v2/?|/v2/(models|health)(/.*)?", re.S)
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -26,6 +27,7 @@ class RequestRecord:
         prompt_tokens: Tokens of the prompts.
         candidate_tokens: Tokens of the candidates.
         digest: Digest of the bundle that scored them; None: none did, or it has no files.
+        has_text_errors: Whether errors are text, as in the Open Inference Protocol.
         scored: Time at which the last phase ended, on the clock of `started`.
     """
 
@@ -40,6 +42,7 @@ class RequestRecord:
     prompt_tokens: int = 0
     candidate_tokens: int = 0
     digest: str | None = None
+    has_text_errors: bool = False
     scored: float = 0.0
 
     @property
@@ -76,3 +79,8 @@ def usable_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the client's `X-Request-ID` if it is short and plain, else a new id."""
     given = dict(headers).get(b"x-request-id", b"")
     return given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def is_open_inference(path: str) -> bool:
+    """Return whether a path is one of the Open Inference Protocol; others begin with /v2, too."""
+    return _OPEN_INFERENCE.fullmatch(path) is not None

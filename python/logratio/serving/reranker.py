@@ -342,7 +342,7 @@ class Reranker:
         """
         found = []
         for known in self.manifest.golden:
-            group = self._golden_group(known)
+            group = self.golden_group(known)
             for run in self.runs([group]):
                 start = time.perf_counter()
                 self.compute([group], run)
@@ -437,7 +437,7 @@ class Reranker:
     def _replay(self, stop: Stop, late: str) -> float:
         """Score the golden groups; return the largest difference of a reward from the export."""
         golden = self.manifest.golden
-        groups = [self._golden_group(group) for group in golden]
+        groups = [self.golden_group(group) for group in golden]
         for known, group in zip(golden, groups, strict=True):
             self._check_ids(known, group)
         self._check_cases()
@@ -452,7 +452,8 @@ class Reranker:
         known_scores = zip([*golden, *golden], [*scored, *alone], strict=True)
         return max(self._compare(known, scores) for known, scores in known_scores)
 
-    def _golden_group(self, known: GoldenGroup) -> CandidateGroup:
+    def golden_group(self, known: GoldenGroup) -> CandidateGroup:
+        """Return a golden group in the format of `encode`."""
         candidates = tuple(Candidate(tuple(ids)) for ids in known.candidates)
         group = CandidateGroup(tuple(known.prompt_ids), False, candidates)
         is_given = self.manifest.graph.kind == CACHED_REFERENCE

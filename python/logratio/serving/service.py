@@ -29,6 +29,15 @@ class State:
     leaving: bool = False
     draining: bool = False
 
+    def check_ready(self) -> None:
+        """Refuse a probe of readiness while the server is stopping.
+
+        Raises:
+            RefusedError: 503.
+        """
+        if self.leaving or self.draining:
+            raise RefusedError(503, "draining", "the server is shutting down")
+
 
 @dataclass(frozen=True)
 class Asked:
