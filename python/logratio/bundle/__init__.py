@@ -59,6 +59,7 @@ from logratio.bundle.manifest import (
     tolerance,
 )
 from logratio.bundle.signature import check_signature
+from logratio.bundle.triton import write_triton_repository
 
 __all__ = [
     "CACHED_REFERENCE",
@@ -105,4 +106,5 @@ __all__ = [
     "tokenization_digest",
     "tolerance",
     "verify_files",
+    "write_triton_repository",
 ]

@@ -159,11 +159,11 @@ class Reranker:
             MissingExtraError: ONNX Runtime is not installed.
         """
         folder = Path(folder)
-        content = _expected_manifest(folder, expect, allowed_signers)
+        content = expected_manifest(folder, expect, allowed_signers)
         manifest = parse_manifest(content, folder)
         verify_files(folder, manifest.files)
         cached = None if cache is None else CachedReference.open(cache, manifest)
-        encoder = _encoder(folder, manifest, truncate_completions)
+        encoder = load_encoder(folder, manifest, truncate_completions)
         session = open_session(
             folder,
             manifest,
@@ -542,7 +542,7 @@ class Reranker:
         )
 
 
-def _expected_manifest(
+def expected_manifest(
     folder: Path, expect: str | None, allowed_signers: str | Path | None
 ) -> bytes:
     """Return the content of ``bundle.json``, after checks of its digest and signature."""
@@ -554,7 +554,8 @@ def _expected_manifest(
     return content
 
 
-def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncoder:
+def load_encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncoder:
+    """Return the tokenizer of a bundle, after checks against its manifest."""
     try:
         rules = TokenizationRules.from_dict(manifest.tokenization)
         encoder = CandidateEncoder(folder, rules, truncate)

@@ -20,8 +20,8 @@ from logratio.extras import WITHOUT_CPU_VARIANT
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 PINS = (
-    *(".ci/constraints.txt", ".ci/quantized.txt", ".ci/release.txt", ".ci/server.txt"),
-    ".ci/tools.txt",
+    *(".ci/constraints.txt", ".ci/quantized.txt", ".ci/ray-serve.txt", ".ci/release.txt"),
+    *(".ci/server.txt", ".ci/tools.txt"),
 )
 SERVE = "python/logratio-serve/pyproject.toml"
 """The manifest of the distribution without torch."""
