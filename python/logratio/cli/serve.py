@@ -178,7 +178,8 @@ def serve(
 ) -> None:
     """Serve rewards: `/v1/score`, and the APIs of Cohere, Jina, TEI, Infinity, vLLM and OpenRLHF.
 
-    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates.
+    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates. The paths below
+    `/v2/models` are the Open Inference Protocol of KServe and Triton.
     Each flag can also be set by an environment variable, or in the file of --config. Flags override
     variables, and variables override the file.
     """
