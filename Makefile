@@ -172,7 +172,7 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 		-o .ci/constraints.txt
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
 	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --extra otel --no-emit-package onnxruntime \
-		-c .ci/constraints.txt -o .ci/server.txt
+		-c .ci/constraints.txt -c .ci/tools.txt -o .ci/server.txt
 	echo 'ray[serve]' | $(COMPILE) - -c .ci/constraints.txt -c .ci/tools.txt -o .ci/ray-serve.txt \
 		$$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' .ci/constraints.txt .ci/tools.txt)
 	$(COMPILE) --group release -c .ci/tools.txt -o .ci/release.txt

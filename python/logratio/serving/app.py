@@ -92,7 +92,7 @@ def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
         CORSMiddleware,
         allow_origins=[*origins],
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+        allow_headers=["Authorization", "Content-Type", "traceparent", "X-API-Key", "X-Request-ID"],
         expose_headers=["X-Request-ID", "Retry-After"],
     )
 

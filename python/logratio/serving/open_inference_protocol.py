@@ -143,7 +143,7 @@ class ModelReady(BaseModel):
     ready: bool = True
 
 
-class TextError(BaseModel):
+class ErrorText(BaseModel):
     """Why a request was refused."""
 
     error: str

@@ -14,6 +14,7 @@ from logratio.serving.limits import RefusedError, public_reason
 from logratio.serving.open_inference_protocol import (
     EXTENSIONS,
     JSON_LENGTH,
+    ErrorText,
     InferRequest,
     InferResponse,
     Live,
@@ -23,7 +24,6 @@ from logratio.serving.open_inference_protocol import (
     ServerReady,
     Tensor,
     TensorInfo,
-    TextError,
     Texts,
     divided,
     encoded,
@@ -41,7 +41,7 @@ _FLAGS = ("truncate", "messages")
 """Parameters of a request; `binary_data_output` is that of the binary extension."""
 _TURNS = TypeAdapter(list[Turn])
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": TextError} for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+    status: {"model": ErrorText} for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 }
 
 
@@ -77,7 +77,7 @@ def add_open_inference(
 
 
 def _add_health(app: FastAPI, state: State) -> None:
-    shared: dict[str, Any] = {"responses": {503: {"model": TextError}}}
+    shared: dict[str, Any] = {"responses": {503: {"model": ErrorText}}}
 
     @app.get("/v2", summary="The server, for the Open Inference Protocol")
     async def server() -> ServerMetadata:

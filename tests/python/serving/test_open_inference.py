@@ -14,6 +14,7 @@ from tiny_bundle import copy_bundle, tiny_bundle, with_template
 
 from logratio.bundle import REFERENCE_FREE, REWARD_MODEL
 from logratio.serving import Reranker, Score
+from logratio.serving.access_log import Log
 from logratio.serving.keys import Keys
 from logratio.serving.limits import Limits
 from logratio.serving.routes_open_inference import outputs_of
@@ -23,6 +24,7 @@ PROMPT = "the cat sits"
 CANDIDATES = ["on the mat happy", "sad", "under a tree loud loud loud", "in the house"]
 OTHER = ("the dog", ["runs", "sad sad", "", "loud"])
 ALL = ["rewards", "policy_logps", "reference_logps", "tokens", "truncated", "errors"]
+CANARY = "xyzzy-canary"
 LENGTH = "inference-header-content-length"
 
 
@@ -320,6 +322,37 @@ def test_unknown_fields_and_parameters_are_named_or_refused(
         for part in ({"priority": 1}, {"parameters": {"timeout": 5}}):
             code, _ = refusal(strict, url, request([PROMPT], CANDIDATES) | part)
             assert code in (400, 422)
+
+
+def test_no_error_and_no_log_line_has_text_of_a_request(reranker: Reranker, url: str) -> None:
+    lines: list[str] = []
+
+    class Lines:
+        write = staticmethod(lines.append)
+
+    log: Any = Log(Lines(), "json")  # type: ignore[arg-type]
+    good = request([PROMPT], CANDIDATES)
+    prompt, candidates = good["inputs"]
+    changes: list[dict[str, Any]] = [
+        *({"inputs": [candidates | {name: CANARY}, prompt]} for name in candidates),
+        *({"inputs": [candidates | {name: [CANARY]}, prompt]} for name in candidates),
+        {"inputs": [prompt, candidates | {"data": [CANARY]}]},
+        {"inputs": [prompt, candidates | {CANARY: CANARY, "parameters": {CANARY: CANARY}}]},
+        {"outputs": [{"name": CANARY}]},
+        {"outputs": [{"name": "rewards", "parameters": {CANARY: CANARY}}]},
+        {"parameters": {"truncate": CANARY}},
+        {"inputs": [prompt | {"data": [CANARY]}, candidates], "parameters": {"messages": True}},
+        {"parameters": CANARY},
+    ]
+    with TestClient(create_app(reranker, strict=True, log=log)) as client:
+        answers = [client.post(f"{url}/infer", json=good | change) for change in changes]
+        answers += [client.post(f"{url}/infer", json=good, headers={LENGTH: CANARY})]
+        answers += [client.post(f"{url}/infer", content=CANARY)]
+        answers += [client.get(f"{url}/{CANARY}"), client.get(f"/v2/models/{CANARY}/ready")]
+        answers += [client.get(f"{url}/versions/{CANARY}")]
+    assert {answer.status_code for answer in answers} == {400, 404}
+    assert len(lines) == len(answers)
+    assert CANARY not in "".join([*(answer.text for answer in answers), *lines])
 
 
 def test_the_outputs_are_those_that_a_bundle_has(reranker: Reranker) -> None:
