@@ -5,7 +5,7 @@ Needs ``ray[serve]``, and logratio with the extra ``serve`` on every host.
 
 import asyncio
 import math
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,9 +35,9 @@ class RaySettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     bundle: str
-    replicas: int = Field(1, ge=1)
-    cpus: int = Field(1, ge=1)
-    gpus: float = Field(0.0, ge=0)
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[int, Field(ge=1)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0.0
     provider: str | None = None
     expect: str | None = None
     allowed_signers: str | None = None

@@ -115,7 +115,7 @@ def test_the_span_continues_the_trace_of_the_client(reranker: Reranker) -> None:
         assert not exporter.get_finished_spans()  # the client decided that
         for wrong in ("nonsense", "00-" + "0" * 32 + f"-{PARENT:016x}-01", "é"):
             exporter.clear()
-            client.post("/v1/rerank", json=REQUEST, headers={"traceparent": wrong.encode()})
+            client.post("/v1/rerank", json=REQUEST, headers={b"traceparent": wrong.encode()})
             assert split(exporter.get_finished_spans())[0].parent is None
 
 
