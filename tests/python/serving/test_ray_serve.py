@@ -40,7 +40,12 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> Reranker:
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Ray Serve on this machine with two replicas of the tiny bundle."""
     # A busy machine takes long to start.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    }
     ray, serve = require("ray", "ray"), require("ray.serve", "ray")
     folder = tiny_bundle(tmp_path_factory) / "bundle"
     ray.init(
