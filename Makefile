@@ -20,10 +20,12 @@ QUANTIZED := .venv/quantized
 RELEASE := .venv/release
 BROWSER := .venv/browser
 CHROMIUM ?= chromium
+# In a separate folder: its dozens of dependencies serve one test only.
+RAY_SERVE := .venv/ray-serve
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick families long page torture check setup pins bench-rust gpu docs wheels \
+.PHONY: help demo test quick families long page ray-serve torture check setup pins bench-rust gpu docs wheels \
 	audit clean
 
 help: ## list the targets
@@ -64,6 +66,14 @@ page: $(BUILT) $(BROWSER)/installed ## the page of `serve` in Chromium, which mu
 $(BROWSER)/installed: .ci/browser.txt $(PINNED)
 	$(BIN)/python -m pip install -q --require-hashes --only-binary :all: --no-deps --upgrade \
 		--target "$(BROWSER)" -r .ci/browser.txt
+	touch $@
+
+ray-serve: $(BUILT) $(RAY_SERVE)/installed ## serve with Ray Serve on this machine, for minutes; downloads 60 MB once
+	PYTHONPATH="$(CURDIR)/$(RAY_SERVE)" $(BIN)/python -m pytest -m ray_serve tests/python/serving/test_ray_serve.py
+
+$(RAY_SERVE)/installed: $(PINNED) .ci/ray-serve.txt
+	$(BIN)/python -m pip install --require-hashes --only-binary :all: --no-deps --upgrade \
+		--target $(RAY_SERVE) -r .ci/ray-serve.txt
 	@touch $@
 
 torture: ## the reference cache under faults, for hours: 10,000 kills, 100 million losses of power
@@ -125,7 +135,7 @@ LICENCES := Apache;BSD;ISC;MIT;MPL;NVIDIA;PSF;Python Software Foundation;Public 
 audit: $(BUILT) $(RELEASE)/installed ## licences and known vulnerabilities of what is installed; needs the network
 	cargo deny --version || cargo install --locked cargo-deny
 	cargo deny --config .ci/deny.toml check
-	for pins in constraints server tools release; do \
+	for pins in constraints server tools ray-serve release; do \
 		$(RELEASE)/bin/pip-audit --strict --disable-pip --require-hashes -r .ci/$$pins.txt || exit 1; \
 	done
 	$(RELEASE)/bin/pip-licenses --python $(BIN)/python --partial-match --allow-only "$(LICENCES)" \
@@ -174,8 +184,10 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	$(COMPILE) pyproject.toml --extra demo-cpu --extra serve-cpu --no-emit-package onnxruntime \
 		-o .ci/constraints.txt
 	$(COMPILE) --group tools -c .ci/constraints.txt -o .ci/tools.txt
-	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --no-emit-package onnxruntime \
-		-c .ci/constraints.txt -o .ci/server.txt
+	$(COMPILE) python/logratio-serve/pyproject.toml --extra cpu --extra otel --no-emit-package onnxruntime \
+		-c .ci/constraints.txt -c .ci/tools.txt -o .ci/server.txt
+	echo 'ray[serve]' | $(COMPILE) - -c .ci/constraints.txt -c .ci/tools.txt -o .ci/ray-serve.txt \
+		$$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' .ci/constraints.txt .ci/tools.txt)
 	$(COMPILE) --group release -c .ci/tools.txt -o .ci/release.txt
 	$(COMPILE) --group browser -c .ci/constraints.txt -c .ci/tools.txt -o .ci/browser.txt
 	echo bitsandbytes | $(COMPILE) - --no-deps -o .ci/quantized.txt

@@ -5,7 +5,7 @@ from types import ModuleType
 
 from logratio.errors import LogratioError
 
-WITHOUT_CPU_VARIANT = {"plots", "quantized", "ray", "trl"}
+WITHOUT_CPU_VARIANT = {"otel", "plots", "quantized", "ray", "trl"}
 """Extras without a `-cpu` variant, because they do not need ONNX Runtime."""
 
 

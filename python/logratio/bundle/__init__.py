@@ -63,6 +63,7 @@ from logratio.bundle.manifest import (
     tolerance,
 )
 from logratio.bundle.signature import check_signature
+from logratio.bundle.triton import write_triton_repository
 
 __all__ = [
     "ADAPTER",
@@ -112,4 +113,5 @@ __all__ = [
     "tokenization_digest",
     "tolerance",
     "verify_files",
+    "write_triton_repository",
 ]

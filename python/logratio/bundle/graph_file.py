@@ -72,12 +72,27 @@ _TYPES: Mapping[int, tuple[str, int]] = {
 }
 """Names and bits per value of the tensor types; text and complex numbers are left out."""
 _EXTERNAL = 1
+_INPUT, _OUTPUT = 11, 12
+"""Fields of a graph."""
 _LONGEST_LIST = 64
 """Values of an int64 tensor that may be a shape."""
 _MOST_VALUES = 2**24
 """Values of one result whose shape is written in the graph: 64 MiB of float32."""
 _NODES = 500_000
 _LOOP = "Scan"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph.
+
+    Attributes:
+        dtype: Type of its values, such as ``int64``.
+        shape: Its sizes; -1: any.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass
@@ -89,12 +104,16 @@ class GraphFile:
         nodes: Number of nodes, with those of the loop over the head's chunks.
         operators: How often each operator occurs.
         tensor_bytes: Bytes of all tensors, by type.
+        inputs: The inputs by name.
+        outputs: The outputs by name.
     """
 
     opset: int = 0
     nodes: int = 0
     operators: Counter[str] = field(default_factory=Counter)
     tensor_bytes: Counter[str] = field(default_factory=Counter)
+    inputs: dict[str, Port] = field(default_factory=dict)
+    outputs: dict[str, Port] = field(default_factory=dict)
 
 
 def check_graph_file(folder: Path, files: Mapping[str, FileEntry], opset: int) -> GraphFile:
@@ -215,6 +234,9 @@ class _Check:
                 self._tensor(part.span)
             elif kind == "value":
                 self._nested(part.span, "value")
+                if not in_loop and part.number in (_INPUT, _OUTPUT):
+                    ports = {_INPUT: self._found.inputs, _OUTPUT: self._found.outputs}
+                    self._port(part.span, ports[part.number])
             elif kind == "entry":
                 self._small(part.span, "entry")
 
@@ -223,6 +245,22 @@ class _Check:
         for part, kind in self._fields(span, message):
             if kind in _MESSAGES:
                 self._nested(part.span, kind)
+
+    def _port(self, span: Span, ports: dict[str, Port]) -> None:
+        """Keep the name, type and shape of an input or output."""
+        value = self._small(span, "value")
+        name, inner = self._text(value, 1), value
+        for number, message in ((2, "type"), (1, "tensor type")):
+            if number not in inner:
+                raise BundleError(f"the input or output {name!r:.100} has no type")
+            inner = self._small(inner[number][0].span, message)
+        kind, shape = self._number(inner, 1), []
+        if kind not in _TYPES or name in ports:
+            raise BundleError(f"the input or output {name!r:.100} has the type {kind}, or is twice")
+        for part in self._small(inner[2][0].span, "shape").get(1, []) if 2 in inner else []:
+            size = self._small(part.span, "dimension")
+            shape.append(self._number(size, 1) if 1 in size else -1)
+        ports[name] = Port(_TYPES[kind][0], tuple(shape))
 
     def _node(self, span: Span, in_loop: bool) -> None:
         parts = self._small(span, "node")

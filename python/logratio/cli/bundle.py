@@ -1,4 +1,4 @@
-"""`logratio bundle …`: inspect and verify a bundle; `rank` and `serve` share its flags."""
+"""`logratio bundle …`: inspect, verify, write for Triton; `rank` and `serve` share its flags."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ Base = Annotated[
 
 @app.callback()
 def bundle() -> None:
-    """Inspect and verify a bundle."""
+    """Inspect and verify a bundle, or write it for Triton."""
 
 
 @app.command()
@@ -200,6 +200,32 @@ def verify(
             f"most {trial.largest:.1e}"
         )
         typer.echo("sound")
+
+
+@app.command()
+def triton(
+    folder: Folder,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the model repository; other models in it are kept.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model. Default: that of the bundle.")
+    ] = None,
+    expect: Expect = None,
+    allowed_signers: AllowedSigners = None,
+) -> None:
+    """Write a model repository for NVIDIA Triton.
+
+    Triton's ONNX Runtime backend then runs the bundle's graph, which takes token ids:
+    `logratio.serving.GraphTensors` makes them from text. Exits with 1 if the bundle is not sound.
+    """
+    from logratio.bundle import write_triton_repository
+
+    with _exit_with_1(folder):
+        model = write_triton_repository(
+            folder, output, name, expect=expect, allowed_signers=allowed_signers
+        )
+    typer.echo(str(model))
 
 
 @contextmanager

@@ -106,7 +106,7 @@ class Access(Settings):
 
 @dataclass(frozen=True)
 class Operation(Settings):
-    """Processes, logs, and how the server stops."""
+    """Processes, logs and traces, and how the server stops."""
 
     workers: Annotated[
         int,
@@ -126,6 +126,15 @@ class Operation(Settings):
             rich_help_panel=OPERATION_PANEL,
         ),
     ] = LogFormat.TEXT
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel",
+            help="Send OpenTelemetry traces to the collector that OTEL_EXPORTER_OTLP_ENDPOINT "
+            "names. Default: none are made.",
+            rich_help_panel=OPERATION_PANEL,
+        ),
+    ] = False
     drain_seconds: Annotated[
         float,
         typer.Option(
@@ -206,7 +215,8 @@ def serve(
 ) -> None:
     """Serve rewards: `/v1/score`, and the APIs of Cohere, Jina, TEI, Infinity, vLLM and OpenRLHF.
 
-    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates.
+    In `POST /v1/rerank`, `query` is the prompt and `documents` are the candidates. The paths below
+    `/v2/models` are the Open Inference Protocol of KServe and Triton.
     Each flag can also be set by an environment variable, or in the file of --config. Flags override
     variables, and variables override the file.
     """

@@ -6,6 +6,7 @@ when it is served. Never imports torch or transformers.
 
 from logratio.bundle import BundleError
 from logratio.serving.bundle_evaluation import bundle_pairs, evaluate_bundle
+from logratio.serving.graph_tensors import GraphTensors
 from logratio.serving.rank_file import rank_file, rank_forecast
 from logratio.serving.rank_ray import RankBatch
 from logratio.serving.rank_rows import RankSummary
@@ -18,6 +19,7 @@ from logratio.serving.shared_base import SharedBase
 
 __all__ = [
     "BundleError",
+    "GraphTensors",
     "NoCandidateError",
     "ProviderError",
     "RankBatch",

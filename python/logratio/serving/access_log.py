@@ -14,7 +14,8 @@ from typing import Any
 from logratio.serving.config import LogFormat
 from logratio.serving.connections import PROBES, App, Message, Receive, Send, refuse
 from logratio.serving.limits import RefusedError
-from logratio.serving.request_record import RequestRecord, begin, usable_id
+from logratio.serving.request_record import RequestRecord, begin, is_open_inference, usable_id
+from logratio.serving.tracing import Tracing
 
 METRICS = "/metrics"
 _METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
@@ -117,7 +118,7 @@ def _headers(record: RequestRecord) -> Iterator[tuple[bytes, bytes]]:
 
 
 class Observed:
-    """ASGI middleware, the outermost: request ids, the log, metrics, and unexpected errors."""
+    """ASGI middleware, the outermost: request ids, log, metrics, traces, and unexpected errors."""
 
     def __init__(
         self,
@@ -125,8 +126,10 @@ class Observed:
         log: Log | None,
         paths: frozenset[str],
         finished: Callable[[RequestRecord, float], None],
+        tracing: Tracing | None = None,
     ) -> None:
         self._app, self._log, self._paths, self._finished = app, log, paths, finished
+        self._tracing = tracing
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Handle one HTTP request; pass other scopes to the application."""
@@ -135,6 +138,7 @@ class Observed:
             return
         record = RequestRecord(id=usable_id(scope["headers"]))
         record.method = scope["method"] if scope["method"] in _METHODS else "other"
+        record.has_text_errors = is_open_inference(scope["path"])
         begin(record)
 
         async def identified(message: Message) -> None:
@@ -154,12 +158,17 @@ class Observed:
             self._finish(record, scope)
 
     def _finish(self, record: RequestRecord, scope: MutableMapping[str, Any]) -> None:
-        """Log and count a request; no error in here reaches its client."""
+        """Log, count and trace a request; no error in here reaches its client."""
         seconds = time.perf_counter() - record.started
         path = getattr(scope.get("route"), "path", scope["path"])
         record.route = path if path in self._paths else "other"
         with suppress(Exception):
             self._finished(record, seconds)
             is_routine = record.route in PROBES or record.route == METRICS
-            if self._log is not None and not (is_routine and record.status == 200):
+            if is_routine and record.status == 200:
+                return
+            if self._log is not None:
                 self._log.request(record, seconds)
+            if self._tracing is not None:
+                traceparent = dict(scope["headers"]).get(b"traceparent")
+                self._tracing.finished(record, seconds, traceparent)

@@ -25,10 +25,12 @@ from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.response_cache import ResponseCache
 from logratio.serving.routes_models import add_models
+from logratio.serving.routes_open_inference import add_open_inference
 from logratio.serving.routes_rerank import add_rerank
 from logratio.serving.routes_score import add_scores
 from logratio.serving.scheduler import Scheduler
 from logratio.serving.service import UNNAMED, Shared, State
+from logratio.serving.tracing import Tracing
 
 _DESCRIPTION = (
     f"Orders completions of a prompt by the implicit reward of a trained policy. {SCORES}"
@@ -48,6 +50,7 @@ def build_app(
     log: Log | None,
     response_cache_mb: float,
     page: bool,
+    tracing: Tracing | None,
 ) -> FastAPI:
     """Build the application of `create_app`.
 
@@ -74,6 +77,7 @@ def build_app(
     add_rerank(app, bundles, _REFUSALS, strict=strict)
     add_scores(app, bundles, _REFUSALS, strict=strict)
     add_models(app, bundles)
+    add_open_inference(app, bundles, shared.state, strict=strict)
     if page:
         add_page(app)
 
@@ -89,7 +93,7 @@ def build_app(
     if cors_origins:
         _allow_origins(app, cors_origins)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(Observed, log=log, paths=paths, finished=metrics.finished)
+    app.add_middleware(Observed, log=log, paths=paths, finished=metrics.finished, tracing=tracing)
     return app
 
 
@@ -107,7 +111,7 @@ def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
         CORSMiddleware,
         allow_origins=[*origins],
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+        allow_headers=["Authorization", "Content-Type", "traceparent", "X-API-Key", "X-Request-ID"],
         expose_headers=["X-Request-ID", "X-Bundle-Digest", "Retry-After"],
     )
 
@@ -118,8 +122,7 @@ def _add_health(app: FastAPI, state: State) -> None:
         return Health(status="live")
 
     async def readyz() -> Health:
-        if not state.is_ready:
-            raise RefusedError(503, "draining", "the server is shutting down")
+        state.check_ready()
         return Health(status="ready")
 
     for path in ("/readyz", "/health"):
@@ -134,8 +137,10 @@ def _add_refusals(app: FastAPI) -> None:
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RefusedError)
-        current_record().cause = error.code
-        return JSONResponse(error.body(), error.status, error.headers())
+        record = current_record()
+        record.cause = error.code
+        body = error.body(as_text=record.has_text_errors)
+        return JSONResponse(body, error.status, error.headers())
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

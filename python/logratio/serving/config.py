@@ -65,6 +65,7 @@ class ServeConfig(YamlSettings):
         cors_origin: Origins whose web pages may send requests; None: no origin.
         no_page: Serve no page at `/`.
         log_format: One line per request as text or JSON on standard error, or none.
+        otel: Send a span per request to the collector that the variables OTEL_… name.
         drain_seconds: Time in seconds after SIGTERM in which the server still accepts requests,
             and already answers `/readyz` with 503.
         shutdown_seconds: Time in seconds to finish the requests in flight after that.
@@ -93,6 +94,7 @@ class ServeConfig(YamlSettings):
     cors_origin: tuple[str, ...] | None = None
     no_page: bool = False
     log_format: LogFormat = "text"
+    otel: bool = False
     drain_seconds: Annotated[float, Range(0)] = 0.0
     shutdown_seconds: Annotated[int, Range(1)] = _LIMITS.shutdown_seconds
 

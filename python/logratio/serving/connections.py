@@ -103,8 +103,9 @@ async def _disconnect(receive: Receive) -> Message:
 
 async def refuse(send: Send, error: RefusedError) -> None:
     """Send an error before the body is read, and close the connection."""
-    current_record().cause = error.code
-    content = json.dumps(error.body()).encode()
+    record = current_record()
+    record.cause = error.code
+    content = json.dumps(error.body(as_text=record.has_text_errors)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(content)).encode()),
@@ -115,7 +116,7 @@ async def refuse(send: Send, error: RefusedError) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-PROBES = frozenset({"/livez", "/readyz", "/health"})
+PROBES = frozenset({"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"})
 _IS_CROWDED = "is_crowded"
 _CROWDED = RefusedError(503, "connections", "too many connections are open")
 _SLOW = RefusedError(408, "slow_header", "the request headers took too long")

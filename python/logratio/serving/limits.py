@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from logratio.data.records import CODES
 from logratio.errors import LogratioError
@@ -72,8 +73,14 @@ class RefusedError(LogratioError):
         self.status, self.code, self.message = status, code, message
         self.retry_after = retry_after
 
-    def body(self) -> dict[str, dict[str, str]]:
-        """Return the JSON body of the response."""
+    def body(self, *, as_text: bool = False) -> dict[str, Any]:
+        """Return the JSON body of the response.
+
+        Args:
+            as_text: Without the code, as the Open Inference Protocol has errors.
+        """
+        if as_text:
+            return {"error": self.message}
         return {"error": {"code": self.code, "message": self.message}}
 
     def headers(self) -> dict[str, str]:

@@ -8,6 +8,11 @@ from pydantic import BaseModel
 
 from logratio.serving.compatible_protocol import OpenRlhfRequest, PairsRequest, TeiRequest
 from logratio.serving.limits import RefusedError
+from logratio.serving.open_inference_protocol import (
+    InferRequest,
+    RequestedOutput,
+    RequestInput,
+)
 from logratio.serving.protocol import UNSUPPORTED, Document, RerankRequest, Turn
 from logratio.serving.score_protocol import BestOfRequest, PromptAndCandidates, ScoreRequest
 
@@ -26,6 +31,7 @@ _KINDS = {
 _MODELS: tuple[type[BaseModel], ...] = (
     *(RerankRequest, Document, Turn, TeiRequest, PairsRequest, OpenRlhfRequest),
     *(ScoreRequest, PromptAndCandidates, BestOfRequest),
+    *(InferRequest, RequestInput, RequestedOutput),
 )
 _TEXTS = {"query", "prompt"}
 """Fields that are a string or chat messages."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+_OPEN_INFERENCE = re.compile(r"/v2/?|/v2/(models|health)(/.*)?", re.S)
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -28,6 +29,9 @@ class RequestRecord:
         seconds: Time in seconds of each phase: ``queue``, ``encode``, ``compute``.
         prompt_tokens: Tokens of the prompts.
         candidate_tokens: Tokens of the candidates.
+        digest: Digest of the bundle that scored them; None: none did, or it has no files.
+        has_text_errors: Whether errors are text, as in the Open Inference Protocol.
+        scored: Time at which the last phase ended, on the clock of `started`.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -43,6 +47,14 @@ class RequestRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     candidate_tokens: int = 0
+    digest: str | None = None
+    has_text_errors: bool = False
+    scored: float = 0.0
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Time in seconds of all phases together."""
+        return sum(self.seconds.values())
 
     def add_tokens(self, prompt: int, candidates: int) -> None:
         """Count the tokens of a prompt and of its candidates."""
@@ -51,6 +63,7 @@ class RequestRecord:
 
     def add_seconds(self, **phases: float) -> None:
         """Add the times of a piece of work; a request may consist of several."""
+        self.scored = time.perf_counter()
         for phase, seconds in phases.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
@@ -72,3 +85,8 @@ def usable_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the client's `X-Request-ID` if it is short and plain, else a new id."""
     given = dict(headers).get(b"x-request-id", b"")
     return given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def is_open_inference(path: str) -> bool:
+    """Return whether a path is one of the Open Inference Protocol; others begin with /v2, too."""
+    return _OPEN_INFERENCE.fullmatch(path) is not None

@@ -166,12 +166,12 @@ class Reranker:
             MissingExtraError: ONNX Runtime is not installed.
         """
         folder = Path(folder)
-        content = _expected_manifest(folder, expect, allowed_signers)
+        content = expected_manifest(folder, expect, allowed_signers)
         manifest = parse_manifest(content, folder)
         verify_files(folder, manifest.files)
         check_base(folder, manifest, base)
         cached = None if cache is None else CachedReference.open(cache, manifest)
-        encoder = _encoder(folder, manifest, truncate_completions)
+        encoder = load_encoder(folder, manifest, truncate_completions)
         opening: dict[str, Any] = {"providers": providers, "allow_fallback": allow_fallback}
         opening |= {"threads": threads, "load_seconds": load_seconds}
         session, adapter = open_graph(folder, manifest, base, opening)
@@ -348,7 +348,7 @@ class Reranker:
         """
         found = []
         for known in self.manifest.golden:
-            group = self._golden_group(known)
+            group = self.golden_group(known)
             for run in self.runs([group]):
                 start = time.perf_counter()
                 self.compute([group], run)
@@ -461,7 +461,7 @@ class Reranker:
     def _replay(self, stop: Stop, late: str) -> float:
         """Score the golden groups; return the largest difference of a reward from the export."""
         golden = self.manifest.golden
-        groups = [self._golden_group(group) for group in golden]
+        groups = [self.golden_group(group) for group in golden]
         for known, group in zip(golden, groups, strict=True):
             self._check_ids(known, group)
         self._check_cases()
@@ -476,7 +476,8 @@ class Reranker:
         known_scores = zip([*golden, *golden], [*scored, *alone], strict=True)
         return max(self._compare(known, scores) for known, scores in known_scores)
 
-    def _golden_group(self, known: GoldenGroup) -> CandidateGroup:
+    def golden_group(self, known: GoldenGroup) -> CandidateGroup:
+        """Return a golden group in the format of `encode`."""
         candidates = tuple(Candidate(tuple(ids)) for ids in known.candidates)
         group = CandidateGroup(tuple(known.prompt_ids), False, candidates)
         is_given = self.manifest.graph.kind == CACHED_REFERENCE
@@ -565,7 +566,7 @@ class Reranker:
         )
 
 
-def _expected_manifest(
+def expected_manifest(
     folder: Path, expect: str | None, allowed_signers: str | Path | None
 ) -> bytes:
     """Return the content of ``bundle.json``, after checks of its digest and signature."""
@@ -577,7 +578,8 @@ def _expected_manifest(
     return content
 
 
-def _encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncoder:
+def load_encoder(folder: Path, manifest: Manifest, truncate: bool) -> CandidateEncoder:
+    """Return the tokenizer of a bundle, after checks against its manifest."""
     try:
         rules = TokenizationRules.from_dict(manifest.tokenization)
         encoder = CandidateEncoder(folder, rules, truncate)

@@ -22,6 +22,7 @@ from logratio.serving.config import ServeConfig
 from logratio.serving.configured_bundles import ConfiguredBundles
 from logratio.serving.limits import Limits
 from logratio.serving.reranker import Reranker
+from logratio.serving.tracing import Tracing, check_protocol, otlp_tracing
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -34,6 +35,7 @@ _HEADER_BYTES = 16 * 2**10
 _BACKLOG = 2048
 _OTHER_FILES = 64
 """File descriptors reserved for everything except connections."""
+_LOGGERS = ("uvicorn", "logratio", "asyncio", "opentelemetry")
 _REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -47,6 +49,7 @@ def create_app(
     log: "Log | None" = None,
     response_cache_mb: float = 0.0,
     page: bool = True,
+    tracing: Tracing | None = None,
 ) -> "FastAPI":
     """Create an ASGI application that serves loaded bundles, for any ASGI server.
 
@@ -59,6 +62,7 @@ def create_app(
         log: Writes a line per request; None: no lines.
         response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
         page: Serve the page at `/`, a form that shows the ranking of candidates.
+        tracing: Makes the spans of each request; None: no spans.
 
     Raises:
         MissingExtraError: fastapi or prometheus-client is not installed.
@@ -75,6 +79,7 @@ def create_app(
         log=log,
         response_cache_mb=response_cache_mb,
         page=page,
+        tracing=tracing,
     )
 
 
@@ -95,7 +100,7 @@ def serve(config: ServeConfig, *, limits: Limits | None = None) -> None:
     Raises:
         OSError: The server cannot listen on the address.
         ConfigError: The address can be reached from other machines and there are no keys; the keys
-            or the certificate cannot be used; or a bundle needs a cache.
+            or the certificate cannot be used; a bundle needs a cache; or traces cannot be sent.
         BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
         WorkerError: A process ended before it was ready.
     """
@@ -120,6 +125,8 @@ def _check(config: ServeConfig) -> None:
 
     config.check_access(has_keys=len(read_keys(config.api_key_file)) > 0)
     config.check_certificate()
+    if config.otel:
+        check_protocol()
     config.expected()
 
 
@@ -140,7 +147,7 @@ def serve_on(
     with _hangups() as asked:
         bundles = ConfiguredBundles(config)
         rerankers = bundles.load_all()
-        with _logging(config) as log:
+        with _logging(config) as log, _tracing(config) as tracing:
             app = create_app(
                 rerankers,
                 limits,
@@ -150,6 +157,7 @@ def serve_on(
                 log=log,
                 response_cache_mb=config.response_cache_mb,
                 page=not config.no_page,
+                tracing=tracing,
             )
             rerankers.clear()  # a bundle that is replaced must be freed
             Reloader(app.state.bundles, config.folders(), bundles.load, app.state.metrics, asked)
@@ -246,7 +254,7 @@ def _logging(config: ServeConfig) -> Iterator["Log"]:
 
     writer = LineWriter()
     log = Log(writer, config.log_format)
-    loggers = [logging.getLogger(name) for name in ("uvicorn", "logratio", "asyncio")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
         logger.addHandler(log)
     logging.getLogger("logratio.serving").setLevel(logging.INFO)  # lines about reloads
@@ -256,6 +264,17 @@ def _logging(config: ServeConfig) -> Iterator["Log"]:
         for logger in loggers:
             logger.removeHandler(log)
         writer.close()
+
+
+@contextmanager
+def _tracing(config: ServeConfig) -> Iterator[Tracing | None]:
+    """Send spans to a collector, if the settings ask for it."""
+    tracing = otlp_tracing() if config.otel else None
+    try:
+        yield tracing
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def _announce(config: ServeConfig, port: int, title: str) -> None:

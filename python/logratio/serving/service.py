@@ -38,10 +38,14 @@ class State:
     closes_at: float | None = None
     draining: bool = False
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether new requests should be sent here."""
-        return self.closes_at is None and not self.draining
+    def check_ready(self) -> None:
+        """Refuse a probe of readiness while the server is stopping.
+
+        Raises:
+            RefusedError: 503.
+        """
+        if self.closes_at is not None or self.draining:
+            raise RefusedError(503, "draining", "the server is shutting down")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from logratio.extras import WITHOUT_CPU_VARIANT
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 PINS = (
-    *(".ci/browser.txt", ".ci/constraints.txt", ".ci/quantized.txt", ".ci/release.txt"),
-    ".ci/server.txt",
-    ".ci/tools.txt",
+    *(".ci/browser.txt", ".ci/constraints.txt", ".ci/quantized.txt", ".ci/ray-serve.txt"),
+    *(".ci/release.txt", ".ci/server.txt", ".ci/tools.txt"),
 )
 SERVE = "python/logratio-serve/pyproject.toml"
 """The manifest of the distribution without torch."""
@@ -155,7 +154,7 @@ def test_every_extra_has_a_variant_with_the_other_runtime() -> None:
     }
 
 
-def runtimes(path: str) -> list[str]:
+def optional(path: str) -> list[str]:
     """Return the requirements of all extras of a manifest."""
     return [*chain(*manifest(path)["project"]["optional-dependencies"].values())]
 
@@ -170,7 +169,8 @@ def test_the_server_is_the_same_package_without_torch() -> None:
     assert not {"torch", "transformers"} & {Requirement(need).name for need in needs}
     base = {*whole["project"]["dependencies"], *extras()["serve"]}
     assert set(needs) <= base
-    assert sorted(runtimes(SERVE)) == sorted(extras()["rank"] + extras()["rank-cpu"])
+    same = extras()["rank"] + extras()["rank-cpu"] + extras()["otel"]
+    assert sorted(optional(SERVE)) == sorted(same)
 
 
 def test_base_install_has_no_runtime() -> None:
@@ -224,7 +224,7 @@ def requirements() -> list[tuple[str, Requirement]]:
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/browser.txt": groups["browser"],
         ".ci/release.txt": groups["release"],
-        ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *runtimes(SERVE)],
+        ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *optional(SERVE)],
         ".ci/quantized.txt": apart,
         ".ci/tools.txt": [*groups["tools"], *alone],
     }

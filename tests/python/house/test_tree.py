@@ -70,6 +70,7 @@ def test_no_file_contains_a_registry_or_a_machines_path() -> None:
         if name == "Cargo.lock":  # cargo writes the address of its registry
             continue
         text = (ROOT / name).read_text(errors="ignore")
+        text = text.replace("/mnt/models", "")  # where KServe puts a model in every container
         found += [(name, hit.group()) for hit in HOSTS.finditer(text)]
         found += [(name, hit.group()) for hit in MACHINE_PATHS.finditer(text)]
     assert not found

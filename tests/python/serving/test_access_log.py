@@ -96,15 +96,32 @@ def test_a_plain_request_id_is_kept_and_any_other_replaced(
             assert lines.json[-1]["id"] == echoed
 
 
+TENSORS = {
+    "inputs": [
+        {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": [QUERY]},
+        {"name": "candidates", "shape": [2], "datatype": "BYTES", "data": DOCUMENTS},
+    ]
+}
 POSTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank"), REQUEST),
     "/v1/score": {"groups": [{"prompt": QUERY, "candidates": DOCUMENTS}]},
     "/v1/best_of": {"prompt": QUERY, "candidates": DOCUMENTS},
     "/score": {"text_1": QUERY, "text_2": DOCUMENTS},
     "/get_reward": {"query": [f"{QUERY} sad"], "prompts": [QUERY]},
+    "/v2/models/{name}/infer": TENSORS,
+    "/v2/models/{name}/versions/{version}/infer": TENSORS,
 }
 """A request for each route that computes."""
-GETS = ("/v1/models", "/version", "/openapi.json")
+GETS = (
+    *("/v1/models", "/version", "/openapi.json", "/v2"),
+    *("/v2/models/{name}", "/v2/models/{name}/versions/{version}"),
+    *("/v2/models/{name}/ready", "/v2/models/{name}/versions/{version}/ready"),
+)
+
+
+def unmatched(path: str) -> str:
+    """The label of a request to a route before it is matched: names in it are those of a client."""
+    return "other" if "{" in path else path
 
 
 def test_every_route_has_a_label_the_id_of_the_request_and_needs_a_key(
@@ -119,20 +136,22 @@ def test_every_route_has_a_label_the_id_of_the_request_and_needs_a_key(
         for path in (*POSTS, *GETS):
             body = POSTS.get(path)
             method = "POST" if body else "GET"
-            assert client.request(method, path, json=body).status_code == 401
-            answer = client.request(method, path, json=body, headers=given)
+            place = path.format(name=reranker.manifest.name, version=reranker.digest)
+            assert client.request(method, place, json=body).status_code == 401
+            answer = client.request(method, place, json=body, headers=given)
             assert answer.status_code == 200
             found = answer.json()
             assert answer.headers["x-request-id"] == "abc" == found.get("id", "abc")
             without, line = lines.json[-2:]
-            assert without["route"] == line["route"] == path
+            # A request without a key is refused before its path is matched with the routes.
+            assert (without["route"], line["route"]) == (unmatched(path), path)
             assert line["id"] == "abc"
             assert (line["prompt_tokens"] > 0) == ("compute" in line["ms"]) == bool(body)
         assert client.get(METRICS).status_code == 401
         metrics = client.get(METRICS, headers=given).text
     for path in (*POSTS, *GETS):
-        for status in (200, 401):
-            assert f'logratio_requests_total{{route="{path}",status="{status}"}} 1.0' in metrics
+        for route, status in ((path, 200), (unmatched(path), 401)):
+            assert f'logratio_requests_total{{route="{route}",status="{status}"}}' in metrics
 
 
 def test_an_error_has_its_id_and_its_cause(reranker: Reranker) -> None:
