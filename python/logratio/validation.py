@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -22,8 +23,12 @@ _WORDS = {
     float: "a number",
     str: "a string",
     Path: "a Path",
+    PathLike: "a Path",
     type(None): "None",
 }
+
+PATH = str | PathLike
+"""The type of an argument that is a path."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,18 @@ def fitted_field(kind: type, name: str, given: Any) -> Any:
         raise ConfigError(f"{flag} {error}") from None
     except SettingTypeError as error:  # raised by the annotation's converter
         raise SettingTypeError(f"{name}: {error}") from None
+
+
+def check_argument(name: str, hint: Any, given: Any) -> None:
+    """Check an argument of a call, which has no dataclass, against a type.
+
+    Raises:
+        SettingTypeError: It has another type; the message names the argument.
+    """
+    try:
+        _fitted(hint, given)
+    except _MisfitError:
+        raise _refusal(name, name, hint, given) from None
 
 
 @cache

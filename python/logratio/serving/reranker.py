@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +43,7 @@ from logratio.serving.reference import CachedReference, with_reference
 from logratio.serving.runs import Run, plan_runs
 from logratio.serving.scores import Score, Sums, ranked, scores_of
 from logratio.serving.session import CPU, LOAD_SECONDS, Stop, open_session, stopped_after, within
+from logratio.validation import PATH, check_argument
 
 _GRACE = 2.0
 """Seconds in which the graph may stop by itself after the time limit."""
@@ -157,7 +158,9 @@ class Reranker:
             NoReferenceError: The cache has not the reference of the policy's training.
             ProviderError: ONNX Runtime would use another provider than the requested one.
             MissingExtraError: ONNX Runtime is not installed.
+            SettingTypeError: `folder` is not a path.
         """
+        check_argument("folder", PATH, folder)
         folder = Path(folder)
         content = _expected_manifest(folder, expect, allowed_signers)
         manifest = parse_manifest(content, folder)
@@ -247,7 +250,9 @@ class Reranker:
 
         Raises:
             InvalidRecordError: A prompt is invalid; no prompt is scored then.
+            SettingTypeError: `requests` is not a list of pairs.
         """
+        check_argument("requests", Sequence[tuple[Any, Any]], requests)
         return self.score_groups([self.encode(*request) for request in requests])
 
     def rank(
@@ -295,7 +300,8 @@ class Reranker:
             reading: How the texts are tokenized.
 
         Raises:
-            SettingTypeError: The candidates are not a list of strings, for example one string.
+            SettingTypeError: The prompt is neither text nor a list, or the candidates are not a
+                list of strings, for example one string.
             InvalidRecordError: The prompt is invalid.
             ConfigError: The bundle needs `reference_logps` or a cache, or does not take them.
         """
@@ -317,7 +323,9 @@ class Reranker:
         self, prompt: Prompt, candidates: Sequence[str], reading: Reading
     ) -> CandidateGroup:
         """Tokenize, without the reference's log-probs."""
-        if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
+        if not isinstance(prompt, str | Sequence):
+            raise SettingTypeError(f"prompt must be a string or a list of messages, not {prompt!r}")
+        if not _are_strings(candidates):
             raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
         encoder = self._verbatim if reading.verbatim else self.encoder
         return encoder.encode(prompt, candidates, reading)
@@ -539,6 +547,14 @@ class Reranker:
             f"{self.provider} gives a golden candidate the reward {reward:.6g}; {source} gave "
             f"{expected:.6g} at export"
         )
+
+
+def _are_strings(given: object) -> bool:
+    return (
+        isinstance(given, Iterable)
+        and not isinstance(given, str)
+        and all(isinstance(text, str) for text in given)
+    )
 
 
 def _expected_manifest(
