@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -23,11 +22,10 @@ _WORDS = {
     float: "a number",
     str: "a string",
     Path: "a Path",
-    PathLike: "a Path",
     type(None): "None",
 }
 
-PATH = str | PathLike
+PATH = str | Path
 """The type of an argument that is a path."""
 
 
