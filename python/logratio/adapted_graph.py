@@ -14,7 +14,6 @@ RANK_INPUTS = (".lora_A", ".lora_B")
 """Ends of the names of a graph's inputs for an adapter: float32 `[in, rank]` and `[rank, out]`,
 whose product is added to the weight that the name begins with. Their default has rank 0."""
 _REWARD, _POLICY, _REFERENCE = OUTPUTS
-_WHOLE, _PER_TOKEN = _POLICY, TOKEN_LOGPS
 
 
 class Adapter:
@@ -87,11 +86,16 @@ class Adapter:
             The outputs: rewards and sums of log-probs float32 `[N]`, log-ratios per token float32
             `[K, chunk]`.
         """
-        wanted = [_WHOLE] if names[0] in OUTPUTS else [_PER_TOKEN]
-        (policy,) = session.run(wanted, feed, options(self._adapter))
-        (reference,) = session.run(wanted, feed, options(None))
-        found = {_POLICY: policy, _REFERENCE: reference, TOKEN_LOGRATIOS: policy - reference}
-        found[_REWARD] = self._beta * found[TOKEN_LOGRATIOS]
+        is_wanted = {_POLICY: bool({*OUTPUTS} & {*names}), TOKEN_LOGPS: TOKEN_LOGRATIOS in names}
+        wanted = [name for name, needed in is_wanted.items() if needed]
+        policy = session.run(wanted, feed, options(self._adapter))
+        reference = session.run(wanted, feed, options(None))
+        found = {}
+        for name, one, other in zip(wanted, policy, reference, strict=True):
+            if name == _POLICY:
+                found |= {_POLICY: one, _REFERENCE: other, _REWARD: self._beta * (one - other)}
+            else:
+                found[TOKEN_LOGRATIOS] = one - other
         return [found[name] for name in names]
 
 

@@ -25,6 +25,9 @@ _WORDS = {
     type(None): "None",
 }
 
+PATH = str | Path
+"""The type of an argument that is a path."""
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -130,6 +133,18 @@ def fitted_field(kind: type, name: str, given: Any) -> Any:
         raise ConfigError(f"{flag} {error}") from None
     except SettingTypeError as error:  # raised by the annotation's converter
         raise SettingTypeError(f"{name}: {error}") from None
+
+
+def check_argument(name: str, hint: Any, given: Any) -> None:
+    """Check an argument of a call, which has no dataclass, against a type.
+
+    Raises:
+        SettingTypeError: It has another type; the message names the argument.
+    """
+    try:
+        _fitted(hint, given)
+    except _MisfitError:
+        raise _refusal(name, name, hint, given) from None
 
 
 @cache

@@ -16,6 +16,7 @@ from logratio.data import (
     PreferenceTokenizer,
     TokenizationRules,
     build_store,
+    load_store,
 )
 from logratio.data.inspection import inspect
 from logratio.data.readers import as_inputs
@@ -23,6 +24,7 @@ from logratio.demo.run import DemoConfig
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
 from logratio.export.export import export_bundle
 from logratio.export.plan import ExportConfig
+from logratio.serving import Reranker
 from logratio.training import (
     DPOTrainer,
     EvaluateConfig,
@@ -32,7 +34,9 @@ from logratio.training import (
     SweepConfig,
     TrainConfig,
     evaluate,
+    load_model,
     precompute,
+    read_lora_config,
     train,
 )
 from logratio.validation import Range, check_fields
@@ -263,13 +267,37 @@ class TestOneInput:
         assert as_inputs(path for path in ("a", "b")) == ["a", "b"]
 
 
-def test_one_string_is_not_a_list_of_candidates(tmp_path: Path) -> None:
-    from logratio.serving.reranker import Reranker
+WRONG: Any = 3
+TEXT: Any = "one string"
 
-    reranker = object.__new__(Reranker)  # the check comes before anything of the bundle
-    for wrong in ("one string", [1], [b"x"]):
-        with pytest.raises(TypeError, match="candidates must be a list of strings"):
-            reranker.rank("x", wrong)  # type: ignore[arg-type]
+
+def unread() -> Reranker:
+    """Return a reranker without a bundle: arguments are checked before anything of it is used."""
+    return object.__new__(Reranker)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: PreferenceTokenizer.load(WRONG), "folder must be a string or a Path, not 3 (an"),
+        (lambda: Reranker.load(WRONG), "folder must be a string or a Path, not 3 (an int)"),
+        (lambda: load_model(WRONG), "folder must be a string or a Path, not 3 (an int)"),
+        (lambda: load_store(WRONG, WRONG), "path must be a string or a Path, not 3 (an int)"),
+        (lambda: load_store("x", WRONG), "tokenizer must be a PreferenceTokenizer, not 3 (an int)"),
+        (lambda: build_store("x", TEXT), "tokenizer must be a PreferenceTokenizer, not 'one st"),
+        (lambda: read_lora_config(WRONG), "path must be a string or a Path, not 3 (an int)"),
+        (lambda: unread().rank(WRONG, ["a"]), "prompt must be a string or a list of messages"),
+        (lambda: unread().rank("x", TEXT), "candidates must be a list of strings, not 'one str"),
+        (lambda: unread().rank("x", WRONG), "candidates must be a list of strings, not 3"),
+        (lambda: unread().rank("x", [WRONG]), "candidates must be a list of strings, not [3]"),
+        (lambda: unread().score_many(TEXT), "requests must be a list, each item"),
+        (lambda: unread().score_many([WRONG]), "requests must be a list, each item"),
+    ],
+)
+def test_a_wrong_argument_of_a_call_is_named(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(SettingTypeError) as caught:
+        call()
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ _SPEAKERS = {
     "human": "user",
     "prompter": "user",
     "assistant": ASSISTANT,
+    "ai": ASSISTANT,
     "gpt": ASSISTANT,
     "chatgpt": ASSISTANT,
     "bot": ASSISTANT,

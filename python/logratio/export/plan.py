@@ -32,6 +32,7 @@ from logratio.one_process import refuse_multiple_processes
 from logratio.progress import say
 from logratio.report.run_files import DATA_REPORT_FILE, SETTINGS_FILE
 from logratio.synonyms import takes_known_names
+from logratio.training.dataset import check_same_ids
 from logratio.training.fingerprint import parameter_count
 from logratio.training.models import (
     ADAPTER_CONFIG,
@@ -178,7 +179,8 @@ def plan_export(config: ExportConfig) -> Forecast:
 
     Raises:
         ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
-            MissingExtraError: The export is not possible; the message gives the reason.
+            MissingExtraError, VocabularyError: The export is not possible; the message gives the
+            reason.
     """
     return make_plan(config).forecast
 
@@ -188,7 +190,8 @@ def make_plan(config: ExportConfig) -> ExportPlan:
 
     Raises:
         ConfigError, ExportError, ModelFolderError, UnsupportedModelError, OutputError,
-            MissingExtraError: The export is not possible; the message gives the reason.
+            MissingExtraError, VocabularyError: The export is not possible; the message gives the
+            reason.
     """
     check_kind(config, ExportConfig)
     refuse_multiple_processes("export")
@@ -218,6 +221,8 @@ def make_plan(config: ExportConfig) -> ExportPlan:
             f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, but the policy has "
             f"{architecture.vocab_size}"
         )
+    if reference is not None:
+        check_same_ids(reference, policy, tokenizer)
     calibration = None if precision.is_exact else _calibration(config, reward, tokenizer)
     plan = ExportPlan(
         policy, reference, reward, output, tokenizer, architecture, precision, calibration, base

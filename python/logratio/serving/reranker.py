@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,8 @@ from logratio.bundle import (
     digest_of,
     manifest_bytes,
     parse_manifest,
-    tolerance,
     verify_files,
 )
-from logratio.data.records import InvalidRecordError
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
 from logratio.graph_inputs import graph_inputs
@@ -41,13 +39,13 @@ from logratio.serving.candidates import (
     Reading,
 )
 from logratio.serving.reference import CachedReference, with_reference
+from logratio.serving.replay import Replay
 from logratio.serving.runs import Run, plan_runs
 from logratio.serving.scores import Score, Sums, ranked, scores_of
-from logratio.serving.session import CPU, LOAD_SECONDS, Stop, stopped_after, within
+from logratio.serving.session import CPU, LOAD_SECONDS, Stop
 from logratio.serving.shared_base import SharedBase, check_base, open_graph
+from logratio.validation import PATH, check_argument
 
-_GRACE = 2.0
-"""Seconds in which the graph may stop by itself after the time limit."""
 TOKEN_BUDGET = 16384
 """Positions in one run of the graph, which bounds its memory; see `plan_runs`."""
 KEPT_POSITIONS = TOKEN_BUDGET
@@ -164,7 +162,9 @@ class Reranker:
             NoReferenceError: The cache has not the reference of the policy's training.
             ProviderError: ONNX Runtime would use another provider than the requested one.
             MissingExtraError: ONNX Runtime is not installed.
+            SettingTypeError: `folder` is not a path.
         """
+        check_argument("folder", PATH, folder)
         folder = Path(folder)
         content = expected_manifest(folder, expect, allowed_signers)
         manifest = parse_manifest(content, folder)
@@ -253,7 +253,9 @@ class Reranker:
 
         Raises:
             InvalidRecordError: A prompt is invalid; no prompt is scored then.
+            SettingTypeError: `requests` is not a list of pairs.
         """
+        check_argument("requests", Sequence[tuple[Any, Any]], requests)
         return self.score_groups([self.encode(*request) for request in requests])
 
     def rank(
@@ -301,7 +303,8 @@ class Reranker:
             reading: How the texts are tokenized.
 
         Raises:
-            SettingTypeError: The candidates are not a list of strings, for example one string.
+            SettingTypeError: The prompt is neither text nor a list, or the candidates are not a
+                list of strings, for example one string.
             InvalidRecordError: The prompt is invalid.
             ConfigError: The bundle needs `reference_logps` or a cache, or does not take them.
         """
@@ -323,14 +326,31 @@ class Reranker:
         self, prompt: Prompt, candidates: Sequence[str], reading: Reading
     ) -> CandidateGroup:
         """Tokenize, without the reference's log-probs."""
-        if isinstance(candidates, str) or not all(isinstance(text, str) for text in candidates):
+        if not isinstance(prompt, str | Sequence):
+            raise SettingTypeError(f"prompt must be a string or a list of messages, not {prompt!r}")
+        if not _are_strings(candidates):
             raise SettingTypeError(f"candidates must be a list of strings, not {candidates!r:.60}")
         encoder = self._verbatim if reading.verbatim else self.encoder
         return encoder.encode(prompt, candidates, reading)
 
-    def score_groups(self, groups: Sequence[CandidateGroup]) -> list[list[Score]]:
-        """Score the results of `encode`: one list per group, in the candidates' order."""
-        return self._score_groups(groups, None)
+    def score_groups(
+        self, groups: Sequence[CandidateGroup], stop: Stop | None = None
+    ) -> list[list[Score]]:
+        """Score the results of `encode`.
+
+        Args:
+            groups: The results.
+            stop: Aborts the runs of the graph from another thread.
+
+        Returns:
+            One list per group, in the candidates' order.
+        """
+        sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
+        for run in self.runs(groups):
+            rows = iter(self.compute(groups, run, stop))
+            for number, candidates in run.pieces:
+                sums[number].update((ids, next(rows)) for ids in candidates)
+        return [scores_of(group, found) for group, found in zip(groups, sums, strict=True)]
 
     @cached_property
     def _verbatim(self) -> CandidateEncoder:
@@ -354,16 +374,6 @@ class Reranker:
                 self.compute([group], run)
                 found.append((run.tokens, time.perf_counter() - start))
         return found
-
-    def _score_groups(
-        self, groups: Sequence[CandidateGroup], stop: Stop | None
-    ) -> list[list[Score]]:
-        sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
-        for run in self.runs(groups):
-            rows = iter(self.compute(groups, run, stop))
-            for number, candidates in run.pieces:
-                sums[number].update((ids, next(rows)) for ids in candidates)
-        return [scores_of(group, found) for group, found in zip(groups, sums, strict=True)]
 
     def compute(
         self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None = None
@@ -452,118 +462,22 @@ class Reranker:
         Raises:
             BundleError: Ids or rewards differ, a group is missing, or this takes longer.
         """
-        late = f"the golden groups did not finish within {seconds:g} s"
-        with stopped_after(seconds) as stop:
-            self.largest_difference = within(
-                seconds + _GRACE, lambda: self._replay(stop, late), late
-            )
-
-    def _replay(self, stop: Stop, late: str) -> float:
-        """Score the golden groups; return the largest difference of a reward from the export."""
-        golden = self.manifest.golden
-        groups = [self.golden_group(group) for group in golden]
-        for known, group in zip(golden, groups, strict=True):
-            self._check_ids(known, group)
-        self._check_cases()
-        try:
-            scored = self._score_groups(groups, stop)  # several prompts in one run
-            alone = [self._score_groups([group], stop)[0] for group in groups]
-        except BundleError:
-            raise
-        except Exception as error:  # the library raises many unrelated types
-            reason = late if stop.asked else "the graph fails on a golden group"
-            raise BundleError(reason) from error
-        known_scores = zip([*golden, *golden], [*scored, *alone], strict=True)
-        return max(self._compare(known, scores) for known, scores in known_scores)
+        self.largest_difference = Replay(self).run(seconds)
 
     def golden_group(self, known: GoldenGroup) -> CandidateGroup:
-        """Return a golden group in the format of `encode`."""
+        """Return a golden group of the manifest as `score_groups` takes it."""
         candidates = tuple(Candidate(tuple(ids)) for ids in known.candidates)
         group = CandidateGroup(tuple(known.prompt_ids), False, candidates)
         is_given = self.manifest.graph.kind == CACHED_REFERENCE
         return with_reference(group, known.reference_logps) if is_given else group
 
-    def _check_ids(self, known: GoldenGroup, group: CandidateGroup) -> None:
-        """Check that a golden group's text has the same ids here as at export."""
-        prompt = known.prompt if known.messages is None else known.messages
-        if prompt is None:
-            return
-        encoder = self.encoder
-        try:
-            if known.max_length is not None:
-                encoder = encoder.shortened(known.max_length)
-            found = encoder.encode(prompt, known.completions or [])
-        except (InvalidRecordError, ConfigError) as error:
-            raise BundleError(f"a golden group cannot be tokenized here: {error}") from error
-        ids = [candidate.ids for candidate in found.candidates]
-        if found.prompt_ids != group.prompt_ids or ids != [one.ids for one in group.candidates]:
-            raise BundleError("the tokenizer gives other ids here than at export")
 
-    def _check_cases(self) -> None:
-        """Check that the golden groups have a text, a truncated text and a chat, if possible."""
-        golden, tokenizer = self.manifest.golden, self.encoder.tokenizer
-        if self.manifest.format_version == 1:
-            return
-        texts = [group for group in golden if group.case == "text"]
-        is_chat = any(group.messages for group in golden) or (texts and tokenizer.wraps_text)
-        if tokenizer.chat_template is not None and not is_chat:
-            self._check_missing("chat", [{"role": "user", "content": "a"}])
-        if self.manifest.golden_digest is None:
-            return  # an older format
-        if not texts:
-            self._check_missing("text", "a")
-        long_enough = any(len(ids) > 1 for group in texts for ids in group.candidates)
-        if long_enough and not any(group.case == "truncated" for group in golden):
-            raise BundleError("no golden group is truncated, so truncation cannot be verified")
-
-    def _check_missing(self, case: str, prompt: Prompt) -> None:
-        """Refuse the bundle unless its tokenizer rejects the prompt, as it did at export."""
-        try:
-            (candidate,) = self.encoder.encode(prompt, ["a"]).candidates
-        except Exception:  # tokenizers raises plain Exception for unknown words
-            return
-        if candidate.error is None:
-            raise BundleError(f"no golden group is a {case}, so its tokenization is not verified")
-
-    def _compare(self, known: GoldenGroup, scores: list[Score]) -> float:
-        """Compare scores with those of the export; return the largest difference of rewards."""
-        largest = 0.0
-        for score, expected in zip(scores, self._expected(known), strict=True):
-            reward, *logps = expected
-            found = (score.policy_logps, score.reference_logps)
-            limits = [tolerance(value, self.manifest.replay) for value in logps]
-            slack = self.manifest.beta * sum(limits) if logps else tolerance(reward, REPLAY)
-            near = all(
-                abs(one - other) <= sum(limits) for one, other in zip(found, logps, strict=False)
-            )
-            if not (near and abs(score.reward - reward) <= slack):
-                self._refuse(score.reward, reward)
-            largest = max(largest, abs(score.reward - reward))
-        return largest
-
-    def _expected(self, known: GoldenGroup) -> Iterator[list[float]]:
-        """Yield the reward and log-prob sums of each golden candidate."""
-        if known.graph_outputs is not None:
-            columns = [known.graph_outputs[name] for name in self.manifest.graph.outputs]
-            yield from map(list, zip(*columns, strict=True))
-        elif known.scores is not None:
-            yield from ([score] for score in known.scores)
-        else:
-            graph, beta = self.manifest.graph, self.manifest.beta
-            free = graph.kind == REFERENCE_FREE
-            for index, (policy, ids) in enumerate(
-                zip(known.policy_logps, known.candidates, strict=True)
-            ):
-                reference = [] if free else [known.reference_logps[index]]
-                divisor = len(ids) if graph.length_normalized else 1
-                yield [beta * (policy - sum(reference)) / divisor, policy, *reference]
-
-    def _refuse(self, reward: float, expected: float) -> NoReturn:
-        source = "torch" if self.manifest.precision.is_exact else "this graph"
-        raise BundleError(
-            f"{self.provider} gives a golden candidate the reward {reward:.6g}; {source} gave "
-            f"{expected:.6g} at export"
-        )
+def _are_strings(given: object) -> bool:
+    return (
+        isinstance(given, Iterable)
+        and not isinstance(given, str)
+        and all(isinstance(text, str) for text in given)
+    )
 
 
 def expected_manifest(

@@ -372,6 +372,20 @@ def check_reference(
         VocabularyError: Its embedding is too small, or its tokenizer assigns different ids.
     """
     check_embedding(reference, tokenizer, store)
+    check_same_ids(reference, model, tokenizer)
+
+
+def check_same_ids(reference: PathLike, model: PathLike, tokenizer: PreferenceTokenizer) -> None:
+    """Check that the reference's tokenizer, if its folder has one, gives tokens the same ids.
+
+    Args:
+        reference: The folder of the reference, or of its adapter.
+        model: The folder of the policy, as messages name it.
+        tokenizer: The tokenizer of the policy.
+
+    Raises:
+        VocabularyError: A token has another id; the message names the first one.
+    """
     folder = Path(reference)
     own = next((f for f in (folder, base_folder(folder)) if (f / "tokenizer.json").exists()), None)
     if own is None or own.resolve() == Path(model).resolve():

@@ -24,6 +24,7 @@ from logratio.training.models import (
     quietly,
 )
 from logratio.training.reward_model import TASK, empty_model, is_reward_model
+from logratio.validation import PATH, check_argument
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 """Layers that can have an adapter."""
@@ -289,6 +290,7 @@ def read_lora_config(path: PathLike, *, rewards: bool = False) -> LoraSettings:
     Example:
         >>> settings = read_lora_config("adapter/adapter_config.json")
     """
+    check_argument("path", PATH, path)
     path = Path(path)
     path = path / ADAPTER_CONFIG if path.is_dir() else path
     return _settings_of(_json_object(path), str(path), rewards=rewards)

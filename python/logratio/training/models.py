@@ -31,6 +31,7 @@ from logratio.training.config import (
 )
 from logratio.training.given_model import given_model
 from logratio.training.reward_model import empty_model, is_reward_model, read_model, refusal_of
+from logratio.validation import PATH, check_argument
 
 SCHEMES: dict[Quantization, str] = {
     "8bit": "LLM.int8, outliers from 6.0",
@@ -206,6 +207,7 @@ def load_model(
     Example:
         >>> model = load_model("sft-model", precision="bf16-weights")
     """
+    check_argument("folder", PATH, folder)
     folder = local_folder(folder)
     check_model_folder(folder, rewards=True)
     if given := given_model(folder):

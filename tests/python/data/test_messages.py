@@ -35,6 +35,7 @@ SPELLINGS: dict[str, tuple[Row, Row]] = {
     "capitals of a role": ({"role": "Assistant", "content": "a"}, assistant("a")),
     "OASST's user": ({"role": "prompter", "content": "u"}, user("u")),
     "Gemma's assistant": ({"role": "model", "content": "a"}, assistant("a")),
+    "LangChain's assistant": ({"role": "ai", "content": "a"}, assistant("a")),
     "OpenAI's older tool": (
         {"role": "function", "name": "f", "content": "4"},
         {"role": "tool", "name": "f", "content": "4"},

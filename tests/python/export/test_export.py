@@ -37,7 +37,7 @@ from logratio.forecast import OutputError
 from logratio.graph_inputs import graph_inputs
 from logratio.logps.checks import UnsupportedModelError
 from logratio.serving import Reranker
-from logratio.training import load_model
+from logratio.training import VocabularyError, load_model
 from logratio.training.models import ModelFolderError, quietly
 
 Group = tuple[list[int], list[list[int]]]
@@ -371,6 +371,18 @@ def test_incompatible_models_are_refused(tiny_folder: Path, tmp_path: Path) -> N
     (bare / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(ModelFolderError, match="does not know this model"):
         exported(tiny_folder, tmp_path / "b", policy=bare)
+
+
+def test_a_reference_with_other_ids_for_the_same_tokens_is_refused(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its embedding has as many rows, so that only the tokenizer shows the difference."""
+    other = save_tiny_model(tmp_path / "other")
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"cat"', '"dog "').replace('"dog"', '"cat"'))
+    with pytest.raises(VocabularyError, match=r"'cat' has the id 6 there and 5 here"):
+        exported(tiny_folder, tmp_path / "b", reference=other)
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_tokenizer_may_be_in_the_references_folder(

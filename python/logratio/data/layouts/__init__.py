@@ -11,6 +11,10 @@ from typing import Any
 from logratio.data.layouts import annotations, public_sets
 from logratio.data.layouts.values import Part, Row, is_number, take
 
+_SUMMARIES = (
+    "--columns prompt=info.{text},output_1=summaries.0.text,output_2=summaries.1.text "
+    "--label 'choice: 0=output_1 1=output_2'"
+)
 _HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _QUESTIONS = ("prompt", "question", "instruction", "query")
 _ANSWERS = ("response", "completion", "output", "answer")
@@ -80,7 +84,16 @@ def advice(row: Row) -> str:
         if layout.looks(row):
             flags = " ".join(filter(None, (f"--rows {name}", layout.flags)))
             return f"; this looks like {layout.title}: {flags}"
-    return _rated(row)
+    return _summaries(row) or _rated(row)
+
+
+def _summaries(row: Row) -> str:
+    """Suggest flags for summarize_from_feedback's comparisons of posts or articles."""
+    info, summaries = row.get("info"), row.get("summaries")
+    if not isinstance(info, dict) or not isinstance(summaries, list) or "choice" not in row:
+        return ""
+    text = next((key for key in ("post", "article") if info.get(key)), "post")
+    return f"; this looks like summarize_from_feedback: {_SUMMARIES.format(text=text)}"
 
 
 def _rated(row: Row) -> str:

@@ -269,7 +269,8 @@ def _choice(
         more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
         listed.append(f"{name}: {', '.join(paths[:_NAMED])}{more}")
     what = "Holds several splits" if split is None else f"Holds no split {split!r}"
-    return f"{what}; choose one with --split {names[-1]}, or name its files ({'; '.join(listed)})"
+    shown = next((name for name in names if name.startswith("train")), names[-1])
+    return f"{what}; choose one with --split {shown}, or name its files ({'; '.join(listed)})"
 
 
 def _split_of(path: Path, saved: frozenset[str]) -> str | None:

@@ -25,7 +25,7 @@ from logratio.data.store.row_report import BadDataError, DataReport, Ledger, wri
 from logratio.data.store.value_counts import value_counts
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, InputError
-from logratio.validation import Range, check_fields
+from logratio.validation import Range, check_argument, check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -274,13 +274,14 @@ def build_store(
         BadDataError: Too many rows are broken, or none is left; no store is written.
         OSError: A file cannot be read, or the store cannot be written or would replace an input.
         ConfigError: The settings contradict each other.
-        SettingTypeError: A setting has the wrong type.
+        SettingTypeError: An argument or a setting has the wrong type.
 
     Example:
         >>> tokenizer = PreferenceTokenizer.load("model")
         >>> store, report = build_store("pairs.jsonl", tokenizer, "pairs.store")
         >>> print(report.to_text())
     """
+    check_argument("tokenizer", PreferenceTokenizer, tokenizer)
     if resume and path is None:
         raise ConfigError("resume needs a path: a store in memory is lost with its process")
     settings = IngestSettings(

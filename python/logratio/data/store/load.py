@@ -13,6 +13,7 @@ from logratio.data.store.row_report import DataReport
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import IsFolderError, LogratioError
+from logratio.validation import PATH, check_argument
 
 
 class StoreMismatchError(LogratioError, ValueError):
@@ -70,7 +71,10 @@ def load_store(path: Path | str, tokenizer: PreferenceTokenizer) -> tuple[Store,
         CorruptStoreError: The file is not a store, or is damaged.
         StoreMismatchError: The store was built with another tokenizer or other rules.
         OSError: The file cannot be read.
+        SettingTypeError: `path` is not a path, or `tokenizer` no tokenizer.
     """
+    check_argument("path", PATH, path)
+    check_argument("tokenizer", PreferenceTokenizer, tokenizer)
     store = Store.open(path)
     metadata = json.loads(store.metadata)
     if metadata.get("tokenizer") != tokenizer.digest:

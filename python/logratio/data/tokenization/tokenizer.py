@@ -46,6 +46,7 @@ from logratio.data.tokenization.rendering import (
 from logratio.data.tokenization.tokenizer_files import TokenizerFiles, read_tokenizer, splitting
 from logratio.data.tokenization.word_cache import PieceEncoder
 from logratio.errors import ConfigError
+from logratio.validation import PATH, check_argument
 
 _HEADERS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[/?INST\]|<\|START_OF_TURN_TOKEN\|>"
@@ -281,8 +282,10 @@ class PreferenceTokenizer:
 
         Raises:
             OSError: The folder or its ``tokenizer.json`` is missing or cannot be read.
+            SettingTypeError: `folder` is not a path.
             ValueError: A file is malformed, or a special token is missing.
         """
+        check_argument("folder", PATH, folder)
         return cls(read_tokenizer(Path(folder), chat_template), rules or TokenizationRules())
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:

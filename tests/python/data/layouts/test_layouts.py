@@ -1,6 +1,8 @@
 """Layouts in which a row is not one record: `--rows prm800k` and the others."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +496,24 @@ def test_a_refusal_names_the_layout(name: str, tmp_path: Path, run: Run) -> None
     path.write_text(json.dumps([ROWS[name]]))
     code, out, _ = run("data", "inspect", path)
     assert code == 1 and f"--rows {name}" in out and "lacks" not in out
+
+
+@pytest.mark.parametrize("text", ["post", "article"])
+def test_flags_for_summarize_from_feedback_are_named_and_read_it(
+    text: str, tmp_path: Path, run: Run
+) -> None:
+    info = {"id": "t", "post": None, "article": None, text: "long text"}
+    summaries = [{"text": " short"}, {"text": " shorter"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"info": info, "summaries": summaries, "choice": 1}) + "\n")
+    code, out, _ = run("data", "inspect", path)
+    assert code == 1
+    flags = re.search(r"this looks like summarize_from_feedback: (.*)", out)
+    assert flags is not None
+    code, out, _ = run("data", "inspect", path, *shlex.split(flags[1]))
+    assert code == 0
+    read = re.search(r"prompt\n(.*)\n +chosen\n(.*)\n +rejected\n(.*)\n", out)
+    assert read is not None and read.groups() == ("long text", "‹ shorter›", "‹ short›")
 
 
 def test_rows_of_known_formats_match_no_layout() -> None:

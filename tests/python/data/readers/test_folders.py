@@ -66,6 +66,21 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("train/a.jsonl", "validation/a.jsonl"), "train"),
+        (("test.jsonl", "validation.jsonl"), "validation"),
+        (("train_prefs-00000-of-00001.parquet", "train_sft-00000-of-00001.parquet"), "train_prefs"),
+    ],
+)
+def test_the_split_for_training_is_the_example(
+    names: tuple[str, ...], shown: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match=rf"formats\.split {shown}, or"):
+        read(layout(tmp_path / "set", *names))
+
+
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_split_is_chosen_or_refused_with_the_list(kind: str, tmp_path: Path) -> None:
     names, splits = LAYOUTS[kind]
