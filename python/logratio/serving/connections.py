@@ -1,7 +1,10 @@
 """Limits on the number, size and duration of connections and request bodies."""
 
 import asyncio
+import fcntl
 import json
+import termios
+from array import array
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -132,14 +135,18 @@ class Connections:
     def open(self, connection: "GuardedProtocol") -> bool:
         """Add a new connection; at the limit, close the one that has been silent longest.
 
+        A connection whose request has arrived but was not read yet is not silent: among many new
+        connections, requests would otherwise be lost.
+
         Returns:
             Whether the connection may stay open.
         """
         limit = self.limits.connections
-        if len(self._open) >= limit and self._silent:
-            oldest = next(iter(self._silent))
-            self.close(oldest)
-            oldest.transport.abort()
+        if len(self._open) >= limit:
+            unused = (one for one in self._silent if not one.has_unread_bytes())
+            if oldest := next(unused, None):
+                self.close(oldest)
+                oldest.transport.abort()
         self._open.add(connection)
         connection.is_crowded = len(self._open) > limit
         return len(self._open) <= limit + self.limits.probe_connections
@@ -182,6 +189,13 @@ class GuardedProtocol(H11Protocol):
         if self.is_crowded:
             self.app_state = {**self.app_state, _IS_CROWDED: True}
         self._update_header_timer(has_begun=True)
+
+    def has_unread_bytes(self) -> bool:
+        """Return whether the system has bytes of the client that `data_received` has not got."""
+        count = array("i", [0])
+        with suppress(OSError):  # the connection is closed
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, count)
+        return count[0] > 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Remove the connection and cancel its timers."""

@@ -24,6 +24,11 @@ GET = b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder: Path = tiny_bundle(tmp_path_factory) / "bundle"
     app = create_app(Reranker.load(folder), LIMITS)
+
+    @app.get("/held")
+    async def held() -> None:
+        time.sleep(1.0)  # nothing else is read or accepted meanwhile
+
     listener = socket.create_server(("127.0.0.1", 0))
     running = make_server(uvicorn, app, LIMITS)
     running.install_signal_handlers = lambda: None
@@ -106,3 +111,18 @@ def test_requests_after_the_crowd_are_served(server: Any) -> None:
     with connected(server) as connection:
         connection.sendall(head + body)
         assert answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_request_that_has_arrived_is_answered_among_many_new_connections(server: Any) -> None:
+    with connected(server) as holding:
+        holding.sendall(GET.replace(b"/livez", b"/held"))
+        time.sleep(0.3)
+        asking = connected(server)
+        asking.sendall(GET)
+        # When the server continues, it accepts all of them before it reads anything.
+        silent = [connected(server) for _ in range(3 * LIMITS.connections)]
+        try:
+            assert answer(asking).startswith(b"HTTP/1.1 200")
+        finally:
+            for connection in (asking, *silent):
+                connection.close()
