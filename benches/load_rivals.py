@@ -9,6 +9,7 @@ with random weights in the shape of the policy.
 """
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -122,6 +123,7 @@ def main() -> None:
     import uvicorn
 
     folder, arm = Path(sys.argv[1]), sys.argv[2]
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # as logratio does
     loaders = {"ours-f32": ours, "cross-encoder": cross_encoder}
     score = loaders.get(arm, padded)(folder, arm)
     listener = socket.create_server(("127.0.0.1", 0))
