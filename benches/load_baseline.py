@@ -18,7 +18,15 @@ SHAPE = (512, 16, 64)
 """Tokens of the prompt, candidates, tokens of each."""
 TOLERANCE = 1e-3
 RIVALS = ("padded-whole", "padded", "ours-f32")
-CROSS_ENCODER = ("sentence-transformers", "scikit-learn", "scipy", "joblib", "threadpoolctl", "cloudpickle", "narwhals")
+CROSS_ENCODER = (
+    "sentence-transformers",
+    "scikit-learn",
+    "scipy",
+    "joblib",
+    "threadpoolctl",
+    "cloudpickle",
+    "narwhals",
+)
 """What pip installs without dependencies: torch and transformers are those of this environment."""
 
 

@@ -58,7 +58,9 @@ class Texts:
 
         tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
         pieces = [piece[1:] for piece in tokenizer.get_vocab() if piece.startswith("▁")]
-        words = sorted(word for word in pieces if len(word) > 2 and word.isascii() and word.isalpha())
+        words = sorted(
+            word for word in pieces if len(word) > 2 and word.isascii() and word.isalpha()
+        )
         single = [word for word in words if len(tokenizer.encode(f"the {word} the").ids) == 4]
         return cls(single)
 

@@ -75,7 +75,9 @@ def overload(folder: Path, logs: Path, record: Record, seconds: float, shape: st
             row |= {"resident": server.resident_bytes()}
             record.add("overload", row | found)
         after = capacity(server.port, requests, seconds / 4)
-        record.add("capacity", {"shape": shape, "before": round(before, 3), "after": round(after, 3)})
+        record.add(
+            "capacity", {"shape": shape, "before": round(before, 3), "after": round(after, 3)}
+        )
 
 
 def mixed(folder: Path, logs: Path, record: Record, seconds: float, shape: str) -> None:
@@ -87,7 +89,9 @@ def mixed(folder: Path, logs: Path, record: Record, seconds: float, shape: str) 
     with running(serve_command(folder / BUNDLE), logs / "mixed.log") as server:
         rate = _SMALL_SHARE * capacity(server.port, requests, seconds / 4)
         quiet = figures(load(server.port, requests, rate, seconds, 1), seconds)
-        record.add("mixed", {"shape": shape, "large": False, "rate": rate, "seconds": seconds} | quiet)
+        record.add(
+            "mixed", {"shape": shape, "large": False, "rate": rate, "seconds": seconds} | quiet
+        )
         small, big = _beside_large(server, requests, large, rate, seconds)
         row = {"shape": shape, "large": True, "rate": rate, "seconds": seconds}
         row |= {"large_ms": percentiles([one.latency for one in answered(big)])}

@@ -1,4 +1,4 @@
-"""Scenarios of bench_load.py about security: random requests from the schema, hostile ones, network."""
+"""Scenarios of bench_load.py about security: fuzzing, hostile requests, and the network."""
 
 import json
 import re
@@ -63,7 +63,10 @@ def fuzz(
                 problems.append(text.partition("FAILURES")[2][:4000])
         row = {"shape": shape, "cases": total, "passed": passed, "failures": problems}
         row |= {"schemathesis": SCHEMATHESIS, "checks": list(_CHECKS)}
-        row |= {"seconds": round(time.perf_counter() - start), "alive": server.status("/livez") == 200}
+        row |= {
+            "seconds": round(time.perf_counter() - start),
+            "alive": server.status("/livez") == 200,
+        }
         record.add("fuzz", row | {"server_errors": _server_errors(server)})
 
 

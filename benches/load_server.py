@@ -49,7 +49,9 @@ class Server:
     def status(self, path: str, timeout: float = 5.0) -> int:
         """Return the status of a GET; 0 if there is no answer."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout) as got:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.port}{path}", timeout=timeout
+            ) as got:
                 return int(got.status)
         except urllib.error.HTTPError as error:
             return error.code

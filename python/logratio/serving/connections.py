@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from logratio.errors import LogratioError
 from logratio.serving.limits import Limits, RefusedError
 from logratio.serving.request_record import current_record
+from logratio.serving.strict_http import StrictConnection
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -118,6 +119,8 @@ async def refuse(send: Send, error: RefusedError) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
+HEAD_BYTES = 16 * 2**10
+"""Most bytes of a request line with its headers."""
 PROBES = frozenset({"/livez", "/readyz", "/health"})
 _IS_CROWDED = "is_crowded"
 _CROWDED = RefusedError(503, "connections", "too many connections are open")
@@ -176,6 +179,7 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = StrictConnection(HEAD_BYTES)
         self.is_crowded = False
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None

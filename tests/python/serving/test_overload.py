@@ -1,4 +1,4 @@
-"""The scheduler under sustained load, in virtual time: what it answers, how late, what it refuses."""
+"""The scheduler under lasting load, in virtual time: what it answers, and how late."""
 
 import asyncio
 from collections.abc import Sequence
