@@ -51,7 +51,7 @@ def conditions() -> Row:
     """Return time, machine, load average, versions and command."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.platform()}",
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {name: metadata.version(name) for name in _VERSIONS},
         "command": " ".join(sys.argv[1:]),

@@ -2,8 +2,8 @@
 
     unshare --user --map-root-user --net python benches/load_isolated.py BUNDLE LOG
 
-Prints a JSON line: the statuses of some requests over the loopback, whether the namespace is isolated,
-and (with strace) the addresses other than local sockets that the server connected to.
+Prints a JSON line: the statuses of some requests over the loopback, whether the namespace is
+isolated, and (with strace) the addresses other than local sockets that the server connected to.
 """
 
 import fcntl

@@ -15,8 +15,11 @@ RATES = (0.8, 1.0, 2.0, 3.0)
 """Shares of the capacity."""
 _AT_ONCE = 4
 """Requests in flight while capacity is measured: enough that one always waits."""
-_SETTLED = 0.2
-"""Share of a load's time that is left out of its figures: the server finds out what arrives."""
+_SETTLING_SECONDS = 15.0
+"""Time at the start of an overload that its figures leave out. The server accepts it as a burst
+until requests would wait for 5 s, and takes as long again to shorten that queue."""
+_OVERLOAD_SECONDS = 30.0
+"""Least length of an overload."""
 _SMALL_SHARE = 0.3
 """Load by small requests, as a share of the capacity, while a large one is computed."""
 _LARGE = (64, 256, 16)
@@ -63,13 +66,14 @@ def load(
 
 def overload(folder: Path, logs: Path, record: Record, seconds: float, shape: str) -> None:
     """Measure capacity, then load below, at and above it."""
+    seconds = max(seconds, _OVERLOAD_SECONDS)
     texts = Texts.of(folder / BUNDLE)
     requests = small_requests(texts, 2000)
     with running(serve_command(folder / BUNDLE), logs / "overload.log") as server:
-        before = capacity(server.port, requests, seconds / 2)
+        before = capacity(server.port, requests, seconds / 3)
         for number, share in enumerate(RATES):
             outcomes = load(server.port, requests, share * before, seconds, seed=number)
-            found = figures(outcomes, seconds, _SETTLED * seconds)
+            found = figures(outcomes, seconds, _SETTLING_SECONDS)
             row = {"shape": shape, "share": share, "capacity": round(before, 3)}
             row |= {"rate": round(share * before, 3), "seconds": seconds}
             row |= {"resident": server.resident_bytes()}

@@ -2,10 +2,10 @@
 
     python benches/load_rivals.py FOLDER ARM
 
-`padded-whole` and `padded` are the padded graphs of bench_rank.py: a request is one batch, its texts
-are tokenized together, and the graph runs in FastAPI's thread pool. `ours-f32` is the same loop around
-a `Reranker`: the graph without the server. `cross-encoder` is a CrossEncoder of sentence-transformers,
-with random weights in the shape of the policy.
+`padded-whole` and `padded` are the padded graphs of bench_rank.py: a request is one batch, its
+texts are tokenized together, and the graph runs in FastAPI's thread pool. `ours-f32` is the same
+loop around a `Reranker`: the graph without the server. `cross-encoder` is a CrossEncoder of
+sentence-transformers, with random weights in the shape of the policy.
 """
 
 import json
@@ -36,7 +36,7 @@ def padded(folder: Path, arm: str) -> Score:
     )
 
     def score(query: str, documents: list[str]) -> list[float]:
-        rows = [one.ids + [end] for one in tokenizer.encode_batch([query + d for d in documents])]
+        rows = [[*one.ids, end] for one in tokenizer.encode_batch([query + d for d in documents])]
         start, longest = len(tokenizer.encode(query).ids), max(map(len, rows))
         ids = np.zeros((len(rows), longest), np.int64)
         mask, counted = np.zeros_like(ids), np.zeros_like(ids)

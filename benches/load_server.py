@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ _START_SECONDS = 180.0
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
 
-def cores() -> tuple[int, int]:
-    """Return a core for the server and another for the client.
+_claimed: list[int] = []
+
+
+def claim_cores() -> None:
+    """Choose a core for the servers, and move this process, the client, to another.
 
     Raises:
         SystemExit: This process may use only one core.
@@ -27,7 +31,14 @@ def cores() -> tuple[int, int]:
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < 2:
         sys.exit("this bench needs two cores: one for the server, one for the client")
-    return allowed[0], allowed[1]
+    _claimed[:] = allowed[:2]
+    os.sched_setaffinity(0, {allowed[1]})
+
+
+def cores() -> tuple[int, int]:
+    """Return the core of the servers and that of the client, after `claim_cores`."""
+    server, client = _claimed
+    return server, client
 
 
 @dataclass(frozen=True)
