@@ -71,8 +71,13 @@ def scenarios(
     plan: Plan, given: argparse.Namespace, logs: Path, record: Record
 ) -> dict[str, Callable[[], None]]:
     """Return the scenarios by name."""
-    large, small = (lambda: models(given.folder, plan.shape)), lambda: models(given.folder, SMALL)
     seconds, short = plan.seconds, min(plan.seconds, 30)
+
+    def large() -> Path:
+        return models(given.folder, plan.shape)
+
+    def small() -> Path:
+        return models(given.folder, SMALL)
 
     def overloads() -> None:
         for shape in dict.fromkeys((SMALL, plan.shape)):

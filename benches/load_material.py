@@ -4,9 +4,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from load_client import Request
+
+if TYPE_CHECKING:
+    from bench_rank import Shape
 
 BUNDLE = "ours-f32"
 """Folder of the bundle, as bench_rank.py names it."""
@@ -32,7 +36,7 @@ def models(folder: Path, name: str) -> Path:
     return made
 
 
-def _shape(name: str):  # type: ignore[no-untyped-def]  # importing its module takes torch
+def _shape(name: str) -> "Shape":
     from bench_rank import SHAPES, Shape
 
     shapes = {shape.name: shape for shape in (*SHAPES, Shape(2, 64, 32000))}

@@ -44,7 +44,11 @@ def padded(folder: Path, arm: str) -> Score:
             ids[number, : len(row)] = row
             mask[number, : len(row)] = 1
             counted[number, start : len(row)] = 1
-        feed = {"input_ids": ids, "attention_mask": mask, "completion_mask": counted}
+        feed: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "completion_mask": counted,
+        }
         if arm == "padded":
             feed["places"] = np.arange(start - 1, longest - 1)
         found: list[float] = session.run(None, feed)[0].tolist()
@@ -64,21 +68,21 @@ def ours(folder: Path, arm: str) -> Score:
 def cross_encoder(folder: Path, _arm: str) -> Score:
     """Score with a CrossEncoder; needs sentence-transformers."""
     import torch
-    from sentence_transformers import CrossEncoder
+    from sentence_transformers import CrossEncoder  # type: ignore[import-not-found]
     from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
     torch.set_num_threads(1)
     shape = AutoConfig.from_pretrained(folder / "policy")
-    config = BertConfig(
+    config: Any = BertConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_hidden_layers,
         num_attention_heads=shape.num_attention_heads,
         intermediate_size=shape.intermediate_size,
         max_position_embeddings=_POSITIONS,
-        num_labels=1,
         pad_token_id=0,
     )
+    config.num_labels = 1
     made = folder / "cross-encoder"
     BertForSequenceClassification(config).save_pretrained(made)
     for file in (folder / "policy").glob("tokenizer*"):

@@ -40,7 +40,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Return the clock."""
         return self.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]  # the types of the arguments do not matter here
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> Any:
         """Call `func` in this thread, and deliver its result later."""
         done, seconds = self.create_future(), self.lasts(func, *args)
 
