@@ -131,6 +131,7 @@ def main() -> None:
     loaders = {"ours-f32": ours, "cross-encoder": cross_encoder}
     score = loaders.get(arm, padded)(folder, arm)
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as uvicorn's own
     print(f"http://127.0.0.1:{listener.getsockname()[1]} ", file=sys.stderr, flush=True)
     config = uvicorn.Config(app_of(score), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])

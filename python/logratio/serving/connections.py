@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import json
+import socket
 import termios
 from array import array
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -190,6 +191,10 @@ class GuardedProtocol(H11Protocol):
         if not self.guarded.open(self):
             transport.abort()
             return
+        # asyncio does not do so for a listener that was made without a protocol number. An answer's
+        # body would wait 40 ms until the client acknowledges the headers.
+        made = transport.get_extra_info("socket")
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.is_crowded:
             self.app_state = {**self.app_state, _IS_CROWDED: True}
         self._update_header_timer(has_begun=True)

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     thread.start()
     while not running.started:
         time.sleep(0.01)
-    yield SimpleNamespace(port=listener.getsockname()[1])
+    yield SimpleNamespace(port=listener.getsockname()[1], running=running)
     running.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
@@ -126,3 +126,16 @@ def test_a_request_that_has_arrived_is_answered_among_many_new_connections(serve
         finally:
             for connection in (asking, *silent):
                 connection.close()
+
+
+def test_an_answer_is_not_delayed_until_the_client_acknowledges_its_headers(server: Any) -> None:
+    with connected(server) as connection:
+        connection.sendall(GET.replace(b"connection: close\r\n", b""))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        (open_one,) = [
+            one
+            for one in server.running.server_state.connections
+            if one.client == connection.getsockname()
+        ]
+        made = open_one.transport.get_extra_info("socket")
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
