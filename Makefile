@@ -25,8 +25,8 @@ RAY_SERVE := .venv/ray-serve
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick families long page ray-serve torture check setup pins bench-rust gpu docs wheels \
-	audit clean
+.PHONY: help demo test quick families long page ray-serve torture check setup pins bench-rust gpu load docs \
+	wheels audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +98,11 @@ bench-rust: $(BUILT) ## time the Rust core
 # requirements; GPU_FLAGS="--device cpu --tiny" is a rehearsal.
 gpu: ## tests and benches on a GPU in under 12 minutes: make gpu OUT=folder PYTHON=python3
 	$(PYTHON) benches/gpu.py --out "$(or $(OUT),gpu-results)" $(GPU_FLAGS)
+
+# Needs two cores that nothing else uses, and for two scenarios the network: it installs schemathesis
+# and sentence-transformers in temporary folders.
+load: $(BUILT) ## the server under load, faults and attacks: 90 minutes, or 10 with LOAD_FLAGS=--quick
+	$(BIN)/python benches/bench_load.py --install $(LOAD_FLAGS)
 
 docs: $(BUILT) ## the table of error codes, and the API reference in target/docs
 	$(BIN)/python python/docs/build.py target/docs

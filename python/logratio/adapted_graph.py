@@ -90,7 +90,7 @@ class Adapter:
         wanted = [name for name, needed in is_wanted.items() if needed]
         policy = session.run(wanted, feed, options(self._adapter))
         reference = session.run(wanted, feed, options(None))
-        found = {}
+        found: dict[str, NDArray[np.float32]] = {}
         for name, one, other in zip(wanted, policy, reference, strict=True):
             if name == _POLICY:
                 found |= {_POLICY: one, _REFERENCE: other, _REWARD: self._beta * (one - other)}

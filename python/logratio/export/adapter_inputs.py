@@ -60,7 +60,8 @@ def _open(graph: Any, weight: Any, products: list[Any]) -> None:
     size_in, size_out = _sizes(weight, products[0])
     rank = f"{stem}.rank"
     factors = []
-    for end, shape in zip(RANK_INPUTS, ((size_in, rank), (rank, size_out)), strict=True):
+    shapes: list[tuple[int | str, int | str]] = [(size_in, rank), (rank, size_out)]
+    for end, shape in zip(RANK_INPUTS, shapes, strict=True):
         kind = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
         factors.append(onnx_ir.Value(name=stem + end, shape=onnx_ir.Shape(shape), type=kind))
     graph.inputs.extend(factors)
@@ -129,7 +130,7 @@ def adapter_weights(policy: nn.Module) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-def _factors(stem: str, layer: LoraLayer) -> Mapping[str, NDArray[np.float32]]:
+def _factors(stem: str, layer: Any) -> Mapping[str, NDArray[np.float32]]:
     (name,) = layer.lora_A.keys()
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
     factors = (one.detach().float().T.contiguous().numpy() for one in (down, up))

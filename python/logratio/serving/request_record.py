@@ -47,7 +47,6 @@ class RequestRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     candidate_tokens: int = 0
-    digest: str | None = None
     has_text_errors: bool = False
     scored: float = 0.0
 

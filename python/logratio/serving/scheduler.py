@@ -78,6 +78,9 @@ _EARLIEST_SHARE = 0.25
 """Share of the time given to the earliest deadline while shorter requests are waiting."""
 _MARGIN = 0.1
 """Share of the request timeout kept as a margin at admission: run times are estimates."""
+_SHORT_QUEUE = 6
+"""Longest wait under overload, in computations of a mean request. Fewer would leave the server idle
+between arrivals."""
 _HOPELESS = 2.0
 """A request is dropped if it is expected to need this many times its remaining time."""
 
@@ -157,6 +160,8 @@ class Scheduler:
         self._running: Job | None = None
         self._run_ends = 0.0
         self._credit = 0.0
+        self._seconds_each = Pace()
+        self._sheds_until = -math.inf
         self._arrived = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="logratio-encode")
@@ -220,6 +225,7 @@ class Scheduler:
         """Accept a request, or refuse it immediately."""
         loop = asyncio.get_running_loop()
         if len(self._jobs) >= self._limits.queue:
+            self._shed()
             raise RefusedError(
                 429, "queue_full", f"{self._limits.queue} requests are waiting; try again shortly"
             )
@@ -264,6 +270,7 @@ class Scheduler:
             job.done.set_result(None)
             return
         self._check_size(job)
+        self._seconds_each.learn(1, self._needed(job))
         self._check_wait(job)
         if self._driver is None:
             self._driver = asyncio.get_running_loop().create_task(self._drive())
@@ -294,16 +301,31 @@ class Scheduler:
             RefusedError: 503, with the seconds to wait before a retry.
         """
         others = [other for other in self._jobs if other is not job]
-        excess = max(
-            self._wait(job, others) - self._limits.queue_seconds,
-            self._overrun([*others, job], self._busy()) + _MARGIN * self._limits.seconds,
-        )
+        late = self._wait(job, others) - self._longest_wait()
+        if late > 0:
+            self._shed()
+        overrun = self._overrun([*others, job], self._busy()) + _MARGIN * self._limits.seconds
+        excess = max(late, overrun)
         if excess > 0:
             raise RefusedError(
                 503, "busy",
                 "the server is too busy to answer in time; retry after the seconds in Retry-After",
                 retry_after=math.ceil(excess),
             )  # fmt: skip
+
+    def _shed(self) -> None:
+        """Keep the queue short until no request has been refused for a while."""
+        self._sheds_until = self._now() + self._limits.queue_seconds
+
+    def _longest_wait(self) -> float:
+        """Return the longest expected wait of an accepted request, in seconds.
+
+        A burst may wait for `Limits.queue_seconds`. If requests keep arriving faster than they are
+        computed, a long queue answers no more of them than a short one, only later.
+        """
+        if self._now() >= self._sheds_until:
+            return self._limits.queue_seconds
+        return min(self._limits.queue_seconds, _SHORT_QUEUE * self._seconds_each.of(1))
 
     def _wait(self, job: Job, others: Sequence[Job]) -> float:
         """Return the seconds that other requests would delay this request's last run."""

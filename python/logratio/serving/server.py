@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from logratio.serving.keys import Keys
 
 _KEEP_ALIVE_SECONDS = 60
-_HEADER_BYTES = 16 * 2**10
 _BACKLOG = 2048
 _OTHER_FILES = 64
 """File descriptors reserved for everything except connections."""
@@ -226,7 +225,6 @@ def make_server(
             access_log=False,
             server_header=False,
             backlog=_BACKLOG,
-            h11_max_incomplete_event_size=_HEADER_BYTES,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=limits.shutdown_seconds,
             ssl_certfile=config.tls_cert if config else None,

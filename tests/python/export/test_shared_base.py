@@ -194,11 +194,11 @@ def test_what_cannot_share_a_base_is_refused(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_base_of_convolutions_in_8_bits(tmp_path: Path) -> None:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 20}
-    tiny(GPT2Config(**sizes), 0).save_pretrained(tmp_path / "model")
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=20)
+    tiny(config, 0).save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     adapted(tmp_path / "model", tmp_path / "one", 0, target_modules=["c_attn"], fan_in_fan_out=True)
-    config = ExportConfig(
+    settings = ExportConfig(
         tmp_path / "one",
         tmp_path / "model",
         tmp_path / "one-bundle",
@@ -207,7 +207,7 @@ def test_a_base_of_convolutions_in_8_bits(tmp_path: Path) -> None:
         bits=8,
         force=True,
     )
-    manifest = export_bundle(config, show_progress=False).manifest
+    manifest = export_bundle(settings, show_progress=False).manifest
     assert manifest.precision.bits == 8 and manifest.precision.stored_share > 0.3
     reranker = Reranker.load(tmp_path / "one-bundle", base=tmp_path / "base")
     expected, _ = reward_in_float64(tmp_path, "one")

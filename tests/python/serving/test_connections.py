@@ -24,6 +24,11 @@ GET = b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder: Path = tiny_bundle(tmp_path_factory) / "bundle"
     app = create_app(Reranker.load(folder), LIMITS)
+
+    @app.get("/held")
+    async def held() -> None:
+        time.sleep(1.0)  # nothing else is read or accepted meanwhile
+
     listener = socket.create_server(("127.0.0.1", 0))
     running = make_server(uvicorn, app, LIMITS)
     running.install_signal_handlers = lambda: None
@@ -31,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     thread.start()
     while not running.started:
         time.sleep(0.01)
-    yield SimpleNamespace(port=listener.getsockname()[1])
+    yield SimpleNamespace(port=listener.getsockname()[1], running=running)
     running.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
@@ -122,3 +127,31 @@ def test_requests_after_the_crowd_are_served(server: Any) -> None:
     with connected(server) as connection:
         connection.sendall(head + body)
         assert answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_request_that_has_arrived_is_answered_among_many_new_connections(server: Any) -> None:
+    with connected(server) as holding:
+        holding.sendall(GET.replace(b"/livez", b"/held"))
+        time.sleep(0.3)
+        asking = connected(server)
+        asking.sendall(GET)
+        # When the server continues, it accepts all of them before it reads anything.
+        silent = [connected(server) for _ in range(3 * LIMITS.connections)]
+        try:
+            assert answer(asking).startswith(b"HTTP/1.1 200")
+        finally:
+            for connection in (asking, *silent):
+                connection.close()
+
+
+def test_an_answer_is_not_delayed_until_the_client_acknowledges_its_headers(server: Any) -> None:
+    with connected(server) as connection:
+        connection.sendall(GET.replace(b"connection: close\r\n", b""))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        (open_one,) = [
+            one
+            for one in server.running.server_state.connections
+            if one.client == connection.getsockname()
+        ]
+        made = open_one.transport.get_extra_info("socket")
+        assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

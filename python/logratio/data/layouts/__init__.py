@@ -36,7 +36,8 @@ def candidates(row: Row) -> Iterator[Part]:
     Raises:
         InvalidRecordError: E201 or E203 if there is no list of candidates.
     """
-    for text in take(row, "candidates", list):
+    texts: list[Any] = take(row, "candidates", list)
+    for text in texts:
         yield {"prompt": row.get("prompt"), "completion": text, "label": True}
 
 
