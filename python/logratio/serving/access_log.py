@@ -164,11 +164,13 @@ class Observed:
         record.route = path if path in self._paths else "other"
         with suppress(Exception):
             self._finished(record, seconds)
-            is_routine = record.route in PROBES or record.route == METRICS
-            if is_routine and record.status == 200:
-                return
+        is_routine = record.route in PROBES or record.route == METRICS
+        if is_routine and record.status == 200:
+            return
+        with suppress(Exception):
             if self._log is not None:
                 self._log.request(record, seconds)
+        with suppress(Exception):
             if self._tracing is not None:
                 traceparent = dict(scope["headers"]).get(b"traceparent")
                 self._tracing.finished(record, seconds, traceparent)

@@ -25,11 +25,10 @@ class RequestRecord:
         error: Class of an unexpected exception, if any.
         model: Name of a bundle in the path; None: the path has none.
         bundle: Name of the bundle that scored the request; empty if none did.
-        digest: The bundle's digest.
+        digest: The bundle's digest; None: none scored it, or it has no files.
         seconds: Time in seconds of each phase: ``queue``, ``encode``, ``compute``.
         prompt_tokens: Tokens of the prompts.
         candidate_tokens: Tokens of the candidates.
-        digest: Digest of the bundle that scored them; None: none did, or it has no files.
         has_text_errors: Whether errors are text, as in the Open Inference Protocol.
         scored: Time at which the last phase ended, on the clock of `started`.
     """

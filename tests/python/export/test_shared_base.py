@@ -43,7 +43,7 @@ def adapted(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     for name, weights in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weights, 0, 0.5)
-    policy.save_pretrained(folder)
+    policy.save_pretrained(str(folder))
     word_tokenizer().save_pretrained(folder)
     return folder
 

@@ -329,6 +329,7 @@ def test_no_error_and_no_log_line_has_text_of_a_request(reranker: Reranker, url:
 
     class Lines:
         write = staticmethod(lines.append)
+        dropped = 0
 
     log: Any = Log(Lines(), "json")  # type: ignore[arg-type]
     good = request([PROMPT], CANDIDATES)

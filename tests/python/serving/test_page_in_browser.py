@@ -225,7 +225,8 @@ def test_a_phone_shows_it_without_scrolling_sideways(opened: Open, width: int) -
         submit(page, [*TEXTS, "x" * 200, "1" * 80])
         page.locator("#show-values").set_checked(values)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        boxes = [one.bounding_box() for one in page.locator("button, select, textarea").all()]
+        shown = page.locator("button, select, textarea").filter(visible=True).all()
+        boxes = [one.bounding_box() for one in shown]
         assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
         assert all(box["height"] >= 24 for box in boxes)
     assert page.locator("#results").bounding_box()["y"] < 700  # scrolled to the answer
@@ -452,6 +453,22 @@ def test_a_bundle_without_values_per_token_shows_the_texts(
     expected = [score.index for score in reranker.rank(PROMPT, TEXTS)]
     assert page.locator(".card .text").all_text_contents() == [TEXTS[at] for at in expected]
     assert page.locator("#legend").is_hidden()
+
+
+def test_one_of_several_bundles_can_be_chosen(opened: Open, folder: Path) -> None:
+    first, second = f"first={folder / 'bundle'}", f"second={folder / 'free'}"
+    with running(second, "--bundle", first) as (_, port):
+        page = opened(f"http://127.0.0.1:{port}")
+        submit(page, TEXTS)
+        assert page.locator("#bundle option").all_text_contents() == ["first", "second"]
+        assert page.locator("#model").inner_text().startswith("first:")
+        page.get_by_label("Bundle").select_option("second")
+        page.get_by_role("button", name="Score").click()
+        answered(page)
+        assert page.locator("#model").inner_text().startswith("second:")
+        assert '"model":"second"' in page.locator("#curl").inner_text()
+        assert page.get_by_label("Bundle").input_value() == "second"
+        page.context.close()
 
 
 NAMES = """() => [...document.querySelectorAll("a, button, input, select, textarea, [tabindex]")]

@@ -24,8 +24,9 @@ _RATINGS = ("score", "reward", "rank", "rating", _HELPSTEER[0])
 def looks_candidates(row: Row) -> bool:
     """Return whether a row has a prompt and a list of candidates, as for `logratio rank`."""
     texts = row.get("candidates")
-    is_list = isinstance(texts, list) and bool(texts)
-    return "prompt" in row and is_list and all(isinstance(text, str) for text in texts)
+    if "prompt" not in row or not isinstance(texts, list) or not texts:
+        return False
+    return all(isinstance(text, str) for text in texts)
 
 
 def candidates(row: Row) -> Iterator[Part]:

@@ -465,7 +465,7 @@ def test_candidates_are_the_answers_to_their_prompt() -> None:
     ]
     chat = {"prompt": [user("q")], "candidates": ["a"]}
     (record,) = [one for found in decoded("candidates", chat) for one in found.records]
-    assert record.prompt == [user("q")]
+    assert record.prompt == (user("q"),)
 
 
 @pytest.mark.parametrize(
