@@ -30,8 +30,10 @@ class SharedBase:
         session: The ONNX Runtime session on its graph.
 
     Example:
-        >>> base = SharedBase.load("base")
-        >>> policies = [Reranker.load(folder, base=base) for folder in ("one", "two")]
+        ::
+
+            base = SharedBase.load("base")
+            policies = [Reranker.load(folder, base=base) for folder in ("one", "two")]
     """
 
     folder: Path
