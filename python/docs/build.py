@@ -14,7 +14,7 @@ from logratio.training.methods.table import METHODS, Method
 
 PAGE = Path(__file__).with_name("troubleshooting.md")
 METHODS_PAGE = PAGE.with_name("methods.md")
-SERVING_PAGE = PAGE.with_name("serving.md")
+EXPORT_PAGE = PAGE.with_name("export.md")
 _METHODS = re.compile(r"(<!-- methods:.*? -->\n).*?(<!-- /methods -->)", re.DOTALL)
 _FAMILIES = re.compile(r"(<!-- families:.*? -->\n).*?(<!-- /families -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- codes:.*? -->\n).*?(<!-- /codes -->)", re.DOTALL)
@@ -71,5 +71,5 @@ def write_reference(folder: Path) -> None:
 if __name__ == "__main__":
     PAGE.write_text(with_codes(PAGE.read_text()))
     METHODS_PAGE.write_text(with_methods(METHODS_PAGE.read_text()))
-    SERVING_PAGE.write_text(with_families(SERVING_PAGE.read_text()))
+    EXPORT_PAGE.write_text(with_families(EXPORT_PAGE.read_text()))
     write_reference(Path(sys.argv[1]))

@@ -41,8 +41,8 @@ def write_triton_repository(
 
     Raises:
         BundleError: The folder is not a bundle, was altered, or has another digest or signature.
-        ConfigError: The name cannot be that of a model, `expect` is not a digest, or
-            `allowed_signers` cannot be used.
+        ConfigError: The name cannot be that of a model, `expect` is not a digest,
+            `allowed_signers` cannot be used, or the bundle is an adapter or takes adapters.
         InputError: The repository already has a model of this name.
     """
     content = manifest_bytes(folder)
@@ -54,6 +54,8 @@ def write_triton_repository(
     name = name or manifest.name
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--name {name!r} must have letters, digits and ._- only")
+    if manifest.base is not None or manifest.graph.takes_adapters:
+        raise ConfigError(f"{folder}: Triton takes no adapters; export without --base")
     model = output / name
     if model.exists():
         raise InputError(f"{model} already exists: choose another --name, or remove it")

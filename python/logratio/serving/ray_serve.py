@@ -30,6 +30,7 @@ class RaySettings(BaseModel):
         expect: As in `Reranker.load`.
         allowed_signers: As in `Reranker.load`.
         cache: As in `Reranker.load`.
+        base: As in `Reranker.load`.
         strict: Refuse requests with unknown fields, instead of naming the fields in `warnings`.
     """
 
@@ -42,6 +43,7 @@ class RaySettings(BaseModel):
     expect: str | None = None
     allowed_signers: str | None = None
     cache: str | None = None
+    base: str | None = None
     strict: bool = False
 
 
@@ -63,6 +65,7 @@ class BundleReplica:
             expect=settings.expect,
             allowed_signers=settings.allowed_signers,
             cache=settings.cache,
+            base=settings.base,
         )
         keys = read_keys(None)
         self._app = create_app(self._reranker, _LIMITS, strict=settings.strict, keys=keys or None)

@@ -211,7 +211,7 @@ def test_family_gives_torchs_rewards(
 @pytest.fixture
 def ready_graph(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Make every export write the tiny bundle's graph, without tracing."""
-    monkeypatch.setattr(export, "trace", lambda scorer, opset: tiny_graph(tmp_path_factory))
+    monkeypatch.setattr(export, "trace", lambda *_, **__: tiny_graph(tmp_path_factory))
 
 
 def exported(tiny_folder: Path, output: Path, **changes: Any) -> export.ExportResult:

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         with pytest.MonkeyPatch.context() as patch:
             if name != "float16":  # the others change the weights of the float32 graph
-                patch.setattr(export, "trace", lambda *_: tiny_graph(tmp_path_factory))
+                patch.setattr(export, "trace", lambda *_, **__: tiny_graph(tmp_path_factory))
             export_bundle(config, show_progress=False)
     return folder
 
@@ -162,7 +162,7 @@ def test_bounds_are_enforced_unless_forced(
 ) -> None:
     graph = tiny_graph(tmp_path_factory)
     graph.graph.initializers["beta"].const_value = onnx_ir.tensor(np.float32(50.0), name="beta")
-    monkeypatch.setattr(export, "trace", lambda *_: graph)
+    monkeypatch.setattr(export, "trace", lambda *_, **__: graph)
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": PROMPT, "candidates": TEXTS}) + "\n")
     config = ExportConfig(

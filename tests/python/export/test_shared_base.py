@@ -16,7 +16,15 @@ from tiny_bundle import BETA, accept_files, plain_sums
 from tiny_models import save_tiny_model, tiny, word_tokenizer
 from transformers import GPT2Config
 
-from logratio.bundle import ADAPTER, GRAPH, BundleError, digest_of, manifest_bytes, read_manifest
+from logratio.bundle import (
+    ADAPTER,
+    GRAPH,
+    BundleError,
+    digest_of,
+    manifest_bytes,
+    read_manifest,
+    write_triton_repository,
+)
 from logratio.errors import ConfigError
 from logratio.export import ExportConfig, ExportError, export_bundle
 from logratio.serving import Reranker, SharedBase
@@ -191,6 +199,13 @@ def test_what_cannot_share_a_base_is_refused(folder: Path, tmp_path: Path) -> No
         )
         export_bundle(config, show_progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["base", "one-bundle"])
+def test_triton_takes_no_adapters(folder: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="export without"):
+        write_triton_repository(folder / name, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_base_of_convolutions_in_8_bits(tmp_path: Path) -> None:

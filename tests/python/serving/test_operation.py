@@ -68,7 +68,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_key_of_the_file(tmp_path: Path
 
 
 def test_the_table_of_settings_is_complete() -> None:
-    page = (ROOT / "python/docs/serving.md").read_text()
+    page = (ROOT / "python/docs/operating.md").read_text()
     table = page.partition("| flag | default | meaning |\n")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[1:]]
     shown = {row[0]: row[1] for row in rows}
