@@ -268,7 +268,7 @@ def test_the_next_opset_is_tried_if_one_fails(
 ) -> None:
     tried = []
 
-    def trace(_: object, opset: int) -> onnx_ir.Model:
+    def trace(_: object, opset: int, **__: object) -> onnx_ir.Model:
         tried.append(opset)
         model = tiny_graph(tmp_path_factory)
         if len(tried) == 1:
