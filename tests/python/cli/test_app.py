@@ -28,15 +28,8 @@ from logratio.training import (
 
 
 def flags(command: Callable[..., None]) -> set[str]:
-    own = {
-        "config",
-        "dry_run",
-        "stagewise",
-        "json_file",
-        "lora_config",
-        "bundle",
-        "base",
-    }  # no fields
+    own = {"config", "dry_run", "stagewise", "json_file", "lora_config"}  # no fields
+    own |= {"bundle", "base"}  # instead of a policy
     own |= {field.name for field in dataclasses.fields(Cluster)}
     return set(inspect.signature(command).parameters) - own
 
