@@ -16,7 +16,6 @@ from logratio.data.records import (
 from logratio.data.tokenization.groups import TokenizationRules, TokenizedGroup
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.data.tokenization.tokenizer_files import TokenizerFiles, read_tokenizer
-from logratio.errors import SettingTypeError
 
 Prompt = str | Sequence[Message]
 """Plain text, or chat messages, which are formatted with the bundle's chat template."""
@@ -226,8 +225,6 @@ class CandidateEncoder:
 
 
 def _checked(prompt: Prompt) -> Text:
-    if not isinstance(prompt, str | list | tuple):
-        raise SettingTypeError(f"a prompt is text or a list of messages, not {prompt!r:.60}")
     text = prompt if isinstance(prompt, str) else check_turns(prompt, "prompt")
     parts = [text] if isinstance(text, str) else [str(turn.get("content")) for turn in text]
     if not all(map(_is_sound, parts)):
