@@ -7,7 +7,7 @@ from typing import Any
 
 from logratio import __version__
 from logratio.config_file import INPUTS, unwritable
-from logratio.data.readers.inputs import STDIN, as_inputs
+from logratio.data.readers.inputs import as_inputs, names_stdin
 from logratio.durable import write_atomic
 from logratio.progress import say
 from logratio.training.config import TrainConfig
@@ -66,14 +66,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def absolute(given: Any) -> Any:
     """Return the absolute path of a file or folder; any other input unchanged."""
-    is_path = isinstance(given, str | Path) and given != STDIN
+    is_path = isinstance(given, str | Path) and not names_stdin(given)
     return str(Path(given).absolute()) if is_path else given
 
 
 def _comments(given: TrainConfig, config: TrainConfig) -> Iterator[str]:
     yield f"# The settings of a run of logratio {__version__}, defaults included.\n"
     yield "# Repeat it in another folder: logratio train --config run.yaml --output FOLDER\n"
-    if STDIN in config.data:
+    if any(map(names_stdin, as_inputs(config.data))):
         yield "# The data was standard input: pipe the same rows in again.\n"
     for name in MODELS:
         if (folder := getattr(given, name)) and given_model(folder):
