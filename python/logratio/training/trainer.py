@@ -25,7 +25,7 @@ from logratio.training.checkpoint import interrupts
 from logratio.training.config import TrainConfig, with_local_models
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import reference_fingerprint
-from logratio.training.given_model import given_model
+from logratio.training.given_model import is_in_memory
 from logratio.training.held_out import HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
 from logratio.training.methods.notes import notes_of
@@ -43,7 +43,7 @@ from logratio.training.parallel.division import SHARDED
 from logratio.training.parallel.lifeline import ending_together
 from logratio.training.parallel.placement import Placement
 from logratio.training.parallel.processes import join_processes
-from logratio.training.policy import build_policy
+from logratio.training.policy import REFERENCE, build_policy
 from logratio.training.precomputation import Precompute, pass_of_run
 from logratio.training.reference import (
     CachedReference,
@@ -107,9 +107,9 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
 
     Args:
         model: The model to start from: a folder (safetensors, tokenizer.json), an id of the
-            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` whose adapter is new. An object
-            is trained in place: its dropout is turned off, and it gets the device and the precision
-            of the run.
+            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` with one LoRA adapter, which is
+            trained further. An object is trained in place: its dropout is turned off, and it gets
+            the device and the precision of the run.
         data: Preference data, as in `TrainConfig`.
         tokenizer: A fast tokenizer of transformers, a folder or an id. None: that of the model's
             folder or id.
@@ -304,7 +304,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
                 unchanged.
         """
         if self.finished:
-            kept = "; the model in memory is unchanged" if given_model(self.config.model) else ""
+            kept = "; the model in memory is unchanged" if is_in_memory(self.config.model) else ""
             if reason := self.finished.stop_reason:
                 kept += f"; it stopped after update {self.finished.steps:,}: {reason}"
             say(f"{self.finished.output}: a run with these settings has already finished{kept}")
@@ -314,8 +314,12 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
         lock = self._lock.training() if self.processes.is_first else nullcontext()
-        with self._together(), lock, exact_products(), fixed:
-            return self._train()
+        try:
+            with self._together(), lock, exact_products(), fixed:
+                return self._train()
+        finally:
+            for given in self._models:
+                given.remove_copy(REFERENCE)
 
     def _train(self) -> TrainResult:
         self._meet()

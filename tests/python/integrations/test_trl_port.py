@@ -117,13 +117,20 @@ def test_a_reference_model_gives_the_losses_of_trl(
     assert abs(expected[0] - 0.693147) > 0.01
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
 def test_a_peft_model_gives_the_losses_of_trl(
-    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path, is_trained: bool
 ) -> None:
+    """The reference of a trained adapter is the adapter at the start."""
+
     def wrapped() -> Any:
         torch.manual_seed(1)
         settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(load(tiny_model), settings)
+        model = get_peft_model(load(tiny_model), settings)
+        for name, weight in model.named_parameters():
+            if is_trained and "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        return model
 
     expected, found = both(tiny_model, pairs, tmp_path, {}, model=wrapped)
     assert found == pytest.approx(expected, abs=1e-5)

@@ -341,7 +341,7 @@ STDIN = "-"
 
 
 def names_stdin(given: Input) -> bool:
-    """Return whether an input is standard input. Tables compare cell by cell, so none is compared."""
+    """Return whether an input is standard input. Tables would compare cell by cell."""
     return isinstance(given, str | Path) and str(given) == STDIN
 
 
