@@ -64,7 +64,7 @@ from logratio.training.run_folder import (
     identity,
     refuse_different_run,
 )
-from logratio.training.schedule import RunLength
+from logratio.training.schedule import RunLength, warmup_updates
 from logratio.training.torch_settings import (
     ask_for_expandable_segments,
     exact_products,
@@ -207,7 +207,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
         self.held_out = self._divide(writes=not (self.dry_run or finished))
         self.length = RunLength.of(config, len(self.store))
-        self._check_sync()
+        self._check_length()
         if self.show_progress and not finished:
             for note in notes_of(self.store, Objective.of(config)):
                 say(note)
@@ -219,8 +219,13 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         if not (config.precompute or finished):
             self._open_cache()
 
-    def _check_sync(self) -> None:
-        """Refuse a run that ends before its reference changes for the first time."""
+    def _check_length(self) -> None:
+        """Refuse a run that ends during its warmup, or before its reference has changed."""
+        if (warmup := warmup_updates(self.config, self.updates)) >= self.updates > 1:
+            raise ConfigError(
+                f"--warmup {self.config.warmup:g}: the learning rate rises for {warmup:,} updates, "
+                f"and the run has {self.updates:,}: give fewer, or a share such as 0.1"
+            )
         every = self.config.reference_sync_steps
         if self.config.sync_reference and self.updates < every:
             raise ConfigError(
