@@ -115,6 +115,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
             folder or id.
         reference: The reference: a folder, an id or a `PreTrainedModel`, which is used without a
             copy. None: the model before its first update.
+        eval_data: Held-out data, in the same forms as `data`; or set `eval_share`.
         peft_config: A `LoraConfig` of peft, in place of `lora`.
         config: All settings at once, instead of `model`, `data` and `settings`; or a `DPOConfig`
             of TRL, whose fields become settings or are refused by name.
@@ -153,6 +154,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         *,
         tokenizer: Any = None,
         reference: Any = None,
+        eval_data: Inputs | None = None,
         peft_config: Any = None,
         config: Any = None,
         callbacks: Callback | Sequence[Callback] | None = (),
@@ -160,7 +162,8 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         dry_run: bool = False,
         **settings: Any,
     ) -> None:
-        given = {"model": model, "data": data, "reference": reference} | settings
+        given = {"model": model, "data": data, "reference": reference, "eval_data": eval_data}
+        given |= settings
         config, self._models = trainer_arguments(given, tokenizer, peft_config, config)
         self.processes = join_processes()
         if not self.processes.is_first:

@@ -27,7 +27,7 @@ TRL_NAMES: Mapping[str, str] = {
     "train_dataset": "data",
 }
 """Arguments of TRL's DPOTrainer with another name here; `synonyms` has the names of fields."""
-_OF_TRAINER = ("model", "data", "reference", "tokenizer", "config")
+_OF_TRAINER = ("model", "data", "reference", "eval_data", "tokenizer", "config")
 """Arguments that None leaves out."""
 _UNSUPPORTED: Mapping[str, str] = {
     "data_collator": "remove it; batches are laid out from the tokenized data",
