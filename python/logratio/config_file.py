@@ -485,8 +485,9 @@ def _written(value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = [_written(item) for item in value]
         return UNWRITABLE if UNWRITABLE in items else items
-    if isinstance(value, Mapping):
-        return {str(key): _written(item) for key, item in value.items()}
+    if isinstance(value, Mapping):  # a DatasetDict is one too
+        named = {str(key): _written(item) for key, item in value.items()}
+        return UNWRITABLE if UNWRITABLE in named.values() else named
     if hasattr(value, "to_flag"):
         return value.to_flag() or UNWRITABLE
     if is_dataclass(value):

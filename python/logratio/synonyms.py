@@ -54,6 +54,7 @@ SAME: Mapping[str, str] = {
     "--use-rslora": "--lora-rslora",
     "--validation-file": "--eval-data",
     "--warmup-ratio": "--warmup",
+    "--warmup-steps": "--warmup",
 }
 VALUES: Mapping[tuple[str, str], str] = {
     ("--loss-type", "sigmoid"): "dpo",
@@ -155,7 +156,6 @@ INSTEAD: Mapping[str, str] = {
     "--torch-dtype": _PRECISION,
     "--train-batch-size": _BATCH,
     "--use-cpu": "use `--device cpu`",
-    "--warmup-steps": "use `--warmup 0.1`, a share of the updates",
 }
 """What to do instead of giving a flag: a clause, with flags in backticks. A number in braces is an
 example, which the number that was given replaces."""

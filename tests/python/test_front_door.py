@@ -383,6 +383,13 @@ def test_a_name_that_resembles_no_field_has_no_suggestion(name: str) -> None:
     assert str(caught.value) == f"TrainConfig has no {name}"
 
 
+def test_the_trainer_shows_what_users_of_transformers_look_for() -> None:
+    shown = [*inspect_module.signature(DPOTrainer).parameters]
+    assert shown[:2] == ["model", "data"]
+    names = {"tokenizer", "reference", "eval_data", "peft_config", "callbacks", "config"}
+    assert names <= set(shown)
+
+
 @pytest.mark.parametrize(
     "kind", [*RANGED, LoraSettings, TokenizationRules, FormatSettings, FeedSettings]
 )

@@ -77,7 +77,8 @@ class Update(Settings):
     warmup: Annotated[
         float,
         typer.Option(
-            help="Share of the updates with linear warmup; --lr-scheduler decays the rate after.",
+            help="Updates with linear warmup: below 1 a share of all, else their number; "
+            "--lr-scheduler decays the rate after.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = 0.1

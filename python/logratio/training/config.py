@@ -162,7 +162,8 @@ class TrainConfig(YamlSettings):
             which is added to the loss of each update: see `router_loss`. 0: none. None: that of the
             model's config if the config sets `output_router_logits`, else 0.
         lr: Peak learning rate.
-        warmup: Share of the updates with a rising learning rate; `lr_scheduler` decays it after.
+        warmup: Updates with a rising learning rate: below 1 a share of all, else their number;
+            `lr_scheduler` decays it after.
         lr_scheduler: Decay of the learning rate: "cosine"; "linear"; "constant", none; or "wsd",
             constant, then linear over the last `decay` of the updates (arXiv 2404.06395).
         min_lr_rate: The learning rate at the end, as a share of `lr`.
@@ -262,7 +263,7 @@ class TrainConfig(YamlSettings):
     loss_options: Mapping[str, float] = field(default_factory=dict)
     router_aux_loss_coef: AtLeast0 | None = None
     lr: Above0 = 1e-6
-    warmup: ShareBelow1 = 0.1
+    warmup: AtLeast0 = 0.1
     lr_scheduler: Schedule = "cosine"
     min_lr_rate: Share = 0.0
     decay: Annotated[float, Range(0, 1, without_low=True)] = 0.2

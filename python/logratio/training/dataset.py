@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from logratio._rust import Census, Store
 from logratio.data.formats.settings import FormatSettings
-from logratio.data.readers.inputs import Input, Inputs, as_inputs
+from logratio.data.readers.inputs import Input, Inputs, as_inputs, names_stdin
 from logratio.data.store.build import build_store
 from logratio.data.store.load import datasets_of, is_store, load_store, rules_of
 from logratio.data.store.mismatches import MISMATCHED, with_mismatches
@@ -245,7 +245,7 @@ def once_per_host(
     Raises:
         ConfigError: Processes on several hosts cannot all read standard input.
     """
-    if processes.hosts > 1 and "-" in as_inputs(data):
+    if processes.hosts > 1 and any(map(names_stdin, as_inputs(data))):
         raise ConfigError(
             "standard input reaches one host only: give files, or a store of `data build`"
         )

@@ -2,11 +2,14 @@
 
 The trainer, its checks and its forecast read a model's config and tokenizer from a folder. A model
 in memory gets a temporary folder with these files and without weights; `given_model` finds the
-object where weights are needed: to load, count and hash them. A model's folder that is combined
-with another tokenizer gets a temporary folder too, with links to the weights.
+object where weights are needed: to load, count and hash them. An adapter that is trained further
+is saved to that folder, which all but the policy read; `continued_model` finds the object. A
+model's folder that is combined with another tokenizer gets a temporary folder too, with links to
+the weights.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from copy import deepcopy
@@ -47,13 +50,15 @@ class GivenModel:
 
     Attributes:
         folder: The temporary folder.
-        model: The object; None if the weights are linked in the folder.
+        model: The object; None if the folder has the weights.
+        continued: The peft model whose adapter is trained further, from what the folder has.
         source: The folder that the weights were read from, or None.
         is_reference: Whether the object is used as a reference only, so that no copy is needed.
         is_trained: Whether updates may have changed the weights.
     """
 
     is_trained = False
+    continued: Any = None
 
     def __init__(
         self, model: Any = None, *, source: Path | None = None, is_reference: bool = False
@@ -67,7 +72,22 @@ class GivenModel:
     @property
     def name(self) -> str:
         """The name that records of a run contain: a path, an id and a commit, or a class."""
-        return origin(self.source) if self.source else f"{type(self.base).__name__} in memory"
+        if self.source and self.continued is None:
+            return origin(self.source)
+        return f"{type(self.continued or self.base).__name__} in memory"
+
+    def continue_adapter(self) -> None:
+        """Save the adapter, which the run trains further: its start is read from the folder."""
+        self.continued, self.model = self.model, None
+        self.continued.save_pretrained(self.folder)
+        path = self.folder / "adapter_config.json"
+        settings = json.loads(path.read_text("utf-8")) | base_names(self.folder)
+        path.write_text(json.dumps(settings, indent=2), "utf-8")
+
+    def remove_copy(self, name: str) -> None:
+        """Remove the copy of the adapter that a run has compared it with, if there is one."""
+        if self.continued is not None and name in self.continued.peft_config:
+            self.continued.delete_adapter(name)
 
     @property
     def base(self) -> Any:
@@ -146,6 +166,17 @@ def given_model(folder: str | Path) -> GivenModel | None:
     """Return the object whose temporary folder is `folder`; None for any other folder."""
     found = _GIVEN.get(Path(folder))
     return found if found is not None and found.model is not None else None
+
+
+def continued_model(folder: str | Path) -> Any:
+    """Return the peft model whose adapter is trained further from `folder`; None for any other."""
+    found = _GIVEN.get(Path(folder))
+    return found.continued if found is not None else None
+
+
+def is_in_memory(folder: str | Path) -> bool:
+    """Return whether `folder` is the temporary folder of an object."""
+    return given_model(folder) is not None or continued_model(folder) is not None
 
 
 def source_of(folder: str | Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from logratio.errors import LogratioError
 from logratio.progress import say
 from logratio.report.run_files import EVALUATIONS_FILE, METRICS_FILE, SAMPLES_FILE, SPEED_FILE
-from logratio.training.trackers import dashboard_names
+from logratio.training.trackers import SAMPLES, dashboard_names, sample_table
 
 
 def progress_note(metrics: Mapping[str, float]) -> str:
@@ -76,6 +76,8 @@ class MetricsLog:
         self._evaluations.add(_line(row))
         for sample in samples:
             self._samples.add(_line({"step": row["step"], **sample}))
+        if samples and self._events:
+            self._events.add(_text_event(row["step"], SAMPLES, *sample_table(samples)))
         self._add_scalars(row["step"], metrics)
 
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -182,6 +184,15 @@ def _event(**fields: Any) -> bytes:
     length = struct.pack("<Q", len(data))
     checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
     return length + checks[0] + data + checks[1]
+
+
+def _text_event(step: int, name: str, columns: list[str], rows: list[list[str]]) -> bytes:
+    """Encode a table as Markdown, which TensorBoard shows among the texts."""
+    from tensorboardX.summary import text
+
+    lines = [columns, ["---"] * len(columns), *rows]
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return _event(step=step, summary=text(name, "\n".join(f"| {' | '.join(c)} |" for c in cells)))
 
 
 def _remove_rows(output: Path, resume_step: int) -> None:

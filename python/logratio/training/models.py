@@ -29,7 +29,7 @@ from logratio.training.config import (
     Quantization,
     TrainConfig,
 )
-from logratio.training.given_model import given_model
+from logratio.training.given_model import continued_model, given_model
 from logratio.training.reward_model import empty_model, is_reward_model, read_model, refusal_of
 from logratio.validation import PATH, check_argument
 
@@ -210,6 +210,8 @@ def load_model(
     check_argument("folder", PATH, folder)
     folder = local_folder(folder)
     check_model_folder(folder, rewards=True)
+    if in_place and (continued := continued_model(folder)) is not None:
+        return _prepared(continued, precision).to(device)
     if given := given_model(folder):
         found = _prepared(given.loaded(in_place=in_place), precision)
         return (_frozen(found, precision) if frozen and not in_place else found).to(device)

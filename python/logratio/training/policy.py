@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from logratio.training.bfloat16 import with_bfloat16_adapters
 from logratio.training.config import TrainConfig
+from logratio.training.given_model import continued_model
 from logratio.training.lora import use_dropout, widen_saved_modules, with_lora
 from logratio.training.methods.objective import Objective
 from logratio.training.models import (
@@ -76,15 +77,17 @@ def _in_precision(policy: nn.Module, config: TrainConfig) -> nn.Module:
 def _continued(config: TrainConfig, device: str) -> nn.Module:
     """Load the adapter in `config.model` to train it, and a frozen copy if it is the reference."""
     folder = Path(config.model)
-    base = load_model(
-        base_folder(folder),
+    is_object = continued_model(folder) is not None
+    loaded = load_model(
+        folder if is_object else base_folder(folder),
         device=device,
         quantization=config.quantization,
         precision=precision_of(config),
         frozen=True,
+        in_place=is_object,
         head_seed=config.seed if is_reward_model(folder) else None,
     )
-    policy: Any = with_adapter(base, folder, device)
+    policy: Any = loaded if is_object else with_adapter(loaded, folder, device)
     adapters = [TRAINED]
     if reference_kind(config) == "adapter":
         with quietly():

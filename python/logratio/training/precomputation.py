@@ -13,7 +13,7 @@ import numpy as np
 
 from logratio._rust import CacheFolder
 from logratio.cache.identity import record_tolerance
-from logratio.data.readers.inputs import Inputs
+from logratio.data.readers.inputs import Inputs, as_inputs, names_stdin
 from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, count, duration, size
@@ -266,7 +266,7 @@ def check_settings(config: PrecomputeConfig, share: Share) -> None:
         raise ConfigError("--workers are Ray actors: give --engine ray, or use torchrun instead")
     if config.engine == "ray" and share.processes > 1:
         raise ConfigError("--engine ray runs from one process: start it without torchrun")
-    if "-" in config.data and share.processes > 1:
+    if share.processes > 1 and any(map(names_stdin, as_inputs(config.data))):
         raise ConfigError(
             "only one process can read standard input: give files, or a store of `data build`"
         )

@@ -337,7 +337,8 @@ def untrained_note(
     return (
         f"the reference gives the end of the chosen answers a log-prob of {mean:.1f} nats on "
         "average: it looks like a base model that has not been trained to answer. Train it with "
-        "--loss sft first, or choose an instruction-tuned model"
+        "--loss sft first, or choose an instruction-tuned model; if the answers are texts that "
+        "were cut off, give --no-eos, so that no end is learned"
     )
 
 

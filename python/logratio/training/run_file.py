@@ -7,11 +7,11 @@ from typing import Any
 
 from logratio import __version__
 from logratio.config_file import INPUTS, unwritable
-from logratio.data.readers.inputs import STDIN, as_inputs
+from logratio.data.readers.inputs import as_inputs, names_stdin
 from logratio.durable import write_atomic
 from logratio.progress import say
 from logratio.training.config import TrainConfig
-from logratio.training.given_model import given_model, name_of
+from logratio.training.given_model import is_in_memory, name_of
 from logratio.training.methods.objective import ALONE, Objective
 from logratio.training.models import precision_of, training_budget
 from logratio.training.router_loss import router_coefficient
@@ -66,17 +66,17 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def absolute(given: Any) -> Any:
     """Return the absolute path of a file or folder; any other input unchanged."""
-    is_path = isinstance(given, str | Path) and given != STDIN
+    is_path = isinstance(given, str | Path) and not names_stdin(given)
     return str(Path(given).absolute()) if is_path else given
 
 
 def _comments(given: TrainConfig, config: TrainConfig) -> Iterator[str]:
     yield f"# The settings of a run of logratio {__version__}, defaults included.\n"
     yield "# Repeat it in another folder: logratio train --config run.yaml --output FOLDER\n"
-    if STDIN in config.data:
+    if any(map(names_stdin, as_inputs(config.data))):
         yield "# The data was standard input: pipe the same rows in again.\n"
     for name in MODELS:
-        if (folder := getattr(given, name)) and given_model(folder):
+        if (folder := getattr(given, name)) and is_in_memory(folder):
             yield f"# The {name} was an object in memory: save it, and name its folder here.\n"
     for name in (*unwritable(config), *unwritable(config.formats)):
         yield f"# Not in this file, because it was a Python object: {name}\n"

@@ -34,13 +34,21 @@ class RunLength:
         return cls(updates, math.ceil(updates / per_epoch), seen)
 
 
+def warmup_updates(config: TrainConfig, updates: int) -> int:
+    """Return the number of updates with a rising learning rate.
+
+    Below 1 `config.warmup` is a share of `updates`, else a number, as in transformers.
+    """
+    return math.ceil(config.warmup * updates if config.warmup < 1 else config.warmup)
+
+
 def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
     """Return the learning rate of the update after `done` of `updates` updates.
 
     A linear warmup, then the decay that `config.lr_scheduler` names, from the peak `config.lr` down
     to `config.min_lr_rate` of it.
     """
-    warmup = math.ceil(config.warmup * updates)
+    warmup = warmup_updates(config, updates)
     if done < warmup:
         return config.lr * (done + 1) / warmup
     passed = (done - warmup) / max(1, updates - warmup)

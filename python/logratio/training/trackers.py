@@ -137,6 +137,22 @@ class TrackedRun:
     continued: str | None = None
 
 
+SAMPLES = "eval/samples"
+"""Name of the table of samples in a tracker."""
+
+
+def sample_table(samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns and the rows of a table of samples.
+
+    Args:
+        samples: Rows of `samples.jsonl`; without a reference, there is no column for it.
+    """
+    names = ["prompt", "policy", "reference"]
+    if samples and samples[0].get("reference") is None:
+        names.remove("reference")
+    return names, [[str(row[name]) for name in names] for row in samples]
+
+
 class Tracker(Protocol):
     """A client of a tracker. All methods run in one thread, and may block or raise anything."""
 
@@ -146,6 +162,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics of an update or of an evaluation."""
+        ...
+
+    def log_table(self, step: int, names: list[str], rows: list[list[str]]) -> None:
+        """Record the samples of an evaluation as a table."""
         ...
 
     def finish(self, *, failed: bool) -> None:
@@ -173,6 +193,10 @@ class _Wandb:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**dashboard_names(values), "train/global_step": step})
 
+    def log_table(self, step: int, names: list[str], rows: list[list[str]]) -> None:
+        table = importlib.import_module("wandb").Table(columns=names, data=rows)
+        self._run.log({SAMPLES: table, "train/global_step": step})
+
     def finish(self, *, failed: bool) -> None:
         if self._is_own:
             self._run.finish(exit_code=int(failed))
@@ -191,6 +215,11 @@ class _Trackio:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**dashboard_names(values), "train/global_step": step}, step=step)
+
+    def log_table(self, step: int, names: list[str], rows: list[list[str]]) -> None:
+        pandas: Any = importlib.import_module("pandas")  # a dependency of trackio
+        table = self._trackio.Table(dataframe=pandas.DataFrame(rows, columns=names))
+        self._run.log({SAMPLES: table, "train/global_step": step}, step=step)
 
     def finish(self, *, failed: bool) -> None:
         self._run.finish()
@@ -227,6 +256,11 @@ class _Mlflow:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         named = {_TRANSFORMERS.get(name, name): value for name, value in values.items()}
         self._mlflow.log_metrics(named, step=step)
+
+    def log_table(self, step: int, names: list[str], rows: list[list[str]]) -> None:
+        """Append to the table of the run, which has the updates of all evaluations."""
+        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+        self._mlflow.log_table({"step": [step] * len(rows), **columns}, "samples.json")
 
     def finish(self, *, failed: bool) -> None:
         if not self._given:
@@ -289,6 +323,14 @@ class RunIds:
             write_atomic(self._path, json.dumps(self._ids) + "\n")
 
 
+_Row: TypeAlias = tuple[int, Mapping[str, float], Sequence[Mapping[str, Any]]]
+"""The number of updates done, metrics, and samples."""
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 class Reporter:
     """Sends rows to one tracker from a daemon thread.
 
@@ -306,17 +348,25 @@ class Reporter:
         self._ids, self._failed = ids, False
         self._tracker = _TRACKERS[name]()
         self._run = TrackedRun(run.name, run.project, run.settings, ids[name])
-        self._queue: Queue[tuple[int, Mapping[str, float]] | None] = Queue(ROWS)
-        self._is_broken = False
+        self._queue: Queue[_Row | None] = Queue(ROWS)
+        self._is_broken, self._takes_tables = False, True
         self._thread = Thread(target=self._work, name=f"logratio-{name}", daemon=True)
         self._thread.start()
 
-    def send(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the metrics of an update or of an evaluation; returns at once."""
+    def send(
+        self, step: int, values: Mapping[str, float], samples: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Send the metrics of an update or of an evaluation; returns at once.
+
+        Args:
+            step: Number of updates done.
+            values: The metrics.
+            samples: Rows of `samples.jsonl`, which are sent as a table.
+        """
         if self._is_broken:
             return
         try:
-            self._queue.put_nowait((step, values))
+            self._queue.put_nowait((step, values, samples))
         except Full:
             self.dropped += 1
             if self.dropped == 1:
@@ -330,12 +380,25 @@ class Reporter:
         try:
             self._ids.record(self.name, self._tracker.start(self._run))
             while row := self._queue.get():
-                self._tracker.log(*row)
+                step, values, samples = row
+                self._tracker.log(step, values)
+                if samples and self._takes_tables:
+                    self._send_table(step, samples)
             self._tracker.finish(failed=self._failed)
         except BaseException as error:  # some trackers raise SystemExit
             self._is_broken = True
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            say(f"{self.name} failed ({reason}); the run continues, metrics.jsonl has all metrics")
+            say(
+                f"{self.name} failed ({_reason(error)}); the run continues, metrics.jsonl has all "
+                "metrics"
+            )
+
+    def _send_table(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Send samples as a table; if the tracker refuses it, send metrics only from then on."""
+        try:
+            self._tracker.log_table(step, *sample_table(samples))
+        except Exception as error:
+            self._takes_tables = False
+            say(f"{self.name} gets no samples ({_reason(error)}); samples.jsonl has all of them")
 
     def close(self, deadline: float, *, failed: bool) -> None:
         """Wait until all is sent, but not beyond `deadline`, a value of `time.monotonic`."""

@@ -25,7 +25,7 @@ from logratio.training.checkpoint import interrupts
 from logratio.training.config import TrainConfig, with_local_models
 from logratio.training.dataset import load_training_data
 from logratio.training.fingerprint import reference_fingerprint
-from logratio.training.given_model import given_model
+from logratio.training.given_model import is_in_memory
 from logratio.training.held_out import HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
 from logratio.training.methods.notes import notes_of
@@ -43,7 +43,7 @@ from logratio.training.parallel.division import SHARDED
 from logratio.training.parallel.lifeline import ending_together
 from logratio.training.parallel.placement import Placement
 from logratio.training.parallel.processes import join_processes
-from logratio.training.policy import build_policy
+from logratio.training.policy import REFERENCE, build_policy
 from logratio.training.precomputation import Precompute, pass_of_run
 from logratio.training.reference import (
     CachedReference,
@@ -64,7 +64,7 @@ from logratio.training.run_folder import (
     identity,
     refuse_different_run,
 )
-from logratio.training.schedule import RunLength
+from logratio.training.schedule import RunLength, warmup_updates
 from logratio.training.torch_settings import (
     ask_for_expandable_segments,
     exact_products,
@@ -107,14 +107,15 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
 
     Args:
         model: The model to start from: a folder (safetensors, tokenizer.json), an id of the
-            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` whose adapter is new. An object
-            is trained in place: its dropout is turned off, and it gets the device and the precision
-            of the run.
+            Hugging Face hub, a `PreTrainedModel`, or a `PeftModel` with one LoRA adapter, which is
+            trained further. An object is trained in place: its dropout is turned off, and it gets
+            the device and the precision of the run.
         data: Preference data, as in `TrainConfig`.
         tokenizer: A fast tokenizer of transformers, a folder or an id. None: that of the model's
             folder or id.
         reference: The reference: a folder, an id or a `PreTrainedModel`, which is used without a
             copy. None: the model before its first update.
+        eval_data: Held-out data, in the same forms as `data`; or set `eval_share`.
         peft_config: A `LoraConfig` of peft, in place of `lora`.
         config: All settings at once, instead of `model`, `data` and `settings`; or a `DPOConfig`
             of TRL, whose fields become settings or are refused by name.
@@ -153,6 +154,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         *,
         tokenizer: Any = None,
         reference: Any = None,
+        eval_data: Inputs | None = None,
         peft_config: Any = None,
         config: Any = None,
         callbacks: Callback | Sequence[Callback] | None = (),
@@ -160,7 +162,8 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         dry_run: bool = False,
         **settings: Any,
     ) -> None:
-        given = {"model": model, "data": data, "reference": reference} | settings
+        given = {"model": model, "data": data, "reference": reference, "eval_data": eval_data}
+        given |= settings
         config, self._models = trainer_arguments(given, tokenizer, peft_config, config)
         self.processes = join_processes()
         if not self.processes.is_first:
@@ -207,7 +210,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         self.config = config = replace(config, rules=self.dataset.tokenizer.rules)
         self.held_out = self._divide(writes=not (self.dry_run or finished))
         self.length = RunLength.of(config, len(self.store))
-        self._check_sync()
+        self._check_length()
         if self.show_progress and not finished:
             for note in notes_of(self.store, Objective.of(config)):
                 say(note)
@@ -219,8 +222,13 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         if not (config.precompute or finished):
             self._open_cache()
 
-    def _check_sync(self) -> None:
-        """Refuse a run that ends before its reference changes for the first time."""
+    def _check_length(self) -> None:
+        """Refuse a run that ends during its warmup, or before its reference has changed."""
+        if (warmup := warmup_updates(self.config, self.updates)) >= self.updates > 1:
+            raise ConfigError(
+                f"--warmup {self.config.warmup:g}: the learning rate rises for {warmup:,} updates, "
+                f"and the run has {self.updates:,}: give fewer, or a share such as 0.1"
+            )
         every = self.config.reference_sync_steps
         if self.config.sync_reference and self.updates < every:
             raise ConfigError(
@@ -304,7 +312,7 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
                 unchanged.
         """
         if self.finished:
-            kept = "; the model in memory is unchanged" if given_model(self.config.model) else ""
+            kept = "; the model in memory is unchanged" if is_in_memory(self.config.model) else ""
             if reason := self.finished.stop_reason:
                 kept += f"; it stopped after update {self.finished.steps:,}: {reason}"
             say(f"{self.finished.output}: a run with these settings has already finished{kept}")
@@ -314,8 +322,12 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
             raise ConfigError("this trainer was created with dry_run=True and cannot train")
         fixed = fixed_order(self.device, wanted=self.config.deterministic)
         lock = self._lock.training() if self.processes.is_first else nullcontext()
-        with self._together(), lock, exact_products(), fixed:
-            return self._train()
+        try:
+            with self._together(), lock, exact_products(), fixed:
+                return self._train()
+        finally:
+            for given in self._models:
+                given.remove_copy(REFERENCE)
 
     def _train(self) -> TrainResult:
         self._meet()

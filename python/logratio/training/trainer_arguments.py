@@ -27,7 +27,7 @@ TRL_NAMES: Mapping[str, str] = {
     "train_dataset": "data",
 }
 """Arguments of TRL's DPOTrainer with another name here; `synonyms` has the names of fields."""
-_OF_TRAINER = ("model", "data", "reference", "tokenizer", "config")
+_OF_TRAINER = ("model", "data", "reference", "eval_data", "tokenizer", "config")
 """Arguments that None leaves out."""
 _UNSUPPORTED: Mapping[str, str] = {
     "data_collator": "remove it; batches are laid out from the tokenized data",
@@ -169,17 +169,18 @@ def _of_object(
     if settings.get("quantization") is not None:
         raise ConfigError("quantization applies while weights are loaded: give the model's folder")
     found: dict[str, Any] = {}
+    continues = given.has_adapter and _continues(given, settings)
     unset = (None, "bf16") if follows else (None,)
     if settings.get("precision") in unset and given.base.dtype == torch.bfloat16:
         found["precision"] = "bf16-weights"
+    if continues:
+        _check_base(given)
+        given.continue_adapter()
+        return found | {"adapter": "continue"}
     lora = settings.get("lora")
     if given.has_adapter:
-        if lora is not None:
-            raise ConfigError(
-                "the model is a peft model already: leave peft_config and lora out, or pass "
-                "model.merge_and_unload() to add another adapter"
-            )
-        found["lora"] = lora = _adapter_of(given, settings)
+        adapter = next(iter(given.model.peft_config.values()))
+        found["lora"] = lora = settings_of_peft(adapter, given.folder)
     if lora is None and not any(p.requires_grad for p in given.model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient, so nothing is trained")
     if settings.get("cache") and settings.get("eval_samples") and not settings.get("reference"):
@@ -206,10 +207,10 @@ def _check_base(given: GivenModel) -> None:
         )
 
 
-def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
-    """Return the settings of a peft model's adapter.
+def _continues(given: GivenModel, settings: Mapping[str, Any]) -> bool:
+    """Check the adapter of a peft model; return whether it is trained further.
 
-    Without adapter the model is the reference, so the adapter must not have been trained.
+    A new adapter adds nothing to its base, so the run is one with `lora`.
     """
     adapters = given.model.peft_config
     kinds = [getattr(one.peft_type, "value", one.peft_type) for one in adapters.values()]
@@ -222,12 +223,11 @@ def _adapter_of(given: GivenModel, settings: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"the model has the adapters {', '.join(adapters)}: keep one, named {TRAINED}"
         )
-    trained = any(bool(w.any()) for n, w in given.model.named_parameters() if "lora_B" in n)
-    methods = named_methods(settings.get("loss", TrainConfig.loss))
-    needs_start = any(method.needs_reference for method, _ in methods.values())
-    if trained and needs_start and settings.get("reference") is None:
+    if settings.get("lora") is not None:
         raise ConfigError(
-            "the model's adapter has been trained, so the model without it is not the start of "
-            "this run: pass the reference too, or model.merge_and_unload() to train all weights"
+            "the model is a peft model already: leave peft_config and lora out, or pass "
+            "model.merge_and_unload() to add another adapter"
         )
-    return settings_of_peft(next(iter(adapters.values())), given.folder)
+    weights = given.model.named_parameters()
+    is_new = not any(bool(weight.any()) for name, weight in weights if "lora_B" in name)
+    return settings.get("adapter") == "continue" or not is_new

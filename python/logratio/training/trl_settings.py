@@ -3,8 +3,7 @@
 Every field that changes the result is carried over, with its default too, or refused by name.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.errors import ConfigError
 from logratio.progress import say
 from logratio.synonyms import VALUES, instead_of
+from logratio.training.methods.table import METHODS
 from logratio.training.parallel.processes import processes_of
 from logratio.training.selection import LOWER_IS_BETTER
 from logratio.training.trackers import KNOWN
@@ -45,7 +45,7 @@ COMPUTED = {
     *("f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "ld_alpha"),
     *("use_weighting", "loss_weights"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-    *("report_to", "run_name", "project"),
+    *("report_to", "run_name", "project", "fsdp", "fsdp_config"),
 }
 """Fields that settings are computed from."""
 
@@ -88,8 +88,10 @@ _LOSSES = {
     **{"sigmoid": "dpo", "sigmoid_norm": "ln-dpo", "exo_pair": "exo", "nca_pair": "nca"},
     **{"sppo_hard": "sppo", "apo_zero": "apo-zero", "apo_down": "apo-down"},
 }
-"""Losses of TRL with the same formula here. Its aot depends on micro-batches, its bco_pair has no
-shift, and its sft is a mean over the tokens of a micro-batch."""
+"""Losses of TRL with the same formula here. Its bco_pair has no shift, and its sft is a mean over
+the tokens of a micro-batch."""
+_OF_ONE_BATCH = {"aot": "aot", "aot_unpaired": "aot-unpaired"}
+"""Losses of TRL that depend on its micro-batches; the same here if an update has only one."""
 _DIVERGENCES = {"forward_kl": "f-dpo-forward-kl", "js_divergence": "f-dpo-js"}
 """Divergences of TRL, and DPO with them."""
 _SMOOTHED = ("robust", "exo_pair")
@@ -117,7 +119,7 @@ def settings_of_trl(args: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     _refuse_unsupported(args)
     found = {ours: getattr(args, n) for n, ours in SAME_MEANING.items() if hasattr(args, n)}
-    for part in (_length, _schedule, _machine, _checkpoints, _reference, _tracking):
+    for part in (_length, _schedule, _machine, _sharding, _checkpoints, _reference, _tracking):
         found |= part(args)
     if any(given.get(name) is not None for name in ("eval_data", "eval_dataset", "eval_share")):
         found |= _evaluations(args)
@@ -138,12 +140,8 @@ def _refuse_unsupported(args: Any) -> None:
             continue
         made = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(args, field.name)
-        if value not in (made, None) and value != _AS_PREPARED.get(field.name):
+        if value not in (made, None):
             raise _refusal(field.name, value)
-
-
-_AS_PREPARED: Mapping[str, Any] = {"fsdp": []}
-"""Values that `TrainingArguments` stores in place of a default."""
 
 
 def _refusal(name: str, value: Any, instead: str | None = None) -> ConfigError:
@@ -175,7 +173,9 @@ def _schedule(args: Any) -> dict[str, Any]:
     kind, options = _plain(args.lr_scheduler_type), dict(args.lr_scheduler_kwargs or {})
     found = {"lr_scheduler": VALUES.get(("--lr-scheduler-type", kind), kind)}
     if kind == "cosine_with_min_lr":
-        found["min_lr_rate"] = options.pop("min_lr_rate", 0.0)
+        lowest = options.pop("min_lr", None)  # a rate, in place of a share of the peak
+        share = options.pop("min_lr_rate", None)
+        found["min_lr_rate"] = lowest / args.learning_rate if lowest is not None else share or 0.0
     if kind not in _SCHEDULES | {"cosine_with_min_lr", "constant_with_warmup"}:
         raise _refusal("lr_scheduler_type", kind, f"choose {', '.join(sorted(_SCHEDULES))}")
     if options:
@@ -192,17 +192,28 @@ def _schedule(args: Any) -> dict[str, Any]:
 
 
 def _warmup(args: Any) -> float:
-    """Return the share of the updates with a rising learning rate."""
-    steps = getattr(args, "warmup_ratio", None) or args.warmup_steps
-    if steps < 1:
-        return float(steps)
-    if args.max_steps <= steps:
-        raise ConfigError(
-            f"args: warmup_steps={steps} is a number of updates, and warmup is a share of them: "
-            "write warmup_steps as a share such as 0.1, or set a larger max_steps"
-        )
-    share = steps / args.max_steps
-    return share if math.ceil(share * args.max_steps) == steps else math.nextafter(share, 0)
+    """Return the updates with a rising learning rate: a share of all, or their number."""
+    return float(getattr(args, "warmup_ratio", None) or args.warmup_steps)
+
+
+def _sharding(args: Any) -> dict[str, Any]:
+    """Return how several processes divide the model, if the arguments ask for FSDP.
+
+    As in accelerate, one process alone shards nothing.
+    """
+    given = getattr(args, "fsdp", None)
+    if not given:
+        return {}
+    config = dict(getattr(args, "fsdp_config", None) or {})
+    words = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
+    names = {_plain(word) for word in words}  # of older versions
+    if config.get("cpu_offload") or "offload" in names:
+        raise _refusal("fsdp_config", {"cpu_offload": True}, "use more processes, or a LoRA")
+    if config.get("xla"):
+        raise _refusal("fsdp_config", {"xla": True}, "remove it; XLA is not supported")
+    is_hybrid = bool(names & {"hybrid_shard", "hybrid_shard_zero2"})
+    found = "hsdp" if is_hybrid else "ddp" if "no_shard" in names else "fsdp"
+    return {"parallel": found} if processes_of().count > 1 else {}
 
 
 def _machine(args: Any) -> dict[str, Any]:
@@ -280,48 +291,65 @@ def _evaluations(args: Any) -> dict[str, Any]:
 
 def _objective(args: Any) -> dict[str, Any]:
     """Return the loss and its options. A name of TRL may be that of another formula here."""
-    kinds = getattr(args, "loss_type", "sigmoid")
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if len(kinds) != 1 or kinds[0] not in _LOSSES:
+    given = getattr(args, "loss_type", "sigmoid")
+    kinds = [given] if isinstance(given, str) else list(given)
+    known = _LOSSES | (_OF_ONE_BATCH if _is_one_batch(args) else {})
+    if missing := [kind for kind in kinds if kind not in known]:
+        once = missing[0] in _OF_ONE_BATCH
+        reason = "; of TRL's it is equal with gradient_accumulation_steps=1 and one process" * once
         raise ConfigError(
             f"args: loss_type={', '.join(kinds)} has no equivalent here: choose from "
-            f"{', '.join(_LOSSES)}, or give loss to the trainer itself"
+            f"{', '.join(known)}, or give loss to the trainer itself{reason}"
         )
-    found: dict[str, Any] = {"loss": _LOSSES[kinds[0]]}
-    smoothing = getattr(args, "label_smoothing", 0.0)
-    if kinds[0] in _SMOOTHED:
-        found["label_smoothing"] = _smoothing(kinds[0], smoothing)
-    elif smoothing:
-        raise ConfigError(
-            f"args: label_smoothing={smoothing} has no effect on the loss {kinds[0]} in TRL, and "
-            "would have one here: leave it out of args, or give it to the trainer itself"
-        )
-    if kinds[0] == "discopop":
+    weights = getattr(args, "loss_weights", None) or [1.0] * len(kinds)
+    named = [
+        known[kind] + (f":{weight}" if weight != 1 else "")
+        for kind, weight in zip(kinds, weights, strict=True)
+    ]
+    found: dict[str, Any] = {"loss": "+".join(named)} | _smoothed(args, kinds)
+    if "discopop" in kinds:
         found["loss_options"] = {"tau": args.discopop_tau}
-    return found | _changed_dpo(args, kinds[0])
+    return found | _changed_dpo(args, kinds)
 
 
-def _smoothing(kind: str, given: float) -> float:
-    if not given:
-        raise ConfigError(f"args: loss_type={kind} needs label_smoothing above 0")
-    return given
+def _is_one_batch(args: Any) -> bool:
+    """Return whether TRL computes an update in one pass over all of its pairs."""
+    steps: int = args.gradient_accumulation_steps
+    return steps * processes_of().count == 1
 
 
-def _changed_dpo(args: Any, kind: str) -> dict[str, Any]:
+def _smoothed(args: Any, kinds: Sequence[str]) -> dict[str, float]:
+    """Return the smoothing of the labels. In TRL it changes some losses only, here all with it."""
+    smoothing = getattr(args, "label_smoothing", 0.0)
+    if not smoothing:
+        if needing := next((kind for kind in kinds if kind in _SMOOTHED), None):
+            raise ConfigError(f"args: loss_type={needing} needs label_smoothing above 0")
+        return {}
+    others = [kind for kind in kinds if kind not in (*_SMOOTHED, *_OF_ONE_BATCH)]
+    changed = [kind for kind in others if "label_smoothing" in METHODS[_LOSSES[kind]].options]
+    if changed or len(others) == len(kinds):
+        raise ConfigError(
+            f"args: label_smoothing={smoothing} has no effect on the loss {(changed or others)[0]} "
+            "in TRL, and would have one here: leave it out of args, or give it to the trainer "
+            "itself"
+        )
+    return {"label_smoothing": smoothing}
+
+
+def _changed_dpo(args: Any, kinds: Sequence[str]) -> dict[str, Any]:
     """Return the loss of the fields that change DPO: another divergence, or weights of tokens."""
     changes = {
         "f_divergence_type": _plain(getattr(args, "f_divergence_type", "reverse_kl")),
         "ld_alpha": getattr(args, "ld_alpha", None),
         "use_weighting": getattr(args, "use_weighting", False),
-        "loss_weights": getattr(args, "loss_weights", None),
     }
-    plain = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False,
-             "loss_weights": None}  # fmt: skip
+    plain = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
     given = {name: value for name, value in changes.items() if value != plain[name]}
     if not given:
         return {}
     name, value = next(iter(given.items()))
-    if len(given) > 1 or kind != "sigmoid" or name == "loss_weights":
+    weighted = getattr(args, "loss_weights", None) not in (None, [1.0])
+    if len(given) > 1 or list(kinds) != ["sigmoid"] or weighted:
         raise _refusal(name, value)
     if name == "use_weighting":
         return {"loss": "wpo"}

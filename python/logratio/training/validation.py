@@ -57,6 +57,10 @@ def check_folders(config: TrainConfig) -> None:
 def _check_schedule(config: TrainConfig) -> None:
     """Refuse settings that the schedule would silently ignore."""
     scheduler = config.lr_scheduler
+    if config.warmup > 1 and not config.warmup.is_integer():
+        raise ConfigError(
+            f"--warmup {config.warmup:g} is neither a share below 1 nor a whole number of updates"
+        )
     if config.min_lr_rate and scheduler == "constant":
         raise ConfigError("--lr-scheduler constant has no --min-lr-rate: the rate does not decay")
     if config.decay != TrainConfig.decay and scheduler != "wsd":

@@ -97,7 +97,7 @@ class Watch(Unwatched):
         row = result.to_dict()
         self._log.write_evaluation(row, result.metrics, result.sample_rows())
         for one in self._reporters:
-            one.send(result.step, result.metrics)
+            one.send(result.step, result.metrics, result.sample_rows())
         self._warn(self._falling.evaluation(row))
 
     def _warn(self, fall: Fall | None) -> None:

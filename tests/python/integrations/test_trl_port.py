@@ -60,6 +60,9 @@ def args_of(folder: Path, **more: Any) -> DPOConfig:
     return DPOConfig(**(usual | more))
 
 
+ONE_BATCH = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+
+
 def logged(trainer: Any) -> list[float]:
     """Return the loss of each update of TRL's trainer or of ours."""
     trainer.train()
@@ -95,6 +98,13 @@ def both(
         {"loss_type": "ipo", "lr_scheduler_type": "constant", "optim": "adamw_torch"},
         {"max_grad_norm": 0.1, "adam_beta2": 0.95, "adam_epsilon": 1e-4},
         {"precompute_ref_log_probs": True, "max_length": 12},
+        {"loss_type": ["sigmoid", "hinge", "ipo"], "loss_weights": [0.8, 0.2, 0.01]},
+        {"loss_type": ["robust", "hinge"], "label_smoothing": 0.1},
+        *(
+            {"loss_type": kind, "label_smoothing": 0.2, **ONE_BATCH}
+            for kind in ("aot", "aot_unpaired")
+        ),
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-3}},
         {"gradient_checkpointing": False, "padding_free": False, "pad_to_multiple_of": 8},
     ],
     ids=str,
@@ -117,13 +127,20 @@ def test_a_reference_model_gives_the_losses_of_trl(
     assert abs(expected[0] - 0.693147) > 0.01
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
 def test_a_peft_model_gives_the_losses_of_trl(
-    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path
+    tiny_model: Path, pairs: list[dict[str, str]], tmp_path: Path, is_trained: bool
 ) -> None:
+    """The reference of a trained adapter is the adapter at the start."""
+
     def wrapped() -> Any:
         torch.manual_seed(1)
         settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(load(tiny_model), settings)
+        model = get_peft_model(load(tiny_model), settings)
+        for name, weight in model.named_parameters():
+            if is_trained and "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        return model
 
     expected, found = both(tiny_model, pairs, tmp_path, {}, model=wrapped)
     assert found == pytest.approx(expected, abs=1e-5)
@@ -170,7 +187,8 @@ REFUSED: dict[str, Any] = {
     "label_smoothing": 0.1,
     "label_smoothing_factor": 0.1,
     "loss_type": ["sigmoid", "sft"],
-    "loss_weights": [1.0],
+    "loss_type=aot": "aot",
+    "fsdp_config": {"cpu_offload": True},
     "lr_scheduler_type": "polynomial",
     "max_length": None,
     "model_init_kwargs": {"device_map": "auto"},
@@ -182,14 +200,15 @@ REFUSED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",
     "truncation_mode": "keep_end",
     "trust_remote_code": True,
-    "warmup_steps": 10,
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_field_that_changes_the_result_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"args: .*{name}="):
-        settings_of_trl(args_of(tmp_path, **{name: REFUSED[name]}), {})
+    field, value = name.partition("=")[0], REFUSED[name]
+    more = {"fsdp": True} if field == "fsdp_config" else {}
+    with pytest.raises(ConfigError, match=rf"args: .*{field}="):
+        settings_of_trl(args_of(tmp_path, **{field: value}, **more), {})
 
 
 @pytest.mark.parametrize(
@@ -201,6 +220,9 @@ def test_a_field_that_changes_the_result_is_refused_by_name(name: str, tmp_path:
         ({"model_init_kwargs": {"dtype": torch.bfloat16, "revision": "v1"}}, {"revision": "v1"}),
         ({"max_steps": 30, "warmup_steps": 7}, {"max_steps": 30}),
         ({"warmup_steps": 0.1}, {"warmup": 0.1}),
+        ({"warmup_steps": 10}, {"warmup": 10.0}),
+        ({"loss_type": ["sigmoid", "hinge"]}, {"loss": "dpo+hinge"}),
+        ({"loss_type": ["sigmoid"], "loss_weights": [0.5]}, {"loss": "dpo:0.5"}),
         ({"save_strategy": "steps", "save_steps": 7}, {"save_every": 7}),
         ({"save_total_limit": 3, "torch_compile": False}, {"keep_checkpoints": 3}),
         ({"resume_from_checkpoint": "True"}, {"resume": True}),
@@ -225,6 +247,33 @@ def test_an_update_has_the_pairs_of_all_processes(
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     assert settings_of_trl(args, {})["batch_size"] == 8 * 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"fsdp": True}, "fsdp"),
+        ({"fsdp": "full_shard auto_wrap"}, "fsdp"),
+        ({"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": False}}, "fsdp"),
+        ({"fsdp": ["hybrid_shard"]}, "hsdp"),
+        ({"fsdp": "no_shard"}, "ddp"),
+        ({}, "auto"),
+    ],
+    ids=str,
+)
+def test_fsdp_divides_the_model_over_several_processes(
+    fields: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strings and lists are those of older versions of transformers, which kept them."""
+    args = args_of(tmp_path)
+    for name, value in fields.items():
+        setattr(args, name, value)
+    assert "parallel" not in settings_of_trl(args, {})
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    config = TrainConfig("model", "data", **settings_of_trl(args, {}))
+    assert config.parallel == expected
 
 
 def test_trackers_are_carried_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

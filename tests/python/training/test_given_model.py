@@ -182,22 +182,68 @@ def test_a_peft_config_and_a_peft_model_train_the_same_adapter(
     assert settings["base_model_name_or_path"] == str(tiny_model)
 
 
-def test_a_trained_adapter_needs_a_reference(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
-    def trained() -> Any:
-        torch.manual_seed(0)
-        model = get_peft_model(load(tiny_model), ADAPTER)
-        for name, weight in model.named_parameters():
-            weight.data += 0.01 * ("lora_B" in name)
-        return model
+def trained_adapter(folder: Path, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    names = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(load(folder), config)
+    for name, weight in model.named_parameters():
+        weight.data += 0.01 * ("lora_B" in name)
+    return model
 
-    with pytest.raises(ConfigError, match="adapter has been trained"):
-        DPOTrainer(trained(), pairs, output=tmp_path / "o", **FAST)
-    trained().save_pretrained(tmp_path / "start")
-    given = DPOTrainer(
-        trained(), pairs, reference=tmp_path / "start", output=tmp_path / "o", **FAST
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"], "lora_dropout": 0.5}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-weights"])
+def test_a_trained_adapter_is_trained_further_like_its_folder(
+    tiny_model: Path, pairs: Path, tmp_path: Path, options: dict[str, Any], precision: Any
+) -> None:
+    model = trained_adapter(tiny_model, **options)
+    model.save_pretrained(tmp_path / "start")
+    more: dict[str, Any] = {"precision": precision, "eval_data": pairs, "eval_samples": 1, **FAST}
+    given = DPOTrainer(model, pairs, output=tmp_path / "a", **more)
+    found = losses(given)
+    assert found[0] == pytest.approx(0.693147, abs=1e-6)
+    start = tmp_path / "start"
+    again = DPOTrainer(
+        start, pairs, tokenizer=tiny_model, output=tmp_path / "b", adapter="continue", **more
     )
-    assert losses(given)[0] == pytest.approx(0.693147, abs=1e-6)
-    simpo = DPOTrainer(trained(), pairs, loss="simpo", output=tmp_path / "s", **FAST)
+    assert losses(again) == found
+    assert [*model.peft_config] == ["default"]
+    assert given.model is model
+    first, second = (load_model(tmp_path / name).state_dict() for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    state = model.state_dict()
+    assert all(torch.equal(state[name].float(), first[name]) for name in first if "lora_" in name)
+    assert "model was an object in memory" in (tmp_path / "a" / "run.yaml").read_text()
+    longer = DPOTrainer(model, pairs, output=tmp_path / "c", **FAST)  # from what it is now
+    assert losses(longer)[0] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_the_cache_of_a_trained_adapter_serves_its_object(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    start, cache = tmp_path / "start", tmp_path / "cache"
+    trained_adapter(tiny_model).save_pretrained(start)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(start)
+    precompute(PrecomputeConfig(start, pairs, cache), show_progress=False)
+    model = trained_adapter(tiny_model)
+    cached = DPOTrainer(model, pairs, cache=cache, output=tmp_path / "a", **FAST)
+    live = DPOTrainer(trained_adapter(tiny_model), pairs, output=tmp_path / "b", **FAST)
+    assert losses(cached) == pytest.approx(losses(live), abs=1e-6)
+
+
+def test_a_trained_adapter_may_have_another_reference(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    def run(name: str, **more: Any) -> DPOTrainer:
+        return DPOTrainer(
+            trained_adapter(tiny_model), pairs, output=tmp_path / name, **FAST, **more
+        )
+
+    assert abs(losses(run("r", reference=tiny_model))[0] - 0.693147) > 1e-4
+    continued = run("c", reference=tiny_model, adapter="continue")
+    assert isinstance(load_model(continued.train().output), PeftModel)
+    simpo = run("s", loss="simpo")
     assert isinstance(load_model(simpo.train().output), PeftModel)
 
 

@@ -400,6 +400,7 @@ def test_a_reference_that_hardly_ever_ends_answers_is_doubted(
     assert bool(note) is is_doubted
     if note:
         assert f"{at_end:.1f} nats" in note
+        assert "cut off, give --no-eos" in note
     assert untrained_note(store, Fixed(at_end), "padded", torch.device("cpu"), {99}) is None
 
 
@@ -408,4 +409,5 @@ def test_a_run_prints_the_doubt_once(
 ) -> None:
     monkeypatch.setattr("logratio.training.reference_checks.RAREST_END", 0.0)
     train(config, show_progress=False)
-    assert capsys.readouterr().err.count("has not been trained to answer") == 1
+    (said,) = (s for s in capsys.readouterr().err.splitlines() if "been trained to answer" in s)
+    assert "give rules.append_eos=False" in said

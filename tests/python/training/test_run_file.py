@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pandas
+import polars
 import pyarrow.json
 import pytest
 import yaml
@@ -52,6 +57,27 @@ def test_values_without_text_are_named_in_a_comment(config: TrainConfig, pairs_f
     record_settings(dataclasses.replace(config, data=["-"]))
     assert "# The data was standard input" in written(config)
     assert yaml.safe_load(written(config))["data"] == ["-"]
+
+
+TABLES: dict[str, Callable[[pyarrow.Table], Any]] = {
+    "pandas": lambda table: pandas.DataFrame(table.to_pylist()),
+    "polars": polars.DataFrame,
+    "datasets": lambda table: datasets.Dataset.from_list(table.to_pylist()),
+    "one split": lambda table: datasets.DatasetDict(train=TABLES["datasets"](table)),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_kind_of_table_trains_and_is_named_in_a_comment(
+    config: TrainConfig, pairs_file: Path, kind: str
+) -> None:
+    """A frame compares cell by cell, and a `DatasetDict` is a mapping."""
+    table = TABLES[kind](pyarrow.json.read_json(pairs_file))
+    given = dataclasses.replace(config, data=table, eval_data=table, max_steps=1, report=False)
+    assert train(given, show_progress=False).steps == 1
+    for name in ("data", "eval_data"):
+        assert f"# Not in this file, because it was a Python object: {name}\n" in written(config)
+    assert not {"data", "eval_data"} & yaml.safe_load(written(config)).keys()
 
 
 def test_a_file_that_cannot_be_written_stops_nothing(

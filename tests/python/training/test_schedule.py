@@ -53,6 +53,29 @@ def test_a_schedule_equals_that_of_transformers(
     assert found[:warmup] == pytest.approx([0.5, 1.0, 1.5, 2.0])
 
 
+def test_a_warmup_is_a_share_or_a_number_of_updates() -> None:
+    shared, counted = (rates(replace(CONFIG, warmup=warmup), 20) for warmup in (0.2, 4))
+    assert counted == shared
+    assert rates(replace(CONFIG, warmup=1), 4) == rates(replace(CONFIG, warmup=0.25), 4)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "words"),
+    [
+        (2.5, "warmup 2.5 is neither a share below 1 nor a whole number of updates"),
+        (3, "warmup 3: the learning rate rises for 3 updates, and the run has 3: give fewer"),
+        (0.99, "warmup 0.99: the learning rate rises for 3 updates"),
+    ],
+)
+def test_a_warmup_that_never_ends_is_refused(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, warmup: float, words: str
+) -> None:
+    output = tmp_path / "out"
+    config = TrainConfig(tiny_model, [pairs_file], output, max_steps=3, warmup=warmup)
+    with pytest.raises(ConfigError, match=words):
+        DPOTrainer(config=config, show_progress=False)
+
+
 def test_wsd_stays_and_then_falls_to_its_floor() -> None:
     config = replace(CONFIG, lr_scheduler="wsd", decay=0.5, min_lr_rate=0.5, warmup=0.0)
     assert rates(config, 8) == pytest.approx([2.0] * 5 + [1.75, 1.5, 1.25])

@@ -70,6 +70,12 @@ def fake(name: str, recorded: Recorded, log: Callable[[Any], None] | None = None
         return run
 
     module.run = None
+    module.Table = lambda columns=None, data=None, dataframe=None: (
+        (columns, data)
+        if dataframe is None
+        else ([*dataframe.columns], dataframe.to_numpy().tolist())
+    )
+    module.log_table = lambda data, file: log({**data, "file": file})
     module.init = module.start_run = start
     module.active_run = lambda: None
     module.set_experiment = lambda given: recorded("experiment", given)
@@ -135,6 +141,73 @@ def test_mlflow_gets_the_names_that_transformers_sends_it(
     assert all(len(part) <= 100 for part in recorded.of("params"))
     assert recorded.of("experiment") == ["mine"]
     assert recorded.of("finish") == ["FINISHED"]
+
+
+def samples_of(config: TrainConfig) -> list[dict[str, Any]]:
+    lines = (Path(config.output) / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_samples_arrive_as_a_table(
+    config: TrainConfig, install: Callable[..., Recorded], name: str, loss: Any
+) -> None:
+    recorded = install(name)
+    sampling = {"eval_samples": 2, "max_new_tokens": 4, "eval_every": 2}
+    config = with_(config, loss=loss, report_to=name, **sampling)
+    quiet(config)
+    rows = [row for row in recorded.of("log") if "eval/samples" in row]
+    assert [row["train/global_step"] for row in rows] == [2, 4]
+    names = ["prompt", "policy", "reference"][: 3 if loss == "dpo" else 2]
+    sampled = [[one[name] for name in names] for one in samples_of(config)]
+    assert [row["eval/samples"] for row in rows] == [(names, sampled[:2]), (names, sampled[2:])]
+
+
+def test_mlflow_gets_one_table_of_all_samples(
+    config: TrainConfig, install: Callable[..., Recorded]
+) -> None:
+    recorded = install("mlflow")
+    config = with_(config, report_to="mlflow", eval_samples=2, max_new_tokens=4, eval_every=2)
+    quiet(config)
+    tables = [row for row in recorded.of("log") if "file" in row]
+    assert [(row["file"], row["step"]) for row in tables] == [
+        ("samples.json", [2, 2]),
+        ("samples.json", [4, 4]),
+    ]
+    found = [text for row in tables for text in row["reference"]]
+    assert found == [one["reference"] for one in samples_of(config)]
+
+
+def test_tensorboard_gets_samples_as_a_text(config: TrainConfig) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    quiet(with_(config, eval_samples=1, max_new_tokens=4))
+    (path,) = (Path(config.output) / "tensorboard").iterdir()
+    data, texts = path.read_bytes(), list[Any]()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        texts += [(event.step, v) for v in event.summary.value if v.HasField("tensor")]
+    ((step, value),) = texts
+    (sample,) = samples_of(config)
+    assert (step, value.tag) == (4, "eval/samples/text_summary")
+    assert value.metadata.plugin_data.plugin_name == "text"
+    header, _, row = value.tensor.string_val[0].decode().splitlines()
+    assert header == "| prompt | policy | reference |"
+    assert row == f"| {sample['prompt']} | {sample['policy']} | {sample['reference']} |"
+
+
+def test_a_table_that_is_refused_costs_no_metrics(
+    config: TrainConfig, install: Callable[..., Recorded], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = install("wandb")
+    sys.modules["wandb"].Table = None  # type: ignore[attr-defined]
+    quiet(with_(config, report_to="wandb", eval_samples=1, max_new_tokens=4, eval_every=2))
+    assert sum("eval/loss" in row for row in recorded.of("log")) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+    assert len(said) == 1
+    assert said[0].startswith("wandb gets no samples (TypeError: ")
 
 
 def test_names_are_those_of_transformers() -> None:

@@ -216,7 +216,6 @@ def test_a_model_with_another_adapter_is_refused(
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"eval_strategy": "epoch"}, "eval_strategy='epoch' needs held-out data: give eval_dataset"),
-    ({"loss_weights": [0.5]}, "write the weights with the methods"),
     ({"loss_type": ["sigmoid", "sft"]}, "has no equivalent here: choose from"),
     ({"neftune_noise_alpha": 1.0}, "embeddings get no noise"),
     ({"push_to_hub": True}, "`hf upload ORG/NAME FOLDER`"),

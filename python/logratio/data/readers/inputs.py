@@ -340,6 +340,11 @@ polars, duckdb."""
 STDIN = "-"
 
 
+def names_stdin(given: Input) -> bool:
+    """Return whether an input is standard input. Tables would compare cell by cell."""
+    return isinstance(given, str | Path) and str(given) == STDIN
+
+
 def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
     """Return one input, or several, as a list. A list of dicts is one input: see `RowList`.
 
@@ -351,11 +356,18 @@ def as_inputs(given: "Input | Sequence[Input]") -> list[Input]:
     if is_row_list(given):
         return [RowList(cast(Sequence[Any], given))]
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
-        hint = "a dict is one row: put it into a list; or " if isinstance(given, Mapping) else ""
+        hint = _hint(given) if isinstance(given, Mapping) else ""
         raise SettingTypeError(f"{with_article(type(given).__name__)} is not data: {hint}{_WANTED}")
     items = list(given)
     _check_items(items)
     return [RowList(one) if is_row_list(one) else one for one in items]
+
+
+def _hint(given: Mapping[Any, Any]) -> str:
+    """Return what to give instead of a dict: one row, or data sets by name as in transformers."""
+    if given and all(map(_is_table, given.values())):
+        return "give a list of its data sets, whose accuracies are then reported one by one; or "
+    return "a dict is one row: put it into a list; or "
 
 
 def _check_items(items: Sequence[Any]) -> None:
@@ -444,7 +456,7 @@ def open_inputs(
         MissingArrowError: pyarrow is needed but not installed.
     """
     inputs = as_inputs(inputs)
-    if sum(isinstance(given, str | Path) and str(given) == STDIN for given in inputs) > 1:
+    if sum(map(names_stdin, inputs)) > 1:
         raise InputError(errno.EINVAL, "Can be read only once", "stdin")
     reading = reading or Reading()
     opened, tables = Opened(), 0

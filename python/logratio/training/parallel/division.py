@@ -13,7 +13,7 @@ import torch
 from logratio.errors import ConfigError
 from logratio.forecast import size
 from logratio.training.config import TrainConfig
-from logratio.training.given_model import given_model
+from logratio.training.given_model import is_in_memory
 from logratio.training.methods.objective import Objective
 from logratio.training.model_shape import ModelShape
 from logratio.training.models import base_folder, is_quantized, precision_of, weights_dtype
@@ -127,7 +127,7 @@ def reason_against(config: TrainConfig, mode: Mode) -> str:
             f"the loss {config.loss} compares whole distributions of two models, whose heads are "
             "gathered at different times: use parallel ddp"
         )
-    if given_model(config.model):
+    if is_in_memory(config.model):
         return "a model in memory is whole in every process already: give its folder, or ddp"
     if config.quantization == "8bit":
         return (
