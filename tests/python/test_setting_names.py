@@ -41,7 +41,8 @@ def flags_of(command: str) -> set[str]:
 @pytest.mark.parametrize("command", CONFIGS)
 def test_every_flag_has_a_field_under_the_name_that_messages_show(command: str) -> None:
     places = {".".join(place.path) for place in _places(CONFIGS[command]).values()}
-    places = {path.removeprefix("base.") for path in places} | {"resume", "overwrite", "bundle"}
+    places = {path.removeprefix("base.") for path in places}
+    places |= {"resume", "overwrite", "bundle", "base"}
     shown = {flag: with_fields(f"--{flag}").partition("=")[0] for flag in flags_of(command)}
     assert len(shown) > 10
     assert {flag: field for flag, field in shown.items() if field not in places} == {}
