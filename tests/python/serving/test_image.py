@@ -72,14 +72,14 @@ def answer(method: str, path: str, body: object = None, **headers: str) -> tuple
         connection.close()
 
 
-def wait_until_ready(seconds: float = 120) -> None:
+def wait_until_ready(name: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and "true" in ran("inspect", "-f", "{{.State.Running}}", name):
         with suppress(OSError, http.client.HTTPException):
             if answer("GET", "/readyz")[0] == 200:
                 return
-        time.sleep(0.2)
-    raise AssertionError("the server was not ready in time")
+        time.sleep(1)
+    raise AssertionError("the server ended, or was not ready in time")
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def container(bundle: Path, *flags: str, options: tuple[str, ...] = ()) -> Itera
     mount = ("-v", f"{bundle}:/bundle:ro")
     ran("run", "--detach", "--name", name, *LOCKED, *options, *variables, *mount, IMAGE, *flags)
     try:
-        wait_until_ready()
+        wait_until_ready(name)
         yield name
     except BaseException:
         print(subprocess.run([*PODMAN, "logs", name], capture_output=True, text=True, check=False))
