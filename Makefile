@@ -26,7 +26,7 @@ RAY_SERVE := .venv/ray-serve
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test quick families long page ray-serve torture check setup pins bench-rust gpu load docs \
-	wheels audit clean
+	wheels image audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -133,6 +133,9 @@ wheels: $(RELEASE)/installed ## the wheels of logratio and logratio-serve and th
 		--wheel-dir target/audited dist/*.whl)
 	$(RELEASE)/bin/cyclonedx-py requirements .ci/constraints.txt -o dist/logratio.cdx.json
 	$(RELEASE)/bin/cyclonedx-py requirements .ci/server.txt -o dist/logratio-serve.cdx.json
+
+image: $(BUILT) wheels ## build the image of logratio-serve without Docker, and test it; for minutes, as root
+	.ci/image
 
 # NVIDIA's libraries and certificates (MPL) are used unchanged; the rest is permissive.
 LICENCES := Apache;BSD;ISC;MIT;MPL;NVIDIA;PSF;Python Software Foundation;Public Domain;Unlicense;zlib

@@ -104,13 +104,21 @@ else:
     }
     _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
+    def _installed_version() -> str:
+        """Return the version of `logratio` or `logratio-serve`, whichever is installed."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("logratio")
+        except PackageNotFoundError:
+            return version("logratio-serve")
+
     def __getattr__(name: str) -> object:
         """Load a public name from its module, or the version from the installed package."""
         from importlib import import_module
-        from importlib.metadata import version
 
         if name == "__version__":
-            return version("logratio")
+            return _installed_version()
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"logratio.{_HOME[name]}"), name)

@@ -173,6 +173,19 @@ def test_the_server_is_the_same_package_without_torch() -> None:
     assert sorted(optional(SERVE)) == sorted(same)
 
 
+@pytest.mark.parametrize("distribution", ["logratio", "logratio-serve"])
+def test_either_distribution_gives_the_version(distribution: str, tmp_path: Path) -> None:
+    info = tmp_path / f"{distribution.replace('-', '_')}-7.8.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {distribution}\nVersion: 7.8.9\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT / 'python')!r}, {str(tmp_path)!r}]\n"
+        "import logratio; print(logratio.__version__)"
+    )
+    # -S: without the distribution that is installed for these tests.
+    assert run(sys.executable, "-I", "-S", "-c", code, folder=tmp_path).strip() == "7.8.9"
+
+
 def test_base_install_has_no_runtime() -> None:
     names = {
         Requirement(need).name for need in manifest("pyproject.toml")["project"]["dependencies"]
