@@ -67,6 +67,9 @@ class InferRequest(BaseModel):
         },
     )
     id: Annotated[str | None, Field(description="Repeated in the answer.")] = None
+    model_name: Annotated[
+        str | None, Field(description="Accepted for kserve's client; the path names the model.")
+    ] = None
     parameters: Parameters
     inputs: list[RequestInput]
     outputs: Annotated[

@@ -23,6 +23,8 @@ PINS = (
     *(".ci/browser.txt", ".ci/constraints.txt", ".ci/quantized.txt", ".ci/ray-serve.txt"),
     *(".ci/release.txt", ".ci/server.txt", ".ci/tools.txt"),
 )
+CLIENTS = ".ci/clients.txt"
+"""An environment of its own, with other versions."""
 SERVE = "python/logratio-serve/pyproject.toml"
 """The manifest of the distribution without torch."""
 OFFLINE = {"CARGO_NET_OFFLINE": "true", "PIP_NO_INDEX": "1"}
@@ -189,7 +191,7 @@ def pins(*files: str) -> dict[str, Version]:
     return versions
 
 
-@pytest.mark.parametrize("name", [*PINS, *(f".ci/{runtime}.txt" for runtime in RUNTIMES)])
+@pytest.mark.parametrize("name", [*PINS, CLIENTS, *(f".ci/{runtime}.txt" for runtime in RUNTIMES)])
 def test_pin_files_contain_only_pins_with_hashes(name: str) -> None:
     text = (ROOT / name).read_text()
     rest = [line for line in PIN.sub("", text).splitlines() if not line.startswith("#")]
@@ -223,6 +225,7 @@ def requirements() -> list[tuple[str, Requirement]]:
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/browser.txt": groups["browser"],
+        CLIENTS: groups["clients"],
         ".ci/release.txt": groups["release"],
         ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *optional(SERVE)],
         ".ci/quantized.txt": apart,
