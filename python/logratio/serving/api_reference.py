@@ -130,10 +130,7 @@ class _Objects:
 
     def in_schema(self, schema: Schema) -> list[Object]:
         """Return the objects that a value of a schema may be or list, without those inside."""
-        if (name := self._name(schema)) is not None:
-            return [self._object(name)]
-        parts = [*_alternatives(schema), *([schema["items"]] if schema.get("items") else [])]
-        return [one for part in parts for one in self.in_schema(part)]
+        return [self._object(name) for name in self._names(schema)]
 
     def type_of(self, schema: Schema) -> Markup:
         """Return a schema's type in words."""
@@ -155,9 +152,21 @@ class _Objects:
         """Return the fields of an object's schema."""
         required = schema.get("required", ())
         return [
-            Field(name, self.type_of(part), _default(part, name in required), _text(part))
+            Field(name, self.type_of(part), _default(part, name in required), self._meaning(part))
             for name, part in schema.get("properties", {}).items()
         ]
+
+    def _meaning(self, schema: Schema) -> str:
+        """Return the description of a field, or else that of its object."""
+        objects = [] if "description" in schema else self._names(schema)
+        return _text(self._schemas[objects[0]]) if len(objects) == 1 else _text(schema)
+
+    def _names(self, schema: Schema) -> list[str]:
+        """Return the names of the objects that a value of a schema may be or list."""
+        if (name := self._name(schema)) is not None:
+            return [name]
+        parts = [*_alternatives(schema), *([schema["items"]] if schema.get("items") else [])]
+        return [name for part in parts for name in self._names(part)]
 
     def _name(self, schema: Schema) -> str | None:
         """Return the name of an object's schema, and remember an object without a reference."""
@@ -209,7 +218,7 @@ def reference_page(document: Schema, style: str, *, has_keys: bool) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"prose": _prose, "marked": _marked}
+    environment.filters |= {"prose": _prose, "marked": _marked, "json": _indented}
     return environment.from_string(template).render(
         document=document,
         style=Markup(style),
@@ -301,7 +310,7 @@ def _examples(
     for body in bodies:
         sent = shlex.quote(json.dumps(body, ensure_ascii=False))
         yield Example(
-            json.dumps(body, ensure_ascii=False, indent=2),
+            _indented(body),
             f"{command} -H 'content-type: application/json' -d {sent}",
         )
 
@@ -345,6 +354,10 @@ def _default(schema: Schema, required: bool) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
 
 
 def _text(schema: Schema) -> str:

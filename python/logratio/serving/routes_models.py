@@ -48,7 +48,7 @@ class Version(BaseModel):
     """Versions of what computes the scores."""
 
     version: Annotated[str, Field(description="Version of logratio.")]
-    onnxruntime: str
+    onnxruntime: Annotated[str, Field(description="Version of ONNX Runtime.")]
     provider: Annotated[str, Field(description="The execution provider in use.")]
 
 

@@ -206,6 +206,17 @@ def test_no_pin_file_contains_two_runtimes() -> None:
     assert versions["onnxruntime"] == versions["onnxruntime-gpu"]
 
 
+def test_the_guide_has_the_versions_of_the_clients() -> None:
+    guide = (ROOT / "python/docs/serving.md").read_text()
+    table = guide[guide.index("| client | version | address |") :].partition("\n\n")[0]
+    wanted = {
+        Requirement(need).name
+        for need in manifest("pyproject.toml")["dependency-groups"]["clients"]
+    }
+    pinned = {str(pins(CLIENTS)[canonicalize_name(name)]) for name in wanted}
+    assert {*re.findall(r"\d+\.\d+\.\d+", table)} == pinned
+
+
 def requirements() -> list[tuple[str, Requirement]]:
     """Return each requirement of the manifest with the file that pins it."""
     project = manifest("pyproject.toml")["project"]

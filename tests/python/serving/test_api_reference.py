@@ -17,6 +17,7 @@ from tiny_bundle import copy_bundle, with_template
 
 from logratio.serving import Reranker
 from logratio.serving.api_reference import reference_page
+from logratio.serving.example_answers import SCORE
 from logratio.serving.keys import Keys
 from logratio.serving.limits import ERRORS
 from logratio.serving.server import create_app
@@ -83,7 +84,19 @@ def test_every_object_has_a_table_of_its_fields(document: Any, page: ParsedPage)
     assert any(row[:3] == ("truncate", "boolean", "false") for row in rows)
     assert any(row[:3] == ("truncate", "boolean in the query", "false") for row in rows)
     assert any(row[:2] == ("token_scores", "TokenScores or null") for row in rows)
-    assert ("inputs", "list of RequestInput", "required") in rows  # is no component
+    # RequestInput is no component of the document.
+    assert ("inputs", "list of RequestInput", "required", "A tensor of text.") in rows
+
+
+def test_every_field_has_a_meaning(page: ParsedPage) -> None:
+    rows = [re.findall("[^\n]+", text) for text in page.texts("tr")]
+    assert len(rows) > 200
+    without, columns = set(), 0
+    for row in rows:
+        columns = len(row) if row[0] in ("Name", "Status") else columns
+        if len(row) < columns:
+            without.add(row[0])
+    assert without == {"object", "owned_by"}  # constants
 
 
 def test_every_link_leads_to_one_place_of_the_page(page: ParsedPage) -> None:
@@ -125,6 +138,44 @@ def test_every_command_is_answered(
         assert response.status_code == 200, (command, response.text)
         asked.add((method, path))
     assert len(asked) >= 14
+
+
+def shape(value: Any) -> Any:
+    """The names and types of a value without nulls; of a list, those of its first item."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return type(value)
+
+
+POSTED = ("/v1/rerank", "/v1/score", "/v1/best_of", "/score", "/get_reward")
+
+
+def test_example_answers_have_the_fields_of_real_ones(client: TestClient, document: Any) -> None:
+    schemas = document["components"]["schemas"]
+    headers = {"x-api-key": KEY}
+    (model,) = client.get("/v1/models", headers=headers).json()["data"]
+    for path in (*POSTED, "/v2/models/{name}/infer"):
+        operation = document["paths"][path]["post"]
+        asked = operation["requestBody"]["content"]["application/json"]["schema"]
+        asked = (asked.get("oneOf") or [asked])[0]
+        given = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        given = (given.get("anyOf") or [given])[0]
+        request, answer = (
+            schemas[one["$ref"].rpartition("/")[2]] if "$ref" in one else one
+            for one in (asked, given)
+        )
+        url, body = path.replace("{name}", model["id"]), request["examples"][0]
+        real = client.post(url, json=body, headers=headers).json()
+        (example,) = answer["examples"]
+        assert shape(example) == shape(real), path
+
+
+def test_rewards_of_the_example_are_beta_times_the_log_ratio() -> None:
+    for one in SCORE["groups"][0]["results"]:
+        ratio = one["policy_logps"] - one["reference_logps"]
+        assert one["reward"] == pytest.approx(SCORE["meta"]["beta"] * ratio)
 
 
 def test_commands_contain_the_key_as_a_variable_and_only_if_one_is_needed(

@@ -28,6 +28,9 @@ WITHOUT_KEY = {"llama-index-xinference"}
 """Clients that cannot send a key."""
 VARIABLES = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # otherwise loads prices at import
+    # Requests to other hosts fail.
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
     "NO_PROXY": "127.0.0.1",
 }
 
