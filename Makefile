@@ -22,11 +22,13 @@ BROWSER := .venv/browser
 CHROMIUM ?= chromium
 # In a separate folder: its dozens of dependencies serve one test only.
 RAY_SERVE := .venv/ray-serve
+# An environment of its own: these packages need other versions than this one.
+CLIENTS := .venv/clients
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick families long page ray-serve torture check setup pins bench-rust gpu load docs \
-	wheels image audit clean
+.PHONY: help demo test quick families long page clients ray-serve torture check setup pins bench-rust gpu load \
+	docs wheels image audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +69,15 @@ $(BROWSER)/installed: .ci/browser.txt $(PINNED)
 	$(BIN)/python -m pip install -q --require-hashes --only-binary :all: --no-deps --upgrade \
 		--target "$(BROWSER)" -r .ci/browser.txt
 	touch $@
+
+clients: $(BUILT) $(CLIENTS)/installed ## serve to the clients of other projects, unmodified; downloads 150 MB once
+	LOGRATIO_CLIENTS="$(CURDIR)/$(CLIENTS)/bin/python" $(BIN)/python -m pytest -m clients \
+		tests/python/serving/test_clients.py
+
+$(CLIENTS)/installed: .ci/clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --require-hashes --only-binary :all: -r .ci/clients.txt
+	@touch $@
 
 ray-serve: $(BUILT) $(RAY_SERVE)/installed ## serve with Ray Serve on this machine, for minutes; downloads 60 MB once
 	PYTHONPATH="$(CURDIR)/$(RAY_SERVE)" $(BIN)/python -m pytest -m ray_serve tests/python/serving/test_ray_serve.py
@@ -197,6 +208,7 @@ pins: $(PINNED) ## resolve the pinned dependencies again; newer ones with UPGRAD
 	echo 'ray[serve]' | $(COMPILE) - -c .ci/constraints.txt -c .ci/tools.txt -o .ci/ray-serve.txt \
 		$$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' .ci/constraints.txt .ci/tools.txt)
 	$(COMPILE) --group release -c .ci/tools.txt -o .ci/release.txt
+	$(COMPILE) --group clients --fork-strategy fewest -o .ci/clients.txt
 	$(COMPILE) --group browser -c .ci/constraints.txt -c .ci/tools.txt -o .ci/browser.txt
 	echo bitsandbytes | $(COMPILE) - --no-deps -o .ci/quantized.txt
 	echo onnxruntime | $(COMPILE) - --no-deps -o .ci/onnxruntime.txt

@@ -98,7 +98,7 @@ class Access(Settings):
         bool,
         typer.Option(
             "--no-page",
-            help="Serve no page at `/`. Default: a form that shows the ranking of candidates.",
+            help="Serve no pages: neither the form at `/` nor the API's reference at `/docs`.",
             rich_help_panel=ACCESS_PANEL,
         ),
     ] = False

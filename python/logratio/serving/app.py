@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,18 +15,18 @@ from logratio.serving.access_log import METRICS, Log, Observed
 from logratio.serving.bundles import Bundles, NamedInPath
 from logratio.serving.connections import BoundedBody
 from logratio.serving.keys import Authenticated, Keys
-from logratio.serving.limits import Limits, RefusedError
+from logratio.serving.limits import Limits, RefusedError, responses
 from logratio.serving.metrics import CONTENT_TYPE, ServerMetrics
-from logratio.serving.page import PAGE, add_page
+from logratio.serving.page import PAGES, add_pages
 from logratio.serving.protocol import SCORES, ErrorResponse, Health
 from logratio.serving.request_faults import describe
 from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.response_cache import ResponseCache
-from logratio.serving.routes_models import add_models
-from logratio.serving.routes_open_inference import add_open_inference
-from logratio.serving.routes_rerank import add_rerank
-from logratio.serving.routes_score import add_scores
+from logratio.serving.routes_models import SERVER, add_models
+from logratio.serving.routes_open_inference import OPEN_INFERENCE, add_open_inference
+from logratio.serving.routes_rerank import RERANK, add_rerank
+from logratio.serving.routes_score import SCORE, add_scores
 from logratio.serving.scheduler import Scheduler
 from logratio.serving.service import UNNAMED, Shared, State
 from logratio.serving.tracing import Tracing
@@ -35,9 +34,13 @@ from logratio.serving.tracing import Tracing
 _DESCRIPTION = (
     f"Orders completions of a prompt by the implicit reward of a trained policy. {SCORES}"
 )
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 408, 413, 422, 429, 500, 503, 504)
-}
+_REFUSALS = responses(ErrorResponse, (400, 401, 404, 408, 413, 422, 429, 500, 503, 504))
+_GROUPS = [
+    {"name": RERANK, "description": "One prompt's documents, the best first."},
+    {"name": SCORE, "description": "Rewards of candidates, in the order of the request."},
+    {"name": OPEN_INFERENCE, "description": "The routes of KServe, Triton and MLServer."},
+    {"name": SERVER, "description": "Bundles, versions and health."},
+]
 
 
 def build_app(
@@ -68,7 +71,8 @@ def build_app(
         description=_DESCRIPTION,
         version=bundles.first.reranker.manifest.versions["logratio"],
         lifespan=partial(_lifespan, bundles, shared),
-        docs_url=None,  # the pages load scripts from other sites; /openapi.json is enough
+        openapi_tags=_GROUPS,
+        docs_url=None,  # FastAPI's own pages load scripts from other sites
         redoc_url=None,
     )
     app.state.server, app.state.bundles, app.state.metrics = shared.state, bundles, metrics
@@ -79,7 +83,7 @@ def build_app(
     add_models(app, bundles)
     add_open_inference(app, bundles, shared.state, strict=strict)
     if page:
-        add_page(app)
+        add_pages(app, has_keys=keys is not None)
 
     @app.get(METRICS, include_in_schema=False)
     async def scrape() -> Response:
@@ -89,7 +93,7 @@ def build_app(
     app.add_middleware(NamedInPath, bundles=bundles)
     app.add_middleware(BoundedBody, limits=limits)
     if keys is not None:
-        app.add_middleware(Authenticated, keys=keys, open_paths={PAGE} if page else set())
+        app.add_middleware(Authenticated, keys=keys, open_paths=PAGES if page else ())
     if cors_origins:
         _allow_origins(app, cors_origins)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
@@ -117,7 +121,7 @@ def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
 
 
 def _add_health(app: FastAPI, state: State) -> None:
-    @app.get("/livez", summary="The process is alive")
+    @app.get("/livez", summary="The process is alive", tags=[SERVER])
     async def livez() -> Health:
         return Health(status="live")
 
@@ -128,7 +132,8 @@ def _add_health(app: FastAPI, state: State) -> None:
     for path in ("/readyz", "/health"):
         app.get(
             path, summary="The bundles are loaded and verified, and the server is not stopping",
-            responses={503: {"model": ErrorResponse}}, operation_id=path.removeprefix("/"),
+            responses=responses(ErrorResponse, [503]), operation_id=path.removeprefix("/"),
+            tags=[SERVER],
         )(readyz)  # fmt: skip
 
 

@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from logratio.serving import example_answers
 from logratio.serving.limits import RefusedError
-from logratio.serving.protocol import SCORES, ModelName, Usage
+from logratio.serving.protocol import SCORES, BundleName, ModelName, RequestId, Usage
 
 
 class TeiRequest(BaseModel):
@@ -35,9 +36,10 @@ class TeiRequest(BaseModel):
 class TeiResult(BaseModel):
     """One ranked text."""
 
-    index: int
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.TEI]})
+    index: Annotated[int, Field(description="Index of the text in the request.")]
     score: Annotated[float, Field(description=SCORES)]
-    text: str | None = None
+    text: Annotated[str | None, Field(description="The text, with `return_text`.")] = None
 
 
 class PairsRequest(BaseModel):
@@ -87,7 +89,7 @@ class PairsRequest(BaseModel):
 class PairScore(BaseModel):
     """The score of one pair."""
 
-    index: int
+    index: Annotated[int, Field(description="Index of the pair in the request.")]
     object: Literal["score"] = "score"
     score: Annotated[float, Field(description=SCORES)]
 
@@ -95,10 +97,11 @@ class PairScore(BaseModel):
 class PairsResponse(BaseModel):
     """The scores of pairs, in their order."""
 
-    id: str
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.PAIRS]})
+    id: RequestId
     object: Literal["list"] = "list"
     created: Annotated[int, Field(description="Time in seconds since 1970.")]
-    model: str
+    model: BundleName
     data: list[PairScore]
     usage: Usage
     warnings: Annotated[
@@ -127,6 +130,7 @@ class OpenRlhfRequest(BaseModel):
 class OpenRlhfResponse(BaseModel):
     """Rewards in the order of the request."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.OPEN_RLHF]})
     rewards: Annotated[list[float], Field(description=SCORES)]
     scores: Annotated[list[float], Field(description="The same numbers.")]
     extra_logs: Annotated[

@@ -63,7 +63,7 @@ class ServeConfig(YamlSettings):
         tls_cert: PEM file with the server's certificate and those of its issuers.
         tls_key: PEM file with the certificate's private key, not encrypted.
         cors_origin: Origins whose web pages may send requests; None: no origin.
-        no_page: Serve no page at `/`.
+        no_page: Serve no pages at `/` and `/docs`.
         log_format: One line per request as text or JSON on standard error, or none.
         otel: Send a span per request to the collector that the variables OTEL_… name.
         drain_seconds: Time in seconds after SIGTERM in which the server still accepts requests,

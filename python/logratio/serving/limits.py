@@ -1,6 +1,7 @@
 """Limits of the server, and the error responses when a request exceeds them."""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,68 @@ class Limits:
     connections: int = 512
     probe_connections: int = 16
     shutdown_seconds: int = 30
+
+
+ERRORS: Mapping[int, Mapping[str, str]] = {
+    400: {"malformed": "the request cannot be read, or does not follow the protocol"},
+    401: {"unauthorized": "the server has API keys, and the request has none of them"},
+    404: {
+        "not_found": "there is no such path",
+        "model_not_found": "there is no bundle of this name",
+        "unknown_version": "the bundle has another digest",
+    },
+    405: {"method": "the path has other methods"},
+    408: {
+        "slow_header": "the headers took too long to arrive",
+        "slow_body": "the body took too long to arrive",
+    },
+    413: {
+        "body_too_large": "the body has too many bytes",
+        "too_many_tokens": "the request needs more than `--max-request-tokens`",
+        "too_slow": "the request would need more than half of `--request-seconds`",
+    },
+    415: {"encoding": "the body is compressed"},
+    422: {
+        "malformed": "a field is missing, unknown with `--strict`, or has another type",
+        "query": "the prompt cannot be scored, or is too long",
+        "document": "no candidate can be scored, or one for which the answer has no place",
+        "no_prompts": "there are no prompts",
+        "no_documents": "a prompt has no candidates",
+        "too_many_prompts": "there are too many prompts",
+        "too_many_documents": "a prompt has too many candidates",
+        "no_token_values": "the bundle has no values per token",
+    },
+    429: {"queue_full": "too many requests are waiting; retry after the seconds in `Retry-After`"},
+    500: {
+        "internal": "a fault of the server",
+        "not_finite": "the model's score is NaN or infinite",
+    },
+    503: {
+        "busy": "the server cannot answer in time; retry after the seconds in `Retry-After`",
+        "connections": "too many connections are open",
+        "draining": "the server is stopping",
+    },
+    504: {"deadline": "the request took longer than `--request-seconds`"},
+}
+"""The codes of errors by HTTP status, with their meanings."""
+
+
+def responses(model: type, statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
+    """Describe errors for OpenAPI.
+
+    Args:
+        model: Body of the response.
+        statuses: The HTTP statuses.
+    """
+    return {
+        status: {
+            "model": model,
+            "description": "\n".join(
+                f"`{code}`: {meaning}" for code, meaning in ERRORS[status].items()
+            ),
+        }
+        for status in statuses
+    }
 
 
 _CODE = re.compile(r"\[(\w+)\]")

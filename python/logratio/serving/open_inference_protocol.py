@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from logratio.serving import example_answers
 from logratio.serving.limits import RefusedError
 
 JSON_LENGTH = "inference-header-content-length"
@@ -41,7 +42,7 @@ class RequestedOutput(BaseModel):
     """A tensor that the answer must have."""
 
     model_config = ConfigDict(extra="allow")
-    name: str
+    name: Annotated[str, Field(description="Such as `rewards`; `GET /v2/models/{name}` has all.")]
     parameters: Parameters
 
 
@@ -67,6 +68,9 @@ class InferRequest(BaseModel):
         },
     )
     id: Annotated[str | None, Field(description="Repeated in the answer.")] = None
+    model_name: Annotated[
+        str | None, Field(description="Accepted for kserve's client; the path names the model.")
+    ] = None
     parameters: Parameters
     inputs: list[RequestInput]
     outputs: Annotated[
@@ -77,9 +81,9 @@ class InferRequest(BaseModel):
 class Tensor(BaseModel):
     """A tensor of the answer."""
 
-    name: str
-    shape: list[int]
-    datatype: str
+    name: Annotated[str, Field(description="Such as `rewards`.")]
+    shape: Annotated[list[int], Field(description="The shape of `candidates`.")]
+    datatype: Annotated[str, Field(description="`FP32`, `INT64`, `BOOL` or `BYTES`.")]
     parameters: Parameters
     data: Annotated[
         list[Any] | None,
@@ -90,9 +94,10 @@ class Tensor(BaseModel):
 class InferResponse(BaseModel):
     """The scores as tensors, each of the shape of `candidates`."""
 
-    model_name: str
-    model_version: str | None = None
-    id: str
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.INFER]})
+    model_name: Annotated[str, Field(description="The bundle that gave the scores.")]
+    model_version: Annotated[str | None, Field(description="The bundle's digest.")] = None
+    id: Annotated[str, Field(description="That of the request, or a new one.")]
     parameters: Parameters
     outputs: list[Tensor]
 
@@ -100,17 +105,17 @@ class InferResponse(BaseModel):
 class TensorInfo(BaseModel):
     """Name, type and shape of a tensor; -1: any size."""
 
-    name: str
-    datatype: str
-    shape: list[int]
+    name: Annotated[str, Field(description="The tensor's name.")]
+    datatype: Annotated[str, Field(description="The type of its values.")]
+    shape: Annotated[list[int], Field(description="Its sizes.")]
 
 
 class ModelMetadata(BaseModel):
     """What a model takes and gives."""
 
-    name: str
+    name: Annotated[str, Field(description="The bundle.")]
     versions: Annotated[list[str], Field(description="The digest of the bundle.")]
-    platform: str
+    platform: Annotated[str, Field(description="The graph's format.")]
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]
 
@@ -118,35 +123,35 @@ class ModelMetadata(BaseModel):
 class ServerMetadata(BaseModel):
     """The server."""
 
-    name: str
-    version: str
-    extensions: list[str]
+    name: Annotated[str, Field(description="Always `logratio`.")]
+    version: Annotated[str, Field(description="Version of logratio.")]
+    extensions: Annotated[list[str], Field(description="Extensions of the protocol.")]
 
 
 class Live(BaseModel):
     """The server runs."""
 
-    live: bool = True
+    live: Annotated[bool, Field(description="Always true.")] = True
 
 
 class ServerReady(BaseModel):
     """The server accepts requests. The protocol names the field `live`, and its clients `ready`."""
 
-    live: bool = True
-    ready: bool = True
+    live: Annotated[bool, Field(description="Always true; otherwise the status is 503.")] = True
+    ready: Annotated[bool, Field(description="The same.")] = True
 
 
 class ModelReady(BaseModel):
     """The model accepts requests."""
 
-    name: str
-    ready: bool = True
+    name: Annotated[str, Field(description="The bundle.")]
+    ready: Annotated[bool, Field(description="Always true; otherwise the status is 503.")] = True
 
 
 class ErrorText(BaseModel):
     """Why a request was refused."""
 
-    error: str
+    error: Annotated[str, Field(description="The reason, for people.")]
 
 
 def malformed(message: str) -> RefusedError:

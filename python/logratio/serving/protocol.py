@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from logratio.serving import example_answers
 from logratio.serving.candidates import Prompt
 
 SCORES = (
@@ -39,18 +40,25 @@ ModelName = Annotated[
 ]
 
 
+RequestId = Annotated[str, Field(description="The request's id, as in the header `X-Request-ID`.")]
+BundleName = Annotated[str, Field(description="The bundle that gave the scores.")]
+
+
 class Turn(BaseModel):
     """One chat message."""
 
     model_config = ConfigDict(extra="forbid")
-    role: str
-    content: str
+    role: Annotated[
+        str,
+        Field(description="Such as `user`; the chat template has the roles."),
+    ]
+    content: Annotated[str, Field(description="The text of the message.")]
 
 
 class Document(BaseModel):
     """A candidate as an object; fields other than `text` are ignored."""
 
-    text: str
+    text: Annotated[str, Field(description="The candidate.")]
 
 
 def prompt_of(query: str | Sequence[Turn]) -> Prompt:
@@ -135,15 +143,15 @@ class DocumentFault(BaseModel):
         str,
         Field(description="`document`: it cannot be scored; `not_finite`: NaN or infinite score."),
     ]
-    message: str
+    message: Annotated[str, Field(description="The reason, for people.")]
 
 
 class Usage(BaseModel):
     """Tokens processed by the model."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: Annotated[int, Field(description="Tokens of the prompts.")]
+    completion_tokens: Annotated[int, Field(description="Tokens scored, of all candidates.")]
+    total_tokens: Annotated[int, Field(description="Both together.")]
 
 
 class Meta(BaseModel):
@@ -158,10 +166,11 @@ class Meta(BaseModel):
 class RerankResponse(BaseModel):
     """Documents sorted by reward, best first; ties by index."""
 
-    id: str
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.RERANK]})
+    id: RequestId
     object: Literal["rerank"] = "rerank"
     created: Annotated[int, Field(description="Time in seconds since 1970.")]
-    model: str
+    model: BundleName
     results: Annotated[
         list[Result], Field(description="The documents with a score, at most `top_n`.")
     ]
@@ -180,8 +189,8 @@ class RerankResponse(BaseModel):
 class Problem(BaseModel):
     """Why a request was refused."""
 
-    code: str
-    message: str
+    code: Annotated[str, Field(description="The reason, for programs.")]
+    message: Annotated[str, Field(description="The reason, for people.")]
 
 
 class ErrorResponse(BaseModel):
@@ -193,4 +202,4 @@ class ErrorResponse(BaseModel):
 class Health(BaseModel):
     """The response to a health probe."""
 
-    status: str
+    status: Annotated[str, Field(description="`live` or `ready`.")]

@@ -11,6 +11,9 @@ from logratio.extras import require
 from logratio.serving.bundles import Bundles
 from logratio.serving.service import ScoringService
 
+SERVER = "Server"
+"""The group of the routes, in the API's reference."""
+
 
 class Model(BaseModel):
     """A bundle, in the format of OpenAI's list of models."""
@@ -45,7 +48,7 @@ class Version(BaseModel):
     """Versions of what computes the scores."""
 
     version: Annotated[str, Field(description="Version of logratio.")]
-    onnxruntime: str
+    onnxruntime: Annotated[str, Field(description="Version of ONNX Runtime.")]
     provider: Annotated[str, Field(description="The execution provider in use.")]
 
 
@@ -53,11 +56,11 @@ def add_models(app: FastAPI, bundles: Bundles) -> None:
     """Add the routes to the application."""
     created = int(time.time())
 
-    @app.get("/v1/models", summary="The bundles")
+    @app.get("/v1/models", summary="The bundles", tags=[SERVER])
     async def models() -> Models:
         return Models(data=[_model(service, created) for service in bundles])
 
-    @app.get("/version", summary="Versions of what computes the scores")
+    @app.get("/version", summary="Versions of what computes the scores", tags=[SERVER])
     async def versions() -> Version:
         runtime = require("onnxruntime", "rank").__version__
         provider = bundles.first.reranker.provider

@@ -1,9 +1,10 @@
 """The routes of the Open Inference Protocol v2, which KServe, Triton and MLServer speak."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from enum import Enum
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -11,7 +12,7 @@ from logratio import __version__
 from logratio.bundle import REFERENCE_FREE, REWARD_MODEL
 from logratio.serving.bundles import Bundles
 from logratio.serving.candidates import Reading
-from logratio.serving.limits import RefusedError, public_reason
+from logratio.serving.limits import RefusedError, public_reason, responses
 from logratio.serving.open_inference_protocol import (
     EXTENSIONS,
     JSON_LENGTH,
@@ -41,16 +42,18 @@ from logratio.serving.service import Answer, Asked, ScoringService, State
 _FLAGS = ("truncate", "messages")
 """Parameters of a request; `binary_data_output` is that of the binary extension."""
 _TURNS = TypeAdapter(list[Turn])
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorText} for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-}
+_REFUSALS = responses(ErrorText, (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504))
+OPEN_INFERENCE = "Open Inference Protocol"
+"""The group of the routes, in the API's reference."""
+Name = Annotated[str, Path(description="The bundle: its `id` in `/v1/models`.")]
+Version = Annotated[str | None, Path(description="Digest of the bundle.")]
 
 
 def add_open_inference(app: FastAPI, bundles: Bundles, state: State, *, strict: bool) -> None:
     """Add the routes to the application."""
     _add_health(app, state)
     routes = _ModelRoutes(bundles, state, strict)
-    shared: dict[str, Any] = {"responses": _REFUSALS}
+    shared: dict[str, Any] = {"responses": _REFUSALS, "tags": [OPEN_INFERENCE]}
     infer = shared | {
         "description": f"Tensors of text in, tensors of scores out. {SCORES}",
         "responses": _REFUSALS | {200: {"model": InferResponse}},
@@ -76,17 +79,21 @@ def add_open_inference(app: FastAPI, bundles: Bundles, state: State, *, strict: 
 
 
 def _add_health(app: FastAPI, state: State) -> None:
-    shared: dict[str, Any] = {"responses": {503: {"model": ErrorText}}}
+    tags: list[str | Enum] = [OPEN_INFERENCE]
 
-    @app.get("/v2", summary="The server, for the Open Inference Protocol")
+    @app.get("/v2", summary="The server, for the Open Inference Protocol", tags=tags)
     async def server() -> ServerMetadata:
         return ServerMetadata(name="logratio", version=__version__, extensions=[*EXTENSIONS])
 
-    @app.get("/v2/health/live", summary="The process is alive")
+    @app.get("/v2/health/live", summary="The process is alive", tags=tags)
     async def live() -> Live:
         return Live()
 
-    @app.get("/v2/health/ready", summary="The server accepts requests", **shared)
+    unready = responses(ErrorText, [503])
+
+    @app.get(
+        "/v2/health/ready", summary="The server accepts requests", responses=unready, tags=tags
+    )
     async def ready() -> ServerReady:
         state.check_ready()
         return ServerReady()
@@ -139,11 +146,11 @@ class _ModelRoutes:
             raise RefusedError(404, "unknown_version", f"{name} has not this version, but {known}")
         return service
 
-    async def metadata(self, name: str) -> ModelMetadata:
+    async def metadata(self, name: Name) -> ModelMetadata:
         """Describe the tensors; `candidates` and outputs may also have the shape `[N]`."""
-        return await self.metadata_of_version(name)
+        return await self.metadata_of_version(name, None)
 
-    async def metadata_of_version(self, name: str, version: str | None = None) -> ModelMetadata:
+    async def metadata_of_version(self, name: Name, version: Version) -> ModelMetadata:
         """Describe the tensors of a version."""
         service = self._service(name, version)
         digest = service.reranker.digest
@@ -161,23 +168,21 @@ class _ModelRoutes:
             ],
         )
 
-    async def ready(self, name: str) -> ModelReady:
+    async def ready(self, name: Name) -> ModelReady:
         """Return whether the model accepts requests."""
-        return await self.ready_version(name)
+        return await self.ready_version(name, None)
 
-    async def ready_version(self, name: str, version: str | None = None) -> ModelReady:
+    async def ready_version(self, name: Name, version: Version) -> ModelReady:
         """Return whether a version accepts requests."""
         self._service(name, version)
         self._state.check_ready()
         return ModelReady(name=name)
 
-    async def infer(self, name: str, request: Request) -> Response:
+    async def infer(self, name: Name, request: Request) -> Response:
         """Score the candidates of one or several prompts."""
-        return await self.infer_with_version(name, request)
+        return await self.infer_with_version(name, request, None)
 
-    async def infer_with_version(
-        self, name: str, request: Request, version: str | None = None
-    ) -> Response:
+    async def infer_with_version(self, name: Name, request: Request, version: Version) -> Response:
         """Score with a version."""
         service = self._service(name, version)
         outputs = outputs_of(service.reranker)

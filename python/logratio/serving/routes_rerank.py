@@ -32,6 +32,8 @@ from logratio.serving.service import (
     refuse_unscored,
 )
 
+RERANK = "Rerank"
+"""The group of the routes, in the API's reference."""
 PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 INFINITY = "/infinity/rerank"
 """Infinity's clients send vLLM's request and expect documents as strings, so their path differs."""
@@ -63,6 +65,7 @@ def add_rerank(app: FastAPI, bundles: Bundles, refusals: Any, *, strict: bool) -
         return await _rerank(request, bundles, strict=strict, as_strings=True)
 
     shared = {"responses": refusals, "response_model_exclude_none": True, "description": SCORES}
+    shared |= {"tags": [RERANK]}
     for path in PATHS:
         name = f"rerank{path.replace('/', '_')}"
         app.post(path, summary="Order documents", operation_id=name, **shared)(rerank)

@@ -34,6 +34,8 @@ from logratio.serving.score_protocol import (
 from logratio.serving.scores import ranked
 from logratio.serving.service import Answer, Asked, ScoringService
 
+SCORE = "Score"
+"""The group of the routes, in the API's reference."""
 _PAIR_NAMES = {*names_of(PairsRequest)} - {"model", "truncate"}
 
 
@@ -54,7 +56,7 @@ Body = Annotated[
 def add_scores(app: FastAPI, bundles: Bundles, refusals: Any, *, strict: bool) -> None:
     """Add the scoring routes to the application."""
     routes = _ScoreRoutes(bundles, strict)
-    shared: dict[str, Any] = {"responses": refusals, "description": SCORES}
+    shared: dict[str, Any] = {"responses": refusals, "description": SCORES, "tags": [SCORE]}
     app.post("/v1/score", summary="Score candidates of several prompts", **shared)(routes.score)
     app.post("/v1/best_of", summary="Find the best candidate", **shared)(routes.best_of)
     brief = shared | {"response_model_exclude_none": True}

@@ -5,9 +5,18 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from logratio.bundle import TOKEN_LOGRATIOS
+from logratio.serving import example_answers
 from logratio.serving.candidates import Prompt
 from logratio.serving.limits import public_reason
-from logratio.serving.protocol import SCORES, ModelName, Turn, Usage, prompt_of
+from logratio.serving.protocol import (
+    SCORES,
+    BundleName,
+    ModelName,
+    RequestId,
+    Turn,
+    Usage,
+    prompt_of,
+)
 from logratio.serving.scores import Score, TokenValues
 
 _EXAMPLE: dict[str, Any] = {
@@ -81,7 +90,7 @@ class TokenScores(BaseModel):
             "are empty."
         ),
     ]
-    token_ids: list[int]
+    token_ids: Annotated[list[int], Field(description="The id of each token.")]
     token_logratios: Annotated[
         list[float] | None,
         Field(
@@ -121,7 +130,7 @@ class Fault(BaseModel):
             "score is NaN or infinite."
         ),
     ]
-    message: str
+    message: Annotated[str, Field(description="The reason, for people.")]
 
 
 class CandidateScore(BaseModel):
@@ -176,7 +185,7 @@ class GroupScores(BaseModel):
     best: Annotated[
         int | None, Field(description="Index of the best candidate; null if none has a reward.")
     ]
-    prompt_tokens: int
+    prompt_tokens: Annotated[int, Field(description="Tokens of the prompt.")]
     prompt_truncated: Annotated[
         bool, Field(description="Whether the bundle's rules truncated the prompt.")
     ]
@@ -201,8 +210,9 @@ class ScoreMeta(BaseModel):
 class ScoreResponse(BaseModel):
     """The scores of a request, in its order."""
 
-    id: str
-    model: str
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.SCORE]})
+    id: RequestId
+    model: BundleName
     groups: list[GroupScores]
     meta: ScoreMeta
     usage: Usage
@@ -212,8 +222,9 @@ class ScoreResponse(BaseModel):
 class BestOfResponse(BaseModel):
     """The best candidate."""
 
-    id: str
-    model: str
+    model_config = ConfigDict(json_schema_extra={"examples": [example_answers.BEST_OF]})
+    id: RequestId
+    model: BundleName
     index: Annotated[int, Field(description="Index of the best candidate in the request.")]
     candidate: Annotated[str, Field(description="Its text.")]
     reward: Annotated[float, Field(description=SCORES)]

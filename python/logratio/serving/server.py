@@ -60,7 +60,8 @@ def create_app(
         cors_origins: Origins whose web pages may send requests.
         log: Writes a line per request; None: no lines.
         response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
-        page: Serve the page at `/`, a form that shows the ranking of candidates.
+        page: Serve the pages: at `/` a form that shows the ranking of candidates, at `/docs` the
+            reference of the API.
         tracing: Makes the spans of each request; None: no spans.
 
     Raises:

@@ -23,6 +23,8 @@ PINS = (
     *(".ci/browser.txt", ".ci/constraints.txt", ".ci/quantized.txt", ".ci/ray-serve.txt"),
     *(".ci/release.txt", ".ci/server.txt", ".ci/tools.txt"),
 )
+CLIENTS = ".ci/clients.txt"
+"""An environment of its own, with other versions."""
 SERVE = "python/logratio-serve/pyproject.toml"
 """The manifest of the distribution without torch."""
 OFFLINE = {"CARGO_NET_OFFLINE": "true", "PIP_NO_INDEX": "1"}
@@ -202,7 +204,7 @@ def pins(*files: str) -> dict[str, Version]:
     return versions
 
 
-@pytest.mark.parametrize("name", [*PINS, *(f".ci/{runtime}.txt" for runtime in RUNTIMES)])
+@pytest.mark.parametrize("name", [*PINS, CLIENTS, *(f".ci/{runtime}.txt" for runtime in RUNTIMES)])
 def test_pin_files_contain_only_pins_with_hashes(name: str) -> None:
     text = (ROOT / name).read_text()
     rest = [line for line in PIN.sub("", text).splitlines() if not line.startswith("#")]
@@ -215,6 +217,17 @@ def test_no_pin_file_contains_two_runtimes() -> None:
     assert [set(pins(f".ci/{runtime}.txt")) for runtime in RUNTIMES] == [{r} for r in RUNTIMES]
     versions = pins(*(f".ci/{runtime}.txt" for runtime in RUNTIMES))
     assert versions["onnxruntime"] == versions["onnxruntime-gpu"]
+
+
+def test_the_guide_has_the_versions_of_the_clients() -> None:
+    guide = (ROOT / "python/docs/serving.md").read_text()
+    table = guide[guide.index("| client | version | address |") :].partition("\n\n")[0]
+    wanted = {
+        Requirement(need).name
+        for need in manifest("pyproject.toml")["dependency-groups"]["clients"]
+    }
+    pinned = {str(pins(CLIENTS)[canonicalize_name(name)]) for name in wanted}
+    assert {*re.findall(r"\d+\.\d+\.\d+", table)} == pinned
 
 
 def requirements() -> list[tuple[str, Requirement]]:
@@ -236,6 +249,7 @@ def requirements() -> list[tuple[str, Requirement]]:
     pinned_in = {
         ".ci/constraints.txt": [*project["dependencies"], *served],
         ".ci/browser.txt": groups["browser"],
+        CLIENTS: groups["clients"],
         ".ci/release.txt": groups["release"],
         ".ci/server.txt": [*manifest(SERVE)["project"]["dependencies"], *optional(SERVE)],
         ".ci/quantized.txt": apart,

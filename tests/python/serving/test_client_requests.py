@@ -1,6 +1,6 @@
 """The requests that clients of other servers send, as captured, and what those clients read.
 
-The table of versions is in python/docs/serving.md. Each parser does what the client does with an
+`make clients` runs the clients themselves. Each parser does what the client does with an
 answer, and fails where the client would.
 """
 

@@ -100,6 +100,14 @@ def test_the_scores_of_one_prompt_are_those_of_the_reranker(
     expect(found, reranker.score(PROMPT, CANDIDATES))
 
 
+def test_the_request_of_kserves_client_has_no_unknown_field(reranker: Reranker, url: str) -> None:
+    body = request([PROMPT], CANDIDATES, id="one", model_name=reranker.manifest.name)
+    with TestClient(create_app(reranker, strict=True)) as strict:
+        answer = strict.post(f"{url}/infer", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "parameters" not in answer.json()  # no warning
+
+
 def expect(found: dict[str, Any], scores: list[Score]) -> None:
     """Compare flat outputs with scores."""
     assert found["rewards"] == pytest.approx([one.reward for one in scores], abs=1e-5, nan_ok=True)

@@ -5,10 +5,10 @@ import hashlib
 import http.client
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from parsed_page import ParsedPage
 from running_server import running
 from starlette.testclient import TestClient
 from tiny_bundle import tiny_bundle
@@ -37,26 +37,9 @@ def client(reranker: Reranker) -> Iterator[TestClient]:
         yield client
 
 
-class Parsed(HTMLParser):
-    """The elements of a page, and the text of its scripts and styles."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.blocks: dict[str, list[str]] = {"script": [], "style": []}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if (tag := self.cdata_elem) is not None:
-            self.blocks[tag].append(data)
-
-
 @pytest.fixture(scope="module")
-def page(client: TestClient) -> Parsed:
-    return Parsed(client.get("/").text)
+def page(client: TestClient) -> ParsedPage:
+    return ParsedPage(client.get("/").text)
 
 
 def test_the_page_needs_no_key_and_its_requests_do(client: TestClient) -> None:
@@ -72,11 +55,11 @@ def test_the_page_needs_no_key_and_its_requests_do(client: TestClient) -> None:
     assert client.post("/v1/score", json=REQUEST, headers=key).status_code == 200
 
 
-def test_only_the_pages_own_script_and_style_may_run(client: TestClient, page: Parsed) -> None:
+def test_only_the_pages_own_script_and_style_may_run(client: TestClient, page: ParsedPage) -> None:
     header = client.get("/").headers["content-security-policy"]
     policy = {name: values for name, *values in (part.split() for part in header.split("; "))}
-    for kind, found in page.blocks.items():
-        (block,) = found
+    for kind in ("script", "style"):
+        (block,) = page.texts(kind)
         digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
         assert policy.pop(f"{kind}-src") == [f"'sha256-{digest}'"]
     assert policy == {
@@ -91,27 +74,27 @@ def test_only_the_pages_own_script_and_style_may_run(client: TestClient, page: P
     }
 
 
-def test_the_page_has_no_external_part_and_no_inline_handler(page: Parsed) -> None:
+def test_the_page_has_no_external_part_and_no_inline_handler(page: ParsedPage) -> None:
     assert len(page.elements) > 40
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
         for name in ("src", "href", "action", "srcset"):
             value = attributes.get(name)
-            assert value is None or value.startswith(("#", "data:")), (tag, value)
-    (style,), (script,) = page.blocks["style"], page.blocks["script"]
+            assert value is None or value == "docs" or value.startswith(("#", "data:")), tag
+    (style,), (script,) = page.texts("style"), page.texts("script")
     assert not re.search(r"@import|url\(", style)
     assert not re.search(r"https?:|import\b|\bnew (Worker|WebSocket|EventSource)", script)
 
 
-def test_the_script_makes_no_markup_from_text_and_stores_nothing(page: Parsed) -> None:
-    (script,) = page.blocks["script"]
+def test_the_script_makes_no_markup_from_text_and_stores_nothing(page: ParsedPage) -> None:
+    (script,) = page.texts("script")
     assert "textContent" in script
     markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|new Function"
     storage = r"localStorage|sessionStorage|indexedDB|\bcookie\b"
     assert not re.search(f"{markup}|{storage}|setHTML|createContextualFragment", script)
 
 
-def test_every_field_of_the_page_has_a_label(page: Parsed) -> None:
+def test_every_field_of_the_page_has_a_label(page: ParsedPage) -> None:
     labelled = {attributes.get("for") for tag, attributes in page.elements if tag == "label"}
     for tag, attributes in page.elements:
         if tag in ("textarea", "select") or attributes.get("type") == "password":

@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium: `make page` runs this."""
+"""The pages at `/` and `/docs` in Chromium: `make page` runs this."""
 
 import json
 import math
@@ -503,3 +503,54 @@ def test_the_key_and_the_texts_are_gone_after_a_reload(opened: Open) -> None:
     assert page.locator("#prompt").input_value() == ""
     stores = "[localStorage.length, sessionStorage.length, document.cookie]"
     assert page.evaluate(stores) == [0, 0, ""]
+
+
+def reference(opened: Open, **settings: Any) -> Any:
+    page = opened(**settings)
+    page.get_by_role("link", name="Reference of the API").click()
+    page.get_by_role("heading", name="Reference of the API").wait_for()
+    return page
+
+
+def test_the_reference_opens_a_route_from_its_contents(opened: Open) -> None:
+    page = reference(opened)
+    fields = page.locator("[id^=route-]").get_by_text("max_tokens_per_doc").first
+    assert fields.is_hidden()
+    page.get_by_role("navigation").get_by_role("link", name="/v2/rerank").click()
+    assert fields.is_visible()
+    heading = page.get_by_role("heading", name="Order documents", exact=True)
+    assert 0 <= heading.bounding_box()["y"] < 100
+    page.get_by_role("table", name="RerankRequest").get_by_role("link", name="Turn").first.click()
+    assert page.locator("#object-Turn").bounding_box()["y"] < 100
+    page.go_back()
+    page.get_by_role("link", name="Compare candidates").click()
+    page.get_by_role("button", name="Score").wait_for()
+
+
+def test_the_reference_works_with_the_keyboard(opened: Open) -> None:
+    page = reference(opened)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    style = "getComputedStyle(document.activeElement)"
+    assert page.evaluate(f"{style}.outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    assert page.get_by_role("table", name="RerankRequest").first.is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_whole_reference_is_readable_in_both_schemes_and_on_a_phone(
+    opened: Open, scheme: str
+) -> None:
+    page = reference(opened, color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    found = page.evaluate(LUMINANCE)
+    assert len(found) > 1000
+    assert not [one for one in found if contrast(one["ink"], one["behind"]) < 4.5]
+    for width in (1280, 720, 390, 320):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.locator("td, pre, summary").evaluate_all(
+            "(all) => all.every((it) => it.scrollWidth <= it.clientWidth || it.clientWidth === 0)"
+        )

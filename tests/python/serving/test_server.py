@@ -144,8 +144,7 @@ def test_openapi_describes_the_score(client: TestClient) -> None:
     assert {"/v1/rerank", "/v2/rerank", "/rerank", "/livez", "/readyz"} < set(schema["paths"])
     assert "never across queries" in json.dumps(schema["paths"]["/v1/rerank"])
     assert "never across queries" in schema["info"]["description"]
-    assert client.get("/docs").status_code == 404
-    assert client.get("/redoc").status_code == 404
+    assert client.get("/redoc").status_code == 404  # it would load scripts from other sites
 
 
 def test_no_cross_origin_headers(client: TestClient) -> None:
