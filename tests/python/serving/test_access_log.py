@@ -21,7 +21,7 @@ from logratio.serving.config import LogFormat
 from logratio.serving.connections import PROBES
 from logratio.serving.keys import Keys
 from logratio.serving.limits import Limits
-from logratio.serving.page import PAGE
+from logratio.serving.page import PAGES
 from logratio.serving.server import create_app
 
 QUERY, DOCUMENTS = "the cat sits", ["on the mat happy", "sad"]
@@ -131,7 +131,7 @@ def test_every_route_has_a_label_the_id_of_the_request_and_needs_a_key(
     lines: Any = Lines()
     app = create_app(reranker, keys=Keys([KEY]), log=Log(lines, "json"))
     routes = {str(getattr(route, "path", "")) for route in app.routes}
-    assert routes == {*POSTS, *GETS, *PROBES, METRICS, PAGE}
+    assert routes == {*POSTS, *GETS, *PROBES, METRICS, *PAGES}
     given = {"x-api-key": KEY, "x-request-id": "abc"}
     with TestClient(app) as client:
         for path in (*POSTS, *GETS):
