@@ -4,6 +4,7 @@
 """
 
 import http.client
+import itertools
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.image
 IMAGE = "localhost/logratio-serve"
 PODMAN = shlex.split(os.environ.get("PODMAN", "podman"))
 KEY = "a-key-of-the-image-test"
-PORT = 18_439
+PORTS = itertools.count(18_439)
 QUERY, DOCUMENTS = "the cat sits", ["on the mat happy", "sad", "under a tree loud loud"]
 LOCKED = (
     *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
@@ -60,8 +61,10 @@ def python(code: str) -> str:
     return ran("run", "--rm", *LOCKED, "--entrypoint", "python", IMAGE, "-c", code).strip()
 
 
-def answer(method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+def answer(
+    port: int, method: str, path: str, body: object = None, **headers: str
+) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     content = json.dumps(body) if body is not None else None
     connection.request(method, path, content, {"content-type": "application/json"} | named)
@@ -72,26 +75,29 @@ def answer(method: str, path: str, body: object = None, **headers: str) -> tuple
         connection.close()
 
 
-def wait_until_ready(name: str, seconds: float = 120) -> None:
+def wait_until_ready(name: str, port: int, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and "true" in ran("inspect", "-f", "{{.State.Running}}", name):
         with suppress(OSError, http.client.HTTPException):
-            if answer("GET", "/readyz")[0] == 200:
+            if answer(port, "GET", "/readyz")[0] == 200:
                 return
         time.sleep(1)
     raise AssertionError("the server ended, or was not ready in time")
 
 
 @contextmanager
-def container(bundle: Path, *flags: str, options: tuple[str, ...] = ()) -> Iterator[str]:
-    """A container of the image that is ready to serve `bundle`; its name."""
+def container(
+    bundle: Path, *flags: str, options: tuple[str, ...] = ()
+) -> Iterator[tuple[str, int]]:
+    """A container of the image that is ready to serve `bundle`: its name and port."""
+    port = next(PORTS)
     name = f"logratio-{uuid.uuid4().hex[:8]}"
-    variables = ("-e", f"LOGRATIO_API_KEYS={KEY}", "-e", f"LOGRATIO_PORT={PORT}")
+    variables = ("-e", f"LOGRATIO_API_KEYS={KEY}", "-e", f"LOGRATIO_PORT={port}")
     mount = ("-v", f"{bundle}:/bundle:ro")
     ran("run", "--detach", "--name", name, *LOCKED, *options, *variables, *mount, IMAGE, *flags)
     try:
-        wait_until_ready(name)
-        yield name
+        wait_until_ready(name, port)
+        yield name, port
     except BaseException:
         print(subprocess.run([*PODMAN, "logs", name], capture_output=True, text=True, check=False))
         raise
@@ -109,27 +115,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Path) -> Iterator[str]:
-    with container(bundle) as name:
-        yield name
+def served(bundle: Path) -> Iterator[tuple[str, int]]:
+    with container(bundle) as named:
+        yield named
 
 
 def test_the_server_in_the_image_gives_the_rewards_of_the_reranker(
-    served: str, bundle: Path
+    served: tuple[str, int], bundle: Path
 ) -> None:
     body = {"query": QUERY, "documents": DOCUMENTS}
-    assert answer("POST", "/v1/rerank", body)[0] == 401
-    status, given = answer("POST", "/v1/rerank", body, x_api_key=KEY)
+    _, port = served
+    assert answer(port, "POST", "/v1/rerank", body)[0] == 401
+    status, given = answer(port, "POST", "/v1/rerank", body, x_api_key=KEY)
     assert status == 200
     rewards = {result["index"]: result["relevance_score"] for result in given["results"]}
     expected = [score.reward for score in Reranker.load(bundle).score(QUERY, DOCUMENTS)]
     assert [rewards[index] for index in range(3)] == pytest.approx(expected, abs=1e-5)
 
 
-def test_process_1_is_the_server_and_no_root(served: str) -> None:
-    command = ran("exec", served, "cat", "/proc/1/cmdline").split("\0")
+def test_process_1_is_the_server_and_no_root(served: tuple[str, int]) -> None:
+    command = ran("exec", served[0], "cat", "/proc/1/cmdline").split("\0")
     assert [Path(word).name for word in command if word][-2:] == ["logratio", "serve"]
-    status = ran("exec", served, "cat", "/proc/1/status")
+    status = ran("exec", served[0], "cat", "/proc/1/status")
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert fields["Uid"].split() == fields["Gid"].split() == ["10001"] * 4
     assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
@@ -140,12 +147,12 @@ def test_no_folder_is_writable() -> None:
     assert python(WRITES) == "10001 []"
 
 
-def test_the_health_check_passes_and_fails_with_readyz(served: str) -> None:
+def test_the_health_check_passes_and_fails_with_readyz(served: tuple[str, int]) -> None:
     (config,) = json.loads(ran("inspect", IMAGE))
     kind, *command = (config.get("Healthcheck") or config["Config"]["Healthcheck"])["Test"]
     assert kind == "CMD"
-    ran("exec", served, *command)
-    absent = [*PODMAN, "exec", "-e", "LOGRATIO_PORT=1", served, *command]
+    ran("exec", served[0], *command)
+    absent = [*PODMAN, "exec", "-e", "LOGRATIO_PORT=1", served[0], *command]
     assert subprocess.run(absent, capture_output=True, check=False).returncode == 1
 
 
@@ -163,7 +170,7 @@ def test_the_image_has_no_torch_and_no_build_files() -> None:
 
 
 def test_sigterm_ends_the_container_with_0_after_the_drain(bundle: Path) -> None:
-    with container(bundle) as name:
+    with container(bundle) as (name, _):
         begin = time.monotonic()
         ran("stop", name)
         seconds = time.monotonic() - begin
@@ -173,8 +180,6 @@ def test_sigterm_ends_the_container_with_0_after_the_drain(bundle: Path) -> None
 
 
 def test_several_workers_need_a_temporary_folder_only(bundle: Path) -> None:
-    with container(bundle, "--workers", "2", options=("--tmpfs", "/tmp")):
-        status, _ = answer(
-            "POST", "/v1/rerank", {"query": QUERY, "documents": DOCUMENTS}, x_api_key=KEY
-        )
-        assert status == 200
+    with container(bundle, "--workers", "2", options=("--tmpfs", "/tmp")) as (_, port):
+        body = {"query": QUERY, "documents": DOCUMENTS}
+        assert answer(port, "POST", "/v1/rerank", body, x_api_key=KEY)[0] == 200
