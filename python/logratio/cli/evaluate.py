@@ -46,28 +46,32 @@ BUDGET = 16384
 """Default tokens per forward pass."""
 
 
+Policy = Annotated[
+    Path | None, typer.Option(help="Folder or id of the trained model, adapter or reward model.")
+]
+Bundle = Annotated[
+    Path | None,
+    typer.Option(
+        help="Instead of --policy: a bundle written by `logratio export`, which needs neither a "
+        "reference nor torch and has its own tokenizer, rules and β."
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder or id of the reference model. Needed unless the policy is a reward model."
+    ),
+]
+
+
 @takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
     data: options.Data,
-    policy: Annotated[
-        Path | None,
-        typer.Option(help="Folder or id of the trained model, adapter or reward model."),
-    ] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            help="Instead of --policy: a bundle written by `logratio export`, which needs neither "
-            "a reference nor torch and has its own tokenizer, rules and β."
-        ),
-    ] = None,
+    policy: Policy = None,
+    bundle: Bundle = None,
     base: Base = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder or id of the reference model. Needed unless the policy is a reward model."
-        ),
-    ] = None,
+    reference: Reference = None,
     beta: Annotated[
         float | None,
         typer.Option(help="Reward per nat of log-ratio. Default: β of the policy's training."),

@@ -149,10 +149,8 @@ class Reranker:
                 a signature by one of them is refused. None: signatures are not read.
             load_seconds: Time limit in seconds for opening the graph, and for its golden groups.
             cache: For a bundle that takes the reference's log-probs as an input: the folder that
-                `logratio precompute` filled with those of the candidates. None: each call gives
-                them.
-            base: For a bundle that is an adapter: the bundle of its base, or one that is loaded
-                and may be shared.
+                `logratio precompute` filled with them. None: each call gives them.
+            base: For a bundle that is an adapter: the bundle of its base, or a loaded one.
 
         Raises:
             BundleError: The folder is not a bundle, was altered, or gives other scores than at
