@@ -207,3 +207,16 @@ def _plain_name(name: str) -> str:
 def _sha256(tensor: Tensor) -> str:
     content = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
     return hashlib.sha256(content.numpy().data).hexdigest()
+
+
+def model_in_memory(folder: str | Path, *, in_place: bool) -> Any:
+    """Return the object that the trainer was given for `folder`; None for any other folder.
+
+    Args:
+        folder: Its temporary folder.
+        in_place: Return the object itself, also a peft model that is trained further; else a copy.
+    """
+    if in_place and (continued := continued_model(folder)) is not None:
+        return continued
+    given = given_model(folder)
+    return None if given is None else given.loaded(in_place=in_place)

@@ -29,7 +29,7 @@ from logratio.training.config import (
     Quantization,
     TrainConfig,
 )
-from logratio.training.given_model import continued_model, given_model
+from logratio.training.given_model import given_model, model_in_memory
 from logratio.training.reward_model import empty_model, is_reward_model, read_model, refusal_of
 from logratio.validation import PATH, check_argument
 
@@ -210,8 +210,9 @@ def load_model(
     check_argument("folder", PATH, folder)
     folder = local_folder(folder)
     check_model_folder(folder, rewards=True)
-    if (found := _from_memory(folder, precision, frozen=frozen, in_place=in_place)) is not None:
-        return found.to(device)
+    if (given := model_in_memory(folder, in_place=in_place)) is not None:
+        found = _prepared(given, precision)
+        return (_frozen(found, precision) if frozen and not in_place else found).to(device)
     if (folder / ADAPTER_CONFIG).exists():
         base = load_model(
             base_folder(folder),
@@ -227,18 +228,6 @@ def load_model(
         return adapted.requires_grad_(False) if frozen else adapted
     check_quantization(folder, quantization)
     return _whole_model(folder, device, quantization, precision, head_seed, frozen=frozen)
-
-
-def _from_memory(
-    folder: Path, precision: Precision, *, frozen: bool, in_place: bool
-) -> nn.Module | None:
-    """Return a model that the trainer was given as an object; None for any other folder."""
-    if in_place and (continued := continued_model(folder)) is not None:
-        return _prepared(continued, precision)
-    if (given := given_model(folder)) is None:
-        return None
-    found = _prepared(given.loaded(in_place=in_place), precision)
-    return _frozen(found, precision) if frozen and not in_place else found
 
 
 def _whole_model(
