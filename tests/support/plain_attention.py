@@ -1,14 +1,17 @@
 """Attention over sequences of a batch, done plainly, and batches to try it on."""
 
 import numpy as np
+import pytest
 import torch
 from layout_oracle import store_of
 from random_groups import random_groups
 from torch import Tensor
 
 from logratio.data.feed import lay_out
-from logratio.logps.batch import Sequences, SharedBatch, fields_for, to_torch
+from logratio.logps.attention import varlen
+from logratio.logps.batch import SharedBatch, fields_for, to_torch
 from logratio.logps.completion import score
+from logratio.logps.sequences import Sequences
 
 NUMBERS = np.array([3, 0, 4, 1, 2])
 
@@ -30,6 +33,49 @@ def sequences_of(batch: SharedBatch) -> Sequences:
 
 
 States = tuple[Tensor, Tensor, Tensor]
+
+
+def plain_varlen(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_queries: int,
+    max_keys: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What `varlen_attn` says that it does, one sequence and one query at a time."""
+    assert enable_gqa and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    left, right = window_size
+    assert right == 0
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    times = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
+    out = []
+    for at in range(len(cu_seqlens_q) - 1):
+        q = queries[cu_seqlens_q[at] : cu_seqlens_q[at + 1]]
+        k = keys[cu_seqlens_k[at] : cu_seqlens_k[at + 1]]
+        v = values[cu_seqlens_k[at] : cu_seqlens_k[at + 1]]
+        assert 0 < len(q) <= max_queries
+        assert len(q) <= len(k) <= max_keys
+        for i in range(len(q)):
+            end = len(k) - len(q) + i + 1
+            seen = slice(0 if left < 0 else max(0, end - 1 - left), end)
+            weights = torch.einsum("hd,khd->hk", q[i], k[seen]).mul(scale).softmax(-1)
+            out.append(torch.einsum("hk,khd->hd", weights, v[seen]))
+    return torch.stack(out)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the plain attention in place of torch's kernel."""
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(varlen, "_grouping", lambda: {"enable_gqa": True})
 
 
 def heads(batch: SharedBatch, many: int, kv: int, dtype: torch.dtype = torch.float64) -> States:

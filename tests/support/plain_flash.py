@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logratio.logps.attention.flash import Flash
-from logratio.logps.batch import Bounds
+from logratio.logps.sequences import Bounds
 
 States = tuple[Tensor, Tensor, Tensor]
 

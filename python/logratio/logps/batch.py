@@ -5,10 +5,9 @@ On the CPU the tensors share the layout's memory; for another device there is a 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -16,169 +15,7 @@ from torch import Tensor
 
 from logratio._rust import PaddedLayout, SharedLayout, TreeLayout
 from logratio.data.feed import BufferPool
-
-
-class Bounds(NamedTuple):
-    """Offsets of `N` sequences in concatenated queries and keys, for variable-length kernels.
-
-    Attributes:
-        queries: Start of each sequence's queries, and the end of the last, int32 `[N + 1]`.
-        keys: The same for the keys, int32 `[N + 1]`.
-        max_queries: Largest number of queries in a sequence, on the host.
-        max_keys: Largest number of keys in a sequence, on the host.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    max_queries: int
-    max_keys: int
-
-
-class SharedKeys(NamedTuple):
-    """Positions of the `P` prompt tokens, which are keys of several sequences.
-
-    Attributes:
-        tokens: Position of each prompt token in the row, int64 `[P]`.
-        places: Its positions among the gathered keys, int64 `[P, M]`: in the prompt's sequence and
-            in each completion's. `M` is one more than the largest number of completions in a
-            group.
-        counted: Validity of `places`, bool `[P, M]`. Smaller groups repeat their first position,
-            with False here. None if all groups have equally many completions.
-    """
-
-    tokens: Tensor
-    places: Tensor
-    counted: Tensor | None
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """`Q` sequences over a row of `T` tokens, with `K` keys in total, for a batch of `G` groups.
-
-    A sequence is a prompt, or a completion whose keys include its prompt. Padding at the end of the
-    row is the last sequence and belongs to no group.
-
-    Attributes:
-        cu_seqlens_q: Start of each sequence's queries in the row, and `T`, int32 `[Q + 1]`.
-        cu_seqlens_k: Start of its keys in `key_index`, and `K`, int32 `[Q + 1]`.
-        key_index: Position in the row of each key, int64 `[K]`.
-        prompt_lengths: Tokens of each prompt, int64 `[G]`.
-        group_sizes: Completions of each group, int64 `[G]`.
-        tokens: `T`. This and all integers below are on the host.
-        max_queries: Largest number of queries in a sequence.
-        max_keys: Largest number of keys in a sequence.
-        max_prompt: Largest number of tokens in a prompt.
-        max_answers: Largest number of tokens in all completions of a group together.
-        prompt_tokens: Sum of `prompt_lengths`.
-        most_completions: Maximum of `group_sizes`.
-        fewest_completions: Minimum of `group_sizes`.
-        masks: Block masks of `attention.flex` by window, cached for all layers.
-    """
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    key_index: Tensor
-    prompt_lengths: Tensor
-    group_sizes: Tensor
-    tokens: int
-    max_queries: int
-    max_keys: int
-    max_prompt: int
-    max_answers: int
-    prompt_tokens: int
-    most_completions: int
-    fewest_completions: int
-    masks: dict[int | None, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def with_prompts(self) -> Bounds:
-        """Each sequence with all its keys in `key_index`: those of its prompt, then its tokens."""
-        return Bounds(self.cu_seqlens_q, self.cu_seqlens_k, self.max_queries, self.max_keys)
-
-    @property
-    def on_themselves(self) -> Bounds:
-        """Each sequence with only its tokens as keys, which are those of the row."""
-        return Bounds(self.cu_seqlens_q, self.cu_seqlens_q, self.max_queries, self.max_queries)
-
-    @cached_property
-    def on_prompts(self) -> Bounds:
-        """All completions of a group as one sequence, with its prompt in `prompt_rows` as keys.
-
-        Prompts and padding are sequences without keys.
-        """
-        ends = (self.group_sizes + 1).cumsum(0)
-        inside = torch.stack(
-            [self.cu_seqlens_q[self._first], self.cu_seqlens_q[self._first + 1]], 1
-        )
-        outside = (self.cu_seqlens_q[ends[-1:]], self.cu_seqlens_q[-1:])
-        after = self.prompt_lengths.cumsum(0)
-        keys = torch.stack([after - self.prompt_lengths, after], 1).flatten()
-        return Bounds(
-            torch.cat([inside.flatten(), *outside]),
-            torch.cat([keys[:1], keys, keys[-1:]]).to(self.cu_seqlens_q.dtype),
-            max(self.max_queries, self.max_answers),
-            self.max_prompt,
-        )
-
-    @cached_property
-    def prompt_rows(self) -> Tensor:
-        """Position of each prompt token in the row, int64 `[P]`."""
-        group, offset = self._prompt_tokens
-        return self.cu_seqlens_q[self._first[group]] + offset
-
-    @cached_property
-    def of_token(self) -> Tensor:
-        """Sequence number of each token, int64 `[T]`, computed without a device synchronization."""
-        ends = self.cu_seqlens_q[1:]
-        return torch.searchsorted(ends, self._tokens.to(ends.dtype), right=True)
-
-    @cached_property
-    def own_place(self) -> Tensor:
-        """Index of each token among the keys of its sequence, int64 `[T]`, less than `K`."""
-        after = self.of_token + 1  # the tokens of a sequence are the last of its keys
-        return self.cu_seqlens_k[after].long() - self.cu_seqlens_q[after] + self._tokens
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Number of keys before each token in its sequence, int64 `[T]`."""
-        return self.own_place - self.cu_seqlens_k[self.of_token]
-
-    @cached_property
-    def prompt_of_token(self) -> Tensor:
-        """Sequence number of each token's prompt, int64 `[T]`; of a prompt token, its sequence."""
-        sequences = torch.arange(len(self.cu_seqlens_q) - 1, device=self.key_index.device)
-        prompts = torch.searchsorted(self._first, sequences, right=True) - 1
-        found = self._first[prompts]
-        of_groups = sequences < (self.group_sizes + 1).sum()
-        return torch.where(of_groups, found, sequences)[self.of_token]
-
-    @cached_property
-    def shared_keys(self) -> SharedKeys:
-        """The prompt tokens and their positions among the keys."""
-        group, offset = self._prompt_tokens
-        number = torch.arange(self.most_completions + 1, device=group.device)
-        counted = number <= self.group_sizes[group, None]
-        sequence = self._first[group, None] + number * counted
-        places = self.cu_seqlens_k[sequence] + offset[:, None]
-        same = self.most_completions == self.fewest_completions
-        return SharedKeys(self.prompt_rows, places, None if same else counted)
-
-    @cached_property
-    def _prompt_tokens(self) -> tuple[Tensor, Tensor]:
-        """Group and position within the prompt of each prompt token, int64 `[P]` each."""
-        groups = torch.arange(len(self.group_sizes), device=self.key_index.device)
-        group = groups.repeat_interleave(self.prompt_lengths, output_size=self.prompt_tokens)
-        before = self.prompt_lengths.cumsum(0) - self.prompt_lengths
-        return group, torch.arange(self.prompt_tokens, device=group.device) - before[group]
-
-    @cached_property
-    def _first(self) -> Tensor:
-        sizes = self.group_sizes + 1
-        return sizes.cumsum(0) - sizes
-
-    @property
-    def _tokens(self) -> Tensor:
-        return torch.arange(self.tokens, device=self.key_index.device)
+from logratio.logps.sequences import Branches, Runs, Sequences
 
 
 @dataclass(frozen=True)
@@ -318,24 +155,15 @@ class TreeBatch:
         input_ids: Token ids, int64 `[1, T]`.
         position_ids: Position of each token in its sequences, int64 `[1, T]`.
         targets: The scored tokens.
-        starts: First token of each run, and `T`, int32 numpy `[Q + 1]`.
-        key_offsets: Start of each run's keys in `key_index`, and `K`, int32 numpy `[Q + 1]`.
-        key_index: Tokens that precede each run in its sequence, then its tokens, int64 numpy `[K]`.
+        runs: The runs, on the host.
+        branches: The runs for variable-length kernels; None on a CPU.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     targets: TargetTokens
-    starts: np.ndarray
-    key_offsets: np.ndarray
-    key_index: np.ndarray
-
-    def path(self, token: int) -> np.ndarray:
-        """Return the positions of all tokens of a sequence up to and including `token`, int64."""
-        run = int(np.searchsorted(self.starts, token, side="right")) - 1
-        keys = self.key_index[self.key_offsets[run] : self.key_offsets[run + 1]]
-        found: np.ndarray = keys[keys <= token]
-        return found
+    runs: Runs
+    branches: Branches | None = None
 
 
 @dataclass(frozen=True)
@@ -377,14 +205,7 @@ def to_torch(layout: Layout, device: torch.device | str = "cpu") -> Batch:
             sequences=_sequences(layout, tensors),
         )
     if isinstance(layout, TreeLayout):
-        return TreeBatch(
-            input_ids=tensors["input_ids"][None],
-            position_ids=tensors["position_ids"][None],
-            targets=_targets(layout, tensors),
-            starts=layout.cu_seqlens_q,
-            key_offsets=layout.cu_seqlens_k,
-            key_index=layout.key_index,
-        )
+        return _tree(layout, tensors)
     return PaddedBatch(
         input_ids=tensors["input_ids"],
         attention_mask=tensors["attention_mask"],
@@ -399,14 +220,6 @@ def pinned(nbytes: int) -> np.ndarray:
     torch caches pinned memory, and reuses it only after the copies from it have completed.
     """
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-
-
-def onto(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to `device` as a tensor, asynchronously on CUDA."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def buffers_for(device: torch.device) -> Callable[[int], np.ndarray]:
@@ -462,6 +275,11 @@ class _Tensors:
             arena = torch.from_numpy(layout.arena[: layout.nbytes])
             self._bytes, self._table = arena.to(device, non_blocking=True), layout.table
 
+    @property
+    def are_on_host(self) -> bool:
+        """Whether the tensors share the layout's memory."""
+        return self._bytes is None
+
     def __getitem__(self, name: str) -> Tensor:
         if self._bytes is None:
             return torch.from_numpy(getattr(self._layout, name))
@@ -507,6 +325,20 @@ def _sequences(layout: SharedLayout, tensors: _Tensors) -> Sequences | None:
         prompt_tokens=int(layout.prompt_lengths.sum()),
         most_completions=int(layout.group_sizes.max()),
         fewest_completions=int(layout.group_sizes.min()),
+    )
+
+
+def _tree(layout: TreeLayout, tensors: _Tensors) -> TreeBatch:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "key_index")
+    runs, branches = Runs(*(getattr(layout, name) for name in names)), None
+    if not tensors.are_on_host:
+        branches = Branches.of(runs, *(tensors[name] for name in names))
+    return TreeBatch(
+        input_ids=tensors["input_ids"][None],
+        position_ids=tensors["position_ids"][None],
+        targets=_targets(layout, tensors),
+        runs=runs,
+        branches=branches,
     )
 
 

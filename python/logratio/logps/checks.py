@@ -181,8 +181,6 @@ def check_tree(model: nn.Module) -> str | None:
     Returns:
         The reason why beginnings must not be shared across groups, or None.
     """
-    if transformer(model).device.type != "cpu":
-        return "tree attention is implemented for CPUs only"
     groups = _probe_tree(model)
     try:
         tree = _scores(model, groups, "tree")
@@ -226,7 +224,7 @@ def _tree_crosstalk(model: nn.Module, groups: list[Group]) -> float:
     worst = [torch.zeros(())]
     for gradient, end in zip(_token_gradients(model, batch, cuts), ends, strict=False):
         outside = torch.ones(len(gradient), dtype=torch.bool)
-        outside[torch.from_numpy(batch.path(end))] = False
+        outside[torch.from_numpy(batch.runs.path_to(end))] = False
         worst.append(gradient.cpu()[outside].abs().max())
     return float(torch.stack(worst).max())  # NaN too
 

@@ -172,7 +172,7 @@ def _tree_prompts(batch: TreeBatch) -> list[list[int]]:
     targets, row = batch.targets, batch.input_ids[0].cpu().numpy()
     leads = targets.completion_offsets[targets.group_offsets[:-1]]  # each group's first target
     ends = targets.logit_index.cpu().numpy()[leads]
-    return [row[batch.path(end)].tolist() for end in ends.tolist()]
+    return [row[batch.runs.path_to(end)].tolist() for end in ends.tolist()]
 
 
 def _shared_prompts(batch: SharedBatch) -> list[list[int]]:

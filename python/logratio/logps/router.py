@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from logratio.errors import ConfigError
-from logratio.logps.batch import Batch, PaddedBatch, SharedBatch, TreeBatch, onto
+from logratio.logps.batch import Batch, PaddedBatch, SharedBatch, TreeBatch
+from logratio.logps.sequences import onto
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _tree_weights(batch: TreeBatch) -> np.ndarray:
     Each completion counts 1 at its last token. A token's count is the sum of those of the tokens
     that follow it, which are later in the row.
     """
-    before, starts = _tokens_before(batch), batch.starts
+    before, starts = _tokens_before(batch), batch.runs.starts
     weights = np.bincount(_last_tokens(batch, before), minlength=len(before)).astype(np.float64)
     for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
         weights[start:stop] = weights[start:stop][::-1].cumsum()[::-1]
@@ -142,9 +143,10 @@ def _tree_weights(batch: TreeBatch) -> np.ndarray:
 def _tokens_before(batch: TreeBatch) -> np.ndarray:
     """Return the position of the token before each token in its sequences, int64 `[T]`; else -1."""
     before = np.arange(-1, batch.input_ids.shape[1] - 1, dtype=np.int64)
-    starts, ends = batch.starts[:-1], batch.key_offsets[1:] - np.diff(batch.starts)
-    is_first = ends == batch.key_offsets[:-1]
-    before[starts] = np.where(is_first, -1, batch.key_index[np.maximum(ends - 1, 0)])
+    runs = batch.runs
+    starts, ends = runs.starts[:-1], runs.key_offsets[1:] - np.diff(runs.starts)
+    is_first = ends == runs.key_offsets[:-1]
+    before[starts] = np.where(is_first, -1, runs.key_index[np.maximum(ends - 1, 0)])
     return before
 
 

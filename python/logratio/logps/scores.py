@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from logratio.logps.batch import Batch, PaddedBatch, SharedBatch, TreeBatch, onto
+from logratio.logps.batch import Batch, PaddedBatch, SharedBatch, TreeBatch
 from logratio.logps.completion import (
     Call,
     Routed,
@@ -24,6 +24,7 @@ from logratio.logps.completion import (
 )
 from logratio.logps.head import active_layer
 from logratio.logps.head_loss import LossOf
+from logratio.logps.sequences import onto
 
 HEAD = "score"
 """Name of the head in transformers' classes."""
@@ -163,13 +164,13 @@ def _of_shared(batch: SharedBatch) -> np.ndarray:
 
 def _of_tree(batch: TreeBatch) -> np.ndarray:
     """Find the last tokens: each is the child, with its id, of the token that predicts it."""
-    ids, targets = batch.input_ids[0].tolist(), batch.targets
-    starts, keys = batch.starts.tolist(), batch.key_offsets.tolist()
+    ids, targets, runs = batch.input_ids[0].tolist(), batch.targets, batch.runs
+    starts, keys = runs.starts.tolist(), runs.key_offsets.tolist()
     branches = {}
     for run, (start, stop) in enumerate(pairwise(starts)):
         own = keys[run + 1] - (stop - start)  # where the run's own tokens begin in `key_index`
         if own > keys[run]:
-            branches[int(batch.key_index[own - 1]), ids[start]] = start
+            branches[int(runs.key_index[own - 1]), ids[start]] = start
     last = targets.completion_offsets[1:] - 1
     before, wanted = (column.tolist() for column in (targets.logit_index, targets.target_ids))
     begins = set(starts)

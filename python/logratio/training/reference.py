@@ -20,9 +20,10 @@ from logratio.cache.identity import (
 )
 from logratio.data.store.load import source_names
 from logratio.errors import LogratioError
-from logratio.logps.batch import Batch, Layout, TargetTokens, onto
+from logratio.logps.batch import Batch, Layout, TargetTokens
 from logratio.logps.completion import score, transformer
 from logratio.logps.divergence import LiveModel
+from logratio.logps.sequences import onto
 from logratio.training import run_folder
 from logratio.training.config import PathLike, TrainConfig
 from logratio.training.fingerprint import (

@@ -244,11 +244,12 @@ def test_a_batch_brings_its_sequences_to_the_device(completions: int) -> None:
     assert isinstance(there, SharedBatch)
     assert here.sequences is not None
     assert there.sequences is not None
-    for name in ("of_token", "own_place", "positions", "prompt_of_token", "key_index"):
+    for name in ("of_token", "own_place", "positions", "ends", "key_index"):
         own = getattr(there.sequences, name)
         assert own.device.type == DEVICE
         assert torch.equal(own.cpu(), getattr(here.sequences, name)), name
-    for own, other in zip(there.sequences.shared_keys, here.sequences.shared_keys, strict=True):
+    (ours,), (theirs,) = there.sequences.shared_keys, here.sequences.shared_keys
+    for own, other in zip(ours, theirs, strict=True):
         assert (own is None) == (other is None)
         if own is not None and other is not None:
             assert torch.equal(own.cpu(), other)

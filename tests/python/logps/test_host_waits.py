@@ -27,7 +27,7 @@ from logratio.data.feed import lay_out
 from logratio.logps import head as tiles
 from logratio.logps.attention import fused, shared_prompts, varlen
 from logratio.logps.attention.kernels import Choice
-from logratio.logps.batch import Part, Shape, SharedBatch, shape_for, to_torch
+from logratio.logps.batch import Part, Shape, SharedBatch, TreeBatch, shape_for, to_torch
 from logratio.logps.completion import score, transformer
 from logratio.logps.head import Head, Transform
 from logratio.logps.head_loss import head_loss, unit_gradient
@@ -268,6 +268,19 @@ def test_scoring_on_cuda_waits_for_nothing(family: str, fake_cuda: FakeTensorMod
     with fake_cuda, HostWaits() as waits, torch.no_grad():
         batch = to_torch(layout, "cuda")
         assert isinstance(batch, SharedBatch)
+        sums = batch.targets.sums(score(model, batch))
+    assert sums.device.type == "cuda"
+    assert not waits.found
+
+
+def test_scoring_a_tree_on_cuda_waits_for_nothing(fake_cuda: FakeTensorMode) -> None:
+    layout = lay_out(store_of(random_groups(0)), np.arange(5), "tree", **shape_for("tree", "cuda"))
+    with fake_cuda, torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["llama"](), dtype=torch.bfloat16)
+    with fake_cuda, HostWaits() as waits, torch.no_grad():
+        batch = to_torch(layout, "cuda")
+        assert isinstance(batch, TreeBatch)
+        assert batch.branches is not None
         sums = batch.targets.sums(score(model, batch))
     assert sums.device.type == "cuda"
     assert not waits.found

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logratio.logps.attention.kernels import Kernel
-from logratio.logps.batch import Bounds, Sequences
+from logratio.logps.sequences import Bounds, Sequences
 
 Forward = Callable[[Tensor, Tensor, Tensor, Bounds, bool, float | None], tuple[Tensor, Tensor]]
 Backward = Callable[

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from logratio.logps.batch import Sequences
+from logratio.logps.sequences import Row
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Returns whether a query (third argument) may see a key (fourth), both positions in the row."""
@@ -32,7 +32,7 @@ def attend_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sequences: Sequences,
+    sequences: Row,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
@@ -45,7 +45,7 @@ def attend_row(
         query: Queries `[1, H, T, D]`.
         key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
         value: Values `[1, Hk, T, Dv]`.
-        sequences: Sequences of the row.
+        sequences: Sequences of the row, or runs of its tree.
         scaling: Scale of the scores; None: `D ** -0.5`.
         window: A token sees itself and the `window - 1` tokens before it; None: all before it.
         softcap: Cap of the scores; None: no cap.
@@ -69,7 +69,7 @@ def attend_row(
     return out.transpose(1, 2)
 
 
-def block_mask(sequences: Sequences, window: int | None) -> BlockMask:
+def block_mask(sequences: Row, window: int | None) -> BlockMask:
     """Create the block mask of a row of `T` tokens, on the device of `sequences`."""
     device = sequences.key_index.device
     create: Callable[..., BlockMask] = create_block_mask
@@ -79,21 +79,19 @@ def block_mask(sequences: Sequences, window: int | None) -> BlockMask:
     return create(visible(sequences, window), None, None, width, width, device)
 
 
-def visible(sequences: Sequences, window: int | None) -> MaskFunction:
-    """Return the mask function: a token sees its prompt and its sequence, up to itself.
+def visible(sequences: Row, window: int | None) -> MaskFunction:
+    """Return the mask function: a token sees what its sequence begins with, up to itself.
 
     Args:
-        sequences: Sequences of the row.
+        sequences: Sequences of the row, or runs of its tree.
         window: A token sees itself and the `window - 1` tokens before it; None: all before it.
     """
-    own, prompt = sequences.of_token, sequences.prompt_of_token
     # Captured as tensors: torch.compile would specialize on a captured number.
-    position = sequences.positions
+    position, ends = sequences.positions, sequences.ends
     earliest = torch.zeros_like(position) if window is None else position - (window - 1)
 
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        related = (own[key] == own[query]) | (own[key] == prompt[query])
-        return related & (key <= query) & (position[key] >= earliest[query])
+        return (key <= query) & (query < ends[key]) & (position[key] >= earliest[query])
 
     return sees
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.tree import SharedTree
 from logratio.logps.attention.varlen import attend_sequences
-from logratio.logps.batch import Sequences
+from logratio.logps.sequences import Branches, Row, Runs, Sequences
 
 
 def attend_in_one_call(
@@ -35,7 +36,7 @@ def attend_in_one_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sequences: Sequences,
+    sequences: Row,
     scoring: Scoring,
 ) -> Tensor:
     """Attend within each sequence: `[1, H, T, D]` to `[1, T, H, D]`.
@@ -45,7 +46,7 @@ def attend_in_one_call(
         query: Queries `[1, H, T, D]`, in a dtype that the kernel supports.
         key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
         value: Values `[1, Hk, T, Dv]`.
-        sequences: Sequences of the row.
+        sequences: Sequences of the row, or runs of its tree.
         scoring: Scale, window, cap and dropout; settings that the kernel lacks are ignored.
     """
     if kernel == "flex":
@@ -53,6 +54,7 @@ def attend_in_one_call(
             query, key, value, sequences, scoring.scaling, scoring.window, scoring.softcap
         )
     if kernel in MERGED:
+        assert isinstance(sequences, Sequences)
         return attend_merged(query, key, value, sequences, flash_of(kernel), scoring.scaling)
     return attend_sequences(
         query,
@@ -69,6 +71,8 @@ def attend_in_one_call(
 
 GROUPS = ((70, (60, 40)), (30, (50, 20)))
 """Lengths of prompts and completions in the test; the total exceeds the largest tile, 128."""
+TREE = ((None, 70), (0, 60), (1, 40), (0, 30), (None, 50), (4, 20))
+"""Runs in the test of a tree: which run each continues, and its length."""
 TOLERANCE = 0.05
 """Tolerance relative to the norm: far above bfloat16 rounding, far below the error of a wrong
 mask."""
@@ -104,7 +108,8 @@ def _failure(kernel: Kernel, wanted: Wanted, device: torch.device) -> str | None
 
 def _worst_gap(kernel: Kernel, wanted: Wanted, device: torch.device) -> float:
     """Return the largest relative error of values and gradients to float64 attention."""
-    row, states = row_of(GROUPS, device), _states(wanted, device)
+    row = row_of_tree(TREE, device) if wanted.tree else row_of(GROUPS, device)
+    states = _states(wanted, row.tokens, device)
     query, key, value = states
     scoring = Scoring(softcap=wanted.softcap, window=WINDOW if wanted.windowed else None)
     out = attend_in_one_call(kernel, query, key, value, row, scoring)
@@ -117,10 +122,9 @@ def _worst_gap(kernel: Kernel, wanted: Wanted, device: torch.device) -> float:
     return max(gaps) if all(gap == gap for gap in gaps) else float("nan")
 
 
-def _states(wanted: Wanted, device: torch.device) -> list[Tensor]:
+def _states(wanted: Wanted, tokens: int, device: torch.device) -> list[Tensor]:
     """Draw random queries, keys and values, without advancing torch's global generator."""
     generator = torch.Generator().manual_seed(0)
-    tokens = sum(prompt + sum(answers) for prompt, answers in GROUPS)
     sizes = (
         (wanted.heads, wanted.head_dim),
         (wanted.key_heads, wanted.head_dim),
@@ -159,8 +163,24 @@ def row_of(groups: Iterable[tuple[int, tuple[int, ...]]], device: torch.device) 
     )
 
 
+def row_of_tree(runs: Iterable[tuple[int | None, int]], device: torch.device) -> Branches:
+    """Build the row of a tree from the run that each run continues, and its length."""
+    keys, starts = list[list[int]](), [0]
+    for parent, length in runs:
+        path = [] if parent is None else keys[parent]
+        keys.append([*path, *range(starts[-1], starts[-1] + length)])
+        starts.append(starts[-1] + length)
+    host = Runs(
+        np.array(starts, dtype=np.int32),
+        np.cumsum([0, *map(len, keys)], dtype=np.int32),
+        np.concatenate(keys),
+    )
+    arrays = (host.starts, host.key_offsets, host.key_index)
+    return Branches.of(host, *(torch.from_numpy(array).to(device) for array in arrays))
+
+
 def _by_definition(
-    states: list[Tensor], row: Sequences, softcap: float | None, window: int | None
+    states: list[Tensor], row: Row, softcap: float | None, window: int | None
 ) -> Tensor:
     """Compute the attention by its definition, sequence by sequence in float64: `[1, T, H, D]`."""
     query, key, value = (part.double() for part in states)
@@ -217,7 +237,9 @@ def attend_fused(
         sinks=scoring.sinks is not None,
         sequences=sequences is not None,
         windowed=scoring.window is not None,
-        repeated=sequences is not None and merging_pays(sequences, query.shape[1], key.shape[1]),
+        tree=isinstance(sequences, Branches),
+        repeated=isinstance(sequences, Sequences)
+        and merging_pays(sequences, query.shape[1], key.shape[1]),
     )
     choice = choose(wanted, query.device, shared_prompt.kernel)
     if query.is_cuda:

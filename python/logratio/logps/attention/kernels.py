@@ -50,6 +50,7 @@ class Wanted:
         sinks: Whether the layer has attention sinks (gpt-oss).
         sequences: Whether the batch has `Sequences`.
         windowed: Whether the layer has a sliding window, of any length.
+        tree: Whether the row is a tree, whose runs see paths of other runs.
         repeated: Whether prompts have so many completions that merging costs less than gathering
             their keys (`flash.merging_pays`).
     """
@@ -65,6 +66,7 @@ class Wanted:
     sinks: bool = False
     sequences: bool = True
     windowed: bool = False
+    tree: bool = False
     repeated: bool = False
 
 
@@ -123,6 +125,8 @@ def _refusal(name: Kernel, wanted: Wanted) -> str | None:
         return _flex_refusal(wanted)
     if name not in ("flash3", "flash_attn") and wanted.softcap is not None:
         return "it does not support soft-capping"
+    if name in MERGED and wanted.tree:
+        return "it does not support trees"
     if name in MERGED and wanted.windowed:
         return "it does not support windows that extend from a completion into its prompt"
     return _flash_refusal(wanted)

@@ -16,6 +16,7 @@ copied key. The split changes results only by rounding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ from logratio.logps.attention.kernels import forced_kernel
 from logratio.logps.attention.parts import MASK_CELLS, Run, Spans
 from logratio.logps.attention.sdpa import Scoring, attend_call, attend_runs
 from logratio.logps.batch import TreeBatch
+from logratio.logps.sequences import onto
 
 CALL = 4_000
 """Cost of one more call, in scores per head."""
@@ -73,19 +75,14 @@ class SharedTree:
     """Positions of the runs of a tree in a row, and the attention calls of the row.
 
     Attributes:
-        kernel: The kernel set by `use_kernel`; trees support only "sdpa".
-        sequences: None, because variable-length kernels do not support trees.
+        kernel: The kernel set by `use_kernel`, or None.
+        sequences: The runs for variable-length kernels; None on a CPU.
     """
 
     def __init__(self, batch: TreeBatch) -> None:
-        self.kernel, self.sequences = forced_kernel(), None
-        self._row = batch.position_ids[0]
-        self._starts = batch.starts.astype(np.int64)
-        offsets = batch.key_offsets.tolist()
-        own = np.diff(self._starts).tolist()
-        keys = [batch.key_index[a:b] for a, b in pairwise(offsets)]
-        self._paths = [all_[: len(all_) - n] for all_, n in zip(keys, own, strict=True)]
-        self._ends = torch.from_numpy(_ends(self._starts, keys, self._paths)).to(self._row.device)
+        self.kernel, self.sequences = forced_kernel(), batch.branches
+        self._row, self._runs = batch.position_ids[0], batch.runs
+        self._starts = batch.runs.starts.astype(np.int64)
         self._plans: dict[tuple[int | None, torch.dtype, bool], list[Call]] = {}
 
     def plan(self, window: int | None, dtype: torch.dtype, *, masked: bool = False) -> list[Call]:
@@ -98,31 +95,36 @@ class SharedTree:
         """
         key = (window, dtype, masked)
         if key not in self._plans:
-            lengths = np.array([len(path) for path in self._paths])
+            lengths = np.array([len(path) for path in self._runs.paths])
             cuts = split_runs(self._starts, lengths)
             self._plans[key] = [self._call(a, b, *key) for a, b in pairwise(cuts)]
         return self._plans[key]
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        return onto(self._runs.ends, self._row.device)
 
     def _call(
         self, first: int, last: int, window: int | None, dtype: torch.dtype, masked: bool
     ) -> Call:
         """Create the call of runs `first` to `last` (exclusive)."""
         start, stop = int(self._starts[first]), int(self._starts[last])
-        path, mask = self._paths[first], None
+        path, mask = self._runs.paths[first], None
         is_causal = last == first + 1 and not len(path)
         runs: tuple[Run, ...] = ()
         if masked or not is_causal or (window is not None and window < stop - start):
             if (stop - start) * (len(path) + stop - start) > MASK_CELLS:
-                runs = self._runs(first, last)
+                runs = self._runs_of_call(first, last)
             else:
                 mask = self._mask(path, start, stop, window, dtype)
         return Call(start, stop, _spans(path), mask, runs)
 
-    def _runs(self, first: int, last: int) -> tuple[Run, ...]:
+    def _runs_of_call(self, first: int, last: int) -> tuple[Run, ...]:
         """Return runs `first` to `last` (exclusive), as places among the keys of their call."""
-        path, start = self._paths[first], int(self._starts[first])
+        path, start = self._runs.paths[first], int(self._starts[first])
         keys = np.concatenate([path, np.arange(start, self._starts[last])])
-        paths = [_spans(np.searchsorted(keys, self._paths[run])) for run in range(first, last)]
+        known = self._runs.paths[first:last]
+        paths = [_spans(np.searchsorted(keys, path)) for path in known]
         bounds = pairwise((self._starts[first : last + 1] - start + len(path)).tolist())
         return tuple(Run(a, b, spans) for (a, b), spans in zip(bounds, paths, strict=True))
 
@@ -130,21 +132,13 @@ class SharedTree:
         self, path: np.ndarray, start: int, stop: int, window: int | None, dtype: torch.dtype
     ) -> Tensor:
         queries = torch.arange(start, stop, device=self._row.device)
-        keys = torch.cat([torch.from_numpy(path).to(queries.device), queries])
+        keys = torch.cat([onto(path, queries.device), queries])
         own = queries[:, None]
         hidden = (own < keys).logical_or_(own >= self._ends[keys])
         if window is not None:
             hidden |= self._row[queries, None] - window >= self._row[keys]
         zeros = torch.zeros(1, 1, *hidden.shape, dtype=dtype, device=queries.device)
         return zeros.masked_fill_(hidden, -torch.inf)
-
-
-def _ends(starts: np.ndarray, keys: list[np.ndarray], paths: list[np.ndarray]) -> np.ndarray:
-    """Return the position after all descendants of each token, int64 `[T]`."""
-    ends = np.full(starts[-1], starts[-1], dtype=np.int64)
-    for left, start, path in zip(keys[:-1], starts[1:-1], paths[1:], strict=True):
-        ends[left[len(path) :]] = start  # the next run does not continue from these tokens
-    return ends
 
 
 def _spans(path: np.ndarray) -> Spans:

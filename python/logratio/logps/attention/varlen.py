@@ -12,42 +12,44 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logratio.logps.attention.kernels import Kernel
-from logratio.logps.batch import Sequences
+from logratio.logps.sequences import Row
 
 
-def gather_keys(states: Tensor, sequences: Sequences) -> Tensor:
+def gather_keys(states: Tensor, sequences: Row) -> Tensor:
     """Return the concatenated keys (or values) of all sequences: `[T, H, D]` to `[K, H, D]`.
 
-    A prompt token occurs once for its prompt and once for each completion, and its gradient is the
-    sum over these copies. The sum has a fixed order, so it is deterministic, unlike the gradient of
-    `index_select`, which uses atomics on CUDA. It is accumulated in float32 and rounded once.
+    A prompt token occurs once for its prompt and once for each completion (in a tree, once for each
+    run that continues it), and its gradient is the sum over these copies. The sum has a fixed
+    order, so it is deterministic, unlike the gradient of `index_select`, which uses atomics on
+    CUDA. It is accumulated in float32 and rounded once.
     """
     return cast(Tensor, _Gather.apply(states, sequences))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, sequences: Sequences) -> Tensor:
+    def forward(ctx: Any, states: Tensor, sequences: Row) -> Tensor:
         ctx.sequences = sequences
         return states.index_select(0, sequences.key_index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        tokens, places, counted = ctx.sequences.shared_keys
         total = gradient.index_select(0, ctx.sequences.own_place)
-        parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
-        if counted is not None:
-            parts = parts.masked_fill_(~counted[:, :, None, None], 0)
-        summed = parts.sum(1, dtype=gradient.dtype)  # autocast would return float32
-        return total.index_copy_(0, tokens, summed), None  # tokens are distinct: deterministic
+        for tokens, places, counted in ctx.sequences.shared_keys:
+            parts = gradient.index_select(0, places.flatten()).unflatten(0, places.shape)
+            if counted is not None:
+                parts = parts.masked_fill_(~counted[:, :, None, None], 0)
+            summed = parts.sum(1, dtype=gradient.dtype)  # autocast would return float32
+            total.index_copy_(0, tokens, summed)  # tokens are distinct: deterministic
+        return total, None
 
 
 def attend_sequences(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sequences: Sequences,
+    sequences: Row,
     *,
     kernel: Kernel,
     scaling: float | None,
@@ -61,7 +63,7 @@ def attend_sequences(
         query: Queries `[1, H, T, D]`, float16 or bfloat16.
         key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
         value: Values, with the shape of `key`.
-        sequences: Sequences of the row.
+        sequences: Sequences of the row, or runs of its tree.
         kernel: "flash3", "varlen" or "flash_attn".
         scaling: Scale of the scores; None: `D ** -0.5`.
         softcap: Cap of the scores; not supported by "varlen".
@@ -79,12 +81,12 @@ def attend_sequences(
         options |= {"dropout_p": dropout} if kernel == "flash_attn" else {}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         call = _flash_function(kernel)
-        out = call(queries, keys, values, *sequences.with_prompts, causal=True, **options)
+        out = call(queries, keys, values, *sequences.with_keys, causal=True, **options)
     return out[None]
 
 
 def _torch_varlen(
-    queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, **options: Any
+    queries: Tensor, keys: Tensor, values: Tensor, sequences: Row, **options: Any
 ) -> Tensor:
     """Call torch's `varlen_attn` with FlashAttention-2.
 
@@ -95,7 +97,7 @@ def _torch_varlen(
 
     call: Callable[..., Any] = varlen_attn
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out: Tensor = call(queries, keys, values, *sequences.with_prompts, **options, **_grouping())
+        out: Tensor = call(queries, keys, values, *sequences.with_keys, **options, **_grouping())
     return out
 
 

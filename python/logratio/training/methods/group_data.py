@@ -11,7 +11,8 @@ from torch import Tensor
 
 from logratio._rust import Store
 from logratio.errors import ConfigError
-from logratio.logps.batch import TargetTokens, onto
+from logratio.logps.batch import TargetTokens
+from logratio.logps.sequences import onto
 from logratio.training.methods.logps import CHOSEN, RANK, REJECTED, SCORE, WEIGHT, GroupLogps
 from logratio.training.methods.objective import Objective
 from logratio.training.parallel.processes import ALONE, Processes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logratio._rust import ROLES
-from logratio.logps.batch import onto
+from logratio.logps.sequences import onto
 
 CHOSEN, REJECTED, MISMATCHED = map(ROLES.index, ("chosen", "rejected", "mismatched"))
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from logratio.logps.batch import TargetTokens, onto
+from logratio.logps.batch import TargetTokens
+from logratio.logps.sequences import onto
 
 
 def length_desensitized(targets: TargetTokens, *, alpha: float, **_: Any) -> Tensor:

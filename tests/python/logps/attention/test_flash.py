@@ -32,7 +32,7 @@ from logratio.logps.attention.flash import (
     merging_pays,
 )
 from logratio.logps.attention.kernels import Choice, Wanted
-from logratio.logps.batch import Bounds, Sequences
+from logratio.logps.sequences import Bounds, Sequences
 
 CPU = torch.device("cpu")
 Groups = tuple[tuple[int, tuple[int, ...]], ...]

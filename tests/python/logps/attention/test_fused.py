@@ -16,8 +16,9 @@ from logratio.data.feed import lay_out
 from logratio.logps.attention import SharedPrompt, fused, sdpa
 from logratio.logps.attention.kernels import KernelError, Wanted
 from logratio.logps.attention.sdpa import Scoring
-from logratio.logps.batch import Sequences, SharedBatch, fields_for, to_torch
+from logratio.logps.batch import SharedBatch, fields_for, to_torch
 from logratio.logps.checks import batch_of
+from logratio.logps.sequences import Sequences
 
 CPU = torch.device("cpu")
 WANTED = Wanted("cuda", torch.bfloat16, 16, 16, heads=4, key_heads=2)

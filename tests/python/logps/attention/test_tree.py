@@ -6,49 +6,19 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from layout_oracle import store_of as store_of_roles
 from oracle import Group, in_float64, per_token_logps
 from rope_configs import ROPES, config_of
-from tiny_models import FAMILIES, VOCABULARY, tiny
+from tiny_models import FAMILIES, tiny
 from torch import Tensor
+from trees import gradients, related_groups, store_of, tree_of
 
-from logratio._rust import Store
 from logratio.logps.attention import parts, shared_prompts, tree
 from logratio.logps.attention.tree import CALL, COPY, gather, split_runs
-from logratio.logps.batch import Part, TreeBatch
+from logratio.logps.batch import Part
 from logratio.logps.checks import check_tree
 from logratio.logps.completion import batch_of, completion_loss, groups_of, limits_of, score
+from logratio.logps.sequences import Runs
 from logratio.training.memory import GroupQueue
-
-
-def related_groups(seed: int, count: int = 7) -> list[Group]:
-    """Groups that go on from one another's prompts and answers, some longer than any window."""
-    random = np.random.default_rng(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [int(i) for i in random.integers(1, VOCABULARY, int(random.integers(low, high)))]
-
-    groups: list[Group] = [(ids(9, 40), [ids(1, 30), ids(1, 9)]), (ids(1, 5), [ids(1, 9)] * 2)]
-    while len(groups) < count:
-        prompt, answers = groups[int(random.integers(len(groups)))]
-        answer = answers[0] if random.random() < 0.5 else []
-        start = ids(1, 4)  # which its answers have in common
-        groups.append((prompt + answer + ids(0, 9), [start + ids(0, 12), ids(1, 9), start]))
-    return [groups[at] for at in random.permutation(len(groups)).tolist()]
-
-
-def store_of(groups: list[Group]) -> Store:
-    return store_of_roles([(p, [(ids, [1] * len(ids), 2) for ids in all_]) for p, all_ in groups])
-
-
-def tree_of(groups: list[Group]) -> TreeBatch:
-    batch = batch_of(groups, "tree")
-    assert isinstance(batch, TreeBatch)
-    return batch
-
-
-def gradients(model: torch.nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,10 +105,10 @@ def test_every_family_passes_the_leak_check_of_a_tree(family: str) -> None:
 
 
 def test_a_tree_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_ends(starts: np.ndarray, *_: list[np.ndarray]) -> np.ndarray:
-        return np.full(starts[-1], starts[-1])
+    def without_ends(runs: Runs) -> np.ndarray:
+        return np.full(runs.starts[-1], runs.starts[-1], dtype=np.int64)
 
-    monkeypatch.setattr(tree, "_ends", without_ends)
+    monkeypatch.setattr(Runs, "ends", property(without_ends))
     reason = check_tree(tiny(FAMILIES["llama"]()))
     assert reason is not None and "see each other" in reason
 

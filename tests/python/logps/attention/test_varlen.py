@@ -21,6 +21,9 @@ from plain_attention import (
     score_and_gradient,
     sequences_of,
 )
+from plain_attention import (
+    stand_in as stand_in,
+)
 from random_groups import random_groups
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
@@ -28,55 +31,12 @@ from torch.nn.attention import flex_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from logratio.data.feed import lay_out
-from logratio.logps.attention import SharedPrompt, fused, varlen
+from logratio.logps.attention import SharedPrompt, fused
 from logratio.logps.attention.flex import attend_row, visible
 from logratio.logps.attention.interface import NAME, shared_prompt_attention
 from logratio.logps.attention.kernels import Choice, Kernel
 from logratio.logps.attention.varlen import attend_sequences, gather_keys
 from logratio.logps.batch import SEQUENCES, SharedBatch, fields_for, to_torch
-
-
-def plain_varlen(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_queries: int,
-    max_keys: int,
-    *,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What `varlen_attn` says that it does, one sequence and one query at a time."""
-    assert enable_gqa and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    left, right = window_size
-    assert right == 0
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    times = queries.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
-    out = []
-    for at in range(len(cu_seqlens_q) - 1):
-        q = queries[cu_seqlens_q[at] : cu_seqlens_q[at + 1]]
-        k = keys[cu_seqlens_k[at] : cu_seqlens_k[at + 1]]
-        v = values[cu_seqlens_k[at] : cu_seqlens_k[at + 1]]
-        assert 0 < len(q) <= max_queries
-        assert len(q) <= len(k) <= max_keys
-        for i in range(len(q)):
-            end = len(k) - len(q) + i + 1
-            seen = slice(0 if left < 0 else max(0, end - 1 - left), end)
-            weights = torch.einsum("hd,khd->hk", q[i], k[seen]).mul(scale).softmax(-1)
-            out.append(torch.einsum("hk,khd->hd", weights, v[seen]))
-    return torch.stack(out)
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the plain attention in place of torch's kernel."""
-    module = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(module, "varlen_attn", plain_varlen)
-    monkeypatch.setattr(varlen, "_grouping", lambda: {"enable_gqa": True})
 
 
 @pytest.mark.parametrize("width", [None, 300])
@@ -93,7 +53,10 @@ def test_sequences_say_where_every_token_is(seed: int, width: int | None) -> Non
     filler = batch.input_ids.shape[1] - sum(lengths)
     lengths, prompts = lengths + [filler] * (filler > 0), prompts + [len(prompts)] * (filler > 0)
     assert found.of_token.tolist() == [n for n, many in enumerate(lengths) for _ in range(many)]
-    assert found.prompt_of_token.tolist() == [prompts[n] for n in found.of_token.tolist()]
+    stops = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    last = [max(n for n, first in enumerate(prompts) if first == own) for own in prompts]
+    ends = [stops[last[n]] if prompts[n] == n else stops[n] for n in range(len(lengths))]
+    assert found.ends.tolist() == [ends[n] for n in found.of_token.tolist()]
     tokens = torch.arange(sum(lengths))
     assert torch.equal(found.key_index[found.own_place], tokens)
     own = found.cu_seqlens_k[found.of_token + 1] > found.own_place
