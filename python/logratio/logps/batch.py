@@ -6,6 +6,7 @@ On the CPU the tensors share the layout's memory; for another device there is a 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypedDict
 
@@ -156,6 +157,8 @@ class TreeBatch:
         position_ids: Position of each token in its sequences, int64 `[1, T]`.
         targets: The scored tokens.
         runs: The runs, on the host.
+        ids_on_host: The token ids, int64 numpy `[T]`.
+        targets_on_host: `logit_index` and `target_ids` of the targets, int64 numpy `[S]` each.
         branches: The runs for variable-length kernels; None on a CPU.
     """
 
@@ -163,7 +166,23 @@ class TreeBatch:
     position_ids: Tensor
     targets: TargetTokens
     runs: Runs
+    ids_on_host: np.ndarray
+    targets_on_host: tuple[np.ndarray, np.ndarray]
     branches: Branches | None = None
+
+    @cached_property
+    def last_tokens(self) -> np.ndarray:
+        """The position of each completion's last token, int64 numpy `[N]`.
+
+        It is the one token with its id that follows the token by which it is predicted.
+        """
+        last, ids = self.targets.completion_offsets[1:] - 1, self.ids_on_host
+        before, wanted = (column[last] for column in self.targets_on_host)
+        span = int(ids.max()) + 1
+        keys = (self.runs.before + 1) * span + ids
+        order = keys.argsort()
+        found: np.ndarray = order[np.searchsorted(keys[order], (before + 1) * span + wanted)]
+        return found
 
 
 @dataclass(frozen=True)
@@ -338,6 +357,8 @@ def _tree(layout: TreeLayout, tensors: _Tensors) -> TreeBatch:
         position_ids=tensors["position_ids"][None],
         targets=_targets(layout, tensors),
         runs=runs,
+        ids_on_host=layout.input_ids,
+        targets_on_host=(layout.logit_index, layout.target_ids),
         branches=branches,
     )
 

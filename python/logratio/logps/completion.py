@@ -169,9 +169,9 @@ def _prompts(batch: Batch) -> list[list[int]]:
 
 
 def _tree_prompts(batch: TreeBatch) -> list[list[int]]:
-    targets, row = batch.targets, batch.input_ids[0].cpu().numpy()
+    targets, row = batch.targets, batch.ids_on_host
     leads = targets.completion_offsets[targets.group_offsets[:-1]]  # each group's first target
-    ends = targets.logit_index.cpu().numpy()[leads]
+    ends = batch.targets_on_host[0][leads]
     return [row[batch.runs.path_to(end)].tolist() for end in ends.tolist()]
 
 

@@ -131,38 +131,10 @@ def _tree_weights(batch: TreeBatch) -> np.ndarray:
     Each completion counts 1 at its last token. A token's count is the sum of those of the tokens
     that follow it, which are later in the row.
     """
-    before, starts = _tokens_before(batch), batch.runs.starts
-    weights = np.bincount(_last_tokens(batch, before), minlength=len(before)).astype(np.float64)
+    before, starts = batch.runs.before, batch.runs.starts
+    weights = np.bincount(batch.last_tokens, minlength=len(before)).astype(np.float64)
     for start, stop in zip(starts[-2::-1], starts[:0:-1], strict=True):
         weights[start:stop] = weights[start:stop][::-1].cumsum()[::-1]
         if before[start] >= 0:
             weights[before[start]] += weights[start]
     return weights
-
-
-def _tokens_before(batch: TreeBatch) -> np.ndarray:
-    """Return the position of the token before each token in its sequences, int64 `[T]`; else -1."""
-    before = np.arange(-1, batch.input_ids.shape[1] - 1, dtype=np.int64)
-    runs = batch.runs
-    starts, ends = runs.starts[:-1], runs.key_offsets[1:] - np.diff(runs.starts)
-    is_first = ends == runs.key_offsets[:-1]
-    before[starts] = np.where(is_first, -1, runs.key_index[np.maximum(ends - 1, 0)])
-    return before
-
-
-def _last_tokens(batch: TreeBatch, before: np.ndarray) -> np.ndarray:
-    """Return the position of each completion's last token, int64 `[N]`.
-
-    It is the one token with its id that follows the token by which it is predicted.
-    """
-    last = batch.targets.completion_offsets[1:] - 1
-    ids = batch.input_ids[0].cpu().numpy()
-    wanted = (
-        batch.targets.logit_index.cpu().numpy()[last],
-        batch.targets.target_ids.cpu().numpy()[last],
-    )
-    span = int(ids.max()) + 1
-    keys = (before + 1) * span + ids
-    order = keys.argsort()
-    found: np.ndarray = order[np.searchsorted(keys[order], (wanted[0] + 1) * span + wanted[1])]
-    return found

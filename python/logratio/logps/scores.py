@@ -4,15 +4,13 @@ The head is `score` of transformers' classes for sequence classification with on
 sequence is scored at its last token that is not the padding token of the model's config.
 """
 
-from itertools import pairwise
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from logratio.logps.batch import Batch, PaddedBatch, SharedBatch, TreeBatch
+from logratio.logps.batch import Batch, PaddedBatch, SharedBatch
 from logratio.logps.completion import (
     Call,
     Routed,
@@ -149,7 +147,7 @@ def _last_places(batch: Batch) -> Tensor:
         first = onto(batch.targets.completion_offsets[:-1].astype(np.int64), ends.device)
         rows = batch.targets.logit_index[first] // width
         return rows * width + ends[rows]
-    found = _of_shared(batch) if isinstance(batch, SharedBatch) else _of_tree(batch)
+    found = _of_shared(batch) if isinstance(batch, SharedBatch) else batch.last_tokens
     return onto(found, batch.input_ids.device)
 
 
@@ -160,23 +158,3 @@ def _of_shared(batch: SharedBatch) -> np.ndarray:
     is_completion = np.concatenate([np.arange(len(one)) > 0 for one in lengths])
     found: np.ndarray = ends[is_completion].astype(np.int64)
     return found
-
-
-def _of_tree(batch: TreeBatch) -> np.ndarray:
-    """Find the last tokens: each is the child, with its id, of the token that predicts it."""
-    ids, targets, runs = batch.input_ids[0].tolist(), batch.targets, batch.runs
-    starts, keys = runs.starts.tolist(), runs.key_offsets.tolist()
-    branches = {}
-    for run, (start, stop) in enumerate(pairwise(starts)):
-        own = keys[run + 1] - (stop - start)  # where the run's own tokens begin in `key_index`
-        if own > keys[run]:
-            branches[int(runs.key_index[own - 1]), ids[start]] = start
-    last = targets.completion_offsets[1:] - 1
-    before, wanted = (column.tolist() for column in (targets.logit_index, targets.target_ids))
-    begins = set(starts)
-    found = []
-    for target in last.tolist():
-        place, token = before[target], wanted[target]
-        follows = place + 1 not in begins and place + 1 < len(ids) and ids[place + 1] == token
-        found.append(place + 1 if follows else branches[place, token])
-    return np.array(found, dtype=np.int64)

@@ -227,6 +227,15 @@ class Runs:
             ends[left[len(path) :]] = self.starts[run]  # this run does not continue these tokens
         return ends
 
+    @cached_property
+    def before(self) -> np.ndarray:
+        """The position of the token before each token in its sequences, int64 `[T]`; else -1."""
+        before = np.arange(-1, int(self.starts[-1]) - 1, dtype=np.int64)
+        starts, ends = self.starts[:-1], self.key_offsets[1:] - np.diff(self.starts)
+        is_first = ends == self.key_offsets[:-1]
+        before[starts] = np.where(is_first, -1, self.key_index[np.maximum(ends - 1, 0)])
+        return before
+
     def path_to(self, token: int) -> np.ndarray:
         """Return the positions of all tokens of a sequence up to and including `token`, int64."""
         run = int(np.searchsorted(self.starts, token, side="right")) - 1

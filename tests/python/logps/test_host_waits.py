@@ -17,6 +17,7 @@ import pytest
 import torch
 from layout_oracle import store_of
 from random_groups import random_groups
+from rewards import tiny_reward_model
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -203,9 +204,31 @@ def test_an_update_waits_once(
             assert values["loss"] == values["grad_norm"] == 1.0
 
 
-def test_the_sums_of_routers_do_not_wait() -> None:
+@pytest.mark.parametrize("loss", ["dpo", "bradley-terry"])
+def test_an_update_of_trees_waits_once(
+    config: Callable[..., TrainConfig],
+    loss: str,
+    like_cuda: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(update_loop, "shape_for", lambda *_: shape_for("tree", "cuda"))
+    run = config(loss=loss, share_beginnings=True)
+    is_scored = loss == "bradley-terry"
+    policy: nn.Module = tiny_reward_model() if is_scored else load_model(run.model)
+    reference = None if is_scored else FrozenReference(load_model(run.model).to("meta"))
+    training = DPOTrainer(config=run, show_progress=False)
+    training.begin(policy.to("meta"), reference, "tree")
+    number, update = next(groupby(list(training._feed(0)), lambda micro: micro.update))
+    with shared_prompts(transformer(policy)), HostWaits() as waits:
+        training.updater.update(number + 1, 1e-4, update)
+    assert waits.found == {"to the host": 1}
+
+
+@pytest.mark.parametrize("layout", ["shared", "tree"])
+def test_the_sums_of_routers_do_not_wait(layout: str) -> None:
     store = store_of(random_groups(0))
-    batch = to_torch(lay_out(store, np.arange(len(store)), "shared", **GPU), "meta")
+    shape = shape_for(layout, "cuda")
+    batch = to_torch(lay_out(store, np.arange(len(store)), layout, **shape), "meta")
     logits = torch.ones(batch.input_ids.numel(), 8, device="meta", requires_grad=True)
     with HostWaits() as waits:
         sums = RouterSums(top_k=2)
