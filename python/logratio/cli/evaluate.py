@@ -84,6 +84,7 @@ def evaluate(
         typer.Option(help="Tokens per forward pass. A lower value saves memory and leaves the "
                      "results unchanged.", rich_help_panel=options.MACHINE),
     ] = BUDGET,
+    share_beginnings: options.ShareBeginnings = False,
     precision: options.PrecisionOption = None,
     device: options.Device = None,
     dry_run: options.DryRun = False,
@@ -98,6 +99,7 @@ def evaluate(
         }
         given |= {"precision": precision, "samples": None if sampling == SAMPLING else sampling}
         given |= {"token-budget": None if token_budget == BUDGET else token_budget}
+        given |= {"share-beginnings": share_beginnings or None}
         _refuse_of_bundle(given, reading)
         _evaluate_bundle((bundle, base), data, reading, json_file, dry_run)
         return
@@ -114,6 +116,7 @@ def evaluate(
         beta=beta,
         **sampling.settings(),
         token_budget=token_budget,
+        share_beginnings=share_beginnings,
         precision=precision.value if precision else None,
         device=device,
         rules=reading.rules,

@@ -424,6 +424,7 @@ class EvaluateConfig(YamlSettings):
         max_new_tokens: Maximum length of a sampled completion.
         seed: Seed of the sampling.
         token_budget, precision, device, rules, formats, max_bad_fraction: As in `TrainConfig`.
+        share_beginnings: As in `TrainConfig`, over all pairs of this process.
     """
 
     policy: PathLike
@@ -435,6 +436,7 @@ class EvaluateConfig(YamlSettings):
     max_new_tokens: Count = 128
     seed: Seed = 0
     token_budget: Count = 16384
+    share_beginnings: bool = False
     precision: Precision | None = None
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)

@@ -21,7 +21,7 @@ from logratio.errors import ConfigError
 from logratio.forecast import Forecast, check_writable
 from logratio.logps.attention.interface import own_attention
 from logratio.logps.batch import Batch, buffers_for, shape_for, to_torch
-from logratio.logps.checks import choose_layout
+from logratio.logps.checks import choose_layout, layout_note
 from logratio.logps.completion import batch_of, limits_of, score, transformer
 from logratio.logps.scores import has_scalar_head, score_completions
 from logratio.progress import Advance, be_silent, progress, say
@@ -407,14 +407,28 @@ class Evaluating:
             autocast(self.precision, self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
-            values, *others = (
-                store_sums(model, store, self.config.token_budget, advance, self.processes)
-                for model in models
-            )
+            values, *others = (self._sums(model, advance) for model in models)
             samples = self.config.samples and self.processes.is_first
             kl = self._kl(*models) if samples else None
         self.processes.wait()
         return summarize(store, values - others[0] if others else values, self.beta, kl)
+
+    def _sums(self, model: nn.Module, advance: Advance) -> np.ndarray:
+        """Return the summed log-probs, or scores, of every completion, float64 `[N]`."""
+        wanted = self.config.share_beginnings
+        layout, reason = choose_layout(model, share_beginnings=wanted)
+        note = layout_note(layout, reason, share_beginnings=wanted)
+        if note and self.show_progress:
+            say(note)
+        return sums_over(
+            self.dataset.store,
+            lambda batch: model_sums(model, batch),
+            self.config.token_budget,
+            layout,
+            self.device,
+            advance,
+            self.processes,
+        )
 
     def _load(self, folder: PathLike) -> nn.Module:
         return load_model(folder, device=self.device, precision=self.precision, frozen=True)
@@ -470,31 +484,6 @@ def drawn_sums(model: nn.Module, prompts: list[list[int]], drawn: list[list[int]
         with own_attention(transformer(model)):
             parts.append(model_sums(model, batch).cpu().numpy())
     return np.concatenate(parts)
-
-
-def store_sums(
-    model: nn.Module,
-    store: Store,
-    token_budget: int,
-    advance: Advance = lambda *_: None,
-    processes: Processes | None = None,
-) -> np.ndarray:
-    """Return the summed log-probs, or scores, of every completion in a store, float64 `[N]`.
-
-    Args:
-        model: The model to score with.
-        store: Tokenized groups.
-        token_budget: Tokens computed at a time.
-        advance: Called with the number of groups after each batch.
-        processes: As in `sums_over`.
-    """
-    layout, _ = choose_layout(model)
-    device = next(model.parameters()).device
-
-    def sums_of(batch: Batch) -> Tensor:
-        return model_sums(model, batch)
-
-    return sums_over(store, sums_of, token_budget, layout, device, advance, processes)
 
 
 def sums_over(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import WORDS
+from torch import nn
 
-from logratio.logps.batch import Layout
-from logratio.training import PrecomputeConfig, TrainConfig, precompute, train
+from logratio.logps.batch import Batch, Layout, SharedBatch, TreeBatch
+from logratio.training import (
+    EvaluateConfig,
+    PrecomputeConfig,
+    TrainConfig,
+    evaluate,
+    evaluation,
+    precompute,
+    train,
+)
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
 from logratio.training.reference import open_cache
@@ -116,6 +126,28 @@ def test_precompute_scores_the_same_with_fewer_tokens(
     assert 0 < tokens[True] < tokens[False] * 0.6
 
 
+def test_an_evaluation_finds_the_same_with_fewer_tokens(
+    tiny_model: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy"
+    train(TrainConfig(tiny_model, [talks], policy, lr=1e-3, epochs=2), show_progress=False)
+    tokens, sums = Counter[type](), evaluation.model_sums
+
+    def counting(model: nn.Module, batch: Batch) -> torch.Tensor:
+        tokens[type(batch)] += batch.input_ids.numel()
+        return sums(model, batch)
+
+    monkeypatch.setattr(evaluation, "model_sums", counting)
+    apart = EvaluateConfig(policy, tiny_model, [talks], token_budget=256)
+    together = dataclasses.replace(apart, share_beginnings=True)
+    one, other = (evaluate(config, show_progress=False).to_dict() for config in (apart, together))
+    assert one.keys() == other.keys()
+    assert one["pairs"] == other["pairs"] == 18
+    assert 0 < one["accuracy"] == other["accuracy"]
+    assert one["margin"] == pytest.approx(other["margin"], abs=1e-5)
+    assert 0 < tokens[TreeBatch] < tokens[SharedBatch] * 0.6
+
+
 def test_a_run_is_resumed_only_with_the_same_setting(
     tiny_model: Path, talks: Path, tmp_path: Path
 ) -> None:
@@ -137,4 +169,8 @@ def test_a_model_that_cannot_share_beginnings_says_so(
     config = PrecomputeConfig(tiny_model, [talks], tmp_path / "cache", share_beginnings=True)
     assert precompute(config, show_progress=False).new > 30
     captured = capsys.readouterr()
-    assert "within groups, not across them: it must not" in captured.out + captured.err
+    note = "within groups, not across them: it must not"
+    assert note in captured.out + captured.err
+    held_out = EvaluateConfig(tiny_model, tiny_model, [talks], beta=0.1, share_beginnings=True)
+    assert evaluate(held_out).margin == 0
+    assert capsys.readouterr().err.count(note) == 2, "of the policy and of the reference"
