@@ -75,7 +75,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the plain attention in place of torch's kernel."""
     module = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(module, "varlen_attn", plain_varlen)
-    monkeypatch.setattr(varlen, "_grouping", lambda: {"enable_gqa": True})
+    monkeypatch.setattr(varlen, "_has_enable_gqa", lambda: True)
 
 
 def heads(batch: SharedBatch, many: int, kv: int, dtype: torch.dtype = torch.float64) -> States:

@@ -134,6 +134,13 @@ class Sequences(Row):
     most_completions: int
     fewest_completions: int
 
+    def prepare(self) -> None:
+        """Compute what kernels need, before a layer is traced: the cache's locks are not traceable.
+
+        All layers use the results, so their graphs take them as inputs.
+        """
+        _ = self.own_place, self.shared_keys, self.on_prompts, self.prompt_rows
+
     @property
     def on_themselves(self) -> Bounds:
         """Each sequence with only its tokens as keys, which are those of the row."""

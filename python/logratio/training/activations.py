@@ -23,10 +23,13 @@ from logratio._rust import Store
 from logratio.data.feed import lay_out
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import size
-from logratio.logps.attention.interface import NAME
+from logratio.logps.attention.interface import NAME, attention_in_graph
+from logratio.logps.attention.plan import SharedPrompt
+from logratio.logps.attention.tree import SharedTree
 from logratio.logps.batch import shape_for, to_torch
 from logratio.logps.completion import transformer
 from logratio.logps.scores import differentiable_values
+from logratio.logps.sequences import Sequences
 from logratio.training import memory
 from logratio.training.config import TrainConfig
 from logratio.training.memory import GroupQueue
@@ -91,8 +94,8 @@ def layer_options(model: nn.Module, kept: LayerOptions) -> Iterator[None]:
     shapes = {_sorted(p.shape) for p in model.parameters() if p.dim() > 1}
     attention = ALL_ATTENTION_FUNCTIONS[NAME]
     try:
-        if kept.compiled:  # it loops over groups, so each micro-batch would need its own graph
-            AttentionInterface.register(NAME, torch.compiler.disable(attention))
+        if kept.compiled:
+            AttentionInterface.register(NAME, attention_in_graph)
         for number, layer in enumerate(layers):
             twice = number < kept.checkpointed
             weights = shapes if kept.offload else None
@@ -140,12 +143,14 @@ class _Layer:
         drops: bool,
     ) -> None:
         self._plain, self._twice, self._weights = forward, twice, weights
-        self._drops = drops
+        self._drops, self._compiled = drops, compiled
         self._forward = _compiled(forward) if compiled else forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
+        if self._compiled:
+            _prepare(kwargs.get("shared_prompt"))
         with self._hooks():
             if not self._twice:
                 return self._forward(*args, **kwargs)
@@ -159,6 +164,11 @@ class _Layer:
         if self._weights is None:
             return nullcontext()
         return saved_tensors_hooks(_Mover(self._weights).pack, unpack)
+
+
+def _prepare(row: SharedPrompt | SharedTree | None) -> None:
+    if row is not None and isinstance(row.sequences, Sequences):
+        row.sequences.prepare()
 
 
 def _sorted(shape: torch.Size) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -225,8 +226,29 @@ def attend_fused(
         KernelError: The kernel set by `use_kernel` does not support this attention.
     """
     sequences = shared_prompt.sequences
-    wanted = Wanted(
-        device=query.device.type,
+    kernel, dtype = kernel_of(query, key, value, shared_prompt, scoring), _dtype(query)
+    if kernel == "sdpa" or sequences is None:
+        return None
+    query, key, value = (states.to(dtype) for states in (query, key, value))
+    return attend_in_one_call(kernel, query, key, value, sequences, scoring)
+
+
+def kernel_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_prompt: SharedPrompt | SharedTree,
+    scoring: Scoring,
+) -> Kernel:
+    """Return the kernel that `attend_fused` uses for these arguments."""
+    sequences, repeated = shared_prompt.sequences, False
+    if isinstance(sequences, Sequences) and merging_pays(
+        sequences, query.shape[1], key.shape[1]
+    ):  # a branch, because a compiled layer knows the sizes as symbols
+        repeated = True
+    return _chosen(
+        query.device,
+        shared_prompt.kernel,
         dtype=_dtype(query),
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
@@ -238,16 +260,17 @@ def attend_fused(
         sequences=sequences is not None,
         windowed=scoring.window is not None,
         tree=isinstance(sequences, Branches),
-        repeated=isinstance(sequences, Sequences)
-        and merging_pays(sequences, query.shape[1], key.shape[1]),
+        repeated=repeated,
     )
-    choice = choose(wanted, query.device, shared_prompt.kernel)
-    if query.is_cuda:
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, forced: Kernel | None, **wanted: Any) -> Kernel:
+    """Choose and report a kernel; compiled layers do it once, when they are traced."""
+    choice = choose(Wanted(device=device.type, **wanted), device, forced)
+    if device.type == "cuda":
         report_choice(choice)
-    if choice.name == "sdpa" or sequences is None:
-        return None
-    query, key, value = (states.to(wanted.dtype) for states in (query, key, value))
-    return attend_in_one_call(choice.name, query, key, value, sequences, scoring)
+    return choice.name
 
 
 @cache

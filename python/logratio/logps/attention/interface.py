@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from logratio.errors import LogratioError
-from logratio.logps.attention.fused import attend_fused
-from logratio.logps.attention.kernels import KernelError
+from logratio.logps.attention.fused import attend_fused, kernel_of
+from logratio.logps.attention.kernels import TRACED, KernelError
 from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.sdpa import Scoring, attend
 from logratio.logps.attention.tree import SharedTree, attend_tree
+from logratio.logps.sequences import Sequences
 
 NAME = "logratio_shared_prompt"
 HARMLESS = ("position_ids", "cache_position")
@@ -83,6 +84,37 @@ def shared_prompt_attention(
     if isinstance(shared_prompt, SharedTree):
         return attend_tree(query, key, value, shared_prompt, scoring), None
     return attend(query, key, value, shared_prompt, scoring), None
+
+
+def attention_in_graph(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    shared_prompt: SharedPrompt | SharedTree | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend like `shared_prompt_attention`, in layers that are compiled.
+
+    Kernels of torch that compute a row in one call or two become a part of a layer's graph, after
+    `prepare` of the row. For other kernels the graph is interrupted: attention group by group would
+    need a graph for each batch, FlexAttention has a graph of its own, and other packages need not
+    support tracing. So do trees, because the number of sums over copied keys depends on the tree.
+    """
+    attend = _outside
+    row = None if shared_prompt is None else shared_prompt.sequences
+    if shared_prompt is not None and isinstance(row, Sequences):
+        names = ("scaling", "softcap", "sliding_window", "dropout", "s_aux")
+        scaling, softcap, window, dropout, sinks = (options.get(name) for name in names)
+        scoring = Scoring(scaling, dropout or 0.0, window, softcap, sinks)
+        if kernel_of(query, key, value, shared_prompt, scoring) in TRACED:
+            attend = shared_prompt_attention
+    return attend(module, query, key, value, attention_mask, shared_prompt=shared_prompt, **options)
+
+
+_outside = torch.compiler.disable(shared_prompt_attention)
 
 
 def _refuse_unknown(

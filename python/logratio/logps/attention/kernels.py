@@ -25,6 +25,8 @@ group, which runs everywhere. "Merged" kernels attend to prompts in a separate c
 variable-length kernels attend to gathered keys."""
 
 MERGED: tuple[Kernel, ...] = ("flash3_merged", "merged")
+TRACED: tuple[Kernel, ...] = ("merged", "varlen")
+"""Kernels that torch.compile makes a part of a layer's graph."""
 FLASH3: tuple[Kernel, ...] = ("flash3_merged", "flash3")
 
 HALF = (torch.float16, torch.bfloat16)

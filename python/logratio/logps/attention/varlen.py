@@ -96,17 +96,24 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     call: Callable[..., Any] = varlen_attn
+    if _has_enable_gqa():
+        options["enable_gqa"] = True
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out: Tensor = call(queries, keys, values, *sequences.with_keys, **options, **_grouping())
+        out: Tensor = call(queries, keys, values, *sequences.with_keys, **options)
     return out
 
 
+@torch.compiler.assume_constant_result
+def _has_enable_gqa() -> bool:
+    """Return whether GQA must be enabled; torch 2.11 supports it without an argument."""
+    return "enable_gqa" in _parameters()
+
+
 @cache
-def _grouping() -> dict[str, bool]:
-    """Return the argument that enables GQA; torch 2.11 supports GQA without it."""
+def _parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return frozenset(signature(varlen_attn).parameters)
 
 
 def _flash_function(kernel: Kernel) -> Callable[..., Tensor]:
