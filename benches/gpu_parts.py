@@ -24,6 +24,7 @@ import torch
 from gpu_steps import say
 from step_flops import forward_flops, measured_peak
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -157,6 +158,7 @@ def _update(
             loss = completion_loss(model, batch, loss_of)
         loss.backward()
 
+    counters.clear()
     start = perf_counter()
     with shared_prompts(transformer(model)), layer_options(model, LayerOptions(compiled=compiled)):
         if device == "cuda":
@@ -167,7 +169,9 @@ def _update(
         taken = seconds(backward, device)
     stepped = seconds(optimizer.step, device, times=2)
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
-    return {"seconds": taken, "first": first, "optimizer": stepped, "peak": peak}
+    breaks = sum(counters["graph_break"].values())  # 0 if the attention is inside the graphs
+    found = {"seconds": taken, "first": first, "optimizer": stepped, "peak": peak}
+    return found | {"graph_breaks": breaks} if compiled else found
 
 
 def attention(options: argparse.Namespace) -> None:

@@ -141,4 +141,4 @@ def test_every_step_is_rehearsed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny"])
     assert not ended.value.code
-    assert [row["status"] for row in rows(tmp_path) if "status" in row] == ["ok"] * 9
+    assert [row["status"] for row in rows(tmp_path) if "status" in row] == ["ok"] * 10

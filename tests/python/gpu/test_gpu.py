@@ -278,7 +278,22 @@ def logps_and_gradient(model: PreTrainedModel, logps: Tensor) -> tuple[Tensor, T
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_is_padded_is_the_oracle(family: str, kernel: Kernel, dtype: torch.dtype) -> None:
     """In bfloat16 shared rows may be as wrong as padded ones are, and half as much again."""
+    check_layout("shared", random_groups(4), family, kernel, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_a_tree_is_the_oracle(family: str, kernel: Kernel, dtype: torch.dtype) -> None:
+    """Later turns of each conversation, and answers that begin alike."""
     groups = random_groups(4)
+    groups += [(p + a[0] + [5, 6], [[7, *a[1]], [7, *a[0]]]) for p, a in groups[1:]]
+    check_layout("tree", groups, family, kernel, dtype)
+
+
+def check_layout(
+    layout: str, groups: list[Group], family: str, kernel: Kernel, dtype: torch.dtype
+) -> None:
     model = rounded(family)
     double = in_float64(model)
     truth, slope = logps_and_gradient(double, per_token_logps(double, groups))
@@ -286,7 +301,7 @@ def test_shared_is_padded_is_the_oracle(family: str, kernel: Kernel, dtype: torc
     padded = logps_and_gradient(on_gpu, score(on_gpu, batch_of(groups, "padded", DEVICE)))
     try:
         with use_kernel(kernel):
-            logps = score(on_gpu, batch_of(groups, "shared", DEVICE))
+            logps = score(on_gpu, batch_of(groups, layout, DEVICE))
     except SharedPromptError as error:
         pytest.skip(str(error))
     shared = logps_and_gradient(on_gpu, logps)
