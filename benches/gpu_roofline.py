@@ -290,31 +290,34 @@ def sized(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return type(config).from_dict(values)
 
 
-def roofline(config: PreTrainedConfig, speed: float, arm: str) -> dict[str, float]:
+def roofline(
+    config: PreTrainedConfig, speed: float, arm: str, pairs: int = PAIRS
+) -> dict[str, float]:
     """Return the milliseconds of each part, and MFU.
 
     Args:
         config: sizes of the model.
         speed: operations per second of products.
         arm: "full", "compiled" or "lora".
+        pairs: pairs of the micro-batch.
     """
     is_lora, count = arm == "lora", config.num_hidden_layers
-    rest = layers_work(sized(config, 0), adapters=False)
-    one = layers_work(sized(config, 1), adapters=is_lora)
+    rest = layers_work(sized(config, 0), adapters=False, pairs=pairs)
+    one = layers_work(sized(config, 1), adapters=is_lora, pairs=pairs)
     layer = Work(one.products - rest.products, one.moved - rest.moved)
     if arm == "compiled":
-        layer = compiled_work(sized(config, 1))
-    head = head_work(config, frozen=is_lora)
+        layer = compiled_work(sized(config, 1), pairs=pairs)
+    head = head_work(config, frozen=is_lora, pairs=pairs)
     if is_lora:
         rest = Work()  # a frozen embedding has no gradient
     parts = {
         "products": count * layer.products / speed,
-        "attention": attention_seconds(config),
+        "attention": attention_seconds(config, pairs),
         "element-wise": (rest.moved + count * layer.moved) / MEMORY,
         "head": head.products / speed + head.moved / MEMORY,
     }
     total = sum(parts.values())
-    flops = forward_flops(config, PROMPT, (ANSWER, ANSWER), shared=True) * PAIRS
+    flops = forward_flops(config, PROMPT, (ANSWER, ANSWER), shared=True) * pairs
     flops *= 2 if is_lora else 3
     return {name: 1e3 * value for name, value in parts.items()} | {
         "total": 1e3 * total,
