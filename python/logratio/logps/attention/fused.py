@@ -21,6 +21,7 @@ from logratio.logps.attention.kernels import (
     Choice,
     Kernel,
     Wanted,
+    constant_in_graphs,
     kernel_for,
     missing_kernels,
     report_choice,
@@ -264,9 +265,9 @@ def kernel_of(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _chosen(device: torch.device, forced: Kernel | None, **wanted: Any) -> Kernel:
-    """Choose and report a kernel; compiled layers do it once, when they are traced."""
+    """Choose and report a kernel."""
     choice = choose(Wanted(device=device.type, **wanted), device, forced)
     if device.type == "cuda":
         report_choice(choice)

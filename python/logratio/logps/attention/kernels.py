@@ -2,7 +2,7 @@
 
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from os import environ
 from pathlib import Path
 from shutil import which
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 
@@ -30,6 +30,15 @@ TRACED: tuple[Kernel, ...] = ("merged", "varlen")
 FLASH3: tuple[Kernel, ...] = ("flash3_merged", "flash3")
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Mark a function that compiled layers call once, when they are traced."""
+    marked: Function = torch.compiler.assume_constant_result(function)
+    return marked
 
 
 class KernelError(LogratioError, ValueError):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from logratio.logps.attention.kernels import Kernel
+from logratio.logps.attention.kernels import Kernel, constant_in_graphs
 from logratio.logps.sequences import Row
 
 
@@ -103,7 +103,7 @@ def _torch_varlen(
     return out
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _has_enable_gqa() -> bool:
     """Return whether GQA must be enabled; torch 2.11 supports it without an argument."""
     return "enable_gqa" in _parameters()
