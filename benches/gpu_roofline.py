@@ -26,11 +26,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from functorch.compile import make_boxed_func
 from step_flops import forward_flops
 from step_models import MODELS
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -145,8 +145,8 @@ def layers_work(config: PreTrainedConfig, *, adapters: bool, pairs: int = PAIRS)
     """Count the work of the layers and the embedding, forward and backward."""
     model = _made(config, adapters=adapters)
     with _as_on_a_gpu(), shared_prompts(transformer(model)):
-        batch = _batch(pairs)
-        with Counting() as counting:
+        batch, counting = _batch(pairs), Counting()
+        with counting:
             target_states(transformer(model), batch).sum().backward()
     return counting.work
 
@@ -162,7 +162,8 @@ def compiled_work(config: PreTrainedConfig, *, pairs: int = PAIRS) -> Work:
             found.append(work)
             return graph(*given)
 
-        return make_boxed_func(run)  # type: ignore[no-any-return,no-untyped-call]
+        boxed: Callable[..., object] = make_boxed_func(run)
+        return boxed
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     torch.compiler.reset()
@@ -245,12 +246,15 @@ def head_work(config: PreTrainedConfig, *, frozen: bool, pairs: int = PAIRS) -> 
     positions, vocabulary = 2 * pairs * ANSWER, config.vocab_size
     rows = ON_GPU[1] // vocabulary
     with FakeTensorMode(), torch.no_grad():
-        made = {"device": "cuda", "dtype": torch.bfloat16}
-        weight, hidden = (torch.empty(n, config.hidden_size, **made) for n in (vocabulary, rows))
+        weight, hidden = (
+            torch.empty(n, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+            for n in (vocabulary, rows)
+        )
         targets = torch.empty(rows, dtype=torch.int64, device="cuda")
         factors = torch.empty(rows, device="cuda")
         total = torch.empty(weight.shape, device="cuda")
-        with Counting() as counting, Tile(Head(weight, None, Transform()), hidden, targets) as tile:
+        counting = Counting()
+        with counting, Tile(Head(weight, None, Transform()), hidden, targets) as tile:
             tile.hidden_gradient(factors)
             if not frozen:
                 tile.add_head_gradient(factors, total, None)
@@ -279,7 +283,7 @@ def attention_seconds(config: PreTrainedConfig, pairs: int = PAIRS) -> float:
     width = width or config.hidden_size
     attended = PROMPT**2 / 2 + 2 * (PROMPT * ANSWER + ANSWER**2 / 2)
     done = 4 * width * config.num_hidden_layers * attended * pairs
-    return 3.5 * done / ATTENTION
+    return float(3.5 * done / ATTENTION)
 
 
 def sized(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logratio.data.feed import lay_out
 from logratio.logps.attention import varlen
-from logratio.logps.batch import SharedBatch, fields_for, to_torch
+from logratio.logps.batch import SharedBatch, TreeBatch, fields_for, to_torch
 from logratio.logps.completion import score
 from logratio.logps.sequences import Sequences
 
@@ -78,7 +78,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_has_enable_gqa", lambda: True)
 
 
-def heads(batch: SharedBatch, many: int, kv: int, dtype: torch.dtype = torch.float64) -> States:
+def heads(
+    batch: SharedBatch | TreeBatch, many: int, kv: int, dtype: torch.dtype = torch.float64
+) -> States:
     """Random queries, keys and values, `[1, heads, T, 8]`."""
     torch.manual_seed(0)
     shape = (1, batch.input_ids.shape[1], 8)

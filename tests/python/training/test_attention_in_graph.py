@@ -120,7 +120,8 @@ def test_torchs_own_kernels_are_in_both_graphs(
     """On tensors without values, which take the real operators: nothing interrupts the graph."""
     monkeypatch.setattr(fused, "choose", lambda *_: Choice(kernel, ()))
     monkeypatch.setattr(fused, "_dtype", lambda states: states.dtype)  # it has no autocast
-    model = tiny(FAMILIES["llama"]()).to(torch.bfloat16).to("meta")
+    model = tiny(FAMILIES["llama"]())
+    nn.Module.to(model, "meta", torch.bfloat16)
     with shared_prompts(model), layer_options(model, LayerOptions(compiled=True)):
         for seed in range(2):
             batch = as_on_a_gpu(random_groups(seed), "meta")

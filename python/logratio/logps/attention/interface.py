@@ -6,7 +6,7 @@ its queries, keys and values, and with the `SharedPrompt` that `completion_logps
 model as a keyword argument.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -103,7 +103,7 @@ def attention_in_graph(
     need a graph for each batch, FlexAttention has a graph of its own, and other packages need not
     support tracing. So do trees, because the number of sums over copied keys depends on the tree.
     """
-    attend = _outside
+    attend: Callable[..., tuple[Tensor, None]] = _outside
     row = None if shared_prompt is None else shared_prompt.sequences
     if shared_prompt is not None and isinstance(row, Sequences):
         names = ("scaling", "softcap", "sliding_window", "dropout", "s_aux")

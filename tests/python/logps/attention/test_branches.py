@@ -117,8 +117,9 @@ def as_on_a_gpu(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> list[Wanted]
 
     def with_branches(*given: Any) -> Any:
         batch = batch_of(*given)
-        is_tree = isinstance(batch, TreeBatch)
-        return replace(batch, branches=branches_of(batch)) if is_tree else batch
+        if isinstance(batch, TreeBatch):
+            return replace(batch, branches=branches_of(batch))
+        return batch
 
     monkeypatch.setattr(fused, "choose", choose)
     monkeypatch.setattr(checks, "batch_of", with_branches)
