@@ -8,10 +8,17 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
+import logratio
 from logratio.data.records import CODES, CURES
 from logratio.export.scorer import FAMILIES
 from logratio.training.methods.table import METHODS, Method
 
+PACKAGES = (
+    "logratio",
+    *(f"logratio.{name}" for name in ("bundle", "cache", "data", "export", "integrations")),
+    *(f"logratio.{name}" for name in ("logps", "report", "serving", "training", "errors")),
+)
+"""What the API reference describes."""
 PAGE = Path(__file__).with_name("troubleshooting.md")
 METHODS_PAGE = PAGE.with_name("methods.md")
 EXPORT_PAGE = PAGE.with_name("export.md")
@@ -57,15 +64,20 @@ def _cells(method: Method) -> list[str]:
     ]
 
 
+def import_front_door() -> None:
+    """Import the names of `logratio`, which are lazy: pdoc only sees names that are there."""
+    for name in logratio.__all__:
+        setattr(logratio, name, getattr(logratio, name))
+
+
 def write_reference(folder: Path) -> None:
-    """Write the API reference of every public module."""
+    """Write the API reference of every public name, by package."""
     import pdoc
     import pdoc.render
 
+    import_front_door()
     pdoc.render.configure(docformat="google", math=True)
-    pdoc.pdoc(
-        "logratio", "!logratio._rust", "!logratio.cli", "!logratio.demo", output_directory=folder
-    )
+    pdoc.pdoc(*PACKAGES, output_directory=folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pytest
 
+from logratio.cache import ReferenceCache
 from logratio.data import (
     FeedSettings,
     FormatSettings,
@@ -24,7 +25,8 @@ from logratio.demo.run import DemoConfig
 from logratio.errors import ConfigError, LogratioError, SettingTypeError
 from logratio.export.export import export_bundle
 from logratio.export.plan import ExportConfig
-from logratio.serving import Reranker
+from logratio.report import write_report
+from logratio.serving import Reranker, RewardFunction, rank_file
 from logratio.training import (
     DPOTrainer,
     EvaluateConfig,
@@ -35,6 +37,7 @@ from logratio.training import (
     TrainConfig,
     evaluate,
     load_model,
+    merge_adapter,
     precompute,
     read_lora_config,
     train,
@@ -286,6 +289,15 @@ def unread() -> Reranker:
         (lambda: load_store("x", WRONG), "tokenizer must be a PreferenceTokenizer, not 3 (an int)"),
         (lambda: build_store("x", TEXT), "tokenizer must be a PreferenceTokenizer, not 'one st"),
         (lambda: read_lora_config(WRONG), "path must be a string or a Path, not 3 (an int)"),
+        (lambda: ReferenceCache(WRONG), "root must be a string or a Path, not 3 (an int)"),
+        (lambda: merge_adapter(WRONG, "x"), "model must be a string or a Path, not 3 (an int)"),
+        (lambda: merge_adapter("x", WRONG), "output must be a string or a Path, not 3 (an int)"),
+        (lambda: write_report(WRONG), "folder must be a string or a Path, not 3 (an int)"),
+        (lambda: write_report("x", WRONG), "path must be a string, a Path or None, not 3 (an int)"),
+        (lambda: rank_file(TEXT, "x"), "reranker must be a Reranker or a Workers, not 'one st"),
+        (lambda: rank_file(unread(), WRONG), "input must be a string or a Path, not 3 (an int)"),
+        (lambda: RewardFunction(WRONG), "bundle must be a string, a Path or a Reranker, not 3"),
+        (lambda: RewardFunction(unread(), missing=TEXT), "missing must be a number or None"),
         (lambda: unread().rank(WRONG, ["a"]), "prompt must be a string or a list of messages"),
         (lambda: unread().rank("x", TEXT), "candidates must be a list of strings, not 'one str"),
         (lambda: unread().rank("x", WRONG), "candidates must be a list of strings, not 3"),

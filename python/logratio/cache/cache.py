@@ -8,6 +8,7 @@ from logratio.cache.identity import StoredReference, find_references
 from logratio.cache.logps import ReferenceLogps
 from logratio.cache.results import CacheFile, Change, Exported, ReferenceReport
 from logratio.errors import LogratioError
+from logratio.validation import PATH, check_argument
 
 
 class NoReferenceError(LogratioError, LookupError):
@@ -23,6 +24,9 @@ class ReferenceCache:
     Args:
         root: The folder.
 
+    Raises:
+        SettingTypeError: `root` is not a path.
+
     Example:
         >>> cache = ReferenceCache("cache")
         >>> for report in cache.inspect():
@@ -31,6 +35,7 @@ class ReferenceCache:
     """
 
     def __init__(self, root: str | Path) -> None:
+        check_argument("root", PATH, root)
         self.root = Path(root)
 
     def __repr__(self) -> str:

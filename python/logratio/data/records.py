@@ -159,7 +159,8 @@ CURES: dict[str, str] = {
     "W514": "Nothing to do, if the model also drops earlier reasoning when it is used.",
     "W515": "Nothing to do, if the turns after the last answer are not needed.",
     "W517": "Check `--no-eos` and the template: the policy will not learn to stop.",
-    "W518": "`--chat` wraps the text as turns; `--text` confirms that plain text is intended.",
+    "W518": "`--chat` wraps the text as turns; `--text` confirms that plain text, or text that is "
+    "already rendered, is intended.",
     "W519": "Use `--chat`, or put text and chats into separate runs.",
     "W520": "Begin answers with a space or a line break, if the prompt does not end with one.",
     "W522": "Nothing to do; `--strings text` keeps the strings as text.",

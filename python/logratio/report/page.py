@@ -9,6 +9,7 @@ from logratio.durable import write_atomic
 from logratio.report import pictures
 from logratio.report.falling import last_fall
 from logratio.report.run_files import Row, RunFiles, read_run
+from logratio.validation import PATH, check_argument
 
 REPORT_FILE = "report.html"
 SAMPLES = 20
@@ -78,7 +79,7 @@ intervals of accuracy and KL.</p>{% endif %}
 """
 
 
-def write_report(folder: Path, path: Path | None = None) -> Path:
+def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     """Write the report of a run, which may be running, finished or dead.
 
     Without matplotlib it has tables only.
@@ -92,10 +93,13 @@ def write_report(folder: Path, path: Path | None = None) -> Path:
 
     Raises:
         MissingInputError: The folder has no file of a run.
+        SettingTypeError: An argument is not a path.
         OSError: The file cannot be written.
     """
-    target = path or folder / REPORT_FILE
-    write_atomic(target, page_of(read_run(folder)))
+    check_argument("folder", PATH, folder)
+    check_argument("path", PATH | None, path)
+    target = Path(path) if path else Path(folder, REPORT_FILE)
+    write_atomic(target, page_of(read_run(Path(folder))))
     return target
 
 

@@ -45,7 +45,7 @@ class Limits:
     query_characters: int = 262_144
     document_tokens: int | None = None
     request_tokens: int = 131_072
-    run_tokens: int = 512
+    run_tokens: int = 256
     queue: int = 256
     queue_seconds: float = 5.0
     seconds: float = 30.0

@@ -20,6 +20,7 @@ from logratio.serving.rank_rows import Item, RankSummary, checked, score_rows
 from logratio.serving.rank_workers import Scored, Workers
 from logratio.serving.reranker import Reranker
 from logratio.serving.shared_base import check_base
+from logratio.validation import PATH, check_argument
 
 _BYTES_PER_TOKEN = 4.0
 """Approximate value for English text."""
@@ -136,8 +137,12 @@ def rank_file(
     Raises:
         BadDataError: The file has no rows, or is of an unsupported type. No output file is left.
         ConfigError: Another process is writing the output, or its rows do not fit a Parquet table.
+        SettingTypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
     """
+    check_argument("reranker", Reranker | Workers, reranker)
+    check_argument("input", PATH, input)
+    check_argument("output", PATH | None, output)
     rows = open_file(Path(input))
     path = None if output in (None, "-") else Path(str(output))
     with open_output(path, _identity(reranker, input)) as out:

@@ -8,6 +8,7 @@ from logratio.errors import ConfigError
 from logratio.serving.candidates import Prompt, Reading
 from logratio.serving.reranker import NoCandidateError, Reranker
 from logratio.serving.scores import Score
+from logratio.validation import PATH, check_argument
 
 Completion = str | Sequence[Mapping[str, Any]]
 """Text, or a list with the assistant's message, as TRL passes it."""
@@ -48,7 +49,11 @@ class RewardFunction:
 
         Raises:
             BundleError, ProviderError, MissingExtraError: As `Reranker.load`.
+            SettingTypeError: An argument has the wrong type.
         """
+        check_argument("bundle", PATH | Reranker, bundle)
+        check_argument("missing", float | None, missing)
+        check_argument("prompt_key", str, prompt_key)
         self._reranker = bundle if isinstance(bundle, Reranker) else Reranker.load(bundle)
         self._missing, self._prompt_key = missing, prompt_key
         self._reading = Reading(truncate)

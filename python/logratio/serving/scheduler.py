@@ -76,11 +76,15 @@ _IDLE_SHARE = 0.5
 """Largest share of the request timeout that its computation may take on an idle server."""
 _EARLIEST_SHARE = 0.25
 """Share of the time given to the earliest deadline while shorter requests are waiting."""
+_AGEING = 0.05
+"""Seconds by which a request counts as shorter for each second since its arrival."""
 _MARGIN = 0.1
 """Share of the request timeout kept as a margin at admission: run times are estimates."""
 _SHORT_QUEUE = 6
 """Longest wait under overload, in computations of a mean request. Fewer would leave the server idle
 between arrivals."""
+_LARGEST_COUNTED = 2
+"""Largest share of a request in the wait under overload, in computations of a mean request."""
 _HOPELESS = 2.0
 """A request is dropped if it is expected to need this many times its remaining time."""
 
@@ -301,7 +305,9 @@ class Scheduler:
             RefusedError: 503, with the seconds to wait before a retry.
         """
         others = [other for other in self._jobs if other is not job]
-        late = self._wait(job, others) - self._longest_wait()
+        late = self._wait(job, others) - self._limits.queue_seconds
+        if self._now() < self._sheds_until:
+            late = max(late, self._backlog(others))
         if late > 0:
             self._shed()
         overrun = self._overrun([*others, job], self._busy()) + _MARGIN * self._limits.seconds
@@ -317,22 +323,23 @@ class Scheduler:
         """Keep the queue short until no request has been refused for a while."""
         self._sheds_until = self._now() + self._limits.queue_seconds
 
-    def _longest_wait(self) -> float:
-        """Return the longest expected wait of an accepted request, in seconds.
+    def _backlog(self, jobs: Sequence[Job]) -> float:
+        """Return by how many seconds accepted work exceeds what a lasting overload allows.
 
-        A burst may wait for `Limits.queue_seconds`. If requests keep arriving faster than they are
-        computed, a long queue answers no more of them than a short one, only later.
+        If requests keep arriving faster than they are computed, a long queue answers no more of
+        them than a short one, only later. All waiting requests count, also the larger ones which a
+        new one would overtake: otherwise these would wait until the load ends. A very large one
+        counts only in part, so that others are accepted while it is computed.
         """
-        if self._now() >= self._sheds_until:
-            return self._limits.queue_seconds
-        return min(self._limits.queue_seconds, _SHORT_QUEUE * self._seconds_each.of(1))
+        mean = self._seconds_each.of(1)
+        needs = (min(self._needed(job), _LARGEST_COUNTED * mean) for job in jobs)
+        return self._busy() + sum(needs) - _SHORT_QUEUE * mean
 
     def _wait(self, job: Job, others: Sequence[Job]) -> float:
         """Return the seconds that other requests would delay this request's last run."""
         needed = self._needed(job)
-        needs = [self._needed(other) for other in others]
-        first = sum(need for need in needs if need <= needed)
-        behind = sum(needs) - first
+        first = sum(self._needed(other) for other in others if self._rank(other) <= needed)
+        behind = sum(map(self._needed, others)) - first
         turns = (first + needed) * _EARLIEST_SHARE / (1 - _EARLIEST_SHARE)
         return self._busy() + first + min(behind, turns)
 
@@ -353,6 +360,13 @@ class Scheduler:
             runs = math.ceil(job.guess / self._limits.run_tokens)
             return job.speed.pace.of(job.guess, runs)
         return job.speed.pace.of(sum(job.left), len(job.left))
+
+    def _rank(self, job: Job) -> float:
+        """Return the expected seconds of a job, less a part of those since its arrival.
+
+        The lowest is computed first, so that short requests overtake longer ones, but not forever.
+        """
+        return self._needed(job) - _AGEING * (self._now() - job.arrived)
 
     def _busy(self) -> float:
         """Return the expected remaining seconds of the current run.
@@ -394,7 +408,7 @@ class Scheduler:
                 ready.remove(job)
         if not ready:
             return None
-        shortest = min(ready, key=lambda job: (self._needed(job), job.deadline))
+        shortest = min(ready, key=lambda job: (self._rank(job), job.deadline))
         earliest = min(ready, key=_by_deadline)
         run = shortest.speed.pace.of(shortest.left[0])
         if shortest is earliest:

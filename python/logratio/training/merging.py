@@ -37,6 +37,7 @@ from logratio.training.models import (
 )
 from logratio.training.reference_checks import TOLERANCES
 from logratio.training.run_folder import settings_of
+from logratio.validation import PATH, check_argument
 
 MergeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 COPIED = (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json", "vocab.json",
@@ -103,11 +104,14 @@ def merge_adapter(
         MergeError: Adapter and whole model differ by more than rounding explains; nothing is
             written.
         OutputError: The output folder is not writable, or its disk is too small.
+        SettingTypeError: An argument has the wrong type.
 
     Example:
         >>> merge_adapter("adapter", "whole").largest_gap < 1e-3
         True
     """
+    check_argument("model", PATH, model)
+    check_argument("output", PATH, output)
     refuse_multiple_processes("merge")
     folder, output = local_folder(model), Path(output)
     _check(folder, output, dtype)

@@ -11,7 +11,7 @@ the date that was recorded when the work started (`TokenizationRules.date`).
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -205,21 +205,33 @@ def refuse_different_run(
 def locked_output(output: Path) -> Iterator[Path]:
     """Create the output folder and lock it against other processes inside the block.
 
+    A new folder in which the block leaves nothing is removed again.
+
     Raises:
         OutputError: The folder cannot be created.
         RunExistsError: Another process is training into it.
     """
+    is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot write here ({error.strerror or error})") from error
     try:
         with locked(output):
-            yield output
+            try:
+                yield output
+            finally:
+                if is_new:
+                    _remove_empty(output)
     except BlockingIOError as error:
         raise RunExistsError(
             f"{output}: another process is training into this folder; choose another --output"
         ) from error
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it has files, or is gone
+        folder.rmdir()
 
 
 class OutputLock:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from documented import PAGES, blocks, commands, help_of
+from pdoc.doc import Module
 from repository import PACKAGE, ROOT, manifest
 
 import logratio
@@ -102,6 +103,19 @@ def test_the_families_on_the_page_are_those_that_export() -> None:
     page = ROOT / "python" / "docs" / "export.md"
     build = runpy.run_path(str(page.with_name("build.py")))
     assert page.read_text() == build["with_families"](page.read_text()), "run `make docs`"
+
+
+def test_the_reference_describes_every_public_name() -> None:
+    build = runpy.run_path(str(ROOT / "python/docs/build.py"))
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"cli", "demo"}
+    public = {"logratio", "logratio.errors", *(f"logratio.{room}" for room in rooms)}
+    assert set(build["PACKAGES"]) == public
+    build["import_front_door"]()
+    for name in public:
+        module = importlib.import_module(name)
+        described = Module(module)
+        assert set(described.members) >= set(getattr(module, "__all__", ())), name
+        assert described.members or described.submodules, name
 
 
 @pytest.mark.parametrize("heading", ["Where to look", "Own implementations, and why"])

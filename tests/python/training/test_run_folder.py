@@ -32,7 +32,7 @@ from logratio.training import (
 from logratio.training.checkpoint import RunInterruptedError
 from logratio.training.checkpoint_folder import SaveError
 from logratio.training.metrics import MetricsLog, NonFiniteError
-from logratio.training.run_folder import RunExistsError, reward_beta
+from logratio.training.run_folder import RunExistsError, locked_output, reward_beta
 from logratio.training.trainer import DPOTrainer
 
 
@@ -176,6 +176,19 @@ class TestOneAtATime:
             assert "another process is training into this folder" in err
             assert run(*command(config, "--dry-run"))[0] == 0
         assert run(*command(config))[0] == 0
+
+    def test_a_new_folder_without_files_is_removed_again(self, tmp_path: Path) -> None:
+        for name in ("new", "deep/er"):
+            with pytest.raises(ConfigError), locked_output(tmp_path / name):
+                raise ConfigError("refused")
+            assert not (tmp_path / name).exists()
+        (tmp_path / "old").mkdir()
+        with locked_output(tmp_path / "old"):
+            pass
+        assert (tmp_path / "old").is_dir()
+        with locked_output(tmp_path / "used") as folder:
+            (folder / "file").touch()
+        assert (tmp_path / "used" / "file").is_file()
 
     def test_the_lock_is_held_from_the_start_to_the_end(self, config: TrainConfig) -> None:
         ready = DPOTrainer(config=config, show_progress=False)

@@ -22,6 +22,7 @@ _MARK = re.compile(r"(?:[\W_]|(?<=[a-z]))([0-9]+|[A-Z])$|[\W_]([a-z]|left|right)
 _SYNONYMS = {
     "rating": "score",
     "ratings": "scores",
+    **dict.fromkeys(("pref", "prefs"), "preference"),
     **dict.fromkeys(("good", "better", "preferred", "accepted", "positive", "winner"), "chosen"),
     **dict.fromkeys(("bad", "worse", "dispreferred", "negative", "loser"), "rejected"),
 }
@@ -46,13 +47,16 @@ def renamed(row: Row, settings: FormatSettings, read: Read) -> str:
     for columns in _near(tuple(key for key, value in row.items() if value is not None)[:_MOST]):
         if columns.keys() & settings.columns.keys():
             continue
+        mapping = ",".join(f"{name}={key}" for name, key in columns.items())
+        flag = f"--columns {shlex.quote(mapping)}"
         try:
             read(row, replace(settings, columns={**settings.columns, **columns}))
         except InvalidRecordError as error:
+            if error.code == "E209":  # what the label needs is in its reason
+                return f"; with {flag}, {error.reason}"
             if error.code.startswith("E"):
                 continue
-        flag = ",".join(f"{name}={key}" for name, key in columns.items())
-        return f"; did you mean --columns {shlex.quote(flag)}?"
+        return f"; did you mean {flag}?"
     return ""
 
 

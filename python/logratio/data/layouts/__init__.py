@@ -10,6 +10,7 @@ from typing import Any
 
 from logratio.data.layouts import annotations, public_sets
 from logratio.data.layouts.values import Part, Row, is_number, take
+from logratio.data.readers.json import HOLDERS
 
 _SUMMARIES = (
     "--columns prompt=info.{text},output_1=summaries.0.text,output_2=summaries.1.text "
@@ -86,7 +87,7 @@ def advice(row: Row) -> str:
         if layout.looks(row):
             flags = " ".join(filter(None, (f"--rows {name}", layout.flags)))
             return f"; this looks like {layout.title}: {flags}"
-    return _summaries(row) or _rated(row)
+    return _summaries(row) or _rated(row) or _around_rows(row)
 
 
 def _summaries(row: Row) -> str:
@@ -113,6 +114,21 @@ def _rated(row: Row) -> str:
     if not isinstance(row[answer], list):
         flags = f"--group-by {question} {flags}"
     return f"; this looks like {title}: {flags}"
+
+
+def _around_rows(row: Row) -> str:
+    """Suggest a command for an object around a list of rows that has other keys as well."""
+    found = [name for name in HOLDERS if _are_objects(row.get(name))]
+    if len(found) != 1:
+        return ""
+    return (
+        f"; its rows seem to be in the list `{found[0]}`, but an object around a list of rows must "
+        f"have no other key: write the rows to a file of their own, as with `jq -c '.{found[0]}[]'`"
+    )
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _first(row: Row, names: tuple[str, ...]) -> str | None:

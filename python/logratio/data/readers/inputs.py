@@ -20,7 +20,7 @@ from logratio.data.readers.arrow import (
 )
 from logratio.data.readers.csv import CsvRecords, delimiter_of
 from logratio.data.readers.derived_rows import GroupedRows, MappedRows, RowFunction
-from logratio.data.readers.json import HOLDS_ROWS, JsonArray, JsonLines
+from logratio.data.readers.json import HOLDERS, HOLDS_ROWS, JsonArray, JsonLines
 from logratio.data.readers.row_list import ListRows, RowList, is_row_list, is_set
 from logratio.data.readers.rows import MAX_RECORD_BYTES, SPACE, ByteSource, Rows, TextRows
 from logratio.data.readers.tables import DatasetRows, StreamRows
@@ -68,10 +68,6 @@ _STORE_USES = (
 )
 _OF_MESSAGES = {b"role", b"content", b"from", b"value", b"name", b"type"}
 """First keys of messages and of other objects inside a row."""
-_HOLDERS = {
-    *(b"data", b"rows", b"examples", b"instances", b"items", b"records", b"entries", b"samples"),
-    *(b"train", b"validation", b"test", b"dataset"),
-}
 _TABLES = {PARQUET, ARROW_FILE, ARROW_STREAM}
 _COLUMN_NAME = re.compile(r"[\w .-]{0,64}")
 
@@ -155,7 +151,7 @@ def _holds_rows(text: bytes) -> bool:
         (rows,) = json.loads(text).values()
     except ValueError:  # the object is longer than the head, or has other keys or lines
         line = text.partition(b"\n")[0]
-        return _is_cut(line) and found["key"] in _HOLDERS
+        return _is_cut(line) and found["key"].decode("utf-8", "replace") in HOLDERS
     return all(isinstance(row, dict) for row in rows)
 
 

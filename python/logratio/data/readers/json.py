@@ -221,6 +221,11 @@ HOLDS_ROWS = re.compile(
     rb"(\{[ \t\r\n]*" + _KEY % b"key" + rb"\[)[ \t\r\n]*\{[ \t\r\n]*" + _KEY % b"inner"
 )
 """The beginning of an object whose first key holds a list of objects: ``{"data": [{``."""
+HOLDERS = (
+    *("data", "rows", "examples", "instances", "items", "records", "entries", "samples"),
+    *("train", "validation", "test", "dataset"),
+)
+"""Usual keys of a list of rows in an object around it."""
 
 
 class JsonArray(TextRows):

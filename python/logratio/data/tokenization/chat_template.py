@@ -304,9 +304,9 @@ def check_written(chat: RenderedChat, template: ChatTemplate, tools: Sequence[Me
     for index in chat.answers:
         turns[index] = {"role": ASSISTANT, "content": ""}
     if _is_same(chat.text, template, turns, tools):
-        held = ", ".join(sorted({key for turn in spoken for key in turn if key != "role"}))
+        held = ", ".join(sorted({key for turn in spoken for key in _filled(turn)}))
         reason = f"the chat template writes nothing of the {chat.completion.role} answer"
-        raise InvalidRecordError("R311", f"{reason}, which has: {held}")
+        raise InvalidRecordError("R311", f"{reason}, which has {held or 'no content'}")
 
 
 def omissions(
@@ -382,6 +382,10 @@ def _left_out_of_content(turn: Message, text: str, is_same: Any) -> Iterator[str
         whole = marked + end + answer if part is thought else thought + end + marked
         if is_same({**turn, "content": whole}):
             yield what
+
+
+def _filled(turn: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in turn.items() if key != "role" and value not in (None, "", [], {})]
 
 
 def _content(turn: Mapping[str, Any]) -> str:

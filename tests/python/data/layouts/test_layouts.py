@@ -516,6 +516,16 @@ def test_flags_for_summarize_from_feedback_are_named_and_read_it(
     assert read is not None and read.groups() == ("long text", "‹ shorter›", "‹ short›")
 
 
+def test_rows_inside_an_object_with_other_keys_are_found() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(InvalidRecordError, match=r"E206.*list `rows`.*jq -c '\.rows\[\]'"):
+        Decoder().decode({"rows": [row], "meta": 1}, HERE)
+    for other in ({"rows": [1]}, {"rows": []}, {"rows": [row], "data": [row]}):
+        with pytest.raises(InvalidRecordError, match="E206") as caught:
+            Decoder().decode(other, HERE)
+        assert "jq" not in caught.value.reason
+
+
 def test_rows_of_known_formats_match_no_layout() -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "label": {}, "data": [], "fields": {}}
     assert not advice(pair) and not advice({"input": "q", "label": "+"})

@@ -235,7 +235,13 @@ def test_names_and_turns_of_unknown_roles_are_named() -> None:
 def test_an_answer_of_which_nothing_is_written_is_refused(name: str) -> None:
     with pytest.raises(InvalidRecordError, match=r"R311.*nothing of the chosen answer") as caught:
         script(name, CHATS["call"])
-    assert "tool_calls" in caught.value.reason
+    assert "which has tool_calls" in caught.value.reason
+
+
+def test_an_answer_without_content_is_described_so() -> None:
+    empty = assistant("", tool_calls=[], reasoning_content=None)
+    with pytest.raises(InvalidRecordError, match=r"R311.*which has no content$"):
+        script("qwen2_5", ((user("Q?"),), (empty,), (BAD,), ()))
 
 
 def test_reasoning_alone_is_not_an_answer_if_not_rendered() -> None:
