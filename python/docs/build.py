@@ -10,7 +10,8 @@ from textwrap import fill
 
 from logratio.data.records import CODES, CURES
 from logratio.export.scorer import FAMILIES
-from logratio.training.methods.table import METHODS, Method
+from logratio.training.methods.method import Method
+from logratio.training.methods.table import METHODS
 
 PAGE = Path(__file__).with_name("troubleshooting.md")
 METHODS_PAGE = PAGE.with_name("methods.md")

@@ -8,7 +8,7 @@ import typer
 from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
-    from logratio.training.methods.table import Method
+    from logratio.training.methods.method import Method
 
 
 def methods(

@@ -25,8 +25,9 @@ from logratio.training.methods.columns import (
     pair_columns,
 )
 from logratio.training.methods.logps import GroupLogps, PairLogps
+from logratio.training.methods.method import DataKind, Method, Option
 from logratio.training.methods.statistics import Memory
-from logratio.training.methods.table import METHODS, MIXTURES, DataKind, Method, Option
+from logratio.training.methods.table import METHODS, MIXTURES
 
 _COLUMNS: dict[DataKind, Callable[[Tensor, GroupLogps, Tensor], Columns]] = {
     "pairs": pair_columns,
@@ -161,6 +162,11 @@ class Objective:
     def scores(self) -> bool:
         """Whether a reward model is trained, whose scores are in place of log-probs."""
         return any(term.method.scores for term in self.terms)
+
+    @property
+    def takes_bad_turns(self) -> bool:
+        """Whether all methods are defined for turns with a negative weight."""
+        return all(term.method.bad_turns for term in self.terms)
 
     @property
     def needs_divergences(self) -> bool:
@@ -351,7 +357,7 @@ def _own_method(path: str) -> Method:
     }
     beta = numbers.pop("beta", 0.1 if "beta" in given else None)
     options = {name: Option(value, "", -np.inf) for name, value in numbers.items()}
-    return Method(path, found, "", "", takes=takes, beta=beta, options=options)
+    return Method(path, found, "", "", takes=takes, beta=beta, options=options, bad_turns=False)
 
 
 def _check_known(

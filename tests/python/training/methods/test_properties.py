@@ -24,8 +24,9 @@ from loss_inputs import (
 from torch import Tensor
 
 from logratio.training.methods.logps import GroupLogps
+from logratio.training.methods.method import DataKind
 from logratio.training.methods.objective import Objective
-from logratio.training.methods.table import METHODS, DataKind
+from logratio.training.methods.table import METHODS
 
 LIST_METHODS = methods_of("lists")
 log_probs = st.floats(-500.0, -0.01)
