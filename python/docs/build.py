@@ -30,7 +30,8 @@ def with_codes(page: str) -> str:
 
 def with_methods(page: str) -> str:
     """Return the page with the table of every method."""
-    head = ["`--loss`", "loss", "data", "reference", "β", "initial value", "options", "paper"]
+    head = ["`--loss`", "loss", "data", "reference", "bad turns"]
+    head += ["β", "initial value", "options", "paper"]
     rows = [head, ["---"] * len(head)]
     rows += [[f"`{name}`", *_cells(method)] for name, method in METHODS.items()]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -51,6 +52,7 @@ def _cells(method: Method) -> list[str]:
         f"{method.formula}{note}",
         method.data,
         "yes" if method.needs_reference else "no",
+        "yes" if method.bad_turns else "no",
         "" if method.beta is None else f"{method.beta:g}",
         "" if (value := method.default_initial_value) is None else f"{value:.4g}",
         ", ".join(options),

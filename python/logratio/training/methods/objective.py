@@ -212,7 +212,7 @@ class Objective:
         for term in self.terms:
             if of := term.method.statistics:
                 memory = self.memory[term.name] if trains else dict(self.memory[term.name])
-                found |= of(groups, memory, beta=term.beta, **term.options)
+                found |= of(groups, memory, beta=term.beta, trains=trains, **term.options)
         return found
 
     def metrics(self) -> list[str]:
@@ -421,7 +421,7 @@ def sample_groups(data: DataKind) -> GroupLogps:
 def _try(term: Term, data: DataKind) -> None:
     groups = sample_groups(data)
     if of := term.method.statistics:
-        found = of(groups.detached(), {}, beta=term.beta, **term.options)
+        found = of(groups.detached(), {}, beta=term.beta, trains=True, **term.options)
         groups = replace(groups, statistics=found)
     what = f"--loss {term.name}"
     try:

@@ -189,11 +189,12 @@ METHODS: dict[str, Method] = {
         "-log σ(β_u D), β_u = β[1 + α(mean D - M)]",
         options={
             "alpha": Option(0.6, "how much β changes, α"),
-            "momentum": Option(0.9, "of the moving average M", high=1.0),
+            "momentum": Option(0.9, "of the moving averages M and σ", high=1.0),
+            "keep": Option(0.8, "share of the pairs of an update that are kept", high=1.0),
         },
         initial=start.ln2,
         statistics=over_update.beta_of_update,
-        note="without the paper's filter of pairs",
+        note="pairs are kept by how near D is to M, as N(M, σ²)",
     ),
     "chi-po": Method(
         "χPO",

@@ -258,7 +258,7 @@ def test_limits_of_options(groups: GroupLogps, beta: float) -> None:
     assert same(losses_of("r-dpo", groups, beta, alpha=0.0), dpo)
     assert same(losses_of("dpop", groups, beta, penalty=0.0), dpo)
     assert same(losses_of("odpo", groups, beta, alpha=0.0), dpo)
-    assert same(losses_of("beta-dpo", groups, beta), dpo)  # the first update
+    assert same(losses_of("beta-dpo", groups, beta, keep=1.0), dpo)  # the first update
 
 
 @settings(max_examples=15)
