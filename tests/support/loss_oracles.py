@@ -274,9 +274,9 @@ def beta_dpo(
 ) -> list[float]:
     gaps = [gap(*group) for group in update]
     average, spread = memory.get("average", fmean(gaps)), memory.get("spread", 0)
-    spread = spread if spread > 1e-9 else pstdev(gaps)
+    spread = spread if spread > 1e-3 else pstdev(gaps)
     kept = [*range(len(gaps))]
-    if spread > 1e-9:
+    if spread > 1e-3:
         noise = np.random.default_rng(memory.get("number", 0)).gumbel(size=len(gaps)).tolist()
         density = [-0.5 * ((one - average) / spread) ** 2 for one in gaps]
         order = sorted(kept, key=lambda i: density[i] + noise[i], reverse=True)

@@ -44,8 +44,9 @@ def reference_point(groups: GroupLogps, memory: Memory, **_: float) -> dict[str,
 LEAST_SCALE = 0.01
 """β-DPO never makes β smaller than this part of it."""
 
-NO_SPREAD = 1e-9
-"""Standard deviations of D in nats that are rounding: β-DPO then keeps all pairs."""
+NO_SPREAD = 1e-3
+"""Standard deviation of D, in nats, that may be rounding, as at policy = reference: a draw by it
+would differ with the number of processes, so β-DPO keeps all pairs."""
 
 
 def beta_of_update(

@@ -14,6 +14,7 @@ from method_groups import weighted_store
 from oracle import in_float64, per_token_logps
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from logratio._rust import Store, StoreWriter
@@ -186,6 +187,39 @@ def test_an_update_is_that_of_a_plain_float64_model(
     for parameter, slope in zip(one.policy.parameters(), slopes, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, slope, rtol=SAME, atol=SAME * scale)
+
+
+def weighted_side(
+    model: PreTrainedModel, other: PreTrainedModel, prompt: list[int], ids: list[int], w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return Σ w·r and Σ w·KL(reference ‖ policy) over the tokens of one completion."""
+    text, start = torch.tensor([prompt + ids]), len(prompt) - 1
+    own, theirs = (one(text).logits[0, start:-1].log_softmax(-1) for one in (model, other))
+    places = torch.arange(len(ids)), torch.tensor(ids)
+    divergences = (theirs.exp() * (theirs - own)).sum(-1)
+    return ((own - theirs)[places] * w).sum(), (divergences * w).sum()
+
+
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+def test_divergences_have_the_weights_of_their_tokens(
+    loss: str, policy: PreTrainedModel, reference: PreTrainedModel
+) -> None:
+    store, config = weighted_store("pairs", POSITIVE, 4), configured(loss, beta=0.05)
+    table, losses = torch.tensor([0.0, 1.0, *POSITIVE], dtype=torch.float64), []
+    with torch.no_grad():
+        for group in range(len(store)):
+            prompt, completions, masks, _ = store.group(group)
+            (r_w, k_w), (r_l, k_l) = (
+                weighted_side(
+                    policy, reference, prompt.tolist(), ids.tolist(), table[mask.tolist()]
+                )
+                for ids, mask in zip(completions, masks, strict=True)
+            )
+            shift = k_w - k_l if loss == "tdpo1" else 0.5 * (k_w - k_l)
+            losses.append(-logsigmoid(0.05 * (r_w - r_l + shift)))
+    one = updater(config, store, policy, reference)
+    metrics, _ = one.update(1, 0.0, micro_batches(store, 60, "padded"))
+    assert metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=SAME)
 
 
 def test_the_loss_has_the_slope_of_its_differences(
