@@ -187,8 +187,7 @@ impl Store {
         let mut found = Vec::new();
         for &number in numbers {
             let number = error::index("completion", number, self.completions())?;
-            let ends: &[u64] =
-                Columns::read(self, Column::CompletionOffsets, number..number + 2)?;
+            let ends: &[u64] = Columns::read(self, Column::CompletionOffsets, number..number + 2)?;
             let range = ends[0] as usize..ends[1] as usize;
             if range.start >= range.end || range.end > self.frame.counts.completion_tokens {
                 return Err(self.corrupt(format!("completion {number} has no place")));
