@@ -173,7 +173,7 @@ def _chat_pieces(chat: "_Chat", shared: str, begins: int | None) -> tuple[Piece,
     """Cut a completion from the text after its prompt; turn ``begins`` starts right after it."""
     position = len(shared)
     pieces = []
-    for index, weight in chat.answers.items():
+    for index, weight in zip(chat.answers, chat.weights, strict=True):
         start = position if index == begins else chat.start_of(index)
         if start < position:
             raise chat.not_found()
@@ -194,7 +194,8 @@ class _Chat:
         completion: The completion that ends it.
         turns: All turns, as passed to the template.
         text: The rendered text.
-        answers: The weight of each trained turn, by its index.
+        answers: The indices of the trained turns.
+        weights: Their weights.
     """
 
     def __init__(
@@ -212,11 +213,9 @@ class _Chat:
         self._eos = eos or "\0"  # no template writes NUL
         self.turns: Turns = (*before, *map(bare, answer))
         self.text = self._render(self.turns)
-        self.answers: dict[int, float] = {
-            len(before) + index: turn.get("weight", 1)
-            for index, turn in enumerate(answer)
-            if counts(turn)
-        }
+        places = [index for index, turn in enumerate(answer) if counts(turn)]
+        self.answers = [len(before) + index for index in places]
+        self.weights: list[float] = [answer[index].get("weight", 1) for index in places]
 
     def _render(self, turns: Turns, *, ask: bool = False) -> str:
         return self._template.render(turns, tools=self._tools, add_generation_prompt=ask)
