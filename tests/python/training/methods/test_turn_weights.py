@@ -236,7 +236,7 @@ def test_the_loss_has_the_slope_of_its_differences(
         moved = deepcopy(policy)
         with torch.no_grad():
             for parameter, slope in zip(moved.parameters(), slopes, strict=True):
-                parameter += step * slope / length
+                parameter.add_(slope, alpha=step / length)
         losses.append(oracle(config, store, VALUES, moved, reference)[0])
     assert (losses[1] - losses[0]) / 2e-4 == pytest.approx(length, rel=1e-3)
 
