@@ -8,6 +8,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from logratio._rust import CorruptStoreError as CorruptStoreError
 from logratio._rust import SharedLayout, Store
 from logratio.errors import ConfigError
 
@@ -43,8 +44,17 @@ class TurnWeights:
 
     @classmethod
     def of(cls, store: Store) -> "TurnWeights":
-        """Return the weights in a store."""
-        return cls(json.loads(store.metadata)[NAME] if store.is_weighted else [])
+        """Return the weights in a store.
+
+        Raises:
+            CorruptStoreError: Its mask numbers weights, which its metadata do not list.
+        """
+        if not store.is_weighted:
+            return cls()
+        values = json.loads(store.metadata).get(NAME)
+        if not isinstance(values, list):
+            raise CorruptStoreError(f"{store}: its mask numbers weights, but it lists none")
+        return cls(values)
 
     def numbered(self, weights: NDArray[np.float64]) -> NDArray[np.uint8]:
         """Return the mask for the weights of tokens; new weights get the next numbers.
@@ -71,7 +81,16 @@ class TurnWeights:
         return FIRST + self.values.index(value)
 
     def at(self, mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Return the weights of tokens from their mask."""
+        """Return the weights of tokens from their mask.
+
+        Raises:
+            CorruptStoreError: The mask has a number without a weight.
+        """
+        highest = int(mask.max(initial=0))
+        if highest >= FIRST + len(self.values):
+            raise CorruptStoreError(
+                f"the mask has the number {highest}, for which there is no weight"
+            )
         return np.array([0.0, 1.0, *self.values])[mask]
 
 

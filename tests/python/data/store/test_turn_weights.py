@@ -11,6 +11,7 @@ from method_groups import weighted_store
 from tokenizers_for_tests import CHATML, byte_level, save
 
 from logratio._rust import CorruptStoreError, Store
+from logratio.data.store import build, ingest
 from logratio.data.store.build import build_store
 from logratio.data.store.mismatches import with_mismatches
 from logratio.data.store.turn_weights import MOST, TurnWeights, data_digest, extremes
@@ -119,6 +120,40 @@ def test_a_store_without_weights_keeps_its_format(
 
 def masks_of(store: Store) -> list[list[int]]:
     return [mask.tolist() for group in range(len(store)) for mask in store.group(group)[2]]
+
+
+def test_weights_that_the_metadata_do_not_list_are_damage() -> None:
+    store = weighted_store("pairs", VALUES)
+    bare = store.select(np.ones(len(store), bool), None, "{}")
+    with pytest.raises(CorruptStoreError, match="lists none"):
+        TurnWeights.of(bare)
+    with pytest.raises(CorruptStoreError, match="number 4, for which there is no weight"):
+        TurnWeights(VALUES[:2]).at(np.array([0, 4, 1], np.uint8))
+
+
+def test_an_interrupted_build_continues_with_its_weights(
+    tokenizer: PreferenceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chats()[0] for _ in range(40)]
+    for number, row in enumerate(rows):
+        row["chosen"] = [{**row["chosen"][0], "weight": -1 - number}, *row["chosen"][1:]]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(ingest, "BATCH_ROWS", 4)
+    monkeypatch.setattr(build, "EVERY", 0.0)
+
+    def fail(read: int, *_: int) -> None:
+        if read > 20:
+            raise KeyboardInterrupt
+
+    path, told = tmp_path / "a.store", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        build_store(data, tokenizer, path, resume=True, progress=fail)
+    store, _ = build_store(data, tokenizer, path, resume=True, tell=told.append)
+    assert "continues after" in told[0]
+    whole, _ = build_store(data, tokenizer)
+    assert data_digest(store) == data_digest(whole)
+    assert len(TurnWeights.of(store).values) == 41
 
 
 def test_masks_are_read_in_any_order() -> None:
