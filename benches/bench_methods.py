@@ -38,8 +38,9 @@ from logratio.data.analysis.statistics import wilson
 from logratio.durable import write_atomic
 from logratio.progress import be_silent
 from logratio.training import DPOTrainer, EvaluateConfig, TrainConfig, evaluate
+from logratio.training.methods.method import DataKind
 from logratio.training.methods.objective import Objective
-from logratio.training.methods.table import METHODS, DataKind
+from logratio.training.methods.table import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
 VARIANTS = {"discopop-tau-1": ("discopop", {"tau": 1.0})}

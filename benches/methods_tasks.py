@@ -20,7 +20,7 @@ from shared_material import SHARED, STORIES, STORIES260K
 from logratio.data import TokenizationRules
 from logratio.demo import task
 from logratio.demo.run import MAX_NEW_TOKENS, RULES, Candidates, draw, train_sft
-from logratio.training.methods.table import DataKind
+from logratio.training.methods.method import DataKind
 
 Row = dict[str, Any]
 

@@ -43,12 +43,17 @@ impl PromptHash {
         hasher.finalize().into()
     }
 
-    /// The key of the sum over the tokens of one completion whose `mask` is 1; to be asked of
-    /// [`Self::of_sums`].
+    /// The key of the sum over the tokens of one completion whose `mask` is not 0, whatever their
+    /// weights; to be asked of [`Self::of_sums`].
     pub fn sum_key(&self, completion_ids: &[i32], mask: &[u8]) -> Key {
         let mut hasher = self.0.clone();
         hasher.update(bytemuck::cast_slice(completion_ids));
-        hasher.update(mask);
+        if mask.iter().any(|&value| value > 1) {
+            let counted: Vec<u8> = mask.iter().map(|&value| u8::from(value != 0)).collect();
+            hasher.update(&counted);
+        } else {
+            hasher.update(mask);
+        }
         hasher.finalize().into()
     }
 }

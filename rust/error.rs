@@ -39,7 +39,7 @@ pub enum Error {
         path: PathBuf,
         /// The version of its format.
         found: u32,
-        /// The version that is read.
+        /// The latest version that is read.
         read: u32,
     },
     /// A journal, shard or manifest is damaged, holds impossible values, or belongs to another
@@ -131,7 +131,7 @@ impl fmt::Display for Error {
             }
             Self::StoreVersion { path, found, read } => write!(
                 f,
-                "{}: a store of format version {found}, but this library reads version {read}: \
+                "{}: a store of format version {found}, but this library reads versions 3 and {read}: \
                  build it again with `logratio data build`",
                 path.display(),
             ),

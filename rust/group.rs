@@ -45,7 +45,7 @@ pub struct Group<'a> {
     pub prompt_ids: &'a [i32],
     /// Ids of completion 1, completion 2, …
     pub completion_ids: &'a [i32],
-    /// 1 where a completion's token counts, else 0.
+    /// 1 where a completion's token counts, else 0; or the number of its weight, from 2.
     pub completion_mask: &'a [u8],
     /// Tokens of each completion: at least one.
     pub completion_lengths: &'a [u32],
@@ -94,8 +94,6 @@ impl Group<'_> {
             )
         } else if let Some(id) = negative {
             format!("token id {id} is negative")
-        } else if let Some(value) = self.completion_mask.iter().find(|&&value| value > 1) {
-            format!("completion_mask holds {value}, not 0 or 1")
         } else if let Some(role) = self
             .roles
             .iter()

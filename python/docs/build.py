@@ -11,7 +11,8 @@ from textwrap import fill
 import logratio
 from logratio.data.records import CODES, CURES
 from logratio.export.scorer import FAMILIES
-from logratio.training.methods.table import METHODS, Method
+from logratio.training.methods.method import Method
+from logratio.training.methods.table import METHODS
 
 PACKAGES = (
     "logratio",
@@ -36,7 +37,8 @@ def with_codes(page: str) -> str:
 
 def with_methods(page: str) -> str:
     """Return the page with the table of every method."""
-    head = ["`--loss`", "loss", "data", "reference", "β", "initial value", "options", "paper"]
+    head = ["`--loss`", "loss", "data", "reference", "bad turns"]
+    head += ["β", "initial value", "options", "paper"]
     rows = [head, ["---"] * len(head)]
     rows += [[f"`{name}`", *_cells(method)] for name, method in METHODS.items()]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -57,6 +59,7 @@ def _cells(method: Method) -> list[str]:
         f"{method.formula}{note}",
         method.data,
         "yes" if method.needs_reference else "no",
+        "yes" if method.bad_turns else "no",
         "" if method.beta is None else f"{method.beta:g}",
         "" if (value := method.default_initial_value) is None else f"{value:.4g}",
         ", ".join(options),

@@ -167,6 +167,18 @@ impl Store {
         Ok((array(py, files), array(py, lines)))
     }
 
+    /// Whether tokens have weights other than 0 and 1: then `mask` numbers them.
+    #[getter]
+    fn is_weighted(&self) -> bool {
+        self.0.is_weighted()
+    }
+
+    /// The mask of completions (int64 `[n]`), end to end: 0, 1, or the number of a weight, from 2.
+    fn mask(&self, completions: PyReadonlyArray1<'_, i64>) -> PyResult<Py<PyArray1<u8>>> {
+        let (py, completions) = (completions.py(), completions.as_slice()?);
+        Ok(array(py, py.detach(|| self.0.mask(completions))?))
+    }
+
     /// Content key of each completion in its prompt: `[N, 32]`.
     fn keys(&self, py: Python<'_>) -> PyResult<Py<PyArray2<u8>>> {
         let keys = py.detach(|| self.0.keys())?.into_flattened();

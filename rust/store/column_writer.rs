@@ -8,7 +8,7 @@ use std::{
 
 use blake3::{Hash, Hasher};
 
-use super::format::{Column, Counts, FOOTER, footer, header};
+use super::format::{Column, Counts, FOOTER, PLAIN, WEIGHTED, footer, header};
 use crate::file_format::{ALIGNMENT, BlockCrcs, aligned, block_count};
 
 /// Bytes go to their sink in pieces of this size.
@@ -188,14 +188,15 @@ impl StoreFile {
     }
 
     /// Table, footer and, in the room before the first column, the header.
-    fn close(mut self, counts: Counts, digest: &[u8; 32]) -> io::Result<Sink> {
+    fn close(mut self, version: u32, counts: Counts, digest: &[u8; 32]) -> io::Result<Sink> {
         let mut table = self.crcs.finish();
         let blocks = block_count(self.end);
         table.resize(aligned(table.len()), 0);
         self.sink.write(&table)?;
         self.sink.write(&footer(digest, blocks, &table))?;
         let length = self.end + table.len() + FOOTER;
-        self.sink.overwrite_start(&header(counts, length, digest))?;
+        self.sink
+            .overwrite_start(&header(version, counts, length, digest))?;
         Ok(self.sink)
     }
 }
@@ -210,15 +211,21 @@ pub fn join(mut columns: Vec<ColumnWriter>, counts: Counts, metadata: &str) -> i
     let (end, (sink, crcs)) = (tokens.end(), tokens.into_parts());
     let crcs = crcs.expect("the first column has room before it");
     let mut file = StoreFile { sink, crcs, end };
-    for column in columns {
+    let (mut version, mask) = (PLAIN, Column::Mask as usize - 1);
+    for (number, column) in columns.into_iter().enumerate() {
         file.pad()?;
-        column.pieces(|bytes| file.put(bytes))?;
+        column.pieces(|bytes| {
+            if number == mask && bytes.iter().any(|&value| value > 1) {
+                version = WEIGHTED;
+            }
+            file.put(bytes)
+        })?;
     }
     file.pad()?;
     file.put(metadata.as_bytes())?;
     file.pad()?;
     let metadata = metadata.len();
-    file.close(Counts { metadata, ..counts }, &digest)
+    file.close(version, Counts { metadata, ..counts }, &digest)
 }
 
 /// The hash of the columns' hashes, in the order of the file.

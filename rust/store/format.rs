@@ -13,12 +13,16 @@ use crate::{
     group::Values,
 };
 
-pub const MAGIC: &[u8; 8] = b"LRSTORE3";
-pub const VERSION: u32 = 3;
+/// The magic of every version, without the digit of the version.
+const NAME: &[u8; 7] = b"LRSTORE";
+/// Of a store whose mask is 0 or 1.
+pub const PLAIN: u32 = 3;
+/// Of a store whose mask numbers weights, too: see [`Store::mask`](super::reader::Store::mask).
+pub const WEIGHTED: u32 = 4;
 pub const HEADER: usize = 128;
 pub const FOOTER: usize = 64;
 
-const VERSION_AT: usize = MAGIC.len();
+const VERSION_AT: usize = NAME.len() + 1;
 const ENDIAN_AT: usize = VERSION_AT + 4;
 const COUNTS_AT: usize = ENDIAN_AT + 4;
 const LENGTH_AT: usize = COUNTS_AT + 5 * 8;
@@ -214,7 +218,7 @@ impl Places {
 }
 
 /// The file's first 128 bytes.
-pub fn header(counts: Counts, length: usize, digest: &[u8; 32]) -> Vec<u8> {
+pub fn header(version: u32, counts: Counts, length: usize, digest: &[u8; 32]) -> Vec<u8> {
     let Counts {
         groups,
         completions,
@@ -231,9 +235,11 @@ pub fn header(counts: Counts, length: usize, digest: &[u8; 32]) -> Vec<u8> {
         length,
     ];
     let numbers = numbers.map(|number| (number as u64).to_le_bytes());
-    let (version, endian) = (VERSION.to_le_bytes(), ENDIAN_TAG.to_le_bytes());
+    let digit = [b'0' + version as u8];
+    let (version, endian) = (version.to_le_bytes(), ENDIAN_TAG.to_le_bytes());
     let parts = [
-        &MAGIC[..],
+        &NAME[..],
+        &digit,
         &version,
         &endian,
         numbers.as_flattened(),
@@ -254,6 +260,7 @@ pub fn footer(digest: &[u8; 32], blocks: usize, table: &[u8]) -> Vec<u8> {
 /// The header and footer, decoded.
 #[derive(Debug)]
 pub struct Frame {
+    pub version: u32,
     pub counts: Counts,
     pub digest: [u8; 32],
     pub places: Places,
@@ -266,7 +273,7 @@ impl Frame {
             return Err(Error::StoreVersion {
                 path: path.into(),
                 found,
-                read: VERSION,
+                read: WEIGHTED,
             });
         }
         Self::of(bytes).map_err(|reason| Error::store(path, reason))
@@ -288,6 +295,7 @@ impl Frame {
         let digest = &header[DIGEST_AT..DIGEST_AT + 32];
         check_footer(bytes, digest, &places)?;
         Ok(Self {
+            version: u32_at(header, VERSION_AT),
             counts,
             digest: digest.try_into().expect("32 bytes"),
             places,
@@ -297,9 +305,14 @@ impl Frame {
 
 /// The version of a store that another version of this library wrote: the last byte of its magic.
 fn other_version(bytes: &[u8]) -> Option<u32> {
-    let (name, version) = bytes.get(..MAGIC.len())?.split_at(MAGIC.len() - 1);
-    let version = char::from(version[0]).to_digit(10)?;
-    (MAGIC.starts_with(name) && version != VERSION).then_some(version)
+    let version = named_version(bytes)?;
+    (!(PLAIN..=WEIGHTED).contains(&version)).then_some(version)
+}
+
+/// The last byte of a store's magic.
+fn named_version(bytes: &[u8]) -> Option<u32> {
+    let digit = *bytes.strip_prefix(NAME)?.first()?;
+    char::from(digit).to_digit(10)
 }
 
 fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
@@ -307,9 +320,9 @@ fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
     if length < HEADER + FOOTER {
         return Err(format!("{length} bytes are too few for header and footer"));
     }
-    if !bytes.starts_with(MAGIC) {
-        return Err("it does not begin with LRSTORE3".into());
-    }
+    let Some(named) = named_version(bytes) else {
+        return Err("it does not begin with LRSTORE3 or LRSTORE4".into());
+    };
     let header = &bytes[..HEADER];
     if u32_at(header, ENDIAN_AT) == ENDIAN_TAG.swap_bytes() {
         return Err("it was written on a big-endian machine".into());
@@ -318,9 +331,9 @@ fn check_header(bytes: &[u8]) -> std::result::Result<&[u8], String> {
         return Err("the header's checksum does not match".into());
     }
     let version = u32_at(header, VERSION_AT);
-    if version != VERSION {
+    if version != named {
         return Err(format!(
-            "format version {version}, this library reads {VERSION}"
+            "format version {version}, but it begins with LRSTORE{named}"
         ));
     }
     let expected = u64_at(header, LENGTH_AT);

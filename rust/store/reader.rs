@@ -8,7 +8,7 @@ use std::{
 
 use bytemuck::{NoUninit, Pod, bytes_of, try_cast_slice};
 
-use super::format::{Column, Columns, Counts, Frame, is_rising};
+use super::format::{Column, Columns, Counts, Frame, WEIGHTED, is_rising};
 use crate::{
     Error, Result,
     content_key::{Key, PromptHash},
@@ -166,11 +166,35 @@ impl Store {
         let offsets = self.offsets(Column::CompletionOffsets)?;
         let mask: &[u8] =
             Columns::read(self, Column::Mask, 0..self.frame.counts.completion_tokens)?;
-        let counted = |range: Range<usize>| mask[range].iter().map(|&value| u32::from(value)).sum();
+        let counted = |range: Range<usize>| {
+            let counted = mask[range].iter().map(|&value| u32::from(value != 0));
+            counted.sum()
+        };
         let ranges = offsets
             .windows(2)
             .map(|pair| pair[0] as usize..pair[1] as usize);
         Ok(ranges.map(counted).collect())
+    }
+
+    /// Whether the mask numbers weights.
+    pub fn is_weighted(&self) -> bool {
+        self.frame.version == WEIGHTED
+    }
+
+    /// The mask of completions `numbers`, end to end: 0 = the token does not count, 1 = it counts
+    /// once, more = the number of its weight, which the writer's metadata explain.
+    pub fn mask(&self, numbers: &[i64]) -> Result<Vec<u8>> {
+        let mut found = Vec::new();
+        for &number in numbers {
+            let number = error::index("completion", number, self.completions())?;
+            let ends: &[u64] = Columns::read(self, Column::CompletionOffsets, number..number + 2)?;
+            let range = ends[0] as usize..ends[1] as usize;
+            if range.start >= range.end || range.end > self.frame.counts.completion_tokens {
+                return Err(self.corrupt(format!("completion {number} has no place")));
+            }
+            found.extend_from_slice(Columns::read(self, Column::Mask, range)?);
+        }
+        Ok(found)
     }
 
     /// The key of each completion in its prompt: `[N]`.

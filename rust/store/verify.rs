@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     column_writer::digest,
-    format::{Column, Columns},
+    format::{Column, Columns, WEIGHTED},
     reader::{Store, read_roles},
 };
 use crate::{Result, parallel};
@@ -33,7 +33,9 @@ impl Store {
         let ids: &[i32] = self.read(Column::Tokens, 0..self.tokens())?;
         self.all(Column::Tokens, ids, |&id| id >= 0)?;
         let mask: &[u8] = self.read(Column::Mask, 0..self.counts().completion_tokens)?;
-        self.all(Column::Mask, mask, |&value| value <= 1)?;
+        if self.frame.version < WEIGHTED {
+            self.all(Column::Mask, mask, |&value| value <= 1)?;
+        }
         self.verify_digest()
     }
 

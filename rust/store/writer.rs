@@ -292,7 +292,7 @@ pub struct Bulk<'a> {
     pub prompt_lengths: &'a [u32],
     /// Ids of completion 0, completion 1, …: `[ΣC]`.
     pub completion_ids: &'a [i32],
-    /// 1 where a completion's token counts, else 0: `[ΣC]`.
+    /// 1 where a completion's token counts, else 0, or the number of its weight: `[ΣC]`.
     pub completion_mask: &'a [u8],
     /// Tokens of each completion: `[N]`.
     pub completion_lengths: &'a [u32],

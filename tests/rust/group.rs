@@ -40,7 +40,6 @@ fn a_bad_group_is_refused_with_its_reason() {
     assert!(refusal(|group| group.roles = &[0]).contains("1 roles for 2"));
     assert!(refusal(|group| group.prompt_ids = &[-1]).contains("-1 is negative"));
     assert!(refusal(|group| group.completion_ids = &[1, 2, -7]).contains("-7 is negative"));
-    assert!(refusal(|group| group.completion_mask = &[1, 2, 0]).contains("holds 2"));
     assert!(refusal(|group| group.roles = &[0, 5]).contains("role 5"));
     assert_eq!(
         refusal(|group| group.values = &[[0.0; 4]]),

@@ -115,6 +115,33 @@ fn the_digest_is_golden() {
 }
 
 #[test]
+fn a_mask_that_numbers_weights_counts_the_same_tokens() {
+    let (plain, mut samples) = (store(&fixed(5)), fixed(5));
+    for sample in &mut samples {
+        for one in &mut sample.completions {
+            one.tokens.iter_mut().for_each(|(_, value)| *value *= 7);
+        }
+    }
+    let weighted = store(&samples);
+    weighted.verify().expect("whole");
+    assert!(weighted.is_weighted() && !plain.is_weighted());
+    assert_ne!(weighted.digest(), plain.digest());
+    assert_eq!(
+        weighted.counted_lengths().expect("whole"),
+        plain.counted_lengths().expect("whole")
+    );
+    assert_eq!(
+        weighted.sum_keys().expect("whole"),
+        plain.sum_keys().expect("whole")
+    );
+    let backwards: Vec<i64> = (0..plain.completions() as i64).rev().collect();
+    let mask = plain.mask(&backwards).expect("whole");
+    let sevenfold: Vec<u8> = mask.iter().map(|value| 7 * value).collect();
+    assert_eq!(weighted.mask(&backwards).expect("whole"), sevenfold);
+    assert!(weighted.mask(&[10_000]).is_err());
+}
+
+#[test]
 fn keeps_the_metadata() {
     let store = StoreWriter::in_memory()
         .finish("{\"files\": [\"ä.jsonl\"]}")

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from logratio.training.config import TrainConfig
 from logratio.training.methods.logps import CHOSEN, MISMATCHED, REJECTED, GroupLogps
+from logratio.training.methods.method import DataKind
 from logratio.training.methods.objective import ALONE, Objective
-from logratio.training.methods.table import METHODS, DataKind
+from logratio.training.methods.table import METHODS
 
 NAN = float("nan")
 

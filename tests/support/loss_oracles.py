@@ -6,9 +6,10 @@ for each group. A pair is (chosen, rejected).
 
 from collections.abc import Callable, Sequence
 from math import exp, expm1, isnan, log, log1p, log2
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 from loss_inputs import Answer
 
 from logratio.training.methods.logps import CHOSEN, MISMATCHED
@@ -269,13 +270,24 @@ def bco(update: Update, memory: Memory, beta: float) -> list[float]:
 
 @whole("beta-dpo")
 def beta_dpo(
-    update: Update, memory: Memory, beta: float, alpha: float, momentum: float
+    update: Update, memory: Memory, beta: float, alpha: float, momentum: float, keep: float
 ) -> list[float]:
     gaps = [gap(*group) for group in update]
-    average = memory.get("average", fmean(gaps))
-    scaled = beta * max(0.01, 1 + alpha * (fmean(gaps) - average))
+    average, spread = memory.get("average", fmean(gaps)), memory.get("spread", 0)
+    spread = spread if spread > 1e-3 else pstdev(gaps)
+    kept = [*range(len(gaps))]
+    if spread > 1e-3:
+        noise = np.random.default_rng(memory.get("number", 0)).gumbel(size=len(gaps)).tolist()
+        density = [-0.5 * ((one - average) / spread) ** 2 for one in gaps]
+        order = sorted(kept, key=lambda i: density[i] + noise[i], reverse=True)
+        kept = order[: max(1, round(keep * len(gaps)))]
+    chosen = fmean(gaps[i] for i in kept)
+    scaled = beta * max(0.01, 1 + alpha * (chosen - average))
     memory["average"] = momentum * average + (1 - momentum) * fmean(gaps)
-    return [nll(scaled * one) for one in gaps]
+    memory["spread"] = momentum * spread + (1 - momentum) * pstdev(gaps)
+    memory["number"] = memory.get("number", 0) + 1
+    share = len(gaps) / len(kept)
+    return [share * nll(scaled * one) if i in kept else 0.0 for i, one in enumerate(gaps)]
 
 
 def rank_of(values: Sequence[float], at: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from tiny_models import WORDS
 
 from logratio._rust import ROLES, Store, StoreWriter
-from logratio.training.methods.table import DataKind
+from logratio.training.methods.method import DataKind
 
 ANIMALS, VERBS, PLACES = WORDS[5:8], WORDS[8:11], WORDS[14:17]
 _ROLES: dict[DataKind, list[list[str]]] = {
@@ -55,6 +55,37 @@ def store_for(
             values,
         )
     return writer.finish()
+
+
+def weighted_store(
+    data: DataKind, values: list[float], groups: int = 8, path: Path | None = None
+) -> Store:
+    """Make the groups of `store_for`, whose counted tokens have random weights: 1, or a value.
+
+    The answers to other prompts have none.
+    """
+    plain, random, writer = store_for(data, groups), np.random.default_rng(1), StoreWriter(path)
+    offsets = plain.completion_offsets()
+    for group in range(groups):
+        prompt, completions, masks, roles = plain.group(group)
+        drawn = [random.integers(1, 2 + len(values), len(mask)).astype(np.uint8) for mask in masks]
+        is_other = roles == ROLES.index("mismatched")
+        writer.push(
+            prompt,
+            np.concatenate(completions),
+            np.concatenate(
+                [
+                    mask if other else mask * codes
+                    for mask, codes, other in zip(masks, drawn, is_other, strict=True)
+                ]
+            ),
+            np.array([len(ids) for ids in completions], np.uint32),
+            roles,
+            0,
+            group,
+            plain.values()[offsets[group] : offsets[group + 1]],
+        )
+    return writer.finish(json.dumps({"turn_weights": values, "files": ["weighted.jsonl"]}))
 
 
 def _last(lengths: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import typer
 from logratio.errors import ConfigError
 
 if TYPE_CHECKING:
-    from logratio.training.methods.table import Method
+    from logratio.training.methods.method import Method
 
 
 def methods(
@@ -57,6 +57,7 @@ def _described(method: "Method") -> dict[str, Any]:
         "title": method.title,
         "data": method.data,
         "reference": method.needs_reference,
+        "bad_turns": method.bad_turns,
         "beta": method.beta,
         "initial_value": method.default_initial_value,
         "options": {
@@ -98,6 +99,7 @@ def _print_one(name: str, method: "Method") -> None:
         "loss": method.formula,
         "data": method.data,
         "reference": "needed" if method.needs_reference else "none",
+        "bad turns": "weights below 0" if method.bad_turns else "refused",
         "β": _number(method.beta) or "none",
         "initial value": _number(method.default_initial_value) or "depends on the data",
         "paper": method.paper,

@@ -144,7 +144,8 @@ def split(sides: Mapping[str, Sequence[Any]]) -> tuple[Turns, list[tuple[Turns, 
     The prompt ends before an assistant turn and is equal in all chats. The answer of a chat is the
     part after its last user turn, and its remaining turns are history, which is not trained. With
     weights, the answer begins with the first trained turn. (A common turn would add the same
-    log-prob to every side, so training it would make no difference.)
+    log-prob to every side, so training it would make no difference. Turns whose weights differ,
+    and are not just 0 and 1, are not common.)
 
     Raises:
         InvalidRecordError: E2xx for malformed messages; E403 if the chats share no user turn or one
@@ -154,7 +155,7 @@ def split(sides: Mapping[str, Sequence[Any]]) -> tuple[Turns, list[tuple[Turns, 
     for name, chat in zip(sides, chats, strict=True):
         _check_answered(chat, name)
     plain = [tuple(map(bare, ended(chat))) for chat in chats]
-    end = _shared(plain)
+    end = _shared([tuple(map(_graded, ended(chat))) for chat in chats])
     while end and not _asks(plain, end):
         end -= 1
     shared = " and ".join(repr(name) for name in sides)
@@ -239,7 +240,12 @@ def _answer(turns: Turns, name: str) -> Turns:
     if not any(map(counts, turns)):
         raise InvalidRecordError("E208", f"no turn of {name!r} is trained: all weights are 0")
     # A weight of 1 is the default.
-    return tuple(turn if turn.get("weight") == 0 else bare(turn) for turn in turns)
+    return tuple(bare(turn) if turn.get("weight") == 1 else turn for turn in turns)
+
+
+def _graded(turn: Message) -> Message:
+    """Return a turn without a weight that only says whether it is trained."""
+    return bare(turn) if turn.get("weight") in (0, 1) else turn
 
 
 def _shared(chats: list[Turns]) -> int:

@@ -77,7 +77,9 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
     yield Segment(f"  prompt, {count(len(group.prompt_ids), 'token')}\n", "title")
     yield from _tokens(group.prompt_ids, [0] * len(group.prompt_ids), [], decode)
     for completion in group.completions:
-        counted = f"{sum(completion.mask):,} of {len(completion.ids):,} tokens are trained"
+        counted = (
+            f"{sum(map(bool, completion.mask)):,} of {len(completion.ids):,} tokens are trained"
+        )
         yield Segment(f"  {completion.role}{_values(completion)}, {counted}\n", "title")
         yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
     if group.notes:
@@ -114,7 +116,9 @@ def _text(text: Text) -> Iterator[Segment]:
 
 def _turns(turns: Turns, *, is_answer: bool) -> Iterator[Segment]:
     for turn in turns:
-        yield Segment(f"[{turn['role']}] ", "dim")
+        weight = turn.get("weight", 1)
+        shown = f", weight {weight:g}" if weight not in (0, 1) else ""
+        yield Segment(f"[{turn['role']}{shown}] ", "dim")
         content = str(turn.get("content") or "")
         calls = str(turn.get("tool_calls") or "")
         words = _visible(" ".join(filter(None, (content, calls))))
@@ -124,7 +128,7 @@ def _turns(turns: Turns, *, is_answer: bool) -> Iterator[Segment]:
 
 def _tokens(
     ids: Sequence[int],
-    mask: Sequence[int],
+    mask: Sequence[float],
     behind: Sequence[int],
     decode: Callable[[Sequence[int]], str],
 ) -> Iterator[Segment]:

@@ -102,7 +102,10 @@ ASSISTANT = "assistant"
 Turns = tuple[Message, ...]
 
 WEIGHTS = ("weight", "loss_weight", "train")
-"""Keys for whether a message is trained, in OpenAI's, LLaMA-Factory's and axolotl's formats."""
+"""Keys for the weight of a message, in OpenAI's, LLaMA-Factory's and axolotl's formats."""
+
+LARGEST = 1e4
+"""Largest weight of a turn, and largest of a bad one."""
 
 _SPEAKERS = {
     "user": "user",
@@ -140,7 +143,7 @@ _ROLES = frozenset(_SPEAKERS.values())
 def read_messages(value: Sequence[Any], name: str) -> Turns:
     """Normalize messages to ``{role, content}``, with text parts joined and null values dropped.
 
-    A weight under one of `WEIGHTS` is kept as ``weight``, 0 or 1.
+    A weight under one of `WEIGHTS` is kept as ``weight``.
 
     Raises:
         InvalidRecordError: E201 to E203 for malformed messages, E207 for content other than text,
@@ -237,22 +240,25 @@ def _check(message: dict[str, Any], name: str) -> None:
             raise InvalidRecordError("E203", f"the {key} of {name} is {is_a}, not a string")
 
 
-def _weight(message: dict[str, Any], name: str) -> int | None:
-    """Return whether a message is trained (1) or not (0), or None without a weight."""
+def _weight(message: dict[str, Any], name: str) -> float | None:
+    """Return the weight of an assistant's message, 0 if it is not trained; None without one."""
     given = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
     if not given:
         return None
     values = list(given.values())
-    if not all(isinstance(value, int | float) and value in (0, 1) for value in values):
+    if not all(isinstance(value, int | float) and abs(value) <= LARGEST for value in values):
         shown = ", ".join(f"{key} {value!r}" for key, value in given.items())
-        reason = f"{name} has {shown}: the weight of a turn is 1 (trained) or 0"
+        reason = (
+            f"{name} has {shown}: the weight of a turn is a number from {-LARGEST:g} to "
+            f"{LARGEST:g}, 1 if it is trained and 0 if not"
+        )
         raise InvalidRecordError("E208", reason)
-    if len({int(value) for value in values}) > 1:
+    if len({float(value) for value in values}) > 1:
         raise InvalidRecordError("E208", f"{name} has weights that contradict each other")
-    weight = int(values[0])
+    weight = float(values[0])
     if message["role"] == ASSISTANT:
         return weight
     if weight:
-        reason = f"{name} has a weight of 1: only the assistant's turns are trained"
+        reason = f"{name} has a weight of {weight:g}: only the assistant's turns are trained"
         raise InvalidRecordError("E208", reason)
     return None

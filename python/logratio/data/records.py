@@ -28,7 +28,7 @@ CODES: dict[str, str] = {
     "E205": "a key that occurs twice in one object",
     "E206": "an unknown format",
     "E207": "content that is not text",
-    "E208": "a turn's weight that is neither 0 nor 1, or all weights 0",
+    "E208": "an invalid weight of a turn, or all weights 0",
     "E209": "a label whose meaning differs between datasets and was not given",
     "E210": "a row that could be read in two ways",
     "E211": "a prompt that does not match the whole chats or texts of the answers",
@@ -113,7 +113,7 @@ CURES: dict[str, str] = {
     "E205": "Remove one of the two; parsers disagree on which one counts.",
     "E206": "Rename keys with `--columns`, or convert rows with `--rows module:function`.",
     "E207": "Keep the text; images and audio are not supported.",
-    "E208": "Weights of turns are 0 or 1, and at least one is 1.",
+    "E208": "Weights of turns are numbers, and at least one is not 0.",
     "E209": "Give `--label`; `data inspect` prints the flag where the values allow it.",
     "E210": "Give the flag that the message names, or remove one of the keys.",
     "E211": "Keep the prompt either in its own key or in the answers.",
@@ -257,8 +257,8 @@ class Completion:
         margin: Of the chosen side of a pair: how much better it is than the other; at least 0.
         weight: The weight of its row, at least 0.
 
-    An assistant's turn with ``"weight": 0`` is not trained. A string after a prompt of turns begins
-    the assistant's next turn, which does not end.
+    An assistant's turn has a ``weight`` unless it is 1; with 0, it is not trained. A string after a
+    prompt of turns begins the assistant's next turn, which does not end.
     """
 
     role: str

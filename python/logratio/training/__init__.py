@@ -29,8 +29,9 @@ from logratio.training.merging import MergeError, MergeResult, merge_adapter
 from logratio.training.methods.free import sft_loss, simpo_loss
 from logratio.training.methods.logps import GroupLogps, PairLogps
 from logratio.training.methods.margins import dpo_loss
+from logratio.training.methods.method import Method, Option
 from logratio.training.methods.pairs import ipo_loss
-from logratio.training.methods.table import METHODS, Method, Option
+from logratio.training.methods.table import METHODS
 from logratio.training.metrics import NonFiniteError
 from logratio.training.models import DeviceError, ModelFolderError, QuantizationError, load_model
 from logratio.training.precomputation import PrecomputeResult, ShareError, precompute

@@ -35,7 +35,8 @@ from logratio.training.dataset import (
     once_per_host,
 )
 from logratio.training.methods.data_checks import check_groups, kinds_of
-from logratio.training.methods.table import METHODS, DataKind
+from logratio.training.methods.method import DataKind
+from logratio.training.methods.table import METHODS
 from logratio.training.models import (
     autocast,
     base_folder,

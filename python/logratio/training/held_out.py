@@ -297,10 +297,11 @@ class HeldOut:
         self._interrupted = interrupted
         updater.strategy.settle()
         with side_effect_free(updater.policy), updater.autocast():
-            policy = self._sums(updater, updater.policy_sums)
+            data = GroupData.of(self.store, updater.objective)
+            policy = self._sums(updater, lambda batch: updater.policy_sums(batch, data))
             if self._reference_sums is None or moving(updater.reference):
-                self._reference_sums = self._of_reference(updater)
-        columns = self._columns(updater, policy, self._reference_sums)
+                self._reference_sums = self._of_reference(updater, data)
+        columns = self._columns(updater, data, policy, self._reference_sums)
         metrics = {f"eval_{name}": value for name, value in averages(columns)[0].items()}
         result = HeldOutResult(
             step, len(self.store), metrics, sources=_sources(self.store, columns)
@@ -322,24 +323,25 @@ class HeldOut:
             updater.processes,
         )
 
-    def _of_reference(self, updater: Updater) -> np.ndarray:
+    def _of_reference(self, updater: Updater, data: GroupData) -> np.ndarray:
         """Return the summed log-probs under the reference, float64 `[N]`; zeros without one."""
         reference = self.cached or updater.reference
         if reference is None:
             return np.zeros(self.store.completions)
-        return self._sums(updater, lambda batch: updater.sums_of(reference, batch))
+        return self._sums(updater, lambda batch: updater.sums_of(reference, batch, data))
 
-    def _columns(self, updater: Updater, policy: np.ndarray, reference: np.ndarray) -> Columns:
+    def _columns(
+        self, updater: Updater, data: GroupData, policy: np.ndarray, reference: np.ndarray
+    ) -> Columns:
         """Return the loss and the metrics of each group, as in training.
 
         What a loss takes from an update is taken from all held-out groups.
         """
         store, objective = self.store, updater.objective
-        data = GroupData.of(store, objective)
         groups = GroupLogps(
             torch.from_numpy(policy),
             torch.from_numpy(reference),
-            torch.from_numpy(store.counted_lengths().astype(np.float64)),
+            data.lengths_of(store),
             torch.from_numpy(store.roles()),
             store.completion_offsets(),
             data.values,

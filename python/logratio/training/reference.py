@@ -372,10 +372,11 @@ def _looked_up(config: TrainConfig, cache: PathLike, store: Store) -> CachedRefe
     fingerprint = reference_fingerprint(config)
     pread = config.read_mode == "pread"
     if holds_sums_only(cache, fingerprint):
-        if Objective.of(config).weighs_tokens:
+        if Objective.of(config).weighs_tokens or store.is_weighted:
+            by = "the data" if store.is_weighted else f"--loss {config.loss}"
             raise StaleCacheError(
-                f"{cache}: this cache has only sums of completions, and --loss "
-                f"{config.loss} weighs their tokens: run `logratio precompute` without --sums-only"
+                f"{cache}: this cache has only sums of completions, and {by} weighs their tokens: "
+                "run `logratio precompute` without --sums-only"
             )
         reader = open_cache(cache, fingerprint, sums=True, pread=pread)
         return CachedSums(store, reader, sums_folder(cache, fingerprint))

@@ -23,6 +23,7 @@ from logratio import __version__
 from logratio._rust import Store
 from logratio.bundle import TOKENIZER_FILES
 from logratio.cache.identity import read_conditions, record_conditions
+from logratio.data.store.turn_weights import data_digest
 from logratio.durable import finalize, locked, sync, system_errors
 from logratio.errors import ConfigError, LogratioError
 from logratio.forecast import OutputError, count
@@ -98,8 +99,8 @@ def identity(
         "lora": _shape_of(config.lora) if config.lora else None,
     }
     own |= _options(Objective.of(config))
-    held = held_out.digest if held_out else None
-    data = {"data": store.digest, "eval_data": held} if store else {}
+    held = data_digest(held_out) if held_out else None
+    data = {"data": data_digest(store), "eval_data": held} if store else {}
     plain: dict[str, Any] = json.loads(json.dumps(fields | models | own | data))
     return plain
 

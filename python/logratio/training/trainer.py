@@ -28,9 +28,9 @@ from logratio.training.fingerprint import reference_fingerprint
 from logratio.training.given_model import is_in_memory
 from logratio.training.held_out import HeldOut, check_metric, divide
 from logratio.training.memory import training_forecast
+from logratio.training.methods.method import NAME_OF_GROUP
 from logratio.training.methods.notes import notes_of
 from logratio.training.methods.objective import Objective
-from logratio.training.methods.table import NAME_OF_GROUP
 from logratio.training.models import (
     autocast,
     default_device,

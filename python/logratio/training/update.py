@@ -199,21 +199,28 @@ class Updater:
         return UpdateStatistics.of(self.objective, scored, self.processes)
 
     @torch.no_grad()
-    def policy_sums(self, batch: Batch) -> Tensor:
-        """Return the policy's sums of log-probs, or scores, that the loss takes, float64 `[N]`."""
+    def policy_sums(self, batch: Batch, data: GroupData | None = None) -> Tensor:
+        """Return the policy's sums of log-probs, or scores, that the loss takes, float64 `[N]`.
+
+        Args:
+            batch: The groups.
+            data: What the data says about them; None: they are of the training data.
+        """
         if self.objective.scores:
             return completion_scores(self.policy, batch).double()
-        return self._sums(batch, completion_logps(self.policy, batch))
+        return self._sums(batch, completion_logps(self.policy, batch), data or self.data)
 
     @torch.no_grad()
-    def sums_of(self, reference: Reference, batch: Batch) -> Tensor:
+    def sums_of(self, reference: Reference, batch: Batch, data: GroupData | None = None) -> Tensor:
         """Return the sums of a reference's log-probs that the loss takes, float64 `[N]`."""
-        if self.objective.weighs_tokens:
-            return self._sums(batch, reference.logps(batch))
+        data = data or self.data
+        if self.objective.weighs_tokens or data.turns is not None:
+            return self._sums(batch, reference.logps(batch), data)
         return reference.sums(batch)
 
-    def _sums(self, batch: Batch, logps: Tensor) -> Tensor:
-        return weighted_sums(batch.targets, logps, self.objective.token_weights(batch.targets))
+    def _sums(self, batch: Batch, logps: Tensor, data: GroupData) -> Tensor:
+        weights = data.token_weights(self.objective, batch.targets)
+        return weighted_sums(batch.targets, logps, weights)
 
     @cached_property
     def _smallest(self) -> Batch:
@@ -239,14 +246,14 @@ class Updater:
         """
         rows, scored = batch.targets.rows, list[Scored]()
         reference = first.references(rows, self.device) if first else self._reference_sums(batch)
-        weights = self.objective.token_weights(batch.targets)
+        weights = self.data.token_weights(self.objective, batch.targets)
 
         def share(logps: Tensor, part: Part) -> Tensor:
             own = None if weights is None else weights[part.targets_at]
             by_completion = self.objective.scores
             sums = logps.double() if by_completion else weighted_sums(part.targets, logps, own)
             groups = self.data.groups(
-                part.targets, sums, reference[part.completions], *_distributions(part, logps)
+                part.targets, sums, reference[part.completions], *_distributions(part, logps, own)
             )
             groups = self._with_statistics(groups, first, part)
             losses = self.data.weighted(self.objective.losses(groups), part.targets)
@@ -361,13 +368,15 @@ def confidences_of(part: Part, logps: Tensor, collisions: Tensor) -> Tensor:
     return part.targets.sums(logps.detach() - collisions) / part.targets.lengths
 
 
-def _distributions(part: Part, logps: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _distributions(
+    part: Part, logps: Tensor, weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Return the confidences and the divergences of a part's completions, float64 `[N]` each."""
     confidences = divergences = None
     if part.collisions is not None:
         confidences = confidences_of(part, logps, part.collisions)
     if part.divergences is not None:
-        divergences = part.targets.sums(part.divergences)
+        divergences = weighted_sums(part.targets, part.divergences, weights)
     return confidences, divergences
 
 

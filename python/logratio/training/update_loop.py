@@ -30,7 +30,7 @@ from logratio.training.config import TrainConfig
 from logratio.training.dataset import Dataset
 from logratio.training.drawing import Drawing
 from logratio.training.held_out import EvaluationInterruptedError, HeldOut
-from logratio.training.methods.table import NAME_OF_GROUP
+from logratio.training.methods.method import NAME_OF_GROUP
 from logratio.training.models import (
     training_budget,
 )

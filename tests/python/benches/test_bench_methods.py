@@ -14,8 +14,8 @@ from logratio.demo import task
 from logratio.demo.run import Candidates
 from logratio.training import TrainConfig
 from logratio.training.methods.data_checks import check_data
+from logratio.training.methods.method import DataKind
 from logratio.training.methods.objective import Objective
-from logratio.training.methods.table import DataKind
 
 PROMPT = "Ana the cat went to the river ."
 GOOD, PLAIN, BAD = " the cat was happy .", " the cat slept in the river .", " the dog was sad ."

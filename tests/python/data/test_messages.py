@@ -141,10 +141,13 @@ BAD: dict[str, tuple[str, Row | str]] = {
         )
         for arguments in ("{", "[1]", "3", "null", [1], 3, '{"a": 1, "a": 2}', "a=1")
     },
-    "half a weight": ("E208", assistant("a", weight=0.5)),
+    "no number": ("E208", assistant("a", weight=float("nan"))),
+    "an infinite weight": ("E208", assistant("a", weight=float("-inf"))),
+    "a huge weight": ("E208", assistant("a", weight=1e5)),
     "weight of text": ("E208", assistant("a", weight="1")),
     "weights that differ": ("E208", assistant("a", weight=1, train=False)),
     "a user that counts": ("E208", user("u", weight=1)),
+    "a bad user": ("E208", user("u", weight=-1)),
 }
 
 
@@ -197,6 +200,35 @@ def test_weights_of_shared_turns_change_nothing() -> None:
         [user("u", weight=0), assistant("a", weight=0), user("v"), assistant("c", weight=1)],
     )
     assert weighted == plain
+
+
+def test_any_weight_is_kept_but_1() -> None:
+    turns = read_messages([assistant("a", loss_weight=-0.5), assistant("b", weight=1)], "chat")
+    assert [turn["weight"] for turn in turns] == [-0.5, 1]
+    given = [assistant("a", weight=w) for w in (-0.5, 1, 0, 2)]
+    assert conversations.answer(given, "chosen") == (
+        assistant("a", weight=-0.5),
+        assistant("a"),
+        assistant("a", weight=0),
+        assistant("a", weight=2),
+    )
+
+
+def test_a_turn_that_is_good_on_one_side_and_bad_on_the_other_is_not_shared() -> None:
+    start = [user("u"), assistant("a"), user("v")]
+    record = sides(
+        [user("u"), assistant("a", weight=-1), user("v"), assistant("b")],
+        [*start, assistant("c")],
+    )
+    assert record.prompt == (user("u"),)
+    chosen, rejected = record.completions
+    assert chosen.answer == (assistant("a", weight=-1), user("v"), assistant("b"))
+    assert (rejected.context, rejected.answer) == (tuple(start[1:]), (assistant("c"),))
+    same = sides(
+        [user("u"), assistant("a", weight=-1), user("v"), assistant("b")],
+        [user("u"), assistant("a", weight=-1), user("v"), assistant("c")],
+    )
+    assert same == sides([*start, assistant("b")], [*start, assistant("c")])
 
 
 def test_weights_by_which_nothing_counts_are_refused() -> None:

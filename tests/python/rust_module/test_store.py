@@ -135,7 +135,6 @@ def test_an_impossible_plan_is_refused(wrong: dict[str, Any]) -> None:
         ({"completion_lengths": u32()}, "no completion"),
         ({"completion_lengths": u32(0, 3)}, "completion 0 is empty"),
         ({"prompt_ids": ids(-1)}, "negative"),
-        ({"completion_mask": u8(1, 2, 1)}, "not 0 or 1"),
         ({"completion_lengths": u32(1, 1)}, "add up to 2"),
         ({"roles": u8(0, 5)}, "role 5 is unknown"),
         ({"values": f32([[0, 0, 0, 0]])}, "values of 1 completions, but there are 2"),

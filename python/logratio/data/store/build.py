@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from logratio.data.formats.decoder import Decoder
 from logratio.data.formats.settings import FormatSettings
 from logratio.data.readers.inputs import Inputs, Opened, open_inputs
 from logratio.data.records import CODES, Refusal, Source
+from logratio.data.store import turn_weights
 from logratio.data.store.id_columns import NAMES
 from logratio.data.store.ingest import Intake
 from logratio.data.store.row_report import BadDataError, DataReport, Ledger, write_refusal
@@ -46,6 +47,7 @@ class Position:
         decoder: The first row of each file, from `Decoder.state`.
         files: Names of the containers, ordered by number.
         log_bytes: Length of the list of refused rows.
+        turn_weights: The weights of turns so far, from `TurnWeights.values`.
     """
 
     identity: Mapping[str, Any]
@@ -55,6 +57,7 @@ class Position:
     decoder: Mapping[str, Any]
     files: list[str]
     log_bytes: int
+    turn_weights: list[float] = field(default_factory=list)
 
 
 class Checkpoints:
@@ -328,6 +331,7 @@ class _Ingest:
             ledger.files = {name: number for number, name in enumerate(at.files)}
             ledger.report = DataReport.from_dict(at.report)
             decoder.restore(at.decoder)
+            intake.turn_weights.values.extend(at.turn_weights)
         for number in range(at.input if at else 0, len(self._readers)):
             if at and number == at.input:
                 self._readers[number].resume_from(dict(at.mark))
@@ -406,6 +410,7 @@ class _Ingest:
                 intake.decoder.state(),
                 [*intake.ledger.files],
                 self._checkpoints.log_bytes(),
+                intake.turn_weights.values,
             )
         )
 
@@ -423,6 +428,9 @@ class _Ingest:
             "rules": self._tokenizer.rules.to_dict(),
             "tokenizer": self._tokenizer.digest,
         }
+
+        if intake.turn_weights.values:
+            metadata[turn_weights.NAME] = intake.turn_weights.values
 
         def described() -> str:
             return json.dumps(metadata | {"report": intake.report.to_dict()})

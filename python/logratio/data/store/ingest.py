@@ -25,6 +25,7 @@ from logratio.data.records import (
 from logratio.data.store.id_columns import FORMAT as IDS_FORMAT
 from logratio.data.store.id_columns import NAMES, parts, row_group
 from logratio.data.store.row_report import DataReport, Ledger, Written
+from logratio.data.store.turn_weights import TurnWeights
 from logratio.data.store.value_columns import ValueColumns
 from logratio.data.tokenization.groups import PAIR, GroupArrays, TokenizedGroup, no_values
 from logratio.data.tokenization.tokenizer import NO_TEMPLATE, PreferenceTokenizer
@@ -321,12 +322,14 @@ class Intake:
         writer: Receives the groups.
         decoder: Decodes rows to records.
         ledger: Counts every row.
+        turn_weights: Numbers the weights of turns.
     """
 
     tokenizer: PreferenceTokenizer
     writer: StoreWriter
     decoder: Decoder
     ledger: Ledger
+    turn_weights: TurnWeights = field(default_factory=TurnWeights)
     _waiting: "list[_Waiting]" = field(default_factory=list)
     _parts: int = 0
     _characters: int = 0
@@ -499,7 +502,8 @@ class Intake:
         groups = [part for own, _ in rows for part in own if isinstance(part, TokenizedGroup)]
         if self.ledger.will_fail:
             groups = []
-        outcomes, first = GroupArrays.of(groups, self.ledger.file_number).push(self.writer)
+        arrays = GroupArrays.of(groups, self.ledger.file_number, self.turn_weights.numbered)
+        outcomes, first = arrays.push(self.writer)
         written = map(Written, groups, outcomes.tolist(), first.tolist())
         for own, row in rows:
             results = [next(written, None) if isinstance(p, TokenizedGroup) else p for p in own]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from logratio._rust import ROLES, SharedLayout, Store, StoreWriter
 from logratio.data.store.slices import SLICE_FIELDS, alternating, firsts, prompt_ids, slices
+from logratio.data.store.turn_weights import whole_mask
 from logratio.data.tokenization.groups import GroupArrays, no_values
 from logratio.errors import ConfigError
 
@@ -22,9 +23,10 @@ def with_mismatches(store: Store, seed: int, path: Path | None, max_length: int)
     """Write a store of the same groups, each followed by the answer to another prompt.
 
     The additional completion has the role ``mismatched``, and is the first completion of another
-    group. The groups are assigned by a random permutation, and no group gets an answer to its own
-    prompt. If more than half of the groups share a prompt, no permutation does that: the answers
-    to other prompts are then used several times.
+    group, each of whose counted tokens counts once. The groups are assigned by a random
+    permutation, and no group gets an answer to its own prompt. If more than half of the groups
+    share a prompt, no permutation does that: the answers to other prompts are then used several
+    times.
 
     Args:
         store: The groups.
@@ -59,7 +61,8 @@ def with_mismatches(store: Store, seed: int, path: Path | None, max_length: int)
             own = store.shared_layout(np.arange(first, stop), fields=SLICE_FIELDS)
             other = store.shared_layout(partners[first:stop], fields=SLICE_FIELDS)
             sources = files[first:stop], lines[first:stop]
-            _joined(own, other, values[own.completions], sources, max_length).push(writer)
+            mask = whole_mask(store, own)
+            _joined(own, mask, other, values[own.completions], sources, max_length).push(writer)
         return writer.finish(store.metadata)
     finally:
         writer.close()
@@ -121,6 +124,7 @@ def _prompt_hashes(store: Store) -> NDArray[np.uint64]:
 
 def _joined(
     own: SharedLayout,
+    own_mask: NDArray[np.uint8],
     other: SharedLayout,
     values: NDArray[np.float32],
     sources: tuple[NDArray[np.uint32], NDArray[np.uint64]],
@@ -134,7 +138,7 @@ def _joined(
     tokens, completions = len(is_added), len(is_new)
     every_id, every_mask = np.empty(tokens, np.int32), np.empty(tokens, np.uint8)
     every_id[~is_added], every_id[is_added] = own.target_ids, ids
-    every_mask[~is_added], every_mask[is_added] = own.completion_mask, mask
+    every_mask[~is_added], every_mask[is_added] = own_mask, mask
     every_length = np.empty(completions, np.uint32)
     every_length[~is_new], every_length[is_new] = own.completion_lengths, lengths
     roles = np.full(completions, MISMATCHED, np.uint8)

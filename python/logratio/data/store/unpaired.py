@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from logratio._rust import ROLES, Store, StoreWriter
 from logratio.data.store.load import source_names
 from logratio.data.store.slices import SLICE_FIELDS, prompt_ids, slices
+from logratio.data.store.turn_weights import whole_mask
 from logratio.data.tokenization.groups import GroupArrays
 from logratio.errors import ConfigError
 
@@ -94,7 +95,7 @@ def _answers(
         prompt_ids(layout),
         layout.prompt_lengths.astype(np.uint32),
         layout.target_ids[tokens].astype(np.int32),
-        layout.completion_mask[tokens].astype(np.uint8),
+        whole_mask(store, layout)[tokens],
         layout.completion_lengths[kept].astype(np.uint32),
         np.where(split[copies], 1, sizes).astype(np.uint32),
         layout.roles[kept].astype(np.uint8),

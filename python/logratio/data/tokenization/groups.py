@@ -36,13 +36,13 @@ class TokenizedCompletion:
     Attributes:
         role: ``chosen``, ``rejected``, ``candidate`` or ``demonstration``.
         ids: All tokens after the prompt.
-        mask: For each token, 1 if its log-prob is summed, else 0.
+        mask: Weight of each token's log-prob in the sum; 0: it does not count.
         values: Score, rank, margin and weight; None where the data has no such number.
     """
 
     role: str
     ids: list[int]
-    mask: list[int]
+    mask: Sequence[float]
     values: Values = NO_VALUES
 
 
@@ -224,7 +224,7 @@ class Fitting:
         self,
         completion: Completion,
         ids: list[int],
-        mask: list[int],
+        mask: Sequence[float],
         prompt_length: int,
         notes: list[str],
     ) -> TokenizedCompletion:
@@ -302,7 +302,8 @@ class GroupArrays:
         prompt_ids: int32, all prompts concatenated.
         prompt_lengths: uint32 `[G]`, tokens of each prompt.
         completion_ids: int32, all completions concatenated, group by group.
-        completion_mask: uint8, 1 for each trained token of `completion_ids`.
+        completion_mask: uint8, for each token of `completion_ids` 0 if it does not count, 1 if it
+            counts once, or the number of its weight (see `TurnWeights`).
         completion_lengths: uint32 `[N]`, tokens of each completion.
         group_sizes: uint32 `[G]`, completions of each group.
         roles: uint8 `[N]`, index into `logratio._rust.ROLES`.
@@ -325,15 +326,24 @@ class GroupArrays:
 
     @classmethod
     def of(
-        cls, groups: Sequence[TokenizedGroup], file_number: Callable[[Source], int]
+        cls,
+        groups: Sequence[TokenizedGroup],
+        file_number: Callable[[Source], int],
+        numbered: "Callable[[NDArray[np.float64]], NDArray[np.uint8]]",
     ) -> "GroupArrays":
-        """Concatenate groups; `file_number` returns the number of a source's file."""
+        """Concatenate groups.
+
+        Args:
+            groups: The groups.
+            file_number: Returns the number of a source's file.
+            numbered: Returns the mask for the weights of tokens: `TurnWeights.numbered`.
+        """
         completions = [completion for group in groups for completion in group.completions]
         return cls(
             _flat((group.prompt_ids for group in groups), np.int32),
             _array((len(group.prompt_ids) for group in groups), np.uint32),
             _flat((completion.ids for completion in completions), np.int32),
-            _flat((completion.mask for completion in completions), np.uint8),
+            numbered(_flat((completion.mask for completion in completions), np.float64)),
             _array((len(completion.ids) for completion in completions), np.uint32),
             _array((len(group.completions) for group in groups), np.uint32),
             _array((_ROLE[completion.role] for completion in completions), np.uint8),
@@ -367,5 +377,5 @@ def _array(values: Iterable[int], dtype: Any) -> NDArray[Any]:
     return np.fromiter(values, dtype)
 
 
-def _flat(parts: Iterable[Sequence[int]], dtype: Any) -> NDArray[Any]:
+def _flat(parts: Iterable[Sequence[float]], dtype: Any) -> NDArray[Any]:
     return np.fromiter(chain.from_iterable(parts), dtype)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from logratio.data.conversations import ended
+from logratio.data.conversations import counts, ended
 from logratio.data.messages import Turns, bare
 from logratio.data.records import Completion, InvalidRecordError, Message, PreferenceRecord, Text
 from logratio.data.tokenization.chat_template import (
@@ -22,10 +22,15 @@ _TOKENS = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\s+|\w+|.")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a completion's text, and whether its tokens are trained."""
+    """A part of a completion's text, and the weight of its tokens' log-probs; 0: not trained."""
 
     text: str
-    counts: bool
+    weight: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether its tokens are trained."""
+        return self.weight != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,8 @@ def plain_script(record: PreferenceRecord) -> Script:
 
 
 def _plain_pieces(completion: Completion) -> tuple[Piece, ...]:
-    answer = Piece(str(completion.answer), True)
-    return (Piece(str(completion.context), False), answer) if completion.context else (answer,)
+    answer = Piece(str(completion.answer), 1)
+    return (Piece(str(completion.context), 0), answer) if completion.context else (answer,)
 
 
 def chat_script(record: PreferenceRecord, template: ChatTemplate, eos: str | None) -> Script:
@@ -117,7 +122,7 @@ def _begun_script(record: PreferenceRecord, template: ChatTemplate) -> Script:
     shared = _shared(asked, [opening], lambda: opening)
     written = opening[len(shared) :]
     completions = tuple(
-        ((Piece(written, False),) if written else ()) + _plain_pieces(completion)
+        ((Piece(written, 0),) if written else ()) + _plain_pieces(completion)
         for completion in record.completions
     )
     return Script(shared, completions, ("W512",) * (shared != asked))
@@ -168,7 +173,7 @@ def _chat_pieces(chat: "_Chat", shared: str, begins: int | None) -> tuple[Piece,
     """Cut a completion from the text after its prompt; turn ``begins`` starts right after it."""
     position = len(shared)
     pieces = []
-    for index in chat.answers:
+    for index, weight in zip(chat.answers, chat.weights, strict=True):
         start = position if index == begins else chat.start_of(index)
         if start < position:
             raise chat.not_found()
@@ -176,8 +181,8 @@ def _chat_pieces(chat: "_Chat", shared: str, begins: int | None) -> tuple[Piece,
         if end < start:
             raise chat.not_found()
         if start > position:
-            pieces.append(Piece(chat.text[position:start], False))
-        pieces.append(Piece(chat.text[start:end], True))
+            pieces.append(Piece(chat.text[position:start], 0))
+        pieces.append(Piece(chat.text[start:end], weight))
         position = end
     return tuple(pieces)
 
@@ -190,6 +195,7 @@ class _Chat:
         turns: All turns, as passed to the template.
         text: The rendered text.
         answers: The indices of the trained turns.
+        weights: Their weights.
     """
 
     def __init__(
@@ -207,11 +213,9 @@ class _Chat:
         self._eos = eos or "\0"  # no template writes NUL
         self.turns: Turns = (*before, *map(bare, answer))
         self.text = self._render(self.turns)
-        self.answers = [
-            len(before) + index
-            for index, turn in enumerate(answer)
-            if turn["role"] == "assistant" and turn.get("weight") != 0
-        ]
+        places = [index for index, turn in enumerate(answer) if counts(turn)]
+        self.answers = [len(before) + index for index in places]
+        self.weights: list[float] = [answer[index].get("weight", 1) for index in places]
 
     def _render(self, turns: Turns, *, ask: bool = False) -> str:
         return self._template.render(turns, tools=self._tools, add_generation_prompt=ask)

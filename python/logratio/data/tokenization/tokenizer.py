@@ -112,12 +112,12 @@ class Tail:
 
     Attributes:
         ids: All tokens.
-        mask: 1 for each trained token, else 0.
+        mask: Weight of each token's log-prob; 0: not trained.
         moved: Whether joint tokenization would have moved the boundary of the prompt (W502).
     """
 
     ids: list[int]
-    mask: list[int]
+    mask: list[float]
     moved: bool
 
 
@@ -141,7 +141,7 @@ def tails_of(
     for pieces in script.completions:
         moved = False
         ids: list[int] = []
-        mask: list[int] = []
+        mask: list[float] = []
         before, text = prompt, script.prompt
         for piece, whole in zip(pieces, islice(texts, len(pieces)), strict=True):
             if _is_stable(before, whole, text, piece.text, encoder):
@@ -150,7 +150,7 @@ def tails_of(
                 own = encoder.encode([piece.text])[0]
                 moved = True
             ids += own
-            mask += [int(piece.counts)] * len(own)
+            mask += [piece.weight] * len(own)
             before, text = whole, text + piece.text
         yield Tail(ids, mask, moved)
 

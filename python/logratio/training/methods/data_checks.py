@@ -8,12 +8,13 @@ import torch
 from logratio._rust import ROLES, Store
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.store.load import source_names
+from logratio.data.store.turn_weights import extremes
 from logratio.data.store.unpaired import are_pairs
 from logratio.errors import ConfigError
 from logratio.training.methods.group_data import GroupData, group_weights
 from logratio.training.methods.logps import CHOSEN, MARGIN, MISMATCHED, REJECTED, GroupLogps
+from logratio.training.methods.method import DataKind
 from logratio.training.methods.objective import Objective
-from logratio.training.methods.table import DataKind
 
 CANDIDATE, DEMONSTRATION = map(ROLES.index, ("candidate", "demonstration"))
 _KINDS: dict[DataKind, tuple[Kind, ...] | None] = {
@@ -61,8 +62,9 @@ def check_data(store: Store, objective: Objective, what: str) -> None:
         what: Its name, for messages.
 
     Raises:
-        ConfigError: Some groups do not fit, a margin is missing, or all answers of a list are
-            equally good; the message counts them and locates the first. Or the weights sum to 0.
+        ConfigError: Some groups do not fit, a margin is missing, all answers of a list are equally
+            good, or turns have weights for which the objective is not defined; the message counts
+            them and locates the first. Or the weights sum to 0.
     """
     check_groups(store, objective.data, what)
     if any(term.method.needs_margins for term in objective.terms):
@@ -75,6 +77,8 @@ def check_data(store: Store, objective: Objective, what: str) -> None:
             ("pair has", "pairs have"),
         )
     group_weights(store.values(), store.completion_offsets())
+    if store.is_weighted:
+        _check_turns(store, objective, what)
     if objective.data == "lists":
         _refuse(
             store,
@@ -120,6 +124,31 @@ def kinds_of(store: Store) -> dict[DataKind, np.ndarray]:
         "lists": is_pair | (candidates & (sizes >= 2)),
         "demonstrations": (sizes == 1) & (first == DEMONSTRATION),
     }
+
+
+def _check_turns(store: Store, objective: Objective, what: str) -> None:
+    """Check that an objective is defined for the weights of turns.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    low, high = extremes(store)
+    if objective.scores:
+        _refuse(
+            store,
+            (low != 1) | (high != 1),
+            f"{what} scores whole answers, so their turns have no `weight`, and {{count}}",
+            ("group has one", "groups have one"),
+            ": remove them, or give --loss dpo",
+        )
+    if not objective.takes_bad_turns:
+        _refuse(
+            store,
+            low < 0,
+            f"{what} is not defined for turns with a `weight` below 0, and {{count}}",
+            ("group has one", "groups have one"),
+            ": give the weight 0, or a method of log-ratios, such as --loss dpo",
+        )
 
 
 def _tied(store: Store, objective: Objective) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logratio._rust import Store
+from logratio.data.store.turn_weights import TurnWeights
 from logratio.errors import ConfigError
 from logratio.logps.batch import TargetTokens
 from logratio.logps.sequences import onto
@@ -28,6 +29,7 @@ class GroupData:
         has_reference: Whether the objective uses the reference's log-probs.
         flipped: Whether the labels of each group are exchanged, bool `[G]`; None: of none.
         has_pairs: Whether groups are pairs, whose labels are their positions.
+        turns: The groups, if turns have weights other than 0 and 1.
     """
 
     values: np.ndarray | None
@@ -35,6 +37,7 @@ class GroupData:
     has_reference: bool
     flipped: np.ndarray | None = None
     has_pairs: bool = True
+    turns: Store | None = None
 
     @classmethod
     def of(
@@ -55,7 +58,10 @@ class GroupData:
         weights = group_weights(values, store.completion_offsets())
         used = _used(store, values, objective) if objective.needs_values else None
         chosen = np.random.default_rng(seed).random(len(store)) < flipped if flipped else None
-        return cls(used, weights, objective.needs_reference, chosen, objective.data == "pairs")
+        turns = store if store.is_weighted else None
+        return cls(
+            used, weights, objective.needs_reference, chosen, objective.data == "pairs", turns
+        )
 
     def groups(
         self,
@@ -69,7 +75,7 @@ class GroupData:
         groups = GroupLogps(
             policy,
             reference,
-            targets.lengths,
+            self._lengths(targets),
             targets.roles,
             targets.group_offsets,
             None if self.values is None else self.values[targets.rows],
@@ -81,6 +87,40 @@ class GroupData:
             return groups
         flip = _with_flipped_pairs if self.has_pairs else _with_flipped_roles
         return flip(groups, self.flipped[targets.groups])
+
+    def token_weights(self, objective: Objective, targets: TargetTokens) -> Tensor | None:
+        """Return the weights of tokens, float64 `[S]`: those of the method times those of turns.
+
+        Returns:
+            None: each counted token counts once.
+        """
+        own, turns = objective.token_weights(targets), self._of_turns(targets)
+        return turns if own is None else own if turns is None else own * turns
+
+    def _of_turns(self, targets: TargetTokens) -> Tensor | None:
+        """Return the weights of turns for each token, float64 `[S]`; None: all are 0 or 1."""
+        if self.turns is None:
+            return None
+        return onto(self._table.at(self.turns.mask(targets.rows)), targets.target_ids.device)
+
+    @cached_property
+    def _table(self) -> TurnWeights:
+        assert self.turns is not None
+        return TurnWeights.of(self.turns)
+
+    def _lengths(self, targets: TargetTokens) -> Tensor:
+        """Return the numbers of counted tokens, each times the size of its weight: `[N]`."""
+        turns = self._of_turns(targets)
+        return targets.lengths if turns is None else targets.sums(turns.abs())
+
+    def lengths_of(self, store: Store) -> Tensor:
+        """Return the lengths of all completions of a store, float64 `[N]`, on the host."""
+        if self.turns is None:
+            return torch.from_numpy(store.counted_lengths().astype(np.float64))
+        sizes = store.completion_lengths().astype(np.int64)
+        mask = self.turns.mask(np.arange(len(sizes)))
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        return torch.from_numpy(np.bincount(owners, np.abs(self._table.at(mask)), len(sizes)))
 
     def weighted(self, losses: Tensor, targets: TargetTokens) -> Tensor:
         """Multiply the losses of groups, `[B]`, by their weights."""

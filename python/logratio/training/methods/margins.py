@@ -192,15 +192,18 @@ def alpha_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float) -> Tensor:
     return logistic(beta * (tangent_expm1(rejected) - tangent_expm1(chosen)) / alpha)
 
 
-def beta_dpo_loss(pairs: PairLogps, *, beta: float, alpha: float, momentum: float) -> Tensor:
+def beta_dpo_loss(pairs: PairLogps, *, beta: float) -> Tensor:
     r"""Return the β-DPO loss of each pair, `[B]`.
 
-    :math:`-\log\sigma(\beta_u D)` with one :math:`\beta_u = \beta[1 + \alpha(\bar D - M)]` for each
-    update, where :math:`\bar D` is the mean of :math:`D` over the update and :math:`M` its moving
-    average over earlier ones, Wu et al. 2024 (arXiv 2407.08639, eq. 6). See
-    `statistics.beta_of_update`. The paper's filter of pairs is not applied: every pair counts.
+    :math:`-s\log\sigma(\beta_u D)` with one :math:`\beta_u = \beta[1 + \alpha(\bar D - M)]` for
+    each update, where :math:`\bar D` is the mean of :math:`D` over the pairs that are kept and
+    :math:`M` the moving average of its mean over earlier updates, Wu et al. 2024 (arXiv 2407.08639,
+    eq. 6). The paper's filter keeps a share of the pairs, with a probability in proportion to
+    :math:`\exp(-(D - M)^2/(2\sigma^2))`: :math:`s` is 0 for the others, and such that the mean loss
+    is that of the pairs that are kept. See `statistics.beta_of_update`.
     """
-    return logistic(beta * pairs.statistics["scale"] * pairs.logratio_margins)
+    losses = logistic(beta * pairs.statistics["scale"] * pairs.logratio_margins)
+    return losses * pairs.statistics["share"]
 
 
 def aot_loss(pairs: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:

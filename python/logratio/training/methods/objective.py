@@ -25,8 +25,9 @@ from logratio.training.methods.columns import (
     pair_columns,
 )
 from logratio.training.methods.logps import GroupLogps, PairLogps
+from logratio.training.methods.method import DataKind, Method, Option
 from logratio.training.methods.statistics import Memory
-from logratio.training.methods.table import METHODS, MIXTURES, DataKind, Method, Option
+from logratio.training.methods.table import METHODS, MIXTURES
 
 _COLUMNS: dict[DataKind, Callable[[Tensor, GroupLogps, Tensor], Columns]] = {
     "pairs": pair_columns,
@@ -163,6 +164,11 @@ class Objective:
         return any(term.method.scores for term in self.terms)
 
     @property
+    def takes_bad_turns(self) -> bool:
+        """Whether all methods are defined for turns with a negative weight."""
+        return all(term.method.bad_turns for term in self.terms)
+
+    @property
     def needs_divergences(self) -> bool:
         """Whether a method compares whole distributions with a live reference."""
         return any(term.method.needs_divergences for term in self.terms)
@@ -206,7 +212,7 @@ class Objective:
         for term in self.terms:
             if of := term.method.statistics:
                 memory = self.memory[term.name] if trains else dict(self.memory[term.name])
-                found |= of(groups, memory, beta=term.beta, **term.options)
+                found |= of(groups, memory, beta=term.beta, trains=trains, **term.options)
         return found
 
     def metrics(self) -> list[str]:
@@ -351,7 +357,7 @@ def _own_method(path: str) -> Method:
     }
     beta = numbers.pop("beta", 0.1 if "beta" in given else None)
     options = {name: Option(value, "", -np.inf) for name, value in numbers.items()}
-    return Method(path, found, "", "", takes=takes, beta=beta, options=options)
+    return Method(path, found, "", "", takes=takes, beta=beta, options=options, bad_turns=False)
 
 
 def _check_known(
@@ -415,7 +421,7 @@ def sample_groups(data: DataKind) -> GroupLogps:
 def _try(term: Term, data: DataKind) -> None:
     groups = sample_groups(data)
     if of := term.method.statistics:
-        found = of(groups.detached(), {}, beta=term.beta, **term.options)
+        found = of(groups.detached(), {}, beta=term.beta, trains=True, **term.options)
         groups = replace(groups, statistics=found)
     what = f"--loss {term.name}"
     try:

@@ -7,6 +7,7 @@ it remembers from update to update is in `Memory`, which checkpoints contain.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,9 @@ Memory = dict[str, float]
 """Running numbers of a method, by name; empty at the start of a run."""
 
 Statistics = Callable[..., dict[str, Tensor]]
-"""Called with the groups of an update, the memory, β, and the method's options. Each result is one
-number for the update, `[]`, or one for each completion, `[N]`; all float64."""
+"""Called with the groups of an update, the memory, and as keywords β, the method's options, and
+`trains`: False in an evaluation. Each result is one number for the update, `[]`, or one for each
+completion, `[N]`; all float64."""
 
 
 def mean_reward(
@@ -42,21 +44,55 @@ def reference_point(groups: GroupLogps, memory: Memory, **_: float) -> dict[str,
 LEAST_SCALE = 0.01
 """β-DPO never makes β smaller than this part of it."""
 
+NO_SPREAD = 1e-3
+"""Standard deviation of D, in nats, that may be rounding, as at policy = reference: a draw by it
+would differ with the number of processes, so β-DPO keeps all pairs."""
+
 
 def beta_of_update(
-    groups: GroupLogps, memory: Memory, *, alpha: float, momentum: float, **_: float
+    groups: GroupLogps,
+    memory: Memory,
+    *,
+    alpha: float,
+    momentum: float,
+    keep: float,
+    trains: bool,
+    **_: float,
 ) -> dict[str, Tensor]:
-    """Return the factor of β for an update of β-DPO; 1 in the first update.
+    """Return the factor of β for an update of β-DPO, and the weight of each pair in its mean.
 
-    The moving average starts with the first mean. The authors' code starts it at 0, the mean at
-    policy = reference, and includes the update's own mean, so its factor changes less by
-    `momentum`.
+    The moving averages start with the first update, whose own numbers they are there; a spread of
+    0, at policy = reference, is no start. The authors' code starts them at 0 and includes the
+    update's own numbers, so its factor changes less by `momentum`. All pairs count in evaluations.
     """
-    mean = float(groups.pairs().logratio_margins.mean())
-    earlier = memory.get("mean", mean)
+    margins = groups.pairs().logratio_margins
+    mean, spread = float(margins.mean()), float(margins.std(correction=0))
+    earlier, width = memory.get("mean", mean), memory.get("spread", 0.0)
+    width = width if width > NO_SPREAD else spread
+    updates = memory.get("updates", 0.0)
     memory["mean"] = momentum * earlier + (1 - momentum) * mean
-    scale = max(1 + alpha * (mean - earlier), LEAST_SCALE)
-    return {"scale": torch.tensor(scale, dtype=torch.float64)}
+    memory["spread"] = momentum * width + (1 - momentum) * spread
+    memory["updates"] = updates + 1
+    kept = torch.ones(len(margins), dtype=torch.bool)
+    if trains and width > NO_SPREAD:
+        kept = _near(margins, earlier, width, round(keep * len(margins)), int(updates))
+    scale = max(1 + alpha * (float(margins[kept].mean()) - earlier), LEAST_SCALE)
+    share = kept.double() / kept.double().mean()
+    scales = torch.tensor(scale, dtype=torch.float64)
+    return {"scale": scales, "share": share.repeat_interleave(2)}
+
+
+def _near(margins: Tensor, mean: float, spread: float, count: int, seed: int) -> Tensor:
+    """Draw `count` pairs without replacement, bool `[B]`; at least one.
+
+    A pair is drawn in proportion to the normal density of its margin: those with the largest sums
+    of log density and Gumbel noise.
+    """
+    noise = np.random.default_rng(seed).gumbel(size=len(margins))
+    scores = torch.from_numpy(noise) - ((margins - mean) / spread) ** 2 / 2
+    kept = torch.zeros(len(margins), dtype=torch.bool)
+    kept[scores.topk(max(count, 1)).indices] = True
+    return kept
 
 
 def reference_quantiles(groups: GroupLogps, memory: Memory, **_: float) -> dict[str, Tensor]:

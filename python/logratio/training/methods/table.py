@@ -1,130 +1,10 @@
 """The table of methods: for each its loss, data, options, default β, initial value and paper."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
-
 from logratio.training.methods import free, lists, margins, pairs, token_weights, unpaired
 from logratio.training.methods import initial_values as start
 from logratio.training.methods import statistics as over_update
-from logratio.training.methods.logps import GroupLogps, PairLogps
-from logratio.training.methods.statistics import Statistics
-
-DataKind = Literal["pairs", "labelled answers", "lists", "demonstrations"]
-"""What a group holds: chosen and rejected; one answer with a thumb; ranked answers; one answer."""
-
-NAME_OF_GROUP: Mapping[DataKind, str] = {
-    "pairs": "pair",
-    "labelled answers": "labelled answer",
-    "lists": "list",
-    "demonstrations": "demonstration",
-}
-"""The name of one group."""
-
-Rewards = Literal["implicit", "mean"]
-"""Rewards of the metrics: β·(log π − log π_ref), or β·log π per token."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """A number that a method takes in addition to β.
-
-    Attributes:
-        default: Its default.
-        meaning: What it is, for the table.
-        low, high: Its range.
-        is_open: Whether `low` and `high` themselves are excluded.
-    """
-
-    default: float
-    meaning: str
-    low: float = 0.0
-    high: float = math.inf
-    is_open: bool = False
-
-    def allows(self, value: float) -> bool:
-        """Return whether a value is finite and in the range."""
-        if not math.isfinite(value):
-            return False
-        return self.low < value < self.high if self.is_open else self.low <= value <= self.high
-
-    @property
-    def range(self) -> str:
-        """The range, after "must be": "above 0", "0 to 0.5"."""
-        low, high = f"{self.low:g}", f"{self.high:g}"
-        if self.low == -math.inf:  # an option of a loss by import path
-            return "finite"
-        if self.high == math.inf:
-            return f"{'above' if self.is_open else 'at least'} {low}"
-        return f"above {low} and below {high}" if self.is_open else f"{low} to {high}"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of preference optimization.
-
-    Attributes:
-        title: Its name in the literature.
-        loss: Returns the loss of each group, `[B]`, from `PairLogps` or `GroupLogps` and, as
-            keywords, β and the options.
-        takes: `PairLogps` or `GroupLogps`.
-        paper: Where the loss is defined.
-        formula: The loss of one group; symbols as in the documentation.
-        data: What its groups are.
-        beta: Default β; β is not comparable across methods. None: the loss has no β.
-        options: Its other numbers.
-        needs_reference: False for a loss without reference log-probs.
-        initial: Value at policy = reference, from β and the options; None: it depends on the data.
-        rewards: The rewards whose margin the loss increases, in the metrics.
-        statistics: Computes numbers of the whole update, in a pass before that for the gradients.
-        token_weights: Weights of tokens in the sums of log-probs; None: each counts once.
-        needs_confidences: Whether the loss uses how confident the policy is in each token.
-        needs_divergences: Whether the loss compares whole distributions with a live reference.
-        needs_margins: Whether the data must have a margin for each pair.
-        needs_mismatches: Whether each group needs the answer to another prompt.
-        scores: Whether it trains a reward model: a completion's score, the output of a scalar head,
-            is then in place of its summed log-prob.
-        note: A remark for the table.
-    """
-
-    title: str
-    loss: Callable[..., Tensor]
-    paper: str
-    formula: str
-    takes: type[PairLogps] | type[GroupLogps] = PairLogps
-    data: DataKind = "pairs"
-    beta: float | None = 0.1
-    options: Mapping[str, Option] = field(default_factory=dict)
-    needs_reference: bool = True
-    initial: Callable[..., float | None] | None = None
-    rewards: Rewards = "implicit"
-    statistics: Statistics | None = None
-    token_weights: Callable[..., Tensor] | None = None
-    needs_confidences: bool = False
-    needs_divergences: bool = False
-    needs_margins: bool = False
-    needs_mismatches: bool = False
-    scores: bool = False
-    note: str = ""
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether the loss uses scores, ranks or margins of the data."""
-        return self.needs_margins or self.data == "lists"
-
-    @property
-    def default_initial_value(self) -> float | None:
-        """The loss at policy = reference with the default β and options; None: it depends."""
-        defaults = {name: option.default for name, option in self.options.items()}
-        return self.initial_value(1.0 if self.beta is None else self.beta, defaults)
-
-    def initial_value(self, beta: float, options: Mapping[str, float]) -> float | None:
-        """Return the loss at policy = reference; None if it depends on the data."""
-        return self.initial(beta=beta, **options) if self.initial else None
-
+from logratio.training.methods.logps import GroupLogps
+from logratio.training.methods.method import Method, Option
 
 SMOOTHING = Option(0.0, "share of flipped labels, ε", high=0.5)
 _FLIPPED = Option(0.1, "share of flipped labels, ε", 0.0, 0.5, is_open=True)
@@ -162,6 +42,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2310.12036",
         "(r_w/n_w - r_l/n_l - 1/(2β))²",
         initial=start.ipo,
+        bad_turns=False,
     ),
     "ipo-sum": Method(
         "IPO, summed",
@@ -256,6 +137,7 @@ METHODS: dict[str, Method] = {
         beta=5.0,
         options={"label_smoothing": SMOOTHING},
         initial=start.ln2,
+        bad_turns=False,
     ),
     "r-dpo": Method(
         "length-regularized DPO",
@@ -263,6 +145,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2403.19159",
         "-log σ(βD + α(n_w - n_l))",
         options={"alpha": Option(0.01, "penalty per token, α")},
+        bad_turns=False,
     ),
     "ld-dpo": Method(
         "length-desensitized DPO",
@@ -289,6 +172,7 @@ METHODS: dict[str, Method] = {
         beta=0.3,
         options={"penalty": Option(50.0, "λ")},
         initial=start.ln2,
+        bad_turns=False,
     ),
     "odpo": Method(
         "DPO with an offset",
@@ -305,11 +189,12 @@ METHODS: dict[str, Method] = {
         "-log σ(β_u D), β_u = β[1 + α(mean D - M)]",
         options={
             "alpha": Option(0.6, "how much β changes, α"),
-            "momentum": Option(0.9, "of the moving average M", high=1.0),
+            "momentum": Option(0.9, "of the moving averages M and σ", high=1.0),
+            "keep": Option(0.8, "share of the pairs of an update that are kept", high=1.0),
         },
         initial=start.ln2,
         statistics=over_update.beta_of_update,
-        note="without the paper's filter of pairs",
+        note="pairs are kept by how near D is to M, as N(M, σ²)",
     ),
     "chi-po": Method(
         "χPO",
@@ -318,6 +203,7 @@ METHODS: dict[str, Method] = {
         "-log σ(clip[βφ(e^r_w) - βφ(e^r_l)]), φ(z) = z + log z",
         options={"clip": Option(10.0, "largest difference of rewards", is_open=True)},
         initial=start.ln2,
+        bad_turns=False,
     ),
     "cal-dpo": Method(
         "calibrated DPO",
@@ -332,6 +218,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2309.16240",
         "-log σ(β[e^-r_l - e^-r_w])",
         initial=start.ln2,
+        bad_turns=False,
     ),
     "f-dpo-js": Method(
         "f-DPO, Jensen-Shannon",
@@ -339,6 +226,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2309.16240",
         "-log σ(β[log σ(r_w) - log σ(r_l)])",
         initial=start.ln2,
+        bad_turns=False,
     ),
     "f-dpo-alpha": Method(
         "f-DPO, α-divergence",
@@ -347,6 +235,7 @@ METHODS: dict[str, Method] = {
         "-log σ(β[e^-αr_l - e^-αr_w]/α)",
         options={"alpha": Option(0.5, "α of the divergence", 0.0, 1.0, is_open=True)},
         initial=start.ln2,
+        bad_turns=False,
     ),
     "wpo": Method(
         "WPO",
@@ -367,6 +256,7 @@ METHODS: dict[str, Method] = {
         initial=start.ln2,
         needs_divergences=True,
         note="needs the reference in memory; held-out losses are DPO's",
+        bad_turns=False,
     ),
     "tdpo2": Method(
         "TDPO2",
@@ -378,6 +268,7 @@ METHODS: dict[str, Method] = {
         initial=start.ln2,
         needs_divergences=True,
         note="needs the reference in memory; held-out losses are DPO's",
+        bad_turns=False,
     ),
     "step-dpo": Method(
         "Step-DPO",
@@ -397,6 +288,7 @@ METHODS: dict[str, Method] = {
         options={"gamma": GAMMA, "label_smoothing": SMOOTHING},
         needs_reference=False,
         rewards="mean",
+        bad_turns=False,
     ),
     "alpha-po": Method(
         "AlphaPO",
@@ -410,6 +302,7 @@ METHODS: dict[str, Method] = {
         },
         needs_reference=False,
         rewards="mean",
+        bad_turns=False,
     ),
     "cpo": Method(
         "CPO",
@@ -421,6 +314,7 @@ METHODS: dict[str, Method] = {
             "alpha": Option(1.0, "weight of the likelihood term, α"),
         },
         needs_reference=False,
+        bad_turns=False,
     ),
     "orpo": Method(
         "ORPO",
@@ -429,6 +323,7 @@ METHODS: dict[str, Method] = {
         "-a_w - β log σ(log odds_w - log odds_l)",
         needs_reference=False,
         rewards="mean",
+        bad_turns=False,
     ),
     "slic": Method(
         "SLiC-HF",
@@ -441,6 +336,7 @@ METHODS: dict[str, Method] = {
             "weight": Option(0.1, "weight of the likelihood term, λ"),
         },
         needs_reference=False,
+        bad_turns=False,
     ),
     "unweighted-dpo": Method(
         "DPO without its weight",
@@ -459,6 +355,7 @@ METHODS: dict[str, Method] = {
         options={"alpha": Option(1.0, "weight of the rejected completion, α", high=1.0)},
         needs_reference=False,
         note="a baseline without lower bound: the policy collapses",
+        bad_turns=False,
     ),
     "kto": Method(
         "KTO",
@@ -538,6 +435,7 @@ METHODS: dict[str, Method] = {
         needs_reference=False,
         scores=True,
         note="trains a reward model: s is the output of a scalar head",
+        bad_turns=False,
     ),
     "sft": Method(
         "supervised fine-tuning",
@@ -549,6 +447,7 @@ METHODS: dict[str, Method] = {
         beta=None,
         needs_reference=False,
         note="of pairs the chosen answers (Preferred-FT)",
+        bad_turns=False,
     ),
     "raft": Method(
         "RAFT, best of N",
@@ -560,6 +459,7 @@ METHODS: dict[str, Method] = {
         beta=None,
         needs_reference=False,
         note="`sft` on the best answer of each list",
+        bad_turns=False,
     ),
 }
 """All methods by name."""

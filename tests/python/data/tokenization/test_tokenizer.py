@@ -81,7 +81,7 @@ def counted(tokenizer: PreferenceTokenizer, group: TokenizedGroup, index: int = 
     """Return the trained parts of a completion as text."""
     completion = group.completions[index]
     stretches: list[list[int]] = []
-    before = 0
+    before = 0.0
     for token, counts in zip(completion.ids, completion.mask, strict=True):
         if counts and not before:
             stretches.append([])

@@ -433,11 +433,16 @@ UPDATES = [
         ],
     ),
     # The first update: the mean of D is its own moving average.
-    Gold("beta-dpo", {}, [0.554355244469, 0.798138869382], [-log(s(0.1 * 3)), -log(s(0.1 * -2))]),
+    Gold(
+        "beta-dpo",
+        {"keep": 1},
+        [0.554355244469, 0.798138869382],
+        [-log(s(0.1 * 3)), -log(s(0.1 * -2))],
+    ),
     # M = 0.9·3 + 0.1·(-2) = 2.5 and the mean of D is 0.5: the factor is 1 + 0.2·(0.5 - 2.5) = 0.6.
     Gold(
         "beta-dpo",
-        {"alpha": 0.2},
+        {"alpha": 0.2, "keep": 1},
         [0.607191724841, 0.754946101596],
         [-log(s(0.06 * 3)), -log(s(0.06 * -2))],
         before=[[A], [B]],
@@ -445,7 +450,7 @@ UPDATES = [
     # M = 3: 1 + 0.6·(0.5 - 3) is below 0.01, the least factor.
     Gold(
         "beta-dpo",
-        {},
+        {"keep": 1},
         [0.69164830556, 0.69414768056],
         [-log(s(0.001 * 3)), -log(s(0.001 * -2))],
         before=[[A]],
@@ -453,10 +458,20 @@ UPDATES = [
     # M = 0.5·3 + 0.5·(-2) = 0.5: the factor is 1.
     Gold(
         "beta-dpo",
-        {"momentum": 0.5},
+        {"momentum": 0.5, "keep": 1},
         [0.554355244469, 0.798138869382],
         [-log(s(0.3)), -log(s(-0.2))],
         before=[[A], [B]],
+    ),
+    # D is 3, -2 and -8: mean -7/3, variance 182/9. Seed 0 draws the noise -0.013, 1.157 and 3.174,
+    # and with the log densities -0.703, -0.003 and -0.794 the second and third pair are largest.
+    # Their mean of D is -5, so the factor is 1 + 0.15·(-5 + 7/3) = 0.6.
+    Gold(
+        "beta-dpo",
+        {"alpha": 0.15, "keep": 2 / 3},
+        [0, 1.132419152393, 1.442512311594],
+        [0, -1.5 * log(s(0.06 * -2)), -1.5 * log(s(0.06 * -8))],
+        update=[A, B, C],
     ),
     Gold(
         "kto",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from loss_inputs import NAN, Answer, bad, good, groups_of, objective_of, pair, with_statistics
 from loss_oracles import ORACLES, Memory, Update, grades_of
 
-from logratio.training.methods.table import METHODS, DataKind, Method, Option
+from logratio.training.methods.method import DataKind, Method, Option
+from logratio.training.methods.table import METHODS
 
 # Multiples of 1/16, so that equal numbers are frequent and differences are exact.
 sixteenths = st.integers(-480, -1).map(lambda n: n / 16)

@@ -11,8 +11,9 @@ from logratio.cli.objective_flags import Objective as CommandLine
 from logratio.errors import ConfigError
 from logratio.synonyms import LOSSES
 from logratio.training.config import TrainConfig
+from logratio.training.methods.method import Option
 from logratio.training.methods.objective import ALONE, Objective, terms_of
-from logratio.training.methods.table import METHODS, MIXTURES, Option
+from logratio.training.methods.table import METHODS, MIXTURES
 from logratio.training.run_file import RUN_FILE, record_settings
 
 OPTIONS = sorted({name for method in METHODS.values() for name in method.options})

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from math import exp
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,8 +67,9 @@ def test_the_order_of_groups_in_an_update_changes_no_loss(
     name: str, policy: list[float], order: list[int]
 ) -> None:
     update = update_of(name, policy)
-    expected = losses(objective_of(name), update)
-    found = losses(objective_of(name), [update[i] for i in order])
+    options = {"keep": 1.0} if name == "beta-dpo" else {}  # its draw is by the order of the data
+    expected = losses(objective_of(name, **options), update)
+    found = losses(objective_of(name, **options), [update[i] for i in order])
     assert found == pytest.approx([expected[i] for i in order], rel=1e-12)
 
 
@@ -98,7 +101,7 @@ def test_the_reference_point_of_kto_counts_mismatched_completions_only() -> None
 
 def test_the_factor_of_beta_dpo_follows_the_moving_average() -> None:
     """Means of D 1, 3, 2 with a momentum of 0.75: M is 1, 1, 1.5; then 1.625."""
-    objective = objective_of("beta-dpo", alpha=0.4, momentum=0.75)
+    objective = objective_of("beta-dpo", alpha=0.4, momentum=0.75, keep=1.0)
     factors = []
     for gap in (1.0, 3.0, 2.0):
         groups = groups_of(
@@ -108,6 +111,58 @@ def test_the_factor_of_beta_dpo_follows_the_moving_average() -> None:
         factors.append(objective.statistics(groups.on_host(), trains=True)["scale"].item())
     assert factors == pytest.approx([1, 1 + 0.4 * (3 - 1), 1 + 0.4 * (2 - 1.5)], rel=1e-12)
     assert objective.memory["beta-dpo"]["mean"] == pytest.approx(1.625, rel=1e-12)
+
+
+def test_the_filter_of_beta_dpo_draws_pairs_by_the_normal_density_of_their_margins() -> None:
+    """Of margins 0, 0.1 and 9 around M = 0 with σ = 1, the last is hardly ever among two."""
+    objective = objective_of("beta-dpo", keep=2 / 3)
+    objective.memory["beta-dpo"] |= {"mean": 0.0, "spread": 1.0}
+    kept = np.zeros(3)
+    for update in range(300):
+        objective.memory["beta-dpo"] |= {"mean": 0.0, "spread": 1.0, "updates": float(update)}
+        groups = groups_of(*(pair(Answer(d, 0.0), Answer(0.0, 0.0)) for d in (0.0, 0.1, 9.0)))
+        share = objective.statistics(groups.on_host(), trains=True)["share"].view(3, 2)
+        assert torch.equal(share[:, 0], share[:, 1])
+        assert sorted(share[:, 0].tolist()) == [0.0, 1.5, 1.5]
+        kept += share[:, 0].numpy() > 0
+    assert kept.tolist() == [300, 300, 0]
+    near = np.zeros(3)
+    for update in range(2000):
+        objective.memory["beta-dpo"] |= {"mean": 0.0, "spread": 1.0, "updates": float(update)}
+        groups = groups_of(*(pair(Answer(d, 0.0), Answer(0.0, 0.0)) for d in (0.0, 1.0, 2.0)))
+        share = objective.statistics(groups.on_host(), trains=True)["share"].view(3, 2)
+        near += share[:, 0].numpy() > 0
+    # Drawn one after the other, in proportion to 1, e^-0.5 and e^-2.
+    p, q, r = 1.0, exp(-0.5), exp(-2.0)
+    both = [
+        (a / (p + q + r)) * (b / (p + q + r - a)) + (b / (p + q + r)) * (a / (p + q + r - b))
+        for a, b in ((p, q), (p, r), (q, r))
+    ]
+    expected = [both[0] + both[1], both[0] + both[2], both[1] + both[2]]
+    assert (near / 2000).tolist() == pytest.approx(expected, abs=0.03)
+
+
+def test_beta_dpo_keeps_all_pairs_where_none_is_nearer_and_in_evaluations() -> None:
+    objective = objective_of("beta-dpo", keep=0.5)
+    equal = groups_of(*[pair(Answer(-3.0, -3.0), Answer(-5.0, -5.0))] * 6).on_host()
+    assert objective.statistics(equal, trains=True)["share"].tolist() == [1.0] * 12
+    other = [pair(Answer(d, 0.0), Answer(0.0, 0.0)) for d in (0.0, 1.0, 2.0, 5.0)]
+    groups = groups_of(*other).on_host()
+    assert objective.statistics(groups, trains=False)["share"].tolist() == [1.0] * 8
+    found = objective.statistics(groups, trains=True)["share"]
+    assert sorted(found.tolist()) == [0.0] * 4 + [2.0] * 4
+
+
+def test_the_pairs_that_beta_dpo_keeps_do_not_depend_on_earlier_calls() -> None:
+    """A resumed run has the memory of a checkpoint, and draws what the run would have drawn."""
+    groups = groups_of(*(pair(Answer(d, 0.0), Answer(0.0, 0.0)) for d in (0.0, 1.0, 2.0, 5.0)))
+    one, other = objective_of("beta-dpo"), objective_of("beta-dpo")
+    for _ in range(3):
+        one.statistics(groups.on_host(), trains=True)
+    other.memory["beta-dpo"] |= one.memory["beta-dpo"]
+    first, second = (each.statistics(groups.on_host(), trains=True) for each in (one, other))
+    assert torch.equal(first["share"], second["share"])
+    assert one.memory == other.memory
 
 
 @settings(max_examples=20)

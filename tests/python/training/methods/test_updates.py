@@ -102,7 +102,7 @@ def oracle(
         data.values,
         has_reference=data.has_reference,
     )
-    found = objective.statistics(groups.on_host(), trains=False)
+    found = objective.statistics(groups.on_host(), trains=True)
     losses = objective.losses(replace(groups, statistics=found))
     weights = torch.ones(len(store)) if data.weights is None else torch.from_numpy(data.weights)
     loss = (losses * weights).mean()
