@@ -34,7 +34,8 @@ from logratio.export.kinds import notes_of
 from logratio.export.loading import Calibration, Loaded, Models
 from logratio.export.parity import ParityError, golden_inputs, probing_inputs
 from logratio.export.plan import ExportConfig, ExportError, ExportPlan, make_plan
-from logratio.export.scorer import ONE_BASE, TWO_MODELS, max_positions
+from logratio.export.families import max_positions
+from logratio.export.scorer import ONE_BASE, TWO_MODELS
 from logratio.export.shared_base import Base, plan_of_base
 from logratio.export.verification import check_graph, golden_groups
 from logratio.export.weights import store_weights, to_half
@@ -230,6 +231,7 @@ class _Export:
                 plan.reward.length_normalized,
                 per_token=loaded.kind != REWARD_MODEL,
                 takes_adapters=plan.takes_adapters,
+                layout=plan.layout,
             ),
             files=files,
             golden=golden_groups(loaded.kind, self._golden_inputs, loaded.expected, checked.own),

@@ -1,0 +1,86 @@
+"""The model families that can be exported, in which layout, and why others are refused."""
+
+import re
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig
+
+from logratio.bundle import PADDED, SHARED_PROMPT
+from logratio.logps.checks import UnsupportedModelError
+from logratio.logps.completion import limits_of
+
+_SHARED = """
+gemma gemma2 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 phi3 qwen2 qwen3 smollm3
+starcoder2 mixtral gpt_oss
+"""
+_PADDED = """
+lfm2
+"""
+FAMILIES: Mapping[str, str] = {
+    **dict.fromkeys(_SHARED.split(), SHARED_PROMPT),
+    **dict.fromkeys(_PADDED.split(), PADDED),
+}
+"""The layout of the graph of each `model_type` that a test compares with torch."""
+
+REFUSED: Mapping[str, str] = {}
+"""Why a `model_type` cannot be exported."""
+
+_STATE = re.compile("linear|conv|hybrid|mamba|ssm|recurrent|rwkv")
+_UNLIMITED = 2**30
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
+
+def check_exportable(config: PreTrainedConfig, max_length: int) -> None:
+    """Check that a model can be exported exactly.
+
+    Args:
+        config: Config of a causal language model.
+        max_length: Maximum tokens of prompt + completion.
+
+    Raises:
+        UnsupportedModelError: It cannot; the message gives the reason.
+    """
+    name = f"a {config.model_type} model"
+    if reason := _why_not(config):
+        raise UnsupportedModelError(
+            f"{name} cannot be exported: {reason}. Use torch instead: `logratio evaluate`"
+        )
+    if max_length > max_positions(config):
+        raise UnsupportedModelError(
+            f"{name} with {max_positions(config)} positions cannot score {max_length} tokens"
+        )
+    for limit in limits_of(config):
+        if max_length > limit.tokens:
+            raise UnsupportedModelError(
+                f"{name}: {limit.what} computes sequences above {limit.tokens} tokens in another "
+                f"way, which a graph cannot do, and the rules allow {max_length} tokens"
+            )
+
+
+def _why_not(config: PreTrainedConfig) -> str | None:
+    """Return the reason why a family, or this model of a family, cannot be exported."""
+    layout = FAMILIES.get(config.model_type)
+    if layout is None:
+        other = "no test compares the graph of this family with torch"
+        return REFUSED.get(config.model_type, other)
+    types = {*(getattr(config, "layer_types", None) or ())}
+    if layout == SHARED_PROMPT and (found := sorted(filter(_STATE.search, types))):
+        return f"it has layers that carry a state across tokens ({', '.join(found)})"
+    return None
+
+
+def layout_of(*configs: PreTrainedConfig) -> str:
+    """Return the layout of a graph of these models: padded if one of them needs it."""
+    layouts = {FAMILIES.get(config.model_type, SHARED_PROMPT) for config in configs}
+    return PADDED if PADDED in layouts else SHARED_PROMPT
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """Return the longest sequence that a model supports, in tokens."""
+    found = (getattr(config, name, None) for name in _POSITIONS)
+    return next((int(value) for value in found if value), _UNLIMITED)
+
+
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """Return whether a model has routed experts."""
+    return any("expert" in key and value for key, value in config.to_dict().items())
