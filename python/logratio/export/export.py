@@ -29,12 +29,12 @@ from logratio.bundle import (
 from logratio.data.tokenization.tokenizer_files import write_tokenizer
 from logratio.durable import sync
 from logratio.export.agreement import SAMPLED, sampled_groups
+from logratio.export.families import max_positions
 from logratio.export.graph import OPSETS, GraphError, Scorer, open_graph, trace, write
 from logratio.export.kinds import notes_of
 from logratio.export.loading import Calibration, Loaded, Models
 from logratio.export.parity import ParityError, golden_inputs, probing_inputs
 from logratio.export.plan import ExportConfig, ExportError, ExportPlan, make_plan
-from logratio.export.families import max_positions
 from logratio.export.scorer import ONE_BASE, TWO_MODELS
 from logratio.export.shared_base import Base, plan_of_base
 from logratio.export.verification import check_graph, golden_groups

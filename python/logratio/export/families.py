@@ -11,7 +11,7 @@ from logratio.logps.completion import limits_of
 
 _SHARED = """
 gemma gemma2 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 phi3 qwen2 qwen3 smollm3
-starcoder2 mixtral gpt_oss
+starcoder2 mixtral gpt_oss bloom phimoe deepseek_v3
 """
 _PADDED = """
 lfm2

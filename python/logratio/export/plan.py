@@ -22,10 +22,10 @@ from logratio.data.tokenization.groups import TextAs, TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, LogratioError
 from logratio.export.agreement import groups_of_file
+from logratio.export.families import check_exportable, is_mixture, layout_of, max_positions
 from logratio.export.graph import SINGLE_FILE_BYTES
 from logratio.export.kinds import CACHED, NONE, RewardKind, reward_kind
 from logratio.export.loading import Calibration
-from logratio.export.families import check_exportable, is_mixture, layout_of, max_positions
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
 from logratio.hub import local_folder

@@ -18,6 +18,7 @@ from logratio.logps.completion import transformer
 from logratio.logps.head import head_logits
 from logratio.training.models import merged
 
+
 class HalfScorer(nn.Module):
     """Compute ``log π(y|x)`` of candidates under one model."""
 

@@ -48,8 +48,7 @@ def candidate_states(model: PreTrainedModel, inputs: CandidateInputs) -> tuple[T
 
 
 def shared_states(model: PreTrainedModel, inputs: CandidateInputs) -> tuple[Tensor, Tensor]:
-    """Compute each prompt once for all its candidates: see `candidate_states`.
-    """
+    """Compute each prompt once for all its candidates: see `candidate_states`."""
     body: Any = model.base_model
     prompt = body(
         input_ids=inputs.prompt_ids,

@@ -29,10 +29,10 @@ from transformers import (
 from logratio._rust import candidate_layout
 from logratio.bundle.graph_file import read_graph
 from logratio.bundle.operators import OPERATORS
-from logratio.export.graph import OPSETS, same_architecture, trace
-from logratio.export.reward_model import ScoreScorer
 from logratio.export.families import FAMILIES as EXPORTABLE
 from logratio.export.families import check_exportable
+from logratio.export.graph import OPSETS, same_architecture, trace
+from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import HalfScorer, RewardScorer, join
 from logratio.graph_inputs import graph_inputs
 from logratio.logps.checks import UnsupportedModelError, batch_of
