@@ -24,7 +24,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedMo
 from logratio._rust import candidate_layout
 from logratio.bundle.graph_file import read_graph
 from logratio.export.families import FAMILIES, REFUSED, check_exportable
-from logratio.export.graph import OPSETS, trace
+from logratio.export.graph import OPSETS, GraphError, trace
 from logratio.export.scorer import PolicyScorer
 from logratio.export.traceable import use_exportable_attention
 from logratio.graph_inputs import graph_inputs
@@ -96,13 +96,14 @@ def compare(model: PreTrainedModel, groups: list[Group]) -> dict[str, float]:
 
 def first_that_runs(model: PreTrainedModel, groups: list[Group]) -> tuple[int, Any, np.ndarray]:
     """Return the first opset that ONNX Runtime can run, as an export does."""
+    reasons = []
     for opset in OPSETS:
-        session = session_of(model, opset)
         try:
+            session = session_of(model, opset)
             return opset, session, run(session, groups, 16)
-        except Exception:  # ONNX Runtime's own types
-            continue
-    raise AssertionError("no opset runs")
+        except (GraphError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument) as error:
+            reasons.append(str(error))
+    raise AssertionError(reasons)
 
 
 def row_of(kind: str) -> dict[str, Any]:
