@@ -44,8 +44,9 @@ def with_families(page: str) -> str:
     rows = sorted(json.loads(FAMILIES_TABLE.read_text()).items())
     cells = {kind: f"`{kind}` {row['nats']:.0e}" for kind, row in rows}
     lines = ["| a prompt is computed | opset | `model_type` and largest difference |", _RULE_OF_3]
-    for layout, opset in sorted({(row["layout"], row["opset"]) for _, row in rows}, reverse=True):
-        same = [cells[kind] for kind, row in rows if (row["layout"], row["opset"]) == (layout, opset)]
+    found = {kind: (row["layout"], row["opset"]) for kind, row in rows}
+    for layout, opset in sorted({*found.values()}, reverse=True):
+        same = [cells[kind] for kind, one in found.items() if one == (layout, opset)]
         lines.append(f"| {_PROMPTS[layout]} | {opset} | {', '.join(same)} |")
     lines += ["", "| refused, because | `model_type` |", "| --- | --- |"]
     for reason in sorted({*REFUSED.values()}):

@@ -22,8 +22,28 @@ FAMILIES: Mapping[str, str] = {
 }
 """The layout of the graph of each `model_type` that a test compares with torch."""
 
-REFUSED: Mapping[str, str] = {}
-"""Why a `model_type` cannot be exported."""
+_REASONS: Mapping[str, str] = {
+    "it is an encoder-decoder": "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp "
+    "pegasus plbart prophetnet whisper",
+    "the log-prob engine does not support its head": "bert big_bird camembert data2vec-text "
+    "electra ernie inkling_text llama4 llama4_text megatron-bert modernbert-decoder rembert "
+    "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xlstm",
+    "it is not causal, or draws at random": "bert-generation cpmant reformer xlm xlnet",
+    "it takes images or sound": "emu3 fuyu gemma3 gemma4 gemma4_unified git mllama moshi "
+    "moss_transcribe_diarize qwen3_5 qwen3_5_moe qwen4_exp trocr",
+    "its attention selects among all tokens of a row, so that padding would change its log-probs": (
+        "axk2 deepseek_v32 deepseek_v4 doge dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text "
+        "qwen4_exp_text"
+    ),
+    "its layers carry a state across tokens, and the exporter cannot write their code for every "
+    "length": "mamba",
+    "the exporter cannot write its code": "mpt",
+    "its graph has operators that no bundle may contain (Tile)": "gptj",
+}
+REFUSED: Mapping[str, str] = {
+    kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()
+}
+"""Why a `model_type` cannot be exported; others are refused because no test compares them."""
 
 _STATE = re.compile("linear|conv|hybrid|mamba|ssm|recurrent|rwkv")
 _UNLIMITED = 2**30
