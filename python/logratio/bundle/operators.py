@@ -18,24 +18,18 @@ OPERATORS: Mapping[str, Collection[str]] = {
             # shapes and indexes
             *("Cast", "Concat", "Expand", "Range", "Reshape", "Shape", "Slice", "Split"),
             *("Squeeze", "Transpose", "Unsqueeze", "Where"),
-            *(
-                "ArgMax",
-                "Gather",
-                "GatherElements",
-                "GatherND",
-                "ScatterElements",
-                "ScatterND",
-                "TopK",
-            ),
+            *("ArgMax", "Gather", "GatherElements", "GatherND", "Pad", "TopK", "Trilu"),
+            *("ScatterElements", "ScatterND"),
             # arithmetic
-            *("Abs", "Add", "Clip", "Cos", "CumSum", "Div", "Max", "Min", "Mul", "Neg", "Pow"),
-            *("Reciprocal",),
+            *("Abs", "Add", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Max", "Min", "Mod"),
+            *("Mul", "Neg", "Pow", "Reciprocal"),
             *("Sin", "Sqrt", "Sub", "ReduceMax", "ReduceMean", "ReduceSum"),
             # conditions
             *("And", "Equal", "Greater", "IsNaN", "Less", "LessOrEqual", "Not"),
             # layers
             *("Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "LogSoftmax", "MatMul"),
-            *("RMSNormalization", "Relu", "RotaryEmbedding", "Sigmoid", "Softmax", "Tanh"),
+            *("RMSNormalization", "Relu", "RotaryEmbedding", "Sigmoid", "Softmax", "Softplus"),
+            "Tanh",
             # loops over the chunks of the head and over experts, as long as their inputs
             "Scan",
         }
@@ -47,5 +41,5 @@ OPERATORS: Mapping[str, Collection[str]] = {
 PADDED: Mapping[str, int] = {"Conv": 2**12}
 """Operators that may add padding to their input, and the largest number in their attributes."""
 
-GROWING: Mapping[str, int] = {"Expand": 1, "Range": 1}
+GROWING: Mapping[str, int] = {"Expand": 1, "Pad": 1, "Range": 1}
 """Operators whose result may be larger than their inputs, and which input gives its size."""

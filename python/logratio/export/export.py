@@ -309,7 +309,6 @@ class _Export:
                     (self._folder / name).unlink(missing_ok=True)
         raise ExportError(f"this model cannot be exported to ONNX ({'; '.join(reasons)})")
 
-
     def _check_runs(self, session: Any) -> None:
         """Run the graph: kernels may refuse what a file may contain.
 

@@ -14,7 +14,7 @@ gemma gemma2 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 phi3 qwen2 qw
 starcoder2 mixtral gpt_oss bloom phimoe deepseek_v3
 """
 _PADDED = """
-lfm2
+lfm2 lfm2_moe mamba2 granitemoehybrid
 """
 FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(_SHARED.split(), SHARED_PROMPT),
@@ -101,6 +101,9 @@ def max_positions(config: PreTrainedConfig) -> int:
     return next((int(value) for value in found if value), _UNLIMITED)
 
 
-def is_mixture(config: PreTrainedConfig) -> bool:
-    """Return whether a model has routed experts."""
-    return any("expert" in key and value for key, value in config.to_dict().items())
+def not_quantizable(config: PreTrainedConfig) -> str | None:
+    """Return the part of a model whose weights cannot be stored in 8 or 4 bits, or None."""
+    if FAMILIES.get(config.model_type) == PADDED:
+        return "layers that carry a state"
+    is_mixture = any("expert" in key and value for key, value in config.to_dict().items())
+    return "experts" if is_mixture else None

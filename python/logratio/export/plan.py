@@ -22,7 +22,7 @@ from logratio.data.tokenization.groups import TextAs, TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, LogratioError
 from logratio.export.agreement import groups_of_file
-from logratio.export.families import check_exportable, is_mixture, layout_of, max_positions
+from logratio.export.families import check_exportable, layout_of, max_positions, not_quantizable
 from logratio.export.graph import SINGLE_FILE_BYTES
 from logratio.export.kinds import CACHED, NONE, RewardKind, reward_kind
 from logratio.export.loading import Calibration
@@ -214,7 +214,7 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     base = _base(config, policy, reference)
     architectures = _architectures(folders)
     architecture = architectures[0]
-    _check_experts(precision, architectures)
+    _check_bits(precision, architectures)
     folder = _tokenizer_folder(folders)
     rules = _rules(config, policy, architecture)
     if config.rules is None:
@@ -269,14 +269,16 @@ def _check_precision(config: ExportConfig, precision: Precision) -> None:
                 )
 
 
-def _check_experts(precision: Precision, configs: Sequence[PreTrainedConfig]) -> None:
-    """Refuse to quantize experts: their weights are read by a loop, which has no such product."""
-    mixtures = [config.model_type for config in configs if is_mixture(config)]
-    if precision.bits is not None and mixtures:
-        raise ConfigError(
-            f"--bits {precision.bits}: the experts of a {mixtures[0]} model cannot be quantized: "
-            "use --dtype"
-        )
+def _check_bits(precision: Precision, configs: Sequence[PreTrainedConfig]) -> None:
+    """Refuse to quantize models whose weights are not all those of products of matrices."""
+    if precision.bits is None:
+        return
+    for config in configs:
+        if part := not_quantizable(config):
+            raise ConfigError(
+                f"--bits {precision.bits}: the {part} of a {config.model_type} model cannot be "
+                "quantized: use --dtype"
+            )
 
 
 def _calibration(

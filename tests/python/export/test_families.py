@@ -34,7 +34,7 @@ from logratio.logps.completion import limits_of
 TABLE = Path(__file__).with_name("families.json")
 NAT = 1e-4
 """Tolerance in nats per sequence, and as many times what float32 adds to torch's own forward."""
-FEW = ("mixtral", "lfm2", "bloom")
+FEW = ("mixtral", "mamba2", "bloom")
 """Those of `make test`: experts, a state across tokens, and positions added to attention."""
 
 

@@ -73,7 +73,12 @@ def test_its_runs_are_counted_with_the_prompt_of_each_candidate(folders: Path) -
     assert run.tokens == 2 * (len(group.prompt_ids) + longest)
 
 
-def test_experts_are_not_quantized(tmp_path: Path) -> None:
-    policy = saved(tmp_path / "policy", "mixtral", 0)
-    with pytest.raises(ConfigError, match="experts of a mixtral model cannot be quantized"):
+@pytest.mark.parametrize(
+    ("kind", "part"), [("mixtral", "experts"), ("lfm2", "layers that carry a state")]
+)
+def test_what_is_not_a_product_of_matrices_is_not_quantized(
+    kind: str, part: str, tmp_path: Path
+) -> None:
+    policy = saved(tmp_path / "policy", kind, 0)
+    with pytest.raises(ConfigError, match=f"{part} of a {kind} model cannot be quantized"):
         plan_export(ExportConfig(policy, "none", tmp_path / "bundle", 1.0, bits=8))

@@ -253,7 +253,7 @@ def test_adapter_on_another_base_is_merged() -> None:
     ("config", "length", "reason"),
     [
         (mamba_config(), 16, "cannot be exported: .*state"),
-        (Qwen2Config(**NO_HEAD_DIM, layer_types=["conv", "full_attention"]), 16, "a state .conv"),
+        (Qwen2Config(**NO_HEAD_DIM, layer_types=["conv", "full_attention"]), 16, "across tokens .conv"),
         (FAMILIES["gpt2"](), 513, "512 positions"),
         (longrope(), 65, "LongRoPE"),
         (
@@ -288,7 +288,7 @@ def operators_of(scorer: RewardScorer | ScoreScorer, opset: int) -> set[str]:
 
 MORE_OPERATORS = [
     partial(small_config, kind)
-    for kind in ("mixtral", "lfm2", "deepseek_v3", "phimoe", "opt", "gpt_neo")
+    for kind in ("mixtral", "lfm2", "deepseek_v3", "phimoe", "opt", "gpt_neo", "mamba2")
 ]
 """Families with experts, convolutions and other code of their own."""
 
