@@ -10,11 +10,11 @@ from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import limits_of
 
 _SHARED = """
-gemma gemma2 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 phi3 qwen2 qwen3 smollm3
-starcoder2 mixtral gpt_oss bloom phimoe deepseek_v3
+bloom deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite llama mistral
+mixtral olmo2 olmoe opt phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3
 """
 _PADDED = """
-lfm2 lfm2_moe mamba2 granitemoehybrid
+bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe lfm3 mamba2 nemotron_h
 """
 FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(_SHARED.split(), SHARED_PROMPT),
@@ -35,8 +35,9 @@ _REASONS: Mapping[str, str] = {
         "axk2 deepseek_v32 deepseek_v4 doge dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text "
         "qwen4_exp_text"
     ),
-    "its layers carry a state across tokens, and the exporter cannot write their code for every "
-    "length": "mamba",
+    "its layers carry a state across tokens, and no test shows that its graph is right at every "
+    "length": "bailing_hybrid falcon_mamba jamba kimi_linear mamba minimax olmo_hybrid "
+    "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv zamba zamba2",
     "the exporter cannot write its code": "mpt",
     "its graph has operators that no bundle may contain (Tile)": "gptj",
 }

@@ -253,7 +253,11 @@ def test_adapter_on_another_base_is_merged() -> None:
     ("config", "length", "reason"),
     [
         (mamba_config(), 16, "cannot be exported: .*state"),
-        (Qwen2Config(**NO_HEAD_DIM, layer_types=["conv", "full_attention"]), 16, "across tokens .conv"),
+        (
+            Qwen2Config(**NO_HEAD_DIM, layer_types=["conv", "full_attention"]),
+            16,
+            "across tokens .conv",
+        ),
         (FAMILIES["gpt2"](), 513, "512 positions"),
         (longrope(), 65, "LongRoPE"),
         (
