@@ -36,7 +36,7 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
     experts = _experts_of(model)
     try:
         for rope, kind in zip(ropes, kinds, strict=True):
-            rope.rope_type = _constant(kind)  # type: ignore[assignment]
+            rope.rope_type = _constant(kind)
         if experts is not None:
             model.set_experts_implementation(EXPERT_SUM)
         yield

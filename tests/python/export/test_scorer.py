@@ -290,7 +290,7 @@ def operators_of(scorer: RewardScorer | ScoreScorer, opset: int) -> set[str]:
     return set(read_graph(content, None).operators)
 
 
-MORE_OPERATORS = [
+MORE_OPERATORS: list[Callable[[], PreTrainedConfig]] = [
     partial(small_config, kind)
     for kind in ("mixtral", "lfm2", "deepseek_v3", "phimoe", "opt", "gpt_neo", "mamba2")
 ]

@@ -1,5 +1,7 @@
 """Experts as a loop over all of them, and rotary embeddings without changing factors."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_models import small_model
@@ -36,8 +38,8 @@ def test_the_sum_over_all_experts_is_that_of_the_chosen_ones(kind: str) -> None:
 
 def test_a_model_gets_its_experts_and_rotary_embeddings_back() -> None:
     model = small_model("mixtral", 0)
-    rope = next(module for module in model.modules() if hasattr(module, "rope_type"))
-    rope.rope_type, before = "dynamic", model.config._experts_implementation  # type: ignore[assignment]
+    rope: Any = next(module for module in model.modules() if hasattr(module, "rope_type"))
+    rope.rope_type, before = "dynamic", model.config._experts_implementation
     with pytest.raises(KeyError), traceable(model):
         assert (rope.rope_type, model.config._experts_implementation) == ("default", EXPERT_SUM)
         raise KeyError
