@@ -10,8 +10,12 @@ from logratio.logps.checks import UnsupportedModelError
 from logratio.logps.completion import limits_of
 
 _SHARED = """
-bloom deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite llama mistral
-mixtral olmo2 olmoe opt phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3
+apertus arcee biogpt bitnet bloom codegen cohere cohere2 cwm deepseek_v3 dots1 ernie4_5 ernie4_5_moe
+exaone4 falcon flex_olmo gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode
+gpt_neo gpt_neox gpt_neox_japanese gpt_oss granite granitemoe granitemoeshared helium
+hunyuan_v1_dense hyperclovax internlm3 jais2 llama mimo_v2_flash minimax_m2 ministral mistral
+mixtral nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
 """
 _PADDED = """
 bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe lfm3 mamba2 nemotron_h
@@ -38,7 +42,7 @@ _REASONS: Mapping[str, str] = {
     "its layers carry a state across tokens, and no test shows that its graph is right at every "
     "length": "bailing_hybrid falcon_mamba jamba kimi_linear mamba minimax olmo_hybrid "
     "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv zamba zamba2",
-    "the exporter cannot write its code": "mpt",
+    "the exporter cannot write its code": "dbrx deepseek_v2 mpt",
     "its graph has operators that no bundle may contain (Tile)": "gptj",
 }
 REFUSED: Mapping[str, str] = {

@@ -292,7 +292,16 @@ def operators_of(scorer: RewardScorer | ScoreScorer, opset: int) -> set[str]:
 
 MORE_OPERATORS: list[Callable[[], PreTrainedConfig]] = [
     partial(small_config, kind)
-    for kind in ("mixtral", "lfm2", "deepseek_v3", "phimoe", "opt", "gpt_neo", "mamba2")
+    for kind in (
+        "mixtral",
+        "lfm2",
+        "deepseek_v3",
+        "phimoe",
+        "opt",
+        "gpt_neo",
+        "mamba2",
+        "ministral3",
+    )
 ]
 """Families with experts, convolutions and other code of their own."""
 
