@@ -21,8 +21,8 @@ OPERATORS: Mapping[str, Collection[str]] = {
             *("ArgMax", "Gather", "GatherElements", "GatherND", "Pad", "TopK", "Trilu"),
             *("ScatterElements", "ScatterND"),
             # arithmetic
-            *("Abs", "Add", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Floor", "Max", "Min"),
-            *("Mod", "Mul", "Neg", "Pow", "Reciprocal"),
+            *("Abs", "Add", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Max", "Min", "Mod"),
+            *("Mul", "Neg", "Pow", "Reciprocal"),
             *("Sin", "Sqrt", "Sub", "ReduceMax", "ReduceMean", "ReduceSum"),
             # conditions
             *("And", "Equal", "Greater", "IsNaN", "Less", "LessOrEqual", "Not"),
