@@ -43,7 +43,8 @@ _REASONS: Mapping[str, str] = {
     "length": "bailing_hybrid falcon_mamba jamba kimi_linear mamba minimax olmo_hybrid "
     "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv zamba zamba2",
     "the exporter cannot write its code": "dbrx deepseek_v2 mpt",
-    "its graph has operators that no bundle may contain (Tile, Log or Sign)": "gptj jetmoe ministral3",
+    "its graph has operators that no bundle may contain (Tile, Log or Sign)": "gptj jetmoe "
+    "ministral3",
 }
 REFUSED: Mapping[str, str] = {
     kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()
