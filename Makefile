@@ -52,9 +52,9 @@ quick: $(BUILT) ## lints and the quickest tests of the package, in about three m
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
-families: $(BUILT) ## score every causal language model of the installed transformers, for minutes
+families: $(BUILT) ## score, and export, every causal language model of the installed transformers, for many minutes
 	$(BIN)/python -m pytest -m families tests/python/logps/test_families.py tests/python/logps/test_every_family.py \
-		-n auto --maxprocesses 4
+		tests/python/export/test_families.py -n auto --maxprocesses 4
 
 long: $(BUILT) ## tests that take minutes each: trainings, a rehearsal of make gpu
 	$(BIN)/python -m pytest -m long

@@ -3,14 +3,14 @@
 `make docs` runs it. The reference is made from the docstrings, by pdoc, in ``target/docs``.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
-from textwrap import fill
 
 import logratio
 from logratio.data.records import CODES, CURES
-from logratio.export.scorer import FAMILIES
+from logratio.export.families import REFUSED
 from logratio.training.methods.method import Method
 from logratio.training.methods.table import METHODS
 
@@ -23,6 +23,9 @@ PACKAGES = (
 PAGE = Path(__file__).with_name("troubleshooting.md")
 METHODS_PAGE = PAGE.with_name("methods.md")
 EXPORT_PAGE = PAGE.with_name("export.md")
+FAMILIES_TABLE = PAGE.parents[2] / "tests/python/export/families.json"
+_PROMPTS = {"shared": "once", "padded": "for each candidate"}
+_RULE_OF_3 = "| --- | --- | --- |"
 _METHODS = re.compile(r"(<!-- methods:.*? -->\n).*?(<!-- /methods -->)", re.DOTALL)
 _FAMILIES = re.compile(r"(<!-- families:.*? -->\n).*?(<!-- /families -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- codes:.*? -->\n).*?(<!-- /codes -->)", re.DOTALL)
@@ -46,10 +49,20 @@ def with_methods(page: str) -> str:
 
 
 def with_families(page: str) -> str:
-    """Return the page with the model types that can be exported."""
-    names = ", ".join(f"`{name}`" for name in sorted(FAMILIES))
-    text = fill(f"Models of these types can be exported: {names}.", 108)
-    return _FAMILIES.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    """Return the page with the model types that can be exported, and why others cannot."""
+    rows = sorted(json.loads(FAMILIES_TABLE.read_text()).items())
+    cells = {kind: f"`{kind}` {row['nats']:.0e}" for kind, row in rows}
+    lines = ["| a prompt is computed | opset | `model_type` and largest difference |", _RULE_OF_3]
+    found = {kind: (row["layout"], row["opset"]) for kind, row in rows}
+    for layout, opset in sorted({*found.values()}, reverse=True):
+        same = [cells[kind] for kind, one in found.items() if one == (layout, opset)]
+        lines.append(f"| {_PROMPTS[layout]} | {opset} | {', '.join(same)} |")
+    lines += ["", "| refused, because | `model_type` |", "| --- | --- |"]
+    for reason in sorted({*REFUSED.values()}):
+        same = [f"`{kind}`" for kind in sorted(REFUSED) if REFUSED[kind] == reason]
+        lines.append(f"| {reason} | {', '.join(same)} |")
+    table = "\n".join(lines)
+    return _FAMILIES.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
 
 
 def _cells(method: Method) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from logratio.bundle.files import GRAPH, WEIGHTS, BundleError, FileEntry, open_regular_file
-from logratio.bundle.operators import DOMAINS, GROWING, OPERATORS
+from logratio.bundle.operators import DOMAINS, GROWING, OPERATORS, PADDED
 from logratio.bundle.protobuf import (
     BYTES,
     FIXED32,
@@ -294,6 +294,9 @@ class _Check:
             self._graph(parts[6][0].span, in_loop=True)
         if 5 in parts:
             self._tensor(parts[5][0].span)
+        most = PADDED.get(operator)
+        if most is not None and any(abs(n) > most for n in self._integers(parts.get(8, []))):
+            raise BundleError(f"the operator {operator} with the attribute {name!r:.40} too large")
 
     def _integers(self, parts: list[Field]) -> list[int]:
         """Return the values of a repeated field of numbers, packed or not."""

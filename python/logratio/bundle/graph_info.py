@@ -32,6 +32,8 @@ _OUTPUTS_OF = {
 TOKEN_LOGRATIOS, TOKEN_LOGPS = "token_logratios", "token_logps"
 """Names of the output per token, float32 `[K, chunk]`, in nats: policy minus reference where the
 graph has both, else the policy's log-probs."""
+SHARED_PROMPT, PADDED = "shared", "padded"
+"""Layouts of a graph: each prompt computed once, or again for each of its candidates."""
 CHUNK = 128
 """Completion tokens per chunk of the head, which bounds the number of logits in memory."""
 
@@ -54,6 +56,8 @@ class GraphInfo:
             log-prob per token, and not times the sum.
         per_token: Whether the graph has the output of `token_output`.
         takes_adapters: Whether the graph has inputs for the adapters of ``shared_base`` bundles.
+        layout: ``shared``, a prompt is computed once for its candidates; or ``padded``, it is
+            computed again for each. Inputs, outputs and rewards are the same.
     """
 
     opset: int
@@ -64,6 +68,7 @@ class GraphInfo:
     length_normalized: bool = False
     per_token: bool = False
     takes_adapters: bool = False
+    layout: str = SHARED_PROMPT
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ def describe(
         "tokenizer": {"special_ids": manifest.special_ids, "rules": rules},
         "base": manifest.base,
         "takes_adapters": manifest.graph.takes_adapters,
+        "layout": manifest.graph.layout,
         "graph": None if graph is None else _graph(graph),
         "limits": {
             "max_length": rules.get("max_length"),

@@ -20,9 +20,11 @@ from logratio.bundle.files import (
 )
 from logratio.bundle.graph_info import (
     FLOAT32,
+    PADDED,
     REFERENCE_FREE,
     REWARD_MODEL,
     SHARED_BASE,
+    SHARED_PROMPT,
     GraphInfo,
     Precision,
 )
@@ -380,6 +382,8 @@ def _manifest(values: Mapping[str, Any], where: str) -> Manifest:
     graph = manifest.graph
     if not (1 <= graph.chunk <= 2**16 and 1 <= graph.vocabulary_size < _LARGEST):
         raise BundleError(f"{where}: its graph has impossible properties")
+    if graph.layout not in (SHARED_PROMPT, PADDED):
+        raise BundleError(f"{where}: its graph has the layout {graph.layout!r:.40}")
     is_adapter = graph.kind == SHARED_BASE
     if is_adapter != (manifest.base is not None):
         raise BundleError(f"{where}: the digest of its base is missing or superfluous")

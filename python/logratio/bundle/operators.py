@@ -18,16 +18,19 @@ OPERATORS: Mapping[str, Collection[str]] = {
             # shapes and indexes
             *("Cast", "Concat", "Expand", "Range", "Reshape", "Shape", "Slice", "Split"),
             *("Squeeze", "Transpose", "Unsqueeze", "Where"),
-            *("Gather", "GatherElements", "GatherND", "ScatterElements"),
+            *("ArgMax", "Gather", "GatherElements", "GatherND", "Pad", "TopK", "Trilu"),
+            *("ScatterElements", "ScatterND"),
             # arithmetic
-            *("Add", "Clip", "Cos", "CumSum", "Div", "Max", "Mul", "Neg", "Pow", "Reciprocal"),
+            *("Abs", "Add", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Max", "Min", "Mod"),
+            *("Mul", "Neg", "Pow", "Reciprocal"),
             *("Sin", "Sqrt", "Sub", "ReduceMax", "ReduceMean", "ReduceSum"),
             # conditions
-            *("And", "Equal", "Greater", "IsNaN", "LessOrEqual", "Not"),
+            *("And", "Equal", "Greater", "IsNaN", "Less", "LessOrEqual", "Not"),
             # layers
-            *("Attention", "Gelu", "Gemm", "LayerNormalization", "LogSoftmax", "MatMul"),
-            *("RMSNormalization", "RotaryEmbedding", "Sigmoid", "Softmax", "Tanh"),
-            # the loop over the chunks of the head, as long as its input
+            *("Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "LogSoftmax", "MatMul"),
+            *("RMSNormalization", "Relu", "RotaryEmbedding", "Sigmoid", "Softmax", "Softplus"),
+            "Tanh",
+            # loops over the chunks of the head and over experts, as long as their inputs
             "Scan",
         }
     ),
@@ -35,5 +38,8 @@ OPERATORS: Mapping[str, Collection[str]] = {
 }
 """The operators of each set."""
 
-GROWING: Mapping[str, int] = {"Expand": 1, "Range": 1}
+PADDED: Mapping[str, int] = {"Conv": 2**12}
+"""Operators that may add padding to their input, and the largest number in their attributes."""
+
+GROWING: Mapping[str, int] = {"Expand": 1, "Pad": 1, "Range": 1}
 """Operators whose result may be larger than their inputs, and which input gives its size."""

@@ -115,6 +115,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         operators = f"{graph['nodes']:,} nodes, {len(graph['operators'])} operators"
         adapters = "; takes adapters" if found["takes_adapters"] else ""
         yield "graph", f"opset {graph['opset']}, {operators}{adapters}"
+    prompts = {"shared": "computed once", "padded": "computed again for each candidate"}
+    yield "prompts", prompts[found["layout"]]
     yield "precision", _precision(found["precision"])
     yield (
         "tokenization",

@@ -18,6 +18,7 @@ from logratio.bundle import (
     GRAPH,
     MANIFEST,
     REFERENCE_FREE,
+    REFERENCE_INPUT,
     REWARD_MODEL,
     SHARED_BASE,
     GraphInfo,
@@ -29,12 +30,13 @@ from logratio.bundle import (
 from logratio.data.tokenization.tokenizer_files import write_tokenizer
 from logratio.durable import sync
 from logratio.export.agreement import SAMPLED, sampled_groups
+from logratio.export.families import max_positions
 from logratio.export.graph import OPSETS, GraphError, Scorer, open_graph, trace, write
 from logratio.export.kinds import notes_of
-from logratio.export.loading import Calibration, Loaded, Models
-from logratio.export.parity import ParityError, golden_inputs, probing_inputs
+from logratio.export.loading import Calibration, Loaded, Models, one_nat_per_token
+from logratio.export.parity import Graph, ParityError, golden_inputs, probing_inputs
 from logratio.export.plan import ExportConfig, ExportError, ExportPlan, make_plan
-from logratio.export.scorer import ONE_BASE, TWO_MODELS, max_positions
+from logratio.export.scorer import ONE_BASE, TWO_MODELS
 from logratio.export.shared_base import Base, plan_of_base
 from logratio.export.verification import check_graph, golden_groups
 from logratio.export.weights import store_weights, to_half
@@ -230,6 +232,7 @@ class _Export:
                 plan.reward.length_normalized,
                 per_token=loaded.kind != REWARD_MODEL,
                 takes_adapters=plan.takes_adapters,
+                layout=plan.layout,
             ),
             files=files,
             golden=golden_groups(loaded.kind, self._golden_inputs, loaded.expected, checked.own),
@@ -298,12 +301,26 @@ class _Export:
                 share = store_weights(model, precision)
                 files = write(model, self._folder, properties)
                 session = open_graph(self._folder / GRAPH)
+                self._check_runs(session)
                 return session, int(model.opset_imports[""]), files, share
             except GraphError as error:
                 reasons.append(str(error))
                 for name in (GRAPH, bundle.WEIGHTS):
                     (self._folder / name).unlink(missing_ok=True)
         raise ExportError(f"this model cannot be exported to ONNX ({'; '.join(reasons)})")
+
+    def _check_runs(self, session: Any) -> None:
+        """Run the graph: kernels may refuse what a file may contain.
+
+        Raises:
+            GraphError: ONNX Runtime cannot run it.
+        """
+        takes_reference = REFERENCE_INPUT in {given.name for given in session.get_inputs()}
+        graph = Graph(session, one_nat_per_token if takes_reference else None)
+        try:
+            graph.values(self._golden_inputs)
+        except Exception as error:  # the library raises many unrelated types
+            raise GraphError(f"ONNX Runtime cannot run it: {str(error).strip()[:200]}") from error
 
 
 def _special_ids(plan: ExportPlan) -> dict[str, int | None]:

@@ -182,6 +182,7 @@ def smaller(model: Any) -> Any:
     ):
         model = make_smaller(model).model
     _fold_transposes(model.graph)
+    _replace_fills(model.graph)
     model.producer_name = "logratio"
     return model
 
@@ -214,6 +215,23 @@ def _fold_transposes(graph: Any) -> None:
         orders = {tuple(node.attributes["perm"].as_ints()) for node in readers}
         if len(orders) == 1:
             _fold(graph, value, readers, orders.pop())
+
+
+def _replace_fills(graph: Any) -> None:
+    """Replace `ConstantOfShape`, which no bundle may contain, by `Expand`."""
+    import onnx_ir
+
+    for number, node in enumerate([n for n in graph.all_nodes() if n.op_type == "ConstantOfShape"]):
+        given = node.attributes.get("value")
+        value = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
+        fill = _constant(graph, f"fill.{number}", np.array(value).reshape(()))
+        expanded = onnx_ir.node("Expand", [fill, node.inputs[0]])
+        old, new = node.outputs[0], expanded.outputs[0]
+        new.type, new.shape, name = old.type, old.shape, old.name
+        node.graph.insert_before(node, expanded)
+        onnx_ir.convenience.replace_all_uses_with(old, new)
+        node.graph.remove(node, safe=True)
+        new.name = name
 
 
 def _fold(graph: Any, value: Any, readers: list[Any], order: tuple[int, ...]) -> None:

@@ -20,7 +20,8 @@ from logratio.export.parity import (
     training_scores,
 )
 from logratio.export.reward_model import ScoreScorer
-from logratio.export.scorer import PolicyScorer, RewardScorer, join, use_exportable_attention
+from logratio.export.scorer import PolicyScorer, RewardScorer, join
+from logratio.export.traceable import use_exportable_attention
 from logratio.logps.checks import check_head
 from logratio.logps.completion import transformer
 from logratio.training.models import load_model, merged

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from logratio.bundle import (
     CACHED_REFERENCE,
     REWARD_MODEL,
+    SHARED_PROMPT,
     TOKENIZER_FILES,
     BundleError,
     Precision,
@@ -21,10 +22,10 @@ from logratio.data.tokenization.groups import TextAs, TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, LogratioError
 from logratio.export.agreement import groups_of_file
+from logratio.export.families import check_exportable, layout_of, max_positions, not_quantizable
 from logratio.export.graph import SINGLE_FILE_BYTES
 from logratio.export.kinds import CACHED, NONE, RewardKind, reward_kind
 from logratio.export.loading import Calibration
-from logratio.export.scorer import check_exportable, max_positions
 from logratio.extras import require
 from logratio.forecast import Forecast, check_writable, existing_parent
 from logratio.hub import local_folder
@@ -119,6 +120,7 @@ class ExportPlan:
         calibration: The groups of `ExportConfig.data`; None without it.
         base: The bundle of the base that the policy's adapter needs; None for a whole graph.
         takes_adapters: Whether the graph gets inputs for adapters.
+        layout: The layout of the graph: see `bundle.GraphInfo`.
     """
 
     policy: Path
@@ -131,6 +133,7 @@ class ExportPlan:
     calibration: Calibration | None
     base: Path | None = None
     takes_adapters: bool = False
+    layout: str = SHARED_PROMPT
 
     @property
     def vocabulary_size(self) -> int:
@@ -209,13 +212,16 @@ def make_plan(config: ExportConfig) -> ExportPlan:
     note_unfinished(policy)
     _check_output(output)
     base = _base(config, policy, reference)
-    architecture = _architectures(folders)
+    architectures = _architectures(folders)
+    architecture = architectures[0]
+    _check_bits(precision, architectures)
     folder = _tokenizer_folder(folders)
     rules = _rules(config, policy, architecture)
     if config.rules is None:
         rules = _with_default_text_as(rules, _tokenizer(folder, rules))
     tokenizer = _tokenizer(folder, rules)
-    check_exportable(architecture, tokenizer.rules.max_length)
+    for one in architectures:
+        check_exportable(one, tokenizer.rules.max_length)
     if tokenizer.vocabulary_size > architecture.vocab_size:
         raise ExportError(
             f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, but the policy has "
@@ -225,7 +231,8 @@ def make_plan(config: ExportConfig) -> ExportPlan:
         check_same_ids(reference, policy, tokenizer)
     calibration = None if precision.is_exact else _calibration(config, reward, tokenizer)
     plan = ExportPlan(
-        policy, reference, reward, output, tokenizer, architecture, precision, calibration, base
+        *(policy, reference, reward, output, tokenizer, architecture, precision, calibration, base),
+        layout=layout_of(*architectures),
     )
     check_writable(existing_parent(output.parent), plan.forecast.disk_bytes)
     return plan
@@ -260,6 +267,18 @@ def _check_precision(config: ExportConfig, precision: Precision) -> None:
                 raise ConfigError(
                     f"--{name} is for a smaller precision: give --dtype or --bits, or remove it"
                 )
+
+
+def _check_bits(precision: Precision, configs: Sequence[PreTrainedConfig]) -> None:
+    """Refuse to quantize models whose weights are not all those of products of matrices."""
+    if precision.bits is None:
+        return
+    for config in configs:
+        if part := not_quantizable(config):
+            raise ConfigError(
+                f"--bits {precision.bits}: the {part} of a {config.model_type} model cannot be "
+                "quantized: use --dtype"
+            )
 
 
 def _calibration(
@@ -308,8 +327,8 @@ def _check_output(output: Path) -> None:
         raise ExportError(f"{output}: is a file, not a folder")
 
 
-def _architectures(folders: Sequence[Path]) -> PreTrainedConfig:
-    """Return the policy's config; the reference, if any, must have the same vocabulary."""
+def _architectures(folders: Sequence[Path]) -> list[PreTrainedConfig]:
+    """Return the configs of policy and reference, which must have the same vocabulary."""
     first, *others = (architecture(base_folder(folder)) for folder in folders)
     for config in (first, *others):
         check_exportable(config, 0)
@@ -319,7 +338,7 @@ def _architectures(folders: Sequence[Path]) -> PreTrainedConfig:
                 f"policy and reference have different vocabularies ({first.vocab_size} and "
                 f"{second.vocab_size} ids), so their log-probs cannot be compared"
             )
-    return first
+    return [first, *others]
 
 
 def _rules(config: ExportConfig, policy: Path, architecture: PreTrainedConfig) -> TokenizationRules:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from logratio.export.scorer import CandidateInputs, candidate_states
+from logratio.export.states import CandidateInputs, candidate_states
 from logratio.logps.completion import transformer
 from logratio.logps.scores import HEAD
 

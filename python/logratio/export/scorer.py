@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -10,118 +10,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from logratio.bundle import CACHED_REFERENCE
-from logratio.logps.checks import UnsupportedModelError
-from logratio.logps.completion import ropes, transformer
+from logratio.export.states import CandidateInputs, candidate_states
+from logratio.logps.completion import transformer
 from logratio.logps.head import head_logits
 from logratio.training.models import merged
-
-FAMILIES = frozenset(
-    {
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "starcoder2",
-    }
-)
-"""transformers' `model_type`s whose graph is tested against torch at many shapes."""
-
-_STATEFUL = ("mamba", "rwkv", "jamba", "zamba", "recurrent", "falcon_h1", "bamba", "lfm2", "_next")
-_EXPORTABLE_ATTENTION = ("sdpa", "eager")
-
-
-def check_exportable(config: PreTrainedConfig, max_length: int) -> None:
-    """Check that a model can be exported exactly.
-
-    Args:
-        config: Config of a causal language model.
-        max_length: Maximum tokens of prompt + completion.
-
-    Raises:
-        UnsupportedModelError: It cannot; the message gives the reason.
-    """
-    name = f"a {config.model_type} model"
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(f"{name} cannot be exported: {_why_not(config)}")
-    if max_length > max_positions(config):
-        raise UnsupportedModelError(
-            f"{name} with {max_positions(config)} positions cannot score {max_length} tokens"
-        )
-    for rope in ropes(config):
-        _check_rope(rope, name, config, max_length)
-
-
-def max_positions(config: PreTrainedConfig) -> int:
-    """Return the longest sequence that a model supports, in tokens."""
-    return int(config.max_position_embeddings)
-
-
-def use_exportable_attention(model: PreTrainedModel) -> None:
-    """Select SDPA unless the model's attention can be exported; flash and flex cannot."""
-    if model.config._attn_implementation not in _EXPORTABLE_ATTENTION:
-        model.set_attn_implementation("sdpa")
-
-
-def _why_not(config: PreTrainedConfig) -> str:
-    if any(word in config.model_type for word in _STATEFUL):
-        return (
-            "it has a recurrent state, so a prompt cannot be computed once for many candidates. "
-            "Use torch instead: `logratio evaluate`"
-        )
-    if any("expert" in key for key in config.to_dict()):
-        return "mixtures of experts cannot be exported exactly yet"
-    return f"the supported families are {', '.join(sorted(FAMILIES))}"
-
-
-def _check_rope(rope: dict[str, Any], name: str, config: PreTrainedConfig, length: int) -> None:
-    kind = rope.get("rope_type", "default")
-    if kind == "dynamic":
-        raise UnsupportedModelError(
-            f"{name} cannot be exported: its dynamic RoPE depends on the longest sequence so far"
-        )
-    if kind == "longrope":
-        original = rope.get("original_max_position_embeddings") or max_positions(config)
-        if length > original:
-            raise UnsupportedModelError(
-                f"{name}: LongRoPE changes its factors above {original} tokens, which a graph "
-                f"cannot do, and the rules allow {length} tokens"
-            )
-
-
-class CandidateInputs(NamedTuple):
-    """The graph's inputs, int64, as filled by `_rust.candidate_layout`.
-
-    `G` prompts of up to `P` tokens and `N` candidates of up to `C`; the head runs on `K` chunks.
-
-    Attributes:
-        prompt_ids: `[G, P]`, left-padded.
-        prompt_mask: `[G, P]`, 1 on tokens.
-        candidate_ids: `[N, C]`, right-padded.
-        candidate_mask: `[N, C]`, 1 on tokens.
-        group: `[N]`, the index of each candidate's prompt.
-        token_index: `[K, chunk]`, flat index in `[N, C]` of each token to score; 0 for padding.
-        token_row: `[K, chunk]`, the candidate of each token; `N` for padding.
-    """
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    candidate_ids: Tensor
-    candidate_mask: Tensor
-    group: Tensor
-    token_index: Tensor
-    token_row: Tensor
 
 
 class HalfScorer(nn.Module):
@@ -242,44 +137,6 @@ def _predicting_states(model: PreTrainedModel, inputs: CandidateInputs) -> Tenso
     """Return the hidden state that predicts each candidate token, `[N, C, H]`."""
     first, own = candidate_states(model, inputs)
     return torch.cat([first, own[:, :-1]], 1)
-
-
-def candidate_states(model: PreTrainedModel, inputs: CandidateInputs) -> tuple[Tensor, Tensor]:
-    """Return hidden states: at each candidate's prompt end `[N, 1, H]`, and its own `[N, C, H]`."""
-    body: Any = model.base_model
-    prompt = body(
-        input_ids=inputs.prompt_ids,
-        attention_mask=inputs.prompt_mask,
-        position_ids=(inputs.prompt_mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(),  # without a config, so that sliding layers keep all keys
-        use_cache=True,
-    )
-    candidates = body(
-        input_ids=inputs.candidate_ids,
-        attention_mask=torch.cat([inputs.prompt_mask[inputs.group], inputs.candidate_mask], -1),
-        position_ids=_candidate_positions(inputs),
-        past_key_values=_gathered(prompt.past_key_values, inputs.group),
-        use_cache=True,
-    )
-    return prompt.last_hidden_state[:, -1:][inputs.group], candidates.last_hidden_state
-
-
-def _gathered(cache: Any, group: Tensor) -> DynamicCache:
-    """Return a cache with each candidate's copy of its prompt's keys and values."""
-    gathered = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        gathered.update(layer.keys[group], layer.values[group], number)
-    return gathered
-
-
-def _candidate_positions(inputs: CandidateInputs) -> Tensor:
-    """Return position ids that continue from the prompt's, `[N, C]`.
-
-    Padding gets 0, because higher numbers could exceed a learned position table.
-    """
-    lengths = inputs.prompt_mask.sum(-1)[inputs.group].unsqueeze(-1)
-    places = torch.arange(inputs.candidate_ids.shape[1]).unsqueeze(0)
-    return (lengths + places) * inputs.candidate_mask
 
 
 def _scan_head(model: PreTrainedModel, hidden: Tensor, target_ids: Tensor) -> Tensor:

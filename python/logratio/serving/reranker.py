@@ -14,6 +14,7 @@ from logratio._rust import candidate_layout
 from logratio.adapted_graph import Adapter
 from logratio.bundle import (
     CACHED_REFERENCE,
+    PADDED,
     REFERENCE_FREE,
     REFERENCE_INPUT,
     REPLAY,
@@ -357,7 +358,8 @@ class Reranker:
     def runs(self, groups: Sequence[CandidateGroup], run_tokens: int | None = None) -> list[Run]:
         """Divide the scoring of results of `encode` into runs of the graph; see `plan_runs`."""
         budget, shared = self._token_budget, self._shared_tokens
-        return list(plan_runs(groups, budget, run_tokens, shared))
+        is_padded = self.manifest.graph.layout == PADDED
+        return list(plan_runs(groups, budget, run_tokens, shared, repeats_prompts=is_padded))
 
     def timings(self) -> list[tuple[int, float]]:
         """Score each golden group, and return the tokens and seconds of each run.

@@ -32,6 +32,8 @@ def plan_runs(
     token_budget: int,
     run_tokens: int | None = None,
     shared_tokens: int | None = None,
+    *,
+    repeats_prompts: bool = False,
 ) -> Iterator[Run]:
     """Divide groups into runs of the graph, with similar lengths together.
 
@@ -46,24 +48,28 @@ def plan_runs(
         run_tokens: Maximum tokens per run, which bounds its time, but at least four times its
             longest prompt. None: no limit.
         shared_tokens: Maximum tokens of a run with several prompts. None: no limit.
+        repeats_prompts: Whether the graph has the padded layout, which computes `N·(P + C)` tokens:
+            each prompt again for each of its candidates.
 
     Yields:
         The runs; together they contain every distinct candidate once.
     """
     run: list[Piece] = []
-    size = _RunSize()
+    empty = _RunSize(repeats_prompts)
+    size = empty
     by_length = sorted(range(len(groups)), key=lambda g: -len(groups[g].prompt_ids))
     for number in by_length:
         group = groups[number]
-        if run and shared_tokens is not None and size.tokens + _tokens(group) > shared_tokens:
+        tokens = size.tokens + _tokens(group, repeats_prompts=repeats_prompts)
+        if run and shared_tokens is not None and tokens > shared_tokens:
             yield Run(run, size.tokens, size.positions)
-            run, size = [], _RunSize()
+            run, size = [], empty
         for ids in sorted(group.different(), key=len, reverse=True):
             is_new = not run or run[-1][0] != number
             grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
             if run and not grown.fits(token_budget, run_tokens):
                 yield Run(run, size.tokens, size.positions)
-                run, size = [], _RunSize()
+                run, size = [], empty
                 grown = size.plus(len(group.prompt_ids), len(ids))
                 is_new = True
             if is_new:
@@ -74,13 +80,16 @@ def plan_runs(
         yield Run(run, size.tokens, size.positions)
 
 
-def _tokens(group: CandidateGroup) -> int:
+def _tokens(group: CandidateGroup, *, repeats_prompts: bool) -> int:
     """Return the tokens of a prompt and its distinct candidates, without padding."""
-    return len(group.prompt_ids) + sum(map(len, group.different()))
+    different = group.different()
+    prompts = len(different) if repeats_prompts else 1
+    return prompts * len(group.prompt_ids) + sum(map(len, different))
 
 
 @dataclass(frozen=True, slots=True)
 class _RunSize:
+    repeats_prompts: bool
     prompts: int = 0
     longest_prompt: int = 0
     candidates: int = 0
@@ -93,6 +102,8 @@ class _RunSize:
 
     @property
     def tokens(self) -> int:
+        if self.repeats_prompts:
+            return self.candidates * (self.longest_prompt + self.longest_candidate)
         return self.prompts * self.longest_prompt + self.candidates * self.longest_candidate
 
     def fits(self, token_budget: int, run_tokens: int | None) -> bool:
@@ -105,6 +116,7 @@ class _RunSize:
     def plus(self, prompt: int, candidate: int) -> "_RunSize":
         """Return the size with another candidate, and with its prompt unless `prompt` is 0."""
         return _RunSize(
+            self.repeats_prompts,
             self.prompts + bool(prompt),
             max(self.longest_prompt, prompt),
             self.candidates + 1,

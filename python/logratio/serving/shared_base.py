@@ -100,7 +100,8 @@ class SharedBase:
             )
         mine, other = manifest.graph, self.manifest.graph
         facts = [
-            (one.opset, one.chunk, one.vocabulary_size, one.max_positions) for one in (mine, other)
+            (one.opset, one.chunk, one.vocabulary_size, one.max_positions, one.layout)
+            for one in (mine, other)
         ]
         if facts[0] != facts[1]:
             raise BundleError(f"{folder}: its graph has other properties than its base")

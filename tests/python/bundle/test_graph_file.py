@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from tiny_bundle import tiny_bundle
 
 from logratio.bundle import GRAPH, WEIGHTS, BundleError, check_graph_file, protobuf, read_manifest
@@ -154,6 +154,13 @@ def tensor_change(act: str) -> Change:
             shape = np.array([2**13, 2**13])
             model.graph.initializer.append(numpy_helper.from_array(shape, "shape"))
             next(n for n in model.graph.node if n.op_type == "Expand").input[1] = "shape"
+        elif act == "pad":
+            pads = np.array([0, 2**13, 0, 2**13])
+            model.graph.initializer.append(numpy_helper.from_array(pads, "pads"))
+            model.graph.node.append(helper.make_node("Pad", ["prompt_ids", "pads"], ["padded"]))
+        elif act == "conv":
+            inputs = ["prompt_ids", "group"]
+            model.graph.node.append(helper.make_node("Conv", inputs, ["c"], pads=[0, 2**13]))
 
     return change
 
@@ -167,6 +174,8 @@ def tensor_change(act: str) -> Change:
         ("negative", "has a negative size"),
         ("two places", "is stored in two places"),
         ("expand", "(Expand) has the shape (8192, 8192)"),
+        ("pad", "(Pad) has the shape (0, 8192, 0, 8192)"),
+        ("conv", "the operator Conv with the attribute 'pads' too large"),
     ],
 )
 def test_impossible_tensors_are_refused(content: bytes, act: str, reason: str) -> None:

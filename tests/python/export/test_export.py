@@ -351,7 +351,7 @@ def test_bad_requests_are_refused_before_weights_are_loaded(
 
 def test_incompatible_models_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     mamba = save_family(tmp_path / "mamba", mamba_config(), 0)
-    with pytest.raises(UnsupportedModelError, match="has a recurrent state"):
+    with pytest.raises(UnsupportedModelError, match="carry a state across tokens"):
         exported(tiny_folder, tmp_path / "b", policy=mamba)
     other = save_family(tmp_path / "other", FAMILIES["llama"](), 0)
     with pytest.raises(ExportError, match=r"different vocabularies \(20 and 211 ids\)"):

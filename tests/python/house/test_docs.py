@@ -99,7 +99,7 @@ def test_the_table_of_methods_is_that_of_the_library() -> None:
 
 
 def test_the_families_on_the_page_are_those_that_export() -> None:
-    """`test_every_exportable_family_is_compared` is the proof of each."""
+    """`tests/python/export/test_families.py` is the proof of each."""
     page = ROOT / "python" / "docs" / "export.md"
     build = runpy.run_path(str(page.with_name("build.py")))
     assert page.read_text() == build["with_families"](page.read_text()), "run `make docs`"
