@@ -520,7 +520,8 @@ def test_rows_inside_an_object_with_other_keys_are_found() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(InvalidRecordError, match=r"E206.*list `rows`.*jq -c '\.rows\[\]'"):
         Decoder().decode({"rows": [row], "meta": 1}, HERE)
-    for other in ({"rows": [1]}, {"rows": []}, {"rows": [row], "data": [row]}):
+    others: list[dict[str, Any]] = [{"rows": [1]}, {"rows": []}, {"rows": [row], "data": [row]}]
+    for other in others:
         with pytest.raises(InvalidRecordError, match="E206") as caught:
             Decoder().decode(other, HERE)
         assert "jq" not in caught.value.reason
