@@ -300,7 +300,6 @@ MORE_OPERATORS: list[Callable[[], PreTrainedConfig]] = [
         "opt",
         "gpt_neo",
         "mamba2",
-        "ministral3",
     )
 ]
 """Families with experts, convolutions and other code of their own."""
