@@ -218,6 +218,7 @@ class TestOneAtATime:
         DPOTrainer(config=config, callbacks=[Second()], show_progress=False).train()
 
     def test_a_failed_start_leaves_no_lock(self, config: TrainConfig) -> None:
+        Path(config.output).mkdir()
         bad = with_(config, cache=Path(config.output) / "cache")
         with pytest.raises(StaleCacheError):
             DPOTrainer(config=bad, show_progress=False)
