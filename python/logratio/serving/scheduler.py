@@ -80,7 +80,7 @@ _AGEING = 0.05
 """Seconds by which a request counts as shorter for each second since its arrival."""
 _MARGIN = 0.1
 """Share of the request timeout kept as a margin at admission: run times are estimates."""
-_SHORT_QUEUE = 6
+_SHORT_QUEUE = 8
 """Longest wait under overload, in computations of a mean request. Fewer would leave the server idle
 between arrivals."""
 _LARGEST_COUNTED = 2
