@@ -3,6 +3,7 @@
 `Sequences` are prompts with their completions; `Branches` are the runs of a tree.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ class SharedKeys(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(ABC):
     """`Q` sequences over a row of `T` tokens, with `K` keys in total.
 
     The keys of a sequence are tokens before it, then its own tokens.
@@ -90,19 +91,19 @@ class Row:
         """Number of keys before each token in its sequence, int64 `[T]`."""
         return self.own_place - self.cu_seqlens_k[self.of_token]
 
-    @cached_property
+    @property
+    @abstractmethod
     def ends(self) -> Tensor:
         """Position after the last token that may see each token, int64 `[T]`.
 
         The tokens that continue a token follow it without a gap, so token `q` sees `k` if and only
         if `k <= q < ends[k]`.
         """
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def shared_keys(self) -> tuple[SharedKeys, ...]:
         """The tokens that are keys of several sequences, each in one of the parts."""
-        raise NotImplementedError
 
     @property
     def _tokens(self) -> Tensor:
