@@ -80,7 +80,11 @@ def groups_within(config: PreTrainedConfig) -> list[Group]:
 
 
 def compare(model: PreTrainedModel, groups: list[Group]) -> dict[str, float]:
-    """Compare graphs with the model's own forward in float64; return opset and difference."""
+    """Compare graphs with the model's own forward in float64.
+
+    Returns:
+        The opset, the largest difference, and the largest that rounding to float32 explains.
+    """
     use_exportable_attention(model)
     with torch.no_grad():
         truth = sums(alone(in_float64(model), groups), groups)
@@ -91,8 +95,7 @@ def compare(model: PreTrainedModel, groups: list[Group]) -> dict[str, float]:
     ]
     worst = float(max(np.abs(together - truth).max(), np.abs(np.array(single) - truth).max()))
     assert truth.std() > 1
-    assert worst <= NAT + 5 * rounding
-    return {"opset": opset, "nats": worst}
+    return {"opset": opset, "nats": worst, "bound": NAT + 5 * rounding}
 
 
 def first_that_runs(model: PreTrainedModel, groups: list[Group]) -> tuple[int, Any, np.ndarray]:
@@ -107,10 +110,8 @@ def first_that_runs(model: PreTrainedModel, groups: list[Group]) -> tuple[int, A
     raise AssertionError(reasons)
 
 
-def row_of(kind: str) -> dict[str, Any]:
-    found = compare(small_model(kind, 0), groups_within(small_config(kind)))
-    nats = float(f"{found['nats']:.0e}")
-    return {"layout": FAMILIES[kind], "opset": found["opset"], "nats": nats}
+def compared(kind: str) -> dict[str, float]:
+    return compare(small_model(kind, 0), groups_within(small_config(kind)))
 
 
 def record(kind: str, row: dict[str, Any]) -> None:
@@ -126,14 +127,17 @@ def record(kind: str, row: dict[str, Any]) -> None:
 @pytest.mark.families
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_each_familys_graph_gives_torchs_log_probs(kind: str) -> None:
-    row = row_of(kind)
+    found = compared(kind)
+    assert found["nats"] <= found["bound"]
     if os.environ.get("WRITE_FAMILIES"):
-        record(kind, row)
+        nats = float(f"{found['nats']:.0e}")
+        record(kind, {"layout": FAMILIES[kind], "opset": found["opset"], "nats": nats})
 
 
 @pytest.mark.parametrize("kind", FEW)
 def test_a_few_families_graphs_give_torchs_log_probs(kind: str) -> None:
-    assert row_of(kind)["layout"] == FAMILIES[kind]
+    found = compared(kind)
+    assert found["nats"] <= found["bound"]
 
 
 def test_the_table_has_exactly_the_families_that_were_compared() -> None:
@@ -184,7 +188,8 @@ def test_changing_rope_factors_are_exact_up_to_the_length_where_they_change(make
     groups = groups_within(config)
     assert max(len(prompt) + len(ids) for prompt, answers in groups for ids in answers) > 100
     model = model_of(config, 0)
-    compare(model, groups)
+    found = compare(model, groups)
+    assert found["nats"] <= found["bound"]
     too_long = [(groups[-1][0] * 2, [[5] * 40])]  # the graph would be wrong, so it is refused
     with torch.no_grad():
         truth = sums(alone(in_float64(model), too_long), too_long)
