@@ -11,7 +11,7 @@ from logratio.data.feed import lay_out
 from logratio.logps.attention import varlen
 from logratio.logps.batch import SharedBatch, TreeBatch, fields_for, to_torch
 from logratio.logps.completion import score
-from logratio.logps.sequences import Sequences
+from logratio.logps.sequences import Row, Sequences
 
 NUMBERS = np.array([3, 0, 4, 1, 2])
 
@@ -30,6 +30,17 @@ def batch_of_sequences(seed: int, width: int | None = None, most: int | None = N
 def sequences_of(batch: SharedBatch) -> Sequences:
     assert batch.sequences is not None
     return batch.sequences
+
+
+def assert_gathers_like_index_select(row: Row) -> None:
+    """Values are equal, and gradients are equal in float64."""
+    states = torch.randn(row.tokens, 3, 4, dtype=torch.float64, requires_grad=True)
+    gathered, expected = varlen.gather_keys(states, row), states.index_select(0, row.key_index)
+    assert torch.equal(gathered, expected)
+    upstream = torch.randn_like(gathered)
+    (ours,) = torch.autograd.grad(gathered, states, upstream)
+    (truth,) = torch.autograd.grad(expected, states, upstream)
+    assert torch.allclose(ours, truth, rtol=0, atol=1e-14)
 
 
 States = tuple[Tensor, Tensor, Tensor]

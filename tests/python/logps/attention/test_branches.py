@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Group, in_float64, per_token_logps
-from plain_attention import heads, plain_varlen
+from plain_attention import assert_gathers_like_index_select, heads, plain_varlen
 from plain_attention import stand_in as stand_in
 from tiny_models import FAMILIES, tiny
 from torch import Tensor
@@ -21,7 +21,6 @@ from logratio.logps.attention.fused import TREE, attend_in_one_call, row_of_tree
 from logratio.logps.attention.kernels import Choice, Kernel, Wanted, kernel_for
 from logratio.logps.attention.sdpa import Scoring
 from logratio.logps.attention.tree import SharedTree, attend_tree
-from logratio.logps.attention.varlen import gather_keys
 from logratio.logps.batch import TreeBatch
 from logratio.logps.completion import batch_of, score
 from logratio.logps.sequences import Branches
@@ -66,14 +65,7 @@ def test_a_token_is_seen_by_what_continues_it(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_copies_of_a_key_are_added_up(seed: int) -> None:
-    row = branches(batch_of_branches(seed, 4 + 4 * seed))
-    states = torch.randn(row.tokens, 3, 4, dtype=torch.float64, requires_grad=True)
-    gathered, expected = gather_keys(states, row), states.index_select(0, row.key_index)
-    assert torch.equal(gathered, expected)
-    upstream = torch.randn_like(gathered)
-    (ours,) = torch.autograd.grad(gathered, states, upstream)
-    (truth,) = torch.autograd.grad(expected, states, upstream)
-    assert torch.allclose(ours, truth, rtol=0, atol=1e-14)
+    assert_gathers_like_index_select(branches(batch_of_branches(seed, 4 + 4 * seed)))
 
 
 def test_a_common_beginning_does_not_widen_the_sums_of_other_tokens() -> None:

@@ -15,6 +15,7 @@ from layout_oracle import store_of
 from plain_attention import (
     FIELDS,
     NUMBERS,
+    assert_gathers_like_index_select,
     batch_of_sequences,
     heads,
     plain_mask,
@@ -87,15 +88,7 @@ def test_a_gpu_is_asked_for_the_usual_arrays_and_the_sequences() -> None:
 def test_gathered_keys_have_the_gradient_of_index_select(
     seed: int, width: int | None, most: int | None
 ) -> None:
-    sequences = sequences_of(batch_of_sequences(seed, width, most))
-    states = torch.randn(sequences.tokens, 3, 4, dtype=torch.float64, requires_grad=True)
-    gathered = gather_keys(states, sequences)
-    expected = states.index_select(0, sequences.key_index)
-    assert torch.equal(gathered, expected)
-    upstream = torch.randn_like(gathered)
-    (ours,) = torch.autograd.grad(gathered, states, upstream)
-    (truth,) = torch.autograd.grad(expected, states, upstream)
-    assert torch.allclose(ours, truth, rtol=0, atol=1e-14)
+    assert_gathers_like_index_select(sequences_of(batch_of_sequences(seed, width, most)))
 
 
 def test_the_gradient_of_keys_is_rounded_once() -> None:
