@@ -34,9 +34,10 @@ from logratio.training.dataset import (
     max_positions,
     once_per_host,
 )
-from logratio.training.methods.data_checks import check_groups, kinds_of
+from logratio.training.methods.data_checks import check_groups, check_whole_answers, kinds_of
 from logratio.training.methods.method import DataKind
 from logratio.training.methods.table import METHODS
+from logratio.training.methods.token_weights import WeightedTurns, weighted_sums
 from logratio.training.models import (
     autocast,
     base_folder,
@@ -250,20 +251,25 @@ def _prepare(config: EvaluateConfig, processes: Processes, *, show_progress: boo
     is_alone = processes.count == 1
     data = config.data
     dataset = load(data, None) if is_alone else once_per_host(load, data, None, processes)
-    _check_pairs(dataset.store)
+    _check_pairs(dataset.store, is_scored=beta is None)
     if config.reference is not None:
         check_reference(config.reference, config.policy, dataset.tokenizer, dataset.store)
     check_sampling(config.models, config.samples, config.max_new_tokens, dataset.store)
     return Evaluating(config, dataset, beta, show_progress, processes)
 
 
-def _check_pairs(store: Store) -> None:
-    """Check that the held-out data has pairs, and name what evaluates other data."""
+def _check_pairs(store: Store, *, is_scored: bool) -> None:
+    """Check that the held-out data has pairs, and name what evaluates other data.
+
+    A reward model scores (`is_scored`) whole answers, so turns have no weights.
+    """
     found = kinds_of(store)
     for kind, advice in _ELSEWHERE.items():
         if found[kind].any() and not found["pairs"].all():
             raise ConfigError(f"evaluate measures pairs, and the data has {kind}: {advice}")
     check_groups(store, "pairs", "an evaluation")
+    if is_scored:
+        check_whole_answers(store, "a reward model", "remove them")
 
 
 _ELSEWHERE: Mapping[DataKind, str] = {
@@ -372,6 +378,7 @@ class Evaluating:
         self.config, self.dataset, self.show_progress = config, dataset, show_progress
         self.beta = beta
         self.device, self.precision = default_device(config.device), precision_of(config)
+        self._turns = WeightedTurns.of(dataset.store)
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -412,7 +419,8 @@ class Evaluating:
             samples = self.config.samples and self.processes.is_first
             kl = self._kl(*models) if samples else None
         self.processes.wait()
-        return summarize(store, values - others[0] if others else values, self.beta, kl)
+        lengths = self._turns.lengths().numpy() if self._turns else None
+        return summarize(store, values - others[0] if others else values, self.beta, kl, lengths)
 
     def _sums(self, model: nn.Module, advance: Advance) -> np.ndarray:
         """Return the summed log-probs, or scores, of every completion, float64 `[N]`."""
@@ -423,7 +431,7 @@ class Evaluating:
             say(note)
         return sums_over(
             self.dataset.store,
-            lambda batch: model_sums(model, batch),
+            lambda batch: model_sums(model, batch, self._turns),
             self.config.token_budget,
             layout,
             self.device,
@@ -542,8 +550,15 @@ def sums_over(
 
 
 @torch.no_grad()
-def model_sums(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the summed log-probs, or the scores, of a batch's completions, float64 `[n]`."""
+def model_sums(model: nn.Module, batch: Batch, turns: WeightedTurns | None = None) -> Tensor:
+    """Return the summed log-probs, or the scores, of a batch's completions, float64 `[n]`.
+
+    Args:
+        model: A language model or a reward model.
+        batch: The groups.
+        turns: The weights of turns, by which log-probs are multiplied; None: all are 0 or 1.
+    """
     if has_scalar_head(model):
         return score_completions(model, batch).double()
-    return batch.targets.sums(score(model, batch))
+    weights = None if turns is None else turns.of_tokens(batch.targets)
+    return weighted_sums(batch.targets, score(model, batch), weights)

@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from method_groups import write_answers, write_lists
+from tiny_models import WORDS
 
 from logratio.data.formats.settings import FormatSettings
 from logratio.errors import ConfigError
@@ -165,3 +168,94 @@ def test_a_policy_of_a_loss_without_reference_names_what_measures_its_rewards(
         (folder / "training.json").write_text(json.dumps({"loss": loss}))
         with pytest.raises(ConfigError, match=words):
             evaluate(EvaluateConfig(folder, None, pairs_file), show_progress=False)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}the {{ m.content }}</s>{% else %}"
+    "on {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}the {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_model(tiny_model: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "chat-model"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def write_weighted(path: Path, count: int, seed: int) -> Path:
+    """Write pairs of chats of two answers, whose first one has a weight, often below 0."""
+    random = Random(seed)
+
+    def turn(role: str, **more: float) -> dict[str, Any]:
+        words = random.choices(WORDS[5:], k=random.randint(1, 4))
+        return {"role": role, "content": " ".join(words), **more}
+
+    def side(weight: float) -> list[dict[str, Any]]:
+        return [turn("assistant", weight=weight), turn("user"), turn("assistant")]
+
+    rows = [
+        {
+            "prompt": [turn("user")],
+            "chosen": side([-1, 0.5, -3, 2][n % 4]),
+            "rejected": side([1, -2, 4][n % 3]),
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("share_beginnings", [False, True])
+def test_weights_of_turns_count_as_in_the_runs_own_evaluation(
+    chat_model: Path, tmp_path: Path, share_beginnings: bool
+) -> None:
+    data, held = (write_weighted(tmp_path / f"{n}.jsonl", 12, n) for n in range(2))
+    out = tmp_path / "out"
+    config = TrainConfig(chat_model, [data], out, eval_data=[held], lr=3e-3, epochs=2)
+    train(config, show_progress=False)
+    row = json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
+    how = EvaluateConfig(out, chat_model, [held], share_beginnings=share_beginnings)
+    found = evaluate(how, show_progress=False)
+    expected = {
+        "accuracy": "rewards/accuracies",
+        "margin": "rewards/margins",
+        "reward_chosen": "rewards/chosen",
+        "reward_rejected": "rewards/rejected",
+        "logratio_chosen": "logratios/chosen",
+        "logratio_rejected": "logratios/rejected",
+        "length_chosen": "lengths/chosen",
+        "length_rejected": "lengths/rejected",
+    }
+    for name, metric in expected.items():
+        assert getattr(found, name) == pytest.approx(row[f"eval_{metric}"], rel=1e-6, abs=1e-6)
+    assert found.calibration.expected_error == pytest.approx(
+        row["eval_expected_calibration_error"], abs=1e-6
+    )
+    plain = json.loads(held.read_text().splitlines()[0])
+    assert plain["chosen"][0].pop("weight") == -1
+    held.write_text(json.dumps(plain) + "\n" + "".join(held.read_text().splitlines(True)[1:]))
+    other = evaluate(how, show_progress=False)
+    assert abs(other.margin - found.margin) > 1e-3
+
+
+def test_a_reward_model_refuses_weights_of_turns_before_it_is_loaded(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "plain.jsonl"
+    rows = [json.loads(line) for line in write_weighted(data, 6, 0).read_text().splitlines()]
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[side][0]["weight"] = 0
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "rm"
+    train(TrainConfig(chat_model, [data], out, loss="bradley-terry"), show_progress=False)
+    assert evaluate(EvaluateConfig(out, None, [data]), show_progress=False).pairs == 6
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("logratio.training.evaluation.load_model", load)
+    weighted = write_weighted(tmp_path / "weighted.jsonl", 6, 0)
+    with pytest.raises(ConfigError, match=r"a reward model scores whole answers.*6 groups have"):
+        evaluate(EvaluateConfig(out, None, [weighted]), show_progress=False)

@@ -24,6 +24,7 @@ from logratio.training import (
 )
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
+from logratio.training.methods.token_weights import WeightedTurns
 from logratio.training.reference import open_cache
 from logratio.training.reference_scorer import ReferenceScorer
 from logratio.training.trainer import DPOTrainer
@@ -133,9 +134,9 @@ def test_an_evaluation_finds_the_same_with_fewer_tokens(
     train(TrainConfig(tiny_model, [talks], policy, lr=1e-3, epochs=2), show_progress=False)
     tokens, sums = Counter[type](), evaluation.model_sums
 
-    def counting(model: nn.Module, batch: Batch) -> torch.Tensor:
+    def counting(model: nn.Module, batch: Batch, turns: WeightedTurns | None) -> torch.Tensor:
         tokens[type(batch)] += batch.input_ids.numel()
-        return sums(model, batch)
+        return sums(model, batch, turns)
 
     monkeypatch.setattr(evaluation, "model_sums", counting)
     apart = EvaluateConfig(policy, tiny_model, [talks], token_budget=256)

@@ -44,7 +44,8 @@ class Evaluation:
         reward_chosen, reward_rejected: Mean rewards.
         logratio_chosen, logratio_rejected: Mean log-ratios, in nats per completion; None for a
             reward model.
-        length_chosen, length_rejected: Mean number of counted tokens.
+        length_chosen, length_rejected: Mean number of counted tokens, each times the size of its
+            turn's weight.
         calibration: Calibration of σ(margin).
         kl: KL divergence from the reference; None if no samples were requested.
         sources: Number of pairs and accuracy of each input file.
@@ -78,7 +79,11 @@ class Evaluation:
 
 
 def summarize(
-    store: Store, values: np.ndarray, beta: float | None, kl: KlEstimate | None = None
+    store: Store,
+    values: np.ndarray,
+    beta: float | None,
+    kl: KlEstimate | None = None,
+    lengths: np.ndarray | None = None,
 ) -> Evaluation:
     """Summarize an evaluation of a store of pairs.
 
@@ -87,8 +92,9 @@ def summarize(
         values: Log-ratio of each completion, `[N]`; or its score, if `beta` is None.
         beta: Reward per nat of log-ratio; None: the values are rewards.
         kl: The policy's KL divergence from the reference, if it was estimated.
+        lengths: Length of each completion, `[N]`, with weights of turns; None: counted tokens.
     """
-    roles, lengths = store.roles(), store.counted_lengths()
+    roles, lengths = store.roles(), store.counted_lengths() if lengths is None else lengths
     chosen, rejected = roles == ROLES.index("chosen"), roles == ROLES.index("rejected")
     rewards = values if beta is None else beta * values
     margins = rewards[chosen] - rewards[rejected]

@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import reduce
 from hashlib import sha256
+from operator import add
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from logratio._rust import CorruptStoreError as CorruptStoreError
 from logratio._rust import SharedLayout, Store
 from logratio.errors import ConfigError
+from logratio.forecast import count
 
 FIRST = 2
 """Number of the first weight in a mask; 0 and 1 are weights themselves."""
@@ -20,6 +24,9 @@ MOST = 256 - FIRST
 
 NAME = "turn_weights"
 """Key of the weights in a store's metadata."""
+
+IMITATES_BAD_TURNS = False
+"""Whether the imitation of answers (`sft`, `raft`) is defined for turns with weights below 0."""
 
 _TOGETHER = 1 << 16
 """Completions whose masks are in memory at a time."""
@@ -111,20 +118,123 @@ def data_digest(store: Store) -> str:
 
 def extremes(store: Store) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the lowest and the highest weight of a counted token in each group, `[G]` each."""
-    weights, offsets = TurnWeights.of(store), store.completion_offsets()
-    lengths = store.completion_lengths().astype(np.int64)
-    found = [*_extremes(store, weights, lengths)]
-    low, high = (np.concatenate(side) for side in zip(*found, strict=True))
+    offsets = store.completion_offsets()
+    low, high = (np.concatenate(side) for side in zip(*_extremes(store), strict=True))
     return np.minimum.reduceat(low, offsets[:-1]), np.maximum.reduceat(high, offsets[:-1])
 
 
 def _extremes(
-    store: Store, weights: TurnWeights, lengths: NDArray[np.int64]
+    store: Store,
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Yield both for some completions after the others."""
+    for own, each in _weights(store):
+        starts = np.cumsum(own) - own
+        low = np.minimum.reduceat(np.where(each == 0, np.inf, each), starts)
+        yield low, np.maximum.reduceat(np.where(each == 0, -np.inf, each), starts)
+
+
+def _weights(store: Store) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Yield the lengths of some completions and the weights of their tokens, after the others."""
+    table, lengths = TurnWeights.of(store), store.completion_lengths().astype(np.int64)
     for first in range(0, len(lengths), _TOGETHER):
         own = lengths[first : first + _TOGETHER]
-        mask = store.mask(np.arange(first, first + len(own)))
-        each, starts = weights.at(mask), np.cumsum(own) - own
-        low = np.minimum.reduceat(np.where(mask == 0, np.inf, each), starts)
-        yield low, np.maximum.reduceat(np.where(mask == 0, -np.inf, each), starts)
+        yield own, table.at(store.mask(np.arange(first, first + len(own))))
+
+
+def with_weights(store: Store) -> NDArray[np.bool_]:
+    """Return whether a turn of each group has another weight than 0 and 1, bool `[G]`."""
+    if not store.is_weighted:
+        return np.zeros(len(store), bool)
+    low, high = extremes(store)
+    found: NDArray[np.bool_] = (low != 1) | (high != 1)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCounts:
+    """How many turns or tokens have another weight than 0 and 1.
+
+    Attributes:
+        unit: What is counted.
+        weighted: How many have such a weight; at least 1.
+        completions: How many completions contain them.
+        bad: How many of them have a weight below 0.
+        bad_completions: How many completions contain these.
+        least: The smallest such weight.
+        largest: The largest.
+    """
+
+    unit: Literal["turn", "token"]
+    weighted: int
+    completions: int
+    bad: int
+    bad_completions: int
+    least: float
+    largest: float
+
+    @classmethod
+    def of(
+        cls,
+        unit: Literal["turn", "token"],
+        weights: NDArray[np.float64],
+        owners: NDArray[np.int64],
+    ) -> "WeightCounts | None":
+        """Count the weights of turns or tokens; return None if all are 0 or 1.
+
+        Args:
+            unit: What the weights belong to.
+            weights: The weights, `[S]`.
+            owners: The completion of each, `[S]`.
+
+        Example:
+            >>> str(WeightCounts.of("turn", np.array([1, -1, 0.5]), np.array([0, 0, 1])))
+            'turns with a weight other than 0 and 1: 2 in 2 completions, −1 … 0.5; below 0: 1 in 1'
+        """
+        is_other, is_bad = (weights != 0) & (weights != 1), weights < 0
+        if not is_other.any():
+            return None
+        return cls(
+            unit,
+            int(is_other.sum()),
+            len(np.unique(owners[is_other])),
+            int(is_bad.sum()),
+            len(np.unique(owners[is_bad])),
+            float(weights[is_other].min()),
+            float(weights[is_other].max()),
+        )
+
+    def __add__(self, other: "WeightCounts") -> "WeightCounts":
+        return WeightCounts(
+            self.unit,
+            self.weighted + other.weighted,
+            self.completions + other.completions,
+            self.bad + other.bad,
+            self.bad_completions + other.bad_completions,
+            min(self.least, other.least),
+            max(self.largest, other.largest),
+        )
+
+    def __str__(self) -> str:
+        what = "turns" if self.unit == "turn" else "tokens of turns"
+        bad = f"below 0: {self.bad:,} in {self.bad_completions:,}" if self.bad else "none below 0"
+        extent = f"{self.least:g} … {self.largest:g}".replace("-", "−")
+        return (
+            f"{what} with a weight other than 0 and 1: {self.weighted:,} in "
+            f"{count(self.completions, 'completion')}, {extent}; {bad}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        return asdict(self)
+
+
+def weight_counts(store: Store) -> WeightCounts | None:
+    """Count the tokens of a store with other weights than 0 and 1; return None for none."""
+    if not store.is_weighted:
+        return None
+    found = (
+        WeightCounts.of("token", each, np.repeat(np.arange(len(own)), own))
+        for own, each in _weights(store)
+    )
+    some = [counts for counts in found if counts]
+    return reduce(add, some) if some else None

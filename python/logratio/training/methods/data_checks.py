@@ -8,7 +8,7 @@ import torch
 from logratio._rust import ROLES, Store
 from logratio.data.formats.settings import FormatSettings, Kind
 from logratio.data.store.load import source_names
-from logratio.data.store.turn_weights import extremes
+from logratio.data.store.turn_weights import extremes, with_weights
 from logratio.data.store.unpaired import are_pairs
 from logratio.errors import ConfigError
 from logratio.training.methods.group_data import GroupData, group_weights
@@ -35,6 +35,12 @@ _ADVICE: dict[DataKind, str] = {
     "lists": "a method for lists, such as --loss plackett-luce (with --lists groups)",
     "demonstrations": "--loss sft",
 }
+
+_REBUILT: dict[DataKind, str] = {
+    "demonstrations": "; `logratio data build --demonstrations` makes a store for it, of pairs and "
+    "lists too"
+}
+"""How a store is built whose groups are read from the same rows in another way."""
 
 
 def formats_for(data: DataKind, formats: FormatSettings) -> FormatSettings:
@@ -101,6 +107,7 @@ def check_groups(store: Store, data: DataKind, what: str) -> None:
         return
     others = (kind for kind in _ADVICE if kind != data and found[kind][wrong.argmax()])
     advice = next((f"; {_ADVICE[kind]}, trains on them" for kind in others), "")
+    advice = _REBUILT.get(data, "") + advice
     _refuse(
         store,
         wrong,
@@ -132,23 +139,36 @@ def _check_turns(store: Store, objective: Objective, what: str) -> None:
     Raises:
         ConfigError: It is not.
     """
-    low, high = extremes(store)
     if objective.scores:
-        _refuse(
-            store,
-            (low != 1) | (high != 1),
-            f"{what} scores whole answers, so their turns have no `weight`, and {{count}}",
-            ("group has one", "groups have one"),
-            ": remove them, or give --loss dpo",
-        )
+        check_whole_answers(store, what, "remove them, or give --loss dpo")
     if not objective.takes_bad_turns:
         _refuse(
             store,
-            low < 0,
+            extremes(store)[0] < 0,
             f"{what} is not defined for turns with a `weight` below 0, and {{count}}",
             ("group has one", "groups have one"),
             ": give the weight 0, or a method of log-ratios, such as --loss dpo",
         )
+
+
+def check_whole_answers(store: Store, what: str, advice: str) -> None:
+    """Check that no turn has another weight than 0 and 1, for what scores whole answers.
+
+    Args:
+        store: The groups.
+        what: What scores them, for the message.
+        advice: What to change.
+
+    Raises:
+        ConfigError: A turn has one.
+    """
+    _refuse(
+        store,
+        with_weights(store),
+        f"{what} scores whole answers, so their turns have no `weight`, and {{count}}",
+        ("group has one", "groups have one"),
+        f": {advice}",
+    )
 
 
 def _tied(store: Store, objective: Objective) -> np.ndarray:

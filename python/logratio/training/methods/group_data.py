@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from logratio._rust import Store
-from logratio.data.store.turn_weights import TurnWeights
 from logratio.errors import ConfigError
 from logratio.logps.batch import TargetTokens
 from logratio.logps.sequences import onto
 from logratio.training.methods.logps import CHOSEN, RANK, REJECTED, SCORE, WEIGHT, GroupLogps
 from logratio.training.methods.objective import Objective
+from logratio.training.methods.token_weights import WeightedTurns
 from logratio.training.parallel.processes import ALONE, Processes
 
 
@@ -29,7 +29,7 @@ class GroupData:
         has_reference: Whether the objective uses the reference's log-probs.
         flipped: Whether the labels of each group are exchanged, bool `[G]`; None: of none.
         has_pairs: Whether groups are pairs, whose labels are their positions.
-        turns: The groups, if turns have weights other than 0 and 1.
+        turns: The weights of turns; None: all are 0 or 1.
     """
 
     values: np.ndarray | None
@@ -37,7 +37,7 @@ class GroupData:
     has_reference: bool
     flipped: np.ndarray | None = None
     has_pairs: bool = True
-    turns: Store | None = None
+    turns: WeightedTurns | None = None
 
     @classmethod
     def of(
@@ -58,10 +58,8 @@ class GroupData:
         weights = group_weights(values, store.completion_offsets())
         used = _used(store, values, objective) if objective.needs_values else None
         chosen = np.random.default_rng(seed).random(len(store)) < flipped if flipped else None
-        turns = store if store.is_weighted else None
-        return cls(
-            used, weights, objective.needs_reference, chosen, objective.data == "pairs", turns
-        )
+        is_pairs, turns = objective.data == "pairs", WeightedTurns.of(store)
+        return cls(used, weights, objective.needs_reference, chosen, is_pairs, turns)
 
     def groups(
         self,
@@ -99,14 +97,7 @@ class GroupData:
 
     def _of_turns(self, targets: TargetTokens) -> Tensor | None:
         """Return the weights of turns for each token, float64 `[S]`; None: all are 0 or 1."""
-        if self.turns is None:
-            return None
-        return onto(self._table.at(self.turns.mask(targets.rows)), targets.target_ids.device)
-
-    @cached_property
-    def _table(self) -> TurnWeights:
-        assert self.turns is not None
-        return TurnWeights.of(self.turns)
+        return None if self.turns is None else self.turns.of_tokens(targets)
 
     def _lengths(self, targets: TargetTokens) -> Tensor:
         """Return the numbers of counted tokens, each times the size of its weight: `[N]`."""
@@ -117,10 +108,7 @@ class GroupData:
         """Return the lengths of all completions of a store, float64 `[N]`, on the host."""
         if self.turns is None:
             return torch.from_numpy(store.counted_lengths().astype(np.float64))
-        sizes = store.completion_lengths().astype(np.int64)
-        mask = self.turns.mask(np.arange(len(sizes)))
-        owners = np.repeat(np.arange(len(sizes)), sizes)
-        return torch.from_numpy(np.bincount(owners, np.abs(self._table.at(mask)), len(sizes)))
+        return self.turns.lengths()
 
     def weighted(self, losses: Tensor, targets: TargetTokens) -> Tensor:
         """Multiply the losses of groups, `[B]`, by their weights."""

@@ -1,5 +1,6 @@
 """The table of methods: for each its loss, data, options, default β, initial value and paper."""
 
+from logratio.data.store.turn_weights import IMITATES_BAD_TURNS
 from logratio.training.methods import free, lists, margins, pairs, token_weights, unpaired
 from logratio.training.methods import initial_values as start
 from logratio.training.methods import statistics as over_update
@@ -447,7 +448,7 @@ METHODS: dict[str, Method] = {
         beta=None,
         needs_reference=False,
         note="of pairs the chosen answers (Preferred-FT)",
-        bad_turns=False,
+        bad_turns=IMITATES_BAD_TURNS,
     ),
     "raft": Method(
         "RAFT, best of N",
@@ -459,7 +460,7 @@ METHODS: dict[str, Method] = {
         beta=None,
         needs_reference=False,
         note="`sft` on the best answer of each list",
-        bad_turns=False,
+        bad_turns=IMITATES_BAD_TURNS,
     ),
 }
 """All methods by name."""

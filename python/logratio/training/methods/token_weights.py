@@ -1,10 +1,15 @@
-"""Weights of tokens in the sums of log-probs, for methods that do not count all tokens equally."""
+"""Weights of tokens in the sums of log-probs: those of methods, and those of turns."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from logratio._rust import Store
+from logratio.data.store.turn_weights import TurnWeights
 from logratio.logps.batch import TargetTokens
 from logratio.logps.sequences import onto
 
@@ -63,3 +68,37 @@ def _ranks(targets: TargetTokens) -> tuple[np.ndarray, np.ndarray]:
 def weighted_sums(targets: TargetTokens, logps: Tensor, weights: Tensor | None) -> Tensor:
     """Sum the log-probs of each completion, `[S]` to float64 `[N]`, each times its weight."""
     return targets.sums(logps if weights is None else logps.double() * weights)
+
+
+@dataclass(frozen=True)
+class WeightedTurns:
+    """The weights of turns as weights of the tokens of batches.
+
+    Training and evaluations use it, so that both weigh the same tokens equally.
+
+    Attributes:
+        store: The groups; some turns have other weights than 0 and 1.
+    """
+
+    store: Store
+
+    @classmethod
+    def of(cls, store: Store) -> "WeightedTurns | None":
+        """Return the weights of a store's turns; None: all are 0 or 1."""
+        return cls(store) if store.is_weighted else None
+
+    def of_tokens(self, targets: TargetTokens) -> Tensor:
+        """Return the weight of each token, float64 `[S]`, on the device of `targets`."""
+        weights = self._table.at(self.store.mask(targets.rows))
+        return onto(weights, targets.target_ids.device)
+
+    def lengths(self) -> Tensor:
+        """Return the sum of the sizes of each completion's weights, float64 `[N]`, on the host."""
+        sizes = self.store.completion_lengths().astype(np.int64)
+        mask = self.store.mask(np.arange(len(sizes)))
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        return torch.from_numpy(np.bincount(owners, np.abs(self._table.at(mask)), len(sizes)))
+
+    @cached_property
+    def _table(self) -> TurnWeights:
+        return TurnWeights.of(self.store)

@@ -11,10 +11,18 @@ from method_groups import weighted_store
 from tokenizers_for_tests import CHATML, byte_level, save
 
 from logratio._rust import CorruptStoreError, Store
-from logratio.data.store import build, ingest
+from logratio.data.store import build, ingest, turn_weights
 from logratio.data.store.build import build_store
 from logratio.data.store.mismatches import with_mismatches
-from logratio.data.store.turn_weights import MOST, TurnWeights, data_digest, extremes
+from logratio.data.store.turn_weights import (
+    MOST,
+    TurnWeights,
+    WeightCounts,
+    data_digest,
+    extremes,
+    weight_counts,
+    with_weights,
+)
 from logratio.data.store.unpaired import without_pairs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError
@@ -198,3 +206,40 @@ def test_a_mask_of_weights_in_an_old_format_is_damage(tmp_path: Path) -> None:
     (tmp_path / "a.store").write_bytes(b"LRSTORE3\x03" + data[9:])
     with pytest.raises(CorruptStoreError, match="checksum"):
         Store.open(tmp_path / "a.store")
+
+
+@pytest.mark.parametrize("together", [1, 3, 1 << 16])
+def test_tokens_with_weights_are_counted_in_parts_of_any_size(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_weights, "_TOGETHER", together)
+    store = weighted_store("lists", VALUES)
+    table = TurnWeights.of(store)
+    each = [table.at(np.array(mask, np.uint8)).tolist() for mask in masks_of(store)]
+    other = [[one for one in own if one not in (0, 1)] for own in each]
+    bad = [[one for one in own if one < 0] for own in each]
+    assert weight_counts(store) == WeightCounts(
+        "token",
+        sum(map(len, other)),
+        sum(map(bool, other)),
+        sum(map(len, bad)),
+        sum(map(bool, bad)),
+        -1.0,
+        3.0,
+    )
+
+
+def test_groups_with_weights_are_found(tokenizer: PreferenceTokenizer) -> None:
+    store, _ = build_store(chats(), tokenizer)
+    assert with_weights(store).tolist() == [True, False]
+    plain, _ = build_store(chats()[1:2], tokenizer)
+    assert with_weights(plain).tolist() == [False]
+    assert weight_counts(plain) is None
+
+
+def test_counts_are_written_with_their_range() -> None:
+    owners = np.array([0, 0, 1, 2], np.int64)
+    found = WeightCounts.of("token", np.array([1, 0.5, 3, 0.0]), owners)
+    words = "tokens of turns with a weight other than 0 and 1: 2 in 2 completions, 0.5 … 3"
+    assert str(found) == f"{words}; none below 0"
+    assert WeightCounts.of("turn", np.array([1.0, 0.0]), owners[:2]) is None

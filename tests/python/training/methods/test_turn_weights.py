@@ -28,7 +28,7 @@ from logratio.training.methods.group_data import GroupData
 from logratio.training.methods.logps import GroupLogps
 from logratio.training.methods.objective import Objective, sample_groups
 from logratio.training.methods.table import METHODS
-from logratio.training.methods.token_weights import weighted_sums
+from logratio.training.methods.token_weights import WeightedTurns, weighted_sums
 from logratio.training.reference import FrozenReference
 from logratio.training.update import Updater
 
@@ -222,6 +222,13 @@ def test_divergences_have_the_weights_of_their_tokens(
     assert metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=SAME)
 
 
+def test_the_lengths_of_a_store_are_the_sizes_of_its_weights() -> None:
+    turns = WeightedTurns.of(by_hand([1, -1, 0.5, 2]))
+    assert turns is not None
+    assert turns.lengths().tolist() == [4, 5]
+    assert WeightedTurns.of(by_hand([1, 0, 1, 1])) is None
+
+
 def test_the_loss_has_the_slope_of_its_differences(
     policy: PreTrainedModel, reference: PreTrainedModel
 ) -> None:
@@ -273,6 +280,15 @@ def test_held_out_groups_have_their_own_weights(
     result = HeldOut(config, held, None).evaluate(0, one)  # type: ignore[arg-type]
     expected, _ = oracle(config, held, VALUES, policy, reference)
     assert result.metrics["eval_loss"] == pytest.approx(expected, rel=SAME)
+
+
+def test_a_store_of_pairs_names_the_store_that_sft_trains_on() -> None:
+    objective = Objective.of(configured("sft"))
+    with pytest.raises(ConfigError, match=r"`logratio data build --demonstrations` makes a store"):
+        check_data(weighted_store("pairs", POSITIVE), objective, "--loss sft")
+    with pytest.raises(ConfigError) as caught:
+        check_data(weighted_store("lists", VALUES), Objective.of(configured("dpo")), "--loss dpo")
+    assert "--demonstrations" not in str(caught.value)
 
 
 REFUSING = [name for name, method in METHODS.items() if not method.bad_turns]
