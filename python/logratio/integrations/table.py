@@ -17,11 +17,13 @@ from logratio.data.readers.arrow_library import arrow
 from logratio.data.readers.inputs import Inputs, as_inputs
 from logratio.data.store.build import build_store
 from logratio.data.store.load import is_store
+from logratio.data.store.turn_weights import with_weights
 from logratio.data.tokenization.groups import PAIR
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.durable import published
 from logratio.errors import LogratioError
 from logratio.extras import require
+from logratio.forecast import count
 
 if TYPE_CHECKING:
     import pyarrow
@@ -270,7 +272,8 @@ def reference_table(
         The table, which reads its data when it is used.
 
     Raises:
-        ColumnsError: Groups are not pairs, or the arguments contradict each other.
+        ColumnsError: Groups are not pairs, turns have weights other than 0 and 1, or the arguments
+            contradict each other.
         MissingLogpsError: The cache lacks the reference, or completions.
         BadDataError, CorruptStoreError, CorruptCacheError: The data or the cache is damaged.
 
@@ -285,6 +288,7 @@ def reference_table(
     store = _store_of(data, tokenizer)
     if shape == "pairs":
         _check_pairs(store)
+    _check_turns(store)
     logps = CachedLogps(store, open_reference(cache, reference, sums=sums), sums=sums)
     logps.check(cache, "run `logratio precompute` on the same data and limits to add them")
     return ReferenceTable(logps, shape, per_token)
@@ -308,6 +312,14 @@ def _check_pairs(store: Store) -> None:
     raise ColumnsError(
         "some groups are not a pair of chosen and rejected: use the shape 'completions'"
     )
+
+
+def _check_turns(store: Store) -> None:
+    if wrong := int(with_weights(store).sum()):
+        raise ColumnsError(
+            f"the table has a mask for tokens, and no weights: in {count(wrong, 'group')}, turns "
+            "have a `weight` other than 0 and 1. Remove them, or train with `logratio train`"
+        )
 
 
 @dataclass(frozen=True)

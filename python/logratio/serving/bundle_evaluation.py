@@ -13,6 +13,7 @@ from logratio.data.readers.inputs import Inputs, as_inputs
 from logratio.data.store.build import build_store
 from logratio.data.store.load import is_store, load_store, source_names
 from logratio.data.store.row_report import DataReport
+from logratio.data.store.turn_weights import with_weights
 from logratio.data.store.unpaired import are_pairs
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -25,6 +26,9 @@ from logratio.serving.reranker import Reranker
 
 GROUPS = 64
 """Pairs scored together."""
+
+_WHOLE = "a bundle scores whole completions, each token once, and the data has some with turns"
+_MODELS = "evaluate the models, with --policy and --reference"
 
 
 def evaluate_bundle(
@@ -114,7 +118,8 @@ def bundle_pairs(
         BundleError: The folder is not a bundle.
         BadDataError: Rows are malformed; each is named by file:line and code.
         StoreMismatchError: The store was built with another tokenizer or other rules.
-        ConfigError: There are no pairs, other groups, or completions that count only in part.
+        ConfigError: There are no pairs, other groups, completions that count only in part, or
+            turns with weights.
     """
     data, folder = as_inputs(data), Path(bundle)
     rules = TokenizationRules.from_dict(read_manifest(folder).tokenization)
@@ -131,11 +136,12 @@ def bundle_pairs(
                 progress=on_rows,
             )
     _refuse(store, ~are_pairs(store), "an evaluation needs pairs, and the data has others")
+    _refuse(store, with_weights(store), f"{_WHOLE} with a `weight` other than 1; {_MODELS}")
     partly = store.counted_lengths() < store.completion_lengths()
     _refuse(
         store,
         np.logical_or.reduceat(partly, store.completion_offsets()[:-1]),
-        "a bundle scores whole completions, and the data has some with turns that do not count",
+        f"{_WHOLE} that do not count; {_MODELS}",
     )
     return store, report
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from method_groups import weighted_store
 from oracle import in_float64, per_token_logps
 
 from logratio._rust import ROLES, CacheReader, CacheWriter, Store, StoreWriter
@@ -49,6 +50,11 @@ def make_store(
             group + 1,
         )
     return writer.finish(json.dumps({"files": ["a.jsonl", "b.jsonl"]}))
+
+
+def test_turns_with_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ColumnsError, match="in 8 groups, turns have a `weight`"):
+        reference_table(weighted_store("pairs", [-1.0, 0.5]), tmp_path)
 
 
 def make_cache(root: Path, store: Store, name: str = NAME) -> Path:

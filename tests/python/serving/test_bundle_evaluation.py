@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundle import BETA, tiny_bundle
+from tiny_bundle import BETA, copy_bundle, tiny_bundle, with_template
 
 from logratio.bundle import CACHED_REFERENCE
 from logratio.cli.app import main
@@ -80,6 +80,35 @@ def test_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(ConfigError, match=r"needs pairs.*1 group \(first: .*a\.jsonl:1\)"):
         bundle_pairs(folder / "bundle", file, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([{"role": "assistant", "content": "sits", "weight": -1}], "with a `weight` other than 1"),
+        (
+            [
+                {"role": "assistant", "content": "sits"},
+                {"role": "user", "content": "on"},
+                {"role": "assistant", "content": "runs", "weight": 1},
+            ],
+            "that do not count",
+        ),
+    ],
+)
+def test_turns_that_a_bundle_cannot_weigh_are_refused(
+    turns: list[dict[str, Any]],
+    words: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    bundle = with_template(copy_bundle(tmp_path_factory, tmp_path / "bundle"), template)
+    plain = [{"role": "assistant", "content": "happy"}]
+    row = {"prompt": [{"role": "user", "content": "cat"}], "chosen": turns, "rejected": plain}
+    file = write(tmp_path / "a.jsonl", [row | {"chosen": [{**turns[0], "weight": 1}]}, row])
+    with pytest.raises(ConfigError, match=rf"{words}; evaluate the models.*1 group \(first: .*:2"):
+        bundle_pairs(bundle, file, show_progress=False)
 
 
 def test_a_bundle_that_needs_the_references_log_probs_is_refused(
