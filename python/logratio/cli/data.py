@@ -61,6 +61,7 @@ def build(
     Memory use does not grow with the size of the data.
     """
     from logratio.data.store.build import build_store
+    from logratio.data.store.turn_weights import weight_counts
     from logratio.data.tokenization.tokenizer import PreferenceTokenizer
     from logratio.one_process import refuse_multiple_processes
     from logratio.progress import reading_progress
@@ -87,6 +88,8 @@ def build(
             tell=lambda sentence: typer.echo(sentence, err=True),
         )
     typer.echo(report.to_text())
+    if weights := weight_counts(store):
+        typer.echo(str(weights))
     typer.echo(f"{count(len(store), 'group')}, {count(store.tokens, 'token')}: {output}")
 
 

@@ -27,6 +27,7 @@ from logratio.data.records import (
     Source,
     Text,
 )
+from logratio.data.store.turn_weights import IMITATES_BAD_TURNS, WeightCounts
 from logratio.data.store.value_counts import ValueCounts, to_lines, value_counts
 from logratio.data.tokenization.groups import TokenizedCompletion, TokenizedGroup
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer, is_rendered
@@ -79,6 +80,7 @@ def show_tokens(group: TokenizedGroup, decode: Callable[[Sequence[int]], str]) -
     for completion in group.completions:
         counted = (
             f"{sum(map(bool, completion.mask)):,} of {len(completion.ids):,} tokens are trained"
+            f"{_weights(completion)}"
         )
         yield Segment(f"  {completion.role}{_values(completion)}, {counted}\n", "title")
         yield from _tokens(completion.ids, completion.mask, group.prompt_ids[-1:], decode)
@@ -92,6 +94,14 @@ def _values(completion: Completion | TokenizedCompletion) -> str:
     pairs = zip(VALUES, completion.values, strict=True)
     named = ", ".join(f"{name} {value:g}" for name, value in pairs if value is not None)
     return f" ({named})" if named else ""
+
+
+def _weights(completion: TokenizedCompletion) -> str:
+    """Return the weights of its trained turns, as ", with the weights −1, 1"; "" if all are 1."""
+    found = dict.fromkeys(weight for weight in completion.mask if weight)
+    if not {*found} - {1}:
+        return ""
+    return f", with the weights {', '.join(f'{one:g}' for one in found)}".replace("-", "−")
 
 
 def _completion(completion: Completion) -> Iterator[Segment]:
@@ -199,6 +209,7 @@ class FileInspection:
         imitated: A phrase about the rows that ``train --loss sft`` would read.
         is_wrapped: Whether plain text is wrapped as turns of a chat.
         values: How many completions have a score, rank, margin or weight, and their range.
+        turn_weights: How many turns have a weight other than 0 and 1; None: no turn.
     """
 
     name: str
@@ -215,6 +226,7 @@ class FileInspection:
     imitated: str = ""
     is_wrapped: bool = False
     values: ValueCounts = field(default_factory=dict)
+    turn_weights: WeightCounts | None = None
 
     @property
     def is_known(self) -> bool:
@@ -239,6 +251,8 @@ class FileInspection:
             yield Segment(f"  not read   {', '.join(self.keys_unread)}\n")
         for line in to_lines(self.values):
             yield Segment(f"  values     {line}\n")
+        if self.turn_weights:
+            yield Segment(f"  values     {self.turn_weights}\n")
         for name, lacking in known.near.items():
             yield Segment(f"  similar    {name}, but it lacks {', '.join(lacking)}\n")
         for code, number in self.warnings.items():
@@ -363,6 +377,7 @@ def _file(
         is_wrapped=tokenizer is not None and tokenizer.wraps_text,
         refused_formats=_refused_formats(results),
         values=_counted(record for one in decoded for record in one.records),
+        turn_weights=_turn_weights(record for one in decoded for record in one.records),
         imitated=_imitated(imitated, rows[0][1] if is_imitated else None),
     )
 
@@ -370,6 +385,19 @@ def _file(
 def _counted(records: Iterable[PreferenceRecord]) -> ValueCounts:
     every = [one.values for record in records for one in record.completions]
     return value_counts(np.array(every, np.float32).reshape(-1, len(VALUES)))
+
+
+def _turn_weights(records: Iterable[PreferenceRecord]) -> WeightCounts | None:
+    answers = [one.answer for record in records for one in record.completions]
+    turns = [
+        (float(turn.get("weight", 1)), number)
+        for number, answer in enumerate(answers)
+        if not isinstance(answer, str)
+        for turn in answer
+        if counts(turn)
+    ]
+    weights, owners = np.array(turns, np.float64).reshape(-1, 2).T
+    return WeightCounts.of("turn", weights, owners.astype(np.int64))
 
 
 def _tried(rows: Iterable[tuple[Source, Row]], settings: FormatSettings) -> list[Result]:
@@ -406,7 +434,18 @@ def _imitated(results: Sequence[Result], first: Row | None) -> str:
     only = ""
     if first is not None:
         only = f"; preference losses cannot use it{layouts.advice(first)}"
-    return f"reads {len(read):,} of {count(len(results), 'row')}: {what}{only}"
+    stops = "" if IMITATES_BAD_TURNS else _stops(read)
+    return f"reads {len(read):,} of {count(len(results), 'row')}: {what}{stops}{only}"
+
+
+def _stops(read: Iterable[Decoded]) -> str:
+    """Return why training stops at rows that SFT reads, if a turn has a weight below 0."""
+    found = [weights for one in read if (weights := _turn_weights(one.records)) and weights.bad]
+    if not found:
+        return ""
+    turns = "turn has" if (bad := sum(one.bad for one in found)) == 1 else "turns have"
+    where = count(len(found), "row")
+    return f"; training stops, because {bad:,} {turns} a weight below 0, in {where}"
 
 
 def _imitates(name: str) -> str:

@@ -241,7 +241,10 @@ def _check(message: dict[str, Any], name: str) -> None:
 
 
 def _weight(message: dict[str, Any], name: str) -> float | None:
-    """Return the weight of an assistant's message, 0 if it is not trained; None without one."""
+    """Return the weight of an assistant's message; None without one.
+
+    With 0 it is not trained, and below 0 it is bad.
+    """
     given = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
     if not given:
         return None
@@ -250,7 +253,7 @@ def _weight(message: dict[str, Any], name: str) -> float | None:
         shown = ", ".join(f"{key} {value!r}" for key, value in given.items())
         reason = (
             f"{name} has {shown}: the weight of a turn is a number from {-LARGEST:g} to "
-            f"{LARGEST:g}, 1 if it is trained and 0 if not"
+            f"{LARGEST:g}: 1 if there is none, 0 if it is not trained, below 0 if it is bad"
         )
         raise InvalidRecordError("E208", reason)
     if len({float(value) for value in values}) > 1:

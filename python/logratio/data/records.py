@@ -113,7 +113,7 @@ CURES: dict[str, str] = {
     "E205": "Remove one of the two; parsers disagree on which one counts.",
     "E206": "Rename keys with `--columns`, or convert rows with `--rows module:function`.",
     "E207": "Keep the text; images and audio are not supported.",
-    "E208": "Weights of turns are numbers, and at least one is not 0.",
+    "E208": "Give numbers from -10,000 to 10,000, below 0 for bad turns, not all 0.",
     "E209": "Give `--label`; `data inspect` prints the flag where the values allow it.",
     "E210": "Give the flag that the message names, or remove one of the keys.",
     "E211": "Keep the prompt either in its own key or in the answers.",
@@ -167,7 +167,8 @@ CURES: dict[str, str] = {
     "W523": "Look for prompts that were rendered for another model; give the messages instead.",
     "W525": "Choose with `--score NAME`.",
     "W526": "Compare the scores with the choice; the pair is trained as it was chosen.",
-    "W527": "Add answers with the other label; `--loss sft` trains on good answers alone.",
+    "W527": "Add answers with the other label, or weights below 0 for bad turns; `--loss sft` "
+    "trains on good answers alone, without labels.",
     "W528": "Set one of `--loss-option desirable_weight=` and `undesirable_weight=` as advised.",
     "W529": "Choose another value of the option, for `discopop` `--loss-option tau=1`.",
     "W530": "The codes counted with it give the reason.",
@@ -257,8 +258,8 @@ class Completion:
         margin: Of the chosen side of a pair: how much better it is than the other; at least 0.
         weight: The weight of its row, at least 0.
 
-    An assistant's turn has a ``weight`` unless it is 1; with 0, it is not trained. A string after a
-    prompt of turns begins the assistant's next turn, which does not end.
+    An assistant's turn has a ``weight`` unless it is 1; with 0, it is not trained, and below 0, it
+    is bad. A string after a prompt of turns begins the assistant's next turn, which does not end.
     """
 
     role: str

@@ -8,7 +8,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from chats_for_tests import assistant, user
 from piped import piped
+from tokenizers_for_tests import CHATML, byte_level, save
 
 from logratio.cli.app import main, spread
 from logratio.data.store import build, ingest
@@ -81,6 +83,21 @@ def test_data_with_scores_margins_and_weights_is_built_and_trained(
     assert f"margins of {len(rows) - 1} completions" in err
     assert "[W526] 1 ×" in err
     assert "not read" not in err
+
+
+def test_build_shows_weights_of_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "bytes", byte_level(), chat_template=CHATML)
+    answers = [assistant("yes", weight=-1)], [assistant("no")]
+    row = {"prompt": [user("q")], "chosen": answers[0], "rejected": answers[1]}
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    output = tmp_path / "a.store"
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "build", str(data), "--tokenizer", str(model), "--output", str(output)])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "tokens of turns with a weight other than 0 and 1: " in shown
+    assert "in 1 completion, −1 … −1; below 0: " in shown
 
 
 def test_a_store_of_an_older_version_names_both_versions_and_the_remedy(

@@ -66,6 +66,40 @@ def test_known_file(write: Callable[..., Path]) -> None:
         assert line in shown
 
 
+def graded(*weights: float) -> Row:
+    """Return a pair of chats whose chosen answer has turns of these weights."""
+    turns = [[assistant("a", weight=one), user("u")] for one in weights]
+    chosen = [turn for both in turns for turn in both][:-1]
+    return {"prompt": [user("q")], "chosen": chosen, "rejected": [assistant("b", weight=2)]}
+
+
+def test_weights_of_turns_are_counted_and_what_sft_does_with_them(
+    write: Callable[..., Path], folder: Path
+) -> None:
+    data = write([graded(-1, 1), graded(0.5), graded(-2, -2, 0)])
+    for tokenizer in (None, PreferenceTokenizer.load(folder)):
+        shown = inspect([data], tokenizer=tokenizer).to_text()
+        counts = "7 in 6 completions, −2 … 2; below 0: 3 in 2\n"
+        assert f"  values     turns with a weight other than 0 and 1: {counts}" in shown
+        assert (
+            "  --loss sft reads 3 of 3 rows: the better answer; training stops, because 3 turns "
+            "have a weight below 0, in 2 rows\n"
+        ) in shown
+    assert ", with the weights −1, 1\n" in shown
+    assert ", with the weights 2\n" in shown
+
+
+def test_sft_trains_on_weights_above_0_and_on_pairs_with_a_bad_rejected_answer(
+    write: Callable[..., Path],
+) -> None:
+    bad = graded(0.5, 1) | {"rejected": [assistant("b", weight=-1)]}
+    found = look(write([bad]))
+    assert found.imitated == "reads 1 of 1 row: the better answer"
+    assert found.turn_weights is not None
+    assert found.turn_weights.bad == 1
+    assert look(write([PAIR])).turn_weights is None
+
+
 def test_a_missing_label_is_explained_with_a_flag(write: Callable[..., Path]) -> None:
     found = look(path := write([AB, AB | {"preference": 1}, AB]))
     assert not found.is_known and not found.detection.near

@@ -42,6 +42,7 @@ from logratio.data.analysis.token_use import (
 from logratio.data.formats.catalogue import STEPS
 from logratio.data.records import CODES
 from logratio.data.store.row_report import DataReport
+from logratio.data.store.turn_weights import WeightCounts, weight_counts
 from logratio.data.store.value_counts import value_counts
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -126,13 +127,17 @@ def stop_finding(use: TokenUse) -> list[Finding]:
     return [Finding("W517", text)]
 
 
-def label_finding(labels: tuple[int, int] | None) -> list[Finding]:
-    """Warn if all single answers are good, or all are bad (W527)."""
-    if labels is None or all(labels):
+def label_finding(labels: tuple[int, int] | None, weights: WeightCounts | None) -> list[Finding]:
+    """Warn if all single answers are good, or all are bad (W527), unless turns are below 0."""
+    if labels is None or all(labels) or (weights and weights.bad):
         return []
-    missing = "bad" if labels[0] else "good"
-    rest = "imitates good answers" if labels[0] else "needs good answers too"
-    return [Finding("W527", f"{_labels(labels)}: add {missing} ones; --loss sft {rest}")]
+    text = "add good ones"
+    if labels[0]:
+        text = (
+            "add bad ones, or weights below 0 for bad turns; --loss sft imitates good answers "
+            "without labels"
+        )
+    return [Finding("W527", f"{_labels(labels)}: {text}")]
 
 
 def mixture_finding(account: DataReport) -> list[Finding]:
@@ -172,7 +177,7 @@ _SHOWN = 3
 
 def to_text(analysis: "Analysis") -> str:
     """Return the whole report."""
-    blocks = [analysis.account.to_text().splitlines()]
+    blocks = [_counts(analysis)]
     if analysis.groups:
         blocks += [
             [_labels(analysis.labels)] if analysis.labels else [],
@@ -195,7 +200,12 @@ def to_summary(analysis: "Analysis") -> str:
     warnings = _wrapped([str(one) for one in analysis.findings])
     warnings = [*([_labels(analysis.labels)] if analysis.labels else []), *warnings]
     more = "`logratio data report` shows lengths, length bias, label noise and what sharing saves"
-    return "\n".join([analysis.account.to_text(), *warnings, more])
+    return "\n".join([*_counts(analysis), *warnings, more])
+
+
+def _counts(analysis: "Analysis") -> list[str]:
+    lines = analysis.account.to_text().splitlines()
+    return lines + (_wrapped([str(analysis.turn_weights)]) if analysis.turn_weights else [])
 
 
 def _labels(labels: tuple[int, int]) -> str:
@@ -392,6 +402,7 @@ class Analysis:
         tokens: Use of the vocabulary.
         similarity: Near-duplicates. None: not searched.
         findings: Warnings about the whole dataset.
+        turn_weights: How many tokens have a weight other than 0 and 1. None: no token.
     """
 
     account: DataReport
@@ -406,6 +417,7 @@ class Analysis:
     tokens: TokenUse
     similarity: Similarity | None
     findings: tuple[Finding, ...]
+    turn_weights: WeightCounts | None
 
     def to_text(self) -> str:
         """Return the printed report, in lines of at most 80 columns except for long paths."""
@@ -417,7 +429,7 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        parts = ("bias", "flips", "padding", "sharing", "tokens", "similarity")
+        parts = "bias", "flips", "padding", "sharing", "tokens", "similarity", "turn_weights"
         found = {name: getattr(self, name) for name in parts}
         return {
             "account": self.account.to_dict(),
@@ -461,7 +473,7 @@ def analyse(
     if are_pairs and columns.groups == account.kept:
         flips = estimate_flips(votes_of(account.deduplicated, account.warnings_by_code["W507"]))
     similar = None if threshold is None else similarity(store, Places(store), threshold)
-    labels = label_counts(columns)
+    labels, weights = label_counts(columns), weight_counts(store)
     cut, use = account.warnings_by_code["W503"], token_use(store, tokenizer)
     return Analysis(
         account,
@@ -476,7 +488,7 @@ def analyse(
         use,
         similar,
         (
-            *label_finding(labels),
+            *label_finding(labels, weights),
             *length_finding(bias),
             *noise_finding(flips),
             *similarity_finding(similar, columns.groups),
@@ -485,6 +497,7 @@ def analyse(
             *space_finding(account),
             *([] if _has_no_stops(account, tokenizer) else stop_finding(use)),
         ),
+        weights,
     )
 
 

@@ -85,7 +85,11 @@ def _record(
 
 def _demonstration(parsed_row: ParsedRow, source: Source) -> PreferenceRecord:
     if parsed_row.kind == "unpaired":
-        raise InvalidRecordError("E206", "a row with a label is not a demonstration")
+        raise InvalidRecordError(
+            "E206",
+            "a row with a label is not a demonstration: to imitate good answers, remove the bad "
+            "ones, and the label of the others",
+        )
     best = parsed_row.values.index(max(parsed_row.values)) if parsed_row.values else 0
     best_one = parsed_row.completions[best]
     score = None if parsed_row.is_binary else best_one.score

@@ -1,5 +1,6 @@
 """Statistics of a dataset: small cases by hand, and an oracle that loops over the pairs."""
 
+import json
 import math
 from itertools import chain, combinations, pairwise, product
 from typing import Any
@@ -484,6 +485,30 @@ def test_good_and_bad_answers_are_counted_and_a_missing_kind_is_named(good: int,
         assert counts in found.to_summary()
         codes = [one.code for one in found.findings]
         assert ("W527" in codes) == (not (good and bad))
+
+
+def test_good_answers_with_bad_turns_lack_no_kind_of_answer() -> None:
+    found = analyse(weighted_answers([-1.0, 0.5]))
+    assert found.labels == (3, 0)
+    assert "W527" not in [one.code for one in found.findings]
+    assert found.turn_weights is not None
+    assert found.to_dict()["turn_weights"]["bad"] == 3
+    words = "tokens of turns with a weight other than 0 and 1: 6 in 3 completions, −1 … 0.5; below"
+    for text in (found.to_text(), found.to_summary()):
+        assert words in text.replace("\n    ", " ")
+    others = analyse(weighted_answers([2.0, 0.5])).findings
+    (missing,) = [one for one in others if one.code == "W527"]
+    assert "weights below 0 for bad turns" in missing.text
+
+
+def weighted_answers(values: list[float]) -> Store:
+    """Three good answers of three tokens, the first two of which have these weights."""
+    writer = StoreWriter()
+    for number in range(3):
+        ids = np.arange(number, number + 3, dtype=np.int32)
+        mask, lengths = np.array([2, 3, 1], np.uint8), np.array([3], np.uint32)
+        writer.push(ids[:1], ids, mask, lengths, np.array([CHOSEN], np.uint8), 0, number + 1)
+    return writer.finish(json.dumps({"turn_weights": values}))
 
 
 def test_pairs_have_no_counts_of_labels() -> None:
