@@ -57,6 +57,15 @@ _HYBRID: dict[str, Any] = {
 }
 _HYBRID |= {"num_key_value_heads": 4, "head_dim": OWN, "layer_types": OWN}
 
+_SCALED_QUERIES = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "llama_4_scaling_beta": 0.1,
+}
+"""Queries grow with positions, in steps of the original length."""
+
 NEEDS: Mapping[str, dict[str, Any]] = {
     "axk1": _TWO,
     "axk2": _TWO | {"gated_norm_rank": 8},
@@ -119,6 +128,7 @@ NEEDS: Mapping[str, dict[str, Any]] = {
     | {"index_block_size": 8, "index_topk_blocks": 2}
     | {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "ministral": {"head_dim": 16},
+    "ministral3": {"rope_parameters": _SCALED_QUERIES},
     "prophetnet": {
         "num_hidden_layers": OWN,
         "num_encoder_layers": 2,

@@ -22,7 +22,7 @@ OPERATORS: Mapping[str, Collection[str]] = {
             *("ScatterElements", "ScatterND"),
             # arithmetic
             *("Abs", "Add", "Clip", "Cos", "CumSum", "Div", "Einsum", "Exp", "Max", "Min", "Mod"),
-            *("Mul", "Neg", "Pow", "Reciprocal"),
+            *("Floor", "Log", "Mul", "Neg", "Pow", "Reciprocal", "Sign"),
             *("Sin", "Sqrt", "Sub", "ReduceMax", "ReduceMean", "ReduceSum"),
             # conditions
             *("And", "Equal", "Greater", "IsNaN", "Less", "LessOrEqual", "Not"),

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig
 
 from logratio.bundle import PADDED, SHARED_PROMPT
@@ -13,16 +15,20 @@ _SHARED = """
 apertus arcee biogpt bitnet bloom codegen cohere cohere2 cwm deepseek_v3 dots1 ernie4_5 ernie4_5_moe
 exaone4 falcon flex_olmo gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode
 gpt_neo gpt_neox gpt_neox_japanese gpt_oss granite granitemoe granitemoeshared helium
-hunyuan_v1_dense hyperclovax internlm3 jais2 llama mimo_v2_flash minimax_m2 ministral mistral
-mixtral nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+hunyuan_v1_dense hyperclovax internlm3 jais2 llama mimo_v2_flash minimax_m2 ministral
+ministral3 mistral mixtral nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2
+qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
 """
-_PADDED = """
-bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe lfm3 mamba2 nemotron_h
+_CONVOLUTIONS = "lfm2 lfm2_moe lfm3"
+_RECURRENT = """
+bamba falcon_h1 granitemoehybrid mamba2 nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text
+qwen3_next zamba2
 """
+_RECURRENT_SINCE = "5.15"
+"""The first transformers whose recurrent layers call a function that `recurrences` can replace."""
 FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(_SHARED.split(), SHARED_PROMPT),
-    **dict.fromkeys(_PADDED.split(), PADDED),
+    **dict.fromkeys(f"{_CONVOLUTIONS} {_RECURRENT}".split(), PADDED),
 }
 """The layout of the graph of each `model_type` that a test compares with torch."""
 
@@ -40,11 +46,10 @@ _REASONS: Mapping[str, str] = {
         "qwen4_exp_text"
     ),
     "its layers carry a state across tokens, and no test shows that its graph is right at every "
-    "length": "bailing_hybrid falcon_mamba jamba kimi_linear mamba minimax olmo_hybrid "
-    "qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma rwkv zamba zamba2",
+    "length": "bailing_hybrid falcon_mamba jamba kimi_linear mamba minimax recurrent_gemma rwkv "
+    "zamba",
     "the exporter cannot write its code": "dbrx deepseek_v2 mpt",
-    "its graph has operators that no bundle may contain (Tile, Log or Sign)": "gptj jetmoe "
-    "ministral3",
+    "its graph has an operator that no bundle may contain (Tile)": "gptj jetmoe",
 }
 REFUSED: Mapping[str, str] = {
     kind: reason for reason, kinds in _REASONS.items() for kind in kinds.split()
@@ -92,6 +97,10 @@ def _why_not(config: PreTrainedConfig) -> str | None:
     types = {*(getattr(config, "layer_types", None) or ())}
     if layout == SHARED_PROMPT and (found := sorted(filter(_STATE.search, types))):
         return f"it has layers that carry a state across tokens ({', '.join(found)})"
+    installed = transformers.__version__
+    if config.model_type in _RECURRENT.split() and Version(installed) < Version(_RECURRENT_SINCE):
+        since = f"transformers {_RECURRENT_SINCE} or newer"
+        return f"its recurrent layers need {since}, and {installed} is installed"
     return None
 
 

@@ -19,6 +19,7 @@ from logratio.bundle import (
     GRAPH,
     INPUTS,
     OUTPUTS,
+    PADDED,
     REFERENCE_INPUT,
     TOKEN_LOGPS,
     TOKEN_LOGRATIOS,
@@ -26,6 +27,7 @@ from logratio.bundle import (
 )
 from logratio.errors import LogratioError
 from logratio.export.adapter_inputs import open_adapter_inputs, set_default_rank
+from logratio.export.families import layout_of
 from logratio.export.reward_model import ScoreScorer
 from logratio.export.scorer import HalfScorer, PolicyScorer, RewardScorer
 from logratio.extras import require
@@ -261,6 +263,9 @@ SINGLE_FILE_BYTES = 1_900_000_000
 """Larger weights go to a separate file, since a protobuf message is limited to 2 GiB."""
 
 _TRACED = ([[5, 6, 7, 8, 9], [10, 11, 12]], [[[1, 2, 3, 4], [5, 6]], [[7], [8, 9, 10]]])
+_REPEATED = 40
+"""Times that the prompts are repeated in rows of their own: longer than a recurrent layer's chunk,
+since a single chunk would become a constant."""
 _TRACED_CHUNK = 4
 _ERRORS_ONLY = 3
 _NOISY_LOGGERS = (
@@ -327,7 +332,7 @@ def _trace_half(scorer: HalfScorer | ScoreScorer, opset: int) -> Any:
         with _quietly(), torch.no_grad():
             program = torch.onnx.export(
                 scorer.eval(),
-                _traced_inputs(),
+                _traced_inputs(layout_of(transformer(scorer.model).config)),
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(INPUTS),
@@ -396,11 +401,12 @@ def open_graph(path: Path) -> Any:
         raise GraphError(f"ONNX Runtime cannot open it: {str(error).strip()[:200]}") from error
 
 
-def _traced_inputs() -> tuple[Tensor, ...]:
+def _traced_inputs(kind: str) -> tuple[Tensor, ...]:
     """Return a small example; no dimension is 1, which tracing would treat as constant."""
     prompts, candidates = _TRACED
+    times = _REPEATED if kind == PADDED else 1
     layout = candidate_layout(
-        [np.array(ids, dtype=np.int32) for ids in prompts],
+        [np.array(ids * times, dtype=np.int32) for ids in prompts],
         [[np.array(ids, dtype=np.int32) for ids in group] for group in candidates],
         _TRACED_CHUNK,
     )

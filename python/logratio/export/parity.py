@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from logratio._rust import candidate_layout
-from logratio.bundle import CHUNK, PARITY, REFERENCE_INPUT, tolerance
+from logratio.bundle import CHUNK, PADDED, PARITY, REFERENCE_INPUT, tolerance
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
+from logratio.export.families import layout_of
 from logratio.graph_inputs import graph_inputs
 from logratio.logps.checks import batch_of
 from logratio.logps.completion import score
@@ -21,6 +22,8 @@ from logratio.logps.scores import score_completions
 _LENGTHS = ((7, (1, 4, 9)), (3, (6, 2)), (23, (17, 30)), (96, (48, 3)))
 """Tokens of prompts and candidates; the last group is much longer than the trace."""
 _PAST_WINDOW = 9
+_PAST_CHUNKS = 512
+"""transformers computes recurrent layers in chunks of up to 256 tokens."""
 _PROMPT = "Say in one line how the day went — naïve café, 3.14 − 2 = ?"
 _COMPLETIONS = (" It went well, thank you.", " 今日は 🙂 and\tthen some.")
 _SIMPLE, _SIMPLE_COMPLETIONS = "a", ("a a", "a")
@@ -69,11 +72,16 @@ def golden_inputs(
 def probing_inputs(
     config: PreTrainedConfig, vocabulary_size: int, max_length: int
 ) -> list[GoldenInput]:
-    """Return groups checked only at export, because they may take long: past any window."""
-    window = getattr(config, "sliding_window", None)
-    if window and window + 2 * _PAST_WINDOW <= max_length:
-        return [_random_group(window + _PAST_WINDOW, (_PAST_WINDOW, 1), vocabulary_size)]
-    return []
+    """Return groups checked only at export, because they may take long.
+
+    They are longer than any window, and than two chunks of a layer that carries a state.
+    """
+    window = getattr(config, "sliding_window", None) or 0
+    longest = max(window, _PAST_CHUNKS if layout_of(config) == PADDED else 0)
+    prompt = min(longest + _PAST_WINDOW, max_length - _PAST_WINDOW)
+    if not longest or prompt <= max(window, _LENGTHS[-1][0]):
+        return []
+    return [_random_group(prompt, (_PAST_WINDOW, 1), vocabulary_size)]
 
 
 def _fitted(prompt: int, candidates: Sequence[int], max_length: int) -> tuple[int, tuple[int, ...]]:

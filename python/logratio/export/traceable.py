@@ -3,7 +3,8 @@
 Experts: transformers sends each token to its experts, whose numbers of tokens depend on the values.
 Here each expert computes all tokens, and the sum is weighted by each token's shares, which are 0
 for most experts. RoPE: families with dynamic factors compare the longest position with a limit.
-Below it, which `families.check_exportable` ensures, the factors are constant.
+Below it, which `families.check_exportable` ensures, the factors are constant. Recurrent layers: see
+`recurrences`.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from logratio.export.recurrences import chunked
 
 EXPERT_SUM = "logratio_sum"
 """Name of `sum_of_experts` among transformers' implementations of experts."""
@@ -39,7 +42,8 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
             rope.rope_type = _constant(kind)
         if experts is not None:
             model.set_experts_implementation(EXPERT_SUM)
-        yield
+        with chunked(model):
+            yield
     finally:
         for rope, kind in zip(ropes, kinds, strict=True):
             rope.rope_type = kind

@@ -17,14 +17,17 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+import transformers
 from oracle import Group, in_float64
 from small_configs import kinds, small_config
 from small_models import alone, groups_of, model_of, small_model
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel
 
 from logratio._rust import candidate_layout
+from logratio.bundle import PADDED
 from logratio.bundle.graph_file import read_graph
-from logratio.export.families import FAMILIES, REFUSED, check_exportable
+from logratio.export import families
+from logratio.export.families import FAMILIES, REFUSED, check_exportable, layout_of
 from logratio.export.graph import OPSETS, GraphError, trace
 from logratio.export.scorer import PolicyScorer
 from logratio.export.traceable import use_exportable_attention
@@ -35,6 +38,7 @@ from logratio.logps.completion import limits_of
 TABLE = Path(__file__).with_name("families.json")
 NAT = 1e-4
 """Tolerance in nats per sequence, and as many times what float32 adds to torch's own forward."""
+LONG = 1024
 FEW = ("mixtral", "mamba2", "bloom")
 """Those of `make test`: experts, a state across tokens, and positions added to attention."""
 
@@ -68,11 +72,14 @@ def sums(logps: torch.Tensor, groups: list[Group]) -> np.ndarray:
 def groups_within(config: PreTrainedConfig) -> list[Group]:
     """Groups of many lengths, most of them longer than the trace and than any window.
 
-    They are shorter where a family computes longer sequences in another way.
+    They are shorter where a family computes longer sequences in another way, and longer than two
+    of transformers' chunks where its layers carry a state.
     """
-    longest = min((limit.tokens for limit in limits_of(config)), default=256)
+    longest = min((limit.tokens for limit in limits_of(config)), default=LONG)
     long = groups_of(7)[0]
     groups = [*groups_of(0), (long[0] * 5, [long[1][0] * 4, long[1][1][:1]])]
+    if layout_of(config) == PADDED:
+        groups.append((groups[-1][0] * 5, [groups[-1][1][0]]))
     return [
         (prompt[: longest // 2], [ids[: longest - longest // 2] for ids in answers])
         for prompt, answers in groups
@@ -155,6 +162,17 @@ def test_every_causal_language_model_is_exportable_or_refused_with_a_reason(kind
     reason = REFUSED.get(kind, "no test compares")
     with pytest.raises(UnsupportedModelError, match=re.escape(f"cannot be exported: {reason}")):
         check_exportable(small_config(kind), 0)
+
+
+def test_recurrent_layers_are_refused_under_an_older_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(families, "_RECURRENT_SINCE", "99.1")
+    installed = re.escape(transformers.__version__)
+    with pytest.raises(UnsupportedModelError, match=f"transformers 99.1 or newer, and {installed}"):
+        check_exportable(small_config("mamba2"), 8)
+    for kind in ("llama", "lfm2"):
+        check_exportable(small_config(kind), 8)
 
 
 SMALL: dict[str, Any] = {

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from logratio.bundle import BundleError, inspection, manifest_bytes, parse_manifest
 from logratio.errors import ConfigError
 from logratio.export import ExportConfig, export_bundle, plan_export
+from logratio.export.parity import probing_inputs
 from logratio.serving import Reranker
 from logratio.serving.candidates import Candidate, CandidateGroup
 
@@ -82,3 +83,11 @@ def test_what_is_not_a_product_of_matrices_is_not_quantized(
     policy = saved(tmp_path / "policy", kind, 0)
     with pytest.raises(ConfigError, match=f"{part} of a {kind} model cannot be quantized"):
         plan_export(ExportConfig(policy, "none", tmp_path / "bundle", 1.0, bits=8))
+
+
+@pytest.mark.parametrize(("max_length", "longest"), [(4096, 530), (300, 300), (100, 0)])
+def test_an_export_is_compared_past_the_chunks_of_recurrent_layers(
+    max_length: int, longest: int
+) -> None:
+    found = probing_inputs(small_config("mamba2"), 64, max_length)
+    assert max((group.longest for group in found), default=0) == longest
