@@ -60,6 +60,14 @@ class Schedule(StrEnum):
     WSD = "wsd"
 
 
+class DecayType(StrEnum):
+    """How the schedule wsd falls."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    ROOT = "1-sqrt"
+
+
 class StartAdapter(StrEnum):
     """How a run starts if its model is an adapter."""
 
@@ -85,7 +93,7 @@ class Update(Settings):
     lr_scheduler: Annotated[
         Schedule,
         typer.Option(
-            help="Decay of the learning rate. wsd: constant, then linear over the last --decay.",
+            help="Decay of the learning rate. wsd: constant, then falling over the last --decay.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = Schedule.COSINE
@@ -98,10 +106,15 @@ class Update(Settings):
     decay: Annotated[
         float,
         typer.Option(
-            help="Share of the updates after the warmup in which wsd decays.",
+            help="Updates in which wsd falls: below 1 a share of those after the warmup, else "
+            "their number.",
             rich_help_panel=UPDATE_PANEL,
         ),
     ] = 0.2
+    decay_type: Annotated[
+        DecayType,
+        typer.Option(help="How wsd falls.", rich_help_panel=UPDATE_PANEL),
+    ] = DecayType.LINEAR
     weight_decay: Annotated[
         float,
         typer.Option(

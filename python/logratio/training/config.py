@@ -32,6 +32,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "adamw-host"]
 ActivationCheckpointing = Literal["auto", "off", "all"]
 Compile = Literal["off", "on", "auto"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
+DecayType = Literal["linear", "cosine", "1-sqrt"]
 Quantization = Literal["8bit", "4bit"]
 LoraInit = Literal["default", "gaussian", "orthogonal"]
 StartAdapter = Literal["merge", "continue"]
@@ -165,9 +166,11 @@ class TrainConfig(YamlSettings):
         warmup: Updates with a rising learning rate: below 1 a share of all, else their number;
             `lr_scheduler` decays it after.
         lr_scheduler: Decay of the learning rate: "cosine"; "linear"; "constant", none; or "wsd",
-            constant, then linear over the last `decay` of the updates (arXiv 2404.06395).
+            constant, then falling over the last `decay` of the updates (arXiv 2404.06395).
         min_lr_rate: The learning rate at the end, as a share of `lr`.
-        decay: Share of the updates after the warmup in which "wsd" decays.
+        decay: Updates in which "wsd" falls: below 1 a share of those after the warmup, else their
+            number.
+        decay_type: How "wsd" falls: "linear", "cosine" or "1-sqrt", as in transformers.
         weight_decay: Decoupled weight decay (AdamW) of matrices; norms and biases have none.
         adam_beta1: Decay rate of the first moments.
         adam_beta2: Decay rate of the second moments.
@@ -266,7 +269,8 @@ class TrainConfig(YamlSettings):
     warmup: AtLeast0 = 0.1
     lr_scheduler: Schedule = "cosine"
     min_lr_rate: Share = 0.0
-    decay: Annotated[float, Range(0, 1, without_low=True)] = 0.2
+    decay: Above0 = 0.2
+    decay_type: DecayType = "linear"
     weight_decay: AtLeast0 = 0.0
     adam_beta1: ShareBelow1 = 0.9
     adam_beta2: ShareBelow1 = 0.999
@@ -327,7 +331,8 @@ class TrainConfig(YamlSettings):
 UNRECORDED: Mapping[str, Any] = {
     name: getattr(TrainConfig, name)
     for name in (
-        *("lr_scheduler", "min_lr_rate", "decay", "weight_decay", "max_steps"),
+        *("lr_scheduler", "min_lr_rate", "decay", "decay_type", "weight_decay"),
+        "max_steps",
         *("adam_beta1", "adam_beta2", "adam_epsilon"),
         *("eval_data", "eval_share", "eval_every", "eval_samples", "max_new_tokens"),
         *("best_metric", "early_stop"),

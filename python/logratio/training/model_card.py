@@ -251,7 +251,7 @@ def _without_effect(config: TrainConfig) -> set[str]:
     if not config.sync_reference:
         void |= {"reference_mixup_alpha", "reference_sync_steps"}
     if config.lr_scheduler != "wsd":
-        void.add("decay")
+        void |= {"decay", "decay_type"}
     if config.lr_scheduler == "constant":
         void.add("min_lr_rate")
     if config.max_steps:

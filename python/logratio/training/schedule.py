@@ -46,38 +46,47 @@ def learning_rate(config: TrainConfig, done: int, updates: int) -> float:
     """Return the learning rate of the update after `done` of `updates` updates.
 
     A linear warmup, then the decay that `config.lr_scheduler` names, from the peak `config.lr` down
-    to `config.min_lr_rate` of it.
+    to `config.min_lr_rate` of it. "wsd" stays at the peak until the last `config.decay` of the
+    updates (arXiv 2404.06395).
     """
     warmup = warmup_updates(config, updates)
     if done < warmup:
         return config.lr * (done + 1) / warmup
-    passed = (done - warmup) / max(1, updates - warmup)
-    high = DECAYS[config.lr_scheduler](passed, config.decay)
+    left = max(1, updates - warmup)
+    passed = (done - warmup) / left
+    if config.lr_scheduler == "wsd":
+        decay = config.decay if config.decay < 1 else config.decay / left
+        high = FALLS[config.decay_type](max(0.0, 1 - (1 - passed) / decay))
+    else:
+        high = DECAYS[config.lr_scheduler](passed)
     return config.lr * (config.min_lr_rate + (1 - config.min_lr_rate) * high)
 
 
-def _cosine(passed: float, _: float) -> float:
+def _cosine(passed: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * passed))
 
 
-def _linear(passed: float, _: float) -> float:
+def _linear(passed: float) -> float:
     return 1 - passed
 
 
-def _constant(*_: float) -> float:
+def _constant(_: float) -> float:
     return 1.0
 
 
-def _stable(passed: float, decay: float) -> float:
-    """Stay at the peak, then fall linearly over the last `decay` (WSD, arXiv 2404.06395)."""
-    return min(1.0, (1 - passed) / decay)
+def _root(passed: float) -> float:
+    return 1 - math.sqrt(passed)
 
 
-DECAYS: Mapping[str, Callable[[float, float], float]] = {
+DECAYS: Mapping[str, Callable[[float], float]] = {
     "cosine": _cosine,
     "linear": _linear,
     "constant": _constant,
-    "wsd": _stable,
 }
-"""Shares of the peak, from the share of the updates after the warmup that have passed, in [0, 1),
-and the share of them in which "wsd" decays."""
+"""Shares of the peak, from the share of the updates after the warmup that have passed: [0, 1)."""
+FALLS: Mapping[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "1-sqrt": _root,
+}
+"""The same for the last updates of "wsd", from the share of these that have passed."""

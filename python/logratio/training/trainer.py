@@ -229,6 +229,11 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
                 f"--warmup {self.config.warmup:g}: the learning rate rises for {warmup:,} updates, "
                 f"and the run has {self.updates:,}: give fewer, or a share such as 0.1"
             )
+        if self.config.lr_scheduler == "wsd" and self.config.decay > max(1, self.updates - warmup):
+            raise ConfigError(
+                f"--decay {self.config.decay:g}: the learning rate would fall for longer than the "
+                f"{self.updates - warmup:,} updates after the warmup: give fewer, or a share"
+            )
         every = self.config.reference_sync_steps
         if self.config.sync_reference and self.updates < every:
             raise ConfigError(

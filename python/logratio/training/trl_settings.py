@@ -171,12 +171,14 @@ def _length(args: Any) -> dict[str, Any]:
 def _schedule(args: Any) -> dict[str, Any]:
     """Return the schedule of the learning rate, and the optimizer."""
     kind, options = _plain(args.lr_scheduler_type), dict(args.lr_scheduler_kwargs or {})
-    found = {"lr_scheduler": VALUES.get(("--lr-scheduler-type", kind), kind)}
+    found: dict[str, Any] = {"lr_scheduler": VALUES.get(("--lr-scheduler-type", kind), kind)}
     if kind == "cosine_with_min_lr":
         lowest = options.pop("min_lr", None)  # a rate, in place of a share of the peak
         share = options.pop("min_lr_rate", None)
         found["min_lr_rate"] = lowest / args.learning_rate if lowest is not None else share or 0.0
-    if kind not in _SCHEDULES | {"cosine_with_min_lr", "constant_with_warmup"}:
+    if kind == "warmup_stable_decay":
+        found |= _stable_decay(options)
+    elif kind not in _SCHEDULES | {"cosine_with_min_lr", "constant_with_warmup"}:
         raise _refusal("lr_scheduler_type", kind, f"choose {', '.join(sorted(_SCHEDULES))}")
     if options:
         raise _refusal("lr_scheduler_kwargs", options)
@@ -188,6 +190,19 @@ def _schedule(args: Any) -> dict[str, Any]:
         **found,
         "warmup": _warmup(args) if warms_up else 0.0,
         "optimizer": _OPTIMIZERS[name],
+    }
+
+
+def _stable_decay(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of warmup_stable_decay that have an equivalent out of `options`."""
+    if not (updates := options.pop("num_decay_steps", None)):
+        raise ConfigError("args: lr_scheduler_kwargs need num_decay_steps, as in transformers")
+    if options.get("warmup_type") == "linear":
+        del options["warmup_type"]
+    return {
+        "decay": float(updates),
+        "decay_type": options.pop("decay_type", "cosine"),
+        "min_lr_rate": options.pop("min_lr_ratio", 0.0),
     }
 
 

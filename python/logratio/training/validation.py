@@ -57,14 +57,16 @@ def check_folders(config: TrainConfig) -> None:
 def _check_schedule(config: TrainConfig) -> None:
     """Refuse settings that the schedule would silently ignore."""
     scheduler = config.lr_scheduler
-    if config.warmup > 1 and not config.warmup.is_integer():
-        raise ConfigError(
-            f"--warmup {config.warmup:g} is neither a share below 1 nor a whole number of updates"
-        )
+    for flag, value in (("--warmup", config.warmup), ("--decay", config.decay)):
+        if value > 1 and not float(value).is_integer():
+            raise ConfigError(
+                f"{flag} {value:g} is neither a share below 1 nor a whole number of updates"
+            )
     if config.min_lr_rate and scheduler == "constant":
         raise ConfigError("--lr-scheduler constant has no --min-lr-rate: the rate does not decay")
-    if config.decay != TrainConfig.decay and scheduler != "wsd":
-        raise ConfigError(f"--lr-scheduler {scheduler} has no --decay: only wsd has one")
+    for name, flag in (("decay", "--decay"), ("decay_type", "--decay-type")):
+        if getattr(config, name) != getattr(TrainConfig, name) and scheduler != "wsd":
+            raise ConfigError(f"--lr-scheduler {scheduler} has no {flag}: only wsd has one")
 
 
 def _check_options(config: TrainConfig) -> None:

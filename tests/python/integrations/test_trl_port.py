@@ -105,6 +105,10 @@ def both(
             for kind in ("aot", "aot_unpaired")
         ),
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-3}},
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 3, "min_lr_ratio": 0.1},
+        },
         {"gradient_checkpointing": False, "padding_free": False, "pad_to_multiple_of": 8},
     ],
     ids=str,

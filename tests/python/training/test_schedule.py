@@ -15,12 +15,15 @@ from logratio import TrainConfig, train
 from logratio.errors import ConfigError
 from logratio.training.checkpoint import ResumeError, _check_identity
 from logratio.training.checkpoint_folder import SaveError
-from logratio.training.config import UNRECORDED, Schedule
+from logratio.training.config import UNRECORDED, DecayType, Schedule
 from logratio.training.run_folder import RunExistsError
-from logratio.training.schedule import DECAYS, RunLength, learning_rate
+from logratio.training.schedule import DECAYS, FALLS, RunLength, learning_rate
 from logratio.training.trainer import DPOTrainer
 
 CONFIG = TrainConfig("model", ["pairs"], "out", lr=2.0, warmup=0.2)
+
+
+WSD: dict[str, Any] = {"lr_scheduler": "wsd", "decay": 8, "min_lr_rate": 0.1}
 
 
 def rates(config: TrainConfig, updates: int = 10) -> list[float]:
@@ -34,6 +37,14 @@ def rates(config: TrainConfig, updates: int = 10) -> list[float]:
         ({"lr_scheduler": "linear"}, "linear", {}),
         ({"lr_scheduler": "constant"}, "constant_with_warmup", {}),
         ({"min_lr_rate": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        *(
+            (
+                WSD | {"decay_type": name},
+                "warmup_stable_decay",
+                {"num_decay_steps": 8, "min_lr_ratio": 0.1, "decay_type": name},
+            )
+            for name in get_args(DecayType)
+        ),
     ],
 )
 def test_a_schedule_equals_that_of_transformers(
@@ -76,6 +87,29 @@ def test_a_warmup_that_never_ends_is_refused(
         DPOTrainer(config=config, show_progress=False)
 
 
+def test_a_decay_is_a_share_or_a_number_of_updates() -> None:
+    shared, counted = (rates(replace(CONFIG, **WSD | {"decay": d}), 20) for d in (0.5, 8))
+    assert counted == shared
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"decay": 2.5}, "decay 2.5 is neither a share below 1 nor a whole number of updates"),
+        ({"decay": 3}, "would fall for longer than the 2 updates after the warmup"),
+        ({"lr_scheduler": "linear"}, "lr_scheduler linear has no decay: only wsd has one"),
+    ],
+)
+def test_a_decay_that_does_not_fit_is_refused(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    config = TrainConfig(
+        tiny_model, [pairs_file], tmp_path / "out", max_steps=3, warmup=1, **WSD | settings
+    )
+    with pytest.raises(ConfigError, match=words):
+        DPOTrainer(config=config, show_progress=False)
+
+
 def test_wsd_stays_and_then_falls_to_its_floor() -> None:
     config = replace(CONFIG, lr_scheduler="wsd", decay=0.5, min_lr_rate=0.5, warmup=0.0)
     assert rates(config, 8) == pytest.approx([2.0] * 5 + [1.75, 1.5, 1.25])
@@ -103,7 +137,8 @@ def test_a_run_of_ten_groups_by_four(settings: dict[str, Any], length: RunLength
 
 
 def test_every_name_has_a_schedule() -> None:
-    assert set(DECAYS) == set(get_args(Schedule))
+    assert {*DECAYS, "wsd"} == set(get_args(Schedule))
+    assert set(FALLS) == set(get_args(DecayType))
 
 
 def test_max_steps_ends_a_run_and_schedules_it(
