@@ -91,7 +91,7 @@ def build_app(
 
     # Each is wrapped around those before it, so a request meets the last one first.
     app.add_middleware(NamedInPath, bundles=bundles)
-    app.add_middleware(BoundedBody, limits=limits)
+    app.add_middleware(BoundedBody, limits=limits, check_open=shared.scheduler.check_open)
     if keys is not None:
         app.add_middleware(Authenticated, keys=keys, open_paths=PAGES if page else ())
     if cors_origins:

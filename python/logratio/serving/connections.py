@@ -29,10 +29,20 @@ class ClientGoneError(LogratioError):
 
 
 class BoundedBody:
-    """ASGI middleware that limits the body, and cancels work when its client disconnects."""
+    """ASGI middleware that limits the body, and cancels work when its client disconnects.
 
-    def __init__(self, app: App, limits: Limits) -> None:
-        self._app, self._limits = app, limits
+    Under overload it answers before the body is parsed: that takes longer than the refusal.
+    """
+
+    def __init__(self, app: App, limits: Limits, check_open: Callable[[], None]) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            limits: Limits on size and time.
+            check_open: Raises `RefusedError` if no request to score would be accepted now.
+        """
+        self._app, self._limits, self._check_open = app, limits, check_open
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Handle one HTTP request; pass other scopes to the application."""
@@ -51,6 +61,17 @@ class BoundedBody:
             await refuse(send, RefusedError(408, "slow_body", "the request body took too long"))
         except RefusedError as error:
             await refuse(send, error)
+        else:
+            await self._answer_if_open(scope, body, receive, send)
+
+    async def _answer_if_open(
+        self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, send: Send
+    ) -> None:
+        try:
+            if scope["method"] == "POST":  # every such route scores
+                self._check_open()
+        except RefusedError as error:
+            await refuse(send, error, closes=False)
         else:
             await _answer(self._app, scope, body, receive, send)
 
@@ -106,15 +127,15 @@ async def _disconnect(receive: Receive) -> Message:
             return message
 
 
-async def refuse(send: Send, error: RefusedError) -> None:
-    """Send an error before the body is read, and close the connection."""
+async def refuse(send: Send, error: RefusedError, *, closes: bool = True) -> None:
+    """Send an error, and close the connection unless its body has been read."""
     record = current_record()
     record.cause = error.code
     content = json.dumps(error.body(as_text=record.has_text_errors)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),
+        *([(b"connection", b"close")] if closes else []),
         *((name.lower().encode(), value.encode()) for name, value in error.headers().items()),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

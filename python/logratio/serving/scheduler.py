@@ -225,14 +225,26 @@ class Scheduler:
         self._encoding.shutdown(wait=False, cancel_futures=True)
         self._computing.shutdown(wait=False, cancel_futures=True)
 
-    def _admit(self, characters: int, speed: Speed) -> Job:
-        """Accept a request, or refuse it immediately."""
-        loop = asyncio.get_running_loop()
+    def check_open(self) -> None:
+        """Refuse a request whatever it contains, so that nobody has to read it first.
+
+        Raises:
+            RefusedError: 429 if too many requests are waiting, 503 under lasting overload.
+        """
         if len(self._jobs) >= self._limits.queue:
             self._shed()
             raise RefusedError(
                 429, "queue_full", f"{self._limits.queue} requests are waiting; try again shortly"
             )
+        excess = self._excess(self._jobs)
+        if self._jobs and excess > 0:
+            self._shed()
+            raise _busy(excess)
+
+    def _admit(self, characters: int, speed: Speed) -> Job:
+        """Accept a request, or refuse it immediately."""
+        self.check_open()
+        loop = asyncio.get_running_loop()
         guess = math.ceil(speed.tokens.of(characters))
         now = loop.time()
         job = Job(now + self._limits.seconds, speed, guess, loop.create_future(), arrived=now)
@@ -305,32 +317,30 @@ class Scheduler:
             RefusedError: 503, with the seconds to wait before a retry.
         """
         others = [other for other in self._jobs if other is not job]
-        late = self._wait(job, others) - self._limits.queue_seconds
-        if self._now() < self._sheds_until:
-            late = max(late, self._backlog(others))
+        late = max(self._wait(job, others) - self._limits.queue_seconds, self._excess(others))
         if late > 0:
             self._shed()
         overrun = self._overrun([*others, job], self._busy()) + _MARGIN * self._limits.seconds
         excess = max(late, overrun)
         if excess > 0:
-            raise RefusedError(
-                503, "busy",
-                "the server is too busy to answer in time; retry after the seconds in Retry-After",
-                retry_after=math.ceil(excess),
-            )  # fmt: skip
+            raise _busy(excess)
 
     def _shed(self) -> None:
         """Keep the queue short until no request has been refused for a while."""
         self._sheds_until = self._now() + self._limits.queue_seconds
 
-    def _backlog(self, jobs: Sequence[Job]) -> float:
+    def _excess(self, jobs: Sequence[Job]) -> float:
         """Return by how many seconds accepted work exceeds what a lasting overload allows.
+
+        -∞ if the server is not overloaded.
 
         If requests keep arriving faster than they are computed, a long queue answers no more of
         them than a short one, only later. All waiting requests count, also the larger ones which a
         new one would overtake: otherwise these would wait until the load ends. A very large one
         counts only in part, so that others are accepted while it is computed.
         """
+        if self._now() >= self._sheds_until:
+            return -math.inf
         mean = self._seconds_each.of(1)
         needs = (min(self._needed(job), _LARGEST_COUNTED * mean) for job in jobs)
         return self._busy() + sum(needs) - _SHORT_QUEUE * mean
@@ -459,6 +469,14 @@ def _timed(step: Callable[[], None]) -> float:
 
 def _by_deadline(job: Job) -> float:
     return job.deadline
+
+
+def _busy(seconds: float) -> RefusedError:
+    return RefusedError(
+        503, "busy",
+        "the server is too busy to answer in time; retry after the seconds in Retry-After",
+        retry_after=math.ceil(seconds),
+    )  # fmt: skip
 
 
 def _late() -> RefusedError:

@@ -354,6 +354,19 @@ def test_full_queue_sheds_and_recovers(held: HeldReranker) -> None:
         assert ask(client, "a").status_code == 200
 
 
+def test_a_full_queue_refuses_before_the_body_is_parsed(held: HeldReranker) -> None:
+    with client_of(held, queue=1) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client, "the cat")
+        wait_for(lambda: held.seen)
+        refused = client.post("/v1/rerank", content=b"{", headers=JSON)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert "connection" not in refused.headers  # it stays open for the next request
+        assert client.get("/v1/models").status_code == 200
+        held.released.set()
+        assert asked.result().status_code == 200
+        assert client.post("/v1/rerank", content=b"{", headers=JSON).status_code == 422
+
+
 def test_a_late_request_is_dropped_and_never_computed(held: HeldReranker) -> None:
     with client_of(held, seconds=2.0, queue=2) as client, ThreadPoolExecutor(2) as pool:
 
