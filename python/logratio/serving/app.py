@@ -57,8 +57,8 @@ def build_app(
 ) -> FastAPI:
     """Build the application of `create_app`.
 
-    Its ``state`` has the `State` (``server``), the `Bundles` (``bundles``) and the `ServerMetrics`
-    (``metrics``).
+    Its ``state`` has the `State` (``server``), the `Bundles` (``bundles``), the `Scheduler`
+    (``scheduler``) and the `ServerMetrics` (``metrics``).
     """
     metrics = ServerMetrics(
         [name or UNNAMED for name in rerankers], lambda: log.dropped if log else 0
@@ -76,6 +76,7 @@ def build_app(
         redoc_url=None,
     )
     app.state.server, app.state.bundles, app.state.metrics = shared.state, bundles, metrics
+    app.state.scheduler = shared.scheduler
     _add_refusals(app)
     _add_health(app, shared.state)
     add_rerank(app, bundles, _REFUSALS, strict=strict)

@@ -153,6 +153,11 @@ class RefusedError(LogratioError):
         return {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else {}
 
 
+def stopping() -> RefusedError:
+    """Return the refusal of a server that is shutting down."""
+    return RefusedError(503, "draining", "the server is shutting down")
+
+
 _LENGTHS = {"R304", "E304"}
 """Codes whose reasons contain numbers only."""
 

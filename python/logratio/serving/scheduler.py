@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from logratio.serving.limits import Limits, RefusedError
+from logratio.serving.limits import Limits, RefusedError, stopping
 from logratio.serving.request_record import current_record
 
 _MEMORY = 64
@@ -216,6 +216,12 @@ class Scheduler:
             self._drop(job)
             self._record(job)
 
+    def refuse_all(self) -> None:
+        """Refuse every accepted request, because the server cannot finish it before its end."""
+        for job in self._jobs:
+            if not job.done.done():
+                job.done.set_exception(stopping())
+
     def close(self) -> None:
         """Drop all work and stop both threads."""
         for job in [*self._jobs]:
@@ -282,6 +288,8 @@ class Scheduler:
     def _begin(self, job: Job, work: Work) -> None:
         """Queue work now that its cost is known, or refuse it."""
         job.work, job.left = work, [*work.costs]
+        if job.done.done():  # refused meanwhile
+            return
         if not job.left:
             job.done.set_result(None)
             return

@@ -34,6 +34,8 @@ _KEEP_ALIVE_SECONDS = 60
 _BACKLOG = 2048
 _OTHER_FILES = 64
 """File descriptors reserved for everything except connections."""
+_REFUSAL_SHARE = 0.1
+"""Share of the time to shut down in which requests that cannot be finished are refused."""
 _LOGGERS = ("uvicorn", "logratio", "asyncio", "opentelemetry")
 _REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -209,6 +211,12 @@ def make_server(
                 return
             state.draining = True
             super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # uvicorn cancels what is left at the end of the time, with status 500.
+            seconds = (1 - _REFUSAL_SHARE) * limits.shutdown_seconds
+            asyncio.get_running_loop().call_later(seconds, app.state.scheduler.refuse_all)
+            await super().shutdown(sockets)
 
         async def on_tick(self, counter: int) -> bool:
             if state.closes_at is not None and time.monotonic() >= state.closes_at:

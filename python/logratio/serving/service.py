@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
-from logratio.serving.limits import Limits, RefusedError, public_reason
+from logratio.serving.limits import Limits, RefusedError, public_reason, stopping
 from logratio.serving.request_record import current_record
 from logratio.serving.reranker import Reranker
 from logratio.serving.response_cache import ResponseCache, without
@@ -45,7 +45,7 @@ class State:
             RefusedError: 503.
         """
         if self.closes_at is not None or self.draining:
-            raise RefusedError(503, "draining", "the server is shutting down")
+            raise stopping()
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class ScoringService:
         """
         shared, record = self._shared, current_record()
         if shared.state.draining:
-            raise RefusedError(503, "draining", "the server is shutting down")
+            raise stopping()
         if with_tokens and self.reranker.manifest.graph.token_output is None:
             raise RefusedError(
                 422, "no_token_values",

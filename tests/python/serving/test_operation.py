@@ -4,17 +4,20 @@ import http.client
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import uvicorn
 from repository import ROOT
 from running_server import running
 from starlette.testclient import TestClient
@@ -23,9 +26,14 @@ from tiny_bundle import tiny_bundle
 from logratio.cli.app import app as commands
 from logratio.errors import ConfigError, LogratioError, MissingInputError
 from logratio.serving import Reranker
+from logratio.serving.candidates import CandidateGroup
 from logratio.serving.config import ServeConfig
 from logratio.serving.keys import VARIABLE
-from logratio.serving.server import create_app
+from logratio.serving.limits import Limits
+from logratio.serving.runs import Run
+from logratio.serving.scores import Sums
+from logratio.serving.server import create_app, make_server
+from logratio.serving.session import Stop
 
 KEY = "a-key-of-these-tests"
 BODY = json.dumps({"query": "the cat", "documents": ["sad", "happy"]})
@@ -255,6 +263,45 @@ def test_the_drain_ends_after_its_time(folder: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert time.monotonic() - start > 0.9
+
+
+class StuckReranker(Reranker):
+    """Computes until it is stopped, once it is loaded."""
+
+    is_stuck, entered = threading.Event(), threading.Event()
+
+    def compute(
+        self, groups: Sequence[CandidateGroup], run: Run, stop: Stop | None = None
+    ) -> list[Sums]:
+        if not self.is_stuck.is_set():
+            return super().compute(groups, run, stop)
+        self.entered.set()
+        assert stop is not None
+        while not stop.asked:
+            time.sleep(0.01)
+        raise RuntimeError("stopped")
+
+
+def test_a_request_that_outlasts_the_shutdown_is_refused(folder: Path) -> None:
+    limits = Limits(shutdown_seconds=2)
+    reranker = StuckReranker.load(folder)
+    app = create_app(reranker, limits)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = make_server(uvicorn, app, limits)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    StuckReranker.is_stuck.set()
+    connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=60)
+    connection.request("POST", "/v1/rerank", BODY, JSON)
+    assert StuckReranker.entered.wait(20)
+    server.should_exit = True
+    with connection.getresponse() as response:
+        assert (response.status, response.headers["retry-after"]) == (503, "1")
+        assert json.load(response)["error"]["code"] == "draining"
+    connection.close()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 SLOW_START = """
