@@ -44,6 +44,7 @@ CODES: dict[str, str] = {
     "E404": "the chat template changes the prompt when the answer follows",
     "E405": "a message that is already rendered by the chat template",
     "E601": "a token id outside the vocabulary",
+    "E605": "the graph of the bundle failed in ONNX Runtime",
     "R301": "an empty completion",
     "R302": "identical completions",
     "R303": "completions that are identical once truncated",
@@ -129,6 +130,8 @@ CURES: dict[str, str] = {
     "E404": "Correct the template: it must not rewrite earlier turns.",
     "E405": "Pass rendered text as a plain prompt, as with `--columns prompt=input`.",
     "E601": "Use the model's tokenizer.",
+    "E605": "The message has ONNX Runtime's reason. If memory ran out, rank fewer or shorter "
+    "candidates a row, or use fewer `--workers`; then rank the row again.",
     "R301": "Remove the row, or fill the answer.",
     "R302": "Nothing to do: nothing can be learned from the pair.",
     "R303": "Raise `--max-length`.",

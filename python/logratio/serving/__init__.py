@@ -11,7 +11,7 @@ from logratio.serving.rank_file import rank_file, rank_forecast
 from logratio.serving.rank_ray import RankBatch
 from logratio.serving.rank_rows import RankSummary
 from logratio.serving.rank_workers import Workers
-from logratio.serving.reranker import NoCandidateError, Reranker
+from logratio.serving.reranker import GraphRunError, NoCandidateError, Reranker
 from logratio.serving.reward_function import RewardFunction
 from logratio.serving.scores import Score
 from logratio.serving.session import ProviderError
@@ -19,6 +19,7 @@ from logratio.serving.shared_base import SharedBase
 
 __all__ = [
     "BundleError",
+    "GraphRunError",
     "GraphTensors",
     "NoCandidateError",
     "ProviderError",

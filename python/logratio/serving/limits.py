@@ -88,6 +88,7 @@ ERRORS: Mapping[int, Mapping[str, str]] = {
     429: {"queue_full": "too many requests are waiting; retry after the seconds in `Retry-After`"},
     500: {
         "internal": "a fault of the server",
+        "graph_failed": "ONNX Runtime failed to run the graph, for example because memory ran out",
         "not_finite": "the model's score is NaN or infinite",
     },
     503: {

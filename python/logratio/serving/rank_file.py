@@ -119,7 +119,8 @@ def rank_file(
     for candidates that cannot be scored), ``policy_logps`` and ``reference_logps`` in nats (not
     from a reward model), and
     ``order``: the indexes, best first. ``errors`` gives the reasons by index. A row that cannot be
-    ranked, because it is malformed or its prompt is invalid, only gets ``error``.
+    ranked, because it is malformed, its prompt is invalid or the graph fails for it, only gets
+    ``error``.
 
     A call that is interrupted leaves its rows in a partial file next to `output`. The same call
     continues after them, unless the input, the bundle or the cache has changed.
@@ -136,6 +137,8 @@ def rank_file(
 
     Raises:
         BadDataError: The file has no rows, or is of an unsupported type. No output file is left.
+        GraphRunError: The graph fails for the first `MOST_FAILED` rows of a batch; the rows before
+            it are kept for the same call.
         ConfigError: Another process is writing the output, or its rows do not fit a Parquet table.
         SettingTypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.

@@ -15,7 +15,7 @@ from logratio.data.store.row_report import BadDataError
 from logratio.errors import ConfigError
 from logratio.forecast import count
 from logratio.serving.candidates import CandidateGroup
-from logratio.serving.reranker import Reranker
+from logratio.serving.reranker import GraphRunError, Reranker
 from logratio.serving.scores import Score, ranked
 
 
@@ -71,6 +71,9 @@ REFERENCE = "reference_logps"
 """The key of the reference's log-probs, in rows read and written."""
 Item = tuple[Row, InvalidRecordError | None]
 """A row of the input, and why it cannot be ranked, if so; a row that is not JSON is empty."""
+MOST_FAILED = 8
+"""If the graph fails for the first rows of a batch, as many as this, and scores none of them, the
+session is broken or memory is exhausted: the run ends, instead of writing an error to every row."""
 _OF_THE_FILE = ("E106", "E112")
 """Codes of files without rows."""
 
@@ -135,23 +138,46 @@ def score_rows(reranker: Reranker, items: list[Item]) -> tuple[str, RankSummary]
 
 
 def ranked_rows(reranker: Reranker, items: list[Item], summary: RankSummary) -> Iterator[Row]:
-    """Score some rows together; yield each with its results, and count it in `summary`."""
+    """Score some rows together; yield each with its results, and count it in `summary`.
+
+    Raises:
+        GraphRunError: The graph fails for each of the first `MOST_FAILED` rows.
+    """
     encoded = [error or _encode(reranker, row) for row, error in items]
     groups = [group for group in encoded if isinstance(group, CandidateGroup)]
-    scored = iter(reranker.score_groups(groups))
+    scored = iter(_scored(reranker, groups))
     for (row, _), group in zip(items, encoded, strict=True):
         summary.rows += 1
-        if isinstance(group, InvalidRecordError):
+        scores = group if isinstance(group, InvalidRecordError) else next(scored)
+        if isinstance(scores, InvalidRecordError):
             codes = summary.failed_rows
-            codes[group.code] = codes.get(group.code, 0) + 1
-            yield row | {"error": str(group)}
+            codes[scores.code] = codes.get(scores.code, 0) + 1
+            yield row | {"error": str(scores)}
         else:
-            scores = next(scored)
             failed = sum(score.error is not None for score in scores)
             summary.failed_candidates += failed
             summary.candidates += len(scores) - failed
             summary.empty_rows += failed == len(scores)
             yield row | _columns(scores, reranker.manifest.graph.kind)
+
+
+def _scored(
+    reranker: Reranker, groups: list[CandidateGroup]
+) -> list[list[Score] | InvalidRecordError]:
+    """Score some rows together; if a run fails, each alone, so that only those at fault fail."""
+    try:
+        return [*reranker.score_groups(groups)]
+    except GraphRunError:
+        pass
+    found: list[list[Score] | InvalidRecordError] = []
+    for group in groups:
+        try:
+            found += reranker.score_groups([group])
+        except GraphRunError as error:
+            found.append(InvalidRecordError("E605", str(error)))
+            if len(found) >= MOST_FAILED and not any(isinstance(one, list) for one in found):
+                raise
+    return found
 
 
 def _encode(reranker: Reranker, row: Row) -> CandidateGroup | InvalidRecordError:

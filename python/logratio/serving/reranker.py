@@ -66,6 +66,16 @@ class NoCandidateError(LogratioError, ValueError):
     """None of the candidates can be scored."""
 
 
+class GraphRunError(LogratioError, RuntimeError):
+    """ONNX Runtime failed in a run of the graph, for example because memory ran out."""
+
+    @classmethod
+    def of(cls, error: Exception) -> "GraphRunError":
+        """Describe an error of the library: its type, and the first line of its message."""
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        return cls(f"the graph failed: {type(error).__name__}{reason and f': {reason}'}")
+
+
 class Reranker:
     """Score candidates of a prompt by the implicit reward of a bundle, or by a reward model.
 
@@ -199,6 +209,7 @@ class Reranker:
         Raises:
             InvalidRecordError: The prompt is invalid, for example too long for the bundle's rules.
             ConfigError: The bundle needs `reference_logps` or a cache, or does not take them.
+            GraphRunError: ONNX Runtime failed, for example because memory ran out.
         """
         return self.score_groups([self.encode(prompt, candidates, reference_logps)])[0]
 
@@ -220,6 +231,7 @@ class Reranker:
             InvalidRecordError: The prompt is invalid.
             ConfigError: The graph has no output per token: it is a reward model, or was exported
                 by an earlier version.
+            GraphRunError: ONNX Runtime failed.
 
         Example:
             >>> reranker = Reranker.load("bundle")
@@ -253,6 +265,7 @@ class Reranker:
         Raises:
             InvalidRecordError: A prompt is invalid; no prompt is scored then.
             SettingTypeError: `requests` is not a list of pairs.
+            GraphRunError: ONNX Runtime failed; no prompt is scored then.
         """
         check_argument("requests", Sequence[tuple[Any, Any]], requests)
         return self.score_groups([self.encode(*request) for request in requests])
@@ -343,6 +356,9 @@ class Reranker:
 
         Returns:
             One list per group, in the candidates' order.
+
+        Raises:
+            GraphRunError: ONNX Runtime failed in a run; other groups may have shared it.
         """
         sums: list[dict[tuple[int, ...], Sums]] = [{} for _ in groups]
         for run in self.runs(groups):
@@ -411,13 +427,20 @@ class Reranker:
     def _run(
         self, names: list[str], feed: dict[str, Any], run: Run, stop: Stop | None = None
     ) -> list[Any]:
-        """Run the graph; after a large run, return its memory to the operating system."""
+        """Run the graph; after a large run, return its memory to the operating system.
+
+        Raises:
+            GraphRunError: The library failed, or the run was aborted.
+        """
         stop, shrink = stop or Stop(), self.provider == CPU and run.positions > KEPT_POSITIONS
-        if self._adapter is None:
-            return list(self._session.run(names, feed, stop.options(shrink=shrink)))
-        return self._adapter.run(
-            self._session, names, feed, lambda one: stop.options(shrink=shrink, adapter=one)
-        )
+        try:
+            if self._adapter is None:
+                return list(self._session.run(names, feed, stop.options(shrink=shrink)))
+            return self._adapter.run(
+                self._session, names, feed, lambda one: stop.options(shrink=shrink, adapter=one)
+            )
+        except Exception as error:  # the library raises many unrelated types
+            raise GraphRunError.of(error) from error
 
     def _layout(self, groups: Sequence[CandidateGroup], run: Run) -> Any:
         return candidate_layout(

@@ -13,7 +13,7 @@ from logratio.data.records import InvalidRecordError
 from logratio.serving.candidates import READING, Candidate, CandidateGroup, Prompt, Reading
 from logratio.serving.limits import Limits, RefusedError, public_reason, stopping
 from logratio.serving.request_record import current_record
-from logratio.serving.reranker import Reranker
+from logratio.serving.reranker import GraphRunError, Reranker
 from logratio.serving.response_cache import ResponseCache, without
 from logratio.serving.scheduler import Scheduler, Speed
 from logratio.serving.scores import Score, Sums, TokenValues, scores_of
@@ -304,10 +304,7 @@ class ScoringService:
         except RefusedError:
             raise
         except Exception as error:
-            # No traceback and no message: either could hold the request's text.
-            record.error = type(error).__name__
-            _log.error("request %s failed: %s", record.id, record.error)
-            raise RefusedError(500, "internal", "the request could not be scored") from None
+            raise _failure(error) from None
         if shared.cache is not None:
             shared.counts.cache_used(self.bundle, scoring.hits, scoring.misses)
         for group in scoring.groups:
@@ -344,6 +341,19 @@ class ScoringService:
         for index in range(len(pairs)):
             refuse_unscored(found[index].scores[0], f"pair {index}")
         return [found[index] for index in range(len(pairs))]
+
+
+def _failure(error: Exception) -> RefusedError:
+    """Log the type of an error, and return what the client is answered.
+
+    No traceback and no message: either could hold the request's text.
+    """
+    is_graph, record = isinstance(error, GraphRunError), current_record()
+    record.error = type(error.__cause__ if is_graph else error).__name__
+    _log.error("request %s failed: %s", record.id, record.error)
+    if is_graph:
+        return RefusedError(500, "graph_failed", "the model could not be run for this request")
+    return RefusedError(500, "internal", "the request could not be scored")
 
 
 def refuse_unscored(score: Score, name: str) -> None:

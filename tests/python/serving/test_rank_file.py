@@ -16,16 +16,29 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from failing_session import failing
 from tiny_bundle import tiny_bundle
+from typer.testing import CliRunner
 
 from logratio.bundle import BundleError
+from logratio.cli.app import app
 from logratio.data import BadDataError
 from logratio.durable import lock
 from logratio.errors import ConfigError
 from logratio.forecast import OutputError
-from logratio.serving import RankBatch, RankSummary, Reranker, Workers, rank_file, rank_output
+from logratio.serving import (
+    GraphRunError,
+    RankBatch,
+    RankSummary,
+    Reranker,
+    Workers,
+    rank_file,
+    rank_output,
+)
+from logratio.serving.rank_file import ROWS as BATCH
 from logratio.serving.rank_file import Progress
 from logratio.serving.rank_output import FileOutput
+from logratio.serving.rank_rows import MOST_FAILED
 from logratio.serving.rank_workers import WorkerError
 from logratio.serving.scores import ranked
 
@@ -133,6 +146,71 @@ def test_a_file_without_rows_is_refused_and_leaves_no_output(
     with pytest.raises(BadDataError, match=r"nothing can be ranked:\n.*in\.jsonl"):
         rank_file(reranker, source, tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == [source]
+
+
+LONG: dict[str, Any] = {"prompt": "the cat", "candidates": ["sad", "sits " * 300]}
+"""A row for which the graph of `failing` fails."""
+
+
+def test_a_row_for_which_the_graph_fails_gets_an_error_and_the_others_are_ranked(
+    reranker: Reranker, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [*many(5), LONG, ROWS[1], LONG])
+    output, sound = tmp_path / "out.jsonl", tmp_path / "sound.jsonl"
+    summary = rank_file(failing(reranker)[0], source, output)
+    rank_file(reranker, source, sound)
+    rows, expected = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (output, sound)
+    )
+    error = "[E605] the graph failed: RuntimeException: Failed to allocate memory"
+    for number, (row, whole) in enumerate(zip(rows, expected, strict=True)):
+        if number in (5, 7):
+            assert row == LONG | {"error": error}
+        else:
+            assert row.keys() == whole.keys() and row["order"] == whole["order"]
+            assert row["rewards"] == pytest.approx(whole["rewards"], abs=1e-5)
+    assert (summary.rows, summary.failed_rows, summary.unranked) == (8, {"E605": 2}, 2)
+    assert "[E605] 2 rows refused (see `error`)" in summary.to_text()
+
+
+def test_the_command_writes_such_rows_and_exits_with_1(
+    reranker: Reranker, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", [LONG, ROWS[1]])
+    other = failing(reranker)[0]
+    monkeypatch.setattr(Reranker, "load", lambda *_, **__: other)
+    flags = ["--bundle", folder / "bundle", "--input", source, "--output", tmp_path / "out.jsonl"]
+    result = CliRunner().invoke(app, ["rank", *map(str, flags)])
+    assert result.exit_code == 1
+    assert "1 prompt ranked" in result.stderr and "[E605] 1 row refused" in result.stderr
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["error"].startswith("[E605]") and second["order"] == [0]
+
+
+def test_a_run_ends_when_the_graph_fails_for_every_row_and_continues_when_it_is_sound(
+    reranker: Reranker, tmp_path: Path
+) -> None:
+    rows = [*many(BATCH), *[LONG] * MOST_FAILED]
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    broken, session = failing(reranker)
+    with pytest.raises(GraphRunError, match="Failed to allocate memory$"):
+        rank_file(broken, source, output)
+    assert not output.exists()
+    before = session.calls
+    with pytest.raises(GraphRunError):  # continued: the rows of the first batch are kept
+        rank_file(broken, source, output)
+    assert session.calls - before == 1 + MOST_FAILED
+    summary = rank_file(reranker, source, output)
+    assert (summary.rows, summary.unranked) == (len(rows), 0)
+
+
+def test_fewer_failed_rows_than_that_do_not_end_a_run(reranker: Reranker, tmp_path: Path) -> None:
+    rows = [LONG] * (MOST_FAILED - 1)
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert rank_file(failing(reranker)[0], source, output).failed_rows == {"E605": len(rows)}
+    written = write_rows(tmp_path / "more.jsonl", [ROWS[1], *[LONG] * 2 * MOST_FAILED])
+    summary = rank_file(failing(reranker)[0], written, output)
+    assert summary.failed_rows == {"E605": 2 * MOST_FAILED}
 
 
 def test_unusable_files_are_plain_errors(reranker: Reranker, tmp_path: Path) -> None:

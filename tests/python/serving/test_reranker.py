@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from failing_session import failing
 from tiny_bundle import (
     BETA,
     copy_bundle,
@@ -20,7 +21,7 @@ from tiny_bundle import (
 
 from logratio.data import InvalidRecordError, PreferenceTokenizer, TokenizationRules
 from logratio.extras import MissingExtraError
-from logratio.serving import Reranker, Score
+from logratio.serving import GraphRunError, Reranker, RewardFunction, Score
 from logratio.serving.candidates import Candidate, CandidateGroup
 from logratio.serving.runs import plan_runs
 from logratio.serving.scores import ranked
@@ -312,3 +313,15 @@ def test_two_runtimes_in_one_environment_cause_a_warning(
     monkeypatch.setattr(metadata, "distribution", both)
     with pytest.warns(RuntimeWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
         Reranker.load(folder / "bundle")
+
+
+def test_a_failed_run_of_the_graph_is_an_error_with_its_reason(reranker: Reranker) -> None:
+    broken, _ = failing(reranker)
+    long = ["sad", "sits " * 300]
+    reason = "the graph failed: RuntimeException: Failed to allocate memory$"
+    for call in (broken.rank, broken.token_scores):
+        with pytest.raises(GraphRunError, match=reason):
+            call(PROMPT, long)
+    with pytest.raises(GraphRunError, match=reason):  # not the reward of a bad completion
+        RewardFunction(broken, missing=-10.0)(prompts=[PROMPT], completions=long[1:])
+    assert broken.score(PROMPT, ["sad"]) == reranker.score(PROMPT, ["sad"])

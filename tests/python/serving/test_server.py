@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from broken_reranker import BrokenReranker
+from failing_session import failing
 from fastapi import FastAPI
 from running_server import running
 from starlette.testclient import TestClient
@@ -402,6 +403,19 @@ def test_an_error_is_answered_and_logged_without_the_request(
     records = [record.getMessage() for record in caplog.records]
     assert any(re.fullmatch(r"request \w{32} failed: RuntimeError", text) for text in records)
     assert CANARY not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_a_failed_run_of_the_graph_fails_its_request_only(
+    reranker: Reranker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client_of(failing(reranker)[0]) as client:
+        request = {"query": "the cat", "documents": ["sad", "sits " * 300]}
+        message = refused(client, 500, "graph_failed", json=request)
+        assert message == "the model could not be run for this request"
+        answer = client.post("/v1/rerank", json=request | {"documents": ["sad"]})
+        assert answer.status_code == 200
+    records = [record.getMessage() for record in caplog.records]
+    assert any(re.fullmatch(r"request \w{32} failed: RuntimeException", text) for text in records)
 
 
 def test_request_text_appears_nowhere(
