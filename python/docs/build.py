@@ -24,7 +24,6 @@ PAGE = Path(__file__).with_name("troubleshooting.md")
 METHODS_PAGE = PAGE.with_name("methods.md")
 EXPORT_PAGE = PAGE.with_name("export.md")
 FAMILIES_TABLE = PAGE.parents[2] / "tests/python/export/families.json"
-_PROMPTS = {"shared": "once", "padded": "for each candidate"}
 _RULE_OF_3 = "| --- | --- | --- |"
 _METHODS = re.compile(r"(<!-- methods:.*? -->\n).*?(<!-- /methods -->)", re.DOTALL)
 _FAMILIES = re.compile(r"(<!-- families:.*? -->\n).*?(<!-- /families -->)", re.DOTALL)
@@ -52,11 +51,11 @@ def with_families(page: str) -> str:
     """Return the page with the model types that can be exported, and why others cannot."""
     rows = sorted(json.loads(FAMILIES_TABLE.read_text()).items())
     cells = {kind: f"`{kind}` {row['nats']:.0e}" for kind, row in rows}
-    lines = ["| a prompt is computed | opset | `model_type` and largest difference |", _RULE_OF_3]
+    lines = ["| layout | opset | `model_type` and largest difference |", _RULE_OF_3]
     found = {kind: (row["layout"], row["opset"]) for kind, row in rows}
     for layout, opset in sorted({*found.values()}, reverse=True):
         same = [cells[kind] for kind, one in found.items() if one == (layout, opset)]
-        lines.append(f"| {_PROMPTS[layout]} | {opset} | {', '.join(same)} |")
+        lines.append(f"| {layout} | {opset} | {', '.join(same)} |")
     lines += ["", "| refused, because | `model_type` |", "| --- | --- |"]
     for reason in sorted({*REFUSED.values()}):
         same = [f"`{kind}`" for kind in sorted(REFUSED) if REFUSED[kind] == reason]

@@ -115,8 +115,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         operators = f"{graph['nodes']:,} nodes, {len(graph['operators'])} operators"
         adapters = "; takes adapters" if found["takes_adapters"] else ""
         yield "graph", f"opset {graph['opset']}, {operators}{adapters}"
-    prompts = {"shared": "computed once", "padded": "computed again for each candidate"}
-    yield "prompts", prompts[found["layout"]]
+    prompts = {"shared": "once for all its candidates", "padded": "again for each candidate"}
+    yield "layout", f"{found['layout']}: a prompt is computed {prompts[found['layout']]}"
     yield "precision", _precision(found["precision"])
     yield (
         "tokenization",

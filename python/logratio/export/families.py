@@ -119,6 +119,6 @@ def max_positions(config: PreTrainedConfig) -> int:
 def not_quantizable(config: PreTrainedConfig) -> str | None:
     """Return the part of a model whose weights cannot be stored in 8 or 4 bits, or None."""
     if FAMILIES.get(config.model_type) == PADDED:
-        return "layers that carry a state"
+        return "layers that carry a state (padded layout)"
     is_mixture = any("expert" in key and value for key, value in config.to_dict().items())
     return "experts" if is_mixture else None

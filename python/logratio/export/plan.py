@@ -276,8 +276,8 @@ def _check_bits(precision: Precision, configs: Sequence[PreTrainedConfig]) -> No
     for config in configs:
         if part := not_quantizable(config):
             raise ConfigError(
-                f"--bits {precision.bits}: the {part} of a {config.model_type} model cannot be "
-                "quantized: use --dtype"
+                f"--bits {precision.bits}: the {part} of {config.model_type} models cannot be "
+                "quantized: remove --bits; --dtype float16 or bfloat16 halves the size, too"
             )
 
 

@@ -40,7 +40,8 @@ class ServeConfig(YamlSettings):
     """Settings of one server.
 
     Attributes:
-        bundle: Folder written by `logratio export`, or several; `NAME=FOLDER` names one.
+        bundle: Folder written by `logratio export`, or several; `NAME=FOLDER` names one. Without a
+            name, each of several has that of its folder, and one alone `Manifest.name`.
         host: Address to listen on; any other than this machine's own needs keys or `no_auth`.
         port: Port to listen on; 0 for any free port.
         provider: ONNX Runtime execution provider; None: the CPU.
@@ -115,8 +116,8 @@ class ServeConfig(YamlSettings):
     def folders(self) -> dict[str, Path]:
         """Return the folders of the bundles, by name.
 
-        A bundle has the name of its folder, unless it is given one. The name of a bundle alone is
-        empty then.
+        Each of several bundles has the name of its folder, unless it is given one. The name of a
+        bundle alone is empty then: requests and answers have `Manifest.name`.
 
         Raises:
             ConfigError: There is no bundle, a name has other characters, or two have the same.

@@ -147,9 +147,15 @@ class DocumentFault(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens processed by the model."""
+    """Tokens of a request."""
 
-    prompt_tokens: Annotated[int, Field(description="Tokens of the prompts.")]
+    prompt_tokens: Annotated[
+        int,
+        Field(
+            description="Tokens of the prompts, each counted once, also if the bundle's graph "
+            "computes it again for each candidate (padded layout)."
+        ),
+    ]
     completion_tokens: Annotated[int, Field(description="Tokens scored, of all candidates.")]
     total_tokens: Annotated[int, Field(description="Both together.")]
 

@@ -18,7 +18,14 @@ SERVER = "Server"
 class Model(BaseModel):
     """A bundle, in the format of OpenAI's list of models."""
 
-    id: Annotated[str, Field(description="The name in requests and answers.")]
+    id: Annotated[
+        str,
+        Field(
+            description="The name in requests and answers: that of `--bundle NAME=FOLDER`; without "
+            "it, of its folder if there are several, or `logratio-` and the first 12 digits of the "
+            "policy's digest."
+        ),
+    ]
     object: Literal["model"] = "model"
     created: Annotated[int, Field(description="Start of the server, in seconds since 1970.")]
     owned_by: Literal["logratio"] = "logratio"

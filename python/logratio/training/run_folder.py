@@ -436,12 +436,12 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
             say(f"using beta {given}; the policy was trained with {trained} ({path})")
         return given
     if trained is None:
-        why = f"{path} does not exist"
-        if settings:
-            why = f"{policy} was trained with {settings.get('loss')}, a loss without a reference"
+        give = "give --beta, the reward per nat of log-ratio"
+        if not settings:
+            raise ConfigError(f"{path} does not exist: {give}, with the value of the training")
         raise ConfigError(
-            f"{why}: give --beta, the reward per nat of log-ratio, or no --reference if its reward "
-            "has none"
+            f"{policy} was trained with {settings.get('loss')}, a loss without a reference: {give}; "
+            "`logratio export --reference none` has the reward of that training"
         )
     return trained
 

@@ -30,8 +30,10 @@ def test_inspect_shows_what_a_bundle_contains(bundle: Path, run: Run) -> None:
     assert out.splitlines()[-1] == digest
     for words in ("two models", "0.25", "llama", "float32", "opset 23", "3 ids, 1 long, 1 text"):
         assert words in out
+    assert "shared: a prompt is computed once" in out
     code, out, _ = run("bundle", "inspect", bundle, "--json")
     found = json.loads(out)
+    assert found["layout"] == "shared"
     assert (code, found["digest"], found["beta"]) == (0, digest, 0.25)
     assert found["golden_groups"] == {"ids": 3, "long": 1, "text": 1, "truncated": 1}
     assert found["limits"] == {"max_length": 512, "max_positions": 512, "vocabulary_size": 20}

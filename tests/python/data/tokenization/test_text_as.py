@@ -24,6 +24,7 @@ from logratio.data.inspection import inspect
 from logratio.export import ExportConfig
 from logratio.export.plan import make_plan
 from logratio.serving import Reranker
+from logratio.serving.candidates import CandidateEncoder
 
 ASK, GOOD, BAD = "how are you?", "I am fine.", "bad"
 TEXT = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
@@ -159,6 +160,35 @@ def test_a_bundle_reads_strings_as_training_did(
     text = [score.reward for score in reranker.rank("the cat", candidates)]
     chat = [score.reward for score in reranker.rank([turn("user", "the cat")], candidates)]
     assert (text == chat) == (text_as == "chat")
+
+
+SPACED = (f" {GOOD}\n", f"  {BAD}")
+"""Answers with white space at both ends."""
+SPACED_TEXT = {"prompt": ASK, "chosen": SPACED[0], "rejected": SPACED[1]}
+SPACED_CHAT = {
+    "prompt": [turn("user", ASK)],
+    "chosen": [turn("assistant", SPACED[0])],
+    "rejected": [turn("assistant", SPACED[1])],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "text_as"),
+    [(SPACED_TEXT, "chat"), (SPACED_TEXT, "text"), (SPACED_CHAT, "chat"), (SPACED_CHAT, "text")],
+    ids=["text as chat", "text", "messages, strings as chat", "messages"],
+)
+def test_white_space_around_an_answer_is_served_as_it_was_trained(
+    row: dict[str, Any], text_as: Any, folder: Path, tmp_path: Path
+) -> None:
+    store, _ = store_of(folder, tmp_path / "rows.jsonl", [row], text_as=text_as)
+    served = CandidateEncoder(folder, TokenizationRules(text_as=text_as), truncate=False)
+    group = served.encode(row["prompt"], SPACED)
+    assert [list(one) for one in group.ids] == ids(store, 0)
+    is_stripped = row is SPACED_TEXT and text_as == "chat"
+    is_plain = row is SPACED_TEXT and text_as == "text"
+    after = "" if is_plain else "\n"  # the template writes a line break after its end of turn
+    read = [served.tokenizer.decode(one, skip_special_tokens=True) for one in group.ids[1:]]
+    assert read == [(text.strip() if is_stripped else text) + after for text in SPACED]
 
 
 @pytest.mark.parametrize(
