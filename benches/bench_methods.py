@@ -34,8 +34,8 @@ from methods_tasks import BenchTask, demo_task, story_task
 from shared_material import STORIES, STORIES260K, check_shared
 
 from logratio._rust import ROLES, Store
-from logratio.data.analysis.statistics import wilson
 from logratio.durable import write_atomic
+from logratio.intervals import wilson
 from logratio.progress import be_silent
 from logratio.training import DPOTrainer, EvaluateConfig, TrainConfig, evaluate
 from logratio.training.methods.method import DataKind

@@ -6,7 +6,6 @@ from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from logratio.serving import Reranker
 
-
 MOST_TOKENS = 256
 """Longest candidate of a run that does not fail."""
 

@@ -195,10 +195,11 @@ def _print_evaluation(result: "Evaluation") -> None:
     from rich.table import Table
 
     from logratio.forecast import count
+    from logratio.intervals import spread
 
     table = Table("held-out", count(result.pairs, "pair"))
-    error = 1.96 * result.accuracy_standard_error
-    table.add_row("preference accuracy", f"{result.accuracy:.3f} ± {error:.3f} (95 %)")
+    low, high = result.accuracy_interval
+    table.add_row("preference accuracy", f"{result.accuracy:.3f} (95 %: {low:.3f} to {high:.3f})")
     beta = "" if result.beta is None else f" (β {result.beta:g})"
     table.add_row(f"reward margin{beta}", f"{result.margin:.4f}")
     if result.logratio_chosen is None:
@@ -211,8 +212,9 @@ def _print_evaluation(result: "Evaluation") -> None:
     table.add_row("length rejected", f"{result.length_rejected:.1f} tokens")
     table.add_row("calibration error", f"{result.calibration.expected_error:.3f}")
     if result.kl:
-        spread = 1.96 * result.kl.standard_error
-        table.add_row("KL to the reference", f"{result.kl.nats:.2f} ± {spread:.2f} nats (95 %)")
+        error = spread(result.kl.standard_error)
+        shown = f"{result.kl.nats:.2f}{error} nats{error and ' (95 %)'}"
+        table.add_row("KL to the reference", shown)
         table.add_row("length of samples", f"{result.kl.mean_length:.1f} tokens")
     if len(result.sources) > 1:
         for name, (pairs, accuracy) in result.sources.items():

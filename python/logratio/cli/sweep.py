@@ -210,8 +210,10 @@ def _print_result(result: "SweepResult") -> None:
 
 
 def _figures(row: "SweepRow") -> tuple[str, ...]:
+    from logratio.intervals import spread
+
     if row.failed or not row.evaluation:
         return ("failed", "", "")
     low, high = row.accuracy_interval
-    kl = f"{row.kl:.3g} ± {1.96 * row.kl_error:.2g}" if row.kl == row.kl else ""
+    kl = f"{row.kl:.3g}{spread(row.kl_error)}" if row.kl == row.kl else ""
     return f"{row.accuracy:.3f} ({low:.2f}…{high:.2f})", kl, f"{row.evaluation['margin']:.3g}"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from logratio.demo.run import BETA, Demo, DemoConfig, DemoResult, Judged
 from logratio.extras import require
+from logratio.intervals import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,13 +33,14 @@ def rows(result: DemoResult) -> list[tuple[str, str, str]]:
     """Return the rows of the comparison: name, SFT model, DPO policy."""
     evaluation, kl = result.evaluation, result.evaluation.kl
     assert kl is not None
-    accuracy = f"{evaluation.accuracy:.3f} ± {1.96 * evaluation.accuracy_standard_error:.3f}"
+    low, high = evaluation.accuracy_interval
+    accuracy = f"{evaluation.accuracy:.3f} ({low:.3f} to {high:.3f})"
     return [
         ("hidden rule, mean score", _mean(result.sft), _mean(result.dpo)),
         ("win rate by the rule", "0.500", f"{result.win_rate:.3f}"),
         ("preference accuracy", "0.500 (ties)", accuracy),
         ("reward margin", "0", f"{evaluation.margin:.3f}"),
-        ("KL to the reference, nats", "0", f"{kl.nats:.2f} ± {1.96 * kl.standard_error:.2f}"),
+        ("KL to the reference, nats", "0", f"{kl.nats:.2f}{spread(kl.standard_error)}"),
         ("mean length, words", _length(result.sft), _length(result.dpo)),
     ]
 
@@ -129,7 +131,7 @@ def show(config: DemoConfig) -> DemoResult:
 def _models(result: DemoResult) -> Table:
     pairs = result.evaluation.pairs
     count = len(result.sft.rewards)
-    title = f"{count} held-out prompts, {pairs} held-out pairs (± is 95 %)"
+    title = f"{count} held-out prompts, {pairs} held-out pairs (intervals are 95 %)"
     table = Table("", "SFT model", "DPO policy", title=title)
     for row in rows(result):
         table.add_row(*row)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from logratio.durable import write_atomic
+from logratio.intervals import spread
 from logratio.report import pictures
 from logratio.report.falling import last_fall
 from logratio.report.run_files import Row, RunFiles, read_run
@@ -170,7 +171,7 @@ def _evaluated(row: Row, name: str) -> str:
     if name == "eval_rewards/accuracies" and interval:
         text += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
     if name == "eval_kl" and row.get("kl"):
-        text += f" ± {1.96 * row['kl']['standard_error']:.2g}"
+        text += spread(row["kl"]["standard_error"])
     return text
 
 

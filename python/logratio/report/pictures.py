@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logratio.intervals import around
 from logratio.picture_style import BLUE, GREEN, GREY, ORANGE, STYLE
 from logratio.report.run_files import Row, RunFiles
 
@@ -153,8 +154,8 @@ def _draw_intervals(
         if "eval_rewards/accuracies" in shown and row.get("accuracy_interval"):
             bars.append((row["step"], *row["accuracy_interval"]))
         if "eval_kl" in shown and row.get("kl"):
-            spread = 1.96 * row["kl"]["standard_error"]
-            bars.append((row["step"], row["eval_kl"] - spread, row["eval_kl"] + spread))
+            variance = row["kl"]["standard_error"] ** 2
+            bars.append((row["step"], *around(row["eval_kl"], variance)))
     for step, low, high in bars:
         axes.plot([step, step], [low, high], color=GREEN, linewidth=0.8)
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from logratio._rust import Store
 from logratio.data.analysis.distributions import calibration, distributions
 from logratio.data.analysis.evaluation_result import KlEstimate, by_source
-from logratio.data.analysis.statistics import wilson
 from logratio.data.readers.inputs import as_inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError, LogratioError
+from logratio.intervals import spread, wilson
 from logratio.logps.batch import Batch
 from logratio.progress import say
 from logratio.training.config import TrainConfig
@@ -225,7 +225,7 @@ class HeldOutResult:
             margin = self.metrics["eval_rewards/margins"]
             text += f", accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}], margin {margin:.3f}"
         if self.kl:
-            text += f", KL {self.kl.nats:.2f} ± {1.96 * self.kl.standard_error:.2f} nats"
+            text += f", KL {self.kl.nats:.2f}{spread(self.kl.standard_error)} nats"
         return text
 
     def sample_rows(self) -> list[dict[str, Any]]:

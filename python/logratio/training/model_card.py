@@ -10,6 +10,7 @@ from logratio import __version__
 from logratio.data.store.row_report import DataReport
 from logratio.durable import write_atomic
 from logratio.errors import hub_id
+from logratio.intervals import spread
 from logratio.training.config import TrainConfig
 from logratio.training.given_model import name_of
 from logratio.training.methods.objective import ALONE, Objective, Term
@@ -229,7 +230,8 @@ def _evaluation(row: Mapping[str, Any]) -> list[tuple[str, str]]:
                 low, high = row["accuracy_interval"]
                 text += f" (95 %: {low:.3f} to {high:.3f})"
             if name == "eval_kl" and row.get("kl"):
-                text += f" ± {1.96 * row['kl']['standard_error']:.2g} (95 %)"
+                error = spread(row["kl"]["standard_error"])
+                text += f"{error}{error and ' (95 %)'}"
             rows.append((words, text))
     return rows
 

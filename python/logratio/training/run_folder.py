@@ -439,9 +439,10 @@ def reward_beta(policy: PathLike, given: float | None) -> float:
         give = "give --beta, the reward per nat of log-ratio"
         if not settings:
             raise ConfigError(f"{path} does not exist: {give}, with the value of the training")
+        loss = settings.get("loss")
         raise ConfigError(
-            f"{policy} was trained with {settings.get('loss')}, a loss without a reference: {give}; "
-            "`logratio export --reference none` has the reward of that training"
+            f"{policy} was trained with {loss}, a loss without a reference: {give}, or export it "
+            "with --reference none, for the reward of that training"
         )
     return trained
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logratio.data.analysis.evaluation_result import Evaluation
-from logratio.data.analysis.statistics import wilson
 from logratio.durable import published, sync
 from logratio.extras import MissingExtraError, require
+from logratio.intervals import wilson
 from logratio.picture_style import BLUE, GREEN, NO_DATE, ORANGE, SKY, STYLE
 from logratio.progress import say
 from logratio.training.config import TrainConfig

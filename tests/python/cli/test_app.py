@@ -17,6 +17,7 @@ from logratio.cli import precompute as precomputing
 from logratio.cli import train as commands
 from logratio.cli.app import main, spread
 from logratio.data import FormatSettings, TokenizationRules
+from logratio.intervals import wilson
 from logratio.training import (
     Cluster,
     EvaluateConfig,
@@ -116,9 +117,11 @@ def test_precompute_train_evaluate(
     policy = ("--policy", tmp_path / "out", "--reference", tiny_model, "--data", pairs_file)
     code, out, _ = run("evaluate", *policy, "--samples", "4", "--json", tmp_path / "result.json")
     assert code == 0
-    assert "preference accuracy" in out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["pairs"] == 16
+    low, high = wilson(result["accuracy"], 16)
+    assert result["accuracy_interval"] == [low, high]
+    assert f"{result['accuracy']:.3f} (95 %: {low:.3f} to {high:.3f})" in out
     assert result["kl"]["samples"] == 4
     code, out, _ = run("evaluate", *policy, "--json", "-")
     assert code == 0

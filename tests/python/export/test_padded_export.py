@@ -81,7 +81,8 @@ def test_what_is_not_a_product_of_matrices_is_not_quantized(
     kind: str, part: str, tmp_path: Path
 ) -> None:
     policy = saved(tmp_path / "policy", kind, 0)
-    with pytest.raises(ConfigError, match=f"the {part}.* of {kind} models .*remove bits; dtype float16"):
+    message = f"the {part}.* of {kind} models .*remove bits; dtype float16"
+    with pytest.raises(ConfigError, match=message):
         plan_export(ExportConfig(policy, "none", tmp_path / "bundle", 1.0, bits=8))
 
 

@@ -17,6 +17,7 @@ from logratio.data.store.load import StoreMismatchError
 from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import ConfigError
+from logratio.intervals import wilson
 from logratio.serving import Reranker, bundle_pairs, evaluate_bundle
 from logratio.training import EvaluateConfig, evaluate
 
@@ -138,8 +139,11 @@ def test_the_command_prints_and_writes_it(
     code, out, _ = run(capsys, *given)
     assert code == 0
     assert "preference accuracy" in out and "calibration error" in out
-    code, out, _ = run(capsys, *given, "--json", "-")
-    assert json.loads(out)["pairs"] == 30
+    code, shown, _ = run(capsys, *given, "--json", "-")
+    result = json.loads(shown)
+    low, high = wilson(result["accuracy"], 30)
+    assert (result["pairs"], result["accuracy_interval"]) == (30, [low, high])
+    assert f"(95 %: {low:.3f} to {high:.3f})" in out
     code, out, err = run(capsys, *given, "--dry-run")
     assert (code, out) == (0, "") and "30" in err
 

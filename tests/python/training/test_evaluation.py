@@ -18,6 +18,7 @@ from tiny_models import WORDS
 from logratio.data.formats.settings import FormatSettings
 from logratio.errors import ConfigError
 from logratio.forecast import OutputError
+from logratio.intervals import wilson
 from logratio.training import EvaluateConfig, TrainConfig, evaluate, load_model, train
 from logratio.training.evaluation import drawn_logratios, sample_completions
 
@@ -26,6 +27,7 @@ def test_policy_equal_to_reference(tiny_model: Path, pairs_file: Path) -> None:
     result = evaluate(EvaluateConfig(tiny_model, tiny_model, [pairs_file], beta=0.1, samples=8))
     assert result.pairs == 16
     assert result.accuracy == 0.5  # every pair ties, and a tie counts half
+    assert result.accuracy_interval == wilson(0.5, 16)
     assert result.margin == 0.0
     assert result.kl is not None
     assert result.kl.nats == 0.0

@@ -20,8 +20,8 @@ from stop_after import stop_after
 from torch import Tensor
 
 from logratio._rust import Store, StoreWriter
-from logratio.data.analysis.statistics import wilson
 from logratio.errors import ConfigError, LogratioError
+from logratio.intervals import wilson
 from logratio.training import (
     Callback,
     HeldOutResult,

@@ -10,6 +10,7 @@ import numpy as np
 from logratio._rust import ROLES, Store
 from logratio.data.analysis.distributions import Calibration, calibration
 from logratio.forecast import count
+from logratio.intervals import Interval, wilson
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class KlEstimate:
 
     Attributes:
         nats: Mean of log π − log π_ref per completion, over completions sampled from the policy.
-        standard_error: Standard error of that mean.
+        standard_error: Standard error of that mean; NaN for a single sample.
         samples: Number of sampled completions.
         mean_length: Mean length of the completions, in tokens.
     """
@@ -39,7 +40,9 @@ class Evaluation:
         pairs: Number of pairs.
         beta: β of the rewards; None for a reward model.
         accuracy: Share of pairs whose chosen reward is higher; a tie counts half.
-        accuracy_standard_error: Binomial standard error of `accuracy`.
+        accuracy_standard_error: Binomial standard error of `accuracy`, which is 0 if `accuracy` is
+            0 or 1: the interval is the better measure.
+        accuracy_interval: 95 % interval of `accuracy`, by Wilson: see `wilson`.
         margin: Mean of chosen minus rejected reward.
         reward_chosen, reward_rejected: Mean rewards.
         logratio_chosen, logratio_rejected: Mean log-ratios, in nats per completion; None for a
@@ -55,6 +58,7 @@ class Evaluation:
     beta: float | None
     accuracy: float
     accuracy_standard_error: float
+    accuracy_interval: Interval
     margin: float
     reward_chosen: float
     reward_rejected: float
@@ -105,6 +109,7 @@ def summarize(
         beta=beta,
         accuracy=accuracy,
         accuracy_standard_error=float(np.sqrt(accuracy * (1 - accuracy) / len(margins))),
+        accuracy_interval=wilson(accuracy, len(margins)),
         margin=float(margins.mean()),
         reward_chosen=float(rewards[chosen].mean()),
         reward_rejected=float(rewards[rejected].mean()),

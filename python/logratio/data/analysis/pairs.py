@@ -12,11 +12,9 @@ from logratio._rust import Store, near_duplicates
 from logratio.data.analysis.statistics import (
     Columns,
     Distribution,
-    Interval,
     Places,
-    around,
-    wilson,
 )
+from logratio.intervals import Interval, around, wilson
 
 THRESHOLD = 0.8
 """Default for the least Jaccard index of the shingles of similar groups."""

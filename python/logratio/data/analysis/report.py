@@ -21,7 +21,6 @@ from logratio.data.analysis.pairs import (
 from logratio.data.analysis.statistics import (
     Columns,
     Distribution,
-    Interval,
     Places,
     bars,
     histogram,
@@ -48,6 +47,7 @@ from logratio.data.tokenization.groups import TokenizationRules
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.errors import LogratioError
 from logratio.forecast import count
+from logratio.intervals import Interval
 
 NOTABLE_SIMILAR = 0.01
 """Warn if at least this share of the groups resembles an earlier one."""

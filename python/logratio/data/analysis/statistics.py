@@ -1,10 +1,9 @@
-"""Statistics of a store's columns: distributions, histograms, 95 % intervals."""
+"""Statistics of a store's columns: distributions and histograms."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -13,35 +12,11 @@ from numpy.typing import NDArray
 from logratio._rust import ROLES, Store
 from logratio.data.records import CANDIDATE, CHOSEN, REJECTED, Source
 
-_Z = 1.959963984540054
-
-Interval = tuple[float, float]
-
-
-def wilson(share: float, count: float) -> Interval:
-    """Return Wilson's 95 % score interval of a share in ``count`` independent trials.
-
-    It is inside [0, 1], also for shares of 0 and 1. For a mean of values in [0, 1] (a tie counts
-    one half) it is conservative, because their variance is not larger.
-    """
-    if count <= 0:
-        return 0.0, 1.0
-    spread = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    middle = share + _Z**2 / (2 * count)
-    scale = 1 + _Z**2 / count
-    # At shares of 0 and 1 the share is an end of the interval; rounding must not exclude it.
-    return min(share, (middle - spread) / scale), max(share, (middle + spread) / scale)
-
 
 def written(value: float, digits: int, *, sign: bool = False) -> str:
     """Format a number with a true minus sign and without −0; ``sign`` also writes a plus."""
     value = round(value, digits) or 0.0
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def around(estimate: float, variance: float) -> Interval:
-    """Return the normal 95 % interval of an estimate with this variance."""
-    return estimate - _Z * sqrt(variance), estimate + _Z * sqrt(variance)
 
 
 _DENSE = 1 << 22  # widest range that is counted in a dense array

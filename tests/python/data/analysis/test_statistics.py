@@ -28,7 +28,6 @@ from logratio.data.analysis.statistics import (
     binned,
     histogram,
     side_by_side,
-    wilson,
     written,
 )
 from logratio.data.analysis.token_use import BUDGET, UPDATE, padding, sharing
@@ -98,22 +97,6 @@ def test_an_empty_store_has_no_statistics() -> None:
     none = Distribution.of(np.zeros(0, np.int64))
     numbers = none.count, none.mean, none.deviation, none.median, none.largest, none.quantile(0.5)
     assert numbers == (0, 0, 0, 0, 0, 0)
-
-
-def test_wilsons_interval() -> None:
-    # Newcombe (1998), table I: 81 of 263, and 0 of 20.
-    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    assert wilson(0.5, 0) == (0, 1)
-
-
-def test_wilson_intervals_hold_the_share_as_often_as_they_claim() -> None:
-    """Against 20,000 draws; a normal interval fails at such shares."""
-    rng = np.random.default_rng(0)
-    for share, count in ((0.9, 40), (0.5, 30)):
-        drawn = rng.binomial(count, share, 20_000) / count
-        held = [low <= share <= high for low, high in (wilson(one, count) for one in drawn)]
-        assert 0.93 < np.mean(held) < 0.97
 
 
 def test_length_bias_by_hand() -> None:
