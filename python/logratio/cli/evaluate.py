@@ -64,6 +64,20 @@ Reference = Annotated[
 ]
 
 
+_HAS = "the bundle has its own models and β"
+_WRITES = "a bundle cannot write completions"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("policy", "reference", "beta"), _HAS),
+    **dict.fromkeys(("samples", "samples_file", "max_new_tokens", "seed"), _WRITES),
+    **dict.fromkeys(
+        ("device", "precision"), "ONNX Runtime computes it on the CPU, in the bundle's precision"
+    ),
+    "token_budget": "the reranker divides the pairs into runs of a fixed size",
+    "share_beginnings": "its graph shares a prompt only between the answers of one pair, if at all",
+}
+"""Settings of models in torch that `--bundle` refuses, and why."""
+
+
 @takes_config("EvaluateConfig")
 @takes_flags
 def evaluate(
@@ -97,9 +111,13 @@ def evaluate(
             "beta": beta,
             "device": device,
         }
-        given |= {"precision": precision, "samples": None if sampling == SAMPLING else sampling}
-        given |= {"token-budget": None if token_budget == BUDGET else token_budget}
-        given |= {"share-beginnings": share_beginnings or None}
+        given |= {"precision": precision, "share_beginnings": share_beginnings or None}
+        given |= {"token_budget": None if token_budget == BUDGET else token_budget}
+        before = SAMPLING.settings()
+        given |= {
+            name: None if value == before[name] else value
+            for name, value in sampling.settings().items()
+        }
         _refuse_of_bundle(given, reading)
         _evaluate_bundle((bundle, base), data, reading, json_file, dry_run)
         return
@@ -152,10 +170,13 @@ def _show(result: "Evaluation", json_file: Path | None) -> None:
 
 def _refuse_of_bundle(given: Mapping[str, object], reading: Reading) -> None:
     """Refuse settings that a bundle has itself, or cannot have."""
-    changed = [name for name, value in given.items() if value is not None]
+    changed: dict[str, list[str]] = {}
+    for name, value in given.items():
+        if value is not None:
+            changed.setdefault(REFUSED[name], []).append(f"--{name.replace('_', '-')}")
     if changed:
-        flags = ", ".join(f"--{name}" for name in changed)
-        raise ConfigError(f"--bundle has its own models and β, and cannot write: remove {flags}")
+        parts = (f"remove {', '.join(flags)}: {why}" for why, flags in changed.items())
+        raise ConfigError(f"with --bundle, {'; '.join(parts)}")
     if reading.rules != READING.rules:
         raise ConfigError(
             "--bundle has its own tokenization rules: remove the flags that change them, such as "

@@ -84,7 +84,8 @@ def _layout_of(model: nn.Module, *, share_beginnings: bool) -> tuple[str, str]:
 def layout_note(layout: str, reason: str, *, share_beginnings: bool) -> str | None:
     """Return a note if a model got a slower layout than requested, else None."""
     if layout == "padded":
-        return f"using the padded layout, which is slower: {reason}"
+        unshared = "; it shares no beginnings" if share_beginnings else ""
+        return f"using the padded layout, which is slower: {reason}{unshared}"
     if share_beginnings and layout != "tree":
         return f"beginnings are shared within groups, not across them: {reason}"
     return None

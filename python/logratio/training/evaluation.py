@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from logratio._rust import Store
 from logratio.data.analysis.evaluation_result import Evaluation, KlEstimate, summarize
+from logratio.data.analysis.token_use import BatchSharing
 from logratio.data.feed import Feed, FeedSettings, lay_out
 from logratio.data.readers.inputs import Inputs
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
@@ -383,19 +384,34 @@ class Evaluating:
     @cached_property
     def forecast(self) -> Forecast:
         """Memory and time of the evaluation."""
-        tokens = float(self.dataset.store.shared_lengths().sum())
+        tokens = (
+            self.sharing.together
+            if self.sharing
+            else int(self.dataset.store.shared_lengths().sum())
+        )
+        shared = f", {self.sharing.to_text()}, if the models can" if self.sharing else ""
         return Forecast(
             memory_bytes=memory.scoring_bytes(
                 self.config.models,
-                min(self.config.token_budget, int(tokens)),
+                min(self.config.token_budget, tokens),
                 precision=self.precision,
             ),
             disk_bytes=0,
             disk_path=Path(),
-            seconds=memory.evaluation_seconds(self.config, self.dataset.store),
+            seconds=memory.evaluation_seconds(self.config, self.dataset.store, tokens),
             notes=f"{len(self.dataset.store):,} pairs, {self.config.samples} samples, "
-            f"{precision_note(self.config)}",
+            f"{precision_note(self.config)}{shared}",
         )
+
+    @cached_property
+    def sharing(self) -> BatchSharing | None:
+        """The tokens of this process's batches with shared beginnings; None: not requested."""
+        if not self.config.share_beginnings:
+            return None
+        store, budget = self.dataset.store, self.config.token_budget
+        settings = _feed_settings(store, budget, "tree", self.device)
+        plan = settings.plan(store, 0, self.processes.rank, self.processes.count)
+        return BatchSharing.of(store, plan.order, plan.micro_offsets)
 
     def run(self) -> Evaluation:
         """Score the pairs, sample completions if requested, and summarize.
@@ -415,20 +431,30 @@ class Evaluating:
             autocast(self.precision, self.device),
             progress("evaluating", total, "pairs", show=self.show_progress) as advance,
         ):
-            values, *others = (self._sums(model, advance) for model in models)
+            layouts = [self._layout(model) for model in models]
+            if self.sharing and self.show_progress and {*layouts} == {"tree"}:
+                say(self.sharing.to_text())
+            values, *others = (
+                self._sums(model, layout, advance)
+                for model, layout in zip(models, layouts, strict=True)
+            )
             samples = self.config.samples and self.processes.is_first
             kl = self._kl(*models) if samples else None
         self.processes.wait()
         lengths = self._turns.lengths().numpy() if self._turns else None
         return summarize(store, values - others[0] if others else values, self.beta, kl, lengths)
 
-    def _sums(self, model: nn.Module, advance: Advance) -> np.ndarray:
-        """Return the summed log-probs, or scores, of every completion, float64 `[N]`."""
+    def _layout(self, model: nn.Module) -> str:
+        """Choose the best layout that a model supports; print a note if it is slower."""
         wanted = self.config.share_beginnings
         layout, reason = choose_layout(model, share_beginnings=wanted)
         note = layout_note(layout, reason, share_beginnings=wanted)
         if note and self.show_progress:
             say(note)
+        return layout
+
+    def _sums(self, model: nn.Module, layout: str, advance: Advance) -> np.ndarray:
+        """Return the summed log-probs, or scores, of every completion, float64 `[N]`."""
         return sums_over(
             self.dataset.store,
             lambda batch: model_sums(model, batch, self._turns),
@@ -520,16 +546,9 @@ def sums_over(
     """
     processes = processes or Processes()
     sums = np.zeros(store.completions)
-    settings = FeedSettings(
-        order="sorted",
-        groups_per_update=len(store),
-        token_budget=token_budget,
-        layout=layout,
-        **shape_for(layout, device),
-    )
     own = Feed(
         store,
-        settings,
+        _feed_settings(store, token_budget, layout, device),
         rank=processes.rank,
         world_size=processes.count,
         allocate=buffers_for(device),
@@ -547,6 +566,19 @@ def sums_over(
             advance(0)
     whole: np.ndarray = processes.total(torch.from_numpy(sums)).numpy()
     return whole
+
+
+def _feed_settings(
+    store: Store, token_budget: int, layout: str, device: torch.device
+) -> FeedSettings:
+    """Return the settings of one pass over a store."""
+    return FeedSettings(
+        order="sorted",
+        groups_per_update=len(store),
+        token_budget=token_budget,
+        layout=layout,
+        **shape_for(layout, device),
+    )
 
 
 @torch.no_grad()

@@ -172,15 +172,15 @@ def _held_out_seconds(config: TrainConfig, store: Store, times: int, kind: str) 
     return total
 
 
-def evaluation_seconds(config: EvaluateConfig, store: Store) -> float:
+def evaluation_seconds(config: EvaluateConfig, store: Store, tokens: float) -> float:
     """Estimate the time to score groups with policy and reference and to sample, in seconds.
 
     Args:
         config: Settings of the evaluation.
         store: The held-out groups.
+        tokens: Tokens that each model computes to score them.
     """
     where = config.device, precision_of(config)
-    tokens = float(store.shared_lengths().sum())
     drawn = sampled_tokens(store, config.samples, config.max_new_tokens)
     total = sum(seconds(model, tokens + drawn, FORWARD, *where) for model in config.models)
     samplers = config.models if config.samples_file else config.models[:1]

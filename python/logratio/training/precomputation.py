@@ -13,6 +13,7 @@ import numpy as np
 
 from logratio._rust import CacheFolder
 from logratio.cache.identity import record_tolerance
+from logratio.data.analysis.token_use import BatchSharing
 from logratio.data.readers.inputs import Inputs, as_inputs, names_stdin
 from logratio.errors import ConfigError, LogratioError
 from logratio.extras import require
@@ -339,8 +340,11 @@ class Precompute:
         """Memory, disk space and time of the pass."""
         config, work = self.config, self.work
         device = config.device if config.engine == "local" else "cpu"
-        read = float(self.store.shared_lengths()[work.groups].sum())
         at_once = token_budget(config.token_budget, config.model, default_device(device))
+        read, shared = float(self.store.shared_lengths()[work.groups].sum()), ""
+        if config.share_beginnings and len(work.groups):
+            sharing = BatchSharing.of_pass(self.store, work.groups, at_once.tokens)
+            read, shared = float(sharing.together), f", {sharing.to_text()}, if the model can"
         part = "" if self.share.count == 1 else f"share {self.share}: "
         return Forecast(
             memory_bytes=memory.scoring_bytes(
@@ -353,7 +357,7 @@ class Precompute:
             disk_path=Path(config.cache),
             seconds=memory.seconds(config.model, read, memory.FORWARD, device, self.precision),
             notes=f"{part}{len(work.rows):,} completions to score, {work.tokens:,} tokens, "
-            f"{precision_note(config)}",
+            f"{precision_note(config)}{shared}",
         )
 
     def run(self) -> PrecomputeResult:

@@ -13,6 +13,7 @@ import torch
 
 from logratio._rust import CacheReader, CacheWriter, Store
 from logratio.cache.identity import FINGERPRINT_FILE, record_conditions
+from logratio.data.analysis.token_use import BatchSharing
 from logratio.data.feed import lay_out, prefetch
 from logratio.data.store.load import source_names
 from logratio.durable import write_atomic
@@ -352,6 +353,8 @@ class ReferenceScorer:
         if note := layout_note(self.layout, reason, share_beginnings=wanted):
             report(note)
         self.budget = token_budget(config.token_budget, config.model, device)
+        if self.layout == "tree":
+            report(BatchSharing.of_pass(self.store, work.groups, self.budget.tokens).to_text())
         self._buffers = buffers_for(device)
         self._check_hits(work, config.sums_only)
         record_conditions(work.folder, conditions(self.model, self.layout))

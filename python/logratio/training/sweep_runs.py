@@ -193,7 +193,9 @@ class Sweep:
         where = base.device, self.precision
         scoring = seconds(self.reference, tokens, FORWARD, *where) if tokens else 0.0
         how = self._evaluation(Path(), base.model)
-        evaluating = len(self.runs) * evaluation_seconds(how, held_out)
+        evaluating = len(self.runs) * evaluation_seconds(
+            how, held_out, float(held_out.shared_lengths().sum())
+        )
         each = [training_forecast(self._cached(run), store) for run in self.runs]
         return replace(
             each[0],

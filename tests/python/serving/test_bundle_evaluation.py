@@ -1,6 +1,8 @@
 """`evaluate --bundle` agrees with torch's evaluation of the same models, without torch."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import ROOT
 from tiny_bundle import BETA, copy_bundle, tiny_bundle, with_template
 
 from logratio.bundle import CACHED_REFERENCE
 from logratio.cli.app import main
+from logratio.cli.evaluate import REFUSED
 from logratio.data.store.build import build_store
 from logratio.data.store.load import StoreMismatchError
 from logratio.data.tokenization.groups import TokenizationRules
@@ -153,8 +157,15 @@ def test_the_command_prints_and_writes_it(
     [
         (("--policy", "p"), "remove --policy"),
         (("--beta", "0.1"), "remove --beta"),
-        (("--samples", "3"), "remove --samples"),
-        (("--token-budget", "64"), "remove --token-budget"),
+        (("--samples", "3"), "remove --samples: a bundle cannot write"),
+        (("--samples-file", "s"), "remove --samples-file: a bundle cannot write"),
+        (("--token-budget", "64"), "remove --token-budget: the reranker divides"),
+        (("--share-beginnings",), "remove --share-beginnings: its graph shares a prompt only"),
+        (
+            ("--beta", "0.1", "--policy", "p", "--device", "cpu"),
+            "with --bundle, remove --policy, --beta: the bundle has its own models and β; remove "
+            "--device: ONNX Runtime computes it on the CPU",
+        ),
         (("--max-length", "64"), "its own tokenization rules"),
     ],
 )
@@ -165,6 +176,32 @@ def test_settings_that_a_bundle_has_itself_are_refused(
         capsys, "evaluate", "--bundle", folder / "bundle", "--data", "nothing.jsonl", *more
     )
     assert code != 0 and message in err
+
+
+_VALUES = {
+    **dict.fromkeys(("policy", "reference", "samples-file"), "x"),
+    **dict.fromkeys(("beta", "samples", "seed", "token-budget", "max-new-tokens"), "3"),
+    **dict.fromkeys(("max-length", "max-prompt-length"), "64"),
+    **{"device": "cpu", "precision": "fp32", "prompt-truncation": "keep_end"},
+    "date": "2026-11-29",
+}
+"""A value of each flag that takes one."""
+
+
+def test_the_flags_that_the_manual_lists_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "python/docs/serving.md").read_text()
+    listed = page.partition("`--bundle` refuses")[2].partition("\n\n")[0]
+    flags = re.findall(r"`--([a-z-]+)`", listed)
+    assert {*flags} >= {name.replace("_", "-") for name in REFUSED}
+    for flag in flags:
+        more = (f"--{flag}", *filter(None, [_VALUES.get(flag)]))
+        given = ("evaluate", "--bundle", folder / "bundle", "--data", "nothing.jsonl")
+        code, _, err = run(capsys, *given, *more)
+        assert code != 0 and "--bundle" in err and "remove" in err, flag
+    rules = {field.name for field in dataclasses.fields(TokenizationRules)}
+    assert len([flag for flag in flags if flag.replace("-", "_") not in REFUSED]) > len(rules)
 
 
 def test_a_policy_or_a_bundle_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import WORDS
+from small_configs import small_config
+from small_models import model_of
+from tiny_models import WORDS, word_tokenizer
 from torch import nn
 
 from logratio.logps.batch import Batch, Layout, SharedBatch, TreeBatch
@@ -19,7 +23,9 @@ from logratio.training import (
     TrainConfig,
     evaluate,
     evaluation,
+    precomputation,
     precompute,
+    reference_scorer,
     train,
 )
 from logratio.training.dataset import load_dataset
@@ -147,6 +153,54 @@ def test_an_evaluation_finds_the_same_with_fewer_tokens(
     assert 0 < one["accuracy"] == other["accuracy"]
     assert one["margin"] == pytest.approx(other["margin"], abs=1e-5)
     assert 0 < tokens[TreeBatch] < tokens[SharedBatch] * 0.6
+
+
+def test_evaluate_and_precompute_print_what_they_compute_and_save(
+    tiny_model: Path,
+    talks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    computed, lay = Counter[str](), evaluation.to_torch
+
+    def counting(arrays: Layout, device: torch.device) -> Batch:
+        computed["tokens"] += arrays.input_ids.size
+        return lay(arrays, device)
+
+    monkeypatch.setattr(evaluation, "to_torch", counting)
+    monkeypatch.setattr(reference_scorer, "to_torch", counting)
+    settings: dict[str, Any] = {"token_budget": 256, "share_beginnings": True}
+    commands = [
+        evaluation.prepare(EvaluateConfig(tiny_model, tiny_model, [talks], 0.1, **settings)),
+        precomputation.prepare(
+            PrecomputeConfig(tiny_model, [talks], tmp_path / "cache", **settings)
+        ),
+    ]
+    for models, command in zip((2, 1), commands, strict=True):
+        forecast = command.forecast.to_text()
+        computed.clear()
+        command.run()
+        tokens = f"shared beginnings: {computed['tokens'] // models:,} tokens instead of "
+        assert tokens in forecast
+        assert capsys.readouterr().err.count(tokens) == 1, "once, also for two models"
+        assert float(re.findall(r"\(([\d.]+) % saved\)", forecast)[0]) > 40
+
+
+def test_a_padded_model_says_that_it_shares_no_beginnings(
+    talks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "lfm2"
+    model_of(small_config("lfm2"), 0).save_pretrained(model)
+    word_tokenizer().save_pretrained(model)
+    shared = EvaluateConfig(model, model, [talks], beta=0.1, share_beginnings=True)
+    for config in (shared, dataclasses.replace(shared, share_beginnings=False)):
+        capsys.readouterr()
+        evaluate(config)
+        printed = capsys.readouterr().err
+        assert "using the padded layout, which is slower" in printed
+        assert ("; it shares no beginnings" in printed) == config.share_beginnings
+        assert "tokens instead of" not in printed
 
 
 def test_a_run_is_resumed_only_with_the_same_setting(

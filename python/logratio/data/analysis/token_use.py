@@ -245,3 +245,42 @@ def sharing(store: Store) -> Sharing | None:
         one_pass=tokens(in_order, store.tree_cuts(in_order, BUDGET)),
         whole=tokens(in_order, np.array([0, len(store)])),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSharing:
+    """Tokens of given batches with and without shared beginnings.
+
+    Attributes:
+        together: Tokens that are computed with the tree layout.
+        alone: Tokens that are computed with each prompt once per group.
+    """
+
+    together: int
+    alone: int
+
+    @classmethod
+    def of(cls, store: Store, groups: np.ndarray, offsets: np.ndarray) -> "BatchSharing":
+        """Count the tokens of batches.
+
+        Args:
+            store: The store.
+            groups: The groups in the order of the batches, int64 `[G]`.
+            offsets: Where each batch begins in `groups`, and the end, int64 `[B + 1]`.
+        """
+        alone = store.shared_lengths()[groups].sum(dtype=np.int64)
+        return cls(int(store.tree_tokens(groups, offsets).sum()), int(alone))
+
+    @classmethod
+    def of_pass(cls, store: Store, groups: np.ndarray, token_budget: int) -> "BatchSharing":
+        """Count the tokens of a pass over groups, int64 `[G]`, that may order them freely."""
+        order = store.tree_order(groups)
+        return cls.of(store, order, store.tree_cuts(order, token_budget))
+
+    def to_text(self) -> str:
+        """Return the counts and the saving as text."""
+        saved = 1 - self.together / max(self.alone, 1)
+        return (
+            f"shared beginnings: {self.together:,} tokens instead of {self.alone:,} "
+            f"({100 * saved:.1f} % saved)"
+        )
