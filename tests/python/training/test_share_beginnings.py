@@ -16,7 +16,7 @@ from small_models import model_of
 from tiny_models import WORDS, word_tokenizer
 from torch import nn
 
-from logratio.logps.batch import Batch, Layout, SharedBatch, TreeBatch
+from logratio.logps.batch import Batch, Layout, SharedBatch, TreeBatch, to_torch
 from logratio.training import (
     EvaluateConfig,
     PrecomputeConfig,
@@ -162,16 +162,16 @@ def test_evaluate_and_precompute_print_what_they_compute_and_save(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    computed, lay = Counter[str](), evaluation.to_torch
+    computed = Counter[str]()
 
     def counting(arrays: Layout, device: torch.device) -> Batch:
         computed["tokens"] += arrays.input_ids.size
-        return lay(arrays, device)
+        return to_torch(arrays, device)
 
     monkeypatch.setattr(evaluation, "to_torch", counting)
     monkeypatch.setattr(reference_scorer, "to_torch", counting)
     settings: dict[str, Any] = {"token_budget": 256, "share_beginnings": True}
-    commands = [
+    commands: list[evaluation.Evaluating | precomputation.Precompute] = [
         evaluation.prepare(EvaluateConfig(tiny_model, tiny_model, [talks], 0.1, **settings)),
         precomputation.prepare(
             PrecomputeConfig(tiny_model, [talks], tmp_path / "cache", **settings)
