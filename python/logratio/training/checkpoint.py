@@ -259,16 +259,26 @@ def _check_identity(path: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Describe the settings in which two identities differ, with their values; "" if in none."""
-    names = [name for name, value in now.items() if before.get(name) != value]
-    return ", ".join(f"{name}{_values(before.get(name), now[name])}" for name in names)
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], where: tuple[str, str] = ("before", "now")
+) -> str:
+    """Describe the settings in which two identities differ, with their values; "" if in none.
+
+    Args:
+        one: An identity.
+        other: The identity to compare it with; only its settings are compared.
+        where: The words after the values of `one` and of `other`.
+    """
+    names = [name for name, value in other.items() if one.get(name) != value]
+    return ", ".join(f"{name}{_values(one.get(name), other[name], where)}" for name in names)
 
 
-def _values(before: Any, now: Any) -> str:
+def _values(one: Any, other: Any, where: tuple[str, str]) -> str:
     """Return both values for a message, unless they are digests or too long to compare."""
-    texts = [json.dumps(value) for value in (before, now)]
-    return f" ({texts[0]} before, {texts[1]} now)" if max(map(len, texts)) < 30 else ""
+    texts = [json.dumps(value) for value in (one, other)]
+    if max(map(len, texts)) >= 30:
+        return ""
+    return f" ({texts[0]} {where[0]}, {texts[1]} {where[1]})"
 
 
 def _load(

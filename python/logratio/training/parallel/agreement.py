@@ -29,7 +29,8 @@ def refuse_differences(processes: Processes, own: Mapping[str, Any], store: Stor
     other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
     if other is None:
         return
-    what = differences(everyone[0], everyone[other])
+    where = "at rank 0", f"at rank {other}"
+    what = differences(everyone[0], everyone[other], where)
     files = processes.share(_file_digests(store))
     names = [
         name for name in files[0] | files[other] if files[0].get(name) != files[other].get(name)

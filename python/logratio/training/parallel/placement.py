@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from logratio.errors import ConfigError
+from logratio.forecast import count
 from logratio.logps.completion import batch_of
 from logratio.logps.scores import differentiable_values
 from logratio.progress import say
@@ -50,8 +51,11 @@ class Placement:
         needed, free = processes.from_first(lambda: [self._needed(), self._free])
         division = Division(config, needed, free, processes.count, processes.hosts)
         self.mode = division.mode
-        if division.why and processes.is_first:
-            say(division.why)
+        if processes.count > 1 and processes.is_first:
+            hosts = count(processes.hosts, "host")
+            say(f"{processes.count:,} processes on {hosts}: {self.mode}")
+            if division.why:
+                say(division.why)
 
     @property
     def is_sharded(self) -> bool:

@@ -164,7 +164,7 @@ def test_different_data_is_refused_by_the_name_of_the_file(
 def test_different_settings_are_refused_by_name(ranks: RankServer, settings: Settings) -> None:
     own: list[Settings] = [{"seed": 0}, {"seed": 1}]
     ended = ranks(2, "rank_workers:train_differently", settings, own)
-    assert "they differ in seed (0 before, 1 now)" in failed(ended, time.monotonic())
+    assert "they differ in seed (0 at rank 0, 1 at rank 1)" in failed(ended, time.monotonic())
 
 
 def test_clocks_on_two_sides_of_midnight_give_one_date(

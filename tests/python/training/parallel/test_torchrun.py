@@ -26,6 +26,7 @@ def test_two_processes_train_one_model(
     done = launched(2, *arguments, "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3 updates; model, metrics and settings") == 1
+    assert (done.stdout + done.stderr).count("2 processes on 1 host: fsdp") == 1
     alone = [*arguments[:-1], str(tmp_path / "alone")]
     ranks(1, "logratio.cli.app:main", alone).well()
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "out"))
