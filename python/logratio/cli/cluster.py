@@ -1,6 +1,6 @@
 """`logratio train --dry-run --world-size N`: the forecast for a cluster of GPUs."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,15 +25,17 @@ class ClusterFlags(Settings):
         ),
     ] = None
     gpu: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
             help="h100, h200, b200, a100, h100-pcie, l40s, l4, a40, a10; or cpu: this machine's "
-            "CPU, which is measured for some seconds.",
+            "CPU, which is measured for some seconds. Default: h100.",
             rich_help_panel=PANEL,
         ),
-    ] = "h100"
-    gpus_per_host: Annotated[int, typer.Option(help="GPUs per host.", rich_help_panel=PANEL)] = 8
+    ] = None
+    gpus_per_host: Annotated[
+        int | None, typer.Option(help="GPUs per host. Default: 8.", rich_help_panel=PANEL)
+    ] = None
     compute_share: Annotated[
         float | None,
         typer.Option(
@@ -71,15 +73,15 @@ class ClusterFlags(Settings):
         from logratio.errors import ConfigError
         from logratio.training.cluster import Cluster
 
+        given = {name: value for name, value in self.settings().items() if value is not None}
         if self.world_size is None:
-            given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
             if given or to_file:
-                flag = given[0].replace("_", "-") if given else "json"
+                flag = next(iter(given), "json").replace("_", "-")
                 raise ConfigError(f"--{flag} plans a cluster: give --world-size too")
             return None
         if not dry_run:
             raise ConfigError("--world-size plans a cluster, and starts nothing: add --dry-run")
-        return Cluster(**self.settings())
+        return Cluster(**given)
 
 
 CLUSTER = ClusterFlags()
@@ -95,7 +97,7 @@ def print_forecast(found: "ClusterForecast") -> None:
 
     where = f"{count(found.world_size, 'GPU')} on {count(found.hosts, 'host')}"
     typer.echo(
-        f"{found.parameters / 1e9:,.2f} billion parameters on {where}: {found.gpu}, "
+        f"{_parameters(found.parameters)} parameters on {where}: {found.gpu}, "
         f"{found.mode}, {_checkpointing(found.layers_twice)}"
     )
     if found.why:
@@ -124,6 +126,12 @@ def print_forecast(found: "ClusterForecast") -> None:
     )
     for sentence in found.advice:
         typer.echo(sentence)
+
+
+def _parameters(number: int) -> str:
+    if number < 1e9:
+        return f"{number / 1e6:,.2f} million"
+    return f"{number / 1e9:,.2f} billion"
 
 
 def _checkpointing(layers: int) -> str:

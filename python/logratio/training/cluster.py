@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 
 from logratio.errors import ConfigError
-from logratio.logps.head import BYTES, elements_for
+from logratio.logps.head import BYTES, TILE_ELEMENTS, elements_for
 from logratio.training.accelerators import GPUS, Accelerator
 from logratio.training.cluster_time import (
     Stepping,
@@ -422,7 +422,7 @@ class Planner:
             loading=self._loading(shards),
         )
         free = self.topology.machine.memory - parts.training
-        parts = replace(parts, logits=float(BYTES * elements_for(max(0.0, free))))
+        parts = replace(parts, logits=self._tile(max(0.0, free)))
         layers = len(policy.layers)
         fewest = {"off": 0, "all": layers}.get(self.config.activation_checkpointing)
         choices = range(layers + 1) if fewest is None else [fewest]
@@ -431,6 +431,14 @@ class Planner:
             if found.training <= self.topology.machine.memory:
                 break
         return found, twice
+
+    def _tile(self, free: float) -> float:
+        """Return the bytes of the head's tile, which has no more positions than a micro-batch."""
+        on_gpu = self._device.type == "cuda"
+        most = elements_for(free) if on_gpu else TILE_ELEMENTS
+        micros = (micro for update in self._loads for rank in update for micro in rank)
+        positions = max(micro.targets for micro in micros)
+        return BYTES * min(float(most), positions * self.policy.vocabulary)
 
     def _activations(self, twice: int) -> float:
         """Return the bytes that the largest micro-batch keeps, if some layers are computed twice.

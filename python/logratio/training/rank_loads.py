@@ -110,10 +110,12 @@ def rank_loads(
     """
     per_update = min(config.batch_size, len(store))
     if per_update < world_size:
+        few = config.batch_size < world_size
+        which = f"batch_size {config.batch_size:,}" if few else f"data of {len(store):,} groups"
+        remedy = f"a batch_size of {world_size:,} or more" if few else "more data"
         raise ConfigError(
-            f"batch_size: an update has {per_update:,} groups for {world_size:,} GPUs, so some "
-            f"would have nothing to do; set batch_size to {world_size:,} or more, with at least "
-            "as many groups in the data"
+            f"{which} for {world_size:,} GPUs: some would have nothing to do in an update. Give "
+            f"{remedy}, or plan fewer GPUs"
         )
     store = _part(store, PLANNED * config.batch_size, config.seed)
     shape = shape_for("shared", device)

@@ -278,7 +278,9 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
         """Memory, disk space and time of the run, including the precompute pass if requested."""
         run = training_forecast(self.config, self.store, self._data.held_out)
         if self.config.parallel != "auto" or self.processes.count > 1:
-            alone = "figures of one process that trains alone (--world-size N plans several)"
+            alone = (
+                "figures of one process that trains alone (--dry-run --world-size N: of several)"
+            )
             run = replace(run, notes=f"{run.notes}; {alone}")
         for before in (one.forecast for one in self._passes):
             run = replace(

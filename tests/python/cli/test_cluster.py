@@ -1,6 +1,7 @@
 """`logratio train --dry-run --world-size N`: tables, JSON, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_without_a_cluster_the_figures_are_those_of_one_process(
     given = ("--model", tiny_model, "--data", pairs_file, "--output", tmp_path / "out")
     code, _, err = run("train", *given, "--dry-run", "--parallel", parallel)
     assert code == 0, err
-    note = "figures of one process that trains alone (--world-size N plans several)"
+    note = "figures of one process that trains alone (--dry-run --world-size N: of several)"
     assert (note in " ".join(err.split())) == noted
 
 
@@ -103,11 +104,12 @@ def test_json_has_all_figures(run: Run, bare: Path, store: Path, tmp_path: Path)
     ("more", "message"),
     [
         (("--gpu", "h200"), "--gpu plans a cluster: give --world-size too"),
+        (("--gpu", "h100"), "--gpu plans a cluster: give --world-size too"),  # the default
         (("--json", "-"), "--json plans a cluster: give --world-size too"),
         (("--gpus-per-host", "4"), "--gpus-per-host plans a cluster"),
         (("--world-size", "8", "--gpu", "h300"), "gpu 'h300' is unknown"),
         (("--world-size", "12"), "is no multiple of gpus_per_host 8"),
-        (("--world-size", "16"), "set batch_size to 16 or more"),
+        (("--world-size", "16"), "Give a batch_size of 16 or more, or plan fewer GPUs"),
         (("--world-size", "8", "--precision", "fp32"), "plan with bf16 or bf16-weights"),
         (("--world-size", "8", "--quantization", "4bit"), "quantized weights cannot be trained"),
         (("--world-size", "8", "--loss", "sft", "--cache", "c"), "loss sft has no reference"),
@@ -119,6 +121,21 @@ def test_what_cannot_be_planned_is_refused(
     code, _, err = run(*plan(bare, store, *more))
     assert code == 2
     assert message in " ".join(err.split())
+
+
+def test_too_few_pairs_for_a_cluster_are_named_and_not_the_batch_size(
+    run: Run, bare: Path, store: Path
+) -> None:
+    code, _, err = run(*plan(bare, store, "--world-size", "64", "--batch-size", "384"))
+    assert code == 2
+    assert re.search(r"data of \d+ groups for 64 GPUs", " ".join(err.split()))
+    assert "Give more data, or plan fewer GPUs" in " ".join(err.split())
+
+
+def test_a_small_model_is_counted_in_millions(run: Run, tiny_model: Path, store: Path) -> None:
+    code, out, err = run(*plan(tiny_model, store, "--world-size", "2", "--gpus-per-host", "2"))
+    assert code == 0, err
+    assert re.search(r"\d\.\d\d million parameters on 2 GPUs on 1 host", out)
 
 
 def test_a_plan_starts_no_training(run: Run, bare: Path, store: Path, tmp_path: Path) -> None:

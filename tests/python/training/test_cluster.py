@@ -132,6 +132,17 @@ def test_one_gpu_takes_the_memory_of_the_forecast(
         assert found.bytes - found.logits - padding == pytest.approx(expected)
 
 
+def test_a_tile_has_no_more_positions_than_a_micro_batch(
+    folders: Mapping[str, Path],
+) -> None:
+    short = store_of(*[(50, [30, 40])] * 8)
+    found = planned(folders["8B"], short, Cluster(8, "h200"), batch_size=8).memory
+    assert found.logits == 8 * (30 + 40) * 128_256
+    longer = store_of(*[(50, [3000, 4000])] * 8)
+    found = planned(folders["8B"], longer, Cluster(8, "h200"), batch_size=8).memory
+    assert found.logits == 2**31  # the power of two below a 32nd of 141 GB without the model
+
+
 def test_auto_shards_what_has_no_room_as_a_replica(
     folders: Mapping[str, Path], store: Store
 ) -> None:
