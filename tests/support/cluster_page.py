@@ -1,4 +1,4 @@
-"""The table of python/docs/cluster.md, computed: three models on H100s and H200s."""
+"""The table of python/docs/planning.md, computed: three models on H100s and H200s."""
 
 from collections.abc import Mapping
 from pathlib import Path

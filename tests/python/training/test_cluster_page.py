@@ -1,4 +1,4 @@
-"""The table of cluster.md is the forecast's."""
+"""The table of planning.md is the forecast's."""
 
 import re
 from dataclasses import replace
@@ -11,7 +11,7 @@ from repository import ROOT
 from logratio.training import Cluster, LoraSettings
 from logratio.training.cluster_plan import plan_with
 
-PAGE = (ROOT / "python" / "docs" / "cluster.md").read_text()
+PAGE = (ROOT / "python" / "docs" / "planning.md").read_text()
 
 
 @pytest.mark.slow
