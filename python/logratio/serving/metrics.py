@@ -78,6 +78,9 @@ class ServerMetrics:
             self._counter(
                 "logratio_run_tokens", "Tokens computed in runs, with padding.", "bundle"
             ),
+            self._counter(
+                "logratio_run_real_tokens", "Tokens computed in runs, without padding.", "bundle"
+            ),
             self._counter("logratio_run_seconds", "Time in runs.", "bundle"),
         )
         self._of_cache = (
@@ -134,9 +137,10 @@ class ServerMetrics:
         self._in_flight.set(in_flight)
         self._waiting.set(waiting)
 
-    def run_finished(self, bundle: str, tokens: int, seconds: float) -> None:
+    def run_finished(self, bundle: str, tokens: int, real_tokens: int, seconds: float) -> None:
         """See `scheduler.Observer`."""
-        for counter, amount in zip(self._of_runs, (1, tokens, seconds), strict=True):
+        amounts = (1, tokens, real_tokens, seconds)
+        for counter, amount in zip(self._of_runs, amounts, strict=True):
             counter.labels(bundle).inc(amount)
 
     def cache_used(self, bundle: str, hits: int, misses: int) -> None:

@@ -19,11 +19,14 @@ class Run:
     Attributes:
         pieces: The candidates, grouped by prompt.
         tokens: Tokens that the models compute, including padding: the cost of the run.
+        real_tokens: Those of them that are not padding. A padded graph computes the prompt again for
+            each of its candidates; that is not padding.
         positions: Positions that the run holds in memory; see `plan_runs`.
     """
 
     pieces: list[Piece]
     tokens: int
+    real_tokens: int
     positions: int
 
 
@@ -62,13 +65,13 @@ def plan_runs(
         group = groups[number]
         tokens = size.tokens + _tokens(group, repeats_prompts=repeats_prompts)
         if run and shared_tokens is not None and tokens > shared_tokens:
-            yield Run(run, size.tokens, size.positions)
+            yield _run(groups, run, size)
             run, size = [], empty
         for ids in sorted(group.different(), key=len, reverse=True):
             is_new = not run or run[-1][0] != number
             grown = size.plus(len(group.prompt_ids) * is_new, len(ids))
             if run and not grown.fits(token_budget, run_tokens):
-                yield Run(run, size.tokens, size.positions)
+                yield _run(groups, run, size)
                 run, size = [], empty
                 grown = size.plus(len(group.prompt_ids), len(ids))
                 is_new = True
@@ -77,7 +80,7 @@ def plan_runs(
             run[-1][1].append(ids)
             size = grown
     if run:
-        yield Run(run, size.tokens, size.positions)
+        yield _run(groups, run, size)
 
 
 def _tokens(group: CandidateGroup, *, repeats_prompts: bool) -> int:
@@ -122,3 +125,11 @@ class _RunSize:
             self.candidates + 1,
             max(self.longest_candidate, candidate),
         )
+
+
+def _run(groups: Sequence[CandidateGroup], pieces: list[Piece], size: _RunSize) -> Run:
+    real = 0
+    for number, candidates in pieces:
+        prompts = len(candidates) if size.repeats_prompts else 1
+        real += prompts * len(groups[number].prompt_ids) + sum(map(len, candidates))
+    return Run(pieces, size.tokens, real, size.positions)

@@ -98,8 +98,8 @@ class Work(Protocol):
 
     costs: list[int]
 
-    def step(self) -> None:
-        """Compute the next run; called in the computing thread."""
+    def step(self) -> int:
+        """Compute the next run, in the computing thread; return its tokens without padding."""
 
     def stop(self) -> None:
         """Abort the run being computed, if any; called in any thread."""
@@ -111,8 +111,8 @@ class Observer(Protocol):
     def queue_changed(self, in_flight: int, waiting: int) -> None:
         """The number of accepted requests, and of those whose first run has not started."""
 
-    def run_finished(self, bundle: str, tokens: int, seconds: float) -> None:
-        """A run of a bundle's graph has finished."""
+    def run_finished(self, bundle: str, tokens: int, real_tokens: int, seconds: float) -> None:
+        """A run of a bundle's graph has finished; `real_tokens` of its `tokens` are no padding."""
 
 
 W = TypeVar("W", bound=Work)
@@ -454,7 +454,7 @@ class Scheduler:
         self._notify()
         try:
             loop = asyncio.get_running_loop()
-            seconds = await loop.run_in_executor(self._computing, _timed, job.work.step)
+            real, seconds = await loop.run_in_executor(self._computing, _timed, job.work.step)
         except Exception as error:  # any error fails only this request
             if not job.done.done():
                 job.done.set_exception(error)
@@ -462,17 +462,16 @@ class Scheduler:
             job.speed.pace.learn(tokens, seconds)
             job.computing += seconds
             if self._observer is not None:
-                self._observer.run_finished(job.speed.bundle, tokens, seconds)
+                self._observer.run_finished(job.speed.bundle, tokens, real, seconds)
             if not job.left and not job.done.done():
                 job.done.set_result(None)
         finally:
             self._running = None
 
 
-def _timed(step: Callable[[], None]) -> float:
+def _timed(step: Callable[[], int]) -> tuple[int, float]:
     start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return step(), time.perf_counter() - start
 
 
 def _by_deadline(job: Job) -> float:

@@ -127,8 +127,8 @@ class Scoring:
     def _known(self, group: CandidateGroup) -> dict[tuple[int, ...], Sums]:
         return {} if self._cache is None else self._cache.find(self._digest, group)
 
-    def step(self) -> None:
-        """Compute the next run."""
+    def step(self) -> int:
+        """Compute the next run, and return its tokens without padding."""
         run = self._runs.popleft()
         values: list[NDArray[float32]] = []
         if self._with_tokens:
@@ -143,6 +143,7 @@ class Scoring:
                 self._cache.add(self._digest, self._unknown[number], found)
             if self._with_tokens:
                 self._values[number].update((ids, next(its_values)) for ids in candidates)
+        return run.real_tokens
 
     def decode(self) -> None:
         """Find the texts of the tokens of all candidates."""

@@ -233,12 +233,23 @@ def test_runs_contain_every_candidate_once_within_the_budget() -> None:
         prompts = [len(groups[number].prompt_ids) for number, _ in run.pieces]
         lengths = [len(ids) for _, candidates in run.pieces for ids in candidates]
         assert run.tokens == len(prompts) * max(prompts) + len(lengths) * max(lengths)
+        assert run.real_tokens == sum(prompts) + sum(lengths)
         assert run.tokens + len(lengths) * max(prompts) <= 2000
         for number, candidates in run.pieces:
             assert not seen[number] & set(candidates)
             seen[number] |= set(candidates)
     assert seen == [set(group.different()) for group in groups]
     assert len(runs) < sum(bool(group.candidates) for group in groups)
+
+
+def test_a_prompt_that_a_padded_graph_repeats_is_no_padding() -> None:
+    candidates = tuple(Candidate(tuple(range(n))) for n in (2, 5))
+    groups = [CandidateGroup(tuple(range(7)), False, candidates)]
+    (shared,), (padded,) = (
+        plan_runs(groups, 1000, repeats_prompts=repeats) for repeats in (False, True)
+    )
+    assert (shared.tokens, shared.real_tokens) == (7 + 2 * 5, 7 + 2 + 5)
+    assert (padded.tokens, padded.real_tokens) == (2 * (7 + 5), 2 * 7 + 2 + 5)
 
 
 @pytest.mark.parametrize("limit", [0, 25, 60, None])

@@ -25,11 +25,12 @@ class Fake:
     stopped: threading.Event = field(default_factory=threading.Event)
     steps: int = 0
 
-    def step(self) -> None:
+    def step(self) -> int:
         self.log.append(self.name)
         if self.stopped.wait(self.costs[self.steps] * SECONDS_PER_TOKEN):
             raise RuntimeError("stopped")
         self.steps += 1
+        return self.costs[self.steps - 1]
 
     def stop(self) -> None:
         self.stopped.set()
