@@ -22,6 +22,7 @@ Bundles = Annotated[
     ),
 ]
 ACCESS_PANEL, OPERATION_PANEL, LIMITS_PANEL = "Access", "Operation", "Limits"
+CONNECTIONS_PANEL = "Connections"
 
 
 class LogFormat(StrEnum):
@@ -172,6 +173,35 @@ class Amounts(Settings):
             min=0.1, help="Timeout of a request in seconds.", rich_help_panel=LIMITS_PANEL
         ),
     ] = 30.0
+    run_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16_384,
+            help="Maximum number of tokens that one run of the graph computes for a request. Raise "
+            "it on a GPU. Lower it if small requests wait too long for "
+            "large ones: another request can begin only between two runs.",
+            rich_help_panel=LIMITS_PANEL,
+        ),
+    ] = 256
+    max_concurrent_requests: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Requests that wait or are computed at once; one more is answered 429. "
+            "--queue-seconds usually refuses requests before. Raise both for bursts.",
+            rich_help_panel=LIMITS_PANEL,
+        ),
+    ] = 256
+    queue_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Longest expected wait of a request; one that would wait longer is answered 503. "
+            "Lower it if clients can ask another server; raise it for bursts.",
+            rich_help_panel=LIMITS_PANEL,
+        ),
+    ] = 5.0
     response_cache_mb: Annotated[
         float,
         typer.Option(
@@ -192,7 +222,50 @@ class Amounts(Settings):
     ] = None
 
 
+@dataclass(frozen=True)
+class Connections(Settings):
+    """Limits on connections, which protect the server from slow and silent clients."""
+
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Open connections. One more closes the one that is idle longest; if none is, only "
+            "health probes are answered on it. Raise it for more clients, with `ulimit -n`.",
+            rich_help_panel=CONNECTIONS_PANEL,
+        ),
+    ] = 512
+    header_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            help="Seconds for the headers of a request to arrive. Raise it for slow networks.",
+            rich_help_panel=CONNECTIONS_PANEL,
+        ),
+    ] = 10.0
+    body_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            help="Seconds for the body of a request to arrive, and for a pause of a client that "
+            "reads its answer. Raise it for slow networks.",
+            rich_help_panel=CONNECTIONS_PANEL,
+        ),
+    ] = 30.0
+    idle_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            help="Seconds that a connection stays open between two requests. Set it above the idle "
+            "timeout of the load balancer, which otherwise may send a request into a closed "
+            "connection.",
+            rich_help_panel=CONNECTIONS_PANEL,
+        ),
+    ] = 60.0
+
+
 ACCESS, OPERATION, AMOUNTS = Access(), Operation(), Amounts()
+CONNECTIONS = Connections()
 
 
 @takes_environment
@@ -203,6 +276,7 @@ def serve(
     access: Access = ACCESS,
     operation: Operation = OPERATION,
     amounts: Amounts = AMOUNTS,
+    connections: Connections = CONNECTIONS,
     loading: Loading = LOADING,
     strict: Annotated[
         bool,
@@ -231,5 +305,6 @@ def serve(
             **access.settings(),
             **operation.settings(),
             **amounts.settings(),
+            **connections.settings(),
         )
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from logratio.config_file import YamlSettings
 from logratio.errors import ConfigError, MissingInputError, SettingTypeError
 from logratio.serving.limits import Limits
+from logratio.serving.reranker import TOKEN_BUDGET
 from logratio.serving.session import LOAD_SECONDS
 from logratio.validation import Converted, Range, changes, check_fields, split_list
 
@@ -55,6 +56,13 @@ class ServeConfig(YamlSettings):
         base: For bundles exported with `--base`: the bundle of their base, which they share.
         max_request_tokens: Tokens that the models compute for one request; see `Limits`.
         request_seconds: Time in seconds from the arrival of a request to its answer.
+        run_tokens: Tokens that one run of the graph computes for a request; see `Limits`.
+        max_concurrent_requests: Requests that are waiting or being computed; see `Limits.queue`.
+        queue_seconds: Longest expected wait of an accepted request in seconds; see `Limits`.
+        max_connections: Open connections; see `Limits.connections`.
+        header_seconds: Time in seconds for the headers of a request to arrive; see `Limits`.
+        body_seconds: Time in seconds for its body to arrive; see `Limits`.
+        idle_seconds: Time in seconds that a connection stays open between two requests.
         response_cache_mb: Memory in MiB for scores of earlier requests; 0: none are kept.
         workers: Processes that accept requests. They share the CPUs, unless `threads` is given;
             with CUDA, each has the GPU of its number.
@@ -85,6 +93,13 @@ class ServeConfig(YamlSettings):
     base: Annotated[Path, Converted(Path)] | None = None
     max_request_tokens: Annotated[int, Range(1)] = _LIMITS.request_tokens
     request_seconds: Annotated[float, Range(0.1)] = _LIMITS.seconds
+    run_tokens: Annotated[int, Range(1, TOKEN_BUDGET)] = _LIMITS.run_tokens
+    max_concurrent_requests: Annotated[int, Range(1)] = _LIMITS.queue
+    queue_seconds: Annotated[float, Range(0)] = _LIMITS.queue_seconds
+    max_connections: Annotated[int, Range(1)] = _LIMITS.connections
+    header_seconds: Annotated[float, Range(0.1)] = _LIMITS.header_seconds
+    body_seconds: Annotated[float, Range(0.1)] = _LIMITS.body_seconds
+    idle_seconds: Annotated[float, Range(0.1)] = _LIMITS.idle_seconds
     response_cache_mb: Annotated[float, Range(0)] = 0.0
     workers: Annotated[int, Range(1)] = 1
     strict: bool = False
@@ -106,6 +121,12 @@ class ServeConfig(YamlSettings):
         self.folders()
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key belong together: give both")
+        if self.max_concurrent_requests > self.max_connections:
+            raise ConfigError(
+                f"--max-concurrent-requests is {self.max_concurrent_requests}, but with "
+                f"--max-connections {self.max_connections} there are never so many, because a "
+                "connection has one request at a time: lower the first or raise the second"
+            )
         for origin in self.cors_origin or ():
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ConfigError(
@@ -167,6 +188,13 @@ class ServeConfig(YamlSettings):
             others or _LIMITS,
             request_tokens=self.max_request_tokens,
             seconds=self.request_seconds,
+            run_tokens=self.run_tokens,
+            queue=self.max_concurrent_requests,
+            queue_seconds=self.queue_seconds,
+            connections=self.max_connections,
+            header_seconds=self.header_seconds,
+            body_seconds=self.body_seconds,
+            idle_seconds=self.idle_seconds,
             shutdown_seconds=self.shutdown_seconds,
         )
 

@@ -32,6 +32,7 @@ class Limits:
             reading its answer: 408, or the connection is closed.
         header_seconds: Time for the request line and headers to arrive: 408, or the connection is
             closed if no byte has arrived.
+        idle_seconds: Time that a connection stays open between two requests.
         connections: Open connections. One more closes the connection that has been idle longest;
             if none is idle, it is refused with 503, unless it is a health probe.
         probe_connections: Additional connections reserved for health probes.
@@ -51,6 +52,7 @@ class Limits:
     seconds: float = 30.0
     body_seconds: float = 30.0
     header_seconds: float = 10.0
+    idle_seconds: float = 60.0
     connections: int = 512
     probe_connections: int = 16
     shutdown_seconds: int = 30
@@ -66,8 +68,8 @@ ERRORS: Mapping[int, Mapping[str, str]] = {
     },
     405: {"method": "the path has other methods"},
     408: {
-        "slow_header": "the headers took too long to arrive",
-        "slow_body": "the body took too long to arrive",
+        "slow_header": "the headers took longer than `--header-seconds` to arrive",
+        "slow_body": "the body took longer than `--body-seconds` to arrive",
     },
     413: {
         "body_too_large": "the body has too many bytes",
@@ -85,7 +87,10 @@ ERRORS: Mapping[int, Mapping[str, str]] = {
         "too_many_documents": "a prompt has too many candidates",
         "no_token_values": "the bundle has no values per token",
     },
-    429: {"queue_full": "too many requests are waiting; retry after the seconds in `Retry-After`"},
+    429: {
+        "queue_full": "`--max-concurrent-requests` are waiting; retry after the seconds in "
+        "`Retry-After`"
+    },
     500: {
         "internal": "a fault of the server",
         "graph_failed": "ONNX Runtime failed to run the graph, for example because memory ran out",
@@ -93,7 +98,7 @@ ERRORS: Mapping[int, Mapping[str, str]] = {
     },
     503: {
         "busy": "the server cannot answer in time; retry after the seconds in `Retry-After`",
-        "connections": "too many connections are open",
+        "connections": "`--max-connections` are open",
         "draining": "the server is stopping",
     },
     504: {"deadline": "the request took longer than `--request-seconds`"},

@@ -19,8 +19,8 @@ class Run:
     Attributes:
         pieces: The candidates, grouped by prompt.
         tokens: Tokens that the models compute, including padding: the cost of the run.
-        real_tokens: Those of them that are not padding. A padded graph computes the prompt again for
-            each of its candidates; that is not padding.
+        real_tokens: Those of them that are not padding. The prompt that a padded graph computes
+            again for each of its candidates is none.
         positions: Positions that the run holds in memory; see `plan_runs`.
     """
 

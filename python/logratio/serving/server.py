@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from logratio.errors import InputError
 from logratio.extras import require
+from logratio.progress import say
 from logratio.serving.config import ServeConfig
 from logratio.serving.configured_bundles import ConfiguredBundles
 from logratio.serving.limits import Limits
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from logratio.serving.access_log import Log
     from logratio.serving.keys import Keys
 
-_KEEP_ALIVE_SECONDS = 60
 _BACKLOG = 2048
 _OTHER_FILES = 64
 """File descriptors reserved for everything except connections."""
@@ -170,14 +170,19 @@ def serve_on(
 
 
 def within_open_files(limits: Limits) -> Limits:
-    """Lower the connection limit to the number of files that the process may open."""
+    """Lower the connection limit to the number of files that the process may open, and say so."""
     import resource
 
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = allowed - _OTHER_FILES - limits.probe_connections
     if allowed == resource.RLIM_INFINITY or room >= limits.connections:
         return limits
-    return replace(limits, connections=max(1, room))
+    connections = max(1, room)
+    say(
+        f"--max-connections is {connections} instead of {limits.connections}, because the process "
+        f"may open only {allowed} files (`ulimit -n`)"
+    )
+    return replace(limits, connections=connections)
 
 
 def make_server(
@@ -234,7 +239,7 @@ def make_server(
             access_log=False,
             server_header=False,
             backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=limits.idle_seconds,
             timeout_graceful_shutdown=limits.shutdown_seconds,
             ssl_certfile=config.tls_cert if config else None,
             ssl_keyfile=config.tls_key if config else None,

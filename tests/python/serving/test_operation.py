@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from logratio.serving.keys import VARIABLE
 from logratio.serving.limits import Limits
 from logratio.serving.runs import Run
 from logratio.serving.scores import Sums
-from logratio.serving.server import create_app, make_server
+from logratio.serving.server import create_app, make_server, within_open_files
 from logratio.serving.session import Stop
 
 KEY = "a-key-of-these-tests"
@@ -131,6 +132,14 @@ def test_flags_override_variables_and_variables_override_the_file(
         ({"cors_origin": ("https://a.example/",)}, ConfigError, "is not an origin"),
         ({"log_format": "xml"}, ConfigError, "log_format"),
         ({"shutdown_seconds": 0}, ConfigError, "shutdown_seconds"),
+        ({"run_tokens": 20_000}, ConfigError, "run_tokens must be at least 1 and at most 16384"),
+        ({"max_concurrent_requests": 0}, ConfigError, "max_concurrent_requests"),
+        ({"max_concurrent_requests": 600}, ConfigError, "600, but with max_connections 512"),
+        ({"max_connections": 100}, ConfigError, "lower the first or raise the second"),
+        ({"queue_seconds": -1.0}, ConfigError, "queue_seconds"),
+        ({"header_seconds": 0.0}, ConfigError, "header_seconds"),
+        ({"body_seconds": float("inf")}, ConfigError, "body_seconds"),
+        ({"idle_seconds": 0.0}, ConfigError, "idle_seconds"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -138,6 +147,86 @@ def test_bad_settings_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         ServeConfig("bundle", **settings)
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    config = ServeConfig(
+        "bundle",
+        run_tokens=1,
+        max_concurrent_requests=2,
+        queue_seconds=3.0,
+        max_connections=4,
+        header_seconds=5.0,
+        body_seconds=6.0,
+        idle_seconds=7.0,
+        max_request_tokens=8,
+        request_seconds=9.0,
+        shutdown_seconds=10,
+    )
+    assert config.limits(Limits(documents=11)) == Limits(
+        run_tokens=1,
+        queue=2,
+        queue_seconds=3.0,
+        connections=4,
+        header_seconds=5.0,
+        body_seconds=6.0,
+        idle_seconds=7.0,
+        request_tokens=8,
+        seconds=9.0,
+        shutdown_seconds=10,
+        documents=11,
+    )
+    assert ServeConfig("bundle").limits() == Limits()
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(4096):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_server_has_the_limits_of_its_flags(folder: Path) -> None:
+    flags = ("--run-tokens", "1", "--max-connections", "1", "--max-concurrent-requests", "1")
+    seconds = ("--header-seconds", "1", "--body-seconds", "1", "--idle-seconds", "1")
+    with running(folder, *flags, *seconds) as (_, port):
+        documents = [f"sad {'happy ' * count}" for count in range(12)]  # more tokens than 4 prompts
+        body = json.dumps({"query": "the", "documents": documents}).encode()
+        head = b"POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        whole = head + b"content-length: %d\r\n\r\n" % len(body)
+        for sent, status_line in [
+            (whole + body, b"HTTP/1.1 200"),  # idle afterwards
+            (whole + body[:-1], b"HTTP/1.1 408"),
+            (head, b"HTTP/1.1 408"),
+        ]:
+            with socket.create_connection(("127.0.0.1", port), 20) as connection:
+                connection.sendall(sent)
+                start = time.monotonic()
+                assert read_to_the_end(connection).startswith(status_line)
+                assert time.monotonic() - start < 9  # the default of headers is 10 s
+        metrics = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        metrics.request("GET", "/metrics")
+        text = metrics.getresponse().read().decode()
+        (runs,) = re.findall(r'^logratio_runs_total\{bundle="default"\} (\S+)$', text, re.M)
+        assert float(runs) >= 3
+        held = socket.create_connection(("127.0.0.1", port), 20)
+        held.sendall(whole)
+        crowded = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        crowded.request("GET", "/version")
+        assert crowded.getresponse().status == 503
+        for connection in (metrics, held, crowded):
+            connection.close()
+
+
+def test_fewer_connections_than_asked_for_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 1024))
+    limits = Limits(connections=2000, queue=300)
+    assert within_open_files(limits) == replace(limits, connections=1024 - 64 - 16)
+    assert "max_connections is 944 instead of 2000, because" in capsys.readouterr().err
+    assert within_open_files(Limits()) == Limits()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("flags", [["--host", "0.0.0.0"], ["--api-key-file", "nowhere"]])
