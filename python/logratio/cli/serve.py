@@ -179,8 +179,8 @@ class Amounts(Settings):
             min=1,
             max=16_384,
             help="Maximum number of tokens that one run of the graph computes for a request. Raise "
-            "it on a GPU. Lower it if small requests wait too long for "
-            "large ones: another request can begin only between two runs.",
+            "it on a GPU. Lower it if small requests wait too long for large ones: another request "
+            "can begin only between two runs.",
             rich_help_panel=LIMITS_PANEL,
         ),
     ] = 256

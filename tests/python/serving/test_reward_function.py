@@ -1,10 +1,17 @@
-"""A bundle as a reward function: the calls of TRL and verl, against the reranker."""
+"""A bundle as a reward function: in TRL's trainers, and called as verl calls it."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from datasets import Dataset
 from tiny_bundle import copy_bundle, tiny_bundle, with_template
+from tiny_models import save_tiny_model, word_tokenizer
+from transformers import AutoModelForCausalLM
 
 from logratio.errors import ConfigError
 from logratio.serving import NoCandidateError, Reranker, RewardFunction
@@ -33,6 +40,71 @@ def test_trl_gets_one_reward_per_completion(reranker: Reranker, expected: list[f
     assert found == pytest.approx(expected, abs=1e-5)
     assert reward.__name__ == "logratio_reward"
     assert not inspect.iscoroutinefunction(reward)
+
+
+def trained(method: str, folder: Path, prompts: Sequence[Any], reward: Any, template: str) -> Any:
+    """Let a trainer of TRL itself make one update of a tiny policy with sampled completions."""
+    trl = pytest.importorskip("trl")
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template or None
+    seen: dict[str, list[Any]] = {}
+
+    def record(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        seen.update(prompts=prompts, completions=completions)
+        return [0.0] * len(prompts)
+
+    args = getattr(trl, f"{method}Config")(
+        output_dir=str(folder / "run"),
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        learning_rate=1e-2,
+        logging_steps=1,
+        max_completion_length=8,
+        max_steps=1,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    policy = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder / "policy", 7))
+    trainer = getattr(trl, f"{method}Trainer")(
+        policy,
+        [reward, record],
+        args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+    )
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    trainer.train()
+    has_moved = any((value != before[name]).any() for name, value in policy.state_dict().items())
+    return SimpleNamespace(log=trainer.state.log_history[0], has_moved=has_moved, **seen)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of TRL are not under test
+@pytest.mark.parametrize(("method", "is_chat"), [("GRPO", False), ("GRPO", True), ("RLOO", False)])
+def test_trainers_of_trl_learn_from_the_rewards_of_a_bundle(
+    method: str, is_chat: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bundle, template = tiny_bundle(tmp_path_factory) / "bundle", ""
+    prompts: list[Any] = ["the cat", "the dog"]
+    if is_chat:
+        template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        bundle = with_template(copy_bundle(tmp_path_factory, tmp_path / "bundle"), template)
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    reward = RewardFunction(bundle, missing=-9.0)
+    found = trained(method, tmp_path, prompts, reward, template)
+    assert len(found.completions) == 8
+    reranker, expected = Reranker.load(bundle), []
+    for prompt, completion in zip(found.prompts, found.completions, strict=True):
+        text = completion[0]["content"] if is_chat else completion
+        ((score,),) = reranker.score_groups([reranker.encode(prompt, [text])])
+        expected.append(score.reward if score.error is None else -9.0)
+    assert len(set(expected)) > 2
+    assert found.log["rewards/logratio_reward/mean"] == pytest.approx(mean(expected), abs=1e-4)
+    assert found.log["rewards/logratio_reward/std"] == pytest.approx(stdev(expected), abs=1e-4)
+    assert found.has_moved
 
 
 def test_verl_gets_the_prompt_from_extra_info(reranker: Reranker, expected: list[float]) -> None:
