@@ -214,8 +214,8 @@ def test_a_server_has_the_limits_of_its_flags(folder: Path) -> None:
         crowded = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         crowded.request("GET", "/version")
         assert crowded.getresponse().status == 503
-        for connection in (metrics, held, crowded):
-            connection.close()
+        for client in (metrics, crowded, held):
+            client.close()
 
 
 def test_fewer_connections_than_asked_for_are_reported(
