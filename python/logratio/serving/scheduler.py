@@ -325,7 +325,7 @@ class Scheduler:
             RefusedError: 503, with the seconds to wait before a retry.
         """
         others = [other for other in self._jobs if other is not job]
-        late = max(self._wait(job, others) - self._limits.queue_seconds, self._excess(others))
+        late = self._wait(job, others) - self._limits.queue_seconds
         if late > 0:
             self._shed()
         overrun = self._overrun([*others, job], self._busy()) + _MARGIN * self._limits.seconds
