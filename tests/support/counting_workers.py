@@ -1,0 +1,49 @@
+"""Ranks of a test that count what they do: collectives, tokenized rows."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_workers import train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.training.parallel import division
+from logratio.training.update import Updater
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives in its block, by the names of torch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[str]()
+
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, given: Any = (), named: Any = None
+    ) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.found[function.name().partition("::")[2].partition(".")[0]] += 1
+        return function(*given, **(named or {}))
+
+
+def train_counting_collectives(
+    settings: Mapping[str, Any], file: str, whole_gradients: bool = True
+) -> None:
+    """Train; write the collectives of each update, and its number of micro-batches, as JSON."""
+    division.SMALL_SHARE = 1.0 if whole_gradients else 0.0
+    update, rows = Updater.update, list[dict[str, int]]()
+
+    def counted(self: Updater, step: int, rate: float, batches: Any, most: int = 0) -> Any:
+        with Collectives() as collectives:
+            result = update(self, step, rate, batches, most)
+        rows.append({**collectives.found, "micro-batches": most})
+        return result
+
+    Updater.update = counted  # type: ignore[method-assign]
+    train(settings)
+    Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(rows))
