@@ -3,14 +3,14 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rank_workers import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from logratio.cli.app import main
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
 from logratio.training.parallel import division
 from logratio.training.update import Updater
@@ -47,3 +47,36 @@ def train_counting_collectives(
     Updater.update = counted  # type: ignore[method-assign]
     train(settings)
     Path(f"{file}.{os.environ['RANK']}").write_text(json.dumps(rows))
+
+
+def count_tokenized(settings: Mapping[str, Any], file: str) -> None:
+    """Train; write how many rows this rank tokenized."""
+    write_tokenized(file, lambda: train(settings))
+
+
+def count_tokenized_by(arguments: Sequence[str], file: str) -> None:
+    """Run a command; write how many rows this rank tokenized."""
+    write_tokenized(file, lambda: main(arguments))
+
+
+def write_tokenized(file: str, work: Callable[[], None]) -> None:
+    """Write the number of rows that this rank's tokenizers encode during `work`."""
+    rows = 0
+    pairs, records = PreferenceTokenizer.encode_pairs, PreferenceTokenizer.encode_records
+
+    def of_pairs(self: PreferenceTokenizer, columns: Sequence[Any]) -> Any:
+        nonlocal rows
+        rows += len(columns[0])
+        return pairs(self, columns)
+
+    def of_records(self: PreferenceTokenizer, given: Sequence[Any]) -> Any:
+        nonlocal rows
+        rows += len(given)
+        return records(self, given)
+
+    PreferenceTokenizer.encode_pairs = of_pairs  # type: ignore[method-assign]
+    PreferenceTokenizer.encode_records = of_records  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        Path(f"{file}.{os.environ['RANK']}").write_text(str(rows))
