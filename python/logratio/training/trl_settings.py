@@ -211,6 +211,12 @@ def _warmup(args: Any) -> float:
     return float(getattr(args, "warmup_ratio", None) or args.warmup_steps)
 
 
+_OFFLOAD = (
+    "a run computes on the device that keeps its weights, so shards on the host would train on "
+    "CPUs; use more processes, or a LoRA"
+)
+
+
 def _sharding(args: Any) -> dict[str, Any]:
     """Return how several processes divide the model, if the arguments ask for FSDP.
 
@@ -223,7 +229,7 @@ def _sharding(args: Any) -> dict[str, Any]:
     words = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
     names = {_plain(word) for word in words}  # of older versions
     if config.get("cpu_offload") or "offload" in names:
-        raise _refusal("fsdp_config", {"cpu_offload": True}, "use more processes, or a LoRA")
+        raise _refusal("fsdp_config", {"cpu_offload": True}, _OFFLOAD)
     if config.get("xla"):
         raise _refusal("fsdp_config", {"xla": True}, "remove it; XLA is not supported")
     is_hybrid = bool(names & {"hybrid_shard", "hybrid_shard_zero2"})

@@ -5,7 +5,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
@@ -16,6 +18,11 @@ from accelerate.commands.launch import (  # type: ignore[import-untyped]
 from documented import arguments, blocks, help_of
 from repository import ROOT
 from torch.distributed.run import get_args_parser
+
+from logratio.training import LoraSettings, TrainConfig
+from logratio.training.config import OptimizerName, Precision, Quantization
+from logratio.training.methods.table import METHODS
+from logratio.training.parallel.division import reason_against
 
 PAGE = "python/docs/cluster.md"
 JOBS = blocks("bash", [PAGE])
@@ -239,9 +246,21 @@ def test_logratio_knows_the_flags(words: list[str]) -> None:
     assert not [flag for flag in flags if not re.search(rf"{flag}\b", shown)]
 
 
-def test_the_page_says_what_the_code_refuses() -> None:
-    page = (ROOT / PAGE).read_text()
-    code = (ROOT / "python/logratio/training/parallel/division.py").read_text()
-    for setting in ("8bit", "adamw8bit", "adamw-host", "bf16-weights"):
-        assert setting in page.partition("## What is refused")[2]
-        assert f'"{setting}"' in code
+CHOICES: dict[str, dict[str, Any]] = {
+    **{loss: {"loss": loss} for loss in METHODS},
+    **{name: {"optimizer": name} for name in get_args(OptimizerName)},
+    **{name: {"precision": name} for name in get_args(Precision)},
+    **{n: {"quantization": n, "lora": LoraSettings()} for n in get_args(Quantization)},
+}
+"""Values of the settings that may not suit a way to divide a model."""
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
+def test_the_page_says_what_the_code_refuses(mode: Any, tiny_model: Path) -> None:
+    config = TrainConfig(tiny_model, "data", "out", precision="bf16")
+    refused = {name for name, n in CHOICES.items() if reason_against(replace(config, **n), mode)}
+    table = (ROOT / PAGE).read_text().partition("## What is refused")[2].partition("\n\n## ")[0]
+    rows = [line.split("|")[1:] for line in table.splitlines() if line.startswith("| ")]
+    written = " ".join(setting for setting, ways, *_ in rows if f"`{mode}`" in ways)
+    assert refused == set(re.findall(r"[\w-]+", written)) & CHOICES.keys()
+    assert refused

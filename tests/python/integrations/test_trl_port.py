@@ -215,6 +215,12 @@ def test_a_field_that_changes_the_result_is_refused_by_name(name: str, tmp_path:
         settings_of_trl(args_of(tmp_path, **{field: value}, **more), {})
 
 
+def test_offloaded_shards_are_refused_with_the_reason(tmp_path: Path) -> None:
+    given = args_of(tmp_path, fsdp=True, fsdp_config={"cpu_offload": True})
+    with pytest.raises(ConfigError, match="shards on the host would train on CPUs; use more proc"):
+        settings_of_trl(given, {})
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
