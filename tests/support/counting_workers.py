@@ -1,17 +1,20 @@
-"""Ranks of a test that count what they do: collectives, tokenized rows."""
+"""Ranks of a test that count what they do: collectives, tokenized rows, gathered bytes."""
 
 import json
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rank_workers import train
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.cli.app import main
 from logratio.data.tokenization.tokenizer import PreferenceTokenizer
+from logratio.training import update_loop
 from logratio.training.parallel import division
 from logratio.training.update import Updater
 
@@ -20,7 +23,7 @@ class Collectives(TorchDispatchMode):
     """Counts the collectives in its block, by the names of torch's operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = Counter[str]()
 
     def __torch_dispatch__(
@@ -75,8 +78,29 @@ def write_tokenized(file: str, work: Callable[[], None]) -> None:
         return records(self, given)
 
     PreferenceTokenizer.encode_pairs = of_pairs  # type: ignore[method-assign]
-    PreferenceTokenizer.encode_records = of_records  # type: ignore[method-assign]
+    PreferenceTokenizer.encode_records = of_records  # type: ignore[method-assign,assignment]
     try:
         work()
     finally:
         Path(f"{file}.{os.environ['RANK']}").write_text(str(rows))
+
+
+def count_gathered(settings: Mapping[str, Any], file: str) -> None:
+    """Train; write the most bytes of whole weights that were in memory at once at the end."""
+    gather, whole_weights, most = DTensor.full_tensor, update_loop.whole_weights, 0
+    alive: list[Callable[[], Any]] = []
+
+    def gathered(self: DTensor, **options: Any) -> Any:
+        nonlocal most
+        whole = gather(self, **options)
+        alive.append(weakref.ref(whole.untyped_storage()))
+        most = max(most, sum(one.nbytes() for ref in alive if (one := ref()) is not None))
+        return whole
+
+    def watched(*given: Any, **options: Any) -> Any:
+        DTensor.full_tensor = gathered  # type: ignore[method-assign]
+        return whole_weights(*given, **options)
+
+    update_loop.whole_weights = watched  # type: ignore[attr-defined]
+    train(settings)
+    Path(f"{file}.{os.environ['RANK']}").write_text(str(most))

@@ -43,7 +43,8 @@ def dense(prompt: int, completions: Sequence[int]) -> tuple[Tensor, ...]:
         owners += [number] * length
     owner = torch.tensor(owners)
     seen = ((owner[:, None] == owner) | (owner == -1)).tril()
-    out = scaled_dot_product_attention(*states, seen, enable_gqa=True).transpose(0, 1)
+    q, k, v = states
+    out = scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(0, 1)
     return out.detach(), *(g.transpose(0, 1) for g in torch.autograd.grad(out, states, gradient))
 
 
@@ -123,7 +124,8 @@ class Shares:
         found = [torch.empty_like(chunks) for _ in range(ranks)]
         dist.all_gather(found, chunks.contiguous())
         parts = torch.cat(found).unflatten(0, (-1, self.chunk))
-        return parts[self.order].flatten(0, 1)
+        prompt: Tensor = parts[self.order].flatten(0, 1)
+        return prompt
 
     def scattered(self, prompt: Tensor) -> Tensor:
         """Return the sum over ranks of this rank's chunks."""
@@ -179,8 +181,8 @@ def gradients(
 def bounds(queries: slice, keys: slice) -> Bounds:
     """Return the bounds of a call of one sequence."""
     lengths = queries.stop - queries.start, keys.stop - keys.start
-    ends = [torch.tensor([0, length], dtype=torch.int32) for length in lengths]
-    return Bounds(*ends, *lengths)
+    first, second = (torch.tensor([0, length], dtype=torch.int32) for length in lengths)
+    return Bounds(first, second, *lengths)
 
 
 def attend_split(prompt: int, completions: Sequence[int], file: str) -> None:

@@ -100,8 +100,13 @@ def whole_weights(policy: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         if has_adapters and not tensor.requires_grad:
             continue
         if id(tensor) not in gathered:  # tied weights are one tensor
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            gathered[id(tensor)] = whole.detach().cpu() if keep else tensor
+            gathered[id(tensor)] = _gathered(tensor, keep=keep)
         if keep:
             kept[name] = gathered[id(tensor)]
     return kept
+
+
+def _gathered(tensor: Tensor, *, keep: bool) -> Tensor:
+    """Gather a whole tensor on the host, or drop it at once and return the shard."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu() if keep else tensor
