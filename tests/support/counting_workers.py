@@ -87,7 +87,7 @@ def write_tokenized(file: str, work: Callable[[], None]) -> None:
 
 def count_gathered(settings: Mapping[str, Any], file: str) -> None:
     """Train; write the most bytes of whole weights that were in memory at once at the end."""
-    gather, whole_weights, most = DTensor.full_tensor, update_loop.whole_weights, 0
+    gather, whole_weights, most = DTensor.full_tensor, vars(update_loop)["whole_weights"], 0
     alive: list[Callable[[], Any]] = []
 
     def gathered(self: DTensor, **options: Any) -> Any:
@@ -101,6 +101,6 @@ def count_gathered(settings: Mapping[str, Any], file: str) -> None:
         DTensor.full_tensor = gathered  # type: ignore[method-assign]
         return whole_weights(*given, **options)
 
-    update_loop.whole_weights = watched  # type: ignore[attr-defined]
+    vars(update_loop)["whole_weights"] = watched
     train(settings)
     Path(f"{file}.{os.environ['RANK']}").write_text(str(most))
