@@ -1,4 +1,4 @@
-"""Attention to a prompt that several ranks share: the design in `prompt_over_gpus.md`, and a dense call.
+"""Attention to a prompt that ranks share: the design in `prompt_over_gpus.md`, and a dense call.
 
 Each rank has two chunks of the prompt, `rank` and `2 * ranks - 1 - rank`, and some whole
 completions. Calls are torch's FlashAttention for CPUs, through the interface of `flash.Flash`.
