@@ -235,6 +235,9 @@ class TrainConfig(YamlSettings):
             result unchanged but for rounding.
         async_save: Write the checkpoints of a sharded model while the run goes on, from a copy in
             host memory. None: on GPUs.
+        stall_timeout: End the process, with the stacks of its threads, if it has finished no
+            micro-batch for this many seconds; an evaluation or a save may take ten times as long.
+            0: never. None: 1,800 on a GPU, never on a CPU.
         device: Device to train on; None: a GPU if available, else the CPU.
         lora: Train these adapters instead of all weights.
         adapter: How to start if `model` is the folder of an adapter: "merge" it into its base and
@@ -306,6 +309,7 @@ class TrainConfig(YamlSettings):
     overwrite: bool = False
     parallel: Parallel = "auto"
     async_save: bool | None = None
+    stall_timeout: AtLeast0 | None = None
     device: str | None = None
     lora: LoraSettings | None = None
     adapter: StartAdapter = "merge"

@@ -24,7 +24,7 @@ _LEFT_OUT = {
     *("model", "data", "output", "cache", "reference", "eval_data", "loss", "beta"),
     *("resume", "overwrite", "report", "report_to", "run_name", "project", "device", "read_mode"),
     *("precompute", "save_every", "keep_checkpoints", "offload_activations"),
-    *("activation_checkpointing", "revision", "parallel"),
+    *("activation_checkpointing", "revision", "parallel", "stall_timeout"),
 }
 """Settings that are shown elsewhere on the card, or that do not change the model."""
 _OFF = {

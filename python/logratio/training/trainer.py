@@ -353,10 +353,11 @@ class DPOTrainer(UpdateLoop, TransformersMethods):
             layout = self.choose_layout(policy, reference)
         self.begin(policy, reference, layout, strategy, placement.load)
         result = self.run_updates()
-        self.processes.enter("while the model was saved")
-        with interrupts():  # a signal must not prevent saving the trained model
-            self.save_model_of(result)
-        self.call("on_end", result)
+        self._enter("while the model was saved", patient=True)
+        with self.guard.watching():
+            with interrupts():  # a signal must not prevent saving the trained model
+                self.save_model_of(result)
+            self.call("on_end", result)
         self.drawing.finish()
         self.result = result
         return result

@@ -58,6 +58,7 @@ from logratio.training.run_folder import (
 )
 from logratio.training.schedule import RunLength, learning_rate
 from logratio.training.selection import Selection
+from logratio.training.stall_guard import StallGuard
 from logratio.training.update import Load, Updater
 from logratio.training.watching import Unwatched, Watch
 
@@ -121,6 +122,7 @@ class UpdateLoop:
             config, store, policy, reference, layout, strategy, self.processes, load
         )
         self.checkpoints = RunCheckpoints(config, self.updater)
+        self.guard = StallGuard.of(config, self.device)
         self.identity = self.run_identity()
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)
@@ -202,6 +204,7 @@ class UpdateLoop:
         history = []
         with (
             self._watch() as watch,
+            self.guard.watching(),
             interrupts() as received,
             self._progress(in_all, done) as advance,
         ):
@@ -216,9 +219,9 @@ class UpdateLoop:
                 for step, (most, batches) in enumerate(shares, start + 1):
                     if self.state.stop_reason:
                         break
-                    self.processes.enter(f"during update {step:,}")
+                    self._enter(f"during update {step:,}")
                     rate = learning_rate(config, step - 1, self.updates)
-                    counted = watch.counted(batches)
+                    counted = watch.counted(self.guard.counted(batches))
                     values, groups = self.updater.update(step, rate, counted, most)
                     self.state.step, self.state.epoch = step, step / feed.updates_per_epoch
                     values["epoch"] = self.state.epoch
@@ -228,8 +231,14 @@ class UpdateLoop:
                     self.call("on_update", MappingProxyType(values))
                     self._evaluate(watch, interrupted)
                     self._maybe_save(step, interrupted())
+            self._enter("while a checkpoint was saved", patient=True)
             self.checkpoints.finish()
         return self._result(history)
+
+    def _enter(self, phase: str, *, patient: bool = False) -> None:
+        """Name what the run does now, for the message if it dies or is stuck."""
+        self.processes.enter(phase)
+        self.guard.enter(phase, patient=patient)
 
     def _watch(self) -> Unwatched:
         """Return what records the run: only the first process does."""
@@ -239,7 +248,12 @@ class UpdateLoop:
 
     def _agreed(self, received: Callable[[], int | None]) -> Callable[[], int | None]:
         """Let a signal of any process count for all, at the next call that all make together."""
-        return lambda: self.processes.highest(received() or 0) or None
+
+        def agreed() -> int | None:
+            self.guard.moved()  # an evaluation asks after each batch
+            return self.processes.highest(received() or 0) or None
+
+        return agreed
 
     def _evaluate(self, watch: Unwatched, interrupted: Callable[[], int | None]) -> None:
         """Evaluate held-out groups if it is time, and keep the weights if they are the best.
@@ -249,6 +263,7 @@ class UpdateLoop:
         step = self.state.step
         if self.held_out is None or not self._is_due(step):
             return
+        self._enter(f"during the evaluation after update {step:,}", patient=True)
         try:
             result = self.held_out.evaluate(step, self.updater, interrupted)
         except EvaluationInterruptedError:
@@ -380,6 +395,7 @@ class UpdateLoop:
         if step == self.updates and not (self.held_out and self._is_due(step)):
             return
         if signal or (every > 0 and step % every == 0):
+            self._enter(f"while the checkpoint of update {step:,} was saved", patient=True)
             folder = self.checkpoints.begin(self._position(step))
             if signal:
                 folder = folder or self.checkpoints.finish()

@@ -1,6 +1,7 @@
 """A signal in every phase of `logratio train`: exit code, what is left, resuming from it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from conftest import write_pairs
 from repository import ROOT
 from safetensors.torch import load_file
+
+from logratio.training import stall_guard
 
 PHASES: dict[str, tuple[str, str]] = {
     "reading the data": ("logratio.training.dataset", "build_store"),
@@ -61,10 +64,11 @@ def ended() -> Iterator[Ended]:
         assert server.stdin
         assert answers
 
-        def run(given: list[str], *signals: tuple[object, ...]) -> int:
-            print(
-                json.dumps({"arguments": given, "signals": signals}), file=server.stdin, flush=True
-            )
+        def run(
+            given: list[str], *signals: tuple[object, ...], errors: Path | str = os.devnull
+        ) -> int:
+            call = {"arguments": given, "signals": signals, "errors": str(errors)}
+            print(json.dumps(call), file=server.stdin, flush=True)
             return int(answers.readline())
 
         yield run
@@ -89,13 +93,8 @@ def outcome(folder: Path) -> dict[str, object]:
     return {"weights": {k: v.numpy().tobytes() for k, v in weights.items()}, "best": best, **rows}
 
 
-CASES = [
-    *((phase, signal.SIGTERM) for phase in PHASES),
-    *((phase, signal.SIGINT) for phase in ("reading the data", "the precompute pass", "an update")),
-]
-
-
-@pytest.mark.parametrize(("phase", "number"), CASES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_ends_the_run_and_resume_gives_the_same_bits(
     ended: Ended,
     phase: str,
@@ -136,5 +135,21 @@ def test_a_second_signal_ends_the_process_at_once(
     code = ended(arguments(material, tmp_path), first, second)
     assert code in (-signal.SIGINT, 128 + signal.SIGINT)
     assert (tmp_path / "second").exists()
+    assert ended(arguments(material, tmp_path, "--resume")) == 0
+    assert outcome(tmp_path) == whole
+
+
+def test_a_stuck_update_ends_with_its_stacks_and_resume_gives_the_same_bits(
+    ended: Ended,
+    material: tuple[Path, Path, Path],
+    whole: dict[str, object],
+    tmp_path: Path,
+) -> None:
+    stuck = (0, *PHASES["an update"], 3, str(tmp_path / "stuck"))
+    command = arguments(material, tmp_path, "--stall-timeout", "5")
+    assert ended(command, stuck, errors=tmp_path / "errors") == stall_guard.EXIT_CODE
+    errors = (tmp_path / "errors").read_text()
+    assert "during update 3, nothing moved for 5 s" in errors
+    assert "signalled_commands.py" in errors, "the stack of the call that is stuck"
     assert ended(arguments(material, tmp_path, "--resume")) == 0
     assert outcome(tmp_path) == whole

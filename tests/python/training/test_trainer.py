@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from logratio.training.models import ModelFolderError, load_model
 from logratio.training.reference import StaleCacheError
 from logratio.training.reference_checks import UntrustedReferenceError
 from logratio.training.trainer import DPOTrainer
+from logratio.training.update import Scored, Updater
 from logratio.training.validation import reference_kind
 
 
@@ -243,6 +245,39 @@ def test_non_finite_stops_before_the_weights_and_names_the_record(
     assert not (Path(config.output) / "model.safetensors").exists()
     text = (Path(config.output) / "metrics.jsonl").read_text()
     assert "NaN" not in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(
+    config: TrainConfig, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and log-probs are finite: only the gradient's norm shows it."""
+    real, before = Updater.accumulate, dict[str, Tensor]()
+    updaters = list[Updater]()
+
+    def poisoned(updater: Updater, *given: Any, **options: Any) -> list[Scored]:
+        scored = real(updater, *given, **options)
+        if len(updater._recent) == 2:  # the third update
+            updaters.append(updater)
+            before.update(copied(updater.policy))
+            gradient = updater.parameters[-1].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = value
+        return scored
+
+    monkeypatch.setattr(Updater, "accumulate", poisoned)
+    with pytest.raises(
+        NonFiniteError, match="update 3: grad_norm not finite; stopped before updating the weights"
+    ):
+        quiet(config)
+    assert equal(copied(updaters[0].policy), before)
+    assert not (Path(config.output) / "model.safetensors").exists()
+    rows = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+def copied(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
