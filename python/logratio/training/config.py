@@ -51,7 +51,10 @@ Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Values of peft's `init_lora_weights` that change the base's weights."""
-_CHANGES_BASE = "it changes the base's weights, so the base with adapters off is no reference"
+_CHANGES_BASE = (
+    "it changes the base's weights, so the base with adapters off is no reference, and the trained "
+    "adapter would fit only that changed base, which is not saved with it"
+)
 REFUSED_INITS: Mapping[Any, str] = {
     **dict.fromkeys(CHANGING_INITS, _CHANGES_BASE),
     "eva": "it computes the adapters from activations on data",

@@ -478,6 +478,11 @@ class Evaluating:
             samples = sample_texts(self.dataset.tokenizer, prompts, drawn, others)
             rows = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in samples)
             write_atomic(Path(self.config.samples_file), rows)
+        elif self.show_progress:
+            say(
+                "the texts of the samples are not kept: --samples-file writes them to a file, with "
+                "samples of the reference for the same prompts"
+            )
         return kl_estimate(drawn_logratios(policy, reference, prompts, drawn), drawn)
 
     def _draw(self, model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:

@@ -3,11 +3,13 @@
 import importlib
 import re
 import runpy
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Run
 from documented import PAGES, blocks, commands, help_of
 from pdoc.doc import Module
 from repository import PACKAGE, ROOT, manifest
@@ -45,6 +47,24 @@ def test_python_blocks_run_one_after_the_other(
         for number, block in enumerate(blocks("python", [page]), 1):
             shutil.rmtree("bundle", ignore_errors=True)
             exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("heading", ["Schedule and optimizer", "LoRA"])
+def test_commands_that_tune_a_run_work(
+    heading: str,
+    make_model: Callable[..., Path],
+    pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+) -> None:
+    page = (ROOT / "python/docs/training.md").read_text()
+    block = page.partition(f"## {heading}\n")[2].partition("```sh\n")[2].partition("```")[0]
+    monkeypatch.chdir(make_model("model").parent)
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line]
+    assert lines
+    for line in lines:
+        code, _, errors = run(*shlex.split(line)[1:], "--no-report")
+        assert code == 0, errors
 
 
 def test_commands_in_the_pages_use_existing_options() -> None:

@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import logratio
 from logratio.errors import ConfigError
@@ -66,6 +70,30 @@ def test_callbacks_are_called_in_order(config: TrainConfig) -> None:
         *[("evaluate", 3), ("checkpoint", 3), ("update", 4), ("update", 5), ("update", 6)],
         *[("evaluate", 6), ("end", 6)],
     ]
+
+
+class KeepModels(Callback):
+    """The example of the documentation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_checkpoint(self, state: RunState, folder: Path) -> None:
+        saved: Any = state.policy
+        saved.save_pretrained(self.folder / f"{state.step}")
+        self.weights = load_file(folder / "weights.safetensors")
+
+
+def test_a_callback_keeps_a_model_that_outlives_the_checkpoints(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    keep = KeepModels(tmp_path / "models")
+    DPOTrainer(config=config, callbacks=[keep], show_progress=False).train()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "3")
+    found = dict(model.named_parameters())
+    assert keep.weights.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in keep.weights.items())
 
 
 class StopAtMargin(Callback):

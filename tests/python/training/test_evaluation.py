@@ -138,6 +138,19 @@ def test_samples_of_both_models_are_kept(
     assert all(row["policy"] == row["reference"] for row in rows)
 
 
+def test_a_note_names_the_setting_that_keeps_samples(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(
+        tiny_model, tiny_model, [pairs_file], beta=0.1, samples=2, max_new_tokens=2
+    )
+    evaluate(config)
+    assert "samples_file writes them to a file" in capsys.readouterr().err
+    evaluate(replace(config, samples_file=tmp_path / "samples.jsonl"))
+    evaluate(replace(config, samples=0))
+    assert "samples_file" not in capsys.readouterr().err
+
+
 def test_a_file_of_samples_needs_samples_and_a_place(
     tiny_model: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
