@@ -119,6 +119,20 @@ def test_a_stopped_rank_ends_the_run(ranks: RankServer, settings: Settings, tmp_
     assert "rank 1 (host" in failed(ended, started)
 
 
+def test_a_stuck_rank_ends_the_run_with_the_stacks_of_those_that_wait_for_it(
+    ranks: RankServer, settings: Settings, tmp_path: Path
+) -> None:
+    """A stuck process still counts as alive: only its work does not move."""
+    stuck = [1, 0, *MOMENTS["an update"], str(tmp_path / "stuck")]
+    settings |= {"parallel": "ddp", "stall_timeout": 6}
+    started = time.monotonic()
+    ended = ranks(2, "rank_workers:train", settings, signals=[stuck])
+    printed = failed(ended, started)
+    assert (tmp_path / "stuck").exists()
+    assert "during update 3, nothing moved for 6 s" in printed
+    assert "most recent call first" in printed
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_signal_in_one_rank_saves_all_and_the_run_resumes(
     ranks: RankServer,
