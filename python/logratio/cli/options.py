@@ -163,6 +163,16 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1 … Default: a GPU if there is one.",
                  rich_help_panel=MACHINE),
 ]  # fmt: skip
+StallTimeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="End a stuck process, with the stacks of its threads, if no micro-batch has ended for "
+        "so long; a batch of an evaluation, a save and loading may take ten times as long. "
+        "0: never. Default: 1800 on a GPU, never on a CPU.",
+        rich_help_panel=MACHINE,
+    ),
+]
 ShareBeginnings = Annotated[
     bool,
     typer.Option(

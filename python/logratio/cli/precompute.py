@@ -74,6 +74,7 @@ class Machine(Settings):
         ),
     ] = None
     read_mode: options.ReadModeOption = ReadMode.MAP
+    stall_timeout: options.StallTimeout = None
     device: options.Device = None
 
 

@@ -504,16 +504,7 @@ class Machine(Settings):
             rich_help_panel=options.MACHINE,
         ),
     ] = None
-    stall_timeout: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="End a stuck run, with the stacks of its threads, if no micro-batch has ended for "
-            "so long, or no evaluation or save for ten times as long. 0: never. Default: 1800 on "
-            "a GPU, never on a CPU.",
-            rich_help_panel=options.MACHINE,
-        ),
-    ] = None
+    stall_timeout: options.StallTimeout = None
     device: options.Device = None
 
 

@@ -239,8 +239,9 @@ class TrainConfig(YamlSettings):
         async_save: Write the checkpoints of a sharded model while the run goes on, from a copy in
             host memory. None: on GPUs.
         stall_timeout: End the process, with the stacks of its threads, if it has finished no
-            micro-batch for this many seconds; an evaluation or a save may take ten times as long.
-            0: never. None: 1,800 on a GPU, never on a CPU.
+            micro-batch for this many seconds, in an update or in the precompute pass; a batch of an
+            evaluation, or a save, may take ten times as long. 0: never. None: 1,800 on a GPU,
+            never on a CPU.
         device: Device to train on; None: a GPU if available, else the CPU.
         lora: Train these adapters instead of all weights.
         adapter: How to start if `model` is the folder of an adapter: "merge" it into its base and
@@ -390,6 +391,8 @@ class PrecomputeConfig(YamlSettings):
             by content hash. None: all groups, or this process's part under torchrun.
         engine: "local", this process; or "ray", actors on a Ray cluster.
         workers: Number of Ray actors; None: as many as fit.
+        stall_timeout: As in `TrainConfig`; loading the model and sealing the cache may take ten
+            times as long. Not with Ray.
         precision: As in `TrainConfig`. With Ray, the default is that of the driver's machine.
         quantization: Load the weights in 8 or 4 bits (bitsandbytes).
     """
@@ -407,6 +410,7 @@ class PrecomputeConfig(YamlSettings):
     precision: Precision | None = None
     quantization: Quantization | None = None
     read_mode: ReadMode = "map"
+    stall_timeout: AtLeast0 | None = None
     device: str | None = None
     rules: TokenizationRules = field(default_factory=TokenizationRules)
     formats: FormatSettings = field(default_factory=FormatSettings)

@@ -46,6 +46,7 @@ from logratio.training.reference_scorer import (
     owners,
     write_fingerprint,
 )
+from logratio.training.stall_guard import StallGuard
 from logratio.training.torch_settings import ask_for_expandable_segments, exact_products
 from logratio.validation import check_kind
 
@@ -137,6 +138,7 @@ def pass_of_run(
         sums_only=holds_sums_only(str(config.cache), reference_fingerprint(config)),
         share_beginnings=config.share_beginnings,
         read_mode=config.read_mode,
+        stall_timeout=config.stall_timeout,
         precision=precision_of(config),
         quantization=config.quantization,
         device=config.device,
@@ -271,6 +273,8 @@ def check_settings(config: PrecomputeConfig, share: Share) -> None:
         raise ConfigError(
             "only one process can read standard input: give files, or a store of `data build`"
         )
+    if config.engine == "ray" and config.stall_timeout is not None:
+        raise ConfigError("--stall-timeout watches this process, and --engine ray uses others")
     if config.engine == "local":
         default_device(config.device)  # Ray workers may have devices that this machine lacks
     if config.engine == "ray":
@@ -384,19 +388,31 @@ class Precompute:
         write_fingerprint(self.folder, self.fingerprint)
         run_folder.record_date(self.folder, run_folder.date_of_store(self.store))
         written = 0
+        guard = self._guard()
         with (
             exact_products(),
+            guard.watching(),
             interrupts() as interrupted,
             progress("scoring", self.work.tokens, "tokens", show=self.show_progress) as advance,
             closing(self._batches()) as batches,
         ):
             for tokens, nbytes in batches:
+                # After the last tokens the scores are sealed, which takes long for a large cache.
+                guard.enter("during the precompute pass", patient=not tokens)
                 advance(tokens)
                 written += nbytes
                 if signal := interrupted():
                     raise RunInterruptedError(signal, RESUME)
         self._seal_idle_journals()
         return written
+
+    def _guard(self) -> StallGuard:
+        """Return what ends the pass if it is stuck, at the time when the model is loaded."""
+        is_here = self.config.engine == "local"
+        device = default_device(self.config.device if is_here else "cpu")
+        guard = StallGuard.of(self.config.stall_timeout, device)
+        guard.enter("before the first scores of the precompute pass", patient=True)
+        return guard
 
     def _seal_idle_journals(self) -> None:
         """Seal journals whose writers have exited: killed processes, or Ray actors."""

@@ -16,12 +16,11 @@ import torch
 
 from logratio.data.feed import MicroBatch
 from logratio.progress import say
-from logratio.training.config import TrainConfig
 
 ON_GPU = 1800.0
 """Default of `stall_timeout` on a GPU, in seconds, as torch's for collectives of gloo."""
 PATIENT = 10
-"""An evaluation or a save may take this many times as long as a micro-batch."""
+"""An evaluation, a save or the loading of a model may report this many times more rarely."""
 EXIT_CODE = 1
 _LOOK_EVERY = 1.0
 _GRACE = 5.0
@@ -40,15 +39,15 @@ class StallGuard:
         self._phase, self._reports = "at the start", 0
 
     @classmethod
-    def of(cls, config: TrainConfig, device: torch.device) -> "StallGuard":
+    def of(cls, wanted: float | None, device: torch.device) -> "StallGuard":
         """Return the guard of a run; on a CPU, where a micro-batch can take hours, off by default.
 
         Args:
-            config: Settings of the run.
-            device: The device that trains.
+            wanted: The setting `stall_timeout`.
+            device: The device that computes.
         """
         default = 0.0 if device.type == "cpu" else ON_GPU
-        return cls(default if config.stall_timeout is None else config.stall_timeout)
+        return cls(default if wanted is None else wanted)
 
     def enter(self, phase: str, *, patient: bool = False) -> None:
         """Report that a phase begins.

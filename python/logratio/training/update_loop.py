@@ -122,7 +122,7 @@ class UpdateLoop:
             config, store, policy, reference, layout, strategy, self.processes, load
         )
         self.checkpoints = RunCheckpoints(config, self.updater)
-        self.guard = StallGuard.of(config, self.device)
+        self.guard = StallGuard.of(config.stall_timeout, self.device)
         self.identity = self.run_identity()
         self.state = RunState(self.config, self.updates, policy, self.dataset.tokenizer)
         self.selection = Selection(self.config.best_metric, self.config.early_stop)

@@ -19,6 +19,7 @@ from oracle import in_float64, per_token_logps
 from logratio._rust import CacheReader, CacheWriter, CorruptCacheError
 from logratio.cache import ReferenceCache
 from logratio.data import TokenizationRules
+from logratio.errors import ConfigError
 from logratio.training import PrecomputeConfig, load_model, precompute
 from logratio.training.dataset import load_dataset
 from logratio.training.fingerprint import model_fingerprint
@@ -231,3 +232,8 @@ def test_the_forecast_counts_what_is_missing(config: PrecomputeConfig) -> None:
     started = time.monotonic()
     assert ready.forecast.seconds < 60
     assert time.monotonic() - started < 60
+
+
+def test_a_pass_on_ray_takes_no_stall_timeout(config: PrecomputeConfig) -> None:
+    with pytest.raises(ConfigError, match="stall_timeout watches this process"):
+        precompute(dataclasses.replace(config, engine="ray", stall_timeout=60))

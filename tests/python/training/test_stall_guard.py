@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from logratio.training import TrainConfig, stall_guard
+from logratio.training import stall_guard
 from logratio.training.stall_guard import ON_GPU, PATIENT, StallGuard
 
 
@@ -74,12 +74,11 @@ def test_every_micro_batch_is_a_report() -> None:
 
 
 def test_defaults_depend_on_the_device() -> None:
-    config = TrainConfig("model", "data", "output")
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert StallGuard.of(config, gpu)._seconds == ON_GPU
-    assert StallGuard.of(config, cpu)._seconds == 0
-    given = TrainConfig("model", "data", "output", stall_timeout=90)
-    assert StallGuard.of(given, cpu)._seconds == StallGuard.of(given, gpu)._seconds == 90
+    assert StallGuard.of(None, gpu)._seconds == ON_GPU
+    assert StallGuard.of(None, cpu)._seconds == 0
+    for given in (0.0, 90.0):
+        assert StallGuard.of(given, cpu)._seconds == StallGuard.of(given, gpu)._seconds == given
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3600.0])

@@ -139,17 +139,29 @@ def test_a_second_signal_ends_the_process_at_once(
     assert outcome(tmp_path) == whole
 
 
-def test_a_stuck_update_ends_with_its_stacks_and_resume_gives_the_same_bits(
+STUCK: dict[str, tuple[object, ...]] = {
+    "during update 3": (*PHASES["an update"], 3),
+    "during the precompute pass": (
+        "logratio.training.reference_scorer",
+        "ReferenceScorer.flush",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("phase", STUCK)
+def test_a_stuck_run_ends_with_its_stacks_and_resume_gives_the_same_bits(
     ended: Ended,
+    phase: str,
     material: tuple[Path, Path, Path],
     whole: dict[str, object],
     tmp_path: Path,
 ) -> None:
-    stuck = (0, *PHASES["an update"], 3, str(tmp_path / "stuck"))
+    stuck = (0, *STUCK[phase], str(tmp_path / "stuck"))
     command = arguments(material, tmp_path, "--stall-timeout", "5")
     assert ended(command, stuck, errors=tmp_path / "errors") == stall_guard.EXIT_CODE
     errors = (tmp_path / "errors").read_text()
-    assert "during update 3, nothing moved for 5 s" in errors
+    assert f"{phase}, nothing moved for 5 s" in errors
     assert "signalled_commands.py" in errors, "the stack of the call that is stuck"
     assert ended(arguments(material, tmp_path, "--resume")) == 0
     assert outcome(tmp_path) == whole
