@@ -64,11 +64,13 @@ class StallGuard:
         self._reports += 1
 
     def counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield micro-batches, and report each."""
-        for batch in batches:
+        """Yield micro-batches, and report each. It keeps none, so that their buffers are released."""
+
+        def reported(batch: MicroBatch) -> MicroBatch:
             self.moved()
-            yield batch
-            del batch  # releases its buffer before the next one is requested
+            return batch
+
+        return map(reported, batches)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
