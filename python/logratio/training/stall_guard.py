@@ -64,7 +64,7 @@ class StallGuard:
         self._reports += 1
 
     def counted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Yield micro-batches, and report each. It keeps none, so that their buffers are released."""
+        """Yield micro-batches, and report each; keep none, since their buffers are used again."""
 
         def reported(batch: MicroBatch) -> MicroBatch:
             self.moved()
