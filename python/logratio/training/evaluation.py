@@ -479,10 +479,7 @@ class Evaluating:
             rows = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in samples)
             write_atomic(Path(self.config.samples_file), rows)
         elif self.show_progress:
-            say(
-                "the texts of the samples are not kept: --samples-file writes them to a file, with "
-                "samples of the reference for the same prompts"
-            )
+            say("the texts of the samples are not kept: --samples-file writes both models' texts")
         return kl_estimate(drawn_logratios(policy, reference, prompts, drawn), drawn)
 
     def _draw(self, model: nn.Module, prompts: list[list[int]]) -> list[list[int]]:

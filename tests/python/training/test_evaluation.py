@@ -145,7 +145,7 @@ def test_a_note_names_the_setting_that_keeps_samples(
         tiny_model, tiny_model, [pairs_file], beta=0.1, samples=2, max_new_tokens=2
     )
     evaluate(config)
-    assert "samples_file writes them to a file" in capsys.readouterr().err
+    assert "samples_file writes both" in capsys.readouterr().err
     evaluate(replace(config, samples_file=tmp_path / "samples.jsonl"))
     evaluate(replace(config, samples=0))
     assert "samples_file" not in capsys.readouterr().err
