@@ -40,15 +40,14 @@ from logratio.training import (
     precompute,
     update_loop,
 )
-from logratio.training.dataset import load_dataset
 from logratio.training.lora import with_lora
+from logratio.training.methods.table import METHODS
 from logratio.training.models import load_model
 from logratio.training.optimizers import AdamSettings, clip_gradients, make_optimizer
 from logratio.training.reference import (
     AdapterReference,
     FrozenReference,
     Reference,
-    cached_reference,
 )
 from logratio.training.speed import Speedometer, Work
 from logratio.training.trainer import DPOTrainer
@@ -165,12 +164,13 @@ def reference_of(kind: str, config: TrainConfig, policy: nn.Module) -> Reference
     if kind == "adapter":
         return AdapterReference(policy)
     assert config.cache is not None
-    precompute(
-        PrecomputeConfig(config.model, config.data, config.cache, sums_only=kind == "sums"),
-        show_progress=False,
+    wanted = PrecomputeConfig(
+        *(config.model, config.data, config.cache),
+        sums_only=kind == "sums",
+        mismatched=config.loss == "kto",
     )
-    store = load_dataset(config.model, config.data, config.rules, show_progress=False).store
-    return cached_reference(config, store)
+    precompute(wanted, show_progress=False)
+    return DPOTrainer(config=config, show_progress=False).cached
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,31 @@ def test_an_update_waits_once(
             assert waits.found == {"to the host": 1}
             assert groups == (12, 4)[number]
             assert values["loss"] == values["grad_norm"] == 1.0
+
+
+OF_UPDATE = [name for name, method in METHODS.items() if method.statistics]
+"""Methods that take numbers from all groups of an update, which are computed on the host."""
+
+
+@pytest.mark.parametrize("kind", ["frozen", "sums"])
+@pytest.mark.parametrize("loss", OF_UPDATE)
+def test_an_update_of_a_method_with_statistics_waits_twice(
+    config: Callable[..., TrainConfig], loss: str, kind: str, tmp_path: Path, request: Any
+) -> None:
+    """For the log-probs of all its micro-batches together, then for its metrics."""
+    run = config(loss=loss, cache=tmp_path / "cache" if kind == "sums" else None)
+    policy = load_model(run.model).to("meta")
+    reference = reference_of(kind, run, policy)
+    request.getfixturevalue("like_cuda")
+    training = DPOTrainer(config=run, show_progress=False)
+    training.begin(policy, reference, "shared")
+    updates = groupby(list(training._feed(0)), lambda micro: micro.update)
+    number, update = next(updates)
+    batches = list(update)
+    assert len(batches) > 1
+    with shared_prompts(transformer(policy)), HostWaits() as waits:
+        training.updater.update(number + 1, 1e-4, iter(batches))
+    assert waits.found == {"to the host": 2}
 
 
 @pytest.mark.parametrize("loss", ["dpo", "bradley-terry"])

@@ -204,18 +204,22 @@ class UpdateStatistics:
             own: The micro-batches of this process.
             processes: The processes of the run; all call this together.
         """
-        shared = processes.share([_plain(one.groups, one.rows) for one in own])
+        shared = processes.share([_plain(own)] if own else [])
         every = [part for theirs in shared for part in theirs]
         groups, rows = _in_order(every, has_reference=objective.needs_reference)
         return cls(objective.statistics(groups, trains=True), Places.of(rows), own)
 
     def of_rows(self, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """Return the statistics for completions by their rows in the store, `[n]`, on a device."""
-        places = torch.from_numpy(self.places.at(rows))
+        places = self.places.at(rows)
         return {
-            name: (value if value.ndim == 0 else value[places]).to(device)
-            for name, value in self.found.items()
+            name: onto(value if value.ndim == 0 else value[places], device)
+            for name, value in self._arrays.items()
         }
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in self.found.items()}
 
     def references(self, rows: np.ndarray, device: torch.device) -> Tensor:
         """Return the reference's sums of this process's completions, float64 `[n]`, on a device."""
@@ -264,8 +268,10 @@ class Places:
 _COLUMNS = ("policy_logps", "reference_logps", "lengths", "roles")
 
 
-def _plain(groups: GroupLogps, rows: np.ndarray) -> dict[str, Any]:
-    """Return groups as JSON values; float64 keeps all of its digits."""
+def _plain(own: Sequence[FirstPass]) -> dict[str, Any]:
+    """Return the groups of micro-batches as JSON values; float64 keeps all of its digits."""
+    groups = GroupLogps.concatenated([one.groups for one in own]).on_host()
+    rows = np.concatenate([one.rows for one in own])
     columns: dict[str, Any] = {name: getattr(groups, name).tolist() for name in _COLUMNS}
     values = None if groups.values is None else groups.values.tolist()
     return columns | {"sizes": groups.sizes.tolist(), "rows": rows.tolist(), "values": values}

@@ -122,12 +122,19 @@ class GroupLogps:
         return replace(self, policy_logps=self.policy_logps.detach(), divergences=None)
 
     def on_host(self) -> "GroupLogps":
-        """The same without a gradient, in the host's memory, without statistics."""
-        columns = {
-            name: getattr(self, name).detach().cpu()
-            for name in ("policy_logps", "reference_logps", "lengths", "roles")
+        """The same without a gradient, in the host's memory, without statistics.
+
+        All columns are one copy, since the host waits for each copy from a GPU. They keep their
+        bits: float64 holds the numbers of every other type.
+        """
+        names = ("policy_logps", "reference_logps", "lengths", "roles")
+        columns = [getattr(self, name).detach() for name in names]
+        copied = torch.stack([column.double() for column in columns]).cpu()
+        given = {
+            name: values.to(column.dtype)
+            for name, values, column in zip(names, copied, columns, strict=True)
         }
-        return replace(self, **columns, statistics={})
+        return replace(self, **given, statistics={})
 
     @property
     def logratios(self) -> Tensor:
