@@ -37,8 +37,8 @@ from logratio.logps.scores import (
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference between two layouts that rounding explains, in nats per token."""
 SAME_CALLS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
-"""Largest difference between two calls with equal shapes, in nats per token. Rounding may depend on
-a token's position in a batch."""
+"""Largest difference that rounding explains between two calls with equal shapes, in nats per token,
+where a token's rounding may depend on the others: see `_leak_limit`."""
 _STATEFUL = re.compile("linear|conv|hybrid|mamba|ssm|recurrent|rwkv")
 """Matches names of layer types that carry a state from token to token."""
 _STATE_MODULES = re.compile("mamba|delta|rwkv|lightning|recurrent|linearattention", re.I)
@@ -106,7 +106,7 @@ def _shared_or_padded(model: nn.Module) -> tuple[str, str]:
     except TypeError:  # the model's code does not accept a keyword argument or mask
         why = "its attention cannot be replaced by shared-prompt attention"
         return "padded", f"{_name(model)} cannot share prompts: {why}"
-    if not moved <= _tolerance(model, SAME_CALLS):  # NaN too
+    if not moved <= _leak_limit(model):  # NaN too
         return "padded", f"{_name(model)} lets completions see each other ({moved:.2g} nats)"
     if crosstalk != 0:  # NaN too
         return "padded", f"{_name(model)} lets completions see each other (by their gradients)"
@@ -149,7 +149,7 @@ def _token_gradients(model: nn.Module, batch: Batch, cuts: Sequence[int]) -> lis
     Empty if the model has no backward pass, or does not use its input embeddings.
     """
     inner = transformer(model)
-    if getattr(inner, "is_quantized", False):  # quantized products may have no backward pass
+    if _is_quantized(model):  # quantized products may have no backward pass
         return []
     embedded = list[Tensor]()
 
@@ -189,7 +189,7 @@ def check_tree(model: nn.Module) -> str | None:
         crosstalk = _tree_crosstalk(model, groups)
     except SharedPromptError as error:
         return f"{_name(model)} cannot share beginnings: {error}"
-    if not moved <= _tolerance(model, SAME_CALLS):
+    if not moved <= _leak_limit(model):
         return f"{_name(model)} lets branches see each other ({moved:.2g} nats)"
     if crosstalk != 0:
         return f"{_name(model)} lets branches see each other (by their gradients)"
@@ -424,7 +424,7 @@ def _gap(left: Tensor, right: Tensor) -> float:
 
 
 def _tolerance(model: nn.Module, limits: dict[torch.dtype, float] = TOLERANCE) -> float:
-    if getattr(transformer(model), "is_quantized", False) or _has_experts(model):
+    if _is_quantized(model) or (_is_low(model) and _has_experts(model)):
         # 8-bit products select outliers over all rows, so rows of a batch affect each other (0.07
         # nats on the probe of a small model). 4-bit products have two kernels. The number of rows
         # that an expert multiplies depends on the batch.
@@ -434,10 +434,29 @@ def _tolerance(model: nn.Module, limits: dict[torch.dtype, float] = TOLERANCE) -
     return limits[transformer(model).dtype]
 
 
-def _has_experts(model: nn.Module) -> bool:
+def _leak_limit(model: nn.Module) -> float:
+    """Return the largest change of a token's log-prob that is no leak, in nats.
+
+    It is 0, because the token keeps its place in calls with equal shapes: the same kernels compute
+    the same bits. Only in products of quantized models and of experts do other tokens change them.
+    """
+    if _is_quantized(model) or _has_experts(model):
+        return _tolerance(model, SAME_CALLS)
+    return 0.0
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return bool(getattr(transformer(model), "is_quantized", False))
+
+
+def _is_low(model: nn.Module) -> bool:
+    """Return whether the model computes in less than float32."""
     inner = transformer(model)
-    is_low = inner.dtype != torch.float32 or torch.is_autocast_enabled(inner.device.type)
-    return is_low and any("expert" in key for key in inner.config.get_text_config().to_dict())
+    return inner.dtype != torch.float32 or torch.is_autocast_enabled(inner.device.type)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any("expert" in key for key in transformer(model).config.get_text_config().to_dict())
 
 
 def _name(model: nn.Module) -> str:

@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import bench_step
 import gpu
 import gpu_parts
 import gpu_steps
@@ -38,6 +40,78 @@ def test_the_plan_fits_into_its_time(tmp_path: Path) -> None:
         assert (ROOT / step.command[0]).exists() or step.command[0] == "-m"
 
 
+def test_without_real_data_the_step_bench_draws_its_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "SHARED", tmp_path)
+    for name in (gpu.HH, gpu.GPT2):
+        assert not gpu.has_real_data()
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1 and name in said[0] and "LOGRATIO_SHARED" in said[0]
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert gpu.has_real_data()
+    assert not capsys.readouterr().out
+    for real in (True, False):
+        steps = {s.name: s for s in plan("cuda", tiny=False, out=tmp_path, real=real)}
+        path, *given = steps["bench_step"].command
+        assert path == "benches/bench_step.py"
+        options = bench_step.parsed(given)
+        assert options.data == (["hh"] if real else ["short-prompt"])
+        assert options.arms == ["plain-cached", "trl"]
+
+
+def test_steps_name_the_modules_that_only_they_need(tmp_path: Path) -> None:
+    steps = {step.name: step for step in plan("cuda", tiny=False, out=tmp_path)}
+    for step in steps.values():
+        assert ("pytest" in step.needs) is (step.command[:2] == ("-m", "pytest"))
+    assert {*steps["parallel"].needs} == {"pytest", "hypothesis", "typer", "rich"}
+    assert not steps["smoke"].needs
+    assert not gpu.lacking([name for step in steps.values() for name in step.needs], os.environ)
+
+
+@pytest.mark.parametrize("name", ["transformers", "logratio._rust"])
+def test_a_module_that_all_steps_need_is_missed_in_one_sentence(name: str, tmp_path: Path) -> None:
+    broken = tmp_path / "wheels" / name.partition(".")[0]
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise OSError" if "." not in name else "")
+    command = ["benches/gpu.py", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"cannot import {name}: install it" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_wheels_are_unpacked_for_the_steps(tmp_path: Path) -> None:
+    folder, out = tmp_path / "carried", tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(SystemExit, match="has no wheels"):
+        gpu.unpack(folder, out)
+    write_wheel(folder, "carried_module")
+    assert gpu.lacking(["carried_module"], gpu.environment(out)) == ["carried_module"]
+    gpu.unpack(folder, out)
+    assert (out / "wheels" / "carried_module.py").read_text() == "found = 1"
+    assert not gpu.lacking(["carried_module"], gpu.environment(out))
+
+
+def write_wheel(folder: Path, name: str) -> None:
+    """Write a wheel with one module; it depends on a package that no folder has."""
+    notes = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": "found = 1",
+        f"{notes}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        "Requires-Dist: no-such-distribution\n",
+        f"{notes}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{notes}/RECORD": "",
+    }
+    with ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, text in files.items():
+            wheel.writestr(path, text)
+
+
 def test_what_a_step_found_is_kept(tmp_path: Path) -> None:
     runner = Runner(tmp_path, 1, os.environ)
     code = "print('words'); print('{\"what\": 1}')"
@@ -47,7 +121,7 @@ def test_what_a_step_found_is_kept(tmp_path: Path) -> None:
     found, ok, failed, skipped = rows(tmp_path)
     assert found["found"] == {"what": 1}
     assert (ok["status"], failed["exit"]) == ("ok", 3)
-    assert skipped["reason"] == "not installed: no_such_module"
+    assert skipped["reason"] == "cannot import no_such_module"
     assert "words" in (tmp_path / "00-step.log").read_text()
 
 

@@ -1,6 +1,7 @@
 """One log-prob function: shared = padded = the fp64 oracle, and no completion sees another."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from tiny_models import FAMILIES, VOCABULARY, mamba_config, tiny
 from torch import Tensor
 
 from logratio.data.feed import lay_out
-from logratio.logps import completion
+from logratio.logps import checks, completion
 from logratio.logps.attention import SharedPromptError, shared_prompts
 from logratio.logps.batch import Batch, Shape, SharedBatch, to_torch
-from logratio.logps.checks import UnsupportedModelError, batch_of, check_head, choose_layout
+from logratio.logps.checks import (
+    UnsupportedModelError,
+    batch_of,
+    check_head,
+    check_tree,
+    choose_layout,
+)
 from logratio.logps.completion import score
 from logratio.training import TrainConfig, completion_logps
 from logratio.training.methods.columns import averages
@@ -103,6 +110,33 @@ def test_a_model_that_leaks_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     layout, reason = choose_layout(tiny(FAMILIES["llama"]()))
     assert layout == "padded"
     assert "see each other" in reason
+
+
+@pytest.mark.parametrize("layout", ["shared", "tree"])
+def test_a_leak_below_the_rounding_of_bfloat16_is_found(layout: str) -> None:
+    """It has no gradient either: only that equal calls give equal bits shows it."""
+    model: Any = tiny(FAMILIES["llama"]()).bfloat16()
+    layer, check = model.model.layers[-1], checks._tree_leak if layout == "tree" else checks._leak
+    plain, strength = layer.forward, 0.0
+
+    def leaking(hidden: Tensor, *given: Any, **named: Any) -> Tensor:
+        if "shared_prompt" in named:  # every token sees the mean of the row
+            hidden = hidden + strength * hidden.detach().mean(1, keepdim=True)
+        return plain(hidden, *given, **named)  # type: ignore[no-any-return]
+
+    layer.forward = leaking
+    groups = checks._probe_tree(model) if layout == "tree" else checks._probe(model, seed=0)
+
+    def moved() -> float:
+        logps = checks._scores(model, groups, layout)
+        return max(check(model, groups, logps, changed) for changed in (0, 1))
+
+    assert moved() == 0
+    assert choose_layout(model, share_beginnings=True)[0] == "tree"
+    strength = 0.01
+    assert 0 < moved() < checks.SAME_CALLS[torch.bfloat16]
+    reason = check_tree(model) if layout == "tree" else choose_layout(model)[1]
+    assert reason is not None and re.search(r"see each other \(.* nats\)", reason)
 
 
 def test_an_unknown_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
