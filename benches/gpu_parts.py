@@ -1,12 +1,14 @@
 """Parts of a training step for `gpu.py`; each result is printed as a JSON line immediately.
 
     python benches/gpu_parts.py layers|attention|tiles [--device cpu] [--tiny]
+    python benches/gpu_parts.py layers --count 32 --arms lora
+    python benches/gpu_parts.py layers --count 32 --arms plain --checkpointed 32
 
 `layers`: one update of 8 layers with the sizes of Llama 3 8B, weights made on the device: plain,
-compiled, with adapters. `attention`: each kernel, forward and backward, on pairs, on long prompts
-and on many completions, at 8k and 16k tokens. `tiles`: time of the head per position, by the size
-of a tile of logits, with three vocabularies. `mfu` is the required work relative to the speed of a
-matrix product measured in the same run.
+compiled, with adapters. 32 layers are the whole model. `attention`: each kernel, forward and
+backward, on pairs, on long prompts and on many completions, at 8k and 16k tokens. `tiles`: time of
+the head per position, by the size of a tile of logits, with three vocabularies. `mfu` is the
+required work relative to the speed of a matrix product measured in the same run.
 """
 
 import argparse
@@ -108,25 +110,27 @@ def layers(options: argparse.Namespace) -> None:
     """Train some layers of an 8B model."""
     sizes: dict[str, Any] = {"hidden_size": 4_096, "intermediate_size": 14_336, "head_dim": 128}
     heads: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8}
-    vocabulary, lengths, count = 128_256, ROWS["pairs"], 8
+    vocabulary, lengths, count = 128_256, ROWS["pairs"], options.count or 8
     if options.tiny:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        vocabulary, lengths, count = 512, Lengths(8, (4, 4), 2), 2
+        vocabulary, lengths, count = 512, Lengths(8, (4, 4), 2), options.count or 2
     config = LlamaConfig(vocab_size=vocabulary, num_hidden_layers=count, **sizes, **heads)
     groups = groups_of(lengths, 1, vocabulary)
     peak = 1e12 if options.tiny else measured_peak(options.device, PRECISION)
     say(what="matrix product", tflops=peak / 1e12)
-    for name in ("plain", "compiled", "lora"):
+    about = {"what": "layers", "count": count, "checkpointed": options.checkpointed}
+    for name in options.arms:
+        kept = LayerOptions(options.checkpointed, compiled=name == "compiled")
         try:
             model = _made(config, options.device, adapters=name == "lora")
-            found = _update(model, groups, options.device, compiled=name == "compiled")
+            found = _update(model, groups, options.device, kept)
         except Exception as error:  # continue with the others
-            say(what="layers", arm=name, failure=f"{type(error).__name__}: {error}"[:300])
+            say(**about, arm=name, failure=f"{type(error).__name__}: {error}"[:300])
             continue
         flops = sum(forward_flops(config, len(p), map(len, c), shared=True) for p, c in groups)
         flops *= 2 if name == "lora" else 3  # frozen weights have no gradients
-        say(what="layers", arm=name, mfu=flops / found["seconds"] / peak, **found)
+        say(**about, arm=name, mfu=flops / found["seconds"] / peak, **found)
         del model
 
 
@@ -139,7 +143,7 @@ def _made(config: LlamaConfig, device: str, *, adapters: bool) -> nn.Module:
 
 
 def _update(
-    model: nn.Module, groups: list[Group], device: str, *, compiled: bool
+    model: nn.Module, groups: list[Group], device: str, kept: LayerOptions
 ) -> dict[str, Any]:
     """Time an update's two halves; the peak is above the weights."""
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -160,7 +164,7 @@ def _update(
 
     counters.clear()
     start = perf_counter()
-    with shared_prompts(transformer(model)), layer_options(model, LayerOptions(compiled=compiled)):
+    with shared_prompts(transformer(model)), layer_options(model, kept):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -171,7 +175,7 @@ def _update(
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else None
     breaks = sum(counters["graph_break"].values())  # 0 if the attention is inside the graphs
     found = {"seconds": taken, "first": first, "optimizer": stepped, "peak": peak}
-    return found | {"graph_breaks": breaks} if compiled else found
+    return found | {"graph_breaks": breaks} if kept.compiled else found
 
 
 def attention(options: argparse.Namespace) -> None:
@@ -257,6 +261,7 @@ def _tile_seconds(vocabulary: int, width: int, rows: int, device: str) -> float:
     return seconds(run, device)
 
 
+ARMS = ("plain", "compiled", "lora")
 PARTS = {"layers": layers, "attention": attention, "tiles": tiles}
 
 
@@ -266,6 +271,9 @@ def main(given: Iterable[str] | None = None) -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal")
+    parser.add_argument("--count", type=int, help="layers; default 8, or 2 with --tiny")
+    parser.add_argument("--checkpointed", type=int, default=0, help="layers computed twice")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="of layers")
     options = parser.parse_args(None if given is None else list(given))
     PARTS[options.part](options)
 

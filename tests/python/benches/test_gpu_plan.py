@@ -210,6 +210,16 @@ def test_a_part_of_a_step_is_measured(
         assert all(row["microseconds_a_row"] > 0 for row in said)
 
 
+def test_layers_may_be_as_many_as_the_model_has(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["layers", "--device", "cpu", "--tiny", "--count", "3", "--checkpointed", "2"]
+    gpu_parts.main([*size, "--arms", "lora", "plain"])
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["arm"] for row in said[1:]] == ["lora", "plain"]
+    for row in said[1:]:
+        assert (row["count"], row["checkpointed"]) == (3, 2)
+        assert row["mfu"] > 0 and "failure" not in row
+
+
 @pytest.mark.long
 def test_every_step_is_rehearsed(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
