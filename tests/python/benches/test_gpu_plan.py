@@ -17,6 +17,7 @@ import gpu_steps
 import pytest
 from gpu import Runner, Step, plan
 from repository import ROOT
+from shared_material import GPT2, HH
 
 from logratio.logps.attention import kernels
 from logratio.training import activations
@@ -44,7 +45,7 @@ def test_without_real_data_the_step_bench_draws_its_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "SHARED", tmp_path)
-    for name in (gpu.HH, gpu.GPT2):
+    for name in (HH, GPT2):
         assert not gpu.has_real_data()
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 1 and name in said[0] and "LOGRATIO_SHARED" in said[0]
