@@ -372,7 +372,7 @@ class StuckReranker(Reranker):
 
 
 def test_a_request_that_outlasts_the_shutdown_is_refused(folder: Path) -> None:
-    limits = Limits(shutdown_seconds=2)
+    limits = Limits(shutdown_seconds=4)
     reranker = StuckReranker.load(folder)
     app = create_app(reranker, limits)
     listener = socket.create_server(("127.0.0.1", 0))
