@@ -66,7 +66,7 @@ def test_pairs_are_those_that_attend(groups: list[tuple[int, list[int]]]) -> Non
 def test_an_update_with_fewer_groups_than_ranks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch_size 24 for 32 GPUs.*a batch_size of 32 or more"):
         rank_loads.rank_loads(config(tmp_path), store_of(*GROUPS), 32, CPU)
-    with pytest.raises(ConfigError, match="data of 96 groups for 97 GPUs.*more data"):
+    with pytest.raises(ConfigError, match=r"data of 96 groups for 97 GPUs.*more data"):
         rank_loads.rank_loads(config(tmp_path, batch_size=500), store_of(*GROUPS), 97, CPU)
 
 
