@@ -67,12 +67,7 @@ def build(
     from logratio.progress import reading_progress
 
     refuse_multiple_processes("data build")
-    if output.exists() and not overwrite:
-        raise InputError(
-            f"{output}: file exists; replace it with --overwrite, or choose another --output"
-        )
-    check_writable(output.parent)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(output, overwrite=overwrite)
     with _report_saved_progress(output), reading_progress() as progress:
         store, report = build_store(
             files,
@@ -91,6 +86,16 @@ def build(
     if weights := weight_counts(store):
         typer.echo(str(weights))
     typer.echo(f"{count(len(store), 'group')}, {count(store.tokens, 'token')}: {output}")
+
+
+def _make_room(output: Path, *, overwrite: bool) -> None:
+    """Make the folder of a new store, unless it may not be written."""
+    if output.exists() and not overwrite:
+        raise InputError(
+            f"{output}: file exists; replace it with --overwrite, or choose another --output"
+        )
+    check_writable(output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -105,20 +105,10 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure a policy or a bundle on held-out pairs: accuracy, margin, calibration, KL."""
     if bundle is not None:
-        given: dict[str, object] = {
-            "policy": policy,
-            "reference": reference,
-            "beta": beta,
-            "device": device,
-        }
+        given = {"policy": policy, "reference": reference, "beta": beta, "device": device}
         given |= {"precision": precision, "share_beginnings": share_beginnings or None}
         given |= {"token_budget": None if token_budget == BUDGET else token_budget}
-        before = SAMPLING.settings()
-        given |= {
-            name: None if value == before[name] else value
-            for name, value in sampling.settings().items()
-        }
-        _refuse_of_bundle(given, reading)
+        _refuse_of_bundle(given | _changed(sampling), reading)
         _evaluate_bundle((bundle, base), data, reading, json_file, dry_run)
         return
     if base is not None:
@@ -142,6 +132,15 @@ def evaluate(
         max_bad_fraction=reading.max_bad_fraction,
     )
     _evaluate_policy(config, json_file, dry_run)
+
+
+def _changed(sampling: Sampling) -> dict[str, object]:
+    """Return the settings of sampling; those with their default are None."""
+    before = SAMPLING.settings()
+    return {
+        name: None if value == before[name] else value
+        for name, value in sampling.settings().items()
+    }
 
 
 def _evaluate_policy(config: "EvaluateConfig", json_file: Path | None, dry_run: bool) -> None:
