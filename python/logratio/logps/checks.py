@@ -25,7 +25,8 @@ from logratio.logps.completion import (
     transformer,
 )
 from logratio.logps.completion import batch_of as batch_of
-from logratio.logps.head import head_logits
+from logratio.logps.context_parallel import ContextRanks, split_over
+from logratio.logps.head import Head, head_logits
 from logratio.logps.scores import (
     HEAD,
     completion_scores,
@@ -195,6 +196,34 @@ def check_tree(model: nn.Module) -> str | None:
         return f"{_name(model)} lets branches see each other (by their gradients)"
     if not (gap := _gap(tree, _scores(model, groups, "padded"))) <= _tolerance(model):
         return f"{_name(model)}: tree and padded log-probs differ ({gap:.2g} nats)"
+    return None
+
+
+@torch.no_grad()
+def split_refusal(model: nn.Module, ranks: ContextRanks) -> str | None:
+    """Check that a row that `ranks` compute together has the log-probs of a whole one.
+
+    Args:
+        model: A model that supports the "shared" layout; the same in all of these processes.
+        ranks: The processes, which call this together.
+
+    Returns:
+        The reason why rows of the model must not be split, or None.
+    """
+    inner = transformer(model)
+    if limits := limits_of(inner.config):
+        return f"{limits[0].what} of {_name(model)} depends on the length of a whole sequence"
+    if Head.of(inner) is None:
+        return f"the head of {_name(model)} is more than a matrix"
+    groups = [group for seed in range(3) for group in _probe(model, seed)]
+    whole = _scores(model, groups, "shared")
+    try:
+        with split_over(ranks, inner):
+            shares = _scores(model, groups, "shared")
+    except SharedPromptError as error:
+        return f"{_name(model)}: {error}"
+    if not (gap := _gap(whole, shares)) <= _tolerance(model):
+        return f"log-probs of {_name(model)} differ in a split row ({gap:.2g} nats)"
     return None
 
 

@@ -18,10 +18,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from logratio._rust import StoreWriter
 from logratio.data.feed import lay_out
-from logratio.logps.attention.interface import NAME, SharedPromptError, shared_prompts
+from logratio.logps.attention.interface import (
+    NAME,
+    SharedPromptError,
+    SharedRow,
+    shared_prompts,
+)
 from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.tree import SharedTree
 from logratio.logps.batch import Batch, PaddedBatch, SharedBatch, TreeBatch, shape_for, to_torch
+from logratio.logps.context_parallel import (
+    SplitBatch,
+    ranks_of,
+    split,
+    split_logps,
+    split_loss,
+)
 from logratio.logps.head import TILE_ELEMENTS, Head, head_logits, tile_rows
 from logratio.logps.head_loss import LossOf, head_logps, head_loss
 
@@ -283,6 +295,8 @@ def completion_logps(model: nn.Module, batch: Batch) -> Tensor:
 
 def _logps(model: nn.Module, batch: Batch) -> Tensor:
     inner, target_ids = transformer(model), batch.targets.target_ids
+    if own := _own_share(inner, batch):
+        return split_logps(own, *_split_states(inner, own))
     hidden = target_states(inner, batch)
     if (head := Head.of(inner)) is None:
         return _module_logps(inner, hidden, target_ids)
@@ -328,6 +342,19 @@ def route(model: nn.Module, batch: Batch, routed: Routed) -> None:
     inside(model, lambda model: target_states(transformer(model), batch, routed))
 
 
+def _own_share(model: PreTrainedModel, batch: Batch) -> SplitBatch | None:
+    """Return what this process computes of a batch that several compute together, else None."""
+    ranks = ranks_of(model)
+    return split(batch, ranks) if ranks and isinstance(batch, SharedBatch) else None
+
+
+def _split_states(model: PreTrainedModel, batch: SplitBatch) -> tuple[Head, Tensor]:
+    """Return the head, and the hidden states that predict this process's targets, `[s, H]`."""
+    head = Head.of(model)
+    assert head is not None  # refused by `checks.split_refusal`
+    return head, _hidden_states(model, batch)[0].index_select(0, batch.logit_index)
+
+
 def target_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
     """Run the body in as many calls as needed; return the hidden states that predict targets."""
     states, calls = states_at(model, batch, lambda call: call.targets.logit_index, routed)
@@ -362,7 +389,9 @@ def states_at(
     return states, calls
 
 
-def _hidden_states(model: PreTrainedModel, batch: Batch, routed: Routed | None = None) -> Tensor:
+def _hidden_states(
+    model: PreTrainedModel, batch: Batch | SplitBatch, routed: Routed | None = None
+) -> Tensor:
     """Run the body without the head: `[rows, T, H]`."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     takes_positions = "position_ids" in signature(model.base_model.forward).parameters
@@ -371,9 +400,7 @@ def _hidden_states(model: PreTrainedModel, batch: Batch, routed: Routed | None =
             raise SharedPromptError("its forward takes no position_ids")
         if model.config._attn_implementation != NAME:
             raise SharedPromptError("a shared batch must be scored inside shared_prompts(model)")
-        inputs["shared_prompt"] = (
-            SharedTree(batch) if isinstance(batch, TreeBatch) else SharedPrompt(batch)
-        )
+        inputs["shared_prompt"] = _row_of(batch)
         inputs["position_ids"] = batch.position_ids
         # Without a mask, transformers looks for packed sequences in the positions.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
@@ -385,10 +412,18 @@ def _hidden_states(model: PreTrainedModel, batch: Batch, routed: Routed | None =
         inputs["output_router_logits"] = True
     output = model.base_model(**inputs)
     if routed:
+        assert not isinstance(batch, SplitBatch)
         routed(batch, getattr(output, "router_logits", None))
     hidden = output[0]
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def _row_of(batch: SharedBatch | TreeBatch | SplitBatch) -> SharedRow:
+    """Return what attention needs to know about a batch in one row."""
+    if isinstance(batch, SharedBatch):
+        return SharedPrompt(batch)
+    return SharedTree(batch) if isinstance(batch, TreeBatch) else batch
 
 
 def completion_loss(
@@ -423,6 +458,9 @@ def _loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, routed: Routed | None, collisions: bool
 ) -> Tensor:
     inner, targets = transformer(model), batch.targets
+    if own := _own_share(inner, batch):
+        assert not routed and not collisions  # refused with the settings
+        return split_loss(own, *_split_states(inner, own), loss_of)
     hidden = target_states(inner, batch, routed)
     head = Head.of(inner)
     if head is None:

@@ -182,7 +182,7 @@ class _Merged(torch.autograd.Function):
         own = flash.forward(query, key, value, sequences.on_themselves, True, scaling)
         prompts = key.index_select(0, rows), value.index_select(0, rows)
         theirs = flash.forward(query, *prompts, sequences.on_prompts, False, scaling)
-        out, lse = _merge(own, theirs)
+        out, lse = merge(own, theirs)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.sequences, ctx.flash, ctx.scaling = sequences, flash, scaling
         return out
@@ -205,7 +205,7 @@ class _Merged(torch.autograd.Function):
         return *totals, None, None, None
 
 
-def _merge(own: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def merge(own: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Merge outputs `[T, H, D]` and log-sum-exps `[H, T]` of attention to disjoint sets of keys.
 
     Queries without keys in `theirs` keep the output of `own`. Shares are float32, and outputs keep

@@ -20,7 +20,9 @@ from logratio.logps.attention.fused import attend_fused, kernel_of
 from logratio.logps.attention.kernels import TRACED, KernelError
 from logratio.logps.attention.plan import SharedPrompt
 from logratio.logps.attention.sdpa import Scoring, attend
+from logratio.logps.attention.split import attend_split
 from logratio.logps.attention.tree import SharedTree, attend_tree
+from logratio.logps.context_parallel import SplitBatch
 from logratio.logps.sequences import Sequences
 
 NAME = "logratio_shared_prompt"
@@ -32,6 +34,10 @@ class SharedPromptError(LogratioError, ValueError):
     """The model's attention cannot separate the completions of a group."""
 
 
+SharedRow = SharedPrompt | SharedTree | SplitBatch
+"""What a model passes to its attention about a row."""
+
+
 def shared_prompt_attention(
     module: nn.Module,
     query: Tensor,
@@ -39,7 +45,7 @@ def shared_prompt_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompt: SharedPrompt | SharedTree | None = None,
+    shared_prompt: SharedRow | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -55,7 +61,8 @@ def shared_prompt_attention(
         key: Keys `[1, Hk, T, D]`; `Hk` divides `H`.
         value: Values `[1, Hk, T, Dv]`.
         attention_mask: Result of `_no_mask`.
-        shared_prompt: Positions of prompts and completions in the row.
+        shared_prompt: Positions of prompts and completions in the row; or what this process has
+            of it.
         scaling: Scale of the scores; None: `D ** -0.5`.
         dropout: Dropout probability of the attention weights.
         sliding_window: A token sees itself and the `sliding_window - 1` tokens before it.
@@ -76,6 +83,8 @@ def shared_prompt_attention(
     assert shared_prompt is not None
     scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux)
     try:
+        if isinstance(shared_prompt, SplitBatch):
+            return attend_split(query, key, value, shared_prompt, scoring), None
         out = attend_fused(query, key, value, shared_prompt, scoring)
     except KernelError as error:
         raise SharedPromptError(str(error)) from error
@@ -93,7 +102,7 @@ def attention_in_graph(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    shared_prompt: SharedPrompt | SharedTree | None = None,
+    shared_prompt: SharedRow | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend like `shared_prompt_attention`, in layers that are compiled.
@@ -104,12 +113,12 @@ def attention_in_graph(
     support tracing. So do trees, because the number of sums over copied keys depends on the tree.
     """
     attend: Callable[..., tuple[Tensor, None]] = _outside
-    row = None if shared_prompt is None else shared_prompt.sequences
-    if shared_prompt is not None and isinstance(row, Sequences):
+    whole = None if isinstance(shared_prompt, SplitBatch) else shared_prompt
+    if whole is not None and isinstance(whole.sequences, Sequences):
         names = ("scaling", "softcap", "sliding_window", "dropout", "s_aux")
         scaling, softcap, window, dropout, sinks = (options.get(name) for name in names)
         scoring = Scoring(scaling, dropout or 0.0, window, softcap, sinks)
-        if kernel_of(query, key, value, shared_prompt, scoring) in TRACED:
+        if kernel_of(query, key, value, whole, scoring) in TRACED:
             attend = shared_prompt_attention
     return attend(module, query, key, value, attention_mask, shared_prompt=shared_prompt, **options)
 
@@ -118,7 +127,7 @@ _outside = torch.compiler.disable(shared_prompt_attention)
 
 
 def _refuse_unknown(
-    shared_prompt: SharedPrompt | SharedTree | None,
+    shared_prompt: SharedRow | None,
     options: dict[str, Any],
 ) -> None:
     if shared_prompt is None:
